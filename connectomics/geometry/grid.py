@@ -127,9 +127,7 @@ class VoxelGrid:
     def covering(cls, box: Box, voxel_size: ArrayLike) -> VoxelGrid:
         """The smallest grid of ``voxel_size`` whose first face is the box's and that covers the whole box."""
         size = triple(voxel_size, "voxel_size")
-        shape = [
-            max(0, math.ceil((e - b) / s - _TOLERANCE)) for b, e, s in zip(box.begin, box.end, size, strict=True)
-        ]
+        shape = [max(0, math.ceil((e - b) / s - _TOLERANCE)) for b, e, s in zip(box.begin, box.end, size, strict=True)]
         first = triple([b + s / 2 for b, s in zip(box.begin, size, strict=True)])
         return cls(size, first, (shape[0], shape[1], shape[2]))
 

@@ -1,0 +1,190 @@
+"""From a YAML file and ``key=value`` overrides to a checked `RunConfig`, by Hydra's composition."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from connectomics.config.schema import RunConfig
+from connectomics.errors import ConfigError, MissingError, nearest
+
+_SCHEMA = "connectomics_schema"
+_PRIMARY = "connectomics_run"
+
+
+def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, groups included."""
+    keys: list[str] = []
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        kind = hints[entry.name]
+        keys.append(f"{prefix}{entry.name}")
+        if isinstance(kind, type) and is_dataclass(kind):
+            keys += known_keys(kind, f"{prefix}{entry.name}.")
+    return keys
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Compose ``path`` (with the files in its ``defaults:`` list) and ``overrides`` onto the schema.
+
+    Later wins: schema defaults, then the files of the defaults list, then the file itself, then the overrides (Hydra's
+    grammar: ``a.b=3``, ``a.list=[1,2]``, ``+dict.key=v``). An unknown key or a value of the wrong type raises
+    `ConfigError` in one line, naming the nearest known key. Without a path, the schema's defaults.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    file = None if path is None else Path(path)
+    if file is not None and not file.is_file():
+        near = nearest(file.stem, [p.stem for p in file.parent.glob("*.yaml")]) if file.parent.is_dir() else None
+        hint = f"; did you mean {file.parent / (near + '.yaml')}?" if near else ""
+        raise MissingError(f"no configuration file at {file}{hint}")
+    if file is not None:
+        _check_yaml(file)
+    store = ConfigStore.instance()
+    store.store(name=_SCHEMA, node=RunConfig)
+    defaults: list[Any] = [_SCHEMA, *([file.stem] if file else []), "_self_"]
+    store.store(name=_PRIMARY, node={"defaults": defaults})
+    folder = (file.parent if file else Path.cwd()).resolve()
+    previous = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+            composed = compose(config_name=_PRIMARY, overrides=list(overrides))
+            config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, file, overrides)) from error
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = previous
+    assert isinstance(config, RunConfig)  # the schema is first in the defaults list
+    if file is not None and config.name == RunConfig.name:
+        config.name = file.stem
+    check_config(config, str(file or "the configuration"))
+    return config
+
+
+def check_config(config: RunConfig, where: str) -> None:
+    """Raise `ConfigError` where the parts of a configuration do not fit each other."""
+    n_classes = len(config.dataset.classes)
+    if n_classes == 0:
+        raise ConfigError(f"{where}: dataset.classes is empty; name at least one class")
+    if len(set(config.dataset.classes)) != n_classes:
+        raise ConfigError(f"{where}: dataset.classes names a class twice: {config.dataset.classes}")
+    if config.dataset.name == "cellmap" and config.channels != n_classes:
+        raise ConfigError(
+            f"{where}: model.out_channels is {config.channels} but dataset.classes has {n_classes} classes; "
+            "set them alike, or model.out_channels=null to take one channel a class"
+        )
+    for key, value, length in (
+        ("dataset.resolution", config.dataset.resolution, 3),
+        ("data.patch_size", config.data.patch_size, 3),
+        ("inference.block_size", config.inference.block_size, 3),
+    ):
+        if len(value) != length or min(value) <= 0:
+            raise ConfigError(f"{where}: {key} must be three positive numbers (z, y, x), found {value}")
+    if len(config.model.loss_functions) != len(config.model.loss_weights):
+        raise ConfigError(
+            f"{where}: model.loss_functions has {len(config.model.loss_functions)} names, model.loss_weights "
+            f"{len(config.model.loss_weights)} numbers; give one weight for each loss"
+        )
+    if not 0.0 <= config.inference.overlap < 1.0:
+        raise ConfigError(
+            f"{where}: inference.overlap must be at least 0 and below 1, found {config.inference.overlap}"
+        )
+    _one_of(where, "dataset.name", config.dataset.name, ("cellmap", "cellmap_single"))
+    _one_of(where, "dataset.split", config.dataset.split, ("crop", "dataset", "leave_one_out"))
+    _one_of(where, "system.accelerator", config.system.accelerator, ("auto", "gpu", "cpu"))
+    _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
+    if not 0.0 < config.dataset.train_val_split <= 1.0:
+        raise ConfigError(
+            f"{where}: dataset.train_val_split must be above 0 and at most 1, found {config.dataset.train_val_split}"
+        )
+
+
+def save_config(config: RunConfig, path: str | Path) -> None:
+    """Write the composed configuration as YAML that `load_config` reads back to the same values."""
+    from omegaconf import OmegaConf
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".part")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.replace(target)
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain containers, for checkpoints and JSON."""
+    from dataclasses import asdict
+
+    return asdict(config)
+
+
+def config_from_dict(data: dict[str, Any]) -> RunConfig:
+    """The inverse of `config_to_dict`; raises `ConfigError` on keys that this version does not know."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), data))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error, None, ())) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _one_of(where: str, key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        near = nearest(value, allowed)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"{where}: {key} is {value!r}{hint} Allowed: {', '.join(allowed)}")
+
+
+def _check_yaml(file: Path) -> None:
+    """Syntax first, and by name: Hydra's own message for a broken file names neither the file nor the line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        raise ConfigError(f"{file} is not valid YAML{line}: {problem}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold keys and values, found {type(content).__name__}")
+
+
+def _explain(error: Exception, file: Path | None, overrides: Sequence[str]) -> str:
+    """One line for what Hydra or OmegaConf refused, with the nearest known key."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = f"{error}\n{cause}"
+    where = str(file) if file else "the configuration"
+    key = _offending_key(text)
+    blamed = next((o for o in overrides if key and o.lstrip("+~").split("=")[0].endswith(key.split(".")[-1])), None)
+    place = f"override {blamed!r}" if blamed else where
+    if key and key not in known_keys():
+        leaf = key.split(".")[-1]
+        # the right name in the wrong group comes first: `data.lr` means `optimizer.lr`
+        close = next((k for k in known_keys() if k.split(".")[-1] == leaf), None) or nearest(key, known_keys())
+        hint = f"; did you mean {close!r}?" if close else ""
+        return f"unknown key {key!r} in {place}{hint}"
+    reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+    return f"{place}: {key + ': ' if key else ''}{reason}"
+
+
+def _offending_key(text: str) -> str | None:
+    for pattern in (r"full_key:\s*([\w.\[\]]+)", r"Key '([\w.]+)'", r"Could not override '([\w.]+)'"):
+        found = re.findall(pattern, text)
+        if found:
+            return str(max(found, key=len))
+    return None

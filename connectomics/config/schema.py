@@ -1,0 +1,180 @@
+"""What a run is: the typed schema that every configuration file is checked against.
+
+One dataclass a group; a field that is not here does not exist, and nothing here is unread. Defaults are those of
+``tutorials/cellmap_base.yaml`` where that file sets the key, else the value that works without thinking.
+Lengths are nanometres where the name ends in ``_nm``, voxels of the run's grid otherwise; axes are z, y, x.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class SystemConfig:
+    """The machine."""
+
+    num_gpus: int = 1  # GPUs to train on; where there are fewer, what is there is used, and said
+    num_cpus: int = 8  # CPU threads of the main process; never more than the machine has
+    seed: int = 42
+    accelerator: str = "auto"  # auto | gpu | cpu
+    cpu_processes: int = 1  # data-parallel processes where training runs on the CPU
+
+
+@dataclass
+class DatasetConfig:
+    """Which data, and at which voxel size."""
+
+    name: str = "cellmap"  # cellmap (all classes a sample) | cellmap_single (one class a sample)
+    data_root: str = "data"
+    datasets: list[str] | None = None  # None: all that the root has
+    crops: list[str] | None = None  # None: all training crops
+    classes: list[str] = field(default_factory=lambda: ["nuc", "mito", "er"])
+    resolution: list[float] = field(default_factory=lambda: [8.0, 8.0, 8.0])  # nm, z y x
+    train_val_split: float = 0.85  # share of the crops that are trained on
+    split: str = "crop"  # crop | dataset | leave_one_out
+    held_out: list[str] = field(default_factory=list)  # data sets to validate on (split: dataset, leave_one_out)
+    split_file: str | None = None  # read where it exists, else written; None: beside the run
+    crop_table: str | None = None  # test crops: a table's path, or "challenge" for the shipped one
+
+
+@dataclass
+class ModelConfig:
+    """The network and its loss."""
+
+    architecture: str = "mednext"
+    in_channels: int = 1
+    out_channels: int | None = None  # None: as many as there are classes
+    mednext_size: str = "B"  # S | B | M | L
+    mednext_kernel_size: int = 3  # 3 | 5
+    deep_supervision: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # handed to the network's constructor
+    loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
+    loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
+
+
+@dataclass
+class DataConfig:
+    """Patches, loaders, augmentation."""
+
+    patch_size: list[int] = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
+    batch_size: int = 2
+    patches_per_epoch: int | None = None  # None: as many as it takes to see each crop's volume about once, at least 64
+    num_workers: int = 8
+    persistent_workers: bool = True
+    pin_memory: bool = True
+    use_cache: bool = False  # decode each crop once into local memory-mapped files
+    cache_dir: str | None = None  # None: a folder for the user's caches
+    cache_context: int | None = None  # voxels of raw kept around a crop; None: the patch size
+    balance: float = 0.7  # share of the patches that are centred on a voxel of a class; the rest are uniform
+    intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: the integer type's range
+    augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments
+
+
+@dataclass
+class OptimizerConfig:
+    """How weights move."""
+
+    name: str = "AdamW"  # AdamW | Adam | SGD
+    lr: float = 1e-3
+    weight_decay: float = 1e-5
+    momentum: float = 0.9  # SGD
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # Adam, AdamW
+
+
+@dataclass
+class SchedulerConfig:
+    """How the learning rate moves, by epoch."""
+
+    name: str = "constant"  # constant | cosine | polynomial
+    warmup_epochs: int = 0
+    power: float = 0.9  # polynomial
+    min_lr: float = 0.0
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_epochs: int = 1000
+    max_steps: int = -1  # optimizer steps; -1: no limit
+    precision: str = "16-mixed"  # 16-mixed | bf16-mixed | 32
+    gradient_clip_val: float | None = 1.0
+    accumulate_grad_batches: int = 1
+    val_every_n_epochs: int = 1
+
+
+@dataclass
+class CheckpointConfig:
+    """Which states are kept."""
+
+    monitor: str = "val/dice"
+    mode: str = "max"
+    save_top_k: int = 3
+    save_last: bool = True
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """When to stop before the last epoch."""
+
+    monitor: str = "val/dice"
+    patience: int = 50  # validations without a better value; 0: never stop early
+    mode: str = "max"
+
+
+@dataclass
+class LoggingConfig:
+    """What is written down, and how often."""
+
+    use_tensorboard: bool = True
+    use_wandb: bool = False
+    log_every_n_steps: int = 50
+    images: bool = True  # a picture panel at each validation
+
+
+@dataclass
+class InferenceConfig:
+    """The network over a volume."""
+
+    window: list[int] | None = None  # voxels; None: data.patch_size
+    overlap: float = 0.25  # share of a window that its neighbour sees too
+    blending: str = "gaussian"  # gaussian | constant
+    batch_size: int = 1
+    block_size: list[int] = field(default_factory=lambda: [256, 256, 256])  # voxels held at once
+    context: int | None = None  # voxels of raw read beyond the box; None: half the overlap, at least 8
+
+
+@dataclass
+class DecodingConfig:
+    """Probabilities to labels: parameters for every class, then by class."""
+
+    default: dict[str, Any] = field(default_factory=dict)
+    classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # class name -> parameters
+
+
+@dataclass
+class RunConfig:
+    """A whole run."""
+
+    system: SystemConfig = field(default_factory=SystemConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    output_dir: str = "outputs"  # runs go to {output_dir}/{name}/version_N
+    name: str = "run"  # set from the file's name
+
+    @property
+    def channels(self) -> int:
+        """Channels that the network gives: one a class."""
+        return self.model.out_channels if self.model.out_channels is not None else len(self.dataset.classes)
