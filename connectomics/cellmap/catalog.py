@@ -1,0 +1,208 @@
+"""What a data root holds: data sets, crops, and the label array of every class, found lazily.
+
+Nothing is read before it is asked for: opening a catalog lists the root, listing crops lists folders, and the metadata
+of a label array is read when its grid or annotation is first used. Roots may be local folders or ``s3://`` URLs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from connectomics.cellmap.annotation import Annotation
+from connectomics.cellmap.classes import CLASSES
+from connectomics.errors import MissingError, UnknownNameError, unknown_name
+from connectomics.geometry import Box, VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+
+GROUND_TRUTH = "recon-1/labels/groundtruth"
+EM = "recon-1/em"
+
+
+@dataclass(frozen=True)
+class LabelArray:
+    """The labels of one class in one crop: a small multiscale array with its annotation."""
+
+    class_name: str
+    location: str
+
+    @cached_property
+    def source(self) -> Multiscale:
+        """The array's levels, opened once per process."""
+        return Multiscale.open(self.location)
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The grid of the finest level."""
+        return self.source.levels[0].grid
+
+    @cached_property
+    def annotation(self) -> Annotation:
+        """How its values are to be read; raises `MetadataError` where the attributes are absent or broken."""
+        finest = store.read_attrs(store.join(self.location, self.source.levels[0].path))
+        return Annotation.from_attrs(self.source.attrs, finest, self.location)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A labelled region of a data set.
+
+    Attributes:
+        dataset: the data set's name.
+        name: ``crop234``.
+        raw: location of the data set's raw multiscale group.
+        labels: the label arrays by class name; a class without an array is unknown in this crop.
+    """
+
+    dataset: str
+    name: str
+    raw: str
+    labels: dict[str, LabelArray] = field(hash=False)
+
+    @property
+    def key(self) -> str:
+        """``dataset/crop``: unique in a root."""
+        return f"{self.dataset}/{self.name}"
+
+    @cached_property
+    def grid(self) -> VoxelGrid:
+        """The finest grid among the crop's label arrays."""
+        grids = [label.grid for label in self.labels.values()]
+        return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
+
+    @cached_property
+    def box(self) -> Box:
+        """The world box that holds all of the crop's label arrays."""
+        box = self.grid.box
+        for label in self.labels.values():
+            box = box.hull(label.grid.box)
+        return box
+
+    @cached_property
+    def raw_source(self) -> Multiscale:
+        """The raw volume's levels, opened once per process."""
+        return Multiscale.open(self.raw)
+
+
+class Catalog:
+    """The data sets and crops below a data root."""
+
+    def __init__(self, root: str) -> None:
+        """Use `open`."""
+        self.root = root
+        self._crop_names: dict[str, list[str]] = {}
+
+    @classmethod
+    def open(cls, root: str) -> Catalog:
+        """The catalog of a root that holds ``{dataset}/{dataset}.zarr`` folders; `MissingError` where it does not."""
+        root = str(root).rstrip("/")
+        if not store.exists(root):
+            raise MissingError(f"no data root at {root}; give the folder that holds {{dataset}}/{{dataset}}.zarr")
+        catalog = cls(root)
+        if not catalog.datasets:
+            raise MissingError(
+                f"{root} holds no data set: expected folders {{dataset}}/{{dataset}}.zarr/recon-1, "
+                f"found {', '.join(store.list_children(root)[:5]) or 'nothing'}"
+            )
+        return catalog
+
+    @cached_property
+    def datasets(self) -> list[str]:
+        """Names of the data sets, sorted."""
+        names = store.list_children(self.root)
+        return sorted(n for n in names if store.exists(store.join(self.root, n, f"{n}.zarr")))
+
+    def location(self, dataset: str) -> str:
+        """The location of a data set's Zarr root; `UnknownNameError` with the nearest name where it is not there."""
+        if dataset not in self.datasets:
+            raise unknown_name("data set", dataset, self.datasets, self.root)
+        return store.join(self.root, dataset, f"{dataset}.zarr")
+
+    def raw_location(self, dataset: str) -> str:
+        """The location of the data set's raw multiscale group: ``em/fibsem-uint8`` where there is one, else the only
+        group below ``em``; `MissingError` where there is none or no telling which."""
+        em = store.join(self.location(dataset), EM)
+        names = [n for n in store.list_children(em) if not n.startswith(".")] if store.exists(em) else []
+        if "fibsem-uint8" in names:
+            return store.join(em, "fibsem-uint8")
+        if len(names) == 1:
+            return store.join(em, names[0])
+        raise MissingError(f"{em}: expected a raw volume fibsem-uint8, found {', '.join(names) or 'nothing'}")
+
+    def crop_names(self, dataset: str) -> list[str]:
+        """Names of the data set's crops (``crop234``), by number; empty where nothing is labelled."""
+        if dataset not in self._crop_names:
+            truth = store.join(self.location(dataset), GROUND_TRUTH)
+            names = store.list_children(truth) if store.exists(truth) else []
+            self._crop_names[dataset] = sorted((n for n in names if re.fullmatch(r"crop\d+", n)), key=_number)
+        return self._crop_names[dataset]
+
+    def crop(self, dataset: str, name: str) -> Crop:
+        """One crop with all of its classes."""
+        names = self.crop_names(dataset)
+        if name not in names:
+            raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
+        location = store.join(self.location(dataset), GROUND_TRUTH, name)
+        classes = sorted(n for n in store.list_children(location) if not n.startswith("."))
+        labels = {c: LabelArray(c, store.join(location, c)) for c in classes}
+        return Crop(dataset, name, self.raw_location(dataset), labels)
+
+    def crops(
+        self,
+        datasets: Sequence[str] | None = None,
+        crops: Sequence[str] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> list[Crop]:
+        """The crops of these data sets and names in which at least one of ``classes`` can be known; None means all.
+
+        A class can be known where it, one of its atoms, or a group that holds it has an array. Raises
+        `UnknownNameError` (nearest name) for a data set or crop that is not there, and for a class that the challenge
+        does not know and no crop has; `MissingError` where nothing is left.
+        """
+        chosen = list(datasets) if datasets is not None else self.datasets
+        names = {d: self.crop_names(d) for d in chosen}
+        for wanted in crops or ():
+            if not any(wanted in there for there in names.values()):
+                known = [n for there in names.values() for n in there]
+                raise unknown_name("crop", wanted, known, f"{', '.join(chosen)} of {self.root}")
+        found = [self.crop(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
+        found = [c for c in found if c.labels]
+        if classes is not None:
+            self._check_classes(classes, found)
+            found = [c for c in found if any(informs(name, c.labels) for name in classes)]
+        if not found:
+            what = f"with a label of {', '.join(classes)}" if classes else "with labels"
+            raise MissingError(f"no crop {what} in {', '.join(chosen)} of {self.root}")
+        return found
+
+    @staticmethod
+    def _check_classes(classes: Iterable[str], crops: Sequence[Crop]) -> None:
+        there = {name for crop in crops for name in crop.labels}
+        for name in classes:
+            if name not in CLASSES and name not in there:
+                raise unknown_name("class", name, there | set(CLASSES), "the data root and the challenge")
+
+
+def informs(class_name: str, available: Iterable[str]) -> bool:
+    """Whether arrays of the ``available`` classes can say anything of ``class_name``: itself, its atoms, or a group
+    that holds it (which makes it absent where the group is)."""
+    there = set(available)
+    if class_name in there:
+        return True
+    try:
+        known = CLASSES[class_name]
+    except KeyError:
+        return False
+    if known.is_group:
+        return bool(there & set(known.atoms))
+    return any(class_name in CLASSES[name].atoms for name in there if name in CLASSES)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("crop"))
+
+
+__all__ = ["Catalog", "Crop", "LabelArray", "UnknownNameError", "informs"]

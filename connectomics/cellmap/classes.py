@@ -1,0 +1,84 @@
+"""The challenge's classes: ids, the atoms of group classes, which are scored and which of those as instances."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from types import MappingProxyType
+
+from connectomics.errors import unknown_name
+
+
+@dataclass(frozen=True)
+class CellMapClass:
+    """One class of the challenge.
+
+    Attributes:
+        name: as in paths and tables (``mito_mem``).
+        id: the challenge's number.
+        atoms: names of the atomic classes whose union this group class is; empty for an atomic class.
+        instance: whether it is scored by instances (else by voxels).
+        scored: whether the challenge scores it at all.
+    """
+
+    name: str
+    id: int
+    atoms: tuple[str, ...]
+    instance: bool
+    scored: bool
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the class is a union of atomic ones."""
+        return bool(self.atoms)
+
+
+def _load() -> Mapping[str, CellMapClass]:
+    text = resources.files("connectomics.cellmap").joinpath("tables/classes.csv").read_text(encoding="utf-8")
+    table = {
+        row["class_name"]: CellMapClass(
+            name=row["class_name"],
+            id=int(row["class_id"]),
+            atoms=tuple(row["atomic_parts"].split()),
+            instance=row["instance_scored"] == "1",
+            scored=row["scored"] == "1",
+        )
+        for row in csv.DictReader(text.splitlines())
+    }
+    return MappingProxyType(table)
+
+
+CLASSES: Mapping[str, CellMapClass] = _load()
+
+#: Classes that the scorer treats as instances. ``vim`` is among them although it is not scored in the current table.
+INSTANCE_CLASSES: frozenset[str] = frozenset(c.name for c in CLASSES.values() if c.instance)
+
+#: Classes that exclude each other: a point of the world belongs to at most one of them.
+ATOMIC_CLASSES: frozenset[str] = frozenset(c.name for c in CLASSES.values() if not c.is_group)
+
+
+def get_class(name: str) -> CellMapClass:
+    """The class of that name; raises `UnknownNameError` with the nearest known one."""
+    try:
+        return CLASSES[name]
+    except KeyError:
+        raise unknown_name("class", name, CLASSES) from None
+
+
+def is_instance_class(name: str) -> bool:
+    """Whether a class is scored by instances. Names that the challenge does not know (your own) are semantic."""
+    return name in INSTANCE_CLASSES
+
+
+def atoms_of(name: str) -> tuple[str, ...]:
+    """The atomic classes that make up ``name``: itself where it is atomic or not one of the challenge's."""
+    known = CLASSES.get(name)
+    return known.atoms if known is not None and known.atoms else (name,)
+
+
+def groups_with(atoms: Iterable[str]) -> frozenset[str]:
+    """The group classes that contain at least one of ``atoms``."""
+    wanted = set(atoms)
+    return frozenset(c.name for c in CLASSES.values() if wanted & set(c.atoms))
