@@ -1,0 +1,1 @@
+"""A network over a volume: windows, blending, blocks, and the task that writes probabilities."""
