@@ -1,0 +1,275 @@
+"""Losses over known voxels only.
+
+A class that nobody annotated at a voxel says nothing there, so every loss here takes a mask of what is known. Each
+class is an independent sigmoid channel. For every loss:
+
+1. per class, over the known voxels of the whole batch together, a value that does not depend on how many voxels are
+   known: a mean over known voxels, or (Dice, Tversky) a ratio of such means;
+2. the plain mean over the classes of which anything is known.
+
+So each class weighs alike, whatever its share of annotated voxels, and a label or logit at an unknown voxel has
+exactly no influence, on the value or on a gradient, be it NaN. Where nothing at all is known the loss is zero with
+zero gradients: it still belongs to the graph, so that data-parallel processes stay in step.
+
+Deep supervision: label and known are brought to the size of each coarser output together. A coarse voxel is known
+where all of its fine voxels are known; its target is the *fraction* of them that is labelled, not a thresholded 0 or 1,
+which would erase membranes thinner than a coarse voxel. The formulas below are therefore those that equal the usual
+ones for 0/1 labels and have their minimum at prediction = target for fractions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from connectomics.errors import ConnectomicsError, InputError, unknown_name
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Value of a loss: ``total`` to go backward from, and by loss name the unweighted, detached parts."""
+
+    total: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One batch at one size, flattened: (C, voxels of all samples). Values at unknown voxels are zero."""
+
+    logits: Tensor  # float32
+    target: Tensor  # float32, 0..1
+    known: Tensor  # float32, 0 or 1
+    count: Tensor  # (C,) number of known voxels
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Per class, the mean over known voxels; ``values`` (C, voxels) must be zero where unknown. 0 if none."""
+        return values.sum(1) / self.count.clamp(min=1)
+
+
+class ClassLoss(nn.Module):
+    """A loss that gives one value per class (C,) from the known voxels."""
+
+    @abstractmethod
+    def forward(self, batch: _Known) -> Tensor: ...
+
+
+class TverskyLoss(ClassLoss):
+    """1 - TP / (TP + alpha FP + beta FN) per class (arXiv:1706.05721).
+
+    With p the probability and y the target, TP is the mean over known voxels of min(p, y), FP of p - min(p, y), FN of
+    y - min(p, y): the usual p y for 0/1 labels, and minimal at p = y for fractions (arXiv:2303.16296). ``smooth`` is a
+    share of the known voxels, added above and below the fraction line; an absent and unpredicted class has loss 0.
+    """
+
+    def __init__(self, alpha: float = 0.3, beta: float = 0.7, smooth: float = 1e-4) -> None:
+        super().__init__()
+        if alpha < 0 or beta < 0 or smooth <= 0:
+            raise InputError(f"alpha and beta must be >= 0 and smooth > 0, found {alpha}, {beta}, {smooth}")
+        self.alpha, self.beta, self.smooth = alpha, beta, smooth
+
+    def forward(self, batch: _Known) -> Tensor:
+        probability = torch.sigmoid(batch.logits) * batch.known
+        tp = batch.mean(torch.minimum(probability, batch.target))
+        fp = batch.mean(probability) - tp
+        fn = batch.mean(batch.target) - tp
+        return 1 - (tp + self.smooth) / (tp + self.alpha * fp + self.beta * fn + self.smooth)
+
+
+class DiceLoss(TverskyLoss):
+    """1 - 2 TP / (2 TP + FP + FN) per class: `TverskyLoss` with alpha = beta = 1/2 (arXiv:1606.04797)."""
+
+    def __init__(self, smooth: float = 1e-4) -> None:
+        super().__init__(alpha=0.5, beta=0.5, smooth=smooth)
+
+
+class BCEWithLogitsLoss(ClassLoss):
+    """Binary cross entropy per class, mean over known voxels; ``pos_weight`` weighs the present voxels."""
+
+    def __init__(self, pos_weight: float = 1.0) -> None:
+        super().__init__()
+        if pos_weight <= 0:
+            raise InputError(f"pos_weight must be > 0, found {pos_weight}")
+        self.pos_weight = pos_weight
+
+    def forward(self, batch: _Known) -> Tensor:
+        weight = None if self.pos_weight == 1.0 else batch.logits.new_tensor(self.pos_weight)
+        entropy = functional.binary_cross_entropy_with_logits(
+            batch.logits, batch.target, reduction="none", pos_weight=weight
+        )
+        return batch.mean(entropy * batch.known)
+
+
+class FocalLoss(ClassLoss):
+    """|y - p|^gamma times binary cross entropy, mean over known voxels.
+
+    For 0/1 labels this is the focal loss (arXiv:1708.02002); for fractions its quality form (arXiv:2006.04388).
+    ``alpha`` weighs present voxels by alpha and absent ones by 1 - alpha; None weighs both by 1.
+    """
+
+    def __init__(self, gamma: float = 2.0, alpha: float | None = None) -> None:
+        super().__init__()
+        if gamma < 0 or (alpha is not None and not 0 < alpha < 1):
+            raise InputError(f"gamma must be >= 0 and alpha in (0, 1) or null, found {gamma}, {alpha}")
+        self.gamma, self.alpha = gamma, alpha
+
+    def forward(self, batch: _Known) -> Tensor:
+        y = batch.target
+        entropy = functional.binary_cross_entropy_with_logits(batch.logits, y, reduction="none")
+        distance = (y - torch.sigmoid(batch.logits)).abs()
+        # |y - p| = 0 has an infinite slope under powers below 1; the clamp cuts it off.
+        value = entropy * distance.clamp(min=1e-6).pow(self.gamma)
+        if self.alpha is not None:
+            value = value * (self.alpha * y + (1 - self.alpha) * (1 - y))
+        return batch.mean(value * batch.known)
+
+
+class DiceCELoss(ClassLoss):
+    """``lambda_dice`` times `DiceLoss` plus ``lambda_ce`` times `BCEWithLogitsLoss`."""
+
+    def __init__(self, lambda_dice: float = 1.0, lambda_ce: float = 1.0, smooth: float = 1e-4) -> None:
+        super().__init__()
+        if lambda_dice < 0 or lambda_ce < 0:
+            raise InputError(f"lambda_dice and lambda_ce must be >= 0, found {lambda_dice}, {lambda_ce}")
+        self.dice, self.entropy = DiceLoss(smooth), BCEWithLogitsLoss()
+        self.lambda_dice, self.lambda_ce = lambda_dice, lambda_ce
+
+    def forward(self, batch: _Known) -> Tensor:
+        return self.lambda_dice * self.dice(batch) + self.lambda_ce * self.entropy(batch)
+
+
+LOSSES: dict[str, type[ClassLoss]] = {
+    "DiceLoss": DiceLoss,
+    "FocalLoss": FocalLoss,
+    "BCEWithLogitsLoss": BCEWithLogitsLoss,
+    "DiceCELoss": DiceCELoss,
+    "TverskyLoss": TverskyLoss,
+}
+
+
+class MaskedLoss(nn.Module):
+    """A weighted sum of losses over known voxels, with deep supervision.
+
+    Coarser outputs weigh 1/2, 1/4, ... of the full size (as in nnU-Net); per class the weights are divided by their
+    sum over the sizes at which the class has known voxels, so that a class known in a small region only, too small to
+    fill a coarse voxel, counts as much as the others.
+    """
+
+    def __init__(self, losses: Mapping[str, ClassLoss], weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.losses = nn.ModuleDict(losses)
+        self.weights = dict(weights)
+
+    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor, known: Tensor) -> LossResult:
+        """The loss of a batch, computed in float32 whatever the autocast state.
+
+        Args:
+            logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
+            label: (B, C, D, H, W) float, 0..1; anything where unknown.
+            known: (B, C, D, H, W) bool.
+
+        Raises:
+            InputError: the shapes do not fit each other.
+        """
+        outputs = [logits] if isinstance(logits, Tensor) else list(logits)
+        if label.shape != known.shape or not outputs or outputs[0].shape != label.shape:
+            found = tuple(outputs[0].shape) if outputs else "none"
+            raise InputError(
+                "logits, label and known must have one shape (B, C, D, H, W), found logits "
+                f"{found}, label {tuple(label.shape)}, known {tuple(known.shape)}"
+            )
+        known = known.bool()
+        with torch.autocast(label.device.type, enabled=False):
+            label = torch.where(known, label.float(), 0.0)
+            values: dict[str, list[Tensor]] = {name: [] for name in self.losses}
+            level_weights: list[Tensor] = []
+            for level, output in enumerate(outputs):
+                if output.shape[2:] != label.shape[2:]:
+                    label, known = downsample(label, known, output.shape[2:])
+                batch = _flatten(output, label, known)
+                level_weights.append((batch.count > 0).float() * 0.5**level)
+                for name, loss in self.losses.items():
+                    values[name].append(loss(batch))
+            weight = torch.stack(level_weights)  # (levels, C)
+            any_known = (weight[0] > 0).float()  # known on a coarse level implies known on the finest
+            weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
+            total = outputs[0].new_zeros((), dtype=torch.float32)
+            parts: dict[str, Tensor] = {}
+            for name, levels in values.items():
+                per_class = (torch.stack(levels) * weight).sum(0)
+                value = (per_class * any_known).sum() / any_known.sum().clamp(min=1)
+                parts[name] = value.detach()
+                total = total + self.weights[name] * value
+        return LossResult(total, parts)
+
+
+def _flatten(logits: Tensor, label: Tensor, known: Tensor) -> _Known:
+    channels = logits.shape[1]
+    flat_known = known.transpose(0, 1).reshape(channels, -1)
+    # `where` and not a product: NaN times zero is NaN, in the value and in the gradient.
+    flat_logits = torch.where(flat_known, logits.float().transpose(0, 1).reshape(channels, -1), 0.0)
+    flat_label = torch.where(flat_known, label.transpose(0, 1).reshape(channels, -1), 0.0)
+    return _Known(flat_logits, flat_label, flat_known.float(), flat_known.sum(1))
+
+
+def downsample(label: Tensor, known: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Label (B, C, D, H, W) float and known (bool) at ``size`` (d, h, w), which must divide theirs.
+
+    The label becomes the mean of the fine voxels, and a coarse voxel is known where all of its fine voxels are.
+    Raises `InputError` where the size does not divide.
+    """
+    full = label.shape[2:]
+    if any(n % m for n, m in zip(full, size, strict=True)):
+        raise InputError(f"a deep-supervision output of {tuple(size)} voxels does not divide the label's {tuple(full)}")
+    factor = tuple(n // m for n, m in zip(full, size, strict=True))
+    clean = torch.where(known, label, 0.0)
+    coarse_unknown = functional.max_pool3d((~known).to(clean.dtype), factor, factor)
+    return functional.avg_pool3d(clean, factor, factor), coarse_unknown == 0
+
+
+def build_loss(
+    names: Sequence[str],
+    weights: Sequence[float] | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> MaskedLoss:
+    """A `MaskedLoss` from names of `LOSSES`, a weight for each (default 1), and by name keyword arguments.
+
+    Raises:
+        UnknownNameError: no such loss or argument.
+        InputError: no loss, one named twice, weights that do not fit, or an argument that the loss refuses.
+    """
+    given = {name: dict(arguments or {}) for name, arguments in (options or {}).items()}
+    factors = [1.0] * len(names) if weights is None else [float(w) for w in weights]
+    if not names or len(set(names)) != len(names):
+        raise InputError(f"model.loss_functions must name at least one loss and none twice, found {list(names)}")
+    if len(factors) != len(names):
+        raise InputError(f"model.loss_weights has {len(factors)} numbers for {len(names)} losses {list(names)}")
+    if min(factors) < 0 or max(factors) <= 0:
+        raise InputError(f"model.loss_weights must be >= 0 and not all 0, found {factors}")
+    for name in given:
+        if name not in names:
+            raise unknown_name("loss", name, names, "model.loss_options (only losses of model.loss_functions)")
+    built = {name: _build_one(name, given.get(name, {})) for name in names}
+    return MaskedLoss(built, dict(zip(names, factors, strict=True)))
+
+
+def _build_one(name: str, arguments: Mapping[str, Any]) -> ClassLoss:
+    if name not in LOSSES:
+        raise unknown_name("loss", name, LOSSES, "model.loss_functions")
+    allowed = set(inspect.signature(LOSSES[name].__init__).parameters) - {"self"}
+    for key in arguments:
+        if key not in allowed:
+            raise unknown_name("argument", key, allowed, f"model.loss_options.{name}")
+    try:
+        return LOSSES[name](**arguments)
+    except ConnectomicsError as error:
+        raise InputError(f"model.loss_options.{name}: {error}") from error
+    except TypeError as error:
+        raise InputError(f"model.loss_options.{name}: a value has the wrong kind, found {dict(arguments)}") from error

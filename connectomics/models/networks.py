@@ -1,0 +1,77 @@
+"""MONAI networks that need a wrapper to return what every network here returns (see `connectomics.models.registry`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.networks.nets import DynUNet, MedNeXt
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class MedNeXtNetwork(nn.Module):
+    """MONAI's MedNeXt with deep supervision as a list, and with gradient checkpointing.
+
+    With ``gradient_checkpointing`` the activations inside a stage are computed again in the backward pass instead of
+    being kept: about a third more time for a fraction of the memory. Parameters and their names are the same with and
+    without, so checkpoints fit both.
+    """
+
+    def __init__(
+        self, *, deep_supervision: bool = False, gradient_checkpointing: bool = False, **keywords: Any
+    ) -> None:
+        super().__init__()
+        self.net = MedNeXt(spatial_dims=3, deep_supervision=deep_supervision, **keywords)
+        self.deep_supervision = deep_supervision
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def _run(self, stage: nn.Module, x: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(stage, x, use_reentrant=False)
+        return stage(x)
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Logits (B, C, D, H, W), or in training with deep supervision five of them, each half the one before."""
+        net = self.net
+        x = net.stem(image)
+        skips: list[Tensor] = []
+        for stage, down in zip(net.enc_stages, net.down_blocks, strict=True):
+            x = self._run(stage, x)
+            skips.append(x)
+            x = self._run(down, x)
+        x = self._run(net.bottleneck, x)
+        supervise = self.deep_supervision and self.training
+        coarse: list[Tensor] = []
+        for level, (up, stage) in enumerate(zip(net.up_blocks, net.dec_stages, strict=True)):
+            if supervise:
+                coarse.append(net.out_blocks[level](x))
+            x = self._run(up, x) + skips[-(level + 1)]
+            x = self._run(stage, x)
+        logits = net.out_0(x)
+        return [logits, *reversed(coarse)] if supervise else logits
+
+
+class DynUNetNetwork(nn.Module):
+    """MONAI's DynUNet, whose coarser logits are returned at their own size.
+
+    MONAI enlarges them to the full size and stacks them, which costs the memory of as many full-size outputs.
+    """
+
+    def __init__(self, *, deep_supervision: bool = False, **keywords: Any) -> None:
+        super().__init__()
+        if deep_supervision:
+            # MONAI allows heads on all levels but the top and the two coarsest ones.
+            keywords.setdefault("deep_supr_num", max(1, min(3, len(keywords["strides"]) - 2)))
+        self.net = DynUNet(spatial_dims=3, deep_supervision=deep_supervision, **keywords)
+        self.deep_supervision = deep_supervision
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Logits (B, C, D, H, W), or in training with deep supervision a list, full size first."""
+        logits = self.net.output_block(self.net.skip_layers(image))
+        if not self.deep_supervision:
+            return logits
+        # The skip layers leave their outputs in this list; kept there, they would keep the whole graph alive.
+        coarse = list(self.net.heads)
+        self.net.heads[:] = [torch.empty(0) for _ in coarse]
+        return [logits, *coarse] if self.training else logits

@@ -1,0 +1,189 @@
+"""Every named network builds, gives logits of the promised shape, and takes a step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from connectomics.errors import InputError, UnknownNameError
+from connectomics.models import (
+    build_model,
+    check_patch_size,
+    fixed_patch_size,
+    has_deep_supervision,
+    list_models,
+    required_multiple,
+)
+from connectomics.models.losses import build_loss
+
+# The smallest of each that is still the same network.
+TINY: dict[str, tuple[int, dict[str, Any]]] = {
+    "mednext": (32, {"init_filters": 4}),
+    "unet": (32, {"channels": [4, 8, 8, 8, 8]}),
+    "basic_unet": (32, {"features": [4, 4, 8, 8, 8, 4]}),
+    "dynunet": (32, {"filters": [4, 4, 8, 8, 8]}),
+    "segresnet": (16, {"init_filters": 8}),
+    "attention_unet": (32, {"channels": [4, 4, 8, 8, 8]}),
+    "unetr": (32, {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2}),
+    "swin_unetr": (64, {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}),
+    "flexible_unet": (64, {"decoder_channels": [16, 8, 8, 4, 4]}),
+    "vnet": (32, {}),
+}
+
+
+def test_listing_names_every_network_and_imports_no_torch() -> None:
+    assert set(list_models()) == set(TINY)
+    code = (
+        "import sys; from connectomics.models import list_models, required_multiple; list_models(); "
+        "required_multiple('unet'); assert not {'torch', 'monai'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_each_network_takes_a_training_step(name: str) -> None:
+    torch.manual_seed(0)
+    side, options = TINY[name]
+    deep = has_deep_supervision(name)
+    network = build_model(name, 1, 3, patch_size=[side] * 3, deep_supervision=deep, options=options)
+    image = torch.rand(1, 1, side, side, side)
+    label = (torch.rand(1, 3, side, side, side) > 0.5).float()
+    known = torch.rand(label.shape) > 0.2
+    logits = network.train()(image)
+    outputs = logits if isinstance(logits, list) else [logits]
+    assert isinstance(logits, list) == deep
+    assert outputs[0].shape == label.shape
+    assert [o.shape[2] for o in outputs] == [side // 2**k for k in range(len(outputs))]
+    build_loss(["DiceLoss", "BCEWithLogitsLoss"])(logits, label, known).total.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(g).all() for g in gradients)
+    with torch.inference_mode():
+        assert network.eval()(image).shape == label.shape  # logits alone, also with deep supervision
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "millions"),
+    [
+        ("S", 3, 5.55),
+        ("B", 3, 10.51),
+        ("M", 3, 17.53),
+        ("L", 3, 61.73),
+        ("S", 5, 5.98),
+        ("B", 5, 10.94),
+        ("M", 5, 18.25),
+        ("L", 5, 62.94),
+    ],
+)
+def test_mednext_has_the_papers_number_of_parameters(size: str, kernel: int, millions: float) -> None:
+    """arXiv:2303.09975 prints 5.6, 10.5, 17.6 and 61.8 M at kernel 3, and 5.9, 11.0, 18.3 and 63.0 M at kernel 5."""
+    with torch.device("meta"):
+        network = build_model("mednext", 1, 2, options={"mednext_size": size, "mednext_kernel_size": kernel})
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == millions
+
+
+@pytest.mark.parametrize("size", "SBML")
+def test_mednext_sizes_are_monais(size: str) -> None:
+    from monai.networks.nets.mednext import create_mednext
+
+    with torch.device("meta"):
+        ours = build_model("mednext", 1, 2, deep_supervision=True, options={"mednext_size": size})
+        theirs = create_mednext(size, out_channels=2, kernel_size=3, deep_supervision=True)
+    shapes = {name.removeprefix("net."): value.shape for name, value in ours.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
+
+
+def test_gradient_checkpointing_changes_memory_and_not_values() -> None:
+    image = torch.rand(1, 1, 32, 32, 32)
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        options = {"init_filters": 4, "gradient_checkpointing": checkpointing}
+        network = build_model("mednext", 1, 2, patch_size=(32,) * 3, options=options)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=saved: kept.append(t.numel()) or t, lambda t: t):
+            logits = network(image)
+        logits.square().mean().backward()
+        results.append((logits.detach(), [p.grad for p in network.parameters()], sum(saved), network.state_dict()))
+    plain, lean = results
+    torch.testing.assert_close(plain[0], lean[0], rtol=0, atol=0)
+    for ours, theirs in zip(plain[1], lean[1], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert lean[2] < plain[2] / 2
+    assert list(plain[3]) == list(lean[3])  # one checkpoint fits both
+
+
+def test_dynunet_keeps_no_graph_alive_after_a_step() -> None:
+    name = "dynunet"
+    network = build_model(name, 1, 1, patch_size=(32,) * 3, deep_supervision=True, options=TINY[name][1])
+    network(torch.rand(1, 1, 32, 32, 32))
+    assert all(not head.requires_grad for head in network.net.heads)  # type: ignore[union-attr]
+
+
+class TestRefusals:
+    def test_an_unknown_architecture_names_the_nearest(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'mednext'"):
+            build_model("mednextt", 1, 1)
+
+    def test_an_unknown_option_names_the_nearest(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'channels'"):
+            build_model("unet", 1, 1, options={"chanels": [4, 8]})
+
+    def test_an_unknown_mednext_size_or_kernel(self) -> None:
+        with pytest.raises(UnknownNameError, match="MedNeXt size 'XL'"):
+            build_model("mednext", 1, 1, options={"mednext_size": "XL"})
+        with pytest.raises(InputError, match=r"mednext_kernel_size must be one of \[3, 5, 7\], found 4"):
+            build_model("mednext", 1, 1, options={"mednext_kernel_size": 4})
+
+    def test_a_value_that_the_constructor_refuses(self) -> None:
+        with pytest.raises(InputError, match="'segresnet' cannot be built with options"):
+            build_model("segresnet", 1, 1, options={"init_filters": 5})
+
+    def test_deep_supervision_where_there_is_none(self) -> None:
+        with pytest.raises(InputError, match="these have: mednext, dynunet"):
+            build_model("unet", 1, 1, deep_supervision=True)
+
+    @pytest.mark.parametrize("channels", [(0, 1), (1, 0)])
+    def test_no_channels(self, channels: tuple[int, int]) -> None:
+        with pytest.raises(InputError, match="at least one channel"):
+            build_model("unet", *channels)
+
+
+class TestPatchSize:
+    @pytest.mark.parametrize(
+        ("name", "options", "expected"),
+        [
+            ("mednext", {}, (16, 16, 16)),
+            ("mednext", {"blocks_down": [1, 1]}, (4, 4, 4)),
+            ("unet", {"strides": [[1, 2, 2], 2], "channels": [4, 8, 8]}, (2, 4, 4)),
+            ("dynunet", {"strides": [1, [1, 2, 2], 2]}, (2, 4, 4)),
+            ("segresnet", {}, (8, 8, 8)),
+            ("swin_unetr", {}, (32, 32, 32)),
+        ],
+    )
+    def test_multiple(self, name: str, options: dict[str, Any], expected: tuple[int, int, int]) -> None:
+        assert required_multiple(name, options) == expected
+
+    def test_an_odd_side_is_refused_with_one_that_fits(self) -> None:
+        with pytest.raises(InputError, match=r"patch_size \[128, 100, 65\].*\[16, 16, 16\].*\[128, 96, 64\] would do"):
+            check_patch_size("mednext", (128, 100, 65))
+
+    def test_a_patch_that_ends_in_one_voxel_is_refused(self) -> None:
+        with pytest.raises(InputError, match=r"single voxel; \[64, 64, 64\] would do"):
+            check_patch_size("swin_unetr", (32, 32, 32))
+        check_patch_size("swin_unetr", (32, 32, 64))
+
+    def test_three_sides_are_needed(self) -> None:
+        with pytest.raises(InputError, match="three positive numbers"):
+            check_patch_size("unet", (64, 64))
+
+    def test_stages_that_are_none(self) -> None:
+        with pytest.raises(InputError, match="do not describe its stages"):
+            required_multiple("unet", {"strides": 3})
+
+    def test_only_unetr_is_built_for_one_size(self) -> None:
+        assert [name for name in list_models() if fixed_patch_size(name)] == ["unetr"]
