@@ -30,8 +30,10 @@ from connectomics.io import resample
 Fraction = NDArray[np.float32]
 Interval = tuple[Fraction, Fraction]
 
-_HALF = np.float32(0.5 - 1e-4)  # sums of float32 shares miss 1/2 by rounding; a ten-thousandth of a voxel does not matter
-_BLOCK = (64, 64, 64)  # target voxels worked on at once: bounds memory whatever the crop's size
+_HALF = np.float32(
+    0.5 - 1e-4
+)  # sums of float32 shares miss 1/2 by rounding; a ten-thousandth of a voxel does not matter
+_SOURCE_VOXELS = 2**24  # label voxels of one array held at once: bounds memory whatever the crop's size
 _WORD = 64
 
 
@@ -111,7 +113,7 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVol
     begin = [s.start for s in inside]
     touched = grid.crop(begin, [s.stop - s.start for s in inside])
     wanted = _arrays_needed(crop, names)
-    for offset, block in touched.blocks(_BLOCK):
+    for offset, block in touched.blocks(_block_shape(wanted, grid)):
         shares = _narrow({name: _read_interval(label, block) for name, label in wanted.items()}, names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
         for channel, name in enumerate(names):
@@ -123,7 +125,9 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVol
     return LabelVolume(grid, names, present, known)
 
 
-def read_instances(crop: Crop, class_name: str, grid: VoxelGrid) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
+def read_instances(
+    crop: Crop, class_name: str, grid: VoxelGrid
+) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
     """Instance ids as stored (0 where absent, unknown or outside) and the known mask, both of ``grid``'s shape.
 
     Ids cannot be averaged, so each voxel takes the id at its centre (nearest). Raises `UnknownNameError` where the crop
@@ -153,6 +157,16 @@ def _arrays_needed(crop: Crop, classes: Sequence[str]) -> dict[str, LabelArray]:
             if known is not None and (other in ATOMIC_CLASSES or atoms & set(known.atoms)):
                 needed[other] = label
     return needed
+
+
+def _block_shape(arrays: Mapping[str, LabelArray], grid: VoxelGrid) -> tuple[int, int, int]:
+    """Target voxels worked on at once, so that no array gives more than `_SOURCE_VOXELS` for them."""
+    most = 1.0  # source voxels in one target voxel
+    for label in arrays.values():
+        level = label.source.levels[label.source.level_for(grid.voxel_size)]
+        most = max(most, float(np.prod(np.maximum(1.0, np.divide(grid.voxel_size, level.grid.voxel_size)))))
+    edge = int(np.clip((_SOURCE_VOXELS / most) ** (1 / 3), 8, 64))
+    return edge, edge, edge
 
 
 def _says_everything(crop: Crop, name: str) -> bool:

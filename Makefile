@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything lives in .venv; `make clean` undoes it.
+#
+# torch is installed first and alone: pip then takes the build that this machine is set up for (its CPU build where pip
+# is pointed at one), and the constraints keep every later package from choosing another.
+
+PYTHON ?= $(shell command -v python3.12 python3.11 python3 2>/dev/null | head -n 1)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+STAMP  := $(VENV)/.installed
+
+.PHONY: install demo test test-all bench lint clean help
+
+help:
+	@echo "make install | demo | test | test-all | bench | lint | clean"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "expected Python 3.11 or 3.12, found %d.%d; set PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $(STAMP)
+
+demo: install
+	$(BIN)/pytc demo --out outputs/demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
+
+test-all: install
+	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term
+
+bench: install
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -1,0 +1,147 @@
+"""MONAI dictionary transforms from the configuration, applied to image, label and known alike.
+
+What is added to what the YAML says:
+
+- ``known`` goes wherever ``label`` goes, always with nearest interpolation and zeros (unknown) where nothing was, so an
+  unknown voxel stays unknown when it is moved and what comes in from outside the patch is unknown;
+- labels are never interpolated, whatever single ``mode`` is given;
+- `RandRotate90d` takes a list of planes: one transform for each.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import ConfigError, unknown_name
+
+Sample = dict[str, Any]
+_FIELDS = ("image", "label", "known")
+# transforms that scale by resampling to a size: torch's plain "nearest" is half a voxel off there, "nearest-exact" is not
+_RESIZING = ("RandZoomd", "Zoomd", "Resized", "RandSimulateLowResolutiond")
+# default of the image's values beyond its border, where the transform has such an option
+_IMAGE_PADDING = "border"
+
+
+class Augmentor:
+    """A chain of MONAI dictionary transforms for ``{"image", "label", "known"}`` numpy arrays (C, D, H, W).
+
+    Calling it gives the same three arrays, contiguous: image float32, label float32, known bool. `seed` makes the next
+    call reproducible, whichever process makes it.
+    """
+
+    def __init__(self, transforms: Sequence[Callable[[Sample], Sample]]) -> None:
+        from monai.transforms import Compose
+
+        self._compose = Compose(list(transforms))
+
+    def seed(self, seed: int) -> None:
+        """Set the random stream of every transform."""
+        self._compose.set_random_state(seed=seed)
+
+    def __call__(self, sample: Mapping[str, NDArray[Any]]) -> Sample:
+        data: Sample = {**sample, "known": np.asarray(sample["known"], np.float32)}
+        moved = self._compose(data)
+        result = {name: np.ascontiguousarray(np.asarray(moved[name])) for name in _FIELDS}
+        return {
+            **sample,
+            "image": result["image"].astype(np.float32, copy=False),
+            "label": result["label"].astype(np.float32, copy=False),
+            "known": result["known"] > 0.5,
+        }
+
+
+def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int]) -> Augmentor | None:
+    """The chain named under ``data.augmentations``: transform name -> arguments, in their order; None where empty.
+
+    A name ending in ``_2``, ``_3``... repeats a transform. Raises `UnknownNameError` (nearest name) for a transform or
+    an argument that MONAI does not have, `ConfigError` for arguments that it refuses.
+    """
+    transforms: list[Callable[[Sample], Sample]] = []
+    for name, arguments in augmentations.items():
+        if arguments is None:
+            continue
+        transforms += _build(str(name), dict(arguments), patch_size)
+    return Augmentor(transforms) if transforms else None
+
+
+def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> list[Callable[[Sample], Sample]]:
+    import monai.transforms
+
+    base, _, suffix = name.rpartition("_")
+    kind = base if base and suffix.isdigit() else name
+    cls = getattr(monai.transforms, kind, None)
+    if cls is None or not kind.endswith("d"):
+        known = [n for n in dir(monai.transforms) if n.endswith("d") and n[:1].isupper()]
+        raise unknown_name("transform", kind, known, "data.augmentations")
+    allowed = inspect.signature(cls).parameters
+    for key in arguments:
+        if key not in allowed:
+            raise unknown_name(f"argument of {kind}", key, allowed, "data.augmentations")
+    keys = arguments.pop("keys", None)
+    if keys is None:
+        raise ConfigError(f"data.augmentations.{name}: keys is absent; give [image] or [image, label]")
+    fields = [str(k) for k in ([keys] if isinstance(keys, str) else keys)]
+    for key in fields:
+        if key not in _FIELDS:
+            raise unknown_name("key", key, _FIELDS, f"data.augmentations.{name}.keys")
+    arguments = _for_fields(kind, arguments, fields, allowed)
+    planes = arguments.get("spatial_axes")
+    if kind == "RandRotate90d":
+        several = planes is not None and any(isinstance(p, Sequence) for p in planes)
+        chosen = [tuple(p) for p in planes] if several else [tuple(planes) if planes is not None else (0, 1)]
+        for plane in chosen:
+            if patch_size[plane[0]] != patch_size[plane[1]]:
+                raise ConfigError(
+                    f"data.augmentations.{name} turns axes {plane}, which needs a patch as long on both; "
+                    f"data.patch_size is {list(patch_size)}: leave that plane out of spatial_axes"
+                )
+        variants = [{**arguments, "spatial_axes": plane} for plane in chosen]
+    else:
+        variants = [arguments]
+    try:
+        return [cls(**{k: _tuples(v) for k, v in variant.items()}) for variant in variants]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.augmentations.{name}: {' '.join(str(error).split())}") from error
+
+
+def _for_fields(
+    kind: str, arguments: dict[str, Any], fields: list[str], allowed: Mapping[str, inspect.Parameter]
+) -> dict[str, Any]:
+    """The arguments with ``known`` added beside ``label``, and modes given for each field."""
+    given_modes = _by_field(arguments.get("mode"), fields)
+    given_padding = _by_field(arguments.get("padding_mode"), fields)
+    if "label" in fields and "known" not in fields:
+        fields = [*fields, "known"]
+    arguments = {**arguments, "keys": fields}
+    if not {"label", "known"} & set(fields):
+        return arguments
+    resizing = kind in _RESIZING
+    nearest = "nearest-exact" if resizing else "nearest"
+    if "mode" in allowed:
+        image_mode = given_modes.get("image") or ("trilinear" if resizing else "bilinear")
+        arguments["mode"] = [image_mode if f == "image" else nearest for f in fields]
+    if "padding_mode" in allowed:
+        # resizing pads as numpy does ("constant": zeros), the others as torch's grid_sample
+        image_padding = given_padding.get("image") or ("edge" if resizing else _IMAGE_PADDING)
+        arguments["padding_mode"] = [
+            image_padding if f == "image" else ("constant" if resizing else "zeros") for f in fields
+        ]
+    return arguments
+
+
+def _by_field(value: Any, fields: Sequence[str]) -> dict[str, Any]:
+    """A per-key argument as MONAI takes it (one for all, or one a key) by field."""
+    if value is None:
+        return {}
+    values = [value] * len(fields) if isinstance(value, str) else list(value)
+    return dict(zip(fields, values, strict=False))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of numbers as tuples: MONAI reads ``(a, b)`` as a range in some places where it refuses a list."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value

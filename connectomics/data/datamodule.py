@@ -1,0 +1,186 @@
+"""The Lightning data module: catalog, split, volumes, sampler and loaders of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset
+
+from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.config import RunConfig
+from connectomics.data.augment import build_augmentor
+from connectomics.data.dataset.build import patch_options
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, collate
+from connectomics.data.sampling import PatchSampler
+from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
+from connectomics.data.volumes import CropVolume
+from connectomics.errors import ConfigError, InputError
+
+log = logging.getLogger(__name__)
+
+
+class ValidationCrops(Dataset[CropVolume]):
+    """Whole crops, one an item: validation slides a window over each, reading as it goes."""
+
+    def __init__(self, volumes: Sequence[CropVolume], rank: int, world: int) -> None:
+        self.volumes = list(volumes)[rank::world]
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int) -> CropVolume:
+        return self.volumes[index]
+
+
+class CellMapDataModule(pl.LightningDataModule):
+    """Training patches (`PatchSampler`, augmented) and whole validation crops of the data that a run names."""
+
+    def __init__(self, config: RunConfig, run_dir: Path | None = None) -> None:
+        """``run_dir``: where the split is written if ``dataset.split_file`` names no place for it."""
+        super().__init__()
+        self.config = config
+        self.run_dir = run_dir
+        self.split: Split | None = None
+        self._train: CellMapMultiClassDataset | None = None
+        self._val: CellMapMultiClassDataset | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the crops, split them, and decode them into the cache where there is one."""
+        if self._train is not None:
+            return
+        cfg = self.config
+        if cfg.dataset.name != "cellmap":
+            raise ConfigError(
+                f"training needs all classes a sample (dataset.name=cellmap), found {cfg.dataset.name!r}; "
+                "cellmap_single is for use by hand"
+            )
+        if cfg.model.in_channels != 1:
+            raise ConfigError(
+                f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
+            )
+        crops = Catalog.open(cfg.dataset.data_root).crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
+        self.split = self._split(crops)
+        train, val = self.split.select(crops, "the split file" if cfg.dataset.split_file else "the split")
+        if not train:
+            raise InputError(
+                "the split leaves no crop to train on; raise dataset.train_val_split or edit the split file"
+            )
+        common = (cfg.dataset.classes, cfg.data.patch_size, cfg.dataset.resolution)
+        self._train = self._dataset(train, "train", *common)
+        self._val = self._dataset(val, "val", *common)
+        for volume in (*self._train.volumes, *self._val.volumes):
+            volume.prepare()
+
+    def _dataset(
+        self,
+        crops: list[Crop],
+        mode: Any,
+        classes: Sequence[str],
+        patch_size: Sequence[int],
+        resolution: Sequence[float],
+    ) -> CellMapMultiClassDataset:
+        augmentor = build_augmentor(self.config.data.augmentations, patch_size) if mode == "train" else None
+        return CellMapMultiClassDataset.of_crops(
+            crops, classes, mode, patch_size, resolution, augmentor, patch_options(self.config)
+        )
+
+    def _split(self, crops: list[Crop]) -> Split:
+        """Read the split file where it exists, else decide and write it."""
+        cfg = self.config.dataset
+        file = Path(cfg.split_file) if cfg.split_file else (self.run_dir / "split.yaml" if self.run_dir else None)
+        if file is not None and file.is_file():
+            return Split.load(file)
+        if cfg.split == "crop":
+            split = split_by_crop(crops, cfg.classes, cfg.train_val_split, self.config.system.seed)
+        elif cfg.split == "dataset":
+            split = split_by_dataset(crops, cfg.held_out)
+        else:
+            folds = leave_one_out(crops)
+            if len(cfg.held_out) != 1 or cfg.held_out[0] not in folds:
+                raise ConfigError(
+                    f"dataset.split=leave_one_out validates on one data set a run; set dataset.held_out=[NAME], one of "
+                    f"{', '.join(folds)}, and run once for each"
+                )
+            split = folds[cfg.held_out[0]]
+        if file is not None and _is_first_process():
+            split.save(file)
+        return split
+
+    # -- loaders -----------------------------------------------------------------------------------------------------
+    @property
+    def train_dataset(self) -> CellMapMultiClassDataset:
+        """The training patches; `setup` first."""
+        assert self._train is not None, "setup() comes first"
+        return self._train
+
+    @property
+    def val_volumes(self) -> list[CropVolume]:
+        """The validation crops; `setup` first."""
+        assert self._val is not None, "setup() comes first"
+        return self._val.volumes
+
+    def _patches_per_epoch(self) -> int:
+        if self.config.data.patches_per_epoch is not None:
+            return self.config.data.patches_per_epoch
+        dataset = self.train_dataset
+        patch = dataset.patch_size[0] * dataset.patch_size[1] * dataset.patch_size[2]
+        return max(64, sum(-(-v.grid.size // patch) for v in dataset.volumes))
+
+    def sampler(self) -> PatchSampler:
+        """The sampler of this process's share of each epoch."""
+        dataset = self.train_dataset
+        rank, world = self._place()
+        points = [{c: dataset.points(i, c) for c in dataset.classes} for i in range(len(dataset.volumes))]
+        sizes = [float(v.grid.size) for v in dataset.volumes]
+        return PatchSampler(
+            points,
+            sizes,
+            self._patches_per_epoch(),
+            balance=self.config.data.balance,
+            seed=self.config.system.seed,
+            rank=rank,
+            world=world,
+        )
+
+    def _place(self) -> tuple[int, int]:
+        """This process's number and how many there are."""
+        trainer = self.trainer
+        return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of `collate`."""
+        data = self.config.data
+        workers = min(data.num_workers, os.cpu_count() or 1)
+        if workers < data.num_workers:
+            log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
+        return DataLoader(
+            self.train_dataset,
+            batch_size=data.batch_size,
+            sampler=self.sampler(),
+            num_workers=workers,
+            collate_fn=collate,
+            persistent_workers=data.persistent_workers and workers > 0,
+            pin_memory=data.pin_memory and _has_cuda(),
+            drop_last=True,
+            # readers run threads of their own, which do not survive a plain fork
+            multiprocessing_context="forkserver" if workers else None,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """One `CropVolume` a batch, each process its share."""
+        return DataLoader(ValidationCrops(self.val_volumes, *self._place()), batch_size=1, collate_fn=list)
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0

@@ -1,0 +1,265 @@
+"""Patches of CellMap crops as torch data sets: one class a sample, or all classes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
+
+from connectomics.cellmap.catalog import Catalog, Crop, informs
+from connectomics.data.augment import Augmentor
+from connectomics.data.crop_cache import default_cache_dir
+from connectomics.data.sampling import PatchRequest, foreground_points, place_patch
+from connectomics.data.volumes import CropVolume
+from connectomics.errors import InputError, unknown_name
+from connectomics.geometry import triple
+
+Mode = Literal["train", "val", "test"]
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """The less usual options of a data set, ``mode_kwargs`` of the constructors.
+
+    Attributes:
+        seed: of the positions.
+        balance: share of the patches drawn through a voxel of a class (else uniform).
+        intensity_range: raw values that become 0 and 1; None for the integer type's range.
+        use_cache: decode every crop once into memory-mapped files.
+        cache_dir: where those are; None for the user's cache folder.
+        cache_context: voxels of raw kept around each crop, one number; None for the patch size.
+    """
+
+    seed: int = 42
+    balance: float = 0.7
+    intensity_range: tuple[float, float] | None = None
+    use_cache: bool = False
+    cache_dir: str | None = None
+    cache_context: int | None = None
+
+    @classmethod
+    def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
+        """Checked against the fields: an unknown one raises `UnknownNameError`."""
+        for name in kwargs:
+            if name not in cls.__dataclass_fields__:
+                raise unknown_name("option", name, cls.__dataclass_fields__, "mode_kwargs")
+        return cls(**kwargs)
+
+
+class CropPatches(Dataset[Sample]):
+    """What both data sets share: crops as volumes, and patches drawn from them.
+
+    An index gives a patch of that sample's crop: a new random one each time in training (from the loader worker's
+    random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly the
+    patch that it names.
+    """
+
+    def __init__(
+        self,
+        crops: Sequence[Crop],
+        classes: Sequence[str],
+        mode: Mode,
+        patch_size: Sequence[int],
+        resolution: Sequence[float],
+        augmentor: Callable[[Sample], Sample] | None,
+        options: PatchOptions,
+    ) -> None:
+        if mode not in ("train", "val", "test"):
+            raise unknown_name("mode", mode, ("train", "val", "test"))
+        if len(patch_size) != 3 or min(patch_size) < 1:
+            raise InputError(f"patch_size must be three positive whole numbers (z, y, x), found {list(patch_size)}")
+        self.classes = tuple(classes)
+        self.mode = mode
+        self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
+        self.resolution = triple(resolution, "resolution")
+        self.augmentor = augmentor
+        self.options = options
+        cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
+        margin = options.cache_context
+        context = self.patch_size if margin is None else (margin, margin, margin)
+        self.volumes = [
+            CropVolume(
+                crop=crop,
+                classes=self.classes,
+                voxel_size=self.resolution,
+                intensity_range=options.intensity_range,
+                cache=cache if options.use_cache else None,
+                context=context,
+            )
+            for crop in crops
+        ]
+        for volume in self.volumes:
+            volume.check()
+        self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
+        self._rng: np.random.Generator | None = None
+
+    # -- where patches are -------------------------------------------------------------------------------------------
+    def points(self, volume: int, class_name: str) -> NDArray[np.float64]:
+        """Positions (n, 3) in nm where the class is present in that crop, found once."""
+        key = (volume, class_name)
+        if key not in self._points:
+            self._points[key] = foreground_points(self.volumes[volume].crop, class_name, self.options.seed)
+        return self._points[key]
+
+    def _stream(self, index: int) -> np.random.Generator:
+        """The random stream of a plain index: the worker's own in training, the sample's own otherwise."""
+        if self.mode != "train":
+            return np.random.default_rng([self.options.seed, index])
+        if self._rng is None:
+            worker = get_worker_info()
+            entropy = [self.options.seed] if worker is None else [self.options.seed, worker.seed % 2**63]
+            self._rng = np.random.default_rng(entropy)
+        return self._rng
+
+    def _draw(self, volume: int, classes: Sequence[str], index: int) -> Sample:
+        rng = self._stream(index)
+        present = [c for c in classes if len(self.points(volume, c))]
+        point = None
+        if present and rng.random() < self.options.balance:
+            points = self.points(volume, present[int(rng.integers(len(present)))])
+            point = triple(points[int(rng.integers(len(points)))])
+        seed = tuple(int(s) for s in rng.integers(2**31, size=2))
+        return self._read(PatchRequest(volume, point, seed), classes)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+    def _read(self, request: PatchRequest, classes: Sequence[str]) -> Sample:
+        volume = self.volumes[request.index]
+        rng = np.random.default_rng(request.seed)
+        grid = place_patch(volume.grid, self.patch_size, request.point, rng)
+        raw, inside = volume.read_raw(grid)
+        label, known = volume.label_volume(grid).restricted(inside).dense(classes)
+        sample: Sample = {"image": raw[None].astype(np.float32) / np.float32(255.0), "label": label, "known": known}
+        if self.augmentor is None:
+            return sample
+        if isinstance(self.augmentor, Augmentor):
+            self.augmentor.seed(int(rng.integers(2**31)))
+        return self.augmentor(sample)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rng": None}  # a loader worker starts its own random stream
+
+
+class CellMapDataset(CropPatches):
+    """One sample for each (data set, crop, class): ``image`` (1, D, H, W) float32 in [0, 1], ``label`` (1, D, H, W)
+    float32 0/1 and ``known`` (1, D, H, W) bool. A label counts only where ``known``.
+
+    ``data_samples`` lists the samples: ``dataset``, ``crop``, ``class``, ``raw_path``, ``label_path`` (None where the
+    class is known through others only) and ``scale_level``, the pyramid level that labels are read from.
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        datasets: Sequence[str] | None,
+        crops: Sequence[str] | None = None,
+        classes: Sequence[str] = ("nuc", "mito"),
+        mode: Mode = "train",
+        patch_size: Sequence[int] = (128, 128, 128),
+        resolution: Sequence[float] = (8.0, 8.0, 8.0),
+        augmentor: Callable[[Sample], Sample] | None = None,
+        mode_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``patch_size`` in voxels and ``resolution`` in nm, z y x. Raises `MissingError` or `UnknownNameError` for a
+        root, data set, crop or class that is not there."""
+        found = Catalog.open(data_root).crops(datasets, crops, classes)
+        options = PatchOptions.from_kwargs(mode_kwargs or {})
+        super().__init__(found, classes, mode, patch_size, resolution, augmentor, options)
+        self.data_samples = [
+            self._describe(i, name) for i, crop in enumerate(found) for name in classes if informs(name, crop.labels)
+        ]
+
+    def _describe(self, volume: int, name: str) -> dict[str, Any]:
+        crop = self.volumes[volume].crop
+        label = crop.labels.get(name)
+        return {
+            "dataset": crop.dataset,
+            "crop": crop.name,
+            "class": name,
+            "raw_path": crop.raw,
+            "label_path": label.location if label else None,
+            "scale_level": label.source.level_for(self.resolution) if label else None,
+            "volume": volume,
+        }
+
+    def __len__(self) -> int:
+        return len(self.data_samples)
+
+    def __getitem__(self, index: int | PatchRequest) -> Sample:
+        if isinstance(index, PatchRequest):
+            raise InputError("CellMapDataset has one class a sample and takes plain indices, not patch requests")
+        info = self.data_samples[index]
+        return self._draw(info["volume"], [info["class"]], index)
+
+
+class CellMapMultiClassDataset(CropPatches):
+    """One sample for each crop: ``image`` (1, D, H, W) float32 in [0, 1], ``label`` (C, D, H, W) float32 0/1 and
+    ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody annotated there is unknown, not absent.
+
+    ``crop_groups`` lists the crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path).
+    """
+
+    def __init__(
+        self,
+        data_root: str,
+        datasets: Sequence[str] | None,
+        crops: Sequence[str] | None = None,
+        classes: Sequence[str] = ("nuc", "mito"),
+        mode: Mode = "train",
+        patch_size: Sequence[int] = (128, 128, 128),
+        resolution: Sequence[float] = (8.0, 8.0, 8.0),
+        augmentor: Callable[[Sample], Sample] | None = None,
+        mode_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """As `CellMapDataset`."""
+        found = Catalog.open(data_root).crops(datasets, crops, classes)
+        options = PatchOptions.from_kwargs(mode_kwargs or {})
+        super().__init__(found, classes, mode, patch_size, resolution, augmentor, options)
+
+    @classmethod
+    def of_crops(
+        cls,
+        crops: Sequence[Crop],
+        classes: Sequence[str],
+        mode: Mode,
+        patch_size: Sequence[int],
+        resolution: Sequence[float],
+        augmentor: Callable[[Sample], Sample] | None = None,
+        options: PatchOptions | None = None,
+    ) -> CellMapMultiClassDataset:
+        """The data set of given crops (one side of a split)."""
+        made = cls.__new__(cls)
+        CropPatches.__init__(made, crops, classes, mode, patch_size, resolution, augmentor, options or PatchOptions())
+        return made
+
+    @property
+    def crop_groups(self) -> list[dict[str, Any]]:
+        """The crops, as the plan's tables have them."""
+        return [
+            {
+                "dataset": v.crop.dataset,
+                "crop": v.crop.name,
+                "raw_path": v.crop.raw,
+                "label_paths": {c: v.crop.labels[c].location for c in self.classes if c in v.crop.labels},
+            }
+            for v in self.volumes
+        ]
+
+    def __len__(self) -> int:
+        return len(self.volumes)
+
+    def __getitem__(self, index: int | PatchRequest) -> Sample:
+        if isinstance(index, PatchRequest):
+            return self._read(index, self.classes)
+        return self._draw(index, self.classes, index)
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    """A batch: ``image`` (B, 1, D, H, W), ``label`` and ``known`` (B, C, D, H, W)."""
+    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in ("image", "label", "known")}
