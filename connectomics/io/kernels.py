@@ -1,0 +1,60 @@
+"""The numba kernel of `connectomics.io.resample` (apart, so that importing the package does not import numba)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+
+@numba.njit(cache=True, nogil=True)
+def weighted_sums(
+    block: NDArray[Any],
+    z_first: NDArray[np.int64],
+    z_count: NDArray[np.int64],
+    z_weight: NDArray[np.float32],
+    y_first: NDArray[np.int64],
+    y_count: NDArray[np.int64],
+    y_weight: NDArray[np.float32],
+    x_first: NDArray[np.int64],
+    x_count: NDArray[np.int64],
+    x_weight: NDArray[np.float32],
+    out: NDArray[np.float32],
+) -> None:
+    """out[t, u, v] = sum over k, l, m of z_weight[t, k] y_weight[u, l] x_weight[v, m] block[z_first[t] + k, ...].
+
+    Per output row the source rows are summed first (contiguous, vectorised), then the row is resampled along x, so
+    there is no temporary beyond one row.
+    """
+    depth, height, width = out.shape
+    x_low = block.shape[2]
+    x_high = 0
+    for v in range(width):
+        if x_count[v] > 0:
+            x_low = min(x_low, x_first[v])
+            x_high = max(x_high, x_first[v] + x_count[v])
+    row = np.zeros(block.shape[2], dtype=np.float32)
+    for t in range(depth):
+        for u in range(height):
+            first = True
+            for k in range(z_count[t]):
+                for m in range(y_count[u]):
+                    weight = z_weight[t, k] * y_weight[u, m]
+                    source = block[z_first[t] + k, y_first[u] + m]
+                    if first:
+                        for x in range(x_low, x_high):
+                            row[x] = weight * np.float32(source[x])
+                        first = False
+                    else:
+                        for x in range(x_low, x_high):
+                            row[x] += weight * np.float32(source[x])
+            if first:  # no source row: outside the block
+                out[t, u, :] = 0
+                continue
+            for v in range(width):
+                total = np.float32(0)
+                for k in range(x_count[v]):
+                    total += x_weight[v, k] * row[x_first[v] + k]
+                out[t, u, v] = total

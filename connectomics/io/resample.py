@@ -1,0 +1,241 @@
+"""From one voxel grid to another: linear and area-averaged values for raw, nearest for labels, exact fractions.
+
+All of it is separable. A table per axis says which source voxels make up each target voxel and with what weights
+(`AxisTable`); one numba kernel applies the three tables. Source voxel j covers [j, j + 1) in face coordinates.
+
+Raw (`linear`) per axis: where the target voxel is as fine as the source's or finer, linear interpolation at the target
+centre; where it is coarser, the average over the target voxel's box. Never the nearest value. Where the voxel sizes do
+not divide each other, the box average of a staircase lies up to 1/8 source voxel beside the target centre; the two end
+weights are balanced so that the centre of mass is the target centre, so both cases reproduce a linear ramp exactly.
+
+Fractions (`area_fraction`): the exact share of the target voxel's volume, no balancing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import InputError
+from connectomics.geometry import VoxelGrid
+
+# Overlaps and offsets below a millionth of a source voxel are rounding of nanometres, not tissue.
+_SLIVER = 1e-6
+# Nominally equal positions and voxel sizes differ by the rounding of decimal metadata (as in geometry.grid).
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class AxisTable:
+    """Along one axis: target voxel i is the sum over k < count[i] of weights[i, k] * source[first[i] + k].
+
+    ``first`` and ``count`` are int64 (n,), ``weights`` float32 (n, K); a count of 0 means that no source overlaps.
+    """
+
+    first: NDArray[np.int64]
+    count: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Begin and end (exclusive) of the source voxels that take part; (0, 0) where none does."""
+        used = self.count > 0
+        if not used.any():
+            return 0, 0
+        return int(self.first[used].min()), int((self.first + self.count)[used].max())
+
+    def part(self, begin: int, end: int) -> AxisTable:
+        """The table of target voxels ``begin`` to ``end``."""
+        return AxisTable(self.first[begin:end], self.count[begin:end], self.weights[begin:end])
+
+    def shifted(self, begin: int) -> AxisTable:
+        """The same for a source block that starts at source voxel ``begin``."""
+        return AxisTable(np.where(self.count > 0, self.first - begin, 0), self.count, self.weights)
+
+
+Tables = tuple[AxisTable, AxisTable, AxisTable]
+
+
+def linear(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
+    """Raw values of ``block`` (D, H, W), which lies on ``block_grid``, at the voxels of ``target_grid``; float32.
+
+    Per axis linear interpolation, or the box average where the target is coarser (see the module). Beyond the block
+    its edge values are repeated; a target voxel partly beyond it is the average over the part inside.
+    """
+    _check(block, block_grid)
+    return apply(block, raw_tables(block_grid, target_grid))
+
+
+def area_fraction(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
+    """Exact mean of ``block`` (bool, integer or float; D, H, W) over the box of every target voxel; float32.
+
+    For a mask that is the share of the target voxel which the mask fills. What lies beyond the block is left out of
+    the mean (see `area_coverage`); a target voxel wholly beyond it is 0.
+    """
+    _check(block, block_grid)
+    if block.dtype.kind in "bu" and not block.any():
+        return np.zeros(target_grid.shape, dtype=np.float32)
+    return apply(block, overlap_tables(block_grid, target_grid)[0])
+
+
+def area_coverage(block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
+    """The share of every target voxel's box that lies inside the block's box, 0 to 1; float32, target shape."""
+    z, y, x = overlap_tables(block_grid, target_grid)[1]
+    return (z[:, None, None] * y[:, None] * x).astype(np.float32)
+
+
+def nearest(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[Any]:
+    """For every target centre the value of the block voxel whose cell contains it, dtype kept; 0 beyond the block.
+
+    On a tie (the centre lies on a face) the voxel that begins there: floor(index + 1/2).
+    """
+    _check(block, block_grid)
+    out = np.zeros(target_grid.shape, dtype=block.dtype)
+    indices = nearest_indices(block_grid, target_grid)
+    kept = [np.flatnonzero((i >= 0) & (i < n)) for i, n in zip(indices, block.shape, strict=True)]
+    if all(len(k) for k in kept):
+        z, y, x = (i[k] for i, k in zip(indices, kept, strict=True))
+        box = tuple(slice(int(k[0]), int(k[-1]) + 1) for k in kept)
+        out[box] = take(block, z, y, x)
+    return out
+
+
+def take(block: NDArray[Any], z: NDArray[np.int64], y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[Any]:
+    """``block`` at the product of three index lists; runs of consecutive indices are sliced, not gathered."""
+    out = block
+    for axis, index in enumerate((z, y, x)):
+        if len(index) > 0 and index[-1] - index[0] == len(index) - 1 and bool(np.all(np.diff(index) == 1)):
+            cut: Any = slice(int(index[0]), int(index[-1]) + 1)
+        else:
+            cut = index
+        out = out[(slice(None),) * axis + (cut,)]
+    return out
+
+
+def nearest_indices(source: VoxelGrid, target: VoxelGrid) -> list[NDArray[np.int64]]:
+    """Per axis, the source voxel whose cell contains each target centre, not clipped to the source."""
+    indices = []
+    for axis in range(3):
+        centers = _centers(source, target, axis)
+        indices.append(np.floor(centers + 0.5 + _TOLERANCE).astype(np.int64))
+    return indices
+
+
+def inside_axes(source: VoxelGrid, target: VoxelGrid) -> list[NDArray[np.bool_]]:
+    """Per axis, whether each target centre lies in the source's box (begin face included, end face not)."""
+    return [(i >= 0) & (i < n) for i, n in zip(nearest_indices(source, target), source.shape, strict=True)]
+
+
+def raw_tables(source: VoxelGrid, target: VoxelGrid) -> Tables:
+    """The tables of `linear` from the whole ``source`` grid to ``target``."""
+    z, y, x = (
+        _balanced_area(source, target, axis)
+        if target.voxel_size[axis] > source.voxel_size[axis] * (1 + _TOLERANCE)
+        else _interpolation(source, target, axis)
+        for axis in range(3)
+    )
+    return z, y, x
+
+
+def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[NDArray[np.float64]]]:
+    """The tables of `area_fraction`, and per axis the covered share of each target voxel (float64, 0 to 1)."""
+    pairs = [_overlap(source, target, axis) for axis in range(3)]
+    (z, _), (y, _), (x, _) = pairs
+    return (z, y, x), [coverage for _, coverage in pairs]
+
+
+def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
+    """The target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer."""
+    from connectomics.io.kernels import weighted_sums
+
+    z, y, x = tables
+    out = np.zeros((len(z.first), len(y.first), len(x.first)), dtype=np.float32)
+    if out.size == 0 or block.size == 0:
+        return out
+    source = block.view(np.uint8) if block.dtype == np.bool_ else block
+    if source.dtype not in (np.uint8, np.uint16, np.float32):
+        source = source.astype(np.float32)
+    weighted_sums(
+        np.ascontiguousarray(source),
+        *(z.first, z.count, z.weights),
+        *(y.first, y.count, y.weights),
+        *(x.first, x.count, x.weights),
+        out,
+    )
+    return out
+
+
+def _centers(source: VoxelGrid, target: VoxelGrid, axis: int) -> NDArray[np.float64]:
+    """Target centres along ``axis`` as fractional source indices."""
+    world = target.translation[axis] + target.voxel_size[axis] * np.arange(target.shape[axis], dtype=np.float64)
+    return (world - source.translation[axis]) / source.voxel_size[axis]
+
+
+def _interpolation(source: VoxelGrid, target: VoxelGrid, axis: int) -> AxisTable:
+    n = source.shape[axis]
+    centers = np.clip(_centers(source, target, axis), 0, max(n - 1, 0))
+    first = np.floor(centers + _SLIVER).astype(np.int64)
+    fraction = centers - first
+    fraction[fraction < _SLIVER] = 0
+    count = np.where(fraction > 0, 2, 1) if n else np.zeros_like(first)
+    return AxisTable(first, count.astype(np.int64), np.stack([1 - fraction, fraction], axis=1).astype(np.float32))
+
+
+def _overlap(source: VoxelGrid, target: VoxelGrid, axis: int) -> tuple[AxisTable, NDArray[np.float64]]:
+    first, count, weights = _overlap_weights(source, target, axis)
+    covered = weights.sum(axis=1)
+    norm = np.where(count > 0, covered, 1)[:, None]
+    size = target.voxel_size[axis] / source.voxel_size[axis]
+    return AxisTable(first, count, (weights / norm).astype(np.float32)), np.clip(covered / size, 0, 1)
+
+
+def _overlap_weights(
+    source: VoxelGrid, target: VoxelGrid, axis: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """First source voxel, number of them and overlaps in source voxels (n, K), for the target boxes along an axis."""
+    n = source.shape[axis]
+    half = 0.5 * target.voxel_size[axis] / source.voxel_size[axis]
+    middle = _centers(source, target, axis) + 0.5
+    low, high = np.clip(middle - half, 0, n), np.clip(middle + half, 0, n)
+    first = np.floor(low + _SLIVER).astype(np.int64)
+    count = np.ceil(high - _SLIVER).astype(np.int64) - first
+    count[high - low <= _SLIVER] = 0
+    first[count <= 0] = 0
+    count = np.maximum(count, 0)
+    steps = np.arange(max(1, int(count.max(initial=0))))
+    cells = first[:, None] + steps
+    weights = np.minimum(high[:, None], cells + 1) - np.maximum(low[:, None], cells)
+    weights[steps >= count[:, None]] = 0
+    return first, count, np.maximum(weights, 0)
+
+
+def _balanced_area(source: VoxelGrid, target: VoxelGrid, axis: int) -> AxisTable:
+    n = source.shape[axis]
+    first, count, weights = _overlap_weights(source, target, axis)
+    if n == 0:
+        return AxisTable(first, count, weights.astype(np.float32))
+    centers = _centers(source, target, axis)
+    size = target.voxel_size[axis] / source.voxel_size[axis]
+    covered = weights.sum(axis=1)
+    beyond = count == 0  # wholly outside: repeat the edge
+    first[beyond] = np.clip(np.floor(centers[beyond] + 0.5), 0, n - 1).astype(np.int64)
+    count[beyond] = 1
+    weights[beyond, 0] = 1
+    weights /= weights.sum(axis=1, keepdims=True)
+    # Balance: move weight between the two end voxels until the centre of mass is the target centre. The weight that
+    # gives is never driven below 0 (it is at least 1 - 1/(2 span) of what it was); only for boxes wholly inside.
+    rows = np.flatnonzero((covered > size - _TOLERANCE) & (count > 1))
+    last = count[rows] - 1
+    mass = (weights[rows] * np.arange(weights.shape[1])).sum(axis=1) + first[rows]
+    move = (centers[rows] - mass) / last
+    weights[rows, last] += move
+    weights[rows, 0] -= move
+    return AxisTable(first, count, weights.astype(np.float32))
+
+
+def _check(block: NDArray[Any], block_grid: VoxelGrid) -> None:
+    if block.shape != block_grid.shape:
+        raise InputError(f"the block has shape {block.shape}, its grid {block_grid.shape}; they must agree")
