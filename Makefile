@@ -3,7 +3,9 @@
 # torch is installed first and alone: pip then takes the build that this machine is set up for (its CPU build where pip
 # is pointed at one), and the constraints keep every later package from choosing another.
 
-PYTHON ?= $(shell command -v python3.12 python3.11 python3 2>/dev/null | head -n 1)
+# the first of these that runs and is 3.11 or 3.12 (a name on the path may be a shim that does not run)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+  $$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
@@ -17,7 +19,7 @@ help:
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 12) else "expected Python 3.11 or 3.12, found %d.%d; set PYTHON=/path/to/python3.11" % sys.version_info[:2])'
+	@test -n "$(PYTHON)" || { echo "expected Python 3.11 or 3.12 on the path, found neither; set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'

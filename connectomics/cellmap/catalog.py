@@ -105,14 +105,14 @@ class Catalog:
         if not catalog.datasets:
             raise MissingError(
                 f"{root} holds no data set: expected folders {{dataset}}/{{dataset}}.zarr/recon-1, "
-                f"found {', '.join(store.list_children(root)[:5]) or 'nothing'}"
+                f"found {', '.join(store.list_groups(root)[:5]) or 'nothing'}"
             )
         return catalog
 
     @cached_property
     def datasets(self) -> list[str]:
         """Names of the data sets, sorted."""
-        names = store.list_children(self.root)
+        names = store.list_groups(self.root)
         return sorted(n for n in names if store.exists(store.join(self.root, n, f"{n}.zarr")))
 
     def location(self, dataset: str) -> str:
@@ -125,7 +125,7 @@ class Catalog:
         """The location of the data set's raw multiscale group: ``em/fibsem-uint8`` where there is one, else the only
         group below ``em``; `MissingError` where there is none or no telling which."""
         em = store.join(self.location(dataset), EM)
-        names = [n for n in store.list_children(em) if not n.startswith(".")] if store.exists(em) else []
+        names = [n for n in store.list_groups(em) if not n.startswith(".")] if store.exists(em) else []
         if "fibsem-uint8" in names:
             return store.join(em, "fibsem-uint8")
         if len(names) == 1:
@@ -136,7 +136,7 @@ class Catalog:
         """Names of the data set's crops (``crop234``), by number; empty where nothing is labelled."""
         if dataset not in self._crop_names:
             truth = store.join(self.location(dataset), GROUND_TRUTH)
-            names = store.list_children(truth) if store.exists(truth) else []
+            names = store.list_groups(truth) if store.exists(truth) else []
             self._crop_names[dataset] = sorted((n for n in names if re.fullmatch(r"crop\d+", n)), key=_number)
         return self._crop_names[dataset]
 
@@ -146,7 +146,7 @@ class Catalog:
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
         location = store.join(self.location(dataset), GROUND_TRUTH, name)
-        classes = sorted(n for n in store.list_children(location) if not n.startswith("."))
+        classes = sorted(n for n in store.list_groups(location) if not n.startswith("."))
         labels = {c: LabelArray(c, store.join(location, c)) for c in classes}
         return Crop(dataset, name, self.raw_location(dataset), labels)
 

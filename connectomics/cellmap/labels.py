@@ -8,9 +8,9 @@ is left is unknown. Averages of intervals are intervals, so resampling is exact,
 - an atom is at most as large as each group that holds it (a group that is absent makes its atoms absent);
 - an atom is at most what the other atoms leave (present in one means absent in the others).
 
-A class's own array always wins where it says something; bounds only narrow what it leaves unknown. In the end a voxel is
-**present** where ``lo >= 1/2``, **absent** where ``hi < 1/2``, and **unknown** in between: nothing that could still be
-the larger part is ever called absent.
+A class's own array always wins where it says something; bounds only narrow what it leaves unknown. In the end a voxel
+is **present** where ``lo >= 1/2``, **absent** where ``hi < 1/2``, and **unknown** in between: nothing that could
+still be the larger part is ever called absent.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVol
             lo, hi = shares[name]
             word, bit = divmod(channel, _WORD)
             is_present = lo >= _HALF
-            present[(word, *at)] |= is_present.astype(np.uint64) << np.uint64(bit)
-            known[(word, *at)] |= (is_present | (hi < _HALF)).astype(np.uint64) << np.uint64(bit)
+            present[word][at] |= is_present.astype(np.uint64) << np.uint64(bit)
+            known[word][at] |= (is_present | (hi < _HALF)).astype(np.uint64) << np.uint64(bit)
     return LabelVolume(grid, names, present, known)
 
 
@@ -195,7 +195,7 @@ def _read_interval(label: LabelArray, block: VoxelGrid) -> Interval:
 
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:
-    """The intervals of ``classes``, narrowed by what the arrays in ``own`` say together (see the module's docstring)."""
+    """The intervals of ``classes``, narrowed by what the arrays in ``own`` say together (the module's docstring)."""
     if all(name in own and _is_settled(own[name]) for name in classes):
         return {name: own[name] for name in classes}
     nothing: Interval = (np.zeros(tuple(shape), np.float32), np.ones(tuple(shape), np.float32))

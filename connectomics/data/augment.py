@@ -21,7 +21,7 @@ from connectomics.errors import ConfigError, unknown_name
 
 Sample = dict[str, Any]
 _FIELDS = ("image", "label", "known")
-# transforms that scale by resampling to a size: torch's plain "nearest" is half a voxel off there, "nearest-exact" is not
+# transforms that resample to a size: torch's plain "nearest" is half a voxel off there, "nearest-exact" is not
 _RESIZING = ("RandZoomd", "Zoomd", "Resized", "RandSimulateLowResolutiond")
 # default of the image's values beyond its border, where the transform has such an option
 _IMAGE_PADDING = "border"
@@ -92,8 +92,8 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
     arguments = _for_fields(kind, arguments, fields, allowed)
     planes = arguments.get("spatial_axes")
     if kind == "RandRotate90d":
-        several = planes is not None and any(isinstance(p, Sequence) for p in planes)
-        chosen = [tuple(p) for p in planes] if several else [tuple(planes) if planes is not None else (0, 1)]
+        given = list(planes) if planes is not None else [0, 1]
+        chosen = [tuple(p) for p in (given if isinstance(given[0], Sequence) else [given])]
         for plane in chosen:
             if patch_size[plane[0]] != patch_size[plane[1]]:
                 raise ConfigError(

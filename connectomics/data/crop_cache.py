@@ -1,9 +1,9 @@
 """Crops decoded once, at the run's voxel size, into local memory-mapped files.
 
 An entry is a folder named after a hash of everything that decides its content: the crop's locations and metadata, the
-times and sizes of its label files, classes, voxel size, context, intensity range and the version of this code. It holds
-plain ``.npy`` files that every worker maps, so a patch costs a memory copy. A folder appears under its name only when it
-is whole (made under a temporary name, then renamed), so two processes may build the same entry: the first one wins.
+times and sizes of its label files, classes, voxel size, context, intensity range and the version of this code. It
+holds plain ``.npy`` files that every worker maps, so a patch costs a memory copy. A folder appears under its name only
+when it is whole (made under a temporary name, then renamed), so two processes may build the same entry: the first wins.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from connectomics.data.dataset.dataset_cellmap import (
     Mode,
     PatchOptions,
 )
+from connectomics.errors import unknown_name
 
 
 def patch_options(cfg: RunConfig) -> PatchOptions:
@@ -31,9 +32,12 @@ def get_dataset(
     cfg: RunConfig, augmentor: Callable[[dict[str, Any]], dict[str, Any]] | None, mode: Mode = "train"
 ) -> CellMapDataset | CellMapMultiClassDataset:
     """``dataset.name: cellmap`` gives all classes a sample, ``cellmap_single`` one class a sample."""
-    kind = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}[cfg.dataset.name]
+    kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
+    kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}
+    if cfg.dataset.name not in kinds:
+        raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
     options = patch_options(cfg)
-    return kind(
+    return kinds[cfg.dataset.name](
         data_root=cfg.dataset.data_root,
         datasets=cfg.dataset.datasets,
         crops=cfg.dataset.crops,

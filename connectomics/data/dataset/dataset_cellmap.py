@@ -200,7 +200,7 @@ class CellMapDataset(CropPatches):
 
 class CellMapMultiClassDataset(CropPatches):
     """One sample for each crop: ``image`` (1, D, H, W) float32 in [0, 1], ``label`` (C, D, H, W) float32 0/1 and
-    ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody annotated there is unknown, not absent.
+    ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody annotated is unknown, not absent.
 
     ``crop_groups`` lists the crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path).
     """
