@@ -1,0 +1,315 @@
+"""What a score is: per crop and class, per class, and in all. Frozen values that turn into plain dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.geometry import Triple
+from connectomics.metrics.challenge.rules import Rules
+
+SCORED = "scored"
+MISSING = "missing"
+TOO_MANY = "skipped_too_many_instances"
+FAILED = "matching_failed"
+
+
+@dataclass(frozen=True)
+class Panoptic:
+    """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs of IoU above 1/2. An extra output."""
+
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+    iou_sum: float = 0.0
+
+    def __add__(self, other: Panoptic) -> Panoptic:
+        return Panoptic(
+            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum
+        )
+
+    @property
+    def quality(self) -> float:
+        """Sum of IoU / (tp + fp/2 + fn/2); 1 where nothing is anywhere."""
+        weight = self.tp + (self.fp + self.fn) / 2
+        return self.iou_sum / weight if weight else 1.0
+
+    def to_dict(self) -> dict[str, float | int]:
+        """``pq``, ``tp``, ``fp``, ``fn``, ``iou_sum``."""
+        return {"pq": self.quality, "tp": self.tp, "fp": self.fp, "fn": self.fn, "iou_sum": self.iou_sum}
+
+
+@dataclass(frozen=True)
+class InstanceTable:
+    """What became of every truth instance, in order of its id; arrays of one length (T,).
+
+    ``prediction`` is the prediction's own value under the matched component ``component`` (both 0 where unmatched),
+    ``iou`` their intersection over union (0 where unmatched), ``distance`` the rule's Hausdorff distance in nm
+    (float32, capped), ``voxels`` the truth's size.
+    """
+
+    truth: NDArray[np.int64]
+    prediction: NDArray[Any]
+    component: NDArray[np.int64]
+    iou: NDArray[np.float64]
+    distance: NDArray[np.float32]
+    voxels: NDArray[np.int64]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dictionary per truth instance: truth, prediction, component, iou, distance_nm, voxels."""
+        columns = (self.truth, self.prediction, self.component, self.iou, self.distance, self.voxels)
+        names = ("truth", "prediction", "component", "iou", "distance_nm", "voxels")
+        return [
+            dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class InstanceScore:
+    """The score of one class scored as instances in one crop, before pooling.
+
+    ``hausdorff_norm_sum`` is the sum of ``n_hausdorff`` mapped distances in [0, 1]: one per truth instance and one per
+    unmatched prediction. ``instances`` and ``panoptic`` are additional outputs; ``nan_voxels`` counts NaN in the
+    prediction, which were taken for background.
+    """
+
+    tp: int
+    fp: int
+    fn: int
+    hausdorff_norm_sum: float
+    n_hausdorff: int
+    status: str
+    rules: str
+    verified: bool
+    nan_voxels: int = 0
+    panoptic: Panoptic | None = None
+    instances: InstanceTable | None = field(default=None, compare=False, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official scorer's entries; with more than those under ``panoptic`` and, where not 0, ``nan_voxels``."""
+        entries: dict[str, Any] = {
+            "tp": self.tp,
+            "fp": self.fp,
+            "fn": self.fn,
+            "hausdorff_norm_sum": self.hausdorff_norm_sum,
+            "n_hausdorff": self.n_hausdorff,
+            "status": self.status,
+        }
+        if self.panoptic is not None:
+            entries["panoptic"] = self.panoptic.to_dict()
+        if self.nan_voxels:
+            entries["nan_voxels"] = self.nan_voxels
+        return entries
+
+
+@dataclass(frozen=True)
+class SemanticScore:
+    """Voxel counts of one class in one crop; ``nan_voxels`` counts NaN in the prediction (background)."""
+
+    tp: int
+    fp: int
+    fn: int
+    status: str = SCORED
+    nan_voxels: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official scorer's entries, and ``nan_voxels`` where not 0."""
+        entries: dict[str, Any] = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "status": self.status}
+        if self.nan_voxels:
+            entries["nan_voxels"] = self.nan_voxels
+        return entries
+
+
+@dataclass(frozen=True)
+class LabelResult:
+    """The score of one class in one crop, and what it belongs to."""
+
+    crop: str
+    class_name: str
+    score: InstanceScore | SemanticScore
+    num_voxels: int
+    voxel_size: Triple
+    is_missing: bool = False
+    dataset: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the official results file."""
+        return {
+            **self.score.to_dict(),
+            "num_voxels": self.num_voxels,
+            "voxel_size": list(self.voxel_size),
+            "is_missing": self.is_missing,
+        }
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class pooled over crops.
+
+    For classes scored as instances: ``f1``, ``hausdorff`` (mean mapped distance), ``combined`` (their geometric mean)
+    and ``panoptic``; for the others ``iou``. What does not belong to the kind is None. ``n_missing`` and ``n_skipped``
+    of the ``n_crops`` were not submitted, or dropped for too many instances.
+    """
+
+    class_name: str
+    tp: int
+    fp: int
+    fn: int
+    n_crops: int
+    n_missing: int
+    n_skipped: int
+    f1: float | None = None
+    hausdorff: float | None = None
+    combined: float | None = None
+    iou: float | None = None
+    panoptic: Panoptic | None = None
+
+    @property
+    def is_instance(self) -> bool:
+        """Whether the class is scored as instances."""
+        return self.combined is not None
+
+    @property
+    def score(self) -> float:
+        """What enters the overall score: ``combined`` or ``iou``."""
+        value = self.combined if self.combined is not None else self.iou
+        assert value is not None
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official entries of ``label_scores``, and ``panoptic_quality``."""
+        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn}
+        if not self.is_instance:
+            return {"iou": self.iou, **counts}
+        entries = {
+            "f1": self.f1,
+            "normalized_hausdorff_distance": self.hausdorff,
+            "combined_score": self.combined,
+            **counts,
+        }
+        if self.panoptic is not None:
+            entries["panoptic_quality"] = self.panoptic.quality
+        return entries
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Scores pooled per class, and the overall numbers made of them.
+
+    ``instance`` and ``semantic`` are plain means over classes of their kind, ``overall`` their geometric mean. A kind
+    of which no class was asked for has None (and ``overall`` then too); one of which nothing was submitted has 0.
+    """
+
+    classes: dict[str, ClassScore]
+    instance: float | None
+    semantic: float | None
+    overall: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """``label_scores``, ``overall_instance_score``, ``overall_semantic_score``, ``overall_score``."""
+        return {
+            "label_scores": {name: score.to_dict() for name, score in self.classes.items()},
+            "overall_instance_score": self.instance,
+            "overall_semantic_score": self.semantic,
+            "overall_score": self.overall,
+        }
+
+
+@dataclass(frozen=True)
+class SubmissionScore:
+    """A whole submission's score: every crop and class, and both totals (missing labels counted; submitted only)."""
+
+    results: tuple[LabelResult, ...]
+    totals: Totals
+    submitted_only: Totals
+    total_evals: int
+    rules: str
+    verified: bool
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def overall_score(self) -> float | None:
+        """Overall score with missing labels counted."""
+        return self.totals.overall
+
+    @property
+    def overall_instance_score(self) -> float | None:
+        """Mean of the combined scores with missing labels counted."""
+        return self.totals.instance
+
+    @property
+    def overall_semantic_score(self) -> float | None:
+        """Mean IoU with missing labels counted."""
+        return self.totals.semantic
+
+    @property
+    def label_scores(self) -> dict[str, ClassScore]:
+        """Per-class scores with missing labels counted."""
+        return self.totals.classes
+
+    @property
+    def num_evals_done(self) -> int:
+        """Number of (crop, class) results."""
+        return len(self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The official results file's layout, and ``submitted_only``, ``rules``, ``verified``, ``warnings``."""
+        crops: dict[str, Any] = {}
+        for result in self.results:
+            crops.setdefault(result.crop, {})[result.class_name] = result.to_dict()
+        return {
+            **crops,
+            **self.totals.to_dict(),
+            "total_evals": self.total_evals,
+            "num_evals_done": self.num_evals_done,
+            "submitted_only": self.submitted_only.to_dict(),
+            "rules": self.rules,
+            "verified": self.verified,
+            "warnings": list(self.warnings),
+        }
+
+
+# -- pooling -----------------------------------------------------------------------------------------------------------
+def pool(results: Iterable[LabelResult], rules: Rules, kinds: Iterable[str] | None = None) -> Totals:
+    """Pools results per class over crops and averages the classes, as the rules say.
+
+    ``kinds`` are the class names that were asked for, where they are more than those of ``results`` (a kind of which
+    nothing was submitted scores 0, one that was not asked for None).
+    """
+    groups: dict[str, list[LabelResult]] = {}
+    for result in results:
+        groups.setdefault(result.class_name, []).append(result)
+    classes = {name: pool_class(name, groups[name]) for name in sorted(groups)}
+    asked = set(groups) | set(kinds or ())
+    instance = _mean([s.score for s in classes.values() if s.is_instance], any(map(rules.is_instance, asked)))
+    semantic = _mean(
+        [s.score for s in classes.values() if not s.is_instance], not all(map(rules.is_instance, asked))
+    )
+    overall = None if instance is None or semantic is None else (instance * semantic) ** 0.5
+    return Totals(classes, instance, semantic, overall)
+
+
+def pool_class(class_name: str, results: Sequence[LabelResult]) -> ClassScore:
+    """One class over its crops: counts added, then the ratios; 1 where nothing is anywhere."""
+    tp, fp, fn = (sum(getattr(r.score, key) for r in results) for key in ("tp", "fp", "fn"))
+    missing = sum(r.is_missing for r in results)
+    skipped = sum(r.score.status in (TOO_MANY, FAILED) for r in results)
+    counts = (class_name, tp, fp, fn, len(results), missing, skipped)
+    instances = [r.score for r in results if isinstance(r.score, InstanceScore)]
+    if not instances:
+        return ClassScore(*counts, iou=tp / (tp + fp + fn) if tp + fp + fn else 1.0)
+    f1 = 2 * tp / (2 * tp + fp + fn) if 2 * tp + fp + fn else 1.0
+    number = sum(s.n_hausdorff for s in instances)
+    distance = sum(s.hausdorff_norm_sum for s in instances) / number if number else 1.0
+    panoptic = sum((s.panoptic for s in instances if s.panoptic is not None), Panoptic())
+    return ClassScore(*counts, f1=f1, hausdorff=distance, combined=(f1 * distance) ** 0.5, panoptic=panoptic)
+
+
+def _mean(values: Sequence[float], asked: bool) -> float | None:
+    if not asked:
+        return None
+    return float(np.sum(values)) / len(values) if values else 0.0
