@@ -1,1 +1,34 @@
 """Volumes on disk and on S3: OME-Zarr multiscales, plain Zarr arrays, resampling between voxel grids."""
+
+from connectomics.io.multiscale import Level, Multiscale, PlainArray
+from connectomics.io.pyramid import build_levels, level_grids
+from connectomics.io.store import Location, StoreOptions, exists, join, list_groups, read_attrs, read_json
+from connectomics.io.write import (
+    ArrayWriter,
+    create_array,
+    create_multiscale,
+    ensure_group,
+    update_attrs,
+    write_multiscale,
+)
+
+__all__ = [
+    "ArrayWriter",
+    "Level",
+    "Location",
+    "Multiscale",
+    "PlainArray",
+    "StoreOptions",
+    "build_levels",
+    "create_array",
+    "create_multiscale",
+    "ensure_group",
+    "exists",
+    "join",
+    "level_grids",
+    "list_groups",
+    "read_attrs",
+    "read_json",
+    "update_attrs",
+    "write_multiscale",
+]

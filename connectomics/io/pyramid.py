@@ -8,13 +8,17 @@ centre, which is also what `Multiscale.read_nearest` takes on a tie.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError
+from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.store import Location, normalize, read_json
+from connectomics.io.write import ArrayWriter, Kind, create_array, multiscales_attrs, update_attrs
 
 # planes of the shrunken volume made at a time, so that the float sums stay small beside the volume
 _PLANES = 16
@@ -32,6 +36,66 @@ def level_grids(grid: VoxelGrid, levels: int) -> list[VoxelGrid]:
         shape = [-(-n // factor) for n in grid.shape]
         grids.append(VoxelGrid(tuple(size), tuple(first), tuple(shape)))
     return grids
+
+
+def build_levels(location: Location, levels: int, kind: Kind) -> None:
+    """Add levels s1 .. s(levels - 1) to a multiscale of this program whose s0 is written, block by block.
+
+    The group names the new levels only once they are whole; levels left by a killed run are made anew. Memory: a few
+    chunks of source, whatever the volume's size.
+
+    Args:
+        location: local path of the group. kind: "raw" (mean) or "label" (taken from s0).
+    """
+    path = Path(normalize(location))
+    if kind not in ("raw", "label"):
+        raise InputError(f"kind must be 'raw' or 'label', found {kind!r}")
+    source = ArrayWriter.open(path / "s0")
+    if source.grid is None:
+        raise MetadataError(f"{path}/s0 has no voxel_size and translation; make it with create_multiscale")
+    grids = level_grids(source.grid, levels)
+    finest = source
+    for k in range(1, levels):
+        target = create_array(
+            path / f"s{k}",
+            grids[k].shape,
+            source.dtype,
+            chunks=finest.chunks,
+            fill_value=finest.fill_value,
+            overwrite=True,
+            grid=grids[k],
+        )
+        for begin, block in grids[k].blocks(target.chunks):
+            if kind == "raw":
+                values = halve_raw(_doubled_read(source, begin, block.shape))
+            else:
+                values = _labels_of_block(finest, begin, block.shape, k)
+            target.write(begin, values)
+        source = target
+    name = (read_json(path / ".zattrs") or {}).get("multiscales", [{}])[0].get("name", path.name)
+    update_attrs(path, multiscales_attrs(grids, name))
+
+
+def _doubled_read(source: ArrayWriter, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+    first = [2 * b for b in begin]
+    return source.read(first, [min(2 * n, m - b) for n, m, b in zip(shape, source.shape, first, strict=True)])
+
+
+def _labels_of_block(finest: ArrayWriter, begin: Sequence[int], shape: Sequence[int], level: int) -> NDArray[Any]:
+    """A block of a label level, read from s0 in pieces that span at most about one block of s0 each."""
+    out = np.empty(tuple(shape), dtype=finest.dtype)
+    step = [max(1, n >> (level - 1)) for n in shape]
+    for offset in np.ndindex(*[-(-n // s) for n, s in zip(shape, step, strict=True)]):
+        low = [o * s for o, s in zip(offset, step, strict=True)]
+        count = [min(s, n - a) for s, n, a in zip(step, shape, low, strict=True)]
+        axes = zip(finest.shape, begin, low, count, strict=True)
+        index = [label_index(n, level, b + a, c) for n, b, a, c in axes]
+        first = [int(i[0]) for i in index]
+        block = finest.read(first, [int(i[-1]) + 1 - f for i, f in zip(index, first, strict=True)])
+        z, y, x = (i - f for i, f in zip(index, first, strict=True))
+        window = tuple(slice(a, a + c) for a, c in zip(low, count, strict=True))
+        out[window] = block[z][:, y][:, :, x]
+    return out
 
 
 def halve_raw(data: NDArray[Any]) -> NDArray[Any]:

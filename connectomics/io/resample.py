@@ -168,6 +168,15 @@ def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
     return out
 
 
+def all_present(present: NDArray[np.bool_], tables: Tables) -> NDArray[np.bool_]:
+    """Whether every source voxel that a target voxel is made of is ``present`` (bool block, D H W); target shape."""
+    missing = ~present
+    for axis, table in enumerate(tables):
+        totals = np.cumsum(np.insert(missing, 0, False, axis=axis), axis=axis, dtype=np.int32)
+        missing = np.take(totals, table.first + table.count, axis=axis) > np.take(totals, table.first, axis=axis)
+    return ~missing
+
+
 def _centers(source: VoxelGrid, target: VoxelGrid, axis: int) -> NDArray[np.float64]:
     """Target centres along ``axis`` as fractional source indices."""
     world = target.translation[axis] + target.voxel_size[axis] * np.arange(target.shape[axis], dtype=np.float64)

@@ -1,0 +1,314 @@
+"""`Multiscale`: an OME-NGFF volume that can be read on any voxel grid; `PlainArray`: a single Zarr array.
+
+Raw is read from the coarsest level that is still as fine as what is asked for, and resampled (never by nearest);
+labels are read by nearest, or level by level for the exact rules of `connectomics.cellmap.labels`. Every read says
+voxel by voxel what was there: False outside the array, and for raw also where a contributing chunk is not stored,
+since a missing raw chunk is a hole in the download and not black tissue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
+from connectomics.geometry import VoxelGrid, triple
+from connectomics.io import resample
+from connectomics.io.array import StoredArray
+from connectomics.io.metadata import parse_multiscales
+from connectomics.io.store import (
+    DEFAULT_OPTIONS,
+    Location,
+    StoreOptions,
+    exists,
+    join,
+    normalize,
+    object_exists,
+    read_attrs,
+)
+
+# The finest level that is called "as fine as" what is asked may be coarser by this share (rounded metadata).
+_AS_FINE = 1e-3
+# Source voxels per axis that are held at a time while resampling: 24 MB of uint8 whatever the target's size.
+_SOURCE_SPAN = 288
+
+
+@dataclass(frozen=True)
+class Level:
+    """One stored resolution: its ``path`` in the group ("s0"), grid (nm), dtype, voxels per stored chunk (z y x)."""
+
+    path: str
+    grid: VoxelGrid
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]
+
+
+class Multiscale:
+    """An OME-NGFF multiscale group, Zarr v2 or v3, local or s3://. Opened lazily, picklable.
+
+    Attributes:
+        location: path or URL. levels: the levels that are stored, finest first. attrs: the group's attributes.
+        absent: paths of levels that the metadata lists but that are not stored (partial downloads leave them out).
+    """
+
+    def __init__(
+        self,
+        location: str,
+        attrs: dict[str, Any],
+        levels: Sequence[Level],
+        arrays: Sequence[StoredArray],
+        absent: Sequence[str] = (),
+    ) -> None:
+        self.location = location
+        self.attrs = attrs
+        self.levels = tuple(levels)
+        self.absent = tuple(absent)
+        self._arrays = tuple(arrays)
+
+    @classmethod
+    def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> Multiscale:
+        """Open the group at ``location``.
+
+        Raises:
+            MissingError: nothing is there, or none of the levels. MetadataError: not a multiscale of z, y, x.
+        """
+        where = normalize(location)
+        try:
+            attrs = read_attrs(where, options)
+        except MissingError as error:
+            there = exists(where, options)
+            hint = "it has no .zattrs; restore its metadata" if there else "the path does not exist"
+            raise MissingError(f"no multiscale volume at {where}: {hint}") from error
+        if "multiscales" not in attrs and object_exists(join(where, ".zarray"), options):
+            raise MetadataError(f"{where} is an array, expected a multiscale group; open it as PlainArray")
+        found: list[tuple[Level, StoredArray]] = []
+        absent = []
+        for path, size, first in parse_multiscales(attrs, where):
+            try:
+                array = StoredArray(join(where, path), options)
+            except MissingError:
+                if exists(join(where, path, ".zarray"), options):  # it is there but refused: say so
+                    raise
+                absent.append(path)
+                continue
+            if len(array.shape) != 3:
+                raise MetadataError(f"{array.location} has shape {array.shape}, expected three axes z, y, x")
+            grid = VoxelGrid(triple(size), triple(first), array.shape)
+            found.append((Level(path, grid, array.dtype, array.chunks), array))
+        if not found:
+            raise MissingError(f"{where}: none of its levels is stored ({', '.join(absent)}); fetch at least one")
+        found.sort(key=lambda pair: float(np.prod(pair[0].grid.voxel_size)))
+        return cls(where, attrs, [level for level, _ in found], [array for _, array in found], absent)
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The grid of the finest stored level."""
+        return self.levels[0].grid
+
+    def level_for(self, voxel_size: ArrayLike) -> int:
+        """The coarsest level that is on every axis at least as fine as ``voxel_size`` (nm), else the finest."""
+        asked = np.array(triple(voxel_size, "voxel_size"))
+        fine = [k for k, level in enumerate(self.levels) if np.all(level.grid.voxel_size <= asked * (1 + _AS_FINE))]
+        return fine[-1] if fine else 0
+
+    def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Raw values at the voxels of any ``grid``, which may lie partly or wholly outside.
+
+        Per axis linear interpolation where ``grid`` is as fine as the level read or finer, box average where it is
+        coarser (see `connectomics.io.resample`); plain copies where the two coincide. At the array's faces its edge
+        values are repeated, and boxes that stick out are averaged over their inner part.
+
+        Returns:
+            values: float32 of ``grid.shape``, in the array's own range (uint8: 0..255), 0 where not inside.
+            inside: bool, True where the voxel's centre lies in the array's box and every chunk it needs is stored.
+
+        Raises:
+            CorruptDataError: a chunk cannot be decoded, or float raw that is NaN or infinite. MissingError.
+        """
+        index = self.level_for(grid.voxel_size)
+        source = self.levels[index].grid
+        if grid.size and source.same_lattice(grid):
+            begin = np.round(source.to_index(grid.translation)).astype(int)
+            values, inside = self.read_level(index, begin, grid.shape)
+            self._check_finite(index, values, begin)
+            return values.astype(np.float32), inside
+        out, mask = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, bool)
+        tables = resample.raw_tables(source, grid)
+        in_box = resample.inside_axes(source, grid)
+        for window in _windows([_pieces(t, axis) for t, axis in zip(tables, in_box, strict=True)]):
+            part = tuple(t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True))
+            values, present = self._resampled(index, (part[0], part[1], part[2]))
+            z, y, x = (axis[w] for axis, w in zip(in_box, window, strict=True))
+            inside = z[:, None, None] & y[:, None] & x
+            if present is not None:
+                inside &= present
+            values[~inside] = 0
+            out[window], mask[window] = values, inside
+        return out, mask
+
+    def read_nearest(self, grid: VoxelGrid, level: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Label values, as stored, at the centres of ``grid`` (any); absent chunks hold the fill value.
+
+        Args:
+            level: which level to read; by default `level_for` the grid's voxel size.
+
+        Returns:
+            values: the array's dtype, the voxel whose cell contains the target centre (begin face included).
+            inside: bool, False (and value 0) where the centre lies outside the array's box.
+        """
+        index = self.level_for(grid.voxel_size) if level is None else self._index(level)
+        source = self.levels[index].grid
+        out, mask = np.zeros(grid.shape, self.levels[index].dtype), np.zeros(grid.shape, bool)
+        indices = resample.nearest_indices(source, grid)
+        tables = [
+            resample.AxisTable(i, ((i >= 0) & (i < n)).astype(np.int64), np.ones((len(i), 1), np.float32))
+            for i, n in zip(indices, source.shape, strict=True)
+        ]
+        for window in _windows([_pieces(t, t.count > 0) for t in tables]):
+            z, y, x = (i[w] for i, w in zip(indices, window, strict=True))
+            begin = [int(i[0]) for i in (z, y, x)]
+            shape = [int(i[-1]) + 1 - b for i, b in zip((z, y, x), begin, strict=True)]
+            block, _ = self.read_level(index, begin, shape, absent_is_missing=False)
+            out[window] = resample.take(block, z - begin[0], y - begin[1], x - begin[2])
+            mask[window] = True
+        return out, mask
+
+    def read_level(
+        self, level: int, begin: Sequence[int] | NDArray[Any], shape: Sequence[int], absent_is_missing: bool = True
+    ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """A plain block of one level: ``shape`` voxels from index ``begin`` (may lie outside), and what was there.
+
+        Args:
+            absent_is_missing: True for raw (absent chunk: 0, not inside); False for labels (fill value, inside).
+        """
+        array = self._arrays[self._index(level)]
+        return array.read([int(b) for b in begin], [int(n) for n in shape], absent_is_missing=absent_is_missing)
+
+    def _index(self, level: int) -> int:
+        if not 0 <= level < len(self.levels):
+            raise InputError(f"{self.location} has levels 0 to {len(self.levels) - 1}, asked for {level}")
+        return level
+
+    def _resampled(self, index: int, tables: resample.Tables) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+        """Target values of one window, and where all their chunks are stored (None: everywhere)."""
+        spans = [t.span for t in tables]
+        begin, end = [s[0] for s in spans], [s[1] for s in spans]
+        block, inside = self.read_level(index, begin, [e - b for b, e in zip(begin, end, strict=True)])
+        self._check_finite(index, block, begin)
+        z, y, x = (t.shifted(b) for t, b in zip(tables, begin, strict=True))
+        present = None if inside.all() else self._all_stored(index, inside, begin, (z, y, x))
+        return resample.apply(block, (z, y, x)), present
+
+    def _all_stored(
+        self, index: int, inside: NDArray[np.bool_], begin: Sequence[int], tables: resample.Tables
+    ) -> NDArray[np.bool_]:
+        """Whether all chunks behind each target voxel are stored; the tables refer to a block that starts at ``begin``.
+
+        Worked out on chunks, of which ``inside`` (per voxel of the block) shows one voxel each.
+        """
+        shown, of_chunks = [], []
+        for axis, table in enumerate(tables):
+            chunk_of = np.arange(begin[axis], begin[axis] + inside.shape[axis]) // self.levels[index].chunks[axis]
+            chunk_of -= chunk_of[0]
+            shown.append(np.searchsorted(chunk_of, np.arange(chunk_of[-1] + 1)))
+            first = chunk_of[table.first]
+            count = chunk_of[table.first + table.count - 1] - first + 1
+            of_chunks.append(resample.AxisTable(first, count, table.weights))
+        return resample.all_present(inside[np.ix_(*shown)], (of_chunks[0], of_chunks[1], of_chunks[2]))
+
+    def _check_finite(self, index: int, block: NDArray[Any], begin: Sequence[int] | NDArray[Any]) -> None:
+        if block.dtype.kind != "f":
+            return
+        finite = np.isfinite(block)
+        if finite.all():
+            return
+        level = self.levels[index]
+        first = np.argwhere(~finite)[0]
+        voxel = first + np.asarray(begin)
+        world = ", ".join(f"{p:.6g}" for p in level.grid.to_world(voxel))
+        raise CorruptDataError(
+            f"{self.location}/{level.path} holds {block[tuple(first)]} at voxel {tuple(voxel.tolist())} (z y x, at "
+            f"{world} nm), {int((~finite).sum())} such voxels in the block read; expected finite raw: replace them or "
+            "leave that region out"
+        )
+
+    def __repr__(self) -> str:
+        return f"Multiscale({self.location!r}, {len(self.levels)} levels, finest {self.grid})"
+
+
+class PlainArray:
+    """A single Zarr array (a scorer's truth, a submission), v2 or v3, local or s3://. Picklable.
+
+    Attributes:
+        location, shape, dtype, chunks: as stored. attrs: its attributes.
+        grid: from the attributes ``voxel_size`` (or ``resolution``, ``scale``) and ``translation`` (or ``offset``), nm
+            z y x, the translation being the centre of voxel 0 (origin where absent); None where there is no voxel size
+            or the array has not three axes.
+    """
+
+    def __init__(self, array: StoredArray, attrs: dict[str, Any]) -> None:
+        self._array = array
+        self.location = array.location
+        self.shape = array.shape
+        self.dtype = array.dtype
+        self.chunks = array.chunks
+        self.attrs = attrs
+        self.grid = grid_of_attrs(attrs, array.shape, array.location)
+
+    @classmethod
+    def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> PlainArray:
+        """Open the array at ``location``; `MissingError`, or `MetadataError` (a group, broken attributes)."""
+        array = StoredArray(location, options)
+        return cls(array, array.attrs)
+
+    def read(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> NDArray[Any]:
+        """A block of ``shape`` voxels from index ``begin``, by default all; absent chunks hold the fill value.
+
+        Raises:
+            InputError: the block is not inside the array. CorruptDataError: a chunk cannot be decoded.
+        """
+        first = [0] * len(self.shape) if begin is None else [int(b) for b in begin]
+        size = [n - b for n, b in zip(self.shape, first, strict=True)] if shape is None else [int(n) for n in shape]
+        if any(b < 0 or n < 0 or b + n > m for b, n, m in zip(first, size, self.shape, strict=True)):
+            raise InputError(f"{self.location} holds {self.shape} voxels; cannot read {tuple(size)} at {tuple(first)}")
+        return self._array.read(first, size, absent_is_missing=False)[0]
+
+    def __repr__(self) -> str:
+        return f"PlainArray({self.location!r}, shape={self.shape}, dtype={self.dtype})"
+
+
+def grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> VoxelGrid | None:
+    """The grid that an array's own attributes describe (see `PlainArray`), or None; `MetadataError` where broken."""
+    size = next((attrs[key] for key in ("voxel_size", "resolution", "scale") if key in attrs), None)
+    first = next((attrs[key] for key in ("translation", "offset") if key in attrs), (0.0, 0.0, 0.0))
+    if size is None or len(shape) != 3:
+        return None
+    try:
+        return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+    except InputError as error:
+        raise MetadataError(f"attributes of {where}: {error}") from error
+
+
+def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]:
+    """Runs of target voxels along an axis, from the first wanted to the last, whose sources span at most 288 voxels."""
+    kept = np.flatnonzero(wanted)
+    if len(kept) == 0:
+        return []
+    pieces = []
+    start, stop = int(kept[0]), int(kept[-1]) + 1
+    while start < stop:
+        limit = int(table.first[start]) + _SOURCE_SPAN
+        # ends never fall from one target to the next, so the last that fits can be searched for
+        ends = table.first[start:stop] + table.count[start:stop]
+        fits = max(1, int(np.searchsorted(ends, limit, side="right")))
+        pieces.append(slice(start, start + fits))
+        start += fits
+    return pieces
+
+
+def _windows(pieces: Sequence[Sequence[slice]]) -> list[tuple[slice, slice, slice]]:
+    return [(z, y, x) for z in pieces[0] for y in pieces[1] for x in pieces[2]]
