@@ -1,0 +1,119 @@
+"""How a target grid is cut into blocks, and which part of the network's lattice each of them needs.
+
+Everything follows from the grids and sizes alone, so a run that goes on where another was killed, or another machine,
+finds the same blocks and the same windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from connectomics.geometry import Triple, VoxelGrid
+from connectomics.inference.sliding import Index, Plan, Region, WindowLattice, plan_regions
+
+_CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
+_LEAST_CHUNK = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One target grid of a prediction.
+
+    The network works on ``model``: the grid at its own voxel size that starts at the target's first face and covers
+    it, with one voxel more on every side along the axes where the target is finer (linear interpolation at the
+    outermost target centres needs it). A block is a whole number of ``chunks`` of the target along each axis, and at
+    most ``block_size`` voxels of the network's lattice (more only where ``chunks`` cannot be made smaller), so no two
+    blocks write one chunk.
+
+    Attributes:
+        target: the grid that is written.
+        voxel_size: of the network, nm, z y x.
+        window, overlap, context: see `WindowLattice.over`.
+        block_size: at most so many voxels of the network's lattice at once, z y x.
+    """
+
+    target: VoxelGrid
+    voxel_size: Triple
+    window: Index
+    overlap: float
+    context: Index | None
+    block_size: Index
+
+    @cached_property
+    def same_voxels(self) -> bool:
+        """Whether the target has the network's voxel size, so that nothing is resampled."""
+        return bool(np.allclose(self.target.voxel_size, self.voxel_size, rtol=1e-6))
+
+    @cached_property
+    def _margin(self) -> Index:
+        """Voxels of the network's lattice that interpolation needs beyond a block, z y x."""
+        finer = [t < m * (1 - 1e-6) for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+        return int(finer[0]), int(finer[1]), int(finer[2])
+
+    @cached_property
+    def model(self) -> VoxelGrid:
+        """The network's lattice over the target's box."""
+        if self.same_voxels:
+            return self.target
+        return self.target.at_voxel_size(self.voxel_size).grow(self._margin)
+
+    @cached_property
+    def lattice(self) -> WindowLattice:
+        """The windows over `model`."""
+        return WindowLattice.over(self.model, self.window, self.overlap, self.context)
+
+    @cached_property
+    def chunks(self) -> Index:
+        """Chunk shape of the written arrays, voxels, z y x."""
+        z, y, x = (self._along(axis)[0] for axis in range(3))
+        return z, y, x
+
+    @cached_property
+    def block_shape(self) -> Index:
+        """Shape of a block in voxels of the target, z y x (those at the end are smaller)."""
+        z, y, x = (self._along(axis)[1] for axis in range(3))
+        return z, y, x
+
+    def _along(self, axis: int) -> tuple[int, int]:
+        """Chunk and block along one axis, in voxels of the target."""
+        n, size = self.target.shape[axis], self.target.voxel_size[axis]
+        most = int(self.block_size[axis] * self.voxel_size[axis] / size + 1e-6)
+        chunk = _CHUNK
+        while chunk > most and chunk > _LEAST_CHUNK:
+            chunk //= 2
+        count = math.ceil(n / max(chunk, most // chunk * chunk))
+        return chunk, math.ceil(n / (count * chunk)) * chunk  # blocks of about one size rather than a thin last one
+
+    @cached_property
+    def blocks(self) -> list[tuple[Index, VoxelGrid]]:
+        """(first voxel in the target, grid) of every block, x fastest."""
+        return list(self.target.blocks(self.block_shape))
+
+    @cached_property
+    def regions(self) -> list[Region]:
+        """For every block, the voxels of `model` that it is made from."""
+        return [self.region(grid) for _, grid in self.blocks]
+
+    def region(self, part: VoxelGrid) -> Region:
+        """The voxels of `model` that the part ``part`` of the target is made from."""
+        begin, end = self.model.index_range(part.box)
+        low = [max(0, b - m) for b, m in zip(begin, self._margin, strict=True)]
+        high = [min(n, e + m) for n, e, m in zip(self.model.shape, end, self._margin, strict=True)]
+        shape = [h - b for b, h in zip(low, high, strict=True)]
+        return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits that stand for the target grid and its blocks."""
+        what = [self.target.to_dict(), self.model.to_dict(), self.block_shape, self.chunks]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+    def plan(self, channels: int, batch_size: int) -> Plan:
+        """What it costs; see `Plan`."""
+        return plan_regions(self.lattice, self.regions, channels=channels, batch_size=batch_size)

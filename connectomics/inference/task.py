@@ -1,0 +1,386 @@
+"""Predicting a region of a data set: one frozen description, run to files, and resumed where it was killed.
+
+`PredictTask` says everything that the output depends on; it is stored as ``task.json`` beside the output and can be run
+from there again. `run_predict_task` goes through each distinct target grid block by block: probabilities on the
+network's lattice (`connectomics.inference.sliding`), resampled to the target's voxels (linear where they are finer,
+averaged over their box where they are coarser), stored as uint8 ``round(255 p)``. Several target grids for one region
+are done one after the other, each with the whole network; in the challenge a crop has one.
+
+On disk, under ``output``::
+
+    {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group
+    {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, model, version
+    .zattrs              connectomics: artefact, complete, classes, model, version
+    task.json            the task
+    .done-{key}          one byte per block of a target grid (`connectomics.inference.done`)
+
+``complete`` is false until the last block is written. Resuming is safe against a killed process; after a crash of the
+whole machine, when written files may not have reached the disk, run with ``overwrite``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import connectomics
+from connectomics.errors import (
+    IncompleteError,
+    InputError,
+    MetadataError,
+    MissingError,
+    WriteError,
+    unknown_name,
+)
+from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.inference.done import DoneMap
+from connectomics.inference.layout import Layout
+from connectomics.inference.sliding import BLENDINGS, Index, Plan, predict_regions
+from connectomics.io import resample, store
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
+
+if TYPE_CHECKING:
+    import torch
+
+TASK_FILE = "task.json"
+ARTEFACT = "probability"
+PRECISIONS = ("32", "bf16", "fp16")
+
+# fields that a resumed run may change: they decide how fast it is, not what it writes
+_FREE = {"batch_size"}
+# target voxels resampled at a time along each axis, so that float32 copies stay small beside the network's block
+_PIECE = 256
+
+
+@dataclass(frozen=True)
+class PredictTask:
+    """One region to predict: what is read, what is written, and with which parameters.
+
+    Attributes:
+        raw: location of the raw multiscale group.
+        output: local folder of the region's group, ``{out}/{dataset}.zarr/{crop}``.
+        classes: classes of the network's output channels, in their order.
+        targets: grid to write for each class that is wanted; others are not written.
+        voxel_size: voxel size that the network works at, nm, z y x.
+        window: voxels that the network sees at once, z y x.
+        checkpoint: hash of the checkpoint's content, recorded with the output.
+        intensity_range: raw values that become 0 and 1 at the network's input (values beyond are clipped).
+        overlap, blending, context, batch_size: see `connectomics.inference.sliding.predict_blocks`.
+        block_size: voxels of the network's lattice in memory at once, z y x.
+        precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
+        dtype: of the stored probabilities: ``uint8``.
+    """
+
+    raw: str
+    output: str
+    classes: tuple[str, ...]
+    targets: Mapping[str, VoxelGrid] = field(hash=False)
+    voxel_size: Triple
+    window: Index
+    checkpoint: str
+    intensity_range: tuple[float, float] = (0.0, 255.0)
+    overlap: float = 0.25
+    blending: str = "gaussian"
+    context: Index | None = None
+    block_size: Index = (256, 256, 256)
+    batch_size: int = 1
+    precision: str = "32"
+    dtype: str = "uint8"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "targets", dict(self.targets))
+        object.__setattr__(self, "voxel_size", triple(self.voxel_size, "voxel_size"))
+        for name in ("window", "block_size", "context"):
+            value = getattr(self, name)
+            if value is not None:
+                z, y, x = (int(v) for v in value)
+                object.__setattr__(self, name, (z, y, x))
+        low, high = (float(v) for v in self.intensity_range)
+        object.__setattr__(self, "intensity_range", (low, high))
+        if not high > low:
+            raise InputError(f"intensity_range must be two ascending values, found {self.intensity_range}")
+        if not self.targets:
+            raise InputError(f"nothing to predict for {self.output}: no target grid is given")
+        for name, grid in self.targets.items():
+            if name not in self.classes:
+                raise unknown_name("class", name, self.classes, "the network's output")
+            if grid.size == 0:
+                raise InputError(f"the target grid of {name} for {self.output} is empty ({grid})")
+        for name, value, known in (
+            ("blending", self.blending, BLENDINGS),
+            ("precision", self.precision, PRECISIONS),
+            ("dtype", self.dtype, ("uint8",)),
+        ):
+            if value not in known:
+                raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+
+    # -- to and from JSON --------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["targets"] = {name: grid.to_dict() for name, grid in self.targets.items()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> PredictTask:
+        """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
+        known = {f.name for f in fields(cls)}
+        if wrong := sorted(set(data) ^ known):
+            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
+        targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
+        return cls(**{**data, "targets": targets})
+
+    @classmethod
+    def load(cls, path: str | Path) -> PredictTask:
+        """The task stored in a ``task.json``; `MissingError`, `MetadataError`."""
+        data = store.read_json(path)
+        if data is None:
+            raise MissingError(f"no task at {path}")
+        return cls.from_dict(data, str(path))
+
+    def save(self, path: str | Path) -> None:
+        """Store as JSON, in one step."""
+        write_file(Path(path), json.dumps(self.to_dict(), indent=2).encode())
+
+    def differences(self, other: PredictTask) -> list[str]:
+        """Names of the fields that make the output of the two tasks different."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
+
+    # -- what is to be done ------------------------------------------------------------------------------------------
+    def layouts(self) -> list[tuple[Layout, tuple[str, ...]]]:
+        """Every distinct target grid with the classes that are written on it, in the order of the channels."""
+        grids: dict[VoxelGrid, list[str]] = {}
+        for name in self.classes:
+            if name in self.targets:
+                grids.setdefault(self.targets[name], []).append(name)
+        return [
+            (Layout(grid, self.voxel_size, self.window, self.overlap, self.context, self.block_size), tuple(names))
+            for grid, names in grids.items()
+        ]
+
+    def plan(self) -> list[Plan]:
+        """What each distinct target grid costs, without running anything."""
+        return [layout.plan(len(self.classes), self.batch_size) for layout, _ in self.layouts()]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the artefact says of its origin."""
+        names = ("checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision")
+        data = self.to_dict()
+        return {name: data[name] for name in names}
+
+
+def run_predict_task(
+    task: PredictTask,
+    network: Callable[[torch.Tensor], torch.Tensor],
+    device: str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the probabilities of ``task``, or what is still missing of them.
+
+    Args:
+        network: takes (B, 1, d, h, w) float32 on ``device``, gives probabilities (B, len(task.classes), d, h, w).
+        progress: called with the numbers of finished and of all blocks, at the start and after every block.
+        overwrite: begin anew where an output of another task (or a finished one) is there.
+
+    Raises:
+        WriteError: an output of another task is there, or the disk is full.
+        InputError: there is no raw in the region, or the network's output is not finite or no probability.
+        CorruptDataError: raw cannot be decoded or is not finite.
+    """
+    output = Path(task.output)
+    if _claim(task, output, overwrite) and _is_complete(output):
+        if progress is not None:
+            total = sum(len(layout.blocks) for layout, _ in task.layouts())
+            progress(total, total)
+        return
+    source = RawSource(task.raw, task.intensity_range)
+    jobs = []
+    for layout, names in task.layouts():
+        source.require_any(layout, task.output)
+        created = [_writer(task, layout, name) for name in names]
+        done = DoneMap(output / f".done-{layout.key}", len(layout.blocks))
+        if done.count and any(new for _, new in created):
+            done.clear()  # someone removed an array: what the map says of it holds no longer
+        jobs.append((layout, names, [writer for writer, _ in created], done))
+    total = sum(len(done) for *_, done in jobs)
+    finished = sum(done.count for *_, done in jobs)
+    if progress is not None:
+        progress(finished, total)
+    for layout, names, writers, done in jobs:
+        todo = done.missing
+        values = predict_regions(
+            source.read,
+            layout.lattice,
+            network,
+            [layout.regions[n] for n in todo],
+            channels=len(task.classes),
+            blending=task.blending,
+            batch_size=task.batch_size,
+            device=device,
+            autocast=_autocast(task.precision),
+        )
+        channels = [task.classes.index(name) for name in names]
+        for number, block in zip(todo, values, strict=True):
+            for channel, writer in zip(channels, writers, strict=True):
+                _write(layout, number, block[channel], writer)
+            done.mark(number)
+            finished += 1
+            if progress is not None:
+                progress(finished, total)
+    for _, names, _, _ in jobs:
+        for name in names:
+            update_attrs(output / name, {"connectomics": _attrs(task, complete=True, class_name=name)})
+    update_attrs(output, {"connectomics": _attrs(task, complete=True)})
+
+
+def require_complete(location: str | Path) -> dict[str, Any]:
+    """The ``connectomics`` attributes of a finished artefact (a region's group, or one class in it).
+
+    Raises:
+        MissingError: nothing is there. MetadataError: it is no artefact of this program.
+        IncompleteError: the stage that makes it has not come to its end.
+    """
+    ours = store.read_attrs(store.normalize(str(location))).get("connectomics")
+    if not isinstance(ours, dict) or "complete" not in ours:
+        raise MetadataError(f"{location} has no attribute connectomics.complete: it was not written by this program")
+    if ours["complete"] is not True:
+        raise IncompleteError(
+            f"{location} is only half written ({ours.get('artefact', 'artefact')}); run the stage that makes it again "
+            f"with the same options to finish it"
+        )
+    return ours
+
+
+class RawSource:
+    """Raw of one multiscale group as the network wants it: 0 to 1, zeros where there is none."""
+
+    def __init__(self, location: str, intensity_range: tuple[float, float]) -> None:
+        self.location = location
+        self._source = Multiscale.open(location)
+        self._low, self._high = intensity_range
+
+    def read(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """(v - low) / (high - low), clipped to [0, 1], float32 (d, h, w); 0 where there is no raw.
+
+        Raises `CorruptDataError` where a chunk cannot be decoded or holds values that are not finite.
+        """
+        values, inside = self._source.read_raw(grid)
+        values -= np.float32(self._low)
+        values /= np.float32(self._high - self._low)
+        np.clip(values, 0, 1, out=values)
+        values[~inside] = 0
+        return values
+
+    def require_any(self, layout: Layout, what: str) -> None:
+        """Raise `InputError` if no voxel of the region has raw: outside the volume, or its chunks are absent."""
+        grid = layout.model
+        middle = grid.crop([n // 2 for n in grid.shape], (1, 1, 1))
+        for part in (middle, *(grid.crop(*region) for region in layout.regions)):
+            if self._source.read_raw(part)[1].any():
+                return
+        finest = self._source.levels[0].grid.box
+        reason = "the chunks there are absent" if not finest.intersect(grid.box).is_empty else f"it covers {finest}"
+        raise InputError(f"{self.location} has no raw for {what}, which lies at {layout.target.box}: {reason}")
+
+
+def _autocast(precision: str) -> torch.dtype | None:
+    if precision == "32":
+        return None
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def _claim(task: PredictTask, output: Path, overwrite: bool) -> bool:
+    """Make ``output`` this task's own; True where it was already, with maybe some of the work done."""
+    file = output / TASK_FILE
+    there = output.exists() and any(output.iterdir())
+    if there and overwrite:
+        if not file.exists():
+            raise WriteError(
+                f"{output} is there and was not written by a prediction: remove it, or choose another place"
+            )
+        old = output.with_name(f".{output.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+        output.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+        there = False
+    if there:
+        if not file.exists():
+            raise WriteError(
+                f"{output} is there and was not written by a prediction: remove it, or choose another place"
+            )
+        if differing := task.differences(PredictTask.load(file)):
+            raise WriteError(
+                f"{output} holds a prediction with other settings ({', '.join(differing)} differ); "
+                f"overwrite it, or choose another output folder"
+            )
+        return True
+    task.save(file)
+    ensure_group(output, {"connectomics": _attrs(task, complete=False)})
+    return False
+
+
+def _is_complete(output: Path) -> bool:
+    try:
+        require_complete(output)
+    except (IncompleteError, MissingError, MetadataError):
+        return False
+    return True
+
+
+def _writer(task: PredictTask, layout: Layout, name: str) -> tuple[ArrayWriter, bool]:
+    """The array of one class, and whether it was made just now."""
+    location = Path(task.output) / name
+    if (location / ".zattrs").exists() and "multiscales" in store.read_attrs(str(location)):
+        return ArrayWriter.open(location / "s0"), False
+    attrs = {"connectomics": _attrs(task, complete=False, class_name=name)}
+    (writer,) = create_multiscale(
+        location, [layout.target], task.dtype, chunks=layout.chunks, attrs=attrs, name=name, overwrite=True
+    )
+    return writer, True
+
+
+def _attrs(task: PredictTask, *, complete: bool, class_name: str | None = None) -> dict[str, Any]:
+    what: dict[str, Any] = {"classes": [name for name in task.classes if name in task.targets]}
+    if class_name is not None:
+        what = {"class_name": class_name, "grid": task.targets[class_name].to_dict()}
+    version = connectomics.__version__
+    return {"artefact": ARTEFACT, "complete": complete, **what, "model": task.model, "version": version}
+
+
+def _write(layout: Layout, number: int, probability: NDArray[np.float32], writer: ArrayWriter) -> None:
+    """Resample one class of a block (values on its region of the network's lattice) and store it."""
+    low, high = float(probability.min()), float(probability.max())
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"the network must give probabilities, found values from {low:.4g} to {high:.4g}; apply a sigmoid to logits"
+        )
+    start, block = layout.blocks[number]
+    if layout.same_voxels:
+        writer.write(start, _to_uint8(probability))
+        return
+    origin = layout.regions[number][0]
+    for offset, piece in block.blocks([max(c, _PIECE // c * c) for c in layout.chunks]):
+        begin, shape = layout.region(piece)
+        part = tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))
+        values = resample.linear(probability[part], layout.model.crop(begin, shape), piece)
+        writer.write([a + b for a, b in zip(start, offset, strict=True)], _to_uint8(values))
+
+
+def _to_uint8(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.rint(np.clip(probability, 0, 1) * np.float32(255)).astype(np.uint8)
