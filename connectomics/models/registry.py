@@ -92,6 +92,8 @@ class Architecture:
         hidden: options of the constructor that make no sense here.
         deep_supervision: whether it can return coarser logits too.
         fixed_size: whether it takes patches of one size only, that it is built for.
+        idle: parts of names of parameters that MONAI makes and never uses; frozen, since data-parallel training waits
+            for the gradient of every parameter that could have one.
     """
 
     description: str
@@ -102,6 +104,7 @@ class Architecture:
     hidden: tuple[str, ...] = ()
     deep_supervision: bool = False
     fixed_size: bool = False
+    idle: tuple[str, ...] = ()
 
 
 _UNET_STAGES: dict[str, Any] = {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
@@ -163,6 +166,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {},
         lambda o: _halvings(4),
         fixed_size=True,
+        idle=("norm_cross_attn",),
     ),
     "swin_unetr": Architecture(
         "shifted-window transformer encoder with a convolutional decoder; much memory",
@@ -177,6 +181,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         {"backbone": "efficientnet-b0"},
         lambda o: _halvings(5),
         hidden=("pretrained",),  # MONAI has weights for two dimensions only
+        idle=("encoder._conv_head", "encoder._bn1", "encoder._fc"),  # of EfficientNet, whose classifier is not there
     ),
     "vnet": Architecture(
         "V-Net: residual stages of 5x5x5 convolutions",
@@ -293,12 +298,16 @@ def build_model(
     check_patch_size(architecture, patch_size, given)
     keywords = {**known.defaults, **given, "in_channels": in_channels, "out_channels": out_channels}
     try:
-        return _construct(architecture, constructor, keywords, tuple(int(n) for n in patch_size), deep_supervision)
+        network = _construct(architecture, constructor, keywords, tuple(int(n) for n in patch_size), deep_supervision)
     except ConnectomicsError:
         raise
     # MONAI refuses bad values with whatever its parts happen to raise; all of it is the options' fault.
     except (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError, AttributeError) as error:
         raise InputError(f"model {architecture!r} cannot be built with options {given}: {error}") from error
+    for name, parameter in network.named_parameters():
+        if any(part in name for part in known.idle):
+            parameter.requires_grad_(False)
+    return network
 
 
 def _construct(
