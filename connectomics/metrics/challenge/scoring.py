@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from connectomics.metrics.challenge.distance import hausdorff
 from connectomics.metrics.challenge.matching import MatchingFailed, match
 from connectomics.metrics.challenge.results import (
     FAILED,
+    MISSING,
     SCORED,
     TOO_MANY,
     InstanceScore,
@@ -67,7 +68,7 @@ def score_instance(
         warnings.warn(nan_message(nan_voxels), stacklevel=2)
     labels = truth_array(truth)
     check_shapes(parts_input, labels)
-    pair = _InMemory(parts_input, labels)
+    pair = InMemoryPair(parts_input, labels)
     return score_pair(pair, spacing, rules, workers or available_cores(), nan_voxels)
 
 
@@ -151,12 +152,12 @@ class VolumePair:
         """Inside ``box``: where the truth is ``truth_id``, and where the components are one of ``parts`` (0: none)."""
         raise NotImplementedError
 
-    def prediction_values(self, voxels: NDArray[np.int32]) -> NDArray[Any]:
-        """The prediction's own values at voxels (N, 3), z y x."""
+    def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
+        """The prediction's own values (N,) under components (N,) whose first voxels are ``first`` (N, 3), z y x."""
         raise NotImplementedError
 
 
-class _InMemory(VolumePair):
+class InMemoryPair(VolumePair):
     def __init__(self, pred: NDArray[Any], truth: NDArray[Any]) -> None:
         import cc3d
 
@@ -188,8 +189,8 @@ class _InMemory(VolumePair):
         label = truth_id if self._rank is None else self._rank[truth_id]
         return self._truth[box] == label, parts_mask(self._parts[box], parts)
 
-    def prediction_values(self, voxels: NDArray[np.int32]) -> NDArray[Any]:
-        return self._pred[tuple(voxels.T)]
+    def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
+        return self._pred[tuple(first.T)]
 
 
 def _with_labels(overlaps: Overlaps, values: NDArray[np.int64]) -> Overlaps:
@@ -268,7 +269,7 @@ def _distances(
         boxes[has, 1::2] = np.maximum(boxes[has, 1::2], overlaps.part_boxes[part[has], 1::2])
     identical = _identical(overlaps, matched) & (second == 0)
     distances[identical] = 0.0
-    budget = _Budget(pair.scratch_bytes)
+    budget = MemoryBudget(pair.scratch_bytes)
 
     def one(row: int) -> None:
         z0, z1, y0, y1, x0, x1 = (int(v) for v in boxes[row])
@@ -304,7 +305,7 @@ def _run(task: Callable[[int], None], items: NDArray[np.int64], workers: int) ->
             pass
 
 
-class _Budget:
+class MemoryBudget:
     """Lets threads hold memory up to a limit; whoever needs more than the whole limit waits to be alone."""
 
     def __init__(self, limit: int) -> None:
@@ -338,26 +339,15 @@ def _table(
     row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
     is_match = matched[row] == overlaps.pair_part
     iou[row[is_match]] = overlaps.pair_iou()[is_match]
-    values = pair.prediction_values(overlaps.part_first[matched])
+    values = pair.prediction_values(matched, overlaps.part_first[matched])
     values = np.where(matched > 0, values, np.zeros(1, values.dtype))
     return InstanceTable(overlaps.truth_ids, values, matched, iou, distances, overlaps.truth_sizes)
 
 
-@dataclass(frozen=True)
-class MissingCounts:
-    """What counts for a label that was not submitted."""
-
-    truth_ids: int
-    voxels: int
-
-
-def missing_score(counts: MissingCounts, rules: Rules, is_instance: bool) -> InstanceScore | SemanticScore:
-    """The score of a missing label: every truth instance, or every voxel of the crop, is a false negative."""
-    from connectomics.metrics.challenge.results import MISSING
-
+def missing_score(rules: Rules, is_instance: bool, truth_ids: int, voxels: int) -> InstanceScore | SemanticScore:
+    """The score of a label that was not submitted: all truth instances, or all voxels, are false negatives."""
     if not is_instance:
-        return SemanticScore(0, 0, counts.voxels, MISSING)
-    n = counts.truth_ids
+        return SemanticScore(0, 0, voxels, MISSING)
     return InstanceScore(
-        0, 0, n, 0.0, n, MISSING, rules.version, rules.verified, panoptic=Panoptic(fn=n)
+        0, 0, truth_ids, 0.0, truth_ids, MISSING, rules.version, rules.verified, panoptic=Panoptic(fn=truth_ids)
     )

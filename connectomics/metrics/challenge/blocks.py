@@ -1,0 +1,222 @@
+"""Instance volumes that are larger than memory: components, counts and boxes slab by slab.
+
+The components of a slab are cc3d's; slabs are joined where equal values touch (26 neighbours). A component's number is
+its rank in reading order of first voxels, which is how cc3d numbers a whole volume, so nothing differs from the score
+in memory. Component numbers and truth are kept in two raw scratch files from which boxes are cut on demand.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from connectomics.errors import InputError, WriteError
+from connectomics.metrics.challenge.align import Readable
+from connectomics.metrics.challenge.scoring import Box, VolumePair, parts_mask, prediction_array, truth_array
+from connectomics.metrics.overlaps import OverlapCounter, Overlaps
+
+_PLANES = 64  # slabs of whole chunks, as chunks usually are
+
+
+class BlockPair(VolumePair):
+    """A truth and a prediction of one shape, read slab by slab; use it in a ``with`` block, which removes the scratch.
+
+    ``memory_bytes`` bounds what is held at once (apart from the tables of instances); the scratch files take 4 bytes
+    a voxel and the truth's own size, in the folder for temporary files. Raises `InputError` for truth labels too
+    large for tables of all of them.
+    """
+
+    def __init__(self, pred: Readable, truth: Readable, memory_bytes: int) -> None:
+        self._pred, self._truth = pred, truth
+        self.shape = (truth.shape[0], truth.shape[1], truth.shape[2])
+        self.scratch_bytes = memory_bytes // 2
+        self._max_label = max(1 << 16, memory_bytes // 64)
+        plane = self.shape[1] * self.shape[2]
+        # A slab costs both volumes, its components and cc3d's own tables: about 32 bytes a voxel at the most.
+        planes = max(1, memory_bytes // (32 * plane))
+        self._planes = planes // _PLANES * _PLANES if planes >= _PLANES else planes
+        self.max_truth = 0
+        self.nan_voxels = 0
+        self.n_parts = 0
+
+    def __enter__(self) -> BlockPair:
+        self._folder = tempfile.TemporaryDirectory(prefix="connectomics-score-")
+        try:
+            self._label()
+        except BaseException:
+            self._folder.cleanup()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.cleanup()
+
+    def overlaps(self) -> Overlaps:
+        counter = OverlapCounter(self.max_truth, self.n_parts)
+        for begin, end in self._slabs():
+            parts = self._lut[self._parts.read(begin, end)]
+            self._parts.write(begin, parts)
+            counter.add(self._labels.read(begin, end), parts, (begin, 0, 0))
+        return counter.result()
+
+    def masks(self, truth_id: int, parts: tuple[int, int], box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        shape = [s.stop - s.start for s in box]
+        a, b = np.empty(shape, bool), np.empty(shape, bool)
+        rows = (slice(None), *box[1:])
+        for first in range(box[0].start, box[0].stop, self._planes):
+            last = min(first + self._planes, box[0].stop)
+            here = slice(first - box[0].start, last - box[0].start)
+            a[here] = self._labels.view(first, last)[rows] == truth_id
+            b[here] = parts_mask(self._parts.view(first, last)[rows], parts)
+        return a, b
+
+    def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
+        return self._values[parts]
+
+    # -- components ----------------------------------------------------------------------------------------------------
+    def _slabs(self) -> Iterator[tuple[int, int]]:
+        for begin in range(0, self.shape[0], self._planes):
+            yield begin, min(begin + self._planes, self.shape[0])
+
+    def _label(self) -> None:
+        """Components slab by slab under provisional numbers, then their final numbers in ``_lut``."""
+        import cc3d
+
+        folder = Path(self._folder.name)
+        self._parts = _Scratch(folder / "components", self.shape, np.dtype(np.uint32))
+        parents: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
+        values: list[NDArray[Any]] = [np.zeros(1, self._pred.dtype.newbyteorder("="))]
+        joins: list[NDArray[np.int64]] = []
+        count, above = 0, None
+        for begin, end in self._slabs():
+            size = (end - begin, *self.shape[1:])
+            truth = truth_array(self._truth.read((begin, 0, 0), size))
+            self.max_truth = max(self.max_truth, int(truth.max()))
+            if begin == 0:
+                self._labels = _Scratch(folder / "truth", self.shape, truth.dtype)
+            self._labels.write(begin, truth)
+            pred, nan = prediction_array(self._pred.read((begin, 0, 0), size))
+            self.nan_voxels += nan
+            local, n = cc3d.connected_components(pred, return_N=True)
+            of_label = np.zeros(n + 1, pred.dtype)
+            _values_of(local, pred, of_label)
+            numbers = np.arange(count, count + n + 1, dtype=np.uint32)
+            numbers[0] = 0
+            parts = numbers[local]
+            if above is not None:
+                joins.append(_touching(*above, pred[0], parts[0]))
+            above = (pred[-1].copy(), parts[-1].copy())
+            self._parts.write(begin, parts)
+            parents.append(np.arange(count + 1, count + n + 1, dtype=np.int64))
+            values.append(of_label[1:])
+            count += n
+            if count >= np.iinfo(np.uint32).max:
+                raise InputError(f"{self._pred.where}: more than {count} components; nothing can be matched")
+        if self.max_truth > self._max_label:
+            raise InputError(
+                f"{self._truth.where}: truth labels up to {self.max_truth} need larger tables than the memory allows; "
+                f"renumber the truth to at most {self._max_label}"
+            )
+        parent = np.concatenate(parents)
+        _unite(parent, np.concatenate(joins) if joins else np.zeros((0, 2), np.int64))
+        roots = np.flatnonzero(parent == np.arange(parent.size))
+        rank = np.zeros(parent.size, np.uint32)
+        rank[roots] = np.arange(roots.size)
+        self._lut = rank[parent]
+        self._values = np.concatenate(values)[roots]
+        self.n_parts = int(roots.size) - 1
+
+
+class _Scratch:
+    """A volume in a raw file, mapped only while a slab is used, so that it never counts as memory for long."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
+        self._path, self._shape, self._dtype = path, shape, dtype
+        self._plane = shape[1] * shape[2]
+
+    def write(self, begin: int, slab: NDArray[Any]) -> None:
+        try:
+            with self._path.open("r+b" if self._path.exists() else "w+b") as stream:
+                stream.seek(begin * self._plane * self._dtype.itemsize)
+                np.ascontiguousarray(slab, self._dtype).tofile(stream)
+        except OSError as error:
+            raise WriteError(f"cannot write scratch data to {self._path.parent}: {error}; set TMPDIR") from error
+
+    def read(self, begin: int, end: int) -> NDArray[Any]:
+        n = (end - begin) * self._plane
+        values = np.fromfile(self._path, self._dtype, n, offset=begin * self._plane * self._dtype.itemsize)
+        return values.reshape(end - begin, *self._shape[1:])
+
+    def view(self, begin: int, end: int) -> NDArray[Any]:
+        offset = begin * self._plane * self._dtype.itemsize
+        return np.memmap(self._path, self._dtype, "r", offset, (end - begin, *self._shape[1:]))
+
+
+@njit(cache=True, nogil=True)
+def _values_of(labels, values, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    for z in range(labels.shape[0]):
+        for y in range(labels.shape[1]):
+            for x in range(labels.shape[2]):
+                out[labels[z, y, x]] = values[z, y, x]
+
+
+@njit(cache=True, nogil=True)
+def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Pairs of components of two neighbouring planes that touch with equal values; repeats in a row left out."""
+    n_y, n_x = part_a.shape
+    n = 0
+    last_a, last_b = np.int64(0), np.int64(0)
+    for y in range(n_y):
+        for x in range(n_x):
+            if part_b[y, x] == 0:
+                continue
+            for v in range(max(y - 1, 0), min(y + 2, n_y)):
+                for u in range(max(x - 1, 0), min(x + 2, n_x)):
+                    if part_a[v, u] != 0 and value_a[v, u] == value_b[y, x]:
+                        pair_a, pair_b = np.int64(part_a[v, u]), np.int64(part_b[y, x])
+                        if pair_a != last_a or pair_b != last_b:
+                            if n < out.shape[0]:
+                                out[n, 0] = pair_a
+                                out[n, 1] = pair_b
+                            n += 1
+                            last_a, last_b = pair_a, pair_b
+    return n
+
+
+def _touching(
+    value_a: NDArray[Any], part_a: NDArray[Any], value_b: NDArray[Any], part_b: NDArray[Any]
+) -> NDArray[np.int64]:
+    out = np.empty((1 << 16, 2), np.int64)
+    n = _touching_runs(value_a, part_a, value_b, part_b, out)
+    if n > len(out):
+        out = np.empty((n, 2), np.int64)
+        _touching_runs(value_a, part_a, value_b, part_b, out)
+    return np.unique(out[:n], axis=0)
+
+
+@njit(cache=True, nogil=True)
+def _unite(parent, pairs):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Unites the pairs and leaves in ``parent`` the smallest number of each set."""
+    for i in range(pairs.shape[0]):
+        a, b = pairs[i, 0], pairs[i, 1]
+        while parent[a] != a:
+            parent[a] = parent[parent[a]]
+            a = parent[a]
+        while parent[b] != b:
+            parent[b] = parent[parent[b]]
+            b = parent[b]
+        if a < b:
+            parent[b] = a
+        elif b < a:
+            parent[a] = b
+    for i in range(parent.size):
+        parent[i] = parent[parent[i]]

@@ -1,0 +1,246 @@
+"""Where labels come from: a submission (zip, folder, or folder of predictions) and a truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.geometry import VoxelGrid
+from connectomics.metrics.challenge.align import Readable, Source, source_of
+from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZarrArray, ZipStore, is_array
+
+if TYPE_CHECKING:
+    from connectomics.cellmap.crop_table import CropTable
+
+_MASK = "_mask"
+
+
+# -- submissions -------------------------------------------------------------------------------------------------------
+class Submission:
+    """Labels by crop and class, as the scorer sees them."""
+
+    location: str
+
+    def crops(self) -> list[str]:
+        """Folder names of the crops."""
+        raise NotImplementedError
+
+    def classes(self, crop: str) -> list[str]:
+        """Classes of a crop that the scorer sees."""
+        raise NotImplementedError
+
+    def label(self, crop: str, class_name: str) -> Source:
+        """One label, opened."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Lets go of open files."""
+
+
+class GroupSubmission(Submission):
+    """A Zarr v2 group in a zip or a folder: only plain arrays directly under a crop are seen."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self.location = store, store.location
+
+    def crops(self) -> list[str]:
+        return self._store.folders()
+
+    def classes(self, crop: str) -> list[str]:
+        return [name for name in self._store.folders(crop) if is_array(self._store, f"{crop}/{name}")]
+
+    def label(self, crop: str, class_name: str) -> Source:
+        array = ZarrArray(self._store, f"{crop}/{class_name}")
+        return source_of(array, array.attrs)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class PredictionFolder(Submission):
+    """Labels as ``decode`` writes them, ``{dataset}.zarr/{crop}/{class}/s0``, scored as if they had been packed.
+
+    Raises `InputError` for probabilities and `IncompleteError` for half-written labels when they are opened.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.location = str(root)
+        self._folders: dict[str, Path] = {}
+        for dataset in sorted(root.glob("*.zarr")):
+            for crop in sorted(p for p in dataset.iterdir() if p.is_dir()):
+                if crop.name in self._folders:
+                    raise InputError(f"{crop.name} is in {self._folders[crop.name]} and in {crop}; keep one of them")
+                self._folders[crop.name] = crop
+
+    def crops(self) -> list[str]:
+        return sorted(self._folders)
+
+    def classes(self, crop: str) -> list[str]:
+        if crop not in self._folders:
+            return []
+        return sorted(p.name for p in self._folders[crop].iterdir() if p.is_dir() and not p.name.startswith("."))
+
+    def label(self, crop: str, class_name: str) -> Source:
+        from connectomics.io.multiscale import Multiscale
+
+        location = self._folders[crop] / class_name
+        image = Multiscale.open(str(location))
+        about = image.attrs.get("connectomics", {})
+        if about.get("artefact") == "probability":
+            raise InputError(f"{location} holds probabilities, not labels; run decode first and score its output")
+        if about.get("complete") is False:
+            raise IncompleteError(f"{location} is only half written; run decode again to finish it")
+        grid = image.levels[0].grid
+        return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation)
+
+
+class _FinestLevel:
+    """The finest level of a multiscale image as a `Readable`."""
+
+    def __init__(self, image: Any, where: str) -> None:
+        self._image, self.where = image, where
+        self.shape: tuple[int, ...] = image.levels[0].grid.shape
+        self.dtype: np.dtype[Any] = image.levels[0].dtype
+
+    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
+        values, _ = self._image.read_level(0, begin or (0, 0, 0), shape or self.shape)
+        return np.asarray(values)
+
+
+def open_submission(location: str | Path) -> Submission:
+    """A zip, the folder of a Zarr v2 group, or a folder of decoded labels. `MissingError`, `InputError` otherwise."""
+    path = Path(location)
+    if path.is_file():
+        return GroupSubmission(ZipStore(path))
+    if not path.is_dir():
+        raise MissingError(f"no submission at {location}; give a .zip file or a folder")
+    inner = sorted(p for p in path.glob("*.zarr") if p.is_dir())
+    if any((label / ".zattrs").exists() for p in inner for label in p.glob("*/*") if not (label / ".zarray").exists()):
+        return PredictionFolder(path)
+    if len(inner) == 1 and not (path / ".zgroup").exists():
+        path = inner[0]
+    return GroupSubmission(FolderStore(path))
+
+
+def names_in_truth(submission: Submission, truth_crops: Sequence[str]) -> dict[str, str]:
+    """The submission's folder for each crop name of the truth that it has.
+
+    If no name matches, ``crop`` is put before every name and tried again; `InputError` if still none does.
+    """
+    found = submission.crops()
+    direct = {name: name for name in found if name in set(truth_crops)}
+    if direct:
+        return direct
+    prefixed = {f"crop{name}": name for name in found if f"crop{name}" in set(truth_crops)}
+    if not prefixed:
+        shown = ", ".join(found[:5]) or "no folders"
+        raise InputError(
+            f"{submission.location}: no crop of the truth ({', '.join(list(truth_crops)[:5])}, ...) is in it, found "
+            f"{shown}; a submission is one Zarr v2 group with arrays crop<N>/<class>"
+        )
+    return prefixed
+
+
+# -- the truth ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Target:
+    """One (crop, class) to score: its truth, the optional mask of what counts, and its grid."""
+
+    crop: str
+    class_name: str
+    dataset: str
+    grid: VoxelGrid
+    truth: ZarrArray
+    mask: ZarrArray | None
+
+
+def read_targets(
+    truth: str | Path,
+    table: CropTable | str | Path | None,
+    crop_names: Sequence[str] | None,
+    classes: Sequence[str] | None,
+) -> tuple[list[Target], list[str]]:
+    """What is to be scored, in the table's order (or sorted), and the names of all crops of the truth.
+
+    Without a table every plain array of the truth counts, on the grid of its own attributes. ``crop_names`` (``crop7``
+    or ``7``) and ``classes`` narrow it down. Raises `MissingError` for a row of the table whose truth is not there,
+    `InputError` for another shape, `UnknownNameError` for a name that nothing has.
+    """
+    store = FolderStore(truth)
+    if table is None:
+        targets = _targets_of_truth(store)
+    else:
+        from connectomics.cellmap.crop_table import CropTable
+
+        rows = CropTable.resolve(table).select(crops=crop_names, classes=classes)
+        targets = [_target(store, e.crop_name, e.class_name, e.dataset, e.grid) for e in rows]
+    if not targets:
+        raise MissingError(f"{truth}: no truth found; expected a Zarr v2 group with arrays crop<N>/<class>")
+    crops = {t.crop for t in targets}
+    wanted = None if crop_names is None else {c if c in crops else f"crop{c}" for c in map(str, crop_names)}
+    _check_known("crop", wanted, crops, str(truth))
+    _check_known("class", classes, {t.class_name for t in targets}, str(truth))
+    chosen = [
+        t
+        for t in targets
+        if (wanted is None or t.crop in wanted) and (classes is None or t.class_name in set(classes))
+    ]
+    if not chosen:
+        raise InputError(f"{truth}: none of the crops {sorted(wanted or crops)} has the classes {list(classes or ())}")
+    return chosen, store.folders()
+
+
+def _check_known(what: str, wanted: Sequence[str] | set[str] | None, known: set[str], where: str) -> None:
+    for name in wanted or ():
+        if name not in known:
+            raise unknown_name(what, name, known, where)
+
+
+def _targets_of_truth(store: Store) -> list[Target]:
+    targets = []
+    for crop in store.folders():
+        names = [name for name in store.folders(crop) if is_array(store, f"{crop}/{name}")]
+        for name in names:
+            if name.endswith(_MASK) and name.removesuffix(_MASK) in names:
+                continue
+            targets.append(_target(store, crop, name, "", None))
+    return targets
+
+
+def _target(store: Store, crop: str, class_name: str, dataset: str, grid: VoxelGrid | None) -> Target:
+    path = f"{crop}/{class_name}"
+    if not is_array(store, path):
+        raise MissingError(f"no truth at {store.where(path)}, though the crop table lists it")
+    array = ZarrArray(store, path)
+    if len(array.shape) != 3 or math.prod(array.shape) == 0:
+        raise InputError(f"{array.where}: a truth has three dimensions (z y x), found shape {array.shape}")
+    shape = (array.shape[0], array.shape[1], array.shape[2])
+    if grid is None:
+        own = source_of(array, array.attrs)
+        if own.voxel_size is None:
+            raise MetadataError(f"{array.where}: attribute voxel_size is absent; give a crop table")
+        grid = VoxelGrid(own.voxel_size, own.translation or (0.0, 0.0, 0.0), shape)
+    elif grid.shape != shape:
+        raise InputError(f"{array.where}: the truth has shape {shape}, the crop table says {grid.shape}")
+    mask = ZarrArray(store, path + _MASK) if is_array(store, path + _MASK) else None
+    return Target(crop, class_name, dataset, grid, array, mask)
+
+
+class Masked:
+    """A `Readable` that is 0 where a mask is 0 (regions of the truth that are not to be scored)."""
+
+    def __init__(self, array: Readable, mask: Readable) -> None:
+        self._array, self._mask = array, mask
+        self.shape, self.dtype, self.where = array.shape, array.dtype, array.where
+
+    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
+        where = {} if begin is None else {"begin": begin, "shape": shape}
+        values = self._array.read(**where)
+        return np.where(self._mask.read(**where) != 0, values, np.zeros((), values.dtype))

@@ -1,0 +1,240 @@
+"""The score of a whole submission."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.metrics.challenge.align import Aligned, Readable
+from connectomics.metrics.challenge.blocks import BlockPair
+from connectomics.metrics.challenge.results import (
+    TOO_MANY,
+    InstanceScore,
+    LabelResult,
+    SemanticScore,
+    SubmissionScore,
+    pool,
+)
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
+from connectomics.metrics.challenge.scoring import (
+    InMemoryPair,
+    MemoryBudget,
+    available_cores,
+    check_shapes,
+    missing_score,
+    nan_message,
+    prediction_array,
+    score_pair,
+    truth_array,
+)
+from connectomics.metrics.challenge.sources import (
+    Masked,
+    Submission,
+    Target,
+    names_in_truth,
+    open_submission,
+    read_targets,
+)
+
+if TYPE_CHECKING:
+    from connectomics.cellmap.crop_table import CropTable
+
+Progress = Callable[[int, int, str, str], None]
+_SLAB_VOXELS = 1 << 25
+
+
+def score_submission(
+    submission: str | Path,
+    truth: str | Path,
+    crops: CropTable | str | Path | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    crop_names: Sequence[str] | None = None,
+    rules: str | Rules = DEFAULT_RULES,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> SubmissionScore:
+    """The challenge's score of a submission, every crop and class and both totals.
+
+    Args:
+        submission: a zip, the folder of a Zarr v2 group (``crop{N}/{class}`` plain arrays), or a folder of decoded
+            labels (``{dataset}.zarr/{crop}/{class}/s0``). A zip is read in place, after its table of contents passed.
+        truth: folder of a Zarr v2 group with arrays ``crop{N}/{class}``; an array ``{class}_mask`` beside a class
+            leaves out, in truth and prediction, where it is 0.
+        crops: what to score and on which grids: a `CropTable`, the path of one, or ``"challenge"``. By default every
+            array of the truth, on the grid that its attributes ``voxel_size`` and ``translation`` state.
+        classes, crop_names: only these (``crop7`` or ``7``).
+        rules: version of the rules, or a `Rules` object.
+        workers: threads (default: one per available core).
+        memory_bytes: what may be held at once (default: half of what is free now). Instance volumes that need more go
+            slab by slab over scratch files.
+        progress: called after every label with (done, all, crop, class).
+
+    Raises `MissingError`, `InputError`, `MetadataError`, `CorruptDataError` or `UnknownNameError`, each with one line
+    that says where and what. Labels that only the submission has are ignored, and named in ``warnings``.
+    """
+    rules = get_rules(rules)
+    targets, truth_crops = read_targets(truth, crops, crop_names, classes)
+    source = open_submission(submission)
+    try:
+        folders = names_in_truth(source, truth_crops)
+        scorer = _Scorer(source, folders, rules, workers or available_cores(), memory_bytes or _half_of_free())
+        results = []
+        for done, result in enumerate(scorer.run(targets), start=1):
+            results.append(result)
+            if progress is not None:
+                progress(done, len(targets), result.crop, result.class_name)
+        warnings = [*_ignored(source, folders, targets, classes), *_remarks(results)]
+    finally:
+        source.close()
+    kinds = [t.class_name for t in targets]
+    return SubmissionScore(
+        tuple(results),
+        pool(results, rules, kinds),
+        pool([r for r in results if not r.is_missing], rules, kinds),
+        len(targets),
+        rules.version,
+        rules.verified,
+        tuple(warnings),
+    )
+
+
+class _Scorer:
+    """Scores targets in threads, as many at once as memory allows."""
+
+    def __init__(
+        self, source: Submission, folders: dict[str, str], rules: Rules, workers: int, memory_bytes: int
+    ) -> None:
+        self._source, self._folders, self._rules = source, folders, rules
+        self._classes = {crop: set(source.classes(folder)) for crop, folder in folders.items()}
+        self._workers, self._memory = workers, memory_bytes
+        self._budget = MemoryBudget(memory_bytes)
+
+    def run(self, targets: list[Target]) -> Iterator[LabelResult]:
+        """The results in the order of the targets."""
+        outer = min(self._workers, len(targets))
+        self._inner = max(1, self._workers // outer)
+        if outer == 1:
+            yield from map(self._score, targets)
+            return
+        with ThreadPoolExecutor(outer) as threads:
+            futures = [threads.submit(self._score, t) for t in targets]
+            try:
+                for future in futures:
+                    yield future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    def _score(self, target: Target) -> LabelResult:
+        is_instance = self._rules.is_instance(target.class_name)
+        missing = target.class_name not in self._classes.get(target.crop, ())
+        truth: Readable = target.truth
+        score: InstanceScore | SemanticScore
+        if missing:
+            ids = _count_ids(truth) if is_instance else 0
+            score = missing_score(self._rules, is_instance, ids, target.grid.size)
+        else:
+            label = self._source.label(self._folders[target.crop], target.class_name)
+            aligned = Aligned(label, target.grid, is_instance, self._rules)
+            pred: Readable = _Named(aligned, label.array.where)
+            if target.mask is not None:
+                pred, truth = Masked(pred, target.mask), Masked(truth, target.mask)
+            score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.is_direct)
+        return LabelResult(
+            target.crop,
+            target.class_name,
+            score,
+            target.grid.size,
+            target.grid.voxel_size,
+            missing,
+            target.dataset,
+        )
+
+    def _instance(self, pred: Readable, truth: Readable, target: Target, is_direct: bool) -> InstanceScore:
+        # Both volumes, the components and cc3d's tables, and the scratch of the distances.
+        need = target.grid.size * (pred.dtype.itemsize + truth.dtype.itemsize + 12)
+        voxel_size = target.grid.voxel_size
+        if is_direct and need > self._memory:
+            with self._budget.held(self._memory), BlockPair(pred, truth, self._memory) as blocks:
+                return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels)
+        with self._budget.held(need):
+            values, nan_voxels = prediction_array(pred.read())
+            labels = truth_array(truth.read())
+            check_shapes(values, labels)
+            return score_pair(InMemoryPair(values, labels), voxel_size, self._rules, self._inner, nan_voxels)
+
+    def _semantic(self, pred: Readable, truth: Readable, target: Target, is_direct: bool) -> SemanticScore:
+        planes = max(1, _SLAB_VOXELS // (target.grid.shape[1] * target.grid.shape[2]))
+        tp = positive = true = nan_voxels = 0
+        # Resampling a whole array takes float64 volumes; reading slabs takes next to nothing.
+        need = 0 if is_direct else target.grid.size * 24
+        with self._budget.held(need):
+            for first in range(0, target.grid.shape[0], planes):
+                begin = (first, 0, 0)
+                shape = (min(planes, target.grid.shape[0] - first), *target.grid.shape[1:])
+                a, b = pred.read(begin, shape), truth.read(begin, shape) > 0
+                nan_voxels += int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
+                a = a > 0
+                tp += int(np.count_nonzero(a & b))
+                positive += int(np.count_nonzero(a))
+                true += int(np.count_nonzero(b))
+        return SemanticScore(tp, positive - tp, true - tp, nan_voxels=nan_voxels)
+
+
+class _Named:
+    """An `Aligned` label with the name of where it comes from."""
+
+    def __init__(self, aligned: Aligned, where: str) -> None:
+        self._aligned, self.where = aligned, where
+        self.shape: tuple[int, ...] = aligned.shape
+        self.dtype = aligned.dtype
+
+    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
+        return self._aligned.read(begin or (0, 0, 0), shape)
+
+
+def _count_ids(truth: Readable) -> int:
+    """Number of labels other than 0 in a truth, slab by slab."""
+    import fastremap
+
+    planes = max(1, _SLAB_VOXELS // (truth.shape[1] * truth.shape[2]))
+    found: set[int] = set()
+    for first in range(0, truth.shape[0], planes):
+        shape = (min(planes, truth.shape[0] - first), *truth.shape[1:])
+        found.update(fastremap.unique(truth_array(truth.read((first, 0, 0), shape))).tolist())
+    return len(found - {0})
+
+
+def _half_of_free() -> int:
+    import psutil
+
+    return max(1 << 30, int(psutil.virtual_memory().available) // 2)
+
+
+def _ignored(
+    source: Submission, folders: dict[str, str], targets: list[Target], classes: Sequence[str] | None
+) -> Iterator[str]:
+    """Names of labels that only the submission has."""
+    if classes is not None:
+        return
+    for crop, folder in folders.items():
+        known = {t.class_name for t in targets if t.crop == crop}
+        extra = sorted(set(source.classes(folder)) - known)
+        if known and extra:
+            yield f"{crop}: {', '.join(extra)} not in the truth, ignored"
+
+
+def _remarks(results: Sequence[LabelResult]) -> Iterator[str]:
+    for result in results:
+        name = f"{result.crop}/{result.class_name}"
+        if result.score.nan_voxels:
+            yield f"{name}: {nan_message(result.score.nan_voxels)}"
+        if result.score.status == TOO_MANY:
+            yield f"{name}: too many predicted instances, so the crop does not count for the class"
