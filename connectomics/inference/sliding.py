@@ -266,8 +266,8 @@ def predict_blocks(
         device=device,
         autocast=autocast,
     )
-    for (begin, shape), block in zip(regions, values, strict=True):
-        yield grid.crop(begin, shape), block
+    for begin, shape in regions:
+        yield grid.crop(begin, shape), next(values)
 
 
 def predict_regions(

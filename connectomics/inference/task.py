@@ -175,6 +175,12 @@ class PredictTask:
         return [layout.plan(len(self.classes), self.batch_size) for layout, _ in self.layouts()]
 
     @property
+    def name(self) -> str:
+        """What is predicted, for messages: ``crop557 of jrc_ctl-id8-1``."""
+        output = Path(self.output)
+        return f"{output.name} of {output.parent.name.removesuffix('.zarr')}"
+
+    @property
     def model(self) -> dict[str, Any]:
         """What the artefact says of its origin."""
         names = ("checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision")
@@ -203,27 +209,27 @@ def run_predict_task(
         CorruptDataError: raw cannot be decoded or is not finite.
     """
     output = Path(task.output)
-    if _claim(task, output, overwrite) and _is_complete(output):
+    if _refuse_others(task, output, overwrite) and not overwrite and _is_complete(task, output):
         if progress is not None:
             total = sum(len(layout.blocks) for layout, _ in task.layouts())
             progress(total, total)
         return
-    source = RawSource(task.raw, task.intensity_range)
+    source = _source_of(task)
+    _claim(task, output, overwrite)
     jobs = []
+    ensure_group(output, {"connectomics": _attrs(task, complete=False)})
     for layout, names in task.layouts():
-        source.require_any(layout, task.output)
-        created = [_writer(task, layout, name) for name in names]
         done = DoneMap(output / f".done-{layout.key}", len(layout.blocks))
-        if done.count and any(new for _, new in created):
+        if done.count and not all(_has_array(output / name) for name in names):
             done.clear()  # someone removed an array: what the map says of it holds no longer
-        jobs.append((layout, names, [writer for writer, _ in created], done))
+        jobs.append((layout, names, [_writer(task, layout, name) for name in names], done))
     total = sum(len(done) for *_, done in jobs)
     finished = sum(done.count for *_, done in jobs)
     if progress is not None:
         progress(finished, total)
     for layout, names, writers, done in jobs:
         todo = done.missing
-        values = predict_regions(
+        blocks = predict_regions(
             source.read,
             layout.lattice,
             network,
@@ -235,9 +241,11 @@ def run_predict_task(
             autocast=_autocast(task.precision),
         )
         channels = [task.classes.index(name) for name in names]
-        for number, block in zip(todo, values, strict=True):
+        for number in todo:
+            block = next(blocks)
             for channel, writer in zip(channels, writers, strict=True):
                 _write(layout, number, block[channel], writer)
+            del block  # or it would be held while the next one is computed
             done.mark(number)
             finished += 1
             if progress is not None:
@@ -246,6 +254,12 @@ def run_predict_task(
         for name in names:
             update_attrs(output / name, {"connectomics": _attrs(task, complete=True, class_name=name)})
     update_attrs(output, {"connectomics": _attrs(task, complete=True)})
+
+
+def check_predict_task(task: PredictTask, *, overwrite: bool = False) -> None:
+    """Raise what `run_predict_task` would raise at once: no raw in the region, or another output in its place."""
+    _refuse_others(task, Path(task.output), overwrite)
+    _source_of(task)
 
 
 def require_complete(location: str | Path) -> dict[str, Any]:
@@ -306,53 +320,64 @@ def _autocast(precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def _claim(task: PredictTask, output: Path, overwrite: bool) -> bool:
-    """Make ``output`` this task's own; True where it was already, with maybe some of the work done."""
+def _source_of(task: PredictTask) -> RawSource:
+    source = RawSource(task.raw, task.intensity_range)
+    for layout, _ in task.layouts():
+        source.require_any(layout, task.name)
+    return source
+
+
+def _refuse_others(task: PredictTask, output: Path, overwrite: bool) -> bool:
+    """Whether an output of this task (with ``overwrite``: of any) is there; `WriteError` for anything else."""
+    if not (output.exists() and any(output.iterdir())):
+        return False
     file = output / TASK_FILE
+    if not file.exists():
+        raise WriteError(f"{output} is there and was not written by a prediction: remove it, or choose another place")
+    if not overwrite and (differing := task.differences(PredictTask.load(file))):
+        raise WriteError(
+            f"{output} holds a prediction with other settings ({', '.join(differing)} differ); "
+            f"overwrite it, or choose another output folder"
+        )
+    return True
+
+
+def _claim(task: PredictTask, output: Path, overwrite: bool) -> None:
+    """Make ``output`` this task's own, by its file; what is there (see `_refuse_others`) is kept or thrown away."""
     there = output.exists() and any(output.iterdir())
     if there and overwrite:
-        if not file.exists():
-            raise WriteError(
-                f"{output} is there and was not written by a prediction: remove it, or choose another place"
-            )
         old = output.with_name(f".{output.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
         output.rename(old)
         shutil.rmtree(old, ignore_errors=True)
-        there = False
-    if there:
-        if not file.exists():
-            raise WriteError(
-                f"{output} is there and was not written by a prediction: remove it, or choose another place"
-            )
-        if differing := task.differences(PredictTask.load(file)):
-            raise WriteError(
-                f"{output} holds a prediction with other settings ({', '.join(differing)} differ); "
-                f"overwrite it, or choose another output folder"
-            )
-        return True
-    task.save(file)
-    ensure_group(output, {"connectomics": _attrs(task, complete=False)})
-    return False
+    elif there:
+        return
+    task.save(output / TASK_FILE)
 
 
-def _is_complete(output: Path) -> bool:
+def _is_complete(task: PredictTask, output: Path) -> bool:
     try:
-        require_complete(output)
+        for location in (output, *(output / name for name in task.targets)):
+            require_complete(location)
     except (IncompleteError, MissingError, MetadataError):
         return False
     return True
 
 
-def _writer(task: PredictTask, layout: Layout, name: str) -> tuple[ArrayWriter, bool]:
-    """The array of one class, and whether it was made just now."""
+def _has_array(location: Path) -> bool:
+    """Whether the array of a class was made to its end: its group's attributes are written last."""
+    return (location / ".zattrs").exists() and "multiscales" in store.read_attrs(str(location))
+
+
+def _writer(task: PredictTask, layout: Layout, name: str) -> ArrayWriter:
+    """The array of one class, made where it is not there."""
     location = Path(task.output) / name
-    if (location / ".zattrs").exists() and "multiscales" in store.read_attrs(str(location)):
-        return ArrayWriter.open(location / "s0"), False
+    if _has_array(location):
+        return ArrayWriter.open(location / "s0")
     attrs = {"connectomics": _attrs(task, complete=False, class_name=name)}
     (writer,) = create_multiscale(
         location, [layout.target], task.dtype, chunks=layout.chunks, attrs=attrs, name=name, overwrite=True
     )
-    return writer, True
+    return writer
 
 
 def _attrs(task: PredictTask, *, complete: bool, class_name: str | None = None) -> dict[str, Any]:
