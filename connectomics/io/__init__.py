@@ -2,7 +2,7 @@
 
 from connectomics.io.multiscale import Level, Multiscale, PlainArray
 from connectomics.io.pyramid import build_levels, level_grids
-from connectomics.io.store import Location, StoreOptions, exists, join, list_groups, read_attrs, read_json
+from connectomics.io.store import Location, StoreError, StoreOptions, exists, join, list_groups, read_attrs, read_json
 from connectomics.io.write import (
     ArrayWriter,
     create_array,
@@ -18,6 +18,7 @@ __all__ = [
     "Location",
     "Multiscale",
     "PlainArray",
+    "StoreError",
     "StoreOptions",
     "build_levels",
     "create_array",

@@ -21,6 +21,7 @@ from connectomics.errors import CorruptDataError, InputError, MetadataError, Mis
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
+    StoreError,
     StoreOptions,
     exists,
     is_s3,
@@ -116,7 +117,7 @@ class StoredArray:
             The values (array's dtype; 0 outside) and a bool mask of the same shape, True where there is data.
 
         Raises:
-            CorruptDataError: a chunk cannot be decoded. MissingError: the store cannot be reached.
+            CorruptDataError: a chunk cannot be decoded. StoreError: the store cannot be reached.
         """
         if len(begin) != len(self.shape) or len(shape) != len(self.shape):
             raise InputError(f"{self.location} has shape {self.shape}; cannot read {tuple(shape)} at {tuple(begin)}")
@@ -289,7 +290,7 @@ class StoredArray:
         text = _one_line(error)
         if re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
             return _corrupt(self.location, text)
-        return MissingError(f"cannot read {self.location}: {text}; check the address, the endpoint and permissions")
+        return StoreError(f"cannot read {self.location}: {text}; check the address, the endpoint and permissions")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -309,6 +310,7 @@ def _context(pid: int, cache_bytes: int, threads: int) -> Any:
             "data_copy_concurrency": {"limit": threads},
             "file_io_concurrency": {"limit": max(1, threads)},
             "s3_request_concurrency": {"limit": 16},
+            "s3_request_retries": {"max_retries": 5, "initial_delay": "200ms", "max_delay": "5s"},
         }
     )
 

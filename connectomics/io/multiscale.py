@@ -23,6 +23,7 @@ from connectomics.io.metadata import parse_multiscales
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
+    StoreError,
     StoreOptions,
     exists,
     join,
@@ -79,6 +80,8 @@ class Multiscale:
         where = normalize(location)
         try:
             attrs = read_attrs(where, options)
+        except StoreError:
+            raise
         except MissingError as error:
             there = exists(where, options)
             hint = "it has no .zattrs; restore its metadata" if there else "the path does not exist"
@@ -90,9 +93,9 @@ class Multiscale:
         for path, size, first in parse_multiscales(attrs, where):
             try:
                 array = StoredArray(join(where, path), options)
+            except StoreError:
+                raise
             except MissingError:
-                if exists(join(where, path, ".zarray"), options):  # it is there but refused: say so
-                    raise
                 absent.append(path)
                 continue
             if len(array.shape) != 3:
@@ -127,7 +130,7 @@ class Multiscale:
             inside: bool, True where the voxel's centre lies in the array's box and every chunk it needs is stored.
 
         Raises:
-            CorruptDataError: a chunk cannot be decoded, or float raw that is NaN or infinite. MissingError.
+            CorruptDataError: a chunk cannot be decoded, or float raw that is NaN or infinite. StoreError.
         """
         index = self.level_for(grid.voxel_size)
         source = self.levels[index].grid
@@ -139,15 +142,14 @@ class Multiscale:
         out, mask = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, bool)
         tables = resample.raw_tables(source, grid)
         in_box = resample.inside_axes(source, grid)
+        # what lies inside is one run per axis, so the windows hold nothing else
         for window in _windows([_pieces(t, axis) for t, axis in zip(tables, in_box, strict=True)]):
             part = tuple(t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True))
             values, present = self._resampled(index, (part[0], part[1], part[2]))
-            z, y, x = (axis[w] for axis, w in zip(in_box, window, strict=True))
-            inside = z[:, None, None] & y[:, None] & x
-            if present is not None:
-                inside &= present
-            values[~inside] = 0
-            out[window], mask[window] = values, inside
+            if present is None:
+                out[window], mask[window] = values, True
+            else:
+                out[window], mask[window] = np.where(present, values, 0), present
         return out, mask
 
     def read_nearest(self, grid: VoxelGrid, level: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:

@@ -23,6 +23,10 @@ Location = str | os.PathLike[str]
 _S3 = "s3://"
 
 
+class StoreError(MissingError):
+    """A store refuses or cannot be reached, so that nobody can say whether something is there."""
+
+
 @dataclass(frozen=True)
 class StoreOptions:
     """How volumes are read.
@@ -95,25 +99,21 @@ def name_of(location: Location) -> str:
 
 
 def read_bytes(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bytes | None:
-    """The whole content of one small file or object, None where there is none. `MissingError` where it is refused."""
+    """The whole content of one small file or object, None where there is none. `StoreError` where refused."""
     if is_s3(location):
         bucket, key = split_s3(location)
         try:
             return bytes(s3_store(bucket, options).get(key).bytes())
         except FileNotFoundError:
             return None
-        except (OSError, PermissionError) as error:
+        except _s3_errors() as error:
             raise _unreachable(location, error) from error
-        except Exception as error:
-            if type(error).__module__.startswith("obstore"):
-                raise _unreachable(location, error) from error
-            raise
     try:
         return Path(normalize(location)).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise MissingError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
+        raise StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
 
 
 def read_json(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> dict[str, Any] | None:
@@ -150,10 +150,8 @@ def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -
         s3_store(bucket, options).head(key)
     except FileNotFoundError:
         return False
-    except Exception as error:
-        if type(error).__module__.startswith("obstore") or isinstance(error, OSError):
-            raise _unreachable(location, error) from error
-        raise
+    except _s3_errors() as error:
+        raise _unreachable(location, error) from error
     return True
 
 
@@ -171,7 +169,7 @@ def list_groups(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> 
         except (FileNotFoundError, NotADirectoryError):
             names = []
         except OSError as error:
-            raise MissingError(f"cannot list {location}: {error.strerror}; check its permissions") from error
+            raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
     return sorted(name for name in names if not name.startswith("."))
 
 
@@ -218,12 +216,16 @@ def _list(bucket: str, key: str, options: StoreOptions) -> Any:
         return s3_store(bucket, options).list_with_delimiter(prefix)
     except FileNotFoundError:
         return {"common_prefixes": [], "objects": []}
-    except Exception as error:
-        if type(error).__module__.startswith("obstore") or isinstance(error, OSError):
-            raise _unreachable(f"{_S3}{bucket}/{key}", error) from error
-        raise
+    except _s3_errors() as error:
+        raise _unreachable(f"{_S3}{bucket}/{key}", error) from error
 
 
-def _unreachable(location: Location, error: Exception) -> MissingError:
-    reason = " ".join(str(error).split())[:300]
-    return MissingError(f"cannot read {location}: {reason}; check the address, the endpoint and public access")
+def _s3_errors() -> tuple[type[Exception], ...]:
+    from obstore.exceptions import BaseError
+
+    return (BaseError, OSError)
+
+
+def _unreachable(location: Location, error: Exception) -> StoreError:
+    reason = " ".join(str(error).split("Debug source")[0].split())[:300]
+    return StoreError(f"cannot read {location}: {reason}; check the address, the endpoint and public access")
