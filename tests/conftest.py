@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# a shared machine is slow at times; a test that fails for that says nothing
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
 
 
 def _shared(part: str) -> Path:
@@ -34,3 +39,13 @@ def shared_reference() -> Path:
 def shared_facts() -> Path:
     """The challenge's tables; skipped where they are not there."""
     return _shared("facts")
+
+
+@pytest.fixture(scope="session")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny phantom: data root, ``test_crops.csv`` and ``truth.zarr`` (read it, do not change it)."""
+    from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+
+    out = tmp_path_factory.mktemp("phantom") / "root"
+    make_phantom(out, PhantomOptions.preset("tiny"))
+    return out

@@ -59,8 +59,8 @@ class Split:
 def split_by_crop(crops: Sequence[Crop], classes: Sequence[str], train_share: float, seed: int) -> Split:
     """Hold out about ``1 - train_share`` of the crops so that each class keeps about that share too.
 
-    Greedy and seeded: crops are taken in random order, rarest classes first; a crop goes to the side that lacks most of
-    what it holds. A class with a single crop stays in training: there is nothing else to learn it from. At least one
+    Greedy and seeded: the next crop held out is the one that brings validation closest to every class's share, the
+    first in random order among equals. A class with a single crop stays in training: there is nothing else to learn it from. At least one
     crop validates where there are two or more and ``train_share`` is below 1.
     """
     if not crops:
@@ -80,9 +80,9 @@ def split_by_crop(crops: Sequence[Crop], classes: Sequence[str], train_share: fl
             candidates = [i for i in order if i not in val]
             if len(candidates) <= 1:
                 break
-        # the crop that brings validation closest to every class's share; first in random order among equals
+        # the crop that brings validation closest to every class's share; among equals the one with the commoner classes
         gains = {i: sum(min(1.0, target[c] - held[c]) / max(1, total[c]) for c in holds[i]) for i in candidates}
-        best = max(candidates, key=lambda i: (round(gains[i], 9), -rarity[i]))
+        best = max(candidates, key=lambda i: (round(gains[i], 9), rarity[i]))
         val.add(best)
         for c in holds[best]:
             held[c] += 1

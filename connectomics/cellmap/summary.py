@@ -1,0 +1,92 @@
+"""A data root in numbers: what `pytc describe` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
+from connectomics.io.multiscale import Multiscale
+
+_SLAB = 2**24  # voxels of one label array read at once
+
+
+def summarize(
+    root: str,
+    datasets: Sequence[str] | None = None,
+    crops: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Data sets with raw levels and crops, and for each class the annotated volume by state, in cubic micrometres.
+
+    Counts are of the classes' own arrays: what other classes imply is not counted. A crop without an array of the class
+    counts as unknown with its whole box.
+    """
+    catalog = Catalog.open(root)
+    found = catalog.crops(datasets, crops, classes)
+    names = sorted({n for c in found for n in c.labels if classes is None or n in classes})
+    return {
+        "root": catalog.root,
+        "n_crops": len(found),
+        "datasets": [
+            _dataset(catalog, name, [c for c in found if c.dataset == name])
+            for name in catalog.datasets
+            if any(c.dataset == name for c in found)
+        ],
+        "classes": {name: _class(name, found) for name in names},
+    }
+
+
+def _dataset(catalog: Catalog, name: str, crops: Sequence[Crop]) -> dict[str, Any]:
+    raw = Multiscale.open(catalog.raw_location(name))
+    return {
+        "name": name,
+        "raw": {
+            "location": raw.location,
+            "dtype": str(raw.levels[0].dtype),
+            "levels": [{"path": level.path, **level.grid.to_dict()} for level in raw.levels],
+        },
+        "crops": [
+            {
+                "name": crop.name,
+                "begin_nm": list(crop.box.begin),
+                "extent_nm": list(crop.box.extent),
+                "voxel_size": list(crop.grid.voxel_size),
+                "shape": list(crop.grid.shape),
+                "classes": sorted(crop.labels),
+            }
+            for crop in crops
+        ],
+    }
+
+
+def _class(name: str, crops: Sequence[Crop]) -> dict[str, Any]:
+    total = {"present_um3": 0.0, "absent_um3": 0.0, "unknown_um3": 0.0}
+    kinds = set()
+    n_crops = 0
+    for crop in crops:
+        label = crop.labels.get(name)
+        if label is None:
+            total["unknown_um3"] += float(np.prod(crop.box.extent)) / 1e9
+            continue
+        n_crops += 1
+        kinds.add(label.annotation.kind)
+        voxel = float(np.prod(label.grid.voxel_size)) / 1e9
+        for state, count in label_counts(label).items():
+            total[f"{state}_um3"] += count * voxel
+    return {"kind": " and ".join(sorted(kinds)), "crops": n_crops, **total}
+
+
+def label_counts(label: LabelArray) -> dict[str, int]:
+    """Voxels of the finest level that are ``present``, ``absent`` and ``unknown``, counted in bounded memory."""
+    shape = label.grid.shape
+    depth = max(1, _SLAB // max(1, shape[1] * shape[2]))
+    present = known_voxels = 0
+    for begin, block in label.grid.blocks((depth, shape[1], shape[2])):
+        values, _ = label.source.read_level(0, begin, block.shape)
+        is_present, known = label.annotation.decode(values)
+        present += int(is_present.sum())
+        known_voxels += int(known.sum())
+    return {"present": present, "absent": known_voxels - present, "unknown": label.grid.size - known_voxels}

@@ -1,0 +1,59 @@
+"""The command ``pytc``: each verb parses, composes the configuration, and calls one stage.
+
+Nothing heavy is imported here: a verb imports what it needs when it runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status (0 well, 1 bad input, 2 bad usage, 130 interrupted)."""
+    from connectomics.cli.app import app
+
+    return run_guarded(lambda: app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False))
+
+
+def run_guarded(work: object) -> int:
+    """Call ``work()``; an error that the user can mend becomes one line on stderr and a non-zero status."""
+    import click
+
+    from connectomics.errors import ConnectomicsError
+
+    assert callable(work)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("pytorch_lightning", "lightning", "hydra", "botocore", "numba", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        status = work()
+    except click.exceptions.Abort:
+        return 130
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except ConnectomicsError as error:
+        return _say(str(error))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (`pytc describe | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            return _say(f"no space left on the disk ({error.filename or 'while writing'}); free some and run again")
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _say(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+__all__ = ["main", "run_guarded"]

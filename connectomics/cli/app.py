@@ -1,0 +1,32 @@
+"""All verbs, in the order in which one uses them."""
+
+from __future__ import annotations
+
+import typer
+
+from connectomics.cli import data_verbs, demo_verb, result_verbs, run_verbs
+
+app = typer.Typer(
+    name="pytc",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help=(
+        "CellMap volumes from disk to a scored submission.\n\n"
+        "The way through: phantom (or your data root), describe, train, predict, decode, evaluate, export, validate, "
+        "score, report. `pytc demo` goes all the way on made data."
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.command("demo")(demo_verb.demo)
+app.command("phantom")(data_verbs.phantom)
+app.command("describe")(data_verbs.describe)
+app.command("train")(run_verbs.train)
+app.command("predict")(run_verbs.predict)
+app.command("decode")(run_verbs.decode)
+app.command("evaluate")(run_verbs.evaluate)
+app.command("export")(result_verbs.export)
+app.command("validate")(result_verbs.validate)
+app.command("score")(result_verbs.score)
+app.command("report")(result_verbs.report)

@@ -1,0 +1,75 @@
+"""Verbs that make or look at data: phantom, describe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from connectomics.cli import show
+
+
+def phantom(
+    out: Annotated[Path, typer.Argument(help="Folder to make: a data root, test_crops.csv and truth.zarr.")],
+    size: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
+    seed: Annotated[int, typer.Option(help="Another seed is another cell.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT where it exists.")] = False,
+) -> None:
+    """Make a synthetic data root in the CellMap layout, whose truth is a function of position.
+
+    Examples:
+
+      pytc phantom data/phantom
+
+      pytc phantom /scratch/phantom --size tiny --seed 7
+    """
+    from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+
+    with show.stage(f"making the phantom {out}"):
+        info = make_phantom(out, PhantomOptions.preset(size, seed=seed, overwrite=overwrite))
+    print(info)
+
+
+def describe(
+    root: Annotated[str, typer.Argument(help="Data root: holds {dataset}/{dataset}.zarr; a folder or s3:// URL.")],
+    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+    crop: Annotated[list[str] | None, typer.Option(help="Only this crop (crop234); may be repeated.")] = None,
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print data sets, crops, voxel sizes, extents, classes, and how much of each is present, absent and unknown.
+
+    Examples:
+
+      pytc describe data/phantom
+
+      pytc describe data/phantom --class mito --class nuc --json
+    """
+    from connectomics.cellmap.summary import summarize
+
+    summary = summarize(root, dataset, crop, class_name)
+    if as_json:
+        print(json.dumps(summary, indent=1))
+        return
+    _print_summary(summary)
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    for item in summary["datasets"]:
+        raw = item["raw"]
+        levels = ", ".join(show.triple(level["voxel_size"]) for level in raw["levels"])
+        print(f"{item['name']}: raw {show.shape(raw['levels'][0]['shape'])} {raw['dtype']}, levels of {levels} nm")
+        for crop in item["crops"]:
+            extent = show.triple(crop["extent_nm"])
+            print(f"  {crop['name']}: {extent} nm from {show.triple(crop['begin_nm'])} nm, {len(crop['classes'])} classes")
+    if not summary["classes"]:
+        return
+    rows = []
+    for name, c in summary["classes"].items():
+        total = max(1e-9, c["present_um3"] + c["absent_um3"] + c["unknown_um3"])
+        shares = [f"{100 * c[k] / total:.1f} %" for k in ("present_um3", "absent_um3", "unknown_um3")]
+        rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
+    header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
+    show.table(header, rows, title=f"classes over {summary['n_crops']} crops")

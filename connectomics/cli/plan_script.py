@@ -1,0 +1,50 @@
+"""``scripts/main.py``: the plan's flags over the same stages as the verbs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from connectomics.cli import run_guarded
+
+_MODES = ("train", "test", "predict", "evaluate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the plan's flags and run; the exit status is as for ``pytc``."""
+    parser = argparse.ArgumentParser(
+        description="Train, predict or evaluate from one configuration file.",
+        epilog="examples: main.py --config tutorials/cellmap_cos7.yaml data.batch_size=4 | "
+        "main.py --config tutorials/cellmap_cos7.yaml --mode test --checkpoint best.ckpt dataset.crops=[crop234]",
+    )
+    parser.add_argument("--config", type=Path, required=True, help="configuration file")
+    parser.add_argument("--mode", choices=_MODES, default="train", help="test: predict, decode and evaluate")
+    parser.add_argument("--checkpoint", type=Path, help="go on from it (train), or use it (the other modes)")
+    parser.add_argument("--fast-dev-run", action="store_true", help="one batch of everything")
+    parser.add_argument("--out", type=Path, help="folder for predictions and labels; default: beside the checkpoint")
+    parser.add_argument("overrides", nargs="*", help="key=value ...")
+    options = parser.parse_intermixed_args(arguments)
+    return run_guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    from connectomics.cli import run_verbs
+    from connectomics.errors import InputError
+
+    if options.mode == "train":
+        run_verbs.train(options.config, options.overrides, options.checkpoint, None, options.fast_dev_run, False)
+        return
+    if options.checkpoint is None:
+        raise InputError(f"--mode {options.mode} needs --checkpoint FILE")
+    out = options.out or options.checkpoint.parent.parent
+    if options.mode in ("test", "predict"):
+        run_verbs.predict(
+            options.config, options.overrides, options.checkpoint, out / "predictions", None, None, None, False
+        )
+    if options.mode in ("test", "evaluate"):
+        from connectomics.config import load_config
+
+        config = load_config(options.config, options.overrides)
+        run_verbs.decode(out / "predictions", out / "labels", options.config, None, options.overrides, False)
+        run_verbs.evaluate(out / "labels", config.dataset.data_root, out / "evaluation.json", None)

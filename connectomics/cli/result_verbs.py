@@ -1,0 +1,91 @@
+"""Verbs about results: export, validate, score, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from connectomics.cli import show
+
+
+def export(
+    labels: Annotated[Path, typer.Argument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
+    out: Annotated[Path, typer.Argument(help="The submission, submission.zip.")] = Path("submission.zip"),
+    crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+) -> None:
+    """Pack labels into the zip that the portal takes, on each crop's own grid, and check it.
+
+    Examples:
+
+      pytc export outputs/labels submission.zip
+
+      pytc export outputs/labels submission.zip --crops data/phantom/test_crops.csv --class mito
+    """
+    from connectomics.cellmap.crop_table import CropTable
+    from connectomics.submission import export_submission
+
+    table = CropTable.resolve(crops).select(None, class_name, dataset)
+    with show.stage("packing"):
+        result = export_submission(
+            labels, out, sorted({e.class_name for e in table}), sorted({e.dataset for e in table}), crops=table
+        )
+    print(result.summary())
+    if result.has_errors:
+        raise typer.Exit(1)
+
+
+def validate(
+    submission: Annotated[Path, typer.Argument(help="A zip, or a folder with the Zarr group.")],
+    crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
+    truth: Annotated[Path | None, typer.Option(help="Truth Zarr, where there is one: exact instance limits.")] = None,
+) -> None:
+    """Say beforehand what the portal would refuse or silently count as nothing. Exit status 1 where there are errors.
+
+    Examples:
+
+      pytc validate submission.zip
+
+      pytc validate submission.zip --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
+    """
+    from connectomics.cellmap.crop_table import CropTable
+    from connectomics.submission import validate_submission
+
+    findings = validate_submission(submission, CropTable.resolve(crops), truth=truth)
+    for finding in findings:
+        print(finding)
+    errors = sum(f.severity == "error" for f in findings)
+    warnings = sum(f.severity == "warning" for f in findings)
+    print(f"{submission}: {errors} errors, {warnings} warnings")
+    if errors:
+        raise typer.Exit(1)
+
+
+def score(
+    submission: Annotated[Path, typer.Argument(help="A zip, or a folder with the Zarr group.")],
+    truth: Annotated[Path, typer.Argument(help="The truth: a Zarr group crop{N}/{class}.")],
+    crops: Annotated[str | None, typer.Option(help="Crop table; default: what the truth holds.")] = None,
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
+    rules: Annotated[str, typer.Option(help="Version of the challenge's rules.")] = "2026-06",
+    out: Annotated[Path, typer.Option(help="Folder for scores.json and the tables.")] = Path("."),
+) -> None:
+    """Score a submission exactly as the challenge does.
+
+    Examples:
+
+      pytc score submission.zip truth.zarr --crops test_crops.csv
+
+      pytc score submission.zip truth.zarr --class mito --out outputs/scores
+    """
+    from connectomics.metrics.challenge import score_submission
+    from connectomics.metrics.tables import print_scores, write_scores
+
+    with show.stage("scoring"):
+        result = score_submission(submission, truth, crops, classes=class_name, crop_names=crop, rules=rules)
+    print_scores(result)
+    for path in write_scores(result, out):
+        print(path)

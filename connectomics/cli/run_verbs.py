@@ -1,0 +1,169 @@
+"""Verbs that run a configuration: train, predict, decode, evaluate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from connectomics.cli import show
+
+Config = Annotated[
+    Path | None, typer.Argument(help="Configuration, for instance tutorials/cellmap_cos7.yaml.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value ..., as in training.max_epochs=3", show_default=False)
+]
+
+
+def train(
+    config: Config = None,
+    overrides: Overrides = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default {output_dir}/{name}/version_N.")] = None,
+    fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch of everything.")] = False,
+    list_models: Annotated[bool, typer.Option("--list-models", help="Print the architectures and stop.")] = False,
+) -> None:
+    """Train a network.
+
+    Examples:
+
+      pytc train tutorials/cellmap_cos7.yaml data.batch_size=4 system.num_gpus=4
+
+      pytc train tutorials/cellmap_cos7.yaml --checkpoint outputs/cellmap_cos7/version_0/checkpoints/last.ckpt
+    """
+    if list_models:
+        from connectomics.models.registry import list_models as models
+
+        for name, text in models().items():
+            print(f"{name:16} {text}")
+        return
+    if config is None:
+        raise typer.BadParameter("give a configuration file (or --list-models)")
+    from connectomics.config import load_config
+
+    composed = load_config(config, overrides or [])
+    from connectomics.lightning.train import next_run_dir
+    from connectomics.lightning.train import train as run
+
+    folder = run_dir or next_run_dir(composed)
+    result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run)
+    print(f"run folder: {folder}")
+    if result.best_checkpoint is not None:
+        print(f"best checkpoint: {result.best_checkpoint} ({composed.checkpoint.monitor} {result.best_score})")
+    if result.last_checkpoint is not None:
+        print(f"last checkpoint: {result.last_checkpoint}")
+
+
+def predict(
+    config: Config,
+    overrides: Overrides = None,
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the network.")] = ...,  # type: ignore[assignment]
+    out: Annotated[Path, typer.Option(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
+    crops: Annotated[
+        str | None, typer.Option(help="Crop table (.csv, .json, or 'challenge'); default: the catalog's crops.")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm, instead of crops.", show_default=False)
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what another run predicted.")] = False,
+) -> None:
+    """Predict whole crops by sliding window, block by block; a killed run goes on where it stopped.
+
+    Examples:
+
+      pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --crops challenge --out outputs/predictions
+
+      pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --box jrc_cos7-1a:0,0,0:800,800,800
+    """
+    from connectomics.config import load_config
+
+    composed = load_config(config, overrides or [])
+    from connectomics.lightning.inference import predict_cellmap_crops
+    from connectomics.lightning.targets import targets_of
+
+    targets = targets_of(composed, crop_table=crops or composed.dataset.crop_table, box=box)
+    with show.stage("predicting"):
+        written = predict_cellmap_crops(
+            None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite
+        )
+    for location in written:
+        print(location)
+
+
+def decode(
+    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the labels, in the same layout.")],
+    config: Annotated[Path | None, typer.Option(help="Configuration with decoding.default and decoding.classes.")] = None,
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option(help="Decode again what is there already.")] = False,
+) -> None:
+    """Turn probabilities into labels: thresholds, and instances by components or watershed.
+
+    Examples:
+
+      pytc decode outputs/predictions outputs/labels --config tutorials/cellmap_mito.yaml
+
+      pytc decode outputs/predictions outputs/labels --class mito decoding.classes.mito.threshold=0.6
+    """
+    from connectomics.config import load_config
+    from connectomics.decoding.decode import decode_predictions, find_arrays
+    from connectomics.decoding.parameters import decode_parameters
+
+    composed = load_config(config, [_creating(o) for o in overrides or []])
+    there = sorted({name for _, _, name in find_arrays(predictions)})
+    parameters = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
+    with show.stage("decoding"):
+        done = decode_predictions(predictions, out, parameters, classes=class_name, overwrite=overwrite)
+    for item in done:
+        print(item.location)
+
+
+def evaluate(
+    labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
+    root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
+    out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON.")] = None,
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+) -> None:
+    """Measure labels against annotated crops over known voxels only: Dice, IoU, precision, recall, Rand, VOI.
+
+    Examples:
+
+      pytc evaluate outputs/labels data/phantom
+
+      pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json
+    """
+    from connectomics.lightning.evaluation import evaluate_labels
+
+    with show.stage("evaluating"):
+        result = evaluate_labels(labels, root, classes=class_name)
+    rows = [
+        [name, str(v["crops"]), *(_number(v.get(k)) for k in ("dice", "iou", "precision", "recall")),
+         _interval(v.get("dice_interval")), *(_number(v.get(k)) for k in ("rand_error", "voi_split", "voi_merge"))]
+        for name, v in result["classes"].items()
+    ]  # fmt: skip
+    header = ["class", "crops", "dice", "iou", "precision", "recall", "dice 95 %", "rand error", "voi split", "voi merge"]
+    show.table(header, rows)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = out.with_name(out.name + ".part")
+        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        temporary.replace(out)
+
+
+def _creating(override: str) -> str:
+    """``decoding.classes.mito.threshold=0.6`` makes the entry where the file has none (Hydra's ``++``)."""
+    free = override.startswith(("decoding.default.", "decoding.classes."))
+    return f"++{override}" if free else override
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _interval(value: list[float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.3f}-{value[1]:.3f}"

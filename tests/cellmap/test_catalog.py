@@ -1,0 +1,168 @@
+"""Finding data, and what is said when it is not as it should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.cellmap.annotation import Annotation
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.cellmap.summary import summarize
+from connectomics.errors import ConnectomicsError, CorruptDataError, InputError, MetadataError, MissingError, UnknownNameError
+from connectomics.data.volumes import CropVolume
+from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
+
+
+def one_line(error: pytest.ExceptionInfo[ConnectomicsError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_classes_are_the_challenges() -> None:
+    assert sum(c.scored for c in CLASSES.values()) == 48
+    assert INSTANCE_CLASSES == {"nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell"}
+    assert get_class("mito").atoms == ("mito_mem", "mito_lum", "mito_ribo")
+    assert all(a in CLASSES for c in CLASSES.values() for a in c.atoms)
+    with pytest.raises(UnknownNameError, match="did you mean 'mito'"):
+        get_class("mitoo")
+
+
+def test_catalog_finds_what_is_there(tmp_path: Path) -> None:
+    catalog = Catalog.open(str(plain_root(tmp_path)))
+    assert catalog.datasets == ["set-a"]
+    (crop,) = catalog.crops()
+    assert (crop.dataset, crop.name, list(crop.labels)) == ("set-a", "crop1", ["mito"])
+    assert crop.grid == grid_of((16, 16, 16))
+    assert catalog.crops(classes=["mito_mem"]) == catalog.crops(classes=["mito"])  # a group speaks of its atoms
+    with pytest.raises(MissingError, match="no crop with a label of ld"):
+        catalog.crops(classes=["ld"])
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(MissingError) as error:
+        Catalog.open(str(tmp_path / "nowhere"))
+    assert "no data root at" in one_line(error)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MissingError, match="holds no data set"):
+        Catalog.open(str(tmp_path / "empty"))
+    catalog = Catalog.open(str(plain_root(tmp_path / "root")))
+    with pytest.raises(UnknownNameError, match="did you mean 'set-a'"):
+        catalog.crops(["set-b"])
+    with pytest.raises(UnknownNameError, match="did you mean 'crop1'"):
+        catalog.crops(crops=["crop11"])
+    shutil.rmtree(zarr_of(tmp_path / "root", "set-a") / "recon-1/em/fibsem-uint8")
+    with pytest.raises(MissingError, match="expected a raw volume"):
+        catalog.crops()
+
+
+@pytest.mark.parametrize(
+    ("attrs", "message"),
+    [
+        ({}, "could mean absent or unknown"),
+        ({"cellmap": {"annotation": {"class_name": "mito"}}}, "no annotation_type"),
+        ({"cellmap": {"annotation": {"annotation_type": {"type": "painting", "encoding": {}}}}}, "'painting'"),
+        (
+            {"cellmap": {"annotation": {"annotation_type": {"type": "semantic_segmentation", "encoding": {"absent": "x"}}}}},
+            "whole numbers",
+        ),
+        ({"cellmap": 3}, "must be a mapping"),
+    ],
+)
+def test_broken_annotations_are_refused(tmp_path: Path, attrs: dict, message: str) -> None:
+    root = plain_root(tmp_path)
+    group = zarr_of(root, "set-a") / GROUND_TRUTH / "crop1" / "mito"
+    multiscales = json.loads((group / ".zattrs").read_text())["multiscales"]
+    (group / ".zattrs").write_text(json.dumps({"multiscales": multiscales, **attrs}))
+    crop = Catalog.open(str(root)).crop("set-a", "crop1")
+    with pytest.raises(MetadataError, match=message) as error:
+        _ = crop.labels["mito"].annotation
+    assert "crop1/mito" in one_line(error)
+
+
+def test_raw_that_does_not_reach_the_crop_is_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8), start=1000.0))
+    crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
+    with pytest.raises(InputError, match="no raw to see") as error:
+        CropVolume(crop, ("mito",), (8.0, 8.0, 8.0)).check()
+    assert "set-a/crop1" in one_line(error)
+
+
+def test_a_truncated_label_chunk_is_named(tmp_path: Path) -> None:
+    root = plain_root(tmp_path)
+    chunk = next(p for p in (zarr_of(root, "set-a") / GROUND_TRUTH / "crop1/mito/s0").rglob("*") if p.is_file() and p.name == "0")
+    chunk.write_bytes(chunk.read_bytes()[:10])
+    crop = Catalog.open(str(root)).crop("set-a", "crop1")
+    with pytest.raises(CorruptDataError) as error:
+        CropVolume(crop, ("mito",), (8.0, 8.0, 8.0)).read_labels(grid_of((4, 4, 4)))
+    assert "crop1/mito/s0/0" in one_line(error)
+
+
+def test_annotation_round_trip() -> None:
+    annotation = Annotation("mito", "instance", 0, 255, {"absent": 3, "unknown": 2})
+    assert Annotation.from_attrs(annotation.to_attrs(), {}, "here") == annotation
+
+
+def test_summary_counts_states(tmp_path: Path) -> None:
+    root = plain_root(tmp_path)
+    values = np.zeros((16, 16, 16), np.uint8)
+    values[:4], values[4:8] = 255, 1
+    write_label(root, "set-a", "crop2", "mito", values, grid_of((16, 16, 16)), unknown=255)
+    summary = summarize(str(root))
+    voxel = 8**3 / 1e9
+    found = summary["classes"]["mito"]
+    assert found["crops"] == 2
+    assert found["present_um3"] == pytest.approx((6**3 + 4 * 256) * voxel)
+    assert found["unknown_um3"] == pytest.approx(4 * 256 * voxel)
+    assert found["absent_um3"] == pytest.approx((16**3 - 6**3 + 8 * 256) * voxel)
+
+
+def test_shipped_table_is_the_challenges() -> None:
+    table = CropTable.challenge()
+    assert len(table) == 413
+    assert len(table.crops()) == 16
+    entry = next(e for e in table if e.crop == 557 and e.class_name == "mito")
+    assert entry.crop_name == "crop557"
+    assert entry.grid.translation == pytest.approx((23837.13, 7599.0, 35999.0))
+
+
+def test_table_round_trip_and_selection(tmp_path: Path) -> None:
+    table = CropTable.challenge()
+    table.save(tmp_path / "t.csv")
+    assert CropTable.load(tmp_path / "t.csv") == table
+    some = table.select(crops=["crop557", 558], classes=["mito"])
+    assert [(e.crop, e.class_name) for e in some] == [(557, "mito"), (558, "mito")]
+    with pytest.raises(UnknownNameError, match="class 'mitoo'"):
+        table.select(classes=["mitoo"])
+
+
+def test_official_manifest_is_read(shared_reference: Path) -> None:
+    table = CropTable.load(shared_reference / "official_scorer/submissions/test_crop_manifest.csv")
+    assert len(table) == 10
+    assert {e.crop for e in table} == {101, 102, 103, 104}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n", "columns .* are absent"),
+        ("crop_name,dataset,class_label,voxel_size,translation,shape\n1,d,mito,[8;8],[0;0;0],[4;4;4]\n", "line 2.*voxel_size"),
+        ("crop_name,dataset,class_label,voxel_size,translation,shape\n", "no rows"),
+        (
+            "crop_name,dataset,class_label,voxel_size,translation,shape\n"
+            + "1,d,mito,[8;8;8],[0;0;0],[4;4;4]\n" * 2,
+            "listed twice",
+        ),
+    ],
+)
+def test_broken_tables_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(MetadataError, match=message):
+        CropTable.load(tmp_path / "t.csv")

@@ -1,0 +1,94 @@
+"""Configuration: Hydra composition onto the schema, and one line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from connectomics.config import config_from_dict, config_to_dict, known_keys, load_config, save_config
+from connectomics.errors import ConfigError, MissingError
+
+ROOT = Path(__file__).resolve().parents[2]
+TUTORIALS = sorted((ROOT / "tutorials").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", TUTORIALS, ids=lambda p: p.stem)
+def test_every_tutorial_composes_and_survives_saving(file: Path, tmp_path: Path) -> None:
+    config = load_config(file)
+    assert config.name == file.stem
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_the_plans_values() -> None:
+    config = load_config(ROOT / "tutorials/cellmap_cos7.yaml")
+    assert config.dataset.classes == ["nuc", "mito", "er", "golgi", "ves"]
+    assert (config.model.mednext_size, config.model.mednext_kernel_size) == ("M", 5)
+    assert config.optimizer.lr == 1e-3  # from the base
+    assert config.training.max_epochs == 500
+    assert list(config.data.augmentations)[:2] == ["RandFlipd", "RandRotate90d"]
+    assert load_config(ROOT / "tutorials/cellmap_mito.yaml").optimizer.lr == 5e-4
+
+
+def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
+    config = load_config(
+        ROOT / "tutorials/cellmap_cos7.yaml",
+        ["training.max_epochs=3", "data.use_cache=true", "dataset.crops=[crop234,'crop236']",
+         "data.augmentations.RandFlipd.prob=0.1", "+model.loss_options.FocalLoss={gamma: 3}"],
+    )  # fmt: skip
+    assert config.training.max_epochs == 3
+    assert config.data.use_cache
+    assert config.dataset.crops == ["crop234", "crop236"]
+    assert config.data.augmentations["RandFlipd"]["prob"] == 0.1
+    assert config.model.loss_options == {"FocalLoss": {"gamma": 3}}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.max_epoch=3", "unknown key 'training.max_epoch'.*did you mean 'training.max_epochs'"),
+        ("data.lr=3", "did you mean 'optimizer.lr'"),
+        ("training.max_epochs=many", "could not be converted to Integer"),
+        ("dataset.resolution=[8,8]", "three positive numbers"),
+        ("dataset.classes=[]", "at least one class"),
+        ("dataset.classes=[nuc,nuc]", "twice"),
+        ("model.out_channels=3", "5 classes"),
+        ("model.loss_weights=[1]", "one weight for each loss"),
+        ("dataset.split=croop", "did you mean 'crop'"),
+        ("inference.overlap=1.0", "below 1"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_bad_overrides_are_one_line(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(ROOT / "tutorials/cellmap_cos7.yaml", [override])
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="did you mean .*cellmap_cos7.yaml"):
+        load_config(ROOT / "tutorials/cellmap_cos8.yaml")
+    for content, message in (
+        ("data: [1", "not valid YAML at line"),
+        ("- a\n- b\n", "must hold keys and values"),
+        ("data:\n  patch_sise: [1, 2, 3]\n", "did you mean 'data.patch_size'"),
+        ("defaults:\n  - no_such_base\n", "no_such_base"),
+    ):
+        file = tmp_path / "bad.yaml"
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=message) as error:
+            load_config(file)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="unknown key"):
+        config_from_dict({"data": {"no_such": 1}})
+
+
+def test_every_key_is_read_somewhere() -> None:
+    """No option that nothing reads: each field's name occurs in the code outside of the schema."""
+    code = "\n".join(
+        p.read_text(encoding="utf-8") for p in (ROOT / "connectomics").rglob("*.py") if p.name != "schema.py"
+    )
+    unread = [k for k in known_keys() if f".{k.split('.')[-1]}" not in code]
+    assert unread == []

@@ -1,0 +1,250 @@
+"""Patches: cache against plain reading, augmentation and the third state, loaders with workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.config import RunConfig
+from connectomics.data.augment import build_augmentor
+from connectomics.data.crop_cache import CropCache, cache_key
+from connectomics.data.datamodule import CellMapDataModule
+from connectomics.data.dataset.build import get_dataset
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
+from connectomics.data.volumes import CropVolume, Intensity
+from connectomics.errors import ConfigError, CorruptDataError, InputError, UnknownNameError, WriteError
+from connectomics.geometry import VoxelGrid
+from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
+
+PLAN_AUGMENTATIONS = {
+    "RandFlipd": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": [0, 1, 2]},
+    "RandRotate90d": {"keys": ["image", "label"], "prob": 0.5, "spatial_axes": [[0, 1], [0, 2], [1, 2]]},
+    "RandAffined": {
+        "keys": ["image", "label"], "prob": 1.0, "rotate_range": [0.5, 0.5, 0.5], "scale_range": [0.1, 0.1, 0.1],
+        "mode": ["bilinear", "nearest"],
+    },
+    "RandZoomd": {"keys": ["image", "label"], "prob": 1.0, "min_zoom": 0.7, "max_zoom": 0.9},
+    "RandGaussianNoised": {"keys": ["image"], "prob": 0.5, "mean": 0.0, "std": 0.1},
+}  # fmt: skip
+
+
+def volume_of(root: Path, **options: object) -> CropVolume:
+    crop = Catalog.open(str(root)).crops()[0]
+    return CropVolume(crop, ("mito", "ld"), (8.0, 8.0, 8.0), **options)  # type: ignore[arg-type]
+
+
+# -- cache -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def fractional_root(tmp_path: Path) -> Path:
+    """Raw at 5.24x4x4 with a missing chunk, labels at 2.62x2x2 with unknown voxels."""
+    rng = np.random.default_rng(5)
+    raw_grid = VoxelGrid((5.24, 4.0, 4.0), (100.0, 52.0, 48.0), (100, 130, 140))
+    location = write_raw(tmp_path, "set-a", rng.integers(1, 255, raw_grid.shape, dtype=np.uint8), raw_grid, levels=2)
+    shutil.rmtree(location / "s0/0/1")
+    shutil.rmtree(location / "s1/0/0")
+    label_grid = VoxelGrid((2.62, 2.0, 2.0), (250.0 - 1.31, 201.0, 201.0), (60, 70, 80))
+    values = rng.choice([0, 1, 255], label_grid.shape, p=[0.5, 0.4, 0.1]).astype(np.uint8)
+    write_label(tmp_path, "set-a", "crop1", "mito", values, label_grid, unknown=255, levels=2)
+    return tmp_path
+
+
+def test_cache_gives_what_plain_reading_gives(fractional_root: Path, tmp_path: Path) -> None:
+    plain = volume_of(fractional_root)
+    cached = volume_of(fractional_root, cache=tmp_path / "cache", context=(20, 20, 20))
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        begin = rng.integers(-25, 25, 3)  # some reach past the cached context
+        grid = plain.grid.crop(begin, (12, 16, 20))
+        for a, b in zip((*plain.read_raw(grid), *plain.read_labels(grid)),
+                        (*cached.read_raw(grid), *cached.read_labels(grid)), strict=True):  # fmt: skip
+            np.testing.assert_array_equal(a, b)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_cache_notices_changed_labels_and_options(fractional_root: Path, tmp_path: Path) -> None:
+    volume = volume_of(fractional_root, cache=tmp_path / "cache")
+    first = cache_key(volume)
+    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache")) == first
+    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache", context=(1, 1, 1))) != first
+    attrs = zarr_of(fractional_root, "set-a") / "recon-1/labels/groundtruth/crop1/mito/s0/.zattrs"
+    attrs.write_text(attrs.read_text() + " ")
+    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache")) != first
+
+
+def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
+    fractional_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = volume_of(fractional_root, cache=tmp_path / "cache")
+
+    def full_disk(self: CropVolume, grid: VoxelGrid) -> object:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CropVolume, "decode_labels", full_disk)
+    with pytest.raises(WriteError, match=r"could not write the crop cache .*No space left"):
+        volume.prepare()
+    assert list((tmp_path / "cache").iterdir()) == []
+    monkeypatch.undo()
+    volume.prepare()
+    entry = CropCache(tmp_path / "cache").ensure(volume)
+    (entry / "entry.json").write_text("{")
+    with pytest.raises(CorruptDataError, match="delete that folder"):
+        volume_of(fractional_root, cache=tmp_path / "cache").read_raw(volume.grid)
+
+
+# -- what is unknown stays unknown -----------------------------------------------------------------------------------
+def test_missing_raw_is_unknown_not_black_tissue(fractional_root: Path) -> None:
+    volume = volume_of(fractional_root)
+    grid = volume.grid.grow(4)
+    raw, inside = volume.read_raw(grid)
+    label, known = volume.read_labels(grid)
+    assert not inside.all()
+    assert inside.any()
+    assert np.all(raw[~inside] == 0)
+    assert not known[:, ~inside].any()
+    assert not label[~known].any()
+
+
+@pytest.mark.parametrize("name", [*PLAN_AUGMENTATIONS, "all"])
+def test_augmentation_moves_the_three_fields_together(name: str) -> None:
+    """Image and label carry the same pattern; known marks half of it. After any transform, where known, they agree."""
+    chosen = PLAN_AUGMENTATIONS if name == "all" else {name: PLAN_AUGMENTATIONS[name]}
+    spatial = {k: v for k, v in chosen.items() if "label" in v["keys"]}
+    if not spatial:
+        return
+    augmentor = build_augmentor(spatial, (24, 24, 24))
+    assert augmentor is not None
+    z, y, x = np.meshgrid(*[np.linspace(-1, 1, 24)] * 3, indexing="ij")
+    shape = ((z - 0.2) ** 2 + (y + 0.1) ** 2 + x**2 < 0.35).astype(np.float32)
+    known = np.broadcast_to(x < 0.3, shape.shape)
+    for seed in range(6):
+        augmentor.seed(seed)
+        # where unknown the label lies: it says present everywhere
+        sample = augmentor({"image": shape[None], "label": np.where(known, shape, 1)[None], "known": known[None].copy()})
+        assert sample["image"].dtype == np.float32
+        assert sample["known"].dtype == bool
+        moved_known, moved_label, moved_image = sample["known"][0], sample["label"][0], sample["image"][0]
+        sure = moved_known & (np.abs(moved_image - 0.5) > 0.45)  # away from the interpolated edge
+        assert sure.sum() > 500
+        wrong = np.mean((moved_image[sure] > 0.5) != (moved_label[sure] > 0.5))
+        assert wrong < 0.005
+        assert known.sum() * 0.3 < moved_known.sum() < known.sum() * 1.4
+
+
+def test_augmentation_is_reproducible() -> None:
+    augmentor = build_augmentor(PLAN_AUGMENTATIONS, (16, 16, 16))
+    assert augmentor is not None
+    rng = np.random.default_rng(0)
+    sample = {"image": rng.random((1, 16, 16, 16), np.float32), "label": np.ones((2, 16, 16, 16), np.float32),
+              "known": np.ones((2, 16, 16, 16), bool)}  # fmt: skip
+    results = []
+    for seed in (1, 1, 2):
+        augmentor.seed(seed)
+        results.append(augmentor(sample)["image"])
+    np.testing.assert_array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("augmentations", "error", "message"),
+    [
+        ({"RandFlipp": {"keys": ["image"]}}, UnknownNameError, "did you mean 'RandFlipd'"),
+        ({"RandFlipd": {"keys": ["image"], "probb": 0.1}}, UnknownNameError, "did you mean 'prob'"),
+        ({"RandFlipd": {"keys": ["imagge"]}}, UnknownNameError, "did you mean 'image'"),
+        ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is absent"),
+        ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "as long on both"),
+        ({"RandGaussianSmoothd": {"keys": ["image"], "prob": "x"}}, ConfigError, "RandGaussianSmoothd"),
+    ],
+)
+def test_bad_augmentations_are_refused(augmentations: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        build_augmentor(augmentations, (8, 16, 16))
+
+
+# -- intensities -----------------------------------------------------------------------------------------------------
+def test_intensity_range(tmp_path: Path) -> None:
+    grid = grid_of((8, 8, 8))
+    write_raw(tmp_path, "set-a", np.full((8, 8, 8), 500, np.uint16), grid)
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), grid)
+    volume = volume_of(tmp_path, intensity_range=(0.0, 1000.0))
+    assert volume.read_image(grid) == pytest.approx(0.5, abs=1 / 255)
+    with pytest.raises(InputError, match="low < high"):
+        Intensity.of(volume.crop.raw_source, [3.0, 3.0])
+
+
+# -- loaders ---------------------------------------------------------------------------------------------------------
+def config_of(root: Path, **data: object) -> RunConfig:
+    config = RunConfig()
+    config.dataset.data_root = str(root)
+    config.dataset.classes = ["mito"]
+    config.data.patch_size = [12, 12, 12]
+    config.data.patches_per_epoch = 6
+    config.data.augmentations = {"RandFlipd": PLAN_AUGMENTATIONS["RandFlipd"]}
+    for name, value in {"num_workers": 0, "batch_size": 2, **data}.items():
+        setattr(config.data, name, value)
+    return config
+
+
+@pytest.fixture
+def two_crops(tmp_path: Path) -> Path:
+    root = plain_root(tmp_path)
+    write_label(root, "set-a", "crop2", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    return root
+
+
+def batches(module: CellMapDataModule, epoch: int = 0) -> Iterator[dict]:
+    module.setup()
+    loader = module.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    yield from loader
+
+
+def test_an_epoch_does_not_depend_on_workers_or_cache(two_crops: Path, tmp_path: Path) -> None:
+    plain = list(batches(CellMapDataModule(config_of(two_crops)), epoch=1))
+    cache = {"use_cache": True, "cache_dir": str(tmp_path / "cache")}
+    with_workers = list(batches(CellMapDataModule(config_of(two_crops, num_workers=2, **cache)), epoch=1))
+    assert len(plain) == len(with_workers) == 3
+    for a, b in zip(plain, with_workers, strict=True):
+        for name in ("image", "label", "known"):
+            assert a[name].shape == (2, 1, 12, 12, 12)
+            np.testing.assert_array_equal(a[name].numpy(), b[name].numpy())
+    other = list(batches(CellMapDataModule(config_of(two_crops)), epoch=2))
+    assert any(not np.array_equal(a["image"], b["image"]) for a, b in zip(plain, other, strict=True))
+
+
+def test_the_split_is_written_and_read_again(two_crops: Path, tmp_path: Path) -> None:
+    config = config_of(two_crops)
+    config.dataset.split_file = str(tmp_path / "split.yaml")
+    module = CellMapDataModule(config)
+    module.setup()
+    assert module.split is not None
+    assert len(module.split.train) == len(module.split.val) == 1
+    text = (tmp_path / "split.yaml").read_text()
+    swapped = text.replace("crop1", "crop?").replace("crop2", "crop1").replace("crop?", "crop2")
+    (tmp_path / "split.yaml").write_text(swapped)
+    again = CellMapDataModule(config)
+    again.setup()
+    assert again.split is not None
+    assert again.split.train == module.split.val
+    (volume,) = next(iter(again.val_dataloader()))
+    assert f"{volume.dataset}/{volume.name}" == again.split.val[0]
+
+
+def test_get_dataset_by_name(two_crops: Path) -> None:
+    config = config_of(two_crops)
+    assert isinstance(get_dataset(config, None, "val"), CellMapMultiClassDataset)
+    config.dataset.name = "cellmap_single"
+    assert get_dataset(config, None, "val")[0]["label"].shape == (1, 12, 12, 12)
+    with pytest.raises(ConfigError, match="dataset.name=cellmap"):
+        CellMapDataModule(config).setup()
+
+
+def test_crop_key_in_the_cache_entry(two_crops: Path, tmp_path: Path) -> None:
+    volume = volume_of(two_crops, cache=tmp_path / "c")
+    content = json.loads((CropCache(tmp_path / "c").ensure(volume) / "entry.json").read_text())
+    assert content["crop"] == volume.crop.key

@@ -1,0 +1,73 @@
+"""The house stays as it is drawn: imports run down the floors, and importing is light where it must be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "connectomics"
+
+FLOORS = {
+    "errors": 0, "geometry": 0, "config": 0,
+    "io": 1,
+    "cellmap": 2, "models": 2, "inference": 2,
+    "data": 3, "metrics": 3,
+    "decoding": 4, "submission": 4,
+    "lightning": 5,
+    "report": 6,
+    "cli": 7,
+}  # fmt: skip
+#: submission writes the masks of probabilities as decoding makes them, from the floor it shares with it
+NEIGHBOURS: set[tuple[str, str]] = {("geometry", "errors"), ("config", "errors"), ("submission", "decoding")}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Rooms of this package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {n.split(".")[1] for n in names if n.startswith("connectomics.")}
+    return found & set(FLOORS)
+
+
+def test_every_room_has_a_floor() -> None:
+    rooms = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__", "__main__"} == set(FLOORS)
+
+
+@pytest.mark.parametrize("room", sorted(FLOORS))
+def test_imports_run_down(room: str) -> None:
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else sorted((PACKAGE / room).rglob("*.py"))
+    for file in files:
+        for other in imports_of(file) - {room}:
+            allowed = FLOORS[other] < FLOORS[room] or (room, other) in NEIGHBOURS
+            assert allowed, f"{file.relative_to(ROOT)} ({room}, floor {FLOORS[room]}) imports {other}"
+
+
+def test_no_file_is_longer_than_one_sitting() -> None:
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("connectomics.cli.app", ("torch", "monai", "pytorch_lightning", "numpy", "zarr", "hydra")),
+        ("connectomics.metrics.challenge, connectomics.decoding.decode", ("torch", "monai")),
+        ("connectomics.submission, connectomics.cellmap.catalog", ("torch", "monai")),
+        ("connectomics.data.dataset.dataset_cellmap, connectomics.inference", ("monai", "pytorch_lightning")),
+    ],
+)
+def test_importing_is_light(modules: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, {modules}; print(*[m for m in {heavy!r} if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == []
