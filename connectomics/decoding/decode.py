@@ -1,0 +1,227 @@
+"""Probabilities to labels, one class of one crop after the other, from artefact to artefact."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.cellmap_postprocess import components, fill_holes, filter_by_size, semantic_to_instance
+from connectomics.decoding.labels import BLOCK, label_array, write_whole
+from connectomics.decoding.parameters import DecodeParameters, default_parameters
+from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import update_attrs
+
+#: Told after each array: how many are done, how many there are, and which one it was.
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class DecodedArray:
+    """One label array: where it is, how many objects (a mask: 0 or 1) it holds, and whether it was there already."""
+
+    dataset: str
+    crop: str
+    class_name: str
+    location: str
+    objects: int
+    skipped: bool
+
+
+def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+    """Where a probability is above the threshold.
+
+    Args:
+        probabilities: any shape; uint8 as value/255, bool, or floats in [0, 1]. NaN is background, and
+            counted in a warning.
+
+    Raises:
+        InputError: another integer type, or floats outside [0, 1] (logits, say).
+    """
+    values = np.asarray(probabilities)
+    if values.dtype == np.bool_:
+        return values & (threshold < 1.0)
+    if values.dtype == np.uint8:
+        # The small term keeps a threshold that was itself a stored value (128/255) from falling below it.
+        return values > math.floor(threshold * 255 + 1e-9)
+    if values.dtype.kind != "f":
+        raise InputError(f"probabilities must be uint8 (value/255) or floats in [0, 1], found {values.dtype}")
+    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise InputError(f"probabilities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
+    missing = int(np.isnan(values).sum())
+    if missing:
+        warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
+    found: NDArray[np.bool_] = values > threshold
+    return found
+
+
+def decode_class(
+    probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
+) -> NDArray[Any]:
+    """Labels of one class in memory.
+
+    Args:
+        probabilities: (D, H, W), see `above`.
+        voxel_size: nm, z y x.
+        parameters: what to do.
+
+    Returns:
+        (D, H, W): uint8 0/1 for the method ``threshold``, else ids 1..n in the narrowest unsigned type.
+    """
+    return decode_mask(above(probabilities, parameters.threshold), voxel_size, parameters)
+
+
+def decode_mask(mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters) -> NDArray[Any]:
+    """`decode_class` from the thresholded mask on."""
+    if mask.ndim != 3:
+        raise InputError(f"decoding needs a (D, H, W) volume, found shape {mask.shape}")
+    least = parameters.min_voxels(voxel_size)
+    if parameters.method != "threshold":
+        return semantic_to_instance(
+            mask,
+            least,
+            parameters.method,
+            connectivity=parameters.connectivity,
+            fill_holes=parameters.fill_holes,
+            min_distance=parameters.min_distance_nm,
+            voxel_size=voxel_size,
+        )
+    if parameters.is_local or mask.size == 0:
+        return mask.astype(np.uint8)
+    pieces = components(mask, parameters.connectivity)
+    if parameters.fill_holes:
+        pieces = fill_holes(pieces, parameters.connectivity)
+    return (filter_by_size(pieces, least) > 0).astype(np.uint8)
+
+
+def decode_predictions(
+    predictions_dir: str | Path,
+    output_dir: str | Path,
+    parameters: Mapping[str, DecodeParameters] | None = None,
+    *,
+    classes: Collection[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[DecodedArray]:
+    """Decode every class of every crop of a predictions folder.
+
+    Reads ``{dataset}.zarr/{crop}/{class}`` (uint8 probabilities) and writes labels at the same places below
+    ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are left
+    as they are, so a killed run goes on where it stopped; others are replaced. Methods without a minimum size or hole
+    filling run block by block; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 16 for the
+    largest object's box).
+
+    Args:
+        parameters: by class; a class without an entry gets its kind's defaults.
+        classes: decode only these.
+        overwrite: decode again also what is already there.
+
+    Raises:
+        MissingError: no predictions there. IncompleteError: a prediction is only half written (checked for all before
+        the first is decoded). MetadataError: an array that is no prediction. UnknownNameError: a class of ``classes``
+        that no crop has.
+    """
+    root, out = Path(predictions_dir), Path(output_dir)
+    if root.resolve() == out.resolve():
+        raise InputError(f"labels cannot be written into the predictions folder {root}; give another output folder")
+    found = list(find_arrays(root))
+    if not found:
+        raise MissingError(f"no predictions in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run predict first")
+    known = {name for _, _, name in found}
+    for name in classes or ():
+        if name not in known:
+            raise unknown_name("class", name, known, str(root))
+    found = [place for place in found if classes is None or place[2] in classes]
+    sources = [_prediction(root, *place) for place in found]
+    results = []
+    for done, (place, source) in enumerate(zip(found, sources, strict=True), start=1):
+        dataset, crop, name = place
+        chosen = (parameters or {}).get(name) or default_parameters(name)
+        result = _decode_array(source, out, dataset, crop, name, chosen, overwrite)
+        results.append(result)
+        if done == len(found) or found[done][:2] != (dataset, crop):
+            update_attrs(out / f"{dataset}.zarr" / crop, {"connectomics": {"artefact": "labels", "complete": True}})
+        if progress is not None:
+            progress(done, len(found), f"{dataset}/{crop}/{name}")
+    return results
+
+
+def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:
+    """(data set, crop, class) of every array below a folder of predictions or labels, in sorted order."""
+    for dataset in store.list_groups(str(root)):
+        if not dataset.endswith(".zarr"):
+            continue
+        for crop in store.list_groups(store.join(str(root), dataset)):
+            for name in store.list_groups(store.join(str(root), dataset, crop)):
+                yield dataset.removesuffix(".zarr"), crop, name
+
+
+def _prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
+    """The opened prediction, checked to be one and to be whole."""
+    location = root / f"{dataset}.zarr" / crop / name
+    about = store.read_attrs(str(location)).get("connectomics")
+    if not isinstance(about, dict) or about.get("artefact") != "probability":
+        kind = about.get("artefact") if isinstance(about, dict) else "no 'connectomics' attribute"
+        raise MetadataError(f"{location}: expected probabilities written by predict, found {kind}")
+    if about.get("complete") is not True:
+        raise IncompleteError(f"{location} is only half written; run predict to its end first")
+    source = Multiscale.open(str(location))
+    if source.levels[0].dtype != np.uint8:
+        raise MetadataError(f"{location}: probabilities must be uint8 (value/255), found {source.levels[0].dtype}")
+    return source
+
+
+def _decode_array(
+    source: Multiscale, out: Path, dataset: str, crop: str, name: str, parameters: DecodeParameters, overwrite: bool
+) -> DecodedArray:
+    location = out / f"{dataset}.zarr" / crop / name
+    made_from = {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
+    about: dict[str, Any] = {"decode": parameters.to_dict(), "source": made_from}
+    if not overwrite and location.exists():
+        there = store.read_attrs(str(location)).get("connectomics", {})
+        if there.get("complete") is True and all(there.get(k) == v for k, v in about.items()):
+            return DecodedArray(dataset, crop, name, str(location), int(there["objects"]), True)
+    grid = source.levels[0].grid
+    if parameters.is_local:
+        # Whether there is any object is known only at the end, so a mask's attribute is set after its blocks.
+        present = False
+        with label_array(location, grid, np.dtype(np.uint8), class_name=name, kind="semantic", about=about) as writer:
+            for begin, block in grid.blocks(BLOCK):
+                mask = above(_read(source, begin, block.shape), parameters.threshold)
+                present = present or bool(mask.any())
+                writer.write(begin, mask.view(np.uint8))
+            _count(Path(writer.location).parent, int(present))
+        return DecodedArray(dataset, crop, name, str(location), int(present), False)
+    mask = np.zeros(grid.shape, np.bool_)
+    for begin, block in grid.blocks(BLOCK):
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        mask[z, y, x] = above(_read(source, begin, block.shape), parameters.threshold)
+    labels = decode_mask(mask, grid.voxel_size, parameters)
+    objects = int(labels.max(initial=0))
+    del mask
+    about["objects"] = objects
+    with label_array(location, grid, labels.dtype, class_name=name, kind=parameters.kind, about=about) as writer:
+        write_whole(writer, labels)
+    return DecodedArray(dataset, crop, name, str(location), objects, False)
+
+
+def _read(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
+    """A block of probabilities; every chunk must be stored, since predict writes all of them."""
+    values, there = source.read_level(0, begin, shape)
+    if not there.all():
+        raise CorruptDataError(f"{source.location} lacks chunks around voxel {tuple(begin)} (z y x); run predict again")
+    return values
+
+
+def _count(group: Path, objects: int) -> None:
+    about = store.read_attrs(str(group))["connectomics"]
+    update_attrs(group, {"connectomics": {**about, "objects": objects}})

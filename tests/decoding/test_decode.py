@@ -1,0 +1,350 @@
+"""Predictions folder in, labels folder out: parameters, completeness, resuming, provenance."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from connectomics.cellmap.crop_table import TableEntry
+from connectomics.decoding.baseline import (
+    IntensityRule,
+    best_rule,
+    fit_threshold,
+    intensity_histogram,
+    write_baseline,
+)
+from connectomics.decoding.decode import above, decode_class, decode_predictions, find_arrays
+from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters
+from connectomics.errors import (
+    ConfigError,
+    CorruptDataError,
+    IncompleteError,
+    InputError,
+    MetadataError,
+    MissingError,
+    UnknownNameError,
+    WriteError,
+)
+from connectomics.geometry import VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import update_attrs, write_multiscale
+
+GRID = VoxelGrid((8, 8, 8), (804.0, 1604.0, 404.0), (70, 40, 33))
+SPECK = 4  # voxels
+
+
+def probabilities(seed=0):
+    """Two boxes of high probability and a speck of four voxels."""
+    values = np.random.default_rng(seed).integers(0, 100, GRID.shape).astype(np.uint8)
+    values[5:25, 5:25, 5:25] = 200
+    values[40:60, 10:30, 3:23] = 180
+    values[66, 36, 28:32] = 255
+    return values
+
+
+def write_prediction(root, crop="crop7", name="mito", values=None, dataset="phantom", **attrs):
+    about = {"artefact": "probability", "class_name": name, "complete": True, "model": {"sha256": "abc"}, **attrs}
+    location = root / f"{dataset}.zarr" / crop / name
+    write_multiscale(
+        location, probabilities() if values is None else values, GRID, attrs={"connectomics": about}, overwrite=True
+    )
+    return location
+
+
+def read(location):
+    volume = Multiscale.open(str(location))
+    return volume.read_level(0, (0, 0, 0), volume.grid.shape, absent_is_missing=False)[0], volume
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+def test_instance_classes_are_components_and_others_masks_unless_told_otherwise():
+    assert default_parameters("mito").method == "cc3d"
+    assert default_parameters("er") == DecodeParameters()
+    assert default_parameters("my_own_class").kind == "semantic"
+    chosen = decode_parameters(
+        ["mito", "er"], {"threshold": 0.4}, {"mito": {"method": "watershed", "min_size_nm3": 51200}, "nuc": {}}
+    )
+    assert chosen["er"] == DecodeParameters(threshold=0.4)
+    assert chosen["mito"].method == "watershed"
+    assert chosen["mito"].threshold == 0.4
+    assert DecodeParameters.from_dict(chosen["mito"].to_dict()) == chosen["mito"]
+
+
+def test_sizes_are_nanometres_so_they_mean_the_same_at_every_voxel_size():
+    parameters = DecodeParameters(min_size_nm3=51200)
+    assert parameters.min_voxels((8, 8, 8)) == 100
+    assert parameters.min_voxels((4, 4, 4)) == 800
+    assert parameters.min_voxels((16, 16, 16)) == 13  # 12.5 rounded up
+    assert DecodeParameters().min_voxels((8, 8, 8)) == 0
+
+
+@pytest.mark.parametrize(
+    ("default", "by_class", "error", "message"),
+    [
+        ({"treshold": 0.5}, {}, ConfigError, "unknown key 'treshold' in decoding.default; did you mean 'threshold'"),
+        ({}, {"mito": {"method": "otsu"}}, ConfigError, "must be one of threshold, cc3d, watershed, found 'otsu'"),
+        ({}, {"mito": {"threshold": 1.5}}, ConfigError, "between 0 and 1"),
+        ({}, {"mito": {"threshold": "high"}}, ConfigError, "decoding.classes.mito.threshold must be a float"),
+        ({}, {"mito": {"fill_holes": 1}}, ConfigError, "must be a bool"),
+        ({}, {"mitto": {}}, UnknownNameError, "did you mean 'mito'"),
+        ({"connectivity": 8}, {}, ConfigError, "6, 18 or 26"),
+        ({"min_size_nm3": -1.0}, {}, ConfigError, "at least 0"),
+        ({"min_distance_nm": 0}, {}, ConfigError, "positive"),
+    ],
+)
+def test_a_wrong_parameter_is_named(default, by_class, error, message):
+    with pytest.raises(error, match=message):
+        decode_parameters(["mito", "er"], default, by_class)
+
+
+# -- one class in memory -----------------------------------------------------------------------------------------------
+def test_foreground_is_strictly_above_the_threshold_for_stored_and_float_probabilities_alike():
+    stored = np.arange(256, dtype=np.uint8)
+    for threshold in (0.0, 0.25, 0.5, 128 / 255, 0.999, 1.0):
+        np.testing.assert_array_equal(above(stored, threshold), stored.astype(np.float64) / 255 > threshold)
+    assert above(stored, 0.5).sum() == 128
+    assert not above(stored, 1.0).any()
+
+
+def test_probabilities_that_are_none_are_refused():
+    with pytest.raises(InputError, match=r"found -3 to 5; apply the sigmoid first"):
+        above(np.array([-3.0, 5.0]), 0.5)
+    with pytest.raises(InputError, match="found int64"):
+        above(np.array([1, 2]), 0.5)
+
+
+def test_nan_is_background_and_counted():
+    with pytest.warns(UserWarning, match="2 of 3 probabilities are NaN"):
+        np.testing.assert_array_equal(above(np.array([np.nan, 0.9, np.nan]), 0.5), [False, True, False])
+
+
+def test_decode_class_gives_masks_or_ids():
+    values = probabilities()
+    mask = decode_class(values, GRID.voxel_size, DecodeParameters())
+    assert mask.dtype == np.uint8
+    assert mask.sum() == 2 * 8000 + SPECK
+    cleaned = decode_class(values, GRID.voxel_size, DecodeParameters(min_size_nm3=5 * 512))
+    assert cleaned.sum() == 2 * 8000
+    assert cleaned.max() == 1
+    ids = decode_class(values, GRID.voxel_size, DecodeParameters(method="cc3d"))
+    assert ids.max() == 3
+    values[12:15, 12:15, 12:15] = 0
+    assert decode_class(values, GRID.voxel_size, DecodeParameters(fill_holes=True)).sum() == 2 * 8000 + SPECK
+    half = decode_class(values / 255.0, GRID.voxel_size, DecodeParameters(threshold=0.75, method="watershed"))
+    assert half.max() == 2
+
+
+# -- artefact to artefact ----------------------------------------------------------------------------------------------
+def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_path):
+    write_prediction(tmp_path / "p", name="mito")
+    write_prediction(tmp_path / "p", name="er")
+    seen = []
+    done = decode_predictions(
+        tmp_path / "p", tmp_path / "l", progress=lambda n, total, what: seen.append((n, total, what))
+    )
+    assert seen == [(1, 2, "phantom/crop7/er"), (2, 2, "phantom/crop7/mito")]
+    assert [(d.class_name, d.objects, d.skipped) for d in done] == [("er", 1, False), ("mito", 2, False)]
+    labels, volume = read(tmp_path / "l/phantom.zarr/crop7/mito")
+    assert volume.grid == GRID
+    assert labels.dtype == np.uint8
+    assert labels[10, 10, 10] != labels[50, 20, 10]
+    about = volume.attrs["connectomics"]
+    assert about["artefact"] == "labels"
+    assert about["kind"] == "instance"
+    assert about["complete"] is True
+    assert about["objects"] == 2
+    assert about["decode"] == default_parameters("mito").to_dict()
+    assert about["source"]["model"] == {"sha256": "abc"}
+    mask, volume = read(tmp_path / "l/phantom.zarr/crop7/er")
+    np.testing.assert_array_equal(mask, above(probabilities(), 0.5))
+    assert volume.attrs["connectomics"]["kind"] == "semantic"
+    assert store.read_attrs(str(tmp_path / "l/phantom.zarr/crop7"))["connectomics"]["complete"] is True
+
+
+def test_blocks_of_a_semantic_class_join_without_a_seam(tmp_path, monkeypatch):
+    monkeypatch.setattr("connectomics.decoding.decode.BLOCK", (64, 64, 64))
+    write_prediction(tmp_path / "p", name="er")
+    decode_predictions(tmp_path / "p", tmp_path / "l", {"er": DecodeParameters(threshold=0.2)})
+    np.testing.assert_array_equal(read(tmp_path / "l/phantom.zarr/crop7/er")[0], above(probabilities(), 0.2))
+
+
+def test_what_is_done_is_skipped_and_what_changed_is_done_again(tmp_path):
+    p, out = tmp_path / "p", tmp_path / "l"
+    write_prediction(p)
+    first = decode_predictions(p, out)
+    assert not first[0].skipped
+    again = decode_predictions(p, out)
+    assert again[0].skipped
+    assert again[0].objects == 2
+    assert not decode_predictions(p, out, overwrite=True)[0].skipped
+    changed = decode_predictions(p, out, {"mito": DecodeParameters(method="cc3d", threshold=0.75)})
+    assert not changed[0].skipped
+    assert changed[0].objects == 2
+    write_prediction(p, model={"sha256": "another"})
+    assert not decode_predictions(p, out, {"mito": DecodeParameters(method="cc3d", threshold=0.75)})[0].skipped
+
+
+def test_only_the_classes_asked_for(tmp_path):
+    write_prediction(tmp_path / "p", name="mito")
+    write_prediction(tmp_path / "p", name="er")
+    assert [d.class_name for d in decode_predictions(tmp_path / "p", tmp_path / "l", classes=["er"])] == ["er"]
+    with pytest.raises(UnknownNameError, match=r"unknown class 'mitos'.*did you mean 'mito'"):
+        decode_predictions(tmp_path / "p", tmp_path / "l", classes=["mitos"])
+
+
+def test_half_written_predictions_are_refused_before_anything_is_decoded(tmp_path):
+    write_prediction(tmp_path / "p", name="er")
+    write_prediction(tmp_path / "p", name="mito", complete=False)
+    with pytest.raises(IncompleteError, match=r"crop7/mito is only half written; run predict"):
+        decode_predictions(tmp_path / "p", tmp_path / "l")
+    assert not (tmp_path / "l").exists()
+
+
+def test_what_is_no_prediction_is_refused(tmp_path):
+    with pytest.raises(MissingError, match="no predictions in"):
+        decode_predictions(tmp_path, tmp_path / "l")
+    write_prediction(tmp_path / "p", artefact="labels")
+    with pytest.raises(MetadataError, match="expected probabilities written by predict, found labels"):
+        decode_predictions(tmp_path / "p", tmp_path / "l")
+    write_prediction(tmp_path / "q", values=probabilities().astype(np.uint16))
+    with pytest.raises(MetadataError, match="must be uint8"):
+        decode_predictions(tmp_path / "q", tmp_path / "l")
+    with pytest.raises(InputError, match="cannot be written into the predictions folder"):
+        decode_predictions(tmp_path / "q", tmp_path / "q")
+
+
+@pytest.mark.parametrize("name", ["er", "mito"])
+def test_a_lost_chunk_is_an_error_and_not_background(tmp_path, name):
+    location = write_prediction(tmp_path / "p", name=name)
+    (location / "s0/1/0/0").unlink()
+    with pytest.raises(CorruptDataError, match="lacks chunks"):
+        decode_predictions(tmp_path / "p", tmp_path / "l")
+    assert list(find_arrays(tmp_path / "l")) == []
+
+
+def test_a_failed_write_leaves_the_labels_that_were_there(tmp_path, monkeypatch):
+    p, out = tmp_path / "p", tmp_path / "l"
+    write_prediction(p)
+    decode_predictions(p, out)
+    before = read(out / "phantom.zarr/crop7/mito")[0]
+
+    def full(*_):
+        raise WriteError("disk full")
+
+    monkeypatch.setattr("connectomics.io.write.ArrayWriter.write", full)
+    with pytest.raises(WriteError):
+        decode_predictions(p, out, overwrite=True)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(read(out / "phantom.zarr/crop7/mito")[0], before)
+    assert [path.name for path in (out / "phantom.zarr/crop7").iterdir() if path.is_dir()] == ["mito"]
+
+
+def test_more_than_255_objects_get_a_wider_type(tmp_path):
+    values = np.zeros(GRID.shape, np.uint8)
+    values[::3, ::3, ::3] = 255
+    write_prediction(tmp_path / "p", values=values)
+    done = decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": DecodeParameters(method="cc3d")})
+    labels, _ = read(tmp_path / "l/phantom.zarr/crop7/mito")
+    assert labels.dtype == np.uint16
+    assert labels.max() == done[0].objects == 24 * 14 * 11
+
+
+# -- the baseline ------------------------------------------------------------------------------------------------------
+def brute_force(raw, label, known):
+    best = (-1.0, 0, 0)
+    for low in range(256):
+        for high in range(low, 256):
+            found = (raw >= low) & (raw <= high) & known
+            dice = 2 * (found & label).sum() / max((found.sum() + (label & known).sum()), 1)
+            if dice > best[0]:
+                best = (dice, low, high)
+    return best
+
+
+def test_the_best_interval_is_the_best_of_all():
+    rng = np.random.default_rng(3)
+    label = rng.random(400) < 0.4
+    raw = np.where(label, rng.normal(90, 12, 400), rng.normal(130, 25, 400)).clip(0, 255).astype(np.uint8)
+    known = rng.random(400) < 0.8
+    rule = fit_threshold(raw, label, known)
+    dice, low, high = brute_force(raw, label, known)
+    assert (rule.low, rule.high) == (low, high)
+    assert rule.dice == pytest.approx(dice)
+
+
+def test_unknown_voxels_have_no_say():
+    rng = np.random.default_rng(4)
+    raw = rng.integers(0, 256, (8, 8, 8)).astype(np.float32)
+    label = raw < 60
+    known = rng.random(raw.shape) < 0.5
+    label_elsewhere = np.where(known, label, ~label)
+    assert fit_threshold(raw, label, known) == fit_threshold(raw, label_elsewhere, known)
+    rule = fit_threshold(raw, label, known)
+    assert rule.dice == 1.0
+    assert (rule.low, rule.high) == (0, 59)
+
+
+def test_histograms_of_crops_add_up():
+    rng = np.random.default_rng(5)
+    raw, label = rng.integers(0, 256, (2, 50)), rng.random((2, 50)) < 0.5
+    known = np.ones((2, 50), bool)
+    both = sum(intensity_histogram(r, m, k) for r, m, k in zip(raw, label, known, strict=True))
+    assert best_rule(both) == fit_threshold(raw, label, known)
+
+
+def test_a_class_that_is_nowhere_present_gives_a_rule_that_finds_nothing():
+    rule = fit_threshold(np.arange(10.0), np.zeros(10, bool), np.ones(10, bool))
+    assert rule.dice is None
+    assert not rule.apply(np.arange(256)).any()
+
+
+def test_raw_in_another_range_is_refused():
+    with pytest.raises(InputError, match="0 to 255, found 0 to 4000"):
+        fit_threshold(np.array([0.0, 4000.0]), np.array([True, False]), np.ones(2, bool))
+
+
+def test_the_baseline_writes_labels_like_decode_and_finds_nothing_where_there_is_no_raw(tmp_path):
+    raw = np.full(GRID.shape, 200, np.uint8)
+    raw[10:30, 10:30, 10:30] = 50
+    write_multiscale(tmp_path / "raw", raw, GRID)
+    beyond = GRID.crop((-10, 0, 0), GRID.shape)
+    entries = [TableEntry(7, "phantom", "mito", beyond), TableEntry(7, "phantom", "er", beyond)]
+    rules = {"mito": IntensityRule(0, 90, 0.9), "er": IntensityRule(150, 255, 0.8)}
+    done = write_baseline(entries, {"phantom": str(tmp_path / "raw")}, rules, tmp_path / "l")
+    assert [(d.class_name, d.objects) for d in done] == [("mito", 1), ("er", 1)]
+    labels, volume = read(tmp_path / "l/phantom.zarr/crop7/mito")
+    assert labels.sum() == 8000
+    assert labels[20:40, 10:30, 10:30].all()
+    assert volume.attrs["connectomics"]["source"] == {"baseline": {"low": 0, "high": 90}}
+    er = read(tmp_path / "l/phantom.zarr/crop7/er")[0]
+    assert not er[:10].any()
+    assert er.sum() == 60 * 40 * 33 - 8000
+    with pytest.raises(UnknownNameError, match="unknown class 'nuc'"):
+        write_baseline([TableEntry(7, "phantom", "nuc", GRID)], {"phantom": "x"}, rules, tmp_path / "l")
+    with pytest.raises(UnknownNameError, match="unknown data set 'phantom'"):
+        write_baseline(entries, {"phantom2": "x"}, rules, tmp_path / "l")
+
+
+def test_labels_are_valid_ome_ngff(tmp_path):
+    write_prediction(tmp_path / "p")
+    decode_predictions(tmp_path / "p", tmp_path / "l")
+    group = tmp_path / "l/phantom.zarr/crop7/mito"
+    assert json.loads((group / ".zattrs").read_text())["multiscales"][0]["datasets"][0]["path"] == "s0"
+    import zarr
+
+    np.testing.assert_array_equal(zarr.open_array(str(group / "s0"), mode="r")[:], read(group)[0])
+
+
+def test_leftovers_of_a_killed_run_do_not_count(tmp_path):
+    write_prediction(tmp_path / "p")
+    decode_predictions(tmp_path / "p", tmp_path / "l")
+    crop = tmp_path / "l/phantom.zarr/crop7"
+    shutil.copytree(crop / "mito", crop / ".mito.partial")
+    assert list(find_arrays(tmp_path / "l")) == [("phantom", "crop7", "mito")]
+    update_attrs(crop / "mito", {"connectomics": {"complete": False}})
+    assert not decode_predictions(tmp_path / "p", tmp_path / "l")[0].skipped
+    assert not (crop / ".mito.partial").exists()
