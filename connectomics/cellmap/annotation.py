@@ -67,7 +67,9 @@ class Annotation:
             )
         annotation_type = merged.get("annotation_type")
         if not isinstance(annotation_type, Mapping):
-            raise MetadataError(f"{where}: attrs['cellmap']['annotation'] has no annotation_type; found {sorted(merged)}")
+            raise MetadataError(
+                f"{where}: attrs['cellmap']['annotation'] has no annotation_type; found {sorted(merged)}"
+            )
         kind = _KINDS.get(str(annotation_type.get("type")))
         if kind is None:
             raise MetadataError(

@@ -51,7 +51,9 @@ class CropTable:
         """
         file = Path(path)
         if not file.is_file():
-            raise MissingError(f"no crop table at {file}; give a .csv or .json file, or 'challenge' for the shipped one")
+            raise MissingError(
+                f"no crop table at {file}; give a .csv or .json file, or 'challenge' for the shipped one"
+            )
         text = file.read_text(encoding="utf-8-sig")
         entries = _from_json(text, str(file)) if file.suffix == ".json" else _from_csv(text, str(file))
         return cls._checked(entries, str(file))

@@ -9,7 +9,8 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,23 +20,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_guarded(lambda: app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False))
 
 
-def run_guarded(work: object) -> int:
+def run_guarded(work: Callable[[], object]) -> int:
     """Call ``work()``; an error that the user can mend becomes one line on stderr and a non-zero status."""
-    import click
+    import typer
 
+    # ClickException: typer ships its own click, and does not export this one
+    usage_error: Any = typer.BadParameter.__mro__[2]
     from connectomics.errors import ConnectomicsError
 
-    assert callable(work)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("pytorch_lightning", "lightning", "hydra", "botocore", "numba", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status = work()
-    except click.exceptions.Abort:
+    except typer.Abort:
         return 130
-    except click.ClickException as error:
+    except usage_error as error:
         error.show()
-        return error.exit_code
+        return 2
     except ConnectomicsError as error:
         return _say(str(error))
     except KeyboardInterrupt:

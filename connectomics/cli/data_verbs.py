@@ -63,7 +63,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"{item['name']}: raw {show.shape(raw['levels'][0]['shape'])} {raw['dtype']}, levels of {levels} nm")
         for crop in item["crops"]:
             extent = show.triple(crop["extent_nm"])
-            print(f"  {crop['name']}: {extent} nm from {show.triple(crop['begin_nm'])} nm, {len(crop['classes'])} classes")
+            print(
+                f"  {crop['name']}: {extent} nm from {show.triple(crop['begin_nm'])} nm, {len(crop['classes'])} classes"
+            )
     if not summary["classes"]:
         return
     rows = []

@@ -89,3 +89,41 @@ def score(
     print_scores(result)
     for path in write_scores(result, out):
         print(path)
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="The page to write.")] = Path("report.html"),
+    run_dir: Annotated[Path | None, typer.Option("--run", help="Run folder of train.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Data root, for raw.")] = None,
+    crops: Annotated[Path | None, typer.Option(help="Crop table of the truth.")] = None,
+    truth: Annotated[Path | None, typer.Option(help="Truth Zarr.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Labels of decode.")] = None,
+    predictions: Annotated[Path | None, typer.Option(help="Probabilities of predict.")] = None,
+    submission: Annotated[Path | None, typer.Option(help="The packed submission.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="scores.json of score.")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Another scores.json to compare with.")] = None,
+) -> None:
+    """Write one self-contained page: the run, its curves, slices of raw, truth and prediction, scores. Every part is
+    optional.
+
+    Examples:
+
+      pytc report report.html --run outputs/demo/run --scores outputs/demo/scores.json
+
+      pytc report report.html --root data/phantom --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
+      --labels outputs/labels --scores scores.json
+    """
+    from connectomics.report import ReportSources, build_report
+
+    sources = ReportSources(
+        run_dir=run_dir,
+        data_root=root,
+        crop_table=crops,
+        truth=truth,
+        labels=labels,
+        predictions=predictions,
+        submission=submission,
+        scores=scores,
+        baseline_scores=baseline,
+    )
+    print(build_report(out, sources))

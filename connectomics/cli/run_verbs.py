@@ -82,10 +82,9 @@ def predict(
     from connectomics.config import load_config
 
     composed = load_config(config, overrides or [])
-    from connectomics.lightning.inference import predict_cellmap_crops
-    from connectomics.lightning.targets import targets_of
+    from connectomics.lightning.inference import predict_cellmap_crops, targets_of
 
-    targets = targets_of(composed, crop_table=crops or composed.dataset.crop_table, box=box)
+    targets = targets_of(composed, crop_table=crops, box=box)
     with show.stage("predicting"):
         written = predict_cellmap_crops(
             None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite
@@ -97,7 +96,9 @@ def predict(
 def decode(
     predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the labels, in the same layout.")],
-    config: Annotated[Path | None, typer.Option(help="Configuration with decoding.default and decoding.classes.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Configuration with decoding.default and decoding.classes.")
+    ] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Decode again what is there already.")] = False,
@@ -146,7 +147,18 @@ def evaluate(
          _interval(v.get("dice_interval")), *(_number(v.get(k)) for k in ("rand_error", "voi_split", "voi_merge"))]
         for name, v in result["classes"].items()
     ]  # fmt: skip
-    header = ["class", "crops", "dice", "iou", "precision", "recall", "dice 95 %", "rand error", "voi split", "voi merge"]
+    header = [
+        "class",
+        "crops",
+        "dice",
+        "iou",
+        "precision",
+        "recall",
+        "dice 95 %",
+        "rand error",
+        "voi split",
+        "voi merge",
+    ]
     show.table(header, rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,20 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     return config
 
 
+def tutorial(name: str) -> Path:
+    """The path of a configuration that comes with the program (``phantom``, ``cellmap_cos7``), from a checkout or an
+    installed package; `MissingError` with the nearest name where there is none."""
+    package = Path(__file__).resolve().parents[1]
+    folders = [f for f in (package / "tutorials", package.parent / "tutorials") if f.is_dir()]
+    for folder in folders:
+        if (folder / f"{name}.yaml").is_file():
+            return folder / f"{name}.yaml"
+    known = sorted(p.stem for folder in folders for p in folder.glob("*.yaml"))
+    near = nearest(name, known)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise MissingError(f"no tutorial configuration {name!r}{hint} There are: {', '.join(known)}; or give --config FILE")
+
+
 def check_config(config: RunConfig, where: str) -> None:
     """Raise `ConfigError` where the parts of a configuration do not fit each other."""
     n_classes = len(config.dataset.classes)
