@@ -85,6 +85,7 @@ class StoredArray:
             self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
+            self._is_blosc = (meta.get("compressor") or {}).get("id") == "blosc"
         else:
             self.chunks = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
             self.dtype = np.dtype(str(meta["data_type"]))
@@ -92,6 +93,7 @@ class StoredArray:
             default = encoding["name"] == "default"
             self._separator = str(encoding.get("configuration", {}).get("separator", "/" if default else "."))
             self._key_prefix = f"c{self._separator}" if default else ""
+            self._is_blosc = meta["codecs"][-1].get("name") == "blosc"
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
         fill = meta.get("fill_value")
@@ -210,12 +212,18 @@ class StoredArray:
             array = zarr.open_array(self.location, mode="r", zarr_format=2 if self.zarr_format == 2 else 3)
         except Exception as error:  # whatever a codec's constructor raises
             raise MetadataError(f"cannot open {self.location}: {_one_line(error)}") from error
+        first, last = self.chunk_range(low, high)
+        chunks = [
+            tuple(f + o for f, o in zip(first, offset, strict=True))
+            for offset in np.ndindex(*[b - a for a, b in zip(first, last, strict=True)])
+        ]
+        if self._is_blosc:
+            for index in chunks:
+                _check_blosc(self.chunk_location(index))
         try:
             return np.asarray(array[window]).astype(self.dtype, copy=False)
         except Exception as error:  # codecs raise what they like; find out which chunk it is
-            first, last = self.chunk_range(low, high)
-            chunks = np.ndindex(*[b - a for a, b in zip(first, last, strict=True)])
-            for index in (tuple(f + o for f, o in zip(first, offset, strict=True)) for offset in chunks):
+            for index in chunks:
                 try:
                     array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunks, strict=True))]
                 except Exception as cause:
@@ -237,6 +245,7 @@ class StoredArray:
             return None
         import tensorstore
 
+        _tensorstore_process = pid
         spec = self._spec()
         context = _context(pid, self.options.cache_bytes, self.options.threads)
         try:
@@ -254,7 +263,6 @@ class StoredArray:
             if is_s3(self.location):
                 raise MetadataError(f"cannot open {self.location}: {_one_line(error)}") from error
             return None
-        _tensorstore_process = pid
         self._opened = (pid, opened[0], opened[1])
         return opened[0], opened[1]
 
@@ -319,6 +327,18 @@ def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions)
     if meta is not None or exists(join(location, ".zgroup"), options):
         return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays (s0, ...)")
     return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json is there")
+
+
+def _check_blosc(path: str) -> None:
+    """Refuse a truncated Blosc chunk: numcodecs trusts the length in the header and would read beyond the bytes."""
+    try:
+        with open(path, "rb") as handle:
+            header = handle.read(16)
+    except FileNotFoundError:
+        return
+    stored = os.path.getsize(path)
+    if len(header) < 16 or int.from_bytes(header[12:16], "little") != stored:
+        raise _corrupt(path, f"{stored} bytes are not a whole Blosc chunk")
 
 
 def _corrupt(where: str, reason: str) -> CorruptDataError:

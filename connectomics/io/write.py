@@ -7,6 +7,7 @@ Every chunk that is written is stored, also one of zeros, because an absent chun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -56,9 +57,9 @@ class ArrayWriter:
             separator, order = meta["dimension_separator"], meta["order"]
         except (KeyError, TypeError) as error:
             raise MetadataError(f"{self.location}/.zarray lacks {error}; it was not written by this program") from error
-        if separator != "/" or order != "C" or not self._compressor or meta.get("filters"):
+        if separator != "/" or order != "C" or (self._compressor or {}).get("id") != "blosc" or meta.get("filters"):
             raise MetadataError(
-                f"{self.location}: can continue only arrays in C order with keys z/y/x and a compressor, "
+                f"{self.location}: can continue only arrays in C order with keys z/y/x and Blosc, "
                 f"found order {order!r}, separator {separator!r}, compressor {self._compressor!r}"
             )
         attrs = read_json(Path(self.location, ".zattrs")) or {}
@@ -135,6 +136,8 @@ class ArrayWriter:
             data = path.read_bytes()
         except FileNotFoundError:
             return None
+        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # Blosc itself would read beyond them
+            raise CorruptDataError(f"{len(data)} bytes are not a whole chunk: {path}; delete it and write it again")
         try:
             return np.frombuffer(codec.decode(data), dtype=self.dtype).reshape(self.chunks).copy()
         except (RuntimeError, ValueError) as error:
@@ -340,11 +343,11 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
         with handle:
             handle.write(data)
         part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise _write_error(path, error) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # where even its folder is no folder
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _write_error(path, error) from error
         raise
 
 
