@@ -40,6 +40,7 @@ Read = Callable[[VoxelGrid], NDArray[np.float32]]
 BLENDINGS = ("gaussian", "constant")
 _SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
 _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
+_SLAB = 1 << 24  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
 
 
 def _index(values: Sequence[int] | int, what: str, least: int) -> Index:
@@ -174,7 +175,7 @@ def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels:
 
 
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int) -> int:
-    """Memory of one region's sums with their carry, of raw (twice: while it is extended) and of a batch."""
+    """Memory of one region's sums with their carry, of raw (and a slab of it while it is read) and of a batch."""
     begin, shape = region
     hull = []
     for axis, (starts, w) in enumerate(zip(lattice.starts, lattice.window, strict=True)):
@@ -183,7 +184,8 @@ def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_
     width = min(hull[2][1], lattice.grid.shape[2]) - begin[2]
     sums = (channels + 1) * shape[0] * shape[1] * (2 * width - shape[2])
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
-    return 4 * (sums + 2 * math.prod(end - start for start, end in hull) + batch)
+    raw = math.prod(end - start for start, end in hull)
+    return 4 * (sums + raw + 2 * min(raw, _SLAB) + batch)
 
 
 def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.Tensor:
@@ -377,9 +379,13 @@ class _Row:
             self._run(start, sums, x0)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
         self._sums = None
-        if keep is None:
+        following = lattice.starts[2][self._next_column :]
+        if keep is None or self._raw is None or not following:
             self._raw = None
         else:
+            cut = max(0, following[0] - self._raw_begin)
+            self._raw, self._raw_begin = self._raw[..., cut:].copy(), self._raw_begin + cut
+        if keep is not None:
             self._sums, self._sums_begin = sums[..., min(keep, end) - x0 :].clone(), keep
         return self._normalised(sums, x0, x1)
 
@@ -398,19 +404,22 @@ class _Row:
     def _fetch(self, begin: int, end: int) -> None:
         """Make raw of voxels ``begin`` to ``end`` along x present; only what is not there yet is read."""
         (z0, z1), (y0, y1) = self._hull
-        parts = []
-        have = begin
+        raw = np.empty((z1 - z0, y1 - y0, end - begin), dtype=np.float32)
+        have = 0
         if self._raw is not None and begin < self._raw_begin + self._raw.shape[2]:
-            parts.append(self._raw[..., begin - self._raw_begin :])
-            have = self._raw_begin + self._raw.shape[2]
+            kept = self._raw[..., begin - self._raw_begin :]
+            have = kept.shape[2]
+            raw[..., :have] = kept
         self._raw = None
-        if have < end:
-            grid = self._lattice.grid.crop((z0, y0, have), (z1 - z0, y1 - y0, end - have))
-            block = np.asarray(self._read(grid), dtype=np.float32)
+        step = max(1, _SLAB // (raw.shape[1] * max(1, raw.shape[2] - have)))
+        for z in range(z0, z1 if begin + have < end else z0, step):
+            depth = min(step, z1 - z)
+            grid = self._lattice.grid.crop((z, y0, begin + have), (depth, y1 - y0, end - begin - have))
+            block = self._read(grid)
             if block.shape != grid.shape:
                 raise InputError(f"read must give an array of shape {grid.shape} for {grid}, found {block.shape}")
-            parts.append(block)
-        self._raw = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+            raw[z - z0 : z - z0 + depth, :, have:] = block
+        self._raw = raw
         self._raw_begin = begin
 
     def _run(self, start: int, sums: torch.Tensor, x0: int) -> None:

@@ -58,8 +58,8 @@ PRECISIONS = ("32", "bf16", "fp16")
 
 # fields that a resumed run may change: they decide how fast it is, not what it writes
 _FREE = {"batch_size"}
-# target voxels resampled at a time along each axis, so that float32 copies stay small beside the network's block
-_PIECE = 256
+# target voxels written at a time along each axis, so that float32 copies stay small beside the network's block
+_PIECE = 128
 
 
 @dataclass(frozen=True)
@@ -396,16 +396,15 @@ def _write(layout: Layout, number: int, probability: NDArray[np.float32], writer
             f"the network must give probabilities, found values from {low:.4g} to {high:.4g}; apply a sigmoid to logits"
         )
     start, block = layout.blocks[number]
-    if layout.same_voxels:
-        writer.write(start, _to_uint8(probability))
-        return
     origin = layout.regions[number][0]
     for offset, piece in block.blocks([max(c, _PIECE // c * c) for c in layout.chunks]):
         begin, shape = layout.region(piece)
         part = tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))
-        values = resample.linear(probability[part], layout.model.crop(begin, shape), piece)
-        writer.write([a + b for a, b in zip(start, offset, strict=True)], _to_uint8(values))
-
-
-def _to_uint8(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.rint(np.clip(probability, 0, 1) * np.float32(255)).astype(np.uint8)
+        if layout.same_voxels:
+            values = np.clip(probability[part], 0, 1)
+        else:
+            values = resample.linear(probability[part], layout.model.crop(begin, shape), piece)
+            np.clip(values, 0, 1, out=values)
+        values *= np.float32(255)
+        np.rint(values, out=values)
+        writer.write([a + b for a, b in zip(start, offset, strict=True)], values.astype(np.uint8))
