@@ -1,0 +1,294 @@
+"""Labels or probabilities onto the crop table's grids, into one Zarr v2 group, folder or zip, that the portal reads.
+
+How a value gets onto a grid: `connectomics.submission.onto_grid`. Every array is written block by block into a folder
+beside the output, which takes its place (or is zipped) at the end; an array that is finished there is not done again by
+a later run, unless its source or a parameter has changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics import __version__
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.errors import InputError, MissingError, WriteError
+from connectomics.geometry import VoxelGrid
+from connectomics.submission.findings import Finding
+from connectomics.submission.onto_grid import Index, Job, blocks_of
+from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
+from connectomics.submission.sources import find_source, list_sources
+
+#: Told after each array: how many are done, how many there are, and which one it was.
+Progress = Callable[[int, int, str], None]
+_MISSING = ("missing-crop", "missing-class")
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export did. Arrays are named ``crop557/mito``.
+
+    Attributes:
+        path: the zip or folder.
+        is_zip: whether it is a zip, which is what the portal takes.
+        written: arrays in it.
+        missing: arrays of the table for which no prediction was found; the portal counts them as nothing found.
+        ignored: predictions that the table does not ask for, as ``dataset/crop/class``.
+        partial: array -> share of its grid that its source covers, where that is not all.
+        resumed: how many of the written arrays were there from a run that was interrupted.
+        bytes: of the files in the submission, as the portal counts its unpacked size.
+        seconds: wall time.
+        findings: what the validation of the written submission found.
+    """
+
+    path: Path
+    is_zip: bool
+    written: tuple[str, ...]
+    missing: tuple[str, ...]
+    ignored: tuple[str, ...]
+    partial: Mapping[str, float]
+    resumed: int
+    bytes: int
+    seconds: float
+    findings: tuple[Finding, ...]
+
+    @property
+    def has_errors(self) -> bool:
+        """Whether the validation found errors in what was written (arrays that are missing are told apart)."""
+        return any(f.severity == "error" and f.rule not in _MISSING for f in self.findings)
+
+    def summary(self) -> str:
+        """The result in a few lines, for the terminal."""
+        before = f" ({self.resumed} arrays were there from an interrupted run)" if self.resumed else ""
+        lines = [
+            f"{self.path}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}",
+        ]
+        if not self.is_zip:
+            lines.append("this is a folder; the portal takes a zip of its content: export to a name that ends in .zip")
+        for names, what in (
+            (self.missing, "arrays of the table have no prediction and count as missed"),
+            (self.ignored, "predictions are not in the table and were left out"),
+        ):
+            if names:
+                lines.append(f"{len(names)} {what}: {', '.join(names[:6])}" + (", ..." if len(names) > 6 else ""))
+        for name, share in self.partial.items():
+            lines.append(f"{name}: the prediction covers {share:.1%} of the crop; the rest is background")
+        return "\n".join(lines + [str(f) for f in self.findings if f.rule not in _MISSING])
+
+
+def export_submission(
+    predictions_dir: str | Path,
+    output_path: str | Path,
+    classes: Collection[str] | None = None,
+    datasets: Collection[str] | None = None,
+    *,
+    crops: CropTable | str | Path | None = None,
+    probabilities_dir: str | Path | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    strict: bool = False,
+    validate: bool = True,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Pack predictions for the rows of a crop table.
+
+    Args:
+        predictions_dir: ``{dataset}.zarr/{crop}/{class}`` multiscale groups with labels or probabilities (what
+            ``decode`` and ``predict`` write), or ``{dataset}/{crop}_{class}.npy`` on the table's grids.
+        output_path: a ``.zip``; any other name gives a folder, which has to be zipped before it can be uploaded.
+        classes, datasets: only these rows of the table; None means all.
+        crops: a `CropTable`, the path of one, or None for the challenge's.
+        probabilities_dir: probabilities that the labels in ``predictions_dir`` were made from. Semantic classes whose
+            labels are a plain threshold are then made from them, which keeps borders where the grid is finer.
+        thresholds: class -> threshold for probabilities (a mask is where they are above it); by default the one with
+            which the labels were made, else 0.5.
+        strict: refuse to write anything where a row of the table has no prediction.
+        validate: check what was written (`validate_submission`).
+        workers: threads; None takes one a core, at most 8.
+
+    Raises:
+        MissingError: no predictions at all, or some with ``strict``. UnknownNameError: a class or data set that the
+        table does not have. InputError, MetadataError, IncompleteError, CorruptDataError: a prediction that cannot
+        be used, by path. WriteError: the output cannot be written; what was there before stays.
+    """
+    from connectomics.submission.validate import validate_submission
+
+    start = time.monotonic()
+    root, target = Path(predictions_dir), Path(output_path)
+    if not root.is_dir():
+        raise MissingError(f"no predictions folder at {root}")
+    table = CropTable.challenge() if crops is None else CropTable.resolve(crops)
+    table = table.select(classes=classes, datasets=datasets)
+    _check_target(target, [root, *([Path(probabilities_dir)] if probabilities_dir is not None else [])])
+    jobs, missing = _jobs(root, probabilities_dir, table, thresholds or {})
+    if not jobs:
+        raise MissingError(
+            f"no predictions for the crop table in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}} or "
+            f"{{dataset}}/{{crop}}_{{class}}.npy with crops such as {table.entries[0].dataset}/"
+            f"{table.entries[0].crop_name}; check the data sets' and crops' names"
+        )
+    if missing and strict:
+        raise MissingError(
+            f"{len(missing)} of {len(table)} arrays have no prediction in {root}: {', '.join(missing[:5])}, ..."
+        )
+    asked = {(e.dataset, e.crop_name, e.class_name) for e in table}
+    ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
+    work = target.with_name(target.name + ".partial")
+    resumed = _write_arrays(work, jobs, workers or min(8, os.cpu_count() or 1), progress)
+    size = _finish(work, target)
+    findings: list[Finding] = []
+    if validate:
+        findings = validate_submission(target, table)
+    return ExportResult(
+        path=target,
+        is_zip=target.suffix == ".zip",
+        written=tuple(job.name for job in jobs),
+        missing=tuple(missing),
+        ignored=ignored,
+        partial={job.name: share for job in jobs if (share := job.coverage()) < 1.0},
+        resumed=resumed,
+        bytes=size,
+        seconds=time.monotonic() - start,
+        findings=tuple(findings),
+    )
+
+
+def _jobs(
+    root: Path, probabilities_dir: str | Path | None, table: CropTable, thresholds: Mapping[str, float]
+) -> tuple[list[Job], list[str]]:
+    """What there is to write, in the order of the submission, and the rows without a prediction."""
+    jobs, missing = [], []
+    for entry in sorted(table, key=lambda e: (e.crop, e.class_name)):
+        source = find_source(root, entry)
+        if source is None:
+            missing.append(f"{entry.crop_name}/{entry.class_name}")
+            continue
+        decode = source.about.get("decode", {})
+        threshold = thresholds.get(entry.class_name, decode.get("threshold", 0.5))
+        if not 0.0 <= threshold <= 1.0:
+            raise InputError(f"the threshold of {entry.class_name} must lie between 0 and 1, found {threshold}")
+        plain = decode.get("method") == "threshold" and not decode["min_size_nm3"] and not decode["fill_holes"]
+        if probabilities_dir is not None and plain:
+            better = find_source(Path(probabilities_dir), entry)
+            if better is not None and better.form == "probability":
+                # The decoded kind stands: a class that was decoded as a mask is packed as one.
+                better.about = {**better.about, "kind": "semantic"}
+                source = better
+        jobs.append(Job(entry, source, float(threshold)))
+    return jobs, missing
+
+
+# -- the folder and the zip ------------------------------------------------------------------------------------------
+def _write_arrays(work: Path, jobs: list[Job], workers: int, progress: Progress | None) -> int:
+    """Write the jobs' arrays below ``work/data``; returns how many were there already."""
+    data = work / "data"
+    done = _load_state(work)
+    wanted = {job.name: job.fingerprint() for job in jobs}
+    for name in [n for n in done if wanted.get(n) != done[n]]:
+        del done[name]
+    _clear(data, set(done))
+    write_group(data)
+    write_json(data / ".zattrs", {"connectomics": {"artefact": "submission", "version": __version__}})
+    resumed = len(done)
+    with ThreadPoolExecutor(workers) as pool:
+        for number, job in enumerate(jobs, start=1):
+            if job.name not in done:
+                if not (data / job.entry.crop_name / ".zgroup").exists():
+                    write_group(data / job.entry.crop_name)
+                _write_array(data / job.name, job, pool, workers)
+                done[job.name] = wanted[job.name]
+                write_json(work / "state.json", done)
+            if progress is not None:
+                progress(number, len(jobs), job.name)
+    return resumed
+
+
+def _write_array(folder: Path, job: Job, pool: ThreadPoolExecutor, workers: int) -> None:
+    dtype, block_at = blocks_of(job)
+    writer = PlainArrayWriter(folder, job.entry.grid, dtype, job.about())
+    failed = threading.Event()
+
+    def write(begin: Index, grid: VoxelGrid) -> None:
+        if failed.is_set():
+            return
+        try:
+            writer.write(begin, block_at(begin, grid))
+        except BaseException:
+            failed.set()
+            raise
+
+    waiting: set[Future[None]] = set()
+    for begin, grid in job.entry.grid.blocks(CHUNK):
+        waiting.add(pool.submit(write, begin, grid))
+        if len(waiting) >= 4 * workers:  # so that a failure is seen soon and the queue stays short
+            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in finished:
+                future.result()
+    for future in waiting:
+        future.result()
+
+
+def _load_state(work: Path) -> dict[str, str]:
+    """Finished arrays of an interrupted run with their fingerprints; {} where there is none that can be read."""
+    state = work / "state.json"
+    if not state.is_file():
+        return {}
+    try:
+        found = json.loads(state.read_text(encoding="utf-8"))
+    except ValueError:  # not ours, or from a crash of the machine: start anew
+        return {}
+    return {str(k): str(v) for k, v in found.items() if (work / "data" / k / ".zarray").is_file()}
+
+
+def _clear(data: Path, keep: set[str]) -> None:
+    """Remove the arrays of an interrupted run that are not to be kept, and crops without any."""
+    if not data.is_dir():
+        return
+    for crop in [p for p in data.iterdir() if p.is_dir()]:
+        for array in [p for p in crop.iterdir() if p.is_dir()]:
+            if f"{crop.name}/{array.name}" not in keep:
+                shutil.rmtree(array)
+        if not any(p.is_dir() for p in crop.iterdir()):
+            shutil.rmtree(crop)
+
+
+def _check_target(target: Path, sources: list[Path]) -> None:
+    """Refuse outputs that would destroy something."""
+    for source in sources:
+        if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
+            raise InputError(f"the output {target} would replace the predictions in {source}; choose another place")
+    if target.is_dir():
+        if target.suffix == ".zip":
+            raise InputError(f"{target} is a folder; choose another name for the zip")
+        attributes = target / ".zattrs"
+        ours = attributes.is_file() and '"submission"' in attributes.read_text(encoding="utf-8")
+        if not ours and any(target.iterdir()):
+            raise InputError(f"{target} is there and is no submission of ours; remove it or choose another place")
+
+
+def _finish(work: Path, target: Path) -> int:
+    """Put the submission in its place and remove the working folder; the bytes of its files."""
+    data = work / "data"
+    try:
+        if target.suffix == ".zip":
+            size = zip_folder(data, work / "submission.zip")
+            (work / "submission.zip").replace(target)
+        else:
+            size = sum(p.stat().st_size for p in data.rglob("*") if p.is_file())
+            old = work / "old"
+            if target.exists():
+                target.rename(old)
+            data.rename(target)
+        shutil.rmtree(work)
+    except OSError as error:
+        raise WriteError(
+            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+        ) from error
+    return size

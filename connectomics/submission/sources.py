@@ -1,0 +1,198 @@
+"""What a submission is made from: labels or probabilities of one crop and class, in a Zarr folder or as ``.npy``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.cellmap.crop_table import TableEntry
+from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
+from connectomics.geometry import VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+
+_SLAB_BYTES = 64 << 20
+
+
+class Source(Protocol):
+    """A volume that is read block by block.
+
+    Attributes:
+        location: its path. form: ``labels`` (0 background) or ``probability`` (0 to ``scale``).
+        grid: where it lies, nm. scale: the value that stands for probability 1 (255 or 1).
+        about: its ``connectomics`` attribute, {} where there is none.
+        largest_id: the largest label, where it is known without reading; else None.
+    """
+
+    location: str
+    form: str
+    grid: VoxelGrid
+    scale: float
+    about: dict[str, Any]
+    largest_id: int | None
+
+    def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
+        """A block inside the grid."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the source does."""
+        ...
+
+
+@dataclass
+class ZarrSource:
+    """``{dataset}.zarr/{crop}/{class}``: a multiscale group of which the finest level is read."""
+
+    location: str
+    form: str
+    grid: VoxelGrid
+    about: dict[str, Any]
+    largest_id: int | None
+    volume: Multiscale
+    scale: float = 255.0
+
+    @classmethod
+    def open(cls, location: Path) -> ZarrSource:
+        """`IncompleteError` where it is half written, `MetadataError` where it is neither labels nor probabilities."""
+        volume = Multiscale.open(str(location))
+        about = volume.attrs.get("connectomics", {})
+        if about and about.get("complete") is not True:
+            raise IncompleteError(f"{location} is only half written; run the stage that makes it to its end first")
+        form = about.get("artefact", "labels")
+        level = volume.levels[0]
+        if form not in ("labels", "probability"):
+            raise MetadataError(f"{location}: expected labels or probabilities, found artefact {form!r}")
+        wanted = "u" if form == "probability" else "biu"
+        if level.dtype.kind not in wanted or (form == "probability" and level.dtype != np.uint8):
+            need = "uint8 (value/255)" if form == "probability" else "integers"
+            raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")
+        largest = about.get("objects") if form == "labels" else None
+        return cls(str(location), form, level.grid, about, largest, volume)
+
+    def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
+        """A block of the finest level. An absent chunk is empty in labels and a lost one in probabilities."""
+        lossless = self.form == "probability"
+        block, there = self.volume.read_level(0, begin, shape, absent_is_missing=lossless)
+        if lossless and not there.all():
+            raise CorruptDataError(f"{self.location} lacks chunks around voxel {begin} (z y x); run predict again")
+        return block
+
+    def fingerprint(self) -> str:
+        """Of the path, the grid and the attributes, which are written anew with the array."""
+        changed = (Path(self.location) / ".zattrs").stat().st_mtime_ns
+        return _digest([self.location, self.form, self.grid.to_dict(), self.about, changed])
+
+
+class NpySource:
+    """``{dataset}/crop234_mito.npy``, memory-mapped; it has no grid of its own and must fill the crop's.
+
+    Integers and bool are labels. Floats that are all whole numbers are labels too, other floats probabilities in
+    [0, 1]. NaN is background, counted in a warning.
+    """
+
+    def __init__(self, path: Path, grid: VoxelGrid) -> None:
+        """`InputError` where the shape is not the grid's or the values are neither labels nor probabilities."""
+        self.location, self.grid, self.about = str(path), grid, dict[str, Any]()
+        self.path = path
+        try:
+            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise CorruptDataError(f"{path} cannot be read as an array ({error}); save it again") from error
+        if self.array.shape != grid.shape:
+            raise InputError(
+                f"{path} has shape {self.array.shape}, but the crop table says {grid.shape} (z, y, x); "
+                "predict on the table's grid, or keep predictions in a Zarr with its voxel size"
+            )
+        self.scale = 1.0
+        self.form = "labels"
+        self.largest_id = self._inspect()
+
+    def _inspect(self) -> int | None:
+        """Set the form; the largest label."""
+        kind = self.array.dtype.kind
+        if kind not in "biuf":
+            raise InputError(f"{self.path} holds {self.array.dtype}; expected labels or probabilities")
+        if kind == "b":
+            return 1
+        low, high, whole, missing = 0.0, 0.0, True, 0
+        largest = 0
+        for slab in _slabs(self.array):
+            if kind == "f":
+                bad = np.isnan(slab)
+                missing += int(bad.sum())
+                slab = np.where(bad, 0, slab)
+                whole = whole and bool(np.all(slab == np.rint(slab)))
+                high = max(high, float(slab.max(initial=0)))
+            else:
+                largest = max(largest, int(slab.max(initial=0)))
+            low = min(low, float(slab.min(initial=0)))
+        if missing:
+            warnings.warn(f"{self.path}: {missing} voxels are NaN and count as background", stacklevel=3)
+        if low < 0:
+            raise InputError(f"{self.path} holds negative values ({low:.6g}); labels and probabilities are at least 0")
+        if kind != "f":
+            return largest
+        if whole and high < 2**53:
+            return int(high)
+        self.form = "probability"
+        if high > 1.0 + 1e-6:
+            raise InputError(
+                f"{self.path} holds values up to {high:.6g}; expected probabilities in [0, 1] or labels"
+            )
+        return None
+
+    def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
+        """A block; whole-number floats as uint64, NaN as 0."""
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, shape, strict=True))
+        block = np.asarray(self.array[z, y, x])
+        if block.dtype.kind != "f":
+            return block
+        block = np.nan_to_num(block, nan=0.0)
+        return block.astype(np.uint64) if self.form == "labels" else block
+
+    def fingerprint(self) -> str:
+        """Of the path, its size and time."""
+        status = self.path.stat()
+        return _digest([self.location, status.st_size, status.st_mtime_ns, self.grid.to_dict()])
+
+
+def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:
+    """The source of one row of the crop table, None where there is none. Zarr goes before ``.npy``."""
+    group = predictions_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
+    if group.is_dir():
+        return ZarrSource.open(group)
+    flat = predictions_dir / entry.dataset / f"{entry.crop_name}_{entry.class_name}.npy"
+    return NpySource(flat, entry.grid) if flat.is_file() else None
+
+
+def list_sources(predictions_dir: Path) -> Iterator[tuple[str, str, str]]:
+    """(data set, crop, class) of all that a folder holds in either layout."""
+    for name in store.list_groups(str(predictions_dir)):
+        folder = predictions_dir / name
+        if name.endswith(".zarr"):
+            for crop in store.list_groups(str(folder)):
+                for class_name in store.list_groups(str(folder / crop)):
+                    yield name.removesuffix(".zarr"), crop, class_name
+        else:
+            for path in sorted(folder.glob("crop*_*.npy")):
+                crop, _, class_name = path.stem.partition("_")
+                yield name, crop, class_name
+
+
+def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    thick = max(1, _SLAB_BYTES // max(1, array[:1].nbytes))
+    for z in range(0, array.shape[0], thick):
+        yield np.asarray(array[z : z + thick])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
