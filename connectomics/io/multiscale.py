@@ -36,6 +36,8 @@ from connectomics.io.store import (
 _AS_FINE = 1e-3
 # Source voxels per axis that are held at a time while resampling: 24 MB of uint8 whatever the target's size.
 _SOURCE_SPAN = 288
+# Target voxels per axis that are resampled at a time: 67 MB of float32.
+_TARGET_SPAN = 256
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> Vo
 
 
 def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]:
-    """Runs of target voxels along an axis, from the first wanted to the last, whose sources span at most 288 voxels."""
+    """Runs of target voxels along an axis, from the first wanted to the last, short enough to hold at a time."""
     kept = np.flatnonzero(wanted)
     if len(kept) == 0:
         return []
@@ -306,7 +308,7 @@ def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]
         limit = int(table.first[start]) + _SOURCE_SPAN
         # ends never fall from one target to the next, so the last that fits can be searched for
         ends = table.first[start:stop] + table.count[start:stop]
-        fits = max(1, int(np.searchsorted(ends, limit, side="right")))
+        fits = min(_TARGET_SPAN, max(1, int(np.searchsorted(ends, limit, side="right"))))
         pieces.append(slice(start, start + fits))
         start += fits
     return pieces

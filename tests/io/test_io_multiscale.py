@@ -181,6 +181,7 @@ def test_large_steps_are_read_in_pieces_and_agree(raw, monkeypatch):
     target = VoxelGrid((6.5, 3.0, 9.0), (0.1, 11.0, 20.0), (40, 60, 30))
     whole = Multiscale.open(location).read_raw(target), Multiscale.open(location).read_nearest(target)
     monkeypatch.setattr("connectomics.io.multiscale._SOURCE_SPAN", 7)
+    monkeypatch.setattr("connectomics.io.multiscale._TARGET_SPAN", 4)
     pieces = Multiscale.open(location).read_raw(target), Multiscale.open(location).read_nearest(target)
     for (a, b), (c, d) in zip(whole, pieces, strict=True):
         np.testing.assert_allclose(a, c, rtol=1e-6)
