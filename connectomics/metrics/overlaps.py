@@ -87,17 +87,20 @@ def label_array(values: ArrayLike, what: str) -> NDArray[Any]:
     Negative labels keep their identity (two's complement). Raises `InputError` for fractions, NaN and other types.
     """
     array = np.asarray(values)
-    if array.dtype == bool:
-        return array.view(np.uint8)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{what} must hold bool, integer or whole float labels, found dtype {array.dtype}")
     if array.dtype.kind == "f":
         if not np.all(np.isfinite(array)) or np.any(array != np.floor(array)):
             raise InputError(f"{what} must hold whole label numbers, found fractions or NaN in {array.dtype} values")
         array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise InputError(f"{what} must hold bool, integer or whole float labels, found dtype {array.dtype}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    return array.view(np.dtype(f"u{array.dtype.itemsize}")) if array.dtype.kind == "i" else array
+    return array.view(label_dtype(array.dtype))
+
+
+def label_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The unsigned type in which `label_array` gives labels of ``dtype``."""
+    return np.dtype(np.uint64) if dtype.kind == "f" else np.dtype(f"u{dtype.itemsize}")
 
 
 def pair_counts(

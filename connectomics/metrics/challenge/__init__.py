@@ -1,6 +1,6 @@
 """The CellMap Segmentation Challenge's score: the same numbers as the official scorer, at a hundredth of the cost.
 
-`score_instance` and `score_semantic` take arrays, `score_submission` a whole submission; rules have a version (`RULES`).
+`score_instance` and `score_semantic` take arrays, `score_submission` a whole submission; rules have a version, `RULES`.
 """
 
 from connectomics.metrics.challenge.results import (

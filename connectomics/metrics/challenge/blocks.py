@@ -8,7 +8,7 @@ in memory. Component numbers and truth are kept in two raw scratch files from wh
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError, WriteError
 from connectomics.metrics.challenge.align import Readable
-from connectomics.metrics.challenge.scoring import Box, VolumePair, parts_mask, prediction_array, truth_array
-from connectomics.metrics.overlaps import OverlapCounter, Overlaps
+from connectomics.metrics.challenge.scoring import Box, VolumePair, prediction_array, truth_array, where_parts
+from connectomics.metrics.overlaps import OverlapCounter, Overlaps, label_dtype
 
 _PLANES = 64  # slabs of whole chunks, as chunks usually are
 
@@ -68,16 +68,18 @@ class BlockPair(VolumePair):
             counter.add(self._labels.read(begin, end), parts, (begin, 0, 0))
         return counter.result()
 
-    def masks(self, truth_id: int, parts: tuple[int, int], box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        shape = [s.stop - s.start for s in box]
-        a, b = np.empty(shape, bool), np.empty(shape, bool)
-        rows = (slice(None), *box[1:])
+    def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
+        return self._mask(self._labels, box, lambda labels: labels == truth_id)
+
+    def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
+        return self._mask(self._parts, box, lambda numbers: where_parts(numbers, parts))
+
+    def _mask(self, volume: _Scratch, box: Box, where: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[np.bool_]:
+        mask = np.empty([s.stop - s.start for s in box], bool)
         for first in range(box[0].start, box[0].stop, self._planes):
             last = min(first + self._planes, box[0].stop)
-            here = slice(first - box[0].start, last - box[0].start)
-            a[here] = self._labels.view(first, last)[rows] == truth_id
-            b[here] = parts_mask(self._parts.view(first, last)[rows], parts)
-        return a, b
+            mask[first - box[0].start : last - box[0].start] = where(volume.view(first, last)[:, box[1], box[2]])
+        return mask
 
     def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
         return self._values[parts]
@@ -93,6 +95,7 @@ class BlockPair(VolumePair):
 
         folder = Path(self._folder.name)
         self._parts = _Scratch(folder / "components", self.shape, np.dtype(np.uint32))
+        self._labels = _Scratch(folder / "truth", self.shape, label_dtype(self._truth.dtype))
         parents: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         values: list[NDArray[Any]] = [np.zeros(1, self._pred.dtype.newbyteorder("="))]
         joins: list[NDArray[np.int64]] = []
@@ -101,8 +104,6 @@ class BlockPair(VolumePair):
             size = (end - begin, *self.shape[1:])
             truth = truth_array(self._truth.read((begin, 0, 0), size))
             self.max_truth = max(self.max_truth, int(truth.max()))
-            if begin == 0:
-                self._labels = _Scratch(folder / "truth", self.shape, truth.dtype)
             self._labels.write(begin, truth)
             pred, nan = prediction_array(self._pred.read((begin, 0, 0), size))
             self.nan_voxels += nan

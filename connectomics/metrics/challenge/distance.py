@@ -3,7 +3,7 @@
 The official scorer pads the union of the two bounding boxes by half the crop and computes two Euclidean distance
 transforms there for every instance. Four observations make the same number cheap:
 
-1. outside the union of the boxes there is no voxel whose distance is asked for, and none that is nearest to one;
+1. every voxel whose distance is asked for lies in one mask's box, and every voxel that can be nearest in the other's;
 2. only voxels of one mask that are not in the other have a distance other than 0;
 3. a voxel whose distance cannot exceed the largest found so far need not be looked at further: the distances along
    z, y and x alone bound it from above, and cost a scan each;
@@ -28,210 +28,270 @@ _FAR = 32767  # "no voxel of the mask on this line"; lines are shorter
 _GUARD = 1.0 - 1e-9
 
 
-def hausdorff(a: NDArray[np.bool_], b: NDArray[np.bool_], voxel_size: Triple) -> float:
+Offset = tuple[int, int, int]
+
+
+def hausdorff(
+    a: NDArray[np.bool_], b: NDArray[np.bool_], voxel_size: Triple, cap: float = np.inf, offset: Offset = (0, 0, 0)
+) -> float:
     """The larger of the two directed maxima of the Euclidean distance between two masks, nm, voxel centres.
 
-    ``a`` and ``b`` are bool (D, H, W) of one shape, the union of the masks' bounding boxes or anything larger;
-    ``voxel_size`` is nm, z y x. Not capped. Infinite where exactly one mask is empty, 0 where both are. Scratch memory
-    is 2 bytes a voxel. Raises `InputError` for shapes that differ or exceed 32,766 voxels on an axis.
+    Args:
+        a, b: bool (D, H, W), each a block that holds its whole mask; they may differ in shape.
+        voxel_size: nm, z y x.
+        cap: the most that is told apart, nm; the search ends where it is reached.
+        offset: where the first voxel of ``b`` lies, in voxels of ``a`` (z y x).
+
+    Returns:
+        The distance, at most ``cap``. The cap where exactly one mask is empty, 0 where both are. `scratch_bytes` tells
+        what it costs in memory. Raises `InputError` for other ranks and more than 32,766 voxels on an axis.
     """
-    if a.shape != b.shape or a.ndim != 3:
-        raise InputError(f"two masks of one three-dimensional shape are needed, found {a.shape} and {b.shape}")
-    if max(a.shape) >= _FAR:
-        raise InputError(f"masks up to {_FAR - 1} voxels on an axis can be compared, found {a.shape}")
-    squared = _hausdorff_squared(
-        np.ascontiguousarray(a), np.ascontiguousarray(b), np.asarray(voxel_size, dtype=np.float64)
+    reached = directed(b, a, voxel_size, cap, (-offset[0], -offset[1], -offset[2]))
+    return directed(a, b, voxel_size, cap, offset, reached)
+
+
+def directed(
+    a: NDArray[np.bool_],
+    b: NDArray[np.bool_],
+    voxel_size: Triple,
+    cap: float = np.inf,
+    offset: Offset = (0, 0, 0),
+    reached: float = 0.0,
+) -> float:
+    """The largest distance (nm) from a voxel of ``a`` to the nearest of ``b``, at least ``reached``, at most ``cap``.
+
+    Exactly ``reached`` where no voxel is farther; the nearer the result, the cheaper. For the rest see `hausdorff`.
+    """
+    if a.ndim != 3 or b.ndim != 3:
+        raise InputError(f"two three-dimensional masks are needed, found shapes {a.shape} and {b.shape}")
+    if max(abs(o) + m + n for o, m, n in zip(offset, a.shape, b.shape, strict=True)) >= _FAR:
+        raise InputError(f"masks up to {_FAR} voxels apart can be compared, found {a.shape}, {b.shape} at {offset}")
+    if reached >= cap:
+        return cap
+    start = reached * reached
+    squared = _directed(
+        np.ascontiguousarray(a),
+        np.ascontiguousarray(b),
+        np.asarray(offset, dtype=np.int64),
+        np.asarray(voxel_size, dtype=np.float64),
+        start,
+        cap * cap,
     )
-    return float(np.sqrt(squared))
+    return reached if squared == start else min(float(np.sqrt(squared)), cap)
+
+
+def scratch_bytes(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
+    """Bytes that comparing masks in two boxes (z0 z1 y0 y1 x0 x1) takes at most, the masks included."""
+    (az, ay, ax), (bz, by, bx) = ((int(v) for v in box[1::2] - box[::2]) for box in (a, b))
+    return az * ay * ax + bz * by * bx + 2 * max(az * by * bx, bz * ay * ax) + 16 * (ay + by) * (ax + bx)
 
 
 @njit(cache=True, nogil=True)
-def _hausdorff_squared(a, b, spacing):  # type: ignore[no-untyped-def]  # pragma: no cover
-    distance_z = np.empty(a.shape, np.int16)
-    best = _directed(a, b, spacing, distance_z, 0.0)
-    if best == np.inf:
-        return best
-    return _directed(b, a, spacing, distance_z, best)
-
-
-@njit(cache=True, nogil=True)
-def _directed(a, b, spacing, distance_z, best):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """max(best, largest squared distance from a voxel of a to the nearest voxel of b)."""
-    any_a, floor = _bound_from_box(a, b, spacing)
+def _directed(a, b, offset, spacing, best, enough):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """max(best, largest squared distance from a voxel of a to the nearest of b), or anything from ``enough`` up."""
+    any_a, floor = _bound_from_box(a, b, offset, spacing)
     if not any_a:
         return best
-    if floor == np.inf:
+    if floor >= enough:
         return floor
     best = max(best, floor * _GUARD)
-    _distance_along_z(b, distance_z)
     n_z, n_y, n_x = a.shape
+    distance_z = np.empty((n_z, b.shape[1], b.shape[2]), np.int16)
+    _distance_along_z(b, offset[0], distance_z)
     bound = np.empty((n_y, n_x), np.float64)
     rows = np.empty(n_y, np.bool_)
+    oy, ox = offset[1], offset[2]
+    nothing = np.zeros(b.shape[1:], np.bool_)
     for z in range(n_z):
-        left, cost = _open_voxels(a[z], b[z], distance_z[z], spacing, best, bound, rows)
+        inside = 0 <= z - offset[0] < b.shape[0]
+        plane = b[z - offset[0]] if inside else nothing
+        left, cost = _open_voxels(a[z], plane, distance_z[z], oy, ox, spacing, best, bound, rows)
         if left == 0:
             continue
-        if cost <= 6.0 * n_y * n_x:
-            best = _search_plane(distance_z[z], bound, rows, spacing, best)
+        if cost <= 6.0 * (n_y + b.shape[1]) * b.shape[2]:
+            best = _search_plane(distance_z[z], oy, ox, bound, rows, spacing, best)
         else:
-            best = _envelope_plane(distance_z[z], bound, rows, spacing, best)
+            best = _envelope_plane(distance_z[z], oy, ox, bound, rows, spacing, best)
+        if best >= enough:
+            break
     return best
 
 
 @njit(cache=True, nogil=True)
-def _bound_from_box(a, b, spacing):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Whether a has voxels outside b, and the largest squared distance from one of them to the box of b."""
-    n_z, n_y, n_x = a.shape
-    z0, z1, y0, y1, x0, x1 = n_z, -1, n_y, -1, n_x, -1
-    any_a = False
-    for z in range(n_z):
-        for y in range(n_y):
-            for x in range(n_x):
+def _bound_from_box(a, b, offset, spacing):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Whether a has voxels outside b, and the largest squared distance from one of a to the box of b."""
+    z0, z1, y0, y1, x0, x1 = b.shape[0], -1, b.shape[1], -1, b.shape[2], -1
+    for z in range(b.shape[0]):
+        for y in range(b.shape[1]):
+            for x in range(b.shape[2]):
                 if b[z, y, x]:
                     z0, z1 = min(z0, z), max(z1, z)
                     y0, y1 = min(y0, y), max(y1, y)
                     x0, x1 = min(x0, x), max(x1, x)
-                elif a[z, y, x]:
-                    any_a = True
-    if not any_a:
-        return False, 0.0
-    if z1 < 0:
-        return True, np.inf
+    empty_b = z1 < 0
+    any_a = False
     best = 0.0
-    for z in range(n_z):
+    for za in range(a.shape[0]):
+        z = za - offset[0]
         dz = max(z0 - z, z - z1, 0) * spacing[0]
-        for y in range(n_y):
+        for ya in range(a.shape[1]):
+            y = ya - offset[1]
             dy = max(y0 - y, y - y1, 0) * spacing[1]
             partial = dz * dz + dy * dy
-            for x in range(n_x):
-                if a[z, y, x]:
+            near = not empty_b and z0 <= z <= z1 and y0 <= y <= y1
+            for xa in range(a.shape[2]):
+                if a[za, ya, xa]:
+                    x = xa - offset[2]
+                    if not (near and x0 <= x <= x1 and b[z, y, x]):
+                        any_a = True
                     dx = max(x0 - x, x - x1, 0) * spacing[2]
                     d = partial + dx * dx
                     if d > best:
                         best = d
-    return True, best
+    if any_a and empty_b:
+        return True, np.inf
+    return any_a, best
 
 
 @njit(cache=True, nogil=True)
-def _distance_along_z(mask, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Voxels along z to the nearest voxel of the mask in the same column, _FAR where there is none."""
-    n_z, n_y, n_x = mask.shape
-    for z in range(n_z):
-        for y in range(n_y):
-            for x in range(n_x):
-                if mask[z, y, x]:
-                    out[z, y, x] = 0
-                elif z == 0 or out[z - 1, y, x] == _FAR:
-                    out[z, y, x] = _FAR
-                else:
-                    out[z, y, x] = out[z - 1, y, x] + 1
-    for z in range(n_z - 2, -1, -1):
-        for y in range(n_y):
-            for x in range(n_x):
-                below = out[z + 1, y, x]
-                if below < out[z, y, x] - 1:
-                    out[z, y, x] = below + 1
+def _distance_along_z(mask, offset, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """For every plane of ``out``: voxels along z to the nearest voxel of the mask in the same column, or _FAR.
 
-
-@njit(cache=True, nogil=True)
-def _open_voxels(a, b, distance_z, spacing, best, bound, rows):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Marks the voxels of one plane whose distance may exceed ``best``.
-
-    ``bound`` (H, W) gets an upper bound of the squared distance of those, -1 elsewhere; ``rows`` tells the rows that
-    hold any. Returns their number and the estimated cost of searching around each (visited voxels).
+    Plane 0 of the mask lies at plane ``offset`` of ``out``.
     """
-    n_y, n_x = a.shape
-    left = 0
-    for y in range(n_y):
+    n_m, n_y, n_x = mask.shape
+    n_z = out.shape[0]
+    out[:] = _FAR
+    nearest = np.full((n_y, n_x), -1, np.int32)  # the last mask voxel passed
+    done = 0
+    for z in range(n_z):
+        upto = min(z - offset + 1, n_m)
+        for m in range(done, upto):
+            for y in range(n_y):
+                for x in range(n_x):
+                    if mask[m, y, x]:
+                        nearest[y, x] = m
+        done = max(done, upto)
+        if done > 0:
+            for y in range(n_y):
+                for x in range(n_x):
+                    if nearest[y, x] >= 0:
+                        out[z, y, x] = z - offset - nearest[y, x]
+    nearest[:] = -1
+    done = n_m - 1
+    for z in range(n_z - 1, -1, -1):
+        downto = max(z - offset, 0)
+        for m in range(done, downto - 1, -1):
+            for y in range(n_y):
+                for x in range(n_x):
+                    if mask[m, y, x]:
+                        nearest[y, x] = m
+        done = min(done, downto - 1)
+        if done < n_m - 1:
+            for y in range(n_y):
+                for x in range(n_x):
+                    if nearest[y, x] >= 0:
+                        out[z, y, x] = min(out[z, y, x], nearest[y, x] + offset - z)
+
+
+@njit(cache=True, nogil=True)
+def _open_voxels(a, b, distance_z, oy, ox, spacing, best, bound, rows):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Marks the voxels of one plane of a whose distance may exceed ``best``.
+
+    ``b`` and ``distance_z`` are planes of the other mask, shifted by (oy, ox). ``bound`` (as a) gets an upper bound of
+    the squared distance of those voxels, -1 elsewhere; ``rows`` tells the rows that hold any. Returns their number and
+    the estimated cost of searching around each (visited voxels).
+    """
+    left, cost = 0, 0.0
+    area = np.pi / (spacing[1] * spacing[2])
+    for y in range(a.shape[0]):
         rows[y] = False
+        yb = y - oy
+        in_b = 0 <= yb < b.shape[0]
         last = -_FAR
-        for x in range(n_x):
+        for x in range(min(ox, 0), 0):
+            if in_b and x - ox < b.shape[1] and b[yb, x - ox]:
+                last = x
+        for x in range(a.shape[1]):
             bound[y, x] = -1.0
-            if b[y, x]:
+            xb = x - ox
+            hit = in_b and 0 <= xb < b.shape[1]
+            if hit and b[yb, xb]:
                 last = x
             elif a[y, x]:
-                d = distance_z[y, x]
-                u = np.inf if d == _FAR else (d * spacing[0]) * (d * spacing[0])
-                if last >= 0:
+                u = np.inf
+                if hit and distance_z[yb, xb] != _FAR:
+                    u = (distance_z[yb, xb] * spacing[0]) * (distance_z[yb, xb] * spacing[0])
+                if last != -_FAR:
                     along = (x - last) * spacing[2]
                     u = min(u, along * along)
                 if u > best:
                     bound[y, x] = u
                     rows[y] = True
-                    left += 1
         if not rows[y]:
             continue
-        last = -1
         rows[y] = False
-        for x in range(n_x - 1, -1, -1):
-            if b[y, x]:
+        last = -_FAR
+        for x in range(max(ox + b.shape[1], a.shape[1]) - 1, -1, -1):
+            xb = x - ox
+            if in_b and 0 <= xb < b.shape[1] and b[yb, xb]:
                 last = x
-            elif bound[y, x] >= 0.0:
-                if last >= 0:
+            elif x < a.shape[1] and bound[y, x] >= 0.0:
+                if last != -_FAR:
                     along = (last - x) * spacing[2]
                     bound[y, x] = min(bound[y, x], along * along)
+                if bound[y, x] > best and 0 <= xb < b.shape[1]:
+                    bound[y, x] = _bound_along_y(b, yb, xb, spacing[1], bound[y, x])
                 if bound[y, x] > best:
                     rows[y] = True
+                    left += 1
+                    cost += min(area * bound[y, x], float(b.size)) + b.shape[0]
                 else:
                     bound[y, x] = -1.0
-                    left -= 1
-    if left == 0:
-        return 0, 0.0
-    left, cost = 0, 0.0
-    area = np.pi / (spacing[1] * spacing[2])
-    for y in range(n_y):
-        if not rows[y]:
-            continue
-        rows[y] = False
-        for x in range(n_x):
-            u = bound[y, x]
-            if u < 0.0:
-                continue
-            step = 1
-            while step < n_y and (step * spacing[1]) * (step * spacing[1]) < u:
-                if (y >= step and b[y - step, x]) or (y + step < n_y and b[y + step, x]):
-                    u = (step * spacing[1]) * (step * spacing[1])
-                    break
-                if y < step and y + step >= n_y:
-                    break
-                step += 1
-            if u > best:
-                bound[y, x] = u
-                rows[y] = True
-                left += 1
-                cost += step + min(area * u, float(n_y * n_x))
-            else:
-                bound[y, x] = -1.0
     return left, cost
 
 
 @njit(cache=True, nogil=True)
-def _search_plane(distance_z, bound, rows, spacing, best):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _bound_along_y(b, y, x, spacing, bound):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """The smaller of ``bound`` and the squared distance along y to the nearest voxel of b."""
+    n_y = b.shape[0]
+    step = max(1, -y, y - n_y + 1)
+    while (step * spacing) * (step * spacing) < bound and (y >= step or y + step < n_y):
+        if (0 <= y - step < n_y and b[y - step, x]) or (0 <= y + step < n_y and b[y + step, x]):
+            return (step * spacing) * (step * spacing)
+        step += 1
+    return bound
+
+
+@njit(cache=True, nogil=True)
+def _search_plane(distance_z, oy, ox, bound, rows, spacing, best):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Exact distances of the open voxels of a plane, each by looking around it as far as its bound reaches."""
     n_y, n_x = distance_z.shape
-    for y in range(n_y):
-        if not rows[y]:
+    for ya in range(bound.shape[0]):
+        if not rows[ya]:
             continue
-        for x in range(n_x):
-            u = bound[y, x]
+        y = ya - oy
+        for xa in range(bound.shape[1]):
+            u = bound[ya, xa]
             if u <= best:
                 continue
-            for step_y in range(n_y):
+            x = xa - ox
+            for step_y in range(max(0, -y, y - n_y + 1), max(y + 1, n_y - y)):
                 square_y = (step_y * spacing[1]) * (step_y * spacing[1])
-                if square_y >= u or u <= best or (y < step_y and y + step_y >= n_y):
+                if square_y >= u or u <= best:
                     break
-                for side_y in range(2):
-                    row = y - step_y if side_y == 0 else y + step_y
-                    if row < 0 or row >= n_y or (side_y == 1 and step_y == 0):
+                for side in range(1 if step_y == 0 else 2):
+                    row = y - step_y if side == 0 else y + step_y
+                    if row < 0 or row >= n_y:
                         continue
-                    for step_x in range(n_x):
+                    for step_x in range(max(0, -x, x - n_x + 1), max(x + 1, n_x - x)):
                         square_x = (step_x * spacing[2]) * (step_x * spacing[2])
-                        if square_y + square_x >= u or (x < step_x and x + step_x >= n_x):
+                        if square_y + square_x >= u:
                             break
                         d = _FAR
-                        if x >= step_x:
+                        if 0 <= x - step_x < n_x:
                             d = distance_z[row, x - step_x]
-                        if x + step_x < n_x:
+                        if 0 <= x + step_x < n_x:
                             d = min(d, distance_z[row, x + step_x])
                         if d != _FAR:
                             u = min(u, (d * spacing[0]) * (d * spacing[0]) + square_y + square_x)
@@ -241,39 +301,42 @@ def _search_plane(distance_z, bound, rows, spacing, best):  # type: ignore[no-un
 
 
 @njit(cache=True, nogil=True)
-def _envelope_plane(distance_z, bound, rows, spacing, best):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _envelope_plane(distance_z, oy, ox, bound, rows, spacing, best):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Exact distances of the open voxels of a plane by lower envelopes along y, then along x."""
-    n_y, n_x = distance_z.shape
-    height = np.full((n_y, n_x), np.inf)
-    n = max(n_y, n_x)
+    m_y, m_x = distance_z.shape
+    n_y, n_x = bound.shape
+    height = np.full((n_y, m_x), np.inf)
+    n = max(m_y, m_x)
     values = np.empty(n, np.float64)
     at = np.empty(n, np.int64)
     edge = np.empty(n, np.float64)
-    for x in range(n_x):
-        for y in range(n_y):
+    for x in range(m_x):
+        for y in range(m_y):
             d = distance_z[y, x]
             values[y] = np.inf if d == _FAR else (d * spacing[0]) * (d * spacing[0])
-        k = _lower_envelope(values, n_y, spacing[1], at, edge)
+        k = _lower_envelope(values, m_y, spacing[1], at, edge)
         if k < 0:
             continue
         j = 0
-        for y in range(n_y):
+        for ya in range(n_y):
+            y = ya - oy
             while j < k and edge[j + 1] < y:
                 j += 1
-            if rows[y]:
+            if rows[ya]:
                 along = (y - at[j]) * spacing[1]
-                height[y, x] = values[at[j]] + along * along
-    for y in range(n_y):
-        if not rows[y]:
+                height[ya, x] = values[at[j]] + along * along
+    for ya in range(n_y):
+        if not rows[ya]:
             continue
-        k = _lower_envelope(height[y], n_x, spacing[2], at, edge)
+        k = _lower_envelope(height[ya], m_x, spacing[2], at, edge)
         j = 0
-        for x in range(n_x):
+        for xa in range(n_x):
+            x = xa - ox
             while j < k and edge[j + 1] < x:
                 j += 1
-            if bound[y, x] > best:
+            if bound[ya, xa] > best:
                 along = (x - at[j]) * spacing[2]
-                best = max(best, height[y, at[j]] + along * along)
+                best = max(best, height[ya, at[j]] + along * along)
     return best
 
 
@@ -285,6 +348,7 @@ def _lower_envelope(values, n, spacing, at, edge):  # type: ignore[no-untyped-de
     """
     k = -1
     square = spacing * spacing
+    crossing = -np.inf
     for q in range(n):
         if values[q] == np.inf:
             continue

@@ -13,7 +13,7 @@ from connectomics.metrics.overlaps import Overlaps
 _MAX_NODES = 2_000_000
 
 
-class MatchingFailed(Exception):
+class MatchingFailedError(Exception):
     """The solver found no optimum; the crop is then dropped from the class, as officially."""
 
 
@@ -53,7 +53,7 @@ def match(overlaps: Overlaps, max_truth: int, rules: Rules) -> NDArray[np.int64]
     solver.set_node_supply(0, n_truth)
     solver.set_node_supply(sink, -n_truth)
     if solver.solve() != solver.OPTIMAL:
-        raise MatchingFailed
+        raise MatchingFailedError
     flows = np.asarray(solver.flows(arcs[2 * n_truth : 2 * n_truth + part.size]))
     matched[pair_row[flows > 0]] = part[flows > 0]
     return matched

@@ -28,9 +28,7 @@ class Panoptic:
     iou_sum: float = 0.0
 
     def __add__(self, other: Panoptic) -> Panoptic:
-        return Panoptic(
-            self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum
-        )
+        return Panoptic(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum)
 
     @property
     def quality(self) -> float:
@@ -63,9 +61,7 @@ class InstanceTable:
         """One dictionary per truth instance: truth, prediction, component, iou, distance_nm, voxels."""
         columns = (self.truth, self.prediction, self.component, self.iou, self.distance, self.voxels)
         names = ("truth", "prediction", "component", "iou", "distance_nm", "voxels")
-        return [
-            dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)
-        ]
+        return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -286,9 +282,7 @@ def pool(results: Iterable[LabelResult], rules: Rules, kinds: Iterable[str] | No
     classes = {name: pool_class(name, groups[name]) for name in sorted(groups)}
     asked = set(groups) | set(kinds or ())
     instance = _mean([s.score for s in classes.values() if s.is_instance], any(map(rules.is_instance, asked)))
-    semantic = _mean(
-        [s.score for s in classes.values() if not s.is_instance], not all(map(rules.is_instance, asked))
-    )
+    semantic = _mean([s.score for s in classes.values() if not s.is_instance], not all(map(rules.is_instance, asked)))
     overall = None if instance is None or semantic is None else (instance * semantic) ** 0.5
     return Totals(classes, instance, semantic, overall)
 

@@ -49,9 +49,7 @@ class Rules:
         """The largest distance that counts, nm: half the smallest extent of the crop."""
         return min(v * n / 2 for v, n in zip(voxel_size, shape, strict=True))
 
-    def second_part(
-        self, truth_ids: NDArray[np.int64], part_is_matched: NDArray[np.bool_]
-    ) -> NDArray[np.int64]:
+    def second_part(self, truth_ids: NDArray[np.int64], part_is_matched: NDArray[np.bool_]) -> NDArray[np.int64]:
         """A second component that is compared with each truth besides the matched one, 0 for none, (T,).
 
         ``part_is_matched`` (P + 1,) tells of every component number whether it was matched.
@@ -73,9 +71,7 @@ class Rules202606(Rules):
     version = "2026-06"
     verified = True
 
-    def second_part(
-        self, truth_ids: NDArray[np.int64], part_is_matched: NDArray[np.bool_]
-    ) -> NDArray[np.int64]:
+    def second_part(self, truth_ids: NDArray[np.int64], part_is_matched: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The quirk of this version: an unmatched component keeps its number and passes for the truth of that id."""
         inside = truth_ids < part_is_matched.size
         free = inside & ~part_is_matched[np.where(inside, truth_ids, 0)]
@@ -115,7 +111,7 @@ RULES: dict[str, Rules] = {rules.version: rules for rules in (Rules202606(), Rul
 
 
 def get_rules(rules: str | Rules) -> Rules:
-    """The rules of a version such as ``"2026-06"``; a `Rules` object is passed through. `UnknownNameError` otherwise."""
+    """The rules of a version such as ``"2026-06"``; `Rules` are passed through. `UnknownNameError` otherwise."""
     if isinstance(rules, Rules):
         return rules
     if rules not in RULES:

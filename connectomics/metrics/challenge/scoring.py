@@ -16,8 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, triple
-from connectomics.metrics.challenge.distance import hausdorff
-from connectomics.metrics.challenge.matching import MatchingFailed, match
+from connectomics.metrics.challenge.distance import directed, hausdorff, scratch_bytes
+from connectomics.metrics.challenge.matching import MatchingFailedError, match
 from connectomics.metrics.challenge.results import (
     FAILED,
     MISSING,
@@ -32,7 +32,6 @@ from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.overlaps import OverlapCounter, Overlaps, label_array
 
 Box = tuple[slice, slice, slice]
-_SCRATCH_PER_VOXEL = 4  # two masks of a byte each and the distances along z
 
 
 # -- the two functions -------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def available_cores() -> int:
 class VolumePair:
     """A truth and the components of a prediction, wherever they are kept.
 
-    A subclass says how many components there are, counts the overlaps, and cuts masks out of both volumes.
+    A subclass says how many components there are, counts the overlaps, and cuts masks out of them.
     """
 
     shape: tuple[int, int, int]
@@ -148,8 +147,12 @@ class VolumePair:
         """Sizes, boxes and overlapping pairs, by the truth's own labels."""
         raise NotImplementedError
 
-    def masks(self, truth_id: int, parts: tuple[int, int], box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Inside ``box``: where the truth is ``truth_id``, and where the components are one of ``parts`` (0: none)."""
+    def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
+        """Inside ``box``, where the truth is ``truth_id``."""
+        raise NotImplementedError
+
+    def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
+        """Inside ``box``, where the components are one of two numbers, of which the second may be 0 for none."""
         raise NotImplementedError
 
     def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
@@ -162,7 +165,7 @@ class InMemoryPair(VolumePair):
         import cc3d
 
         self._pred, self._truth = pred, truth
-        self.shape = truth.shape  # type: ignore[assignment]
+        self.shape = (truth.shape[0], truth.shape[1], truth.shape[2])
         self.scratch_bytes = max(pred.nbytes + truth.nbytes, 1 << 26)
         self.max_truth = int(truth.max())
         self._parts, self.n_parts = cc3d.connected_components(pred, return_N=True)
@@ -185,9 +188,12 @@ class InMemoryPair(VolumePair):
         counter.add(self._truth, self._parts)
         return counter.result()
 
-    def masks(self, truth_id: int, parts: tuple[int, int], box: Box) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
         label = truth_id if self._rank is None else self._rank[truth_id]
-        return self._truth[box] == label, parts_mask(self._parts[box], parts)
+        return np.asarray(self._truth[box] == label)
+
+    def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
+        return where_parts(self._parts[box], parts)
 
     def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
         return self._pred[tuple(first.T)]
@@ -195,23 +201,19 @@ class InMemoryPair(VolumePair):
 
 def _with_labels(overlaps: Overlaps, values: NDArray[np.int64]) -> Overlaps:
     """Ranks 1..N put back to the labels they stand for."""
-    return replace(
-        overlaps, truth_ids=values[overlaps.truth_ids - 1], pair_truth=values[overlaps.pair_truth - 1]
-    )
+    return replace(overlaps, truth_ids=values[overlaps.truth_ids - 1], pair_truth=values[overlaps.pair_truth - 1])
 
 
-def parts_mask(components: NDArray[Any], parts: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where components are one of two numbers; 0 stands for none."""
-    wanted = [p for p in parts if p]
-    mask: NDArray[np.bool_] = components == wanted[0]
-    if len(wanted) == 2:
-        mask |= components == wanted[1]
+def where_parts(components: NDArray[Any], parts: tuple[int, int]) -> NDArray[np.bool_]:
+    """Where components are one of two numbers, of which the second may be 0 for none."""
+    first, second = parts
+    mask: NDArray[np.bool_] = components == first
+    if second not in (0, first):
+        mask |= components == second
     return mask
 
 
-def score_pair(
-    pair: VolumePair, voxel_size: Triple, rules: Rules, workers: int, nan_voxels: int = 0
-) -> InstanceScore:
+def score_pair(pair: VolumePair, voxel_size: Triple, rules: Rules, workers: int, nan_voxels: int = 0) -> InstanceScore:
     """The instance score of a `VolumePair`; see `score_instance`."""
 
     def dropped(status: str) -> InstanceScore:
@@ -224,7 +226,7 @@ def score_pair(
         return dropped(TOO_MANY)
     try:
         matched = match(overlaps, pair.max_truth, rules)
-    except MatchingFailed:
+    except MatchingFailedError:
         return dropped(FAILED)
 
     tp = int(np.count_nonzero(matched))
@@ -262,26 +264,82 @@ def _distances(
     part_is_matched[matched] = True
     second = rules.second_part(overlaps.truth_ids, part_is_matched)
     distances = np.full(matched.size, rules.unmatched_distance(cap), np.float32)
-    boxes = overlaps.truth_boxes.copy()
-    for part in (matched, second):
-        has = part > 0
-        boxes[has, ::2] = np.minimum(boxes[has, ::2], overlaps.part_boxes[part[has], ::2])
-        boxes[has, 1::2] = np.maximum(boxes[has, 1::2], overlaps.part_boxes[part[has], 1::2])
+    # Row 0 of the components' boxes is the empty box, which leaves a union as it is.
+    found = _union(overlaps.part_boxes[matched], overlaps.part_boxes[second])
+    compared = (matched > 0) | (second > 0)
     identical = _identical(overlaps, matched) & (second == 0)
     distances[identical] = 0.0
+    # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
+    far = compared & _beyond(overlaps.truth_boxes, found, voxel_size, cap)
+    distances[far] = cap
     budget = MemoryBudget(pair.scratch_bytes)
 
     def one(row: int) -> None:
-        z0, z1, y0, y1, x0, x1 = (int(v) for v in boxes[row])
-        box = (slice(z0, z1), slice(y0, y1), slice(x0, x1))
-        with budget.held(_SCRATCH_PER_VOXEL * (z1 - z0) * (y1 - y0) * (x1 - x0)):
-            a, b = pair.masks(int(overlaps.truth_ids[row]), (int(matched[row]), int(second[row])), box)
-            distances[row] = min(hausdorff(a, b, voxel_size), cap)
+        parts = [int(p) for p in (matched[row], second[row]) if p]
+        with budget.held(scratch_bytes(overlaps.truth_boxes[row], found[row])):
+            distances[row] = _distance(pair, overlaps, row, parts, found[row], voxel_size, cap)
 
-    todo = np.flatnonzero(((matched > 0) | (second > 0)) & ~identical)
-    volume = np.prod(boxes[todo, 1::2] - boxes[todo, ::2], axis=1, dtype=np.int64)
+    todo = np.flatnonzero(compared & ~identical & ~far)
+    volume = _volume(overlaps.truth_boxes[todo]) + _volume(found[todo])
     _run(one, todo[np.argsort(-volume, kind="stable")], workers)
     return distances
+
+
+def _distance(
+    pair: VolumePair,
+    overlaps: Overlaps,
+    row: int,
+    parts: list[int],
+    found: NDArray[np.int32],
+    voxel_size: Triple,
+    cap: float,
+) -> float:
+    """The distance of one truth to one component or two, nm, capped."""
+    box = _slices(overlaps.truth_boxes[row])
+    truth = pair.truth_mask(int(overlaps.truth_ids[row]), box)
+    if len(parts) == 2:
+        # Two components often lie far apart; their common box need not be looked at if each alone settles the matter.
+        reached = 0.0
+        single = []
+        for part in parts:
+            where = _slices(overlaps.part_boxes[part])
+            single.append((pair.parts_mask((part, 0), where), _offset(where, box)))
+            back = _offset(box, where)
+            reached = directed(single[-1][0], truth, voxel_size, cap, back, reached)
+        for mask, offset in single:
+            if reached >= cap or directed(truth, mask, voxel_size, cap, offset, reached) == reached:
+                return reached
+    where = _slices(found)
+    mask = pair.parts_mask((parts[0], parts[-1]), where)
+    return hausdorff(truth, mask, voxel_size, cap, _offset(where, box))
+
+
+def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
+    """Where a box begins, counted from the beginning of another."""
+    z, y, x = (b.start - o.start for b, o in zip(box, origin, strict=True))
+    return z, y, x
+
+
+def _slices(box: NDArray[np.int32]) -> Box:
+    z0, z1, y0, y1, x0, x1 = (int(v) for v in box)
+    return slice(z0, z1), slice(y0, y1), slice(x0, x1)
+
+
+def _volume(boxes: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.prod(boxes[:, 1::2] - boxes[:, ::2], axis=1, dtype=np.int64)
+
+
+def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The union of boxes (N, 6), row by row."""
+    union = np.maximum(a, b)
+    union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
+    return union
+
+
+def _beyond(truth: NDArray[np.int32], found: NDArray[np.int32], voxel_size: Triple, cap: float) -> NDArray[np.bool_]:
+    """Whether some faces of two boxes (N, 6) lie at least ``cap`` nm apart."""
+    apart = np.abs(truth.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
+    return np.asarray((apart >= cap).any(axis=1))
 
 
 def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -188,9 +188,7 @@ def read_targets(
     _check_known("crop", wanted, crops, str(truth))
     _check_known("class", classes, {t.class_name for t in targets}, str(truth))
     chosen = [
-        t
-        for t in targets
-        if (wanted is None or t.crop in wanted) and (classes is None or t.class_name in set(classes))
+        t for t in targets if (wanted is None or t.crop in wanted) and (classes is None or t.class_name in set(classes))
     ]
     if not chosen:
         raise InputError(f"{truth}: none of the crops {sorted(wanted or crops)} has the classes {list(classes or ())}")

@@ -161,7 +161,9 @@ class ZipStore(Store):
             if name.endswith(".zarr")
         ]
         if len(roots) > 1:
-            raise InputError(f"{self.location} holds {len(roots)} .zarr folders ({sorted(roots)[:3]}...); pack only one")
+            raise InputError(
+                f"{self.location} holds {len(roots)} .zarr folders ({sorted(roots)[:3]}...); pack only one"
+            )
         return roots[0] + "/" if roots else ""
 
     def read(self, key: str) -> bytes | None:
@@ -209,7 +211,9 @@ class ZarrArray:
             self._compressor = meta.get("compressor")
             filters = meta.get("filters")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise MetadataError(f"{self.where}/.zarray cannot be understood ({type(error).__name__}: {error})") from error
+            raise MetadataError(
+                f"{self.where}/.zarray cannot be understood ({type(error).__name__}: {error})"
+            ) from error
         if self.dtype.kind not in "biuf" or min((*self.shape, 1)) < 0 or min((*self._chunks, 1)) < 1:
             raise MetadataError(f"{self.where}: expected an array of numbers, found {self.dtype} of shape {self.shape}")
         if len(self._chunks) != len(self.shape) or filters:
@@ -267,7 +271,7 @@ class ZarrArray:
                 f"{where} holds {len(decoded)} bytes, expected {self._chunk_bytes} for chunks {self._chunks} of "
                 f"{self.dtype}; write it again"
             )
-        return np.frombuffer(decoded, self.dtype).reshape(self._chunks, order=self._order)  # type: ignore[call-overload, no-any-return]
+        return np.frombuffer(decoded, self.dtype).reshape(self._chunks, order=self._order)  # type: ignore[call-overload]
 
     def _decode(self, data: bytes) -> Any:
         if self._compressor is None:

@@ -1,0 +1,177 @@
+"""Scores written down: ``scores.json``, CSV per class and per crop, and tables for the terminal.
+
+Files appear whole or not at all: each is written under a temporary name beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from connectomics.errors import WriteError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from connectomics.metrics.challenge.results import SubmissionScore
+
+
+def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
+    """Writes ``scores.json``, ``scores_per_class.csv`` and ``scores_per_crop.csv`` into a folder (made if absent).
+
+    Returns the three paths under ``json``, ``classes`` and ``crops``. Raises `WriteError` where writing fails.
+    """
+    place = Path(folder)
+    paths = {
+        "json": place / "scores.json",
+        "classes": place / "scores_per_class.csv",
+        "crops": place / "scores_per_crop.csv",
+    }
+    write_json(paths["json"], score.to_dict())
+    write_csv(paths["classes"], class_rows(score))
+    write_csv(paths["crops"], crop_rows(score))
+    return paths
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes JSON, atomically; NaN and infinities become null."""
+    _write(Path(path), json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as CSV, atomically; columns are the rows' keys in order of appearance, absent values stay empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
+    _write(Path(path), text.getvalue())
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+def class_rows(score: SubmissionScore) -> list[dict[str, Any]]:
+    """One row per class: kind, score with missing labels counted, over what was submitted, and what it is made of."""
+    rows = []
+    for name, total in score.totals.classes.items():
+        submitted = score.submitted_only.classes.get(name)
+        rows.append(
+            {
+                "class": name,
+                "kind": "instance" if total.is_instance else "semantic",
+                "score": total.score,
+                "score_submitted_only": submitted.score if submitted else None,
+                "f1": total.f1,
+                "normalized_hausdorff_distance": total.hausdorff,
+                "panoptic_quality": total.panoptic.quality if total.panoptic else None,
+                "iou": total.iou,
+                "tp": total.tp,
+                "fp": total.fp,
+                "fn": total.fn,
+                "crops": total.n_crops,
+                "missing": total.n_missing,
+                "skipped": total.n_skipped,
+                "rules": score.rules,
+                "verified": score.verified,
+            }
+        )
+    return rows
+
+
+def crop_rows(score: SubmissionScore) -> list[dict[str, Any]]:
+    """One row per crop and class, as scored, before pooling."""
+    rows = []
+    for result in score.results:
+        entries = result.to_dict()
+        panoptic = entries.pop("panoptic", None)
+        entries["voxel_size"] = " ".join(str(v) for v in entries["voxel_size"])
+        rows.append(
+            {
+                "crop": result.crop,
+                "dataset": result.dataset,
+                "class": result.class_name,
+                **entries,
+                "panoptic_quality": panoptic["pq"] if panoptic else None,
+                "rules": score.rules,
+                "verified": score.verified,
+            }
+        )
+    return rows
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+def score_table(score: SubmissionScore) -> Table:
+    """A rich table of a submission's score: a line per class, then both totals."""
+    from rich.table import Table
+
+    trust = "" if score.verified else ", not verified against the official scorer"
+    table = Table(title=f"Challenge score, rules {score.rules}{trust}")
+    table.add_column("class")
+    for heading in ("score", "submitted only", "F1", "distance", "PQ", "IoU", "tp", "fp", "fn", "missing"):
+        table.add_column(heading, justify="right")
+    for row in class_rows(score):
+        missing = f"{row['missing']}/{row['crops']}" if row["missing"] else ""
+        names = ("score", "score_submitted_only", "f1", "normalized_hausdorff_distance", "panoptic_quality", "iou")
+        counts = [str(row[name]) for name in ("tp", "fp", "fn")]
+        table.add_row(row["class"], *(_number(row[name]) for name in names), *counts, missing)
+    table.add_section()
+    for name, whole, part in (
+        ("instance", score.totals.instance, score.submitted_only.instance),
+        ("semantic", score.totals.semantic, score.submitted_only.semantic),
+        ("overall", score.totals.overall, score.submitted_only.overall),
+    ):
+        table.add_row(name, _number(whole), _number(part), style="bold" if name == "overall" else None)
+    return table
+
+
+def rows_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] | None = None) -> Table:
+    """Any rows (those of `summarize`, say) as a rich table; fractions with four digits, absent values empty."""
+    from rich.table import Table
+
+    names = list(columns or dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title or None)
+    for name in names:
+        is_text = any(isinstance(row.get(name), str) for row in rows)
+        table.add_column(name, justify="left" if is_text else "right")
+    for row in rows:
+        table.add_row(*(_number(row.get(name)) for name in names))
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to the terminal's width."""
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
