@@ -1,0 +1,136 @@
+"""Checkpoints: read with one clear line where that cannot be, and turned back into a module."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from connectomics.config import RunConfig, config_from_dict
+from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
+from connectomics.lightning.module import CHECKPOINT_FORMAT, CHECKPOINT_KEY, ConnectomicsModule
+
+log = logging.getLogger(__name__)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint of this program, on the CPU. Nothing but tensors and plain values is unpickled.
+
+    Raises:
+        MissingError: no such file.
+        CorruptDataError: truncated, or no checkpoint at all.
+        InputError: a checkpoint of something else, or of a later version of this program.
+    """
+    file = Path(path)
+    if not file.is_file():
+        near = nearest(file.name, [p.name for p in file.parent.glob("*.ckpt")]) if file.parent.is_dir() else None
+        hint = f"; did you mean {file.parent / near}?" if near else ""
+        raise MissingError(f"no checkpoint at {file}{hint}")
+    if not zipfile.is_zipfile(file):
+        raise CorruptDataError(
+            f"{file} ({file.stat().st_size} bytes) is no PyTorch checkpoint, or a truncated one; take another, for "
+            "instance last.ckpt of the same run"
+        )
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{file} holds Python objects that are not unpickled for safety: it is not a checkpoint of `pytc train`"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptDataError(f"checkpoint {file} cannot be read ({reason}); take another of the same run") from error
+    if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        raise InputError(f"{file} is a PyTorch file but not a checkpoint of `pytc train`: it has no {CHECKPOINT_KEY!r}")
+    found = content[CHECKPOINT_KEY]["format"]
+    if found > CHECKPOINT_FORMAT:
+        raise InputError(
+            f"checkpoint {file} has format {found}, written by version {content[CHECKPOINT_KEY]['version']}; this "
+            f"version reads up to {CHECKPOINT_FORMAT}: update connectomics"
+        )
+    return content
+
+
+def checkpoint_config(content: dict[str, Any], path: str | Path) -> RunConfig:
+    """The configuration that a checkpoint was trained with; `ConfigError` where this version does not know it."""
+    try:
+        return config_from_dict(content[CHECKPOINT_KEY]["config"])
+    except ConfigError as error:
+        version = content[CHECKPOINT_KEY]["version"]
+        raise ConfigError(f"the configuration in checkpoint {path} (written by version {version}): {error}") from error
+
+
+def check_classes(path: str | Path, trained: Sequence[str], asked: Sequence[str]) -> None:
+    """Raises `InputError` where a checkpoint's classes are not, in order, those that are asked for."""
+    if list(trained) != list(asked):
+        raise InputError(
+            f"checkpoint {path} was trained for classes {list(trained)}, the configuration asks for {list(asked)}; "
+            "set dataset.classes to the former, or train again"
+        )
+
+
+def load_module(path: str | Path, config: RunConfig | None = None) -> ConnectomicsModule:
+    """The module of a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        path: the checkpoint, self-contained.
+        config: a configuration to use with it: its `dataset.classes` must be those of the checkpoint; its `model` is
+            replaced by the checkpoint's, all else (data, inference, decoding) is kept. None: the checkpoint's own.
+
+    Raises:
+        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also for other classes.
+    """
+    content = read_checkpoint(path)
+    trained = checkpoint_config(content, path)
+    if config is not None:
+        check_classes(path, trained.dataset.classes, config.dataset.classes)
+        if list(trained.dataset.resolution) != list(config.dataset.resolution):
+            log.warning(
+                "checkpoint %s was trained at %s nm, the configuration asks for %s nm: expect worse results",
+                path,
+                trained.dataset.resolution,
+                config.dataset.resolution,
+            )
+    module = ConnectomicsModule(_merged(trained, config))
+    try:
+        module.load_state_dict(content["state_dict"])
+    except (RuntimeError, KeyError) as error:
+        raise InputError(
+            f"the weights in checkpoint {path} do not fit the network that its configuration names"
+        ) from error
+    return module.eval()
+
+
+def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
+    if config is None:
+        return trained
+    return replace(config, model=trained.model)
+
+
+def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
+    """Raises as `load_module` does, and `InputError` where a run of ``module`` cannot go on from a checkpoint."""
+    content = read_checkpoint(path)
+    trained = checkpoint_config(content, path)
+    check_classes(path, trained.dataset.classes, module.classes)
+    expected = {name: value.shape for name, value in module.state_dict().items()}
+    found = {name: value.shape for name, value in content["state_dict"].items()}
+    if expected != found:
+        raise InputError(
+            f"checkpoint {path} holds a {_describe(trained)}, the configuration a {_describe(module.config)}: give the "
+            "run the same `model`, or start without the checkpoint"
+        )
+    if not content.get("optimizer_states"):
+        raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot go on from it")
+
+
+def _describe(config: RunConfig) -> str:
+    model = config.model
+    size = f" {model.mednext_size}{model.mednext_kernel_size}" if model.architecture == "mednext" else ""
+    deep = ", deep supervision" if model.deep_supervision else ""
+    return f"{model.architecture}{size} network ({config.channels} classes{deep}, options {model.options})"

@@ -1,0 +1,91 @@
+"""`metrics.csv`: all that was logged, as a table that a resumed run continues."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
+from pytorch_lightning.utilities import rank_zero_only
+
+_FIRST = ["epoch", "step"]
+
+
+class MetricsTable(Logger):
+    """A CSV file with one row each time something is logged; cells of what was not logged then are empty.
+
+    Columns: ``epoch``, ``step`` (optimizer steps before the row), then the metrics in the order in which they first
+    came. Rows are on disk at once, so a killed run leaves its history; Lightning's own CSV logger deletes that of an
+    earlier run in the same folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self.path = Path(path)
+        self._columns: list[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the logger."""
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        """None: a run has one table."""
+        return ""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Path:
+        """The file."""
+        return self.path
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration is saved as config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a row."""
+        row = {**metrics, "step": metrics.get("step", 0) if step is None else step}
+        columns = self._known_columns()
+        new = [name for name in row if name not in columns]
+        if new or not self.path.is_file():
+            self._rewrite(self.rows(), columns + new)
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self._known_columns()).writerow(row)
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows of the file, as text."""
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    @rank_zero_only
+    def forget_from(self, step: int) -> None:
+        """Drop the rows of ``step`` and later: a run that resumes there will write them again."""
+        rows = self.rows()
+        kept = [row for row in rows if row["step"] and int(float(row["step"])) < step]
+        if len(kept) < len(rows):
+            self._rewrite(kept, self._known_columns())
+
+    def _known_columns(self) -> list[str]:
+        if self._columns is None:
+            self._columns = list(_FIRST)
+            if self.path.is_file():
+                with self.path.open(newline="", encoding="utf-8") as file:
+                    self._columns = next(csv.reader(file), list(_FIRST))
+        return self._columns
+
+    def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(self.path.name + ".part")
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+        self._columns = columns

@@ -1,0 +1,285 @@
+"""The network, its loss and its scores as a Lightning module."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import connectomics
+from connectomics.config import RunConfig, config_to_dict
+from connectomics.errors import ConfigError, InputError
+from connectomics.geometry import VoxelGrid
+from connectomics.inference.sliding import predict_blocks
+from connectomics.lightning.counts import PooledCounts, Scores
+from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
+from connectomics.lightning.panels import Plane
+from connectomics.models.losses import build_loss
+from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
+CHECKPOINT_FORMAT = 1
+_PLANES = 4  # crops that are pictured at a validation
+_THRESHOLD = 0.5  # probability from which a voxel counts as predicted
+
+
+class ValidationCrop(Protocol):
+    """What `ConnectomicsModule.validation_step` takes: a crop that is read piece by piece."""
+
+    @property
+    def name(self) -> str:
+        """The crop's name."""
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The crop's voxels, at the run's voxel size."""
+
+    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
+
+    def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Label 0/1 and known, (C, d, h, w)."""
+
+
+def model_options(config: RunConfig) -> dict[str, Any]:
+    """The options of `build_model` that a configuration stands for."""
+    options = dict(config.model.options)
+    if config.model.architecture == "mednext":
+        options = {
+            "mednext_size": config.model.mednext_size,
+            "mednext_kernel_size": config.model.mednext_kernel_size,
+            **options,
+        }
+    return options
+
+
+def inference_window(config: RunConfig) -> list[int]:
+    """The window in voxels, z y x: `inference.window`, or the patch where that is null. Raises `InputError`."""
+    window = list(config.inference.window or config.data.patch_size)
+    architecture = config.model.architecture
+    try:
+        check_patch_size(architecture, window, model_options(config))
+    except InputError as error:
+        raise InputError(f"inference.window: {error}") from error
+    if fixed_patch_size(architecture) and window != list(config.data.patch_size):
+        raise InputError(
+            f"model {architecture!r} takes windows of its patch size only: data.patch_size is "
+            f"{config.data.patch_size}, inference.window {window}; set inference.window=null"
+        )
+    return window
+
+
+class ConnectomicsModule(pl.LightningModule):
+    """Trains and validates the network of a run.
+
+    A training batch is ``{"image": (B, 1, D, H, W) float32, "label": (B, C, D, H, W) float32, "known": (B, C, D, H, W)
+    bool}``; a validation batch is a list of whole crops (`ValidationCrop`, or None for "none left for this process").
+
+    Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
+    of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
+    the known voxels of all validation crops (see `PooledCounts` for which classes count).
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Builds network and loss; raises `InputError`, `ConfigError` or `UnknownNameError` where that cannot be."""
+        super().__init__()
+        self.config = config
+        self.classes = tuple(config.dataset.classes)
+        if config.channels != len(self.classes):
+            raise ConfigError(
+                f"model.out_channels is {config.channels} but dataset.classes names {len(self.classes)} classes; "
+                "set model.out_channels=null to take one channel a class"
+            )
+        self.network = build_model(
+            config.model.architecture,
+            config.model.in_channels,
+            config.channels,
+            patch_size=config.data.patch_size,
+            deep_supervision=config.model.deep_supervision,
+            options=model_options(config),
+        )
+        self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
+        self.window = inference_window(config)
+        check_schedule(config)
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
+        self.counts = PooledCounts(config.channels)
+        self.planes: list[Plane] = []  # of the latest validation, for the picture panel
+        self.only_a_look = False  # validate on a window's worth of each crop, to see whether it runs
+        self._said: set[str] = set()
+
+    # -- the network -------------------------------------------------------------------------------------------------
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them."""
+        return self.network(image)
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """Probabilities (B, C, D, H, W), float32, each class by itself; for a module in evaluation mode."""
+        return torch.sigmoid(self.network(image).float())
+
+    # -- training ----------------------------------------------------------------------------------------------------
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of a batch, over known voxels; zero, with a graph, where nothing is known."""
+        result = self.loss(self(batch["image"]), batch["label"], batch["known"])
+        size = batch["image"].shape[0]
+        means = {"train/loss": result.total.detach(), "train/known": batch["known"].float().mean()}
+        means |= {f"train/{name}": value for name, value in result.parts.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        self.log("train/loss_step", result.total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        self.log(
+            "train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=1
+        )
+        return result.total
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer; its learning rate is set before each batch, see `on_train_batch_start`."""
+        return build_optimizer((p for p in self.parameters() if p.requires_grad), self.config.optimizer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Set the learning rate from the progress at the middle of this batch."""
+        batches = float(self.trainer.num_training_batches)
+        epoch = self.trainer.current_epoch + (batch_idx + 0.5) / batches
+        rate = learning_rate(self.config.scheduler, self.config.optimizer.lr, epoch, self._epochs(batches))
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def _epochs(self, batches: float) -> float:
+        """Length of the whole training in epochs, by whichever of max_epochs and max_steps ends it first."""
+        training = self.config.training
+        by_epochs = float("inf") if training.max_epochs < 0 else float(training.max_epochs)
+        if training.max_steps < 0:
+            return by_epochs
+        # Lightning also steps on the last batch of an epoch, however few were accumulated.
+        steps_an_epoch = -(-batches // training.accumulate_grad_batches)
+        return min(by_epochs, training.max_steps / steps_an_epoch)
+
+    # -- validation --------------------------------------------------------------------------------------------------
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Crops stay as they are: they are read, and moved, window by window."""
+        if isinstance(batch, Mapping):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new count."""
+        self.counts.reset()
+        self.planes = []
+
+    def validation_step(self, batch: Sequence[ValidationCrop | None], batch_idx: int) -> None:
+        """Predict whole crops and count; None stands for no crop."""
+        for crop in batch:
+            if crop is not None and crop.grid.size:
+                self._validate(crop)
+
+    def _validate(self, crop: ValidationCrop) -> None:
+        grid = crop.grid
+        if self.only_a_look:
+            grid = _middle(grid, self.window)
+        picture = self._picture(crop, grid)
+        settings = self.config.inference
+        for block, probability in predict_blocks(
+            crop.read_image,
+            grid,
+            self.probabilities,
+            channels=len(self.classes),
+            window=self.window,
+            overlap=settings.overlap,
+            blending=settings.blending,
+            batch_size=settings.batch_size,
+            block_size=settings.block_size,
+            context=settings.context,
+            device=str(self.device),
+        ):
+            label, known = crop.read_labels(block)
+            self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)
+            if picture is not None:
+                picture(block, label, known, probability)
+
+    def _picture(self, crop: ValidationCrop, grid: VoxelGrid) -> Callable[..., None] | None:
+        """Begin the picture of a crop's middle z plane: the function that fills it in from a block, or None."""
+        if not self.config.logging.images or not self.trainer.is_global_zero or len(self.planes) >= _PLANES:
+            return None
+        z = grid.shape[0] // 2
+        flat = grid.crop((z, 0, 0), (1, *grid.shape[1:]))
+        size = (len(self.classes), *grid.shape[1:])
+        plane = Plane(
+            f"{crop.dataset}_{crop.name}",
+            crop.read_image(flat)[0],
+            np.zeros(size, np.float32),
+            np.zeros(size, np.bool_),
+            np.zeros(size, np.float32),
+        )
+        self.planes.append(plane)
+
+        def fill(block: VoxelGrid, *values: NDArray[Any]) -> None:
+            first = np.rint(grid.to_index(block.translation)).astype(int)
+            if first[0] <= z < first[0] + block.shape[0]:
+                rows, columns = (slice(first[a], first[a] + block.shape[a]) for a in (1, 2))
+                targets = (plane.label, plane.known, plane.probability)
+                for target, value in zip(targets, values, strict=True):
+                    target[:, rows, columns] = value[:, z - first[0]]
+
+        return fill
+
+    def on_validation_epoch_end(self) -> None:
+        """Pool the counts of all processes and log the scores."""
+        total = self.trainer.strategy.reduce(self.counts.values.to(self.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        scores = PooledCounts.scores(total)
+        dice, iou = scores.mean_dice, scores.mean_iou
+        if dice is None:
+            self._say_once(
+                "no class is both known and present (or predicted) in the validation crops: val/dice is logged as 0; "
+                "put crops with annotated classes on the validation side of the split"
+            )
+        elif np.isnan(scores.dice).any():
+            self._say_once(self._left_out(scores))
+        values = {"val/dice": dice or 0.0, "val/iou": iou or 0.0}
+        for number, name in enumerate(self.classes):
+            if not np.isnan(scores.dice[number]):
+                values[f"val/{name}/dice"] = float(scores.dice[number])
+                values[f"val/{name}/iou"] = float(scores.iou[number])
+        # the processes have the same numbers by now; taking their mean only tells Lightning so
+        self.log_dict(values, sync_dist=True, batch_size=1)
+
+    def _left_out(self, scores: Scores) -> str:
+        parts = []
+        for reason, which in (("unknown everywhere", scores.known == 0), ("nowhere present", scores.known > 0)):
+            names = [n for n, out in zip(self.classes, which & np.isnan(scores.dice), strict=True) if out]
+            if names:
+                parts.append(f"{', '.join(names)} ({reason})")
+        return f"validation leaves out classes that its crops say nothing about: {'; '.join(parts)}"
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said and self.trainer.is_global_zero:
+            self._said.add(message)
+            log.warning(message)
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what it takes to rebuild the module from the file alone."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "format": CHECKPOINT_FORMAT,
+            "version": connectomics.__version__,
+            "classes": list(self.classes),
+            "voxel_size": [float(v) for v in self.config.dataset.resolution],  # nm, z y x
+            "config": config_to_dict(self.config),
+        }
+
+
+def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:
+    """The middle part of a grid, of at most ``shape`` voxels."""
+    size = [min(n, s) for n, s in zip(grid.shape, shape, strict=True)]
+    return grid.crop([(n - s) // 2 for n, s in zip(grid.shape, size, strict=True)], size)

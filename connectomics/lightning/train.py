@@ -1,0 +1,213 @@
+"""A whole training run: configuration in, checkpoints out."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from connectomics.config import RunConfig, save_config
+from connectomics.errors import InputError, WriteError
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+log = logging.getLogger(__name__)
+
+_RUN_DIR_VARIABLE = "CONNECTOMICS_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left behind.
+
+    Attributes:
+        run_dir: ``config.yaml``, ``split.yaml``, ``metrics.csv``, ``timing.json``, ``tensorboard/``, ``checkpoints/``.
+        best_checkpoint: the one with the best score, None where nothing was validated (or kept).
+        last_checkpoint: the latest state, from which the run can go on; None where it is not kept.
+        monitor: name of the score.
+        best_score: of ``best_checkpoint``.
+        epochs, steps: trained in all, also before a resume.
+        seconds: this run took.
+    """
+
+    run_dir: Path
+    best_checkpoint: Path | None
+    last_checkpoint: Path | None
+    monitor: str
+    best_score: float | None
+    epochs: int
+    steps: int
+    seconds: float
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The one to predict with: the best, else the last."""
+        return self.best_checkpoint or self.last_checkpoint
+
+
+def choose_run_dir(config: RunConfig, checkpoint: str | Path | None = None) -> Path:
+    """Where a run goes: ``{output_dir}/{name}/version_N`` with the first N that is free.
+
+    A run that is resumed from a checkpoint in ``RUN/checkpoints/`` goes on in ``RUN``. The processes that a
+    data-parallel run starts for itself get the folder of the first one.
+    """
+    inherited = os.environ.get(_RUN_DIR_VARIABLE)
+    if inherited and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(inherited)
+    chosen = _next_version(config) if checkpoint is None else _run_of(Path(checkpoint)) or _next_version(config)
+    os.environ[_RUN_DIR_VARIABLE] = str(chosen.resolve())
+    return chosen
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() else None
+
+
+def _next_version(config: RunConfig) -> Path:
+    base = Path(config.output_dir) / config.name
+    job = os.environ.get("SLURM_JOB_ID")
+    if job and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+        return base / f"job_{job}"  # the tasks start at the same time and could not agree on a number
+    taken = [re.fullmatch(r"version_(\d+)", p.name) for p in base.glob("version_*")]
+    return base / f"version_{max((int(m[1]) + 1 for m in taken if m), default=0)}"
+
+
+def train(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    fast_dev_run: bool = False,
+    datamodule: pl.LightningDataModule | None = None,
+) -> TrainResult:
+    """Train what a configuration describes.
+
+    Args:
+        config: the run.
+        run_dir: where everything is written, see `TrainResult` and `choose_run_dir`.
+        checkpoint: go on from here: weights, optimizer, epoch, random state.
+        fast_dev_run: one batch of training and one look at a validation crop, to see whether it runs; writes no file.
+        datamodule: gives the batches that `ConnectomicsModule` takes; None: `CellMapDataModule` of the configuration.
+
+    Raises:
+        ConnectomicsError: of the configuration, the data or the checkpoint; before training begins where it can be.
+        WriteError: the disk is full, or the folder cannot be written.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.machine import is_first_process, set_threads, this_machine
+    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.lightning.trainer import build_trainer
+
+    started = time.perf_counter()
+    folder = Path(run_dir)
+    machine = this_machine(config)
+    set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)
+    if machine.accelerator == "gpu":
+        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+    pl.seed_everything(config.system.seed, workers=True, verbose=False)
+    module = ConnectomicsModule(config)
+    module.only_a_look = fast_dev_run
+    if checkpoint is not None:
+        check_resumable(checkpoint, module)
+    with _clear_errors(folder), _without_noise():
+        if not fast_dev_run and is_first_process():
+            save_config(config, folder / "config.yaml")
+        data = _cellmap_data(config, None if fast_dev_run else folder) if datamodule is None else datamodule
+        data.setup("fit")
+        validate = len(data.val_dataloader()) > 0
+        if not validate:
+            log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
+        trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
+        trainer.fit(
+            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
+        )
+    return _result(config, folder, trainer, time.perf_counter() - started)
+
+
+def _cellmap_data(config: RunConfig, folder: Path | None) -> pl.LightningDataModule:
+    """The data module of the configuration, set up; leaves its split in the run's folder wherever it came from."""
+    from connectomics.data.datamodule import CellMapDataModule
+    from connectomics.lightning.machine import is_first_process
+
+    data = CellMapDataModule(config, folder)
+    data.setup("fit")
+    if folder is not None and data.split is not None and is_first_process():
+        target = folder / "split.yaml"
+        if not target.is_file():
+            data.split.save(target)
+    return data
+
+
+def _result(config: RunConfig, folder: Path, trainer: pl.Trainer, seconds: float) -> TrainResult:
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    best: Path | None = None
+    last: Path | None = None
+    score: float | None = None
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
+            if callback.monitor is None:
+                last = Path(callback.best_model_path)
+            else:
+                best = Path(callback.best_model_path)
+                score = None if callback.best_model_score is None else float(callback.best_model_score)
+    if best is not None and (best.parent / "best.ckpt").is_file():
+        best = best.parent / "best.ckpt"
+    monitor = config.checkpoint.monitor
+    return TrainResult(folder, best, last, monitor, score, trainer.current_epoch, trainer.global_step, seconds)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk and a full GPU into one clear line."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "the GPU's memory does not hold this run: lower data.batch_size or data.patch_size, or take "
+            "training.precision=16-mixed, or (mednext) +model.options.gradient_checkpointing=true"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise WriteError(
+                f"the run cannot be written to {folder}: {error.strerror}; free space and resume"
+            ) from error
+        raise
+
+
+@contextmanager
+def _without_noise() -> Iterator[None]:
+    """Silence Lightning's hints and advertisements: what they are about is set on purpose, or said by us."""
+    known = (
+        r"The '\w+_dataloader' does not have many workers",
+        r"The number of training batches .* is smaller than the logging interval",
+        r"Checkpoint directory .* exists and is not empty",
+        r"The `srun` command is available",
+        r"You have overridden `transfer_batch_to_device` in `LightningModule`",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    )
+    chatter = logging.getLogger("pytorch_lightning")
+    level = chatter.level
+    with warnings.catch_warnings():
+        for pattern in known:
+            warnings.filterwarnings("ignore", message=pattern)
+        chatter.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            chatter.setLevel(level)

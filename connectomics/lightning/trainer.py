@@ -1,0 +1,152 @@
+"""The Lightning trainer of a run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
+
+from connectomics.config import RunConfig
+from connectomics.errors import ConfigError
+from connectomics.lightning.callbacks import (
+    BestCheckpoint,
+    PicturePanel,
+    PlainProgress,
+    RandomState,
+    ResumeTable,
+    StepLimit,
+    Timing,
+)
+from connectomics.lightning.loggers import MetricsTable
+from connectomics.lightning.machine import Machine, this_machine
+
+
+def build_trainer(
+    config: RunConfig,
+    run_dir: str | Path,
+    *,
+    fast_dev_run: bool = False,
+    validate: bool = True,
+    machine: Machine | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> pl.Trainer:
+    """The trainer of a run; its files go below ``run_dir``.
+
+    Args:
+        config: the run.
+        run_dir: gets ``checkpoints/``, ``metrics.csv``, ``tensorboard/`` and ``timing.json``.
+        fast_dev_run: one training batch, one look at a validation crop, and no file.
+        validate: whether there is anything to validate on; without, the latest state is kept and nothing is monitored.
+        machine: devices and precision; None: what the configuration asks for, as far as it is here.
+        callbacks: more callbacks.
+    """
+    folder = Path(run_dir)
+    chosen = this_machine(config) if machine is None else machine
+    training = config.training
+    if training.accumulate_grad_batches < 1 or training.val_every_n_epochs < 1:
+        raise ConfigError(
+            "training.accumulate_grad_batches and training.val_every_n_epochs must be at least 1, found "
+            f"{training.accumulate_grad_batches} and {training.val_every_n_epochs}"
+        )
+    bar = sys.stdout.isatty()
+    return pl.Trainer(
+        accelerator=chosen.accelerator,
+        devices=chosen.devices,
+        strategy=chosen.strategy,
+        precision="32-true" if chosen.precision == "32" else chosen.precision,  # type: ignore[arg-type]
+        max_epochs=training.max_epochs,
+        max_steps=training.max_steps,
+        gradient_clip_val=training.gradient_clip_val or None,
+        accumulate_grad_batches=training.accumulate_grad_batches,
+        check_val_every_n_epoch=training.val_every_n_epochs,
+        num_sanity_val_steps=0,  # a validation step is a whole crop
+        limit_val_batches=None if validate else 0,
+        log_every_n_steps=config.logging.log_every_n_steps,
+        logger=[] if fast_dev_run else _loggers(config, folder),
+        callbacks=[*_callbacks(config, folder, fast_dev_run, validate, bar), *callbacks],
+        enable_checkpointing=not fast_dev_run,
+        enable_progress_bar=bar,
+        enable_model_summary=False,
+        fast_dev_run=fast_dev_run,
+        use_distributed_sampler=False,  # ours gives every process its share
+        sync_batchnorm=chosen.accelerator == "gpu" and chosen.devices > 1,
+        benchmark=chosen.accelerator == "gpu",  # patches have one size
+        default_root_dir=str(folder),
+    )
+
+
+def _loggers(config: RunConfig, folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [MetricsTable(folder / "metrics.csv")]
+    if config.logging.use_tensorboard:
+        loggers.append(TensorBoardLogger(save_dir=str(folder), name="tensorboard", version=""))
+    if config.logging.use_wandb:
+        from pytorch_lightning.loggers import WandbLogger
+
+        try:
+            loggers.append(WandbLogger(project="connectomics", name=config.name, save_dir=str(folder)))
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                "logging.use_wandb=true needs the package wandb, which is not installed: pip install wandb, or set it "
+                "to false"
+            ) from error
+    return loggers
+
+
+def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:
+    callbacks: list[Callback] = [
+        RandomState(),
+        StepLimit(config.training.max_steps),
+        RichProgressBar() if bar else PlainProgress(),
+    ]
+    if fast_dev_run:
+        return callbacks
+    callbacks += [Timing(folder / "timing.json"), ResumeTable()]
+    if config.logging.images and config.logging.use_tensorboard:
+        callbacks.append(PicturePanel())
+    _one_mode("checkpoint", config.checkpoint.mode)
+    _one_mode("early_stopping", config.early_stopping.mode)
+    if validate and config.early_stopping.patience > 0:
+        stopping = config.early_stopping
+        callbacks.append(EarlyStopping(monitor=stopping.monitor, mode=stopping.mode, patience=stopping.patience))
+    if validate and config.checkpoint.save_top_k != 0:
+        scored = _scored_checkpoint(config, folder / "checkpoints")
+        callbacks += [BestCheckpoint(scored), scored]
+    if config.checkpoint.save_last or not validate:
+        # Lightning's own save_last writes only when a new best was found; to resume, the latest state is needed.
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=str(folder / "checkpoints"),
+                filename="last",
+                monitor=None,
+                save_top_k=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            )
+        )
+    return callbacks
+
+
+def _scored_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
+    """The best ``save_top_k`` states, named by epoch and score: ``epoch0012-dice0.7311.ckpt``."""
+    monitor = config.checkpoint.monitor
+    name = monitor.rsplit("/", 1)[-1]
+    return ModelCheckpoint(
+        dirpath=str(folder),
+        filename=f"epoch{{epoch:04d}}-{name}{{{monitor}:.4f}}",
+        auto_insert_metric_name=False,
+        monitor=monitor,
+        mode=config.checkpoint.mode,
+        save_top_k=config.checkpoint.save_top_k,
+        every_n_epochs=config.training.val_every_n_epochs,  # between validations there is no new score
+        save_on_train_epoch_end=True,
+        enable_version_counter=False,
+    )
+
+
+def _one_mode(group: str, mode: str) -> None:
+    if mode not in ("min", "max"):
+        raise ConfigError(f"{group}.mode must be min or max, found {mode!r}")

@@ -1,0 +1,138 @@
+"""A run on made-up volumes, small enough to train in a second; also a script, for runs in several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from connectomics.config import RunConfig
+from connectomics.geometry import VoxelGrid
+
+SIDE = 16
+VOXEL = (8.0, 8.0, 8.0)
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    """A run of a network with some thousand weights; ``changes`` are dotted keys with ``__`` for the dot."""
+    config = RunConfig()
+    config.system.accelerator = "cpu"
+    config.system.num_cpus = 1
+    config.dataset.classes = ["mito", "er"]
+    config.model.architecture = "unet"
+    config.model.options = {"channels": [4, 8], "strides": [2], "num_res_units": 1, "dropout": 0.1}
+    config.data.patch_size = [SIDE] * 3
+    config.optimizer.lr = 1e-2
+    config.training.precision = "32"
+    config.training.max_epochs = 2
+    config.logging.log_every_n_steps = 1
+    config.inference.block_size = [12, 32, 32]
+    for key, value in changes.items():
+        group, name = key.split("__")
+        assert hasattr(getattr(config, group), name), key
+        setattr(getattr(config, group), name, value)
+    return config
+
+
+def world_image(grid: VoxelGrid) -> NDArray[np.float32]:
+    """Blobs: a function of world position."""
+    z, y, x = np.meshgrid(*grid.axes(), indexing="ij")
+    waves = np.sin(z / 19) + np.sin(y / 23) + np.sin(x / 29)
+    return (0.5 + waves / 6).astype(np.float32)
+
+
+def world_label(grid: VoxelGrid) -> NDArray[np.float32]:
+    """Class 0 is bright, class 1 dark."""
+    image = world_image(grid)
+    return np.stack([image > 0.6, image < 0.35]).astype(np.float32)
+
+
+class Patches(Dataset[dict[str, torch.Tensor]]):
+    """Patches at fixed places; class 1 is known in every second patch only, and nothing in those of ``unknown``."""
+
+    def __init__(self, count: int, unknown: tuple[int, ...] = ()) -> None:
+        self.count, self.unknown = count, unknown
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        grid = VoxelGrid(VOXEL, (index * 60.0, index * 35.0, index * 20.0), (SIDE,) * 3)
+        label = world_label(grid)
+        known = np.ones(label.shape, np.bool_)
+        known[1] = index % 2 == 0
+        known &= index not in self.unknown
+        label[~known] = np.nan
+        return {
+            "image": torch.from_numpy(world_image(grid)[None]),
+            "label": torch.from_numpy(label),
+            "known": torch.from_numpy(known),
+        }
+
+
+@dataclass(frozen=True)  # as the real one is, which Lightning would refuse to move to a device
+class MadeUpCrop:
+    """A crop whose class 1 is known in its first half only."""
+
+    name: str
+    grid: VoxelGrid
+    dataset: str = "made_up"
+
+    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        return world_image(grid)
+
+    def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        label = world_label(grid)
+        known = np.ones(label.shape, np.bool_)
+        known[1] = grid.axes()[0][:, None, None] < self.grid.box.center[0]
+        label[~known] = np.nan
+        return label, known
+
+
+class MadeUpData(pl.LightningDataModule):
+    """Shuffled patches by torch's random state, and crops of odd sizes."""
+
+    def __init__(self, patches: int = 8, crops: int = 2, batch_size: int = 2, unknown: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.patches, self.batch_size = Patches(patches, unknown), batch_size
+        self.crops = [
+            MadeUpCrop(f"crop{n}", VoxelGrid(VOXEL, (1000.0 + 300 * n, 40.0, 80.0), (20, 18, 21 + n)))
+            for n in range(crops)
+        ]
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if world == 1:
+            return DataLoader(self.patches, batch_size=self.batch_size, shuffle=True)
+        mine = range(rank, len(self.patches), world)
+        return DataLoader(torch.utils.data.Subset(self.patches, list(mine)), batch_size=self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        share: list[MadeUpCrop | None] = list(self.crops[rank::world])
+        share += [None] * (-(-len(self.crops) // world) - len(share))
+        return DataLoader(share, batch_size=1, collate_fn=list)  # type: ignore[arg-type]
+
+
+def main(folder: str, resume: str) -> None:
+    """Two processes on the CPU: rank 1 sees patches of which nothing is known, and there is one crop for both."""
+    from connectomics.lightning.train import choose_run_dir, train
+
+    config = tiny_config(system__cpu_processes=2, training__max_epochs=2 if resume == "no" else 3)
+    config.output_dir = folder
+    checkpoint = None if resume == "no" else resume
+    run_dir = choose_run_dir(config, checkpoint)
+    data = MadeUpData(patches=4, crops=1, batch_size=1, unknown=(1, 3))
+    result = train(config, run_dir, checkpoint=checkpoint, datamodule=data)
+    print(json.dumps({"run_dir": str(result.run_dir), "epochs": result.epochs, "score": result.best_score}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

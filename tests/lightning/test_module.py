@@ -1,0 +1,268 @@
+"""The module: validation scores against counts by hand, configurations that cannot be, checkpoints."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+import connectomics
+from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, UnknownNameError
+from connectomics.geometry import VoxelGrid
+from connectomics.inference.sliding import predict_blocks
+from connectomics.lightning.checkpoints import load_module, read_checkpoint
+from connectomics.lightning.counts import PooledCounts
+from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.train import train
+from tests.lightning.synthetic_run import MadeUpCrop, MadeUpData, tiny_config
+
+
+class FixedData(MadeUpData):
+    """Crops that are given."""
+
+    def __init__(self, crops: list[Any]) -> None:
+        super().__init__(patches=2)
+        self.crops = crops
+
+
+def validate(module: ConnectomicsModule, crops: list[Any]) -> dict[str, float]:
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, barebones=False
+    )
+    return dict(trainer.validate(module, datamodule=FixedData(crops), verbose=False)[0])
+
+
+class OneAnnotation(MadeUpCrop):
+    """Labels that a test hands in: label and known of the whole crop, by class."""
+
+    def read_labels(self, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray]:
+        label, known = ANNOTATIONS[self.name]
+        begin = np.rint(self.grid.to_index(grid.translation)).astype(int)
+        box = (slice(None), *(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True)))
+        return label[box], known[box]
+
+
+ANNOTATIONS: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+
+def annotate(name: str, seed: int, known_share: tuple[float, float], present: tuple[float, float]) -> OneAnnotation:
+    """A crop in which class c is known at ``known_share[c]`` of the voxels and present at ``present[c]`` of them."""
+    rng = np.random.default_rng(seed)
+    shape = (2, 18, 16, 20 + seed)
+    known = rng.random(shape) < np.reshape(known_share, (2, 1, 1, 1))
+    label = (rng.random(shape) < np.reshape(present, (2, 1, 1, 1))).astype(np.float32)
+    label[~known] = np.nan
+    ANNOTATIONS[name] = (label, known)
+    return OneAnnotation(name, VoxelGrid((8.0,) * 3, (0.0, 0.0, 400.0 * seed), shape[1:]))
+
+
+@pytest.fixture
+def module() -> ConnectomicsModule:
+    torch.manual_seed(1)
+    return ConnectomicsModule(tiny_config()).eval()
+
+
+def predicted(module: ConnectomicsModule, crop: MadeUpCrop) -> np.ndarray:
+    """The whole crop in one block."""
+    blocks = predict_blocks(
+        crop.read_image, crop.grid, module.probabilities, channels=2, window=16, overlap=0.25, block_size=64
+    )
+    return next(iter(blocks))[1] > 0.5
+
+
+class TestValidation:
+    def test_scores_are_pooled_over_the_known_voxels_of_all_crops(self, module: ConnectomicsModule) -> None:
+        crops = [annotate("a", 0, (0.5, 0.9), (0.4, 0.1)), annotate("b", 1, (0.2, 0.0), (0.8, 0.5))]
+        tp, fp, fn = np.zeros(2), np.zeros(2), np.zeros(2)
+        for crop in crops:
+            label, known = ANNOTATIONS[crop.name]
+            guess = predicted(module, crop)
+            for c in range(2):
+                g, t = guess[c][known[c]], label[c][known[c]] > 0.5
+                tp[c] += (g & t).sum()
+                fp[c] += (g & ~t).sum()
+                fn[c] += (~g & t).sum()
+        found = validate(module, crops)
+        dice, iou = 2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)
+        assert found["val/mito/dice"] == pytest.approx(dice[0])
+        assert found["val/er/iou"] == pytest.approx(iou[1])
+        assert found["val/dice"] == pytest.approx(dice.mean())
+        assert found["val/iou"] == pytest.approx(iou.mean())
+
+    def test_an_unknown_class_is_left_out(self, module: ConnectomicsModule, caplog: pytest.LogCaptureFixture) -> None:
+        found = validate(module, [annotate("a", 0, (0.5, 0.0), (0.4, 0.4))])
+        assert "val/er/dice" not in found
+        assert found["val/dice"] == found["val/mito/dice"]
+        assert "leaves out classes that its crops say nothing about: er (unknown everywhere)" in caplog.text
+
+    def test_with_nothing_known_the_score_is_zero_and_said(
+        self, module: ConnectomicsModule, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        found = validate(module, [annotate("a", 0, (0.0, 0.0), (0.4, 0.4))])
+        assert found == {"val/dice": 0.0, "val/iou": 0.0}
+        assert "val/dice is logged as 0" in caplog.text
+
+    def test_no_crop_for_this_process_and_empty_crops(self, module: ConnectomicsModule) -> None:
+        empty = MadeUpCrop("empty", VoxelGrid((8.0,) * 3, (0.0,) * 3, (0, 4, 4)))
+        whole = MadeUpCrop("whole", VoxelGrid((8.0,) * 3, (0.0,) * 3, (8, 20, 16)))
+        assert validate(module, [None, empty, whole]) == validate(module, [whole])
+
+    def test_the_picture_shows_the_middle_plane(self, module: ConnectomicsModule) -> None:
+        crop = annotate("a", 0, (0.5, 0.9), (0.4, 0.1))
+        validate(module, [crop])
+        (plane,) = module.planes
+        label, known = ANNOTATIONS["a"]
+        assert plane.name == "made_up_a"
+        np.testing.assert_array_equal(plane.label, label[:, 9])
+        np.testing.assert_array_equal(plane.known, known[:, 9])
+        np.testing.assert_array_equal(plane.probability > 0.5, predicted(module, crop)[:, 9])
+        np.testing.assert_array_equal(plane.raw, crop.read_image(crop.grid)[9])
+
+
+def test_a_class_known_but_nowhere_present_or_predicted_has_no_dice() -> None:
+    counts = PooledCounts(2)
+    known = np.ones((2, 4, 4, 4), np.bool_)
+    label = np.zeros(known.shape, np.bool_)
+    label[0, 0] = True
+    counts.add(label, label, known)
+    scores = counts.scores(counts.values)
+    assert scores.dice[0] == 1.0
+    assert np.isnan(scores.dice[1])
+    assert scores.mean_dice == scores.mean_iou == 1.0
+    with pytest.raises(InputError, match="must have one shape with 2 channels"):
+        counts.add(label[:1], label, known)
+
+
+class TestConfigurations:
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"optimizer__name": "SDG"}, UnknownNameError, "did you mean 'SGD'"),
+            ({"optimizer__lr": -1.0}, ConfigError, "scheduler needs"),
+            ({"optimizer__weight_decay": -1.0}, ConfigError, "optimizer AdamW: Invalid weight_decay"),
+            ({"optimizer__betas": [0.9]}, ConfigError, "betas must be two numbers"),
+            ({"scheduler__name": "cosin"}, UnknownNameError, "did you mean 'cosine'"),
+            ({"scheduler__min_lr": 1.0}, ConfigError, "min_lr from 0 to optimizer.lr"),
+            ({"scheduler__name": "cosine", "training__max_epochs": -1}, ConfigError, "needs an end"),
+            ({"model__out_channels": 3}, ConfigError, "names 2 classes"),
+            ({"data__patch_size": [15, 16, 16]}, InputError, "multiple of"),
+            ({"inference__window": [15, 16, 16]}, InputError, r"inference\.window: .* multiple of"),
+            ({"model__architecture": "unetr", "model__options": {"hidden_size": 12, "mlp_dim": 8, "num_heads": 2},
+              "data__patch_size": [32, 32, 32], "inference__window": [48, 32, 32]}, InputError, "patch size only"),
+            ({"model__loss_functions": ["DiceLos"], "model__loss_weights": [1]}, UnknownNameError, "'DiceLoss'"),
+        ],
+    )  # fmt: skip
+    def test_that_cannot_be(self, changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            ConnectomicsModule(tiny_config(**changes))
+
+    def test_mednext_takes_its_size_from_the_model_group(self) -> None:
+        config = tiny_config(
+            model__architecture="mednext",
+            model__mednext_size="S",
+            model__mednext_kernel_size=5,
+            model__options={"init_filters": 2},
+            data__patch_size=[32, 32, 32],
+        )
+        kernels = {p.shape[-1] for n, p in ConnectomicsModule(config).named_parameters() if "enc_stages" in n}
+        assert 5 in kernels
+
+
+class TestCheckpoints:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        config = tiny_config(training__max_epochs=1)
+        result = train(config, tmp_path_factory.mktemp("run"), datamodule=MadeUpData(patches=2))
+        assert result.checkpoint is not None
+        return result.checkpoint
+
+    def test_it_is_self_contained(self, checkpoint: Path) -> None:
+        ours = read_checkpoint(checkpoint)["connectomics"]
+        assert ours["classes"] == ["mito", "er"]
+        assert ours["version"] == connectomics.__version__
+        assert ours["voxel_size"] == [8.0, 8.0, 8.0]
+        module = load_module(checkpoint)
+        assert not module.training
+        assert module.config.optimizer.lr == 0.01
+        weights = read_checkpoint(checkpoint)["state_dict"]
+        assert all(torch.equal(v, weights[k]) for k, v in module.state_dict().items())
+        assert module.probabilities(torch.rand(1, 1, 16, 16, 16)).shape == (1, 2, 16, 16, 16)
+
+    def test_another_configuration_keeps_the_model(self, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+        config = tiny_config(model__architecture="segresnet", model__options={}, inference__overlap=0.5)
+        config.dataset.resolution = [4.0, 4.0, 4.0]
+        module = load_module(checkpoint, config)
+        assert module.config.model.architecture == "unet"
+        assert module.config.inference.overlap == 0.5
+        assert "was trained at [8.0, 8.0, 8.0] nm, the configuration asks for [4.0, 4.0, 4.0] nm" in caplog.text
+
+    def test_other_classes(self, checkpoint: Path) -> None:
+        config = tiny_config()
+        config.dataset.classes = ["er", "mito"]
+        with pytest.raises(InputError, match=r"trained for classes \['mito', 'er'\], .* asks for \['er', 'mito'\]"):
+            load_module(checkpoint, config)
+
+    def test_missing(self, checkpoint: Path) -> None:
+        with pytest.raises(MissingError, match=r"no checkpoint at .*bst\.ckpt; did you mean .*best\.ckpt"):
+            load_module(checkpoint.with_name("bst.ckpt"))
+        with pytest.raises(MissingError, match="no checkpoint at"):
+            load_module("/nowhere/best.ckpt")
+
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+    def test_truncated(self, checkpoint: Path, tmp_path: Path, share: float) -> None:
+        whole = checkpoint.read_bytes()
+        broken = tmp_path / "broken.ckpt"
+        broken.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(CorruptDataError, match=r"broken\.ckpt") as caught:
+            load_module(broken)
+        assert "\n" not in str(caught.value)
+
+    def test_damaged_inside(self, checkpoint: Path, tmp_path: Path) -> None:
+        content = bytearray(checkpoint.read_bytes())
+        content[200:400] = bytes(200)
+        broken = tmp_path / "broken.ckpt"
+        broken.write_bytes(content)
+        with pytest.raises((CorruptDataError, InputError), match=r"broken\.ckpt"):
+            load_module(broken)
+
+    def test_of_something_else(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+        with pytest.raises(InputError, match="not a checkpoint of `pytc train`"):
+            load_module(tmp_path / "other.ckpt")
+        torch.save({"model": pickle.Pickler}, tmp_path / "objects.ckpt")
+        with pytest.raises(InputError, match="not unpickled for safety"):
+            load_module(tmp_path / "objects.ckpt")
+
+    def test_of_a_later_version(self, checkpoint: Path, tmp_path: Path) -> None:
+        content = read_checkpoint(checkpoint)
+        content["connectomics"]["format"] = 99
+        torch.save(content, tmp_path / "later.ckpt")
+        with pytest.raises(InputError, match="has format 99"):
+            load_module(tmp_path / "later.ckpt")
+
+    def test_with_a_key_that_this_version_does_not_know(self, checkpoint: Path, tmp_path: Path) -> None:
+        content = read_checkpoint(checkpoint)
+        content["connectomics"]["config"]["optimizer"]["lookahead"] = 3
+        torch.save(content, tmp_path / "odd.ckpt")
+        with pytest.raises(ConfigError, match=r"in checkpoint .*odd\.ckpt .*lookahead"):
+            load_module(tmp_path / "odd.ckpt")
+
+    def test_with_weights_of_another_network(self, checkpoint: Path, tmp_path: Path) -> None:
+        content = read_checkpoint(checkpoint)
+        content["state_dict"].popitem()
+        torch.save(content, tmp_path / "odd.ckpt")
+        with pytest.raises(InputError, match="do not fit the network"):
+            load_module(tmp_path / "odd.ckpt")
+
+    def test_resuming_from_weights_alone(self, checkpoint: Path, tmp_path: Path) -> None:
+        content = read_checkpoint(checkpoint)
+        del content["optimizer_states"]
+        torch.save(content, tmp_path / "weights.ckpt")
+        with pytest.raises(InputError, match="weights only, no optimizer"):
+            train(tiny_config(), tmp_path / "run", checkpoint=tmp_path / "weights.ckpt", datamodule=MadeUpData())
