@@ -1,0 +1,104 @@
+"""`build_report`: one self-contained page from whatever there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from connectomics import __version__
+from connectomics.errors import ConnectomicsError, InputError
+from connectomics.io.write import write_file
+from connectomics.report import crops, data, page, run, scores
+from connectomics.report.crops import Library, Progress
+from connectomics.report.scores import Scores
+from connectomics.report.sources import ReportOptions, ReportSources
+
+
+def build_report(
+    out: str | Path,
+    sources: ReportSources,
+    options: ReportOptions | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        out: the file (``.html``), or a folder that gets ``report.html``.
+        sources: what there is. A part that is missing, half written or broken becomes a line on the page.
+        options: how large the page may become.
+        progress: told after each class of a crop that was drawn: done, of how many, which.
+
+    Raises:
+        WriteError: the page cannot be written; no half-written page is left. InputError: ``out`` is a file of another
+        kind.
+    """
+    path = Path(out)
+    if path.suffix not in (".html", ".htm"):
+        if path.is_file():
+            raise InputError(f"{path} is a file; a report goes to a .html file or into a folder")
+        path = path / "report.html"
+    settings = options or ReportOptions()
+    table, score_lines = _load_scores(sources.scores, "scores")
+    baseline, baseline_lines = _load_scores(sources.baseline_scores, sources.baseline_name)
+    library = Library.open(sources)
+    try:
+        datasets = _datasets(library)
+        sections = [
+            _part("what", "What was run", lambda: run.provenance(sources, table)),
+            _scores_section(table, baseline, datasets, score_lines + baseline_lines),
+            *_evaluation(sources),
+            _part("crops", "Crops", lambda: crops.section(library, table, settings, progress)),
+            _part("training", "Training", lambda: run.training(sources.run_dir)),
+            _part("time", "Where the time went", lambda: run.time(sources)),
+            _part("data", "Data", lambda: data.section(sources.data_root, settings.max_arrays)),
+            _part("configuration", "Configuration", lambda: run.configuration(sources.run_dir)),
+        ]
+    finally:
+        library.close()
+    header = f"<h1>{page.text(sources.title)}</h1>{scores.headline(table, baseline, sources.baseline_name)}"
+    footer = f"<p>Written {page.text(page.now())} by connectomics {page.text(__version__)}. This page is one file.</p>"
+    write_file(path, page.document(sources.title, header, sections, footer).encode("utf-8"))
+    return path
+
+
+def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:
+    """A section; what cannot be read is said in its place, and the rest of the page stands."""
+    try:
+        return make()
+    except ConnectomicsError as error:
+        return page.Section(anchor, title, page.note(str(error)))
+
+
+def _load_scores(path: Path | None, what: str) -> tuple[Scores | None, list[str]]:
+    if path is None:
+        return None, []
+    try:
+        return Scores.load(path), []
+    except ConnectomicsError as error:
+        return None, [f"The {what} cannot be shown: {error}"]
+
+
+def _scores_section(
+    table: Scores | None, baseline: Scores | None, datasets: dict[str, str], lines: list[str]
+) -> page.Section:
+    notes = "".join(page.note(line) for line in lines)
+    if table is None:
+        return page.Section("scores", "Scores", notes or page.note("No scores: no scores.json was given."))
+    made = _part("scores", "Scores", lambda: scores.section(table, baseline, datasets))
+    return page.Section(made.anchor, made.title, notes + made.body)
+
+
+def _evaluation(sources: ReportSources) -> list[page.Section]:
+    if sources.evaluation is None:
+        return []
+    path = sources.evaluation
+    title = "Evaluation on annotated crops"
+    return [_part("evaluation", title, lambda: scores.evaluation_section(path))]
+
+
+def _datasets(library: Library) -> dict[str, str]:
+    """The data set of each crop, as far as it is known; the crops' section says why it is not."""
+    try:
+        return crops.datasets_of(library.wanted())
+    except ConnectomicsError:
+        return {}

@@ -1,0 +1,285 @@
+"""The run on the page: what was run, how training went, where the time went, with which configuration."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from connectomics import __version__
+from connectomics.errors import MetadataError, MissingError
+from connectomics.report import charts, page
+from connectomics.report.crops import first_attributes
+from connectomics.report.scores import Scores, load_json
+from connectomics.report.sources import ReportSources
+
+_PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")
+_TIMES = {
+    "step_s": "forward, backward, optimizer",
+    "data_wait_s": "waiting for data",
+    "validation_s": "validation",
+    "other_s": "checkpoints, start-up, other",
+}
+
+
+# -- what was run ------------------------------------------------------------------------------------------------------
+def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
+    """Facts about configuration, weights, decoding, submission, machine and code."""
+    lines: list[str] = []
+    facts: dict[str, Any] = {"report written": f"{page.now()} by connectomics {__version__}"}
+    if sources.run_dir is None:
+        lines.append("No run folder was given, so configuration and training are not shown.")
+    elif not sources.run_dir.is_dir():
+        lines.append(f"The run folder {sources.run_dir} is not there.")
+    else:
+        facts["run"] = sources.run_dir.name
+        config = _config(sources.run_dir)
+        if config is None:
+            lines.append(f"There is no config.yaml in {sources.run_dir}.")
+        else:
+            written = datetime.fromtimestamp((sources.run_dir / "config.yaml").stat().st_mtime).astimezone()
+            facts["run started"] = written.strftime("%Y-%m-%d %H:%M %Z")
+            facts |= _config_facts(config)
+    facts |= _artefact_facts(sources)
+    if sources.submission is not None:
+        if sources.submission.is_file():
+            facts["submission"] = f"{sources.submission.name}, {page.size(sources.submission.stat().st_size)}"
+            facts["submission SHA-256"] = _sha256(sources.submission)
+        elif not sources.submission.exists():
+            lines.append(f"The submission {sources.submission} is not there.")
+    if table is not None:
+        facts["scored by"] = f"challenge rules {table.rules}" + ("" if table.verified else ", not verified")
+    if sources.baseline_scores is not None:
+        facts["baseline"] = sources.baseline_name
+    facts |= dict(environment() if sources.environment is None else sources.environment)
+    return page.Section("what", "What was run", page.definitions(facts) + "".join(page.note(line) for line in lines))
+
+
+def environment() -> dict[str, str]:
+    """Versions of the packages that matter (without importing them) and the machine of this process."""
+    found = [f"{name} {metadata.version(name)}" for name in _PACKAGES if _installed(name)]
+    return {
+        "python": platform.python_version(),
+        "packages": ", ".join(found),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _config(run: Path) -> dict[str, Any] | None:
+    path = run / "config.yaml"
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise MetadataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The few keys of a configuration that everyone asks for, as far as it has them."""
+    wanted = {
+        "configuration": "name",
+        "network": "model.architecture",
+        "classes": "dataset.classes",
+        "voxel size": "dataset.resolution",
+        "patch": "data.patch_size",
+        "batch size": "data.batch_size",
+        "losses": "model.loss_functions",
+        "optimizer": "optimizer.name",
+        "learning rate": "optimizer.lr",
+        "epochs, at most": "training.max_epochs",
+        "precision": "training.precision",
+        "seed": "system.seed",
+    }
+    facts = {}
+    for name, key in wanted.items():
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            facts[name] = _plain(name, value)
+    return facts
+
+
+def _plain(name: str, value: Any) -> str:
+    if name == "voxel size" and isinstance(value, list):
+        return f"{page.nm(value)} nm (z, y, x)"
+    if name == "patch" and isinstance(value, list):
+        return " × ".join(str(v) for v in value)
+    return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
+
+
+def _artefact_facts(sources: ReportSources) -> dict[str, Any]:
+    """What predictions and labels say of themselves."""
+    facts: dict[str, Any] = {}
+    labels, predictions = first_attributes(sources.labels), first_attributes(sources.predictions)
+    made_from = labels.get("source")
+    model = predictions.get("model") or (made_from.get("model") if isinstance(made_from, Mapping) else None)
+    if isinstance(model, Mapping):
+        for key, value in model.items():
+            if not isinstance(value, (Mapping, list)) or (isinstance(value, list) and len(value) <= 16):
+                facts[f"prediction: {str(key).replace('_', ' ')}"] = _plain("", value)
+    versions = {str(a["version"]) for a in (labels, predictions) if "version" in a}
+    if versions - {__version__}:
+        facts["artefacts written by"] = f"connectomics {', '.join(sorted(versions))}"
+    return facts
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+def training(run: Path | None) -> page.Section:
+    """Curves of ``metrics.csv``: losses, validation Dice over all and by class, learning rate."""
+    title = "Training"
+    if run is None:
+        return page.Section("training", title, page.note("No training curves: no run folder was given."))
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return page.Section("training", title, page.note(f"No training curves: there is no {path}."))
+    columns = read_metrics(path)
+    made = [chart for chart in (_loss_chart(columns), _dice_chart(columns), _rate_chart(columns)) if chart]
+    if not made:
+        return page.Section("training", title, page.note(f"No training curves: {path} holds no losses or scores."))
+    return page.Section("training", title, _best(columns) + f'<div class="charts">{"".join(made)}</div>')
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """Every column of ``metrics.csv`` as (epoch, step, value) in the file's order, without empty and non-finite cells.
+
+    A row without an epoch takes that of the row before it.
+    """
+    columns: dict[str, list[tuple[float, float, float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            epoch = 0.0
+            for row in csv.DictReader(stream):
+                epoch = _cell(row.get("epoch")) if row.get("epoch") else epoch
+                step = _cell(row.get("step"))
+                for name, text in row.items():
+                    if name in ("epoch", "step") or not isinstance(name, str) or not text:
+                        continue
+                    value = _cell(text)
+                    if math.isfinite(value):
+                        columns.setdefault(name, []).append((epoch, step, value))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MetadataError(f"{path} cannot be read as a table of metrics: {error}") from error
+    return columns
+
+
+def _cell(text: str | None) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        return math.nan
+
+
+def _series(columns: Mapping[str, Sequence[tuple[float, float, float]]], name: str, label: str, by: int, strong=False):  # type: ignore[no-untyped-def]
+    points = np.array([p for p in columns.get(name, ()) if math.isfinite(p[by])], np.float64)
+    return [] if len(points) == 0 else [charts.Series(label, points[:, by], points[:, 2], strong)]
+
+
+def _loss_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    name = next((n for n in ("train/loss", "train/loss_epoch", "train/loss_step") if n in columns), None)
+    if name is None:
+        return ""
+    by, label = (1, "step") if name == "train/loss_step" else (0, "epoch")
+    series = _series(columns, name, "train", by, strong=True) + _series(columns, "val/loss", "validation", by)
+    parts = [n for n in columns if n.startswith("train/") and n.lower().endswith("loss") and n != name]
+    for part in parts[:6]:
+        series += _series(columns, part, part.removeprefix("train/"), by)
+    return charts.line_chart(series, "Training loss", label) if series else ""
+
+
+def _dice_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    series = _series(columns, "val/dice", "all classes", 0, strong=True)
+    for name in columns:
+        if name.startswith("val/") and name.endswith("/dice"):
+            series += _series(columns, name, name.removeprefix("val/").removesuffix("/dice"), 0)
+    return charts.line_chart(series, "Validation Dice, whole crops", "epoch", (0.0, 1.0)) if series else ""
+
+
+def _rate_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    name = next((n for n in columns if n in ("train/lr", "lr") or n.startswith("lr-")), None)
+    if name is None or len({v for _, _, v in columns[name]}) < 2:  # a constant rate needs no picture
+        return ""
+    return charts.line_chart(_series(columns, name, "rate", 0), "Learning rate", "epoch")
+
+
+def _best(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    dice = columns.get("val/dice")
+    if not dice:
+        return page.note("No validation scores were logged.")
+    epoch, step, value = max(dice, key=lambda point: point[2])
+    last = dice[-1]
+    return (
+        f'<p class="hint">Best validation Dice {page.score(value)} at epoch {epoch:g}'
+        + (f" (step {step:g})" if math.isfinite(step) else "")
+        + f"; last {page.score(last[2])} at epoch {last[0]:g}.</p>"
+    )
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
+def time(sources: ReportSources) -> page.Section:
+    """Bars by stage, and within training by what it waited for."""
+    parts = []
+    if sources.timings:
+        parts.append(charts.time_bars(sources.timings))
+    else:
+        parts.append(page.note("No times by stage were given."))
+    path = None if sources.run_dir is None else sources.run_dir / "timing.json"
+    if path is None or not path.is_file():
+        parts.append(page.note("No timing of the training was found (timing.json of a run folder)."))
+    else:
+        parts.append("<h3>Within training</h3>" + _training_time(load_json(path)))
+    return page.Section("time", "Where the time went", "".join(parts))
+
+
+def _training_time(timing: Mapping[str, Any]) -> str:
+    numbers = {k: float(v) for k, v in timing.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    times = {label: numbers[key] for key, label in _TIMES.items() if key in numbers}
+    if not times:  # written by something else: show what looks like seconds
+        times = {k.removesuffix("_s"): v for k, v in numbers.items() if k.endswith("_s") and not k.endswith("per_s")}
+    names = ("epochs", "batches", "samples", "validations")
+    facts: dict[str, str] = {name: page.count(numbers[name]) for name in names if name in numbers}
+    if "samples_per_s" in numbers:
+        facts["samples per second"] = f"{numbers['samples_per_s']:.3g}"
+    return charts.time_bars(times) + page.definitions(facts)
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+def configuration(run: Path | None) -> page.Section:
+    """``config.yaml``, word for word."""
+    if run is None:
+        body = page.note("No configuration: no run folder was given.")
+    else:
+        path = run / "config.yaml"
+        if not path.is_file():
+            raise MissingError(f"no configuration: there is no {path}")
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MetadataError(f"{path} cannot be read: {error}") from error
+        body = page.details(page.text(path.name), f"<pre>{page.text(content)}</pre>")
+    return page.Section("configuration", "Configuration", body)

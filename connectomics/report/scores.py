@@ -1,0 +1,324 @@
+"""Scores on the page: the headline, classes beside a baseline, crops from worst to best.
+
+What is read is ``scores.json``, as ``SubmissionScore.to_dict`` gives it, and the result of ``evaluate`` (voxel measures
+over known voxels). Per-crop scores are the challenge's own formulas on one crop's counts, pooled by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import MetadataError, MissingError
+from connectomics.geometry import triple
+from connectomics.metrics.challenge.results import (
+    FAILED,
+    TOO_MANY,
+    ClassScore,
+    InstanceScore,
+    LabelResult,
+    SemanticScore,
+    pool_class,
+)
+from connectomics.report import charts, page
+
+_DROPPED = (TOO_MANY, FAILED)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The content of one ``scores.json``.
+
+    Attributes:
+        overall, instance, semantic: missing labels counted; None where no class of the kind was asked for.
+        submitted: the same three over what was submitted.
+        classes: entries of ``label_scores`` by class. results: every crop and class.
+        rules: their version; verified: whether our numbers for it were compared with the official ones.
+        warnings: what the scorer had to say.
+    """
+
+    overall: float | None
+    instance: float | None
+    semantic: float | None
+    submitted: tuple[float | None, float | None, float | None]
+    classes: Mapping[str, Mapping[str, Any]]
+    results: tuple[LabelResult, ...]
+    rules: str
+    verified: bool
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read ``scores.json``. `MissingError` where there is none, `MetadataError` where it is something else."""
+        data = load_json(path)
+        try:
+            results = tuple(
+                _result(crop, name, entry)
+                for crop, entries in data.items()
+                if _is_crop(entries)
+                for name, entry in entries.items()
+            )
+            submitted = data.get("submitted_only") or {}
+            return cls(
+                overall=_number(data["overall_score"]),
+                instance=_number(data["overall_instance_score"]),
+                semantic=_number(data["overall_semantic_score"]),
+                submitted=(
+                    _number(submitted.get("overall_score")),
+                    _number(submitted.get("overall_instance_score")),
+                    _number(submitted.get("overall_semantic_score")),
+                ),
+                classes=data["label_scores"],
+                results=results,
+                rules=str(data.get("rules", "not said")),
+                verified=bool(data.get("verified", False)),
+                warnings=tuple(str(w) for w in data.get("warnings", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MetadataError(
+                f"{path} is not a scores.json as score writes it ({reason}); run score again"
+            ) from error
+
+    def of(self, crop: str, class_name: str) -> LabelResult | None:
+        """One result, None where there is none."""
+        return next((r for r in self.results if r.crop == crop and r.class_name == class_name), None)
+
+    def by_crop(self) -> dict[str, list[LabelResult]]:
+        """Results grouped by crop, worst crop first, and within a crop the worst class first."""
+        crops: dict[str, list[LabelResult]] = {}
+        for result in self.results:
+            crops.setdefault(result.crop, []).append(result)
+        ranked = sorted(crops.items(), key=lambda item: (mean_score(item[1]), item[0]))
+        return {crop: sorted(found, key=lambda r: (rank_value(r), r.class_name)) for crop, found in ranked}
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingError(f"no file {path}") from error
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"{path} cannot be read as JSON ({error}); write it again") from error
+    if not isinstance(data, dict):
+        raise MetadataError(f"{path} must hold a JSON object, found {type(data).__name__}; write it again")
+    return data
+
+
+def crop_class(result: LabelResult) -> ClassScore:
+    """The class's score from this crop alone."""
+    return pool_class(result.class_name, [result])
+
+
+def shown_value(result: LabelResult) -> float | None:
+    """The score of one class in one crop, None where the crop was dropped from the class."""
+    return None if result.score.status in _DROPPED else crop_class(result).score
+
+
+def rank_value(result: LabelResult) -> float:
+    """The same for ranking: a dropped crop is as bad as 0."""
+    value = shown_value(result)
+    return 0.0 if value is None else value
+
+
+def mean_score(results: Sequence[LabelResult]) -> float:
+    """Plain mean over the classes of a crop."""
+    return sum(map(rank_value, results)) / len(results)
+
+
+def _is_crop(entries: Any) -> bool:
+    return (
+        isinstance(entries, dict)
+        and bool(entries)
+        and all(isinstance(e, dict) and "is_missing" in e and "num_voxels" in e for e in entries.values())
+    )
+
+
+def _result(crop: str, name: str, entry: Mapping[str, Any]) -> LabelResult:
+    counts = (int(entry["tp"]), int(entry["fp"]), int(entry["fn"]))
+    score: InstanceScore | SemanticScore
+    if "n_hausdorff" in entry:
+        distances = (float(entry["hausdorff_norm_sum"]), int(entry["n_hausdorff"]))
+        score = InstanceScore(*counts, *distances, status=str(entry["status"]), rules="", verified=False)
+    else:
+        score = SemanticScore(*counts, status=str(entry["status"]))
+    return LabelResult(
+        crop, name, score, int(entry["num_voxels"]), triple(entry["voxel_size"]), bool(entry["is_missing"])
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+# -- the headline ------------------------------------------------------------------------------------------------------
+def headline(scores: Scores | None, baseline: Scores | None, baseline_name: str = "baseline") -> str:
+    """Three large numbers, the baseline's below each."""
+    if scores is None:
+        return ""
+    tiles = []
+    values = (scores.overall, scores.instance, scores.semantic)
+    others = (None,) * 3 if baseline is None else (baseline.overall, baseline.instance, baseline.semantic)
+    names = ("overall", "instance", "semantic")
+    hints = ("√(instance × semantic)", "mean of √(F1 × distance score)", "mean IoU")
+    for name, hint, value, other in zip(names, hints, values, others, strict=True):
+        beside = f"<small>{page.text(baseline_name)} {page.score(other)}</small>" if baseline is not None else ""
+        tiles.append(
+            f'<div class="tile"><span>{name}</span><strong>{page.score(value)}</strong>{beside}<em>{hint}</em></div>'
+        )
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+# -- the section -------------------------------------------------------------------------------------------------------
+def section(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str]) -> page.Section:
+    """Tables by class and by crop. ``datasets`` gives the data set of a crop where it is known."""
+    verified = "" if scores.verified else " (not verified against the official scorer)"
+    missing = sum(r.is_missing for r in scores.results)
+    lines = [page.hint(f"Challenge rules {scores.rules}{verified}; 1 is perfect.")]
+    if baseline is None:
+        lines.append(page.note("No baseline was given to compare with."))
+    if missing:
+        overall = page.score(scores.submitted[0])
+        lines.append(
+            f'<p class="note">{missing} of {len(scores.results)} labels were not submitted and count as all missed; '
+            f"over what was submitted the overall score is {overall}.</p>"
+        )
+    lines += [page.note(w) for w in scores.warnings]
+    body = "".join(lines) + _class_table(scores, baseline) + _crop_table(scores, baseline, datasets)
+    return page.Section("scores", "Scores", body)
+
+
+def _class_table(scores: Scores, baseline: Scores | None) -> str:
+    parts = []
+    for is_instance, title in ((True, "Classes scored as instances"), (False, "Classes scored by voxels")):
+        chosen = {n: e for n, e in scores.classes.items() if ("combined_score" in e) == is_instance}
+        if not chosen:
+            continue
+        key = "combined_score" if is_instance else "iou"
+        extra = ["F1", "distance"] if is_instance else []
+        heads = ["class", "", "score", *(["baseline"] if baseline else []), *extra, "tp", "fp", "fn"]
+        rows = []
+        for name, entry in sorted(chosen.items(), key=lambda item: -float(item[1][key])):
+            other = _number(baseline.classes.get(name, {}).get(key)) if baseline else None
+            cells = [page.score(_number(entry[key]))]
+            cells += [page.score(other)] if baseline else []
+            if is_instance:
+                cells += [page.score(_number(entry[k])) for k in ("f1", "normalized_hausdorff_distance")]
+            cells += [page.count(entry[k]) for k in ("tp", "fp", "fn")]
+            rows.append(
+                [
+                    f"<th scope=row>{page.text(name)}</th>",
+                    f'<td class="wide">{charts.bar(_number(entry[key]), other)}</td>',
+                    *(f'<td class="num">{c}</td>' for c in cells),
+                ]
+            )
+        marks = " The mark on a bar is the baseline." if baseline else ""
+        unit = "tp, fp, fn count objects." if is_instance else "tp, fp, fn count voxels."
+        head = [h if not h or h == "class" else f"<th scope=col class=num>{h}</th>" for h in heads]
+        parts.append(f"<h3>{title}</h3>" + page.table(head, rows, kind="bars") + page.hint(unit + marks))
+    return "".join(parts)
+
+
+def _crop_table(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str]) -> str:
+    crops = scores.by_crop()
+    if not crops:
+        return page.note("The scores name no crop.")
+    base = baseline.by_crop() if baseline else {}
+    names = sorted({r.class_name for r in scores.results}, key=lambda n: ("combined_score" not in scores.classes[n], n))
+    rows = []
+    for crop, results in crops.items():
+        found = {r.class_name: r for r in results}
+        where = f"<small>{page.text(datasets[crop])}</small>" if crop in datasets else ""
+        row = [
+            f'<th scope=row><a href="#{page.text(crop_anchor(crop))}">{page.text(crop)}</a>{where}</th>',
+            f'<td class="num mean">{page.score(mean_score(results))}</td>',
+        ]
+        if baseline:
+            row.append(f'<td class="num">{page.score(mean_score(base[crop]) if crop in base else None)}</td>')
+        row += [_cell(found.get(name)) for name in names]
+        rows.append(row)
+    heads = ["crop", *(f"<th scope=col class=num>{h}</th>" for h in ("mean", *(["baseline"] if baseline else [])))]
+    heads += [f'<th scope=col class="num">{page.text(n)}</th>' for n in names]
+    return (
+        "<h3>Crops, worst first</h3>"
+        + page.table(heads, rows, kind="matrix")
+        + page.hint("Each number is the class's score from that crop alone; the mean is over the crop's classes.")
+    )
+
+
+def _cell(result: LabelResult | None) -> str:
+    if result is None:
+        return '<td class="none">·</td>'
+    value = shown_value(result)
+    if result.is_missing:
+        return f'<td class="num bad" title="not submitted">{page.score(value)}*</td>'
+    if value is None:
+        return f'<td class="bad" title="{page.text(result.score.status)}">dropped</td>'
+    return f'<td class="num heat" style="--v:{value:.3f}">{page.score(value)}</td>'
+
+
+def crop_anchor(crop: str) -> str:
+    """The id of a crop's part of the page."""
+    return "crop-" + "".join(c if c.isalnum() else "-" for c in crop)
+
+
+def result_text(result: LabelResult) -> str:
+    """One result in words, HTML."""
+    if result.is_missing:
+        return "not submitted: everything counts as missed"
+    if result.score.status in _DROPPED:
+        return f"dropped from the class ({page.text(result.score.status)})"
+    pooled = crop_class(result)
+    counts = f"tp {page.count(pooled.tp)}, fp {page.count(pooled.fp)}, fn {page.count(pooled.fn)}"
+    if pooled.is_instance:
+        return f"F1 {page.score(pooled.f1)}, distance {page.score(pooled.hausdorff)}; objects: {counts}"
+    return f"IoU {page.score(pooled.iou)}; voxels: {counts}"
+
+
+# -- the evaluation over annotated crops -------------------------------------------------------------------------------
+def evaluation_section(path: Path) -> page.Section:
+    """Voxel measures of ``evaluate`` by class, with intervals, and the worst crops."""
+    data = load_json(path)
+    classes, crops = data.get("classes"), data.get("crops")
+    if not isinstance(classes, dict) or not isinstance(crops, list):
+        raise MetadataError(f"{path} is not what evaluate writes: expected 'classes' and 'crops'; run evaluate again")
+    measures = [m for m in ("dice", "iou", "precision", "recall") if any(m in e for e in classes.values())]
+    rows = [
+        [
+            f"<th scope=row>{page.text(name)}</th>",
+            f'<td class="wide">{charts.bar(_number(entry.get("dice")))}</td>',
+            *(f'<td class="num">{page.score(_number(entry.get(m)))}</td>' for m in measures),
+            f'<td class="num">{_interval(entry.get("dice_interval"))}</td>',
+            f'<td class="num">{page.count(entry.get("crops"))}</td>',
+        ]
+        for name, entry in sorted(classes.items(), key=lambda item: -(_number(item[1].get("dice")) or 0.0))
+    ]
+    heads = ["class", "", *(f"<th scope=col class=num>{m}</th>" for m in (*measures, "Dice 95 %", "crops"))]
+    worst = sorted(crops, key=lambda r: _number(r.get("dice")) or 0.0)[:20]
+    worst_rows = [
+        [
+            page.text(r.get("crop", "")),
+            page.text(r.get("dataset", "")),
+            page.text(r.get("class", "")),
+            *(f'<td class="num">{page.score(_number(r.get(m)))}</td>' for m in measures),
+        ]
+        for r in worst
+    ]
+    worst_heads = ["crop", "data set", "class", *(f"<th scope=col class=num>{m}</th>" for m in measures)]
+    body = (
+        page.hint("Over known voxels only, on annotated crops of the data root; counts are pooled over crops.")
+        + page.table(heads, rows, kind="bars")
+        + "<h3>Worst first</h3>"
+        + page.table(worst_heads, worst_rows)
+    )
+    return page.Section("evaluation", "Evaluation on annotated crops", body)
+
+
+def _interval(value: Any) -> str:
+    if not isinstance(value, list) or len(value) != 2:
+        return "–"
+    return f"{page.score(value[0], 2)} to {page.score(value[1], 2)}"

@@ -1,0 +1,357 @@
+"""What is behind a picture: truth, prediction, probability and raw of one class of one crop, read slice by slice.
+
+Everything is read on a grid in nm, so that the parts of a picture lie on each other wherever their arrays come from.
+Whole volumes are never held: `examine` walks through them in blocks to find the slices worth seeing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.errors import IncompleteError, MetadataError
+from connectomics.geometry import VoxelGrid
+from connectomics.io import resample, store
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
+from connectomics.metrics.overlaps import pair_counts
+
+_BLOCK = (64, 512, 512)
+_THRESHOLD = 0.5  # of a probability that stands in for missing labels
+_MOST_PAIRS = 200_000
+
+Labels = tuple[NDArray[Any], NDArray[np.bool_]]
+
+
+class LabelReader(Protocol):
+    """Labels that can be read on any grid.
+
+    Attributes:
+        grid: where they lie, nm. instance: whether the values are ids of objects.
+    """
+
+    @property
+    def grid(self) -> VoxelGrid: ...
+
+    @property
+    def instance(self) -> bool: ...
+
+    def read(self, grid: VoxelGrid) -> Labels:
+        """Values (0 background) and where anything is known, both of ``grid``'s shape."""
+        ...
+
+
+# -- truth -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PlainLabels:
+    """A plain array, as in the scorer's truth: everything inside is known."""
+
+    array: PlainArray
+    grid: VoxelGrid
+    instance: bool
+
+    @classmethod
+    def open(cls, location: str, class_name: str, grid: VoxelGrid | None = None) -> PlainLabels:
+        """The array at ``location``; ``grid`` (from a crop table) stands in where its attributes say nothing."""
+        array = PlainArray.open(location)
+        found = array.grid or grid
+        if found is None or found.shape != array.shape:
+            raise MetadataError(f"{location}: no voxel_size and translation for its shape {array.shape}; add them")
+        return cls(array, found, is_instance_class(class_name))
+
+    def read(self, grid: VoxelGrid) -> Labels:
+        """Nearest; unknown outside the array."""
+        part = self.grid.slices(grid.box)
+        begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
+        values = self.array.read(begin, shape)
+        inside = resample.inside_axes(self.grid, grid)
+        known = inside[0][:, None, None] & inside[1][:, None] & inside[2]
+        return resample.nearest(values, self.grid.crop(begin, shape), grid), known
+
+
+@dataclass(frozen=True)
+class AnnotatedLabels:
+    """A class of an annotated crop of a data root, with what is unknown left unknown."""
+
+    crop: Crop
+    class_name: str
+    grid: VoxelGrid
+    instance: bool
+
+    def read(self, grid: VoxelGrid) -> Labels:
+        """Ids at the voxel's centre where the class has objects, the class algebra of `read_labels` elsewhere."""
+        if self.instance:
+            return read_instances(self.crop, self.class_name, grid)
+        volume = read_labels(self.crop, [self.class_name], grid)
+        return volume.present_of(self.class_name).view(np.uint8), volume.known_of(self.class_name)
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StoredLabels:
+    """Decoded labels, or probabilities cut at one half where there are no labels."""
+
+    source: Multiscale
+    instance: bool
+    threshold: float | None = None
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """Of the finest level."""
+        return self.source.grid
+
+    def read(self, grid: VoxelGrid) -> Labels:
+        """Nearest, of the finest level."""
+        values, inside = self.source.read_nearest(grid, level=0)
+        if self.threshold is not None:
+            return (values.astype(np.float32) > self.threshold * 255).view(np.uint8), inside
+        return values, inside
+
+
+@dataclass(frozen=True)
+class SubmittedLabels:
+    """An array in a submission, zip or folder; only the chunks that a grid touches are unpacked."""
+
+    array: ZarrArray
+    grid: VoxelGrid
+    instance: bool
+
+    def read(self, grid: VoxelGrid) -> Labels:
+        """Nearest, by the attributes ``voxel_size`` and ``translation``."""
+        part = self.grid.slices(grid.box)
+        begin = [s.start for s in part]
+        block = self.array.read(begin, [s.stop - s.start for s in part])
+        inside = resample.inside_axes(self.grid, grid)
+        known = inside[0][:, None, None] & inside[1][:, None] & inside[2]
+        return resample.nearest(block, self.grid.crop(begin, block.shape), grid), known
+
+
+# -- one class of one crop ---------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Item:
+    """One class of one crop and all that can be shown of it; what is not there is None.
+
+    ``grid`` (nm) is the truth's, or the prediction's where there is no truth; ``problems`` says why a part is absent.
+    """
+
+    dataset: str
+    crop: str
+    class_name: str
+    grid: VoxelGrid
+    truth: LabelReader | None = None
+    prediction: LabelReader | None = None
+    probability: Multiscale | None = None
+    raw: Multiscale | None = None
+    problems: tuple[str, ...] = ()
+
+    @property
+    def instance(self) -> bool:
+        """Whether objects are told apart, by the truth or by the prediction."""
+        return any(part is not None and part.instance for part in (self.truth, self.prediction))
+
+
+def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> Multiscale | None:
+    """A class of a predictions or labels folder, None where it is not there; `IncompleteError` where half written."""
+    location = store.join(str(folder), f"{dataset}.zarr", crop, class_name)
+    if not store.exists(location):
+        return None
+    source = Multiscale.open(location)
+    if source.attrs.get("connectomics", {}).get("complete", True) is not True:
+        raise IncompleteError(f"{location} is only half written; run the stage that makes it to its end first")
+    return source
+
+
+def stored_labels(source: Multiscale, class_name: str) -> StoredLabels:
+    """Labels or probabilities, by what the artefact says that it is."""
+    about = source.attrs.get("connectomics", {})
+    if about.get("artefact") == "probability":
+        return StoredLabels(source, False, _THRESHOLD)
+    kind = about.get("kind")
+    return StoredLabels(source, is_instance_class(class_name) if kind is None else kind == "instance")
+
+
+def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid) -> SubmittedLabels | None:
+    """An array of a submission, None where it is not there; ``grid`` where its attributes name no place."""
+    path = f"{crop}/{class_name}"
+    if not is_array(archive, path):
+        return None
+    array = ZarrArray(archive, path)
+    size = array.attrs.get("voxel_size", list(grid.voxel_size))
+    first = array.attrs.get("translation", list(grid.translation))
+    if len(array.shape) != 3:
+        raise MetadataError(f"{archive.location}: {path} has shape {array.shape}, expected three axes")
+    place = VoxelGrid(size, first, (array.shape[0], array.shape[1], array.shape[2]))
+    return SubmittedLabels(array, place, is_instance_class(class_name))
+
+
+def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
+    """The data root's own labels of a class on the prediction's grid, None where the root has no such crop."""
+    if dataset not in catalog.datasets or crop not in catalog.crop_names(dataset):
+        return None
+    found = catalog.crop(dataset, crop)
+    is_instance = is_instance_class(class_name) and class_name in found.labels
+    return AnnotatedLabels(found, class_name, grid, is_instance)
+
+
+# -- looking through ---------------------------------------------------------------------------------------------------
+@dataclass
+class Findings:
+    """What one walk through truth and prediction found.
+
+    Attributes:
+        position: voxel (z, y, x) whose three planes hold most errors (most truth, or prediction, where there are none).
+        tp, fp, fn, unknown: voxels. share: the part of the volume that was looked at.
+        partner: the true object that a predicted one overlaps most. matched: pairs (truth, prediction) that are each
+            other's largest overlap.
+    """
+
+    position: tuple[int, int, int] = (0, 0, 0)
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+    unknown: int = 0
+    share: float = 1.0
+    partner: dict[int, int] = field(default_factory=dict)
+    matched: dict[int, int] = field(default_factory=dict)
+
+
+def examine(item: Item, most_voxels: int = 1 << 28) -> Findings:
+    """Walk through an item in blocks; beyond ``most_voxels`` only evenly spread slabs along z are looked at."""
+    found = Findings()
+    sums = [[np.zeros(n, np.float64) for n in item.grid.shape] for _ in range(2)]  # errors; anything at all
+    pairs: dict[tuple[int, int], int] = {}
+    looked = 0
+    for begin, block in _blocks(item.grid, most_voxels):
+        looked += block.size
+        true, found_ids, known = read_pair(item, block)
+        errors = ((true != 0) != (found_ids != 0)) & known
+        anything = ((true != 0) | (found_ids != 0)) & known
+        _count(found, true, found_ids, known)
+        for mask, target in zip((errors, anything), sums, strict=True):
+            for axis in range(3):
+                others = tuple(a for a in range(3) if a != axis)
+                target[axis][begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
+        if item.instance and len(pairs) < _MOST_PAIRS:
+            for t, p, n in zip(*(v.tolist() for v in pair_counts(true, found_ids, known)), strict=True):
+                if t and p:
+                    pairs[t, p] = pairs.get((t, p), 0) + n
+    found.share = looked / item.grid.size if item.grid.size else 1.0
+    errors_by_axis = sums[0] if sums[0][0].any() else sums[1]
+    # the middle wins a tie, and an empty crop shows its middle
+    position = [_peak(profile) for profile in errors_by_axis]
+    found.position = (position[0], position[1], position[2])
+    found.partner, found.matched = _match(pairs)
+    return found
+
+
+def read_pair(item: Item, grid: VoxelGrid) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Truth, prediction (0 where there is none) and where the truth is known, on any grid."""
+    nothing = np.zeros(grid.shape, np.uint8)
+    found = nothing if item.prediction is None else item.prediction.read(grid)[0]
+    if item.truth is None:
+        return nothing, found, np.ones(grid.shape, bool)
+    true, known = item.truth.read(grid)
+    return true, found, known
+
+
+def _blocks(grid: VoxelGrid, most_voxels: int) -> Iterator[tuple[tuple[int, int, int], VoxelGrid]]:
+    layers = math.ceil(grid.shape[0] / _BLOCK[0])
+    wanted = max(1, int(layers * min(1.0, most_voxels / max(1, grid.size))))
+    chosen = set(np.linspace(0, layers - 1, wanted).round().astype(int).tolist()) if wanted < layers else None
+    for begin, block in grid.blocks(_BLOCK):
+        if chosen is None or begin[0] // _BLOCK[0] in chosen:
+            yield begin, block
+
+
+def _count(found: Findings, true: NDArray[Any], predicted: NDArray[Any], known: NDArray[np.bool_]) -> None:
+    t, p = (true != 0) & known, (predicted != 0) & known
+    both = int(np.count_nonzero(t & p))
+    found.tp += both
+    found.fp += int(np.count_nonzero(p)) - both
+    found.fn += int(np.count_nonzero(t)) - both
+    found.unknown += known.size - int(np.count_nonzero(known))
+
+
+def _peak(profile: NDArray[np.float64]) -> int:
+    best = np.flatnonzero(profile == profile.max(initial=0.0))
+    middle = len(profile) / 2
+    return int(best[np.argmin(np.abs(best - middle))]) if len(best) else 0
+
+
+def _match(pairs: Mapping[tuple[int, int], int]) -> tuple[dict[int, int], dict[int, int]]:
+    """The largest true partner of each predicted object, and the pairs that are each other's largest."""
+    of_truth: dict[int, tuple[int, int]] = {}
+    of_found: dict[int, tuple[int, int]] = {}
+    for (t, p), n in sorted(pairs.items()):
+        if n > of_truth.get(t, (0, 0))[1]:
+            of_truth[t] = (p, n)
+        if n > of_found.get(p, (0, 0))[1]:
+            of_found[p] = (t, n)
+    partner = {p: t for p, (t, _) in of_found.items()}
+    matched = {t: p for t, (p, _) in of_truth.items() if partner[p] == t}
+    return partner, matched
+
+
+# -- one slice ---------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Plane:
+    """One slice through an item, everything on one grid of square or oblong pixels.
+
+    Attributes:
+        axis: the axis it is cut across (0: xy, 1: xz, 2: yz). index: of the voxel layer. at: where that is, nm.
+        grid: the pixels' grid, one voxel thick along ``axis``. extent: height and width in nm.
+        raw: (H, W) float32 and inside: bool, None where there is no raw. truth, prediction: (H, W) values, known: bool.
+        probability: (H, W) in [0, 1], or None.
+    """
+
+    axis: int
+    index: int
+    at: float
+    grid: VoxelGrid
+    raw: NDArray[np.float32] | None
+    inside: NDArray[np.bool_] | None
+    truth: NDArray[Any]
+    prediction: NDArray[Any]
+    known: NDArray[np.bool_]
+    probability: NDArray[np.float32] | None
+
+    @property
+    def extent(self) -> tuple[float, float]:
+        """Height and width, nm."""
+        rows, columns = (a for a in range(3) if a != self.axis)
+        lengths = [n * s for n, s in zip(self.grid.shape, self.grid.voxel_size, strict=True)]
+        return lengths[rows], lengths[columns]
+
+
+def plane_grid(grid: VoxelGrid, axis: int, index: int, longest: int) -> VoxelGrid:
+    """Layer ``index`` of ``grid`` across ``axis``; shrunk by whole factors to at most ``longest`` pixels a side."""
+    begin, shape = [0, 0, 0], list(grid.shape)
+    begin[axis], shape[axis] = index, 1
+    layer = grid.crop(begin, shape)
+    factors = [1 if a == axis else math.ceil(n / longest) for a, n in enumerate(grid.shape)]
+    if max(factors) == 1:
+        return layer
+    return layer.at_voxel_size([s * f for s, f in zip(grid.voxel_size, factors, strict=True)])
+
+
+def read_plane(item: Item, axis: int, index: int, longest: int) -> Plane:
+    """Read one slice of everything there is; raw is resampled onto the pixels (linear, averaged when shrinking)."""
+    grid = plane_grid(item.grid, axis, index, longest)
+    true, found, known = (v.squeeze(axis) for v in read_pair(item, grid))
+    raw = inside = probability = None
+    if item.raw is not None:
+        values, there = item.raw.read_raw(grid)
+        raw, inside = values.squeeze(axis), there.squeeze(axis)
+    if item.probability is not None:
+        probability = item.probability.read_raw(grid)[0].squeeze(axis) / np.float32(255)
+    at = float(item.grid.to_world((index, index, index))[axis])
+    return Plane(axis, index, at, grid, raw, inside, true, found, known, probability)
