@@ -1,0 +1,133 @@
+"""What a phantom should be, and what one is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.cellmap.classes import CLASSES, get_class
+from connectomics.errors import InputError, unknown_name
+from connectomics.geometry import VoxelGrid
+
+#: Extent of each data set (nm), number of training crops and of test crops of each data set.
+PRESETS: dict[str, tuple[float, int, int]] = {
+    "tiny": (640.0, 5, 1),
+    "small": (1600.0, 7, 1),
+    "large": (4800.0, 12, 2),
+}
+
+#: The classes that a phantom annotates: all scored ones. Of these, ER exit sites are always absent.
+PHANTOM_CLASSES: tuple[str, ...] = tuple(c.name for c in CLASSES.values() if c.scored and c.name != "vim")
+
+
+@dataclass(frozen=True)
+class PhantomOptions:
+    """Options of `make_phantom`.
+
+    Attributes:
+        seed: everything follows from it: the same options give the same bytes.
+        preset: ``tiny`` (unit tests), ``small`` (the demo) or ``large``; sets what is None below.
+        size_nm: extent of each data set along every axis, nm.
+        crops: number of training crops of each data set.
+        test_crops: number of test crops of each data set.
+        crop_nm: usual edge of a crop, nm; crops are between a third and twice as long. By default 0.35 ``size_nm``.
+        classes: what is annotated in crops and listed in the crop table; None for all that a phantom knows.
+        overwrite: replace an older phantom at the same place.
+    """
+
+    seed: int = 0
+    preset: str = "small"
+    size_nm: float | None = None
+    crops: int | None = None
+    test_crops: int | None = None
+    crop_nm: float | None = None
+    classes: tuple[str, ...] | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise unknown_name("phantom preset", self.preset, PRESETS)
+        if self.seed < 0:
+            raise InputError(f"a phantom's seed must be 0 or more, found {self.seed}")
+        if self.extent < 320:
+            raise InputError(f"a phantom's size_nm must be at least 320 nm, found {self.extent:g}")
+        if self.training_crops < 1 or self.testing_crops < 1:
+            raise InputError(
+                f"a phantom needs at least one training and one test crop, found {self.training_crops} and "
+                f"{self.testing_crops}"
+            )
+        if not 80 <= self.crop_edge <= self.extent / 2:
+            raise InputError(
+                f"a phantom's crop_nm must be from 80 nm to half of size_nm ({self.extent:g} nm), "
+                f"found {self.crop_edge:g}"
+            )
+        for name in self.class_names:
+            get_class(name)
+            if name not in PHANTOM_CLASSES:
+                raise unknown_name("phantom class", name, PHANTOM_CLASSES)
+
+    @property
+    def extent(self) -> float:
+        """Extent of each data set, nm."""
+        return PRESETS[self.preset][0] if self.size_nm is None else float(self.size_nm)
+
+    @property
+    def training_crops(self) -> int:
+        """Training crops of each data set."""
+        return PRESETS[self.preset][1] if self.crops is None else self.crops
+
+    @property
+    def testing_crops(self) -> int:
+        """Test crops of each data set."""
+        return PRESETS[self.preset][2] if self.test_crops is None else self.test_crops
+
+    @property
+    def crop_edge(self) -> float:
+        """Usual edge of a crop, nm."""
+        return min(0.35 * self.extent, 900.0) if self.crop_nm is None else float(self.crop_nm)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes that are annotated."""
+        return PHANTOM_CLASSES if self.classes is None else tuple(self.classes)
+
+
+@dataclass(frozen=True)
+class CropInfo:
+    """One crop of a phantom.
+
+    Attributes:
+        dataset: its data set. name: ``crop7``. test: whether it is in the crop table and not in the data root.
+        grid: of its finest array.
+        voxels: present voxels by class, in the order in which the classes were written.
+        objects: number of objects by instance class.
+        unknown: unknown voxels of the finest level by class, where there are some.
+    """
+
+    dataset: str
+    name: str
+    test: bool
+    grid: VoxelGrid
+    voxels: dict[str, int]
+    objects: dict[str, int]
+    unknown: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PhantomInfo:
+    """Where a phantom is and what is in it.
+
+    Attributes:
+        root: the data root, for `Catalog.open`. datasets: names of its data sets.
+        crop_table: CSV of the test crops. truth: Zarr of their labels, in the scorer's layout.
+        raw: grid of the finest raw level by data set. crops: training and test crops.
+        objects: number of objects in the whole of each data set, by kind.
+    """
+
+    root: Path
+    datasets: tuple[str, ...]
+    crop_table: Path
+    truth: Path
+    raw: dict[str, VoxelGrid]
+    crops: tuple[CropInfo, ...]
+    objects: dict[str, dict[str, int]]
