@@ -92,7 +92,7 @@ def this_machine(config: RunConfig) -> Machine:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the processor has bfloat16 instructions: 5 times float32's speed with them, and slower without."""
+    """Whether the processor has bfloat16 instructions; without them it is slower than float32, never faster."""
     if platform.system() != "Linux":
         return False
     try:
