@@ -132,14 +132,14 @@ def score_table(score: SubmissionScore) -> Table:
 
     trust = "" if score.verified else ", not verified against the official scorer"
     table = Table(title=f"Challenge score, rules {score.rules}{trust}")
-    table.add_column("class")
-    for heading in ("score", "submitted only", "F1", "distance", "PQ", "IoU", "tp", "fp", "fn", "missing"):
+    table.add_column("class", no_wrap=True)
+    for heading in ("score", "submitted only", "F1 or IoU", "distance", "PQ", "missing"):
         table.add_column(heading, justify="right")
     for row in class_rows(score):
+        ratio = row["f1"] if row["kind"] == "instance" else row["iou"]
+        numbers = (row["score"], row["score_submitted_only"], ratio, row["normalized_hausdorff_distance"])
         missing = f"{row['missing']}/{row['crops']}" if row["missing"] else ""
-        names = ("score", "score_submitted_only", "f1", "normalized_hausdorff_distance", "panoptic_quality", "iou")
-        counts = [str(row[name]) for name in ("tp", "fp", "fn")]
-        table.add_row(row["class"], *(_number(row[name]) for name in names), *counts, missing)
+        table.add_row(row["class"], *map(_number, numbers), _number(row["panoptic_quality"]), missing)
     table.add_section()
     for name, whole, part in (
         ("instance", score.totals.instance, score.submitted_only.instance),
