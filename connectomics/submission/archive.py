@@ -165,6 +165,25 @@ class ArchivedArray(ZarrArray):
             thick = min(self.chunks[0], self.shape[0] - begin)
             yield self.read((begin, 0, 0), (thick, *self.shape[1:]))
 
+    def _decode(self, data: bytes) -> Any:
+        """Refuses a chunk that claims to be larger than it can be, before it costs memory."""
+        if self._compressor is not None and self._compressor["id"] == "zstd":
+            claimed = _zstd_size(data)
+            if claimed is not None and claimed != self._chunk_bytes:
+                raise ValueError(f"it claims {claimed} bytes, expected {self._chunk_bytes}")
+        return super()._decode(data)
+
+
+def _zstd_size(data: bytes) -> int | None:
+    """The content size in a Zstandard frame's header (RFC 8878, 3.1.1.1), None where it is not given."""
+    descriptor = data[4] if len(data) > 4 else 0
+    single, flag = bool(descriptor & 0x20), descriptor >> 6
+    width = (1 if single else 0, 2, 4, 8)[flag]
+    start = 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+    if width == 0:
+        return None
+    return int.from_bytes(data[start : start + width], "little") + (256 if width == 2 else 0)
+
 
 def _walk(root: Path) -> Iterator[Entry]:
     """The files below a folder in sorted order; links are listed, never followed."""

@@ -26,7 +26,7 @@ class Summary:
         low, high: smallest and largest value (0 where nothing is stored); NaN left out.
         foreground: voxels above 0. nan: voxels that are NaN.
         whole: whether all values are whole numbers.
-        used: how many different values above 0, counted for 8 and 16 bits only.
+        used: how many different values above 0; counted with the components, for 8 and 16 bits only.
         components: 26-connected pieces of one value, as the scorer counts instances; None where not asked for.
     """
 
@@ -43,7 +43,9 @@ def summarize(array: ArchivedArray, count_components: bool) -> Summary:
     """Read an array slab by slab (one chunk thick); memory is about six bytes a voxel of a slab."""
     result = Summary()
     counter = ComponentCounter() if count_components else None
-    used = np.zeros(1 << 16, np.bool_) if array.dtype.kind == "u" and array.dtype.itemsize <= 2 else None
+    unsigned = array.dtype.kind in "bu"
+    narrow = count_components and array.dtype.kind == "u" and array.dtype.itemsize <= 2
+    used = np.zeros(1 << 16, np.bool_) if narrow else None
     for slab in array.slabs():
         if slab is None or not slab.any():
             if counter is not None:
@@ -54,11 +56,11 @@ def summarize(array: ArchivedArray, count_components: bool) -> Summary:
             result.nan += int(missing.sum())
             slab = np.where(missing, 0, slab)
             result.whole = result.whole and bool(np.all(slab == np.rint(slab)))
-        result.low = min(result.low, float(slab.min()))
+        result.low = result.low if unsigned else min(result.low, float(slab.min()))
         result.high = max(result.high, float(slab.max()))
-        result.foreground += int(np.count_nonzero(slab > 0))
+        result.foreground += int(np.count_nonzero(slab if unsigned else slab > 0))
         if used is not None:
-            used[np.unique(slab)] = True
+            used[slab] = True
         if counter is not None and result.whole:
             counter.add(slab.astype(np.int64) if slab.dtype.kind == "f" else slab)
     if used is not None:
@@ -91,8 +93,12 @@ class ComponentCounter:
 
     def _link(self, values: NDArray[np.generic], pieces: NDArray[np.int64]) -> None:
         """Remember which pieces of the last plane before meet which of this plane."""
+        import fastremap
+
         assert self._last is not None
         before, before_pieces = self._last
+        width = self._total + int(pieces.max(initial=0)) + 1
+        found = []
         rows, columns = values.shape
         for dy in (-1, 0, 1):
             for dx in (-1, 0, 1):
@@ -100,8 +106,10 @@ class ComponentCounter:
                 there = (slice(max(0, -dy), rows + min(0, -dy)), slice(max(0, -dx), columns + min(0, -dx)))
                 touching = (values[here] == before[there]) & (values[here] != 0)
                 if touching.any():
-                    pairs = np.stack([before_pieces[there][touching], pieces[here][touching]], axis=1)
-                    self._links.append(np.unique(pairs, axis=0))
+                    found.append(fastremap.unique(before_pieces[there][touching] * width + pieces[here][touching]))
+        if found:
+            keys = fastremap.unique(np.concatenate(found))
+            self._links.append(np.stack([keys // width, keys % width], axis=1))
 
     def number(self) -> int:
         """How many pieces all slabs together hold."""

@@ -58,6 +58,9 @@ def _placed(path: str, own: VoxelGrid, target: VoxelGrid) -> list[Finding]:
         if worst >= 0.5:
             return [_wrong(path, "translation", what, _text(target.translation), hint)]
         return [Finding("warning", "translation", path, what, _text(target.translation), hint + _EXPORT)]
+    if own.shape == target.shape:
+        what = f"voxel_size {_text(own.voxel_size)} with the table's shape"
+        return [_wrong(path, "voxel-size", what, _text(target.voxel_size), "the portal would stretch it; ")]
     share = math.prod(target.box.intersect(own.box).extent) / max(math.prod(target.box.extent), 1e-300)
     differs = "voxel size" if not _same(own.voxel_size, target.voxel_size) else "shape"
     rule = "voxel-size" if differs == "voxel size" else "shape"

@@ -145,9 +145,7 @@ class NpySource:
             return int(high)
         self.form = "probability"
         if high > 1.0 + 1e-6:
-            raise InputError(
-                f"{self.path} holds values up to {high:.6g}; expected probabilities in [0, 1] or labels"
-            )
+            raise InputError(f"{self.path} holds values up to {high:.6g}; expected probabilities in [0, 1] or labels")
         return None
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
