@@ -45,7 +45,7 @@ def build_report(
         datasets = _datasets(library)
         sections = [
             _part("what", "What was run", lambda: run.provenance(sources, table)),
-            _scores_section(table, baseline, datasets, score_lines + baseline_lines),
+            _scores_section(table, baseline, datasets, sources.baseline_name, score_lines + baseline_lines),
             *_evaluation(sources),
             _part("crops", "Crops", lambda: crops.section(library, table, settings, progress)),
             _part("training", "Training", lambda: run.training(sources.run_dir)),
@@ -79,12 +79,12 @@ def _load_scores(path: Path | None, what: str) -> tuple[Scores | None, list[str]
 
 
 def _scores_section(
-    table: Scores | None, baseline: Scores | None, datasets: dict[str, str], lines: list[str]
+    table: Scores | None, baseline: Scores | None, datasets: dict[str, str], baseline_name: str, lines: list[str]
 ) -> page.Section:
     notes = "".join(page.note(line) for line in lines)
     if table is None:
         return page.Section("scores", "Scores", notes or page.note("No scores: no scores.json was given."))
-    made = _part("scores", "Scores", lambda: scores.section(table, baseline, datasets))
+    made = _part("scores", "Scores", lambda: scores.section(table, baseline, datasets, baseline_name))
     return page.Section(made.anchor, made.title, notes + made.body)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from connectomics.report import page
 
 _WIDTH, _HEIGHT = 520, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 104, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 108, 14, 40
 _MOST_POINTS = 300
 _COLORS = 8  # the style sheet's series colours; further series repeat them with dashes
 _LINE = 13  # height of a label, SVG units
@@ -125,7 +125,7 @@ def time_bars(stages: Mapping[str, float]) -> str:
             f"<th scope=row>{page.text(name)}</th>",
             f'<td class="wide"><span class="bar"><b style="width:{100 * value / longest:.1f}%"></b></span></td>',
             f'<td class="num"><data value="{float(value)!r}">{page.seconds(value)}</data></td>',
-            f'<td class="num">{100 * value / total if total else 0:.0f} %</td>',
+            f'<td class="num">{page.percent(value / total if total else 0.0)}</td>',
         ]
         for name, value in stages.items()
     ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
@@ -14,7 +15,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZipStore
-from connectomics.report import page, pictures, scores, viewer
+from connectomics.report import charts, page, pictures, scores, viewer
 from connectomics.report.scores import Scores
 from connectomics.report.sources import ReportOptions, ReportSources
 from connectomics.report.volumes import (
@@ -32,6 +33,8 @@ from connectomics.report.volumes import (
 
 #: Told after each class of a crop that was drawn: how many are done, of how many, and which.
 Progress = Callable[[int, int, str], None]
+
+Key = tuple[str, str]  # data set and crop
 
 
 @dataclass(frozen=True)
@@ -168,21 +171,19 @@ def section(
         return page.Section("crops", title, page.note(f"No pictures: {error}"))
     if not crops:
         return page.Section("crops", title, page.note("No pictures: neither truth nor predictions were given."))
-    drawn = choose(crops, options.max_pictures)
-    n_all, n_drawn = sum(map(len, crops.values())), len(drawn)
+    chosen = choose(crops, options.max_pictures)
+    n_all, n_drawn = sum(map(len, crops.values())), len(chosen)
     parts, done, ids = [], 0, pictures.Ids.fresh()
-    for number, (crop, wanted) in enumerate(crops.items()):
-        bodies, items = [], []
-        for place, one in enumerate(wanted):
-            shown = one in drawn
-            body, item = draw(library, one, options, ids if shown else None)
-            items += [item] if item is not None else []
-            is_open = shown and ((number == 0 and place < 3) or (place == 0 and number < 3))
-            bodies.append(page.details(_class_summary(one, table), body, is_open=is_open, kind="class"))
-            if shown and progress is not None:
+    names = anchors(crops)
+    for number, (key, wanted) in enumerate(crops.items()):
+        drawn = []
+        for one in wanted:
+            drawn.append(draw(library, one, options, ids if one in chosen else None))
+            if one in chosen and progress is not None:
                 done += 1
                 progress(done, n_drawn, f"{one.crop}/{one.class_name}")
-        parts.append(_crop(crop, wanted, items, bodies, table, number < options.viewers))
+        unfolded = 3 if number == 0 else 1 if number < 3 else 0
+        parts.append(_crop(names[key], drawn, table, number < options.viewers, unfolded))
     lines = [page.note(p) for p in library.problems]
     if library.catalog is None and not library.problems:
         lines.append(page.note("No raw: no data root was given, so labels are shown on flat grey."))
@@ -197,31 +198,54 @@ def section(
     return page.Section("crops", title, "".join(lines) + legend + tools + "".join(parts))
 
 
-def ranked(wanted: Sequence[Wanted], table: Scores | None) -> dict[str, list[Wanted]]:
+def ranked(wanted: Sequence[Wanted], table: Scores | None) -> dict[Key, list[Wanted]]:
     """Grouped by crop; worst crop first and within it the worst class, as far as there are scores, then by name."""
-    groups: dict[str, list[Wanted]] = {}
+    groups: dict[Key, list[Wanted]] = {}
     for one in sorted(wanted, key=lambda w: (w.dataset, w.crop, w.class_name)):
-        groups.setdefault(one.crop, []).append(one)
+        groups.setdefault((one.dataset, one.crop), []).append(one)
     if table is None:
         return groups
     by_crop = table.by_crop()
-    order = [crop for crop in by_crop if crop in groups] + [crop for crop in groups if crop not in by_crop]
+    crops = {crop: k for k, crop in enumerate(by_crop)}
     places = {(r.crop, r.class_name): k for results in by_crop.values() for k, r in enumerate(results)}
-    last = len(places)
-    return {crop: sorted(groups[crop], key=lambda w: places.get((w.crop, w.class_name), last)) for crop in order}
+    last = len(places) + len(crops)
+    order = sorted(groups, key=lambda key: crops.get(key[1], last))
+    return {key: sorted(groups[key], key=lambda w: places.get((w.crop, w.class_name), last)) for key in order}
 
 
-def choose(crops: Mapping[str, Sequence[Wanted]], most: int) -> set[Wanted]:
+def anchors(crops: Iterable[Key]) -> dict[Key, str]:
+    """The id of each crop's part of the page: by its name, and by its data set too where another has the name."""
+    found: dict[Key, str] = {}
+    for dataset, crop in crops:
+        plain = scores.crop_anchor(crop)
+        taken = plain in found.values()
+        found[dataset, crop] = f"{plain}-{scores.plain_id(dataset)}" if taken else plain
+    return found
+
+
+def choose(crops: Mapping[Key, Sequence[Wanted]], most: int) -> set[Wanted]:
     """At most ``most``: the worst class of every crop, then the second worst of every crop, and so on."""
     rounds = max((len(w) for w in crops.values()), default=0)
     order = [wanted[k] for k in range(rounds) for wanted in crops.values() if k < len(wanted)]
     return set(order[: max(0, most)])
 
 
-def draw(library: Library, wanted: Wanted, options: ReportOptions, ids: pictures.Ids | None) -> tuple[str, Item | None]:
-    """The pictures of one class of a crop, and what they were read from; without ``ids`` one line instead."""
+@dataclass(frozen=True)
+class Drawn:
+    """A class of a crop on the page: its HTML, and what it was read from (None where there are no pictures)."""
+
+    wanted: Wanted
+    body: str
+    item: Item | None = None
+    found: Findings | None = None
+
+
+def draw(library: Library, wanted: Wanted, options: ReportOptions, ids: pictures.Ids | None) -> Drawn:
+    """The pictures of one class of a crop; without ``ids`` one line instead."""
     if ids is None:
-        return page.note(f"No pictures: the page is limited to {options.max_pictures} crops and classes."), None
+        return Drawn(
+            wanted, page.note(f"No pictures: the page is limited to {options.max_pictures} crops and classes.")
+        )
     try:
         item = library.item(wanted)
         found = examine(item, options.max_voxels)
@@ -230,15 +254,16 @@ def draw(library: Library, wanted: Wanted, options: ReportOptions, ids: pictures
             for axis in range(3)
         ]
     except ConnectomicsError as error:
-        return page.note(f"No pictures: {error}"), None
+        return Drawn(wanted, page.note(f"No pictures: {error}"))
     lines = "".join(page.note(p) for p in item.problems)
-    return lines + page.hint(_where(item, found)) + "".join(rows), item
+    return Drawn(wanted, lines + page.hint(_where(item, found)) + "".join(rows), item, found)
 
 
 def _where(item: Item, found: Findings) -> str:
     world = item.grid.to_world(found.position)
     place = ", ".join(page.number(float(v)) for v in world)
-    what = "most errors" if found.fp + found.fn and item.truth is not None else "most labels"
+    errors = bool(found.fp + found.fn) and item.truth is not None
+    what = "most truth and most errors" if errors else "most labels"
     partly = f" among the {100 * found.share:.0f} % looked at" if found.share < 1 else ""
     unknown = f" {page.count(found.unknown)} voxels are not annotated." if found.unknown else ""
     return (
@@ -258,27 +283,59 @@ def _class_summary(wanted: Wanted, table: Scores | None) -> str:
     )
 
 
-def _crop(
-    crop: str,
-    wanted: Sequence[Wanted],
-    items: Sequence[Item],
-    bodies: Sequence[str],
-    table: Scores | None,
-    with_viewer: bool,
-) -> str:
+def _crop(anchor: str, drawn: Sequence[Drawn], table: Scores | None, with_viewer: bool, unfolded: int) -> str:
+    """A crop: its slice viewer beside its classes' scores, then every class, the first ``unfolded`` of them open."""
+    dataset, crop = drawn[0].wanted.dataset, drawn[0].wanted.crop
     results = table.by_crop().get(crop, []) if table is not None else []
     mean = f'<span class="chip">{page.score(scores.mean_score(results))}</span>' if results else ""
-    slices = ""
-    if with_viewer and items:
+    top = ""
+    if with_viewer:
         try:
-            slices = viewer.viewer(items)
+            top = f'<div class="top">{_viewer(drawn)}{_overview(anchor, drawn, table)}</div>'
         except ConnectomicsError as error:
-            slices = page.note(f"No slice viewer: {error}")
-    dataset = wanted[0].dataset or "data set not known"
-    return (
-        f'<article class="crop" id="{page.text(scores.crop_anchor(crop))}"><h3>{page.text(crop)} {mean}'
-        f"<small>{page.text(dataset)}, {len(wanted)} classes</small></h3>{slices}{''.join(bodies)}</article>"
+            top = page.note(f"No slice viewer: {error}")
+    classes = "".join(
+        page.details(
+            _class_summary(d.wanted, table),
+            d.body,
+            is_open=k < unfolded and d.item is not None,
+            kind="class",
+            anchor=_class_anchor(anchor, d.wanted),
+        )
+        for k, d in enumerate(drawn)
     )
+    about = f"<small>{page.text(dataset or 'data set not known')}, {len(drawn)} classes</small>"
+    return f'<article class="crop" id="{anchor}"><h3>{page.text(crop)} {mean}{about}</h3>{top}{classes}</article>'
+
+
+def _class_anchor(anchor: str, wanted: Wanted) -> str:
+    return f"{anchor}-{scores.plain_id(wanted.class_name)}"
+
+
+def _viewer(drawn: Sequence[Drawn]) -> str:
+    """Of the classes that were drawn; opened at the worst predicted class and where its slices were taken."""
+    shown = [(d.item, d.found) for d in drawn if d.item is not None and d.found is not None]
+    if not shown:
+        return ""
+    first = next((k for k, (item, _) in enumerate(shown) if item.prediction is not None), 0)
+    item, found = shown[first]
+    start = float(item.grid.to_world(found.position)[0])
+    return viewer.viewer([item for item, _ in shown], first, start)
+
+
+def _overview(anchor: str, drawn: Sequence[Drawn], table: Scores | None) -> str:
+    """The crop's classes with a bar each, linked to their pictures."""
+    if table is None:
+        return ""
+    rows = []
+    for d in drawn:
+        result = table.of(d.wanted.crop, d.wanted.class_name)
+        value = None if result is None else scores.shown_value(result)
+        missing = "*" if result is not None and result.is_missing else ""
+        link = f'<a href="#{_class_anchor(anchor, d.wanted)}">{page.text(d.wanted.class_name)}</a>'
+        cells = [f"<th scope=row>{link}</th>", f'<td class="wide">{charts.bar(value)}</td>']
+        rows.append([*cells, f'<td class="num">{page.score(value)}{missing}</td>'])
+    return page.table(["class", "", "<th scope=col class=num>score</th>"], rows, kind="bars")
 
 
 def datasets_of(wanted: Sequence[Wanted]) -> dict[str, str]:
@@ -286,12 +343,14 @@ def datasets_of(wanted: Sequence[Wanted]) -> dict[str, str]:
     return {w.crop: w.dataset for w in wanted if w.dataset}
 
 
-def first_attributes(folder: Path | None) -> dict[str, object]:
-    """The ``connectomics`` attribute of the first array of a predictions or labels folder, {} where there is none."""
+def attributes_by_class(folder: Path | None) -> dict[str, dict[str, Any]]:
+    """The ``connectomics`` attribute of the first array of every class of a predictions or labels folder."""
+    found: dict[str, dict[str, Any]] = {}
     if folder is None or not folder.is_dir():
-        return {}
+        return found
     for dataset, crop, name in find_arrays(folder):
-        about = store.read_attrs(store.join(str(folder), f"{dataset}.zarr", crop, name)).get("connectomics")
-        if isinstance(about, dict):
-            return dict(about)
-    return {}
+        if name not in found:
+            about = store.read_attrs(store.join(str(folder), f"{dataset}.zarr", crop, name)).get("connectomics")
+            if isinstance(about, dict):
+                found[name] = about
+    return found

@@ -111,12 +111,9 @@ def _class_table(states: dict[str, _ClassState]) -> str:
             present = max(0, state.voxels - state.absent - state.unknown)
             shares = [part / state.voxels for part in (present, state.absent, state.unknown)]
             cells = [f'<td class="wide">{charts.bar(shares[0])}</td>']
-            cells += [f'<td class="num">{100 * s:.2g} %</td>' for s in shares]
+            cells += [f'<td class="num">{page.percent(s)}</td>' for s in shares]
         rows.append([f"<th scope=row>{page.text(name)}</th>", f'<td class="num">{state.arrays}</td>', *cells])
     heads = ["class", "<th scope=col class=num>crops</th>", ""]
     heads += [f"<th scope=col class=num>{h}</th>" for h in ("present", "absent", "unknown")]
-    return (
-        "<h3>Classes</h3>"
-        + page.table(heads, rows, kind="bars")
-        + page.hint("Crops that have an array of the class; shares of their voxels, as their attributes count them.")
-    )
+    said = page.hint("Crops that have an array of the class; shares of their voxels, as their attributes count them.")
+    return page.details(f"Classes ({len(rows)})", said + page.table(heads, rows, kind="bars"), is_open=len(rows) <= 12)

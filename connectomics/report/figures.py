@@ -300,7 +300,7 @@ def side_by_side(pictures: Sequence[NDArray[Any]], gap: int = 4) -> Picture:
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------
-def encode(picture: NDArray[np.uint8], quality: int = 80) -> tuple[str, bytes]:
+def encode(picture: NDArray[np.uint8], quality: int = 85) -> tuple[str, bytes]:
     """(MIME type, bytes): opaque pictures as JPEG, transparent ones as PNG (palette where 256 colours are enough)."""
     from PIL import Image
 
@@ -308,13 +308,17 @@ def encode(picture: NDArray[np.uint8], quality: int = 80) -> tuple[str, bytes]:
     if picture.ndim == 2 or picture.shape[2] == 3:
         Image.fromarray(np.ascontiguousarray(picture)).save(stream, "JPEG", quality=quality, optimize=True)
         return "image/jpeg", stream.getvalue()
-    packed = np.ascontiguousarray(picture).view(np.uint32)[..., 0]
-    colors, index = np.unique(packed, return_inverse=True)
-    if len(colors) > 256:
-        Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG", optimize=True)
+    rgba = Image.fromarray(np.ascontiguousarray(picture))
+    found = rgba.getcolors(maxcolors=256)
+    if found is None:
+        rgba.save(stream, "PNG", optimize=True)
         return "image/png", stream.getvalue()
-    table = colors.view(np.uint8).reshape(-1, 4)
-    image = Image.fromarray(index.reshape(packed.shape).astype(np.uint8), "P")
+    table = np.array([color for _, color in found], np.uint8)
+    packed = np.ascontiguousarray(picture).view(np.uint32)[..., 0]
+    index = np.zeros(packed.shape, np.uint8)
+    for k, color in enumerate(table.view(np.uint32)[:, 0]):  # a few colours: faster than sorting the pixels
+        index[packed == color] = k
+    image = Image.fromarray(index, "P")
     image.putpalette(table[:, :3].tobytes())
     image.save(stream, "PNG", optimize=True, transparency=table[:, 3].tobytes())
     return "image/png", stream.getvalue()

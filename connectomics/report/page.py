@@ -85,9 +85,19 @@ def size(n_bytes: float) -> str:
     return ""
 
 
+def percent(share: float) -> str:
+    """A share of 1 in percent: two digits, more only where they are before the point."""
+    value = 100 * share
+    if 0 < value < 0.01:
+        return "< 0.01 %"
+    return f"{value:.0f} %" if value >= 10 or value == 0 else f"{value:.2g} %"
+
+
 def definitions(items: Mapping[str, Any]) -> str:
-    """A list of terms and values (escaped here)."""
-    rows = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in items.items())
+    """A list of terms and values (escaped here); long values get a line of their own."""
+    rows = "".join(
+        f"<div{' class=long' * (len(str(v)) > 44)}><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in items.items()
+    )
     return f'<dl class="facts">{rows}</dl>'
 
 
@@ -105,13 +115,13 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = 
     return f'<div class="scroll"><table class="{kind}">{parts}</table></div>'
 
 
-def details(summary: str, body: str, *, is_open: bool = False, kind: str = "") -> str:
-    """A part that can be folded; ``summary`` and ``body`` are HTML."""
-    state = " open" if is_open else ""
+def details(summary: str, body: str, *, is_open: bool = False, kind: str = "", anchor: str = "") -> str:
+    """A part that can be folded; ``summary`` and ``body`` are HTML, ``anchor`` its id."""
+    state = (f' id="{text(anchor)}"' if anchor else "") + (" open" if is_open else "")
     return f'<details class="{kind}"{state}><summary>{summary}</summary>{body}</details>'
 
 
-def data_uri(picture: NDArray[np.uint8], quality: int = 80) -> str:
+def data_uri(picture: NDArray[np.uint8], quality: int = 85) -> str:
     """A picture (see `figures.encode`) as a ``data:`` address."""
     mime, data = encode(picture, quality)
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"

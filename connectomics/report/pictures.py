@@ -116,7 +116,9 @@ def plane_row(item: Item, plane: Plane, found: Findings, ids: Ids) -> str:
     )
     flat = " flat" if width > 2.2 * height else ""  # a long flat slice needs more of the page's width
     row = f'<div class="row">{"".join(cells)}</div>'
-    return f'<figure class="plane{flat}" style="--n:{len(cells)}"><figcaption>{caption}</figcaption>{row}</figure>'
+    return (
+        f'<figure class="plane{flat}" style="--n:{max(4, len(cells))}"><figcaption>{caption}</figcaption>{row}</figure>'
+    )
 
 
 def _picture(kind: str, about: str, width: float, height: float, content: str) -> str:
@@ -129,10 +131,10 @@ def _image(uri: str, width: float, height: float, attributes: str) -> str:
     return f'<image {attributes} width="{width:.6g}" height="{height:.6g}" preserveAspectRatio="none" href="{uri}"/>'
 
 
-def scale_bar(width: float, height: float) -> str:
-    """A scale bar with its length, in a picture of ``width`` x ``height`` nm."""
+def scale_bar(width: float, height: float, lettering: float = 1.0) -> str:
+    """A scale bar with its length, in a picture of ``width`` x ``height`` nm; ``lettering`` scales its thickness."""
     length = figures.scale_bar_length(width)
-    unit = min(width, 3 * height) / 100  # lettering in flat slices must still fit
+    unit = lettering * min(width, 3 * height) / 100  # lettering in flat slices must still fit
     x, y = 4 * unit, height - 4 * unit
     return (
         f'<g class="scale"><rect x="{x:.6g}" y="{y - 1.5 * unit:.6g}" width="{length:g}" height="{1.5 * unit:.6g}" '

@@ -19,7 +19,7 @@ import yaml
 from connectomics import __version__
 from connectomics.errors import MetadataError, MissingError
 from connectomics.report import charts, page
-from connectomics.report.crops import first_attributes
+from connectomics.report.crops import attributes_by_class
 from connectomics.report.scores import Scores, load_json
 from connectomics.report.sources import ReportSources
 
@@ -34,35 +34,55 @@ _TIMES = {
 
 # -- what was run ------------------------------------------------------------------------------------------------------
 def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
-    """Facts about configuration, weights, decoding, submission, machine and code."""
+    """Facts about the run, its predictions, the submission and its score, and the software, in four groups."""
     lines: list[str] = []
-    facts: dict[str, Any] = {"report written": f"{page.now()} by connectomics {__version__}"}
+    groups: dict[str, dict[str, Any]] = {
+        "Run": _run_facts(sources, lines),
+        "Prediction": _artefact_facts(sources),
+        "Submission and score": _submission_facts(sources, table, lines),
+        "Software and machine": {
+            "report": f"connectomics {__version__}, {page.now()}",
+            **(environment() if sources.environment is None else sources.environment),
+        },
+    }
+    cards = "".join(
+        f'<div class="card"><h3>{page.text(name)}</h3>{page.definitions(facts)}</div>'
+        for name, facts in groups.items()
+        if facts
+    )
+    body = "".join(page.note(line) for line in lines) + f'<div class="cards">{cards}</div>' + _decoding(sources)
+    return page.Section("what", "What was run", body)
+
+
+def _run_facts(sources: ReportSources, lines: list[str]) -> dict[str, Any]:
     if sources.run_dir is None:
         lines.append("No run folder was given, so configuration and training are not shown.")
-    elif not sources.run_dir.is_dir():
+        return {}
+    if not sources.run_dir.is_dir():
         lines.append(f"The run folder {sources.run_dir} is not there.")
-    else:
-        facts["run"] = sources.run_dir.name
-        config = _config(sources.run_dir)
-        if config is None:
-            lines.append(f"There is no config.yaml in {sources.run_dir}.")
-        else:
-            written = datetime.fromtimestamp((sources.run_dir / "config.yaml").stat().st_mtime).astimezone()
-            facts["run started"] = written.strftime("%Y-%m-%d %H:%M %Z")
-            facts |= _config_facts(config)
-    facts |= _artefact_facts(sources)
-    if sources.submission is not None:
-        if sources.submission.is_file():
-            facts["submission"] = f"{sources.submission.name}, {page.size(sources.submission.stat().st_size)}"
-            facts["submission SHA-256"] = _sha256(sources.submission)
-        elif not sources.submission.exists():
-            lines.append(f"The submission {sources.submission} is not there.")
+        return {}
+    config = _config(sources.run_dir)
+    if config is None:
+        lines.append(f"There is no config.yaml in {sources.run_dir}.")
+        return {"folder": sources.run_dir.name}
+    written = datetime.fromtimestamp((sources.run_dir / "config.yaml").stat().st_mtime).astimezone()
+    return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **_config_facts(config)}
+
+
+def _submission_facts(sources: ReportSources, table: Scores | None, lines: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if sources.submission is not None and sources.submission.is_file():
+        facts["file"] = f"{sources.submission.name}, {page.size(sources.submission.stat().st_size)}"
+        facts["SHA-256"] = _sha256(sources.submission)
+    elif sources.submission is not None and not sources.submission.exists():
+        lines.append(f"The submission {sources.submission} is not there.")
     if table is not None:
-        facts["scored by"] = f"challenge rules {table.rules}" + ("" if table.verified else ", not verified")
+        facts["rules"] = table.rules + ("" if table.verified else ", not verified against the official scorer")
+        crops = {r.crop for r in table.results}
+        facts["scored"] = f"{len(table.results)} labels in {len(crops)} crops"
     if sources.baseline_scores is not None:
-        facts["baseline"] = sources.baseline_name
-    facts |= dict(environment() if sources.environment is None else sources.environment)
-    return page.Section("what", "What was run", page.definitions(facts) + "".join(page.note(line) for line in lines))
+        facts["compared with"] = sources.baseline_name
+    return facts
 
 
 def environment() -> dict[str, str]:
@@ -121,27 +141,41 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> str:
-    if name == "voxel size" and isinstance(value, list):
-        return f"{page.nm(value)} nm (z, y, x)"
-    if name == "patch" and isinstance(value, list):
-        return " × ".join(str(v) for v in value)
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) for v in value):
+        return page.nm(value) + (" nm" if name in ("voxel size", "voxel_size") else "")
     return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
 def _artefact_facts(sources: ReportSources) -> dict[str, Any]:
     """What predictions and labels say of themselves."""
     facts: dict[str, Any] = {}
-    labels, predictions = first_attributes(sources.labels), first_attributes(sources.predictions)
+    labels, predictions = (
+        next(iter(attributes_by_class(folder).values()), {}) for folder in (sources.labels, sources.predictions)
+    )
     made_from = labels.get("source")
     model = predictions.get("model") or (made_from.get("model") if isinstance(made_from, Mapping) else None)
     if isinstance(model, Mapping):
         for key, value in model.items():
             if not isinstance(value, (Mapping, list)) or (isinstance(value, list) and len(value) <= 16):
-                facts[f"prediction: {str(key).replace('_', ' ')}"] = _plain("", value)
+                facts[str(key).replace("_", " ")] = _plain(str(key), value)
     versions = {str(a["version"]) for a in (labels, predictions) if "version" in a}
     if versions - {__version__}:
         facts["artefacts written by"] = f"connectomics {', '.join(sorted(versions))}"
     return facts
+
+
+def _decoding(sources: ReportSources) -> str:
+    """The parameters with which each class was decoded, folded."""
+    chosen = {name: about["decode"] for name, about in attributes_by_class(sources.labels).items() if "decode" in about}
+    if not chosen:
+        return ""
+    keys = list(dict.fromkeys(key for parameters in chosen.values() for key in parameters))
+    rows = [
+        [f"<th scope=row>{page.text(name)}</th>", *(page.text(parameters.get(key, "–")) for key in keys)]
+        for name, parameters in sorted(chosen.items())
+    ]
+    table = page.table(["class", *(page.text(key.replace("_", " ")) for key in keys)], rows)
+    return page.details(f"Decoding parameters of {len(rows)} classes", table)
 
 
 def _sha256(path: Path) -> str:
@@ -208,14 +242,14 @@ def _loss_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> 
     series = _series(columns, name, "train", by, strong=True) + _series(columns, "val/loss", "validation", by)
     parts = [n for n in columns if n.startswith("train/") and n.lower().endswith("loss") and n != name]
     for part in parts[:6]:
-        series += _series(columns, part, part.removeprefix("train/"), by)
+        series += _series(columns, part, part.removeprefix("train/").removesuffix("Loss"), by)
     return charts.line_chart(series, "Training loss", label) if series else ""
 
 
 def _dice_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
     series = _series(columns, "val/dice", "all classes", 0, strong=True)
     for name in columns:
-        if name.startswith("val/") and name.endswith("/dice"):
+        if name.startswith("val/") and name.endswith("/dice") and name != "val/dice":
             series += _series(columns, name, name.removeprefix("val/").removesuffix("/dice"), 0)
     return charts.line_chart(series, "Validation Dice, whole crops", "epoch", (0.0, 1.0)) if series else ""
 

@@ -174,7 +174,9 @@ def headline(scores: Scores | None, baseline: Scores | None, baseline_name: str 
 
 
 # -- the section -------------------------------------------------------------------------------------------------------
-def section(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str]) -> page.Section:
+def section(
+    scores: Scores, baseline: Scores | None, datasets: Mapping[str, str], baseline_name: str = "baseline"
+) -> page.Section:
     """Tables by class and by crop. ``datasets`` gives the data set of a crop where it is known."""
     verified = "" if scores.verified else " (not verified against the official scorer)"
     missing = sum(r.is_missing for r in scores.results)
@@ -188,11 +190,12 @@ def section(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str]
             f"over what was submitted the overall score is {overall}.</p>"
         )
     lines += [page.note(w) for w in scores.warnings]
-    body = "".join(lines) + _class_table(scores, baseline) + _crop_table(scores, baseline, datasets)
+    body = "".join(lines) + _class_table(scores, baseline, baseline_name)
+    body += _crop_table(scores, baseline, datasets, baseline_name)
     return page.Section("scores", "Scores", body)
 
 
-def _class_table(scores: Scores, baseline: Scores | None) -> str:
+def _class_table(scores: Scores, baseline: Scores | None, baseline_name: str) -> str:
     parts = []
     for is_instance, title in ((True, "Classes scored as instances"), (False, "Classes scored by voxels")):
         chosen = {n: e for n, e in scores.classes.items() if ("combined_score" in e) == is_instance}
@@ -200,7 +203,7 @@ def _class_table(scores: Scores, baseline: Scores | None) -> str:
             continue
         key = "combined_score" if is_instance else "iou"
         extra = ["F1", "distance"] if is_instance else []
-        heads = ["class", "", "score", *(["baseline"] if baseline else []), *extra, "tp", "fp", "fn"]
+        heads = ["class", "", "score", *([baseline_name] if baseline else []), *extra, "tp", "fp", "fn"]
         rows = []
         for name, entry in sorted(chosen.items(), key=lambda item: -float(item[1][key])):
             other = _number(baseline.classes.get(name, {}).get(key)) if baseline else None
@@ -216,14 +219,14 @@ def _class_table(scores: Scores, baseline: Scores | None) -> str:
                     *(f'<td class="num">{c}</td>' for c in cells),
                 ]
             )
-        marks = " The mark on a bar is the baseline." if baseline else ""
+        marks = f" The mark on a bar is the {baseline_name}." if baseline else ""
         unit = "tp, fp, fn count objects." if is_instance else "tp, fp, fn count voxels."
-        head = [h if not h or h == "class" else f"<th scope=col class=num>{h}</th>" for h in heads]
+        head = [h if not h or h == "class" else f"<th scope=col class=num>{page.text(h)}</th>" for h in heads]
         parts.append(f"<h3>{title}</h3>" + page.table(head, rows, kind="bars") + page.hint(unit + marks))
     return "".join(parts)
 
 
-def _crop_table(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str]) -> str:
+def _crop_table(scores: Scores, baseline: Scores | None, datasets: Mapping[str, str], baseline_name: str) -> str:
     crops = scores.by_crop()
     if not crops:
         return page.note("The scores name no crop.")
@@ -241,12 +244,17 @@ def _crop_table(scores: Scores, baseline: Scores | None, datasets: Mapping[str, 
             row.append(f'<td class="num">{page.score(mean_score(base[crop]) if crop in base else None)}</td>')
         row += [_cell(found.get(name)) for name in names]
         rows.append(row)
-    heads = ["crop", *(f"<th scope=col class=num>{h}</th>" for h in ("mean", *(["baseline"] if baseline else [])))]
+    heads = [
+        "crop",
+        *(f"<th scope=col class=num>{h}</th>" for h in ("mean", *([page.text(baseline_name)] if baseline else []))),
+    ]
     heads += [f'<th scope=col class="num">{page.text(n)}</th>' for n in names]
     return (
         "<h3>Crops, worst first</h3>"
         + page.table(heads, rows, kind="matrix")
-        + page.hint("Each number is the class's score from that crop alone; the mean is over the crop's classes.")
+        + page.hint(
+            "Each number is the class's score from that crop alone; the mean is over its classes. * not submitted"
+        )
     )
 
 
@@ -263,7 +271,12 @@ def _cell(result: LabelResult | None) -> str:
 
 def crop_anchor(crop: str) -> str:
     """The id of a crop's part of the page."""
-    return "crop-" + "".join(c if c.isalnum() else "-" for c in crop)
+    return f"crop-{plain_id(crop)}"
+
+
+def plain_id(name: str) -> str:
+    """A name as it may stand in an id."""
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 def result_text(result: LabelResult) -> str:

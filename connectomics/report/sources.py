@@ -62,7 +62,7 @@ class ReportOptions:
     max_pictures: int = 48
     picture_size: int = 384
     viewers: int = 4
-    max_voxels: int = 1 << 28
+    max_voxels: int = 1 << 27
     max_arrays: int = 2000
 
     def __post_init__(self) -> None:

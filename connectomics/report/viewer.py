@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.geometry import VoxelGrid
+from connectomics.io.multiscale import Multiscale
 from connectomics.report import figures, page
 from connectomics.report.pictures import scale_bar
 from connectomics.report.volumes import Item
@@ -20,43 +21,58 @@ _MOST_SLICES = 16
 _MOST_CLASSES = 12
 
 
-def viewer(items: Sequence[Item]) -> str:
-    """The viewer of one crop's items (all of one data set); empty where there is no raw or only one slice."""
+def viewer(items: Sequence[Item], chosen: int, start: float) -> str:
+    """The viewer of one crop's items (all of one data set), opened at item ``chosen`` near z = ``start`` nm.
+
+    Empty where there is no raw or only one slice.
+    """
     raw = items[0].raw
-    shown = items[:_MOST_CLASSES]
+    shown = list(items[:_MOST_CLASSES])
+    chosen = min(chosen, len(shown) - 1)
     grid = common_grid(shown)
     positions = slice_positions(grid.shape[0])
     if raw is None or len(positions) < 2:
         return ""
     layers = [grid.crop((z, 0, 0), (1, *grid.shape[1:])) for z in positions]
-    slices = [raw.read_raw(layer) for layer in layers]
-    values = np.concatenate([v[0] for v, _ in slices])
-    inside = np.concatenate([there[0] for _, there in slices])
-    gray = np.where(inside, figures.to_gray(values, figures.contrast_limits(values, inside)), 40).astype(np.uint8)
+    heights = [float(layer.translation[0]) for layer in layers]
+    first = int(np.argmin(np.abs(np.subtract(heights, start))))
     width, height = grid.shape[2] * grid.voxel_size[2], grid.shape[1] * grid.voxel_size[1]
     tall = height * len(layers)
-    images = [_image(page.data_uri(gray, 75), width, tall, "")]
+    images = [_image(page.data_uri(_gray(raw, layers), 75), width, tall, "")]
     for k, item in enumerate(shown):
-        hidden = "" if k == 0 else " hidden"
+        hidden = "" if k == chosen else " hidden"
         for kind, sprite in (("truth", _truth(item, layers)), ("prediction", _prediction(item, layers))):
             if sprite is not None:
                 attributes = f'class="over {kind}" data-class="{k}"{hidden}'
                 images.append(_image(page.data_uri(sprite), width, tall, attributes))
-    at = page.number(float(layers[len(layers) // 2].translation[0]))
-    options = "".join(f'<option value="{k}">{page.text(i.class_name)}</option>' for k, i in enumerate(shown))
-    heights = ",".join(page.number(float(layer.translation[0])) for layer in layers)
-    middle = len(layers) // 2
-    window = f"0 {middle * height:.6g} {width:.6g} {height:.6g}"
-    return (
-        f'<figure class="viewer" data-z="{heights}" data-height="{height:.6g}" data-width="{width:.6g}">'
-        f'<svg viewBox="{window}" role="img" aria-label="slices of {page.text(items[0].crop)}">{"".join(images)}'
-        f'<g class="fixed" transform="translate(0 {middle * height:.6g})">{scale_bar(width, height)}</g></svg>'
-        f'<figcaption><label>slice <input type="range" min="0" max="{len(layers) - 1}" value="{middle}" '
-        f'class="z" aria-label="slice"></label> <output>z = {at} nm</output>'
-        f'<label>class <select aria-label="class">{options}</select></label>'
-        f"{_toggle('truth')}{_toggle('prediction')}"
-        "</figcaption></figure>"
+    scale = f'<g class="fixed" transform="translate(0 {first * height:.6g})">{scale_bar(width, height, 0.5)}</g>'
+    window = f"0 {first * height:.6g} {width:.6g} {height:.6g}"
+    label = f'role="img" aria-label="slices of {page.text(items[0].crop)}"'
+    drawing = f'<svg viewBox="{window}" {label}>{"".join(images)}{scale}</svg>'
+    data = f'data-z="{",".join(map(page.number, heights))}" data-height="{height:.6g}" data-width="{width:.6g}"'
+    controls = _controls(shown, chosen, heights, first)
+    return f'<figure class="viewer" {data}>{drawing}<figcaption>{controls}</figcaption></figure>'
+
+
+def _controls(shown: Sequence[Item], chosen: int, heights: Sequence[float], first: int) -> str:
+    options = "".join(
+        f'<option value="{k}"{" selected" * (k == chosen)}>{page.text(item.class_name)}</option>'
+        for k, item in enumerate(shown)
     )
+    slider = f'<input type="range" class="z" aria-label="slice" min="0" max="{len(heights) - 1}" value="{first}">'
+    return (
+        f"<label>slice {slider}</label><output>z = {page.number(heights[first])} nm</output>"
+        f'<label>class <select aria-label="class">{options}</select></label>{_toggle("truth")}{_toggle("prediction")}'
+    )
+
+
+def _gray(raw: Multiscale, layers: Sequence[VoxelGrid]) -> NDArray[np.uint8]:
+    """Raw of all slices, one below the other, with one contrast; dark where there is none."""
+    slices = [raw.read_raw(layer) for layer in layers]
+    values = np.concatenate([v[0] for v, _ in slices])
+    inside = np.concatenate([there[0] for _, there in slices])
+    gray = figures.to_gray(values, figures.contrast_limits(values, inside))
+    return np.where(inside, gray, np.uint8(40))
 
 
 def common_grid(items: Sequence[Item]) -> VoxelGrid:

@@ -208,7 +208,8 @@ class Findings:
     """What one walk through truth and prediction found.
 
     Attributes:
-        position: voxel (z, y, x) whose three planes hold most errors (most truth, or prediction, where there are none).
+        position: voxel (z, y, x) whose planes hold most errors and most truth, both counted alike as shares of the most
+            that a plane holds (without truth: most prediction); the middle where there is nothing.
         tp, fp, fn, unknown: voxels. share: the part of the volume that was looked at.
         partner: the true object that a predicted one overlaps most. matched: pairs (truth, prediction) that are each
             other's largest overlap.
@@ -224,19 +225,19 @@ class Findings:
     matched: dict[int, int] = field(default_factory=dict)
 
 
-def examine(item: Item, most_voxels: int = 1 << 28) -> Findings:
+def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
     """Walk through an item in blocks; beyond ``most_voxels`` only evenly spread slabs along z are looked at."""
     found = Findings()
-    sums = [[np.zeros(n, np.float64) for n in item.grid.shape] for _ in range(2)]  # errors; anything at all
+    sums = [[np.zeros(n, np.float64) for n in item.grid.shape] for _ in range(2)]  # errors; truth
     pairs: dict[tuple[int, int], int] = {}
     looked = 0
     for begin, block in _blocks(item.grid, most_voxels):
         looked += block.size
         true, found_ids, known = read_pair(item, block)
         errors = ((true != 0) != (found_ids != 0)) & known
-        anything = ((true != 0) | (found_ids != 0)) & known
+        there = (true != 0) & known
         _count(found, true, found_ids, known)
-        for mask, target in zip((errors, anything), sums, strict=True):
+        for mask, target in zip((errors, there), sums, strict=True):
             for axis in range(3):
                 others = tuple(a for a in range(3) if a != axis)
                 target[axis][begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
@@ -245,9 +246,7 @@ def examine(item: Item, most_voxels: int = 1 << 28) -> Findings:
                 if t and p:
                     pairs[t, p] = pairs.get((t, p), 0) + n
     found.share = looked / item.grid.size if item.grid.size else 1.0
-    errors_by_axis = sums[0] if sums[0][0].any() else sums[1]
-    # the middle wins a tie, and an empty crop shows its middle
-    position = [_peak(profile) for profile in errors_by_axis]
+    position = [_peak(_share(e) + _share(t)) for e, t in zip(*sums, strict=True)]
     found.position = (position[0], position[1], position[2])
     found.partner, found.matched = _match(pairs)
     return found
@@ -281,7 +280,12 @@ def _count(found: Findings, true: NDArray[Any], predicted: NDArray[Any], known: 
     found.unknown += known.size - int(np.count_nonzero(known))
 
 
+def _share(profile: NDArray[np.float64]) -> NDArray[np.float64]:
+    return profile / max(float(profile.max(initial=0.0)), 1.0)
+
+
 def _peak(profile: NDArray[np.float64]) -> int:
+    """Where it is largest; of several such places the one nearest to the middle."""
     best = np.flatnonzero(profile == profile.max(initial=0.0))
     middle = len(profile) / 2
     return int(best[np.argmin(np.abs(best - middle))]) if len(best) else 0

@@ -14,6 +14,14 @@
     });
   }
 
+  // a link to a folded class unfolds it
+  const unfold = () => {
+    const part = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    if (part && part.tagName === "DETAILS") part.open = true;
+  };
+  addEventListener("hashchange", unfold);
+  unfold();
+
   // a picture, large: the raw image is shared between pictures by reference, so it is copied in beside its layers
   const dialog = document.getElementById("large");
   for (const picture of all(".pic")) {

@@ -1,0 +1,126 @@
+"""Pictures of slices from plain arrays."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from connectomics.errors import InputError
+from connectomics.report import figures
+
+SQUARE = np.zeros((8, 10), np.uint8)
+SQUARE[2:6, 3:8] = 1
+
+
+def test_an_error_map_says_of_every_voxel_what_became_of_it() -> None:
+    truth = np.array([[0, 0, 1, 1, 1, 1]])
+    found = np.array([[0, 1, 0, 1, 1, 1]])
+    known = np.array([[True, True, True, True, True, False]])
+    wrong = np.array([[True, True, True, False, True, True]])
+    assert figures.error_map(truth, found, known, wrong).tolist() == [
+        [figures.NEITHER, figures.FP, figures.FN, figures.TP, figures.WRONG, figures.NOT_KNOWN]
+    ]
+    with pytest.raises(InputError, match="one shape"):
+        figures.error_map(truth, found[:, 1:])
+
+
+def test_nothing_unknown_is_ever_an_error() -> None:
+    rng = np.random.default_rng(0)
+    truth, found, known = (rng.integers(0, 2, (20, 20)) for _ in range(3))
+    errors = figures.error_map(truth, found, known)
+    assert set(np.unique(errors[known == 0])) == {figures.NOT_KNOWN}
+    assert not np.any(errors[known == 1] == figures.NOT_KNOWN)
+
+
+def test_truth_prediction_agreement_and_wrong_objects_have_different_colours() -> None:
+    colors = {tuple(c) for c in figures.ERROR_COLORS[:, :3].tolist()}
+    assert len(colors) == len(figures.ERROR_COLORS) == len(figures.ERROR_NAMES)
+
+
+def test_regions_are_filled_faintly_and_edged_opaquely() -> None:
+    layer = figures.label_layer(SQUARE, figures.TRUTH)
+    assert layer[0, 0].tolist() == [0, 0, 0, 0]
+    assert layer[2, 3].tolist() == [*figures.TRUTH, 255]
+    assert 0 < layer[4, 5, 3] < 255
+    touching = np.array([[1, 1, 2, 2]])
+    assert figures.edges(touching).tolist() == [[False, True, True, False]]
+
+
+def test_objects_next_to_each_other_in_number_differ_in_colour() -> None:
+    colors = figures.object_colors(np.arange(30))
+    assert colors[0].tolist() == [0, 0, 0]
+    assert all((colors[i] != colors[i + 1]).any() for i in range(1, 29))
+
+
+def test_an_overlay_of_full_opacity_shows_the_layer_and_of_none_the_picture() -> None:
+    gray = np.full(SQUARE.shape, 100, np.uint8)
+    layer = figures.label_layer(SQUARE, figures.PREDICTION, fill=255)
+    assert figures.overlay(gray, layer)[4, 5].tolist() == list(figures.PREDICTION)
+    assert np.all(figures.overlay(gray, layer, opacity=0) == 100)
+    with pytest.raises(InputError, match="H, W, 4"):
+        figures.overlay(gray, layer[:4])
+
+
+@pytest.mark.parametrize(("extent", "length"), [(1000, 200), (800, 200), (750, 200), (64, 10), (17000, 5000)])
+def test_scale_bars_have_round_lengths(extent: float, length: float) -> None:
+    assert figures.scale_bar_length(extent) == length
+
+
+def test_a_scale_bar_is_as_long_as_it_says() -> None:
+    marked = figures.scale_bar(np.zeros((200, 250), np.uint8), pixel_nm=4.0, text=False)
+    white = np.count_nonzero(marked[..., 0] == 255, axis=1)
+    assert white.max() == figures.scale_bar_length(1000) / 4
+    assert figures.length_text(500) == "500 nm"
+    assert figures.length_text(2000) == "2 µm"
+
+
+def test_grey_values_are_stretched_between_percentiles_of_what_is_there() -> None:
+    values = np.linspace(0, 255, 1001).reshape(7, 143)
+    inside = values > 50
+    low, high = figures.contrast_limits(values, inside, cut=0)
+    assert low == pytest.approx(values[inside].min(), rel=1e-6)
+    gray = figures.to_gray(values, (low, high))
+    assert gray.min() == 0
+    assert gray.max() == 255
+    assert figures.contrast_limits(np.zeros(0)) == (0.0, 1.0)
+    assert np.all(figures.to_gray(np.full((3, 3), 7.0)) < 255)
+
+
+def test_a_panel_keeps_true_proportions() -> None:
+    raw = np.random.default_rng(0).random((20, 40))
+    labels = np.zeros((20, 40), np.uint8)
+    labels[5:15, 10:30] = 1
+    made = figures.panel(raw, labels, labels, pixel_nm=(50.0, 4.6), longest=100)
+    height, width = made.shape[:2]
+    assert height == 100
+    assert width == 4 * round(40 * 4.6 / (20 * 50) * 100) + 3 * 4
+    assert made.dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["labels", "probability"])
+def test_transparent_pictures_survive_encoding(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    layer = (
+        figures.heat_layer(rng.random((30, 20))) if kind == "probability" else figures.label_layer(SQUARE, (1, 2, 3))
+    )
+    mime, data = figures.encode(layer)
+    assert mime == "image/png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data)).convert("RGBA")), layer)
+
+
+def test_pictures_of_many_colours_survive_encoding_too() -> None:
+    picture = np.random.default_rng(0).integers(0, 255, (40, 40, 4), dtype=np.uint8)
+    _, data = figures.encode(picture)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), picture)
+    assert figures.encode(picture[..., :3])[0] == "image/jpeg"
+
+
+def test_the_figures_need_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, connectomics.report.figures; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "matplotlib", "monai", "numba", "skimage"} & set(loaded)
