@@ -257,8 +257,6 @@ def _array(archive: Archive, entry: TableEntry, path: str, reference: Archive | 
             Finding("error", "rank", path, f"shape {array.shape}", f"three axes, {entry.grid.shape}",
                     "remove the other axes")
         ]  # fmt: skip
-    if array.dtype.kind not in "buif":
-        return [Finding("error", "dtype", path, f"type {array.dtype}", "unsigned integers", "export it again")]
     if math.prod(array.shape) > MAX_VOXEL_RATIO * entry.grid.size:
         what = f"{math.prod(array.shape)} voxels, {math.prod(array.shape) / entry.grid.size:.0f} times the crop's"
         expected = f"at most {MAX_VOXEL_RATIO} times {entry.grid.size}"

@@ -201,6 +201,20 @@ def test_empty_and_full_volumes(method):
     assert semantic_to_instance(np.zeros((0, 5, 6), bool), 0, method).shape == (0, 5, 6)
 
 
+def test_filling_and_filtering_take_boolean_and_empty_volumes_and_refuse_the_rest():
+    hollow = np.ones((5, 5, 5), bool)
+    hollow[2, 2, 2] = False
+    assert fill_holes(hollow).dtype == bool
+    assert fill_holes(hollow).all()
+    assert fill_holes(np.zeros((0, 3, 3), np.uint8)).shape == (0, 3, 3)
+    with pytest.raises(InputError, match="found float64 of shape"):
+        fill_holes(np.zeros((3, 3, 3)))
+    with pytest.raises(InputError, match="6, 18 or 26"):
+        fill_holes(hollow, connectivity=4)
+    with pytest.raises(InputError, match=r"between 0 and 2\^64"):
+        narrowest_unsigned(2**64)
+
+
 def test_nan_is_background():
     mask = np.full((3, 3, 3), np.nan, np.float32)
     mask[1, 1, 1] = 0.7

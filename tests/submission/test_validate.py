@@ -416,6 +416,27 @@ def test_corrupt_chunks_are_named(tmp_path, good):
         assert "crop7/er/0.0.0" in str(findings[0])
 
 
+def test_damage_to_the_zip_itself_is_found(tmp_path, good):
+    path = pack(tmp_path / "s.zip", good)
+    data = path.read_bytes()
+    at = data.index(good["crop7/er/0.0.0"])
+    path.write_bytes(data[:at] + bytes(b ^ 255 for b in data[at : at + 20]) + data[at + 20 :])
+    (finding,) = validate_submission(path, TABLE)
+    assert finding.rule == "corrupt"
+    assert "crop7/er/0.0.0 cannot be read (Bad CRC-32" in str(finding)
+    path.write_bytes(data[:-30])
+    assert rules(validate_submission(path, TABLE)) == ["not-a-zip"]
+
+
+def test_an_encrypted_file_stops_the_check(tmp_path, good):
+    path = pack(tmp_path / "s.zip", good)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"PK\x01\x02")
+    data[at + 8] |= 1
+    path.write_bytes(data)
+    assert rules(validate_submission(path, TABLE)) == ["encrypted"]
+
+
 def test_a_chunk_that_claims_to_be_huge_costs_no_memory(tmp_path, good):
     """A Zstandard frame whose header says 2^40 bytes."""
     bomb = b"\x28\xb5\x2f\xfd" + bytes([0b11100000]) + (2**40).to_bytes(8, "little") + b"\x01\x00\x00"
