@@ -47,5 +47,5 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from connectomics.cellmap.phantom import PhantomOptions, make_phantom
 
     out = tmp_path_factory.mktemp("phantom") / "root"
-    make_phantom(out, PhantomOptions.preset("tiny"))
+    make_phantom(out, PhantomOptions(preset="tiny"))
     return out

@@ -40,7 +40,11 @@ def imports_of(file: Path) -> set[str]:
 
 
 def test_every_room_has_a_floor() -> None:
-    rooms = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    rooms = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").exists()
+    }
     assert rooms - {"__init__", "__main__"} == set(FLOORS)
 
 

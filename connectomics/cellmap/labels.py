@@ -11,6 +11,11 @@ is left is unknown. Averages of intervals are intervals, so resampling is exact,
 A class's own array always wins where it says something; bounds only narrow what it leaves unknown. In the end a voxel
 is **present** where ``lo >= 1/2``, **absent** where ``hi < 1/2``, and **unknown** in between: nothing that could
 still be the larger part is ever called absent.
+
+Labels are always read from the finest level. How the coarser levels of a label pyramid were made is not in its metadata
+(taking every second voxel, as many writers do, shifts them by up to half a voxel against the raw), and a mask that was
+rounded once and then again at a voxel size that does not divide the first is off by a fifth of a voxel even if it was
+made well. The crop cache makes this a cost that is paid once.
 """
 
 from __future__ import annotations
@@ -136,7 +141,7 @@ def read_instances(
     if class_name not in crop.labels:
         raise unknown_name("class", class_name, crop.labels, crop.key)
     label = crop.labels[class_name]
-    values, inside = label.source.read_nearest(grid)
+    values, inside = label.source.read_nearest(grid, level=0)
     present, known = label.annotation.decode(values)
     known &= inside
     unsigned = values.astype(np.uint64 if values.dtype.itemsize > 4 else np.uint32)
@@ -163,8 +168,7 @@ def _block_shape(arrays: Mapping[str, LabelArray], grid: VoxelGrid) -> tuple[int
     """Target voxels worked on at once, so that no array gives more than `_SOURCE_VOXELS` for them."""
     most = 1.0  # source voxels in one target voxel
     for label in arrays.values():
-        level = label.source.levels[label.source.level_for(grid.voxel_size)]
-        most = max(most, float(np.prod(np.maximum(1.0, np.divide(grid.voxel_size, level.grid.voxel_size)))))
+        most = max(most, float(np.prod(np.maximum(1.0, np.divide(grid.voxel_size, label.grid.voxel_size)))))
     edge = int(np.clip((_SOURCE_VOXELS / most) ** (1 / 3), 8, 64))
     return edge, edge, edge
 
@@ -178,16 +182,15 @@ def _says_everything(crop: Crop, name: str) -> bool:
 
 def _read_interval(label: LabelArray, block: VoxelGrid) -> Interval:
     """Bounds of the class's share of every voxel of ``block``, from its own array alone."""
-    source = label.source
-    level = source.levels[source.level_for(block.voxel_size)]
-    part = level.grid.slices(block.box)
+    grid = label.grid
+    part = grid.slices(block.box)
     shape = [s.stop - s.start for s in part]
     if min(shape) == 0:
         return np.zeros(block.shape, np.float32), np.ones(block.shape, np.float32)
     begin = [s.start for s in part]
-    values, _ = source.read_level(source.levels.index(level), begin, shape)
+    values, _ = label.source.read_level(0, begin, shape, absent_is_missing=False)
     present, known = label.annotation.decode(values)
-    part_grid = level.grid.crop(begin, shape)
+    part_grid = grid.crop(begin, shape)
     coverage = resample.area_coverage(part_grid, block)
     lo = resample.area_fraction(present, part_grid, block) * coverage
     absent = resample.area_fraction(known & ~present, part_grid, block) * coverage

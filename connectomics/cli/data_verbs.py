@@ -13,7 +13,8 @@ from connectomics.cli import show
 
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to make: a data root, test_crops.csv and truth.zarr.")],
-    size: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
+    preset: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
+    size: Annotated[float | None, typer.Option(help="Extent of each data set, nm; default: the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed is another cell.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT where it exists.")] = False,
 ) -> None:
@@ -23,13 +24,16 @@ def phantom(
 
       pytc phantom data/phantom
 
-      pytc phantom /scratch/phantom --size tiny --seed 7
+      pytc phantom /scratch/phantom --preset tiny --seed 7
     """
     from connectomics.cellmap.phantom import PhantomOptions, make_phantom
 
     with show.stage(f"making the phantom {out}"):
-        info = make_phantom(out, PhantomOptions.preset(size, seed=seed, overwrite=overwrite))
-    print(info)
+        info = make_phantom(out, PhantomOptions(seed=seed, preset=preset, size_nm=size, overwrite=overwrite))
+    for crop in info.crops:
+        part = "test    " if crop.test else "training"
+        print(f"  {part} {crop.dataset}/{crop.name}: {crop.grid}, {len(crop.voxels)} classes")
+    print(f"data root {info.root}, crop table {info.crop_table}, truth {info.truth}")
 
 
 def describe(

@@ -75,7 +75,7 @@ class Way:
 
         with show.stage("decoding", self.timings):
             decode_predictions(self.out / "predictions", self.out / "labels", decoding)
-        self.export(self.out / "labels", self.out / "submission.zip")
+        self.export(self.out / "labels", self.out / "submission.zip", self.out / "predictions")
         scores = self.score(self.out / "submission.zip", self.out)
         with show.stage("the intensity threshold to compare with", self.timings, "baseline"):
             self.baseline(decoding)
@@ -86,13 +86,14 @@ class Way:
 
     def train(self) -> Path:
         """Train; the checkpoint to predict with."""
+        from connectomics.errors import InputError
         from connectomics.lightning.train import train
 
         with show.stage("training", self.timings):
             result = train(self.config, self.out / "run")
-        checkpoint = result.best_checkpoint or result.last_checkpoint
-        assert checkpoint is not None, "training ends with a checkpoint"
-        return Path(checkpoint)
+        if result.checkpoint is None:
+            raise InputError("training left no checkpoint; set checkpoint.save_last=true or checkpoint.save_top_k=1")
+        return result.checkpoint
 
     def selected(self) -> CropTable:
         """The table's rows of the classes that were trained."""
@@ -108,16 +109,14 @@ class Way:
             targets = targets_of(self.config, crop_table=self.selected())
             predict_cellmap_crops(None, self.config, checkpoint, self.out / "predictions", targets=targets)
 
-    def export(self, labels: Path, submission: Path) -> None:
+    def export(self, labels: Path, submission: Path, probabilities: Path | None = None) -> None:
         """Pack and check; errors of the check end the demo."""
         from connectomics.errors import InputError
         from connectomics.submission import export_submission
 
         table = self.selected()
         with show.stage(f"packing {submission}", self.timings, f"packing {submission.parent.name}"):
-            result = export_submission(
-                labels, submission, self.config.dataset.classes, sorted({e.dataset for e in table}), crops=table
-            )
+            result = export_submission(labels, submission, crops=table, probabilities_dir=probabilities)
         if result.has_errors:
             raise InputError(f"the submission {submission} would be refused: {result.summary()}")
 
@@ -167,16 +166,18 @@ class Way:
             build_report(
                 self.out / "report.html",
                 ReportSources(
-                    run_dir=self.out / "run",
-                    data_root=self.root,
+                    title=f"{self.config.name}: from data to score",
+                    run=self.out / "run",
+                    data_root=str(self.root),
                     crop_table=self.out / "crops.csv",
                     truth=self.truth,
                     labels=self.out / "labels",
-                    predictions=self.out / "predictions",
+                    probabilities=self.out / "predictions",
                     submission=self.out / "submission.zip",
                     scores=self.out / "scores.json",
                     baseline_scores=self.out / "baseline/scores.json",
-                    timings=self.timings,
+                    baseline_name="intensity threshold",
+                    stages=dict(self.timings),
                 ),
             )
 
@@ -214,7 +215,7 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
         root = out / "data"
         timings: dict[str, float] = {}
         with show.stage("making the phantom", timings):
-            make_phantom(root, PhantomOptions.preset("small"))
+            make_phantom(root, PhantomOptions())
         composed = load_config(config or tutorial("phantom"), [*overrides, f"dataset.data_root={root}"])
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)
 

@@ -16,6 +16,10 @@ def export(
     crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+    probabilities: Annotated[
+        Path | None, typer.Option(help="Folder of predict: semantic borders come from it, finer than from labels.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse where an array of the table is missing.")] = False,
 ) -> None:
     """Pack labels into the zip that the portal takes, on each crop's own grid, and check it.
 
@@ -30,9 +34,7 @@ def export(
 
     table = CropTable.resolve(crops).select(None, class_name, dataset)
     with show.stage("packing"):
-        result = export_submission(
-            labels, out, sorted({e.class_name for e in table}), sorted({e.dataset for e in table}), crops=table
-        )
+        result = export_submission(labels, out, crops=table, probabilities_dir=probabilities, strict=strict)
     print(result.summary())
     if result.has_errors:
         raise typer.Exit(1)
@@ -82,12 +84,12 @@ def score(
       pytc score submission.zip truth.zarr --class mito --out outputs/scores
     """
     from connectomics.metrics.challenge import score_submission
-    from connectomics.metrics.tables import print_scores, write_scores
+    from connectomics.metrics.tables import print_table, score_table, write_scores
 
     with show.stage("scoring"):
         result = score_submission(submission, truth, crops, classes=class_name, crop_names=crop, rules=rules)
-    print_scores(result)
-    for path in write_scores(result, out):
+    print_table(score_table(result))
+    for path in write_scores(result, out).values():
         print(path)
 
 
@@ -102,6 +104,7 @@ def report(
     submission: Annotated[Path | None, typer.Option(help="The packed submission.")] = None,
     scores: Annotated[Path | None, typer.Option(help="scores.json of score.")] = None,
     baseline: Annotated[Path | None, typer.Option(help="Another scores.json to compare with.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="JSON of evaluate.")] = None,
 ) -> None:
     """Write one self-contained page: the run, its curves, slices of raw, truth and prediction, scores. Every part is
     optional.
@@ -116,14 +119,15 @@ def report(
     from connectomics.report import ReportSources, build_report
 
     sources = ReportSources(
-        run_dir=run_dir,
-        data_root=root,
+        run=run_dir,
+        data_root=None if root is None else str(root),
         crop_table=crops,
         truth=truth,
         labels=labels,
-        predictions=predictions,
+        probabilities=predictions,
         submission=submission,
         scores=scores,
         baseline_scores=baseline,
+        evaluation=evaluation,
     )
     print(build_report(out, sources))

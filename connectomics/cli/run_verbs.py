@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,11 +45,14 @@ def train(
     from connectomics.config import load_config
 
     composed = load_config(config, overrides or [])
-    from connectomics.lightning.train import next_run_dir
+    from connectomics.lightning.train import choose_run_dir
     from connectomics.lightning.train import train as run
 
-    folder = run_dir or next_run_dir(composed)
+    folder = run_dir or choose_run_dir(composed, checkpoint)
     result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run)
+    if fast_dev_run:
+        print("the run works: one batch and one validation crop went through")
+        return
     print(f"run folder: {folder}")
     if result.best_checkpoint is not None:
         print(f"best checkpoint: {result.best_checkpoint} ({composed.checkpoint.monitor} {result.best_score})")
@@ -139,32 +142,19 @@ def evaluate(
       pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json
     """
     from connectomics.lightning.evaluation import evaluate_labels
+    from connectomics.metrics.tables import write_json
 
     with show.stage("evaluating"):
         result = evaluate_labels(labels, root, classes=class_name)
+    columns = ("dice", "iou", "precision", "recall", "combined_score", "rand_error", "voi_split", "voi_merge")
     rows = [
-        [name, str(v["crops"]), *(_number(v.get(k)) for k in ("dice", "iou", "precision", "recall")),
-         _interval(v.get("dice_interval")), *(_number(v.get(k)) for k in ("rand_error", "voi_split", "voi_merge"))]
-        for name, v in result["classes"].items()
-    ]  # fmt: skip
-    header = [
-        "class",
-        "crops",
-        "dice",
-        "iou",
-        "precision",
-        "recall",
-        "dice 95 %",
-        "rand error",
-        "voi split",
-        "voi merge",
+        [row["class"], str(row["crops"]), *(_number(row.get(c)) for c in columns), _interval(row)]
+        for row in result["classes"]
     ]
-    show.table(header, rows)
+    header = ["class", "crops", "dice", "iou", "precision", "recall", "challenge", "rand error", "split", "merge"]
+    show.table([*header, "dice 95 %"], rows)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(out.name + ".part")
-        temporary.write_text(json.dumps(result, indent=1), encoding="utf-8")
-        temporary.replace(out)
+        write_json(out, result)
 
 
 def _creating(override: str) -> str:
@@ -177,5 +167,5 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _interval(value: list[float] | None) -> str:
-    return "-" if value is None else f"{value[0]:.3f}-{value[1]:.3f}"
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['dice_low']:.3f}-{row['dice_high']:.3f}" if "dice_low" in row else "-"

@@ -2,9 +2,10 @@
 
 What is added to what the YAML says:
 
-- ``known`` goes wherever ``label`` goes, always with nearest interpolation and zeros (unknown) where nothing was, so an
-  unknown voxel stays unknown when it is moved and what comes in from outside the patch is unknown;
-- labels are never interpolated, whatever single ``mode`` is given;
+- ``known`` goes wherever ``label`` goes, with zeros (unknown) where nothing was: a voxel is known afterwards only
+  where everything that it was made of is known, so an unknown voxel stays unknown when it is moved;
+- labels are moved as shares and then voted (present from one half on), unless ``mode`` says nearest: nearest leaves them
+  behind by up to half a voxel, for small moves they do not move at all;
 - `RandRotate90d` takes a list of planes: one transform for each.
 """
 
@@ -21,6 +22,7 @@ from connectomics.errors import ConfigError, unknown_name
 
 Sample = dict[str, Any]
 _FIELDS = ("image", "label", "known")
+_ALL_KNOWN = 0.999  # weights of an interpolation add up to 1 but for rounding
 # transforms that resample to a size: torch's plain "nearest" is half a voxel off there, "nearest-exact" is not
 _RESIZING = ("RandZoomd", "Zoomd", "Resized", "RandSimulateLowResolutiond")
 # default of the image's values beyond its border, where the transform has such an option
@@ -50,8 +52,8 @@ class Augmentor:
         return {
             **sample,
             "image": result["image"].astype(np.float32, copy=False),
-            "label": result["label"].astype(np.float32, copy=False),
-            "known": result["known"] > 0.5,
+            "label": (result["label"] >= 0.5).astype(np.float32),
+            "known": result["known"] > _ALL_KNOWN,
         }
 
 
@@ -121,10 +123,11 @@ def _for_fields(
     if not {"label", "known"} & set(fields):
         return arguments
     resizing = kind in _RESIZING
-    nearest = "nearest-exact" if resizing else "nearest"
     if "mode" in allowed:
-        image_mode = given_modes.get("image") or ("trilinear" if resizing else "bilinear")
-        arguments["mode"] = [image_mode if f == "image" else nearest for f in fields]
+        linear, nearest = ("trilinear", "nearest-exact") if resizing else ("bilinear", "nearest")
+        modes = {"image": given_modes.get("image", linear)}
+        modes["label"] = modes["known"] = nearest if str(given_modes.get("label")).startswith("nearest") else linear
+        arguments["mode"] = [modes[f] for f in fields]
     if "padding_mode" in allowed:
         # resizing pads as numpy does ("constant": zeros), the others as torch's grid_sample
         image_padding = given_padding.get("image") or ("edge" if resizing else _IMAGE_PADDING)

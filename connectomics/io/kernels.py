@@ -1,4 +1,4 @@
-"""The numba kernel of `connectomics.io.resample` (apart, so that importing the package does not import numba)."""
+"""The numba kernels of this package (apart, so that importing the package does not import numba)."""
 
 from __future__ import annotations
 
@@ -58,3 +58,27 @@ def weighted_sums(
                 for k in range(x_count[v]):
                     total += x_weight[v, k] * row[x_first[v] + k]
                 out[t, u, v] = total
+
+
+@numba.njit(cache=True, nogil=True)
+def majority_of_eight(data: NDArray[Any], out: NDArray[Any]) -> None:
+    """out[z, y, x] = the commonest of data[2z:2z+2, 2y:2y+2, 2x:2x+2], the largest of the commonest."""
+    depth, height, width = data.shape
+    for z in range(out.shape[0]):
+        for y in range(out.shape[1]):
+            for x in range(out.shape[2]):
+                best = data[2 * z, 2 * y, 2 * x]
+                most = 0
+                for i in range(8):
+                    a, b, c = 2 * z + (i >> 2), 2 * y + ((i >> 1) & 1), 2 * x + (i & 1)
+                    if a >= depth or b >= height or c >= width:
+                        continue
+                    value = data[a, b, c]
+                    count = 0
+                    for j in range(8):
+                        d, e, f = 2 * z + (j >> 2), 2 * y + ((j >> 1) & 1), 2 * x + (j & 1)
+                        if d < depth and e < height and f < width and data[d, e, f] == value:
+                            count += 1
+                    if count > most or (count == most and value > best):
+                        best, most = value, count
+                out[z, y, x] = best

@@ -2,8 +2,9 @@
 
 Level k has voxels of 2^k v, its first centre at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so that all levels start at
 the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of those that exist, at an odd end), rounded to
-nearest for integers; a label voxel is the voxel of level 0 with index 2^k i + 2^(k-1), the one whose cell begins at the
-centre, which is also what `Multiscale.read_nearest` takes on a tie.
+nearest for integers; a label voxel is what most of the 2x2x2 voxels below it are, the largest value on a tie. Taking one
+of the eight instead would shift labels by a quarter of a voxel against the raw, level by level; on a tie the largest
+keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
     chunks of source, whatever the volume's size.
 
     Args:
-        location: local path of the group. kind: "raw" (mean) or "label" (taken from s0).
+        location: local path of the group. kind: "raw" (mean) or "label" (most of eight).
     """
     path = Path(normalize(location))
     if kind not in ("raw", "label"):
@@ -55,6 +56,7 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
         raise MetadataError(f"{path}/s0 has no voxel_size and translation; make it with create_multiscale")
     grids = level_grids(source.grid, levels)
     finest = source
+    halve = halve_raw if kind == "raw" else halve_labels
     for k in range(1, levels):
         target = create_array(
             path / f"s{k}",
@@ -66,11 +68,7 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
             grid=grids[k],
         )
         for begin, block in grids[k].blocks(target.chunks):
-            if kind == "raw":
-                values = halve_raw(_doubled_read(source, begin, block.shape))
-            else:
-                values = _labels_of_block(finest, begin, block.shape, k)
-            target.write(begin, values)
+            target.write(begin, halve(_doubled_read(source, begin, block.shape)))
         source = target
     name = (read_json(path / ".zattrs") or {}).get("multiscales", [{}])[0].get("name", path.name)
     update_attrs(path, multiscales_attrs(grids, name))
@@ -79,23 +77,6 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
 def _doubled_read(source: ArrayWriter, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
     first = [2 * b for b in begin]
     return source.read(first, [min(2 * n, m - b) for n, m, b in zip(shape, source.shape, first, strict=True)])
-
-
-def _labels_of_block(finest: ArrayWriter, begin: Sequence[int], shape: Sequence[int], level: int) -> NDArray[Any]:
-    """A block of a label level, read from s0 in pieces that span at most about one block of s0 each."""
-    out = np.empty(tuple(shape), dtype=finest.dtype)
-    step = [max(1, n >> (level - 1)) for n in shape]
-    for offset in np.ndindex(*[-(-n // s) for n, s in zip(shape, step, strict=True)]):
-        low = [o * s for o, s in zip(offset, step, strict=True)]
-        count = [min(s, n - a) for s, n, a in zip(step, shape, low, strict=True)]
-        axes = zip(finest.shape, begin, low, count, strict=True)
-        index = [label_index(n, level, b + a, c) for n, b, a, c in axes]
-        first = [int(i[0]) for i in index]
-        block = finest.read(first, [int(i[-1]) + 1 - f for i, f in zip(index, first, strict=True)])
-        z, y, x = (i - f for i, f in zip(index, first, strict=True))
-        window = tuple(slice(a, a + c) for a, c in zip(low, count, strict=True))
-        out[window] = block[z][:, y][:, :, x]
-    return out
 
 
 def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
@@ -111,20 +92,21 @@ def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
     return out
 
 
+def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
+    """The value of most of each 2x2x2 voxels (of those that exist, at an odd end), the largest on a tie; shapes as for
+    `halve_raw`, same dtype."""
+    from connectomics.io.kernels import majority_of_eight
+
+    out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
+    majority_of_eight(np.ascontiguousarray(data), out)
+    return out
+
+
 def level_of_labels(data: NDArray[Any], level: int) -> NDArray[Any]:
-    """Level ``level`` of a label volume (D, H, W), taken from level 0."""
-    if level == 0:
-        return data
-    z, y, x = (label_index(n, level) for n in data.shape)
-    return data[z][:, y][:, :, x]
-
-
-def label_index(n: int, level: int, begin: int = 0, count: int | None = None) -> NDArray[np.int64]:
-    """Along an axis of ``n`` voxels: the level-0 voxel behind each of ``count`` voxels of ``level`` from ``begin``."""
-    if level == 0:
-        return np.arange(begin, n if count is None else begin + count)
-    stop = -(-n // 2**level) if count is None else begin + count
-    return np.minimum(np.arange(begin, stop) * 2**level + 2 ** (level - 1), n - 1)
+    """Level ``level`` of a label volume (D, H, W) given at level 0."""
+    for _ in range(level):
+        data = halve_labels(data)
+    return data
 
 
 def _pair_sum(data: NDArray[Any], axis: int) -> NDArray[Any]:

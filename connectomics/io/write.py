@@ -294,9 +294,9 @@ def write_multiscale(
             part, grids, values.dtype, chunks=chunks, attrs=attrs, name=name or path.name, clevel=clevel
         )
         for k, writer in enumerate(writers):
-            writer.write((0, 0, 0), pyramid.level_of_labels(data=values, level=k) if kind == "label" else values)
-            if kind == "raw" and k + 1 < len(writers):
-                values = pyramid.halve_raw(values)
+            writer.write((0, 0, 0), values)
+            if k + 1 < len(writers):
+                values = pyramid.halve_raw(values) if kind == "raw" else pyramid.halve_labels(values)
         _swap(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)

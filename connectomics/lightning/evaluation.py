@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.decode import find_arrays
-from connectomics.errors import IncompleteError, MissingError
+from connectomics.errors import IncompleteError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
-from connectomics.metrics.cellmap_metrics import evaluate_instance
-from connectomics.metrics.evaluate import Counts, bootstrap_interval
+from connectomics.metrics.counts import Counts
+from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize
 
 _BLOCK = (128, 128, 128)
 
@@ -24,64 +22,58 @@ _BLOCK = (128, 128, 128)
 def evaluate_labels(labels: str | Path, root: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
     """Compare every label array below ``labels`` that has annotated truth in the data root, on the label's own grid.
 
-    Voxel counts are pooled over crops: ``classes`` (with a bootstrap interval of Dice over crops), ``datasets`` (per
-    data set and class) and ``crops`` (each crop and class; instance classes with adapted Rand error and VOI). Crops or
-    classes without truth are left out. `MissingError` where nothing can be compared, `IncompleteError` for half-written
-    labels.
+    Gives rows of pooled measures (`connectomics.metrics.evaluate.summarize`): ``classes`` with bootstrap intervals over
+    crops, ``datasets`` (by data set and class), and ``crops`` (one row a crop and class). What has no truth is left
+    out. `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `UnknownNameError` for
+    a class of ``classes`` that no label has.
     """
     catalog = Catalog.open(root)
-    per_crop: list[dict[str, Any]] = []
-    for dataset, name, class_name in find_arrays(labels):
-        if classes is not None and class_name not in classes:
+    found = list(find_arrays(labels))
+    for name in classes or ():
+        if name not in {c for _, _, c in found}:
+            raise unknown_name("class", name, {c for _, _, c in found}, str(labels))
+    rows: list[LabelEvaluation] = []
+    for dataset, crop, name in found:
+        if classes is not None and name not in classes:
             continue
-        if dataset not in catalog.datasets or name not in catalog.crop_names(dataset):
+        if dataset not in catalog.datasets or crop not in catalog.crop_names(dataset):
             continue
-        location = store.join(str(labels), f"{dataset}.zarr", name, class_name)
+        location = store.join(str(labels), f"{dataset}.zarr", crop, name)
         if not store.read_attrs(location).get("connectomics", {}).get("complete", False):
             raise IncompleteError(f"{location} is only half written; run decode again to finish it")
-        row = _compare(Multiscale.open(location), catalog.crop(dataset, name), class_name)
+        row = _compare(Multiscale.open(location), catalog.crop(dataset, crop), name)
         if row is not None:
-            per_crop.append({"dataset": dataset, "crop": name, "class": class_name, **row})
-    if not per_crop:
+            rows.append(row)
+    if not rows:
         raise MissingError(f"none of the labels in {labels} has annotated truth in {root}; nothing to compare")
-    by_class = {c: [r for r in per_crop if r["class"] == c] for c in sorted({r["class"] for r in per_crop})}
-    by_set = {
-        d: {c: _pool([r for r in rows if r["dataset"] == d]) for c, rows in by_class.items()}
-        for d in sorted({r["dataset"] for r in per_crop})
-    }
     return {
-        "classes": {c: _pool(rows) for c, rows in by_class.items()},
-        "datasets": {d: {c: v for c, v in found.items() if v["crops"]} for d, found in by_set.items()},
-        "crops": [{k: v for k, v in r.items() if k != "counts"} | r["counts"].to_dict() for r in per_crop],
+        "classes": summarize(rows, ("class",)),
+        "datasets": summarize(rows, ("dataset", "class")),
+        "crops": [row.to_dict() for row in rows],
     }
 
 
-def _compare(prediction: Multiscale, crop: Crop, class_name: str) -> dict[str, Any] | None:
-    """Counts of one class in one crop, None where nothing of it is known."""
+def _compare(prediction: Multiscale, crop: Crop, name: str) -> LabelEvaluation | None:
+    """One class in one crop, None where nothing of it is known.
+
+    Semantic classes are counted block by block; instances need whole volumes (about 20 bytes a voxel).
+    """
     grid = prediction.levels[0].grid
+    if is_instance_class(name) and name in crop.labels and crop.labels[name].annotation.kind == "instance":
+        ids, known = read_instances(crop, name, grid)
+        found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
+        return evaluate_label(
+            found,
+            ids,
+            known,
+            voxel_size=grid.voxel_size,
+            dataset=crop.dataset,
+            crop=crop.name,
+            class_name=name,
+        )
     counts = Counts()
     for begin, block in grid.blocks(_BLOCK):
-        truth = read_labels(crop, [class_name], block)
+        truth = read_labels(crop, [name], block)
         found, _ = prediction.read_level(0, begin, block.shape)
-        counts = counts + Counts.of(found > 0, truth.present_of(class_name), truth.known_of(class_name))
-    if counts.known == 0:
-        return None
-    row: dict[str, Any] = {"counts": counts}
-    if is_instance_class(class_name) and class_name in crop.labels:
-        ids, known = read_instances(crop, class_name, grid)
-        found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
-        row |= evaluate_instance(found, ids, known)
-    return row
-
-
-def _pool(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One class over several crops: pooled counts, plain means of the instance measures."""
-    counts = sum((r["counts"] for r in rows), Counts())
-    pooled: dict[str, Any] = {"crops": len(rows), **counts.to_dict()}
-    for name in ("rand_error", "voi_split", "voi_merge"):
-        values = [r[name] for r in rows if name in r]
-        if values:
-            pooled[name] = float(np.mean(values))
-    if len(rows) > 1:
-        pooled["dice_interval"] = list(bootstrap_interval([r["counts"] for r in rows], lambda c: c.dice))
-    return pooled
+        counts = counts + Counts.of(found, truth.present_of(name), truth.known_of(name))
+    return LabelEvaluation(crop.dataset, crop.name, name, counts) if counts.known else None

@@ -14,8 +14,15 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.summary import summarize
-from connectomics.errors import ConnectomicsError, CorruptDataError, InputError, MetadataError, MissingError, UnknownNameError
 from connectomics.data.volumes import CropVolume
+from connectomics.errors import (
+    ConnectomicsError,
+    CorruptDataError,
+    InputError,
+    MetadataError,
+    MissingError,
+    UnknownNameError,
+)
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
 
 
@@ -27,7 +34,7 @@ def one_line(error: pytest.ExceptionInfo[ConnectomicsError]) -> str:
 
 def test_classes_are_the_challenges() -> None:
     assert sum(c.scored for c in CLASSES.values()) == 48
-    assert INSTANCE_CLASSES == {"nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell"}
+    assert {"nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell"} == INSTANCE_CLASSES
     assert get_class("mito").atoms == ("mito_mem", "mito_lum", "mito_ribo")
     assert all(a in CLASSES for c in CLASSES.values() for a in c.atoms)
     with pytest.raises(UnknownNameError, match="did you mean 'mito'"):
@@ -69,7 +76,11 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         ({"cellmap": {"annotation": {"class_name": "mito"}}}, "no annotation_type"),
         ({"cellmap": {"annotation": {"annotation_type": {"type": "painting", "encoding": {}}}}}, "'painting'"),
         (
-            {"cellmap": {"annotation": {"annotation_type": {"type": "semantic_segmentation", "encoding": {"absent": "x"}}}}},
+            {
+                "cellmap": {
+                    "annotation": {"annotation_type": {"type": "semantic_segmentation", "encoding": {"absent": "x"}}}
+                }
+            },
             "whole numbers",
         ),
         ({"cellmap": 3}, "must be a mapping"),
@@ -97,7 +108,9 @@ def test_raw_that_does_not_reach_the_crop_is_refused(tmp_path: Path) -> None:
 
 def test_a_truncated_label_chunk_is_named(tmp_path: Path) -> None:
     root = plain_root(tmp_path)
-    chunk = next(p for p in (zarr_of(root, "set-a") / GROUND_TRUTH / "crop1/mito/s0").rglob("*") if p.is_file() and p.name == "0")
+    chunk = next(
+        p for p in (zarr_of(root, "set-a") / GROUND_TRUTH / "crop1/mito/s0").rglob("*") if p.is_file() and p.name == "0"
+    )
     chunk.write_bytes(chunk.read_bytes()[:10])
     crop = Catalog.open(str(root)).crop("set-a", "crop1")
     with pytest.raises(CorruptDataError) as error:
@@ -153,11 +166,13 @@ def test_official_manifest_is_read(shared_reference: Path) -> None:
     ("content", "message"),
     [
         ("a,b\n1,2\n", "columns .* are absent"),
-        ("crop_name,dataset,class_label,voxel_size,translation,shape\n1,d,mito,[8;8],[0;0;0],[4;4;4]\n", "line 2.*voxel_size"),
+        (
+            "crop_name,dataset,class_label,voxel_size,translation,shape\n1,d,mito,[8;8],[0;0;0],[4;4;4]\n",
+            "line 2.*voxel_size",
+        ),
         ("crop_name,dataset,class_label,voxel_size,translation,shape\n", "no rows"),
         (
-            "crop_name,dataset,class_label,voxel_size,translation,shape\n"
-            + "1,d,mito,[8;8;8],[0;0;0],[4;4;4]\n" * 2,
+            "crop_name,dataset,class_label,voxel_size,translation,shape\n" + "1,d,mito,[8;8;8],[0;0;0],[4;4;4]\n" * 2,
             "listed twice",
         ),
     ],

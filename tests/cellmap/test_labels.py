@@ -148,9 +148,7 @@ def test_a_group_is_the_sum_of_its_parts_when_shrunk(tmp_path: Path) -> None:
     membrane[0, :, :2] = membrane[1, :, 2:] = 1
     lumen = np.zeros((4, 4, 4), np.uint8)
     lumen[2, :, :] = 1
-    crop = open_crop(
-        tmp_path, {"mito_mem": membrane, "mito_lum": lumen, "mito_ribo": np.zeros((4, 4, 4), np.uint8)}
-    )
+    crop = open_crop(tmp_path, {"mito_mem": membrane, "mito_lum": lumen, "mito_ribo": np.zeros((4, 4, 4), np.uint8)})
     labels = read_labels(crop, ["mito", "mito_mem", "mito_lum"], grid_of((1, 1, 1), voxel=32.0))
     assert labels.present_of("mito").all()
     assert not labels.present_of("mito_mem").any()
@@ -162,9 +160,13 @@ def test_instances_keep_ids_and_255_can_be_an_object(tmp_path: Path) -> None:
     ids[0], ids[1] = 255, 7
     write_raw(tmp_path, "set-a", np.zeros((4, 4, 4), np.uint8), grid_of((4, 4, 4)))
     counted = {"absent": 32, "unknown": 0}
-    write_label(tmp_path, "set-a", "crop1", "mito", ids, grid_of((4, 4, 4)), unknown=255, kind="instance", counts=counted)
+    write_label(
+        tmp_path, "set-a", "crop1", "mito", ids, grid_of((4, 4, 4)), unknown=255, kind="instance", counts=counted
+    )
     counted = {"absent": 32, "unknown": 16}
-    write_label(tmp_path, "set-a", "crop2", "mito", ids, grid_of((4, 4, 4)), unknown=255, kind="instance", counts=counted)
+    write_label(
+        tmp_path, "set-a", "crop2", "mito", ids, grid_of((4, 4, 4)), unknown=255, kind="instance", counts=counted
+    )
     catalog = Catalog.open(str(tmp_path))
     found, known = read_instances(catalog.crop("set-a", "crop1"), "mito", grid_of((4, 4, 4)))
     assert known.all()

@@ -125,7 +125,9 @@ def test_augmentation_moves_the_three_fields_together(name: str) -> None:
     for seed in range(6):
         augmentor.seed(seed)
         # where unknown the label lies: it says present everywhere
-        sample = augmentor({"image": shape[None], "label": np.where(known, shape, 1)[None], "known": known[None].copy()})
+        sample = augmentor(
+            {"image": shape[None], "label": np.where(known, shape, 1)[None], "known": known[None].copy()}
+        )
         assert sample["image"].dtype == np.float32
         assert sample["known"].dtype == bool
         moved_known, moved_label, moved_image = sample["known"][0], sample["label"][0], sample["image"][0]

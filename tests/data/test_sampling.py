@@ -70,9 +70,7 @@ def test_a_person_can_edit_the_split_file(tmp_path: Path) -> None:
         Split(("a/crop99",), ()).select(CROPS)
 
 
-@given(
-    st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 2**31), st.booleans()
-)
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 2**31), st.booleans())
 def test_a_patch_lies_in_the_crop_or_holds_it(
     crop: tuple[int, int, int], patch: tuple[int, int, int], seed: int, with_point: bool
 ) -> None:
@@ -85,7 +83,7 @@ def test_a_patch_lies_in_the_crop_or_holds_it(
     assert grid.same_lattice(lattice)
     begin = np.round(lattice.to_index(grid.translation)).astype(int)
     for axis in range(3):
-        inner = 0 <= begin[axis] and begin[axis] + patch[axis] <= crop[axis]
+        inner = begin[axis] >= 0 and begin[axis] + patch[axis] <= crop[axis]
         outer = begin[axis] <= 0 and begin[axis] + patch[axis] >= crop[axis]
         assert inner or outer
         if point is not None:

@@ -29,7 +29,7 @@ from connectomics.io import (
     update_attrs,
     write_multiscale,
 )
-from connectomics.io.pyramid import halve_raw
+from connectomics.io.pyramid import halve_labels, halve_raw
 
 GRID = VoxelGrid((2.62, 2.0, 2.0), (3132.21, 899.0, 25863.0), (37, 30, 41))
 
@@ -162,20 +162,14 @@ def test_raw_is_halved_by_the_mean_of_what_there_is(shape, dtype):
         assert found[index] == pytest.approx(mean if dtype == "f4" else np.rint(mean), rel=1e-6)
 
 
-def test_labels_are_taken_from_the_voxel_that_begins_at_the_centre(tmp_path):
-    data = noise(GRID.shape, "u2")
-    write_multiscale(tmp_path / "a", data, GRID, levels=4, kind="label", chunks=(8, 8, 8))
-    volume = Multiscale.open(tmp_path / "a")
-    for level in (1, 2, 3):
-        grid = volume.levels[level].grid
-        stored, _ = volume.read_level(level, (0, 0, 0), grid.shape)
-        index = [
-            np.minimum(2**level * np.arange(n) + 2 ** (level - 1), m - 1)
-            for n, m in zip(grid.shape, data.shape, strict=True)
-        ]
-        np.testing.assert_array_equal(stored, data[np.ix_(*index)])
-        taken, inside = volume.read_nearest(grid, level=0)  # the same rule when reading
-        np.testing.assert_array_equal(stored[inside], taken[inside])
+@pytest.mark.parametrize("shape", [(8, 6, 4), (7, 5, 33), (1, 2, 3)])
+def test_labels_are_halved_to_what_most_voxels_are(shape):
+    data = np.random.default_rng(1).choice(np.array([0, 1, 7, 255], "u2"), shape, p=[0.4, 0.3, 0.2, 0.1])
+    found = halve_labels(data)
+    assert found.dtype == data.dtype
+    for index in np.ndindex(*found.shape):
+        values, counts = np.unique(data[tuple(slice(2 * i, 2 * i + 2) for i in index)], return_counts=True)
+        assert found[index] == values[counts == counts.max()].max()
 
 
 @pytest.mark.parametrize("kind", ["raw", "label"])

@@ -151,7 +151,7 @@ class CellMapDataset(CropPatches):
     float32 0/1 and ``known`` (1, D, H, W) bool. A label counts only where ``known``.
 
     ``data_samples`` lists the samples: ``dataset``, ``crop``, ``class``, ``raw_path``, ``label_path`` (None where the
-    class is known through others only) and ``scale_level``, the pyramid level that labels are read from.
+    class is known through others only) and ``scale_level``, the pyramid level that raw is read from.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class CellMapDataset(CropPatches):
             "class": name,
             "raw_path": crop.raw,
             "label_path": label.location if label else None,
-            "scale_level": label.source.level_for(self.resolution) if label else None,
+            "scale_level": crop.raw_source.level_for(self.resolution),
             "volume": volume,
         }
 
