@@ -44,7 +44,7 @@ _CHANNEL = kinds.PORE_CHANNEL
 
 # Grey values (0..255, before gain and noise). The ranges of classes overlap on purpose: a threshold cannot tell them.
 _MEMBRANE_GREY = 74.0
-_CYTO_GREY, _ECS_GREY = 157.0, 192.0
+_CYTO_GREY, _ECS_GREY = 157.0, 194.0
 _HCHROM_GREY, _ECHROM_GREY, _NUCPL_GREY = 122.0, 164.0, 184.0
 _MATRIX_GREY, _LUMEN_GREY = 126.0, 172.0
 
@@ -218,13 +218,13 @@ def _mitochondrion(
 def _inside_grey(kind: int, d: float, z: float, y: float, x: float, low: float, fine: float, seed: int) -> float:
     """Grey value inside an organelle other than a mitochondrion, its membrane apart."""
     if kind == _LD:
-        return 186.0 + 2.0 * low
+        return 202.0 + 1.5 * low
     if kind == _LYSO:
         granule = speck(z, y, x, 38.0, 13.0, 0.75, seed + 31)
         return 118.0 + 22.0 * low + 14.0 * fine - 44.0 * _step(5.0, -8.0, granule)
     if kind == _ENDO:
-        bleb = speck(z, y, x, 66.0, 22.0, 0.7, seed + 32)  # vesicles within: a thin wall
-        return 180.0 + 6.0 * low + 7.0 * fine - 62.0 * _band(bleb + 3.0, 6.5)
+        bleb = speck(z, y, x, 52.0, 19.0, 0.85, seed + 32)  # vesicles within: a thin wall
+        return 168.0 + 7.0 * low + 9.0 * fine - 70.0 * _band(bleb + 3.0, 7.0)
     if kind == _PEROX:
         return 116.0 + 5.0 * low + 5.0 * fine
     if kind == _MT:

@@ -14,8 +14,15 @@ from connectomics.cellmap.phantom.layout import CropPlan, DatasetPlan
 from connectomics.cellmap.phantom.options import CropInfo
 from connectomics.cellmap.phantom.scene import Part, Scene, class_mask
 from connectomics.geometry import VoxelGrid
-from connectomics.io.pyramid import build_levels, level_of_labels
-from connectomics.io.write import create_array, create_multiscale, ensure_group, update_attrs, write_multiscale
+from connectomics.io.pyramid import build_levels
+from connectomics.io.write import (
+    ArrayWriter,
+    create_array,
+    create_multiscale,
+    ensure_group,
+    update_attrs,
+    write_multiscale,
+)
 
 RAW_LEVELS = 4
 # Rendered at a time: whole chunks, some 60 MB with class, owner and grey value.
@@ -45,14 +52,13 @@ def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropP
     for name, grid in crop.grids.items():
         values = rendered.label(name, grid)
         encoding = _encoding(name, crop)
-        shift = False
         if is_instance_class(name):
             last = objects[name] = int(values.max(initial=0))
-            first = next((n for n in crop.shifted_id if objects.get(n)), None)
-            shift = name == first and last < UNKNOWN
-            if shift:
+            if name in crop.partial:  # no object may have the number of unknown
+                values[values >= UNKNOWN] += 1
+            elif name == next((n for n in crop.shifted_id if objects.get(n)), None) and last < UNKNOWN:
                 values[values == last] = UNKNOWN
-        else:
+        elif (encoding["absent"], encoding["present"]) != (0, 1):
             values = np.where(values != 0, np.uint8(encoding["present"]), np.uint8(encoding["absent"]))
         voxels[name] = int(np.count_nonzero(values != encoding["absent"]))
         if name in crop.partial:
@@ -60,7 +66,7 @@ def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropP
             voxels[name] -= int(np.count_nonzero(part != encoding["absent"]))
             unknown[name] = part.size
             part[...] = encoding["unknown"]
-        _write_labels(where / name, name, values, grid, encoding, all_known=shift)
+        _write_labels(where / name, name, values, grid, encoding, all_known=name in crop.shifted_id)
     return CropInfo(plan.name, f"crop{crop.number}", False, crop.finest, voxels, objects, unknown)
 
 
@@ -134,8 +140,9 @@ def _write_labels(
     attrs = {"cellmap": {"annotation": annotation}}
     write_multiscale(where, values, grid, levels=levels, kind="label", attrs=attrs, chunks=_LABEL_CHUNKS)
     for level in range(levels):
-        coarse = level_of_labels(values, level)
-        counts = {state: int(np.count_nonzero(coarse == n)) for state, n in encoding.items() if state != "present"}
+        array = ArrayWriter.open(where / f"s{level}")
+        stored = array.read((0, 0, 0), array.shape) if level else values
+        counts = {state: int(np.count_nonzero(stored == n)) for state, n in encoding.items() if state != "present"}
         if all_known:  # the number of unknown stands for an object here
             counts["unknown"] = 0
         update_attrs(where / f"s{level}", {"cellmap": {"annotation": {**annotation, "complement_counts": counts}}})
