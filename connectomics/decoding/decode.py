@@ -16,6 +16,7 @@ from connectomics.decoding.cellmap_postprocess import components, fill_holes, fi
 from connectomics.decoding.labels import BLOCK, label_array, write_whole
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
@@ -103,6 +104,27 @@ def decode_mask(mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters
     return (filter_by_size(pieces, least) > 0).astype(np.uint8)
 
 
+def decode_between(
+    mask: NDArray[np.bool_], walls: NDArray[np.uint8], voxel_size: Sequence[float], parameters: DecodeParameters
+) -> NDArray[Any]:
+    """`decode_mask` for objects that touch: found where there is no wall, then grown back over it.
+
+    Args:
+        mask: (D, H, W), where the class is.
+        walls: (D, H, W) uint8, the probability (value/255) of the class that separates the objects.
+        voxel_size: nm, z y x.
+        parameters: ``threshold`` holds for the walls too.
+
+    Returns:
+        (D, H, W) ids. Growing is a watershed on the walls' probability: objects meet where it is highest.
+    """
+    from skimage.segmentation import watershed
+
+    cores = decode_mask(mask & ~above(walls, parameters.threshold), voxel_size, parameters)
+    grown = watershed(walls, cores.astype(np.int32), mask=mask)
+    return np.asarray(grown).astype(cores.dtype)
+
+
 def decode_predictions(
     predictions_dir: str | Path,
     output_dir: str | Path,
@@ -146,7 +168,8 @@ def decode_predictions(
     for done, (place, source) in enumerate(zip(found, sources, strict=True), start=1):
         dataset, crop, name = place
         chosen = (parameters or {}).get(name) or default_parameters(name)
-        result = _decode_array(source, out, dataset, crop, name, chosen, overwrite)
+        walls = _prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
+        result = _decode_array(source, walls, out, dataset, crop, name, chosen, overwrite)
         results.append(result)
         if done == len(found) or found[done][:2] != (dataset, crop):
             update_attrs(out / f"{dataset}.zarr" / crop, {"connectomics": {"artefact": "labels", "complete": True}})
@@ -181,7 +204,14 @@ def _prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
 
 
 def _decode_array(
-    source: Multiscale, out: Path, dataset: str, crop: str, name: str, parameters: DecodeParameters, overwrite: bool
+    source: Multiscale,
+    walls: Multiscale | None,
+    out: Path,
+    dataset: str,
+    crop: str,
+    name: str,
+    parameters: DecodeParameters,
+    overwrite: bool,
 ) -> DecodedArray:
     location = out / f"{dataset}.zarr" / crop / name
     made_from = {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
@@ -205,13 +235,25 @@ def _decode_array(
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         mask[z, y, x] = above(_read(source, begin, block.shape), parameters.threshold)
-    labels = decode_mask(mask, grid.voxel_size, parameters)
+    if walls is None:
+        labels = decode_mask(mask, grid.voxel_size, parameters)
+    else:
+        labels = decode_between(mask, _on_grid(walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))
     del mask
     about["objects"] = objects
     with label_array(location, grid, labels.dtype, class_name=name, kind=parameters.kind, about=about) as writer:
         write_whole(writer, labels)
     return DecodedArray(dataset, crop, name, str(location), objects, False)
+
+
+def _on_grid(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
+    """The probabilities of another class on this grid, read block by block."""
+    values = np.zeros(grid.shape, np.uint8)
+    for begin, block in grid.blocks(BLOCK):
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        values[z, y, x] = np.rint(source.read_raw(block)[0]).astype(np.uint8)
+    return values
 
 
 def _read(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:

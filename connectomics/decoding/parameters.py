@@ -28,6 +28,8 @@ class DecodeParameters:
         fill_holes: cavities go to the object around them.
         connectivity: neighbours that hold together: 6, 18 or 26.
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
+        boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
+            probability of this class is not above the threshold, and then grown back over it.
     """
 
     threshold: float = 0.5
@@ -36,6 +38,7 @@ class DecodeParameters:
     fill_holes: bool = False
     connectivity: int = 26
     min_distance_nm: float = 80.0
+    boundary: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -46,6 +49,8 @@ class DecodeParameters:
             raise ConfigError(f"decoding: min_size_nm3 must be at least 0, found {self.min_size_nm3}")
         if self.connectivity not in (6, 18, 26):
             raise ConfigError(f"decoding: connectivity must be 6, 18 or 26, found {self.connectivity}")
+        if self.boundary and self.method == "threshold":
+            raise ConfigError("decoding: boundary separates objects, so it needs method cc3d or watershed")
         if not 0.0 < self.min_distance_nm < math.inf:
             raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
 

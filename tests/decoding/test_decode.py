@@ -348,3 +348,19 @@ def test_leftovers_of_a_killed_run_do_not_count(tmp_path):
     update_attrs(crop / "mito", {"connectomics": {"complete": False}})
     assert not decode_predictions(tmp_path / "p", tmp_path / "l")[0].skipped
     assert not (crop / ".mito.partial").exists()
+
+
+def test_touching_objects_are_separated_by_a_boundary_class(tmp_path):
+    """Two cells that fill the volume, a wall between them: two objects that together cover everything."""
+    from connectomics.decoding.decode import decode_between
+
+    mask = np.ones((8, 8, 20), bool)
+    walls = np.zeros(mask.shape, np.uint8)
+    walls[:, :, 9:11] = [200, 240]
+    parameters = DecodeParameters(method="cc3d", boundary="pm")
+    labels = decode_between(mask, walls, (8.0, 8.0, 8.0), parameters)
+    assert set(np.unique(labels)) == {1, 2}
+    assert len(np.unique(labels[:, :, :9])) == len(np.unique(labels[:, :, 11:])) == 1
+    assert labels.all()
+    with pytest.raises(ConfigError, match="needs method cc3d or watershed"):
+        DecodeParameters(boundary="pm")
