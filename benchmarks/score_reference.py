@@ -1,6 +1,6 @@
 """The official way of scoring one instance volume, plainly, to measure against.
 
-Written from the published rules (docs/score.md), not from the toolbox's code: one region per truth instance, which is
+Written from the published rules, not from the toolbox's code: one region per truth instance, which is
 the union of the two bounding boxes padded by half the crop and two voxels, and two whole Euclidean distance transforms
 in it. The result is the same as `connectomics.metrics.challenge.score_instance`; the cost is not.
 """

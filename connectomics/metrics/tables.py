@@ -15,27 +15,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import WriteError
+from connectomics.metrics.challenge.results import InstanceScore, SubmissionScore
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from connectomics.metrics.challenge.results import SubmissionScore
-
 
 def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
-    """Writes ``scores.json``, ``scores_per_class.csv`` and ``scores_per_crop.csv`` into a folder (made if absent).
+    """Writes ``scores.json`` and ``scores_per_{class,crop,instance}.csv`` into a folder (made if absent).
 
-    Returns the three paths under ``json``, ``classes`` and ``crops``. Raises `WriteError` where writing fails.
+    Returns the paths under ``json``, ``classes``, ``crops`` and ``instances``. Raises `WriteError` where writing fails.
     """
     place = Path(folder)
     paths = {
         "json": place / "scores.json",
         "classes": place / "scores_per_class.csv",
         "crops": place / "scores_per_crop.csv",
+        "instances": place / "scores_per_instance.csv",
     }
     write_json(paths["json"], score.to_dict())
     write_csv(paths["classes"], class_rows(score))
     write_csv(paths["crops"], crop_rows(score))
+    write_csv(paths["instances"], instance_rows(score))
     return paths
 
 
@@ -122,6 +123,16 @@ def crop_rows(score: SubmissionScore) -> list[dict[str, Any]]:
                 "verified": score.verified,
             }
         )
+    return rows
+
+
+def instance_rows(score: SubmissionScore) -> list[dict[str, Any]]:
+    """One row per true instance: what it was matched with, their IoU, and the distance in nm."""
+    rows = []
+    for result in score.results:
+        if isinstance(result.score, InstanceScore) and result.score.instances is not None:
+            names = {"crop": result.crop, "class": result.class_name}
+            rows += [{**names, **row} for row in result.score.instances.rows()]
     return rows
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
+from connectomics.metrics.challenge import distance
 from connectomics.metrics.challenge.distance import directed, hausdorff, scratch_bytes
 from tests.metrics import plain
 
@@ -63,6 +64,25 @@ def test_masks_far_apart_and_large_take_every_path(density: float) -> None:
     a[:, :25], b[:, 25:] = rng.random((40, 25, 60)) < density, rng.random((40, 25, 60)) < density / 10
     for voxel_size in ((8.0, 8.0, 8.0), (2.62, 2.0, 2.0)):
         assert hausdorff(a, b, voxel_size) == plain.hausdorff(a, b, voxel_size)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shapes=st.tuples(*[st.integers(1, 15)] * 4),
+    offset=st.tuples(st.integers(-20, 20), st.integers(-20, 20)),
+    spacing=st.sampled_from([(8.0, 8.0, 8.0), (1.74, 2.0, 2.0), (3.0, 1.0, 0.5)]),
+)
+def test_searching_a_plane_and_its_envelopes_agree(
+    seed: int, shapes: tuple[int, int, int, int], offset: tuple[int, int], spacing: tuple[float, float, float]
+) -> None:
+    rng = np.random.default_rng(seed)
+    distance_z = rng.integers(0, 9, shapes[:2]).astype(np.int16)
+    distance_z[rng.random(shapes[:2]) < 0.5] = 32767
+    distance_z.flat[0] = 4
+    bound = np.where(rng.random(shapes[2:]) < 0.3, np.inf, -1.0)
+    arguments = (distance_z, *offset, bound, (bound > 0).any(axis=1), np.array(spacing), 0.0)
+    assert distance._search_plane(*arguments) == distance._envelope_plane(*arguments)
 
 
 def test_half_a_ball() -> None:

@@ -139,6 +139,7 @@ def test_nan_is_background_counted_and_warned_of() -> None:
         (np.zeros((2, 2, 2), complex), np.zeros((2, 2, 2), int), "complex128"),
         (np.zeros((2, 2, 2)), np.full((2, 2, 2), -1), "positive, found -1"),
         (np.zeros((2, 2, 2)), np.full((2, 2, 2), 0.5), "fractions"),
+        (np.zeros((2, 2, 2)), np.full((2, 2, 2), 1 << 63, np.uint64), "below 2"),
         (np.zeros((2, 2, 2)), np.array(["a"] * 8).reshape(2, 2, 2), "dtype"),
     ],
 )

@@ -99,6 +99,7 @@ def test_both_totals(official: Path) -> None:
     nothing = score_submission(folder / "coarser_multiscale.zip", folder / "truth.zarr")
     assert nothing.submitted_only.classes == {}
     assert nothing.submitted_only.overall == 0.0
+    assert any("crop101: er, mito, nuc are groups" in warning for warning in nothing.warnings)
 
 
 def test_every_bit_of_the_distance_sums(official: Path) -> None:

@@ -292,7 +292,7 @@ def test_tables_are_written_whole(truth: Path, submission: Path, tmp_path: Path)
     score = score_submission(submission, truth)
     paths = tables.write_scores(score, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "scores.json", "scores_per_class.csv", "scores_per_crop.csv",
+        "scores.json", "scores_per_class.csv", "scores_per_crop.csv", "scores_per_instance.csv",
     ]  # fmt: skip
     stored = json.loads(paths["json"].read_text())
     assert stored["overall_score"] == score.overall_score
@@ -303,6 +303,9 @@ def test_tables_are_written_whole(truth: Path, submission: Path, tmp_path: Path)
     assert lines[0].startswith("class,kind,score,score_submitted_only")
     assert lines[1].startswith("er,semantic,0.0,,")
     assert len(paths["crops"].read_text().splitlines()) == 4
+    instances = paths["instances"].read_text().splitlines()
+    assert instances[0] == "crop,class,truth,prediction,component,iou,distance_nm,voxels"
+    assert len(instances) == 1 + sum(len(np.unique(labels(seed))) - 1 for seed in (0, 2))
 
 
 def test_the_terminal_shows_both_totals(truth: Path, submission: Path, capsys: pytest.CaptureFixture[str]) -> None:

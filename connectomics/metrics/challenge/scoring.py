@@ -168,7 +168,9 @@ class InMemoryPair(VolumePair):
         self.shape = (truth.shape[0], truth.shape[1], truth.shape[2])
         self.scratch_bytes = max(pred.nbytes + truth.nbytes, 1 << 26)
         self.max_truth = int(truth.max())
-        self._parts, self.n_parts = cc3d.connected_components(pred, return_N=True)
+        if self.max_truth >= 1 << 63:
+            raise InputError(f"truth labels must be below 2^63, found {self.max_truth}")
+        self._parts, self.n_parts = cc3d.connected_components(pred, return_N=True, out_dtype=np.uint32)
         self._rank: dict[int, int] | None = None
 
     def overlaps(self) -> Overlaps:

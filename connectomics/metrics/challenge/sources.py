@@ -36,6 +36,10 @@ class Submission:
         """Classes of a crop that the scorer sees."""
         raise NotImplementedError
 
+    def unseen(self, crop: str) -> list[str]:
+        """Folders of a crop that hold no plain array, so that the scorer does not see them."""
+        return []
+
     def label(self, crop: str, class_name: str) -> Source:
         """One label, opened."""
         raise NotImplementedError
@@ -55,6 +59,9 @@ class GroupSubmission(Submission):
 
     def classes(self, crop: str) -> list[str]:
         return [name for name in self._store.folders(crop) if is_array(self._store, f"{crop}/{name}")]
+
+    def unseen(self, crop: str) -> list[str]:
+        return [name for name in self._store.folders(crop) if not is_array(self._store, f"{crop}/{name}")]
 
     def label(self, crop: str, class_name: str) -> Source:
         array = ZarrArray(self._store, f"{crop}/{class_name}")

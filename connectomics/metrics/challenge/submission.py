@@ -221,14 +221,18 @@ def _half_of_free() -> int:
 def _ignored(
     source: Submission, folders: dict[str, str], targets: list[Target], classes: Sequence[str] | None
 ) -> Iterator[str]:
-    """Names of labels that only the submission has."""
-    if classes is not None:
-        return
+    """What the submission has and the score does not: classes without a truth, and arrays the scorer does not see."""
     for crop, folder in folders.items():
         known = {t.class_name for t in targets if t.crop == crop}
         extra = sorted(set(source.classes(folder)) - known)
-        if known and extra:
+        if known and extra and classes is None:
             yield f"{crop}: {', '.join(extra)} not in the truth, ignored"
+        unseen = sorted(known & set(source.unseen(folder)))
+        if unseen:
+            yield (
+                f"{crop}: {', '.join(unseen)} are groups or not Zarr v2; the scorer sees plain Zarr v2 arrays only, so "
+                f"these count as missing"
+            )
 
 
 def _remarks(results: Sequence[LabelResult]) -> Iterator[str]:
