@@ -48,10 +48,10 @@ def build_report(
             _scores_section(table, baseline, datasets, sources.baseline_name, score_lines + baseline_lines),
             *_evaluation(sources),
             _part("crops", "Crops", lambda: crops.section(library, table, settings, progress)),
-            _part("training", "Training", lambda: run.training(sources.run_dir)),
+            _part("training", "Training", lambda: run.training(sources.run)),
             _part("time", "Where the time went", lambda: run.time(sources)),
             _part("data", "Data", lambda: data.section(sources.data_root, settings.max_arrays)),
-            _part("configuration", "Configuration", lambda: run.configuration(sources.run_dir)),
+            _part("configuration", "Configuration", lambda: run.configuration(sources.run)),
         ]
     finally:
         library.close()

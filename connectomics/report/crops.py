@@ -71,7 +71,7 @@ class Library:
                 library.archive = FolderStore(sources.submission) if is_folder else ZipStore(sources.submission)
         except ConnectomicsError as error:
             library.problems.append(f"No predictions from the submission: {error}")
-        for name, folder in (("labels", sources.labels), ("probabilities", sources.predictions)):
+        for name, folder in (("labels", sources.labels), ("probabilities", sources.probabilities)):
             if folder is not None and not folder.is_dir():
                 library.problems.append(f"No {name}: there is no folder {folder}.")
         return library
@@ -101,7 +101,7 @@ class Library:
 
     def predicted(self) -> list[tuple[str, str, str]]:
         """(data set, crop, class) of the labels, or of the probabilities where there are no labels."""
-        for folder in (self.sources.labels, self.sources.predictions):
+        for folder in (self.sources.labels, self.sources.probabilities):
             if folder is not None and folder.is_dir():
                 return list(find_arrays(folder))
         return []
@@ -132,8 +132,8 @@ class Library:
         probability: Multiscale | None = None
         prediction: LabelReader | None = None
         try:
-            if self.sources.predictions is not None:
-                probability = open_prediction(self.sources.predictions, *place)
+            if self.sources.probabilities is not None:
+                probability = open_prediction(self.sources.probabilities, *place)
             if self.sources.labels is not None:
                 found = open_prediction(self.sources.labels, *place)
                 prediction = None if found is None else stored_labels(found, wanted.class_name)
@@ -194,7 +194,7 @@ def section(
         'aria-label="overlay opacity"></label><button type="button" data-fold="open">open all</button>'
         '<button type="button" data-fold="close">close all</button></div>'
     )
-    legend = pictures.legend(library.sources.predictions is not None)
+    legend = pictures.legend(library.sources.probabilities is not None)
     return page.Section("crops", title, "".join(lines) + legend + tools + "".join(parts))
 
 

@@ -55,17 +55,17 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
 
 
 def _run_facts(sources: ReportSources, lines: list[str]) -> dict[str, Any]:
-    if sources.run_dir is None:
+    if sources.run is None:
         lines.append("No run folder was given, so configuration and training are not shown.")
         return {}
-    if not sources.run_dir.is_dir():
-        lines.append(f"The run folder {sources.run_dir} is not there.")
+    if not sources.run.is_dir():
+        lines.append(f"The run folder {sources.run} is not there.")
         return {}
-    config = _config(sources.run_dir)
+    config = _config(sources.run)
     if config is None:
-        lines.append(f"There is no config.yaml in {sources.run_dir}.")
-        return {"folder": sources.run_dir.name}
-    written = datetime.fromtimestamp((sources.run_dir / "config.yaml").stat().st_mtime).astimezone()
+        lines.append(f"There is no config.yaml in {sources.run}.")
+        return {"folder": sources.run.name}
+    written = datetime.fromtimestamp((sources.run / "config.yaml").stat().st_mtime).astimezone()
     return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **_config_facts(config)}
 
 
@@ -150,7 +150,7 @@ def _artefact_facts(sources: ReportSources) -> dict[str, Any]:
     """What predictions and labels say of themselves."""
     facts: dict[str, Any] = {}
     labels, predictions = (
-        next(iter(attributes_by_class(folder).values()), {}) for folder in (sources.labels, sources.predictions)
+        next(iter(attributes_by_class(folder).values()), {}) for folder in (sources.labels, sources.probabilities)
     )
     made_from = labels.get("source")
     model = predictions.get("model") or (made_from.get("model") if isinstance(made_from, Mapping) else None)
@@ -278,11 +278,11 @@ def _best(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
 def time(sources: ReportSources) -> page.Section:
     """Bars by stage, and within training by what it waited for."""
     parts = []
-    if sources.timings:
-        parts.append(charts.time_bars(sources.timings))
+    if sources.stages:
+        parts.append(charts.time_bars(sources.stages))
     else:
         parts.append(page.note("No times by stage were given."))
-    path = None if sources.run_dir is None else sources.run_dir / "timing.json"
+    path = None if sources.run is None else sources.run / "timing.json"
     if path is None or not path.is_file():
         parts.append(page.note("No timing of the training was found (timing.json of a run folder)."))
     else:

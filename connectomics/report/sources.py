@@ -16,14 +16,14 @@ class ReportSources:
 
     Attributes:
         title: heading of the page.
-        run_dir: a run's folder with ``config.yaml``, ``metrics.csv``, ``timing.json``.
-        timings: seconds by stage (phantom, training, prediction, ...), in order.
+        run: a run's folder with ``config.yaml``, ``metrics.csv``, ``timing.json``.
+        stages: seconds by stage (phantom, training, prediction, ...), in order.
         environment: versions and machine by name; None: those of this process.
         data_root: root in CellMap's layout: raw, annotated crops, the data summary.
         truth: the truth as the scorer takes it, a Zarr group ``crop{N}/{class}`` of plain arrays.
         crop_table: the crop table of that truth: a `CropTable`, its path, or "challenge".
-        labels, predictions: folders ``{dataset}.zarr/{crop}/{class}`` as decode and predict (probabilities) write them.
-            Without labels the submission's arrays are shown, without those the probabilities cut at one half.
+        labels, probabilities: folders ``{dataset}.zarr/{crop}/{class}`` as decode and as predict write them. Without
+            labels the submission's arrays are shown, without those the probabilities cut at one half.
         submission: the packed zip (or its folder).
         scores: ``scores.json``; baseline_scores: that of something plain, printed beside it.
         baseline_name: what the baseline is, in a few words.
@@ -32,14 +32,14 @@ class ReportSources:
     """
 
     title: str = "Segmentation report"
-    run_dir: Path | None = None
-    timings: Mapping[str, float] = field(default_factory=dict)
+    run: Path | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
     environment: Mapping[str, str] | None = None
     data_root: Path | str | None = None
     truth: Path | None = None
     crop_table: CropTable | Path | str | None = None
     labels: Path | None = None
-    predictions: Path | None = None
+    probabilities: Path | None = None
     submission: Path | None = None
     scores: Path | None = None
     baseline_scores: Path | None = None

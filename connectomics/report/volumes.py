@@ -25,7 +25,7 @@ from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
 from connectomics.metrics.overlaps import pair_counts
 
-_BLOCK = (64, 512, 512)
+_BLOCK = (64, 256, 512)
 _THRESHOLD = 0.5  # of a probability that stands in for missing labels
 _MOST_PAIRS = 200_000
 

@@ -152,13 +152,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     _run_folder(root / "run")
     sources = ReportSources(
         title="Test report",
-        run_dir=root / "run",
-        timings={"training": 100.0, "predicting": 25.0},
+        run=root / "run",
+        stages={"training": 100.0, "predicting": 25.0},
         data_root=root / "data",
         truth=root / "truth.zarr",
         crop_table=root / "crops.csv",
         labels=root / "labels",
-        predictions=root / "predictions",
+        probabilities=root / "predictions",
         submission=root / "submission.zip",
         scores=root / "scores/scores.json",
         baseline_scores=root / "scores/scores.json",

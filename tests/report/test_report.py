@@ -147,12 +147,12 @@ def test_a_report_of_nothing_says_so_part_by_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "words"),
     [
-        ("run_dir", "run folder"),
+        ("run", "run folder"),
         ("data_root", "no data root at"),
         ("truth", "No truth"),
         ("crop_table", "no crop table"),
         ("labels", "No labels"),
-        ("predictions", "No probabilities"),
+        ("probabilities", "No probabilities"),
         ("submission", "The submission"),
         ("scores", "The scores cannot be shown"),
         ("baseline_scores", "cannot be shown"),
@@ -235,6 +235,20 @@ def test_without_truth_the_annotation_of_the_data_root_is_the_truth(made: Made, 
     assert "6 480 voxels are not annotated" in page.text.replace("\u2009", " ")
 
 
+def test_truth_without_a_crop_table_finds_its_data_sets_by_the_labels(made: Made, tmp_path: Path) -> None:
+    options = ReportOptions(viewers=0)
+    page = Reader(build_report(tmp_path, replace(made.sources, crop_table=None), options))
+    assert page.notes == []
+    assert page.source.count("errors: crop") == 4 * 3
+
+
+def test_truth_alone_is_shown_on_flat_grey(made: Made, tmp_path: Path) -> None:
+    page = Reader(build_report(tmp_path, ReportSources(truth=made.root / "truth.zarr")))
+    assert sum("No prediction for this crop and class" in note for note in page.notes) == 4
+    assert page.source.count('"truth: crop') == page.source.count("truth: crop") == 4 * 3
+    assert "errors: crop" not in page.source
+
+
 # -- bounds ------------------------------------------------------------------------------------------------------------
 def test_pictures_are_limited_and_every_class_is_still_named(made: Made, tmp_path: Path) -> None:
     told: list[tuple[int, int, str]] = []
@@ -273,7 +287,7 @@ def test_what_others_wrote_is_shown_as_text(tmp_path: Path) -> None:
     run.mkdir()
     (run / "config.yaml").write_text(json.dumps({"name": evil, "dataset": {"classes": [evil]}}))
     (run / "metrics.csv").write_text('epoch,step,val/dice,"val/<img src=x>/dice"\n0,1,0.5,0.4\n1,2,0.6,0.5\n')
-    sources = ReportSources(title=evil, run_dir=run, environment={evil: evil}, timings={evil: 1.0})
+    sources = ReportSources(title=evil, run=run, environment={evil: evil}, stages={evil: 1.0})
     page = Reader(build_report(tmp_path, sources))
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert not any(tag == "img" for tag, _ in page.tags)
@@ -315,7 +329,8 @@ def test_a_browser_draws_the_page(made: Made, tmp_path: Path) -> None:
     browse(path.as_uri(), tmp_path, f"--screenshot={shot}", "--window-size=1000,2000")
     picture = np.asarray(Image.open(shot).convert("RGB"))
     assert picture.shape == (2000, 1000, 3)
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 500  # grey values of raw, not only text on white
+    gray = picture[(picture[..., 0] == picture[..., 1]) & (picture[..., 1] == picture[..., 2])][:, 0]
+    assert np.count_nonzero(np.bincount(gray, minlength=256) > 100) > 100  # raw in all its greys, not text on white
 
 
 @needs_browser
