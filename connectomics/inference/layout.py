@@ -19,6 +19,7 @@ from connectomics.inference.sliding import Index, Plan, Region, WindowLattice, p
 
 _CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
 _LEAST_CHUNK = 8
+_SUMS = 1 << 29  # bytes; blocks get thinner along x until their sums take no more
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Layout:
     it, with one voxel more on every side along the axes where the target is finer (linear interpolation at the
     outermost target centres needs it). A block is a whole number of ``chunks`` of the target along each axis, and at
     most ``block_size`` voxels of the network's lattice (more only where ``chunks`` cannot be made smaller), so no two
-    blocks write one chunk.
+    blocks write one chunk. With many channels blocks are thinner along x, where that costs nothing: neighbours along x
+    share their windows (see `connectomics.inference.sliding`).
 
     Attributes:
         target: the grid that is written.
+        channels: of the network's output.
         voxel_size: of the network, nm, z y x.
         window, overlap, context: see `WindowLattice.over`.
         block_size: at most so many voxels of the network's lattice at once, z y x.
     """
 
     target: VoxelGrid
+    channels: int
     voxel_size: Triple
     window: Index
     overlap: float
@@ -78,6 +82,11 @@ class Layout:
     def block_shape(self) -> Index:
         """Shape of a block in voxels of the target, z y x (those at the end are smaller)."""
         z, y, x = (self._along(axis)[1] for axis in range(3))
+        scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+        plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
+        chunk = self.chunks[2]
+        while x > chunk and plane * (x * scale[2] + self.window[2]) > _SUMS:
+            x = math.ceil(x / (2 * chunk)) * chunk
         return z, y, x
 
     def _along(self, axis: int) -> tuple[int, int]:
@@ -114,6 +123,6 @@ class Layout:
         what = [self.target.to_dict(), self.model.to_dict(), self.block_shape, self.chunks]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
-    def plan(self, channels: int, batch_size: int) -> Plan:
+    def plan(self, batch_size: int) -> Plan:
         """What it costs; see `Plan`."""
-        return plan_regions(self.lattice, self.regions, channels=channels, batch_size=batch_size)
+        return plan_regions(self.lattice, self.regions, channels=self.channels, batch_size=batch_size)

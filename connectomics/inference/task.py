@@ -76,7 +76,7 @@ class PredictTask:
         checkpoint: hash of the checkpoint's content, recorded with the output.
         intensity_range: raw values that become 0 and 1 at the network's input (values beyond are clipped).
         overlap, blending, context, batch_size: see `connectomics.inference.sliding.predict_blocks`.
-        block_size: voxels of the network's lattice in memory at once, z y x.
+        block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
         dtype: of the stored probabilities: ``uint8``.
     """
@@ -165,14 +165,12 @@ class PredictTask:
         for name in self.classes:
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
-        return [
-            (Layout(grid, self.voxel_size, self.window, self.overlap, self.context, self.block_size), tuple(names))
-            for grid, names in grids.items()
-        ]
+        how = (len(self.classes), self.voxel_size, self.window, self.overlap, self.context, self.block_size)
+        return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
 
     def plan(self) -> list[Plan]:
         """What each distinct target grid costs, without running anything."""
-        return [layout.plan(len(self.classes), self.batch_size) for layout, _ in self.layouts()]
+        return [layout.plan(self.batch_size) for layout, _ in self.layouts()]
 
     @property
     def name(self) -> str:

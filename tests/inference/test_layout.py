@@ -17,8 +17,8 @@ GRIDS = {
 }
 
 
-def layout_of(grid: VoxelGrid, block: int = 128) -> Layout:
-    return Layout(grid, (8.0, 8.0, 8.0), (32, 32, 32), 0.25, None, (block, block, block))
+def layout_of(grid: VoxelGrid, block: int = 128, channels: int = 2) -> Layout:
+    return Layout(grid, channels, (8.0, 8.0, 8.0), (32, 32, 32), 0.25, None, (block, block, block))
 
 
 @pytest.mark.parametrize("name", list(GRIDS))
@@ -66,6 +66,15 @@ def test_blocks_are_of_about_one_size():
     assert layout_of(VoxelGrid((8, 8, 8), (0, 0, 0), (300, 300, 300)), 256).block_shape == (192, 192, 192)
     assert layout_of(VoxelGrid((8, 8, 8), (0, 0, 0), (256, 100, 30)), 256).block_shape == (256, 128, 64)
     assert layout_of(VoxelGrid((32, 32, 32), (0, 0, 0), (1000,) * 3), 128).chunks == (32, 32, 32)
+
+
+def test_many_channels_make_blocks_thinner_along_x():
+    grid = VoxelGrid((4, 4, 4), (0, 0, 0), (1024, 1024, 1024))
+    assert layout_of(grid, 256, channels=3).block_shape == (512, 512, 512)
+    assert layout_of(grid, 256, channels=14).block_shape == (512, 512, 128)
+    few, many = (layout_of(grid, 256, channels=c).plan(batch_size=1) for c in (3, 14))
+    assert few.windows == many.windows, "which costs no forward pass"
+    assert many.bytes < 1.2e9
 
 
 def test_key_tells_grids_and_blocks_apart():
