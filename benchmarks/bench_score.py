@@ -160,8 +160,9 @@ def case_official(side: int, n: int, radius: float, few: int) -> dict[str, Any]:
 def case_large(side: int, n: int, radius: float, memory_gb: float) -> dict[str, Any]:
     """A crop too large for the memory allowed, from Zarr arrays on disk."""
     import zarr
-    from connectomics.metrics.challenge import score_submission
     from numcodecs import Zstd
+
+    from connectomics.metrics.challenge import score_submission
 
     _warm_up()
     scene = Scene(side, n, radius)

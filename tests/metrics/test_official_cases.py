@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,17 @@ def test_every_bit_of_the_distance_sums(official: Path) -> None:
             volumes = np.load(official / "arrays" / f"{name}.npz")
             score = score_instance(volumes["pred"], volumes["truth"], case["voxel_size_nm_zyx"])
             assert score.hausdorff_norm_sum == case["expected"]["hausdorff_norm_sum"], name
+
+
+@pytest.mark.parametrize("name", ["errors_anisotropic", "truth_ids_with_gaps", "too_many_instances", "empty_truth"])
+def test_what_the_benchmark_measures_against_is_the_official_way(official: Path, name: str) -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "score_reference.py"
+    spec = importlib.util.spec_from_file_location("score_reference", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    case = expected_of(official / "arrays")[name]
+    volumes = np.load(official / "arrays" / f"{name}.npz")
+    way = module.OfficialWay(volumes["pred"], volumes["truth"], tuple(case["voxel_size_nm_zyx"]))
+    assert differences(case["expected"], way.score()) == []
