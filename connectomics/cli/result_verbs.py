@@ -44,6 +44,7 @@ def validate(
     submission: Annotated[Path, typer.Argument(help="A zip, or a folder with the Zarr group.")],
     crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
     truth: Annotated[Path | None, typer.Option(help="Truth Zarr, where there is one: exact instance limits.")] = None,
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
 ) -> None:
     """Say beforehand what the portal would refuse or silently count as nothing. Exit status 1 where there are errors.
 
@@ -56,7 +57,7 @@ def validate(
     from connectomics.cellmap.crop_table import CropTable
     from connectomics.submission import validate_submission
 
-    findings = validate_submission(submission, CropTable.resolve(crops), truth=truth)
+    findings = validate_submission(submission, CropTable.resolve(crops).select(classes=class_name), truth=truth)
     for finding in findings:
         print(finding)
     errors = sum(f.severity == "error" for f in findings)

@@ -147,6 +147,7 @@ class CropVolume:
         """Raise `InputError` where the crop is empty or its raw does not reach it."""
         if self.grid.size == 0:
             raise InputError(f"{self.crop.key} is empty: its labels have shape {self.crop.grid.shape}")
+        _ = self.intensity  # refuses raw of a type whose range says nothing
         raw_box = self.crop.raw_source.levels[0].grid.box
         if raw_box.intersect(self.crop.box).is_empty:
             raise InputError(

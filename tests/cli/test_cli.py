@@ -1,0 +1,186 @@
+"""The command line: help, and one clear line with a non-zero status for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.cli import main
+from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
+
+ROOT = Path(__file__).resolve().parents[2]
+VERBS = (
+    "demo",
+    "phantom",
+    "describe",
+    "train",
+    "predict",
+    "decode",
+    "evaluate",
+    "export",
+    "validate",
+    "score",
+    "report",
+)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"pytc {verb}" in text.split("Examples:")[1]
+
+
+def test_help_lists_the_verbs_and_a_mistyped_one_is_corrected(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+    assert main(["trian"]) == 2
+    assert "Did you mean 'train'" in capsys.readouterr().err
+
+
+def test_describe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plain_root(tmp_path)
+    assert main(["describe", str(root)]) == 0
+    text = capsys.readouterr().out
+    assert "set-a" in text
+    assert "crop1" in text
+    assert "mito" in text
+    assert main(["describe", str(root), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["datasets"][0]["crops"][0]["extent_nm"] == [128.0, 128.0, 128.0]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def fast(root: Path) -> list[str]:
+    return ["train", str(ROOT / "tutorials/phantom.yaml"), "--fast-dev-run", f"dataset.data_root={root}",
+            "dataset.classes=[mito]", "data.patch_size=[32,32,32]", "inference.window=[32,32,32]",
+            "data.use_cache=false", "dataset.train_val_split=1.0"]  # fmt: skip
+
+
+def test_bad_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plain_root(tmp_path / "root")
+    assert "no data root at" in failure(capsys, "describe", tmp_path / "nowhere")
+    assert "did you mean 'set-a'" in failure(capsys, "describe", root, "--dataset", "set-b")
+    assert "did you mean 'crop1'" in failure(capsys, "describe", root, "--crop", "crop11")
+    assert "did you mean 'mito'" in failure(capsys, "describe", root, "--class", "mitos")
+    assert "did you mean 'training.max_epochs'" in failure(capsys, *fast(root), "training.max_epoch=1")
+    assert "did you mean 'basic_unet'" in failure(capsys, *fast(root), "model.architecture=basik_unet")
+    assert "did you mean 'DiceLoss'" in failure(
+        capsys, *fast(root), "model.loss_functions=[DiceLos]", "model.loss_weights=[1]"
+    )
+    assert "no checkpoint" in failure(
+        capsys,
+        "predict",
+        ROOT / "tutorials/phantom.yaml",
+        "--checkpoint",
+        tmp_path / "no.ckpt",
+        f"dataset.data_root={root}",
+    )
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"PK not a checkpoint")
+    assert "broken.ckpt" in failure(
+        capsys, "predict", ROOT / "tutorials/phantom.yaml", "--checkpoint", broken, f"dataset.data_root={root}"
+    )
+
+
+def test_corrupt_raw_is_one_line_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plain_root(tmp_path)
+    chunks = (zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8/s0").rglob("0")
+    chunk = next(p for p in chunks if p.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    message = failure(capsys, *fast(root))
+    assert "fibsem-uint8/s0/0" in message
+
+
+def test_nan_in_raw_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.full((16, 16, 16), 0.5, np.float32)
+    values[3, 4, 5] = np.nan
+    write_raw(tmp_path, "set-a", values, grid_of((16, 16, 16)))
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    assert "intensity_range" in failure(capsys, *fast(tmp_path))
+    assert "NaN" in failure(capsys, *fast(tmp_path), "data.intensity_range=[0,1]")
+
+
+def test_missing_attributes_and_raw_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plain_root(tmp_path / "a")
+    attrs = zarr_of(root, "set-a") / GROUND_TRUTH / "crop1/mito/.zattrs"
+    good = attrs.read_text()
+    attrs.write_text(json.dumps({"multiscales": json.loads(good)["multiscales"]}))
+    inner = zarr_of(root, "set-a") / GROUND_TRUTH / "crop1/mito/s0/.zattrs"
+    if inner.exists():
+        inner.write_text("{}")
+    assert "could mean absent or unknown" in failure(capsys, *fast(root))
+    attrs.write_text("{ not json")
+    assert "not valid JSON" in failure(capsys, "describe", root)
+    root = tmp_path / "b"
+    write_raw(root, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    write_label(root, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8), start=5000.0))
+    assert "no raw to see" in failure(capsys, *fast(root))
+
+
+def test_a_patch_larger_than_the_raw_trains(tmp_path: Path) -> None:
+    """The normal case, not an error: raw and labels beyond are missing and unknown."""
+    root = plain_root(tmp_path, shape=(10, 12, 9))
+    assert main(fast(root)) == 0
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """The kernel refuses to let any file grow beyond 8 kB, as it would on a full disk."""
+    code = (
+        "import resource, signal, sys; from connectomics.cli import main;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000));"
+        f"sys.exit(main(['phantom', {str(tmp_path / 'p')!r}, '--preset', 'tiny']))"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "numba")}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert found.returncode == 1, found.stderr
+    assert "error: " in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "p").exists()
+
+
+def test_demo_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("keep")
+    assert "--overwrite" in failure(capsys, "demo", "--out", tmp_path)
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+def test_the_plans_script(tmp_path: Path) -> None:
+    root = plain_root(tmp_path)
+    overrides = [a for a in fast(root)[2:] if not a.startswith("--")]
+    script = [sys.executable, str(ROOT / "scripts/main.py"), "--config", str(ROOT / "tutorials/phantom.yaml")]
+    good = subprocess.run([*script, *overrides, "--fast-dev-run"], capture_output=True, text=True, cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run(
+        [*script, "--mode", "test", "training.max_epochs=1"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert bad.returncode == 1
+    assert bad.stderr.strip() == "error: --mode test needs --checkpoint FILE"
+
+
+def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--list-models"]) == 0
+    assert "mednext" in capsys.readouterr().out
+
+
+def test_phantom_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(tmp_path / "p", ignore_errors=True)
+    assert main(["phantom", str(tmp_path / "p"), "--preset", "tiny", "--size", "400"]) == 0
+    assert "test_crops.csv" in capsys.readouterr().out
