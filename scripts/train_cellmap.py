@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Training for the CellMap Segmentation Challenge: ``scripts/main.py`` under the plan's other name.
 
-    python scripts/train_cellmap.py --config tutorials/cellmap_cos7.yaml
+python scripts/train_cellmap.py --config tutorials/cellmap_cos7.yaml
 """
 
 import sys

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ def _parts(crop: Crop, label: LabelArray) -> list[VoxelGrid]:
         cuts.append(int(np.clip(round((face - grid.box.begin[axis]) / grid.voxel_size[axis]), 0, grid.shape[axis])))
     cuts.append(grid.shape[axis])
     parts = []
-    for lo, hi in zip(cuts[:-1], cuts[1:], strict=True):
+    for lo, hi in pairwise(cuts):
         first, shape = [0, 0, 0], list(grid.shape)
         first[axis], shape[axis] = lo, hi - lo
         parts.append(grid.crop(first, shape))

@@ -179,7 +179,7 @@ def _check_yaml(file: Path) -> None:
 def _explain(error: Exception, file: Path | None, overrides: Sequence[str]) -> str:
     """One line for what Hydra or OmegaConf refused, with the nearest known key."""
     cause: BaseException = error
-    while cause.__cause__ is not None:
+    while cause.__cause__ is not None and cause.__cause__ is not cause:  # OmegaConf makes some their own cause
         cause = cause.__cause__
     text = f"{error}\n{cause}"
     where = str(file) if file else "the configuration"

@@ -4,8 +4,7 @@ What is added to what the YAML says:
 
 - ``known`` goes wherever ``label`` goes, with zeros (unknown) where nothing was: a voxel is known afterwards only
   where everything that it was made of is known, so an unknown voxel stays unknown when it is moved;
-- labels are moved as shares and then voted (present from one half on), unless ``mode`` says nearest: nearest leaves them
-  behind by up to half a voxel, for small moves they do not move at all;
+- labels are moved as shares and then voted (present from one half on), unless ``mode`` says nearest;
 - `RandRotate90d` takes a list of planes: one transform for each.
 """
 
@@ -95,7 +94,8 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
     planes = arguments.get("spatial_axes")
     if kind == "RandRotate90d":
         given = list(planes) if planes is not None else [0, 1]
-        chosen = [tuple(p) for p in (given if isinstance(given[0], Sequence) else [given])]
+        several: list[Any] = given if isinstance(given[0], Sequence) else [given]
+        chosen = [tuple(p) for p in several]
         for plane in chosen:
             if patch_size[plane[0]] != patch_size[plane[1]]:
                 raise ConfigError(

@@ -24,16 +24,21 @@ from connectomics.errors import ConfigError, InputError
 log = logging.getLogger(__name__)
 
 
-class ValidationCrops(Dataset[CropVolume]):
-    """Whole crops, one an item: validation slides a window over each, reading as it goes."""
+class ValidationCrops(Dataset[CropVolume | None]):
+    """Whole crops, one an item: validation slides a window over each, reading as it goes.
+
+    Each process gets its share, filled up with None to equal length: processes that validate meet at every step.
+    """
 
     def __init__(self, volumes: Sequence[CropVolume], rank: int, world: int) -> None:
-        self.volumes = list(volumes)[rank::world]
+        share = -(-len(volumes) // world)
+        own: list[CropVolume | None] = list(volumes[rank::world])
+        self.volumes = own + [None] * (share - len(own))
 
     def __len__(self) -> int:
         return len(self.volumes)
 
-    def __getitem__(self, index: int) -> CropVolume:
+    def __getitem__(self, index: int) -> CropVolume | None:
         return self.volumes[index]
 
 
@@ -137,7 +142,7 @@ class CellMapDataModule(pl.LightningDataModule):
         rank, world = self._place()
         points = [{c: dataset.points(i, c) for c in dataset.classes} for i in range(len(dataset.volumes))]
         sizes = [float(v.grid.size) for v in dataset.volumes]
-        return PatchSampler(
+        sampler = PatchSampler(
             points,
             sizes,
             self._patches_per_epoch(),
@@ -146,6 +151,10 @@ class CellMapDataModule(pl.LightningDataModule):
             rank=rank,
             world=world,
         )
+        if self.trainer is not None:
+            # a resumed run's workers fetch ahead before the trainer says which epoch it is
+            sampler.set_epoch(self.trainer.current_epoch)
+        return sampler
 
     def _place(self) -> tuple[int, int]:
         """This process's number and how many there are."""

@@ -60,8 +60,8 @@ def split_by_crop(crops: Sequence[Crop], classes: Sequence[str], train_share: fl
     """Hold out about ``1 - train_share`` of the crops so that each class keeps about that share too.
 
     Greedy and seeded: the next crop held out is the one that brings validation closest to every class's share, the
-    first in random order among equals. A class with a single crop stays in training: there is nothing else to learn it from. At least one
-    crop validates where there are two or more and ``train_share`` is below 1.
+    first in random order among equals. A class with a single crop stays in training: there is nothing else to learn it
+    from. At least one crop validates where there are two or more and ``train_share`` is below 1.
     """
     if not crops:
         raise InputError("there are no crops to split")

@@ -2,9 +2,9 @@
 
 Level k has voxels of 2^k v, its first centre at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so that all levels start at
 the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of those that exist, at an odd end), rounded to
-nearest for integers; a label voxel is what most of the 2x2x2 voxels below it are, the largest value on a tie. Taking one
-of the eight instead would shift labels by a quarter of a voxel against the raw, level by level; on a tie the largest
-keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
+nearest for integers; a label voxel is what most of the 2x2x2 voxels below it are, the largest value on a tie. Taking
+one of the eight instead would shift labels by a quarter of a voxel against the raw, level by level; on a tie the
+largest keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_bad_overrides_are_one_line(override: str, message: str) -> None:
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:
-    with pytest.raises(MissingError, match="did you mean .*cellmap_cos7.yaml"):
+    with pytest.raises(MissingError, match=r"did you mean .*cellmap_cos7\.yaml"):
         load_config(ROOT / "tutorials/cellmap_cos8.yaml")
     for content, message in (
         ("data: [1", "not valid YAML at line"),

@@ -242,7 +242,7 @@ def test_get_dataset_by_name(two_crops: Path) -> None:
     assert isinstance(get_dataset(config, None, "val"), CellMapMultiClassDataset)
     config.dataset.name = "cellmap_single"
     assert get_dataset(config, None, "val")[0]["label"].shape == (1, 12, 12, 12)
-    with pytest.raises(ConfigError, match="dataset.name=cellmap"):
+    with pytest.raises(ConfigError, match=r"dataset\.name=cellmap"):
         CellMapDataModule(config).setup()
 
 

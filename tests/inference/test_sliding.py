@@ -109,12 +109,12 @@ def test_importance_map_is_monais(window):
     assert importance_map(window).min() >= 1e-3
 
 
-@pytest.mark.parametrize("context", [None, 5])
+@pytest.mark.parametrize("context", [None, 3])
 def test_does_not_depend_on_the_blocks(context):
     volume, network = Volume((30, 25, 44)), Net()
     options = dict(channels=3, window=(16, 16, 16), overlap=0.3, context=context)
     whole = assemble(volume, network, block_size=256, **options)
-    for block in [(16, 16, 16), (30, 11, 9), (20, 25, 44)]:
+    for block in [(16, 25, 16), (30, 13, 23)]:
         np.testing.assert_allclose(assemble(volume, network, block_size=block, **options), whole, atol=2e-6, rtol=0)
 
 
