@@ -29,6 +29,7 @@ def demo(
         Path | None, typer.Option(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...", show_default=False)] = None,
+    preset: Annotated[str, typer.Option(help="The phantom's size: tiny, small or large.")] = "small",
     overwrite: Annotated[bool, typer.Option(help="Begin anew where OUT exists.")] = False,
 ) -> None:
     """Go all the way: data, a short training, prediction, decoding, score, submission, report.
@@ -47,7 +48,7 @@ def demo(
         if not overwrite:
             raise InputError(f"{out} is not empty; give another --out, or --overwrite to begin anew")
         shutil.rmtree(out)
-    way = _prepare(out, data, config, overrides or [])
+    way = _prepare(out, data, config, overrides or [], preset)
     way.run()
 
 
@@ -204,7 +205,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[str]) -> Way:
+def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[str], preset: str) -> Way:
     """Data, table and truth (made or carved), and the configuration that fits them."""
     from connectomics.config import load_config, tutorial
     from connectomics.errors import MissingError
@@ -214,9 +215,9 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
 
         root = out / "data"
         timings: dict[str, float] = {}
-        with show.stage("making the phantom", timings):
-            make_phantom(root, PhantomOptions())
         composed = load_config(config or tutorial("phantom"), [*overrides, f"dataset.data_root={root}"])
+        with show.stage("making the phantom", timings):
+            make_phantom(root, PhantomOptions(preset=preset))
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)
 
     from connectomics.cellmap.carve import carve
