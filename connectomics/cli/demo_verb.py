@@ -205,6 +205,11 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _own_cache(out: Path) -> list[str]:
+    """Decoded crops live and go with the demo's folder."""
+    return [f"data.cache_dir={out / 'cache'}"]
+
+
 def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[str], preset: str) -> Way:
     """Data, table and truth (made or carved), and the configuration that fits them."""
     from connectomics.config import load_config, tutorial
@@ -215,7 +220,7 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
 
         root = out / "data"
         timings: dict[str, float] = {}
-        composed = load_config(config or tutorial("phantom"), [*overrides, f"dataset.data_root={root}"])
+        composed = load_config(config or tutorial("phantom"), [*_own_cache(out), *overrides, f"dataset.data_root={root}"])
         with show.stage("making the phantom", timings):
             make_phantom(root, PhantomOptions(preset=preset))
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)
@@ -234,5 +239,5 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
     lines = [f"train: [{', '.join(carved.train)}]", f"val: [{', '.join(carved.val)}]"]
     split.write_text("\n".join(lines) + "\n", encoding="utf-8")
     fixed = [f"dataset.data_root={carved.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
-    composed = load_config(file, [*overrides, *fixed])
+    composed = load_config(file, [*_own_cache(out), *overrides, *fixed])
     return Way(out, composed, carved.root, carved.crop_table, carved.truth)
