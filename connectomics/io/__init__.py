@@ -1,7 +1,8 @@
 """Volumes on disk and on S3: OME-Zarr multiscales, plain Zarr arrays, resampling between voxel grids."""
 
+from connectomics.io.levels import level_grids
 from connectomics.io.multiscale import Level, Multiscale, PlainArray
-from connectomics.io.pyramid import build_levels, level_grids
+from connectomics.io.pyramid import build_levels
 from connectomics.io.store import Location, StoreError, StoreOptions, exists, join, list_groups, read_attrs, read_json
 from connectomics.io.write import (
     ArrayWriter,

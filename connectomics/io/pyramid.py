@@ -1,11 +1,4 @@
-"""Pyramids: the coarser levels of a multiscale.
-
-Level k has voxels of 2^k v, its first centre at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so that all levels start at
-the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of those that exist, at an odd end), rounded to
-nearest for integers; a label voxel is what most of the 2x2x2 voxels below it are, the largest value on a tie. Taking
-one of the eight instead would shift labels by a quarter of a voxel against the raw, level by level; on a tie the
-largest keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
-"""
+"""Coarser levels of a volume that is written already, made block by block as `connectomics.io.levels` says."""
 
 from __future__ import annotations
 
@@ -13,30 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import VoxelGrid
+from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.store import Location, normalize, read_json
 from connectomics.io.write import ArrayWriter, Kind, create_array, multiscales_attrs, update_attrs
-
-# planes of the shrunken volume made at a time, so that the float sums stay small beside the volume
-_PLANES = 16
-
-
-def level_grids(grid: VoxelGrid, levels: int) -> list[VoxelGrid]:
-    """The grids of levels 0 .. levels - 1 of a pyramid on ``grid``."""
-    if levels < 1:
-        raise InputError(f"a pyramid needs at least one level, found levels={levels}")
-    grids = []
-    for k in range(levels):
-        factor = 2**k
-        size = [factor * v for v in grid.voxel_size]
-        first = [t + (factor - 1) / 2 * v for t, v in zip(grid.translation, grid.voxel_size, strict=True)]
-        shape = [-(-n // factor) for n in grid.shape]
-        grids.append(VoxelGrid(tuple(size), tuple(first), tuple(shape)))
-    return grids
 
 
 def build_levels(location: Location, levels: int, kind: Kind) -> None:
@@ -77,44 +52,3 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
 def _doubled_read(source: ArrayWriter, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
     first = [2 * b for b in begin]
     return source.read(first, [min(2 * n, m - b) for n, m, b in zip(shape, source.shape, first, strict=True)])
-
-
-def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
-    """Mean over 2x2x2 voxels, (D, H, W) to (ceil(D/2), ceil(H/2), ceil(W/2)), same dtype, integers rounded."""
-    exact: type[np.floating[Any]] = np.float64 if data.dtype.itemsize > 2 else np.float32
-    out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
-    for z in range(0, out.shape[0], _PLANES):
-        sums: NDArray[Any] = data[2 * z : 2 * (z + _PLANES)].astype(exact)
-        for axis in range(3):
-            sums = _pair_sum(sums, axis)
-        sums = sums / 8
-        out[z : z + _PLANES] = np.rint(sums) if data.dtype.kind in "iu" else sums
-    return out
-
-
-def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
-    """The value of most of each 2x2x2 voxels (of those that exist, at an odd end), the largest on a tie; shapes as for
-    `halve_raw`, same dtype."""
-    from connectomics.io.kernels import majority_of_eight
-
-    out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
-    majority_of_eight(np.ascontiguousarray(data), out)
-    return out
-
-
-def level_of_labels(data: NDArray[Any], level: int) -> NDArray[Any]:
-    """Level ``level`` of a label volume (D, H, W) given at level 0."""
-    for _ in range(level):
-        data = halve_labels(data)
-    return data
-
-
-def _pair_sum(data: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Sums of neighbours along ``axis``; a last voxel without a partner counts twice, which leaves it its own mean."""
-    data = np.moveaxis(data, axis, 0)
-    sums = data[0::2].copy()
-    partners = data[1::2]
-    sums[: len(partners)] += partners
-    if len(partners) < len(sums):
-        sums[-1] *= 2
-    return np.moveaxis(sums, 0, axis)

@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.store import Location, is_s3, normalize, read_json
 
 if TYPE_CHECKING:
@@ -274,15 +275,13 @@ def write_multiscale(
 
     Args:
         data: (D, H, W) voxels on ``grid``, stored in their dtype (bool as uint8).
-        levels: number of levels, s0 included. kind: how to shrink, see `connectomics.io.pyramid`.
+        levels: number of levels, s0 included. kind: how to shrink, see `connectomics.io.levels`.
         Others as for `create_multiscale`.
     """
-    from connectomics.io import pyramid
-
     path = Path(_local(location))
     if data.shape != grid.shape:
         raise InputError(f"{path}: data has shape {data.shape}, its grid {grid.shape}; they must agree")
-    grids = pyramid.level_grids(grid, levels)
+    grids = level_grids(grid, levels)
     values: NDArray[Any] = data.view(np.uint8) if data.dtype == np.bool_ else data
     if path.exists() and not overwrite:
         raise _already_there(path)
@@ -296,7 +295,7 @@ def write_multiscale(
         for k, writer in enumerate(writers):
             writer.write((0, 0, 0), values)
             if k + 1 < len(writers):
-                values = pyramid.halve_raw(values) if kind == "raw" else pyramid.halve_labels(values)
+                values = halve_raw(values) if kind == "raw" else halve_labels(values)
         _swap(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)

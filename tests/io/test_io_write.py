@@ -29,7 +29,7 @@ from connectomics.io import (
     update_attrs,
     write_multiscale,
 )
-from connectomics.io.pyramid import halve_labels, halve_raw
+from connectomics.io.levels import halve_labels, halve_raw
 
 GRID = VoxelGrid((2.62, 2.0, 2.0), (3132.21, 899.0, 25863.0), (37, 30, 41))
 
