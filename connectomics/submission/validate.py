@@ -14,7 +14,7 @@ from pathlib import Path
 from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import CorruptDataError, InputError, MetadataError, nearest
-from connectomics.metrics.challenge.zarr_v2 import MAX_UNPACKED_BYTES
+from connectomics.metrics.challenge.zarr_v2 import MAX_DEPTH, MAX_UNPACKED_BYTES
 from connectomics.submission.archive import Archive, ArchivedArray
 from connectomics.submission.content import check_content
 from connectomics.submission.findings import Finding
@@ -27,6 +27,8 @@ Progress = Callable[[int, int, str], None]
 
 _NESTED = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar")
 _JUNK = {".DS_Store", "Thumbs.db", "desktop.ini"}
+# Where one of these is found, nothing of the archive is read.
+_UNSAFE = ("outside-path", "deep-path", "link", "unpacked-size", "overlap", "encrypted", "zip-method")
 _PACK = "export it again, or zip the content of the group's folder: cd submission.zarr && zip -r0 ../submission.zip ."
 
 
@@ -62,7 +64,7 @@ def validate_submission(
         return [Finding("error", "not-a-zip", ".", str(error), "a zip file or a folder", _PACK)]
     with archive:
         findings += _names(archive)
-        if any(f.rule in ("outside-path", "link", "unpacked-size", "overlap", "encrypted") for f in findings):
+        if any(f.rule in _UNSAFE for f in findings):
             return findings  # not safe to look further
         prefix = _root(archive, table, findings)
         if prefix is not None:
@@ -95,10 +97,16 @@ def _names(archive: Archive) -> list[Finding]:
             )
         elif "\\" in name:
             findings.append(Finding("error", "backslash", name, "a backslash in a name", "names with /", _PACK))
+        if len(parts) > MAX_DEPTH:
+            what = f"{len(parts)} folders in each other"
+            findings.append(Finding("error", "deep-path", f"{name[:40]}...", what, f"at most {MAX_DEPTH}", _PACK))
         if entry.is_link:
             findings.append(Finding("error", "link", name, "a link", "files and folders only", _PACK))
         if entry.is_encrypted:
             findings.append(Finding("error", "encrypted", name, "an encrypted file", "no password", _PACK))
+        if entry.is_strange:
+            what = "a file that is neither stored nor deflated"
+            findings.append(Finding("error", "zip-method", name, what, "what every reader of zips unpacks", _PACK))
         if name in seen:
             findings.append(Finding("error", "duplicate", name, "the name twice", "every name once", _PACK))
         seen.add(name)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import stat
+import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import cc3d
@@ -17,9 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.errors import MissingError
+from connectomics.errors import CorruptDataError, InputError, MissingError
 from connectomics.geometry import VoxelGrid
+from connectomics.metrics.challenge import score_submission
+from connectomics.metrics.challenge.zarr_v2 import ZipStore
 from connectomics.submission import validate_submission
+from connectomics.submission.archive import Archive
 from connectomics.submission.content import ComponentCounter, instance_limit
 from connectomics.submission.pack import PlainArrayWriter, write_group, zip_folder
 
@@ -443,6 +449,101 @@ def test_a_chunk_that_claims_to_be_huge_costs_no_memory(tmp_path, good):
     (finding,) = check(tmp_path, {**good, "crop7/er/0.0.0": bomb})
     assert finding.rule == "corrupt"
     assert "claims 1099511627776 bytes, expected 13440" in str(finding)
+
+
+def frame(*blocks: tuple[int, int, bytes], descriptor: bytes = b"\x00\x58") -> bytes:
+    """A Zstandard frame (by default of unstated size) of blocks: kind, size, bytes."""
+    out = b"\x28\xb5\x2f\xfd" + descriptor
+    for n, (kind, size, data) in enumerate(blocks, start=1):
+        out += (int(n == len(blocks)) | kind << 1 | size << 3).to_bytes(3, "little") + data
+    return out
+
+
+def test_zstandard_data_that_would_grow_is_refused_by_the_check_and_by_the_scorer(tmp_path, good):
+    repeated = (1, 1 << 17, b"\x01")  # 4 bytes for 128 KB
+    small = bytes(numcodecs.Zstd().encode(bytes(13440)))
+    bombs = {
+        "frames without a stated size": frame(*[repeated] * 3000),
+        "many frames": frame(*[repeated] * 300) * 10,
+        "frames that are right by themselves": small * 100,
+    }
+    truth = tmp_path / "truth"
+    write_group(truth)
+    write_array(truth / "crop7/er", GRID, two_boxes(GRID))
+    for name, data in bombs.items():
+        files = {**good, "crop7/er/0.0.0": data}
+        tracemalloc.start()
+        assert rules(check(tmp_path, files)) == ["corrupt"], name
+        with pytest.raises(CorruptDataError, match=r"crop7/er/0\.0\.0 cannot be decoded"):
+            score_submission(tmp_path / "s.zip", truth)
+        assert tracemalloc.get_traced_memory()[1] < 20e6, name
+        tracemalloc.stop()
+    # What streaming writers make, the size unstated, is read.
+    values = two_boxes(GRID).tobytes()
+    assert check(tmp_path, {**good, "crop7/er/0.0.0": frame((0, len(values), values))}) == []
+
+
+def test_a_file_that_inflates_beyond_its_stated_size_costs_no_memory(tmp_path, good):
+    """300 MB of zeros in a zip that states 100 bytes, and the checksum of those."""
+    path = pack(tmp_path / "s.zip", good)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("crop12/.zattrs", bytes(300_000_000))
+        offset = archive.getinfo("crop12/.zattrs").header_offset
+    data = bytearray(path.read_bytes())
+    directory = data.rindex(b"PK\x01\x02")
+    for crc, size in ((offset + 14, offset + 22), (directory + 16, directory + 24)):
+        data[crc : crc + 4] = zlib.crc32(bytes(100)).to_bytes(4, "little")
+        data[size : size + 4] = (100).to_bytes(4, "little")
+    path.write_bytes(data)
+    tracemalloc.start()
+    with Archive(path) as archive:
+        assert archive.read("crop12/.zattrs") == bytes(100)
+    assert ZipStore(path).read("crop12/.zattrs") == bytes(100)
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_ways_of_packing_that_do_not_come_piece_by_piece_stop_the_check(tmp_path, good):
+    path = pack(tmp_path / "s.zip", good)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("crop7/er/0.0.1", bytes(1000))
+    assert rules(validate_submission(path, TABLE)) == ["zip-method"]
+    with pytest.raises(InputError, match="stored or deflated"):
+        ZipStore(path)
+
+
+def test_folders_without_end_stop_the_check(tmp_path, good):
+    path = pack(tmp_path / "s.zip", {**good, "a/" * 20_000 + "b": b"x"})
+    assert rules(validate_submission(path, TABLE)) == ["deep-path"]
+    with pytest.raises(InputError, match="20001 folders"):
+        ZipStore(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    key=st.sampled_from(["shape", "chunks", "dtype", "compressor", "fill_value", "order", "filters", "zarr_format",
+                         "dimension_separator", "voxel_size", "translation", "resolution"]),
+    value=st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(-3, 2**70), st.floats(), st.text(max_size=4),
+                  st.sampled_from(["<u2", "|b1", "zstd", "F", "NaN"])),
+        lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(["id", "a"]), inner)),
+        max_leaves=6,
+    ),
+)  # fmt: skip
+def test_whatever_stands_in_the_metadata_is_found_and_never_raised(tmp_path_factory, good, key, value):
+    name = ZATTRS if key in ("voxel_size", "translation", "resolution") else ZARRAY
+    files = {**good, name: json.dumps({**json.loads(good[name]), key: value}).encode()}
+    path = pack(tmp_path_factory.getbasetemp() / "metadata.zip", files)
+    for finding in validate_submission(path, TABLE):
+        assert "\n" not in str(finding)
+
+
+@pytest.mark.parametrize("name", [".", "/", "crop7//er/.zarray", "crop7/er/.zarray/x", "\x01", "crop7/er/"])
+def test_strange_names_are_survived(tmp_path, good, name):
+    path = pack(tmp_path / "s.zip", {**good, name: b"{}"})
+    validate_submission(path, TABLE)
+    with contextlib.suppress(InputError):
+        ZipStore(path).close()
 
 
 def test_chunks_under_other_names_are_not_read(tmp_path, good):

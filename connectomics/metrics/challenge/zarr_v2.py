@@ -1,7 +1,8 @@
 """Reading plain Zarr v2 arrays out of a folder or straight out of a zip, which is never unpacked.
 
 A submission comes from somebody else, so a zip is judged by its table of contents before anything is read: links, paths
-that lead out of the archive and more than 50 GB unpacked are refused, and no chunk may decode to more than it should.
+that lead out of the archive and more than 50 GB unpacked are refused, no file gives more than that table
+says, and no chunk may decode to more than it should.
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ MAX_UNPACKED_BYTES = 50 * 1024**3
 MAX_ARRAY_BYTES = 16 * 1024**3
 _MAX_CHUNK_BYTES = 2**31 - 1
 _MAX_JSON_BYTES = 1 << 24
+#: The most chunks that an array may have; 1000^3 in chunks of 8^3 are two million.
+MAX_CHUNKS = 10_000_000
+#: How deep folders may lie in each other; a submission needs six.
+MAX_DEPTH = 64
+#: How the files of a zip may be packed: these are unpacked piece by piece, and everything that reads zips reads them.
+ZIP_METHODS = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED})
+#: What can go wrong when a file of a zip is read.
+ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    zlib.error,
+)
 
 Decoder = Callable[[bytes, int], bytes]
 # Stream formats are decoded up to one byte more than is expected, so that a bomb costs nothing.
@@ -39,6 +56,18 @@ _STREAMS: dict[str, Decoder] = {
     "lzma": lambda data, size: lzma.LZMADecompressor().decompress(data, max_length=size + 1),
 }
 _FRAMES = ("blosc", "zstd", "lz4")
+
+
+def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """One file of a zip, never more memory than the table of contents says it takes.
+
+    ``ZipFile.read`` inflates up to 2 GB before it looks at the stated size. Raises `BadZipFile` where the checksum does
+    not agree, and for a method of packing that does not come piece by piece.
+    """
+    if entry.compress_type not in ZIP_METHODS:
+        raise zipfile.BadZipFile(f"method of packing {entry.compress_type}, expected stored or deflated")
+    with archive.open(entry) as file:
+        return file.read(entry.file_size + 1)
 
 
 class Store:
@@ -140,10 +169,17 @@ class ZipStore(Store):
             path = PurePosixPath(name)
             if stat.S_ISLNK(entry.external_attr >> 16):
                 raise InputError(f"{self.location}: {name!r} is a link; a submission must hold files only")
-            if path.is_absolute() or ".." in path.parts or "\\" in entry.orig_filename or ":" in path.parts[0]:
+            if path.is_absolute() or ".." in path.parts or "\\" in entry.orig_filename or ":" in name.partition("/")[0]:
                 raise InputError(f"{self.location}: {name!r} leads out of the archive; pack it with relative paths")
+            if len(path.parts) > MAX_DEPTH:
+                raise InputError(f"{self.location}: {name[:40]!r}... has {len(path.parts)} folders; pack it again")
             if entry.flag_bits & 1:
                 raise InputError(f"{self.location}: {name!r} is encrypted; pack it without a password")
+            if entry.compress_type not in ZIP_METHODS:
+                raise InputError(
+                    f"{self.location}: {name!r} is packed by method {entry.compress_type}; expected stored or deflated "
+                    f"files (zip -r0)"
+                )
             total += entry.file_size
             self._entries[name] = entry
         if total > max_bytes:
@@ -174,8 +210,8 @@ class ZipStore(Store):
         if entry.file_size > limit:
             raise CorruptDataError(f"{self.where(key)} claims {entry.file_size} bytes, more than {limit} are not read")
         try:
-            return self._zip.read(entry)
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, NotImplementedError) as error:
+            return read_entry(self._zip, entry)
+        except ZIP_ERRORS as error:
             raise CorruptDataError(f"{self.where(key)} cannot be unpacked ({error}); pack it again") from error
 
     def folders(self, key: str = "") -> list[str]:
@@ -205,10 +241,10 @@ class ZarrArray:
             self._chunks = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"])
             fill = meta.get("fill_value")
-            self._fill = np.zeros((), self.dtype) if fill is None else np.asarray(fill).astype(self.dtype)
+            self._fill = np.zeros((), self.dtype) if fill is None else np.asarray(fill).astype(self.dtype).reshape(())
             self._order = {"C": "C", "F": "F"}[meta.get("order", "C")]
             self._separator = {".": ".", "/": "/"}[meta.get("dimension_separator", ".")]
-            self._compressor = meta.get("compressor")
+            compressor = meta.get("compressor")
             filters = meta.get("filters")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise MetadataError(
@@ -218,9 +254,13 @@ class ZarrArray:
             raise MetadataError(f"{self.where}: expected an array of numbers, found {self.dtype} of shape {self.shape}")
         if len(self._chunks) != len(self.shape) or filters:
             raise MetadataError(f"{self.where}: filters and chunks of another rank are not read: {filters}, {meta}")
-        codec = None if self._compressor is None else self._compressor.get("id")
-        if codec is not None and codec not in _STREAMS and codec not in _FRAMES:
+        count = math.prod(-(-n // c) for n, c in zip(self.shape, self._chunks, strict=True))
+        if count > MAX_CHUNKS:
+            raise MetadataError(f"{self.where}/.zarray makes {count} chunks, expected at most {MAX_CHUNKS}")
+        codec = compressor.get("id") if isinstance(compressor, dict) else compressor
+        if codec is not None and codec not in (*_STREAMS, *_FRAMES):
             raise MetadataError(f"{self.where}: compressor {codec!r} is not read; use blosc, zstd or gzip")
+        self._codec: str | None = codec
         self.attrs = store.attrs(path)
         self._chunk_bytes = math.prod(self._chunks) * self.dtype.itemsize
 
@@ -274,9 +314,9 @@ class ZarrArray:
         return np.frombuffer(decoded, self.dtype).reshape(self._chunks, order=self._order)  # type: ignore[call-overload]
 
     def _decode(self, data: bytes) -> Any:
-        if self._compressor is None:
+        codec = self._codec
+        if codec is None:
             return data
-        codec = self._compressor["id"]
         if codec in _STREAMS:
             return _STREAMS[codec](data, self._chunk_bytes)
         import numcodecs
@@ -285,9 +325,55 @@ class ZarrArray:
         claimed = {"blosc": data[4:8], "lz4": data[:4]}.get(codec)
         if isinstance(claimed, bytes) and int.from_bytes(claimed, "little") != self._chunk_bytes:
             raise ValueError(f"it claims {int.from_bytes(claimed, 'little')} bytes, expected {self._chunk_bytes}")
-        return memoryview(numcodecs.get_codec(self._compressor).decode(data)).cast("B")
+        if codec == "zstd":
+            check_zstd(data, self._chunk_bytes)
+        return memoryview(numcodecs.get_codec({"id": codec}).decode(data)).cast("B")
 
 
 def is_array(store: Store, path: str) -> bool:
     """Whether a plain Zarr v2 array is there."""
     return store.read(f"{path}/.zarray") is not None
+
+
+def check_zstd(data: bytes, expected: int) -> None:
+    """Refuses Zstandard data that would decode to more than ``expected`` bytes, without decoding it.
+
+    All frames are walked (RFC 8878, 3.1.1): a frame whose header states a size is held to it by the decoder; of one
+    that states none, as streaming writers make, each block says how much it gives at most. Blocks may be short, so up
+    to four times the expected size, or 64 MB, pass here. Raises `ValueError`.
+    """
+    if len(data) > 2 * expected + (1 << 16):
+        raise ValueError(f"{len(data)} bytes are stored for {expected}")
+    at = stated = at_most = 0
+    limit = max(4 * expected, 1 << 26)
+    while at < len(data):
+        magic = int.from_bytes(data[at : at + 4], "little")
+        if 0x184D2A50 <= magic <= 0x184D2A5F:  # a skippable frame, which gives nothing
+            at += 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+            continue
+        if magic != 0xFD2FB528:
+            raise ValueError("it is no Zstandard frame")
+        descriptor = data[at + 4] if at + 4 < len(data) else 0
+        single, flag = bool(descriptor & 0x20), descriptor >> 6
+        width = (1 if single else 0, 2, 4, 8)[flag]
+        at += 5 + (0 if single else 1) + (0, 1, 2, 4)[descriptor & 3]
+        if width:
+            stated += int.from_bytes(data[at : at + width], "little") + (256 if width == 2 else 0)
+            if stated > expected:
+                raise ValueError(f"it claims {stated} bytes, expected {expected}")
+        at, given = _zstd_blocks(data, at + width, limit)
+        at += 4 if descriptor & 4 else 0
+        at_most += 0 if width else given
+        if stated + at_most > limit:
+            raise ValueError(f"it may hold more than {limit} bytes, expected {expected}")
+
+
+def _zstd_blocks(data: bytes, at: int, limit: int) -> tuple[int, int]:
+    """Behind the blocks of a frame, and the most bytes that they give (it stops early where that passes ``limit``)."""
+    given, last = 0, False
+    while not last and at < len(data) and given <= limit:
+        header = int.from_bytes(data[at : at + 3], "little")
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        given += 1 << 17 if kind == 2 else size  # 2: compressed, to at most 128 KB
+        at += 3 + (1 if kind == 1 else size)  # 1: one byte repeated
+    return at, given
