@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from connectomics.cli import show
+from connectomics.cli import progress
 
 
 def export(
@@ -33,8 +34,10 @@ def export(
     from connectomics.submission import export_submission
 
     table = CropTable.resolve(crops).select(None, class_name, dataset)
-    with show.stage("packing"):
-        result = export_submission(labels, out, crops=table, probabilities_dir=probabilities, strict=strict)
+    with progress.counted("packing") as advance:
+        result = export_submission(
+            labels, out, crops=table, probabilities_dir=probabilities, strict=strict, progress=advance
+        )
     print(result.summary())
     if result.has_errors:
         raise typer.Exit(1)
@@ -45,6 +48,7 @@ def validate(
     crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
     truth: Annotated[Path | None, typer.Option(help="Truth Zarr, where there is one: exact instance limits.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the findings here too, as JSON.")] = None,
 ) -> None:
     """Say beforehand what the portal would refuse or silently count as nothing. Exit status 1 where there are errors.
 
@@ -55,9 +59,14 @@ def validate(
       pytc validate submission.zip --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
     """
     from connectomics.cellmap.crop_table import CropTable
+    from connectomics.metrics.tables import write_json
     from connectomics.submission import validate_submission
 
-    findings = validate_submission(submission, CropTable.resolve(crops).select(classes=class_name), truth=truth)
+    table = CropTable.resolve(crops).select(classes=class_name)
+    with progress.counted("checking") as advance:
+        findings = validate_submission(submission, table, truth=truth, progress=advance)
+    if out is not None:
+        write_json(out, {"submission": str(submission), "findings": [finding.to_dict() for finding in findings]})
     for finding in findings:
         print(finding)
     errors = sum(f.severity == "error" for f in findings)
@@ -68,7 +77,9 @@ def validate(
 
 
 def score(
-    submission: Annotated[Path, typer.Argument(help="A zip, or a folder with the Zarr group.")],
+    submission: Annotated[
+        Path, typer.Argument(help="A zip, a folder with the Zarr group, or a folder of labels that decode wrote.")
+    ],
     truth: Annotated[Path, typer.Argument(help="The truth: a Zarr group crop{N}/{class}.")],
     crops: Annotated[str | None, typer.Option(help="Crop table; default: what the truth holds.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
@@ -82,13 +93,23 @@ def score(
 
       pytc score submission.zip truth.zarr --crops test_crops.csv
 
-      pytc score submission.zip truth.zarr --class mito --out outputs/scores
+      pytc score submission.zip truth.zarr --class mito --crop 557 --out outputs/scores
     """
     from connectomics.metrics.challenge import score_submission
     from connectomics.metrics.tables import print_table, score_table, write_scores
 
-    with show.stage("scoring"):
-        result = score_submission(submission, truth, crops, classes=class_name, crop_names=crop, rules=rules)
+    with progress.counted("scoring") as advance:
+        result = score_submission(
+            submission,
+            truth,
+            crops,
+            classes=class_name,
+            crop_names=crop,
+            rules=rules,
+            progress=lambda done, number, crop, name: advance(done, number, f"{crop}/{name}"),
+        )
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     print_table(score_table(result))
     for path in write_scores(result, out).values():
         print(path)
@@ -117,8 +138,13 @@ def report(
       pytc report report.html --root data/phantom --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
       --labels outputs/labels --scores scores.json
     """
+    from connectomics.errors import MissingError
     from connectomics.report import ReportSources, build_report
 
+    given = (run_dir, crops, truth, labels, predictions, submission, scores, baseline, evaluation)
+    for path in given:
+        if path is not None and not path.exists():
+            raise MissingError(f"nothing at {path}; give what is there, or leave that option out")
     sources = ReportSources(
         run=run_dir,
         data_root=None if root is None else str(root),

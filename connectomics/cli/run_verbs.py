@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from connectomics.cli import show
+from connectomics.cli import evaluation_tables, progress, show
 
 Config = Annotated[
     Path | None, typer.Argument(help="Configuration, for instance tutorials/cellmap_cos7.yaml.", show_default=False)
@@ -130,10 +129,14 @@ def decode(
 def evaluate(
     labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
     root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
-    out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON, and CSV tables beside it.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+    rules: Annotated[str, typer.Option(help="Version of the challenge's rules.")] = "2026-06",
 ) -> None:
-    """Measure labels against annotated crops over known voxels only: Dice, IoU, precision, recall, Rand, VOI.
+    """Measure labels against annotated crops over known voxels only: the challenge's score, Dice, IoU, precision,
+    recall, Rand error, VOI; by class, data set and crop, with 95 % intervals over crops.
 
     Examples:
 
@@ -142,30 +145,16 @@ def evaluate(
       pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json
     """
     from connectomics.lightning.evaluation import evaluate_labels
-    from connectomics.metrics.tables import write_json
 
-    with show.stage("evaluating"):
-        result = evaluate_labels(labels, root, classes=class_name)
-    columns = ("dice", "iou", "precision", "recall", "combined_score", "rand_error", "voi_split", "voi_merge")
-    rows = [
-        [row["class"], str(row["crops"]), *(_number(row.get(c)) for c in columns), _interval(row)]
-        for row in result["classes"]
-    ]
-    header = ["class", "crops", "dice", "iou", "precision", "recall", "challenge", "rand error", "split", "merge"]
-    show.table([*header, "dice 95 %"], rows)
+    with progress.counted("evaluating") as advance:
+        result = evaluate_labels(labels, root, class_name, crops=crop, datasets=dataset, rules=rules, progress=advance)
+    evaluation_tables.show_evaluation(result)
     if out is not None:
-        write_json(out, result)
+        for path in evaluation_tables.write_evaluation(result, out):
+            print(path)
 
 
 def _creating(override: str) -> str:
     """``decoding.classes.mito.threshold=0.6`` makes the entry where the file has none (Hydra's ``++``)."""
     free = override.startswith(("decoding.default.", "decoding.classes."))
     return f"++{override}" if free else override
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['dice_low']:.3f}-{row['dice_high']:.3f}" if "dice_low" in row else "-"

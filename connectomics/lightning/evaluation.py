@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +10,119 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.decode import find_arrays
-from connectomics.errors import IncompleteError, MissingError, unknown_name
+from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.counts import Counts
-from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize
+from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
 
+#: Told after each array: how many are done, how many there are, and which one it was.
+Progress = Callable[[int, int, str], None]
 _BLOCK = (128, 128, 128)
 
 
-def evaluate_labels(labels: str | Path, root: str, classes: Sequence[str] | None = None) -> dict[str, Any]:
+def evaluate_labels(
+    labels: str | Path,
+    root: str,
+    classes: Sequence[str] | None = None,
+    *,
+    crops: Sequence[str] | None = None,
+    datasets: Sequence[str] | None = None,
+    rules: str = DEFAULT_RULES,
+    samples: int = 1000,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
     """Compare every label array below ``labels`` that has annotated truth in the data root, on the label's own grid.
 
-    Gives rows of pooled measures (`connectomics.metrics.evaluate.summarize`): ``classes`` with bootstrap intervals over
-    crops, ``datasets`` (by data set and class), and ``crops`` (one row a crop and class). What has no truth is left
-    out. `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `UnknownNameError` for
-    a class of ``classes`` that no label has.
+    Args:
+        labels: folder that ``decode`` wrote. root: data root with the crops' annotation.
+        classes, crops (``crop7`` or ``7``), datasets: only these.
+        rules: version of the challenge's rules, for the instance measures.
+        samples: draws of the bootstrap over crops.
+        progress: called after every array.
+
+    Returns:
+        ``classes``: class -> pooled measures (`connectomics.metrics.evaluate.summarize`) with ``dice_interval`` and
+        ``score_interval`` (95 %, over crops); ``datasets``: such rows by data set and class; ``crops``: one row a crop
+        and class; ``totals``: the challenge's totals over these crops (`connectomics.metrics.evaluate.totals`);
+        ``left_out``: arrays without annotated truth, ``dataset/crop/class``; ``rules`` and whether they are
+        ``verified``. What cannot be compared (no truth, nothing known) is left out.
+
+    Raises `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `MetadataError` for
+    probabilities, `UnknownNameError` for a class, crop or data set that no label has.
     """
+    version = get_rules(rules)
     catalog = Catalog.open(root)
-    found = list(find_arrays(labels))
-    for name in classes or ():
-        if name not in {c for _, _, c in found}:
-            raise unknown_name("class", name, {c for _, _, c in found}, str(labels))
+    found = _chosen(labels, datasets, crops, classes)
     rows: list[LabelEvaluation] = []
-    for dataset, crop, name in found:
-        if classes is not None and name not in classes:
-            continue
-        if dataset not in catalog.datasets or crop not in catalog.crop_names(dataset):
-            continue
-        location = store.join(str(labels), f"{dataset}.zarr", crop, name)
-        if not store.read_attrs(location).get("connectomics", {}).get("complete", False):
-            raise IncompleteError(f"{location} is only half written; run decode again to finish it")
-        row = _compare(Multiscale.open(location), catalog.crop(dataset, crop), name)
-        if row is not None:
+    left_out: list[str] = []
+    for done, (dataset, crop, name) in enumerate(found, start=1):
+        row = None
+        if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
+            location = store.join(str(labels), f"{dataset}.zarr", crop, name)
+            row = _compare(_opened(location), catalog.crop(dataset, crop), name, rules)
+        if row is None:
+            left_out.append(f"{dataset}/{crop}/{name}")
+        else:
             rows.append(row)
+        if progress is not None:
+            progress(done, len(found), f"{dataset}/{crop}/{name}")
     if not rows:
         raise MissingError(f"none of the labels in {labels} has annotated truth in {root}; nothing to compare")
+    options: dict[str, Any] = {"samples": samples, "rules": rules}
     return {
-        "classes": summarize(rows, ("class",)),
-        "datasets": summarize(rows, ("dataset", "class")),
-        "crops": [row.to_dict() for row in rows],
+        "rules": version.version,
+        "verified": version.verified,
+        "totals": totals(rows, **options),
+        "classes": {row.pop("class"): _with_intervals(row) for row in summarize(rows, ("class",), **options)},
+        "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
+        "crops": [_crop_row(row, version) for row in rows],
+        "left_out": left_out,
     }
 
 
-def _compare(prediction: Multiscale, crop: Crop, name: str) -> LabelEvaluation | None:
+def _chosen(
+    labels: str | Path, datasets: Sequence[str] | None, crops: Sequence[str] | None, classes: Sequence[str] | None
+) -> list[tuple[str, str, str]]:
+    """The arrays below ``labels`` that were asked for; `UnknownNameError` for a name that none of them has."""
+    found = list(find_arrays(labels))
+    for place, what, wanted in ((0, "data set", datasets), (1, "crop", crops), (2, "class", classes)):
+        if wanted is None:
+            continue
+        there = {item[place] for item in found}
+        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
+        for name in sorted(names - there):
+            raise unknown_name(what, name, there, str(labels))
+        found = [item for item in found if item[place] in names]
+    return found
+
+
+def _opened(location: str) -> Multiscale:
+    """A label array, checked to be one and to be whole."""
+    about = store.read_attrs(location).get("connectomics", {})
+    if about.get("artefact") == "probability":
+        raise MetadataError(f"{location} holds probabilities, not labels; run decode first and evaluate its output")
+    if not about.get("complete", False):
+        raise IncompleteError(f"{location} is only half written; run decode again to finish it")
+    return Multiscale.open(location)
+
+
+def _crop_row(label: LabelEvaluation, rules: Rules) -> dict[str, Any]:
+    """One class in one crop, with what the challenge makes of it."""
+    row = label.to_dict()
+    if rules.is_instance(label.class_name):
+        return row | ({"score": label.instances.combined} if label.instances is not None else {})
+    return row | {"score": label.counts.iou}
+
+
+def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its ends of intervals put together, as the report reads them."""
+    pairs = [name for name in ("dice", "score") if f"{name}_low" in row]
+    return row | {f"{name}_interval": [row[f"{name}_low"], row[f"{name}_high"]] for name in pairs}
+
+
+def _compare(prediction: Multiscale, crop: Crop, name: str, rules: str) -> LabelEvaluation | None:
     """One class in one crop, None where nothing of it is known.
 
     Semantic classes are counted block by block; instances need whole volumes (about 20 bytes a voxel).
@@ -70,6 +139,7 @@ def _compare(prediction: Multiscale, crop: Crop, name: str) -> LabelEvaluation |
             dataset=crop.dataset,
             crop=crop.name,
             class_name=name,
+            rules=rules,
         )
     counts = Counts()
     for begin, block in grid.blocks(_BLOCK):

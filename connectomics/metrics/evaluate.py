@@ -5,20 +5,20 @@ What is not known does not count, neither as a hit nor as a miss; a class with n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import evaluate_instance
-from connectomics.metrics.challenge.rules import DEFAULT_RULES
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 
-__all__ = ["Counts", "InstanceSums", "LabelEvaluation", "bootstrap_interval", "evaluate_label", "summarize"]
+__all__ = ["Counts", "InstanceSums", "LabelEvaluation", "bootstrap_interval", "evaluate_label", "summarize", "totals"]
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def bootstrap_interval(
     sum: the interval says how much the pooled measure hangs on which crops happened to be annotated.
 
     Args:
-        items: one per crop; anything with ``+``.
+        items: one per crop: dataclasses of numbers whose ``+`` adds field by field, or arrays.
         statistic: the measure of a sum, such as ``lambda counts: counts.dice``.
         samples: number of draws. level: share of the draws inside the interval. seed: the same seed gives the same
             interval.
@@ -55,10 +55,28 @@ def bootstrap_interval(
         raise InputError("a bootstrap interval needs at least one crop, found none")
     if not 0 < level < 1 or samples < 1:
         raise InputError(f"level must lie between 0 and 1 and samples be positive, found {level} and {samples}")
-    draws = np.random.default_rng(seed).integers(0, len(items), size=(samples, len(items)))
-    values = [statistic(_total([items[i] for i in draw])) for draw in draws]
+    table = _table(items)
+    first = items[0]
+    sums = _draws(len(items), samples, seed).astype(table.dtype) @ table
+    values = [statistic(row if isinstance(first, np.ndarray) else type(first)(*row.tolist())) for row in sums]
+    return _quantiles(values, level)
+
+
+def _draws(n: int, samples: int, seed: int) -> NDArray[np.int64]:
+    """How often each of ``n`` crops is in each draw, (samples, n)."""
+    draws = np.random.default_rng(seed).integers(0, n, size=(samples, n))
+    flat = np.bincount((draws + n * np.arange(samples)[:, None]).ravel(), minlength=samples * n)
+    return flat.reshape(samples, n)
+
+
+def _table(items: Sequence[Any]) -> NDArray[Any]:
+    """One row per item, (N, fields)."""
+    return np.array([item if isinstance(item, np.ndarray) else astuple(item) for item in items])
+
+
+def _quantiles(values: ArrayLike, level: float) -> tuple[float, float]:
     tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail])
+    low, high = np.quantile(np.asarray(values), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -209,32 +227,100 @@ def summarize(
     samples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    rules: str | Rules = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
     """Rows of pooled measures, grouped by class, crop, data set or several of them, sorted.
 
-    Counts are added over the labels of a group, so large crops weigh more. A group of more than one crop has bootstrap
-    intervals over crops: ``dice_low`` and ``dice_high``, and for instances ``combined_low`` and ``combined_high``
-    (only where one class is in the group: instances of different classes are not pooled).
+    Counts are added over the labels of a group, so large crops weigh more. Where one class is in the group it has
+    ``score``, what enters the challenge's score: ``combined_score`` for classes scored as instances, over the
+    ``instance_crops`` that have instances in their truth, and ``iou`` for the others. A group of more than one crop has
+    bootstrap intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
+    ``combined_low`` and ``combined_high``.
     """
+    options = {"samples": samples, "level": level, "seed": seed}
+    rules = get_rules(rules)
+    rows = []
+    for key, group in sorted(_grouped(labels, by).items()):
+        row: dict[str, Any] = dict(zip(by, key, strict=True))
+        counts = [_total([label.counts for label in crop]) for crop in _grouped(group, ("dataset", "crop")).values()]
+        row |= {"crops": len(counts), **_total(counts).to_dict()}
+        if len(counts) > 1:
+            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, **options)  # type: ignore[arg-type]
+        classes = {label.class_name for label in group}
+        if len(classes) == 1:
+            row |= _class_score(group, rules.is_instance(classes.pop()), options)
+        rows.append(row)
+    return rows
+
+
+def _grouped(labels: Iterable[LabelEvaluation], by: Sequence[str]) -> dict[tuple[str, ...], list[LabelEvaluation]]:
     groups: dict[tuple[str, ...], list[LabelEvaluation]] = {}
     for label in labels:
         names = {"class": label.class_name, "crop": label.crop, "dataset": label.dataset}
         groups.setdefault(tuple(names[key] for key in by), []).append(label)
-    options = {"samples": samples, "level": level, "seed": seed}
-    rows = []
-    for key, group in sorted(groups.items()):
-        row: dict[str, Any] = dict(zip(by, key, strict=True))
-        crops: dict[tuple[str, str], list[LabelEvaluation]] = {}
-        for label in group:
-            crops.setdefault((label.dataset, label.crop), []).append(label)
-        counts = [_total([item.counts for item in items]) for items in crops.values()]
-        row |= {"crops": len(crops), **_total(counts).to_dict()}
-        if len(crops) > 1:
-            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, **options)  # type: ignore[arg-type]
-        sums = [item.instances for item in group if item.instances is not None]
-        if sums and len(sums) == len(group) and len({item.class_name for item in group}) == 1:
-            row |= _total(sums).to_dict()
-            if len(crops) > 1:
-                row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, **options)  # type: ignore[arg-type]
-        rows.append(row)
-    return rows
+    return groups
+
+
+def _class_score(group: Sequence[LabelEvaluation], is_instance: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The challenge's score of one class, with its interval, and the instance measures where there are any."""
+    sums = [label.instances for label in group if label.instances is not None]
+    row: dict[str, Any] = {}
+    if sums:
+        row |= {"instance_crops": len(sums), **_total(sums).to_dict()}
+        if len(sums) > 1:
+            row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, **options)
+    if is_instance:
+        names = {"score": "combined_score", "score_low": "combined_low", "score_high": "combined_high"}
+        return row | {name: row[other] for name, other in names.items() if other in row}
+    counts = [label.counts for label in group]
+    row["score"] = _total(counts).iou
+    if len(counts) > 1:
+        row["score_low"], row["score_high"] = bootstrap_interval(counts, lambda c: c.iou, **options)
+    return row
+
+
+def totals(
+    labels: Sequence[LabelEvaluation],
+    *,
+    samples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+    rules: str | Rules = DEFAULT_RULES,
+) -> dict[str, float | None]:
+    """The challenge's three totals over annotated crops: plain means over classes, and their geometric mean.
+
+    ``instance``, ``semantic`` and ``overall``, None where no class of a kind could be scored, each with a bootstrap
+    interval over crops (``overall_low``, ``overall_high``; a class that is in no crop of a draw is left out of it).
+    """
+    rules = get_rules(rules)
+    crops = sorted(_grouped(labels, ("dataset", "crop")))
+    draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed)])
+    kinds: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
+    for (name,), group in sorted(_grouped(labels, ("class",)).items()):
+        is_instance = rules.is_instance(name)
+        there = [label for label in group if not is_instance or label.instances is not None]
+        if there:
+            items = [label.instances if is_instance else label.counts for label in there]
+            times = draws[:, [crops.index((label.dataset, label.crop)) for label in there]]
+            kind = InstanceSums if is_instance else Counts
+            sums = [kind(*row.tolist()) for row in times @ _table(items)]
+            values = np.array([s.combined if isinstance(s, InstanceSums) else s.iou for s in sums])
+            kinds[is_instance].append(np.where(times.any(axis=1), values, np.nan))
+    found = {"instance": _means(kinds[True]), "semantic": _means(kinds[False])}
+    both = [values for values in found.values() if values is not None]
+    found["overall"] = np.sqrt(both[0] * both[1]) if len(both) == 2 else None
+    row: dict[str, float | None] = {name: None if v is None else float(v[0]) for name, v in found.items()}
+    for name, drawn in found.items():
+        if drawn is not None and len(crops) > 1:
+            drawn = drawn[1:][np.isfinite(drawn[1:])]
+            row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, level)
+    return row
+
+
+def _means(classes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64] | None:
+    """Means over classes, NaN left out; all NaN gives NaN."""
+    if not classes:
+        return None
+    values = np.array(classes)
+    number = np.isfinite(values).sum(axis=0)
+    return np.where(number > 0, np.nansum(values, axis=0) / np.maximum(number, 1), np.nan)

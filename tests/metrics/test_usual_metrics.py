@@ -13,7 +13,14 @@ from skimage.metrics import adapted_rand_error, variation_of_information
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import evaluate_instance, evaluate_semantic
-from connectomics.metrics.evaluate import Counts, bootstrap_interval, evaluate_label, summarize
+from connectomics.metrics.evaluate import (
+    Counts,
+    LabelEvaluation,
+    bootstrap_interval,
+    evaluate_label,
+    summarize,
+    totals,
+)
 from connectomics.metrics.overlaps import pair_counts
 
 
@@ -195,3 +202,45 @@ def test_summaries_by_class_crop_and_data_set() -> None:
     assert [r["crop"] for r in per_crop] == ["crop1", "crop2", "crop3"]
     assert "dice_low" not in per_crop[0]
     assert per_crop[0]["known"] == 2000
+
+
+def evaluated(seed: int, classes: dict[str, Any], crops: int = 4) -> list[LabelEvaluation]:
+    rng = np.random.default_rng(seed)
+    labels = []
+    for number in range(crops):
+        for name, voxel_size in classes.items():
+            gt = np.zeros((10, 10, 10), np.uint8)
+            gt[:4, :4], gt[6:, 6:] = 1, 2
+            pred = gt * (rng.random(gt.shape) < rng.uniform(0.5, 1))
+            label = evaluate_label(pred, gt, voxel_size=voxel_size, dataset="a", crop=f"crop{number}", class_name=name)
+            assert label is not None
+            labels.append(label)
+    return labels
+
+
+def test_totals_are_those_of_the_pooled_classes_with_intervals_over_crops() -> None:
+    labels = evaluated(1, {"mito": (8, 8, 8), "er": None, "mito_mem": None})
+    rows = {row["class"]: row for row in summarize(labels)}
+    assert rows["mito"]["score"] == rows["mito"]["combined_score"]
+    assert rows["er"]["score"] == rows["er"]["iou"]
+    assert rows["er"]["score_low"] <= rows["er"]["score"] <= rows["er"]["score_high"]
+    found = totals(labels, samples=300)
+    assert found["instance"] == pytest.approx(rows["mito"]["score"])
+    assert found["semantic"] == pytest.approx((rows["er"]["score"] + rows["mito_mem"]["score"]) / 2)
+    assert found["overall"] == pytest.approx((found["instance"] * found["semantic"]) ** 0.5)
+    for name in ("instance", "semantic", "overall"):
+        assert found[f"{name}_low"] < found[name] < found[f"{name}_high"]
+    assert found == totals(labels, samples=300)
+    assert (found["instance_low"], found["instance_high"]) == pytest.approx(
+        bootstrap_interval([x.instances for x in labels if x.instances], lambda s: s.combined, samples=300)
+    )
+
+
+def test_totals_where_a_kind_is_not_there() -> None:
+    only = totals(evaluated(2, {"er": None}, crops=1))
+    assert (only["instance"], only["overall"]) == (None, None)
+    assert set(only) == {"instance", "semantic", "overall"}
+    # A class of instances whose truth has none to tell apart has voxel measures, and no score.
+    labels = evaluated(3, {"mito": None})
+    assert "score" not in summarize(labels)[0]
+    assert totals(labels) == {"instance": None, "semantic": None, "overall": None}

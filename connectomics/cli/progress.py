@@ -1,0 +1,49 @@
+"""How far long work has come: a bar on a terminal, now and then a line in a log. Both on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+#: Told (done, all, name of what was done last).
+Advance = Callable[[int, int, str], None]
+#: Seconds between two lines in a log.
+_EVERY = 10.0
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Advance]:
+    """Show how many of the items are done while the block runs, and at its end how long it took."""
+    begin = time.perf_counter()
+    print(f"{what} ...", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        with _bar() as advance:
+            yield advance
+    else:
+        yield _lines(what, begin)
+    print(f"{what}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, number, name: bar.update(task, completed=done, total=number, description=name)
+
+
+def _lines(what: str, begin: float) -> Advance:
+    last = begin
+
+    def advance(done: int, number: int, name: str) -> None:
+        nonlocal last
+        if time.perf_counter() - last >= _EVERY:
+            last = time.perf_counter()
+            print(f"{what}: {done}/{number} {name} ({last - begin:.0f} s)", file=sys.stderr, flush=True)
+
+    return advance
