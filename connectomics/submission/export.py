@@ -26,7 +26,8 @@ from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
 from connectomics.submission.sources import find_source, list_sources
 
-#: Told after each array: how many are done, how many there are, and which one it was.
+#: Told after each array that is written, and again after each that is checked: how many are done, how many there are,
+#: and which one it was.
 Progress = Callable[[int, int, str], None]
 _MISSING = ("missing-crop", "missing-class")
 
@@ -145,7 +146,8 @@ def export_submission(
     size = _finish(work, target)
     findings: list[Finding] = []
     if validate:
-        findings = validate_submission(target, table)
+        checking = None if progress is None else lambda done, number, name: progress(done, number, f"checking {name}")
+        findings = validate_submission(target, table, progress=checking)
     return ExportResult(
         path=target,
         is_zip=target.suffix == ".zip",

@@ -225,6 +225,14 @@ def test_arrays_of_the_wrong_rank(truth: Path, submission: Path) -> None:
         score_submission(submission, truth)
 
 
+def test_resampling_that_does_not_fit_into_memory_is_refused(truth: Path, submission: Path) -> None:
+    attrs = submission / "crop1/er/.zattrs"
+    attrs.write_text(json.dumps(json.loads(attrs.read_text()) | {"voxel_size": [4, 4, 4]}))
+    with pytest.raises(InputError, match=r"crop1/er: resampling .* takes 0\.0 GB, more than there is"):
+        score_submission(submission, truth, memory_bytes=1000)
+    score_submission(submission, truth)
+
+
 def test_a_corrupt_chunk_names_its_path(truth: Path, submission: Path) -> None:
     next((submission / "crop1/mito").glob("0.0.0")).write_bytes(b"junk")
     with pytest.raises(ConnectomicsError, match=r"crop1/mito/0\.0\.0"):

@@ -187,6 +187,7 @@ def test_files_that_share_their_bytes_are_a_bomb(tmp_path, good):
     [
         ("crop7/er.zip", "error", "nested-archive"),
         ("inner.tar.gz", "error", "nested-archive"),
+        ("crop7\\nuc", "error", "backslash"),
         ("__MACOSX/crop7/._er", "warning", "junk"),
         ("crop7/.DS_Store", "warning", "junk"),
     ],

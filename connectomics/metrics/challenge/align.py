@@ -92,6 +92,12 @@ class Aligned:
         self.shape = grid.shape
         self.dtype = array.dtype if self._scale is None or is_instance else np.dtype(bool)
         self.is_direct = self._scale is None
+        #: Bytes that resampling takes at once, 0 where there is none: the finer of both volumes, in float64 where
+        #: scikit-image interpolates (its input, its smoothing and its result), else twice as it is stored.
+        self.resample_bytes = 0
+        if self._scale is not None:
+            each = 2 * array.dtype.itemsize if is_instance and array.dtype.kind != "f" else 24
+            self.resample_bytes = each * max(math.prod(array.shape), grid.size)
         self._whole: NDArray[Any] | None = None
         shape = self._resampled_shape()
         # Where image voxel 0 lies on the target's grid: centred where nothing says otherwise, then the offset.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.errors import InputError
 from connectomics.metrics.challenge.align import Aligned, Readable
 from connectomics.metrics.challenge.blocks import BlockPair
 from connectomics.metrics.challenge.results import (
@@ -143,10 +144,15 @@ class _Scorer:
         else:
             label = self._source.label(self._folders[target.crop], target.class_name)
             aligned = Aligned(label, target.grid, is_instance, self._rules)
+            if aligned.resample_bytes > 2 * self._memory:
+                raise InputError(
+                    f"{label.array.where}: resampling {label.array.shape} voxels to the crop's {target.grid.shape} "
+                    f"takes {aligned.resample_bytes / 1024**3:.1f} GB, more than there is; write it on the crop's grid"
+                )
             pred: Readable = _Named(aligned, label.array.where)
             if target.mask is not None:
                 pred, truth = Masked(pred, target.mask), Masked(truth, target.mask)
-            score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.is_direct)
+            score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.resample_bytes)
         return LabelResult(
             target.crop,
             target.class_name,
@@ -157,25 +163,23 @@ class _Scorer:
             target.dataset,
         )
 
-    def _instance(self, pred: Readable, truth: Readable, target: Target, is_direct: bool) -> InstanceScore:
+    def _instance(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> InstanceScore:
         # Both volumes, the components and cc3d's tables, and the scratch of the distances.
         need = target.grid.size * (pred.dtype.itemsize + truth.dtype.itemsize + 12)
         voxel_size = target.grid.voxel_size
-        if is_direct and need > self._memory:
+        if not resampling and need > self._memory:
             with self._budget.held(self._memory), BlockPair(pred, truth, self._memory) as blocks:
                 return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels)
-        with self._budget.held(need):
+        with self._budget.held(need + resampling):
             values, nan_voxels = prediction_array(pred.read())
             labels = truth_array(truth.read())
             check_shapes(values, labels)
             return score_pair(InMemoryPair(values, labels), voxel_size, self._rules, self._inner, nan_voxels)
 
-    def _semantic(self, pred: Readable, truth: Readable, target: Target, is_direct: bool) -> SemanticScore:
+    def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
         planes = max(1, _SLAB_VOXELS // (target.grid.shape[1] * target.grid.shape[2]))
         tp = positive = true = nan_voxels = 0
-        # Resampling a whole array takes float64 volumes; reading slabs takes next to nothing.
-        need = 0 if is_direct else target.grid.size * 24
-        with self._budget.held(need):
+        with self._budget.held(resampling):  # reading slabs takes next to nothing
             for first in range(0, target.grid.shape[0], planes):
                 begin = (first, 0, 0)
                 shape = (min(planes, target.grid.shape[0] - first), *target.grid.shape[1:])
