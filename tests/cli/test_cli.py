@@ -184,3 +184,27 @@ def test_phantom_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixtu
     shutil.rmtree(tmp_path / "p", ignore_errors=True)
     assert main(["phantom", str(tmp_path / "p"), "--preset", "tiny", "--size", "400"]) == 0
     assert "test_crops.csv" in capsys.readouterr().out
+
+
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = plain_root(tmp_path / "root")
+    (tmp_path / "file").write_text("in the way")
+    train = [a for a in fast(root) if a != "--fast-dev-run"]
+    line = failure(capsys, *train, "--run-dir", tmp_path / "file")
+    assert str(tmp_path / "file") in line
+    assert "nothing at" in failure(capsys, "report", tmp_path / "report.html", "--run", tmp_path / "nowhere")
+
+
+def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch hands an error of a loader worker over as the text of its traceback."""
+    from connectomics.cli import run_guarded
+    from connectomics.errors import CorruptDataError
+
+    def work() -> None:
+        text = "Caught CorruptDataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        text += '  File "a.py", line 1, in read\nValueError: low\n\nThe above exception was the direct cause:\n\n'
+        text += '  File "b.py", line 2, in read\nconnectomics.errors.CorruptDataError: chunk 0/0/0 is cut short\n'
+        raise CorruptDataError(text)
+
+    assert run_guarded(work) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: chunk 0/0/0 is cut short"
