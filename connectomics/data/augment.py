@@ -11,6 +11,7 @@ What is added to what the YAML says:
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,14 @@ class Augmentor:
 
     def __call__(self, sample: Mapping[str, NDArray[Any]]) -> Sample:
         data: Sample = {**sample, "known": np.asarray(sample["known"], np.float32)}
-        moved = self._compose(data)
+        try:
+            moved = self._compose(data)
+        except RuntimeError as error:  # MONAI's wrapper around whatever the transform refused
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            named = re.search(r"\.(\w+) object at", str(error))
+            raise ConfigError(f"data.augmentations.{named[1] if named else '?'} cannot be applied: {cause}") from error
         result = {name: np.ascontiguousarray(np.asarray(moved[name])) for name in _FIELDS}
         return {
             **sample,
@@ -66,6 +74,8 @@ def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int])
     for name, arguments in augmentations.items():
         if arguments is None:
             continue
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(f"data.augmentations.{name} must map arguments to values, found {arguments!r}")
         transforms += _build(str(name), dict(arguments), patch_size)
     return Augmentor(transforms) if transforms else None
 

@@ -1,9 +1,10 @@
 """Crops decoded once, at the run's voxel size, into local memory-mapped files.
 
 An entry is a folder named after a hash of everything that decides its content: the crop's locations and metadata, the
-times and sizes of its label files, classes, voxel size, context, intensity range and the version of this code. It
-holds plain ``.npy`` files that every worker maps, so a patch costs a memory copy. A folder appears under its name only
-when it is whole (made under a temporary name, then renamed), so two processes may build the same entry: the first wins.
+times and sizes of its label files, which raw chunks are stored, classes, voxel size, context, intensity range and the
+version of this code. It holds plain ``.npy`` files that every worker maps, so a patch costs a memory copy. A folder
+appears under its name only when it is whole (made under a temporary name, then renamed), so two processes may build the
+same entry: the first wins. A file that is missing or cut short afterwards is an error that names the entry.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.labels import LabelVolume, words_for
-from connectomics.errors import CorruptDataError, WriteError
+from connectomics.errors import ConnectomicsError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.store import is_s3
 
 if TYPE_CHECKING:
     from connectomics.data.volumes import CropVolume
@@ -46,9 +47,21 @@ class CachedCrop:
     label_grid: VoxelGrid
     classes: tuple[str, ...]
 
-    @cached_property
-    def _maps(self) -> dict[str, NDArray[np.generic]]:
-        return {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in _FILES}
+    def _map(self, name: str) -> NDArray[np.generic]:
+        """One of the entry's arrays, mapped for this read only: a map kept open holds a file descriptor, and four for
+        each of the challenge's crops are more than a process may have (1024 as a rule)."""
+        dtype = _DTYPES[name]
+        shape: tuple[int, ...] = self.grid.shape
+        if name in ("present", "known"):
+            shape = (words_for(len(self.classes)), *self.label_grid.shape)
+        try:
+            mapped = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        except (FileNotFoundError, ValueError, EOFError) as error:
+            raise _damaged(self.folder, f"{name}.npy is missing or cut short") from error
+        if mapped.shape != shape or mapped.dtype != dtype:
+            found = f"{mapped.dtype} of shape {mapped.shape}"
+            raise _damaged(self.folder, f"{name}.npy holds {found}, expected {np.dtype(dtype)} of shape {shape}")
+        return mapped
 
     def holds(self, grid: VoxelGrid) -> bool:
         """Whether the whole of ``grid`` is among the cached raw."""
@@ -59,7 +72,7 @@ class CachedCrop:
         """Raw and the mask of where there is raw; ``grid`` must be held."""
         begin = [int(b) for b in np.round(self.grid.to_index(grid.translation))]
         at = tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
-        return np.array(self._maps["raw"][at], np.uint8), np.array(self._maps["inside"][at], bool)
+        return np.array(self._map("raw")[at], np.uint8), np.array(self._map("inside")[at], bool)
 
     def read_labels(self, grid: VoxelGrid) -> LabelVolume:
         """Labels on any grid of the lattice; unknown beyond the crop."""
@@ -71,12 +84,16 @@ class CachedCrop:
         if np.all(hi > lo):
             source = (slice(None), *(slice(int(a), int(b)) for a, b in zip(lo, hi, strict=True)))
             target = (slice(None), *(slice(int(a), int(b)) for a, b in zip(lo - begin, hi - begin, strict=True)))
-            present[target] = self._maps["present"][source]
-            known[target] = self._maps["known"][source]
+            present[target] = self._map("present")[source]
+            known[target] = self._map("known")[source]
         return LabelVolume(grid, self.classes, present, known)
 
 
-_FILES = ("raw", "inside", "present", "known")
+_DTYPES: dict[str, type[np.generic]] = {"raw": np.uint8, "inside": np.bool_, "present": np.uint64, "known": np.uint64}
+
+
+def _damaged(entry: Path, what: str) -> CorruptDataError:
+    return CorruptDataError(f"the crop cache entry {entry} is damaged ({what}); delete that folder and run again")
 
 
 class CropCache:
@@ -87,7 +104,7 @@ class CropCache:
 
     def get(self, volume: CropVolume) -> CachedCrop:
         """The entry of a crop, built first where it is not there."""
-        return self._open(self.ensure(volume), volume)
+        return self.open(self.ensure(volume), volume)
 
     def ensure(self, volume: CropVolume) -> Path:
         """The folder of the crop's entry, built where it is not there."""
@@ -96,13 +113,13 @@ class CropCache:
             self._build(volume, entry)
         return entry
 
-    def _open(self, entry: Path, volume: CropVolume) -> CachedCrop:
+    @staticmethod
+    def open(entry: Path, volume: CropVolume) -> CachedCrop:
+        """An entry that `ensure` made; `CorruptDataError` where it cannot be read."""
         try:
             grid = VoxelGrid.from_dict(json.loads((entry / "entry.json").read_text(encoding="utf-8"))["grid"])
-        except (json.JSONDecodeError, KeyError) as error:
-            raise CorruptDataError(
-                f"the crop cache entry {entry} is damaged; delete that folder and run again"
-            ) from error
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            raise _damaged(entry, "entry.json cannot be read") from error
         return CachedCrop(entry, grid, volume.grid, volume.classes)
 
     def _build(self, volume: CropVolume, entry: Path) -> None:
@@ -111,13 +128,13 @@ class CropCache:
         try:
             temporary.mkdir(parents=True)
             words = words_for(len(volume.classes))
-            raw = _new(temporary, "raw", np.uint8, grid.shape)
-            inside = _new(temporary, "inside", np.bool_, grid.shape)
+            raw = _new(temporary, "raw", grid.shape)
+            inside = _new(temporary, "inside", grid.shape)
             for begin, block in grid.blocks(_BLOCK):
                 at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
                 raw[at], inside[at] = volume.decode_raw(block)
-            present = _new(temporary, "present", np.uint64, (words, *volume.grid.shape))
-            known = _new(temporary, "known", np.uint64, (words, *volume.grid.shape))
+            present = _new(temporary, "present", (words, *volume.grid.shape))
+            known = _new(temporary, "known", (words, *volume.grid.shape))
             for begin, block in volume.grid.blocks(_BLOCK):
                 at = (slice(None), *(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True)))
                 labels = volume.decode_labels(block)
@@ -130,10 +147,11 @@ class CropCache:
                 temporary.rename(entry)
             except OSError:
                 if not (entry / "entry.json").is_file():  # else another process was first, with the same content
-                    raise
+                    entry.rename(temporary / "damaged")  # in one step, and gone with the temporary folder
+                    temporary.rename(entry)
         except OSError as error:
-            if isinstance(error, CorruptDataError):
-                raise
+            if isinstance(error, ConnectomicsError):
+                raise  # what was read was at fault, not the cache
             raise WriteError(
                 f"could not write the crop cache below {self.folder} ({error.strerror or error}); "
                 "free some space or set data.cache_dir to another folder"
@@ -142,8 +160,14 @@ class CropCache:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _new(folder: Path, name: str, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap:
-    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+def _new(folder: Path, name: str, shape: tuple[int, ...]) -> np.memmap:
+    path = folder / f"{name}.npy"
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=_DTYPES[name], shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # a mapped file is sparse: on a full disk, writing to it would kill the process (SIGBUS) without a word
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def cache_key(volume: CropVolume) -> str:
@@ -157,10 +181,20 @@ def cache_key(volume: CropVolume) -> str:
         "context": volume.context,
         "intensity": volume.intensity_range,
         "raw": _fingerprint(crop.raw, depth=2),
+        "raw chunks": _raw_chunks(volume),
         "labels": {name: _fingerprint(label.location, depth=None) for name, label in sorted(crop.labels.items())},
     }
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{crop.dataset}-{crop.name}-{digest[:20]}"
+
+
+def _raw_chunks(volume: CropVolume) -> str:
+    """Which raw chunks behind the entry are stored, as a bitmap in hexadecimal: raw fetched later must count. Remote
+    raw is taken for whole."""
+    if is_s3(volume.crop.raw):
+        return ""
+    present = volume.crop.raw_source.stored_chunks(volume.grid.grow(volume.context))
+    return f"{present.shape} {np.packbits(present).tobytes().hex()}"
 
 
 def _fingerprint(location: str, depth: int | None) -> list[object]:
@@ -170,7 +204,8 @@ def _fingerprint(location: str, depth: int | None) -> list[object]:
     if not root.is_dir():
         return [location]
     found: list[object] = [str(root.resolve())]
-    for path in sorted(root.rglob("*") if depth is None else [p for p in root.glob("*")] + [*root.glob("*/.z*")]):
+    metadata = (".z*", "*/.z*", "zarr.json", "*/zarr.json")
+    for path in sorted(root.rglob("*") if depth is None else {p for m in metadata for p in root.glob(m)}):
         if path.is_file():
             stat = path.stat()
             found.append((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns))

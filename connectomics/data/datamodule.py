@@ -78,8 +78,11 @@ class CellMapDataModule(pl.LightningDataModule):
         common = (cfg.dataset.classes, cfg.data.patch_size, cfg.dataset.resolution)
         self._train = self._dataset(train, "train", *common)
         self._val = self._dataset(val, "val", *common)
-        for volume in (*self._train.volumes, *self._val.volumes):
-            volume.prepare()
+        volumes = (*self._train.volumes, *self._val.volumes)
+        # Processes that start together begin with their own share, so that they divide the decoding, not repeat it.
+        rank, world = _process_of_run()
+        for number in sorted(range(len(volumes)), key=lambda n: ((n - rank) % world, n)):
+            volumes[number].prepare()
 
     def _dataset(
         self,
@@ -164,13 +167,19 @@ class CellMapDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of `collate`."""
         data = self.config.data
+        sampler = self.sampler()
+        if len(sampler) < data.batch_size:
+            raise ConfigError(
+                f"an epoch gives each process {len(sampler)} patches, less than one batch (data.batch_size "
+                f"{data.batch_size}), so no step would be taken; raise data.patches_per_epoch or lower data.batch_size"
+            )
         workers = min(data.num_workers, os.cpu_count() or 1)
         if workers < data.num_workers:
             log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
         return DataLoader(
             self.train_dataset,
             batch_size=data.batch_size,
-            sampler=self.sampler(),
+            sampler=sampler,
             num_workers=workers,
             collate_fn=collate,
             persistent_workers=data.persistent_workers and workers > 0,
@@ -191,5 +200,15 @@ def _has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def _process_of_run() -> tuple[int, int]:
+    """This process's number in a data-parallel run and how many there are, as far as the environment says: the trainer
+    may not be there yet."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        number, count = os.environ.get(rank, ""), os.environ.get(world, "")
+        if number.isdigit() and count.isdigit() and int(count) > 0:
+            return int(number), int(count)
+    return 0, 1
+
+
 def _is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

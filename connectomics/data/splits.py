@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ class Split:
         for name, keys in (("train", self.train), ("val", self.val)):
             lines.append(f"{name}:" + ("" if keys else " []"))
             lines += [f"  - {key}" for key in keys]
-        temporary = path.with_name(path.name + ".part")
+        # named after the process: several of a run may write the same split at once
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         temporary.replace(path)
 
@@ -37,10 +39,15 @@ class Split:
 
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"the split file {path} is not valid YAML: {error}") from error
         if not isinstance(content, Mapping) or not {"train", "val"} <= set(content):
             raise ConfigError(f"the split file {path} must have the lists train and val")
+        for name in ("train", "val"):
+            if not isinstance(content[name], list | None):
+                raise ConfigError(
+                    f"the split file {path}: {name} must be a list of dataset/crop, found {content[name]!r}"
+                )
         split = cls(tuple(map(str, content["train"] or ())), tuple(map(str, content["val"] or ())))
         both = sorted(set(split.train) & set(split.val))
         if both:

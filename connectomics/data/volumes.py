@@ -93,18 +93,23 @@ class CropVolume:
         return Intensity.of(self.crop.raw_source, self.intensity_range)
 
     @cached_property
+    def _entry(self) -> Path | None:
+        """The folder of the cache's entry, built where it is not there; None without a cache."""
+        return None if self.cache is None else CropCache(self.cache).ensure(self)
+
+    @cached_property
     def _cached(self) -> CachedCrop | None:
-        return None if self.cache is None else CropCache(self.cache).get(self)
+        return None if self._entry is None else CropCache.open(self._entry, self)
 
     def prepare(self) -> None:
         """Decode into the cache now (where there is one), rather than at the first read."""
-        if self.cache is not None:
-            CropCache(self.cache).ensure(self)
+        _ = self._entry
 
     def __getstate__(self) -> dict[str, object]:
-        # open arrays and memory maps stay in their process; a loader worker opens its own
-        keep = ("crop", "classes", "voxel_size", "intensity_range", "cache", "context")
-        return {name: self.__dict__[name] for name in keep}
+        # Open arrays stay in their process; a loader worker opens its own. The entry's folder goes along: finding it
+        # looks at every label file of the crop, which takes long on a network disk.
+        keep = ("crop", "classes", "voxel_size", "intensity_range", "cache", "context", "_entry")
+        return {name: self.__dict__[name] for name in keep if name in self.__dict__}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)

@@ -192,6 +192,17 @@ class Multiscale:
         array = self._arrays[self._index(level)]
         return array.read([int(b) for b in begin], [int(n) for n in shape], absent_is_missing=absent_is_missing)
 
+    def stored_chunks(self, grid: VoxelGrid) -> NDArray[np.bool_]:
+        """Whether each chunk behind `read_raw` of ``grid`` is stored: bool, one value a chunk of the level read."""
+        index = self.level_for(grid.voxel_size)
+        source = self.levels[index].grid
+        # one voxel more on each side: linear interpolation looks at the next centre
+        spans = source.slices(grid.box.grow(source.voxel_size))
+        low, high = [s.start for s in spans], [s.stop for s in spans]
+        if any(h <= lo for lo, h in zip(low, high, strict=True)):
+            return np.zeros((0, 0, 0), bool)
+        return self._arrays[index].present_chunks(*self._arrays[index].chunk_range(low, high))
+
     def _index(self, level: int) -> int:
         if not 0 <= level < len(self.levels):
             raise InputError(f"{self.location} has levels 0 to {len(self.levels) - 1}, asked for {level}")
@@ -232,10 +243,11 @@ class Multiscale:
             return
         level = self.levels[index]
         first = np.argwhere(~finite)[0]
+        value = "NaN" if np.isnan(block[tuple(first)]) else str(block[tuple(first)])
         voxel = first + np.asarray(begin)
         world = ", ".join(f"{p:.6g}" for p in level.grid.to_world(voxel))
         raise CorruptDataError(
-            f"{self.location}/{level.path} holds {block[tuple(first)]} at voxel {tuple(voxel.tolist())} (z y x, at "
+            f"{self.location}/{level.path} holds {value} at voxel {tuple(voxel.tolist())} (z y x, at "
             f"{world} nm), {int((~finite).sum())} such voxels in the block read; expected finite raw: replace them or "
             "leave that region out"
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +99,96 @@ def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
         volume_of(fractional_root, cache=tmp_path / "cache").read_raw(volume.grid)
 
 
+def test_raw_that_was_fetched_later_is_seen(fractional_root: Path, tmp_path: Path) -> None:
+    """A partial download is decoded with holes; more of it makes another entry."""
+    whole = zarr_of(fractional_root, "set-a") / "recon-1/em/fibsem-uint8"
+    options = {"cache": tmp_path / "cache", "context": (30, 30, 30)}
+    before = volume_of(fractional_root, **options)
+    grid = before.grid.grow(20)
+    assert not before.read_raw(grid)[1].all()
+    key = cache_key(before)
+    shutil.copytree(whole / "s0/1/1", whole / "s0/0/1", dirs_exist_ok=True)
+    after = volume_of(fractional_root, **options)
+    assert cache_key(after) != key
+    np.testing.assert_array_equal(after.read_raw(grid)[1], volume_of(fractional_root).read_raw(grid)[1])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "of another crop"])
+def test_a_damaged_entry_is_one_clear_line(fractional_root: Path, tmp_path: Path, damage: str) -> None:
+    volume = volume_of(fractional_root, cache=tmp_path / "cache")
+    volume.prepare()
+    entry = CropCache(tmp_path / "cache").ensure(volume)
+    file = entry / "raw.npy"
+    if damage == "missing":
+        file.unlink()
+    elif damage == "of another crop":
+        np.save(file, np.zeros((3, 3, 3), np.uint8))
+    else:
+        file.write_bytes(file.read_bytes()[: 200 if damage == "cut" else 0])
+    with pytest.raises(CorruptDataError, match=r"raw\.npy .*delete that folder and run again") as error:
+        volume.read_raw(volume.grid)
+    assert "\n" not in str(error.value)
+
+
+def test_an_entry_without_its_last_file_is_made_again(fractional_root: Path, tmp_path: Path) -> None:
+    cache = CropCache(tmp_path / "cache")
+    entry = cache.ensure(volume_of(fractional_root))
+    (entry / "entry.json").unlink()
+    assert cache.ensure(volume_of(fractional_root)) == entry
+    assert (entry / "entry.json").is_file()
+    assert list((tmp_path / "cache").iterdir()) == [entry]
+
+
+def test_processes_may_build_the_same_entry_at_once(fractional_root: Path, tmp_path: Path) -> None:
+    volumes = [volume_of(fractional_root, cache=tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(CropVolume.prepare, volumes))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    plain = volume_of(fractional_root)
+    np.testing.assert_array_equal(volumes[3].read_raw(plain.grid)[0], plain.read_raw(plain.grid)[0])
+
+
+def test_reading_keeps_no_file_open(fractional_root: Path, tmp_path: Path) -> None:
+    """The challenge has more crops than a process may have open files."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.is_dir():
+        pytest.skip("needs /proc")
+    volume = volume_of(fractional_root, cache=tmp_path / "cache")
+    volume.read_labels(volume.grid)
+    before = len(list(descriptors.iterdir()))
+    others = [volume_of(fractional_root, cache=tmp_path / "cache") for _ in range(5)]
+    for other in others:
+        other.read_labels(other.grid)
+    assert len(list(descriptors.iterdir())) <= before
+
+
+def test_a_full_disk_is_noticed_before_it_kills_the_process(
+    fractional_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(WriteError, match="No space left"):
+        volume_of(fractional_root, cache=tmp_path / "cache").prepare()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_cannot_be_read_is_not_blamed_on_the_cache(fractional_root: Path, tmp_path: Path) -> None:
+    chunk = next(p for p in (zarr_of(fractional_root, "set-a") / "recon-1/labels").rglob("s0/0/0/0"))
+    chunk.write_bytes(b"no chunk")
+    with pytest.raises(CorruptDataError, match="mito"):
+        volume_of(fractional_root, cache=tmp_path / "cache").prepare()
+
+
+def test_a_worker_is_told_where_the_entry_is(fractional_root: Path, tmp_path: Path) -> None:
+    volume = volume_of(fractional_root, cache=tmp_path / "cache")
+    volume.prepare()
+    sent = pickle.loads(pickle.dumps(volume))
+    shutil.rmtree(zarr_of(fractional_root, "set-a") / "recon-1/labels")  # not looked at again
+    np.testing.assert_array_equal(sent.label_volume(volume.grid).known, volume.label_volume(volume.grid).known)
+
+
 # -- what is unknown stays unknown -----------------------------------------------------------------------------------
 def test_missing_raw_is_unknown_not_black_tissue(fractional_root: Path) -> None:
     volume = volume_of(fractional_root)
@@ -159,6 +251,7 @@ def test_augmentation_is_reproducible() -> None:
         ({"RandFlipd": {"keys": ["image"], "probb": 0.1}}, UnknownNameError, "did you mean 'prob'"),
         ({"RandFlipd": {"keys": ["imagge"]}}, UnknownNameError, "did you mean 'image'"),
         ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is absent"),
+        ({"RandFlipd": 0.5}, ConfigError, "RandFlipd must map arguments to values"),
         ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "as long on both"),
         ({"RandGaussianSmoothd": {"keys": ["image"], "prob": "x"}}, ConfigError, "RandGaussianSmoothd"),
     ],
@@ -166,6 +259,14 @@ def test_augmentation_is_reproducible() -> None:
 def test_bad_augmentations_are_refused(augmentations: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build_augmentor(augmentations, (8, 16, 16))
+
+
+def test_what_a_transform_refuses_later_is_one_error(tmp_path: Path) -> None:
+    augmentor = build_augmentor({"RandFlipd": {"keys": ["image", "label"], "prob": 1.0, "spatial_axis": 7}}, (8, 8, 8))
+    assert augmentor is not None
+    block = np.zeros((1, 8, 8, 8), np.float32)
+    with pytest.raises(ConfigError, match=r"data\.augmentations\.RandFlipd cannot be applied: index 7"):
+        augmentor({"image": block, "label": block, "known": block > 0})
 
 
 # -- intensities -----------------------------------------------------------------------------------------------------
@@ -217,6 +318,43 @@ def test_an_epoch_does_not_depend_on_workers_or_cache(two_crops: Path, tmp_path:
             np.testing.assert_array_equal(a[name].numpy(), b[name].numpy())
     other = list(batches(CellMapDataModule(config_of(two_crops)), epoch=2))
     assert any(not np.array_equal(a["image"], b["image"]) for a, b in zip(plain, other, strict=True))
+
+
+def test_an_epoch_without_a_step_is_refused(two_crops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = CellMapDataModule(config_of(two_crops, batch_size=7))
+    module.setup()
+    with pytest.raises(ConfigError, match=r"6 patches, less than one batch .*batch_size 7"):
+        module.train_dataloader()
+    config = config_of(two_crops, batch_size=4)
+    module = CellMapDataModule(config)
+    module.setup()
+    monkeypatch.setattr(module, "_place", lambda: (1, 2))  # three patches for each of two processes
+    with pytest.raises(ConfigError, match=r"3 patches, less than one batch"):
+        module.train_dataloader()
+
+
+def test_processes_of_one_run_have_the_same_split_and_share_the_decoding(
+    two_crops: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(two_crops, use_cache=True, cache_dir=str(tmp_path / "cache"))
+    begun: list[list[str]] = []
+
+    def watched(volume: CropVolume) -> None:
+        begun[-1].append(volume.crop.key)
+
+    monkeypatch.setattr(CropVolume, "prepare", watched)
+    modules = []
+    for rank in (0, 1):
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_NTASKS", "2")
+        begun.append([])
+        modules.append(CellMapDataModule(config, tmp_path / f"run{rank}"))
+        modules[-1].setup()
+    assert modules[0].split == modules[1].split
+    assert (tmp_path / "run0/split.yaml").is_file()
+    assert not (tmp_path / "run1").exists()  # only the first process writes
+    assert begun[0] == begun[1][::-1]
+    assert len(begun[0]) == 2
 
 
 def test_the_split_is_written_and_read_again(two_crops: Path, tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ def test_split_by_data_set() -> None:
         split_by_dataset(CROPS, ["c"])
 
 
+@pytest.mark.parametrize("content", [b"\xa6\x00\xff", b"train: a/crop1\nval: []\n", b"train: [a/crop1\n", b"[]"])
+def test_a_broken_split_file_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "split.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"split\.yaml"):
+        Split.load(file)
+
+
 def test_a_person_can_edit_the_split_file(tmp_path: Path) -> None:
     file = tmp_path / "split.yaml"
     split = split_by_crop(CROPS, ["er"], 0.8, seed=1)

@@ -209,7 +209,7 @@ def test_nan_in_raw_is_refused_with_its_place(tmp_path):
     write_multiscale(tmp_path / "n.zarr" / "em", data, grid)
     volume = Multiscale.open(tmp_path / "n.zarr" / "em")
     for target in (grid, VoxelGrid((8.0, 8.0, 8.0), (2.0, 2.0, 102.0), (10, 10, 10))):
-        with pytest.raises(CorruptDataError, match=r"s0 holds nan at voxel \(3, 4, 5\) \(z y x, at 12, 16, 120 nm\)"):
+        with pytest.raises(CorruptDataError, match=r"s0 holds NaN at voxel \(3, 4, 5\) \(z y x, at 12, 16, 120 nm\)"):
             volume.read_raw(target)
 
 
