@@ -78,6 +78,10 @@ class Annotation:
         encoding = _numbers(annotation_type.get("encoding"), "encoding", where)
         counts = _numbers(merged.get("complement_counts") or {}, "complement_counts", where)
         unknown = encoding.get("unknown")
+        if "absent" not in encoding and unknown != 0:
+            raise MetadataError(
+                f"{where}: the encoding {encoding} names no value for absent, so 0 could mean anything; add it"
+            )
         if kind == "instance" and merged.get("complement_counts") and counts.get("unknown", 0) == 0:
             unknown = None  # nothing is unknown, so a voxel with that number is an object that happens to have it
         return cls(

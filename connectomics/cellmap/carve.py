@@ -7,20 +7,24 @@ crop table and a truth, laid out as the challenge's, so that everything after it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelArray
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.io.write import create_array, ensure_group, write_multiscale
+from connectomics.io.store import is_s3
+from connectomics.io.write import create_array, create_multiscale, ensure_group
 
 _SHARES = (0.6, 0.15, 0.25)  # training, validation, test
+_BLOCK = (256, 256, 256)  # voxels held at once
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,55 @@ def carve(root: str | Path, out: str | Path, datasets: Sequence[str], classes: S
     target = Path(out)
     if target.exists():
         raise InputError(f"{target} exists; delete it or give another folder")
+    if is_s3(str(root)):
+        raise InputError(f"{root} is remote; only a local data root can be cut: fetch it first")
+    crops = Catalog.open(str(root)).crops(datasets, None, classes)
+    names = [crop.name for crop in crops]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(
+            f"{twice} is in several of {', '.join(datasets)}, and a truth has room for one; cut each alone"
+        )
     temporary = target.with_name(target.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
-    catalog = Catalog.open(str(root))
+    try:
+        carved = _write(crops, temporary, target, classes)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return carved
+
+
+def _write(crops: Sequence[Crop], temporary: Path, target: Path, classes: Sequence[str]) -> Carved:
+    """Fill ``temporary``, which becomes ``target``."""
     entries: list[TableEntry] = []
     train: list[str] = []
     val: list[str] = []
-    for crop in catalog.crops(datasets, None, classes):
+    for crop in crops:
         zarr = temporary / crop.dataset / f"{crop.dataset}.zarr"
         if not zarr.exists():
             ensure_group(zarr / GROUND_TRUTH)
             (zarr / EM).mkdir(parents=True)
             (zarr / EM / "fibsem-uint8").symlink_to(Path(crop.raw).resolve(), target_is_directory=True)
         number = 10 * int(crop.name.removeprefix("crop"))
+        written: set[int] = set()
         for name in classes:
             if name not in crop.labels:
                 continue
             for part, grid in enumerate(_parts(crop, crop.labels[name]), start=1):
+                if grid.size == 0:
+                    continue  # the class's array does not reach this part of the crop
+                written.add(part)
                 if part < 3:
                     _copy(crop.labels[name], grid, zarr / GROUND_TRUTH / f"crop{number + part}" / name)
                 else:
                     entry = TableEntry(number + part, crop.dataset, name, grid)
                     _copy_truth(crop.labels[name], entry, temporary / "truth.zarr" / entry.crop_name / name)
                     entries.append(entry)
-        train.append(f"{crop.dataset}/crop{number + 1}")
-        val.append(f"{crop.dataset}/crop{number + 2}")
+        for part, keys in ((1, train), (2, val)):
+            if part in written:
+                keys.append(f"{crop.dataset}/crop{number + part}")
     CropTable(tuple(entries)).save(temporary / "test_crops.csv")
-    temporary.rename(target)
     return Carved(target, target / "test_crops.csv", target / "truth.zarr", tuple(train), tuple(val))
 
 
@@ -92,24 +118,33 @@ def _parts(crop: Crop, label: LabelArray) -> list[VoxelGrid]:
 
 
 def _copy(label: LabelArray, part: VoxelGrid, location: Path) -> None:
-    values, _ = label.source.read_level(0, np.round(label.grid.to_index(part.translation)).astype(int), part.shape)
-    present, known = label.annotation.decode(values)
-    counts = {"absent": int((known & ~present).sum()), "unknown": int((~known).sum())}
-    annotation = replace(label.annotation, counts=counts)
+    absent = unknown = 0
+    for _, values in _blocks(label, part):
+        present, known = label.annotation.decode(values)
+        absent += int((known & ~present).sum())
+        unknown += int((~known).sum())
+    annotation = replace(label.annotation, counts={"absent": absent, "unknown": unknown})
     ensure_group(location.parent)
-    write_multiscale(location, values, part, levels=1, kind="label", attrs=annotation.to_attrs())
+    writer = create_multiscale(location, [part], label.source.levels[0].dtype, attrs=annotation.to_attrs())[0]
+    for begin, values in _blocks(label, part):
+        writer.write(begin, values)
 
 
 def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
-    begin = np.round(label.grid.to_index(entry.grid.translation)).astype(int)
-    values, _ = label.source.read_level(0, begin, entry.grid.shape)
-    present, known = label.annotation.decode(values)
-    if not known.all():
-        raise InputError(
-            f"{label.location}: the part that would be held out for testing has {int((~known).sum())} unknown voxels; "
-            "the score has no word for unknown, so leave this class out"
-        )
-    values = np.where(present, values, 0).astype(values.dtype)
     attrs = {"voxel_size": list(entry.grid.voxel_size), "translation": list(entry.grid.translation)}
     ensure_group(location.parent)
-    create_array(location, values.shape, values.dtype, attrs=attrs).write((0, 0, 0), values)
+    writer = create_array(location, entry.grid.shape, label.source.levels[0].dtype, attrs=attrs)
+    for begin, values in _blocks(label, entry.grid):
+        present, known = label.annotation.decode(values)
+        if not known.all():
+            raise InputError(
+                f"{label.location}: the part that would be held out for testing has unknown voxels; "
+                "the score has no word for unknown, so leave this class out"
+            )
+        writer.write(begin, np.where(present, values, 0).astype(values.dtype))
+
+
+def _blocks(label: LabelArray, part: VoxelGrid) -> Iterator[tuple[tuple[int, int, int], NDArray[Any]]]:
+    """The stored values of a part of the label's grid: (begin in the part, values)."""
+    for begin, block in part.blocks(_BLOCK):
+        yield begin, label.read_stored(np.round(label.grid.to_index(block.translation)).astype(int), block.shape)

@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import Any
+
+from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
@@ -38,6 +41,11 @@ class LabelArray:
     def grid(self) -> VoxelGrid:
         """The grid of the finest level."""
         return self.source.levels[0].grid
+
+    def read_stored(self, begin: Sequence[int] | NDArray[Any], shape: Sequence[int], level: int = 0) -> NDArray[Any]:
+        """Stored values of a block of one level (voxels, z y x). A chunk that is not stored holds the fill value, which
+        may mean absent or unknown: writers leave such chunks out."""
+        return self.source.read_level(level, begin, shape, absent_is_missing=False)[0]
 
     @cached_property
     def annotation(self) -> Annotation:
@@ -69,17 +77,16 @@ class Crop:
 
     @cached_property
     def grid(self) -> VoxelGrid:
-        """The finest grid among the crop's label arrays."""
-        grids = [label.grid for label in self.labels.values()]
+        """The finest grid among the crop's label arrays that have voxels (one without where none has)."""
+        there = [label.grid for label in self.labels.values()]
+        grids = [grid for grid in there if grid.size] or there
         return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
 
     @cached_property
     def box(self) -> Box:
-        """The world box that holds all of the crop's label arrays."""
-        box = self.grid.box
-        for label in self.labels.values():
-            box = box.hull(label.grid.box)
-        return box
+        """The world box that holds all of the crop's label arrays; one without voxels takes no part."""
+        boxes = [label.grid.box for label in self.labels.values() if label.grid.size]
+        return reduce(Box.hull, boxes) if boxes else self.grid.box
 
     @cached_property
     def raw_source(self) -> Multiscale:
@@ -175,7 +182,7 @@ class Catalog:
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]
         if not found:
             what = f"with a label of {', '.join(classes)}" if classes else "with labels"
-            raise MissingError(f"no crop {what} in {', '.join(chosen)} of {self.root}")
+            raise MissingError(f"no crop {what} in {', '.join(chosen) or 'no data set'} of {self.root}")
         return found
 
     @staticmethod

@@ -54,7 +54,10 @@ class CropTable:
             raise MissingError(
                 f"no crop table at {file}; give a .csv or .json file, or 'challenge' for the shipped one"
             )
-        text = file.read_text(encoding="utf-8-sig")
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise MetadataError(f"{file} is no text file (UTF-8); a crop table is a .csv or .json file") from error
         entries = _from_json(text, str(file)) if file.suffix == ".json" else _from_csv(text, str(file))
         return cls._checked(entries, str(file))
 
@@ -150,16 +153,16 @@ def _from_csv(text: str, where: str) -> list[TableEntry]:
     entries = []
     for number, row in enumerate(reader, start=2):
         place = f"{where} line {number}"
+        blank = [c for c in _COLUMNS if not (row[c] or "").strip()]
+        if blank:
+            raise MetadataError(f"{place}: {', '.join(blank)} is empty")
+        size, first = _floats(row["voxel_size"], "voxel_size", place), _floats(row["translation"], "translation", place)
         entries.append(
             TableEntry(
                 crop=_crop_number(row["crop_name"], place),
                 dataset=row["dataset"],
                 class_name=row["class_label"],
-                grid=VoxelGrid(
-                    _floats(row["voxel_size"], "voxel_size", place),
-                    _floats(row["translation"], "translation", place),
-                    _shape(_floats(row["shape"], "shape", place)),
-                ),
+                grid=_grid(size, first, _floats(row["shape"], "shape", place), place),
             )
         )
     return entries
@@ -173,10 +176,11 @@ def _from_json(text: str, where: str) -> list[TableEntry]:
                 crop=_crop_number(crop["crop"], where),
                 dataset=str(crop["dataset"]),
                 class_name=str(name),
-                grid=VoxelGrid(
-                    triple(grid["voxel_size_nm_zyx"], "voxel_size_nm_zyx"),
-                    triple(grid["translation_nm_zyx"], "translation_nm_zyx"),
-                    _shape(triple(grid["shape_zyx"], "shape_zyx")),
+                grid=_grid(
+                    triple(grid["voxel_size_nm_zyx"], f"{where}: voxel_size_nm_zyx"),
+                    triple(grid["translation_nm_zyx"], f"{where}: translation_nm_zyx"),
+                    triple(grid["shape_zyx"], f"{where}: shape_zyx"),
+                    f"{where}: crop {crop['crop']}",
                 ),
             )
             for crop in crops
@@ -195,5 +199,10 @@ def _floats(text: str | None, column: str, where: str) -> Triple:
         raise MetadataError(f"{where}: {column} must be three numbers like [8.0;8.0;8.0], found {text!r}") from error
 
 
-def _shape(values: Triple) -> tuple[int, int, int]:
-    return int(values[0]), int(values[1]), int(values[2])
+def _grid(voxel_size: Triple, translation: Triple, shape: Triple, where: str) -> VoxelGrid:
+    """The grid of a row; a size that is not positive and a shape that is not of whole numbers from 1 are refused."""
+    if min(voxel_size) <= 0:
+        raise MetadataError(f"{where}: voxel_size must be positive nm, found {list(voxel_size)}")
+    if min(shape) < 1 or any(n != int(n) for n in shape):
+        raise MetadataError(f"{where}: shape must be whole numbers of voxels from 1, found {list(shape)}")
+    return VoxelGrid(voxel_size, translation, (int(shape[0]), int(shape[1]), int(shape[2])))

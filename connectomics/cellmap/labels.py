@@ -188,8 +188,7 @@ def _read_interval(label: LabelArray, block: VoxelGrid) -> Interval:
     if min(shape) == 0:
         return np.zeros(block.shape, np.float32), np.ones(block.shape, np.float32)
     begin = [s.start for s in part]
-    values, _ = label.source.read_level(0, begin, shape, absent_is_missing=False)
-    present, known = label.annotation.decode(values)
+    present, known = label.annotation.decode(label.read_stored(begin, shape))
     part_grid = grid.crop(begin, shape)
     coverage = resample.area_coverage(part_grid, block)
     lo = resample.area_fraction(present, part_grid, block) * coverage
@@ -204,12 +203,13 @@ def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence
     nothing: Interval = (np.zeros(tuple(shape), np.float32), np.ones(tuple(shape), np.float32))
     # every group that speaks of an atom in question, and every atom of those groups
     groups = [g for g in {*own, *classes} if g in CLASSES and CLASSES[g].is_group]
-    atoms = {a for name in {*own, *classes} for a in atoms_of(name)}
+    # sorted: float sums must come out alike in every process, and sets of names are ordered anew in each
+    atoms = sorted({a for name in {*own, *classes} for a in atoms_of(name)})
     shares: dict[str, Interval] = {name: own.get(name, nothing) for name in {*atoms, *groups}}
 
     there = [a for a in atoms if a in own and a in ATOMIC_CLASSES]
     taken = sum((own[a][0] for a in there), np.zeros(tuple(shape), np.float32))
-    for atom in atoms & ATOMIC_CLASSES:
+    for atom in ATOMIC_CLASSES.intersection(atoms):
         others = taken - own[atom][0] if atom in own else taken
         shares[atom] = _tighten(shares[atom], None, np.clip(1.0 - others, 0.0, 1.0))
 

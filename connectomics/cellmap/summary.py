@@ -85,8 +85,7 @@ def label_counts(label: LabelArray) -> dict[str, int]:
     depth = max(1, _SLAB // max(1, shape[1] * shape[2]))
     present = known_voxels = 0
     for begin, block in label.grid.blocks((depth, shape[1], shape[2])):
-        values, _ = label.source.read_level(0, begin, block.shape)
-        is_present, known = label.annotation.decode(values)
+        is_present, known = label.annotation.decode(label.read_stored(begin, block.shape))
         present += int(is_present.sum())
         known_voxels += int(known.sum())
     return {"present": present, "absent": known_voxels - present, "unknown": label.grid.size - known_voxels}

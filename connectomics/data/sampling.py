@@ -54,8 +54,7 @@ def _points_of(crop: Crop, name: str, rng: np.random.Generator) -> NDArray[np.fl
         edge = max(1, int(_READ / max(1, grid.shape[1] * grid.shape[2])))
         kept = np.zeros((0, 3))
         for begin, block in grid.blocks((edge, grid.shape[1], grid.shape[2])):
-            values, _ = label.source.read_level(number, begin, block.shape)
-            index = np.flatnonzero(label.annotation.decode(values)[0])
+            index = np.flatnonzero(label.annotation.decode(label.read_stored(begin, block.shape, number))[0])
             if len(index) > _POINTS:
                 index = rng.choice(index, _POINTS, replace=False)
             kept = np.concatenate([kept, block.to_world(np.stack(np.unravel_index(index, block.shape), axis=-1))])

@@ -32,6 +32,27 @@ def one_line(error: pytest.ExceptionInfo[ConnectomicsError]) -> str:
     return text
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("7,set-a", "line 2: class_label, voxel_size, translation, shape is empty"),
+        ("7,set-a,mito,[8;8;8],[0;0;0],[5.5;5;5]", "line 2: shape must be whole numbers"),
+        ("7,set-a,mito,[8;8;8],[0;0;0],[0;5;5]", "line 2: shape must be whole numbers"),
+        ("7,set-a,mito,[-8;8;8],[0;0;0],[5;5;5]", "line 2: voxel_size must be positive"),
+        ("7,set-a,mito,[8;8],[0;0;0],[5;5;5]", "line 2: voxel_size must be three numbers"),
+    ],
+)
+def test_a_bad_row_of_a_crop_table_is_named(tmp_path: Path, row: str, message: str) -> None:
+    file = tmp_path / "crops.csv"
+    file.write_text(f"crop_name,dataset,class_label,voxel_size,translation,shape\n{row}\n")
+    with pytest.raises(MetadataError, match=message):
+        CropTable.load(file)
+    for name in ("crops.csv", "crops.json"):
+        (tmp_path / name).write_bytes(b"\xa6\x00\xff")
+        with pytest.raises(MetadataError, match="no text file"):
+            CropTable.load(tmp_path / name)
+
+
 def test_classes_are_the_challenges() -> None:
     assert sum(c.scored for c in CLASSES.values()) == 48
     assert {"nuc", "vim", "ves", "endo", "lyso", "ld", "perox", "mito", "np", "mt", "cell"} == INSTANCE_CLASSES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from connectomics.cellmap.annotation import Annotation
+from connectomics.cellmap.carve import carve
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.cellmap.labels import read_instances, read_labels
-from connectomics.errors import UnknownNameError
+from connectomics.cellmap.summary import label_counts
+from connectomics.data.sampling import foreground_points
+from connectomics.errors import InputError, MetadataError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
@@ -131,6 +136,47 @@ def test_a_class_without_an_array_is_unknown_not_absent(tmp_path: Path) -> None:
     labels = read_labels(crop, ["mito", "ld"], grid_of((4, 4, 4)))
     assert not labels.known_of("mito").any()
     assert not labels.known_of("ld").any()
+
+
+def test_a_chunk_that_is_not_stored_is_the_fill_value_everywhere(tmp_path: Path) -> None:
+    """Writers leave out chunks of fill value; where that means unknown, no reader may call it absent."""
+    values = np.full((8, 8, 8), 255, np.uint8)
+    values[:, :, :4] = 1
+    write_raw(tmp_path, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    location = write_label(tmp_path, "set-a", "crop1", "mito", values, grid_of((8, 8, 8)), unknown=255)
+    meta = json.loads((location / "s0/.zarray").read_text())
+    (location / "s0/.zarray").write_text(json.dumps({**meta, "fill_value": 255}))
+    (location / "s0/0/0/0").unlink()
+    crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
+    assert not read_labels(crop, ["mito"], grid_of((8, 8, 8))).known_of("mito").any()
+    assert label_counts(crop.labels["mito"]) == {"present": 0, "absent": 0, "unknown": 512}
+    assert len(foreground_points(crop, "mito", 0)) == 0
+    with pytest.raises(InputError, match="unknown voxels"):
+        carve(tmp_path, tmp_path / "cut", ["set-a"], ["mito"])
+
+
+def test_an_array_without_voxels_does_not_move_its_crop(tmp_path: Path) -> None:
+    write_raw(tmp_path, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    far = grid_of((8, 8, 8), start=8000.0)
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), far)
+    write_label(tmp_path, "set-a", "crop1", "ld", np.ones((0, 8, 8), np.uint8), grid_of((0, 8, 8), voxel=1.0))
+    crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
+    assert crop.box == far.box
+    assert crop.grid == far
+    labels = read_labels(crop, ["mito", "ld"], far)
+    assert labels.present_of("mito").all()
+    assert not labels.known_of("ld").any()
+
+
+def test_zero_is_absent_only_where_the_encoding_says_so() -> None:
+    def annotation(**encoding: int) -> Annotation:
+        kind = {"type": "semantic_segmentation", "encoding": encoding}
+        return Annotation.from_attrs({"cellmap": {"annotation": {"annotation_type": kind}}}, {}, "here")
+
+    with pytest.raises(MetadataError, match="names no value for absent"):
+        annotation(present=1, unknown=255)
+    present, known = annotation(present=1, unknown=0).decode(np.array([0, 1], np.uint8))
+    assert known.tolist() == present.tolist() == [False, True]
 
 
 def test_unknown_beyond_the_crop(tmp_path: Path) -> None:
