@@ -8,9 +8,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+#: Errors of the file system that a path, a permission or a quota causes, and not a mistake of ours.
+_USERS_TO_MEND = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT}
+    | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,13 +56,23 @@ def run_guarded(work: Callable[[], object]) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _say(f"no space left on the disk ({error.filename or 'while writing'}); free some and run again")
+        if error.errno in _USERS_TO_MEND and error.filename is not None:
+            return _say(f"{error.filename}: {error.strerror}; check the path and its permissions")
         raise
     return status if isinstance(status, int) else 0
 
 
 def _say(message: str) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(_of_worker(message).split())}", file=sys.stderr)
     return 1
+
+
+def _of_worker(message: str) -> str:
+    """What a loader worker's error says: torch hands it over as the worker's whole traceback, in text."""
+    if not (message.startswith("Caught ") and "Original Traceback" in message):
+        return message
+    raised = re.findall(r"^[\w.]+(?:Error|Exception): (.*)", message, flags=re.MULTILINE)
+    return str(raised[-1]) if raised else message
 
 
 __all__ = ["main", "run_guarded"]

@@ -220,7 +220,9 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
 
         root = out / "data"
         timings: dict[str, float] = {}
-        composed = load_config(config or tutorial("phantom"), [*_own_cache(out), *overrides, f"dataset.data_root={root}"])
+        composed = load_config(
+            config or tutorial("phantom"), [*_own_cache(out), *overrides, f"dataset.data_root={root}"]
+        )
         with show.stage("making the phantom", timings):
             make_phantom(root, PhantomOptions(preset=preset))
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -65,6 +65,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         GlobalHydra.instance().clear()
         GlobalHydra.instance().hydra = previous
     assert isinstance(config, RunConfig)  # the schema is first in the defaults list
+    extra = next(_extra_keys(config), None)
+    if extra is not None:
+        raise ConfigError(_unknown_key(extra, str(file or "the configuration")))
     if file is not None and config.name == RunConfig.name:
         config.name = file.stem
     check_config(config, str(file or "the configuration"))
@@ -104,6 +107,7 @@ def check_config(config: RunConfig, where: str) -> None:
     ):
         if len(value) != length or min(value) <= 0:
             raise ConfigError(f"{where}: {key} must be three positive numbers (z, y, x), found {value}")
+    _check_ranges(config, where)
     if len(config.model.loss_functions) != len(config.model.loss_weights):
         raise ConfigError(
             f"{where}: model.loss_functions has {len(config.model.loss_functions)} names, model.loss_weights "
@@ -121,6 +125,41 @@ def check_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: dataset.train_val_split must be above 0 and at most 1, found {config.dataset.train_val_split}"
         )
+
+
+def _check_ranges(config: RunConfig, where: str) -> None:
+    """Numbers that would make no run, or that a library would refuse with a traceback long after the start."""
+    data, training, inference = config.data, config.training, config.inference
+    least: tuple[tuple[str, float | None, float], ...] = (
+        ("system.seed", config.system.seed, 0),
+        ("data.batch_size", data.batch_size, 1),
+        ("data.patches_per_epoch", data.patches_per_epoch, 1),
+        ("data.num_workers", data.num_workers, 0),
+        ("data.cache_context", data.cache_context, 0),
+        ("training.gradient_clip_val", training.gradient_clip_val, 0),
+        ("early_stopping.patience", config.early_stopping.patience, 0),
+        ("checkpoint.save_top_k", config.checkpoint.save_top_k, -1),
+        ("inference.batch_size", inference.batch_size, 1),
+        ("inference.context", inference.context, 0),
+    )
+    for key, number, low in least:
+        if number is not None and number < low:
+            raise ConfigError(f"{where}: {key} must be at least {low}, found {number}")
+    if config.system.seed >= 2**32:
+        raise ConfigError(f"{where}: system.seed must be below 2^32, found {config.system.seed}")
+    if not 0.0 <= data.balance <= 1.0:
+        raise ConfigError(f"{where}: data.balance is a share, from 0 to 1, found {data.balance}")
+    if data.patches_per_epoch is not None and data.patches_per_epoch < data.batch_size:
+        raise ConfigError(
+            f"{where}: data.patches_per_epoch is {data.patches_per_epoch}, less than one batch (data.batch_size "
+            f"{data.batch_size}): an epoch would have no step; raise the one or lower the other"
+        )
+    span = data.intensity_range
+    if span is not None and (len(span) != 2 or not span[0] < span[1]):
+        raise ConfigError(f"{where}: data.intensity_range must be [low, high] with low < high, found {span}")
+    window = inference.window
+    if window is not None and (len(window) != 3 or min(window) < 1):
+        raise ConfigError(f"{where}: inference.window must be three positive numbers (z, y, x), found {window}")
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
@@ -167,6 +206,8 @@ def _check_yaml(file: Path) -> None:
 
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is no text file (UTF-8); give a YAML configuration") from error
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         line = f" at line {mark.line + 1}" if mark else ""
@@ -184,21 +225,36 @@ def _explain(error: Exception, file: Path | None, overrides: Sequence[str]) -> s
     text = f"{error}\n{cause}"
     where = str(file) if file else "the configuration"
     key = _offending_key(text)
-    blamed = next((o for o in overrides if key and o.lstrip("+~").split("=")[0].endswith(key.split(".")[-1])), None)
+    # the last one wins, so it is the last one that is to blame
+    named = [o for o in overrides if key and o.lstrip("+~").split("=")[0].endswith(key.split(".")[-1])]
+    blamed = named[-1] if named else None
     place = f"override {blamed!r}" if blamed else where
     if key and key not in known_keys():
-        leaf = key.split(".")[-1]
-        # the right name in the wrong group comes first: `data.lr` means `optimizer.lr`
-        close = next((k for k in known_keys() if k.split(".")[-1] == leaf), None) or nearest(key, known_keys())
-        hint = f"; did you mean {close!r}?" if close else ""
-        return f"unknown key {key!r} in {place}{hint}"
+        return _unknown_key(key, place)
     reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return f"{place}: {key + ': ' if key else ''}{reason}"
+
+
+def _extra_keys(config: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys that the schema does not have: Hydra's ``+key=value`` adds them without asking it."""
+    for name, value in vars(config).items():
+        if name not in type(config).__dataclass_fields__:
+            yield f"{prefix}{name}"
+        elif is_dataclass(value):
+            yield from _extra_keys(value, f"{prefix}{name}.")
+
+
+def _unknown_key(key: str, place: str) -> str:
+    leaf = key.split(".")[-1]
+    # the right name in the wrong group comes first: `data.lr` means `optimizer.lr`
+    close = next((k for k in known_keys() if k.split(".")[-1] == leaf), None) or nearest(key, known_keys())
+    hint = f"; did you mean {close!r}?" if close else ""
+    return f"unknown key {key!r} in {place}{hint}"
 
 
 def _offending_key(text: str) -> str | None:
     for pattern in (r"full_key:\s*([\w.\[\]]+)", r"Key '([\w.]+)'", r"Could not override '([\w.]+)'"):
         found = re.findall(pattern, text)
         if found:
-            return str(max(found, key=len))
+            return re.sub(r"\[\d+\]$", "", str(max(found, key=len)))  # an item of a list: the list's key
     return None

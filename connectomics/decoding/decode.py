@@ -164,11 +164,14 @@ def decode_predictions(
             raise unknown_name("class", name, known, str(root))
     found = [place for place in found if classes is None or place[2] in classes]
     sources = [_prediction(root, *place) for place in found]
+    wanted = [(parameters or {}).get(name) or default_parameters(name) for _, _, name in found]
+    between = [
+        _prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
+        for (dataset, crop, _), chosen in zip(found, wanted, strict=True)
+    ]
     results = []
-    for done, (place, source) in enumerate(zip(found, sources, strict=True), start=1):
+    for done, (place, source, walls, chosen) in enumerate(zip(found, sources, between, wanted, strict=True), start=1):
         dataset, crop, name = place
-        chosen = (parameters or {}).get(name) or default_parameters(name)
-        walls = _prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
         result = _decode_array(source, walls, out, dataset, crop, name, chosen, overwrite)
         results.append(result)
         if done == len(found) or found[done][:2] != (dataset, crop):

@@ -146,7 +146,7 @@ def predict_cellmap_crops(
 
     wanted = list(targets) if targets is not None else targets_of(config)
     module = _module(model, config, checkpoint_path)
-    place = device or _device(config)
+    place = _device(config) if device is None else _known_device(device)
     catalog = Catalog.open(config.dataset.data_root)
     checkpoint = weights_hash(module)
     window = inference_window(replace(config, model=module.config.model))
@@ -199,6 +199,16 @@ def _device(config: RunConfig) -> str:
     import torch
 
     return "cuda" if config.system.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _known_device(name: str) -> str:
+    """The device's name, if this machine has it; `InputError` otherwise."""
+    import torch
+
+    there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    if name not in there and not (name == "cuda" and len(there) > 1):
+        raise InputError(f"no device {name!r} here; this machine has {', '.join(there)}")
+    return name
 
 
 def _task(

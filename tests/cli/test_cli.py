@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.cli import main
+from connectomics.cli import main, run_guarded
+from connectomics.errors import CorruptDataError, InputError
+from connectomics.lightning.inference import _known_device
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,9 +199,6 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
 
 def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """torch hands an error of a loader worker over as the text of its traceback."""
-    from connectomics.cli import run_guarded
-    from connectomics.errors import CorruptDataError
-
     def work() -> None:
         text = "Caught CorruptDataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         text += '  File "a.py", line 1, in read\nValueError: low\n\nThe above exception was the direct cause:\n\n'
@@ -208,3 +207,10 @@ def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.Captur
 
     assert run_guarded(work) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: chunk 0/0/0 is cut short"
+
+
+def test_a_device_that_is_not_here_is_one_line() -> None:
+    assert _known_device("cpu") == "cpu"
+    for name in ("gpu7", "cuda:99"):
+        with pytest.raises(InputError, match="this machine has cpu"):
+            _known_device(name)

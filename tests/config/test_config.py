@@ -59,6 +59,18 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("dataset.split=croop", "did you mean 'crop'"),
         ("inference.overlap=1.0", "below 1"),
         ("nonsense", "nonsense"),
+        ("++batch_size=3", "unknown key 'batch_size'.*did you mean 'data.batch_size'"),
+        ("+data.lr=3", "unknown key 'data.lr'.*did you mean 'optimizer.lr'"),
+        ("data.patch_size=[16.5,16,16]", "data.patch_size: .*Integer"),
+        ("data.batch_size=0", "data.batch_size must be at least 1"),
+        ("data.patches_per_epoch=1", "less than one batch"),
+        ("data.patches_per_epoch=-1", "at least 1"),
+        ("data.num_workers=-1", "at least 0"),
+        ("data.balance=3", "from 0 to 1"),
+        ("data.intensity_range=[1]", "low, high"),
+        ("data.intensity_range=[1,2,3]", "low, high"),
+        ("inference.window=[8,8]", "three positive numbers"),
+        ("system.seed=-1", "at least 0"),
     ],
 )
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
@@ -83,6 +95,17 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="unknown key"):
         config_from_dict({"data": {"no_such": 1}})
+
+
+def test_the_last_override_of_a_key_is_the_one_to_blame() -> None:
+    with pytest.raises(ConfigError, match=r"override 'data\.batch_size=many'"):
+        load_config(ROOT / "tutorials/cellmap_cos7.yaml", ["data.batch_size=2", "data.batch_size=many"])
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"\xa6\x00\xff")
+    with pytest.raises(ConfigError, match="no text file"):
+        load_config(tmp_path / "run.yaml")
 
 
 def test_every_key_is_read_somewhere() -> None:
