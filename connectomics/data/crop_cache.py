@@ -16,21 +16,36 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.labels import LabelVolume, words_for
 from connectomics.errors import ConnectomicsError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.store import is_s3
 
-if TYPE_CHECKING:
-    from connectomics.data.volumes import CropVolume
-
 _VERSION = 1  # raise it when decoding changes: old entries are then simply not found
 _BLOCK = (128, 128, 128)
+
+
+class Decodable(Protocol):
+    """What the cache needs of a crop: what decides its content, and the plain way to decode it (a `CropVolume`)."""
+
+    @property
+    def crop(self) -> Crop: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def context(self) -> tuple[int, int, int]: ...
+    @property
+    def intensity_range(self) -> tuple[float, float] | None: ...
+    @property
+    def grid(self) -> VoxelGrid: ...
+    def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]: ...
+    def decode_labels(self, grid: VoxelGrid) -> LabelVolume: ...
 
 
 def default_cache_dir() -> Path:
@@ -102,11 +117,11 @@ class CropCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, volume: CropVolume) -> CachedCrop:
+    def get(self, volume: Decodable) -> CachedCrop:
         """The entry of a crop, built first where it is not there."""
         return self.open(self.ensure(volume), volume)
 
-    def ensure(self, volume: CropVolume) -> Path:
+    def ensure(self, volume: Decodable) -> Path:
         """The folder of the crop's entry, built where it is not there."""
         entry = self.folder / cache_key(volume)
         if not (entry / "entry.json").is_file():
@@ -114,7 +129,7 @@ class CropCache:
         return entry
 
     @staticmethod
-    def open(entry: Path, volume: CropVolume) -> CachedCrop:
+    def open(entry: Path, volume: Decodable) -> CachedCrop:
         """An entry that `ensure` made; `CorruptDataError` where it cannot be read."""
         try:
             grid = VoxelGrid.from_dict(json.loads((entry / "entry.json").read_text(encoding="utf-8"))["grid"])
@@ -122,7 +137,7 @@ class CropCache:
             raise _damaged(entry, "entry.json cannot be read") from error
         return CachedCrop(entry, grid, volume.grid, volume.classes)
 
-    def _build(self, volume: CropVolume, entry: Path) -> None:
+    def _build(self, volume: Decodable, entry: Path) -> None:
         grid = volume.grid.grow(volume.context)
         temporary = entry.with_name(f".{entry.name}-{uuid.uuid4().hex[:8]}")
         try:
@@ -170,7 +185,7 @@ def _new(folder: Path, name: str, shape: tuple[int, ...]) -> np.memmap:
     return array
 
 
-def cache_key(volume: CropVolume) -> str:
+def cache_key(volume: Decodable) -> str:
     """A hash of everything that decides the decoded content of a crop."""
     crop = volume.crop
     content = {
@@ -188,7 +203,7 @@ def cache_key(volume: CropVolume) -> str:
     return f"{crop.dataset}-{crop.name}-{digest[:20]}"
 
 
-def _raw_chunks(volume: CropVolume) -> str:
+def _raw_chunks(volume: Decodable) -> str:
     """Which raw chunks behind the entry are stored, as a bitmap in hexadecimal: raw fetched later must count. Remote
     raw is taken for whole."""
     if is_s3(volume.crop.raw):
