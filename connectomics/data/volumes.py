@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.labels import LabelVolume, read_labels
+from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.data.crop_cache import CachedCrop, CropCache
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
@@ -32,19 +32,18 @@ class Intensity:
 
     @classmethod
     def of(cls, source: Multiscale, value_range: Sequence[float] | None) -> Intensity:
-        """The given range, else that of the array's integer type; `InputError` for float raw without a range."""
+        """The given range, else 0..255 for uint8; `InputError` for other types, whose values seldom fill their range."""
         if value_range is not None:
             if len(value_range) != 2 or not value_range[0] < value_range[1]:
                 raise InputError(f"data.intensity_range must be [low, high] with low < high, found {list(value_range)}")
             return cls(float(value_range[0]), float(value_range[1]))
         dtype = source.levels[0].dtype
-        if dtype.kind != "u" and dtype.kind != "i":
+        if dtype != np.uint8:
             raise InputError(
                 f"{source.location} holds {dtype} values, whose range says nothing; "
                 "set data.intensity_range=[low,high] to the values that become 0 and 1"
             )
-        limits = np.iinfo(dtype)
-        return cls(float(max(0, limits.min)), float(limits.max))
+        return cls(0.0, 255.0)
 
     def quantize(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Raw values as uint8 0..255, rounded: what the cache keeps, and what streaming gives too."""
@@ -147,6 +146,19 @@ class CropVolume:
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw to see."""
         return self.label_volume(grid).restricted(self.read_raw(grid)[1]).dense()
+
+    def read_instances(
+        self, class_name: str, grid: VoxelGrid
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
+        """Annotated ids and ``known`` bool, (d, h, w), from Zarr; None where the crop has no ids of the class.
+
+        Unknown also where there is no raw to see, as in `read_labels`.
+        """
+        label = self.crop.labels.get(class_name)
+        if label is None or label.annotation.kind != "instance":
+            return None
+        ids, known = read_instances(self.crop, class_name, grid)
+        return ids, known & self.read_raw(grid)[1]
 
     def check(self) -> None:
         """Raise `InputError` where the crop is empty or its raw does not reach it."""

@@ -31,7 +31,7 @@ class PatchOptions:
     Attributes:
         seed: of the positions.
         balance: share of the patches drawn through a voxel of a class (else uniform).
-        intensity_range: raw values that become 0 and 1; None for the integer type's range.
+        intensity_range: raw values that become 0 and 1; None for uint8 raw.
         use_cache: decode every crop once into memory-mapped files.
         cache_dir: where those are; None for the user's cache folder.
         cache_context: voxels of raw kept around each crop, one number; None for the patch size.
