@@ -104,6 +104,7 @@ class TrainingConfig:
     gradient_clip_val: float | None = 1.0
     accumulate_grad_batches: int = 1
     val_every_n_epochs: int = 1
+    val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score
 
 
 @dataclass

@@ -216,7 +216,7 @@ class PlainProgress(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say how the epoch went."""
         if trainer.is_global_zero:
-            shown = ["train/loss", "val/dice", "val/iou"]
+            shown = ["train/loss", "val/dice", "val/iou", "val/score"]
             self._say(trainer, f"step {trainer.global_step}", shown, time.perf_counter())
 
     def _say(self, trainer: pl.Trainer, where: str, names: list[str], now: float) -> None:

@@ -20,6 +20,7 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
+from connectomics.lightning.val_score import ChallengeScore, check_monitors
 from connectomics.models.losses import build_loss
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
 
@@ -51,6 +52,11 @@ class ValidationCrop(Protocol):
 
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Label 0/1 and known, (C, d, h, w)."""
+
+    def read_instances(
+        self, class_name: str, grid: VoxelGrid
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
+        """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
@@ -89,12 +95,14 @@ class ConnectomicsModule(pl.LightningModule):
 
     Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
     of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
-    the known voxels of all validation crops (see `PooledCounts` for which classes count).
+    the known voxels of all validation crops (see `PooledCounts` for which classes count); with ``training.val_score``
+    also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`.
     """
 
     def __init__(self, config: RunConfig) -> None:
         """Builds network and loss; raises `InputError`, `ConfigError` or `UnknownNameError` where that cannot be."""
         super().__init__()
+        check_monitors(config)
         self.config = config
         self.classes = tuple(config.dataset.classes)
         if config.channels != len(self.classes):
@@ -115,6 +123,7 @@ class ConnectomicsModule(pl.LightningModule):
         check_schedule(config)
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
         self.counts = PooledCounts(config.channels)
+        self.challenge = ChallengeScore(config) if config.training.val_score else None
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
         self.only_a_look = False  # validate on a window's worth of each crop, to see whether it runs
         self._said: set[str] = set()
@@ -175,6 +184,8 @@ class ConnectomicsModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
         self.counts.reset()
+        if self.challenge is not None:
+            self.challenge.reset()
         self.planes = []
 
     def validation_step(self, batch: Sequence[ValidationCrop | None], batch_idx: int) -> None:
@@ -188,6 +199,7 @@ class ConnectomicsModule(pl.LightningModule):
         if self.only_a_look:
             grid = _middle(grid, self.window)
         picture = self._picture(crop, grid)
+        challenge = None if self.challenge is None else self.challenge.begin(crop, grid)
         settings = self.config.inference
         for block, probability in predict_blocks(
             crop.read_image,
@@ -206,6 +218,10 @@ class ConnectomicsModule(pl.LightningModule):
             self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)
             if picture is not None:
                 picture(block, label, known, probability)
+            if challenge is not None:
+                challenge.add(block, probability, label > _THRESHOLD, known)
+        if challenge is not None:
+            challenge.finish()
 
     def _picture(self, crop: ValidationCrop, grid: VoxelGrid) -> Callable[..., None] | None:
         """Begin the picture of a crop's middle z plane: the function that fills it in from a block, or None."""
@@ -251,8 +267,23 @@ class ConnectomicsModule(pl.LightningModule):
             if not np.isnan(scores.dice[number]):
                 values[f"val/{name}/dice"] = float(scores.dice[number])
                 values[f"val/{name}/iou"] = float(scores.iou[number])
+        if self.challenge is not None:
+            values |= self._challenge_scores(self.challenge)
         # the processes have the same numbers by now; taking their mean only tells Lightning so
         self.log_dict(values, sync_dist=True, batch_size=1)
+
+    def _challenge_scores(self, challenge: ChallengeScore) -> dict[str, float]:
+        total = self.trainer.strategy.reduce(challenge.values.to(self.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        values = challenge.scores(total)
+        missing = [name for name in self.classes if f"val/{name}/score" not in values]
+        if missing:
+            self._say_once(
+                f"val/score leaves out {', '.join(missing)}: nothing is known of them in the validation crops (a class "
+                "that the challenge scores as instances needs annotated ids)"
+                + ("" if len(values) > 1 else "; it is logged as 0")
+            )
+        return values
 
     def _left_out(self, scores: Scores) -> str:
         parts = []

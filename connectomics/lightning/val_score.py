@@ -1,0 +1,162 @@
+"""The challenge's score of validation crops while a run trains: decoded, compared, and pooled over crops."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from connectomics.config import RunConfig
+from connectomics.decoding.decode import above, decode_between, decode_mask
+from connectomics.decoding.parameters import DecodeParameters, decode_parameters
+from connectomics.errors import ConfigError, unknown_name
+from connectomics.geometry import VoxelGrid
+from connectomics.metrics.challenge.results import TOO_MANY
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
+from connectomics.metrics.challenge.scoring import score_instance
+from connectomics.metrics.counts import Counts
+from connectomics.metrics.evaluate import InstanceSums
+
+_UNKNOWN = 2  # of the kept truth: 0 absent, 1 present
+_ROWS = 6  # true positives, false positives, false negatives, known voxels, sum of distances, number of distances
+
+
+class InstanceTruth(Protocol):
+    """What is asked of a crop: its annotated objects."""
+
+    def read_instances(
+        self, class_name: str, grid: VoxelGrid
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
+        """Ids and known, both (d, h, w); None where the class is not annotated with ids in this crop."""
+
+
+def check_monitors(config: RunConfig) -> None:
+    """`ConfigError` where a checkpoint or the early stop waits for a challenge score that nothing computes."""
+    monitors = (("checkpoint", config.checkpoint.monitor), ("early_stopping", config.early_stopping.monitor))
+    for group, monitor in monitors:
+        if monitor.startswith("val/") and monitor.endswith("/score") and not config.training.val_score:
+            raise ConfigError(
+                f"{group}.monitor is {monitor}, which is computed only with training.val_score=true (it is false); "
+                f"set that, or {group}.monitor=val/dice"
+            )
+
+
+class ChallengeScore:
+    """Sums over crops from which each class's score is made; they add up over processes.
+
+    A class that the challenge scores as instances is compared in the crops that annotate it with ids, the others by
+    IoU; both after decoding the probabilities, rounded to uint8 as ``predict`` stores them, with the configuration's
+    ``decoding``. Only known voxels count: what is unknown is background in prediction and truth.
+
+    In one case this is stricter than the challenge: a crop with far too many predicted objects, which the challenge
+    drops, counts as if every true object had been missed. Else a network that gives noise would get the best score.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        """Raises `ConfigError` or `UnknownNameError` where the decoding parameters cannot be."""
+        self.classes = tuple(config.dataset.classes)
+        self.parameters = decode_parameters(self.classes, config.decoding.default, config.decoding.classes)
+        for name, chosen in self.parameters.items():
+            if chosen.boundary and chosen.boundary not in self.classes:
+                where = f"dataset.classes (decoding of {name} asks for it as boundary)"
+                raise ConfigError(str(unknown_name("class", chosen.boundary, self.classes, where)))
+        rules = get_rules(DEFAULT_RULES)
+        self.instances = tuple(name for name in self.classes if rules.is_instance(name))
+        self.values = torch.zeros((_ROWS, len(self.classes)), dtype=torch.float64)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.values.zero_()
+
+    def begin(self, crop: InstanceTruth, grid: VoxelGrid) -> CropScore:
+        """The score of one crop: give it every block of ``grid``, then call its ``finish``."""
+        return CropScore(self, crop, grid)
+
+    def add(self, name: str, tp: int, fp: int, fn: int, known: int, distances: tuple[float, int] = (0.0, 0)) -> None:
+        """Add what was counted of a class."""
+        row = torch.tensor([tp, fp, fn, known, *distances], dtype=torch.float64)
+        self.values[:, self.classes.index(name)] += row
+
+    def scores(self, values: Tensor) -> dict[str, float]:
+        """``val/<class>/score`` of sums (6, C), and ``val/score`` (0 where no class could be scored).
+
+        ``val/score`` is the geometric mean of the mean over instance classes and the mean over the others, or the one
+        mean where all classes are of one kind; a class of which nothing is known is left out.
+        """
+        found: dict[bool, dict[str, float]] = {True: {}, False: {}}
+        for name, (tp, fp, fn, known, distance, number) in zip(self.classes, values.cpu().T.tolist(), strict=True):
+            if known and name in self.instances:
+                found[True][name] = InstanceSums(int(tp), int(fp), int(fn), distance, int(number)).combined
+            elif known:
+                found[False][name] = Counts(int(tp), int(fp), int(fn)).iou
+        means = [float(np.mean(list(kind.values()))) for kind in found.values() if kind]
+        result = {f"val/{name}/score": value for kind in found.values() for name, value in kind.items()}
+        return result | {"val/score": float(np.prod(means) ** (1 / len(means))) if means else 0.0}
+
+
+class CropScore:
+    """One crop while it is predicted, block by block.
+
+    Classes that are decoded as a whole keep a byte a voxel (two, where they are not scored as instances) until
+    `finish`; of the others only counts are kept.
+    """
+
+    def __init__(self, total: ChallengeScore, crop: InstanceTruth, grid: VoxelGrid) -> None:
+        self.total, self.crop, self.grid = total, crop, grid
+        walls = {chosen.boundary for chosen in total.parameters.values()}
+        whole = {n for n, chosen in total.parameters.items() if n in total.instances or not chosen.is_local}
+        self._kept = {n: np.zeros(grid.shape, np.uint8) for n in total.classes if n in whole | walls}
+        self._truth = {n: np.full(grid.shape, _UNKNOWN, np.uint8) for n in whole if n not in total.instances}
+
+    def add(
+        self, block: VoxelGrid, probability: NDArray[np.float32], label: NDArray[np.bool_], known: NDArray[np.bool_]
+    ) -> None:
+        """Take a block: three arrays (C, d, h, w); ``label`` does not matter where not ``known``."""
+        begin = np.rint(self.grid.to_index(block.translation)).astype(int)
+        at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        for channel, name in enumerate(self.total.classes):
+            stored = np.rint(probability[channel] * np.float32(255)).astype(np.uint8)
+            if name in self._kept:
+                self._kept[name][at] = stored
+            if name in self._truth:
+                self._truth[name][at] = np.where(known[channel], label[channel], _UNKNOWN)
+            elif name not in self.total.instances:
+                found = above(stored, self.total.parameters[name].threshold)
+                self._count(name, found, label[channel], known[channel])
+
+    def finish(self) -> None:
+        """Decode and compare what needs the whole crop, one class after the other."""
+        for name, truth in self._truth.items():
+            self._count(name, self._decode(name) > 0, truth == 1, truth != _UNKNOWN)
+        for name in self.total.instances:
+            annotated = self.crop.read_instances(name, self.grid)
+            if annotated is not None and annotated[1].any():
+                self._compare(name, *annotated)
+        self._kept, self._truth = {}, {}
+
+    def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
+        chosen: DecodeParameters = self.total.parameters[name]
+        mask = above(self._kept[name], chosen.threshold)
+        if chosen.boundary:
+            return decode_between(mask, self._kept[chosen.boundary], self.grid.voxel_size, chosen)
+        return decode_mask(mask, self.grid.voxel_size, chosen)
+
+    def _count(self, name: str, found: NDArray[np.bool_], label: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
+        counts = Counts.of(found, label, known)
+        self.total.add(name, counts.tp, counts.fp, counts.fn, counts.known)
+
+    def _compare(self, name: str, ids: NDArray[np.unsignedinteger], known: NDArray[np.bool_]) -> None:
+        found = self._decode(name)
+        found[~known] = 0
+        truth = np.where(known, ids, np.zeros((), ids.dtype))
+        voxels = int(np.count_nonzero(known))
+        score = score_instance(found, truth, self.grid.voxel_size, workers=torch.get_num_threads())
+        if score.status == TOO_MANY:
+            missed = int(np.count_nonzero(np.unique(truth)))
+            self.total.add(name, 0, 0, missed, voxels, (0.0, missed))
+        else:
+            distances = (score.hausdorff_norm_sum, score.n_hausdorff)
+            self.total.add(name, score.tp, score.fp, score.fn, voxels, distances)
