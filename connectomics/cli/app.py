@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from connectomics.cli import data_verbs, demo_verb, result_verbs, run_verbs
+from connectomics.cli import data_verbs, demo_verb, result_verbs, run_verbs, tune_verb
 
 app = typer.Typer(
     name="pytc",
@@ -26,6 +26,7 @@ app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
 app.command("evaluate")(run_verbs.evaluate)
+app.command("tune")(tune_verb.tune)
 app.command("export")(result_verbs.export)
 app.command("validate")(result_verbs.validate)
 app.command("score")(result_verbs.score)

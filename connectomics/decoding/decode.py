@@ -163,10 +163,10 @@ def decode_predictions(
         if name not in known:
             raise unknown_name("class", name, known, str(root))
     found = [place for place in found if classes is None or place[2] in classes]
-    sources = [_prediction(root, *place) for place in found]
+    sources = [open_prediction(root, *place) for place in found]
     wanted = [(parameters or {}).get(name) or default_parameters(name) for _, _, name in found]
     between = [
-        _prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
+        open_prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
         for (dataset, crop, _), chosen in zip(found, wanted, strict=True)
     ]
     results = []
@@ -191,7 +191,7 @@ def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:
                 yield dataset.removesuffix(".zarr"), crop, name
 
 
-def _prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
+def open_prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
     """The opened prediction, checked to be one and to be whole."""
     location = root / f"{dataset}.zarr" / crop / name
     about = store.read_attrs(str(location)).get("connectomics")
@@ -229,7 +229,7 @@ def _decode_array(
         present = False
         with label_array(location, grid, np.dtype(np.uint8), class_name=name, kind="semantic", about=about) as writer:
             for begin, block in grid.blocks(BLOCK):
-                mask = above(_read(source, begin, block.shape), parameters.threshold)
+                mask = above(read_block(source, begin, block.shape), parameters.threshold)
                 present = present or bool(mask.any())
                 writer.write(begin, mask.view(np.uint8))
             _count(Path(writer.location).parent, int(present))
@@ -237,11 +237,11 @@ def _decode_array(
     mask = np.zeros(grid.shape, np.bool_)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        mask[z, y, x] = above(_read(source, begin, block.shape), parameters.threshold)
+        mask[z, y, x] = above(read_block(source, begin, block.shape), parameters.threshold)
     if walls is None:
         labels = decode_mask(mask, grid.voxel_size, parameters)
     else:
-        labels = decode_between(mask, _on_grid(walls, grid), grid.voxel_size, parameters)
+        labels = decode_between(mask, read_on(walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))
     del mask
     about["objects"] = objects
@@ -250,7 +250,7 @@ def _decode_array(
     return DecodedArray(dataset, crop, name, str(location), objects, False)
 
 
-def _on_grid(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
+def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
     """The probabilities of another class on this grid, read block by block."""
     values = np.zeros(grid.shape, np.uint8)
     for begin, block in grid.blocks(BLOCK):
@@ -259,7 +259,7 @@ def _on_grid(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
     return values
 
 
-def _read(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
+def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
     """A block of probabilities; every chunk must be stored, since predict writes all of them."""
     values, there = source.read_level(0, begin, shape)
     if not there.all():

@@ -26,6 +26,7 @@ VERBS = (
     "predict",
     "decode",
     "evaluate",
+    "tune",
     "export",
     "validate",
     "score",
@@ -199,6 +200,7 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
 
 def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """torch hands an error of a loader worker over as the text of its traceback."""
+
     def work() -> None:
         text = "Caught CorruptDataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
         text += '  File "a.py", line 1, in read\nValueError: low\n\nThe above exception was the direct cause:\n\n'
