@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelArray
+from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
@@ -131,9 +132,14 @@ def _copy(label: LabelArray, part: VoxelGrid, location: Path) -> None:
 
 
 def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
+    """The test part as the scorer takes it. Where a class is scored by instances but was annotated as a mask, its
+    26-connected components are the instances (this holds the part's mask and ids in memory)."""
+    split = is_instance_class(entry.class_name) and label.annotation.kind == "semantic"
     attrs = {"voxel_size": list(entry.grid.voxel_size), "translation": list(entry.grid.translation)}
     ensure_group(location.parent)
-    writer = create_array(location, entry.grid.shape, label.source.levels[0].dtype, attrs=attrs)
+    dtype = np.dtype(np.uint32) if split else label.source.levels[0].dtype
+    writer = create_array(location, entry.grid.shape, dtype, attrs=attrs)
+    mask = np.zeros(entry.grid.shape, bool) if split else None
     for begin, values in _blocks(label, entry.grid):
         present, known = label.annotation.decode(values)
         if not known.all():
@@ -141,7 +147,14 @@ def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
                 f"{label.location}: the part that would be held out for testing has unknown voxels; "
                 "the score has no word for unknown, so leave this class out"
             )
-        writer.write(begin, np.where(present, values, 0).astype(values.dtype))
+        if mask is None:
+            writer.write(begin, np.where(present, values, 0).astype(values.dtype))
+        else:
+            mask[tuple(slice(b, b + n) for b, n in zip(begin, values.shape, strict=True))] = present
+    if mask is not None:
+        import cc3d
+
+        writer.write((0, 0, 0), cc3d.connected_components(mask, connectivity=26).astype(np.uint32))
 
 
 def _blocks(label: LabelArray, part: VoxelGrid) -> Iterator[tuple[tuple[int, int, int], NDArray[Any]]]:

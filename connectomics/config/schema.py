@@ -69,7 +69,7 @@ class DataConfig:
     cache_dir: str | None = None  # None: a folder for the user's caches
     cache_context: int | None = None  # voxels of raw kept around a crop; None: the patch size
     balance: float = 0.7  # share of the patches that are centred on a voxel of a class; the rest are uniform
-    intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: the integer type's range
+    intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: 0 and 255, for uint8 only
     augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments
 
 

@@ -32,7 +32,7 @@ class Intensity:
 
     @classmethod
     def of(cls, source: Multiscale, value_range: Sequence[float] | None) -> Intensity:
-        """The given range, else 0..255 for uint8; `InputError` for other types, whose values seldom fill their range."""
+        """The given range, else 0..255 for uint8; `InputError` for other types, which seldom fill their range."""
         if value_range is not None:
             if len(value_range) != 2 or not value_range[0] < value_range[1]:
                 raise InputError(f"data.intensity_range must be [low, high] with low < high, found {list(value_range)}")

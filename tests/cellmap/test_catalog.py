@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from connectomics.cellmap.annotation import Annotation
+from connectomics.cellmap.carve import carve
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
 from connectomics.cellmap.crop_table import CropTable
@@ -202,3 +203,19 @@ def test_broken_tables_are_refused(tmp_path: Path, content: str, message: str) -
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(MetadataError, match=message):
         CropTable.load(tmp_path / "t.csv")
+
+
+def test_held_out_masks_of_instance_classes_become_instances(tmp_path: Path) -> None:
+    """Scored by instances, annotated as a mask: two balls in the held-out part are two objects of the truth."""
+    import zarr
+
+    shape = (8, 8, 80)
+    write_raw(tmp_path / "root", "set-a", np.full(shape, 9, np.uint8), grid_of(shape))
+    mask = np.zeros(shape, np.uint8)
+    mask[2:4, 2:4, 64:66] = mask[5:7, 5:7, 72:75] = mask[2:6, 2:6, 5:9] = 1
+    write_label(tmp_path / "root", "set-a", "crop1", "mito", mask, grid_of(shape))
+    carved = carve(tmp_path / "root", tmp_path / "out", ["set-a"], ["mito"])
+    truth = np.asarray(zarr.open_array(carved.truth / "crop13" / "mito", mode="r")[...])
+    assert truth.shape == (8, 8, 20)
+    assert set(np.unique(truth)) == {0, 1, 2}
+    np.testing.assert_array_equal(truth > 0, mask[:, :, 60:] > 0)

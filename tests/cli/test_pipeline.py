@@ -17,7 +17,7 @@ CONFIG = str(ROOT / "tutorials/phantom.yaml")
 CLASSES = ["mito", "nuc", "ld", "er"]
 SMALL = [
     "training.max_epochs=2", "data.patches_per_epoch=4", "data.patch_size=[32,32,32]", "inference.window=[32,32,32]",
-    "model.options.features=[8,8,16,16,16,8]",
+    "model.options.channels=[8,16,16,16]",
 ]  # fmt: skip
 
 

@@ -191,7 +191,11 @@ def read_targets(
     if not targets:
         raise MissingError(f"{truth}: no truth found; expected a Zarr v2 group with arrays crop<N>/<class>")
     crops = {t.crop for t in targets}
-    wanted = None if crop_names is None else {c if c in crops or c.startswith("crop") else f"crop{c}" for c in map(str, crop_names)}
+    wanted = (
+        None
+        if crop_names is None
+        else {c if c in crops or c.startswith("crop") else f"crop{c}" for c in map(str, crop_names)}
+    )
     _check_known("crop", wanted, crops, str(truth))
     _check_known("class", classes, {t.class_name for t in targets}, str(truth))
     chosen = [
