@@ -25,7 +25,8 @@ print(json.dumps({"status": status, "peak": resource.getrusage(resource.RUSAGE_S
 def test_training_the_demo_takes_less_than_three_gigabytes(tmp_path: Path) -> None:
     make_phantom(tmp_path / "data", PhantomOptions())
     command = [
-        sys.executable, "-c", _SCRIPT, "train", str(ROOT / "tutorials/phantom.yaml"), "--run-dir", str(tmp_path / "run"),
+        sys.executable, "-c", _SCRIPT, "train", str(ROOT / "tutorials/phantom.yaml"),
+        "--run-dir", str(tmp_path / "run"),
         f"dataset.data_root={tmp_path / 'data'}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_epochs=1",
         "training.val_every_n_epochs=1", "data.patches_per_epoch=8",
     ]  # fmt: skip
