@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import MissingError, UnknownNameError, unknown_name
+from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -212,4 +212,4 @@ def _number(name: str) -> int:
     return int(name.removeprefix("crop"))
 
 
-__all__ = ["Catalog", "Crop", "LabelArray", "UnknownNameError", "informs"]
+__all__ = ["Catalog", "Crop", "LabelArray", "informs"]

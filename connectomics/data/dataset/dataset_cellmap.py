@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,6 +63,24 @@ class CropPatches(Dataset[Sample]):
     """
 
     def __init__(
+        self,
+        data_root: str,
+        datasets: Sequence[str] | None,
+        crops: Sequence[str] | None = None,
+        classes: Sequence[str] = ("nuc", "mito"),
+        mode: Mode = "train",
+        patch_size: Sequence[int] = (128, 128, 128),
+        resolution: Sequence[float] = (8.0, 8.0, 8.0),
+        augmentor: Callable[[Sample], Sample] | None = None,
+        mode_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`.
+        Raises `MissingError` or `UnknownNameError` for a root, data set, crop or class that is not there."""
+        found = Catalog.open(data_root).crops(datasets, crops, classes)
+        options = PatchOptions.from_kwargs(mode_kwargs or {})
+        self._set_up(found, classes, mode, patch_size, resolution, augmentor, options)
+
+    def _set_up(
         self,
         crops: Sequence[Crop],
         classes: Sequence[str],
@@ -154,25 +173,14 @@ class CellMapDataset(CropPatches):
     class is known through others only) and ``scale_level``, the pyramid level that raw is read from.
     """
 
-    def __init__(
-        self,
-        data_root: str,
-        datasets: Sequence[str] | None,
-        crops: Sequence[str] | None = None,
-        classes: Sequence[str] = ("nuc", "mito"),
-        mode: Mode = "train",
-        patch_size: Sequence[int] = (128, 128, 128),
-        resolution: Sequence[float] = (8.0, 8.0, 8.0),
-        augmentor: Callable[[Sample], Sample] | None = None,
-        mode_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """``patch_size`` in voxels and ``resolution`` in nm, z y x. Raises `MissingError` or `UnknownNameError` for a
-        root, data set, crop or class that is not there."""
-        found = Catalog.open(data_root).crops(datasets, crops, classes)
-        options = PatchOptions.from_kwargs(mode_kwargs or {})
-        super().__init__(found, classes, mode, patch_size, resolution, augmentor, options)
-        self.data_samples = [
-            self._describe(i, name) for i, crop in enumerate(found) for name in classes if informs(name, crop.labels)
+    @cached_property
+    def data_samples(self) -> list[dict[str, Any]]:
+        """The samples: every class of every crop in which it can be known."""
+        return [
+            self._describe(number, name)
+            for number, volume in enumerate(self.volumes)
+            for name in self.classes
+            if informs(name, volume.crop.labels)
         ]
 
     def _describe(self, volume: int, name: str) -> dict[str, Any]:
@@ -205,23 +213,6 @@ class CellMapMultiClassDataset(CropPatches):
     ``crop_groups`` lists the crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path).
     """
 
-    def __init__(
-        self,
-        data_root: str,
-        datasets: Sequence[str] | None,
-        crops: Sequence[str] | None = None,
-        classes: Sequence[str] = ("nuc", "mito"),
-        mode: Mode = "train",
-        patch_size: Sequence[int] = (128, 128, 128),
-        resolution: Sequence[float] = (8.0, 8.0, 8.0),
-        augmentor: Callable[[Sample], Sample] | None = None,
-        mode_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        """As `CellMapDataset`."""
-        found = Catalog.open(data_root).crops(datasets, crops, classes)
-        options = PatchOptions.from_kwargs(mode_kwargs or {})
-        super().__init__(found, classes, mode, patch_size, resolution, augmentor, options)
-
     @classmethod
     def of_crops(
         cls,
@@ -235,7 +226,7 @@ class CellMapMultiClassDataset(CropPatches):
     ) -> CellMapMultiClassDataset:
         """The data set of given crops (one side of a split)."""
         made = cls.__new__(cls)
-        CropPatches.__init__(made, crops, classes, mode, patch_size, resolution, augmentor, options or PatchOptions())
+        made._set_up(crops, classes, mode, patch_size, resolution, augmentor, options or PatchOptions())
         return made
 
     @property
