@@ -219,9 +219,11 @@ def _check_yaml(file: Path) -> None:
 
 def _explain(error: Exception, file: Path | None, overrides: Sequence[str]) -> str:
     """One line for what Hydra or OmegaConf refused, with the nearest known key."""
-    cause: BaseException = error
-    while cause.__cause__ is not None and cause.__cause__ is not cause:  # OmegaConf makes some their own cause
-        cause = cause.__cause__
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:  # OmegaConf makes some their own cause
+        chain.append(chain[-1].__cause__)
+    # under a debugger or coverage OmegaConf adds a last link whose message is still a template without the full key
+    cause = next((e for e in chain if "full_key" in str(e)), chain[-1])
     text = f"{error}\n{cause}"
     where = str(file) if file else "the configuration"
     key = _offending_key(text)

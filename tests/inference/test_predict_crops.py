@@ -150,20 +150,23 @@ def test_raw_of_other_ranges(root, checkpoint, tmp_path):
     config = replace(config, data=replace(config.data, intensity_range=[1000, 3000]))
     (folder,) = predict(root, checkpoint, tmp_path, config)
     assert PredictTask.load(folder / "task.json").intensity_range == (1000, 3000)
-    (folder,) = predict(root, checkpoint, tmp_path / "b", config_of(root, crops=["crop3"]))
-    assert PredictTask.load(folder / "task.json").intensity_range == (0, 65535)
+    with pytest.raises(InputError, match="holds uint16 values, whose range says nothing"):
+        predict(root, checkpoint, tmp_path / "b", config_of(root, crops=["crop3"]))
 
 
 def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):
     config = config_of(root, crops=["crop3"])
     config = replace(config, inference=replace(config.inference, window=[64, 64, 64]))
+    config = replace(config, data=replace(config.data, intensity_range=[1000, 3000]))
     (folder,) = predict(root, checkpoint, tmp_path, config)
     assert require_complete(folder)
 
 
 def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp_path):
+    far = config_of(root, crops=["crop3", "crop4"])
+    far = replace(far, data=replace(far.data, intensity_range=[1000, 3000]))
     with pytest.raises(InputError, match=r"has no raw for crop4 of set-b, which lies at \[4000 4000 4000\] to"):
-        predict(root, checkpoint, tmp_path, config_of(root, crops=["crop3", "crop4"]))
+        predict(root, checkpoint, tmp_path, far)
     assert not (tmp_path / "set-b.zarr").exists(), "crop3 was predicted although crop4 cannot be"
     with pytest.raises(UnknownNameError, match="crop"):
         predict(root, checkpoint, tmp_path, config_of(root, crops=["crop7"]))

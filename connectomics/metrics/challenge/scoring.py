@@ -161,6 +161,8 @@ class VolumePair:
 
 
 class InMemoryPair(VolumePair):
+    """Two whole volumes (D, H, W) in memory, the prediction cut into 26-connected components of one value."""
+
     def __init__(self, pred: NDArray[Any], truth: NDArray[Any]) -> None:
         import cc3d
 
