@@ -65,11 +65,20 @@ class DataConfig:
     num_workers: int = 8
     persistent_workers: bool = True
     pin_memory: bool = True
-    use_cache: bool = False  # decode each crop once into local memory-mapped files
+    worker_start: str = "forkserver"  # how loader workers start: forkserver | spawn | fork
+    cache: str | None = None  # none | memory | disk; None: disk where use_cache is set, else none
+    use_cache: bool = False  # short for cache: disk
     cache_dir: str | None = None  # None: a folder for the user's caches
-    cache_context: int | None = None  # voxels of raw kept around a crop; None: the patch size
-    balance: float = 0.7  # share of the patches that are centred on a voxel of a class; the rest are uniform
+    cache_context: int | None = None  # voxels of raw kept around a crop; None: as far as patches can reach
+    cache_gb: float | None = None  # most that cache_dir may hold; least recently used crops go; None: no limit
+    chunk_cache_mb: int = 64  # decoded chunks that each process keeps while it reads volumes without the crop cache
+    allow_missing_raw: bool = False  # train on crops of which some raw chunks are not stored (masked there)
+    sampling: dict[str, float] = field(default_factory=dict)  # weights of class | dataset | volume | uniform
+    class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; a class not named: 1
+    min_known: float = 0.0  # least share of a patch's voxels at which something is known, where the crop allows it
+    inputs: list[dict[str, Any]] = field(default_factory=list)  # further views of the same place at other voxel sizes
     intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: 0 and 255, for uint8 only
+    intensity: dict[str, Any] = field(default_factory=dict)  # augmentations on the device, name -> arguments
     augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments
 
 
@@ -115,6 +124,7 @@ class CheckpointConfig:
     mode: str = "max"
     save_top_k: int = 3
     save_last: bool = True
+    every_n_steps: int | None = None  # also keep the latest state within an epoch, every so many optimizer steps
 
 
 @dataclass
