@@ -60,6 +60,19 @@ class LabelStates:
             tables.append(np.array(rows, dtype=bool).reshape(len(names), len(self)))
         return tables[0], tables[1]
 
+    def dense(
+        self, codes: NDArray[np.unsignedinteger], classes: Sequence[str] | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), of codes (D, H, W); in the order of ``classes``."""
+        present, known = self.tables(classes)
+        # take() into place: fancy indexing with (C, D, H, W) results makes a temporary of eight bytes an index
+        label = np.empty((len(present), *codes.shape), np.float32)
+        is_known = np.empty(label.shape, bool)
+        for channel in range(len(present)):
+            np.take(present[channel].astype(np.float32), codes, out=label[channel], mode="clip")
+            np.take(known[channel], codes, out=is_known[channel], mode="clip")
+        return label, is_known
+
     def to_array(self) -> NDArray[np.uint64]:
         """(K, 2, W): present and known words of every state, for a file."""
         return np.stack([self.present, self.known], axis=1)
@@ -99,14 +112,7 @@ class LabelCodes:
 
     def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
-        present, known = self.states.tables(classes)
-        # take() into place: fancy indexing with (C, D, H, W) results makes a temporary of eight bytes an index
-        label = np.empty((len(present), *self.codes.shape), np.float32)
-        is_known = np.empty(label.shape, bool)
-        for channel in range(len(present)):
-            np.take(present[channel].astype(np.float32), self.codes, out=label[channel], mode="clip")
-            np.take(known[channel], self.codes, out=is_known[channel], mode="clip")
-        return label, is_known
+        return self.states.dense(self.codes, classes)
 
     def restricted(self, where: NDArray[np.bool_]) -> LabelCodes:
         """The same labels, unknown outside the mask ``where`` (D, H, W)."""

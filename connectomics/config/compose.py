@@ -120,6 +120,9 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "dataset.name", config.dataset.name, ("cellmap", "cellmap_single"))
     _one_of(where, "dataset.split", config.dataset.split, ("crop", "dataset", "leave_one_out"))
     _one_of(where, "system.accelerator", config.system.accelerator, ("auto", "gpu", "cpu"))
+    _one_of(where, "data.worker_start", config.data.worker_start, ("forkserver", "spawn", "fork"))
+    _one_of(where, "data.cache", config.data.cache or "none", ("none", "memory", "disk"))
+    _one_of(where, "model.fusion", config.model.fusion, ("encoder", "channels"))
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
     if not 0.0 < config.dataset.train_val_split <= 1.0:
         raise ConfigError(
@@ -136,6 +139,9 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         ("data.patches_per_epoch", data.patches_per_epoch, 1),
         ("data.num_workers", data.num_workers, 0),
         ("data.cache_context", data.cache_context, 0),
+        ("data.cache_gb", data.cache_gb, 0),
+        ("data.chunk_cache_mb", data.chunk_cache_mb, 0),
+        ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
         ("training.gradient_clip_val", training.gradient_clip_val, 0),
         ("early_stopping.patience", config.early_stopping.patience, 0),
         ("checkpoint.save_top_k", config.checkpoint.save_top_k, -1),
@@ -147,8 +153,18 @@ def _check_ranges(config: RunConfig, where: str) -> None:
             raise ConfigError(f"{where}: {key} must be at least {low}, found {number}")
     if config.system.seed >= 2**32:
         raise ConfigError(f"{where}: system.seed must be below 2^32, found {config.system.seed}")
-    if not 0.0 <= data.balance <= 1.0:
-        raise ConfigError(f"{where}: data.balance is a share, from 0 to 1, found {data.balance}")
+    if not 0.0 <= data.min_known <= 1.0:
+        raise ConfigError(f"{where}: data.min_known is a share, from 0 to 1, found {data.min_known}")
+    if data.cache not in (None, "disk") and data.use_cache:
+        raise ConfigError(
+            f"{where}: data.use_cache=true means data.cache=disk, found data.cache={data.cache}; keep one"
+        )
+    for number, view in enumerate(data.inputs):
+        for key, values in (("resolution", view.resolution), ("patch_size", view.patch_size)):
+            if len(values) != 3 or min(values) <= 0:
+                raise ConfigError(
+                    f"{where}: data.inputs[{number}].{key} must be three positive numbers (z, y, x), found {values}"
+                )
     if data.patches_per_epoch is not None and data.patches_per_epoch < data.batch_size:
         raise ConfigError(
             f"{where}: data.patches_per_epoch is {data.patches_per_epoch}, less than one batch (data.batch_size "

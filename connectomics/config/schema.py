@@ -49,10 +49,19 @@ class ModelConfig:
     mednext_size: str = "B"  # S | B | M | L
     mednext_kernel_size: int = 3  # 3 | 5
     deep_supervision: bool = False
+    fusion: str = "encoder"  # how data.inputs come in: encoder (of their own, registered) | channels (stacked)
     options: dict[str, Any] = field(default_factory=dict)  # handed to the network's constructor
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
+
+
+@dataclass
+class InputConfig:
+    """A further view of a patch's place: same middle, another voxel size."""
+
+    resolution: list[float] = field(default_factory=lambda: [32.0, 32.0, 32.0])  # nm, z y x
+    patch_size: list[int] = field(default_factory=lambda: [64, 64, 64])  # voxels of that size, z y x
 
 
 @dataclass
@@ -76,7 +85,7 @@ class DataConfig:
     sampling: dict[str, float] = field(default_factory=dict)  # weights of class | dataset | volume | uniform
     class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; a class not named: 1
     min_known: float = 0.0  # least share of a patch's voxels at which something is known, where the crop allows it
-    inputs: list[dict[str, Any]] = field(default_factory=list)  # further views of the same place at other voxel sizes
+    inputs: list[InputConfig] = field(default_factory=list)  # further views of the same place at other voxel sizes
     intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: 0 and 255, for uint8 only
     intensity: dict[str, Any] = field(default_factory=dict)  # augmentations on the device, name -> arguments
     augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments

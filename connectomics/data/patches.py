@@ -1,0 +1,84 @@
+"""A patch as it travels from a loader worker to the device, and batches of them.
+
+Labels travel packed: one small code a voxel and a table of what the codes mean, a byte or two a voxel however many
+classes there are. They are unpacked on the device, class by class, where the loss needs them (`models.labels`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from connectomics.cellmap.label_codes import LabelStates
+from connectomics.errors import InputError
+from connectomics.geometry import VoxelGrid
+
+
+@dataclass(frozen=True)
+class PackedPatch:
+    """One training patch.
+
+    Attributes:
+        images: float32 (1, D, H, W) in [0, 1], first the run's own view, then those of ``data.inputs``.
+        codes: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 is "nothing is known".
+        states: what the codes mean.
+        grid: where the patch was before augmentation, nm.
+        crop: number of the crop in its data set.
+        seed: of what is still random about it (augmentation on the device).
+        drawn_by: what the sampler drew it for. augmentation: what was done to it in space, for people.
+    """
+
+    images: tuple[NDArray[np.float32], ...]
+    codes: NDArray[np.unsignedinteger]
+    states: LabelStates
+    grid: VoxelGrid
+    crop: int
+    seed: int
+    drawn_by: str = ""
+    augmentation: tuple[tuple[str, dict[str, Any]], ...] = field(default=())
+
+    def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
+        """``image`` (1, D, H, W) float32, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in the order of
+        ``classes``; further views as ``image_1``, ``image_2``..."""
+        label, known = self.states.dense(self.codes, classes)
+        return {**_named(self.images), "label": label, "known": known}
+
+
+def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
+    """A batch of patches.
+
+    Returns:
+        ``image`` (B, 1, D, H, W) float32, and ``image_1``... for further views; ``codes`` (B, D, H, W) uint8, int16 or
+        int32; ``present`` and ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code
+        k of sample b; ``seed`` and ``crop`` (B,) int64.
+    """
+    if not patches:
+        raise InputError("a batch needs at least one patch")
+    batch = {
+        name: torch.from_numpy(np.stack([_named(p.images)[name] for p in patches]))
+        for name in _named(patches[0].images)
+    }
+    n_states = max(len(p.states) for p in patches)
+    # torch indexes and moves signed integers; uint8 it has as well
+    kind = np.uint8 if n_states <= 256 else np.int16 if n_states <= 2**15 else np.int32
+    codes = np.empty((len(patches), *patches[0].codes.shape), kind)
+    tables = np.zeros((2, len(patches), len(patches[0].states.classes), n_states), bool)
+    for number, patch in enumerate(patches):
+        codes[number] = patch.codes
+        present, known = patch.states.tables()
+        tables[0, number, :, : len(patch.states)] = present
+        tables[1, number, :, : len(patch.states)] = known
+    batch["codes"] = torch.from_numpy(codes)
+    batch["present"], batch["known_states"] = torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
+    batch["seed"] = torch.tensor([p.seed for p in patches], dtype=torch.int64)
+    batch["crop"] = torch.tensor([p.crop for p in patches], dtype=torch.int64)
+    return batch
+
+
+def _named(images: Sequence[NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    return {f"image_{n}" if n else "image": image for n, image in enumerate(images)}
