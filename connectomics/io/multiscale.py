@@ -193,15 +193,41 @@ class Multiscale:
         return array.read([int(b) for b in begin], [int(n) for n in shape], absent_is_missing=absent_is_missing)
 
     def stored_chunks(self, grid: VoxelGrid) -> NDArray[np.bool_]:
-        """Whether each chunk behind `read_raw` of ``grid`` is stored: bool, one value a chunk of the level read."""
+        """Whether each chunk that `read_raw` of ``grid`` reads is stored: bool, one value a chunk of the level read."""
+        return self._stored(grid)[1]
+
+    def missing_chunks(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
+        """How many of the chunks that `read_raw` of ``grid`` reads are not stored.
+
+        Returns:
+            missing, total: chunks of the level read. first: location of the first missing one, None where none is.
+        """
+        first, stored = self._stored(grid)
+        absent = np.argwhere(~stored)
+        if len(absent) == 0:
+            return 0, stored.size, None
+        array = self._arrays[self.level_for(grid.voxel_size)]
+        return (
+            len(absent),
+            stored.size,
+            array.chunk_location([f + int(o) for f, o in zip(first, absent[0], strict=True)]),
+        )
+
+    def _stored(self, grid: VoxelGrid) -> tuple[list[int], NDArray[np.bool_]]:
+        """The first chunk that `read_raw` of ``grid`` reads, and which of the block of chunks from there are stored."""
         index = self.level_for(grid.voxel_size)
-        source = self.levels[index].grid
-        # one voxel more on each side: linear interpolation looks at the next centre
-        spans = source.slices(grid.box.grow(source.voxel_size))
-        low, high = [s.start for s in spans], [s.stop for s in spans]
-        if any(h <= lo for lo, h in zip(low, high, strict=True)):
-            return np.zeros((0, 0, 0), bool)
-        return self._arrays[index].present_chunks(*self._arrays[index].chunk_range(low, high))
+        source, array = self.levels[index].grid, self._arrays[index]
+        if source.same_lattice(grid):
+            spans = [(s.start, s.stop) for s in source.slices(grid.box)]
+        else:
+            spans = []
+            for table, axis in zip(resample.raw_tables(source, grid), resample.inside_axes(source, grid), strict=True):
+                inside = np.flatnonzero(axis)  # one run
+                spans.append(table.part(int(inside[0]), int(inside[-1]) + 1).span if len(inside) else (0, 0))
+        if any(high <= low for low, high in spans):
+            return [0, 0, 0], np.zeros((0, 0, 0), bool)
+        begin, end = array.chunk_range([low for low, _ in spans], [high for _, high in spans])
+        return begin, array.present_chunks(begin, end)
 
     def _index(self, level: int) -> int:
         if not 0 <= level < len(self.levels):

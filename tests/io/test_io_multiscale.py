@@ -429,3 +429,23 @@ def test_scorer_truth(shared_reference):
     assert array.grid.voxel_size == (8.0, 8.0, 8.0)
     assert array.grid.translation == (804.0, 1604.0, 404.0)
     np.testing.assert_array_equal(array.read(), zarr.open_array(location, mode="r")[:])
+
+
+def test_missing_chunks_are_those_that_a_read_would_look_at(tmp_path):
+    """Chunks of 8 voxels: what a read needs is counted, and no neighbour that it never opens."""
+    grid = VoxelGrid((4.0, 4.0, 4.0), (2.0, 2.0, 2.0), (24, 24, 24))
+    group = tmp_path / "x.zarr" / "em"
+    write_multiscale(group, np.ones(grid.shape, np.uint8), grid, chunks=(8, 8, 8))
+    volume = Multiscale.open(group)
+    assert volume.missing_chunks(grid) == (0, 27, None)
+    gone = group / "s0" / "1" / "2" / "0"
+    gone.unlink()
+    assert volume.missing_chunks(grid) == (1, 27, str(gone))
+    assert volume.missing_chunks(grid.grow(30)) == (1, 27, str(gone))
+    assert volume.missing_chunks(grid.crop((0, 0, 0), (8, 24, 24))) == (0, 9, None)  # ends where the hole begins
+    shifted = VoxelGrid(grid.voxel_size, (3.0, 2.0, 2.0), (8, 24, 24))  # its last centre lies between 7 and 8
+    assert volume.missing_chunks(shifted) == (1, 18, str(gone))
+    coarse = VoxelGrid((8.0, 8.0, 8.0), (4.0, 4.0, 4.0), (4, 12, 12))
+    assert volume.missing_chunks(coarse) == (0, 9, None)
+    assert volume.missing_chunks(VoxelGrid(grid.voxel_size, (1000.0,) * 3, (4, 4, 4))) == (0, 0, None)
+    np.testing.assert_array_equal(volume.read_raw(shifted)[1].all(axis=(1, 2)), [True] * 7 + [False])
