@@ -63,7 +63,7 @@ class LabelStates:
     def dense(
         self, codes: NDArray[np.unsignedinteger], classes: Sequence[str] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), of codes (D, H, W); in the order of ``classes``."""
+        """``label`` float32 0/1 and ``known`` bool, (C, D, H, W), of codes (D, H, W); in the order of ``classes``."""
         present, known = self.tables(classes)
         # take() into place: fancy indexing with (C, D, H, W) results makes a temporary of eight bytes an index
         label = np.empty((len(present), *codes.shape), np.float32)

@@ -1,6 +1,11 @@
-"""MONAI dictionary transforms from the configuration, applied to image, label and known alike.
+"""What ``data.augmentations`` names, applied to patches.
 
-What is added to what the YAML says:
+`PatchAugmentor` is what training uses: flips, turns, affine and elastic deformations run fused into the reading of a
+patch (`connectomics.data.spatial`), intensity transforms that the device can do are left to it
+(`connectomics.data.intensity`), and the rest runs as MONAI transforms. `Augmentor` runs everything as MONAI dictionary
+transforms on dense arrays, image, label and known alike; it is what one uses by hand.
+
+What it adds to what the YAML says:
 
 - ``known`` goes wherever ``label`` goes, with zeros (unknown) where nothing was: a voxel is known afterwards only
   where everything that it was made of is known, so an unknown voxel stays unknown when it is moved;
@@ -11,14 +16,23 @@ What is added to what the YAML says:
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.cellmap.label_codes import LabelCodes
+from connectomics.cellmap.labels import LabelVolume, words_for
+from connectomics.data.intensity import recognise
+from connectomics.data.patches import PackedPatch
+from connectomics.data.spatial import SpatialAugmentor
 from connectomics.errors import ConfigError, unknown_name
+
+log = logging.getLogger(__name__)
 
 Sample = dict[str, Any]
 _FIELDS = ("image", "label", "known")
@@ -45,16 +59,12 @@ class Augmentor:
         """Set the random stream of every transform."""
         self._compose.set_random_state(seed=seed)
 
+    def image_only(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The image (1, D, H, W) after a chain that touches nothing else."""
+        return np.ascontiguousarray(np.asarray(self._apply({"image": image})["image"]), dtype=np.float32)
+
     def __call__(self, sample: Mapping[str, NDArray[Any]]) -> Sample:
-        data: Sample = {**sample, "known": np.asarray(sample["known"], np.float32)}
-        try:
-            moved = self._compose(data)
-        except RuntimeError as error:  # MONAI's wrapper around whatever the transform refused
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            named = re.search(r"\.(\w+) object at", str(error))
-            raise ConfigError(f"data.augmentations.{named[1] if named else '?'} cannot be applied: {cause}") from error
+        moved = self._apply({**sample, "known": np.asarray(sample["known"], np.float32)})
         result = {name: np.ascontiguousarray(np.asarray(moved[name])) for name in _FIELDS}
         return {
             **sample,
@@ -62,6 +72,72 @@ class Augmentor:
             "label": (result["label"] >= 0.5).astype(np.float32),
             "known": result["known"] > _ALL_KNOWN,
         }
+
+    def _apply(self, data: Sample) -> Sample:
+        try:
+            return self._compose(data)
+        except RuntimeError as error:  # MONAI's wrapper around whatever the transform refused
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            named = re.search(r"\.(\w+) object at", str(error))
+            raise ConfigError(f"data.augmentations.{named[1] if named else '?'} cannot be applied: {cause}") from error
+
+
+@dataclass(frozen=True)
+class PatchAugmentor:
+    """The augmentation of training patches in a loader worker.
+
+    Attributes:
+        spatial: drawn for each patch and done while it is read; None for none.
+        others: MONAI transforms that come after; None for none.
+        moves_labels: whether one of these moves labels, which must be made dense for it (slow).
+    """
+
+    spatial: SpatialAugmentor | None
+    others: Augmentor | None
+    moves_labels: bool = False
+
+    @classmethod
+    def of(cls, augmentations: Mapping[str, Any], patch_size: Sequence[int]) -> PatchAugmentor | None:
+        """From ``data.augmentations``; None where nothing is left to do in a worker. Errors as `build_augmentor`."""
+        spatial, remaining = SpatialAugmentor.split(augmentations, patch_size)
+        _, remaining = recognise(remaining)
+        others = build_augmentor(remaining, patch_size)
+        if spatial is None and others is None:
+            return None
+        moving = [n for n, a in remaining.items() if a is not None and {"label", "known"} & set(_keys_of(a))]
+        if moving:
+            log.info("data.augmentations: %s runs on dense labels, which is slow", ", ".join(moving))
+        return cls(spatial, others, bool(moving))
+
+    def finish(self, patch: PackedPatch, seed: int) -> PackedPatch:
+        """What comes after the reading: the MONAI transforms, on the run's own view."""
+        if self.others is None:
+            return patch
+        self.others.seed(seed)
+        if not self.moves_labels:
+            image = self.others.image_only(patch.images[0])
+            return replace(patch, images=(image, *patch.images[1:]))
+        moved = self.others(patch.dense())
+        codes = LabelCodes.of(_packed(moved["label"], moved["known"], patch))
+        return replace(patch, images=(moved["image"], *patch.images[1:]), codes=codes.codes, states=codes.states)
+
+
+def _packed(label: NDArray[np.float32], known: NDArray[np.bool_], patch: PackedPatch) -> LabelVolume:
+    """Dense labels (C, D, H, W) as words again."""
+    classes = patch.states.classes
+    words = np.zeros((2, words_for(len(classes)), *label.shape[1:]), np.uint64)
+    for channel in range(len(classes)):
+        word, bit = divmod(channel, 64)
+        words[0, word] |= ((label[channel] > 0) & known[channel]).astype(np.uint64) << np.uint64(bit)
+        words[1, word] |= known[channel].astype(np.uint64) << np.uint64(bit)
+    return LabelVolume(patch.grid, classes, words[0], words[1])
+
+
+def _keys_of(arguments: Any) -> list[str]:
+    keys = arguments.get("keys") if isinstance(arguments, Mapping) else None
+    return [str(k) for k in ([keys] if isinstance(keys, str) else keys or [])]
 
 
 def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int]) -> Augmentor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from connectomics.config import RunConfig
 from connectomics.data.dataset.dataset_cellmap import (
@@ -13,19 +13,32 @@ from connectomics.data.dataset.dataset_cellmap import (
     PatchOptions,
 )
 from connectomics.errors import unknown_name
+from connectomics.geometry import triple
 
 
 def patch_options(cfg: RunConfig) -> PatchOptions:
     """The `PatchOptions` of a run."""
-    span = cfg.data.intensity_range
+    data = cfg.data
+    span = data.intensity_range
     return PatchOptions(
         seed=cfg.system.seed,
-        balance=cfg.data.balance,
         intensity_range=None if span is None else (span[0], span[1]),
-        use_cache=cfg.data.use_cache,
-        cache_dir=cfg.data.cache_dir,
-        cache_context=cfg.data.cache_context,
+        cache=cache_mode(cfg),
+        cache_dir=data.cache_dir,
+        cache_context=data.cache_context,
+        allow_missing_raw=data.allow_missing_raw,
+        min_known=data.min_known,
+        inputs=tuple((triple(v.resolution), (v.patch_size[0], v.patch_size[1], v.patch_size[2])) for v in data.inputs),
+        chunk_cache_bytes=data.chunk_cache_mb << 20,
     )
+
+
+def cache_mode(cfg: RunConfig) -> Literal["none", "memory", "disk"]:
+    """``data.cache``, and where that is not given what ``data.use_cache`` means."""
+    chosen = cfg.data.cache or ("disk" if cfg.data.use_cache else "none")
+    if chosen == "none":
+        return "none"
+    return "memory" if chosen == "memory" else "disk"
 
 
 def get_dataset(

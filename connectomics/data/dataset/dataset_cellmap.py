@@ -5,21 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from connectomics.cellmap.catalog import Catalog, Crop, informs
-from connectomics.data.augment import Augmentor
-from connectomics.data.crop_cache import default_cache_dir
-from connectomics.data.sampling import PatchRequest, foreground_points, place_patch
+from connectomics.data.augment import Augmentor, PatchAugmentor
+from connectomics.data.cache import cache_folder
+from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
+from connectomics.data.patches import PackedPatch
+from connectomics.data.sampling import PatchRequest, foreground_points
+from connectomics.data.spatial import SpatialAugmentor
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
-from connectomics.geometry import triple
+from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.io.store import StoreOptions
 
 Mode = Literal["train", "val", "test"]
 Sample = dict[str, Any]
@@ -31,19 +33,27 @@ class PatchOptions:
 
     Attributes:
         seed: of the positions.
-        balance: share of the patches drawn through a voxel of a class (else uniform).
+        balance: share of the patches of plain indices that go through a voxel of a class (else uniform).
         intensity_range: raw values that become 0 and 1; None for uint8 raw.
-        use_cache: decode every crop once into memory-mapped files.
-        cache_dir: where those are; None for the user's cache folder.
-        cache_context: voxels of raw kept around each crop, one number; None for the patch size.
+        cache: none | memory | disk: whether each crop is decoded once, and where that is kept.
+        cache_dir: where it is kept on disk; None for the user's cache folder.
+        cache_context: voxels of raw kept around each crop, one number; None: as far as patches can reach.
+        allow_missing_raw: take crops of which some raw chunks are not stored; labels are unknown there.
+        min_known: least share of a patch's voxels at which something is known, where its crop allows it.
+        inputs: further views of each patch's place: (voxel size in nm, shape in voxels), z y x.
+        chunk_cache_bytes: decoded chunks that a process keeps while it reads without the crop cache.
     """
 
     seed: int = 42
     balance: float = 0.7
     intensity_range: tuple[float, float] | None = None
-    use_cache: bool = False
+    cache: Literal["none", "memory", "disk"] = "none"
     cache_dir: str | None = None
     cache_context: int | None = None
+    allow_missing_raw: bool = False
+    min_known: float = 0.0
+    inputs: tuple[tuple[Triple, Index], ...] = ()
+    chunk_cache_bytes: int = 64 << 20
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
@@ -54,12 +64,12 @@ class PatchOptions:
         return cls(**kwargs)
 
 
-class CropPatches(Dataset[Sample]):
+class CropPatches(Dataset[Any]):
     """What both data sets share: crops as volumes, and patches drawn from them.
 
-    An index gives a patch of that sample's crop: a new random one each time in training (from the loader worker's
-    random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly the
-    patch that it names.
+    A plain index gives a dense patch of that sample's crop: a new random one each time in training (from the loader
+    worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
+    the patch that it names, packed.
     """
 
     def __init__(
@@ -71,13 +81,15 @@ class CropPatches(Dataset[Sample]):
         mode: Mode = "train",
         patch_size: Sequence[int] = (128, 128, 128),
         resolution: Sequence[float] = (8.0, 8.0, 8.0),
-        augmentor: Callable[[Sample], Sample] | None = None,
+        augmentor: Callable[[Sample], Sample] | PatchAugmentor | None = None,
         mode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`.
-        Raises `MissingError` or `UnknownNameError` for a root, data set, crop or class that is not there."""
-        found = Catalog.open(data_root).crops(datasets, crops, classes)
+        """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`;
+        ``augmentor`` is a `PatchAugmentor`, or any function of a dense sample. Raises `MissingError` or
+        `UnknownNameError` for a root, data set, crop or class that is not there."""
         options = PatchOptions.from_kwargs(mode_kwargs or {})
+        store = StoreOptions(cache_bytes=options.chunk_cache_bytes)
+        found = Catalog.open(data_root, store).crops(datasets, crops, classes)
         self._set_up(found, classes, mode, patch_size, resolution, augmentor, options)
 
     def _set_up(
@@ -87,7 +99,7 @@ class CropPatches(Dataset[Sample]):
         mode: Mode,
         patch_size: Sequence[int],
         resolution: Sequence[float],
-        augmentor: Callable[[Sample], Sample] | None,
+        augmentor: Callable[[Sample], Sample] | PatchAugmentor | None,
         options: PatchOptions,
     ) -> None:
         if mode not in ("train", "val", "test"):
@@ -98,33 +110,56 @@ class CropPatches(Dataset[Sample]):
         self.mode = mode
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.resolution = triple(resolution, "resolution")
-        self.augmentor = augmentor
         self.options = options
-        cache = Path(options.cache_dir) if options.cache_dir else default_cache_dir()
-        margin = options.cache_context
-        context = self.patch_size if margin is None else (margin, margin, margin)
-        self.volumes = [
-            CropVolume(
-                crop=crop,
-                classes=self.classes,
-                voxel_size=self.resolution,
-                intensity_range=options.intensity_range,
-                cache=cache if options.use_cache else None,
-                context=context,
-            )
-            for crop in crops
-        ]
+        in_reading = augmentor if isinstance(augmentor, PatchAugmentor) else None
+        self._augment = None if isinstance(augmentor, PatchAugmentor) else augmentor
+        own = PatchShape(self.patch_size, self.resolution)
+        views = [PatchShape(shape, size) for size, shape in options.inputs]
+        spatial = None if in_reading is None else in_reading.spatial
+        self.volumes = [self._volume(crop, own, self.classes, spatial) for crop in crops]
+        self.view_volumes = [[self._volume(crop, view, (), spatial) for crop in crops] for view in views]
         for volume in self.volumes:
             volume.check()
+        self.reader = PatchReader(
+            self.volumes, own, list(zip(views, self.view_volumes, strict=True)), in_reading, options.min_known
+        )
         self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
         self._rng: np.random.Generator | None = None
+
+    def _volume(
+        self, crop: Crop, view: PatchShape, classes: tuple[str, ...], spatial: SpatialAugmentor | None
+    ) -> CropVolume:
+        """A crop at a view's voxel size, with as much context as patches can look at."""
+        options = self.options
+        ratio = np.divide(view.voxel_size, self.resolution)
+        extent = np.multiply(view.voxels, ratio)  # in voxels of the run
+        reach = np.asarray(extent / 2 if spatial is None else spatial.reach(extent.tolist())) / ratio
+        grid = VoxelGrid.covering(crop.box, self.resolution)
+        margin = options.cache_context
+        context = context_needed(grid.shape, self.patch_size, reach.tolist(), (1 / ratio).tolist())
+        return CropVolume(
+            crop=crop,
+            classes=classes,
+            voxel_size=view.voxel_size,
+            intensity_range=options.intensity_range,
+            cache=cache_folder(options.cache, options.cache_dir),
+            context=context if margin is None else (margin, margin, margin),
+            allow_missing_raw=options.allow_missing_raw,
+        )
+
+    @property
+    def all_volumes(self) -> list[CropVolume]:
+        """Every volume that patches are read from: what there is to decode."""
+        return [*self.volumes, *(volume for at in self.view_volumes for volume in at)]
 
     # -- where patches are -------------------------------------------------------------------------------------------
     def points(self, volume: int, class_name: str) -> NDArray[np.float64]:
         """Positions (n, 3) in nm where the class is present in that crop, found once."""
         key = (volume, class_name)
         if key not in self._points:
-            self._points[key] = foreground_points(self.volumes[volume].crop, class_name, self.options.seed)
+            cached = self.volumes[volume].points(class_name)
+            crop = self.volumes[volume].crop
+            self._points[key] = foreground_points(crop, class_name, self.options.seed) if cached is None else cached
         return self._points[key]
 
     def _stream(self, index: int) -> np.random.Generator:
@@ -145,24 +180,17 @@ class CropPatches(Dataset[Sample]):
             points = self.points(volume, present[int(rng.integers(len(present)))])
             point = triple(points[int(rng.integers(len(points)))])
         seed = tuple(int(s) for s in rng.integers(2**31, size=2))
-        return self._read(PatchRequest(volume, point, seed), classes)
-
-    # -- reading -----------------------------------------------------------------------------------------------------
-    def _read(self, request: PatchRequest, classes: Sequence[str]) -> Sample:
-        volume = self.volumes[request.index]
-        rng = np.random.default_rng(request.seed)
-        grid = place_patch(volume.grid, self.patch_size, request.point, rng)
-        raw, inside = volume.read_raw(grid)
-        label, known = volume.label_volume(grid).restricted(inside).dense(classes)
-        sample: Sample = {"image": raw[None].astype(np.float32) / np.float32(255.0), "label": label, "known": known}
-        if self.augmentor is None:
+        patch = self.reader.read(PatchRequest(volume, point, seed))
+        sample = patch.dense(classes)
+        if self._augment is None:
             return sample
-        if isinstance(self.augmentor, Augmentor):
-            self.augmentor.seed(int(rng.integers(2**31)))
-        return self.augmentor(sample)
+        if isinstance(self._augment, Augmentor):
+            self._augment.seed(patch.seed % 2**31)
+        return self._augment(sample)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rng": None}  # a loader worker starts its own random stream
+        # a loader worker starts its own random stream, and the positions are the sampler's business
+        return {**self.__dict__, "_rng": None, "_points": {}}
 
 
 class CellMapDataset(CropPatches):
@@ -221,7 +249,7 @@ class CellMapMultiClassDataset(CropPatches):
         mode: Mode,
         patch_size: Sequence[int],
         resolution: Sequence[float],
-        augmentor: Callable[[Sample], Sample] | None = None,
+        augmentor: Callable[[Sample], Sample] | PatchAugmentor | None = None,
         options: PatchOptions | None = None,
     ) -> CellMapMultiClassDataset:
         """The data set of given crops (one side of a split)."""
@@ -245,12 +273,7 @@ class CellMapMultiClassDataset(CropPatches):
     def __len__(self) -> int:
         return len(self.volumes)
 
-    def __getitem__(self, index: int | PatchRequest) -> Sample:
+    def __getitem__(self, index: int | PatchRequest) -> Sample | PackedPatch:
         if isinstance(index, PatchRequest):
-            return self._read(index, self.classes)
+            return self.reader.read(index)
         return self._draw(index, self.classes, index)
-
-
-def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """A batch: ``image`` (B, 1, D, H, W), ``label`` and ``known`` (B, C, D, H, W)."""
-    return {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in ("image", "label", "known")}
