@@ -14,8 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
-from connectomics.geometry import Triple, VoxelGrid
-from connectomics.inference.sliding import Index, Plan, Region, WindowLattice, plan_regions
+from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.inference.sliding import Plan, Region, WindowLattice, plan_regions
 
 _CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
 _LEAST_CHUNK = 8

@@ -28,12 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.inference.views import View
 
 if TYPE_CHECKING:
     import torch
 
-Index = tuple[int, int, int]
 Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 
@@ -212,7 +212,7 @@ def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.T
 def predict_blocks(
     read: Read,
     grid: VoxelGrid,
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Callable[..., torch.Tensor],
     *,
     channels: int,
     window: Sequence[int] | int,
@@ -224,6 +224,7 @@ def predict_blocks(
     device: str = "cpu",
     autocast: torch.dtype | None = None,
     blocks: Collection[int] | None = None,
+    views: Sequence[View] = (),
 ) -> Iterator[tuple[VoxelGrid, NDArray[np.float32]]]:
     """Predict ``grid`` block by block.
 
@@ -232,7 +233,8 @@ def predict_blocks(
             where there is no raw.
         grid: what is predicted, at the network's voxel size.
         network: takes (B, 1, d, h, w) float32 on ``device``, gives (B, channels, d, h, w): one tensor, for instance
-            probabilities. It is called without gradients; put it into evaluation mode yourself.
+            probabilities. It is called without gradients; put it into evaluation mode yourself. With ``views`` it takes
+            these too, (B, 1, ...) each.
         channels: channels of the network's output.
         window: shape of a window, voxels z y x.
         overlap: share of a window that its neighbour sees too, [0, 1).
@@ -243,6 +245,7 @@ def predict_blocks(
         device: where the network is, and where the sums are kept.
         autocast: dtype of automatic mixed precision (``torch.bfloat16``), None for none.
         blocks: numbers of the blocks to compute, in the order of ``grid.blocks(block_size)``; None for all.
+        views: further inputs of the network, read anew for every window.
 
     Yields:
         Grid and values (channels, d, h, w), float32, of each block, in order.
@@ -267,6 +270,7 @@ def predict_blocks(
         batch_size=batch_size,
         device=device,
         autocast=autocast,
+        views=views,
     )
     for begin, shape in regions:
         yield grid.crop(begin, shape), next(values)
@@ -275,7 +279,7 @@ def predict_blocks(
 def predict_regions(
     read: Read,
     lattice: WindowLattice,
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Callable[..., torch.Tensor],
     regions: Sequence[Region],
     *,
     channels: int,
@@ -283,6 +287,7 @@ def predict_regions(
     batch_size: int = 1,
     device: str = "cpu",
     autocast: torch.dtype | None = None,
+    views: Sequence[View] = (),
 ) -> Iterator[NDArray[np.float32]]:
     """Predict parts of a lattice's grid, which may overlap: the values (channels, d, h, w), float32, of each in turn.
 
@@ -292,7 +297,7 @@ def predict_regions(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     weights = importance_map(lattice.window, blending).to(device)
-    forward = _Forward(network, channels, batch_size, device, autocast)
+    forward = _Forward(network, channels, batch_size, device, autocast, tuple(views))
     row: _Row | None = None
     for number, (begin, shape) in enumerate(regions):
         if min(begin) < 0 or any(b + s > n for b, s, n in zip(begin, shape, lattice.grid.shape, strict=True)):
@@ -308,22 +313,26 @@ def predict_regions(
 class _Forward:
     """The network with everything around one call."""
 
-    network: Callable[[torch.Tensor], torch.Tensor]
+    network: Callable[..., torch.Tensor]
     channels: int
     batch_size: int
     device: str
     autocast: torch.dtype | None
+    views: tuple[View, ...]
 
-    def __call__(self, windows: list[NDArray[np.float32]]) -> torch.Tensor:
-        """(B, channels, d, h, w) float32 of B windows (d, h, w)."""
+    def __call__(self, windows: list[NDArray[np.float32]], grids: list[VoxelGrid]) -> torch.Tensor:
+        """(B, channels, d, h, w) float32 of B windows (d, h, w), which lie on ``grids``."""
         import torch
 
-        batch = torch.from_numpy(np.stack(windows)[:, None]).to(self.device)
+        batch, *views = (
+            torch.from_numpy(np.stack(arrays)[:, None]).to(self.device)
+            for arrays in (windows, *([view.around(grid) for grid in grids] for view in self.views))
+        )
         mixed: Any = contextlib.nullcontext()
         if self.autocast is not None:
             mixed = torch.autocast(torch.device(self.device).type, dtype=self.autocast)
         with torch.inference_mode(), mixed:
-            out = self.network(batch)
+            out = self.network(batch, *views)
             wanted = (batch.shape[0], self.channels, *batch.shape[2:])
             found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             if found != wanted:
@@ -432,6 +441,7 @@ class _Row:
             places = [(z - self._hull[0][0], y - self._hull[1][0]) for z, y in batch]
             out = self._forward(
                 [raw[z : z + size[0], y : y + size[1], x : x + size[2]] for z, y in places],
+                [self._lattice.grid.crop((z, y, start), size) for z, y in batch],
             )
             for values, (z, y) in zip(out, batch, strict=True):
                 into, of = zip(

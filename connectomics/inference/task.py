@@ -41,10 +41,11 @@ from connectomics.errors import (
     WriteError,
     unknown_name,
 )
-from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.geometry import Index, Triple, VoxelGrid, triple
 from connectomics.inference.done import DoneMap
 from connectomics.inference.layout import Layout
-from connectomics.inference.sliding import BLENDINGS, Index, Plan, predict_regions
+from connectomics.inference.sliding import BLENDINGS, Plan, predict_regions
+from connectomics.inference.views import View
 from connectomics.io import resample, store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
@@ -79,6 +80,7 @@ class PredictTask:
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
         dtype: of the stored probabilities: ``uint8``.
+        views: further inputs of the network, each its voxel size (nm) and its shape (voxels), z y x.
     """
 
     raw: str
@@ -96,6 +98,7 @@ class PredictTask:
     batch_size: int = 1
     precision: str = "32"
     dtype: str = "uint8"
+    views: tuple[tuple[Triple, Index], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -106,6 +109,8 @@ class PredictTask:
             if value is not None:
                 z, y, x = (int(v) for v in value)
                 object.__setattr__(self, name, (z, y, x))
+        views = tuple((triple(size, "views"), (int(n[0]), int(n[1]), int(n[2]))) for size, n in self.views)
+        object.__setattr__(self, "views", views)
         low, high = (float(v) for v in self.intensity_range)
         object.__setattr__(self, "intensity_range", (low, high))
         if not high > low:
@@ -130,12 +135,14 @@ class PredictTask:
         """For JSON."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         data["targets"] = {name: grid.to_dict() for name, grid in self.targets.items()}
+        data["views"] = [[list(size), list(shape)] for size, shape in self.views]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> PredictTask:
         """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
         known = {f.name for f in fields(cls)}
+        data = {"views": [], **data}  # tasks of before there were any
         if wrong := sorted(set(data) ^ known):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
@@ -181,14 +188,16 @@ class PredictTask:
     @property
     def model(self) -> dict[str, Any]:
         """What the artefact says of its origin."""
-        names = ("checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision")
+        names = (
+            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views"
+        )  # fmt: skip
         data = self.to_dict()
         return {name: data[name] for name in names}
 
 
 def run_predict_task(
     task: PredictTask,
-    network: Callable[[torch.Tensor], torch.Tensor],
+    network: Callable[..., torch.Tensor],
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -197,7 +206,8 @@ def run_predict_task(
     """Write the probabilities of ``task``, or what is still missing of them.
 
     Args:
-        network: takes (B, 1, d, h, w) float32 on ``device``, gives probabilities (B, len(task.classes), d, h, w).
+        network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's views, likewise), gives probabilities (B,
+            len(task.classes), d, h, w).
         progress: called with the numbers of finished and of all blocks, at the start and after every block.
         overwrite: begin anew where an output of another task (or a finished one) is there.
 
@@ -237,6 +247,7 @@ def run_predict_task(
             batch_size=task.batch_size,
             device=device,
             autocast=_autocast(task.precision),
+            views=[View(source.read, size, shape) for size, shape in task.views],
         )
         channels = [task.classes.index(name) for name in names]
         for number in todo:

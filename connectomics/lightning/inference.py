@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
+from connectomics.data.dataset.build import views_of
 from connectomics.data.volumes import Intensity
 from connectomics.errors import InputError
 from connectomics.geometry import Box, VoxelGrid, triple
@@ -241,6 +242,7 @@ def _task(
         block_size=(depth, height, width),
         batch_size=options.batch_size,
         precision="32" if device == "cpu" else on_gpu,
+        views=views_of(config),
     )
 
 

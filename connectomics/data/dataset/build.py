@@ -13,7 +13,7 @@ from connectomics.data.dataset.dataset_cellmap import (
     PatchOptions,
 )
 from connectomics.errors import unknown_name
-from connectomics.geometry import triple
+from connectomics.geometry import Index, Triple, triple
 
 
 def patch_options(cfg: RunConfig) -> PatchOptions:
@@ -28,8 +28,16 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
         cache_context=data.cache_context,
         allow_missing_raw=data.allow_missing_raw,
         min_known=data.min_known,
-        inputs=tuple((triple(v.resolution), (v.patch_size[0], v.patch_size[1], v.patch_size[2])) for v in data.inputs),
+        inputs=views_of(cfg),
         chunk_cache_bytes=data.chunk_cache_mb << 20,
+    )
+
+
+def views_of(cfg: RunConfig) -> tuple[tuple[Triple, Index], ...]:
+    """``data.inputs`` as (voxel size in nm, shape in voxels), z y x."""
+    return tuple(
+        (triple(view.resolution), (view.patch_size[0], view.patch_size[1], view.patch_size[2]))
+        for view in cfg.data.inputs
     )
 
 
