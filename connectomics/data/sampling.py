@@ -1,19 +1,31 @@
-"""Where patches are taken: class-balanced positions from where a class is, reproducible from the seed alone."""
+"""Where patches are taken: a mixture of strategies, reproducible from the seed alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import atoms_of
-from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.geometry import Triple, VoxelGrid
+
+T = TypeVar("T")
+
+STRATEGIES = ("class", "dataset", "volume", "uniform")
+DEFAULT_SAMPLING = {"class": 0.7, "volume": 0.3}
 
 _POINTS = 2048  # positions kept for each crop and class: enough that patches differ, small whatever the crop
 _READ = 2**24  # label voxels read at once while looking for them
+_PIECE = 2**20  # voxels that get their random priorities at once
+_BLOCK = 256  # positions whose random numbers are drawn together
 
 
 @dataclass(frozen=True)
@@ -24,45 +36,108 @@ class PatchRequest:
         index: of the crop's volume in the data set.
         point: a world position (nm, z y x) that the patch must hold, or None for a uniform place in the crop.
         seed: of everything random about this patch: its exact place and its augmentation.
+        drawn_by: what it was drawn for: ``class mito``, ``dataset``, ``volume`` or ``uniform``; empty where no sampler
+            drew it.
     """
 
     index: int
     point: Triple | None
     seed: tuple[int, ...]
+    drawn_by: str = ""
+
+
+@dataclass(frozen=True)
+class SampledCrop:
+    """What a sampler knows of a crop.
+
+    Attributes:
+        dataset: the data set's name.
+        volume: its size, in any unit (nm^3, voxels) that all crops share; > 0.
+        points: class -> world positions (n, 3), nm, where the class is present; empty or absent where it is not.
+    """
+
+    dataset: str
+    volume: float
+    points: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+# -- where a class is --------------------------------------------------------------------------------------------------
+class Reservoir:
+    """A uniform random choice without replacement from items that come in pieces, in bounded memory.
+
+    Every item gets a random priority, and the smallest stay (Efraimidis and Spirakis 2006): the choice does not depend
+    on how the items were cut into pieces, only on their order and the random stream.
+    """
+
+    def __init__(self, count: int, rng: np.random.Generator) -> None:
+        self._count, self._rng = count, rng
+        self._priorities = np.zeros(0)
+        self._items = np.zeros((0, 3))
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def items(self) -> NDArray[np.float64]:
+        """What was chosen, (n, 3), in random order."""
+        return self._items[np.argsort(self._priorities)]
+
+    def add(self, n: int, items: Callable[[NDArray[np.intp]], NDArray[np.float64]], weight: float = 1.0) -> None:
+        """Offer ``n`` items, each with a chance in proportion to ``weight``; ``items(numbers)`` gives some of them."""
+        priorities = self._rng.standard_exponential(n) / weight
+        if len(self._items) == self._count:
+            chosen = np.flatnonzero(priorities < self._priorities.max())
+        else:
+            chosen = np.arange(n)
+        if len(chosen) > self._count:
+            chosen = chosen[np.argpartition(priorities[chosen], self._count)[: self._count]]
+        merged = np.concatenate([self._priorities, priorities[chosen]])
+        kept = np.concatenate([self._items, items(chosen)])
+        order = np.argsort(merged, kind="stable")[: self._count]
+        self._priorities, self._items = merged[order], kept[order]
 
 
 def foreground_points(crop: Crop, class_name: str, seed: int) -> NDArray[np.float64]:
-    """World positions (n, 3), nm, of voxels where a class is present: at most a few thousand, drawn evenly.
+    """World positions (n, 3), nm, of voxels where a class is present: at most a few thousand, uniform over its volume.
 
     Read from the coarsest level of the class's array (of its atoms' arrays where it has none), and from the finest one
     where the coarsest has lost everything. Empty where the class is not there.
     """
     names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
-    rng = np.random.default_rng([seed, *class_name.encode()])
-    found = [p for p in (_points_of(crop, name, rng) for name in names) if len(p)]
-    if not found:
-        return np.zeros((0, 3))
-    points = np.concatenate(found)
-    return points[rng.permutation(len(points))[:_POINTS]]
+    kept = Reservoir(_POINTS, np.random.default_rng([seed, *class_name.encode()]))
+    for name in names:
+        _offer_points(crop, name, kept)
+    return kept.items
 
 
-def _points_of(crop: Crop, name: str, rng: np.random.Generator) -> NDArray[np.float64]:
+def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
+    """Offer every voxel of one array in which its class is present, weighted by the voxel's volume."""
     label = crop.labels[name]
     levels = label.source.levels
     for number in dict.fromkeys((len(levels) - 1, 0)):
         grid = levels[number].grid
+        volume = float(np.prod(grid.voxel_size))
         edge = max(1, int(_READ / max(1, grid.shape[1] * grid.shape[2])))
-        kept = np.zeros((0, 3))
+        chunk = levels[number].chunks[0]
+        if edge > chunk:
+            edge -= edge % chunk  # no chunk is decoded twice
+        found = 0
         for begin, block in grid.blocks((edge, grid.shape[1], grid.shape[2])):
-            index = np.flatnonzero(label.annotation.decode(label.read_stored(begin, block.shape, number))[0])
-            if len(index) > _POINTS:
-                index = rng.choice(index, _POINTS, replace=False)
-            kept = np.concatenate([kept, block.to_world(np.stack(np.unravel_index(index, block.shape), axis=-1))])
-        if len(kept):
-            return kept
-    return np.zeros((0, 3))
+            present = label.annotation.decode(label.read_stored(begin, block.shape, number))[0].reshape(-1)
+            for start in range(0, present.size, _PIECE):
+                index = np.flatnonzero(present[start : start + _PIECE]) + start
+                found += len(index)
+                kept.add(len(index), _positions(block, index), volume)
+        if found:
+            return
 
 
+def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[np.intp]], NDArray[np.float64]]:
+    """World positions of some of the voxels ``index`` (flat) of a block."""
+    return lambda numbers: block.to_world(np.stack(np.unravel_index(index[numbers], block.shape), axis=-1))
+
+
+# -- the place of a patch ----------------------------------------------------------------------------------------------
 def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
     """The grid of a patch of ``shape`` voxels on a crop's lattice.
 
@@ -81,57 +156,189 @@ def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, 
     return lattice.crop(begin, shape)
 
 
+def place_known(
+    lattice: VoxelGrid,
+    shape: Sequence[int],
+    point: Triple | None,
+    rng: np.random.Generator,
+    known_share: Callable[[VoxelGrid], float],
+    least: float,
+    tries: int = 8,
+) -> VoxelGrid:
+    """As `place_patch`, with a guaranteed share of known voxels where the crop has such a place.
+
+    Up to ``tries`` places are drawn; the first of which ``known_share`` is at least ``least`` is taken, else the best
+    of them. A crop smaller than the patch cannot fill it, so there the share is measured against the largest that the
+    crop's size allows.
+
+    Args:
+        known_share: share (0 to 1) of a grid's voxels at which something is known.
+        least: 0 to 1; 0 draws one place and asks for nothing.
+    """
+    if least <= 0:
+        return place_patch(lattice, shape, point, rng)
+    reachable = math.prod(min(n, p) / p for n, p in zip(lattice.shape, shape, strict=True))
+    best, most = None, -1.0
+    for _ in range(tries):
+        grid = place_patch(lattice, shape, point, rng)
+        share = known_share(grid)
+        if share >= least * reachable:
+            return grid
+        if share > most:
+            best, most = grid, share
+    if best is None:
+        raise InputError(f"tries must be at least 1, found {tries}")
+    return best
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+def check_sampling(
+    sampling: Mapping[str, float], class_weights: Mapping[str, float], classes: Sequence[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The weight of every strategy and of every class: `DEFAULT_SAMPLING` where none is given, and 1 a class.
+
+    Raises:
+        UnknownNameError: a strategy or a class that is not there. ConfigError: a weight that is no number >= 0.
+    """
+    for name in sampling:
+        if name not in STRATEGIES:
+            raise unknown_name("strategy", name, STRATEGIES, "data.sampling")
+    for name in class_weights:
+        if name not in classes:
+            raise unknown_name("class", name, classes, "data.class_weights (of dataset.classes)")
+    for key, weights in (("data.sampling", sampling), ("data.class_weights", class_weights)):
+        for name, weight in weights.items():
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight < 0:
+                raise ConfigError(f"{key}: the weight of {name!r} is {weight!r}; give a number of at least 0")
+    mixture = {name: float(sampling.get(name, 0.0)) for name in STRATEGIES} if sampling else dict(DEFAULT_SAMPLING)
+    if not sum(mixture.values()) > 0:
+        raise ConfigError(f"data.sampling: all weights are 0; give one of {', '.join(STRATEGIES)} a weight above 0")
+    return mixture, {name: float(class_weights.get(name, 1.0)) for name in classes}
+
+
+class _Wheel:
+    """Draws one of some items in proportion to their weights, from a number in [0, 1)."""
+
+    def __init__(self, weights: Mapping[int, float]) -> None:
+        self._items = [item for item, weight in weights.items() if weight > 0]
+        self._edges = list(accumulate(weights[item] for item in self._items))
+
+    def __call__(self, u: float) -> int:
+        return self._items[min(bisect_right(self._edges, u * self._edges[-1]), len(self._items) - 1)]
+
+
 class PatchSampler:
     """Yields the `PatchRequest`s of an epoch: a function of (seed, epoch, position in the epoch) and of nothing else.
 
-    A share ``balance`` of them goes through a voxel of a class: the class is drawn evenly among those that are present
-    anywhere, then a crop evenly among those that have it, then a voxel evenly. The rest are uniform over the crops'
-    volume. With several processes each takes every ``world``-th request, so all together see the same epoch.
+    Each is drawn by one of four strategies, mixed by ``sampling``:
+
+    - ``class``: a class by its weight among those that are present anywhere, then a crop evenly among those that have
+      it, so that a large crop does not drown the others, then one of its positions evenly;
+    - ``dataset``: a data set evenly, then a crop of it by volume, then a uniform place;
+    - ``volume``: a crop by volume, then a uniform place;
+    - ``uniform``: a crop evenly, then a uniform place.
+
+    Strategies and classes are drawn stratified: of 256 successive requests from a multiple of 256 on, each has its
+    share to within two. With several processes each takes every ``world``-th request, so all together see one epoch.
     """
 
     def __init__(
         self,
-        points: Sequence[dict[str, NDArray[np.float64]]],
-        volumes_nm3: Sequence[float],
+        crops: Sequence[SampledCrop],
         length: int,
         *,
-        balance: float,
-        seed: int,
+        classes: Sequence[str],
+        sampling: Mapping[str, float] | None = None,
+        class_weights: Mapping[str, float] | None = None,
+        seed: int = 0,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        """``points``: for each crop, the foreground positions by class; ``volumes_nm3``: for each crop, its volume."""
-        self._points = points
-        weights = np.asarray(volumes_nm3, dtype=np.float64)
-        self._weights = weights / weights.sum()
-        self._length = -(-length // world) * world  # every process must see as many patches, or training hangs
-        self._balance = balance
-        self._seed = seed
-        self._rank, self._world = rank, world
+        """``crops`` in the order of the data set's volumes; ``length``: requests an epoch, of all processes together,
+        rounded up so that each process has as many (else training hangs).
+
+        Raises `UnknownNameError` and `ConfigError` as `check_sampling`, and `ConfigError` where ``class`` is the only
+        strategy and no class with a weight is present anywhere.
+        """
+        if not crops or length < 1 or min(crop.volume for crop in crops) <= 0:
+            raise InputError(f"a sampler needs crops with a volume and a length, found {len(crops)} crops, {length}")
+        mixture, weights = check_sampling(sampling or {}, class_weights or {}, classes)
+        self._points = [crop.points for crop in crops]
+        self._length = -(-length // world) * world
+        self._seed, self._rank, self._world = seed, rank, world
         self._epoch = 0
-        names = sorted({name for crop in points for name, found in crop.items() if len(found)})
-        self._crops_with = {name: [i for i, crop in enumerate(points) if len(crop.get(name, ()))] for name in names}
+        self._start: tuple[int, int] | None = None
+        self._block: tuple[int, int, list[list[float]]] | None = None
+        having = {c: [i for i, crop in enumerate(crops) if len(crop.points.get(c, ()))] for c in classes}
+        #: the classes that requests are drawn for
+        self.drawn_classes = tuple(c for c in classes if having[c] and weights[c] > 0 and mixture["class"] > 0)
+        self._having = [having[c] for c in self.drawn_classes]
+        self._labels = [f"class {c}" for c in self.drawn_classes] + list(STRATEGIES[1:])
+        share = mixture["class"] / (sum(weights[c] for c in self.drawn_classes) or 1.0)
+        outcomes = [share * weights[c] for c in self.drawn_classes] + [mixture.get(s, 0.0) for s in STRATEGIES[1:]]
+        if not sum(outcomes) > 0:
+            raise ConfigError(
+                f"data.sampling: only class has a weight, but none of {', '.join(classes)} is present in the training "
+                "crops with a weight above 0; give volume or uniform a weight, or take other crops or classes"
+            )
+        self._outcome = _Wheel(dict(enumerate(outcomes)))
+        self._by_volume = _Wheel({i: crop.volume for i, crop in enumerate(crops)})
+        names = sorted({crop.dataset for crop in crops})
+        self._of_dataset = [_Wheel({i: c.volume for i, c in enumerate(crops) if c.dataset == name}) for name in names]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration gives."""
+        return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer before each epoch."""
         self._epoch = epoch
 
+    def start_at(self, epoch: int, position: int) -> None:
+        """Let the next iteration, if it is of ``epoch``, begin at this process's request number ``position``; all
+        later ones are whole. The epoch to come becomes ``epoch`` until `set_epoch` says otherwise."""
+        self._epoch = epoch
+        self._start = (epoch, position)
+
     def __len__(self) -> int:
+        """Requests of this process in a whole epoch."""
         return self._length // self._world
 
     def __iter__(self) -> Iterator[PatchRequest]:
-        for position in range(self._rank, self._length, self._world):
-            yield self.request(self._epoch, position)
+        epoch = self._epoch
+        first = self._start[1] if self._start is not None and self._start[0] == epoch else 0
+        self._start = None
+        return (self.request(epoch, n * self._world + self._rank) for n in range(first, len(self)))
 
     def request(self, epoch: int, position: int) -> PatchRequest:
-        """The request at one position of one epoch."""
-        seed = (self._seed, epoch, position)
-        rng = np.random.default_rng(seed)
-        names = list(self._crops_with)
-        if names and rng.random() < self._balance:
-            name = names[int(rng.integers(len(names)))]
-            crops = self._crops_with[name]
-            crop = crops[int(rng.integers(len(crops)))]
-            found = self._points[crop][name]
-            return PatchRequest(crop, triple(found[int(rng.integers(len(found)))]), (*seed, 1))
-        return PatchRequest(int(rng.choice(len(self._weights), p=self._weights)), None, (*seed, 1))
+        """The request at one position of one epoch, of all processes together."""
+        what, first, second = self._numbers(epoch, position)
+        outcome = self._outcome(what)
+        label = self._labels[outcome]
+        seed = (self._seed, epoch, position, 1)
+        if outcome < len(self.drawn_classes):
+            crop = _pick(self._having[outcome], first)
+            found = self._points[crop][self.drawn_classes[outcome]]
+            z, y, x = found[int(second * len(found))].tolist()
+            return PatchRequest(crop, (z, y, x), seed, label)
+        if label == "dataset":
+            return PatchRequest(_pick(self._of_dataset, first)(second), None, seed, label)
+        if label == "volume":
+            return PatchRequest(self._by_volume(first), None, seed, label)
+        return PatchRequest(int(first * len(self._points)), None, seed, label)
+
+    def _numbers(self, epoch: int, position: int) -> list[float]:
+        """Three numbers in [0, 1) of a position; drawn a block at a time, a generator costs as much as many draws."""
+        number, row = divmod(position, _BLOCK)
+        if self._block is None or self._block[:2] != (epoch, number):
+            rng = np.random.default_rng((self._seed, epoch, number))
+            drawn = rng.random((_BLOCK, 3))
+            drawn[:, 0] = (rng.permutation(_BLOCK) + drawn[:, 0]) / _BLOCK  # one in each of as many equal strata
+            self._block = (epoch, number, drawn.tolist())
+        return self._block[2][row]
+
+
+def _pick(items: Sequence[T], u: float) -> T:
+    return items[int(u * len(items))]

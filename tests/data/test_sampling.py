@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
-from connectomics.data.sampling import PatchSampler, foreground_points, place_patch
+from connectomics.data import sampling
+from connectomics.data.sampling import (
+    PatchSampler,
+    Reservoir,
+    SampledCrop,
+    foreground_points,
+    place_known,
+    place_patch,
+)
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
 from connectomics.errors import ConfigError, InputError, UnknownNameError
+from connectomics.geometry import VoxelGrid
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -98,33 +111,169 @@ def test_a_patch_lies_in_the_crop_or_holds_it(
             assert begin[axis] <= voxel[axis] < begin[axis] + patch[axis]
 
 
-def sampler(rank: int = 0, world: int = 1, seed: int = 3) -> PatchSampler:
-    points = [{"mito": np.zeros((5, 3)), "er": np.zeros((0, 3))}, {"er": np.ones((2, 3))}, {}]
-    return PatchSampler(points, [1.0, 2.0, 5.0], 600, balance=0.5, seed=seed, rank=rank, world=world)
+# -- the sampler -------------------------------------------------------------------------------------------------------
+CROPS_TO_SAMPLE = [
+    SampledCrop("one", 1.0, {"mito": np.zeros((5, 3)), "er": np.zeros((0, 3))}),
+    SampledCrop("one", 2.0, {"er": np.ones((2, 3)), "mito": np.full((3, 3), 2.0)}),
+    SampledCrop("two", 5.0),
+]
+
+
+def sampler(length: int = 2560, seed: int = 3, rank: int = 0, world: int = 1, **mixture: Any) -> PatchSampler:
+    return PatchSampler(
+        CROPS_TO_SAMPLE, length, classes=["mito", "er", "nuc"], seed=seed, rank=rank, world=world, **mixture
+    )
 
 
 def test_sampler_is_a_function_of_seed_epoch_and_position() -> None:
     first, second = sampler(), sampler()
     assert list(first) == list(second)
+    assert [second.request(0, n) for n in (700, 3, 900)] == [list(first)[n] for n in (700, 3, 900)]
+    assert list(sampler(length=300)) == list(first)[:300]
     first.set_epoch(1)
     assert list(first) != list(second)
     assert list(sampler(seed=4)) != list(second)
+    assert len({r.seed for r in (*first, *second)}) == len(first) + len(second)
 
 
 def test_processes_share_an_epoch_without_overlap() -> None:
-    whole = list(sampler())
-    parts = [list(sampler(rank, 3)) for rank in range(3)]
+    whole = list(sampler(999))
+    parts = [list(sampler(999, rank=rank, world=3)) for rank in range(3)]
     assert [r for trio in zip(*parts, strict=True) for r in trio] == whole
+    assert [len(sampler(1000, rank=rank, world=3)) for rank in range(3)] == [334] * 3
 
 
-def test_sampler_is_balanced() -> None:
-    requests = list(sampler())
-    through = [r for r in requests if r.point is not None]
-    assert len(through) / len(requests) == pytest.approx(0.5, abs=0.07)
-    assert sum(r.index == 0 for r in through) / len(through) == pytest.approx(0.5, abs=0.1)  # mito against er
-    uniform = [r.index for r in requests if r.point is None]
-    assert np.bincount(uniform, minlength=3) / len(uniform) == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.1)
-    assert len({r.seed for r in requests}) == len(requests)
+@pytest.mark.parametrize(
+    ("mixture", "shares"),
+    [
+        ({}, {"class mito": 0.35, "class er": 0.35, "volume": 0.3}),
+        ({"class_weights": {"er": 3, "nuc": 100}}, {"class mito": 0.175, "class er": 0.525, "volume": 0.3}),
+        ({"sampling": {"class": 1}, "class_weights": {"mito": 0}}, {"class er": 1.0}),
+        ({"sampling": {"uniform": 1, "dataset": 3}}, {"uniform": 0.25, "dataset": 0.75}),
+    ],
+)
+def test_counts_follow_the_weights(mixture: dict[str, Any], shares: dict[str, float]) -> None:
+    """In every 256 requests, each to within two: those at the edges of its share."""
+    requests = list(sampler(**mixture))
+    for start in range(0, len(requests), 256):
+        found = Counter(r.drawn_by for r in requests[start : start + 256])
+        assert set(found) == set(shares)
+        for name, share in shares.items():
+            assert abs(found[name] - 256 * share) < 2, name
+
+
+def test_what_each_strategy_takes() -> None:
+    def crops(strategy: str) -> NDArray[np.float64]:
+        requests = list(sampler(length=6000, sampling={strategy: 1.0}))
+        assert strategy == "class" or all(r.point is None and r.drawn_by == strategy for r in requests)
+        return np.bincount([r.index for r in requests], minlength=3) / len(requests)
+
+    assert crops("uniform") == pytest.approx([1 / 3, 1 / 3, 1 / 3], abs=0.03)
+    assert crops("volume") == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.03)
+    assert crops("dataset") == pytest.approx([1 / 6, 2 / 6, 3 / 6], abs=0.03)  # half to each, then by volume
+    assert crops("class") == pytest.approx([1 / 4, 3 / 4, 0], abs=0.03)  # mito: both crops evenly; er: the second
+
+
+def test_a_class_is_drawn_through_one_of_its_positions() -> None:
+    where = {("class mito", 0): 0.0, ("class mito", 1): 2.0, ("class er", 1): 1.0}
+    for request in sampler(sampling={"class": 1.0}):
+        assert request.point == (where[request.drawn_by, request.index],) * 3
+
+
+def test_an_epoch_can_begin_in_its_middle_once() -> None:
+    """Rank 1 of 2 goes on at its tenth request of epoch 4; the next epoch, and that one again, are whole."""
+    whole = sampler(rank=1, world=2)
+    whole.set_epoch(4)
+    expected = list(whole)
+    resumed = sampler(rank=1, world=2)
+    resumed.start_at(4, 10)
+    assert len(resumed) == len(expected)  # of a whole epoch: the trainer counts from its begin
+    assert list(resumed) == expected[10:]
+    assert list(resumed) == expected
+    resumed.start_at(4, 10)
+    resumed.set_epoch(5)  # that epoch had ended early
+    assert len(list(resumed)) == len(expected)
+
+
+def test_bad_mixtures_are_one_line() -> None:
+    with pytest.raises(UnknownNameError, match=r"strategy 'clas' in data\.sampling; did you mean 'class'"):
+        sampler(sampling={"clas": 1})
+    with pytest.raises(UnknownNameError, match=r"class 'mitt' in data\.class_weights.*did you mean 'mito'"):
+        sampler(class_weights={"mitt": 1})
+    for weight in (-1, float("nan"), True, "much"):
+        with pytest.raises(ConfigError, match=r"data\.sampling: the weight of 'class' is"):
+            sampler(sampling={"class": weight})
+    with pytest.raises(ConfigError, match=r"data\.class_weights: the weight of 'er' is -2"):
+        sampler(class_weights={"er": -2})
+    with pytest.raises(ConfigError, match=r"data\.sampling: all weights are 0"):
+        sampler(sampling={"class": 0})
+    with pytest.raises(ConfigError, match="only class has a weight, but none of mito, er, nuc"):
+        sampler(sampling={"class": 1}, class_weights={"mito": 0, "er": 0})
+
+
+def test_without_any_present_class_the_rest_of_the_mixture_is_drawn() -> None:
+    bare = PatchSampler([SampledCrop("one", 1.0)], 300, classes=["mito"])
+    assert {r.drawn_by for r in bare} == {"volume"}
+    assert bare.drawn_classes == ()
+
+
+# -- known voxels ------------------------------------------------------------------------------------------------------
+def share_of(known: NDArray[np.bool_], lattice: VoxelGrid) -> Callable[[VoxelGrid], float]:
+    """The plain count: known voxels of the patch, none beyond the crop."""
+
+    def share(grid: VoxelGrid) -> float:
+        begin = np.rint(lattice.to_index(grid.translation)).astype(int)
+        inside = tuple(slice(max(0, b), max(0, b + n)) for b, n in zip(begin, grid.shape, strict=True))
+        return float(known[inside].sum()) / grid.size
+
+    return share
+
+
+def test_patches_hold_their_share_of_known_voxels() -> None:
+    lattice = grid_of((40, 16, 16))
+    known = np.zeros(lattice.shape, bool)
+    known[:16] = True
+    share = share_of(known, lattice)
+    plain = [share(place_patch(lattice, (16,) * 3, None, np.random.default_rng(n))) for n in range(50)]
+    placed = [
+        share(place_known(lattice, (16,) * 3, None, np.random.default_rng(n), share, 0.5, tries=40)) for n in range(50)
+    ]
+    assert min(placed) >= 0.5
+    assert sum(s >= 0.5 for s in plain) < 30  # 9 of 25 places
+    same = [place_known(lattice, (16,) * 3, None, np.random.default_rng(7), share, 0.5) for _ in range(2)]
+    assert same[0] == same[1]
+
+
+def test_in_a_crop_smaller_than_the_patch_the_share_is_of_what_it_can_hold() -> None:
+    lattice = grid_of((8, 32, 32))
+    asked: list[VoxelGrid] = []
+
+    def share(grid: VoxelGrid) -> float:
+        asked.append(grid)
+        return share_of(np.ones(lattice.shape, bool), lattice)(grid)
+
+    place_known(lattice, (16,) * 3, None, np.random.default_rng(0), share, 1.0)
+    assert len(asked) == 1  # half of the patch is the most that there can be
+
+
+def test_where_no_place_will_do_the_best_one_is_taken() -> None:
+    lattice = grid_of((64, 16, 16))
+    drawn: list[float] = []
+
+    def share(grid: VoxelGrid) -> float:
+        drawn.append(float(grid.translation[0]) / 1000)
+        return drawn[-1]
+
+    grid = place_known(lattice, (16,) * 3, None, np.random.default_rng(0), share, 1.0, tries=8)
+    assert len(drawn) == 8
+    assert float(grid.translation[0]) / 1000 == max(drawn)
+    assert place_known(lattice, (16,) * 3, None, np.random.default_rng(0), share, 0.0) == place_patch(
+        lattice, (16,) * 3, None, np.random.default_rng(0)
+    )
+    assert len(drawn) == 8
+
+
+# -- where a class is --------------------------------------------------------------------------------------------------
 
 
 def test_foreground_points_are_where_the_class_is(tmp_path: Path) -> None:
@@ -141,3 +290,32 @@ def test_foreground_points_are_where_the_class_is(tmp_path: Path) -> None:
         index = np.floor(grid.to_index(points) + 0.5).astype(int)
         assert np.all(values[tuple(index.T)] == 1)
     assert len(foreground_points(crop, "ld", seed=0)) == 0
+
+
+def test_points_are_uniform_over_voxels_however_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense slab of 4096 voxels and, far away, sparse ones of 64 each: each voxel has the same chance."""
+    grid = grid_of((64, 16, 16), voxel=4.0)
+    values = np.zeros(grid.shape, np.uint8)
+    values[:16] = 1
+    values[32:, ::4, ::4] = 1  # 32 slices of 16
+    write_raw(tmp_path, "set-a", np.zeros(grid.shape, np.uint8), grid)
+    write_label(tmp_path, "set-a", "crop1", "mito", values, grid)
+    crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
+    monkeypatch.setattr(sampling, "_POINTS", 1000)
+    whole = foreground_points(crop, "mito", seed=0)
+    assert len(np.unique(whole, axis=0)) == 1000
+    monkeypatch.setattr(sampling, "_READ", 16 * 16 * 2)
+    monkeypatch.setattr(sampling, "_PIECE", 100)
+    assert np.array_equal(foreground_points(crop, "mito", seed=0), whole)
+    sparse = float(np.mean(whole[:, 0] > 32 * 4.0))
+    assert sparse == pytest.approx(512 / 4608, abs=0.04)  # 11 %; slab by slab it was half
+    first_half = whole[:500, 0] > 32 * 4.0
+    assert float(first_half.mean()) == pytest.approx(512 / 4608, abs=0.05)  # and in random order
+
+
+def test_a_reservoir_weights_its_items() -> None:
+    kept = Reservoir(200, np.random.default_rng(0))
+    kept.add(5000, lambda n: np.repeat(n[:, None] * 0.0, 3, axis=1))
+    kept.add(5000, lambda n: np.repeat(n[:, None] * 0.0 + 1, 3, axis=1), weight=3.0)
+    assert len(kept) == 200
+    assert float(kept.items[:, 0].mean()) == pytest.approx(0.75, abs=0.1)
