@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
-from connectomics.data.augment import build_augmentor
+from connectomics.data.augment import PatchAugmentor
+from connectomics.data.cache import prepare
 from connectomics.data.dataset.build import patch_options
-from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, collate
-from connectomics.data.sampling import PatchSampler
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
+from connectomics.data.patches import collate
+from connectomics.data.sampling import PatchSampler, SampledCrop
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError
@@ -75,26 +77,16 @@ class CellMapDataModule(pl.LightningDataModule):
             raise InputError(
                 "the split leaves no crop to train on; raise dataset.train_val_split or edit the split file"
             )
-        common = (cfg.dataset.classes, cfg.data.patch_size, cfg.dataset.resolution)
-        self._train = self._dataset(train, "train", *common)
-        self._val = self._dataset(val, "val", *common)
-        volumes = (*self._train.volumes, *self._val.volumes)
-        # Processes that start together begin with their own share, so that they divide the decoding, not repeat it.
-        rank, world = _process_of_run()
-        for number in sorted(range(len(volumes)), key=lambda n: ((n - rank) % world, n)):
-            volumes[number].prepare()
+        self._train = self._dataset(train, "train")
+        self._val = self._dataset(val, "val")
+        volumes = (*self._train.all_volumes, *self._val.all_volumes)
+        prepare(volumes, self._cache_budget(), processes=max(1, cfg.data.num_workers))
 
-    def _dataset(
-        self,
-        crops: list[Crop],
-        mode: Any,
-        classes: Sequence[str],
-        patch_size: Sequence[int],
-        resolution: Sequence[float],
-    ) -> CellMapMultiClassDataset:
-        augmentor = build_augmentor(self.config.data.augmentations, patch_size) if mode == "train" else None
+    def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:
+        cfg = self.config
+        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size) if mode == "train" else None
         return CellMapMultiClassDataset.of_crops(
-            crops, classes, mode, patch_size, resolution, augmentor, patch_options(self.config)
+            crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, patch_options(cfg)
         )
 
     def _split(self, crops: list[Crop]) -> Split:
@@ -142,14 +134,18 @@ class CellMapDataModule(pl.LightningDataModule):
     def sampler(self) -> PatchSampler:
         """The sampler of this process's share of each epoch."""
         dataset = self.train_dataset
+        data = self.config.data
         rank, world = self._place()
-        points = [{c: dataset.points(i, c) for c in dataset.classes} for i in range(len(dataset.volumes))]
-        sizes = [float(v.grid.size) for v in dataset.volumes]
+        crops = [
+            SampledCrop(v.dataset, float(v.grid.size), {c: dataset.points(i, c) for c in dataset.classes})
+            for i, v in enumerate(dataset.volumes)
+        ]
         sampler = PatchSampler(
-            points,
-            sizes,
+            crops,
             self._patches_per_epoch(),
-            balance=self.config.data.balance,
+            classes=dataset.classes,
+            sampling=data.sampling,
+            class_weights=data.class_weights,
             seed=self.config.system.seed,
             rank=rank,
             world=world,

@@ -24,6 +24,7 @@ from connectomics.geometry import Index, Triple, VoxelGrid, triple
 from connectomics.io.store import StoreOptions
 
 Mode = Literal["train", "val", "test"]
+_MOST_POINTS = 2**22  # positions that a data set keeps: 100 MB
 Sample = dict[str, Any]
 
 
@@ -157,9 +158,11 @@ class CropPatches(Dataset[Any]):
         """Positions (n, 3) in nm where the class is present in that crop, found once."""
         key = (volume, class_name)
         if key not in self._points:
-            cached = self.volumes[volume].points(class_name)
-            crop = self.volumes[volume].crop
-            self._points[key] = foreground_points(crop, class_name, self.options.seed) if cached is None else cached
+            found = self.volumes[volume].points(class_name)
+            if found is None:
+                found = foreground_points(self.volumes[volume].crop, class_name, self.options.seed)
+            # both are in random order; hundreds of crops with dozens of classes must not fill the memory with places
+            self._points[key] = found[: max(64, _MOST_POINTS // (len(self.volumes) * len(self.classes)))].copy()
         return self._points[key]
 
     def _stream(self, index: int) -> np.random.Generator:
