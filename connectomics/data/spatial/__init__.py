@@ -1,0 +1,6 @@
+"""The fused spatial pass: flips, turns, affine and elastic transforms as one map, read from a crop in one pass."""
+
+from connectomics.data.spatial.mapping import CoordinateMap, Displacement
+from connectomics.data.spatial.sample import sample
+
+__all__ = ["CoordinateMap", "Displacement", "sample"]

@@ -1,0 +1,315 @@
+"""The numba kernels of this package (apart, so that importing the package does not import numba).
+
+Arrays come flat and C-contiguous: an index is then one unsigned number, which numba uses as it is instead of looking
+for negative ones first. Positions are raw-array indices, z y x. All kernels run on one core without the interpreter
+lock.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+CHUNK = 64
+"""Voxels of a row that are handled together: their positions and weights stay in the first-level cache."""
+
+_NEAR = 1e-3  # voxels: float32 positions of a chunk are exact to far less; nearer a border the careful path decides
+
+
+@numba.njit(cache=True, nogil=True)
+def copy_image(raw: Array, base: int, strides: Array, low: Array, high: Array, tiles: Array, image: Array) -> None:
+    """``image[i] = raw[base + i . strides] / 255`` for low <= i < high, tile by tile.
+
+    raw: uint8, flat; strides: int64 (3,), elements a voxel of each image axis; tiles: int64 (3,), voxels.
+    """
+    scale = np.float32(255.0)
+    for z0 in range(low[0], high[0], tiles[0]):
+        for y0 in range(low[1], high[1], tiles[1]):
+            for x0 in range(low[2], high[2], tiles[2]):
+                x1 = min(x0 + tiles[2], high[2])
+                for z in range(z0, min(z0 + tiles[0], high[0])):
+                    for y in range(y0, min(y0 + tiles[1], high[1])):
+                        row = base + z * strides[0] + y * strides[1]
+                        into = image[np.uint64(z), np.uint64(y)]
+                        if strides[2] == 1:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = np.float32(raw[np.uint64(row + x)]) / scale
+                        elif strides[2] == -1:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = np.float32(raw[np.uint64(row - x)]) / scale
+                        else:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = np.float32(raw[np.uint64(row + x * strides[2])]) / scale
+
+
+@numba.njit(cache=True, nogil=True)
+def copy_codes(source: Array, base: int, strides: Array, low: Array, high: Array, tiles: Array, codes: Array) -> None:
+    """``codes[i] = source[base + i . strides]``, as `copy_image`."""
+    for z0 in range(low[0], high[0], tiles[0]):
+        for y0 in range(low[1], high[1], tiles[1]):
+            for x0 in range(low[2], high[2], tiles[2]):
+                x1 = min(x0 + tiles[2], high[2])
+                for z in range(z0, min(z0 + tiles[0], high[0])):
+                    for y in range(y0, min(y0 + tiles[1], high[1])):
+                        row = base + z * strides[0] + y * strides[1]
+                        into = codes[np.uint64(z), np.uint64(y)]
+                        if strides[2] == 1:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = source[np.uint64(row + x)]
+                        elif strides[2] == -1:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = source[np.uint64(row - x)]
+                        else:
+                            for x in range(x0, x1):
+                                into[np.uint64(x)] = source[np.uint64(row + x * strides[2])]
+
+
+@numba.njit(cache=True, nogil=True)
+def clear_outside(
+    inside: Array, base: int, strides: Array, low: Array, high: Array, image: Array, codes: Array
+) -> None:
+    """Image and code 0 where ``inside[base + i . strides]`` is False, for low <= i < high."""
+    for z in range(low[0], high[0]):
+        for y in range(low[1], high[1]):
+            row = base + z * strides[0] + y * strides[1]
+            for x in range(low[2], high[2]):
+                if not inside[np.uint64(row + x * strides[2])]:
+                    image[np.uint64(z), np.uint64(y), np.uint64(x)] = 0.0
+                    codes[np.uint64(z), np.uint64(y), np.uint64(x)] = 0
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _careful(raw, shape, inside, codes, codes_shape, shift, z, y, x):  # type: ignore[no-untyped-def]
+    """Value (0..1) and code at one position, with every check: the neighbours that hold raw, weights normalised."""
+    near_z, near_y, near_x = math.floor(z + 0.5), math.floor(y + 0.5), math.floor(x + 0.5)
+    if near_z < 0 or near_y < 0 or near_x < 0 or near_z >= shape[0] or near_y >= shape[1] or near_x >= shape[2]:
+        return np.float32(0.0), np.uint32(0)
+    if inside.size > 0 and not inside[np.uint64((near_z * shape[1] + near_y) * shape[2] + near_x)]:
+        return np.float32(0.0), np.uint32(0)
+    low_z, low_y, low_x = math.floor(z), math.floor(y), math.floor(x)
+    total = np.float32(0.0)
+    weights = np.float32(0.0)
+    for dz in range(2):
+        at_z = low_z + dz
+        if at_z < 0 or at_z >= shape[0]:
+            continue
+        weight_z = np.float32(z - low_z) if dz else np.float32(1.0 - (z - low_z))
+        for dy in range(2):
+            at_y = low_y + dy
+            if at_y < 0 or at_y >= shape[1]:
+                continue
+            weight_y = weight_z * (np.float32(y - low_y) if dy else np.float32(1.0 - (y - low_y)))
+            for dx in range(2):
+                at_x = low_x + dx
+                if at_x < 0 or at_x >= shape[2]:
+                    continue
+                index = np.uint64((at_z * shape[1] + at_y) * shape[2] + at_x)
+                if inside.size == 0 or inside[index]:
+                    weight = weight_y * (np.float32(x - low_x) if dx else np.float32(1.0 - (x - low_x)))
+                    total += weight * np.float32(raw[index])
+                    weights += weight
+    code = np.uint32(0)
+    near_z, near_y, near_x = near_z + shift[0], near_y + shift[1], near_x + shift[2]
+    if 0 <= near_z < codes_shape[0] and 0 <= near_y < codes_shape[1] and 0 <= near_x < codes_shape[2]:
+        code = np.uint32(codes[np.uint64((near_z * codes_shape[1] + near_y) * codes_shape[2] + near_x)])
+    return total / (weights * np.float32(255.0)), code
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _blend_row(control: Array, count: Array, limit: Array, z: float, y: float, line: Array) -> None:
+    """The field along x at control row (z, y): ``line`` float32 (3, nx) from ``control`` float32 (3, nz, ny, nx)."""
+    z, y = min(max(z, 0.0), limit[0]), min(max(y, 0.0), limit[1])
+    low_z, low_y = min(int(z), count[0] - 2), min(int(y), count[1] - 2)
+    up_z, up_y = np.float32(z - low_z), np.float32(y - low_y)
+    a, b = (np.float32(1) - up_z) * (np.float32(1) - up_y), (np.float32(1) - up_z) * up_y
+    c, d = up_z * (np.float32(1) - up_y), up_z * up_y
+    z0, y0 = np.uint64(low_z), np.uint64(low_y)
+    z1, y1 = np.uint64(low_z + 1), np.uint64(low_y + 1)
+    for k in range(3):
+        for x in range(count[2]):
+            line[k, x] = (
+                a * control[k, z0, y0, x] + b * control[k, z0, y1, x]
+                + c * control[k, z1, y0, x] + d * control[k, z1, y1, x]
+            )  # fmt: skip
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _displace_line(line: Array, last: int, limit: float, start: float, rise: float, n: int, at: Array) -> None:
+    """Adds the field of `_blend_row` to positions ``at`` float32 (3, n); control x of voxel i is start + i * rise."""
+    first, slope, top = np.float32(start), np.float32(rise), np.float32(limit)
+    for i in range(n):
+        place = min(max(first + np.float32(i) * slope, np.float32(0)), top)
+        low = min(np.int32(place), np.int32(last))
+        share = place - np.float32(low)
+        j = np.uint64(low)
+        for k in range(3):
+            at[k, i] += line[k, j] + share * (line[k, j + np.uint64(1)] - line[k, j])
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _displace(control: Array, count: Array, limit: Array, start: Array, rise: Array, n: int, at: Array) -> None:
+    """As `_displace_line` where a row of the patch runs any way through the control grid."""
+    one = np.float32(1)
+    step_z, step_y, step_x = np.float32(rise[0]), np.float32(rise[1]), np.float32(rise[2])
+    for i in range(n):
+        z = min(max(np.float32(start[0]) + np.float32(i) * step_z, np.float32(0)), np.float32(limit[0]))
+        y = min(max(np.float32(start[1]) + np.float32(i) * step_y, np.float32(0)), np.float32(limit[1]))
+        x = min(max(np.float32(start[2]) + np.float32(i) * step_x, np.float32(0)), np.float32(limit[2]))
+        low_z, low_y, low_x = min(int(z), count[0] - 2), min(int(y), count[1] - 2), min(int(x), count[2] - 2)
+        z, y, x = z - np.float32(low_z), y - np.float32(low_y), x - np.float32(low_x)
+        z0, y0, x0 = np.uint64(low_z), np.uint64(low_y), np.uint64(low_x)
+        z1, y1, x1 = np.uint64(low_z + 1), np.uint64(low_y + 1), np.uint64(low_x + 1)
+        for k in range(3):
+            c = control[k]
+            a = (one - x) * c[z0, y0, x0] + x * c[z0, y0, x1]
+            b = (one - x) * c[z0, y1, x0] + x * c[z0, y1, x1]
+            d = (one - x) * c[z1, y0, x0] + x * c[z1, y0, x1]
+            e = (one - x) * c[z1, y1, x0] + x * c[z1, y1, x1]
+            at[k, i] += (one - z) * ((one - y) * a + y * b) + z * ((one - y) * d + y * e)
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _image_inside(raw, plane, width, first, at, n, index, share, image):  # type: ignore[no-untyped-def]
+    """Trilinear values of a chunk whose whole neighbourhood holds raw; ``first`` is the index of position 0."""
+    for i in range(n):  # apart from the loads, so that it runs many voxels at a time
+        low_z, low_y, low_x = np.int32(at[0, i]), np.int32(at[1, i]), np.int32(at[2, i])
+        share[0, i] = at[0, i] - np.float32(low_z)
+        share[1, i] = at[1, i] - np.float32(low_y)
+        share[2, i] = at[2, i] - np.float32(low_x)
+        index[i] = np.int64(low_z) * plane + np.int64(low_y) * width + np.int64(low_x)
+    unit = np.float32(1.0 / 255.0)
+    one, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
+    for i in range(n):
+        j = np.uint64(first + index[i])
+        z, y, x = share[0, i], share[1, i], share[2, i]
+        a, b = np.float32(raw[j]), np.float32(raw[j + one])
+        c, d = np.float32(raw[j + right]), np.float32(raw[j + right + one])
+        j += down
+        e, f = np.float32(raw[j]), np.float32(raw[j + one])
+        g, h = np.float32(raw[j + right]), np.float32(raw[j + right + one])
+        a += x * (b - a)
+        c += x * (d - c)
+        e += x * (f - e)
+        g += x * (h - g)
+        a += y * (c - a)
+        e += y * (g - e)
+        image[i] = (a + z * (e - a)) * unit
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _codes_inside(source, plane, width, first, at, n, index, codes):  # type: ignore[no-untyped-def]
+    """Nearest codes of a chunk that lies inside the block of codes."""
+    half = np.float32(0.5)
+    for i in range(n):
+        z, y, x = np.int32(at[0, i] + half), np.int32(at[1, i] + half), np.int32(at[2, i] + half)
+        index[i] = np.int64(z) * plane + np.int64(y) * width + np.int64(x)
+    for i in range(n):
+        codes[i] = source[np.uint64(first + index[i])]
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _span(at: Array, n: int, low: Array, high: Array) -> None:
+    """Smallest and largest position of a chunk, by axis."""
+    for k in range(3):
+        least, most = at[k, 0], at[k, 0]
+        for i in range(n):
+            least, most = min(least, at[k, i]), max(most, at[k, i])
+        low[k], high[k] = least, most
+
+
+@numba.njit(cache=True, nogil=True)
+def interpolate(
+    raw: Array, shape: Array, inside: Array, source: Array, codes_shape: Array, shift: Array, start: Array, rise: Array,
+    control: Array, limit: Array, field_start: Array, field_rise: Array, image: Array, codes: Array,
+) -> None:  # fmt: skip
+    """One pass over the patch: trilinear raw and nearest codes.
+
+    raw uint8 and inside bool (or of size 0: raw everywhere), flat, of ``shape``; source: codes, flat, of
+    ``codes_shape``; shift: what makes a raw index an index of source. Voxel (i, j, k) of the patch lies at
+    ``start + rise @ (i, j, k)`` in raw, plus the field at ``field_start + field_rise @ (i, j, k)`` in control
+    points: ``control`` float32 (3, nz, ny, nx), or of size 0. ``limit``: float64 (3,), the last control points.
+    Writes image float32 and codes (D, H, W).
+    """
+    moved = control.size > 0
+    straight = moved and field_rise[0, 2] == 0 and field_rise[1, 2] == 0
+    count = np.array(control.shape[1:])
+    line = np.empty((3, max(count[2], 1)), np.float32)
+    at, share = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
+    index = np.empty(CHUNK, np.int64)
+    low, high, begin, from_field = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
+    base = np.empty(3, np.int64)
+    plane, width = shape[1] * shape[2], shape[2]
+    codes_plane, codes_width = codes_shape[1] * codes_shape[2], codes_shape[2]
+    for z in range(image.shape[0]):
+        for y in range(image.shape[1]):
+            if straight:
+                row_z = field_start[0] + field_rise[0, 0] * z + field_rise[0, 1] * y
+                row_y = field_start[1] + field_rise[1, 0] * z + field_rise[1, 1] * y
+                _blend_row(control, count, limit, row_z, row_y, line)
+            for x in range(0, image.shape[2], CHUNK):
+                n = min(CHUNK, image.shape[2] - x)
+                for k in range(3):
+                    begin[k] = start[k] + rise[k, 0] * z + rise[k, 1] * y + rise[k, 2] * x
+                    end = begin[k] + rise[k, 2] * (n - 1)
+                    base[k] = math.floor(min(begin[k], end))
+                    offset, slope = np.float32(begin[k] - base[k]), np.float32(rise[k, 2])
+                    for i in range(n):
+                        at[k, i] = offset + np.float32(i) * slope
+                    low[k], high[k] = min(begin[k], end) - base[k], max(begin[k], end) - base[k]
+                if moved:
+                    for k in range(3):
+                        from_field[k] = (
+                            field_start[k] + field_rise[k, 0] * z + field_rise[k, 1] * y + field_rise[k, 2] * x
+                        )
+                    if straight:
+                        _displace_line(line, count[2] - 2, limit[2], from_field[2], field_rise[2, 2], n, at)
+                    else:
+                        _displace(control, count, limit, from_field, field_rise[:, 2], n, at)
+                    _span(at, n, low, high)
+                    for k in range(3):
+                        down = math.floor(low[k])
+                        if down != 0:
+                            for i in range(n):
+                                at[k, i] -= np.float32(down)
+                        base[k] += down
+                        low[k] -= down
+                        high[k] -= down
+                clear, coded, void = inside.size == 0, True, False
+                for k in range(3):
+                    last = base[k] + high[k] + _NEAR
+                    clear &= base[k] + low[k] >= _NEAR and math.floor(last) + 1 < shape[k]
+                    void |= last < -0.5 or base[k] + low[k] - _NEAR > shape[k] - 0.5
+                    coded &= base[k] + shift[k] >= 0 and math.floor(last + 0.5) + shift[k] < codes_shape[k]
+                    void_codes = last + shift[k] < -0.5 or base[k] + low[k] + shift[k] - _NEAR > codes_shape[k] - 0.5
+                    if void_codes:
+                        coded = False
+                pixels, labels = (
+                    image[np.uint64(z), np.uint64(y), x : x + n],
+                    codes[np.uint64(z), np.uint64(y), x : x + n],
+                )
+                if void:
+                    pixels[:] = 0.0
+                    labels[:] = 0
+                    continue
+                if clear:
+                    first = base[0] * plane + base[1] * width + base[2]
+                    _image_inside(raw, plane, width, first, at, n, index, share, pixels)
+                    if coded:
+                        first = (
+                            (base[0] + shift[0]) * codes_plane + (base[1] + shift[1]) * codes_width + base[2] + shift[2]
+                        )
+                        _codes_inside(source, codes_plane, codes_width, first, at, n, index, labels)
+                        continue
+                for i in range(n):
+                    value, code = _careful(
+                        raw, shape, inside, source, codes_shape, shift,
+                        base[0] + float(at[0, i]), base[1] + float(at[1, i]), base[2] + float(at[2, i]),
+                    )  # fmt: skip
+                    pixels[i] = value
+                    labels[i] = code

@@ -1,0 +1,193 @@
+"""One patch out of a crop's arrays in one pass: image and label codes through a `CoordinateMap`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from connectomics.data.arrays import CropArrays
+from connectomics.data.spatial.mapping import CoordinateMap, Floats
+from connectomics.errors import InputError
+from connectomics.geometry import triple
+
+Patch = tuple[NDArray[np.float32], NDArray[np.unsignedinteger]]
+
+# Where positions are this close to whole voxels in all of a patch, they are whole voxels (rounding of float64 sums).
+_WHOLE = 1e-6
+# Voxels: a tile of the axis along which the source is contiguous and the image's own x, so that both stay in the cache.
+_TILE = 64
+
+
+def sample(
+    arrays: CropArrays,
+    center: ArrayLike,
+    map: CoordinateMap,
+    shape: Sequence[int],
+    step: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Patch:
+    """Image float32 (D, H, W) in [0, 1] and codes (D, H, W) in the dtype of ``arrays.codes``.
+
+    Args:
+        center: lattice index (z y x, may be fractional) of the patch's centre.
+        map: from voxels off the patch's centre to voxels off ``center``.
+        shape: of the patch, voxels. step: lattice voxels from one voxel of the patch to the next.
+
+    Raw is interpolated trilinearly over those of the eight neighbours that hold raw; the code is the nearest voxel's (a
+    half goes up). Where the nearest voxel holds no raw, image and code are 0. A map that only permutes, flips and
+    shifts by whole voxels gives exact copies. Raises `InputError` for a shape or step that is none.
+    """
+    shape, step = _size(shape), np.array(triple(step, "step"))
+    if step.min() <= 0:
+        raise InputError(f"step must be positive, found {step.tolist()}")
+    half = (np.array(shape) - 1) / 2 * step
+    middle = np.array(triple(center, "center")) - arrays.raw_begin  # of the patch, in raw's indices
+    image = np.empty(shape, np.float32)
+    codes = np.empty(shape, arrays.codes.dtype)
+    if map.field is None:
+        rise = map.outer * step
+        start = middle + map.outer_shift - map.outer @ half
+        if map.right_angles and _whole(start) and _whole(rise):
+            _copy(arrays, np.rint(start).astype(np.int64), np.rint(rise).astype(np.int64), image, codes)
+            return image, codes
+    _interpolate(arrays, middle, map, half, step, image, codes)
+    return image, codes
+
+
+def sample_reference(
+    arrays: CropArrays,
+    center: ArrayLike,
+    map: CoordinateMap,
+    shape: Sequence[int],
+    step: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Patch:
+    """What `sample` must give, in float64 with no short cut: its specification, and what tests hold it against."""
+    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, step, strict=True)]
+    place = map(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)) + np.asarray(center, np.float64)
+    in_raw = place - arrays.raw_begin
+    inside = np.ones(arrays.raw.shape, bool) if arrays.inside is None else arrays.inside
+    nearest = np.floor(in_raw + 0.5).astype(np.int64)
+    there = _look_up(inside, nearest)
+    below = np.floor(in_raw).astype(np.int64)
+    share = in_raw - below
+    total, weights = np.zeros(place.shape[:-1]), np.zeros(place.shape[:-1])
+    for corner in product((0, 1), repeat=3):
+        weight = np.prod(np.where(corner, share, 1 - share), axis=-1) * _look_up(inside, below + corner)
+        total += weight * _look_up(arrays.raw, below + corner)
+        weights += weight
+    image = np.where(there, total / np.where(there, weights, 1) / 255, 0)
+    at = nearest + np.subtract(arrays.raw_begin, arrays.codes_begin)
+    return image.astype(np.float32), np.where(there, _look_up(arrays.codes, at), 0).astype(arrays.codes.dtype)
+
+
+def _look_up(values: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
+    """Values (...) at indices (..., 3), 0 beyond the array."""
+    there = ((index >= 0) & (index < values.shape)).all(-1)
+    z, y, x = np.moveaxis(np.where(there[..., None], index, 0), -1, 0)
+    if 0 in values.shape:
+        return np.zeros(there.shape, values.dtype)
+    return np.where(there, values[z, y, x], values.dtype.type(0))
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int, int]:
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"shape must be three positive whole numbers (z, y, x), found {list(shape)}")
+    return (int(shape[0]), int(shape[1]), int(shape[2]))
+
+
+def _whole(values: Floats) -> bool:
+    return bool((np.abs(values - np.rint(values)) < _WHOLE).all())
+
+
+def _flat(values: NDArray[Any]) -> NDArray[Any]:
+    """A plain flat array over the same memory (a copy where it is not contiguous)."""
+    return np.ascontiguousarray(np.asarray(values)).reshape(-1)
+
+
+def _copy(
+    arrays: CropArrays,
+    start: NDArray[np.int64],
+    rise: NDArray[np.int64],
+    image: NDArray[np.float32],
+    codes: NDArray[np.unsignedinteger],
+) -> None:
+    """Whole voxels: strided copies of what lies in the blocks. Image voxel i is raw voxel ``start + rise @ i``."""
+    from connectomics.data.spatial import kernels
+
+    low, high = _part(start, rise, arrays.raw.shape, image.shape)
+    if (low > 0).any() or (high < image.shape).any():
+        image.fill(0)
+    strides = np.array([arrays.raw.shape[1] * arrays.raw.shape[2], arrays.raw.shape[2], 1])
+    tiles = _tiles(rise, image.shape)
+    kernels.copy_image(_flat(arrays.raw), int(strides @ start), strides @ rise, low, high, tiles, image)
+    shift = np.subtract(arrays.raw_begin, arrays.codes_begin)
+    code_low, code_high = _part(start + shift, rise, arrays.codes.shape, image.shape)
+    code_low, code_high = np.maximum(code_low, low), np.minimum(code_high, high)
+    if (code_low > 0).any() or (code_high < image.shape).any():
+        codes.fill(0)
+    code_strides = np.array([arrays.codes.shape[1] * arrays.codes.shape[2], arrays.codes.shape[2], 1])
+    base = int(code_strides @ (start + shift))
+    kernels.copy_codes(_flat(arrays.codes), base, code_strides @ rise, code_low, code_high, tiles, codes)
+    if arrays.inside is not None:
+        kernels.clear_outside(_flat(arrays.inside), int(strides @ start), strides @ rise, low, high, image, codes)
+
+
+def _part(
+    start: NDArray[np.int64], rise: NDArray[np.int64], block: Sequence[int], shape: Sequence[int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The patch voxels [low, high) whose source lies in a block: a box, as each patch axis follows one source axis."""
+    low, high = np.zeros(3, np.int64), np.array(shape, np.int64)
+    for axis, n in enumerate(block):
+        along = int(np.flatnonzero(rise[axis])[0])
+        slope, first = int(rise[axis, along]), int(start[axis])
+        if slope > 0:  # 0 <= first + i * slope < n
+            begin, end = -(first // slope), -((first - n) // slope)
+        else:
+            begin, end = -((n - 1 - first) // -slope), first // -slope + 1
+        low[along], high[along] = max(low[along], begin), min(high[along], end)
+    return low, np.maximum(high, low)
+
+
+def _tiles(rise: NDArray[np.int64], shape: Sequence[int]) -> NDArray[np.int64]:
+    """Tiles in which patch and source are both walked along their contiguous axis (source's x: the last row)."""
+    along = int(np.flatnonzero(rise[2])[0])
+    tiles = np.ones(3, np.int64)
+    tiles[2] = shape[2] if along == 2 else _TILE
+    tiles[along] = shape[2] if along == 2 else _TILE
+    return tiles
+
+
+def _interpolate(
+    arrays: CropArrays,
+    middle: Floats,
+    map: CoordinateMap,
+    half: Floats,
+    step: Floats,
+    image: NDArray[np.float32],
+    codes: NDArray[np.unsignedinteger],
+) -> None:
+    from connectomics.data.spatial import kernels
+
+    matrix = map.outer @ map.inner
+    rise = matrix * step
+    start = middle + map.outer_shift + map.outer @ map.inner_shift - matrix @ half
+    control = np.empty((3, 0, 0, 0), np.float32)
+    limit, field_start, field_rise = np.zeros(3), np.zeros(3), np.zeros((3, 3))
+    if map.field is not None:
+        # the outer matrix is linear: applied to the control points, it need not be applied to every voxel
+        vectors = np.einsum("ij,jzyx->izyx", map.outer.astype(np.float32), map.field.vectors)
+        limit = np.array(vectors.shape[1:]) - 1.0
+        spacing = np.array(map.field.spacing)
+        field_rise = map.inner * step / spacing[:, None]
+        field_start = (map.inner_shift - map.inner @ half) / spacing + limit / 2
+        single = [(0, int(n == 1)) for n in vectors.shape[1:]]  # the kernel reads pairs of control points
+        control = np.ascontiguousarray(np.pad(vectors, [(0, 0), *single], mode="edge"))
+    inside = np.empty(0, bool) if arrays.inside is None else _flat(arrays.inside)
+    kernels.interpolate(
+        _flat(arrays.raw), np.array(arrays.raw.shape), inside, _flat(arrays.codes), np.array(arrays.codes.shape),
+        np.subtract(arrays.raw_begin, arrays.codes_begin).astype(np.int64), start, rise,
+        control, limit, field_start, field_rise, image, codes,
+    )  # fmt: skip
