@@ -8,18 +8,23 @@ whether it is read from Zarr each time or from the crop cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
-from connectomics.data.crop_cache import CachedCrop, CropCache
+from connectomics.cellmap.label_codes import LabelCodes, LabelStates
+from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels, words_for
+from connectomics.data.arrays import CropArrays
+from connectomics.data.cache.entry import CachedCrop
+from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
-from connectomics.geometry import Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.io import resample
 from connectomics.io.multiscale import Multiscale
 
 
@@ -62,6 +67,7 @@ class CropVolume:
         intensity_range: see `Intensity`.
         cache: where decoded crops are kept, or None to read from Zarr each time.
         context: voxels of raw that the cache keeps around the crop.
+        allow_missing_raw: whether `check` passes crops of which some raw chunks are not stored.
     """
 
     crop: Crop
@@ -69,7 +75,8 @@ class CropVolume:
     voxel_size: Triple
     intensity_range: tuple[float, float] | None = None
     cache: Path | None = None
-    context: tuple[int, int, int] = field(default=(0, 0, 0))
+    context: Index = field(default=(0, 0, 0))
+    allow_missing_raw: bool = False
 
     @property
     def name(self) -> str:
@@ -92,34 +99,105 @@ class CropVolume:
         return Intensity.of(self.crop.raw_source, self.intensity_range)
 
     @cached_property
+    def cached_raw_grid(self) -> VoxelGrid:
+        """What the cache keeps of raw: the crop with its context, as far as the raw volume reaches."""
+        begin = [-k for k in self.context]
+        end = [n + k for n, k in zip(self.grid.shape, self.context, strict=True)]
+        low, high = self._where_raw_is(begin, end)
+        return self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)])
+
+    def _where_raw_is(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centres lie in the raw volume; empty (begin
+        equal to end, on every axis) where there is none."""
+        source = self.crop.raw_source
+        level = source.levels[source.level_for(self.voxel_size)].grid
+        asked = self.grid.crop(lo, [max(0, h - b) for b, h in zip(lo, hi, strict=True)])
+        runs = [np.flatnonzero(axis) for axis in resample.inside_axes(level, asked)]
+        if not all(len(run) for run in runs):
+            return list(lo), list(lo)
+        first = [int(b) + int(run[0]) for b, run in zip(lo, runs, strict=True)]
+        return first, [int(b) + int(run[-1]) + 1 for b, run in zip(lo, runs, strict=True)]
+
+    # -- the cache ---------------------------------------------------------------------------------------------------
+    @cached_property
     def _entry(self) -> Path | None:
         """The folder of the cache's entry, built where it is not there; None without a cache."""
         return None if self.cache is None else CropCache(self.cache).ensure(self)
 
     @cached_property
     def _cached(self) -> CachedCrop | None:
-        return None if self._entry is None else CropCache.open(self._entry, self)
+        entry = self._entry
+        return None if entry is None else CropCache(entry.parent).open(entry, checked=self._is_checked)
+
+    @property
+    def _is_checked(self) -> bool:
+        """Whether the entry was handed over by who had opened it: `prepare`, or the process that sent this volume."""
+        return bool(self.__dict__.get("_adopted", False))
+
+    def adopt(self, entry: Path | None) -> None:
+        """Read from this entry of the cache, which is there and was checked; None: read without the cache."""
+        self.__dict__.pop("_cached", None)
+        self.__dict__.update(_entry=entry, _adopted=True)
 
     def prepare(self) -> None:
-        """Decode into the cache now (where there is one), rather than at the first read."""
-        _ = self._entry
+        """Decode into the cache now (where there is one), rather than at the first read. For many at once there is
+        `connectomics.data.cache.prepare`."""
+        _ = self._cached
 
     def __getstate__(self) -> dict[str, object]:
         # Open arrays stay in their process; a loader worker opens its own. The entry's folder goes along: finding it
         # looks at every label file of the crop, which takes long on a network disk.
-        keep = ("crop", "classes", "voxel_size", "intensity_range", "cache", "context", "_entry")
+        keep = (*(f.name for f in fields(self)), "_entry")
         return {name: self.__dict__[name] for name in keep if name in self.__dict__}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        if "_entry" in state:
+            self.__dict__["_adopted"] = True
 
     # -- reading -----------------------------------------------------------------------------------------------------
+    def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
+        """Raw and label codes that cover lattice indices ``lo`` to ``hi`` (exclusive; they may lie beyond the crop and
+        beyond raw); index 0 is the first voxel of ``grid``.
+
+        From the cache they are all that it has, mapped and read-only, where that covers what raw there is. Else they
+        are decoded from Zarr, for that range alone. ``raw`` and ``codes`` may be empty: beyond them there is nothing.
+        """
+        low, high = self._where_raw_is(lo, hi)
+        cached = self._cached
+        kept = None if cached is None else cached.arrays()
+        if kept is not None and _covers(kept.raw_begin, kept.raw.shape, low, high):
+            return kept
+        raw, inside = self.decode_raw(self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)]))
+        begin = (low[0], low[1], low[2])
+        whole = None if inside.all() else inside
+        if kept is not None:
+            return replace(kept, raw=raw, raw_begin=begin, inside=whole)
+        first = [min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True)]
+        last = [max(b, min(int(h), n)) for b, h, n in zip(first, hi, self.grid.shape, strict=True)]
+        labels = self._decode_codes(self.grid.crop(first, [e - b for b, e in zip(first, last, strict=True)]))
+        return CropArrays(raw, begin, whole, labels.codes, (first[0], first[1], first[2]), labels.states)
+
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Raw as uint8 0..255 on a grid of this lattice, and where there is raw at all (0 elsewhere)."""
         cached = self._cached
-        if cached is not None and cached.holds(grid):
-            return cached.read_raw(grid)
+        if cached is not None:
+            begin, end = self._indices(grid)
+            low, high = self._where_raw_is(begin, end)
+            if _covers(cached.raw_begin, cached.raw_grid.shape, low, high):
+                kept = cached.arrays()
+                raw = _cut(kept.raw, kept.raw_begin, begin, grid.shape)
+                if kept.inside is not None:
+                    return raw, _cut(kept.inside, kept.raw_begin, begin, grid.shape)
+                inside = np.zeros(grid.shape, bool)
+                inside[tuple(slice(a - b, e - b) for a, e, b in zip(low, high, begin, strict=True))] = True
+                return raw, inside
         return self.decode_raw(grid)
+
+    def _indices(self, grid: VoxelGrid) -> tuple[list[int], list[int]]:
+        """Lattice indices of a grid's first voxel and (exclusive) its last."""
+        begin = [int(b) for b in np.round(self.grid.to_index(grid.translation))]
+        return begin, [b + n for b, n in zip(begin, grid.shape, strict=True)]
 
     def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """As `read_raw`, always from Zarr: the plain way, and what the cache is filled from."""
@@ -132,12 +210,42 @@ class CropVolume:
         """Network input: float32 in [0, 1], (d, h, w), 0 where there is no raw."""
         return self.read_raw(grid)[0].astype(np.float32) / np.float32(255.0)
 
-    def label_volume(self, grid: VoxelGrid) -> LabelVolume:
-        """Three-state labels on a grid of this lattice; unknown beyond the crop."""
+    def label_codes(self, grid: VoxelGrid) -> LabelCodes:
+        """Three-state labels on a grid of this lattice, as codes; unknown beyond the crop."""
+        begin, end = self._indices(grid)
         cached = self._cached
         if cached is not None:
-            return cached.read_labels(grid)
-        return self.decode_labels(grid)
+            kept = cached.arrays()
+            return LabelCodes(grid, _cut(kept.codes, kept.codes_begin, begin, grid.shape), kept.states)
+        first = [min(max(0, b), n) for b, n in zip(begin, self.grid.shape, strict=True)]
+        last = [max(b, min(e, n)) for b, e, n in zip(first, end, self.grid.shape, strict=True)]
+        shape = [e - b for b, e in zip(first, last, strict=True)]
+        labels = self._decode_codes(self.grid.crop(first, shape))
+        if tuple(shape) == grid.shape:
+            return LabelCodes(grid, labels.codes, labels.states)
+        return LabelCodes(grid, _cut(labels.codes, first, begin, grid.shape), labels.states)
+
+    def _decode_codes(self, grid: VoxelGrid) -> LabelCodes:
+        """As `label_codes`, always from Zarr, on a grid within the crop."""
+        if not self.classes or grid.size == 0:
+            none = np.zeros((1, words_for(len(self.classes))), np.uint64)
+            return LabelCodes(grid, np.zeros(grid.shape, np.uint8), LabelStates(self.classes, none, none))
+        return LabelCodes.of(self.decode_labels(grid))
+
+    def label_volume(self, grid: VoxelGrid) -> LabelVolume:
+        """Three-state labels on a grid of this lattice; unknown beyond the crop."""
+        return self.decode_labels(grid) if self._cached is None else self.label_codes(grid).volume()
+
+    def points(self, class_name: str) -> NDArray[np.float64] | None:
+        """Positions (n, 3), nm, of voxels where the class is present, from the cache (see `CachedCrop.points_of`); None
+        without one."""
+        return None if self._cached is None else self._cached.points_of(class_name)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]] | None:
+        """By class, voxels of ``grid`` that are ``present``, ``absent`` and ``unknown``, from the cache; None without
+        one."""
+        return None if self._cached is None else self._cached.counts
 
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
         """As `label_volume`, always from Zarr."""
@@ -145,7 +253,7 @@ class CropVolume:
 
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw to see."""
-        return self.label_volume(grid).restricted(self.read_raw(grid)[1]).dense()
+        return self.label_codes(grid).restricted(self.read_raw(grid)[1]).dense()
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid
@@ -161,7 +269,8 @@ class CropVolume:
         return ids, known & self.read_raw(grid)[1]
 
     def check(self) -> None:
-        """Raise `InputError` where the crop is empty or its raw does not reach it."""
+        """Raise `InputError` where the crop is empty, its raw does not reach it, or (unless ``allow_missing_raw``)
+        chunks of raw under it are not stored."""
         if self.grid.size == 0:
             raise InputError(f"{self.crop.key} is empty: its labels have shape {self.crop.grid.shape}")
         _ = self.intensity  # refuses raw of a type whose range says nothing
@@ -171,3 +280,38 @@ class CropVolume:
                 f"{self.crop.key} lies at {self.crop.box} but its raw {self.crop.raw} covers {raw_box}: "
                 "no raw to see; fetch the raw of that region, or leave the crop out"
             )
+        if self.allow_missing_raw:
+            return
+        source = self.crop.raw_source
+        level = source.levels[source.level_for(self.voxel_size)].grid
+        under = level.slices(self.crop.box)  # on raw's own lattice: no neighbour that interpolation would look at
+        part = level.crop([s.start for s in under], [s.stop - s.start for s in under])
+        missing, number, first = source.missing_chunks(part)
+        if missing:
+            raise InputError(
+                f"{self.crop.key}: {missing} of the {number} raw chunks under it are not stored, the first is {first}; "
+                "fetch them from where the data came from, leave the crop out, or set data.allow_missing_raw=true to "
+                "train with them masked"
+            )
+
+
+def _covers(begin: Sequence[int], shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
+    """Whether a block of ``shape`` from index ``begin`` holds indices ``low`` to ``high`` (exclusive; maybe none)."""
+    if any(h <= b for b, h in zip(low, high, strict=True)):
+        return True
+    return all(b <= lo and h <= b + n for b, n, lo, h in zip(begin, shape, low, high, strict=True))
+
+
+def _cut(block: NDArray[Any], block_begin: Sequence[int], begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+    """A copy of ``shape`` voxels from lattice index ``begin`` of a block that starts at ``block_begin``; else 0."""
+    offset = [int(b) - int(o) for b, o in zip(begin, block_begin, strict=True)]
+    low = [max(0, o) for o in offset]
+    high = [min(o + s, n) for o, s, n in zip(offset, shape, block.shape, strict=True)]
+    source = tuple(slice(b, max(b, h)) for b, h in zip(low, high, strict=True))
+    part = block[source]
+    if part.shape == tuple(shape):
+        return np.array(part)
+    out = np.zeros(tuple(shape), block.dtype)
+    if part.size:
+        out[tuple(slice(b - o, h - o) for b, h, o in zip(low, high, offset, strict=True))] = part
+    return out

@@ -1,0 +1,289 @@
+"""`CropCache`: the entries below one folder, shared by any number of processes.
+
+Each entry is a folder named by `cache_key`. Beside them, hidden: folders that are being built or thrown away, the locks
+of those that are being built, the leases of living processes, and ``.lock``, which is held shared to take an entry
+into use and alone to remove entries. An entry appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from connectomics.data.cache import build as building
+from connectomics.data.cache.entry import ARRAYS, DESCRIPTION, FORMAT, USED, CachedCrop, open_entry
+from connectomics.data.cache.key import Decodable, cache_key, is_name
+from connectomics.data.cache.locks import Lease, leased, locked
+from connectomics.errors import ConnectomicsError, WriteError
+
+_BUILDING, _DELETED = ".building", ".deleted"
+_OLD_ARRAYS = ("present.npy", "known.npy")  # of entries that earlier versions made
+_OURS = frozenset({DESCRIPTION, USED, *ARRAYS, *_OLD_ARRAYS})
+
+
+@dataclass(frozen=True)
+class EntryInfo:
+    """What a list says of an entry.
+
+    Attributes:
+        folder: where it is. crop: ``dataset/crop``; None where that cannot be read.
+        classes: how many. voxel_size: nm, z y x. size: bytes on disk.
+        used: when it was last opened, seconds since 1970. processes: how many living processes use it.
+        current: whether this version of the program wrote it, as far as its description says.
+    """
+
+    folder: Path
+    crop: str | None
+    classes: int
+    voxel_size: tuple[float, ...]
+    size: int
+    used: float
+    processes: int
+    current: bool
+
+    @property
+    def name(self) -> str:
+        """The entry's key."""
+        return self.folder.name
+
+
+class CropCache:
+    """The entries below one folder (which need not be there yet)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    # -- use ---------------------------------------------------------------------------------------------------------
+    def get(self, volume: Decodable) -> CachedCrop:
+        """The entry of a crop, built first where it is not there."""
+        return self.open(self.ensure(volume))
+
+    def ensure(self, volume: Decodable) -> Path:
+        """The folder of the crop's entry, built where it is not there; in use for as long as ``volume`` lives.
+
+        Raises:
+            WriteError: the disk is full or the folder cannot be written. Whatever decoding raises.
+        """
+        name = cache_key(volume)
+        self.hold(volume, name)
+        if not self.has(name):
+            self.build(volume, name)
+        return self.folder / name
+
+    def open(self, entry: Path, *, checked: bool = False) -> CachedCrop:
+        """An entry that is there; `CorruptDataError` where it cannot be used. ``checked``: somebody has just looked."""
+        opened = open_entry(entry, "sizes" if checked else "pages")
+        if not checked and self._writable:
+            os.utime(entry / USED)
+        return opened
+
+    def has(self, name: str) -> bool:
+        """Whether there is a whole entry of this name."""
+        return (self.folder / name / DESCRIPTION).is_file()
+
+    def hold(self, volume: Decodable, name: str) -> None:
+        """Keep an entry, there or not yet, from being removed while ``volume`` lives."""
+        with self._blamed():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._writable:  # else nobody of our kind can remove anything
+                lease = Lease.of_process(self.folder.resolve())
+                lease.hold([name])
+                weakref.finalize(volume, lease.release, name).atexit = False
+
+    def build(self, volume: Decodable, name: str, *, wait: bool = True) -> bool:
+        """Build an entry, or wait for the process that is building it; False where that is not wanted (``wait``)."""
+        with self._blamed(), locked(self._lock_of(name), wait=wait, remove=True) as held:
+            if not held:
+                return False
+            self._remove_leftovers(name)
+            if self.has(name):
+                return True
+            temporary = self.folder / f".{name}.{uuid.uuid4().hex[:8]}{_BUILDING}"
+            temporary.mkdir()
+            try:
+                building.build(volume, temporary)
+                target = self.folder / name
+                if target.exists():  # without its description: damaged
+                    self._discard(target)
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return True
+
+    @contextmanager
+    def _blamed(self) -> Iterator[None]:
+        """What the file system refuses here is the cache's matter and not that of the data."""
+        try:
+            yield
+        except OSError as error:
+            if isinstance(error, ConnectomicsError):
+                raise  # what was read was at fault, not the cache
+            raise WriteError(
+                f"could not write the crop cache below {self.folder} ({error.strerror or error}); "
+                "free some space or set data.cache_dir to another folder"
+            ) from error
+
+    @property
+    def _writable(self) -> bool:
+        return os.access(self.folder, os.W_OK)
+
+    def _lock_of(self, name: str) -> Path:
+        return self.folder / ".locks" / name
+
+    # -- housekeeping ------------------------------------------------------------------------------------------------
+    def entries(self) -> list[EntryInfo]:
+        """All entries, those used last first."""
+        if not self.folder.is_dir():
+            return []
+        in_use: Counter[str] = Counter()
+        if self._writable:
+            with locked(self.folder / ".lock"):
+                in_use = leased(self.folder)
+        found = [_info(path, in_use[path.name]) for path in self.folder.iterdir() if _is_entry(path)]
+        return sorted(found, key=lambda entry: (-entry.used, entry.name))
+
+    def remove(self, chosen: Iterable[str] | Callable[[list[EntryInfo]], Iterable[str]]) -> list[EntryInfo]:
+        """Remove entries that no living process uses; returns what was removed.
+
+        ``chosen``: names, or a function that chooses them from what is there and not in use.
+        """
+        removed, trash = [], []
+        if not self.folder.is_dir():
+            return []
+        with self._blamed(), locked(self.folder / ".lock"):
+            in_use = leased(self.folder)
+            free = [_info(p, 0) for p in self.folder.iterdir() if _is_entry(p) and not in_use[p.name]]
+            names = set(chosen(free) if callable(chosen) else chosen)
+            for entry in free:
+                if entry.name in names:
+                    trash.append(self._hide(entry.folder))
+                    removed.append(entry)
+        for path in trash:
+            shutil.rmtree(path, ignore_errors=True)
+        return removed
+
+    def make_room(self, limit: int, coming: int = 0) -> list[EntryInfo]:
+        """Remove the least recently used entries until all, with ``coming`` bytes more, take at most ``limit`` bytes
+        (or nothing is left that is not in use); returns what was removed."""
+
+        def oldest(free: list[EntryInfo]) -> list[str]:
+            total = coming + sum(_size(path) for path in self.folder.iterdir() if _is_entry(path))
+            chosen = []
+            for entry in sorted(free, key=lambda e: (e.used, e.name)):
+                if total <= limit:
+                    break
+                chosen.append(entry.name)
+                total -= entry.size
+            return chosen
+
+        return self.remove(oldest)
+
+    def sweep(self) -> None:
+        """Remove what processes left behind that were killed while they built or removed entries."""
+        if not self.folder.is_dir() or not self._writable:
+            return
+        for path in self.folder.glob(f".*{_DELETED}"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in {_name_of_leftover(path) for path in self.folder.glob(f".*{_BUILDING}")}:
+            with locked(self._lock_of(name), wait=False, remove=True) as held:
+                if held:
+                    self._remove_leftovers(name)
+
+    def bytes_begun(self, names: Iterable[str]) -> int:
+        """Bytes on disk of folders in which entries of these names are being built."""
+        wanted = set(names)
+        leftovers = self.folder.glob(f".*{_BUILDING}")
+        return sum(_size(path) for path in leftovers if _name_of_leftover(path) in wanted)
+
+    def _remove_leftovers(self, name: str) -> None:
+        """Of builds of this entry whose process was killed; its lock must be held."""
+        for path in self.folder.glob(f".{name}.*{_BUILDING}"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _discard(self, entry: Path) -> None:
+        shutil.rmtree(self._hide(entry), ignore_errors=True)
+
+    def _hide(self, entry: Path) -> Path:
+        """Rename an entry, in one step, to something that nobody takes for one."""
+        return entry.rename(self.folder / f".{entry.name}.{uuid.uuid4().hex[:8]}{_DELETED}")
+
+    # -- the limit that the last run set, for `pytc cache` -----------------------------------------------------------
+    @cached_property
+    def _budget_file(self) -> Path:
+        return self.folder / ".budget"
+
+    @property
+    def budget(self) -> int | None:
+        """``data.cache_gb`` of the last run that had one here, in bytes."""
+        try:
+            return int(self._budget_file.read_text(encoding="ascii"))
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def set_budget(self, limit: int | None) -> None:
+        """Write down the limit of a run, None for none."""
+        if limit is None:
+            self._budget_file.unlink(missing_ok=True)
+        else:
+            self._budget_file.write_text(str(limit), encoding="ascii")
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a folder is an entry of ours, whole or damaged: by its name, and by holding nothing else."""
+    if not is_name(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    inside = {child.name for child in path.iterdir()}
+    return bool(inside) and inside <= _OURS
+
+
+def _info(folder: Path, processes: int) -> EntryInfo:
+    data: dict[str, Any] = {}
+    try:
+        read = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        data = read if isinstance(read, dict) else {}
+    except (FileNotFoundError, ValueError):
+        data = {}  # damaged: listed, so that it can be removed
+    grid = data.get("label_grid", data.get("grid", {}))
+    marker = folder / USED
+    used = (marker if marker.exists() else folder).stat().st_mtime
+    return EntryInfo(
+        folder=folder,
+        crop=data.get("crop"),
+        classes=len(data.get("classes", ())),
+        voxel_size=tuple(grid.get("voxel_size", ())),
+        size=_size(folder),
+        used=used,
+        processes=processes,
+        current=data.get("format") == FORMAT,
+    )
+
+
+def _size(folder: Path) -> int:
+    """Bytes that a folder's files take on disk (at least: nothing where they vanish meanwhile)."""
+    total = 0
+    for name in _OURS:
+        try:
+            total += (folder / name).stat().st_size
+        except FileNotFoundError:
+            continue
+    return total
+
+
+def _name_of_leftover(path: Path) -> str:
+    return path.name.removeprefix(".").rsplit(".", 2)[0]
+
+
+def days_since(moment: float) -> float:
+    """Days from a moment (seconds since 1970) to now."""
+    return (time.time() - moment) / 86400

@@ -1,0 +1,85 @@
+"""Short hashes of what is stored: they change when metadata or a chunk behind a read is written, fetched or removed.
+
+Nothing is decoded. A local chunk counts by its size and time of change, an S3 object by its size and ETag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
+
+from connectomics.geometry import VoxelGrid
+from connectomics.io import s3
+from connectomics.io.array import StoredArray
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.store import StoreError, is_s3, split_s3
+
+
+def fingerprint(source: Multiscale, grid: VoxelGrid | None = None) -> str:
+    """A hash (hexadecimal) of the volume's location, its metadata, and of the chunks that a read would look at.
+
+    Args:
+        grid: what would be read (`Multiscale.read_raw`): the chunks of the level that serves it, and those that touch
+            it; None: all chunks of the finest level.
+
+    Raises:
+        StoreError: the store cannot be reached.
+    """
+    level = 0 if grid is None else source.level_for(grid.voxel_size)
+    array = source._arrays[level]
+    low, high = [0, 0, 0], list(array.shape)
+    if grid is not None:
+        own = source.levels[level].grid
+        spans = own.slices(grid.box.grow(own.voxel_size))  # linear interpolation looks at the next centre
+        low, high = [s.start for s in spans], [s.stop for s in spans]
+    digest = hashlib.sha256()
+    levels = [(kept.path, stored._meta) for kept, stored in zip(source.levels, source._arrays, strict=True)]
+    digest.update(json.dumps([source.location, source.attrs, levels], sort_keys=True, default=str).encode())
+    if all(h > lo for lo, h in zip(low, high, strict=True)):
+        first, last = array.chunk_range(low, high)
+        digest.update(repr((level, first, last)).encode())
+        marks = _remote_marks(array, first, last) if is_s3(array.location) else _local_marks(array, first, last)
+        for mark in marks:
+            digest.update(repr(mark).encode())
+    return digest.hexdigest()
+
+
+def _local_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
+    """(size, time) of each chunk in order, None where it is not stored."""
+    for index in product(*(range(a, b) for a, b in zip(first, last, strict=True))):
+        try:
+            stat = os.stat(array.chunk_location(index))
+        except (FileNotFoundError, NotADirectoryError):
+            yield None
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"cannot look at {array.chunk_location(index)}: {error.strerror}; check its permissions"
+            ) from error
+        yield stat.st_size, stat.st_mtime_ns
+
+
+def _remote_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
+    """(key, size, ETag) of each chunk that is stored, in order. A small array is listed at once, of a large one only
+    the rows that are needed."""
+    bucket, _ = split_s3(array.location)
+    wanted = {
+        split_s3(array.chunk_location(index))[1]
+        for index in product(*(range(a, b) for a, b in zip(first, last, strict=True)))
+    }
+    chunks = 1
+    for n, c in zip(array.shape, array.chunks, strict=True):
+        chunks *= -(-n // c)
+    if chunks <= 4 * len(wanted):
+        prefixes = [split_s3(array.location)[1]]
+    else:
+        prefixes = sorted({key.rpartition("/")[0] for key in wanted})
+    listed = s3.in_parallel(lambda prefix: s3.objects(bucket, prefix, array.options), prefixes)
+    return sorted(mark for marks in listed for mark in marks if mark[0] in wanted)
+
+
+__all__ = ["fingerprint"]
