@@ -7,10 +7,10 @@ of a label array is read when its grid or annotation is first used. Roots may be
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -20,6 +20,11 @@ from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.s3 import in_parallel
+from connectomics.io.store import DEFAULT_OPTIONS, StoreOptions
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 GROUND_TRUTH = "recon-1/labels/groundtruth"
 EM = "recon-1/em"
@@ -31,11 +36,12 @@ class LabelArray:
 
     class_name: str
     location: str
+    options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)  # how, not what
 
     @cached_property
     def source(self) -> Multiscale:
         """The array's levels, opened once per process."""
-        return Multiscale.open(self.location)
+        return Multiscale.open(self.location, self.options)
 
     @property
     def grid(self) -> VoxelGrid:
@@ -50,7 +56,7 @@ class LabelArray:
     @cached_property
     def annotation(self) -> Annotation:
         """How its values are to be read; raises `MetadataError` where the attributes are absent or broken."""
-        finest = store.read_attrs(store.join(self.location, self.source.levels[0].path))
+        finest = store.read_attrs(store.join(self.location, self.source.levels[0].path), self.options)
         return Annotation.from_attrs(self.source.attrs, finest, self.location)
 
 
@@ -63,12 +69,14 @@ class Crop:
         name: ``crop234``.
         raw: location of the data set's raw multiscale group.
         labels: the label arrays by class name; a class without an array is unknown in this crop.
+        options: how the arrays are read (cache, threads, endpoint); no part of what the crop is.
     """
 
     dataset: str
     name: str
     raw: str
     labels: dict[str, LabelArray] = field(hash=False)
+    options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
 
     @property
     def key(self) -> str:
@@ -78,49 +86,73 @@ class Crop:
     @cached_property
     def grid(self) -> VoxelGrid:
         """The finest grid among the crop's label arrays that have voxels (one without where none has)."""
-        there = [label.grid for label in self.labels.values()]
+        there = [label.grid for label in self._opened()]
         grids = [grid for grid in there if grid.size] or there
         return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
 
     @cached_property
     def box(self) -> Box:
         """The world box that holds all of the crop's label arrays; one without voxels takes no part."""
-        boxes = [label.grid.box for label in self.labels.values() if label.grid.size]
+        boxes = [label.grid.box for label in self._opened() if label.grid.size]
         return reduce(Box.hull, boxes) if boxes else self.grid.box
 
     @cached_property
     def raw_source(self) -> Multiscale:
         """The raw volume's levels, opened once per process."""
-        return Multiscale.open(self.raw)
+        return Multiscale.open(self.raw, self.options)
+
+    def missing_raw(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
+        """How many raw chunks behind ``grid`` are not stored: (missing, total, the location of the first or None).
+
+        The chunks are those of the level that `Multiscale.read_raw` reads for the grid's voxel size.
+        """
+        return self.raw_source.missing_chunks(grid)
+
+    def _opened(self) -> list[LabelArray]:
+        """The label arrays, their metadata read; on S3 several at a time, since each takes a few requests in turn."""
+        arrays = list(self.labels.values())
+        closed = [label for label in arrays if "source" not in label.__dict__]
+        if closed and store.is_s3(self.raw):
+            # not by the property: Python 3.11 holds one lock for all instances while it is worked out
+            found = in_parallel(lambda label: Multiscale.open(label.location, label.options), closed)
+            for label, source in zip(closed, found, strict=True):
+                label.__dict__["source"] = source
+        return arrays
 
 
 class Catalog:
     """The data sets and crops below a data root."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, options: StoreOptions = DEFAULT_OPTIONS) -> None:
         """Use `open`."""
         self.root = root
+        self.options = options
         self._crop_names: dict[str, list[str]] = {}
+        self._raw: dict[str, str] = {}
 
     @classmethod
-    def open(cls, root: str) -> Catalog:
-        """The catalog of a root that holds ``{dataset}/{dataset}.zarr`` folders; `MissingError` where it does not."""
+    def open(cls, root: str, options: StoreOptions = DEFAULT_OPTIONS) -> Catalog:
+        """The catalog of a root that holds ``{dataset}/{dataset}.zarr`` folders; `MissingError` where it does not.
+
+        ``options`` say how everything below it is read.
+        """
         root = str(root).rstrip("/")
-        if not store.exists(root):
+        if not store.exists(root, options):
             raise MissingError(f"no data root at {root}; give the folder that holds {{dataset}}/{{dataset}}.zarr")
-        catalog = cls(root)
+        catalog = cls(root, options)
         if not catalog.datasets:
             raise MissingError(
                 f"{root} holds no data set: expected folders {{dataset}}/{{dataset}}.zarr/recon-1, "
-                f"found {', '.join(store.list_groups(root)[:5]) or 'nothing'}"
+                f"found {', '.join(store.list_groups(root, options)[:5]) or 'nothing'}"
             )
         return catalog
 
     @cached_property
     def datasets(self) -> list[str]:
         """Names of the data sets, sorted."""
-        names = store.list_groups(self.root)
-        return sorted(n for n in names if store.exists(store.join(self.root, n, f"{n}.zarr")))
+        names = store.list_groups(self.root, self.options)
+        there = self._each(lambda n: store.exists(store.join(self.root, n, f"{n}.zarr"), self.options), names)
+        return sorted(name for name, found in zip(names, there, strict=True) if found)
 
     def location(self, dataset: str) -> str:
         """The location of a data set's Zarr root; `UnknownNameError` with the nearest name where it is not there."""
@@ -131,19 +163,20 @@ class Catalog:
     def raw_location(self, dataset: str) -> str:
         """The location of the data set's raw multiscale group: ``em/fibsem-uint8`` where there is one, else the only
         group below ``em``; `MissingError` where there is none or no telling which."""
+        if dataset in self._raw:
+            return self._raw[dataset]
         em = store.join(self.location(dataset), EM)
-        names = [n for n in store.list_groups(em) if not n.startswith(".")] if store.exists(em) else []
-        if "fibsem-uint8" in names:
-            return store.join(em, "fibsem-uint8")
-        if len(names) == 1:
-            return store.join(em, names[0])
+        names = store.list_groups(em, self.options)
+        if "fibsem-uint8" in names or len(names) == 1:
+            self._raw[dataset] = store.join(em, "fibsem-uint8" if "fibsem-uint8" in names else names[0])
+            return self._raw[dataset]
         raise MissingError(f"{em}: expected a raw volume fibsem-uint8, found {', '.join(names) or 'nothing'}")
 
     def crop_names(self, dataset: str) -> list[str]:
         """Names of the data set's crops (``crop234``), by number; empty where nothing is labelled."""
         if dataset not in self._crop_names:
             truth = store.join(self.location(dataset), GROUND_TRUTH)
-            names = store.list_groups(truth) if store.exists(truth) else []
+            names = store.list_groups(truth, self.options)
             self._crop_names[dataset] = sorted((n for n in names if re.fullmatch(r"crop\d+", n)), key=_number)
         return self._crop_names[dataset]
 
@@ -153,9 +186,13 @@ class Catalog:
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
         location = store.join(self.location(dataset), GROUND_TRUTH, name)
-        classes = sorted(n for n in store.list_groups(location) if not n.startswith("."))
-        labels = {c: LabelArray(c, store.join(location, c)) for c in classes}
-        return Crop(dataset, name, self.raw_location(dataset), labels)
+        classes = store.list_groups(location, self.options)
+        labels = {c: LabelArray(c, store.join(location, c), self.options) for c in classes}
+        return Crop(dataset, name, self.raw_location(dataset), labels, self.options)
+
+    def _each(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """``ask`` of every item: one after the other on a disk, several at a time on S3, where answers take long."""
+        return in_parallel(ask, items) if store.is_s3(self.root) else [ask(item) for item in items]
 
     def crops(
         self,
@@ -170,13 +207,13 @@ class Catalog:
         does not know and no crop has; `MissingError` where nothing is left.
         """
         chosen = list(datasets) if datasets is not None else self.datasets
-        names = {d: self.crop_names(d) for d in chosen}
+        names = dict(zip(chosen, self._each(self.crop_names, chosen), strict=True))
         for wanted in crops or ():
             if not any(wanted in there for there in names.values()):
                 known = [n for there in names.values() for n in there]
                 raise unknown_name("crop", wanted, known, f"{', '.join(chosen)} of {self.root}")
-        found = [self.crop(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
-        found = [c for c in found if c.labels]
+        wanted_crops = [(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
+        found = [c for c in self._each(lambda pair: self.crop(*pair), wanted_crops) if c.labels]
         if classes is not None:
             self._check_classes(classes, found)
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]

@@ -2,22 +2,24 @@
 
 Bulk reading goes through tensorstore, which is opened on first use in each process (a `StoredArray` pickles as its
 location and metadata). tensorstore aborts a process that was forked after its parent had used it; in such a process,
-and for codecs that tensorstore lacks, local arrays are read by zarr-python, more slowly, with the same result.
+and for codecs that tensorstore lacks, arrays are read by `connectomics.io.plain`, more slowly, with the same result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
+from connectomics.errors import InputError, MetadataError, MissingError
+from connectomics.io import plain, s3
+from connectomics.io.plain import corrupt, one_line
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
@@ -41,6 +43,9 @@ _COMPRESSOR_KEYS = {
     "gzip": ("id", "level"),
     "bz2": ("id", "level"),
 }
+
+# A row of as many chunks is listed rather than asked for one by one, where it fits one page of a listing.
+_LISTED, _PAGE = 4, 1000
 
 # The process that first used tensorstore. Its children by fork must not use it: see the module's docstring.
 _tensorstore_process: int | None = None
@@ -85,7 +90,7 @@ class StoredArray:
             self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
-            self._is_blosc = (meta.get("compressor") or {}).get("id") == "blosc"
+            self.is_blosc = (meta.get("compressor") or {}).get("id") == "blosc"
         else:
             self.chunks = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
             self.dtype = np.dtype(str(meta["data_type"]))
@@ -93,7 +98,7 @@ class StoredArray:
             default = encoding["name"] == "default"
             self._separator = str(encoding.get("configuration", {}).get("separator", "/" if default else "."))
             self._key_prefix = f"c{self._separator}" if default else ""
-            self._is_blosc = meta["codecs"][-1].get("name") == "blosc"
+            self.is_blosc = meta["codecs"][-1].get("name") == "blosc"
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
         fill = meta.get("fill_value")
@@ -137,14 +142,24 @@ class StoredArray:
         return values, inside
 
     def present_chunks(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.bool_]:
-        """Whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool."""
+        """Whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool.
+
+        On S3 a long row of chunks is listed, a short one asked for chunk by chunk, 16 at a time.
+        """
         shape = [int(e) - int(b) for b, e in zip(begin, end, strict=True)]
         locations = [self.chunk_location([b + o for b, o in zip(begin, i, strict=True)]) for i in np.ndindex(*shape)]
-        if is_s3(self.location):
-            with ThreadPoolExecutor(max_workers=16) as pool:
-                found = list(pool.map(lambda location: object_exists(location, self.options), locations))
+        if not is_s3(self.location):
+            return np.array([os.path.isfile(location) for location in locations], dtype=bool).reshape(shape)
+        row = -(-self.shape[-1] // self.chunks[-1])
+        if self._separator == "/" and shape[-1] >= _LISTED and row <= _PAGE:
+            rows = list(dict.fromkeys(location.rpartition("/")[0] for location in locations))
+            listed = s3.in_parallel(lambda at: s3.children(*split_s3(at), self.options)[1], rows)
+            there = {f"{at}/{name}" for at, names in zip(rows, listed, strict=True) for name in names}
+            found = [location in there for location in locations]
         else:
-            found = [os.path.isfile(location) for location in locations]
+            found = s3.in_parallel(lambda location: object_exists(location, self.options), locations)
+        if not all(found):
+            self.check_still_there()
         return np.array(found, dtype=bool).reshape(shape)
 
     def chunk_location(self, index: Sequence[int]) -> str:
@@ -163,15 +178,21 @@ class StoredArray:
         shape = [h - lo for lo, h in zip(low, high, strict=True)]
         if not absent_is_missing:
             return self._decode(low, high), np.ones(shape, bool)
-        if is_s3(self.location):  # asking for every chunk would double the requests; read, and ask where that fails
+        first, last = self.chunk_range(low, high)
+        values = None
+        if not is_s3(self.location):
+            present = self.present_chunks(first, last)
+        elif self._handles() is None:
+            values, present = plain.fetch(self, low, high)
+        else:  # asking for every chunk would double the requests; read, and ask where that fails
             values = self._decode_if_whole(low, high)
             if values is not None:
                 return values, np.ones(shape, bool)
-        first, last = self.chunk_range(low, high)
-        present = self.present_chunks(first, last)
+            present = self.present_chunks(first, last)
         if not present.any():
             return np.zeros(shape, self.dtype), np.zeros(shape, bool)
-        values = self._decode(low, high)
+        if values is None:
+            values = self._decode(low, high)
         if present.all():
             return values, np.ones(shape, bool)
         chunk_of = [np.arange(lo, h) // c - f for lo, h, c, f in zip(low, high, self.chunks, first, strict=True)]
@@ -184,84 +205,61 @@ class StoredArray:
         handles = self._handles()
         window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
         if handles is None:
-            return self._decode_plain(low, high)
+            return plain.fetch(self, low, high)[0] if is_s3(self.location) else plain.read(self, low, high)
         try:
             return np.asarray(handles[0][window].read(order="C").result())
         except (ValueError, OSError) as error:
             raise self._read_error(error) from error
 
     def _decode_if_whole(self, low: list[int], high: list[int]) -> NDArray[Any] | None:
-        """The same, but None where a chunk is absent."""
+        """The same by tensorstore, but None where a chunk is absent."""
         handles = self._handles()
-        if handles is None:
-            return None
+        assert handles is not None
         window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
         try:
             return np.asarray(handles[1][window].read(order="C").result())
         except (ValueError, OSError) as error:
-            if str(error).startswith("NOT_FOUND"):
+            if re.match(r"NOT_FOUND: chunk .* is missing", str(error)):
                 return None
             raise self._read_error(error) from error
 
-    def _decode_plain(self, low: list[int], high: list[int]) -> NDArray[Any]:
-        """By zarr-python, for local arrays."""
-        import zarr
-
-        window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
-        try:
-            array = zarr.open_array(self.location, mode="r", zarr_format=2 if self.zarr_format == 2 else 3)
-        except Exception as error:  # whatever a codec's constructor raises
-            raise MetadataError(f"cannot open {self.location}: {_one_line(error)}") from error
-        first, last = self.chunk_range(low, high)
-        chunks = [
-            tuple(f + o for f, o in zip(first, offset, strict=True))
-            for offset in np.ndindex(*[b - a for a, b in zip(first, last, strict=True)])
-        ]
-        if self._is_blosc:
-            for index in chunks:
-                _check_blosc(self.chunk_location(index))
-        try:
-            return np.asarray(array[window]).astype(self.dtype, copy=False)
-        except Exception as error:  # codecs raise what they like; find out which chunk it is
-            for index in chunks:
-                try:
-                    array[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, self.chunks, strict=True))]
-                except Exception as cause:
-                    raise _corrupt(self.chunk_location(index), _one_line(cause)) from error
-            raise
+    def check_still_there(self) -> None:
+        """A chunk that the server does not know is missing only where it knows the array: a bucket that is gone or an
+        endpoint that changed answers 404 to everything."""
+        name = ".zarray" if self.zarr_format == 2 else "zarr.json"
+        if not object_exists(join(self.location, name), self.options):
+            raise StoreError(
+                f"{self.location} was there and is no longer ({name} is gone); check the bucket and the endpoint"
+            )
 
     def _handles(self) -> tuple[Any, Any] | None:
-        """The array in tensorstore, tolerant of absent chunks and strict, for this process; None: use zarr-python."""
+        """The array in tensorstore, tolerant of absent chunks and strict, for this process; None: read it plainly."""
         global _tensorstore_process
         pid = os.getpid()
         if self._opened is not None and self._opened[0] == pid:
             return self._opened[1], self._opened[2]
         if _tensorstore_process not in (None, pid):
-            if is_s3(self.location):
-                raise InputError(
-                    f"cannot read {self.location} in a process forked after its parent had read volumes; "
-                    "start worker processes with 'forkserver' or 'spawn'"
-                )
             return None
         import tensorstore
 
         _tensorstore_process = pid
         spec = self._spec()
-        context = _context(pid, self.options.cache_bytes, self.options.threads)
+        context = _context(pid, self.options.cache_bytes, self.options.threads, self.options.retries)
         try:
-            opened = [
-                tensorstore.open(
-                    {**spec, "fill_missing_data_reads": fill},
-                    context=context,
-                    open=True,
-                    read=True,
-                    assume_metadata=True,
-                ).result()
-                for fill in (True, False)
-            ]
+            with _http_timeouts(self.options):
+                opened = [
+                    tensorstore.open(
+                        {**spec, "fill_missing_data_reads": fill},
+                        context=context,
+                        open=True,
+                        read=True,
+                        assume_metadata=True,
+                    ).result()
+                    for fill in (True, False)
+                ]
         except ValueError as error:
             if is_s3(self.location):
-                raise MetadataError(f"cannot open {self.location}: {_one_line(error)}") from error
+                raise MetadataError(f"cannot open {self.location}: {one_line(error)}") from error
             return None
         self._opened = (pid, opened[0], opened[1])
         return opened[0], opened[1]
@@ -291,14 +289,27 @@ class StoredArray:
             "kvstore": kvstore,
             "metadata": meta,
             "recheck_cached_metadata": False,
-            "recheck_cached_data": True,
+            # asking S3 whether a kept chunk is still the same takes as long as fetching it; a local file costs nothing
+            "recheck_cached_data": "open" if is_s3(self.location) else True,
         }
 
     def _read_error(self, error: Exception) -> Exception:
-        text = _one_line(error)
-        if re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
-            return _corrupt(self.location, text)
-        return StoreError(f"cannot read {self.location}: {text}; check the address, the endpoint and permissions")
+        text = one_line(error)
+        named = re.search(r'Error reading "([^"]+)"', text)
+        if not is_s3(self.location):
+            key, found = "", self.location
+        else:
+            bucket, key = split_s3(self.location)
+            key = named.group(1) if named else key
+            found = f"s3://{bucket}/{key}"
+        of_transfer = "http_response_code" in text or "curl_code" in text
+        if not of_transfer and re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
+            return corrupt(found, text)
+        if is_s3(self.location):
+            # the answer's XML says nothing that its code does not
+            reason = re.sub(r" \[(http_response_body|x-amzn)[^]]*\]", "", text)
+            return StoreError(s3.message(bucket, key, reason, denied=text.startswith("PERMISSION_DENIED")))
+        return StoreError(f"cannot read {self.location}: {text}; check the file and its permissions")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -308,44 +319,44 @@ class StoredArray:
 
 
 @lru_cache(maxsize=16)
-def _context(pid: int, cache_bytes: int, threads: int) -> Any:
+def _context(pid: int, cache_bytes: int, threads: int, retries: int) -> Any:
     """The tensorstore context (thread pool, cache of decoded chunks) of a process."""
     import tensorstore
 
+    delays = {"initial_delay": f"{s3.FIRST_DELAY:g}s", "max_delay": f"{s3.LONGEST_DELAY:g}s"}
     return tensorstore.Context(
         {
             "cache_pool": {"total_bytes_limit": cache_bytes},
             "data_copy_concurrency": {"limit": threads},
             "file_io_concurrency": {"limit": max(1, threads)},
             "s3_request_concurrency": {"limit": 16},
-            "s3_request_retries": {"max_retries": 5, "initial_delay": "200ms", "max_delay": "5s"},
+            "s3_request_retries": {"max_retries": retries, **delays},
         }
     )
+
+
+@contextlib.contextmanager
+def _http_timeouts(options: StoreOptions) -> Iterator[None]:
+    """Make tensorstore give up on a silent server, which it else waits for without end.
+
+    It takes these limits from the environment only, when it opens its first S3 array; what the user set stays.
+    """
+    seconds = str(max(1, int(options.attempt_timeout)))
+    wanted = {
+        "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": seconds,
+        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": seconds,
+        "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "100",
+    }
+    ours = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in ours})
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions) -> Exception:
     if meta is not None or exists(join(location, ".zgroup"), options):
         return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays (s0, ...)")
     return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json is there")
-
-
-def _check_blosc(path: str) -> None:
-    """Refuse a truncated Blosc chunk: numcodecs trusts the length in the header and would read beyond the bytes."""
-    try:
-        with open(path, "rb") as handle:
-            header = handle.read(16)
-    except FileNotFoundError:
-        return
-    stored = os.path.getsize(path)
-    if len(header) < 16 or int.from_bytes(header[12:16], "little") != stored:
-        raise _corrupt(path, f"{stored} bytes are not a whole Blosc chunk")
-
-
-def _corrupt(where: str, reason: str) -> CorruptDataError:
-    return CorruptDataError(f"cannot decode a chunk of {where}: {reason}; fetch or write that chunk again")
-
-
-def _one_line(error: BaseException) -> str:
-    """The message without tensorstore's appended spec and source lines, in one line."""
-    text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
-    return " ".join(text.split())[:500]
