@@ -313,3 +313,15 @@ def interpolate(
                     )  # fmt: skip
                     pixels[i] = value
                     labels[i] = code
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def smooth(values: Array, kernel: Array, stride: int, out: Array) -> None:
+    """``out[b, i] = sum_t kernel[t] * values[b, i + t * stride]``: a filter along one axis of rows laid flat."""
+    for b in range(out.shape[0]):
+        row, into = values[b], out[b]
+        into[:] = 0
+        for t in range(len(kernel)):
+            weight, ahead = kernel[t], t * stride
+            for i in range(out.shape[1]):
+                into[np.uint64(i)] += weight * row[np.uint64(i + ahead)]

@@ -144,7 +144,7 @@ class CoordinateMap:
         permutes = (size.sum(0) == 1).all() and (size.sum(1) == 1).all() and (size.max(0) == 1).all()
         return self.field is None and bool(permutes)
 
-    def bounds(self, shape: Sequence[int], step: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Floats, Floats]:
+    def bounds(self, shape: Sequence[float], step: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Floats, Floats]:
         """Smallest and largest source offset (3,) that any voxel centre of a patch of ``shape`` comes from.
 
         Tight for affine maps; with a displacement field no less than needed.

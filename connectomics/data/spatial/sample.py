@@ -40,20 +40,20 @@ def sample(
     half goes up). Where the nearest voxel holds no raw, image and code are 0. A map that only permutes, flips and
     shifts by whole voxels gives exact copies. Raises `InputError` for a shape or step that is none.
     """
-    shape, step = _size(shape), np.array(triple(step, "step"))
-    if step.min() <= 0:
-        raise InputError(f"step must be positive, found {step.tolist()}")
-    half = (np.array(shape) - 1) / 2 * step
+    size, rate = _size(shape), np.array(triple(step, "step"))
+    if rate.min() <= 0:
+        raise InputError(f"step must be positive, found {rate.tolist()}")
+    half = (np.array(size) - 1) / 2 * rate
     middle = np.array(triple(center, "center")) - arrays.raw_begin  # of the patch, in raw's indices
-    image = np.empty(shape, np.float32)
-    codes = np.empty(shape, arrays.codes.dtype)
+    image = np.empty(size, np.float32)
+    codes = np.empty(size, arrays.codes.dtype)
     if map.field is None:
-        rise = map.outer * step
+        rise = map.outer * rate
         start = middle + map.outer_shift - map.outer @ half
         if map.right_angles and _whole(start) and _whole(rise):
             _copy(arrays, np.rint(start).astype(np.int64), np.rint(rise).astype(np.int64), image, codes)
             return image, codes
-    _interpolate(arrays, middle, map, half, step, image, codes)
+    _interpolate(arrays, middle, map, half, rate, image, codes)
     return image, codes
 
 
@@ -85,7 +85,7 @@ def sample_reference(
 
 def _look_up(values: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
     """Values (...) at indices (..., 3), 0 beyond the array."""
-    there = ((index >= 0) & (index < values.shape)).all(-1)
+    there = np.asarray(((index >= 0) & (index < values.shape)).all(-1))
     z, y, x = np.moveaxis(np.where(there[..., None], index, 0), -1, 0)
     if 0 in values.shape:
         return np.zeros(there.shape, values.dtype)
