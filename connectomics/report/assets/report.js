@@ -54,7 +54,7 @@
     };
     const show = () => {
       for (const layer of all("[data-class]", svg)) {
-        const kind = layer.classList.contains("truth") ? "truth" : "prediction";
+        const kind = layer.dataset.kind ?? (layer.classList.contains("truth") ? "truth" : "prediction");
         const on = viewer.querySelector(`[data-kind=${kind}]`).checked;
         layer.toggleAttribute("hidden", !on || layer.dataset.class !== choice.value);
       }

@@ -1,0 +1,173 @@
+"""Batches in numbers: values of images, what is known, what is present; and in words where something looks wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FEW_KNOWN = 0.01  # a share of known voxels below this is worth a word
+_CLIPPED = 0.05  # and a share of voxels with raw at exactly 0 or 1 above this
+_NO_RAW = 0.5  # and a share of voxels without raw above this
+
+
+@dataclass(frozen=True)
+class ValueRange:
+    """The values of an image.
+
+    Attributes:
+        low, high, mean: smallest, largest, mean value. p1, p50, p99: percentiles.
+        zero, one: share of voxels that are exactly 0 and exactly 1.
+    """
+
+    low: float
+    high: float
+    mean: float
+    p1: float
+    p50: float
+    p99: float
+    zero: float
+    one: float
+
+    @classmethod
+    def of(cls, image: NDArray[np.float32]) -> ValueRange:
+        """The values of an array of any shape."""
+        p1, p50, p99 = (float(v) for v in np.percentile(image, [1, 50, 99]))
+        return cls(
+            low=float(image.min()),
+            high=float(image.max()),
+            mean=float(image.mean(dtype=np.float64)),
+            p1=p1,
+            p50=p50,
+            p99=p99,
+            zero=float((image == 0).mean()),
+            one=float((image == 1).mean()),
+        )
+
+
+@dataclass(frozen=True)
+class LabelNumbers:
+    """What labels of ``voxels`` voxels say: by class, voxels that are known and that are known and present.
+
+    ``anything``: voxels at which some class is known. ``states``: how many combinations occur.
+    """
+
+    voxels: int
+    anything: int
+    states: int
+    known: dict[str, int]
+    present: dict[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        codes: NDArray[np.integer],
+        present: NDArray[np.bool_],
+        known: NDArray[np.bool_],
+        classes: Sequence[str],
+    ) -> LabelNumbers:
+        """From codes of any shape and the tables (C, K) of present and known by class and code."""
+        often = np.bincount(codes.ravel(), minlength=known.shape[1])
+        n_known = (known * often).sum(axis=1)
+        n_present = ((present & known) * often).sum(axis=1)
+        return cls(
+            voxels=codes.size,
+            anything=int(often[known.any(axis=0)].sum()),
+            states=int((often > 0).sum()),
+            known={name: int(n) for name, n in zip(classes, n_known, strict=True)},
+            present={name: int(n) for name, n in zip(classes, n_present, strict=True)},
+        )
+
+    @property
+    def known_share(self) -> float:
+        """Share of (class, voxel) pairs that are known: what the loss counts."""
+        return sum(self.known.values()) / max(1, self.voxels * len(self.known))
+
+
+@dataclass(frozen=True)
+class ClassNumbers:
+    """One class over all patches: share of voxels ``known``, share ``present`` among those (None: none is known), and
+    in how many patches it is known and present anywhere."""
+
+    name: str
+    known: float
+    present: float | None
+    patches_known: int
+    patches_present: int
+
+
+def by_class(patches: Sequence[LabelNumbers]) -> list[ClassNumbers]:
+    """Every class, pooled over patches."""
+    rows = []
+    voxels = sum(p.voxels for p in patches)
+    for name in patches[0].known if patches else ():
+        known = sum(p.known[name] for p in patches)
+        present = sum(p.present[name] for p in patches)
+        rows.append(
+            ClassNumbers(
+                name=name,
+                known=known / voxels,
+                present=present / known if known else None,
+                patches_known=sum(p.known[name] > 0 for p in patches),
+                patches_present=sum(p.present[name] > 0 for p in patches),
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class MissingRaw:
+    """Chunks behind a crop's raw (with the context that patches can reach) that are not stored."""
+
+    crop: str
+    missing: int
+    total: int
+    first: str | None
+
+
+def label_warnings(patches: Sequence[LabelNumbers]) -> list[str]:
+    """What looks wrong about the labels, in words."""
+    rows = by_class(patches)
+    said = []
+    never_known = [r.name for r in rows if r.patches_known == 0]
+    never_present = [r.name for r in rows if r.patches_known and not r.patches_present]
+    few = [r.name for r in rows if 0 < r.known < _FEW_KNOWN]
+    n = len(patches)
+    if never_known:
+        said.append(
+            f"Known in none of the {n} patches: {', '.join(never_known)}. No crop here annotates them, or chance did "
+            "not bring one; the network learns nothing about them from such patches."
+        )
+    if never_present:
+        said.append(
+            f"Known but never present in {n} patches: {', '.join(never_present)}. Take more --batches to be sure; "
+            "weigh them in data.class_weights or data.sampling if they stay rare."
+        )
+    if few:
+        said.append(f"Known in less than 1 % of the voxels: {', '.join(few)}.")
+    share = sum(p.anything for p in patches) / max(1, sum(p.voxels for p in patches))
+    if share < _FEW_KNOWN:
+        said.append(
+            f"Something is known in only {100 * share:.2g} % of all voxels: patches are much larger than the crops, or "
+            "raw is missing there. A smaller data.patch_size or data.min_known helps."
+        )
+    return said
+
+
+def image_warnings(name: str, values: ValueRange, no_raw: float | None) -> list[str]:
+    """What looks wrong about one image of a patch; ``no_raw``: its share of voxels without raw, None where unknown."""
+    if no_raw is not None and no_raw > _NO_RAW:
+        return [f"{name}: {100 * no_raw:.0f} % of the voxels have no raw."]
+    if values.low == values.high:
+        return [f"{name}: the image is constant ({values.low:g})."]
+    said = []
+    # voxels without raw are 0; only the others can have been cut off there
+    for end, share in ((0, values.zero - (no_raw or 0.0)), (1, values.one)):
+        if share > _CLIPPED:
+            said.append(
+                f"{name}: {100 * share:.0f} % of the values are exactly {end}: intensity_range or an intensity "
+                "augmentation cuts them off."
+            )
+    return said
