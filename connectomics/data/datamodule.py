@@ -17,11 +17,13 @@ from connectomics.data.augment import PatchAugmentor
 from connectomics.data.cache import prepare
 from connectomics.data.dataset.build import patch_options
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
+from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
 from connectomics.data.sampling import PatchSampler, SampledCrop
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError
+from connectomics.io.store import StoreOptions
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,10 @@ class CellMapDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
             )
-        crops = Catalog.open(cfg.dataset.data_root).crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
+        store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
+        crops = Catalog.open(cfg.dataset.data_root, store).crops(
+            cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
+        )
         self.split = self._split(crops)
         train, val = self.split.select(crops, "the split file" if cfg.dataset.split_file else "the split")
         if not train:
@@ -80,7 +85,11 @@ class CellMapDataModule(pl.LightningDataModule):
         self._train = self._dataset(train, "train")
         self._val = self._dataset(val, "val")
         volumes = (*self._train.all_volumes, *self._val.all_volumes)
-        prepare(volumes, self._cache_budget(), processes=max(1, cfg.data.num_workers))
+        prepare(
+            volumes,
+            processes=min(max(1, cfg.data.num_workers), os.cpu_count() or 1),
+            budget=None if cfg.data.cache_gb is None else int(cfg.data.cache_gb * 1e9),
+        )
 
     def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:
         cfg = self.config
@@ -160,7 +169,7 @@ class CellMapDataModule(pl.LightningDataModule):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> PatchLoader:
         """Batches of `collate`."""
         data = self.config.data
         sampler = self.sampler()
@@ -172,17 +181,15 @@ class CellMapDataModule(pl.LightningDataModule):
         workers = min(data.num_workers, os.cpu_count() or 1)
         if workers < data.num_workers:
             log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
-        return DataLoader(
+        return PatchLoader(
             self.train_dataset,
+            sampler,
             batch_size=data.batch_size,
-            sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            persistent_workers=data.persistent_workers and workers > 0,
+            collate=collate,
+            workers=workers,
+            start=data.worker_start,
+            persistent=data.persistent_workers,
             pin_memory=data.pin_memory and _has_cuda(),
-            drop_last=True,
-            # readers run threads of their own, which do not survive a plain fork
-            multiprocessing_context="forkserver" if workers else None,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -194,16 +201,6 @@ def _has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def _process_of_run() -> tuple[int, int]:
-    """This process's number in a data-parallel run and how many there are, as far as the environment says: the trainer
-    may not be there yet."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        number, count = os.environ.get(rank, ""), os.environ.get(world, "")
-        if number.isdigit() and count.isdigit() and int(count) > 0:
-            return int(number), int(count)
-    return 0, 1
 
 
 def _is_first_process() -> bool:

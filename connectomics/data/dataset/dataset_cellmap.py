@@ -134,7 +134,9 @@ class CropPatches(Dataset[Any]):
         options = self.options
         ratio = np.divide(view.voxel_size, self.resolution)
         extent = np.multiply(view.voxels, ratio)  # in voxels of the run
-        reach = np.asarray(extent / 2 if spatial is None else spatial.reach(extent.tolist())) / ratio
+        # validation slides windows that look beyond the crop by up to a quarter of a window
+        plain = extent / 2 if self.mode == "train" else 0.75 * extent
+        reach = (plain if spatial is None else np.asarray(spatial.reach(extent.tolist()))) / ratio
         grid = VoxelGrid.covering(crop.box, self.resolution)
         margin = options.cache_context
         context = context_needed(grid.shape, self.patch_size, reach.tolist(), (1 / ratio).tolist())

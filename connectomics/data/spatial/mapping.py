@@ -7,7 +7,7 @@ takes an offset in the patch to an offset in the source, so it is the *inverse* 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from functools import cached_property
 from itertools import product
@@ -124,6 +124,15 @@ class CoordinateMap:
         shift = self.outer @ following.outer_shift + self.outer_shift
         inner, inner_shift = following.inner, following.inner_shift
         return CoordinateMap(self.outer @ following.outer, shift, following.field, inner, inner_shift, parameters)
+
+    def scaled(self, ratio: ArrayLike) -> CoordinateMap:
+        """The same map for offsets in voxels that are ``ratio`` (z, y, x) times as large, in patch and source."""
+        size = np.broadcast_to(np.asarray(ratio, np.float64), (3,))
+        if self.field is None:
+            return replace(self, outer=self.outer * size / size[:, None], outer_shift=self.outer_shift / size)
+        return replace(
+            self, outer=self.outer / size[:, None], outer_shift=self.outer_shift / size, inner=self.inner * size
+        )
 
     def __call__(self, offsets: ArrayLike) -> Floats:
         """Source offsets (..., 3) of offsets (..., 3), in float64."""
