@@ -1,0 +1,264 @@
+"""The loader: one order whatever the workers, resumable, and clear ends when a process dies."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.data.loader import PatchLoader, WorkerError, _reason
+from connectomics.errors import UnknownNameError
+from tests.data.loader_kit import Modules, Numbers, Volumes, loader
+
+ROOT = Path(__file__).resolve().parents[2]
+STARTS = ["fork", "spawn", "forkserver"]
+
+
+def sequence(batches: PatchLoader | Iterator[Any]) -> list[tuple[int, int, float]]:
+    rows = [zip(b["epoch"].tolist(), b["position"].tolist(), b["noise"].tolist(), strict=True) for b in batches]
+    return [row for batch in rows for row in batch]
+
+
+def shared_memory_of(pids: list[int]) -> set[str]:
+    """Files in /dev/shm that processes have mapped and that still have a name."""
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    paths = {line.split(maxsplit=5)[5] for line in lines if "/dev/shm/" in line}
+    return {path for path in paths if os.path.exists(path)}
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs: a zombie, whom nobody has buried yet, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def gone(pids: list[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while any(alive(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+# -- order -------------------------------------------------------------------------------------------------------------
+def test_the_order_does_not_depend_on_the_workers() -> None:
+    expected = sequence(loader(Numbers()))
+    assert [position for _, position, _ in expected] == list(range(24))
+    assert sequence(loader(Numbers(), 1, start="fork")) == expected
+    for workers, start in ((2, "fork"), (2, "forkserver"), (1, "spawn")):
+        assert sequence(loader(Numbers(), workers, start=start)) == expected
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_volumes_that_the_parent_has_read_before(phantom: Path, start: str) -> None:
+    """The parent has opened tensorstore, which does not survive a fork."""
+    from connectomics.data.volumes import CropVolume
+
+    volumes = [CropVolume(crop, ("mito",), (16.0,) * 3) for crop in Catalog.open(str(phantom)).crops(None)[:2]]
+    expected = sequence(loader(Volumes(volumes), length=8, crops=2))
+    assert all(value > 0 for _, _, value in expected)
+    assert sequence(loader(Volumes(volumes), 1, length=8, crops=2, start=start)) == expected
+
+
+def test_workers_persist_or_not_and_epochs_differ() -> None:
+    pids = []
+    for persistent in (True, False):
+        running = loader(Numbers(), 2, start="fork", persistent=persistent)
+        epochs, workers = [], []
+        for epoch in range(2):
+            running.sampler.set_epoch(epoch)
+            batches = iter(running)
+            epochs.append(sequence(iter([next(batches)])))
+            workers.append([w.pid for w in running._running._workers])
+            epochs[-1] += sequence(batches)
+        assert [row[0] for row in epochs[1]] == [1] * 24
+        assert (workers[0] == workers[1]) == persistent
+        pids += workers[0] + workers[1]
+        running.stop()
+    assert gone(pids, 10)
+
+
+def test_nothing_is_drawn_from_the_random_state_of_the_main_process() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    list(loader(Numbers()))
+    list(loader(Numbers(), 1, start="fork"))
+    assert torch.rand(1) == expected
+
+
+# -- state -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_going_on_in_the_middle_of_an_epoch(workers: int, persistent: bool) -> None:
+    """What workers have fetched ahead is not lost, and not given twice."""
+    whole = loader(Numbers())
+    whole.sampler.set_epoch(3)
+    expected = sequence(whole)
+    first = loader(Numbers(), workers, start="fork", persistent=persistent)
+    first.sampler.set_epoch(3)
+    batches = iter(first)
+    for _ in range(5):
+        next(batches)
+    state = first.state_dict()
+    assert state == {"epoch": 3, "batches": 5}
+    batches.close()
+
+    second = loader(Numbers(), workers, start="fork", persistent=persistent)
+    second.load_state_dict(state)
+    batches = iter(second)
+    second.sampler.set_epoch(3)  # Lightning says so after it asked for the iterator
+    assert sequence(batches) == expected[10:]
+    assert second.state_dict() == {"epoch": 3, "batches": 12}
+    second.sampler.set_epoch(4)
+    assert [row[:2] for row in sequence(second)] == [(4, n) for n in range(24)]
+    for one in (first, second):
+        one.stop()
+
+
+def test_the_state_at_an_epochs_end_is_the_begin_of_the_next() -> None:
+    first, second = loader(Numbers()), loader(Numbers())
+    list(first)
+    second.load_state_dict(first.state_dict())
+    assert sequence(second)[0][:2] == (1, 0)
+
+
+def test_an_epoch_that_was_ended_early_stays_ended() -> None:
+    again = loader(Numbers())
+    again.load_state_dict({"epoch": 2, "batches": 5})
+    batches = iter(again)
+    again.sampler.set_epoch(3)
+    assert sequence(batches)[0][:2] == (3, 0)
+
+
+# -- in the workers ----------------------------------------------------------------------------------------------------
+def test_workers_are_light_and_deaf_to_interrupts() -> None:
+    batch = next(iter(loader(Modules(), 1, start="forkserver")))
+    assert {name: values.tolist() for name, values in batch.items()} == {
+        "heavy": [0, 0],
+        "threads": [1, 1],
+        "interrupts": [1, 1],
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_data_arrives_as_it_was_raised(workers: int) -> None:
+    failing = loader(Numbers("known error", at=7), workers, start="fork")
+    batches = iter(failing)
+    seen = [next(batches) for _ in range(3)]
+    with pytest.raises(UnknownNameError) as caught:
+        next(batches)
+    assert str(caught.value) == "unknown class 'mitt'; did you mean 'mito'?"
+    assert sequence(iter(seen))[-1][1] == 5
+    with pytest.raises(WorkerError if workers else MemoryError):
+        list(loader(Numbers("memory", at=7), workers, start="fork"))
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError, match=r"(?s)Original Traceback.*a bug"):
+        list(loader(Numbers("bug", at=3), 2, start="fork"))
+
+
+# -- ends --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("start", "persistent"), [("fork", True), ("forkserver", False)])
+def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool) -> None:
+    dying = loader(Numbers("SIGKILL", at=13), 2, start=start, persistent=persistent)
+    batches = iter(dying)
+    next(batches)
+    pids = [worker.pid for worker in dying._running._workers]
+    mapped = shared_memory_of([os.getpid(), *pids])
+    message = (
+        r"loader worker [12] of 2 was ended by SIGKILL, .*: lower data\.num_workers.*data\.cache=disk, and resume$"
+    )
+    with pytest.raises(WorkerError, match=message):
+        sequence(batches)
+    assert gone(pids, 10)
+    del batches, dying
+    gc.collect()  # the semaphores of queues have names until the queues are gone
+    assert not any(os.path.exists(path) for path in mapped)
+
+
+def test_what_is_said_of_other_ends() -> None:
+    assert re.match(r"loader worker 1 of 4 was ended by SIGBUS: shared memory ran out \(\d+ MB free", _reason(0, -7, 4))
+    for code in (-signal.SIGSEGV, 3):
+        assert _reason(0, code, 4).endswith("data.num_workers=0 shows what happens in it")
+
+
+def run_script(folder: Path, start: str, nap_s: float) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start it as a terminal would, the leader of a process group; returns when its workers are at work."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.data.loader_kit", str(folder), start, str(nap_s)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    file = folder / "pids.json"
+    deadline = time.monotonic() + 90
+    while not file.is_file():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process, json.loads(file.read_text())
+
+
+def group(leader: int) -> list[int]:
+    """All processes of a group, also those that torch and multiprocessing start for themselves."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == leader:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.parametrize(("start", "nap_s"), [("fork", 0.02), ("forkserver", 1.0)])
+def test_an_interrupt_ends_everything_quietly(tmp_path: Path, start: str, nap_s: float) -> None:
+    """Ctrl-C in a terminal goes to the whole group; also while workers are in the middle of slow reads."""
+    process, pids = run_script(tmp_path, start, nap_s)
+    members = group(process.pid)
+    assert set(pids) <= set(members)
+    mapped = shared_memory_of(members)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 20  # one second on an idle machine
+    assert errors == "interrupted; run the same command again: what is finished is kept\n"
+    assert process.returncode == 130
+    assert gone(members, 10)
+    assert not any(os.path.exists(path) for path in mapped)
+
+
+@pytest.mark.parametrize("start", ["fork", "forkserver"])
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, start: str) -> None:
+    process, _ = run_script(tmp_path, start, 0.02)
+    members = group(process.pid)
+    mapped = shared_memory_of(members)
+    process.kill()
+    process.communicate(timeout=60)
+    assert gone(members, 30)
+    assert not any(os.path.exists(path) for path in mapped)
+
+
+def test_a_way_to_start_that_is_none_is_named() -> None:
+    with pytest.raises(UnknownNameError, match=r"'forkserve' in data\.worker_start; did you mean 'forkserver'"):
+        loader(Numbers(), 1, start="forkserve")
