@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
+from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
 _SLAB = 2**24  # voxels of one label array read at once
@@ -18,11 +19,13 @@ def summarize(
     datasets: Sequence[str] | None = None,
     crops: Sequence[str] | None = None,
     classes: Sequence[str] | None = None,
+    voxel_size: Triple | None = None,
 ) -> dict[str, Any]:
     """Data sets with raw levels and crops, and for each class the annotated volume by state, in cubic micrometres.
 
     Counts are of the classes' own arrays: what other classes imply is not counted. A crop without an array of the class
-    counts as unknown with its whole box.
+    counts as unknown with its whole box. ``raw_chunks`` counts the raw chunks under each crop, of the level that a run
+    at ``voxel_size`` (nm, z y x; None: the finest) reads, and how many of them are not stored.
     """
     catalog = Catalog.open(root)
     found = catalog.crops(datasets, crops, classes)
@@ -31,7 +34,7 @@ def summarize(
         "root": catalog.root,
         "n_crops": len(found),
         "datasets": [
-            _dataset(catalog, name, [c for c in found if c.dataset == name])
+            _dataset(catalog, name, [c for c in found if c.dataset == name], voxel_size)
             for name in catalog.datasets
             if any(c.dataset == name for c in found)
         ],
@@ -39,10 +42,12 @@ def summarize(
     }
 
 
-def _dataset(catalog: Catalog, name: str, crops: Sequence[Crop]) -> dict[str, Any]:
-    raw = Multiscale.open(catalog.raw_location(name))
+def _dataset(catalog: Catalog, name: str, crops: Sequence[Crop], voxel_size: Triple | None) -> dict[str, Any]:
+    raw = Multiscale.open(catalog.raw_location(name), catalog.options)
+    chunks = [_raw_chunks(crop, voxel_size) for crop in crops]
     return {
         "name": name,
+        "raw_chunks": {key: sum(count[key] for count in chunks) for key in ("missing", "total")},
         "raw": {
             "location": raw.location,
             "dtype": str(raw.levels[0].dtype),
@@ -56,10 +61,24 @@ def _dataset(catalog: Catalog, name: str, crops: Sequence[Crop]) -> dict[str, An
                 "voxel_size": list(crop.grid.voxel_size),
                 "shape": list(crop.grid.shape),
                 "classes": sorted(crop.labels),
+                "raw_chunks": count,
             }
-            for crop in crops
+            for crop, count in zip(crops, chunks, strict=True)
         ],
     }
+
+
+def _raw_chunks(crop: Crop, voxel_size: Triple | None) -> dict[str, Any]:
+    """Raw chunks under the crop: ``missing``, ``total``, ``first_missing`` (such as s0/3/4/5, or None)."""
+    raw = crop.raw_source
+    if voxel_size is None:
+        part = raw.grid.slices(crop.box)
+        grid = raw.grid.crop([s.start for s in part], [s.stop - s.start for s in part])
+    else:
+        grid = VoxelGrid.covering(crop.box, voxel_size)
+    missing, total, first = crop.missing_raw(grid)
+    name = None if first is None else first.removeprefix(f"{raw.location}/")
+    return {"missing": missing, "total": total, "first_missing": name}
 
 
 def _class(name: str, crops: Sequence[Crop]) -> dict[str, Any]:

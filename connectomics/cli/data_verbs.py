@@ -41,19 +41,26 @@ def describe(
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop (crop234); may be repeated.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    voxel_size: Annotated[
+        str | None, typer.Option(help="Voxel size of a run, nm: 8 or 16,8,8; default: the raw's finest.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print data sets, crops, voxel sizes, extents, classes, and how much of each is present, absent and unknown.
+
+    Raw chunks that are not stored under a crop (a partial download) are counted, for the level that a run reads.
 
     Examples:
 
       pytc describe data/phantom
 
       pytc describe data/phantom --class mito --class nuc --json
+
+      pytc describe s3://janelia-cosem-datasets --dataset jrc_cos7-1a --voxel-size 8
     """
     from connectomics.cellmap.summary import summarize
 
-    summary = summarize(root, dataset, crop, class_name)
+    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else _sizes(voxel_size))
     if as_json:
         print(json.dumps(summary, indent=1))
         return
@@ -67,9 +74,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
         print(f"{item['name']}: raw {show.shape(raw['levels'][0]['shape'])} {raw['dtype']}, levels of {levels} nm")
         for crop in item["crops"]:
             extent = show.triple(crop["extent_nm"])
-            print(
-                f"  {crop['name']}: {extent} nm from {show.triple(crop['begin_nm'])} nm, {len(crop['classes'])} classes"
-            )
+            place = f"{extent} nm from {show.triple(crop['begin_nm'])} nm"
+            print(f"  {crop['name']}: {place}, {len(crop['classes'])} classes, {_stored(crop['raw_chunks'])}")
+        if item["raw_chunks"]["missing"]:
+            print(f"  in all: {_stored(item['raw_chunks'])}")
     if not summary["classes"]:
         return
     rows = []
@@ -79,3 +87,21 @@ def _print_summary(summary: dict[str, Any]) -> None:
         rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
     header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
     show.table(header, rows, title=f"classes over {summary['n_crops']} crops")
+
+
+def _stored(chunks: dict[str, Any]) -> str:
+    first = chunks.get("first_missing")
+    hint = f" (first missing: {first})" if first else ""
+    return f"raw chunks stored {chunks['total'] - chunks['missing']} of {chunks['total']}{hint}"
+
+
+def _sizes(text: str) -> tuple[float, float, float]:
+    """``8`` or ``16,8,8`` as three sizes."""
+    from connectomics.errors import InputError
+    from connectomics.geometry import triple
+
+    try:
+        sizes = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--voxel-size must be one number or three (z,y,x) in nm, found {text!r}") from error
+    return triple(sizes * 3 if len(sizes) == 1 else sizes, "--voxel-size")

@@ -36,6 +36,8 @@ from connectomics.io.store import (
 _AS_FINE = 1e-3
 # Source voxels per axis that are held at a time while resampling: 24 MB of uint8 whatever the target's size.
 _SOURCE_SPAN = 288
+# Chunks whose presence is asked for at a time.
+_ASKED = 2**14
 # Target voxels per axis that are resampled at a time: 67 MB of float32.
 _TARGET_SPAN = 256
 
@@ -194,27 +196,30 @@ class Multiscale:
 
     def stored_chunks(self, grid: VoxelGrid) -> NDArray[np.bool_]:
         """Whether each chunk that `read_raw` of ``grid`` reads is stored: bool, one value a chunk of the level read."""
-        return self._stored(grid)[1]
+        array, begin, end = self._chunks_behind(grid)
+        return array.present_chunks(begin, end)
 
     def missing_chunks(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
         """How many of the chunks that `read_raw` of ``grid`` reads are not stored.
 
+        Asked for in slabs, so memory is bounded whatever the grid.
+
         Returns:
             missing, total: chunks of the level read. first: location of the first missing one, None where none is.
         """
-        first, stored = self._stored(grid)
-        absent = np.argwhere(~stored)
-        if len(absent) == 0:
-            return 0, stored.size, None
-        array = self._arrays[self.level_for(grid.voxel_size)]
-        return (
-            len(absent),
-            stored.size,
-            array.chunk_location([f + int(o) for f, o in zip(first, absent[0], strict=True)]),
-        )
+        array, begin, end = self._chunks_behind(grid)
+        missing, first = 0, None
+        depth = max(1, _ASKED // max(1, (end[1] - begin[1]) * (end[2] - begin[2])))
+        for z in range(begin[0], end[0], depth):
+            low = (z, begin[1], begin[2])
+            absent = np.argwhere(~array.present_chunks(low, (min(z + depth, end[0]), end[1], end[2])))
+            missing += len(absent)
+            if first is None and len(absent):
+                first = array.chunk_location([f + int(o) for f, o in zip(low, absent[0], strict=True)])
+        return missing, int(np.prod(np.subtract(end, begin))), first
 
-    def _stored(self, grid: VoxelGrid) -> tuple[list[int], NDArray[np.bool_]]:
-        """The first chunk that `read_raw` of ``grid`` reads, and which of the block of chunks from there are stored."""
+    def _chunks_behind(self, grid: VoxelGrid) -> tuple[StoredArray, list[int], list[int]]:
+        """The array that `read_raw` of ``grid`` reads, and begin and end (exclusive) of the chunks that it needs."""
         index = self.level_for(grid.voxel_size)
         source, array = self.levels[index].grid, self._arrays[index]
         if source.same_lattice(grid):
@@ -225,9 +230,8 @@ class Multiscale:
                 inside = np.flatnonzero(axis)  # one run
                 spans.append(table.part(int(inside[0]), int(inside[-1]) + 1).span if len(inside) else (0, 0))
         if any(high <= low for low, high in spans):
-            return [0, 0, 0], np.zeros((0, 0, 0), bool)
-        begin, end = array.chunk_range([low for low, _ in spans], [high for _, high in spans])
-        return begin, array.present_chunks(begin, end)
+            return array, [0, 0, 0], [0, 0, 0]
+        return array, *array.chunk_range([low for low, _ in spans], [high for _, high in spans])
 
     def _index(self, level: int) -> int:
         if not 0 <= level < len(self.levels):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import http.client
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -91,6 +92,8 @@ def in_parallel(ask: Callable[[T], R], items: Sequence[T], threads: int = 16) ->
 
 def message(bucket: str, key: str, reason: str, denied: bool = False) -> str:
     """What is said when an object cannot be had."""
+    # of the answer's XML only the code says something
+    reason = re.sub(r"<\?xml.*", lambda xml: "".join(re.findall(r"<Code>(\w+)", xml.group())), reason, flags=re.S)
     advice = _DENIED if denied else "check the address, the endpoint and public access"
     return f"cannot read s3://{bucket}/{key}: {' '.join(reason.split())[:300]}; {advice}"
 
