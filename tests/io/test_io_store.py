@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from connectomics.io import (
     write_multiscale,
 )
 from connectomics.io.store import name_of, normalize, split_s3
+from tests.s3_server import MotoServer
 
 GRID = VoxelGrid((5.24, 4.0, 4.0), (100.0, 200.0, 300.0), (24, 20, 28))
 DATA = np.random.default_rng(0).integers(1, 255, GRID.shape, dtype=np.uint8)
@@ -44,6 +44,8 @@ def test_locations():
             split_s3(wrong)
     with pytest.raises(InputError, match="threads >= 1"):
         StoreOptions(threads=0)
+    with pytest.raises(InputError, match="timeout > 0 s"):
+        StoreOptions(timeout=0)
 
 
 def test_local_listing_and_json(tmp_path):
@@ -65,42 +67,21 @@ def test_local_listing_and_json(tmp_path):
         read_json(tmp_path / "a")
 
 
-class Server:
-    """A bucket "public" on a local S3 server, filled with an OME-Zarr volume."""
+class Server(MotoServer):
+    """moto with an OME-Zarr volume in its public bucket."""
 
-    def __init__(self, endpoint: str) -> None:
-        import boto3
-
-        self.options = StoreOptions(endpoint=endpoint, cache_bytes=0)
-        self.client = boto3.client(
-            "s3", endpoint_url=endpoint, aws_access_key_id="me", aws_secret_access_key="me", region_name="us-east-1"
-        )
-        self.client.create_bucket(Bucket="public", ACL="public-read")
-        self.client.create_bucket(Bucket="private")
-
-    def put(self, key: str, content: bytes, bucket: str = "public") -> None:
-        access = "public-read" if bucket == "public" else "private"
-        self.client.put_object(Bucket=bucket, Key=key, Body=content, ACL=access)
+    @property
+    def options(self) -> StoreOptions:
+        return StoreOptions(endpoint=self.endpoint, cache_bytes=0)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    threaded = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    threaded.start()
-    try:
-        host, port = threaded.get_host_and_port()
-        running = Server(f"http://{host}:{port}")
-        folder = tmp_path_factory.mktemp("upload")
-        write_multiscale(folder / "x.zarr" / "recon-1" / "em", DATA, GRID, levels=2, chunks=(16, 16, 16))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                running.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    folder = tmp_path_factory.mktemp("upload")
+    write_multiscale(folder / "x.zarr" / "recon-1" / "em", DATA, GRID, levels=2, chunks=(16, 16, 16))
+    with Server() as running:
+        running.upload(folder)
         yield running
-    finally:
-        threaded.stop()
 
 
 def test_s3_volume(server, monkeypatch):

@@ -1,0 +1,242 @@
+"""S3 that answers late, wrongly or not at all: what is read is right, or an error that names the object."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+
+from connectomics.errors import CorruptDataError
+from connectomics.geometry import VoxelGrid
+from connectomics.io import Multiscale, StoreError, StoreOptions, exists, list_groups, read_json, s3, write_multiscale
+from connectomics.io.array import StoredArray
+from connectomics.io.store import read_bytes
+from tests.s3_server import FAULTS, Fault, FaultyProxy, FolderServer
+
+GRID = VoxelGrid((8.0, 8.0, 8.0), (4.0, 4.0, 4.0), (40, 40, 40))
+DATA = np.random.default_rng(0).integers(1, 255, GRID.shape, dtype=np.uint8)
+WHERE = "s3://public/x.zarr/em"
+CHUNK = "x.zarr/em/s0/1/2/0"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_multiscale(tmp_path / "x.zarr" / "em", DATA, GRID, chunks=(16, 16, 16))
+    return tmp_path
+
+
+@pytest.fixture
+def server(folder: Path) -> Iterator[FolderServer]:
+    with FolderServer(folder) as running:
+        yield running
+
+
+def options(proxy: FaultyProxy, retries: int = 5, timeout: float = 60.0) -> StoreOptions:
+    return StoreOptions(endpoint=proxy.endpoint, cache_bytes=0, retries=retries, timeout=timeout)
+
+
+def in_child(method: str, task: Callable[..., Any], *args: Any) -> Any:
+    """The result or the error of ``task`` in another process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+        return pool.submit(task, *args).result(timeout=120)
+
+
+def read_all(how: StoreOptions) -> tuple[np.ndarray, np.ndarray, list[bool]]:
+    """Values, mask, and which chunks are stored; by way of metadata, a bulk read, and a listing or single questions."""
+    volume = Multiscale.open(WHERE, how)
+    return *volume.read_raw(volume.grid), volume.stored_chunks(volume.grid).ravel().tolist()
+
+
+def read_forked(how: StoreOptions) -> Any:
+    """The same in a process forked after this one used tensorstore and obstore."""
+    assert Multiscale.open(WHERE, how).read_raw(GRID.crop((0, 0, 0), (1, 1, 1)))[1].all()
+    return in_child("fork", read_all, how)
+
+
+READERS = pytest.mark.parametrize("read", [read_all, read_forked], ids=["here", "forked"])
+
+
+@READERS
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_at_times_is_asked_again(server: FolderServer, fault: Fault, read: Callable[..., Any]) -> None:
+    with FaultyProxy(server.endpoint, share=0.15, seed=1, faults=(fault,)) as proxy:
+        values, inside, stored = read(options(proxy, retries=8))
+        assert proxy.failed[fault] >= 3
+    np.testing.assert_array_equal(values, DATA)
+    assert inside.all()
+    assert all(stored)
+
+
+@READERS
+@pytest.mark.parametrize("fault", [*FAULTS, "403"])
+def test_what_fails_for_ever_is_named(server: FolderServer, fault: Fault, read: Callable[..., Any]) -> None:
+    """Neither zeros nor a hole; one line, with the bucket, the level and the chunk."""
+    with FaultyProxy(server.endpoint) as proxy:
+        proxy.always[CHUNK] = fault
+        with pytest.raises(StoreError, match=f"cannot read s3://public/{CHUNK}: ") as caught:
+            read(options(proxy, retries=1))
+        assert "\n" not in str(caught.value)
+        assert ("may not be listed" in str(caught.value)) == (fault == "403")
+        assert proxy.failed[fault] >= (1 if fault == "403" else 2)
+        proxy.always = {"s0/.zarray": fault}
+        with pytest.raises(StoreError, match=r"cannot read s3://public/x\.zarr/em/s0/\.zarray"):
+            Multiscale.open(WHERE, options(proxy, retries=1))
+
+
+@READERS
+def test_only_an_absent_chunk_is_a_hole(server: FolderServer, folder: Path, read: Callable[..., Any]) -> None:
+    (folder / CHUNK).unlink()
+    expected = np.ones(GRID.shape, bool)
+    expected[16:32, 32:, :16] = False
+    with FaultyProxy(server.endpoint) as proxy:
+        values, inside, stored = read(options(proxy))
+        np.testing.assert_array_equal(inside, expected)
+        np.testing.assert_array_equal(values, np.where(expected, DATA, 0))
+        assert stored.count(False) == 1
+        volume = Multiscale.open(WHERE, options(proxy))
+        assert volume.missing_chunks(GRID) == (1, 27, f"s3://public/{CHUNK}")
+        proxy.always["/public/"] = "404"  # as from a bucket that is gone, or another server behind the name
+        for ask in (volume.read_raw, volume.missing_chunks):
+            with pytest.raises(StoreError, match=r"s3://public/x\.zarr/em/s0 was there and is no longer"):
+                ask(GRID)
+
+
+@READERS
+@pytest.mark.parametrize("content", [b"", b"no chunk at all"], ids=["empty", "garbage"])
+def test_a_chunk_that_is_there_and_broken_is_an_error(
+    server: FolderServer, folder: Path, read: Callable[..., Any], content: bytes
+) -> None:
+    (folder / CHUNK).write_bytes(content)
+    with pytest.raises(CorruptDataError, match=f"s3://public/{CHUNK}"):
+        read(StoreOptions(endpoint=server.endpoint))
+
+
+@pytest.mark.parametrize("compressor", [None, numcodecs.Zstd(), numcodecs.Zlib()], ids=["raw", "zstd", "zlib"])
+def test_an_empty_chunk_of_any_codec_is_an_error(tmp_path: Path, compressor: Any) -> None:
+    """On disk; tensorstore and zarr-python alike (the latter as in a forked process)."""
+    array = zarr.create_array(
+        tmp_path / "a", shape=(8, 8), chunks=(4, 4), dtype="u1", zarr_format=2, compressors=compressor
+    )
+    array[:] = 7
+    (tmp_path / "a" / "1.0").write_bytes(b"")
+    stored = StoredArray(tmp_path / "a")
+    for read in (lambda: stored.read((0, 0), (8, 8)), lambda: in_child("fork", stored.read, (0, 0), (8, 8))):
+        with pytest.raises(CorruptDataError, match=r"a/1\.0"):
+            read()
+
+
+def silent(how: StoreOptions) -> float:
+    """Seconds until a read ends in the error."""
+    volume = Multiscale.open(WHERE, how)
+    started = time.monotonic()
+    with pytest.raises(StoreError, match=f"s3://public/{CHUNK}"):
+        volume.read_raw(volume.grid)
+    with pytest.raises(StoreError, match=f"s3://public/{CHUNK}"):
+        read_bytes(f"s3://public/{CHUNK}", how)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_server_that_never_answers_is_an_error_in_time(server: FolderServer, method: str) -> None:
+    # a new process: tensorstore takes the first limits that it meets in one
+    with FaultyProxy(server.endpoint) as proxy:
+        how = options(proxy, retries=1, timeout=3.0)
+        if method == "fork":
+            read_all(how)
+        proxy.always[CHUNK] = "silence"
+        assert in_child(method, silent, how) < 15
+
+
+def small_things(how: StoreOptions) -> list[Any]:
+    return [
+        s3.children("public", "many", how),
+        s3.objects("public", "many", how),
+        s3.objects("public", "x.zarr/em", how),
+        list_groups("s3://public", how),
+        list_groups("s3://public/nowhere", how),
+        exists("s3://public/x.zarr", how),
+        exists("s3://public/many/0001", how),
+        exists("s3://public/y.zarr", how),
+        read_json(f"{WHERE}/.zattrs", how),
+        read_json(f"{WHERE}/none.json", how),
+    ]
+
+
+def test_small_things_are_the_same_in_a_forked_process(server: FolderServer, folder: Path) -> None:
+    (folder / "many").mkdir()
+    for number in range(1203):  # more than a page of a listing
+        (folder / "many" / f"{number:04d}").touch()
+    how = StoreOptions(endpoint=server.endpoint)
+    here = small_things(how)
+    assert len(here[0][1]) == len(here[1]) == 1203
+    assert here[3:8] == [["many", "x.zarr"], [], True, True, False]
+    assert in_child("fork", small_things, how) == here
+    for method in ("fork", "spawn"):
+        with pytest.raises(StoreError, match="cannot read s3://elsewhere"):
+            in_child(method, exists, "s3://elsewhere/x", how)
+
+
+def test_kept_chunks_are_not_asked_for_again(server: FolderServer) -> None:
+    with FaultyProxy(server.endpoint) as proxy:
+        for read in (read_twice, lambda how: in_child("fork", read_twice, how)):
+            counted = []
+            for kept in (0, 64 << 20):
+                proxy.reset()
+                read(StoreOptions(endpoint=proxy.endpoint, cache_bytes=kept))
+                counted.append(sum(n for name, n in proxy.seen.items() if name.startswith(f"GET /public/{CHUNK[:12]}")))
+            assert counted[1] <= counted[0] - 27
+
+
+def read_twice(how: StoreOptions) -> None:
+    volume = Multiscale.open(WHERE, how)
+    for _ in range(2):
+        np.testing.assert_array_equal(volume.read_raw(GRID)[0], DATA)
+
+
+@pytest.mark.parametrize("method", ["here", "fork"])
+def test_kept_chunks_stay_within_their_bytes(tmp_path: Path, method: str) -> None:
+    """128 MB read with 8 MB to keep: the process grows by what it keeps and works with, not by what it read."""
+    write_multiscale(
+        tmp_path / "big.zarr" / "em",
+        np.random.default_rng(0).integers(0, 255, (512, 512, 512), dtype=np.uint8),
+        VoxelGrid((8.0,) * 3, (4.0,) * 3, (512, 512, 512)),
+    )
+    program = """
+        import multiprocessing, resource, sys
+        from connectomics.io import Multiscale, StoreOptions
+
+        def grown(where, how):
+            volume = Multiscale.open(where, how)
+            sizes = []
+            for z in range(0, 512, 64):
+                for y in range(0, 512, 64):
+                    volume.read_raw(volume.grid.crop((z, y, 0), (64, 64, 512)))
+                with open("/proc/self/statm") as file:
+                    sizes.append(int(file.read().split()[1]) * resource.getpagesize() / 2**20)
+            print(max(sizes[1:]) - sizes[0])
+
+        where, endpoint, method = sys.argv[1:]
+        how = StoreOptions(endpoint=endpoint, cache_bytes=8 << 20)
+        if method == "here":
+            grown(where, how)
+        else:
+            Multiscale.open(where, how).read_level(0, (0, 0, 0), (1, 1, 1))
+            child = multiprocessing.get_context("fork").Process(target=grown, args=(where, how))
+            child.start()
+            child.join()
+    """
+    with FolderServer(tmp_path) as server:
+        args = [textwrap.dedent(program), "s3://public/big.zarr/em", server.endpoint, method]
+        done = subprocess.run([sys.executable, "-c", *args], capture_output=True, text=True, timeout=120, check=True)
+    assert float(done.stdout) < 40, done.stdout
