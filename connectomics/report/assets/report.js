@@ -55,7 +55,7 @@
     const show = () => {
       for (const layer of all("[data-class]", svg)) {
         const kind = layer.dataset.kind ?? (layer.classList.contains("truth") ? "truth" : "prediction");
-        const on = viewer.querySelector(`[data-kind=${kind}]`).checked;
+        const on = viewer.querySelector(`input[data-kind=${kind}]`).checked;
         layer.toggleAttribute("hidden", !on || layer.dataset.class !== choice.value);
       }
     };

@@ -10,7 +10,7 @@ from connectomics import __version__
 from connectomics.errors import InputError
 from connectomics.io.write import write_file
 from connectomics.report import page
-from connectomics.report.inspect.data import Inspection, SeenPatch, as_text, pooled_known
+from connectomics.report.inspect.data import Done, Inspection, SeenPatch, as_text, pooled_known
 from connectomics.report.inspect.numbers import ValueRange, by_class
 from connectomics.report.inspect.views import legend, viewers
 
@@ -118,14 +118,17 @@ def _patch(patch: SeenPatch, classes: Sequence[str]) -> str:
         "values": _done(patch.intensity),
     }
     head = f"batch {patch.batch + 1}, patch {patch.number + 1} <small>{page.text(patch.crop)}</small>"
-    body = viewers(patch, classes, anchor) + page.definitions(facts) + _patch_classes(patch)
+    about = f"<div>{page.definitions(facts)}{_patch_classes(patch)}</div>"
+    # one view leaves room beside it, several take the whole width
+    frame = "top" if len(patch.images) == 1 else "several"
+    body = f'<div class="{frame}">{viewers(patch, classes, anchor)}{about}</div>'
     return f'<article class="crop" id="{anchor}"><h3>{head}</h3>{body}</article>'
 
 
-def _done(done: Sequence[tuple[str, object]]) -> str:
+def _done(done: Done) -> str:
     if not done:
         return "nothing"
-    return "; ".join(f"{name} {as_text(given)}" if given else name for name, given in done)
+    return "; ".join(" ".join([name, *(f"{k} {as_text(v)}" for k, v in given.items())]) for name, given in done)
 
 
 def _patch_classes(patch: SeenPatch) -> str:

@@ -20,6 +20,7 @@ _VEIL = (*figures.UNKNOWN, 70)
 _STRIPE = (230, 230, 230, 150)
 _PERIOD = 10  # pixels between stripes
 _STRIPE_WIDTH = 2
+_FINE = 192  # pixels that a hatched slice has at least: stripes of one voxel of a small patch would be coarse
 
 
 def viewers(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
@@ -36,7 +37,6 @@ def _labelled(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
     layers = slice_positions(patch.codes.shape[0])
     shape = _slice_shape(patch.codes.shape[1:])
     codes = np.stack([figures.resize(patch.codes[z], shape, "nearest") for z in layers])
-    width, tall = shape[1], shape[0] * len(layers)
     height_nm, width_nm = _extent(patch.images[0].shape, patch.voxel_sizes[0])
     images = [_image(page.data_uri(_gray(patch.images[0], layers), 80), width_nm, height_nm * len(layers))]
     masks: dict[bytes, str] = {}
@@ -52,8 +52,7 @@ def _labelled(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
             key = kind.encode() + np.packbits(mask).tobytes()
             if key not in masks:  # classes of one crop are often known in the same voxels
                 masks[key] = f"{anchor}-{len(masks)}"
-                sprite = draw(mask).reshape(tall, width, 4)
-                uri = page.data_uri(sprite)
+                uri = page.data_uri(np.concatenate(list(draw(mask))))
                 defs.append(_image(uri, width_nm, height_nm * len(layers), f' id="{masks[key]}"'))
             use = f'class="over" data-kind="{kind}" data-class="{number}"{hidden}'
             images.append(f'<use {use} href="#{masks[key]}"/>')
@@ -171,6 +170,8 @@ def _filled(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def _hatched(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    factor = max(1, _FINE // max(mask.shape[1:]))
+    mask = mask.repeat(factor, axis=1).repeat(factor, axis=2)
     rows, columns = np.ogrid[: mask.shape[1], : mask.shape[2]]
     stripes = (rows + columns) % _PERIOD < _STRIPE_WIDTH
     layer = np.zeros((*mask.shape, 4), np.uint8)
