@@ -1,4 +1,4 @@
-"""What a run does beside training: random state, pictures, timing, progress, the step limit."""
+"""What a run does beside training: random state, the latest state, pictures, timing, progress, the step limit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from connectomics.data.loader import PatchLoader
 from connectomics.lightning.loggers import MetricsTable
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.panels import panel
@@ -24,6 +25,16 @@ from connectomics.lightning.panels import panel
 log = logging.getLogger(__name__)
 
 _RANDOM_KEY = "connectomics_random_state"
+_SUMS_KEY = "connectomics_epoch_sums"
+
+
+def _of_all(trainer: pl.Trainer, state: Any) -> list[Any]:
+    """The states of all processes, each of which hands in its own."""
+    if trainer.world_size == 1:
+        return [state]
+    gathered: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(gathered, state)
+    return gathered
 
 
 class RandomState(Callback):
@@ -34,12 +45,7 @@ class RandomState(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Every process hands in its state; Lightning calls this in all of them."""
-        states = [random_state()]
-        if trainer.world_size > 1:
-            gathered: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(gathered, states[0])
-            states = gathered
-        checkpoint[_RANDOM_KEY] = states
+        checkpoint[_RANDOM_KEY] = _of_all(trainer, random_state())
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -77,6 +83,94 @@ def set_random_state(state: dict[str, Any]) -> None:
     if torch.cuda.is_available():
         for device, value in enumerate(state["cuda"][: torch.cuda.device_count()]):
             torch.cuda.set_rng_state(value.cpu(), device)
+
+
+class LatestState(ModelCheckpoint):
+    """Keeps ``last.ckpt``, the latest state: after each epoch, and every ``every_n_steps`` optimizer steps within one.
+
+    Within an epoch it is written right after an optimizer step, so no gradients are pending, and never after an
+    epoch's last step: the state after the validation that follows is the one to keep. The row of ``metrics.csv`` of
+    that very step is written next; a process killed in between lacks it.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
+        # Lightning's own save_last writes only when a new best was found; to resume, the latest state is needed.
+        super().__init__(
+            dirpath=str(folder),
+            filename="last",
+            monitor=None,
+            save_top_k=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self._every = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after every so many optimizer steps."""
+        if self._every is None or trainer.should_stop or trainer.global_step % self._every:
+            return
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        last = batch_idx + 1 >= trainer.num_training_batches
+        if stepped and not last and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class EpochSums(Callback):
+    """Keeps what was logged of an epoch so far in a checkpoint within it, so that the means logged at the epoch's end
+    are of the whole epoch also in a resumed run. Lightning keeps it in memory only."""
+
+    def __init__(self) -> None:
+        self._pending: dict[str, dict[str, torch.Tensor]] = {}
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Hand in the sums of every process; nothing after an epoch's end, when they have been logged."""
+        progress = trainer.fit_loop.epoch_progress.current
+        if progress.ready == progress.processed:  # type: ignore[attr-defined]  # Lightning annotates the base class
+            return
+        sums = {
+            key: {name: metric.metric_state[name].detach().cpu() for name in metric.metric_state}
+            for key, metric in trainer.fit_loop.epoch_loop._results.items()
+            if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset
+        }
+        checkpoint[_SUMS_KEY] = _of_all(trainer, sums)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take this process's sums back; those of another number of processes cannot be told apart."""
+        states = checkpoint.get(_SUMS_KEY, [])
+        self._pending = dict(states[trainer.global_rank]) if len(states) == trainer.world_size else {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Once the first batch was logged, which makes the metrics, put the sums before it."""
+        results = trainer.fit_loop.epoch_loop._results
+        for key in [key for key in self._pending if key in results]:
+            metric, before = results[key], self._pending.pop(key)
+            for name, value in before.items():
+                now = getattr(metric, name)
+                both = (value.to(now.device), now)
+                if metric.meta.is_max_reduction or metric.meta.is_min_reduction:
+                    setattr(metric, name, metric.meta.reduce_fx(*both))
+                else:
+                    setattr(metric, name, both[0] + both[1])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """What was not logged again is of an epoch that is over."""
+        self._pending = {}
+
+
+class EndWorkers(Callback):
+    """Ends the loader's workers at once when training is interrupted: Lightning would wait for what they read."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ctrl-C, or an error anywhere."""
+        loader = trainer.train_dataloader
+        if isinstance(loader, PatchLoader):
+            loader.stop()
 
 
 class StepLimit(Callback):
@@ -141,6 +235,10 @@ class Timing(Callback):
         """Start the clock."""
         self._started = self._mark = time.perf_counter()
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here the loop waits for its first batch; an epoch that is resumed in its middle has no other start."""
+        self._mark = time.perf_counter()
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here the loop waits for its first batch."""
         self._mark = time.perf_counter()
@@ -199,6 +297,10 @@ class PlainProgress(Callback):
     def __init__(self, every_s: float = 30.0) -> None:
         self.every_s = every_s
         self._epoch_start = self._last = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock of an epoch that is resumed in its middle: it has no other start."""
+        self._epoch_start = self._last = time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the epoch's clock."""

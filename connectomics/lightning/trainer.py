@@ -14,6 +14,9 @@ from connectomics.config import RunConfig
 from connectomics.errors import ConfigError
 from connectomics.lightning.callbacks import (
     BestCheckpoint,
+    EndWorkers,
+    EpochSums,
+    LatestState,
     PicturePanel,
     PlainProgress,
     RandomState,
@@ -99,12 +102,13 @@ def _loggers(config: RunConfig, folder: Path) -> list[Logger]:
 def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:
     callbacks: list[Callback] = [
         RandomState(),
+        EndWorkers(),
         StepLimit(config.training.max_steps),
         RichProgressBar() if bar else PlainProgress(),
     ]
     if fast_dev_run:
         return callbacks
-    callbacks += [Timing(folder / "timing.json"), ResumeTable()]
+    callbacks += [Timing(folder / "timing.json"), ResumeTable(), EpochSums()]
     if config.logging.images and config.logging.use_tensorboard:
         callbacks.append(PicturePanel())
     _one_mode("checkpoint", config.checkpoint.mode)
@@ -115,18 +119,8 @@ def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bo
     if validate and config.checkpoint.save_top_k != 0:
         scored = _scored_checkpoint(config, folder / "checkpoints")
         callbacks += [BestCheckpoint(scored), scored]
-    if config.checkpoint.save_last or not validate:
-        # Lightning's own save_last writes only when a new best was found; to resume, the latest state is needed.
-        callbacks.append(
-            ModelCheckpoint(
-                dirpath=str(folder / "checkpoints"),
-                filename="last",
-                monitor=None,
-                save_top_k=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            )
-        )
+    if config.checkpoint.save_last or config.checkpoint.every_n_steps or not validate:
+        callbacks.append(LatestState(folder / "checkpoints", config.checkpoint.every_n_steps))
     return callbacks
 
 

@@ -1,0 +1,108 @@
+"""A tiny run over a `PatchLoader` that writes down which patches it trains on; also a script that kills itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from connectomics.config import RunConfig
+from connectomics.data.loader import PatchLoader
+from connectomics.data.sampling import PatchRequest, PatchSampler, SampledCrop
+from tests.lightning.synthetic_run import MadeUpData, Patches, tiny_config
+
+BATCHES = 7  # an epoch; with 2 accumulated, optimizer steps follow batches 1, 3, 5 and 6
+
+
+class Requested(Dataset[dict[str, torch.Tensor]]):
+    """Patches with noise from the request's seed."""
+
+    def __init__(self) -> None:
+        self._patches = Patches(50)
+
+    def __getitem__(self, request: PatchRequest) -> dict[str, torch.Tensor]:
+        _, epoch, position, _ = request.seed
+        sample = dict(self._patches[(5 * epoch + position) % 50])
+        noise = torch.randn(sample["image"].shape, generator=torch.Generator().manual_seed(1000 * epoch + position))
+        return {**sample, "image": sample["image"] + 0.1 * noise, "place": torch.tensor([epoch, position])}
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+class RequestedData(MadeUpData):
+    """As `MadeUpData`, with a sampler and workers."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(crops=1)
+        self._workers = workers
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        sampler = PatchSampler([SampledCrop("a", 1.0)], 2 * BATCHES + 1, classes=["mito"], seed=5)
+        return PatchLoader(
+            Requested(),
+            sampler,
+            batch_size=2,
+            collate=collate,
+            workers=self._workers,
+            start="fork" if self._workers == 1 else "forkserver",
+            persistent=self._workers > 1,
+        )
+
+
+class Diary(pl.Callback):
+    """Writes each step's patches into a file, and ends the process at a batch of an epoch."""
+
+    def __init__(self, file: Path, die_at: tuple[int, int] | None, how: str) -> None:
+        self.file, self.die_at, self.how = file, die_at, how
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == self.die_at:
+            if self.how == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ArithmeticError("killed")
+        row = [trainer.global_step, trainer.current_epoch, batch_idx, batch["place"].tolist()]
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def config_of(**changes: Any) -> RunConfig:
+    settings = {
+        "training__max_epochs": 3,
+        "training__accumulate_grad_batches": 2,
+        "checkpoint__every_n_steps": 3,
+        "scheduler__name": "cosine",
+        "logging__images": False,
+        "logging__use_tensorboard": False,
+    }
+    return tiny_config(**(settings | changes))
+
+
+def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: str = "raise", **changes: Any) -> None:
+    """Train in ``folder``, from its last checkpoint where there is one."""
+    from connectomics.lightning import trainer as trainer_module
+    from connectomics.lightning.train import train
+
+    build = trainer_module.build_trainer
+    diary = Diary(folder / "diary.txt", die_at, how)
+    folder.mkdir(exist_ok=True)
+    trainer_module.build_trainer = lambda *a, **k: build(*a, **k, callbacks=[diary])
+    last = folder / "checkpoints" / "last.ckpt"
+    try:
+        train(
+            config_of(**changes), folder, checkpoint=last if last.is_file() else None, datamodule=RequestedData(workers)
+        )
+    finally:
+        trainer_module.build_trainer = build
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), "SIGKILL")

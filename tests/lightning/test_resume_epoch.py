@@ -1,0 +1,95 @@
+"""A run that is killed in the middle of an epoch and resumed is, bit for bit, the run that nothing disturbed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from connectomics.lightning.checkpoints import read_checkpoint
+from tests.lightning.resume_run import BATCHES, run
+
+ROOT = Path(__file__).resolve().parents[2]
+#: what depends on the steps alone; timing does not
+COLUMNS = ("train/loss_step", "train/loss", "train/known", "train/lr", "val/dice", "val/er/iou", "step", "epoch")
+
+
+def trained_on(folder: Path) -> list[list[Any]]:
+    """The patches of every batch in order: of what was done twice, the last time."""
+    rows: dict[tuple[int, int], list[Any]] = {}
+    for line in (folder / "diary.txt").read_text().splitlines():
+        row = json.loads(line)
+        rows[row[1], row[2]] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def table(folder: Path, column: str) -> list[str]:
+    with (folder / "metrics.csv").open() as file:
+        return [row[column] for row in csv.DictReader(file) if row.get(column)]
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert trained_on(found) == trained_on(expected)
+    for column in COLUMNS:
+        assert table(found, column) == table(expected, column), column
+    states = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (found, expected)]
+    for name, value in states[1]["state_dict"].items():
+        assert torch.equal(states[0]["state_dict"][name], value), name
+    assert states[0]["global_step"] == states[1]["global_step"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    run(folder, workers=0)
+    return folder
+
+
+def test_the_undisturbed_run(undisturbed: Path) -> None:
+    """What the others are compared with: three epochs of seven batches, each patch as the sampler has it."""
+    places = [place for row in trained_on(undisturbed) for place in row[3]]
+    assert places == [[epoch, position] for epoch in range(3) for position in range(2 * BATCHES)]
+    assert table(undisturbed, "train/loss_step") != []
+    assert len(table(undisturbed, "train/loss")) == 3
+    assert read_checkpoint(undisturbed / "checkpoints" / "last.ckpt")["global_step"] == 12
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, workers: int) -> None:
+    """Resumed from steps 3 (batch 5 of epoch 0), 6 (batch 3 of epoch 1, twice) and 8 (the end of epoch 1)."""
+    folder = tmp_path / "run"
+    for die_at, step in (((0, 6), 3), ((1, 4), 6), ((1, 6), 6), ((2, 1), 8)):
+        with pytest.raises(ArithmeticError, match="killed"):
+            run(folder, workers, die_at)
+        assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
+    run(folder, workers)
+    assert_same(folder, undisturbed)
+
+
+def test_a_process_that_is_killed_goes_on_with_other_workers(undisturbed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "tests.lightning.resume_run", str(folder), "1", "1", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert len(list((folder / "checkpoints").glob("last*"))) == 1  # no half-written one beside it
+    torch.manual_seed(99)
+    run(folder, workers=0)
+    assert_same(folder, undisturbed)
+
+
+def test_with_a_limit_of_steps(tmp_path: Path) -> None:
+    """Lightning counts by steps then, and restores its loops by other rules."""
+    changes = {"training__max_steps": 10, "training__max_epochs": 100}
+    run(tmp_path / "whole", 0, **changes)
+    for die_at in ((1, 4), (2, 1)):
+        with pytest.raises(ArithmeticError, match="killed"):
+            run(tmp_path / "again", 0, die_at, **changes)
+    run(tmp_path / "again", 0, **changes)
+    assert_same(tmp_path / "again", tmp_path / "whole")
