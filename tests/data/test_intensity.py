@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from connectomics.data.intensity import KINDS, IntensityAugmentor, operations, recognise
 from connectomics.data.intensity.kinds import OPERATIONS
 from connectomics.errors import ConfigError, InputError, UnknownNameError
+from connectomics.report.augmentation_pictures import EDGE, SHEETS, draw
 
 NM = (8.0, 8.0, 8.0)
 ALL = {name: {"prob": 1} for name in KINDS}
@@ -553,6 +558,46 @@ def test_no_monai_is_needed() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+# --- documentation -----------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def _said(value: Any) -> str:
+    """A default as the page's table writes it."""
+    if isinstance(value, tuple) and isinstance(value[0], tuple):
+        return f"{value[0][0]:g} to {value[0][1]:g} by axis"
+    if isinstance(value, tuple):
+        return ", ".join(value) if isinstance(value[0], str) else f"{value[0]:g} to {value[1]:g}"
+    return f"{value:g}"
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_page_has_every_argument_with_its_default_and_a_picture(name: str) -> None:
+    page = (DOCS / "augmentations.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \[`{name}`\]\(#{name}\) .*$", page, re.M)
+    for argument in fields(KINDS[name]):
+        assert f"`{argument.name}` ({_said(getattr(KINDS[name](), argument.name))})" in row
+    assert f"(images/augmentations-{name}.png)" in page
+    assert (DOCS / f"images/augmentations-{name}.png").stat().st_size < 150_000
+
+
+def test_the_page_s_example_is_a_configuration() -> None:
+    page = (DOCS / "augmentations.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```yaml\n(.*?)```", page, re.S):
+        assert len(augmentor(**yaml.safe_load(example)["data"]["intensity"]).kinds) == 4
+
+
+def test_a_picture_shows_the_patch_and_three_strengths() -> None:
+    patch = texture((EDGE,) * 3)[0].numpy()
+    assert list(SHEETS) == list(KINDS)
+    for kind in ("missing_sections", "cutout"):
+        row = draw(kind, patch, NM)
+        assert row.shape[1] == 4 * EDGE + 3 * 4
+        columns = [row[16:, at : at + EDGE] for at in range(0, row.shape[1], EDGE + 4)]
+        assert all((columns[0][: EDGE // 2] != later[: EDGE // 2]).any() for later in columns[1:])
+
+
 # --- MONAI -------------------------------------------------------------------------------------------------------
 
 FLIP = {"keys": ["image", "label"], "prob": 0.5}
@@ -655,7 +700,7 @@ def test_pointwise_transforms_are_monai_s() -> None:
     ],
 )
 def test_random_draws_are_distributed_as_monai_s(name: str, arguments: dict[str, Any], measure: Any) -> None:
-    """Two samples of 300 draws, compared by Kolmogorov and Smirnov at one in ten thousand."""
+    """Two samples of 200 draws, compared by Kolmogorov and Smirnov at one in ten thousand."""
     import monai.transforms
     from scipy.stats import ks_2samp
 
@@ -666,7 +711,7 @@ def test_random_draws_are_distributed_as_monai_s(name: str, arguments: dict[str,
     additions, remaining = recognise({name: {"keys": ["image"], **arguments}})
     assert not remaining
     ours = augmentor(**additions)
-    n = 300
+    n = 200
     seeds = torch.arange(n)
     images, _ = ours(image.expand(n, *image.shape), None, seeds)
     a = [float(measure(torch.as_tensor(np.asarray(theirs({"image": image})["image"])), image)) for _ in range(n)]

@@ -84,7 +84,7 @@ class Stripes(Kind):
     name: ClassVar[str] = "stripes"
 
     amplitude: Amount = (0.05, 0.25)
-    width: Amount = (8.0, 40.0)
+    width: Amount = (4.0, 24.0)
     persistence: Amount = (20.0, 200.0)
     axis: Annotated[tuple[str, ...], Choices(("y", "x"))] = ("y", "x")
 
