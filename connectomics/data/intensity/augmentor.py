@@ -28,7 +28,8 @@ class IntensityAugmentor:
 
     What happens to a sample depends on its seed alone: not on the batch it comes in, on other samples, or on which
     other kinds are configured. Global random state is neither read nor changed. On the CPU a result is the same bit for
-    bit; a GPU draws other noise from the same seed, and everything else the same.
+    bit (with as many threads: means and powers may differ in the last bit otherwise); a GPU draws other noise from the
+    same seed, and everything else the same.
 
     Attributes:
         kinds: (name, kind), sorted by the order of application, then by name.
