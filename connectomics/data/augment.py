@@ -99,9 +99,14 @@ class PatchAugmentor:
     moves_labels: bool = False
 
     @classmethod
-    def of(cls, augmentations: Mapping[str, Any], patch_size: Sequence[int]) -> PatchAugmentor | None:
-        """From ``data.augmentations``; None where nothing is left to do in a worker. Errors as `build_augmentor`."""
-        spatial, remaining = SpatialAugmentor.split(augmentations, patch_size)
+    def of(
+        cls, augmentations: Mapping[str, Any], patch_size: Sequence[int], extent: Sequence[float] | None = None
+    ) -> PatchAugmentor | None:
+        """From ``data.augmentations``; None where nothing is left to do in a worker. Errors as `build_augmentor`.
+
+        ``extent``: voxels of the run (z y x) that the widest of further views covers, where there are any.
+        """
+        spatial, remaining = SpatialAugmentor.split(augmentations, patch_size, extent)
         _, remaining = recognise(remaining)
         others = build_augmentor(remaining, patch_size)
         if spatial is None and others is None:

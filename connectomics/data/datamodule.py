@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
@@ -93,7 +94,9 @@ class CellMapDataModule(pl.LightningDataModule):
 
     def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:
         cfg = self.config
-        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size) if mode == "train" else None
+        wide = [np.multiply(v.patch_size, np.divide(v.resolution, cfg.dataset.resolution)) for v in cfg.data.inputs]
+        extent = np.max([cfg.data.patch_size, *wide], axis=0).tolist()
+        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, extent) if mode == "train" else None
         return CellMapMultiClassDataset.of_crops(
             crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, patch_options(cfg)
         )
