@@ -139,7 +139,7 @@ class Catalog:
         root = str(root).rstrip("/")
         if not store.exists(root, options):
             raise MissingError(f"no data root at {root}; give the folder that holds {{dataset}}/{{dataset}}.zarr")
-        catalog = cls(root, options)
+        catalog = cls(root, options.resolved())
         if not catalog.datasets:
             raise MissingError(
                 f"{root} holds no data set: expected folders {{dataset}}/{{dataset}}.zarr/recon-1, "

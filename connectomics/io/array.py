@@ -65,7 +65,7 @@ class StoredArray:
 
     def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> None:
         self.location = normalize(location)
-        self.options = options
+        self.options = options.resolved()
         self._opened: tuple[int, Any, Any] | None = None
         meta = read_json(join(self.location, ".zarray"), options)
         self.zarr_format = 2

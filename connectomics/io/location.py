@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from connectomics.errors import InputError, MissingError
@@ -58,6 +58,11 @@ class StoreOptions:
     def s3_region(self) -> str:
         """The region in force: the option, else the environment, else ``us-east-1``."""
         return self.region or os.environ.get("AWS_REGION") or "us-east-1"
+
+    def resolved(self) -> StoreOptions:
+        """With the endpoint and the region that are in force now: a process that gets these options may have another
+        environment (a fork server keeps that of its own start)."""
+        return replace(self, endpoint=self.s3_endpoint, region=self.s3_region)
 
     @property
     def attempt_timeout(self) -> float:

@@ -99,14 +99,6 @@ def message(bucket: str, key: str, reason: str, denied: bool = False) -> str:
 
 
 # -- obstore ---------------------------------------------------------------------------------------------------------
-def client(bucket: str, options: StoreOptions) -> S3Store:
-    """The bucket's obstore client, for processes that are not forked from one that used obstore."""
-    store = _store(bucket, options)
-    if store is None:
-        raise StoreError(f"cannot use obstore for s3://{bucket} in a forked process; start it with 'forkserver'")
-    return store
-
-
 def _store(bucket: str, options: StoreOptions) -> S3Store | None:
     """The bucket's client in this process; None in a child that must not have one."""
     global _obstore_process

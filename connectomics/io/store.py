@@ -99,8 +99,6 @@ def read_attrs(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> d
     raise MissingError(f"no Zarr group or array at {location}: neither .zgroup, .zarray nor zarr.json is there")
 
 
-s3_store = s3.client
-
 __all__ = [
     "DEFAULT_OPTIONS",
     "Location",
@@ -116,6 +114,5 @@ __all__ = [
     "read_attrs",
     "read_bytes",
     "read_json",
-    "s3_store",
     "split_s3",
 ]
