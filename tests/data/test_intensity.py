@@ -665,6 +665,17 @@ def test_only_what_comes_last_is_taken_and_only_where_values_stay_in_bounds() ->
     assert remaining == {"NormalizeIntensityd": None}
 
 
+def test_what_the_fused_pass_takes_first_changes_nothing() -> None:
+    """The device asks with all transforms, the loader with those that its spatial pass left: both must agree."""
+    both = {"keys": ["image", "label"], "prob": 0.5}
+    fused = {
+        n: both for n in ("RandFlipd", "RandRotate90d", "RandAffined", "RandZoomd", "Rand3DElasticd", "RandFlipd_2")
+    }
+    rest = {"RandGaussianNoised": {"keys": ["image"]}, "RandAdjustContrastd": {"keys": ["image"]}}
+    assert recognise({**fused, **rest})[0] == recognise(rest)[0]
+    assert set(recognise(rest)[0]) == {"noise_monai", "gamma_monai"}
+
+
 def test_smoothing_is_monai_s_away_from_the_border() -> None:
     from monai.transforms import GaussianSmooth
 
