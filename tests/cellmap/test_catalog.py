@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.summary import summarize
+from connectomics.cli import main
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import (
     ConnectomicsError,
@@ -24,7 +26,9 @@ from connectomics.errors import (
     MissingError,
     UnknownNameError,
 )
+from connectomics.io import StoreOptions
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
+from tests.s3_server import FaultyProxy, FolderServer
 
 
 def one_line(error: pytest.ExceptionInfo[ConnectomicsError]) -> str:
@@ -219,3 +223,67 @@ def test_held_out_masks_of_instance_classes_become_instances(tmp_path: Path) -> 
     assert truth.shape == (8, 8, 20)
     assert set(np.unique(truth)) == {0, 1, 2}
     np.testing.assert_array_equal(truth > 0, mask[:, :, 60:] > 0)
+
+
+def test_raw_chunks_that_are_not_stored_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A partial download: raw of 2 x 2 x 2 chunks and its level of half the resolution, a crop under four of them."""
+    grid = grid_of((128, 128, 128))
+    raw = write_raw(tmp_path, "set-a", np.ones(grid.shape, np.uint8), grid, levels=2)
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((32, 32, 32), np.uint8), grid_of((32, 32, 32), start=256.0))
+    label = grid_of((32, 100, 100))
+    write_label(tmp_path, "set-a", "crop2", "mito", np.ones(label.shape, np.uint8), label)
+    (raw / "s0/0/1/1").unlink()
+    (raw / "s0/1/1/1").unlink()
+    crop1, crop2 = Catalog.open(str(tmp_path)).crops()
+    assert crop1.missing_raw(crop1.grid) == (0, 1, None)
+    assert crop2.missing_raw(crop2.grid) == (1, 4, str(raw / "s0/0/1/1"))
+    (dataset,) = summarize(str(tmp_path))["datasets"]
+    assert dataset["raw_chunks"] == {"missing": 1, "total": 5}
+    assert dataset["crops"][1]["raw_chunks"] == {"missing": 1, "total": 4, "first_missing": "s0/0/1/1"}
+    (coarse,) = summarize(str(tmp_path), voxel_size=(16.0, 16.0, 16.0))["datasets"]
+    assert coarse["raw_chunks"] == {"missing": 0, "total": 2}
+    assert main(["describe", str(tmp_path)]) == 0
+    assert "raw chunks stored 3 of 4 (first missing: s0/0/1/1)" in capsys.readouterr().out
+    assert main(["describe", str(tmp_path), "--json", "--voxel-size", "8"]) == 0
+    (dataset,) = json.loads(capsys.readouterr().out)["datasets"]
+    assert dataset["crops"][1]["raw_chunks"]["missing"] == 1
+    assert main(["describe", str(tmp_path), "--voxel-size", "x"]) != 0
+    assert "--voxel-size must be one number or three" in capsys.readouterr().err
+
+
+def test_options_go_down_and_are_no_part_of_what_a_crop_is(tmp_path: Path) -> None:
+    root = str(plain_root(tmp_path))
+    options = StoreOptions(cache_bytes=1 << 20, threads=2)
+    (plain,), (crop,) = Catalog.open(root).crops(), Catalog.open(root, options).crops()
+    assert crop == plain
+    assert hash(crop) == hash(plain)
+    for each in (crop, pickle.loads(pickle.dumps(crop))):
+        label = each.labels["mito"]
+        for read_by in (each.options, label.options):
+            assert (read_by.cache_bytes, read_by.threads) == (1 << 20, 2)
+        for array in (*each.raw_source._arrays, *label.source._arrays):
+            assert array.options.cache_bytes == 1 << 20
+
+
+def test_a_root_on_s3_reads_like_one_on_disk(tmp_path: Path) -> None:
+    """Catalog, grids, annotations and the summary, over a server that answers late and fails at times."""
+    root = plain_root(tmp_path / "root")
+    write_label(root, "set-a", "crop2", "nuc", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    (zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8/s0/0/0/0").unlink()
+    with FolderServer(tmp_path) as server, FaultyProxy(server.endpoint, 0.01, 1 / 10) as proxy:
+        options = StoreOptions(endpoint=proxy.endpoint)
+        remote, local = Catalog.open("s3://public/root", options), Catalog.open(str(root))
+        assert remote.datasets == local.datasets
+        for one, other in zip(remote.crops(), local.crops(), strict=True):
+            assert (one.key, one.grid, one.box, list(one.labels)) == (
+                other.key,
+                other.grid,
+                other.box,
+                list(other.labels),
+            )
+            missing, total, first = one.missing_raw(one.grid)
+            assert (missing, total) == other.missing_raw(other.grid)[:2] == (1, 1)
+            assert first == "s3://public/root/set-a/set-a.zarr/recon-1/em/fibsem-uint8/s0/0/0/0"
+            for name, label in one.labels.items():
+                assert label.annotation == other.labels[name].annotation
+        assert proxy.failed.total() > 0
