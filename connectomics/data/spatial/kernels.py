@@ -118,7 +118,7 @@ def _careful(raw, shape, inside, codes, codes_shape, shift, z, y, x):  # type: i
     near_z, near_y, near_x = near_z + shift[0], near_y + shift[1], near_x + shift[2]
     if 0 <= near_z < codes_shape[0] and 0 <= near_y < codes_shape[1] and 0 <= near_x < codes_shape[2]:
         code = np.uint32(codes[np.uint64((near_z * codes_shape[1] + near_y) * codes_shape[2] + near_x)])
-    return total / (weights * np.float32(255.0)), code
+    return min(total / (weights * np.float32(255.0)), np.float32(1.0)), code
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
@@ -183,23 +183,23 @@ def _image_inside(raw, plane, width, first, at, n, index, share, image):  # type
         share[1, i] = at[1, i] - np.float32(low_y)
         share[2, i] = at[2, i] - np.float32(low_x)
         index[i] = np.int64(low_z) * plane + np.int64(low_y) * width + np.int64(low_x)
-    unit = np.float32(1.0 / 255.0)
-    one, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
+    unit, one = np.float32(1.0 / 255.0), np.float32(1.0)
+    following, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
     for i in range(n):
         j = np.uint64(first + index[i])
         z, y, x = share[0, i], share[1, i], share[2, i]
-        a, b = np.float32(raw[j]), np.float32(raw[j + one])
-        c, d = np.float32(raw[j + right]), np.float32(raw[j + right + one])
+        a, b = np.float32(raw[j]), np.float32(raw[j + following])
+        c, d = np.float32(raw[j + right]), np.float32(raw[j + right + following])
         j += down
-        e, f = np.float32(raw[j]), np.float32(raw[j + one])
-        g, h = np.float32(raw[j + right]), np.float32(raw[j + right + one])
+        e, f = np.float32(raw[j]), np.float32(raw[j + following])
+        g, h = np.float32(raw[j + right]), np.float32(raw[j + right + following])
         a += x * (b - a)
         c += x * (d - c)
         e += x * (f - e)
         g += x * (h - g)
         a += y * (c - a)
         e += y * (g - e)
-        image[i] = (a + z * (e - a)) * unit
+        image[i] = min((a + z * (e - a)) * unit, one)  # rounding may pass 1
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)

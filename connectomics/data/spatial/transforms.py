@@ -1,7 +1,7 @@
 """MONAI's random spatial transforms as draws of a `CoordinateMap`, with the distributions of MONAI 1.6.
 
 Each has ``draw(rng, half)``: the map of one draw, or None where the transform does not take place (probability
-``prob``), and ``reach(half)``: how far from the centre the source of any offset within ``half`` (3,) can be, axis by axis.
+``prob``), and ``reach(half)``: how far from the centre the source of any offset within ``half`` (3,) can be.
 """
 
 from __future__ import annotations
