@@ -198,7 +198,7 @@ def _without_noise() -> Iterator[None]:
         r"The number of training batches .* is smaller than the logging interval",
         r"Checkpoint directory .* exists and is not empty",
         r"The `srun` command is available",
-        r"You have overridden `transfer_batch_to_device` in `LightningModule`",
+        r"You have overridden `\w+` in `LightningModule`",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     )
     chatter = logging.getLogger("pytorch_lightning")
