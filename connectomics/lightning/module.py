@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,13 +15,16 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, config_to_dict
+from connectomics.data.intensity import IntensityAugmentor, recognise
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
+from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.val_score import ChallengeScore, check_monitors
+from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
 
@@ -90,13 +94,14 @@ def inference_window(config: RunConfig) -> list[int]:
 class ConnectomicsModule(pl.LightningModule):
     """Trains and validates the network of a run.
 
-    A training batch is ``{"image": (B, 1, D, H, W) float32, "label": (B, C, D, H, W) float32, "known": (B, C, D, H, W)
-    bool}``; a validation batch is a list of whole crops (`ValidationCrop`, or None for "none left for this process").
+    A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`); a
+    validation batch is a list of whole crops (`ValidationCrop`, or None for "none left for this process").
 
     Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
     of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
     the known voxels of all validation crops (see `PooledCounts` for which classes count); with ``training.val_score``
-    also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`.
+    also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`. Counts of the patches of an epoch, exact:
+    ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``, see `ClassCounts`.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -122,6 +127,11 @@ class ConnectomicsModule(pl.LightningModule):
         self.window = inference_window(config)
         check_schedule(config)
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
+        recognised, _ = recognise(config.data.augmentations)  # of MONAI's, what the loader leaves to the device
+        self.intensity = IntensityAugmentor.from_config(
+            {**recognised, **config.data.intensity}, config.dataset.resolution
+        )
+        self.seen = ClassCounts(self.classes)  # in this epoch so far
         self.counts = PooledCounts(config.channels)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
@@ -140,9 +150,13 @@ class ConnectomicsModule(pl.LightningModule):
     # -- training ----------------------------------------------------------------------------------------------------
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch, over known voxels; zero, with a graph, where nothing is known."""
-        result = self.loss(self(batch["image"]), batch["label"], batch["known"])
-        size = batch["image"].shape[0]
-        means = {"train/loss": result.total.detach(), "train/known": batch["known"].float().mean()}
+        labels = labels_of(batch)
+        result = self.loss(self._logits(batch), labels)
+        tally = labels.tally()
+        self.seen.add(tally)
+        known = tally[-1].sum() / math.prod(labels.shape)
+        size = labels.batch
+        means = {"train/loss": result.total.detach(), "train/known": known}
         means |= {f"train/{name}": value for name, value in result.parts.items()}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("train/loss_step", result.total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
@@ -150,6 +164,30 @@ class ConnectomicsModule(pl.LightningModule):
             "train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=1
         )
         return result.total
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the network says of a training batch, see `forward`."""
+        return self(batch["image"])
+
+    def on_train_epoch_end(self) -> None:
+        """Log what was counted, and begin a new count.
+
+        To the loggers themselves: Lightning's own way rounds to float32, which is exact up to 16 million voxels only.
+        """
+        # Lightning takes an epoch's means over processes when they are first read, which the first process alone may
+        # have done by now, for its progress line: the others join in here, before they meet for the counts.
+        _ = self.trainer.callback_metrics
+        metrics = self.seen.metrics(self._of_all_processes(self.seen.values))
+        self.seen.reset()
+        for logger in self.trainer.loggers:  # at the step at which Lightning logs the epoch's means
+            logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
+
+    def _of_all_processes(self, counts: Tensor) -> Tensor:
+        """Counts of all processes added up; ``counts`` themselves stay as they are."""
+        total = counts.to(self.device, copy=True)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer; its learning rate is set before each batch, see `on_train_batch_start`."""
@@ -178,8 +216,17 @@ class ConnectomicsModule(pl.LightningModule):
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Crops stay as they are: they are read, and moved, window by window."""
         if isinstance(batch, Mapping):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+            labels_of(batch)  # checks the codes here, in host memory: on a GPU that would make each step wait
+            moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return {**moved, "seed": batch["seed"]} if "seed" in batch else moved  # read by the host
         return batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment the image of a packed training batch; kinds that move the image against its labels move both."""
+        if self.intensity is None or not self.trainer.training or not {"codes", "seed"} <= batch.keys():
+            return batch
+        image, codes = self.intensity(batch["image"], batch["codes"], batch["seed"])
+        return {**batch, "image": image, "codes": codes}
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
@@ -251,9 +298,7 @@ class ConnectomicsModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Pool the counts of all processes and log the scores."""
-        total = self.trainer.strategy.reduce(self.counts.values.to(self.device), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        scores = PooledCounts.scores(total)
+        scores = PooledCounts.scores(self._of_all_processes(self.counts.values))
         dice, iou = scores.mean_dice, scores.mean_iou
         if dice is None:
             self._say_once(
@@ -273,9 +318,7 @@ class ConnectomicsModule(pl.LightningModule):
         self.log_dict(values, sync_dist=True, batch_size=1)
 
     def _challenge_scores(self, challenge: ChallengeScore) -> dict[str, float]:
-        total = self.trainer.strategy.reduce(challenge.values.to(self.device), reduce_op="sum")
-        assert isinstance(total, Tensor)
-        values = challenge.scores(total)
+        values = challenge.scores(self._of_all_processes(challenge.values))
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
             self._say_once(
@@ -307,7 +350,15 @@ class ConnectomicsModule(pl.LightningModule):
             "classes": list(self.classes),
             "voxel_size": [float(v) for v in self.config.dataset.resolution],  # nm, z y x
             "config": config_to_dict(self.config),
+            "seen": self._of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting patches in the middle of the epoch: the first process takes over what all have counted."""
+        self.seen.reset()
+        counted = checkpoint[CHECKPOINT_KEY].get("seen")  # older checkpoints are of the end of an epoch
+        if counted is not None and self.trainer.is_global_zero:
+            self.seen.load(counted)
 
 
 def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:

@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from connectomics.errors import ConnectomicsError, InputError, unknown_name
+from connectomics.models.labels import Labels
 
 
 @dataclass(frozen=True)
@@ -42,27 +44,27 @@ class LossResult:
 
 @dataclass(frozen=True)
 class _Known:
-    """One batch at one size, flattened: (C, voxels of all samples). Values at unknown voxels are zero."""
+    """A class of a batch at one size: the voxels of all samples in a row (N,). Values at unknown voxels are zero."""
 
     logits: Tensor  # float32
     target: Tensor  # float32, 0..1
     known: Tensor  # float32, 0 or 1
-    count: Tensor  # (C,) number of known voxels
+    count: Tensor  # (), number of known voxels
 
     def mean(self, values: Tensor) -> Tensor:
-        """Per class, the mean over known voxels; ``values`` (C, voxels) must be zero where unknown. 0 if none."""
-        return values.sum(1) / self.count.clamp(min=1)
+        """The mean over known voxels; ``values`` (N,) must be zero where unknown. 0 if none is known."""
+        return values.sum() / self.count.clamp(min=1)
 
 
 class ClassLoss(nn.Module):
-    """A loss that gives one value per class (C,) from the known voxels."""
+    """A loss that gives one value () from the known voxels of a class."""
 
     @abstractmethod
     def forward(self, batch: _Known) -> Tensor: ...
 
 
 class TverskyLoss(ClassLoss):
-    """1 - TP / (TP + alpha FP + beta FN) per class (arXiv:1706.05721).
+    """1 - TP / (TP + alpha FP + beta FN) (arXiv:1706.05721).
 
     With p the probability and y the target, TP is the mean over known voxels of min(p, y), FP of p - min(p, y), FN of
     y - min(p, y): the usual p y for 0/1 labels, and minimal at p = y for fractions (arXiv:2303.16296). ``smooth`` is a
@@ -84,14 +86,14 @@ class TverskyLoss(ClassLoss):
 
 
 class DiceLoss(TverskyLoss):
-    """1 - 2 TP / (2 TP + FP + FN) per class: `TverskyLoss` with alpha = beta = 1/2 (arXiv:1606.04797)."""
+    """1 - 2 TP / (2 TP + FP + FN): `TverskyLoss` with alpha = beta = 1/2 (arXiv:1606.04797)."""
 
     def __init__(self, smooth: float = 1e-4) -> None:
         super().__init__(alpha=0.5, beta=0.5, smooth=smooth)
 
 
 class BCEWithLogitsLoss(ClassLoss):
-    """Binary cross entropy per class, mean over known voxels; ``pos_weight`` weighs the present voxels."""
+    """Binary cross entropy, mean over known voxels; ``pos_weight`` weighs the present voxels."""
 
     def __init__(self, pos_weight: float = 1.0) -> None:
         super().__init__()
@@ -160,6 +162,10 @@ class MaskedLoss(nn.Module):
     Coarser outputs weigh 1/2, 1/4, ... of the full size (as in nnU-Net); per class the weights are divided by their
     sum over the sizes at which the class has known voxels, so that a class known in a small region only, too small to
     fill a coarse voxel, counts as much as the others.
+
+    Classes are looked at one after another: labels are unpacked, and intermediate values kept, for one at a time. Each
+    class's gradient is found along with its value, so that backward needs no more than the gradient itself: 4 bytes a
+    voxel and class, where the steps of two losses would keep about 20. There is no second derivative.
     """
 
     def __init__(self, losses: Mapping[str, ClassLoss], weights: Mapping[str, float]) -> None:
@@ -167,56 +173,89 @@ class MaskedLoss(nn.Module):
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
 
-    def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor, known: Tensor) -> LossResult:
+    def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
         """The loss of a batch, computed in float32 whatever the autocast state.
 
         Args:
             logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
-            label: (B, C, D, H, W) float, 0..1; anything where unknown.
-            known: (B, C, D, H, W) bool.
+            labels: of the same B, C, D, H, W; tensors at hand are `DenseLabels(label, known)`.
 
         Raises:
             InputError: the shapes do not fit each other.
         """
         outputs = [logits] if isinstance(logits, Tensor) else list(logits)
-        if label.shape != known.shape or not outputs or outputs[0].shape != label.shape:
+        if not outputs or tuple(outputs[0].shape) != labels.shape:
             found = tuple(outputs[0].shape) if outputs else "none"
             raise InputError(
-                "logits, label and known must have one shape (B, C, D, H, W), found logits "
-                f"{found}, label {tuple(label.shape)}, known {tuple(known.shape)}"
+                f"logits and labels must have one shape (B, C, D, H, W), found logits {found}, labels {labels.shape}"
             )
-        known = known.bool()
-        with torch.autocast(label.device.type, enabled=False):
-            label = torch.where(known, label.float(), 0.0)
-            values: dict[str, list[Tensor]] = {name: [] for name in self.losses}
-            level_weights: list[Tensor] = []
-            for level, output in enumerate(outputs):
-                if output.shape[2:] != label.shape[2:]:
-                    label, known = downsample(label, known, output.shape[2:])
-                batch = _flatten(output, label, known)
-                level_weights.append((batch.count > 0).float() * 0.5**level)
-                for name, loss in self.losses.items():
-                    values[name].append(loss(batch))
-            weight = torch.stack(level_weights)  # (levels, C)
-            any_known = (weight[0] > 0).float()  # known on a coarse level implies known on the finest
-            weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
-            total = outputs[0].new_zeros((), dtype=torch.float32)
-            parts: dict[str, Tensor] = {}
-            for name, levels in values.items():
-                per_class = (torch.stack(levels) * weight).sum(0)
-                value = (per_class * any_known).sum() / any_known.sum().clamp(min=1)
-                parts[name] = value.detach()
-                total = total + self.weights[name] * value
-        return LossResult(total, parts)
+        wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
+        # float32 also for halves: the scale that keeps halves from vanishing comes only with backward
+        gradients = [torch.empty_like(output, dtype=torch.float32) for output in outputs] if wanted else []
+        factors = outputs[0].new_tensor([self.weights[name] for name in self.losses], dtype=torch.float32)
+        values, known = [], []
+        with torch.autocast(labels.device.type, enabled=False):
+            for channel in range(labels.channels):
+                with torch.set_grad_enabled(wanted):
+                    leaves = [output.detach()[:, channel].float().requires_grad_(wanted) for output in outputs]
+                    value, any_known = self._of_class(leaves, *labels.of(channel))
+                    if wanted:
+                        slopes = torch.autograd.grad((value * factors).sum(), leaves)
+                        for gradient, slope in zip(gradients, slopes, strict=True):
+                            gradient[:, channel] = slope
+                values.append(value.detach())
+                known.append(any_known)
+            share = 1 / torch.stack(known).sum().clamp(min=1)  # of a class in the mean over classes
+            means = torch.stack(values).sum(0) * share  # by loss; a class of which nothing is known has zeros
+            total = (means * factors).sum()
+        if wanted:
+            total = _WithGradients.apply(total, share, len(gradients), *gradients, *outputs)
+        return LossResult(total, dict(zip(self.losses, means, strict=True)))
+
+    def _of_class(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of a class by loss (L,), zero where nothing is known, and whether anything is, bool ().
+
+        ``logits`` by level, label and known: (B, D, H, W).
+        """
+        label, known = label[:, None], known[:, None]
+        levels = []
+        for level in logits:
+            if level.shape[1:] != label.shape[2:]:
+                label, known = downsample(label, known, level.shape[1:])
+            # `where` and not a product: NaN times zero is NaN, in the value and in the gradient.
+            row = torch.where(known, level[:, None], 0.0).reshape(-1)
+            target = torch.where(known, label, 0.0).reshape(-1)
+            levels.append(_Known(row, target, known.reshape(-1).float(), known.sum()))
+        # known on a coarse level implies known on the finest
+        weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])
+        any_known = weight[0] > 0
+        weight = weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        values = torch.stack([torch.stack([loss(level) for level in levels]) for loss in self.losses.values()])
+        return (values * weight).sum(1), any_known
 
 
-def _flatten(logits: Tensor, label: Tensor, known: Tensor) -> _Known:
-    channels = logits.shape[1]
-    flat_known = known.transpose(0, 1).reshape(channels, -1)
-    # `where` and not a product: NaN times zero is NaN, in the value and in the gradient.
-    flat_logits = torch.where(flat_known, logits.float().transpose(0, 1).reshape(channels, -1), 0.0)
-    flat_label = torch.where(flat_known, label.transpose(0, 1).reshape(channels, -1), 0.0)
-    return _Known(flat_logits, flat_label, flat_known.float(), flat_known.sum(1))
+class _WithGradients(torch.autograd.Function):
+    """A value whose gradients are known already: ``share`` times those that are handed in."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        """``tensors``: ``count`` gradients, then as many tensors that they are the gradients of."""
+        ctx.save_for_backward(share, *tensors[:count])
+        ctx.dtypes = [tensor.dtype for tensor in tensors[count:]]
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients times what comes from above, in the type of the tensors."""
+        share, *gradients = ctx.saved_tensors
+        factor = share * upstream
+        wanted = ctx.needs_input_grad[3 + len(gradients) :]
+        results: list[Tensor | None] = []
+        for gradient, dtype, needed in zip(gradients, ctx.dtypes, wanted, strict=True):
+            into = torch.empty_like(gradient, dtype=dtype) if needed else None
+            results.append(None if into is None else torch.mul(gradient, factor, out=into))
+        return (None, None, None, *[None] * len(gradients), *results)
 
 
 def downsample(label: Tensor, known: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,14 @@ def world_label(grid: VoxelGrid) -> NDArray[np.float32]:
 
 
 class Patches(Dataset[dict[str, torch.Tensor]]):
-    """Patches at fixed places; class 1 is known in every second patch only, and nothing in those of ``unknown``."""
+    """Patches at fixed places; class 1 is known in every second patch only, and nothing in those of ``unknown``.
+
+    Labels travel packed: codes 0 to 3 are known voxels of neither class, of class 0, of class 1, of both, and 4 to 7
+    the same where class 1 is unknown; 8 is unknown.
+    """
+
+    PRESENT = torch.tensor([[0, 1, 0, 1, 0, 1, 0, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0]]).bool()
+    KNOWN = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]]).bool()
 
     def __init__(self, count: int, unknown: tuple[int, ...] = ()) -> None:
         self.count, self.unknown = count, unknown
@@ -66,14 +73,15 @@ class Patches(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         grid = VoxelGrid(VOXEL, (index * 60.0, index * 35.0, index * 20.0), (SIDE,) * 3)
         label = world_label(grid)
-        known = np.ones(label.shape, np.bool_)
-        known[1] = index % 2 == 0
-        known &= index not in self.unknown
-        label[~known] = np.nan
+        codes = (label[0] + 2 * label[1] + 4 * (index % 2)).astype(np.uint8)
+        if index in self.unknown:
+            codes[:] = 8
         return {
             "image": torch.from_numpy(world_image(grid)[None]),
-            "label": torch.from_numpy(label),
-            "known": torch.from_numpy(known),
+            "codes": torch.from_numpy(codes),
+            "present": self.PRESENT,
+            "known_states": self.KNOWN,
+            "seed": torch.tensor(index),
         }
 
 

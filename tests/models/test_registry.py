@@ -18,6 +18,7 @@ from connectomics.models import (
     list_models,
     required_multiple,
 )
+from connectomics.models.labels import DenseLabels
 from connectomics.models.losses import build_loss
 
 # The smallest of each that is still the same network.
@@ -58,7 +59,7 @@ def test_each_network_takes_a_training_step(name: str) -> None:
     assert isinstance(logits, list) == deep
     assert outputs[0].shape == label.shape
     assert [o.shape[2] for o in outputs] == [side // 2**k for k in range(len(outputs))]
-    build_loss(["DiceLoss", "BCEWithLogitsLoss"])(logits, label, known).total.backward()
+    build_loss(["DiceLoss", "BCEWithLogitsLoss"])(logits, DenseLabels(label, known)).total.backward()
     for parameter in network.parameters():  # every one that can learn does: data-parallel training hangs otherwise
         if parameter.requires_grad:
             assert parameter.grad is not None
