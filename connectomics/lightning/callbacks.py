@@ -174,10 +174,15 @@ class EndWorkers(Callback):
 
 
 class StepLimit(Callback):
-    """Ends training at ``training.max_steps`` with a validation; Lightning's own limit would end it without one."""
+    """Ends training at ``training.max_steps`` with a validation; Lightning's own limit would end it without one, and a
+    run that is resumed from the end of an epoch would go through that epoch's end again."""
 
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
+
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """A run that is resumed may have done all its steps."""
+        self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Ask for the end once the last step is done."""

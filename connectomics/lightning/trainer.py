@@ -62,7 +62,7 @@ def build_trainer(
         strategy=chosen.strategy,
         precision="32-true" if chosen.precision == "32" else chosen.precision,  # type: ignore[arg-type]
         max_epochs=training.max_epochs,
-        max_steps=training.max_steps,
+        max_steps=-1,  # `StepLimit` does it; with a limit of its own Lightning restores its loops wrongly
         gradient_clip_val=training.gradient_clip_val or None,
         accumulate_grad_batches=training.accumulate_grad_batches,
         check_val_every_n_epoch=training.val_every_n_epochs,

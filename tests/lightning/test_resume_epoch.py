@@ -18,7 +18,7 @@ from tests.lightning.resume_run import BATCHES, run
 
 ROOT = Path(__file__).resolve().parents[2]
 #: what depends on the steps alone; timing does not
-COLUMNS = ("train/loss_step", "train/loss", "train/known", "train/lr", "val/dice", "val/er/iou", "step", "epoch")
+COLUMNS = ("train/loss_step", "train/loss", "train/known", "train/lr", "val/dice", "data/mito/patches", "step", "epoch")
 
 
 def trained_on(folder: Path) -> list[list[Any]]:
@@ -85,11 +85,16 @@ def test_a_process_that_is_killed_goes_on_with_other_workers(undisturbed: Path, 
 
 
 def test_with_a_limit_of_steps(tmp_path: Path) -> None:
-    """Lightning counts by steps then, and restores its loops by other rules."""
-    changes = {"training__max_steps": 10, "training__max_epochs": 100}
+    """Killed within an epoch, and at the begin of the third; the last epoch ends early, and resuming does no step."""
+    changes = {"training__max_steps": 10, "training__max_epochs": 5}
     run(tmp_path / "whole", 0, **changes)
     for die_at in ((1, 4), (2, 1)):
         with pytest.raises(ArithmeticError, match="killed"):
             run(tmp_path / "again", 0, die_at, **changes)
-    run(tmp_path / "again", 0, **changes)
-    assert_same(tmp_path / "again", tmp_path / "whole")
+    for _ in range(2):
+        run(tmp_path / "again", 0, **changes)
+        assert_same(tmp_path / "again", tmp_path / "whole")
+    further = changes | {"training__max_steps": 13}
+    run(tmp_path / "again", 0, **further)
+    assert trained_on(tmp_path / "again")[-1][:3] == [12, 3, 5]
+    assert trained_on(tmp_path / "again")[-6][3] == [[3, 0], [3, 1]]  # epoch 2 stays as short as it was
