@@ -79,7 +79,7 @@ def _print_summary(found: Inspection) -> None:
     rate, flow = speed.patches_per_s, speed.bytes_per_s
     if rate is not None and flow is not None:
         print(
-            f"loader: {rate:.3g} patches/s, {size(flow)}/s with {speed.workers} workers "
+            f"loader: {rate:.3g} patches/s, {size(flow)}/s with {speed.workers} worker{'s' * (speed.workers != 1)} "
             f"(first batch {speed.first_s:.1f} s)"
         )
     if speed.memory:

@@ -20,28 +20,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from connectomics.config import RunConfig, config_to_dict
-from connectomics.data.arrays import CropArrays
-from connectomics.data.augment import PatchAugmentor
 from connectomics.data.cache import CropCache, cache_folder
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.intensity import IntensityAugmentor, recognise
-from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
-from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.report.crops import Progress
 from connectomics.report.inspect.loader import LoaderSpeed, take
 from connectomics.report.inspect.numbers import (
     LabelNumbers,
-    MissingRaw,
     ValueRange,
     by_class,
     image_warnings,
     label_warnings,
 )
+from connectomics.report.inspect.raw import MissingRaw, RawShare, missing_raw, where_raw_is
+
+_MOST_WARNINGS = 12  # about images, one by one
 
 Done = tuple[tuple[str, Mapping[str, Any]], ...]  # what was done to a patch: name, parameters
 
@@ -58,7 +56,7 @@ class SeenPatch:
         images: float32 (D, H, W), the run's view first. voxel_sizes: of each, nm, z y x.
         codes: (D, H, W). present, known: bool (C, K): what the codes mean.
         values: of each image. labels: the patch in numbers.
-        no_raw: share of the voxels without raw; None where a transform after the reading moved them.
+        raw: of each image, where there is raw; None where a transform after the reading moved it.
     """
 
     batch: int
@@ -76,7 +74,7 @@ class SeenPatch:
     known: NDArray[np.bool_]
     values: tuple[ValueRange, ...]
     labels: LabelNumbers
-    no_raw: float | None
+    raw: tuple[RawShare, ...] | None
 
     @property
     def name(self) -> str:
@@ -127,10 +125,15 @@ class Inspection:
         if self.batches < self.asked:
             said.append(f"An epoch has only {self.batches} batches, {self.asked} were asked for: all of them are here.")
         said += label_warnings([p.labels for p in self.patches])
+        of_images: list[str] = []
         for patch in self.patches:
             for number, values in enumerate(patch.values):
                 view = f", image_{number}" if number else ""
-                said += image_warnings(f"{patch.name}{view}", values, None if number else patch.no_raw)
+                raw = None if patch.raw is None else patch.raw[number]
+                of_images += image_warnings(f"{patch.name}{view}", values, raw)
+        said += of_images[:_MOST_WARNINGS]
+        if len(of_images) > _MOST_WARNINGS:
+            said.append(f"{len(of_images) - _MOST_WARNINGS} more of that kind.")
         if self.missing:
             first = self.missing[0]
             chunks = sum(m.missing for m in self.missing)
@@ -162,7 +165,7 @@ class Inspection:
                     "intensity": [[name, plain(given)] for name, given in p.intensity],
                     "values": [asdict(v) for v in p.values],
                     "labels": asdict(p.labels),
-                    "no_raw": p.no_raw,
+                    "raw": None if p.raw is None else [asdict(share) for share in p.raw],
                 }
                 for p in self.patches
             ],
@@ -195,7 +198,10 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
     module.setup("fit")
     dataset = module.train_dataset
     loader = module.train_dataloader()
-    taken, speed = take(loader, batches, loader.num_workers)
+    try:
+        taken, speed = take(loader, batches, loader.num_workers)
+    finally:
+        loader.stop()  # persistent workers wait for an epoch that does not come
     requests = list(islice(module.sampler(), len(taken) * config.data.batch_size))
     tell = progress or (lambda done, of, what: None)
     total = len(dataset.volumes) + len(requests)
@@ -249,6 +255,7 @@ def look_at(
         images = tuple(batch[name][n, 0].numpy() for name in views)
         codes = batch["codes"][n].numpy()
         shape = (codes.shape[0], codes.shape[1], codes.shape[2])
+        there = where_raw_is(dataset.reader, request)
         drawn = () if augmentor is None else augmentor.drawn(patch.seed, shape)
         seen.append(
             SeenPatch(
@@ -267,7 +274,7 @@ def look_at(
                 known=known[n],
                 values=tuple(ValueRange.of(image) for image in images),
                 labels=LabelNumbers.of(codes, present[n], known[n], dataset.classes),
-                no_raw=no_raw(dataset.reader, request),
+                raw=None if there is None else tuple(map(RawShare.of, images, there)),
             )
         )
     return seen
@@ -294,48 +301,6 @@ def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     )
 
 
-# -- where there is no raw ---------------------------------------------------------------------------------------------
-class RawPresence(CropVolume):
-    """A crop that is white wherever it has raw: a patch of it is 0 exactly where there is none."""
-
-    @classmethod
-    def of(cls, volume: CropVolume) -> RawPresence:
-        """The crop as it is otherwise; an entry of the cache that is open stays in use."""
-        made = cls.__new__(cls)
-        made.__setstate__(volume.__getstate__())
-        return made
-
-    def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
-        """As the crop's own, of that part alone, with white for raw."""
-        whole = super().arrays(lo, hi)
-        low = np.clip(np.subtract(lo, whole.raw_begin), 0, whole.raw.shape)
-        high = np.clip(np.subtract(hi, whole.raw_begin), low, whole.raw.shape)
-        part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
-        z, y, x = (int(b + a) for b, a in zip(whole.raw_begin, low, strict=True))
-        return replace(
-            whole,
-            raw=np.full([s.stop - s.start for s in part], 255, np.uint8),
-            raw_begin=(z, y, x),
-            inside=None if whole.inside is None else np.ascontiguousarray(whole.inside[part]),
-        )
-
-
-def no_raw(reader: PatchReader, request: PatchRequest) -> float | None:
-    """Share of the patch's voxels at which there is no raw: not stored, or beyond the volume.
-
-    The same request is read from a crop that is white wherever it has raw: what is 0 then has none. None where a MONAI
-    transform moves the patch after the reading.
-    """
-    augmentor = reader.augmentor
-    if augmentor is not None and augmentor.moves_labels:
-        return None
-    volumes = list(reader.volumes)
-    volumes[request.index] = RawPresence.of(volumes[request.index])
-    spatial = None if augmentor is None else PatchAugmentor(augmentor.spatial, None)
-    white = PatchReader(volumes, reader.shape, (), spatial, reader.min_known).read(request)
-    return float((white.images[0] == 0).mean())
-
-
 def cache_bytes(dataset: CellMapMultiClassDataset) -> int:
     """Bytes of the entries of the crop cache that are in use, of the crops of a data set; 0 without a cache."""
     folder = cache_folder(dataset.options.cache, dataset.options.cache_dir)
@@ -343,12 +308,6 @@ def cache_bytes(dataset: CellMapMultiClassDataset) -> int:
         return 0
     crops = {volume.crop.key for volume in dataset.volumes}
     return sum(entry.size for entry in CropCache(folder).entries() if entry.processes and entry.crop in crops)
-
-
-def missing_raw(volume: CropVolume) -> MissingRaw:
-    """The raw chunks behind a crop and the context that patches can reach."""
-    missing, total, first = volume.crop.raw_source.missing_chunks(volume.cached_raw_grid)
-    return MissingRaw(volume.crop.key, missing, total, first)
 
 
 # -- plain values ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.report.inspect.raw import RawShare
+
 _FEW_KNOWN = 0.01  # a share of known voxels below this is worth a word
 _CLIPPED = 0.05  # and a share of voxels with raw at exactly 0 or 1 above this
 _NO_RAW = 0.5  # and a share of voxels without raw above this
@@ -117,16 +119,6 @@ def by_class(patches: Sequence[LabelNumbers]) -> list[ClassNumbers]:
     return rows
 
 
-@dataclass(frozen=True)
-class MissingRaw:
-    """Chunks behind a crop's raw (with the context that patches can reach) that are not stored."""
-
-    crop: str
-    missing: int
-    total: int
-    first: str | None
-
-
 def label_warnings(patches: Sequence[LabelNumbers]) -> list[str]:
     """What looks wrong about the labels, in words."""
     rows = by_class(patches)
@@ -156,18 +148,17 @@ def label_warnings(patches: Sequence[LabelNumbers]) -> list[str]:
     return said
 
 
-def image_warnings(name: str, values: ValueRange, no_raw: float | None) -> list[str]:
-    """What looks wrong about one image of a patch; ``no_raw``: its share of voxels without raw, None where unknown."""
-    if no_raw is not None and no_raw > _NO_RAW:
-        return [f"{name}: {100 * no_raw:.0f} % of the voxels have no raw."]
+def image_warnings(name: str, values: ValueRange, raw: RawShare | None) -> list[str]:
+    """What looks wrong about one image of a patch; ``raw``: None where that cannot be told."""
+    if raw is not None and raw.none > _NO_RAW:
+        return [f"{name}: {100 * raw.none:.0f} % of the voxels have no raw."]
     if values.low == values.high:
         return [f"{name}: the image is constant ({values.low:g})."]
-    said = []
-    # voxels without raw are 0; only the others can have been cut off there
-    for end, share in ((0, values.zero - (no_raw or 0.0)), (1, values.one)):
-        if share > _CLIPPED:
-            said.append(
-                f"{name}: {100 * share:.0f} % of the values are exactly {end}: intensity_range or an intensity "
-                "augmentation cuts them off."
-            )
-    return said
+    # what has no raw is 0, so where that cannot be told zeros say nothing
+    ends = ((1, values.one),) if raw is None else ((0, raw.zero), (1, raw.one))
+    return [
+        f"{name}: {100 * share:.0f} % of the values are exactly {end}: data.intensity_range or an intensity "
+        "augmentation cuts them off."
+        for end, share in ends
+        if share > _CLIPPED
+    ]

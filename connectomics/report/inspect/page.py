@@ -12,6 +12,7 @@ from connectomics.io.write import write_file
 from connectomics.report import page
 from connectomics.report.inspect.data import Done, Inspection, SeenPatch, as_text, pooled_known
 from connectomics.report.inspect.numbers import ValueRange, by_class
+from connectomics.report.inspect.raw import RawShare
 from connectomics.report.inspect.views import legend, viewers
 
 _MOST_PICTURES = 16  # patches in pictures; the numbers are of all
@@ -61,13 +62,17 @@ def _tiles(inspection: Inspection) -> str:
     tiles = (
         ("something known", page.percent(known["anything"]), "of the voxels", labels),
         ("classes present", f"{present} of {len(rows)}", f"in {len(inspection.patches)} patches", ""),
-        ("patches a second", shown_rate, f"{inspection.speed.workers} workers", "the loader alone, here"),
+        ("patches a second", shown_rate, _workers(inspection.speed.workers), "the loader alone, here"),
     )  # fmt: skip
     return '<div class="tiles">' + "".join(
         f'<div class="tile"><span>{page.text(name)}</span><strong>{page.text(value)}</strong>'
         f"<small>{page.text(beside)}</small><em>{page.text(below)}</em></div>"
         for name, value, beside, below in tiles
     ) + "</div>"  # fmt: skip
+
+
+def _workers(number: int) -> str:
+    return f"{number or 'no'} worker{'s' * (number != 1)}"
 
 
 def _warnings(inspection: Inspection) -> str:
@@ -108,9 +113,7 @@ def _patch(patch: SeenPatch, classes: Sequence[str]) -> str:
         "crop": patch.crop,
         "drawn for": patch.drawn_by or "a plain index",
         "something known": page.percent(patch.labels.anything / patch.labels.voxels),
-        "no raw": "not measured (a MONAI transform moves the patch)"
-        if patch.no_raw is None
-        else page.percent(patch.no_raw),
+        "no raw": "not measured (a MONAI transform moves the patch)" if patch.raw is None else _shares(patch.raw),
         "combinations of classes": patch.labels.states,
         "seed on the device": patch.seed,
         "place, nm": span,
@@ -123,6 +126,11 @@ def _patch(patch: SeenPatch, classes: Sequence[str]) -> str:
     frame = "top" if len(patch.images) == 1 else "several"
     body = f'<div class="{frame}">{viewers(patch, classes, anchor)}{about}</div>'
     return f'<article class="crop" id="{anchor}"><h3>{head}</h3>{body}</article>'
+
+
+def _shares(raw: Sequence[RawShare]) -> str:
+    first, *others = (page.percent(share.none) for share in raw)
+    return first + "".join(f", image_{k} {share}" for k, share in enumerate(others, start=1))
 
 
 def _done(done: Done) -> str:

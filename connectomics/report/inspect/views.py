@@ -20,7 +20,7 @@ _VEIL = (*figures.UNKNOWN, 70)
 _STRIPE = (230, 230, 230, 150)
 _PERIOD = 10  # pixels between stripes
 _STRIPE_WIDTH = 2
-_FINE = 192  # pixels that a hatched slice has at least: stripes of one voxel of a small patch would be coarse
+_FINE = _LONGEST  # pixels that a hatched slice has at least: stripes of one voxel of a small patch would be coarse
 
 
 def viewers(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
