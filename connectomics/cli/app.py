@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from connectomics.cli import data_verbs, demo_verb, result_verbs, run_verbs, tune_verb
+from connectomics.cli import data_verbs, demo_verb, inspect_verb, result_verbs, run_verbs, tune_verb
 
 app = typer.Typer(
     name="pytc",
@@ -13,8 +13,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=(
         "CellMap volumes from disk to a scored submission.\n\n"
-        "The way through: phantom (or your data root), describe, train, predict, decode, evaluate, export, validate, "
-        "score, report. `pytc demo` goes all the way on made data."
+        "The way through: phantom (or your data root), describe, inspect, train, predict, decode, evaluate, export, "
+        "validate, score, report. `pytc demo` goes all the way on made data."
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("demo")(demo_verb.demo)
 app.command("phantom")(data_verbs.phantom)
 app.command("describe")(data_verbs.describe)
+app.command("inspect")(inspect_verb.inspect)
 app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
