@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import pickle
-import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
 from connectomics.data.augment import build_augmentor
-from connectomics.data.crop_cache import CropCache, cache_key
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.build import get_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.volumes import CropVolume, Intensity
-from connectomics.errors import ConfigError, CorruptDataError, InputError, UnknownNameError, WriteError
-from connectomics.geometry import VoxelGrid
-from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
+from connectomics.errors import ConfigError, InputError, UnknownNameError
+from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw
+from tests.data.crop_roots import volume_of, write_fractional_root
 
 PLAN_AUGMENTATIONS = {
     "RandFlipd": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": [0, 1, 2]},
@@ -36,157 +30,9 @@ PLAN_AUGMENTATIONS = {
 }  # fmt: skip
 
 
-def volume_of(root: Path, **options: object) -> CropVolume:
-    crop = Catalog.open(str(root)).crops()[0]
-    return CropVolume(crop, ("mito", "ld"), (8.0, 8.0, 8.0), **options)  # type: ignore[arg-type]
-
-
-# -- cache -----------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def fractional_root(tmp_path: Path) -> Path:
-    """Raw at 5.24x4x4 with a missing chunk, labels at 2.62x2x2 with unknown voxels."""
-    rng = np.random.default_rng(5)
-    raw_grid = VoxelGrid((5.24, 4.0, 4.0), (100.0, 52.0, 48.0), (100, 130, 140))
-    location = write_raw(tmp_path, "set-a", rng.integers(1, 255, raw_grid.shape, dtype=np.uint8), raw_grid, levels=2)
-    shutil.rmtree(location / "s0/0/1")
-    shutil.rmtree(location / "s1/0/0")
-    label_grid = VoxelGrid((2.62, 2.0, 2.0), (250.0 - 1.31, 201.0, 201.0), (60, 70, 80))
-    values = rng.choice([0, 1, 255], label_grid.shape, p=[0.5, 0.4, 0.1]).astype(np.uint8)
-    write_label(tmp_path, "set-a", "crop1", "mito", values, label_grid, unknown=255, levels=2)
-    return tmp_path
-
-
-def test_cache_gives_what_plain_reading_gives(fractional_root: Path, tmp_path: Path) -> None:
-    plain = volume_of(fractional_root)
-    cached = volume_of(fractional_root, cache=tmp_path / "cache", context=(20, 20, 20))
-    rng = np.random.default_rng(0)
-    for _ in range(8):
-        begin = rng.integers(-25, 25, 3)  # some reach past the cached context
-        grid = plain.grid.crop(begin, (12, 16, 20))
-        for a, b in zip((*plain.read_raw(grid), *plain.read_labels(grid)),
-                        (*cached.read_raw(grid), *cached.read_labels(grid)), strict=True):  # fmt: skip
-            np.testing.assert_array_equal(a, b)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-
-
-def test_cache_notices_changed_labels_and_options(fractional_root: Path, tmp_path: Path) -> None:
-    volume = volume_of(fractional_root, cache=tmp_path / "cache")
-    first = cache_key(volume)
-    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache")) == first
-    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache", context=(1, 1, 1))) != first
-    attrs = zarr_of(fractional_root, "set-a") / "recon-1/labels/groundtruth/crop1/mito/s0/.zattrs"
-    attrs.write_text(attrs.read_text() + " ")
-    assert cache_key(volume_of(fractional_root, cache=tmp_path / "cache")) != first
-
-
-def test_a_killed_build_leaves_nothing_that_is_taken_for_whole(
-    fractional_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    volume = volume_of(fractional_root, cache=tmp_path / "cache")
-
-    def full_disk(self: CropVolume, grid: VoxelGrid) -> object:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(CropVolume, "decode_labels", full_disk)
-    with pytest.raises(WriteError, match=r"could not write the crop cache .*No space left"):
-        volume.prepare()
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.undo()
-    volume.prepare()
-    entry = CropCache(tmp_path / "cache").ensure(volume)
-    (entry / "entry.json").write_text("{")
-    with pytest.raises(CorruptDataError, match="delete that folder"):
-        volume_of(fractional_root, cache=tmp_path / "cache").read_raw(volume.grid)
-
-
-def test_raw_that_was_fetched_later_is_seen(fractional_root: Path, tmp_path: Path) -> None:
-    """A partial download is decoded with holes; more of it makes another entry."""
-    whole = zarr_of(fractional_root, "set-a") / "recon-1/em/fibsem-uint8"
-    options = {"cache": tmp_path / "cache", "context": (30, 30, 30)}
-    before = volume_of(fractional_root, **options)
-    grid = before.grid.grow(20)
-    assert not before.read_raw(grid)[1].all()
-    key = cache_key(before)
-    shutil.copytree(whole / "s0/1/1", whole / "s0/0/1", dirs_exist_ok=True)
-    after = volume_of(fractional_root, **options)
-    assert cache_key(after) != key
-    np.testing.assert_array_equal(after.read_raw(grid)[1], volume_of(fractional_root).read_raw(grid)[1])
-
-
-@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "of another crop"])
-def test_a_damaged_entry_is_one_clear_line(fractional_root: Path, tmp_path: Path, damage: str) -> None:
-    volume = volume_of(fractional_root, cache=tmp_path / "cache")
-    volume.prepare()
-    entry = CropCache(tmp_path / "cache").ensure(volume)
-    file = entry / "raw.npy"
-    if damage == "missing":
-        file.unlink()
-    elif damage == "of another crop":
-        np.save(file, np.zeros((3, 3, 3), np.uint8))
-    else:
-        file.write_bytes(file.read_bytes()[: 200 if damage == "cut" else 0])
-    with pytest.raises(CorruptDataError, match=r"raw\.npy .*delete that folder and run again") as error:
-        volume.read_raw(volume.grid)
-    assert "\n" not in str(error.value)
-
-
-def test_an_entry_without_its_last_file_is_made_again(fractional_root: Path, tmp_path: Path) -> None:
-    cache = CropCache(tmp_path / "cache")
-    entry = cache.ensure(volume_of(fractional_root))
-    (entry / "entry.json").unlink()
-    assert cache.ensure(volume_of(fractional_root)) == entry
-    assert (entry / "entry.json").is_file()
-    assert list((tmp_path / "cache").iterdir()) == [entry]
-
-
-def test_processes_may_build_the_same_entry_at_once(fractional_root: Path, tmp_path: Path) -> None:
-    volumes = [volume_of(fractional_root, cache=tmp_path / "cache") for _ in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(CropVolume.prepare, volumes))
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    plain = volume_of(fractional_root)
-    np.testing.assert_array_equal(volumes[3].read_raw(plain.grid)[0], plain.read_raw(plain.grid)[0])
-
-
-def test_reading_keeps_no_file_open(fractional_root: Path, tmp_path: Path) -> None:
-    """The challenge has more crops than a process may have open files."""
-    descriptors = Path("/proc/self/fd")
-    if not descriptors.is_dir():
-        pytest.skip("needs /proc")
-    volume = volume_of(fractional_root, cache=tmp_path / "cache")
-    volume.read_labels(volume.grid)
-    before = len(list(descriptors.iterdir()))
-    others = [volume_of(fractional_root, cache=tmp_path / "cache") for _ in range(5)]
-    for other in others:
-        other.read_labels(other.grid)
-    assert len(list(descriptors.iterdir())) <= before
-
-
-def test_a_full_disk_is_noticed_before_it_kills_the_process(
-    fractional_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(WriteError, match="No space left"):
-        volume_of(fractional_root, cache=tmp_path / "cache").prepare()
-    assert list((tmp_path / "cache").iterdir()) == []
-
-
-def test_what_cannot_be_read_is_not_blamed_on_the_cache(fractional_root: Path, tmp_path: Path) -> None:
-    chunk = next(p for p in (zarr_of(fractional_root, "set-a") / "recon-1/labels").rglob("s0/0/0/0"))
-    chunk.write_bytes(b"no chunk")
-    with pytest.raises(CorruptDataError, match="mito"):
-        volume_of(fractional_root, cache=tmp_path / "cache").prepare()
-
-
-def test_a_worker_is_told_where_the_entry_is(fractional_root: Path, tmp_path: Path) -> None:
-    volume = volume_of(fractional_root, cache=tmp_path / "cache")
-    volume.prepare()
-    sent = pickle.loads(pickle.dumps(volume))
-    shutil.rmtree(zarr_of(fractional_root, "set-a") / "recon-1/labels")  # not looked at again
-    np.testing.assert_array_equal(sent.label_volume(volume.grid).known, volume.label_volume(volume.grid).known)
+    return write_fractional_root(tmp_path)
 
 
 # -- what is unknown stays unknown -----------------------------------------------------------------------------------
@@ -382,9 +228,3 @@ def test_get_dataset_by_name(two_crops: Path) -> None:
     assert get_dataset(config, None, "val")[0]["label"].shape == (1, 12, 12, 12)
     with pytest.raises(ConfigError, match=r"dataset\.name=cellmap"):
         CellMapDataModule(config).setup()
-
-
-def test_crop_key_in_the_cache_entry(two_crops: Path, tmp_path: Path) -> None:
-    volume = volume_of(two_crops, cache=tmp_path / "c")
-    content = json.loads((CropCache(tmp_path / "c").ensure(volume) / "entry.json").read_text())
-    assert content["crop"] == volume.crop.key
