@@ -51,7 +51,8 @@ def sample(
         rise = map.outer * rate
         start = middle + map.outer_shift - map.outer @ half
         if map.right_angles and _whole(start) and _whole(rise):
-            _copy(arrays, np.rint(start).astype(np.int64), np.rint(rise).astype(np.int64), image, codes)
+            first, turns = np.rint(start).astype(np.int64).tolist(), np.rint(rise).astype(np.int64).tolist()
+            _copy(arrays, first, turns, image, codes)
             return image, codes
     _interpolate(arrays, middle, map, half, rate, image, codes)
     return image, codes
@@ -109,54 +110,79 @@ def _flat(values: NDArray[Any]) -> NDArray[Any]:
 
 def _copy(
     arrays: CropArrays,
-    start: NDArray[np.int64],
-    rise: NDArray[np.int64],
+    start: list[int],
+    rise: list[list[int]],
     image: NDArray[np.float32],
     codes: NDArray[np.unsignedinteger],
 ) -> None:
     """Whole voxels: strided copies of what lies in the blocks. Image voxel i is raw voxel ``start + rise @ i``."""
     from connectomics.data.spatial import kernels
 
-    low, high = _part(start, rise, arrays.raw.shape, image.shape)
-    if (low > 0).any() or (high < image.shape).any():
-        image.fill(0)
-    strides = np.array([arrays.raw.shape[1] * arrays.raw.shape[2], arrays.raw.shape[2], 1])
     tiles = _tiles(rise, image.shape)
-    kernels.copy_image(_flat(arrays.raw), int(strides @ start), strides @ rise, low, high, tiles, image)
-    shift = np.subtract(arrays.raw_begin, arrays.codes_begin)
-    code_low, code_high = _part(start + shift, rise, arrays.codes.shape, image.shape)
-    code_low, code_high = np.maximum(code_low, low), np.minimum(code_high, high)
-    if (code_low > 0).any() or (code_high < image.shape).any():
+    low, high = _part(start, rise, arrays.raw.shape, image.shape)
+    if low != [0, 0, 0] or high != list(image.shape):
+        image.fill(0)
+    base, strides = _strides(start, rise, arrays.raw.shape)
+    ends = np.array(low), np.array(high)
+    kernels.copy_image(_flat(arrays.raw), base, strides, *ends, tiles, image)
+    begin = [s + a - b for s, a, b in zip(start, arrays.raw_begin, arrays.codes_begin, strict=True)]
+    code_low, code_high = _part(begin, rise, arrays.codes.shape, image.shape)
+    code_low = [max(a, b) for a, b in zip(code_low, low, strict=True)]
+    code_high = [max(a, min(b, c)) for a, b, c in zip(code_low, code_high, high, strict=True)]
+    if code_low != [0, 0, 0] or code_high != list(image.shape):
         codes.fill(0)
-    code_strides = np.array([arrays.codes.shape[1] * arrays.codes.shape[2], arrays.codes.shape[2], 1])
-    base = int(code_strides @ (start + shift))
-    kernels.copy_codes(_flat(arrays.codes), base, code_strides @ rise, code_low, code_high, tiles, codes)
+    if all(rise[axis][axis] > 0 for axis in range(3)):  # numpy copies unturned rows fastest
+        into = tuple(slice(a, b) for a, b in zip(code_low, code_high, strict=True))
+        steps = [rise[axis][axis] for axis in range(3)]
+        first = [b + a * s for b, a, s in zip(begin, code_low, steps, strict=True)]
+        block = tuple(
+            slice(f, f + (b - a) * s, s) for f, a, b, s in zip(first, code_low, code_high, steps, strict=True)
+        )
+        codes[into] = arrays.codes[block] if codes[into].size else 0
+    else:
+        code_base, code_strides = _strides(begin, rise, arrays.codes.shape)
+        kernels.copy_codes(
+            _flat(arrays.codes), code_base, code_strides, np.array(code_low), np.array(code_high), tiles, codes
+        )
     if arrays.inside is not None:
-        kernels.clear_outside(_flat(arrays.inside), int(strides @ start), strides @ rise, low, high, image, codes)
+        kernels.clear_outside(_flat(arrays.inside), base, strides, *ends, image, codes)
+
+
+def _strides(start: list[int], rise: list[list[int]], block: Sequence[int]) -> tuple[int, NDArray[np.int64]]:
+    """Flat index of patch voxel 0 in a block, and what each patch axis adds to it."""
+    plane, width = block[1] * block[2], block[2]
+    strides = [rise[0][k] * plane + rise[1][k] * width + rise[2][k] for k in range(3)]
+    return start[0] * plane + start[1] * width + start[2], np.array(strides, np.int64)
+
+
+def _along(row: list[int]) -> int:
+    """The patch axis that a source axis follows."""
+    return next(k for k in range(3) if row[k])
 
 
 def _part(
-    start: NDArray[np.int64], rise: NDArray[np.int64], block: Sequence[int], shape: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    start: list[int], rise: list[list[int]], block: Sequence[int], shape: Sequence[int]
+) -> tuple[list[int], list[int]]:
     """The patch voxels [low, high) whose source lies in a block: a box, as each patch axis follows one source axis."""
-    low, high = np.zeros(3, np.int64), np.array(shape, np.int64)
+    low, high = [0, 0, 0], list(shape)
     for axis, n in enumerate(block):
-        along = int(np.flatnonzero(rise[axis])[0])
-        slope, first = int(rise[axis, along]), int(start[axis])
+        along, first = _along(rise[axis]), start[axis]
+        slope = rise[axis][along]
         if slope > 0:  # 0 <= first + i * slope < n
             begin, end = -(first // slope), -((first - n) // slope)
         else:
             begin, end = -((n - 1 - first) // -slope), first // -slope + 1
         low[along], high[along] = max(low[along], begin), min(high[along], end)
-    return low, np.maximum(high, low)
+    return low, [max(a, b) for a, b in zip(low, high, strict=True)]
 
 
-def _tiles(rise: NDArray[np.int64], shape: Sequence[int]) -> NDArray[np.int64]:
+def _tiles(rise: list[list[int]], shape: Sequence[int]) -> NDArray[np.int64]:
     """Tiles in which patch and source are both walked along their contiguous axis (source's x: the last row)."""
-    along = int(np.flatnonzero(rise[2])[0])
+    along = _along(rise[2])
+    if along == 2:
+        return np.array(shape)
     tiles = np.ones(3, np.int64)
-    tiles[2] = shape[2] if along == 2 else _TILE
-    tiles[along] = shape[2] if along == 2 else _TILE
+    tiles[[along, 2]] = _TILE
     return tiles
 
 
