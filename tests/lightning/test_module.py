@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,21 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, Dataset
 
 import connectomics
+from connectomics.data.intensity import IntensityAugmentor
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.lightning.checkpoints import load_module, read_checkpoint
+from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.train import train
-from tests.lightning.synthetic_run import MadeUpCrop, MadeUpData, tiny_config
+from connectomics.lightning.trainer import build_trainer
+from tests.lightning.synthetic_run import MadeUpCrop, MadeUpData, Patches, tiny_config
 
 
 class FixedData(MadeUpData):
@@ -136,6 +142,154 @@ def test_a_class_known_but_nowhere_present_or_predicted_has_no_dice() -> None:
     assert scores.mean_dice == scores.mean_iou == 1.0
     with pytest.raises(InputError, match="must have one shape with 2 channels"):
         counts.add(label[:1], label, known)
+
+
+def logged(run_dir: Path, name: str) -> list[str]:
+    """A column of ``metrics.csv`` as it is written."""
+    with (run_dir / "metrics.csv").open() as file:
+        return [row[name] for row in csv.DictReader(file) if row.get(name)]
+
+
+def counted(patches: Patches) -> dict[str, int]:
+    """Patches and voxels by class, one after another."""
+    found = {f"data/{name}/{what}": 0 for name in ("mito", "er") for what in ("patches", "present", "known")}
+    for patch in (patches[number] for number in range(len(patches))):
+        for number, name in enumerate(("mito", "er")):
+            present = int(patch["present"][number][patch["codes"].long()].sum())
+            found[f"data/{name}/patches"] += present > 0
+            found[f"data/{name}/present"] += present
+            found[f"data/{name}/known"] += int(patch["known_states"][number][patch["codes"].long()].sum())
+    return found
+
+
+class StopAt(pl.Callback):
+    """Stands for a killed process."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = (epoch, batch)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == self.at:
+            raise ArithmeticError("killed")
+
+
+class TestCounts:
+    """What the network was shown, by class."""
+
+    def test_every_epoch_is_counted_by_itself(self, tmp_path: Path) -> None:
+        data = MadeUpData(patches=8, unknown=(3, 4))
+        train(tiny_config(training__max_epochs=2), tmp_path, datamodule=data)
+        expected = counted(data.patches)
+        assert expected["data/er/known"] == 3 * 16**3  # patches 0, 2 and 6
+        assert expected["data/mito/known"] == 6 * 16**3
+        for name, value in expected.items():
+            assert logged(tmp_path, name) == [str(value)] * 2, name  # integers, every digit
+        share = (expected["data/er/known"] + expected["data/mito/known"]) / (2 * 8 * 16**3)
+        assert [float(v) for v in logged(tmp_path, "train/known")] == pytest.approx([share] * 2)
+
+    def test_they_are_exact_beyond_what_float32_holds(self) -> None:
+        counts = ClassCounts(["mito"])
+        for _ in range(3):
+            counts.add(torch.tensor([[1], [2**24 + 1], [2**40 + 1]]))
+        found = counts.metrics(counts.values)
+        assert found == {
+            "data/mito/patches": 3,
+            "data/mito/present": 3 * 2**24 + 3,
+            "data/mito/known": 3 * 2**40 + 3,
+        }
+
+    def test_a_run_resumed_in_the_middle_of_an_epoch_counts_each_batch_once(self, tmp_path: Path) -> None:
+        def fit(*callbacks: pl.Callback, checkpoint: Path | None = None) -> None:
+            module = ConnectomicsModule(config)
+            trainer = build_trainer(config, tmp_path, callbacks=callbacks)
+            trainer.fit(
+                module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
+            )
+
+        config = tiny_config(training__max_epochs=2, checkpoint__save_top_k=0, early_stopping__patience=0)
+        data = MadeUpData(patches=8, unknown=(0,))
+        data.train_dataloader = lambda: DataLoader(data.patches, batch_size=2)  # type: ignore[method-assign]
+        middle = ModelCheckpoint(tmp_path, "middle", every_n_train_steps=6, save_top_k=-1)
+        with pytest.raises(ArithmeticError):
+            fit(middle, StopAt(1, 3))
+        seen = read_checkpoint(tmp_path / "middle.ckpt")["connectomics"]["seen"]
+        first = counted(Patches(4, unknown=(0,)))
+        rows = [[first[f"data/{name}/{what}"] for name in ("mito", "er")] for what in ("patches", "present", "known")]
+        assert seen.tolist() == rows  # of two batches of epoch 1
+        fit(checkpoint=tmp_path / "middle.ckpt")
+        # Lightning starts the loader from its beginning: the second half of the epoch sees the first patches again
+        assert logged(tmp_path, "data/mito/known") == [
+            str(counted(data.patches)["data/mito/known"]),
+            str(2 * first["data/mito/known"]),
+        ]
+
+    def test_counts_of_other_classes_are_refused(self) -> None:
+        with pytest.raises(InputError, match=r"counts of 1 classes have shape \(3, 1\), found \(3, 2\)"):
+            ClassCounts(["mito"]).load(torch.zeros((3, 2), dtype=torch.int64))
+
+
+class Seen(pl.Callback):
+    """Keeps the batches that the network is trained on."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.batches.append({name: value.clone() for name, value in batch.items()})
+
+
+class TestBatches:
+    @staticmethod
+    def trained_on(tmp_path: Path, patches: Dataset[Any], **changes: Any) -> list[dict[str, torch.Tensor]]:
+        config = tiny_config(training__max_epochs=1, early_stopping__patience=0, **changes)
+        seen = Seen()
+        loader = DataLoader(patches, batch_size=2)
+        build_trainer(config, tmp_path, validate=False, callbacks=[seen]).fit(ConnectomicsModule(config), loader)
+        return seen.batches
+
+    def test_dense_ones_train_just_as_packed_ones(self, tmp_path: Path) -> None:
+        class Dense(Patches):
+            def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+                patch = super().__getitem__(index)
+                codes = patch["codes"].long()
+                label, known = patch["present"][:, codes].float(), patch["known_states"][:, codes]
+                label[~known] = torch.nan
+                return {"image": patch["image"], "label": label, "known": known}
+
+        for patches in (Patches(4), Dense(4)):
+            torch.manual_seed(0)
+            self.trained_on(tmp_path / type(patches).__name__, patches)
+        for column in ("train/loss", "train/known", "data/er/patches", "data/mito/present", "data/er/known"):
+            assert logged(tmp_path / "Dense", column) == logged(tmp_path / "Patches", column) != []
+
+    def test_intensity_is_augmented_by_the_seed_and_labels_stay(self, tmp_path: Path) -> None:
+        plain = self.trained_on(tmp_path / "plain", Patches(4))
+        noisy = self.trained_on(tmp_path / "noisy", Patches(4), data__intensity={"noise": {"prob": 1.0}})
+        augmentor = IntensityAugmentor.from_config({"noise": {"prob": 1.0}}, [8.0, 8.0, 8.0])
+        assert augmentor is not None
+        for before, after in zip(plain, noisy, strict=True):
+            expected, _ = augmentor(before["image"], before["codes"], before["seed"])
+            assert torch.equal(after["image"], expected)
+            assert not torch.equal(after["image"], before["image"])
+            assert torch.equal(after["codes"], before["codes"])
+
+    def test_a_monai_transform_that_the_device_can_do_is_done_there(self, tmp_path: Path) -> None:
+        noise = {"RandGaussianNoised": {"keys": ["image"], "prob": 1.0, "std": 0.1}}
+        module = ConnectomicsModule(tiny_config(data__augmentations=noise))
+        assert module.intensity is not None
+        assert [name for name, _ in module.intensity.kinds] == ["noise_monai"]
+        assert ConnectomicsModule(tiny_config()).intensity is None
+
+    def test_a_wrong_name_shows_before_any_data(self) -> None:
+        with pytest.raises(UnknownNameError, match="did you mean 'noise'"):
+            ConnectomicsModule(tiny_config(data__intensity={"nois": {}}))
+
+    def test_codes_beyond_the_tables_are_refused(self, tmp_path: Path) -> None:
+        class Broken(Patches):
+            PRESENT, KNOWN = Patches.PRESENT[:, :1], Patches.KNOWN[:, :1]
+
+        with pytest.raises(InputError, match="codes must be from 0 to 0"):
+            self.trained_on(tmp_path, Broken(2))
 
 
 class TestConfigurations:
