@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from connectomics.cli import data_verbs, demo_verb, inspect_verb, result_verbs, run_verbs, tune_verb
+from connectomics.cli import (
+    bench_verb,
+    cache_verb,
+    data_verbs,
+    demo_verb,
+    inspect_verb,
+    result_verbs,
+    run_verbs,
+    tune_verb,
+)
 
 app = typer.Typer(
     name="pytc",
@@ -23,6 +32,7 @@ app.command("demo")(demo_verb.demo)
 app.command("phantom")(data_verbs.phantom)
 app.command("describe")(data_verbs.describe)
 app.command("inspect")(inspect_verb.inspect)
+app.command("cache")(cache_verb.cache)
 app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
@@ -32,3 +42,4 @@ app.command("export")(result_verbs.export)
 app.command("validate")(result_verbs.validate)
 app.command("score")(result_verbs.score)
 app.command("report")(result_verbs.report)
+app.add_typer(bench_verb.bench, name="bench")
