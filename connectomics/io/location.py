@@ -27,7 +27,7 @@ class StoreOptions:
         cache_bytes: decoded chunks kept per process and per option set, in bytes.
         threads: threads that decode chunks, per process; loader workers should keep 1.
         retries: how often a failed S3 request (5xx, broken connection, body cut short, silence) is sent again, after
-            0.2 s and then twice as long each time, up to 5 s, with jitter.
+            0.1 s and then twice as long each time, up to 5 s, with jitter.
         timeout: seconds after which an S3 server that does not answer is an error, all retries included. tensorstore
             takes the first that it meets in a process.
     """
@@ -36,7 +36,7 @@ class StoreOptions:
     region: str | None = None
     cache_bytes: int = 64 << 20
     threads: int = 1
-    retries: int = 5
+    retries: int = 6
     timeout: float = 60.0
 
     def __post_init__(self) -> None:

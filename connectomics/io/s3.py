@@ -33,7 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # seconds before the first repetition, and at most: tensorstore is told the same
-FIRST_DELAY, LONGEST_DELAY = 0.2, 5.0
+FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
 _DENIED = "access is denied; a bucket that may not be listed says so of objects that are not there, too"
 
 # The process that first used obstore. Its children by fork must not: see the module's docstring.
