@@ -29,6 +29,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return plain_root(tmp_path_factory.mktemp("inspect") / "root")
 
 
+def test_help_has_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--help"]) == 0
+    assert "pytc inspect tutorials/" in capsys.readouterr().out.split("Examples:")[1]
+
+
 def test_it_writes_a_page_and_prints_a_summary(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "page.html"
     assert run(root, out) == 0

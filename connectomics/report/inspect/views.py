@@ -25,15 +25,19 @@ _FINE = _LONGEST  # pixels that a hatched slice has at least: stripes of one vox
 
 def viewers(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
     """The views of a patch side by side, each with its own slider; labels lie over the first. ``anchor``: of ids."""
-    parts = [_labelled(patch, classes, anchor)]
+    chosen = chosen_class(patch, classes)
+    layers = slice_positions(patch.codes.shape[0])
+    first = _first_slice(patch, layers, chosen)
+    parts = [_labelled(patch, classes, anchor, chosen, first)]
+    # all views have one middle: the others open at the slice nearest to the first one's
+    above = (layers[first] - (patch.codes.shape[0] - 1) / 2) * patch.voxel_sizes[0][0]
     for number in range(1, len(patch.images)):
-        parts.append(_plain(patch, number))
+        parts.append(_plain(patch, number, above))
     return f'<div class="views">{"".join(parts)}</div>'
 
 
-def _labelled(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
+def _labelled(patch: SeenPatch, classes: Sequence[str], anchor: str, chosen: int, first: int) -> str:
     """The run's own view: image, and of each class where it is present and where it is not known."""
-    chosen = chosen_class(patch, classes)
     layers = slice_positions(patch.codes.shape[0])
     shape = _slice_shape(patch.codes.shape[1:])
     codes = np.stack([figures.resize(patch.codes[z], shape, "nearest") for z in layers])
@@ -61,15 +65,16 @@ def _labelled(patch: SeenPatch, classes: Sequence[str], anchor: str) -> str:
         f'<option value="{k}"{" selected" * (k == chosen)}>{page.text(name)}</option>' for k, name in enumerate(names)
     )
     extra = f'<label>class <select aria-label="class">{options}</select></label>{_toggle("label")}{_toggle("unknown")}'
-    first = _first_slice(codes, patch, chosen)
     content = f"<defs>{''.join(defs)}</defs>{''.join(images)}"
     return _figure(patch, 0, layers, first, content, extra)
 
 
-def _plain(patch: SeenPatch, number: int) -> str:
-    """A further view; a frame shows what the first one covers."""
+def _plain(patch: SeenPatch, number: int, above: float) -> str:
+    """A further view, opened ``above`` nm above its middle; a frame shows what the first one covers."""
     image = patch.images[number]
     layers = slice_positions(image.shape[0])
+    wanted = above / patch.voxel_sizes[number][0] + (image.shape[0] - 1) / 2
+    first = int(np.argmin(np.abs(np.subtract(layers, wanted))))
     height, width = _extent(image.shape, patch.voxel_sizes[number])
     content = _image(page.data_uri(_gray(image, layers), 80), width, height * len(layers))
     inner_height, inner_width = _extent(patch.images[0].shape, patch.voxel_sizes[0])
@@ -79,7 +84,7 @@ def _plain(patch: SeenPatch, number: int) -> str:
             f'<rect class="cut frame" x="{(width - inner_width) / 2:.6g}" y="{(height - inner_height) / 2:.6g}" '
             f'width="{inner_width:.6g}" height="{inner_height:.6g}"/>'
         )
-    return _figure(patch, number, layers, len(layers) // 2, content, "", frame)
+    return _figure(patch, number, layers, first, content, "", frame)
 
 
 def _figure(
@@ -134,10 +139,10 @@ def legend() -> str:
     )
 
 
-def _first_slice(codes: NDArray[np.integer], patch: SeenPatch, number: int) -> int:
-    """The slice with most of a class, else the middle one."""
-    there = (patch.present[number] & patch.known[number]).take(codes).reshape(len(codes), -1).sum(axis=1)
-    return int(np.argmax(there)) if there.any() else len(codes) // 2
+def _first_slice(patch: SeenPatch, layers: Sequence[int], number: int) -> int:
+    """Which of the layers has most of a class, else the middle one."""
+    there = (patch.present[number] & patch.known[number]).take(patch.codes[list(layers)]).sum(axis=(1, 2))
+    return int(np.argmax(there)) if there.any() else len(layers) // 2
 
 
 def _option(patch: SeenPatch, name: str) -> str:
