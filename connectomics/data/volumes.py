@@ -106,17 +106,27 @@ class CropVolume:
         low, high = self._where_raw_is(begin, end)
         return self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)])
 
-    def _where_raw_is(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centres lie in the raw volume; empty (begin
-        equal to end, on every axis) where there is none."""
+    @cached_property
+    def _raw_range(self) -> tuple[list[int], list[int]]:
+        """Lattice indices (begin, exclusive end) of the voxels whose centres lie in the raw volume; 0, 0 where none."""
         source = self.crop.raw_source
         level = source.levels[source.level_for(self.voxel_size)].grid
-        asked = self.grid.crop(lo, [max(0, h - b) for b, h in zip(lo, hi, strict=True)])
-        runs = [np.flatnonzero(axis) for axis in resample.inside_axes(level, asked)]
+        low, high = self.grid.index_range(level.box)
+        around = self.grid.crop([b - 1 for b in low], [h - b + 2 for b, h in zip(low, high, strict=True)])
+        runs = [np.flatnonzero(axis) for axis in resample.inside_axes(level, around)]
         if not all(len(run) for run in runs):
-            return list(lo), list(lo)
-        first = [int(b) + int(run[0]) for b, run in zip(lo, runs, strict=True)]
-        return first, [int(b) + int(run[-1]) + 1 for b, run in zip(lo, runs, strict=True)]
+            return [0, 0, 0], [0, 0, 0]
+        begin = [b - 1 + int(run[0]) for b, run in zip(low, runs, strict=True)]
+        return begin, [b - 1 + int(run[-1]) + 1 for b, run in zip(low, runs, strict=True)]
+
+    def _where_raw_is(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centres lie in the raw volume; empty (end
+        equal to begin, on every axis) where there is none."""
+        low = [max(int(b), r) for b, r in zip(lo, self._raw_range[0], strict=True)]
+        high = [min(int(h), r) for h, r in zip(hi, self._raw_range[1], strict=True)]
+        if any(h <= b for b, h in zip(low, high, strict=True)):
+            return [int(b) for b in lo], [int(b) for b in lo]
+        return low, high
 
     # -- the cache ---------------------------------------------------------------------------------------------------
     @cached_property
@@ -231,6 +241,10 @@ class CropVolume:
             none = np.zeros((1, words_for(len(self.classes))), np.uint64)
             return LabelCodes(grid, np.zeros(grid.shape, np.uint8), LabelStates(self.classes, none, none))
         return LabelCodes.of(self.decode_labels(grid))
+
+    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """As `read_image`, on a grid of any voxel size, from Zarr."""
+        return self.decode_raw(grid)[0].astype(np.float32) / np.float32(255.0)
 
     def label_volume(self, grid: VoxelGrid) -> LabelVolume:
         """Three-state labels on a grid of this lattice; unknown beyond the crop."""

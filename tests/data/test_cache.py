@@ -30,6 +30,7 @@ from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
+from tests.s3_server import FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
 preparing = sys.modules[prepare_function.__module__]
@@ -249,6 +250,36 @@ def test_the_key_changes_with_options_metadata_and_chunks(fractional_root: Path)
     (recon / "em/fibsem-uint8/s1/9/9/9").mkdir(parents=True)  # nothing that is read
     assert key() == keys[-1]
     assert len(set(keys)) == len(keys)
+
+
+def test_over_s3_the_key_follows_etags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw of 192 voxels along x, the crop in the first chunk: only what is looked at counts."""
+    grid = grid_of((64, 64, 192))
+    root = tmp_path / "served"
+    location = write_raw(root, "set-a", np.ones(grid.shape, np.uint8), grid)
+    write_label(root, "set-a", "crop1", "mito", np.ones((32, 32, 32), np.uint8), grid_of((32, 32, 32)))
+    with FolderServer(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+
+        def volume() -> CropVolume:
+            crop = Catalog.open("s3://public/served").crops()[0]
+            return CropVolume(crop, ("mito",), (8.0, 8.0, 8.0), cache=tmp_path / "cache")
+
+        keys = [cache_key(volume())]
+        chunk = location / "s0/0/0/2"
+        chunk.write_bytes(chunk.read_bytes())
+        assert cache_key(volume()) == keys[0]
+        for path in (location / "s0/0/0/0", zarr_of(root, "set-a") / "recon-1/labels/groundtruth/crop1/mito/s0/0/0/0"):
+            path.write_bytes(path.read_bytes())
+            keys.append(cache_key(volume()))
+        (location / "s0/0/0/0").unlink()
+        keys.append(cache_key(volume()))
+        assert len(set(keys)) == 4
+        remote = volume()
+        with pytest.raises(InputError, match=r"1 of the 1 raw chunks .*s3://public/served.*s0/0/0/0"):
+            remote.check()
+        assert not remote.read_raw(remote.grid)[1].any()
+    remote.read_labels(remote.grid)  # the server is gone: the entry is enough
 
 
 def test_raw_that_was_fetched_later_is_seen(fractional_root: Path, tmp_path: Path) -> None:

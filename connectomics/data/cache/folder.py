@@ -97,7 +97,7 @@ class CropCache:
         with self._blamed():
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._writable:  # else nobody of our kind can remove anything
-                lease = Lease.of_process(self.folder.resolve())
+                lease = self._lease
                 lease.hold([name])
                 weakref.finalize(volume, lease.release, name).atexit = False
 
@@ -138,6 +138,10 @@ class CropCache:
     def _writable(self) -> bool:
         return os.access(self.folder, os.W_OK)
 
+    @property
+    def _lease(self) -> Lease:
+        return Lease.of_process(self.folder.resolve())
+
     def _lock_of(self, name: str) -> Path:
         return self.folder / ".locks" / name
 
@@ -148,6 +152,7 @@ class CropCache:
             return []
         in_use: Counter[str] = Counter()
         if self._writable:
+            self._lease.refresh()
             with locked(self.folder / ".lock"):
                 in_use = leased(self.folder)
         found = [_info(path, in_use[path.name]) for path in self.folder.iterdir() if _is_entry(path)]
@@ -161,6 +166,7 @@ class CropCache:
         removed, trash = [], []
         if not self.folder.is_dir():
             return []
+        self._lease.refresh()
         with self._blamed(), locked(self.folder / ".lock"):
             in_use = leased(self.folder)
             free = [_info(p, 0) for p in self.folder.iterdir() if _is_entry(p) and not in_use[p.name]]

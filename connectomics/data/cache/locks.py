@@ -96,8 +96,13 @@ class Lease:
 
     def release(self, name: str) -> None:
         """Say that one who held the entry does so no longer. Takes no lock: it is called when an object is collected,
-        which may be in the midst of anything; the file is brought up to date with the next `hold`."""
+        which may be in the midst of anything; the file is brought up to date with the next `hold` or `refresh`."""
         self._released.append(name)
+
+    def refresh(self) -> None:
+        """Bring the file up to date with what was released."""
+        if self._path is not None and self._released:
+            self.hold(())
 
     def _write(self) -> None:
         if self._path is None:
