@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
@@ -158,6 +159,8 @@ class MotoServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # moto keeps its buckets in the process, not in the server
+        urllib.request.urlopen(f"{self.endpoint}/moto-api/reset", data=b"").close()
         self._server.stop()
 
     def put(self, key: str, content: bytes, bucket: str = BUCKET) -> None:
