@@ -117,7 +117,7 @@ def decode(
     from connectomics.decoding.decode import decode_predictions, find_arrays
     from connectomics.decoding.parameters import decode_parameters
 
-    composed = load_config(config, [creating(o) for o in overrides or []])
+    composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
     parameters = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     with show.stage("decoding"):
@@ -152,9 +152,3 @@ def evaluate(
     if out is not None:
         for path in evaluation_tables.write_evaluation(result, out):
             print(path)
-
-
-def creating(override: str) -> str:
-    """``decoding.classes.mito.threshold=0.6`` makes the entry where the file has none (Hydra's ``++``)."""
-    free = override.startswith(("decoding.default.", "decoding.classes."))
-    return f"++{override}" if free else override

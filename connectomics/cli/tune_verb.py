@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress, show
-from connectomics.cli.run_verbs import Overrides, creating
+from connectomics.cli.run_verbs import Overrides
 
 
 def tune(
@@ -41,7 +41,7 @@ def tune(
     from connectomics.decoding.parameters import decode_parameters
     from connectomics.lightning.tuning import tune as search
 
-    composed = load_config(config, [creating(o) for o in overrides or []])
+    composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
     base = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     seconds = None if minutes is None else 60 * minutes

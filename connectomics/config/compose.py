@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from connectomics.config.schema import RunConfig
 from connectomics.errors import ConfigError, MissingError, nearest
@@ -31,7 +31,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """Compose ``path`` (with the files in its ``defaults:`` list) and ``overrides`` onto the schema.
 
     Later wins: schema defaults, then the files of the defaults list, then the file itself, then the overrides (Hydra's
-    grammar: ``a.b=3``, ``a.list=[1,2]``, ``+dict.key=v``). An unknown key or a value of the wrong type raises
+    grammar: ``a.b=3``, ``a.list=[1,2]``; keys of free-form groups such as ``data.intensity`` are added or overridden
+    alike). An unknown key or a value of the wrong type raises
     `ConfigError` in one line, naming the nearest known key. Without a path, the schema's defaults.
     """
     from hydra import compose, initialize_config_dir
@@ -57,7 +58,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = compose(config_name=_PRIMARY, overrides=list(overrides))
+            composed = compose(config_name=_PRIMARY, overrides=[_open(o) for o in overrides])
             config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, file, overrides)) from error
@@ -207,6 +208,26 @@ def config_from_dict(data: dict[str, Any]) -> RunConfig:
         raise ConfigError(_explain(error, None, ())) from error
     assert isinstance(config, RunConfig)
     return config
+
+
+def _open(override: str) -> str:
+    """The override with Hydra's "add or override" before keys below a free-form group (``data.intensity.noise={}``):
+    which of the two it is depends on the file, and is nothing to bother with on a command line."""
+    key = override.split("=", 1)[0]
+    return f"++{override}" if any(key.startswith(f"{group}.") or key == group for group in _free_groups()) else override
+
+
+def _free_groups(schema: type = RunConfig, prefix: str = "") -> list[str]:
+    """Dotted keys whose value maps free names to values."""
+    groups: list[str] = []
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        kind = hints[entry.name]
+        if get_origin(kind) is dict:
+            groups.append(f"{prefix}{entry.name}")
+        elif isinstance(kind, type) and is_dataclass(kind):
+            groups += _free_groups(kind, f"{prefix}{entry.name}.")
+    return groups
 
 
 def _one_of(where: str, key: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.data.augment import PatchAugmentor
 from connectomics.data.cache import prepare
-from connectomics.data.dataset.build import patch_options
+from connectomics.data.dataset.build import patch_options, views_of
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
@@ -94,8 +94,9 @@ class CellMapDataModule(pl.LightningDataModule):
 
     def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:
         cfg = self.config
-        wide = [np.multiply(v.patch_size, np.divide(v.resolution, cfg.dataset.resolution)) for v in cfg.data.inputs]
-        extent = np.max([cfg.data.patch_size, *wide], axis=0).tolist()
+        extents = [np.asarray(cfg.data.patch_size, np.float64)]
+        extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
+        extent = np.max(extents, axis=0).tolist()
         augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, extent) if mode == "train" else None
         return CellMapMultiClassDataset.of_crops(
             crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, patch_options(cfg)

@@ -6,8 +6,8 @@ classes there are. They are unpacked on the device, class by class, where the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ class PackedPatch:
     crop: int
     seed: int
     drawn_by: str = ""
-    augmentation: tuple[tuple[str, dict[str, Any]], ...] = field(default=())
+    augmentation: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
         """``image`` (1, D, H, W) float32, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in the order of
@@ -80,5 +80,10 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     return batch
 
 
+def view_names(n_views: int) -> list[str]:
+    """Names of further views in samples and batches: ``image_1``, ``image_2``..."""
+    return [f"image_{n}" for n in range(1, n_views + 1)]
+
+
 def _named(images: Sequence[NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return {f"image_{n}" if n else "image": image for n, image in enumerate(images)}
+    return dict(zip(("image", *view_names(len(images) - 1)), images, strict=True))

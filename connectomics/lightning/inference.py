@@ -19,7 +19,7 @@ from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
 from connectomics.data.volumes import Intensity
 from connectomics.errors import InputError
-from connectomics.geometry import Box, VoxelGrid, triple
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
 from connectomics.inference.task import PredictTask, check_predict_task, run_predict_task
 from connectomics.io.multiscale import Multiscale
 
@@ -150,8 +150,11 @@ def predict_cellmap_crops(
     place = _device(config) if device is None else _known_device(device)
     catalog = Catalog.open(config.dataset.data_root)
     checkpoint = weights_hash(module)
-    window = inference_window(replace(config, model=module.config.model))
-    tasks = [_task(config, catalog, target, Path(output_dir), window, checkpoint, place) for target in wanted]
+    trained = module.config
+    data = replace(config.data, inputs=trained.data.inputs)
+    window = inference_window(replace(config, model=trained.model, data=data))
+    views = views_of(trained)
+    tasks = [_task(config, catalog, target, Path(output_dir), window, views, checkpoint, place) for target in wanted]
     for task in tasks:
         check_predict_task(task, overwrite=overwrite)
 
@@ -218,6 +221,7 @@ def _task(
     target: Target,
     output_dir: Path,
     window: Sequence[int],
+    views: tuple[tuple[Triple, Index], ...],
     checkpoint: str,
     device: str,
 ) -> PredictTask:
@@ -242,7 +246,7 @@ def _task(
         block_size=(depth, height, width),
         batch_size=options.batch_size,
         precision="32" if device == "cpu" else on_gpu,
-        views=views_of(config),
+        views=views,
     )
 
 

@@ -15,15 +15,19 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, config_to_dict
+from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import IntensityAugmentor, recognise
+from connectomics.data.patches import view_names
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
+from connectomics.inference.views import View
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.val_score import ChallengeScore, check_monitors
+from connectomics.models.fusion import channels_for, with_views
 from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
@@ -54,6 +58,9 @@ class ValidationCrop(Protocol):
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
 
+    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
+
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Label 0/1 and known, (C, d, h, w)."""
 
@@ -83,6 +90,14 @@ def inference_window(config: RunConfig) -> list[int]:
         check_patch_size(architecture, window, model_options(config))
     except InputError as error:
         raise InputError(f"inference.window: {error}") from error
+    if config.data.inputs and config.model.fusion == "channels":
+        for number, view in enumerate(config.data.inputs):
+            if not window == list(config.data.patch_size) == list(view.patch_size):
+                raise InputError(
+                    f"model.fusion=channels stacks views voxel by voxel: data.patch_size {config.data.patch_size}, "
+                    f"inference.window {window} and data.inputs[{number}].patch_size {view.patch_size} must be alike; "
+                    "or take model.fusion=encoder"
+                )
     if fixed_patch_size(architecture) and window != list(config.data.patch_size):
         raise InputError(
             f"model {architecture!r} takes windows of its patch size only: data.patch_size is "
@@ -115,14 +130,17 @@ class ConnectomicsModule(pl.LightningModule):
                 f"model.out_channels is {config.channels} but dataset.classes names {len(self.classes)} classes; "
                 "set model.out_channels=null to take one channel a class"
             )
-        self.network = build_model(
+        views = views_of(config)
+        network = build_model(
             config.model.architecture,
-            config.model.in_channels,
+            channels_for(config.model.fusion, config.model.in_channels, len(views)),
             config.channels,
             patch_size=config.data.patch_size,
             deep_supervision=config.model.deep_supervision,
             options=model_options(config),
         )
+        ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
+        self.network = with_views(network, config.model.fusion, ratios)
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
         self.window = inference_window(config)
         check_schedule(config)
@@ -139,13 +157,15 @@ class ConnectomicsModule(pl.LightningModule):
         self._said: set[str] = set()
 
     # -- the network -------------------------------------------------------------------------------------------------
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them."""
-        return self.network(image)
+    def forward(self, image: Tensor, *views: Tensor) -> Tensor:
+        """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
 
-    def probabilities(self, image: Tensor) -> Tensor:
+        ``views``: of the same places, one for each of ``data.inputs``, (B, 1, d, h, w)."""
+        return self.network(image, *views)
+
+    def probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
         """Probabilities (B, C, D, H, W), float32, each class by itself; for a module in evaluation mode."""
-        return torch.sigmoid(self.network(image).float())
+        return torch.sigmoid(self.network(image, *views).float())
 
     # -- training ----------------------------------------------------------------------------------------------------
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -167,7 +187,7 @@ class ConnectomicsModule(pl.LightningModule):
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a training batch, see `forward`."""
-        return self(batch["image"])
+        return self(batch["image"], *(batch[name] for name in view_names(len(self.config.data.inputs))))
 
     def on_train_epoch_end(self) -> None:
         """Log what was counted, and begin a new count.
@@ -226,7 +246,10 @@ class ConnectomicsModule(pl.LightningModule):
         if self.intensity is None or not self.trainer.training or not {"codes", "seed"} <= batch.keys():
             return batch
         image, codes = self.intensity(batch["image"], batch["codes"], batch["seed"])
-        return {**batch, "image": image, "codes": codes}
+        # further views have the same draws, but for those that move image against labels
+        names = view_names(len(self.config.data.inputs))
+        views = {name: self.intensity(batch[name], None, batch["seed"])[0] for name in names}
+        return {**batch, "image": image, "codes": codes, **views}
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
@@ -260,6 +283,7 @@ class ConnectomicsModule(pl.LightningModule):
             block_size=settings.block_size,
             context=settings.context,
             device=str(self.device),
+            views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
             label, known = crop.read_labels(block)
             self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)

@@ -36,7 +36,8 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
     config = load_config(
         ROOT / "tutorials/cellmap_cos7.yaml",
         ["training.max_epochs=3", "data.use_cache=true", "dataset.crops=[crop234,'crop236']",
-         "data.augmentations.RandFlipd.prob=0.1", "+model.loss_options.FocalLoss={gamma: 3}"],
+         "data.augmentations.RandFlipd.prob=0.1", "+model.loss_options.FocalLoss={gamma: 3}",
+         "data.intensity.noise={prob: 0.4}", "data.sampling={dataset: 1.0}", "data.class_weights.mito=3"],
     )  # fmt: skip
     assert config.training.max_epochs == 3
     assert config.data.use_cache

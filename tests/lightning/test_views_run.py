@@ -1,0 +1,60 @@
+"""A run whose network sees a further, coarser view of every place: trained, validated, predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from connectomics.config import RunConfig, load_config, tutorial
+from connectomics.errors import InputError
+from connectomics.inference.task import PredictTask, require_complete
+from connectomics.lightning.inference import predict_cellmap_crops, targets_of
+from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.train import train
+
+
+def config_of(root: Path, out: Path, *more: str) -> RunConfig:
+    return load_config(tutorial("phantom"), [
+        f"dataset.data_root={root}", f"data.cache_dir={out / 'cache'}", "data.num_workers=0",
+        "data.patches_per_epoch=2", "training.max_epochs=1", "data.patch_size=[16,16,16]", "data.batch_size=1",
+        "inference.window=[16,16,16]",
+        "inference.block_size=[64,64,64]", "system.accelerator=cpu", "dataset.datasets=[phantom-iso]",
+        "model.architecture=unet", "model.options={channels:[4,8],strides:[2],num_res_units:1}",
+        "model.deep_supervision=false", "logging.images=false", *more,
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("fusion", ["encoder", "channels"])
+def test_a_run_with_views(fusion: str, phantom: Path, tmp_path: Path) -> None:
+    shape = "[12,16,16]" if fusion == "encoder" else "[16,16,16]"
+    view = f"data.inputs=[{{resolution:[32,32,32],patch_size:{shape}}}]"
+    config = config_of(phantom, tmp_path, view, f"model.fusion={fusion}", "data.intensity={noise:{prob:1}}")
+    result = train(config, tmp_path / "run")
+    assert result.checkpoint is not None
+    targets = targets_of(config)[:1]
+    (folder,) = predict_cellmap_crops(None, config, result.checkpoint, tmp_path / "out", targets=targets)
+    assert require_complete(folder)["complete"]
+    size = [12, 16, 16] if fusion == "encoder" else [16, 16, 16]
+    assert PredictTask.load(folder / "task.json").to_dict()["views"] == [[[32.0] * 3, size]]
+
+
+def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path) -> None:
+    view = "data.inputs=[{resolution:[32,32,32],patch_size:[8,8,8]}]"
+    module = ConnectomicsModule(config_of(phantom, tmp_path, view))
+    batch = {
+        "image": torch.rand(1, 1, 16, 16, 16), "image_1": torch.rand(1, 1, 8, 8, 8),
+        "label": torch.ones(1, len(module.classes), 16, 16, 16),
+        "known": torch.ones(1, len(module.classes), 16, 16, 16, dtype=torch.bool),
+    }  # fmt: skip
+    module.eval()
+    with torch.no_grad():
+        first = module._logits(batch)
+        assert not torch.equal(first, module._logits({**batch, "image_1": batch["image_1"] * 0}))
+
+
+def test_stacked_views_must_be_as_large_as_the_patch(phantom: Path, tmp_path: Path) -> None:
+    view = "data.inputs=[{resolution:[32,32,32],patch_size:[8,8,8]}]"
+    with pytest.raises(InputError, match=r"data\.inputs\[0\]\.patch_size .*must be alike"):
+        ConnectomicsModule(config_of(phantom, tmp_path, view, "model.fusion=channels"))
