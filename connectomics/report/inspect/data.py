@@ -287,11 +287,13 @@ def device_augmentor(config: RunConfig) -> IntensityAugmentor | None:
 
 
 def augment_batch(augmentor: IntensityAugmentor | None, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with augmented image and codes."""
+    """The batch with augmented images and codes; further views have the same draws, but for those that move an image
+    against its labels."""
     if augmentor is None:
         return dict(batch)
     image, codes = augmentor(batch["image"], batch["codes"], batch["seed"])
-    return {**batch, "image": image, "codes": batch["codes"] if codes is None else codes}
+    views = {name: augmentor(batch[name], None, batch["seed"])[0] for name in batch if name.startswith("image_")}
+    return {**batch, "image": image, "codes": batch["codes"] if codes is None else codes, **views}
 
 
 def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
