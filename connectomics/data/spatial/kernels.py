@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 CHUNK = 64
-"""Voxels of a row that are handled together: their positions and weights stay in the first-level cache."""
+TILE = 8
+"""``TILE`` by ``TILE`` rows of ``CHUNK`` voxels are handled one after the other: neighbours share most of their source,
+which then stays in the first-level cache."""
 
 _NEAR = 1e-3  # voxels: float32 positions of a chunk are exact to far less; nearer a border the careful path decides
 
@@ -174,8 +176,18 @@ def _displace(control: Array, count: Array, limit: Array, start: Array, rise: Ar
             at[k, i] += (one - z) * ((one - y) * a + y * b) + z * ((one - y) * d + y * e)
 
 
+@numba.njit(inline="always")
+def _four(a, b, c, d):  # type: ignore[no-untyped-def]
+    return np.uint32(a) | np.uint32(b) << np.uint32(8) | np.uint32(c) << np.uint32(16) | np.uint32(d) << np.uint32(24)
+
+
+@numba.njit(inline="always")
+def _byte(packed, shift):  # type: ignore[no-untyped-def]
+    return np.float32(np.int32((packed >> np.uint32(shift)) & np.uint32(255)))
+
+
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _image_inside(raw, plane, width, first, at, n, index, share, image):  # type: ignore[no-untyped-def]
+def _image_inside(raw, plane, width, first, at, n, index, share, four, image):  # type: ignore[no-untyped-def]
     """Trilinear values of a chunk whose whole neighbourhood holds raw; ``first`` is the index of position 0."""
     for i in range(n):  # apart from the loads, so that it runs many voxels at a time
         low_z, low_y, low_x = np.int32(at[0, i]), np.int32(at[1, i]), np.int32(at[2, i])
@@ -183,16 +195,20 @@ def _image_inside(raw, plane, width, first, at, n, index, share, image):  # type
         share[1, i] = at[1, i] - np.float32(low_y)
         share[2, i] = at[2, i] - np.float32(low_x)
         index[i] = np.int64(low_z) * plane + np.int64(low_y) * width + np.int64(low_x)
-    unit, one = np.float32(1.0 / 255.0), np.float32(1.0)
+    # four neighbours in one number: turning bytes into floats one by one would cost more than all the rest
     following, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
     for i in range(n):
         j = np.uint64(first + index[i])
+        k = j + right
+        four[0, i] = _four(raw[j], raw[j + following], raw[k], raw[k + following])
+        j, k = j + down, k + down
+        four[1, i] = _four(raw[j], raw[j + following], raw[k], raw[k + following])
+    unit, one = np.float32(1.0 / 255.0), np.float32(1.0)
+    for i in range(n):
         z, y, x = share[0, i], share[1, i], share[2, i]
-        a, b = np.float32(raw[j]), np.float32(raw[j + following])
-        c, d = np.float32(raw[j + right]), np.float32(raw[j + right + following])
-        j += down
-        e, f = np.float32(raw[j]), np.float32(raw[j + following])
-        g, h = np.float32(raw[j + right]), np.float32(raw[j + right + following])
+        near, far = four[0, i], four[1, i]
+        a, b, c, d = _byte(near, 0), _byte(near, 8), _byte(near, 16), _byte(near, 24)
+        e, f, g, h = _byte(far, 0), _byte(far, 8), _byte(far, 16), _byte(far, 24)
         a += x * (b - a)
         c += x * (d - c)
         e += x * (f - e)
@@ -214,13 +230,46 @@ def _codes_inside(source, plane, width, first, at, n, index, codes):  # type: ig
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
-def _span(at: Array, n: int, low: Array, high: Array) -> None:
-    """Smallest and largest position of a chunk, by axis."""
+def _rebase(at: Array, n: int, base: Array, low: Array, high: Array) -> None:
+    """Finds the span of displaced positions, and moves ``base`` so that none is negative."""
     for k in range(3):
         least, most = at[k, 0], at[k, 0]
         for i in range(n):
             least, most = min(least, at[k, i]), max(most, at[k, i])
-        low[k], high[k] = least, most
+        down = np.float32(math.floor(least))
+        for i in range(n):
+            at[k, i] -= down
+        base[k] += int(down)
+        low[k], high[k] = least - down, most - down
+
+
+@numba.njit(cache=True, nogil=True)
+def _fill(  # type: ignore[no-untyped-def]
+    raw, shape, inside, source, codes_shape, shift, at, n, base, low, high, index, share, four, pixels, labels
+):
+    """Image and codes of a chunk: ``at`` float32 (3, n), positions off the raw index ``base``, from low to high."""
+    clear, coded, void = inside.size == 0, True, False
+    for k in range(3):
+        first, last = base[k] + low[k], base[k] + high[k] + _NEAR
+        clear &= first >= _NEAR and math.floor(last) + 1 < shape[k]
+        void |= last < -0.5 or first - _NEAR > shape[k] - 0.5
+        coded &= base[k] + shift[k] >= 0 and math.floor(last + 0.5) + shift[k] < codes_shape[k]
+    if void:
+        pixels[:] = 0.0
+        labels[:] = 0
+        return
+    if clear and coded:
+        plane, width = shape[1] * shape[2], shape[2]
+        _image_inside(raw, plane, width, base[0] * plane + base[1] * width + base[2], at, n, index, share, four, pixels)
+        plane, width = codes_shape[1] * codes_shape[2], codes_shape[2]
+        origin = (base[0] + shift[0]) * plane + (base[1] + shift[1]) * width + base[2] + shift[2]
+        _codes_inside(source, plane, width, origin, at, n, index, labels)
+        return
+    for i in range(n):
+        z, y, x = base[0] + float(at[0, i]), base[1] + float(at[1, i]), base[2] + float(at[2, i])
+        value, code = _careful(raw, shape, inside, source, codes_shape, shift, z, y, x)
+        pixels[i] = value
+        labels[i] = code
 
 
 @numba.njit(cache=True, nogil=True)
@@ -239,80 +288,48 @@ def interpolate(
     moved = control.size > 0
     straight = moved and field_rise[0, 2] == 0 and field_rise[1, 2] == 0
     count = np.array(control.shape[1:])
-    line = np.empty((3, max(count[2], 1)), np.float32)
+    lines = np.empty((TILE * TILE, 3, max(count[2], 1)), np.float32)
     at, share = np.empty((3, CHUNK), np.float32), np.empty((3, CHUNK), np.float32)
-    index = np.empty(CHUNK, np.int64)
-    low, high, begin, from_field = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
-    base = np.empty(3, np.int64)
-    plane, width = shape[1] * shape[2], shape[2]
-    codes_plane, codes_width = codes_shape[1] * codes_shape[2], codes_shape[2]
-    for z in range(image.shape[0]):
-        for y in range(image.shape[1]):
-            if straight:
-                row_z = field_start[0] + field_rise[0, 0] * z + field_rise[0, 1] * y
-                row_y = field_start[1] + field_rise[1, 0] * z + field_rise[1, 1] * y
-                _blend_row(control, count, limit, row_z, row_y, line)
-            for x in range(0, image.shape[2], CHUNK):
-                n = min(CHUNK, image.shape[2] - x)
-                for k in range(3):
-                    begin[k] = start[k] + rise[k, 0] * z + rise[k, 1] * y + rise[k, 2] * x
-                    end = begin[k] + rise[k, 2] * (n - 1)
-                    base[k] = math.floor(min(begin[k], end))
-                    offset, slope = np.float32(begin[k] - base[k]), np.float32(rise[k, 2])
-                    for i in range(n):
-                        at[k, i] = offset + np.float32(i) * slope
-                    low[k], high[k] = min(begin[k], end) - base[k], max(begin[k], end) - base[k]
-                if moved:
+    index, base, four = np.empty(CHUNK, np.int64), np.empty(3, np.int64), np.empty((2, CHUNK), np.uint32)
+    low, high, control_at = np.empty(3), np.empty(3), np.empty(3)
+    depth, height, length = image.shape
+    for tile in range(((depth + TILE - 1) // TILE) * ((height + TILE - 1) // TILE)):
+        z0, y0 = tile // ((height + TILE - 1) // TILE) * TILE, tile % ((height + TILE - 1) // TILE) * TILE
+        z1, y1 = min(z0 + TILE, depth), min(y0 + TILE, height)
+        if straight:
+            for z in range(z0, z1):
+                for y in range(y0, y1):
+                    row_z = field_start[0] + field_rise[0, 0] * z + field_rise[0, 1] * y
+                    row_y = field_start[1] + field_rise[1, 0] * z + field_rise[1, 1] * y
+                    _blend_row(control, count, limit, row_z, row_y, lines[(z - z0) * TILE + y - y0])
+        for x in range(0, length, CHUNK):
+            n = min(CHUNK, length - x)
+            for z in range(z0, z1):
+                for y in range(y0, y1):
                     for k in range(3):
-                        from_field[k] = (
-                            field_start[k] + field_rise[k, 0] * z + field_rise[k, 1] * y + field_rise[k, 2] * x
-                        )
-                    if straight:
-                        _displace_line(line, count[2] - 2, limit[2], from_field[2], field_rise[2, 2], n, at)
-                    else:
-                        _displace(control, count, limit, from_field, field_rise[:, 2], n, at)
-                    _span(at, n, low, high)
-                    for k in range(3):
-                        down = math.floor(low[k])
-                        if down != 0:
-                            for i in range(n):
-                                at[k, i] -= np.float32(down)
-                        base[k] += down
-                        low[k] -= down
-                        high[k] -= down
-                clear, coded, void = inside.size == 0, True, False
-                for k in range(3):
-                    last = base[k] + high[k] + _NEAR
-                    clear &= base[k] + low[k] >= _NEAR and math.floor(last) + 1 < shape[k]
-                    void |= last < -0.5 or base[k] + low[k] - _NEAR > shape[k] - 0.5
-                    coded &= base[k] + shift[k] >= 0 and math.floor(last + 0.5) + shift[k] < codes_shape[k]
-                    void_codes = last + shift[k] < -0.5 or base[k] + low[k] + shift[k] - _NEAR > codes_shape[k] - 0.5
-                    if void_codes:
-                        coded = False
-                pixels, labels = (
-                    image[np.uint64(z), np.uint64(y), x : x + n],
-                    codes[np.uint64(z), np.uint64(y), x : x + n],
-                )
-                if void:
-                    pixels[:] = 0.0
-                    labels[:] = 0
-                    continue
-                if clear:
-                    first = base[0] * plane + base[1] * width + base[2]
-                    _image_inside(raw, plane, width, first, at, n, index, share, pixels)
-                    if coded:
-                        first = (
-                            (base[0] + shift[0]) * codes_plane + (base[1] + shift[1]) * codes_width + base[2] + shift[2]
-                        )
-                        _codes_inside(source, codes_plane, codes_width, first, at, n, index, labels)
-                        continue
-                for i in range(n):
-                    value, code = _careful(
-                        raw, shape, inside, source, codes_shape, shift,
-                        base[0] + float(at[0, i]), base[1] + float(at[1, i]), base[2] + float(at[2, i]),
+                        begin = start[k] + rise[k, 0] * z + rise[k, 1] * y + rise[k, 2] * x
+                        end = begin + rise[k, 2] * (n - 1)
+                        base[k] = math.floor(min(begin, end))
+                        low[k], high[k] = min(begin, end) - base[k], max(begin, end) - base[k]
+                        offset, slope = np.float32(begin - base[k]), np.float32(rise[k, 2])
+                        for i in range(n):
+                            at[k, i] = offset + np.float32(i) * slope
+                    if moved:
+                        for k in range(3):
+                            control_at[k] = (
+                                field_start[k] + field_rise[k, 0] * z + field_rise[k, 1] * y + field_rise[k, 2] * x
+                            )
+                        if straight:
+                            line = lines[(z - z0) * TILE + y - y0]
+                            _displace_line(line, count[2] - 2, limit[2], control_at[2], field_rise[2, 2], n, at)
+                        else:
+                            _displace(control, count, limit, control_at, field_rise[:, 2], n, at)
+                        _rebase(at, n, base, low, high)
+                    pixels, labels = image[z, y, x : x + n], codes[z, y, x : x + n]
+                    _fill(
+                        raw, shape, inside, source, codes_shape, shift, at, n, base, low, high, index, share, four,
+                        pixels, labels,
                     )  # fmt: skip
-                    pixels[i] = value
-                    labels[i] = code
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
