@@ -30,7 +30,8 @@ from connectomics.cellmap.catalog import Crop, LabelArray
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES, atoms_of
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
-from connectomics.io import resample
+from connectomics.io import resample, s3
+from connectomics.io.store import is_s3
 
 Fraction = NDArray[np.float32]
 Interval = tuple[Fraction, Fraction]
@@ -119,7 +120,7 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVol
     touched = grid.crop(begin, [s.stop - s.start for s in inside])
     wanted = _arrays_needed(crop, names)
     for offset, block in touched.blocks(_block_shape(wanted, grid)):
-        shares = _narrow({name: _read_interval(label, block) for name, label in wanted.items()}, names, block.shape)
+        shares = _narrow(_read_intervals(wanted, block), names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
         for channel, name in enumerate(names):
             lo, hi = shares[name]
@@ -178,6 +179,14 @@ def _says_everything(crop: Crop, name: str) -> bool:
     label = crop.labels[name]
     covers = label.grid.box.contains(crop.box, tolerance=1e-3 * min(label.grid.voxel_size))
     return covers and label.annotation.fully_known
+
+
+def _read_intervals(arrays: Mapping[str, LabelArray], block: VoxelGrid) -> dict[str, Interval]:
+    """`_read_interval` of several arrays; of those on S3 several at a time, since most of it is waiting."""
+    if not any(is_s3(label.location) for label in arrays.values()):
+        return {name: _read_interval(label, block) for name, label in arrays.items()}
+    found = s3.in_parallel(lambda label: _read_interval(label, block), list(arrays.values()))
+    return dict(zip(arrays, found, strict=True))
 
 
 def _read_interval(label: LabelArray, block: VoxelGrid) -> Interval:
