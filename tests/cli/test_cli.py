@@ -22,6 +22,8 @@ VERBS = (
     "demo",
     "phantom",
     "describe",
+    "inspect",
+    "cache",
     "train",
     "predict",
     "decode",
