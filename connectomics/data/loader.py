@@ -291,7 +291,7 @@ def _reason(number: int, code: int, count: int) -> str:
     if code > 0:
         return (
             f"loader worker {number + 1} of {count} ended with status {code}; data.num_workers=0 shows what happens "
-            "in it"
+            "in it (a script of your own needs its work below `if __name__ == '__main__':`)"
         )
     name = signal.Signals(-code).name
     said = f"loader worker {number + 1} of {count} was ended by {name}"
