@@ -68,7 +68,7 @@ def test_it_gives_what_the_reference_gives(kind: str, dtype: type) -> None:
     for turn in range(16):
         raw = rng.integers(0, 256, rng.integers(1, 60, 3), np.uint8)
         codes = rng.integers(1, 200, rng.integers(1, 40, 3)).astype(dtype)
-        inside = rng.random(raw.shape) > 0.3 if turn % 2 else None
+        inside = rng.random(raw.shape) > (0.3, 1e-4)[turn % 4 == 3] if turn % 2 else None
         begins = [tuple(int(v) for v in rng.integers(-20, 5, 3)) for _ in range(2)]
         arrays = arrays_of(raw, codes, inside, begins[0], begins[1])
         shape = tuple(int(v) for v in rng.integers(1, 90 if turn % 4 == 0 else 30, 3))

@@ -243,27 +243,58 @@ def _rebase(at: Array, n: int, base: Array, low: Array, high: Array) -> None:
         low[k], high[k] = least - down, most - down
 
 
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _whole(inside: Array, plane: int, width: int, first: int, at: Array, n: int) -> bool:
+    """Whether all neighbours of a chunk that lies in the block hold raw."""
+    following, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
+    missing = 0
+    for i in range(n):
+        j = np.uint64(first + np.int64(at[0, i]) * plane + np.int64(at[1, i]) * width + np.int64(at[2, i]))
+        k = j + right
+        missing += not (inside[j] & inside[j + following] & inside[k] & inside[k + following])
+        j, k = j + down, k + down
+        missing += not (inside[j] & inside[j + following] & inside[k] & inside[k + following])
+    return missing == 0
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def _codes_anywhere(source, shape, base, at, n, codes):  # type: ignore[no-untyped-def]
+    """Nearest codes of a chunk, 0 beyond the block of codes; ``base`` is an index of that."""
+    half = np.float32(0.5)
+    for i in range(n):
+        z, y, x = base[0] + int(at[0, i] + half), base[1] + int(at[1, i] + half), base[2] + int(at[2, i] + half)
+        there = 0 <= z < shape[0] and 0 <= y < shape[1] and 0 <= x < shape[2]
+        codes[i] = source[np.uint64((z * shape[1] + y) * shape[2] + x)] if there else 0
+
+
 @numba.njit(cache=True, nogil=True)
 def _fill(  # type: ignore[no-untyped-def]
     raw, shape, inside, source, codes_shape, shift, at, n, base, low, high, index, share, four, pixels, labels
 ):
     """Image and codes of a chunk: ``at`` float32 (3, n), positions off the raw index ``base``, from low to high."""
-    clear, coded, void = inside.size == 0, True, False
+    clear, void, coded, unknown = True, False, True, False
     for k in range(3):
         first, last = base[k] + low[k], base[k] + high[k] + _NEAR
         clear &= first >= _NEAR and math.floor(last) + 1 < shape[k]
         void |= last < -0.5 or first - _NEAR > shape[k] - 0.5
         coded &= base[k] + shift[k] >= 0 and math.floor(last + 0.5) + shift[k] < codes_shape[k]
+        unknown |= last + shift[k] < -0.5 or first - _NEAR + shift[k] > codes_shape[k] - 0.5
     if void:
         pixels[:] = 0.0
         labels[:] = 0
         return
-    if clear and coded:
-        plane, width = shape[1] * shape[2], shape[2]
-        _image_inside(raw, plane, width, base[0] * plane + base[1] * width + base[2], at, n, index, share, four, pixels)
+    plane, width = shape[1] * shape[2], shape[2]
+    first_raw = base[0] * plane + base[1] * width + base[2]
+    if clear and (inside.size == 0 or _whole(inside, plane, width, first_raw, at, n)):
+        _image_inside(raw, plane, width, first_raw, at, n, index, share, four, pixels)
         plane, width = codes_shape[1] * codes_shape[2], codes_shape[2]
-        origin = (base[0] + shift[0]) * plane + (base[1] + shift[1]) * width + base[2] + shift[2]
-        _codes_inside(source, plane, width, origin, at, n, index, labels)
+        if coded:
+            first_code = (base[0] + shift[0]) * plane + (base[1] + shift[1]) * width + base[2] + shift[2]
+            _codes_inside(source, plane, width, first_code, at, n, index, labels)
+        elif unknown:
+            labels[:] = 0
+        else:
+            _codes_anywhere(source, codes_shape, base + shift, at, n, labels)
         return
     for i in range(n):
         z, y, x = base[0] + float(at[0, i]), base[1] + float(at[1, i]), base[2] + float(at[2, i])
