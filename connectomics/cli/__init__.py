@@ -6,6 +6,7 @@ Nothing heavy is imported here: a verb imports what it needs when it runs, so th
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import re
@@ -48,6 +49,7 @@ def run_guarded(work: Callable[[], object]) -> int:
     except ConnectomicsError as error:
         return _say(str(error))
     except KeyboardInterrupt:
+        gc.freeze()  # or the interpreter goes through all objects of torch and MONAI once more before it ends: seconds
         print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output went away (`pytc describe | head`)

@@ -20,7 +20,7 @@ from connectomics.data.dataset.build import patch_options, views_of
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
-from connectomics.data.sampling import PatchSampler, SampledCrop
+from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError
@@ -73,6 +73,7 @@ class CellMapDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
             )
+        check_sampling(cfg.data.sampling, cfg.data.class_weights, cfg.dataset.classes)  # before any decoding
         store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
         crops = Catalog.open(cfg.dataset.data_root, store).crops(
             cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
@@ -153,7 +154,7 @@ class CellMapDataModule(pl.LightningDataModule):
             SampledCrop(v.dataset, float(v.grid.size), {c: dataset.points(i, c) for c in dataset.classes})
             for i, v in enumerate(dataset.volumes)
         ]
-        sampler = PatchSampler(
+        return PatchSampler(
             crops,
             self._patches_per_epoch(),
             classes=dataset.classes,
@@ -163,10 +164,6 @@ class CellMapDataModule(pl.LightningDataModule):
             rank=rank,
             world=world,
         )
-        if self.trainer is not None:
-            # a resumed run's workers fetch ahead before the trainer says which epoch it is
-            sampler.set_epoch(self.trainer.current_epoch)
-        return sampler
 
     def _place(self) -> tuple[int, int]:
         """This process's number and how many there are."""

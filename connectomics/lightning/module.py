@@ -16,7 +16,7 @@ from torch import Tensor
 import connectomics
 from connectomics.config import RunConfig, config_to_dict
 from connectomics.data.dataset.build import views_of
-from connectomics.data.intensity import IntensityAugmentor, recognise
+from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import view_names
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
@@ -145,10 +145,7 @@ class ConnectomicsModule(pl.LightningModule):
         self.window = inference_window(config)
         check_schedule(config)
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
-        recognised, _ = recognise(config.data.augmentations)  # of MONAI's, what the loader leaves to the device
-        self.intensity = IntensityAugmentor.from_config(
-            {**recognised, **config.data.intensity}, config.dataset.resolution
-        )
+        self.intensity = BatchAugmentor.of(config)
         self.seen = ClassCounts(self.classes)  # in this epoch so far
         self.counts = PooledCounts(config.channels)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
@@ -245,11 +242,7 @@ class ConnectomicsModule(pl.LightningModule):
         """Augment the image of a packed training batch; kinds that move the image against its labels move both."""
         if self.intensity is None or not self.trainer.training or not {"codes", "seed"} <= batch.keys():
             return batch
-        image, codes = self.intensity(batch["image"], batch["codes"], batch["seed"])
-        # further views have the same draws, but for those that move image against labels
-        names = view_names(len(self.config.data.inputs))
-        views = {name: self.intensity(batch[name], None, batch["seed"])[0] for name in names}
-        return {**batch, "image": image, "codes": codes, **views}
+        return self.intensity(batch)
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""

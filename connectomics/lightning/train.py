@@ -131,9 +131,14 @@ def train(
         if not validate:
             log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
         trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
-        trainer.fit(
-            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
-        )
+        try:
+            trainer.fit(
+                module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
+            )
+        except SystemExit as end:  # what Lightning makes of Ctrl-C
+            if isinstance(end.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            raise
     return _result(config, folder, trainer, time.perf_counter() - started)
 
 

@@ -16,7 +16,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from connectomics.data.intensity import KINDS, IntensityAugmentor, operations, recognise
+from connectomics.config import RunConfig
+from connectomics.config.schema import InputConfig
+from connectomics.data.intensity import KINDS, BatchAugmentor, IntensityAugmentor, operations, recognise
 from connectomics.data.intensity.kinds import OPERATIONS
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.report.augmentation_pictures import EDGE, SHEETS, draw
@@ -728,3 +730,42 @@ def test_random_draws_are_distributed_as_monai_s(name: str, arguments: dict[str,
     a = [float(measure(torch.as_tensor(np.asarray(theirs({"image": image})["image"])), image)) for _ in range(n)]
     b = [float(measure(images[i], image)) for i in range(n)]
     assert ks_2samp(np.round(a, 5), np.round(b, 5)).pvalue > 1e-4
+
+
+# -- whole batches ---------------------------------------------------------------------------------------------------
+class TestBatches:
+    """`BatchAugmentor`: what the training step applies to a packed batch."""
+
+    def config(self, **intensity: Any) -> RunConfig:
+        config = RunConfig()
+        config.data.inputs = [InputConfig([32.0] * 3, [6, 6, 6])]
+        config.data.intensity = intensity
+        return config
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        image = torch.full((2, 1, 8, 8, 8), 0.5)
+        codes = torch.ones((2, 8, 8, 8), dtype=torch.uint8)
+        image[:, :, :2], codes[:, :2] = 0.0, 0  # no raw there
+        view = torch.full((2, 1, 6, 6, 6), 0.5)
+        view[..., 0] = 0.0
+        return {"image": image, "image_1": view, "codes": codes, "seed": torch.tensor([3, 4])}
+
+    def test_nothing_to_do(self) -> None:
+        assert BatchAugmentor.of(RunConfig()) is None
+
+    def test_every_view_is_augmented_and_what_has_no_raw_stays_so(self) -> None:
+        augmentor = BatchAugmentor.of(self.config(brightness={"prob": 1.0, "shift": [0.2, 0.2]}))
+        assert augmentor is not None
+        batch = self.batch()
+        found = augmentor(batch)
+        assert (found["image"][:, :, :2] == 0).all()
+        assert (found["image_1"][..., 0] == 0).all()
+        torch.testing.assert_close(found["image"][:, :, 2:], torch.full((2, 1, 6, 8, 8), 0.7))
+        torch.testing.assert_close(found["image_1"][..., 1:], torch.full((2, 1, 6, 6, 5), 0.7))
+        assert (batch["image"][:, :, 2:] == 0.5).all()  # what was given stays
+        assert found["seed"] is batch["seed"]
+
+    def test_lengths_in_nm_are_those_of_each_view(self) -> None:
+        augmentor = BatchAugmentor.of(self.config(charging={}))
+        assert augmentor is not None
+        assert [a.voxel_size for a in (augmentor.own, *augmentor.views)] == [(8.0,) * 3, (32.0,) * 3]

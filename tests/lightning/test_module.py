@@ -277,7 +277,7 @@ class TestBatches:
         noise = {"RandGaussianNoised": {"keys": ["image"], "prob": 1.0, "std": 0.1}}
         module = ConnectomicsModule(tiny_config(data__augmentations=noise))
         assert module.intensity is not None
-        assert [name for name, _ in module.intensity.kinds] == ["noise_monai"]
+        assert [name for name, _ in module.intensity.own.kinds] == ["noise_monai"]
         assert ConnectomicsModule(tiny_config()).intensity is None
 
     def test_a_wrong_name_shows_before_any_data(self) -> None:

@@ -19,9 +19,10 @@ import torch
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig, load_config
 from connectomics.data.datamodule import CellMapDataModule
+from connectomics.data.intensity import BatchAugmentor
 from connectomics.errors import InputError
 from connectomics.report.inspect import inspect_data, write_page
-from connectomics.report.inspect.data import Inspection, as_text, augment_batch, device_augmentor, equal
+from connectomics.report.inspect.data import Inspection, as_text, equal
 from connectomics.report.inspect.loader import LoaderSpeed, memory_of, take
 from connectomics.report.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
 from connectomics.report.inspect.raw import RawShare
@@ -88,10 +89,10 @@ def first_batches(config: RunConfig, n: int) -> list[dict[str, torch.Tensor]]:
 # -- the same patches --------------------------------------------------------------------------------------------------
 def test_what_is_shown_is_what_the_loader_gives_bit_for_bit(root: Path, found: Inspection) -> None:
     config = configured(root, intensity=NOISE)
-    augmentor = device_augmentor(config)
+    augmentor = BatchAugmentor.of(config)
     assert augmentor is not None
     for number, batch in enumerate(first_batches(config, 2)):
-        augmented = augment_batch(augmentor, batch)
+        augmented = augmentor(batch)
         for n, patch in enumerate(p for p in found.patches if p.batch == number):
             np.testing.assert_array_equal(patch.images[0], augmented["image"][n, 0])
             np.testing.assert_array_equal(patch.codes, augmented["codes"][n])
@@ -125,7 +126,9 @@ def test_the_device_does_what_the_training_step_does(root: Path) -> None:
     module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     module.trainer.training = True
     in_training = module.on_after_batch_transfer(batch, 0)
-    shown = augment_batch(device_augmentor(config), batch)
+    augmentor = BatchAugmentor.of(config)
+    assert augmentor is not None
+    shown = augmentor(batch)
     assert equal(in_training, shown)
     assert all(not torch.equal(shown[name], batch[name]) for name in ("image", "image_1"))
 

@@ -24,7 +24,7 @@ from connectomics.data.cache import prepare
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.build import cache_mode, patch_options
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import IntensityAugmentor, recognise
+from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.sampling import PatchRequest, PatchSampler, SampledCrop
 from connectomics.errors import InputError
 
@@ -101,8 +101,7 @@ def bench_data(
     module.setup()
     prepared = time.perf_counter() - begin
     device = "cuda" if torch.cuda.is_available() and config.system.accelerator != "cpu" else "cpu"
-    recognised, _ = recognise(config.data.augmentations)
-    intensity = IntensityAugmentor.from_config({**recognised, **config.data.intensity}, config.dataset.resolution)
+    intensity = BatchAugmentor.of(config)
     work = PatchWork(
         module.train_dataset, endless(module.sampler()), batch_size=size, device=device, intensity=intensity
     )

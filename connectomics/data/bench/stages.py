@@ -20,7 +20,7 @@ from connectomics.data.augment import PatchAugmentor
 from connectomics.data.bench.chunks import decompress
 from connectomics.data.bench.meter import Meter
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import IntensityAugmentor
+from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
@@ -96,7 +96,7 @@ class PatchWork:
         *,
         batch_size: int = 1,
         device: str = "cpu",
-        intensity: IntensityAugmentor | None = None,
+        intensity: BatchAugmentor | None = None,
     ) -> None:
         self.dataset, self._requests = dataset, requests
         self._batch_size, self._device, self._intensity = batch_size, torch.device(device), intensity
@@ -136,7 +136,7 @@ class PatchWork:
             self._wait()
         with self.meter.part("intensity") if self._intensity is not None else nullcontext():
             if self._intensity is not None:
-                self._intensity(moved["image"], moved["codes"], batch["seed"])
+                self._intensity({**moved, "seed": batch["seed"]})
                 self._wait()
         return limits
 

@@ -5,7 +5,8 @@ docs/augmentations.md shows each kind. Needs torch, not MONAI.
 """
 
 from connectomics.data.intensity.augmentor import IntensityAugmentor
+from connectomics.data.intensity.batch import BatchAugmentor
 from connectomics.data.intensity.kinds import KINDS
 from connectomics.data.intensity.recognise import recognise
 
-__all__ = ["KINDS", "IntensityAugmentor", "recognise"]
+__all__ = ["KINDS", "BatchAugmentor", "IntensityAugmentor", "recognise"]

@@ -23,7 +23,7 @@ from connectomics.config import RunConfig, config_to_dict
 from connectomics.data.cache import CropCache, cache_folder
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import IntensityAugmentor, recognise
+from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
@@ -210,7 +210,7 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
         found = missing_raw(volume)
         missing += [found] if found.missing else []
         tell(number, total, volume.crop.key)
-    augmentor = device_augmentor(config)
+    augmentor = BatchAugmentor.of(config)
     patches: list[SeenPatch] = []
     same = True
     for number, batch in enumerate(taken):
@@ -243,10 +243,10 @@ def look_at(
     packed: Sequence[PackedPatch],
     requests: Sequence[PatchRequest],
     dataset: CellMapMultiClassDataset,
-    augmentor: IntensityAugmentor | None,
+    augmentor: BatchAugmentor | None,
 ) -> list[SeenPatch]:
     """The patches of one batch of the loader, after the augmentation on the device (here: the CPU)."""
-    batch = augment_batch(augmentor, batch)
+    batch = batch if augmentor is None else augmentor(batch)
     views = [name for name in ("image", *(f"image_{n}" for n in range(1, len(batch)))) if name in batch]
     sizes = (dataset.resolution, *(view.voxel_size for view, _ in dataset.reader.views))
     present, known = batch["present"].numpy(), batch["known_states"].numpy()
@@ -256,7 +256,7 @@ def look_at(
         codes = batch["codes"][n].numpy()
         shape = (codes.shape[0], codes.shape[1], codes.shape[2])
         there = where_raw_is(dataset.reader, request)
-        drawn = () if augmentor is None else augmentor.drawn(patch.seed, shape)
+        drawn = () if augmentor is None else augmentor.own.drawn(patch.seed, shape)
         seen.append(
             SeenPatch(
                 batch=number,
@@ -278,22 +278,6 @@ def look_at(
             )
         )
     return seen
-
-
-def device_augmentor(config: RunConfig) -> IntensityAugmentor | None:
-    """What the training step applies to a batch: ``data.intensity``, and the MONAI transforms that it does as well."""
-    additions, _ = recognise(config.data.augmentations)
-    return IntensityAugmentor.from_config({**additions, **config.data.intensity}, config.dataset.resolution)
-
-
-def augment_batch(augmentor: IntensityAugmentor | None, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch with augmented images and codes; further views have the same draws, but for those that move an image
-    against its labels."""
-    if augmentor is None:
-        return dict(batch)
-    image, codes = augmentor(batch["image"], batch["codes"], batch["seed"])
-    views = {name: augmentor(batch[name], None, batch["seed"])[0] for name in batch if name.startswith("image_")}
-    return {**batch, "image": image, "codes": batch["codes"] if codes is None else codes, **views}
 
 
 def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
