@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
+
+import numpy as np
 
 from connectomics.cellmap.phantom import PHANTOM_CLASSES, write
 from connectomics.cellmap.phantom.layout import CropPlan, DatasetPlan
@@ -31,3 +35,40 @@ def one_large_crop(out: Path, raw_nm: float = 2000.0, crop_nm: float = 1320.0) -
         write.write_raw(out, plan, scene)
         (out / ".complete").touch()
     return out
+
+
+def forty_crops(out: Path, crops: int = 40, raw_nm: float = 2400.0) -> Path:
+    """A root with one data set of 8 nm raw and crops of 100 to 150 voxels of 8 nm a side with all 48 classes, at places
+    of their own. Four of them are rendered, the others are these moved (their labels lie elsewhere in the raw, which
+    matters to nobody who measures memory). Made once."""
+    if not (out / ".complete").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        raw = VoxelGrid.covering(Box((0.0,) * 3, (raw_nm,) * 3), (8.0,) * 3)
+        plan = DatasetPlan("phantom-forty", raw, Tone(1.0, 0.0, 10.0), 0, 1)
+        scene = plan.scene()
+        sides = (100, 112, 130, 150)
+        rng = np.random.default_rng(0)
+        for number, side in enumerate(sides, start=1):
+            grid = raw.crop((50,) * 3, (side,) * 3)
+            write.write_training_crop(out, plan, scene, CropPlan(number, False, dict.fromkeys(PHANTOM_CLASSES, grid)))
+        groundtruth = write.recon(out, plan.name) / "labels" / "groundtruth"
+        for number in range(len(sides) + 1, crops + 1):
+            model = (number - 1) % len(sides) + 1
+            shutil.copytree(groundtruth / f"crop{model}", groundtruth / f"crop{number}", copy_function=os.link)
+            free = raw.shape[0] - sides[model - 1]
+            _move(groundtruth / f"crop{number}", [8.0 * (int(n) - 50) for n in rng.integers(0, free, 3)])
+        write.write_raw(out, plan, scene)
+        (out / ".complete").touch()
+    return out
+
+
+def _move(crop: Path, by: list[float]) -> None:
+    """Shift every multiscale of a crop by nm, z y x."""
+    for file in crop.glob("*/.zattrs"):
+        attrs = json.loads(file.read_text(encoding="utf-8"))
+        for level in attrs["multiscales"][0]["datasets"]:
+            for transform in level["coordinateTransformations"]:
+                if transform["type"] == "translation":
+                    transform["translation"] = [t + b for t, b in zip(transform["translation"], by, strict=True)]
+        file.unlink()  # it is a link to that of the crop it was copied from
+        file.write_text(json.dumps(attrs), encoding="utf-8")
