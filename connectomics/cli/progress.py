@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 #: Told (done, all, name of what was done last).
 Advance = Callable[[int, int, str], None]
@@ -24,6 +24,23 @@ def counted(what: str) -> Iterator[Advance]:
     else:
         yield _lines(what, begin)
     print(f"{what}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+
+
+def when_needed(what: str) -> Advance:
+    """As `counted` for work that may turn out to be none: begins with the first call that leaves something to do, and
+    ends with the one that leaves nothing."""
+    running: list[tuple[AbstractContextManager[Advance], Advance]] = []
+
+    def advance(done: int, number: int, name: str) -> None:
+        if not running and done < number:
+            shown = counted(what)
+            running.append((shown, shown.__enter__()))
+        if running:
+            running[0][1](done, number, name)
+            if done >= number:
+                running.pop()[0].__exit__(None, None, None)
+
+    return advance
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def train(
     from connectomics.lightning.train import train as run
 
     folder = run_dir or choose_run_dir(composed, checkpoint)
-    result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run)
+    decoding = progress.when_needed("decoding crops into the cache")
+    result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run, progress=decoding)
     if fast_dev_run:
         print("the run works: one batch and one validation crop went through")
         return

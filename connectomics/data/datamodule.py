@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.data.augment import PatchAugmentor
-from connectomics.data.cache import prepare
+from connectomics.data.cache import Progress, prepare
 from connectomics.data.dataset.build import patch_options, views_of
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
 from connectomics.data.loader import PatchLoader
@@ -50,11 +50,13 @@ class ValidationCrops(Dataset[CropVolume | None]):
 class CellMapDataModule(pl.LightningDataModule):
     """Training patches (`PatchSampler`, augmented) and whole validation crops of the data that a run names."""
 
-    def __init__(self, config: RunConfig, run_dir: Path | None = None) -> None:
-        """``run_dir``: where the split is written if ``dataset.split_file`` names no place for it."""
+    def __init__(self, config: RunConfig, run_dir: Path | None = None, progress: Progress | None = None) -> None:
+        """``run_dir``: where the split is written if ``dataset.split_file`` names no place for it. ``progress``: told
+        (done, all, name) while crops are decoded into the cache; None logs a line now and then."""
         super().__init__()
         self.config = config
         self.run_dir = run_dir
+        self.progress = progress
         self.split: Split | None = None
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
@@ -91,6 +93,7 @@ class CellMapDataModule(pl.LightningDataModule):
             volumes,
             processes=min(max(1, cfg.data.num_workers), os.cpu_count() or 1),
             budget=None if cfg.data.cache_gb is None else int(cfg.data.cache_gb * 1e9),
+            progress=self.progress,
         )
 
     def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,7 @@ def train(
     checkpoint: str | Path | None = None,
     fast_dev_run: bool = False,
     datamodule: pl.LightningDataModule | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> TrainResult:
     """Train what a configuration describes.
 
@@ -97,6 +98,7 @@ def train(
         run_dir: where everything is written, see `TrainResult` and `choose_run_dir`.
         checkpoint: go on from here: weights, optimizer, epoch, random state.
         fast_dev_run: one batch of training and one look at a validation crop, to see whether it runs; writes no file.
+        progress: told (done, all, name) while crops are decoded into the cache; None logs a line now and then.
         datamodule: gives the batches that `ConnectomicsModule` takes; None: `CellMapDataModule` of the configuration.
 
     Raises:
@@ -125,7 +127,7 @@ def train(
     with _clear_errors(folder), _without_noise():
         if not fast_dev_run and is_first_process():
             save_config(config, folder / "config.yaml")
-        data = _cellmap_data(config, None if fast_dev_run else folder) if datamodule is None else datamodule
+        data = _cellmap_data(config, None if fast_dev_run else folder, progress) if datamodule is None else datamodule
         data.setup("fit")
         validate = len(data.val_dataloader()) > 0
         if not validate:
@@ -142,12 +144,14 @@ def train(
     return _result(config, folder, trainer, time.perf_counter() - started)
 
 
-def _cellmap_data(config: RunConfig, folder: Path | None) -> pl.LightningDataModule:
+def _cellmap_data(
+    config: RunConfig, folder: Path | None, progress: Callable[[int, int, str], None] | None
+) -> pl.LightningDataModule:
     """The data module of the configuration, set up; leaves its split in the run's folder wherever it came from."""
     from connectomics.data.datamodule import CellMapDataModule
     from connectomics.lightning.machine import is_first_process
 
-    data = CellMapDataModule(config, folder)
+    data = CellMapDataModule(config, folder, progress)
     data.setup("fit")
     if folder is not None and data.split is not None and is_first_process():
         target = folder / "split.yaml"
