@@ -185,6 +185,9 @@ class CellMapDataModule(pl.LightningDataModule):
         workers = min(data.num_workers, os.cpu_count() or 1)
         if workers < data.num_workers:
             log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
+        if workers:
+            # the kernels of the spatial pass are compiled at their first use on a machine: once here, not in each worker
+            self.train_dataset[sampler.request(0, 0)]
         return PatchLoader(
             self.train_dataset,
             sampler,
