@@ -68,7 +68,7 @@ def test_stages_add_up_and_limits_are_measured_beside_them(phantom: Path, cache:
     found = work.round(3, LIMITS)
     stages = [found[name] for name in STAGES if name in found]
     assert found["whole"] == pytest.approx(sum(stages))
-    assert found["patch"] == pytest.approx(found["read"] + found["spatial"] + found["others"])
+    assert found["patch"] == pytest.approx(found["read"] + found["spatial"])
     assert all(found[name] > 0 for name in (*LIMITS, "read", "spatial", "collate", "whole_wall"))
 
 
@@ -89,6 +89,9 @@ def test_peaks_are_of_the_part_itself() -> None:
         with meter.part("inner"):
             np.ones(20_000_000, np.uint8)
         np.ones(60_000_000, np.uint8)
+        with meter.part("nothing"):
+            pass
+    assert meter.costs["nothing"].peak_mb == pytest.approx(0, abs=4)
     assert meter.costs["inner"].peak_mb == pytest.approx(20, abs=4)
     assert meter.costs["outer"].peak_mb == pytest.approx(60, abs=4)
 

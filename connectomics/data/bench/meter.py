@@ -53,6 +53,7 @@ class Meter:
         now = _Open(-time.process_time(), -time.perf_counter())
         if self.memory:
             _give_back()
+            _reset_peak()
             now.base = now.peak = _status("VmRSS")
         self._open.append(now)
         try:
@@ -75,16 +76,21 @@ class Meter:
         if self.memory:
             if self._open:
                 self._open[-1].peak = max(self._open[-1].peak, _status("VmHWM"))
-            Path("/proc/self/clear_refs").write_text("5")
+            _reset_peak()
 
 
 def can_measure_peaks() -> bool:
     """Whether this system lets a process reset its own high-water mark."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        _reset_peak()
     except OSError:
         return False
     return True
+
+
+def _reset_peak() -> None:
+    """Let the high-water mark begin at what is held now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _give_back() -> None:

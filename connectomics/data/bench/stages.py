@@ -71,6 +71,8 @@ class _TimedAugmentor:
         self.spatial = None if spatial is None else _TimedSpatial(spatial, work)
 
     def finish(self, patch: PackedPatch, seed: int) -> PackedPatch:
+        if self._augmentor.others is None:
+            return self._augmentor.finish(patch, seed)
         with self._work.meter.part("others"):
             return self._augmentor.finish(patch, seed)
 
