@@ -29,7 +29,7 @@ demo: install
 	$(BIN)/pytc demo --out outputs/demo --overwrite
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" --cov --cov-report=term --cov-fail-under=85
 
 test-all: install
 	$(BIN)/python -m pytest -m "not gpu" --cov --cov-report=term

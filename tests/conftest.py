@@ -15,6 +15,15 @@ settings.register_profile("steady", deadline=None)
 settings.load_profile("steady")
 
 
+#: begun first, so that none of them is still running when everything else is done
+LONGEST = ("test_the_guide_runs", "test_killed_and_resumed_again", "test_two_processes_on_the_cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 def _shared(part: str) -> Path:
     base = Path(os.environ.get("CONNECTOMICS_SHARED", ROOT.parent / "shared"))
     path = base / part

@@ -30,6 +30,10 @@ _TOLERANCE = 1e-3
 
 def triple(values: ArrayLike, what: str = "value") -> Triple:
     """Three finite floats, z y x; raises `InputError` naming ``what`` otherwise."""
+    if type(values) is tuple and len(values) == 3:  # what grids and boxes hold; a patch makes a dozen of them
+        z, y, x = values
+        if type(z) is type(y) is type(x) is float and math.isfinite(z) and math.isfinite(y) and math.isfinite(x):
+            return z, y, x
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:

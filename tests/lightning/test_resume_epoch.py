@@ -61,11 +61,15 @@ def test_the_undisturbed_run(undisturbed: Path) -> None:
     assert read_checkpoint(undisturbed / "checkpoints" / "last.ckpt")["global_step"] == 12
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, workers: int) -> None:
-    """Resumed from steps 3 (batch 5 of epoch 0), 6 (batch 3 of epoch 1, twice) and 8 (the end of epoch 1)."""
+#: killed at (epoch, batch), resumed from step 3 (batch 5 of epoch 0), 6 (batch 3 of epoch 1, twice), 8 (end of epoch 1)
+KILLS = (((0, 6), 3), ((1, 4), 6), ((1, 6), 6), ((2, 1), 8))
+
+
+# starting workers takes seconds each time
+@pytest.mark.parametrize(("workers", "kills"), [(0, KILLS), (2, KILLS[1::2])], ids=["alone", "two workers"])
+def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, workers: int, kills: Any) -> None:
     folder = tmp_path / "run"
-    for die_at, step in (((0, 6), 3), ((1, 4), 6), ((1, 6), 6), ((2, 1), 8)):
+    for die_at, step in kills:
         with pytest.raises(ArithmeticError, match="killed"):
             run(folder, workers, die_at)
         assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
