@@ -40,7 +40,7 @@ def _run(options: argparse.Namespace) -> None:
     out = options.out or options.checkpoint.parent.parent
     if options.mode in ("test", "predict"):
         run_verbs.predict(
-            options.config, options.overrides, options.checkpoint, out / "predictions", None, None, None, False
+            options.config, options.overrides, [options.checkpoint], out / "predictions", None, None, None, False
         )
     if options.mode in ("test", "evaluate"):
         from connectomics.config import load_config

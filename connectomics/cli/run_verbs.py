@@ -63,7 +63,9 @@ def train(
 def predict(
     config: Config,
     overrides: Overrides = None,
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the network.")] = ...,  # type: ignore[assignment]
+    checkpoint: Annotated[
+        list[Path], typer.Option(help="Checkpoint of the network; given several times, they are averaged.")
+    ] = ...,  # type: ignore[assignment]
     out: Annotated[Path, typer.Option(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
     crops: Annotated[
         str | None, typer.Option(help="Crop table (.csv, .json, or 'challenge'); default: the catalog's crops.")
@@ -81,6 +83,8 @@ def predict(
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --crops challenge --out outputs/predictions
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --box jrc_cos7-1a:0,0,0:800,800,800
+
+      pytc predict tutorials/cellmap_cos7.yaml --checkpoint a.ckpt --checkpoint b.ckpt inference.tta=flips
     """
     from connectomics.config import load_config
 
@@ -122,7 +126,15 @@ def decode(
     there = sorted({name for _, _, name in find_arrays(predictions)})
     parameters = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     with show.stage("decoding"):
-        done = decode_predictions(predictions, out, parameters, classes=class_name, overwrite=overwrite)
+        done = decode_predictions(
+            predictions,
+            out,
+            parameters,
+            classes=class_name,
+            overwrite=overwrite,
+            blockwise_above=composed.decoding.blockwise_above,
+            block_progress=progress.when_needed("block by block"),
+        )
     for item in done:
         print(item.location)
 

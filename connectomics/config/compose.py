@@ -125,6 +125,8 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "data.cache", config.data.cache or "none", ("none", "memory", "disk"))
     _one_of(where, "model.fusion", config.model.fusion, ("encoder", "channels"))
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
+    _one_of(where, "inference.uncertainty", config.inference.uncertainty, ("none", "variance", "entropy", "dropout"))
+    _check_tta(where, config.inference.tta)
     if not 0.0 < config.dataset.train_val_split <= 1.0:
         raise ConfigError(
             f"{where}: dataset.train_val_split must be above 0 and at most 1, found {config.dataset.train_val_split}"
@@ -147,7 +149,9 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         ("early_stopping.patience", config.early_stopping.patience, 0),
         ("checkpoint.save_top_k", config.checkpoint.save_top_k, -1),
         ("inference.batch_size", inference.batch_size, 1),
+        ("inference.dropout_samples", inference.dropout_samples, 2),
         ("inference.context", inference.context, 0),
+        ("decoding.blockwise_above", config.decoding.blockwise_above, 0),
     )
     for key, number, low in least:
         if number is not None and number < low:
@@ -228,6 +232,20 @@ def _free_groups(schema: type = RunConfig, prefix: str = "") -> list[str]:
         elif isinstance(kind, type) and is_dataclass(kind):
             groups += _free_groups(kind, f"{prefix}{entry.name}.")
     return groups
+
+
+def _check_tta(where: str, tta: Any) -> None:
+    """A named set, or a list of symmetries as text, each z, y, x in some order with signs."""
+    if isinstance(tta, str):
+        _one_of(where, "inference.tta", tta, ("none", "flips", "section", "all"))
+        return
+    given = list(tta) if isinstance(tta, list | tuple) else [tta]
+    fine = all(re.fullmatch("(-?[zyx]){3}", str(text)) and len(set(str(text)) & set("zyx")) == 3 for text in given)
+    if not given or not fine or len(set(map(str, given))) != len(given):
+        raise ConfigError(
+            f"{where}: inference.tta must be none, flips, section, all, or a list of symmetries, none twice, each z, "
+            f"y, x in some order with signs, as in [zyx,-zyx,x-yz]; found {tta}"
+        )
 
 
 def _one_of(where: str, key: str, value: str, allowed: tuple[str, ...]) -> None:

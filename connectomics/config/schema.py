@@ -165,6 +165,9 @@ class InferenceConfig:
     batch_size: int = 1
     block_size: list[int] = field(default_factory=lambda: [256, 256, 256])  # voxels held at once
     context: int | None = None  # voxels of raw read beyond the box; None: half the overlap, at least 8
+    tta: Any = "none"  # test-time augmentation: none | flips (8) | section (16) | all (48) | list as [zyx, -zyx]
+    uncertainty: str = "none"  # none | variance (over tta and checkpoints) | entropy | dropout
+    dropout_samples: int = 8  # passes with dropout on, for uncertainty=dropout
 
 
 @dataclass
@@ -173,6 +176,7 @@ class DecodingConfig:
 
     default: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # class name -> parameters
+    blockwise_above: int = 512**3  # voxels: components of larger arrays are found block by block, with the same result
 
 
 @dataclass

@@ -10,6 +10,8 @@ On disk, under ``output``::
 
     {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group
     {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, model, version
+    {class}/uncertainty  the class's uncertainty where it is asked for, a multiscale group like its parent; its
+                         attributes also say the kind and the scale (the value that 1 stands for)
     .zattrs              connectomics: artefact, complete, classes, model, version
     task.json            the task
     .done-{key}          one byte per block of a target grid (`connectomics.inference.done`)
@@ -24,7 +26,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +44,22 @@ from connectomics.errors import (
     unknown_name,
 )
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.inference.augmented import (
+    LARGEST,
+    UNCERTAINTIES,
+    Averaged,
+    Network,
+    Symmetry,
+    entropy,
+    require_unchanged,
+    symmetries,
+)
 from connectomics.inference.done import DoneMap
 from connectomics.inference.layout import Layout
+from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import BLENDINGS, Plan, predict_regions
 from connectomics.inference.views import View
 from connectomics.io import resample, store
-from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
 
 if TYPE_CHECKING:
@@ -55,6 +67,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "task.json"
 ARTEFACT = "probability"
+UNCERTAINTY = "uncertainty"  # the artefact, and its group below that of the class
 PRECISIONS = ("32", "bf16", "fp16")
 
 # fields that a resumed run may change: they decide how fast it is, not what it writes
@@ -81,6 +94,9 @@ class PredictTask:
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
         dtype: of the stored probabilities: ``uint8``.
         views: further inputs of the network, each its voxel size (nm) and its shape (voxels), z y x.
+        symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
+        uncertainty: written too: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
+            ``dropout``: variance over ``dropout_samples`` passes of each with dropout layers on; or ``none``.
     """
 
     raw: str
@@ -99,6 +115,9 @@ class PredictTask:
     precision: str = "32"
     dtype: str = "uint8"
     views: tuple[tuple[Triple, Index], ...] = ()
+    symmetries: tuple[str, ...] = ("zyx",)
+    uncertainty: str = "none"
+    dropout_samples: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -126,9 +145,28 @@ class PredictTask:
             ("blending", self.blending, BLENDINGS),
             ("precision", self.precision, PRECISIONS),
             ("dtype", self.dtype, ("uint8",)),
+            ("uncertainty", self.uncertainty, UNCERTAINTIES),
         ):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        self._check_passes()
+
+    def _check_passes(self) -> None:
+        """Symmetries that the network's inputs do not have, and samples that nothing would take."""
+        chosen = self._symmetries
+        object.__setattr__(self, "symmetries", tuple(str(symmetry) for symmetry in chosen))
+        for sizes, what in [
+            (self.window, "a window of"),
+            (self.voxel_size, "the voxel size"),
+            *((sizes, "a further input of") for view in self.views for sizes in view),
+        ]:
+            require_unchanged(chosen, sizes, what)
+        samples = self.dropout_samples
+        if samples < 2 if self.uncertainty == "dropout" else samples != 0:
+            raise InputError(
+                f"dropout_samples must be at least 2 with uncertainty 'dropout' and 0 without, found "
+                f"{samples} with {self.uncertainty!r}"
+            )
 
     # -- to and from JSON --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +180,8 @@ class PredictTask:
     def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> PredictTask:
         """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
         known = {f.name for f in fields(cls)}
-        data = {"views": [], **data}  # tasks of before there were any
+        # what tasks of before there were such keys stand for
+        data = {"views": [], "symmetries": ["zyx"], "uncertainty": "none", "dropout_samples": 0, **data}
         if wrong := sorted(set(data) ^ known):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
@@ -172,11 +211,25 @@ class PredictTask:
         for name in self.classes:
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
-        how = (len(self.classes), self.voxel_size, self.window, self.overlap, self.context, self.block_size)
+        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size)
         return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
 
+    @property
+    def channels(self) -> int:
+        """Values that are blended for each voxel: probabilities, and variances where they are wanted."""
+        return len(self.classes) * (2 if self.uncertainty in ("variance", "dropout") else 1)
+
+    @property
+    def _symmetries(self) -> tuple[Symmetry, ...]:
+        return symmetries(self.symmetries)
+
+    def averaged(self, networks: Sequence[Network]) -> Averaged:
+        """The networks, averaged as the task says."""
+        wanted = self.uncertainty in ("variance", "dropout")
+        return Averaged(networks, self._symmetries, samples=self.dropout_samples, variance=wanted)
+
     def plan(self) -> list[Plan]:
-        """What each distinct target grid costs, without running anything."""
+        """What each distinct target grid costs, without running anything; with one pass for each window."""
         return [layout.plan(self.batch_size) for layout, _ in self.layouts()]
 
     @property
@@ -189,7 +242,8 @@ class PredictTask:
     def model(self) -> dict[str, Any]:
         """What the artefact says of its origin."""
         names = (
-            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views"
+            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
+            "symmetries", "dropout_samples",
         )  # fmt: skip
         data = self.to_dict()
         return {name: data[name] for name in names}
@@ -197,7 +251,7 @@ class PredictTask:
 
 def run_predict_task(
     task: PredictTask,
-    network: Callable[..., torch.Tensor],
+    network: Network | Sequence[Network],
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     *,
@@ -207,16 +261,19 @@ def run_predict_task(
 
     Args:
         network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's views, likewise), gives probabilities (B,
-            len(task.classes), d, h, w).
+            len(task.classes), d, h, w); several are averaged. With the task's uncertainty ``dropout`` their dropout
+            layers must be on, see `dropout_on`.
         progress: called with the numbers of finished and of all blocks, at the start and after every block.
         overwrite: begin anew where an output of another task (or a finished one) is there.
 
     Raises:
         WriteError: an output of another task is there, or the disk is full.
-        InputError: there is no raw in the region, or the network's output is not finite or no probability.
+        InputError: there is no raw in the region, the network's output is not finite or no probability, or a variance
+            is asked for of one pass.
         CorruptDataError: raw cannot be decoded or is not finite.
     """
     output = Path(task.output)
+    averaged = task.averaged([network] if callable(network) else network)
     if _refuse_others(task, output, overwrite) and not overwrite and _is_complete(task, output):
         if progress is not None:
             total = sum(len(layout.blocks) for layout, _ in task.layouts())
@@ -228,9 +285,9 @@ def run_predict_task(
     ensure_group(output, {"connectomics": _attrs(task, complete=False)})
     for layout, names in task.layouts():
         done = DoneMap(output / f".done-{layout.key}", len(layout.blocks))
-        if done.count and not all(_has_array(output / name) for name in names):
+        if done.count and not all(_has_array(place) for name in names for place in _places(task, name)):
             done.clear()  # someone removed an array: what the map says of it holds no longer
-        jobs.append((layout, names, [_writer(task, layout, name) for name in names], done))
+        jobs.append((layout, names, [_writers(task, layout, name) for name in names], done))
     total = sum(len(done) for *_, done in jobs)
     finished = sum(done.count for *_, done in jobs)
     if progress is not None:
@@ -240,9 +297,9 @@ def run_predict_task(
         blocks = predict_regions(
             source.read,
             layout.lattice,
-            network,
+            averaged,
             [layout.regions[n] for n in todo],
-            channels=len(task.classes),
+            channels=task.channels,
             blending=task.blending,
             batch_size=task.batch_size,
             device=device,
@@ -253,7 +310,9 @@ def run_predict_task(
         for number in todo:
             block = next(blocks)
             for channel, writer in zip(channels, writers, strict=True):
-                _write(layout, number, block[channel], writer)
+                _write(layout, number, block[channel], writer[0])
+                if task.uncertainty != "none":
+                    _write(layout, number, _uncertainty(task, block, channel), writer[1])
             del block  # or it would be held while the next one is computed
             done.mark(number)
             finished += 1
@@ -261,7 +320,8 @@ def run_predict_task(
                 progress(finished, total)
     for _, names, _, _ in jobs:
         for name in names:
-            update_attrs(output / name, {"connectomics": _attrs(task, complete=True, class_name=name)})
+            for place, about in _places(task, name).items():
+                update_attrs(place, {"connectomics": {**_attrs(task, complete=True, class_name=name), **about}})
     update_attrs(output, {"connectomics": _attrs(task, complete=True)})
 
 
@@ -287,38 +347,6 @@ def require_complete(location: str | Path) -> dict[str, Any]:
             f"with the same options to finish it"
         )
     return ours
-
-
-class RawSource:
-    """Raw of one multiscale group as the network wants it: 0 to 1, zeros where there is none."""
-
-    def __init__(self, location: str, intensity_range: tuple[float, float]) -> None:
-        self.location = location
-        self._source = Multiscale.open(location)
-        self._low, self._high = intensity_range
-
-    def read(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """(v - low) / (high - low), clipped to [0, 1], float32 (d, h, w); 0 where there is no raw.
-
-        Raises `CorruptDataError` where a chunk cannot be decoded or holds values that are not finite.
-        """
-        values, inside = self._source.read_raw(grid)
-        values -= np.float32(self._low)
-        values /= np.float32(self._high - self._low)
-        np.clip(values, 0, 1, out=values)
-        values[~inside] = 0
-        return values
-
-    def require_any(self, layout: Layout, what: str) -> None:
-        """Raise `InputError` if no voxel of the region has raw: outside the volume, or its chunks are absent."""
-        grid = layout.model
-        middle = grid.crop([n // 2 for n in grid.shape], (1, 1, 1))
-        for part in (middle, *(grid.crop(*region) for region in layout.regions)):
-            if self._source.read_raw(part)[1].any():
-                return
-        finest = self._source.levels[0].grid.box
-        reason = "the chunks there are absent" if not finest.intersect(grid.box).is_empty else f"it covers {finest}"
-        raise InputError(f"{self.location} has no raw for {what}, which lies at {layout.target.box}: {reason}")
 
 
 def _autocast(precision: str) -> torch.dtype | None:
@@ -365,7 +393,7 @@ def _claim(task: PredictTask, output: Path, overwrite: bool) -> None:
 
 def _is_complete(task: PredictTask, output: Path) -> bool:
     try:
-        for location in (output, *(output / name for name in task.targets)):
+        for location in (output, *(place for name in task.targets for place in _places(task, name))):
             require_complete(location)
     except (IncompleteError, MissingError, MetadataError):
         return False
@@ -377,16 +405,35 @@ def _has_array(location: Path) -> bool:
     return (location / ".zattrs").exists() and "multiscales" in store.read_attrs(str(location))
 
 
-def _writer(task: PredictTask, layout: Layout, name: str) -> ArrayWriter:
-    """The array of one class, made where it is not there."""
+def _places(task: PredictTask, name: str) -> dict[Path, dict[str, Any]]:
+    """The groups of one class, the one that holds the others first, and what they say of themselves in particular."""
     location = Path(task.output) / name
-    if _has_array(location):
-        return ArrayWriter.open(location / "s0")
-    attrs = {"connectomics": _attrs(task, complete=False, class_name=name)}
-    (writer,) = create_multiscale(
-        location, [layout.target], task.dtype, chunks=layout.chunks, attrs=attrs, name=name, overwrite=True
-    )
-    return writer
+    places: dict[Path, dict[str, Any]] = {location: {}}
+    if task.uncertainty != "none":
+        scale = LARGEST[task.uncertainty] / 255
+        places[location / UNCERTAINTY] = {"artefact": UNCERTAINTY, "kind": task.uncertainty, "scale": scale}
+    return places
+
+
+def _writers(task: PredictTask, layout: Layout, name: str) -> list[ArrayWriter]:
+    """The arrays of one class, made where they are not there."""
+    writers = []
+    for place, about in _places(task, name).items():
+        if _has_array(place):
+            writers.append(ArrayWriter.open(place / "s0"))
+            continue
+        attrs = {"connectomics": {**_attrs(task, complete=False, class_name=name), **about}}
+        writers += create_multiscale(
+            place, [layout.target], task.dtype, chunks=layout.chunks, attrs=attrs, name=place.name, overwrite=True
+        )
+    return writers
+
+
+def _uncertainty(task: PredictTask, block: NDArray[np.float32], channel: int) -> NDArray[np.float32]:
+    """Of one class of a block, from 0 to 1: as a share of the largest that can be."""
+    if task.uncertainty == "entropy":
+        return entropy(block[channel])
+    return block[len(task.classes) + channel] / np.float32(LARGEST[task.uncertainty])
 
 
 def _attrs(task: PredictTask, *, complete: bool, class_name: str | None = None) -> dict[str, Any]:

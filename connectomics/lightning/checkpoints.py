@@ -75,21 +75,34 @@ def check_classes(path: str | Path, trained: Sequence[str], asked: Sequence[str]
         )
 
 
+def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
+    """Raises `InputError` where a checkpoint's network takes further inputs at other voxel sizes than asked for."""
+    found, asked = ([list(view.resolution) for view in of.data.inputs] for of in (trained, config))
+    if found != asked:
+        raise InputError(
+            f"checkpoint {path} was trained with further inputs (data.inputs) at {found} nm, the configuration has "
+            f"them at {asked} nm; set data.inputs as in training, or leave this checkpoint out"
+        )
+
+
 def load_module(path: str | Path, config: RunConfig | None = None) -> ConnectomicsModule:
     """The module of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         path: the checkpoint, self-contained.
-        config: a configuration to use with it: its `dataset.classes` must be those of the checkpoint; its `model` is
-            replaced by the checkpoint's, all else (data, inference, decoding) is kept. None: the checkpoint's own.
+        config: a configuration to use with it: its `dataset.classes` and the voxel sizes of its `data.inputs` must be
+            those of the checkpoint; its `model` is replaced by the checkpoint's, all else (data, inference, decoding)
+            is kept. None: the checkpoint's own.
 
     Raises:
-        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also for other classes.
+        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also where classes or
+            inputs are others.
     """
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
     if config is not None:
         check_classes(path, trained.dataset.classes, config.dataset.classes)
+        check_inputs(path, trained, config)
         if list(trained.dataset.resolution) != list(config.dataset.resolution):
             log.warning(
                 "checkpoint %s was trained at %s nm, the configuration asks for %s nm: expect worse results",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from connectomics.data.dataset.build import views_of
 from connectomics.data.volumes import Intensity
 from connectomics.errors import InputError
 from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
+from connectomics.inference.augmented import dropout_on, symmetries
 from connectomics.inference.task import PredictTask, check_predict_task, run_predict_task
 from connectomics.io.multiscale import Multiscale
 
@@ -112,7 +113,7 @@ def box_target(config: RunConfig, text: str) -> Target:
 def predict_cellmap_crops(
     model: ConnectomicsModule | None,
     config: RunConfig,
-    checkpoint_path: str | Path | None,
+    checkpoint_path: str | Path | Sequence[str | Path] | None,
     output_dir: str | Path,
     *,
     targets: Sequence[Target] | None = None,
@@ -129,7 +130,8 @@ def predict_cellmap_crops(
         model: a network with its weights; None loads ``checkpoint_path``.
         config: ``dataset`` (root, classes, resolution), ``data`` (patch size, intensity range), ``inference``, and
             ``training.precision``, which holds on a GPU (the CPU computes in float32).
-        checkpoint_path: what to load where there is no ``model``.
+        checkpoint_path: what to load where there is no ``model``. Several are an ensemble: their probabilities are
+            averaged. All are held in memory at once, which is little beside a block, and their order does not matter.
         targets: regions; None: `targets_of` the configuration.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU where there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
@@ -139,33 +141,37 @@ def predict_cellmap_crops(
         The folders of the targets, in their order.
 
     Raises:
-        InputError: the network's classes are not the configuration's, or there is no raw in a region.
+        InputError: the network's classes or inputs are not the configuration's, two checkpoints hold the same weights,
+            there is no raw in a region, or ``inference.tta`` or ``inference.uncertainty`` cannot be had.
         MissingError, UnknownNameError: the checkpoint, the data root, a data set or a crop is not there.
         WriteError, CorruptDataError: see `connectomics.inference.task.run_predict_task`.
     """
     from connectomics.lightning.module import inference_window
 
     wanted = list(targets) if targets is not None else targets_of(config)
-    module = _module(model, config, checkpoint_path)
+    modules = _modules(model, config, checkpoint_path)
     place = _device(config) if device is None else _known_device(device)
     catalog = Catalog.open(config.dataset.data_root)
-    checkpoint = weights_hash(module)
-    trained = module.config
-    data = replace(config.data, inputs=trained.data.inputs)
-    window = inference_window(replace(config, model=trained.model, data=data))
-    views = views_of(trained)
+    checkpoint = _common_hash(list(modules))
+    for module in modules.values():
+        trained = module.config
+        data = replace(config.data, inputs=trained.data.inputs)
+        window = inference_window(replace(config, model=trained.model, data=data))
+    views = views_of(trained)  # the same for all, as is the window
     tasks = [_task(config, catalog, target, Path(output_dir), window, views, checkpoint, place) for target in wanted]
     for task in tasks:
         check_predict_task(task, overwrite=overwrite)
 
-    training = module.training
-    module.eval().to(place)
-    try:
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.train, module.training)
+            module.eval().to(place)
+            if config.inference.uncertainty == "dropout":
+                stack.enter_context(dropout_on(module))
+        networks = [module.probabilities for module in modules.values()]
         for task in tasks:
             with _bar(task.name, progress) as advance:
-                run_predict_task(task, module.probabilities, place, advance, overwrite=overwrite)
-    finally:
-        module.train(training)
+                run_predict_task(task, networks, place, advance, overwrite=overwrite)
     return [Path(task.output) for task in tasks]
 
 
@@ -185,18 +191,35 @@ def weights_hash(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _module(
-    model: ConnectomicsModule | None, config: RunConfig, checkpoint_path: str | Path | None
-) -> ConnectomicsModule:
-    """The given network or the checkpoint's; its classes must be the configuration's, in their order."""
+def _common_hash(hashes: Sequence[str]) -> str:
+    """That of a single network itself; of several one that does not depend on their order."""
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()[:16]
+
+
+def _modules(
+    model: ConnectomicsModule | None, config: RunConfig, checkpoints: str | Path | Sequence[str | Path] | None
+) -> dict[str, ConnectomicsModule]:
+    """The given network or the checkpoints', by `weights_hash`, in its order: sums are then the same to the bit
+    whichever is named first. Their classes must be the configuration's, in their order."""
     from connectomics.lightning.checkpoints import check_classes, load_module
 
-    if model is None and checkpoint_path is None:
+    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints or ())
+    if model is not None:
+        check_classes(", ".join(map(str, paths)) or "(the given model)", model.classes, config.dataset.classes)
+        return {weights_hash(model): model}
+    if not paths:
         raise InputError("nothing to predict with: give a model or a checkpoint")
-    if model is None:
-        return load_module(str(checkpoint_path), config)
-    check_classes(checkpoint_path or "(the given model)", model.classes, config.dataset.classes)
-    return model
+    modules: dict[str, ConnectomicsModule] = {}
+    origin: dict[str, str | Path] = {}
+    for path in paths:
+        module = load_module(path, config)
+        key = weights_hash(module)
+        if key in modules:
+            raise InputError(f"checkpoints {origin[key]} and {path} hold the same weights; give each network once")
+        modules[key], origin[key] = module, path
+    return dict(sorted(modules.items()))
 
 
 def _device(config: RunConfig) -> str:
@@ -247,6 +270,9 @@ def _task(
         batch_size=options.batch_size,
         precision="32" if device == "cpu" else on_gpu,
         views=views,
+        symmetries=tuple(str(symmetry) for symmetry in symmetries(options.tta)),
+        uncertainty=options.uncertainty,
+        dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
     )
 
 

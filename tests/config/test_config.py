@@ -75,6 +75,12 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("data.intensity_range=[1]", "low, high"),
         ("data.intensity_range=[1,2,3]", "low, high"),
         ("inference.window=[8,8]", "three positive numbers"),
+        ("inference.tta=flip", "did you mean 'flips'"),
+        ("inference.tta=[zyx,-zzx]", "each z, y, x in some order"),
+        ("inference.tta=[zyx,zyx]", "none twice"),
+        ("inference.tta=[]", "inference.tta must be"),
+        ("inference.uncertainty=varience", "did you mean 'variance'"),
+        ("inference.dropout_samples=1", "at least 2"),
         ("system.seed=-1", "at least 0"),
     ],
 )

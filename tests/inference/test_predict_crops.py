@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, ModelConfig, RunConfig
+from connectomics.cli import main
+from connectomics.config import save_config
+from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.task import PredictTask, require_complete
@@ -46,17 +48,20 @@ def config_of(root: Path, **dataset) -> RunConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def checkpoint(root, tmp_path_factory) -> Path:
+def save_checkpoint(path: Path, config: RunConfig, seed: int) -> Path:
     from connectomics.lightning.module import ConnectomicsModule
 
-    torch.manual_seed(0)
-    module = ConnectomicsModule(config_of(root))
+    torch.manual_seed(seed)
+    module = ConnectomicsModule(config)
     content = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(content)
-    path = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
     torch.save(content, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(root, tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "best.ckpt", config_of(root), 0)
 
 
 def predict(root: Path, checkpoint: Path, out: Path, config: RunConfig | None = None, **options) -> list[Path]:
@@ -110,6 +115,90 @@ def test_a_given_model_is_used_and_left_as_it_was(root, checkpoint, tmp_path):
         next(module.parameters()).add_(0.1)
     with pytest.raises(WriteError, match="checkpoint differ"):
         predict_cellmap_crops(module, config_of(root, crops=["crop2"]), None, tmp_path, device="cpu", progress=False)
+
+
+# -- several passes ----------------------------------------------------------------------------------------------------
+def values_of(folder: Path, name: str) -> np.ndarray:
+    stored = Multiscale.open(folder / name)
+    return stored.read_level(0, (0, 0, 0), stored.grid.shape)[0].astype(np.float64)
+
+
+def test_an_ensemble_in_any_order(root, checkpoint, tmp_path):
+    config = config_of(root, crops=["crop2"])
+    second = save_checkpoint(tmp_path / "second.ckpt", config_of(root), 1)
+    folders = [predict(root, c, tmp_path / name, config)[0] for c, name in ((checkpoint, "a"), (second, "b"))]
+    config = replace(config, inference=replace(config.inference, uncertainty="variance"))
+    (both,) = predict(root, [checkpoint, second], tmp_path / "c", config)
+    (turned,) = predict(root, [second, checkpoint], tmp_path / "d", config)
+    for name in ("er", "mito"):
+        single = [values_of(folder, name) for folder in folders]
+        assert np.abs(values_of(both, name) - np.mean(single, axis=0)).max() <= 1
+        scale = require_complete(both / name / "uncertainty")["scale"]
+        variance = values_of(both, f"{name}/uncertainty") * scale
+        assert np.abs(variance - np.var(single, axis=0) / 255**2).max() < 2e-3
+        for kind in ("", "/uncertainty"):
+            assert np.array_equal(values_of(both, name + kind), values_of(turned, name + kind))
+    recorded = [require_complete(folder)["model"]["checkpoint"] for folder in (*folders, both, turned)]
+    assert len(set(recorded[:3])) == 3
+    assert recorded[2] == recorded[3]
+    assert predict(root, [second, checkpoint], tmp_path / "c", config) == [both], "the same members: nothing to do"
+    third = save_checkpoint(tmp_path / "third.ckpt", config_of(root), 2)
+    with pytest.raises(WriteError, match="checkpoint differ"):
+        predict(root, [checkpoint, third], tmp_path / "c", config)
+
+
+def test_several_checkpoints_on_the_command_line(root, checkpoint, tmp_path, capsys):
+    second = save_checkpoint(tmp_path / "second.ckpt", config_of(root), 1)
+    save_config(config_of(root, crops=["crop2"]), tmp_path / "run.yaml")
+    command = ["predict", str(tmp_path / "run.yaml"), "--checkpoint", str(checkpoint), "--checkpoint", str(second)]
+    assert main([*command, "--out", str(tmp_path / "out"), "--device", "cpu", "inference.tta=[zyx,-zyx]"]) == 0
+    task = PredictTask.load(tmp_path / "out" / "set-a.zarr" / "crop2" / "task.json")
+    assert task.symmetries == ("zyx", "-zyx")
+    (folder,) = predict(root, [second, checkpoint], tmp_path / "b", config_of(root, crops=["crop2"]))
+    assert task.checkpoint == PredictTask.load(folder / "task.json").checkpoint
+
+
+def test_members_must_agree(root, checkpoint, tmp_path):
+    copy = tmp_path / "copy.ckpt"
+    copy.write_bytes(checkpoint.read_bytes())
+    with pytest.raises(InputError, match=r"best\.ckpt and .*copy\.ckpt hold the same weights"):
+        predict(root, [checkpoint, copy], tmp_path / "out")
+    other = save_checkpoint(tmp_path / "other.ckpt", config_of(root, classes=["er", "ld"]), 1)
+    with pytest.raises(InputError, match=r"other\.ckpt was trained for classes \['er', 'ld'\]"):
+        predict(root, [checkpoint, other], tmp_path / "out")
+    wide = config_of(root)
+    wide = replace(wide, data=replace(wide.data, inputs=[InputConfig([16.0] * 3, [16] * 3)]))
+    with_view = save_checkpoint(tmp_path / "view.ckpt", wide, 1)
+    with pytest.raises(InputError, match=r"view\.ckpt was trained with further inputs .* at \[\[16"):
+        predict(root, [checkpoint, with_view], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_test_time_augmentation_of_the_configuration(root, checkpoint, tmp_path):
+    config = config_of(root, crops=["crop2"])
+    config = replace(config, inference=replace(config.inference, tta="flips", uncertainty="variance"))
+    (folder,) = predict(root, checkpoint, tmp_path, config)
+    assert len(PredictTask.load(folder / "task.json").symmetries) == 8
+    assert values_of(folder, "mito/uncertainty").max() > 0
+    config = replace(config, inference=replace(config.inference, tta=["zyx", "z-y-x"]))
+    with pytest.raises(WriteError, match="symmetries differ"):
+        predict(root, checkpoint, tmp_path, config)
+
+
+def test_dropout_of_a_network_that_has_it(root, checkpoint, tmp_path):
+    from connectomics.lightning.checkpoints import load_module
+
+    config = config_of(root, crops=["crop2"])
+    config = replace(config, inference=replace(config.inference, uncertainty="dropout", dropout_samples=2))
+    with pytest.raises(InputError, match="needs a network that was trained with dropout"):
+        predict(root, checkpoint, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    drops = config_of(root)
+    drops = replace(drops, model=replace(drops.model, options={**drops.model.options, "dropout": 0.3}))
+    module = load_module(save_checkpoint(tmp_path / "drops.ckpt", drops, 0))
+    (folder,) = predict_cellmap_crops(module, config, None, tmp_path / "out", device="cpu", progress=False)
+    assert values_of(folder, "mito/uncertainty").max() > 0
+    assert not any(layer.training for layer in module.modules()), "off again"
 
 
 def test_rows_of_a_crop_table(root, checkpoint, tmp_path):

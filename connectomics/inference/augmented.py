@@ -1,0 +1,256 @@
+"""Several looks at a window, averaged: symmetries of the cube, members of an ensemble, dropout samples; uncertainty.
+
+`Averaged` stands in for a network. Each window goes through every member, in every symmetry, and with dropout as many
+times as is asked, one pass after the other; each result is turned back and taken into a running mean and, where wanted,
+a running variance (Welford, Technometrics 4, 1962). So memory is that of one pass and of two to four results, whatever
+the number of passes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import InputError, unknown_name
+from connectomics.geometry import Index
+
+if TYPE_CHECKING:
+    import torch
+
+Network = Callable[..., "torch.Tensor"]
+
+_AXES = "zyx"
+_TEXT = re.compile("-?[zyx]" * 3)
+# the largest value of each kind of uncertainty: what 255 stands for on disk
+LARGEST = {"variance": 0.25, "entropy": 1.0, "dropout": 0.25}
+UNCERTAINTIES = ("none", *LARGEST)
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """One of the 48 symmetries of the cube: a signed permutation of the axes z, y, x.
+
+    As text, ``"x-yz"``: the first axis of the result is the input's x, the second its y reversed, the third its z.
+
+    Attributes:
+        axes: for each axis of the result the axis of the input, 0 to 2.
+        backwards: for each axis of the result whether it is reversed.
+    """
+
+    axes: Index = (0, 1, 2)
+    backwards: tuple[bool, bool, bool] = (False, False, False)
+
+    def __post_init__(self) -> None:
+        if sorted(self.axes) != [0, 1, 2] or len(self.backwards) != 3:
+            raise InputError(f"a symmetry is a permutation of the axes 0, 1, 2 with three signs, found {self!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> Symmetry:
+        """The symmetry that prints as ``text``; raises `InputError` for anything else."""
+        letters = str(text).replace("-", "")
+        if not _TEXT.fullmatch(str(text)) or sorted(letters) != sorted(_AXES):
+            raise InputError(f"a symmetry is written as z, y, x in any order with signs, as in 'x-yz'; found {text!r}")
+        signs = [part.startswith("-") for part in re.findall("-?[zyx]", text)]
+        z, y, x = (_AXES.index(letter) for letter in letters)
+        return cls((z, y, x), (signs[0], signs[1], signs[2]))
+
+    def __str__(self) -> str:
+        return "".join("-" * sign + _AXES[axis] for axis, sign in zip(self.axes, self.backwards, strict=True))
+
+    @property
+    def inverse(self) -> Symmetry:
+        """The symmetry that undoes this one."""
+        z, y, x = (self.axes.index(axis) for axis in range(3))
+        return Symmetry((z, y, x), (self.backwards[z], self.backwards[y], self.backwards[x]))
+
+    def apply(self, values: torch.Tensor) -> torch.Tensor:
+        """(..., d, h, w) turned, contiguous; the identity gives back what it got."""
+        import torch
+
+        if self == IDENTITY:
+            return values
+        before = values.ndim - 3
+        turned = values.permute(*range(before), *(before + axis for axis in self.axes))
+        return torch.flip(turned, [before + k for k in range(3) if self.backwards[k]]).contiguous()
+
+
+IDENTITY = Symmetry()
+
+
+def _flips(orders: Sequence[Index]) -> tuple[Symmetry, ...]:
+    both = (False, True)
+    return tuple(Symmetry(order, (z, y, x)) for order in orders for z in both for y in both for x in both)
+
+
+SYMMETRY_SETS: dict[str, tuple[Symmetry, ...]] = {
+    "none": (IDENTITY,),
+    "flips": _flips([(0, 1, 2)]),  # 8
+    "section": _flips([(0, 1, 2), (0, 2, 1)]),  # 16: right angles of the section plane (y, x), and all flips
+    "all": _flips([(a, b, 3 - a - b) for a, b in itertools.permutations(range(3), 2)]),  # 48
+}
+
+
+def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
+    """The symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``all``: 48), or of a list of them as
+    text (``["zyx", "-zyx"]``). Raises `InputError` for what is neither, is empty, or names one twice."""
+    if isinstance(what, str):
+        if what not in SYMMETRY_SETS:
+            raise unknown_name("set of symmetries", what, SYMMETRY_SETS, "inference.tta")
+        return SYMMETRY_SETS[what]
+    chosen = tuple(Symmetry.parse(text) for text in what)
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise InputError(f"a list of symmetries must hold at least one, and none twice; found {list(what)}")
+    return chosen
+
+
+def require_unchanged(chosen: Sequence[Symmetry], sizes: Sequence[float], what: str) -> None:
+    """Raise `InputError` if one of ``chosen`` changes ``sizes`` (z, y, x), which ``what`` names in the message."""
+    for symmetry in chosen:
+        if any(sizes[axis] != size for axis, size in zip(symmetry.axes, sizes, strict=True)):
+            raise InputError(
+                f"test-time augmentation by {symmetry} exchanges axes along which {what} {tuple(sizes)} (z, y, x) "
+                "differs; take inference.tta=section (y and x alike) or flips, or make them alike"
+            )
+
+
+class Averaged:
+    """A network that gives the mean over members, symmetries and dropout samples, and the variance where wanted.
+
+    Called with (B, 1, d, h, w) and further views, as the networks are, it gives (B, C, d, h, w) float32, or with
+    ``variance`` (B, 2C, d, h, w): the means, then the variances over all passes (divided by their number).
+
+    With ``samples`` each window goes through alone, and what is dropped follows from the window's content and the
+    number of the pass only: not from the batch, nor from what was done before. The global random state stays as it is.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        chosen: Sequence[Symmetry] = (IDENTITY,),
+        *,
+        samples: int = 0,
+        variance: bool = False,
+    ) -> None:
+        """Average ``networks``, each in all ``chosen`` symmetries and, with dropout layers on (`dropout_on`),
+        ``samples`` times (0: they are off). Raises `InputError` where there is nothing to average, or to compare."""
+        self.networks = tuple(networks)
+        self.symmetries = tuple(chosen)
+        self.samples = samples
+        self.variance = variance
+        if not self.networks or not self.symmetries or samples < 0:
+            raise InputError("an average needs at least one network and one symmetry, and samples >= 0")
+        if variance and self.passes < 2:
+            raise InputError(
+                "the variance over one pass is zero: give several checkpoints or inference.tta=flips, or take "
+                "inference.uncertainty=entropy or dropout"
+            )
+
+    @property
+    def passes(self) -> int:
+        """Forward passes for each window."""
+        return len(self.networks) * len(self.symmetries) * max(1, self.samples)
+
+    def __call__(self, image: torch.Tensor, *views: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        for values, what in ((image, "a window of"), *((view, "a further input of") for view in views)):
+            require_unchanged(self.symmetries, tuple(values.shape[2:]), f"{what} voxels")
+        with torch.no_grad():
+            if not self.samples:
+                return self._average(image, views, None)
+            parts = zip(image.split(1), *(view.split(1) for view in views), strict=True)
+            return torch.cat([self._average(window, rest, _content(window)) for window, *rest in parts])
+
+    def _average(self, image: torch.Tensor, views: Sequence[torch.Tensor], content: int | None) -> torch.Tensor:
+        import torch
+
+        mean = spread = None
+        for number, out in enumerate(self._outputs(image, views, content)):
+            if mean is None:
+                # a network may give back its very input, which must stay as it is for the other passes
+                mean = out.float() if self.passes == 1 else out.to(torch.float32, copy=True)
+                spread = torch.zeros_like(mean) if self.variance else None
+                continue
+            difference = out.float() - mean
+            mean.add_(difference, alpha=1 / (number + 1))
+            if spread is not None:
+                spread.addcmul_(difference, out.float() - mean)
+        assert mean is not None  # there is at least one pass
+        return mean if spread is None else torch.cat([mean, spread.div_(self.passes)], 1)
+
+    def _outputs(
+        self, image: torch.Tensor, views: Sequence[torch.Tensor], content: int | None
+    ) -> Iterator[torch.Tensor]:
+        """What each pass gives, turned back."""
+        for symmetry in self.symmetries:
+            turned = [symmetry.apply(values) for values in (image, *views)]
+            for member, network in enumerate(self.networks):
+                if content is None:
+                    yield symmetry.inverse.apply(network(*turned))
+                    continue
+                for sample in range(self.samples):
+                    with _seeded(image.device, f"{content} {member} {symmetry} {sample}"):
+                        out = network(*turned)
+                    yield symmetry.inverse.apply(out)
+
+
+def _content(window: torch.Tensor) -> int:
+    """A number that stands for the values of a window."""
+    return zlib.crc32(window.detach().contiguous().cpu().numpy().data)
+
+
+@contextmanager
+def _seeded(device: torch.device, text: str) -> Iterator[None]:
+    """Random numbers of the CPU and of ``device`` that follow from ``text``; what they were before comes back."""
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def dropout_on(module: torch.nn.Module) -> Iterator[None]:
+    """The dropout layers of a network in evaluation mode drop, as in training; all else (batch norm) stays as it is.
+
+    Raises `InputError` where the network has none, or only such that drop nothing.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+
+    layers = [layer for layer in module.modules() if isinstance(layer, _DropoutNd) and layer.p > 0]
+    if not layers:
+        raise InputError(
+            "inference.uncertainty=dropout needs a network that was trained with dropout, and this one has no such "
+            "layers; train with dropout (unet: model.options.dropout=0.1), or take another kind of uncertainty"
+        )
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.train(training)
+
+
+def entropy(probability: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Entropy in bits, 0 to 1, of a class being there with a probability: -p log2 p - (1 - p) log2(1 - p)."""
+    result = np.zeros_like(probability)
+    for p in (probability, 1 - probability):
+        p = np.clip(p, np.float32(1e-12), 1)
+        result -= p * np.log2(p)
+    return np.clip(result, 0, 1, out=result)
