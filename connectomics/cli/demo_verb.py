@@ -75,7 +75,8 @@ class Way:
         from connectomics.decoding.decode import decode_predictions
 
         with show.stage("decoding", self.timings):
-            decode_predictions(self.out / "predictions", self.out / "labels", decoding)
+            above = self.config.decoding.blockwise_above
+            decode_predictions(self.out / "predictions", self.out / "labels", decoding, blockwise_above=above)
         self.export(self.out / "labels", self.out / "submission.zip", self.out / "predictions")
         scores = self.score(self.out / "submission.zip", self.out)
         with show.stage("the intensity threshold to compare with", self.timings, "baseline"):

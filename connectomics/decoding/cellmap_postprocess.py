@@ -145,11 +145,13 @@ def narrowest_unsigned(largest: int) -> np.dtype[Any]:
 
 
 def components(mask: NDArray[np.bool_], connectivity: int) -> NDArray[Any]:
-    """Connected components 1..n of a mask, in an unsigned type of at least 16 bits."""
+    """Connected components 1..n of a mask by their first voxel in z-y-x order, in an unsigned type, uint16 or wider."""
     import cc3d
 
     # checked by the callers; cc3d's stubs ask for literal numbers
     neighbours: Any = connectivity
+    if sum(n > 1 for n in mask.shape) < 2:
+        neighbours = 6  # the same along a line, where cc3d 4.1 fails with 26
     found: NDArray[Any] = cc3d.connected_components(np.ascontiguousarray(mask), connectivity=neighbours)
     return found
 

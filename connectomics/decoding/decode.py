@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.blocks.pieces import Pieces
+from connectomics.decoding.blocks.run import run_components_task
+from connectomics.decoding.blocks.table import TABLE_FILE, write_table
+from connectomics.decoding.blocks.task import ComponentsTask, needs_whole_array
 from connectomics.decoding.cellmap_postprocess import components, fill_holes, filter_by_size, semantic_to_instance
 from connectomics.decoding.labels import BLOCK, label_array, write_whole
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
-from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.decoding.probabilities import above, read_block
+from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -23,6 +27,10 @@ from connectomics.io.write import update_attrs
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
+
+
+#: Components of arrays of more voxels than this are found block by block; such an array takes about 0.8 GB whole.
+BLOCKWISE_ABOVE = 512**3
 
 
 @dataclass(frozen=True)
@@ -35,34 +43,6 @@ class DecodedArray:
     location: str
     objects: int
     skipped: bool
-
-
-def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Where a probability is above the threshold.
-
-    Args:
-        probabilities: any shape; uint8 as value/255, bool, or floats in [0, 1]. NaN is background, and
-            counted in a warning.
-
-    Raises:
-        InputError: another integer type, or floats outside [0, 1] (logits, say).
-    """
-    values = np.asarray(probabilities)
-    if values.dtype == np.bool_:
-        return values & (threshold < 1.0)
-    if values.dtype == np.uint8:
-        # The small term keeps a threshold that was itself a stored value (128/255) from falling below it.
-        return values > math.floor(threshold * 255 + 1e-9)
-    if values.dtype.kind != "f":
-        raise InputError(f"probabilities must be uint8 (value/255) or floats in [0, 1], found {values.dtype}")
-    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
-    if low < -1e-6 or high > 1 + 1e-6:
-        raise InputError(f"probabilities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
-    missing = int(np.isnan(values).sum())
-    if missing:
-        warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
-    found: NDArray[np.bool_] = values > threshold
-    return found
 
 
 def decode_class(
@@ -133,19 +113,26 @@ def decode_predictions(
     classes: Collection[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    blockwise_above: int = BLOCKWISE_ABOVE,
+    block_progress: Progress | None = None,
 ) -> list[DecodedArray]:
     """Decode every class of every crop of a predictions folder.
 
     Reads ``{dataset}.zarr/{crop}/{class}`` (uint8 probabilities) and writes labels at the same places below
     ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are left
-    as they are, so a killed run goes on where it stopped; others are replaced. Methods without a minimum size or hole
-    filling run block by block; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 16 for the
-    largest object's box).
+    as they are, so a killed run goes on where it stopped; others are replaced. Masks without a minimum size or hole
+    filling, and the components of large arrays, are made block by block (`connectomics.decoding.blocks`), with the same
+    result; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 16 for the largest object's
+    box). Beside instances lies a table of them, ``instances.csv``.
 
     Args:
         parameters: by class; a class without an entry gets its kind's defaults.
         classes: decode only these.
         overwrite: decode again also what is already there.
+        progress: told after each array.
+        blockwise_above: voxels; components of larger arrays are found block by block (method ``cc3d`` without hole
+            filling and boundary).
+        block_progress: told after each block of such an array: how many steps of it are done, and how many there are.
 
     Raises:
         MissingError: no predictions there. IncompleteError: a prediction is only half written (checked for all before
@@ -172,7 +159,9 @@ def decode_predictions(
     results = []
     for done, (place, source, walls, chosen) in enumerate(zip(found, sources, between, wanted, strict=True), start=1):
         dataset, crop, name = place
-        result = _decode_array(source, walls, out, dataset, crop, name, chosen, overwrite)
+        result = _decode_array(
+            source, walls, out, dataset, crop, name, chosen, overwrite, blockwise_above, block_progress
+        )
         results.append(result)
         if done == len(found) or found[done][:2] != (dataset, crop):
             update_attrs(out / f"{dataset}.zarr" / crop, {"connectomics": {"artefact": "labels", "complete": True}})
@@ -215,6 +204,8 @@ def _decode_array(
     name: str,
     parameters: DecodeParameters,
     overwrite: bool,
+    blockwise_above: int,
+    block_progress: Progress | None,
 ) -> DecodedArray:
     location = out / f"{dataset}.zarr" / crop / name
     made_from = {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
@@ -234,6 +225,11 @@ def _decode_array(
                 writer.write(begin, mask.view(np.uint8))
             _count(Path(writer.location).parent, int(present))
         return DecodedArray(dataset, crop, name, str(location), int(present), False)
+    if grid.size > blockwise_above and not needs_whole_array(parameters):
+        task = ComponentsTask(source.location, str(location), name, parameters, source=made_from)
+        tell = None if block_progress is None else partial(_tell, block_progress, f"{dataset}/{crop}/{name}")
+        objects = run_components_task(task, tell, overwrite=True)
+        return DecodedArray(dataset, crop, name, str(location), objects, False)
     mask = np.zeros(grid.shape, np.bool_)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
@@ -247,6 +243,9 @@ def _decode_array(
     about["objects"] = objects
     with label_array(location, grid, labels.dtype, class_name=name, kind=parameters.kind, about=about) as writer:
         write_whole(writer, labels)
+        if parameters.kind == "instance":
+            found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
+            write_table(Path(writer.location).parent / TABLE_FILE, found, grid)
     return DecodedArray(dataset, crop, name, str(location), objects, False)
 
 
@@ -259,12 +258,8 @@ def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
     return values
 
 
-def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
-    """A block of probabilities; every chunk must be stored, since predict writes all of them."""
-    values, there = source.read_level(0, begin, shape)
-    if not there.all():
-        raise CorruptDataError(f"{source.location} lacks chunks around voxel {tuple(begin)} (z y x); run predict again")
-    return values
+def _tell(progress: Progress, name: str, done: int, number: int) -> None:
+    progress(done, number, name)
 
 
 def _count(group: Path, objects: int) -> None:

@@ -35,8 +35,25 @@ def label_array(
         kind: ``semantic`` (0/1) or ``instance`` (ids).
         about: what else the ``connectomics`` attribute says (parameters, source).
     """
-    partial = location.with_name(f".{location.name}.partial")
-    attrs = {
+    partial = partial_of(location)
+    attrs = label_attrs(grid, class_name=class_name, kind=kind, about=about)
+    ensure_group(location.parent)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield create_multiscale(partial, [grid], dtype, attrs={"connectomics": attrs}, name=class_name)[0]
+        publish(partial, location)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def partial_of(location: Path) -> Path:
+    """The hidden folder beside ``location`` that holds it while it is made."""
+    return location.with_name(f".{location.name}.partial")
+
+
+def label_attrs(grid: VoxelGrid, *, class_name: str, kind: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``connectomics`` attribute of finished labels; the arguments are those of `label_array`."""
+    return {
         "artefact": "labels",
         "class_name": class_name,
         "kind": kind,
@@ -45,18 +62,16 @@ def label_array(
         **about,
         "complete": True,
     }
-    ensure_group(location.parent)
-    shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(partial: Path, location: Path) -> None:
+    """Put what is finished in the place of ``location``; `WriteError`."""
     try:
-        yield create_multiscale(partial, [grid], dtype, attrs={"connectomics": attrs}, name=class_name)[0]
-        try:
-            if location.exists():
-                shutil.rmtree(location)
-            partial.rename(location)
-        except OSError as error:
-            raise WriteError(f"cannot put the labels at {location}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if location.exists():
+            shutil.rmtree(location)
+        partial.rename(location)
+    except OSError as error:
+        raise WriteError(f"cannot put the labels at {location}: {error.strerror or error}") from error
 
 
 def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:

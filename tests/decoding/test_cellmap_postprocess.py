@@ -234,3 +234,13 @@ def test_nan_is_background():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(InputError, match=message):
         semantic_to_instance(**{"mask": np.ones((3, 3, 3), bool), **arguments})
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 27), (1, 27, 1), (27, 1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("connectivity", [6, 18, 26])
+def test_a_line_of_voxels_is_a_volume_too(shape, connectivity):
+    """Alternating voxels of a volume that is one voxel wide: each is an object (cc3d 4.1 fails here with 26)."""
+    mask = (np.arange(max(shape)) % 2 == 0).reshape(shape)
+    instances = semantic_to_instance(mask, 0, connectivity=connectivity)
+    np.testing.assert_array_equal(instances[mask], np.arange(1, mask.sum() + 1))
+    assert not instances[~mask].any()

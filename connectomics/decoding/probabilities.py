@@ -1,0 +1,50 @@
+"""Reading probabilities: a block of what predict wrote, and where it is above a threshold."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import CorruptDataError, InputError
+from connectomics.io.multiscale import Multiscale
+
+
+def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+    """Where a probability is above the threshold.
+
+    Args:
+        probabilities: any shape; uint8 as value/255, bool, or floats in [0, 1]. NaN is background, and
+            counted in a warning.
+
+    Raises:
+        InputError: another integer type, or floats outside [0, 1] (logits, say).
+    """
+    values = np.asarray(probabilities)
+    if values.dtype == np.bool_:
+        return values & (threshold < 1.0)
+    if values.dtype == np.uint8:
+        # The small term keeps a threshold that was itself a stored value (128/255) from falling below it.
+        return values > math.floor(threshold * 255 + 1e-9)
+    if values.dtype.kind != "f":
+        raise InputError(f"probabilities must be uint8 (value/255) or floats in [0, 1], found {values.dtype}")
+    low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
+    if low < -1e-6 or high > 1 + 1e-6:
+        raise InputError(f"probabilities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
+    missing = int(np.isnan(values).sum())
+    if missing:
+        warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
+    found: NDArray[np.bool_] = values > threshold
+    return found
+
+
+def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
+    """A block of probabilities; every chunk must be stored, since predict writes all of them."""
+    values, there = source.read_level(0, begin, shape)
+    if not there.all():
+        raise CorruptDataError(f"{source.location} lacks chunks around voxel {tuple(begin)} (z y x); run predict again")
+    return values

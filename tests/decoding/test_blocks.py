@@ -1,0 +1,308 @@
+"""Components block by block: the same bytes as from the whole array, whatever the blocks, killed or not."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import cc3d
+import numpy as np
+import pytest
+
+from connectomics.config.schema import DecodingConfig
+from connectomics.decoding.blocks import ComponentsTask, run_components_task
+from connectomics.decoding.blocks.lattice import Lattice
+from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.errors import ConfigError, CorruptDataError, InputError, MetadataError, WriteError
+from connectomics.geometry import VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
+
+SIZE = (8.0, 4.0, 5.24)
+#: share of foreground near which components begin to span the volume: the most contacts across borders
+PERCOLATION = {6: 0.31, 18: 0.14, 26: 0.10}
+
+
+def write_input(folder: Path, values: np.ndarray) -> str:
+    location = folder / "in.zarr" / "crop1" / "mito"
+    about = {"artefact": "probability", "class_name": "mito", "complete": True, "model": {"sha256": "abc"}}
+    grid = VoxelGrid(SIZE, (804.0, 1602.5, 404.0), values.shape)
+    write_multiscale(location, values, grid, attrs={"connectomics": about}, overwrite=True)
+    return str(location)
+
+
+def noise(connectivity: int, shape: tuple[int, int, int] = (21, 34, 27), seed: int = 0) -> np.ndarray:
+    mask = np.random.default_rng(seed).random(shape) < PERCOLATION[connectivity]
+    return mask.astype(np.uint8) * 255
+
+
+def task_of(folder: Path, values: np.ndarray, block: tuple[int, int, int], **parameters: float) -> ComponentsTask:
+    chosen = DecodeParameters(method="cc3d", **parameters)
+    output = str(folder / "out.zarr" / "crop1" / "mito")
+    return ComponentsTask(write_input(folder, values), output, "mito", chosen, block, {"model": {"sha256": "abc"}})
+
+
+def stored(task: ComponentsTask) -> np.ndarray:
+    volume = Multiscale.open(task.output)
+    return volume.read_level(0, (0, 0, 0), volume.grid.shape)[0]
+
+
+def rows(task: ComponentsTask) -> list[dict[str, str]]:
+    with (Path(task.output) / "instances.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def files(task: ComponentsTask) -> dict[str, bytes]:
+    """Everything in the output; of the task what is not the folder's name."""
+    root = Path(task.output)
+    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    return {name: content for name, content in found.items() if name != "task.json"}
+
+
+# -- equality with the whole array -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("connectivity", [6, 18, 26])
+@pytest.mark.parametrize("block", [(8, 8, 8), (7, 10, 13), (1, 34, 9), (5, 1, 27), (21, 3, 4), (40, 40, 40)])
+def test_labels_are_those_of_the_whole_array_number_by_number(tmp_path, connectivity, block):
+    values = noise(connectivity)
+    task = task_of(tmp_path, values, block, connectivity=connectivity)
+    n = run_components_task(task)
+    whole = cc3d.connected_components(values > 127, connectivity=connectivity)
+    np.testing.assert_array_equal(stored(task), whole)
+    assert n == whole.max() == len(rows(task))
+    expected = decode_class(values, SIZE, task.parameters)
+    assert stored(task).dtype == expected.dtype
+
+
+@pytest.mark.parametrize("voxels", [2, 5, 40])
+@pytest.mark.parametrize("block", [(8, 8, 8), (3, 11, 27), (1, 2, 27)])
+def test_small_objects_are_small_in_the_volume_not_in_a_block(tmp_path, voxels, block):
+    values = noise(26, seed=1)
+    task = task_of(tmp_path, values, block, min_size_nm3=voxels * float(np.prod(SIZE)))
+    n = run_components_task(task)
+    expected = decode_class(values, SIZE, task.parameters)
+    assert 0 < n == expected.max()
+    np.testing.assert_array_equal(stored(task), expected)
+
+
+def test_what_holds_together_only_across_an_edge_or_a_corner_of_blocks(tmp_path):
+    """Pairs of voxels around the corner where eight blocks meet: joined by 18 along edges, by 26 along diagonals."""
+    for a, b, joined_by in [
+        ((3, 3, 1), (4, 4, 1), 18), ((3, 4, 6), (4, 3, 6), 18), ((3, 1, 4), (4, 1, 3), 18), ((1, 3, 4), (1, 4, 3), 18),
+        ((3, 3, 3), (4, 4, 4), 26), ((3, 3, 4), (4, 4, 3), 26), ((3, 4, 3), (4, 3, 4), 26), ((3, 4, 4), (4, 3, 3), 26),
+        ((3, 3, 1), (4, 4, 2), 26), ((3, 4, 6), (4, 3, 5), 26), ((3, 1, 1), (4, 1, 1), 6), ((3, 1, 1), (4, 2, 2), 26),
+    ]:  # fmt: skip
+        values = np.zeros((8, 8, 8), np.uint8)
+        values[a] = values[b] = 255
+        for connectivity in (6, 18, 26):
+            task = task_of(tmp_path, values, (4, 4, 4), connectivity=connectivity)
+            assert run_components_task(task, overwrite=True) == (1 if connectivity >= joined_by else 2), (a, b)
+
+
+def test_one_object_through_all_blocks_and_none_at_all(tmp_path):
+    values = np.zeros((9, 24, 25), np.uint8)
+    values[::2, :, :] = 200
+    values[1::4, 0, 0] = 200  # a comb that turns at every second layer
+    values[3::4, -1, -1] = 200
+    task = task_of(tmp_path, values, (2, 5, 5), connectivity=6)
+    assert run_components_task(task) == 1
+    np.testing.assert_array_equal(stored(task), values > 0)
+    empty = task_of(tmp_path, np.zeros((9, 24, 25), np.uint8), (4, 8, 8))
+    assert run_components_task(empty, overwrite=True) == 0
+    assert not stored(empty).any()
+    assert rows(empty) == []
+
+
+def test_each_contact_between_blocks_is_looked_at_once():
+    lattice = Lattice((5, 5, 5), (2, 2, 2))
+    for connectivity, expected in ((6, 54), (18, 126), (26, 158)):
+        pairs = [(n, m) for n in range(len(lattice)) for _, m in lattice.neighbours(n, connectivity)]
+        assert len(pairs) == len(set(pairs)) == expected  # of a 3x3x3 lattice
+        assert all(n < m for n, m in pairs)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+def test_the_table_says_size_box_and_center_in_nanometres(tmp_path):
+    values = np.zeros((20, 20, 20), np.uint8)
+    values[2:6, 3:9, 5:15] = 255
+    values[15, 15, 15] = 255
+    task = task_of(tmp_path, values, (4, 7, 6))
+    run_components_task(task)
+    first, second = rows(task)
+    assert (first["id"], first["voxels"]) == ("1", "240")
+    assert float(first["volume_nm3"]) == pytest.approx(240 * 8 * 4 * 5.24)
+    begin = [804.0 + 1.5 * 8, 1602.5 + 2.5 * 4, 404.0 + 4.5 * 5.24]
+    end = [804.0 + 5.5 * 8, 1602.5 + 8.5 * 4, 404.0 + 14.5 * 5.24]
+    for axis, low, high in zip("zyx", begin, end, strict=True):
+        assert float(first[f"begin_{axis}_nm"]) == pytest.approx(low, abs=1e-3)
+        assert float(first[f"end_{axis}_nm"]) == pytest.approx(high, abs=1e-3)
+        assert float(first[f"center_{axis}_nm"]) == pytest.approx((low + high) / 2, abs=1e-3)
+    assert float(second["center_x_nm"]) == pytest.approx(404.0 + 15 * 5.24, abs=1e-3)
+
+
+# -- killed, resumed, refused ------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    pass
+
+
+def test_killed_after_any_step_it_goes_on_and_writes_the_same_bytes(tmp_path):
+    values = noise(26, (20, 20, 20), seed=2)
+    undisturbed = task_of(tmp_path, values, (10, 7, 11))
+    run_components_task(undisturbed)
+    steps = 2 * len(Lattice((20, 20, 20), (10, 7, 11)))
+    expected = files(undisturbed)
+    task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
+    seen = []
+
+    def kill(done: int, number: int) -> None:
+        assert number == steps
+        if done not in seen:
+            seen.append(done)
+            raise Killed
+
+    for _ in range(steps + 1):
+        with pytest.raises(Killed):
+            run_components_task(task, kill)
+        assert not Path(task.output).exists()
+    run_components_task(task, kill)
+    assert seen == list(range(steps + 1))  # one step was gained each time, none done twice
+    assert files(task) == expected
+    assert sorted(p.name for p in Path(task.output).parent.iterdir()) == [".zgroup", "mito"]
+
+
+@pytest.mark.parametrize("function", ["write_table", "publish", "merge", "save_arrays"])
+def test_killed_between_the_steps(tmp_path, monkeypatch, function):
+    values = noise(26, (20, 20, 20), seed=2)
+    undisturbed = task_of(tmp_path, values, (10, 7, 11))
+    run_components_task(undisturbed)
+    task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"connectomics.decoding.blocks.run.{function}", kill)
+        with pytest.raises(Killed):
+            run_components_task(task)
+    run_components_task(task)
+    assert files(task) == files(undisturbed)
+
+
+def test_a_finished_output_stays_and_another_tasks_is_refused(tmp_path):
+    task = task_of(tmp_path, noise(26), (8, 8, 8))
+    run_components_task(task)
+    before = files(task)
+    steps: list[int] = []
+    run_components_task(task, lambda done, _: steps.append(done))
+    assert steps == []
+    assert files(dataclasses.replace(task, block_shape=(5, 5, 5))) == before
+    assert ComponentsTask.load(Path(task.output) / "task.json") == task
+    other = dataclasses.replace(task, parameters=DecodeParameters(method="cc3d", connectivity=6))
+    with pytest.raises(WriteError, match=r"holds labels of another task \(parameters differ\); overwrite it"):
+        run_components_task(other)
+    run_components_task(other, overwrite=True)
+    assert files(other) != before
+
+
+def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
+    task = task_of(tmp_path, noise(26), (8, 8, 8))
+
+    def kill(done: int, number: int) -> None:
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_components_task(task, kill)
+    other = dataclasses.replace(task, block_shape=(9, 9, 9))
+    with pytest.raises(WriteError, match=r"\.mito\.partial holds labels of another task \(block_shape differ"):
+        run_components_task(other)
+    assert run_components_task(other, overwrite=True) == run_components_task(task)
+
+
+def test_what_needs_the_whole_array_and_what_is_no_input_is_refused(tmp_path):
+    for wrong in ({"fill_holes": True}, {"boundary": "pm"}, {"method": "watershed"}, {"method": "threshold"}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ComponentsTask("in", "out", "mito", DecodeParameters(**{"method": "cc3d", **wrong}))
+    with pytest.raises(ConfigError, match="three positive numbers"):
+        ComponentsTask("in", "out", "mito", DecodeParameters(method="cc3d"), (0, 8, 8))
+    task = task_of(tmp_path, noise(26), (8, 8, 8))
+    grid = VoxelGrid(SIZE, (0, 0, 0), (4, 4, 4))
+    write_multiscale(task.input, np.zeros((4, 4, 4), np.float32), grid, overwrite=True)
+    with pytest.raises(InputError, match="expected uint8 probabilities, found float32"):
+        run_components_task(task)
+    task = task_of(tmp_path, noise(26), (8, 8, 8))
+    (Path(task.input) / "s0" / "0" / "0" / "0").unlink()
+    with pytest.raises(CorruptDataError, match="lacks chunks"):
+        run_components_task(task)
+    (tmp_path / "task.json").write_text('{"raw": 1}')
+    with pytest.raises(MetadataError, match=r"unknown or absent: .*raw"):
+        ComponentsTask.load(tmp_path / "task.json")
+
+
+# -- decode ------------------------------------------------------------------------------------------------------------
+def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path):
+    values = noise(26, (40, 41, 42))
+    write_input(tmp_path, values)
+    parameters = {"mito": DecodeParameters(method="cc3d", min_size_nm3=500.0, min_distance_nm=99.0)}
+    told: list[tuple[int, int, str]] = []
+
+    def decode(out: str, limit: int):
+        tell = lambda *step: told.append(step)  # noqa: E731
+        folder = tmp_path / out
+        (done,) = decode_predictions(
+            tmp_path, folder, parameters, classes=["mito"], blockwise_above=limit, block_progress=tell
+        )
+        task = ComponentsTask("in", done.location, "mito", parameters["mito"])
+        return done, {name: content for name, content in files(task).items()}
+
+    # the input is found as data set "in"
+    whole, expected = decode("whole", values.size)
+    assert told == []
+    blocks, found = decode("blocks", values.size - 1)
+    assert told == [(0, 2, "in/crop1/mito"), (1, 2, "in/crop1/mito"), (2, 2, "in/crop1/mito")]
+    assert blocks.objects == whole.objects > 10
+    assert found == expected  # voxels, attributes and table, byte by byte
+    assert decode("blocks", values.size - 1)[0].skipped
+    assert decode("blocks", values.size)[0].skipped
+
+
+def test_decode_keeps_in_memory_what_needs_the_whole_array(tmp_path):
+    values = noise(26, (20, 20, 20))
+    write_input(tmp_path, values)
+    for wrong in ({"fill_holes": True}, {"method": "watershed"}):
+        chosen = DecodeParameters(**{"method": "cc3d", "min_size_nm3": 500.0, **wrong})
+        (done,) = decode_predictions(tmp_path, tmp_path / "out", {"mito": chosen}, blockwise_above=0)
+        assert done.objects == decode_class(values, SIZE, chosen).max()
+        assert store.read_attrs(done.location)["connectomics"]["decode"] == chosen.to_dict()
+
+
+def test_the_limit_is_the_configurations():
+    assert DecodingConfig().blockwise_above == BLOCKWISE_ABOVE
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+MEASURE = """
+import re, sys
+from connectomics.decoding.blocks import ComponentsTask, run_components_task
+from connectomics.decoding.parameters import DecodeParameters
+chosen = DecodeParameters(method="cc3d", min_size_nm3=1e4)
+print(run_components_task(ComponentsTask(sys.argv[1], sys.argv[2], "mito", chosen, (64, 128, 128))))
+print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would count the parent
+"""
+
+
+def test_a_larger_volume_takes_no_more_memory(tmp_path):
+    peaks = []
+    for layers in (128, 512):
+        z, y, x = np.ogrid[:layers, :128, :128]
+        balls = ((z % 16 - 8) ** 2 + (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 36).astype(np.uint8) * 255
+        source = write_input(tmp_path / str(layers), balls)
+        command = [sys.executable, "-c", MEASURE, source, str(tmp_path / f"{layers}.zarr" / "mito")]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        assert int(out[0]) == layers // 16 * 64
+        peaks.append(int(out[1]))
+    assert peaks[1] < 1.1 * peaks[0]
