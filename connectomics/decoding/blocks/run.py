@@ -51,7 +51,7 @@ def run_components_task(task: ComponentsTask, progress: BlockProgress | None = N
 
     The labels are those of `connectomics.decoding.decode.decode_class` on the whole array, number by number, whatever
     the blocks: 1..n by their first voxel in z-y-x order. Beside them lies ``instances.csv`` (`write_table`). Memory:
-    about 20 bytes a voxel of a block, 8 bytes a piece of all blocks and 100 bytes an object; scratch on disk: the
+    about 25 bytes a voxel of a block, 8 bytes a piece of all blocks and 100 bytes an object; scratch on disk: the
     labels once more.
 
     Args:
