@@ -41,17 +41,15 @@ def run_guarded(work: Callable[[], object]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status = work()
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):  # click makes an Abort of Ctrl-C
+        gc.freeze()  # or the interpreter goes through all objects of torch and MONAI once more before it ends: seconds
+        print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
         return 130
     except usage_error as error:
         error.show()
         return 2
     except ConnectomicsError as error:
         return _say(str(error))
-    except KeyboardInterrupt:
-        gc.freeze()  # or the interpreter goes through all objects of torch and MONAI once more before it ends: seconds
-        print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # the reader of our output went away (`pytc describe | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

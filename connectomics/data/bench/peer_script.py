@@ -47,6 +47,8 @@ def build(spec: dict[str, Any], torch: Any) -> tuple[Any, Iterator[dict[str, Any
         dataset_dict={"train": spec["entries"], "validate": []},
         spatial_transforms=spec["spatial"],
     )
+    if not split.train_datasets:
+        raise SystemExit("it takes none of the crops (they are smaller than the patch); lower data.patch_size")
     data = split.train_datasets_combined
     loader = CellMapDataLoader(
         data, batch_size=spec["batch_size"], num_workers=0, weighted_sampler=True, is_train=True,
