@@ -186,7 +186,7 @@ class CellMapDataModule(pl.LightningDataModule):
         if workers < data.num_workers:
             log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
         if workers:
-            # the kernels of the spatial pass are compiled at their first use on a machine: once here, not in each worker
+            # the kernels of the spatial pass are compiled at their first use: once here, not in every worker
             self.train_dataset[sampler.request(0, 0)]
         return PatchLoader(
             self.train_dataset,
