@@ -74,7 +74,7 @@ class StoredArray:
             self.zarr_format = 3
             if meta is None or meta.get("node_type") != "array":
                 raise _no_array(self.location, meta, options)
-        self._meta = meta
+        self.metadata = meta
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -108,7 +108,7 @@ class StoredArray:
     def attrs(self) -> dict[str, Any]:
         """The array's attributes (read anew)."""
         if self.zarr_format == 3:
-            return dict(self._meta.get("attributes", {}))
+            return dict(self.metadata.get("attributes", {}))
         return read_attrs(self.location, self.options)
 
     def read(
@@ -279,7 +279,7 @@ class StoredArray:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:
             kvstore = {"driver": "file", "path": f"{self.location}/"}
-        meta = dict(self._meta)
+        meta = dict(self.metadata)
         if self.zarr_format == 2 and meta.get("compressor"):
             compressor = meta["compressor"]
             keys = _COMPRESSOR_KEYS.get(compressor["id"], tuple(compressor))

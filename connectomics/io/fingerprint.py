@@ -37,7 +37,7 @@ def fingerprint(source: Multiscale, grid: VoxelGrid | None = None) -> str:
         spans = own.slices(grid.box.grow(own.voxel_size))  # linear interpolation looks at the next centre
         low, high = [s.start for s in spans], [s.stop for s in spans]
     digest = hashlib.sha256()
-    levels = [(kept.path, stored._meta) for kept, stored in zip(source.levels, source._arrays, strict=True)]
+    levels = [(kept.path, stored.metadata) for kept, stored in zip(source.levels, source._arrays, strict=True)]
     digest.update(json.dumps([source.location, source.attrs, levels], sort_keys=True, default=str).encode())
     if all(h > lo for lo, h in zip(low, high, strict=True)):
         first, last = array.chunk_range(low, high)

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,14 +21,27 @@ from connectomics.errors import CorruptDataError, MetadataError
 from connectomics.io import s3
 from connectomics.io.location import StoreOptions, split_s3
 
-if TYPE_CHECKING:
-    from connectomics.io.array import StoredArray
-
 _FETCHES = 8  # objects fetched at a time
 _ENTRY_BYTES = 200  # what keeping an object costs beside its content
 
 
-def read(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> NDArray[Any]:
+class ChunkedArray(Protocol):
+    """What is needed of an array: see `connectomics.io.array.StoredArray`."""
+
+    location: str
+    options: StoreOptions
+    zarr_format: int
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]
+    is_blosc: bool
+    metadata: dict[str, Any]
+
+    def chunk_location(self, index: Sequence[int]) -> str: ...
+    def chunk_range(self, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]: ...
+    def check_still_there(self) -> None: ...
+
+
+def read(array: ChunkedArray, low: Sequence[int], high: Sequence[int]) -> NDArray[Any]:
     """Voxels ``low`` to ``high`` of a local array, which are inside it; absent chunks give the fill value."""
     chunks = _chunks(array, low, high)
     if array.is_blosc:
@@ -42,7 +55,7 @@ def read(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> NDArray
     return _decode(array, array.location, low, high, chunks)
 
 
-def fetch(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+def fetch(array: ChunkedArray, low: Sequence[int], high: Sequence[int]) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """The same of an array on S3, and which of its chunks, one value each, are stored."""
     from zarr.core.buffer import default_buffer_prototype
     from zarr.storage import MemoryStore
@@ -59,7 +72,7 @@ def fetch(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> tuple[
             _check_blosc(at, content[:16], len(content))
     buffer = default_buffer_prototype().buffer
     files = {at.removeprefix(f"{array.location}/"): content for at, content in found.items()}
-    files[".zarray" if array.zarr_format == 2 else "zarr.json"] = json.dumps(array._meta).encode()
+    files[".zarray" if array.zarr_format == 2 else "zarr.json"] = json.dumps(array.metadata).encode()
     store = MemoryStore({name: buffer.from_bytes(content) for name, content in files.items()}, read_only=True)
     first, last = array.chunk_range(low, high)
     present = np.array([content is not None for content in contents], dtype=bool)
@@ -68,7 +81,7 @@ def fetch(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> tuple[
 
 
 def _decode(
-    array: StoredArray, store: Any, low: Sequence[int], high: Sequence[int], chunks: Sequence[tuple[int, ...]]
+    array: ChunkedArray, store: Any, low: Sequence[int], high: Sequence[int], chunks: Sequence[tuple[int, ...]]
 ) -> NDArray[Any]:
     import zarr
 
@@ -88,7 +101,7 @@ def _decode(
         raise
 
 
-def _chunks(array: StoredArray, low: Sequence[int], high: Sequence[int]) -> list[tuple[int, ...]]:
+def _chunks(array: ChunkedArray, low: Sequence[int], high: Sequence[int]) -> list[tuple[int, ...]]:
     """Indices of the chunks that hold these voxels, in C order."""
     first, last = array.chunk_range(low, high)
     shape = [b - a for a, b in zip(first, last, strict=True)]
