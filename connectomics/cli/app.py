@@ -10,6 +10,7 @@ from connectomics.cli import (
     data_verbs,
     demo_verb,
     inspect_verb,
+    measure_verb,
     result_verbs,
     run_verbs,
     tune_verb,
@@ -36,6 +37,7 @@ app.command("cache")(cache_verb.cache)
 app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
+app.command("measure")(measure_verb.measure)
 app.command("evaluate")(run_verbs.evaluate)
 app.command("tune")(tune_verb.tune)
 app.command("export")(result_verbs.export)

@@ -27,6 +27,7 @@ VERBS = (
     "train",
     "predict",
     "decode",
+    "measure",
     "evaluate",
     "tune",
     "export",

@@ -1,0 +1,87 @@
+"""The verb measure: instances and contacts of labels in numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from connectomics.cli import progress, show
+
+
+def measure(
+    labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
+    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
+    crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
+    contact: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A:B:NM, where the surface of A's instances lies within NM nm (default 30) of B; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Measure every instance of labels: volume, surface, sphericity, centroid and box in nm, and contacts between
+    classes. Works block by block; semantic classes count as one instance a crop.
+
+    Examples:
+
+      pytc measure outputs/labels --out outputs/measures
+
+      pytc measure outputs/labels --class mito --contact mito:er:30 --out outputs/measures
+    """
+    from connectomics.decoding.measure import ContactSpec, measure_labels
+
+    specs = [ContactSpec.parse(text) for text in contact or ()]
+    with progress.counted("measuring") as advance:
+        found = measure_labels(
+            labels, out, classes=class_name, datasets=dataset, crops=crop, contacts=specs, progress=advance
+        )
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    _print(found)
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    rows = [
+        [
+            row["class"],
+            row["kind"],
+            str(row["crops"]),
+            str(row["instances"]),
+            str(row["touch_border"]),
+            "-" if row["median_volume_nm3"] is None else f"{row['median_volume_nm3']:.4g}",
+            f"{row['volume_nm3']:.4g}",
+            f"{row['surface_nm2']:.4g}",
+        ]
+        for row in found["classes"]
+    ]
+    header = ["class", "kind", "crops", "instances", "at border", "median nm3", "total nm3", "surface nm2"]
+    show.table(header, rows)
+    if found["contacts"]:
+        header = ["contact", "crops", "instances", "with contact", "pairs", "contact nm2", "of surface"]
+        rows = [
+            [
+                f"{row['of']}:{row['to']}:{row['nm']:g}",
+                str(row["crops"]),
+                str(row["instances"]),
+                str(row["with_contact"]),
+                str(row["pairs"]),
+                f"{row['contact_nm2']:.4g}",
+                "-" if row["surface_nm2"] == 0 else f"{row['contact_nm2'] / row['surface_nm2']:.1%}",
+            ]
+            for row in found["contacts"]
+        ]
+        print()
+        show.table(header, rows)
+    if any(row["kind"] == "semantic" for row in found["classes"]):
+        print("\nsemantic classes have no instances: each is measured as one a crop")
+    for row in [*found["classes"], *found["contacts"]]:
+        print(row["file"])

@@ -1,0 +1,7 @@
+"""Labels to numbers: size, surface, shape and place of every instance, and contacts between classes."""
+
+from connectomics.decoding.measure.contacts import Contacts, ContactSpec, measure_contacts
+from connectomics.decoding.measure.instances import Instances, measure_instances
+from connectomics.decoding.measure.run import measure_labels
+
+__all__ = ["ContactSpec", "Contacts", "Instances", "measure_contacts", "measure_instances", "measure_labels"]
