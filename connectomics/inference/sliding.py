@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
+from connectomics.inference.threads import AHEAD
 from connectomics.inference.views import View
+from connectomics.inference.windows import WindowLattice, importance_map, whole_index
 
 if TYPE_CHECKING:
     import torch
@@ -37,87 +39,7 @@ if TYPE_CHECKING:
 Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 
-BLENDINGS = ("gaussian", "constant")
-_SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
-_LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
 _SLAB = 1 << 24  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
-
-
-def _index(values: Sequence[int] | int, what: str, least: int) -> Index:
-    """Three whole numbers (one stands for all axes), each at least ``least``."""
-    numbers = [values] * 3 if isinstance(values, int) else [int(v) for v in values]
-    if len(numbers) != 3 or min(numbers) < least:
-        raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), found {values!r}")
-    return numbers[0], numbers[1], numbers[2]
-
-
-@dataclass(frozen=True)
-class WindowLattice:
-    """All windows of one prediction.
-
-    Attributes:
-        grid: the voxels that are predicted.
-        window: window shape in voxels, z y x.
-        starts: per axis the first voxels of the windows, ascending, in voxels of ``grid``; negative where a window
-            begins in the context before the grid.
-    """
-
-    grid: VoxelGrid
-    window: Index
-    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-    @classmethod
-    def over(
-        cls,
-        grid: VoxelGrid,
-        window: Sequence[int] | int,
-        overlap: float = 0.25,
-        context: Sequence[int] | int | None = None,
-    ) -> WindowLattice:
-        """The windows over ``grid`` and ``context`` voxels on every side of it.
-
-        ``context=None``: half the overlap, at least 8 and at most a quarter of the window, so that a voxel at a face of
-        the grid is no nearer to a window's face than one in the middle of the volume; less, down to half of that, on an
-        axis where the grid then fits into one window. An extent below the window's takes one window, centred.
-        Raises `InputError` for an empty grid, ``overlap`` outside [0, 1) or a negative context.
-        """
-        size = _index(window, "window", 1)
-        if grid.size == 0:
-            raise InputError(f"nothing to predict in an empty grid ({grid})")
-        if not 0 <= overlap < 1:
-            raise InputError(f"overlap must be at least 0 and below 1, found {overlap}")
-        given = None if context is None else _index(context, "context", 0)
-        starts = []
-        for axis, (n, w) in enumerate(zip(grid.shape, size, strict=True)):
-            margin = _default_context(n, w, overlap) if given is None else given[axis]
-            starts.append(_scan(n, w, overlap, margin))
-        return cls(grid, size, (starts[0], starts[1], starts[2]))
-
-    @property
-    def count(self) -> int:
-        """Number of windows."""
-        return math.prod(len(s) for s in self.starts)
-
-    def touching(self, axis: int, begin: int, end: int) -> range:
-        """Numbers of the windows along ``axis`` that hold any of the voxels ``begin`` to ``end`` (exclusive)."""
-        starts = self.starts[axis]
-        first = int(np.searchsorted(starts, begin - self.window[axis], side="right"))
-        return range(first, int(np.searchsorted(starts, end, side="left")))
-
-
-def _default_context(n: int, window: int, overlap: float) -> int:
-    wanted = min(max(8, math.ceil(window * overlap / 2)), window // 4)
-    spare = (window - n) // 2
-    return spare if wanted / 2 <= spare < wanted else wanted
-
-
-def _scan(n: int, window: int, overlap: float, margin: int) -> tuple[int, ...]:
-    """Window starts along one axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`."""
-    extent = max(window, n + 2 * margin)
-    step = max(1, int(window * (1 - overlap)))
-    before = (extent - n) // 2
-    starts = [*range(0, extent - window, step), extent - window]
-    return tuple(s - before for s in starts)
 
 
 @dataclass(frozen=True)
@@ -129,7 +51,8 @@ class Plan:
         windows: forward passes in all.
         distinct_windows: windows of the lattice: the forward passes that one block over everything would take.
         voxels: voxels that go through the network (``windows`` times the window).
-        bytes: largest working memory of a block: sums, weights, raw, one batch in and out; not the network's own.
+        bytes: largest working memory of a block: sums, weights, its values and those of the block before (which are
+            being written), raw and what is read ahead of it, one batch in and out; not the network's own.
     """
 
     blocks: int
@@ -156,7 +79,7 @@ def plan(
 ) -> Plan:
     """What `predict_blocks` with these arguments will cost."""
     lattice = WindowLattice.over(grid, window, overlap, context)
-    regions = [(begin, block.shape) for begin, block in grid.blocks(_index(block_size, "block_size", 1))]
+    regions = [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
     return plan_regions(lattice, regions, channels=channels, batch_size=batch_size)
 
 
@@ -174,8 +97,44 @@ def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels:
     return Plan(len(regions), windows, lattice.count, windows * math.prod(lattice.window), most)
 
 
+def planned_reads(lattice: WindowLattice, regions: Sequence[Region]) -> Iterator[VoxelGrid]:
+    """The grids of raw that `predict_regions` over ``regions`` asks for, in its order."""
+    row, next_column, read = None, 0, 0
+    for begin, shape in regions:
+        z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
+        if row is None or row[:2] != (begin[:2], shape[:2]) or begin[2] < row[2]:
+            next_column, read = 0, lattice.starts[2][x.start]
+        row = (begin[:2], shape[:2], begin[2])
+        columns = range(max(x.start, next_column), x.stop)
+        next_column = max(next_column, x.stop)
+        if columns:
+            end = lattice.starts[2][columns[-1]] + lattice.window[2]
+            yield from _slabs(lattice, _hull(lattice, z, y), max(read, lattice.starts[2][columns[0]]), end)
+            read = end
+
+
+def _hull(lattice: WindowLattice, z: range, y: range) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last (exclusive) voxel along z and y of the windows with these numbers."""
+    (z0, z1), (y0, y1) = (
+        (lattice.starts[axis][t[0]], lattice.starts[axis][t[-1]] + lattice.window[axis])
+        for axis, t in enumerate((z, y))
+    )
+    return (z0, z1), (y0, y1)
+
+
+def _slabs(
+    lattice: WindowLattice, hull: tuple[tuple[int, int], tuple[int, int]], begin: int, end: int
+) -> Iterator[VoxelGrid]:
+    """The raw of a hull from ``begin`` to ``end`` along x, in parts along z that are asked for one by one."""
+    (z0, z1), (y0, y1) = hull
+    step = max(1, _SLAB // ((y1 - y0) * max(1, end - begin)))
+    for z in range(z0, z1 if begin < end else z0, step):
+        yield lattice.grid.crop((z, y0, begin), (min(step, z1 - z), y1 - y0, end - begin))
+
+
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int) -> int:
-    """Memory of one region's sums with their carry, of raw (and a slab of it while it is read) and of a batch."""
+    """Memory of one region's sums with their carry, of two results, of raw (with a slab of it while it is read, and
+    what is read ahead) and of a batch."""
     begin, shape = region
     hull = []
     for axis, (starts, w) in enumerate(zip(lattice.starts, lattice.window, strict=True)):
@@ -185,28 +144,8 @@ def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_
     sums = (channels + 1) * shape[0] * shape[1] * (2 * width - shape[2])
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
     raw = math.prod(end - start for start, end in hull)
-    return 4 * (sums + raw + 2 * min(raw, _SLAB) + batch)
-
-
-def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.Tensor:
-    """Weight of a window's voxels, float32 (d, h, w).
-
-    ``gaussian``: a product of Gaussians around the middle with sigma 1/8 of the width, never below the larger of 1e-3
-    and its own least value, as `monai.data.utils.compute_importance_map` computes it; ``constant``: ones.
-    """
-    import torch
-
-    if blending not in BLENDINGS:
-        raise InputError(f"blending must be one of {', '.join(BLENDINGS)}, found {blending!r}")
-    size = _index(window, "window", 1)
-    if blending == "constant":
-        return torch.ones(size, dtype=torch.float32)
-    profiles = []
-    for n in size:
-        x = torch.arange(n, dtype=torch.float32) - (n - 1) / 2
-        profiles.append(torch.exp(x**2 / (-2 * (_SIGMA_SCALE * n) ** 2)))
-    weights = profiles[0][:, None, None] * profiles[1][None, :, None] * profiles[2][None, None, :]
-    return torch.clamp_(weights, min=max(float(weights.min()), _LEAST_WEIGHT))
+    results = 2 * channels * math.prod(shape)
+    return 4 * (sums + results + raw + 2 * min(raw, _SLAB) + min(raw, AHEAD) + batch)
 
 
 def predict_blocks(
@@ -254,7 +193,7 @@ def predict_blocks(
         InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
     lattice = WindowLattice.over(grid, window, overlap, context)
-    regions = [(begin, block.shape) for begin, block in grid.blocks(_index(block_size, "block_size", 1))]
+    regions = [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
     if blocks is not None:
         wrong = [b for b in blocks if not 0 <= b < len(regions)]
         if wrong:
@@ -360,9 +299,7 @@ class _Row:
         self._shape = shape[:2]
         z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
         self._zy = [(lattice.starts[0][i], lattice.starts[1][j]) for i in z for j in y]
-        self._hull = tuple(
-            (lattice.starts[a][t[0]], lattice.starts[a][t[-1]] + lattice.window[a]) for a, t in enumerate((z, y))
-        )
+        self._hull = _hull(lattice, z, y)
         self._x = begin[2]  # first voxel of the latest region
         self._next_column = 0  # window columns before this one are in the sums, or touch nothing that is still wanted
         self._raw: NDArray[np.float32] | None = None
@@ -420,14 +357,13 @@ class _Row:
             have = kept.shape[2]
             raw[..., :have] = kept
         self._raw = None
-        step = max(1, _SLAB // (raw.shape[1] * max(1, raw.shape[2] - have)))
-        for z in range(z0, z1 if begin + have < end else z0, step):
-            depth = min(step, z1 - z)
-            grid = self._lattice.grid.crop((z, y0, begin + have), (depth, y1 - y0, end - begin - have))
+        z = 0
+        for grid in _slabs(self._lattice, self._hull, begin + have, end):
             block = self._read(grid)
             if block.shape != grid.shape:
                 raise InputError(f"read must give an array of shape {grid.shape} for {grid}, found {block.shape}")
-            raw[z - z0 : z - z0 + depth, :, have:] = block
+            raw[z : z + grid.shape[0], :, have:] = block
+            z += grid.shape[0]
         self._raw = raw
         self._raw_begin = begin
 
@@ -455,8 +391,8 @@ class _Row:
                 sums[(-1, *into)].add_(weights)
 
     def _normalised(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
-        values = sums[:-1, ..., : x1 - x0]
-        values /= sums[-1:, ..., : x1 - x0]
+        # an array of its own: a view would keep all sums while the caller holds the block
+        values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
         if not math.isfinite(float(values.sum())):
             begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
             raise InputError(

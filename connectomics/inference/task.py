@@ -16,6 +16,7 @@ On disk, under ``output``::
     task.json            the task
     .done-{key}          one byte per block of a target grid (`connectomics.inference.done`)
 
+Raw is read ahead of the network and finished blocks are written behind it (`connectomics.inference.threads`).
 ``complete`` is false until the last block is written. Resuming is safe against a killed process; after a crash of the
 whole machine, when written files may not have reached the disk, run with ``overwrite``.
 """
@@ -26,7 +27,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,10 +58,13 @@ from connectomics.inference.augmented import (
 )
 from connectomics.inference.done import DoneMap
 from connectomics.inference.layout import Layout
+from connectomics.inference.output import write_probability
 from connectomics.inference.raw import RawSource
-from connectomics.inference.sliding import BLENDINGS, Plan, predict_regions
+from connectomics.inference.sliding import Plan, planned_reads, predict_regions
+from connectomics.inference.threads import ReadAhead, WriteBehind
 from connectomics.inference.views import View
-from connectomics.io import resample, store
+from connectomics.inference.windows import BLENDINGS
+from connectomics.io import store
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
 
 if TYPE_CHECKING:
@@ -70,10 +75,11 @@ ARTEFACT = "probability"
 UNCERTAINTY = "uncertainty"  # the artefact, and its group below that of the class
 PRECISIONS = ("32", "bf16", "fp16")
 
+# a block on its way to the disk: where it belongs, its classes and their arrays, the done-map, its number and values
+_Item = tuple[Layout, tuple[str, ...], list[list[ArrayWriter]], DoneMap, int, NDArray[np.float32]]
+
 # fields that a resumed run may change: they decide how fast it is, not what it writes
 _FREE = {"batch_size"}
-# target voxels written at a time along each axis, so that float32 copies stay small beside the network's block
-_PIECE = 128
 
 
 @dataclass(frozen=True)
@@ -259,6 +265,8 @@ def run_predict_task(
 ) -> None:
     """Write the probabilities of ``task``, or what is still missing of them.
 
+    Raw is read and blocks are written in two further threads, which end with the call, however it ends.
+
     Args:
         network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's views, likewise), gives probabilities (B,
             len(task.classes), d, h, w); several are averaged. With the task's uncertainty ``dropout`` their dropout
@@ -292,13 +300,44 @@ def run_predict_task(
     finished = sum(done.count for *_, done in jobs)
     if progress is not None:
         progress(finished, total)
-    for layout, names, writers, done in jobs:
-        todo = done.missing
-        blocks = predict_regions(
-            source.read,
+
+    def write(item: _Item) -> None:
+        layout, names, writers, done, number, block = item
+        _write_block(task, layout, names, writers, number, block)
+        done.mark(number)
+
+    def written() -> None:
+        nonlocal finished
+        finished += 1
+        if progress is not None:
+            progress(finished, total)
+
+    with WriteBehind(write, written) as behind:
+        for layout, names, writers, done in jobs:
+            todo = done.missing
+            with closing(_blocks(task, source, averaged, device, layout, todo)) as blocks:
+                for number in todo:
+                    block = next(blocks)
+                    behind.put((layout, names, writers, done, number, block))
+                    del block  # the writer has it; here it would be held while the next one is computed
+    for _, names, _, _ in jobs:
+        for name in names:
+            for place, about in _places(task, name).items():
+                update_attrs(place, {"connectomics": {**_attrs(task, complete=True, class_name=name), **about}})
+    update_attrs(output, {"connectomics": _attrs(task, complete=True)})
+
+
+def _blocks(
+    task: PredictTask, source: RawSource, averaged: Averaged, device: str, layout: Layout, todo: Sequence[int]
+) -> Generator[NDArray[np.float32], None, None]:
+    """The values of the blocks ``todo``, with raw read ahead of the network."""
+    regions = [layout.regions[number] for number in todo]
+    with ReadAhead(source.read, planned_reads(layout.lattice, regions)) as read:
+        yield from predict_regions(
+            read,
             layout.lattice,
             averaged,
-            [layout.regions[n] for n in todo],
+            regions,
             channels=task.channels,
             blending=task.blending,
             batch_size=task.batch_size,
@@ -306,23 +345,22 @@ def run_predict_task(
             autocast=_autocast(task.precision),
             views=[View(source.read, size, shape) for size, shape in task.views],
         )
-        channels = [task.classes.index(name) for name in names]
-        for number in todo:
-            block = next(blocks)
-            for channel, writer in zip(channels, writers, strict=True):
-                _write(layout, number, block[channel], writer[0])
-                if task.uncertainty != "none":
-                    _write(layout, number, _uncertainty(task, block, channel), writer[1])
-            del block  # or it would be held while the next one is computed
-            done.mark(number)
-            finished += 1
-            if progress is not None:
-                progress(finished, total)
-    for _, names, _, _ in jobs:
-        for name in names:
-            for place, about in _places(task, name).items():
-                update_attrs(place, {"connectomics": {**_attrs(task, complete=True, class_name=name), **about}})
-    update_attrs(output, {"connectomics": _attrs(task, complete=True)})
+
+
+def _write_block(
+    task: PredictTask,
+    layout: Layout,
+    names: Sequence[str],
+    writers: Sequence[Sequence[ArrayWriter]],
+    number: int,
+    block: NDArray[np.float32],
+) -> None:
+    """Store a block's classes, each with its uncertainty where it is asked for."""
+    for name, arrays in zip(names, writers, strict=True):
+        channel = task.classes.index(name)
+        write_probability(layout, number, block[channel], arrays[0])
+        if task.uncertainty != "none":
+            write_probability(layout, number, _uncertainty(task, block, channel), arrays[1])
 
 
 def check_predict_task(task: PredictTask, *, overwrite: bool = False) -> None:
@@ -442,25 +480,3 @@ def _attrs(task: PredictTask, *, complete: bool, class_name: str | None = None) 
         what = {"class_name": class_name, "grid": task.targets[class_name].to_dict()}
     version = connectomics.__version__
     return {"artefact": ARTEFACT, "complete": complete, **what, "model": task.model, "version": version}
-
-
-def _write(layout: Layout, number: int, probability: NDArray[np.float32], writer: ArrayWriter) -> None:
-    """Resample one class of a block (values on its region of the network's lattice) and store it."""
-    low, high = float(probability.min()), float(probability.max())
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise InputError(
-            f"the network must give probabilities, found values from {low:.4g} to {high:.4g}; apply a sigmoid to logits"
-        )
-    start, block = layout.blocks[number]
-    origin = layout.regions[number][0]
-    for offset, piece in block.blocks([max(c, _PIECE // c * c) for c in layout.chunks]):
-        begin, shape = layout.region(piece)
-        part = tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))
-        if layout.same_voxels:
-            values = np.clip(probability[part], 0, 1)
-        else:
-            values = resample.linear(probability[part], layout.model.crop(begin, shape), piece)
-            np.clip(values, 0, 1, out=values)
-        values *= np.float32(255)
-        np.rint(values, out=values)
-        writer.write([a + b for a, b in zip(start, offset, strict=True)], values.astype(np.uint8))

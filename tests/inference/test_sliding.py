@@ -10,7 +10,8 @@ import torch
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.sliding import WindowLattice, importance_map, plan, predict_blocks
+from connectomics.inference.sliding import plan, planned_reads, predict_blocks
+from connectomics.inference.windows import WindowLattice, importance_map
 
 
 def grid_of(shape: tuple[int, int, int]) -> VoxelGrid:
@@ -168,6 +169,17 @@ def test_reads_each_voxel_once_in_a_row_of_blocks():
         pass
     assert sum(g.shape[2] for g in volume.reads) == 100
     assert len(volume.reads) == 5 or len(volume.reads) == 4
+
+
+@pytest.mark.parametrize("left_out", [[], [1], [0, 2, 3, 7], [4, 5, 6]])
+def test_what_will_be_read_is_known_beforehand(left_out):
+    volume = Volume((20, 50, 100))
+    size = (16, 24, 20)
+    numbers = [n for n in range(len(list(volume.grid.blocks(size)))) if n not in left_out]
+    regions = [(begin, block.shape) for n, (begin, block) in enumerate(volume.grid.blocks(size)) if n in numbers]
+    for _ in predict_blocks(volume.read, volume.grid, Net(), channels=3, window=16, block_size=size, blocks=numbers):
+        pass
+    assert volume.reads == list(planned_reads(WindowLattice.over(volume.grid, 16), regions))
 
 
 def test_plan_counts_what_is_run():

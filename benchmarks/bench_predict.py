@@ -1,0 +1,125 @@
+"""Prediction from Zarr to Zarr against the bare forward passes of the same windows, already in memory, in one run.
+
+    python benchmarks/bench_predict.py [--size 192] [--window 64] [--overlap 0.25] [--block 128] [--rounds 3]
+        [--device cpu] [--precision 32] [--features 16]
+
+A task (`run_predict_task`: reading and scaling raw, windows, blending, blocks, compressing and storing) and a loop that
+only calls the same U-Net on as many windows of the same shape take turns in one process. Printed: the median over the
+rounds of (seconds of the loop) / (seconds of the task), which is 1 where everything but the network costs nothing, and
+the voxels a second that go through the network and that come out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+CLASSES = ("mito", "er")
+
+
+def small_unet(features: int, device: str) -> Any:
+    """A U-Net of MONAI's with a sigmoid behind it, seeded, in evaluation mode."""
+    import torch
+    from monai.networks.nets import BasicUNet
+
+    torch.manual_seed(0)
+    widths = (features, features, 2 * features, 4 * features, 8 * features, features)
+    net = BasicUNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES), features=widths)
+    return torch.nn.Sequential(net, torch.nn.Sigmoid()).eval().to(device)
+
+
+def make_raw(folder: Path, size: int) -> tuple[str, Any]:
+    """Noise of a few grey levels around slopes, uint8, which compresses about as tissue does."""
+    from connectomics.geometry import VoxelGrid
+    from connectomics.io.write import write_multiscale
+
+    grid = VoxelGrid((8, 8, 8), (4, 4, 4), (size,) * 3)
+    noise = np.random.default_rng(0).integers(0, 16, grid.shape, dtype=np.uint8)
+    values = noise + (np.arange(size, dtype=np.float32) / size * 200).astype(np.uint8)
+    location = folder / "raw.zarr" / "em"
+    write_multiscale(location, values, grid, kind="raw")
+    return str(location), grid
+
+
+def seconds_of_forwards(network: Any, windows: np.ndarray, count: int, options: argparse.Namespace) -> float:
+    """``count`` windows through the network and nothing else."""
+    import contextlib
+
+    import torch
+
+    on_device = torch.from_numpy(windows)[:, None].to(options.device)
+    mixed: Any = contextlib.nullcontext()
+    if options.precision != "32":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+        mixed = torch.autocast(torch.device(options.device).type, dtype=dtype)
+    _wait(options.device)
+    begin = time.perf_counter()
+    with torch.inference_mode(), mixed:
+        for first in range(0, count, options.batch):
+            network(on_device[: min(options.batch, count - first)])
+    _wait(options.device)
+    return time.perf_counter() - begin
+
+
+def _wait(device: str) -> None:
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=192, help="edge of the volume, voxels")
+    parser.add_argument("--window", type=int, default=64, help="edge of a window, voxels")
+    parser.add_argument("--overlap", type=float, default=0.25)
+    parser.add_argument("--block", type=int, default=128, help="edge of a block, voxels")
+    parser.add_argument("--batch", type=int, default=1, help="windows that go through the network together")
+    parser.add_argument("--features", type=int, default=16, help="channels of the U-Net's first level")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="32", choices=("32", "bf16", "fp16"))
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+
+    from connectomics.inference.task import PredictTask, run_predict_task
+
+    network = small_unet(options.features, options.device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        raw, grid = make_raw(folder, options.size)
+        windows = np.random.default_rng(1).random((options.batch, *(options.window,) * 3), dtype=np.float32)
+        pairs = []
+        for turn in range(-1, options.rounds):  # the first one warms up
+            task = PredictTask(
+                raw=raw, output=str(folder / f"out{turn}.zarr" / "crop1"), classes=CLASSES,
+                targets=dict.fromkeys(CLASSES, grid), voxel_size=(8, 8, 8), window=(options.window,) * 3,
+                checkpoint="", overlap=options.overlap, block_size=(options.block,) * 3, batch_size=options.batch,
+                precision=options.precision,
+            )  # fmt: skip
+            (plan,) = task.plan()
+            bare = seconds_of_forwards(network, windows, plan.windows, options)
+            begin = time.perf_counter()
+            run_predict_task(task, network, options.device)
+            ours = time.perf_counter() - begin
+            if turn >= 0:
+                pairs.append((bare, ours))
+    ratio = median(bare / ours for bare, ours in pairs)
+    bare, ours = (median(values) for values in zip(*pairs, strict=True))
+    print(
+        f"{options.size}^3, window {options.window}, overlap {options.overlap}, blocks {options.block} "
+        f"({plan.blocks}), {options.device}, precision {options.precision}, median of {options.rounds}\n"
+        f"bare forward passes {bare:.2f} s, task {ours:.2f} s: {ratio:.3f} of the bare rate "
+        f"(rounds: {', '.join(f'{b / o:.3f}' for b, o in pairs)})\n"
+        f"{plan.voxels / ours / 1e6:.2f} Mvoxel/s through the network, {grid.size / ours / 1e6:.2f} Mvoxel/s written; "
+        f"planned memory {plan.bytes / 1e6:.0f} MB"
+    )
+
+
+if __name__ == "__main__":
+    main()
