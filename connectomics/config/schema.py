@@ -168,6 +168,7 @@ class InferenceConfig:
     tta: Any = "none"  # test-time augmentation: none | flips (8) | section (16) | all (48) | list as [zyx, -zyx]
     uncertainty: str = "none"  # none | variance (over tta and checkpoints) | entropy | dropout
     dropout_samples: int = 8  # passes with dropout on, for uncertainty=dropout
+    skip_empty: bool = True  # predict: windows of constant raw (padding) or without raw are not run and give 0
 
 
 @dataclass

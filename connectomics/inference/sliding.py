@@ -12,8 +12,13 @@ that a window across a border is run by every block that it touches: with window
 run once and their weighted sums carried over, which leaves (1 + w/B)^2 along z and y (2.25 for B = 2w, 1.56 for
 B = 4w, 1 where a block spans the grid). `plan` gives the numbers for a case before it is run.
 
-Windows go through the network in batches that depend on the lattice and the block alone, never on what was done before,
-so a run that was killed and resumed repeats the same arithmetic to the bit.
+Windows go through the network in batches that depend on the lattice, the block and the raw alone, never on what was
+done before, so a run that was killed and resumed repeats the same arithmetic to the bit.
+
+**Empty windows** can be left out: those whose raw has one value everywhere (padding, or zeros where there is no raw).
+A voxel is then the weighted mean of what the other windows over it say, and 0 where there are none: a left out window
+says nothing, rather than 0, so tissue beside padding does not fade. Further views of a window do not count: they show
+other places, and what is to be labelled lies in the window.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ class Plan:
 
     Attributes:
         blocks: blocks that are computed one after the other.
-        windows: forward passes in all.
+        windows: forward passes in all; at most so many where empty windows are left out.
         distinct_windows: windows of the lattice: the forward passes that one block over everything would take.
         voxels: voxels that go through the network (``windows`` times the window).
         bytes: largest working memory of a block: sums, weights, its values and those of the block before (which are
@@ -227,16 +232,18 @@ def predict_regions(
     device: str = "cpu",
     autocast: torch.dtype | None = None,
     views: Sequence[View] = (),
+    skip_empty: bool = False,
 ) -> Iterator[NDArray[np.float32]]:
     """Predict parts of a lattice's grid, which may overlap: the values (channels, d, h, w), float32, of each in turn.
 
-    Consecutive regions with the same extent along z and y and ascending begins along x share their windows. The
-    other arguments and the errors are those of `predict_blocks`.
+    Consecutive regions with the same extent along z and y and ascending begins along x share their windows. With
+    ``skip_empty`` windows of constant raw are left out. The other arguments and the errors are those of
+    `predict_blocks`.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     weights = importance_map(lattice.window, blending).to(device)
-    forward = _Forward(network, channels, batch_size, device, autocast, tuple(views))
+    forward = _Forward(network, channels, batch_size, device, autocast, tuple(views), skip_empty)
     row: _Row | None = None
     for number, (begin, shape) in enumerate(regions):
         if min(begin) < 0 or any(b + s > n for b, s, n in zip(begin, shape, lattice.grid.shape, strict=True)):
@@ -258,6 +265,7 @@ class _Forward:
     device: str
     autocast: torch.dtype | None
     views: tuple[View, ...]
+    skip_empty: bool
 
     def __call__(self, windows: list[NDArray[np.float32]], grids: list[VoxelGrid]) -> torch.Tensor:
         """(B, channels, d, h, w) float32 of B windows (d, h, w), which lie on ``grids``."""
@@ -372,8 +380,13 @@ class _Row:
         raw = cast("NDArray[np.float32]", self._raw)
         size = self._lattice.window
         x = start - self._raw_begin
-        for first in range(0, len(self._zy), self._forward.batch_size):
-            batch = self._zy[first : first + self._forward.batch_size]
+        wanted = self._zy
+        if self._forward.skip_empty:
+            corner = self._hull[0][0], self._hull[1][0]
+            part = raw[..., x : x + size[2]]
+            wanted = [at for at in wanted if not _is_constant(_window(part, at, corner, size))]
+        for first in range(0, len(wanted), self._forward.batch_size):
+            batch = wanted[first : first + self._forward.batch_size]
             places = [(z - self._hull[0][0], y - self._hull[1][0]) for z, y in batch]
             out = self._forward(
                 [raw[z : z + size[0], y : y + size[1], x : x + size[2]] for z, y in places],
@@ -391,6 +404,8 @@ class _Row:
                 sums[(-1, *into)].add_(weights)
 
     def _normalised(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
+        if self._forward.skip_empty:  # no window had anything to say of voxels without weight: 0 / 1
+            sums[-1:].masked_fill_(sums[-1:] == 0, 1)
         # an array of its own: a view would keep all sums while the caller holds the block
         values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
         if not math.isfinite(float(values.sum())):
@@ -400,6 +415,17 @@ class _Row:
                 f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
             )
         return cast("NDArray[np.float32]", values.cpu().numpy())
+
+
+def _window(raw: NDArray[np.float32], at: tuple[int, int], corner: tuple[int, int], size: Index) -> NDArray[np.float32]:
+    """The part of ``raw``, which begins at ``corner`` along z and y, of a window that begins at ``at``."""
+    z, y = at[0] - corner[0], at[1] - corner[1]
+    return raw[z : z + size[0], y : y + size[1]]
+
+
+def _is_constant(values: NDArray[np.float32]) -> bool:
+    """Whether all values are equal; tissue shows in the first plane already."""
+    return all(bool((plane == values[0, 0, 0]).all()) for plane in values)
 
 
 def _overlap(start: int, width: int, begin: int, length: int) -> tuple[slice, slice]:

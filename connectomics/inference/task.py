@@ -103,6 +103,8 @@ class PredictTask:
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: written too: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
             ``dropout``: variance over ``dropout_samples`` passes of each with dropout layers on; or ``none``.
+        skip_empty: windows whose raw is constant, or absent everywhere, are not run; probability (and uncertainty) is 0
+            where there are no others.
     """
 
     raw: str
@@ -124,6 +126,7 @@ class PredictTask:
     symmetries: tuple[str, ...] = ("zyx",)
     uncertainty: str = "none"
     dropout_samples: int = 0
+    skip_empty: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -188,6 +191,7 @@ class PredictTask:
         known = {f.name for f in fields(cls)}
         # what tasks of before there were such keys stand for
         data = {"views": [], "symmetries": ["zyx"], "uncertainty": "none", "dropout_samples": 0, **data}
+        data.setdefault("skip_empty", False)
         if wrong := sorted(set(data) ^ known):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
@@ -249,7 +253,7 @@ class PredictTask:
         """What the artefact says of its origin."""
         names = (
             "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-            "symmetries", "dropout_samples",
+            "symmetries", "dropout_samples", "skip_empty",
         )  # fmt: skip
         data = self.to_dict()
         return {name: data[name] for name in names}
@@ -344,6 +348,7 @@ def _blocks(
             device=device,
             autocast=_autocast(task.precision),
             views=[View(source.read, size, shape) for size, shape in task.views],
+            skip_empty=task.skip_empty,
         )
 
 

@@ -273,6 +273,7 @@ def _task(
         symmetries=tuple(str(symmetry) for symmetry in symmetries(options.tta)),
         uncertainty=options.uncertainty,
         dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
+        skip_empty=options.skip_empty,
     )
 
 
