@@ -19,7 +19,7 @@ from connectomics.geometry import VoxelGrid
 
 Item = TypeVar("Item")
 
-AHEAD = 1 << 26  # voxels of raw that may lie read and not yet wanted (float32: 256 MiB)
+AHEAD = 1 << 24  # voxels of raw that may lie read and not yet wanted (float32: 64 MiB)
 
 
 class ReadAhead:
