@@ -1,7 +1,7 @@
 """Prediction from Zarr to Zarr against the bare forward passes of the same windows, already in memory, in one run.
 
-    python benchmarks/bench_predict.py [--size 192] [--window 64] [--overlap 0.25] [--block 128] [--rounds 3]
-        [--device cpu] [--precision 32] [--features 16]
+    python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--block 64] [--rounds 3]
+        [--device cpu] [--precision 32] [--features 8]
 
 A task (`run_predict_task`: reading and scaling raw, windows, blending, blocks, compressing and storing) and a loop that
 only calls the same U-Net on as many windows of the same shape take turns in one process. Printed: the median over the
@@ -76,12 +76,12 @@ def _wait(device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=192, help="edge of the volume, voxels")
+    parser.add_argument("--size", type=int, default=128, help="edge of the volume, voxels")
     parser.add_argument("--window", type=int, default=64, help="edge of a window, voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
-    parser.add_argument("--block", type=int, default=128, help="edge of a block, voxels")
+    parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels")
     parser.add_argument("--batch", type=int, default=1, help="windows that go through the network together")
-    parser.add_argument("--features", type=int, default=16, help="channels of the U-Net's first level")
+    parser.add_argument("--features", type=int, default=8, help="channels of the U-Net's first level")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=("32", "bf16", "fp16"))
     parser.add_argument("--rounds", type=int, default=3)
