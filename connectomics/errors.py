@@ -47,6 +47,14 @@ class IncompleteError(ConnectomicsError, RuntimeError):
     """An artefact is only half written: the stage that makes it must be run to its end first."""
 
 
+class BlocksFailedError(ConnectomicsError, RuntimeError):
+    """Some blocks of a task could not be done, also when tried again; all others are."""
+
+
+class EngineError(ConnectomicsError, RuntimeError):
+    """Workers cannot be had: a scheduler that is not reachable, a library that is not installed."""
+
+
 class WriteError(ConnectomicsError, OSError):
     """Output could not be written (disk full, no permission); nothing half-written was kept as whole."""
 

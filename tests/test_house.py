@@ -15,15 +15,17 @@ PACKAGE = ROOT / "connectomics"
 FLOORS = {
     "errors": 0, "geometry": 0, "config": 0,
     "io": 1,
-    "cellmap": 2, "models": 2, "inference": 2,
+    "tasks": 2, "cellmap": 2, "models": 2, "inference": 2,
     "data": 3, "metrics": 3,
     "decoding": 4, "submission": 4,
     "lightning": 5,
     "report": 6,
     "cli": 7,
 }  # fmt: skip
-#: submission writes the masks of probabilities as decoding makes them, from the floor it shares with it
-NEIGHBOURS: set[tuple[str, str]] = {("geometry", "errors"), ("config", "errors"), ("submission", "decoding")}
+#: on one floor: submission writes the masks of probabilities as decoding makes them; inference is blockwise work
+NEIGHBOURS: set[tuple[str, str]] = {
+    ("geometry", "errors"), ("config", "errors"), ("submission", "decoding"), ("inference", "tasks")
+}  # fmt: skip
 
 
 def imports_of(file: Path) -> set[str]:

@@ -172,6 +172,20 @@ class InferenceConfig:
 
 
 @dataclass
+class EngineConfig:
+    """Who works on the blocks of predict, decode and measure."""
+
+    name: str = "local"  # local | dask
+    workers: int = 1  # processes; local: 1 is this process itself, 0 one for each GPU
+    attempts: int = 3  # times that a block is tried
+    block_timeout_s: float | None = None  # a worker that takes longer for a block is replaced; None: no limit
+    memory_gb: float | None = None  # a worker that holds more is replaced; None: no limit
+    address: str | None = None  # dask: of a scheduler that runs already; None: a cluster of its own
+    cluster: str = "local"  # dask, without address: local | slurm | lsf
+    options: dict[str, Any] = field(default_factory=dict)  # dask: handed to dask-jobqueue's cluster
+
+
+@dataclass
 class DecodingConfig:
     """Probabilities to labels: parameters for every class, then by class."""
 
@@ -196,6 +210,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     output_dir: str = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
 

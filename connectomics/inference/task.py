@@ -14,7 +14,7 @@ On disk, under ``output``::
                          attributes also say the kind and the scale (the value that 1 stands for)
     .zattrs              connectomics: artefact, complete, classes, model, version
     task.json            the task
-    .done-{key}          one byte per block of a target grid (`connectomics.inference.done`)
+    .done-{key}          one byte per block of a target grid (`connectomics.tasks.done`)
 
 Raw is read ahead of the network and finished blocks are written behind it (`connectomics.inference.threads`).
 ``complete`` is false until the last block is written. Resuming is safe against a killed process; after a crash of the
@@ -56,7 +56,6 @@ from connectomics.inference.augmented import (
     require_unchanged,
     symmetries,
 )
-from connectomics.inference.done import DoneMap
 from connectomics.inference.layout import Layout
 from connectomics.inference.output import write_probability
 from connectomics.inference.raw import RawSource
@@ -66,6 +65,7 @@ from connectomics.inference.views import View
 from connectomics.inference.windows import BLENDINGS
 from connectomics.io import store
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
+from connectomics.tasks.done import DoneMap
 
 if TYPE_CHECKING:
     import torch
@@ -296,7 +296,7 @@ def run_predict_task(
     jobs = []
     ensure_group(output, {"connectomics": _attrs(task, complete=False)})
     for layout, names in task.layouts():
-        done = DoneMap(output / f".done-{layout.key}", len(layout.blocks))
+        done = DoneMap(output / f".done-{layout.key}", len(layout.blocks), layout.key)
         if done.count and not all(_has_array(place) for name in names for place in _places(task, name)):
             done.clear()  # someone removed an array: what the map says of it holds no longer
         jobs.append((layout, names, [_writers(task, layout, name) for name in names], done))
@@ -308,7 +308,7 @@ def run_predict_task(
     def write(item: _Item) -> None:
         layout, names, writers, done, number, block = item
         _write_block(task, layout, names, writers, number, block)
-        done.mark(number)
+        done.mark([number])
 
     def written() -> None:
         nonlocal finished
@@ -318,7 +318,7 @@ def run_predict_task(
 
     with WriteBehind(write, written) as behind:
         for layout, names, writers, done in jobs:
-            todo = done.missing
+            todo = done.missing.tolist()
             with closing(_blocks(task, source, averaged, device, layout, todo)) as blocks:
                 for number in todo:
                     block = next(blocks)

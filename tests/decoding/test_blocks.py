@@ -14,7 +14,6 @@ import pytest
 
 from connectomics.config.schema import DecodingConfig
 from connectomics.decoding.blocks import ComponentsTask, run_components_task
-from connectomics.decoding.blocks.lattice import Lattice
 from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MetadataError, WriteError
@@ -22,6 +21,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
+from connectomics.tasks.lattice import Lattice
 
 SIZE = (8.0, 4.0, 5.24)
 #: share of foreground near which components begin to span the volume: the most contacts across borders

@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.lattice import Lattice
 from connectomics.decoding.blocks.pieces import Pieces, border, reach
+from connectomics.tasks.lattice import Lattice
 
 Faces = dict[str, NDArray[np.uint32]]
 _FACES_KEPT = 16  # blocks whose faces are held; neighbours along x and y come again soon

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.lattice import RANK
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
+from connectomics.tasks.lattice import RANK
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.decoding.blocks.lattice import Lattice
 from connectomics.decoding.blocks.merge import Faces, Objects, merge
 from connectomics.decoding.blocks.pieces import Pieces, faces_of, load_arrays, save_arrays
 from connectomics.decoding.blocks.table import TABLE_FILE, write_table
@@ -29,7 +28,6 @@ from connectomics.decoding.cellmap_postprocess import components, narrowest_unsi
 from connectomics.decoding.labels import label_attrs, partial_of, publish
 from connectomics.decoding.probabilities import above, read_block
 from connectomics.errors import InputError, WriteError
-from connectomics.inference.done import DoneMap
 from connectomics.inference.task import TASK_FILE
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -41,6 +39,8 @@ from connectomics.io.write import (
     multiscales_attrs,
     update_attrs,
 )
+from connectomics.tasks.done import DoneMap
+from connectomics.tasks.lattice import Lattice
 
 #: Told the numbers of finished and of all steps; every block has two.
 BlockProgress = Callable[[int, int], None]
@@ -97,15 +97,15 @@ class _Run:
             chunks = [min(c, b) for c, b in zip(DEFAULT_CHUNKS, task.block_shape, strict=True)]
             create_array(where, self.grid.shape, np.uint32, chunks=chunks)
         self.labels = ArrayWriter.open(where)
-        self.labelled = DoneMap(self.scratch / "labelled", len(self.lattice))
-        self.written = DoneMap(self.scratch / "written", len(self.lattice))
+        self.labelled = DoneMap(self.scratch / "labelled", len(self.lattice), "components")
+        self.written = DoneMap(self.scratch / "written", len(self.lattice), "components")
         self._tell()
 
     def label_blocks(self) -> None:
         """First pass: every block for itself."""
-        for number in self.labelled.missing:
+        for number in self.labelled.missing.tolist():
             self._label(number)
-            self.labelled.mark(number)
+            self.labelled.mark([number])
             self._tell()
 
     def merged(self) -> Objects:
@@ -119,14 +119,14 @@ class _Run:
             self.written.clear()
             create_array(self.partial / "s0", self.grid.shape, narrowest_unsigned(n), grid=self.grid)
         writer = ArrayWriter.open(self.partial / "s0")
-        for number in self.written.missing:
+        for number in self.written.missing.tolist():
             begin, shape = self.lattice.region(number)
             table = objects.labels(number).astype(writer.dtype)
             if table.any():
                 writer.write(begin, table[self.labels.read(begin, shape)])
             else:
                 writer.write(begin, np.zeros(shape, writer.dtype))
-            self.written.mark(number)
+            self.written.mark([number])
             self._tell()
         write_table(self.partial / TABLE_FILE, objects.pieces, self.grid)
         about = {"decode": self.task.parameters.to_dict(), "source": dict(self.task.source), "objects": n}

@@ -1,0 +1,168 @@
+"""What blockwise work is: one frozen value, saved beside its output, that any engine can run.
+
+A task goes through stages, one after the other. A stage is a number of blocks that do not depend on each other; what
+one block writes no other block of the stage writes. So blocks may be done in any order, by any process, twice, or on
+another machine, and the output is the same to the bit. What blocks tell later stages they write to files.
+
+The life of a task, as `connectomics.tasks.run.run_task` leads it::
+
+    check()                      once: is the input there, does the output belong to another task?
+    for stage in stages:
+        prepare(stage)           once, in the process that leads: make arrays, unite what the stage before has left
+        open_worker(stage, dev)  in every process that works; long-lived (a network is loaded once)
+            worker.run(numbers)  any number of times, any subset of range(blocks(stage))
+    finish()                     once: say that the output is complete
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+from connectomics.errors import MetadataError, MissingError
+from connectomics.io import store
+from connectomics.io.write import write_file
+
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a block takes, as far as it is known beforehand; at most, in bytes.
+
+    Attributes:
+        read, written: uncompressed. memory: held by a worker beside its model.
+    """
+
+    read: int
+    written: int
+    memory: int
+
+
+class Worker(Protocol):
+    """One process's hands on one stage of a task; what is costly to make (a network, open arrays) it makes once."""
+
+    def run(self, blocks: Sequence[int]) -> Iterator[int]:
+        """Do these blocks and yield the number of each, in their order, once its output is written.
+
+        An error belongs to the first block that was not yielded; the worker must be able to `run` the others after it.
+        """
+        ...
+
+
+class BlockTask(ABC):
+    """A frozen dataclass of plain values (JSON) that says everything its output depends on.
+
+    A subclass has a ``kind`` of its own and is told to `connectomics.cli.task_kinds`, so that a stored task can be run
+    again by ``pytc run-task``.
+    """
+
+    kind: ClassVar[str]
+    #: fields that decide how fast it is, not what is written: a task that goes on may differ in them
+    free: ClassVar[frozenset[str]] = frozenset()
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for JSON, without the kind."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
+        """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For people: what is worked on, ``jrc_cos7-1a/crop234``."""
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the unfinished output, `TASK_FILE` and the done-maps lie; local to all workers (a shared disk)."""
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that stand for everything that the output depends on."""
+        fixed = {name: value for name, value in self.to_dict().items() if name not in self.free}
+        text = json.dumps([self.kind, fixed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def differences(self, other: BlockTask) -> list[str]:
+        """Names of the fields that make the output of the two tasks different."""
+        if self.kind != other.kind:
+            return ["kind"]
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [name for name in mine if name not in self.free and mine[name] != theirs[name]]
+
+    def save(self, path: Path) -> None:
+        """Store as JSON, in one step."""
+        write_file(path, json.dumps({"kind": self.kind, **self.to_dict()}, indent=2).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The task of this kind that is stored in a file; `MissingError`, `MetadataError`."""
+        data = read_task(path)
+        if data.pop("kind") != cls.kind:
+            raise MetadataError(f"{path} holds no task of the kind {cls.kind}; run it with `pytc run-task {path}`")
+        return cls.from_dict(data, str(path))
+
+    # -- what is to be done ------------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[str, ...]:
+        """Names of the stages, in their order."""
+
+    @abstractmethod
+    def check(self, *, overwrite: bool = False) -> bool:
+        """Whether anything is left to do. Writes nothing.
+
+        Raises `InputError`, `MissingError`, ... for an input that cannot be used, and `WriteError` where the output of
+        another task is in the way (with ``overwrite`` it is not, and a finished output counts as work to do).
+        """
+
+    @abstractmethod
+    def claim(self, *, overwrite: bool = False) -> None:
+        """Make `folder` this task's own, by its `TASK_FILE`. What is there of this task is kept, unless ``overwrite``;
+        what is there of another is removed (`check` has refused it where that was not asked for)."""
+
+    @abstractmethod
+    def prepare(self, stage: str) -> None:
+        """Make what the blocks of a stage need, after the stages before it and before its first block. Also called
+        where a run goes on; must then leave what finished blocks have written."""
+
+    @abstractmethod
+    def blocks(self, stage: str) -> int:
+        """How many blocks a stage has; asked for after `prepare`."""
+
+    @abstractmethod
+    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
+        """A worker for a stage on a torch device (``cpu``, ``cuda:1``)."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Say that the output is complete (and put it in its place), and remove what only the stages needed."""
+
+    def run_length(self, stage: str) -> int:
+        """How many consecutive blocks should go to one worker at a time, since they share what they read: 1 if any."""
+        return 1
+
+    def cost(self, stage: str) -> Cost | None:
+        """What the largest block of a stage takes; None where it cannot be said before the stage is prepared."""
+        return None
+
+
+def read_task(path: str | Path) -> dict[str, Any]:
+    """The contents of a stored task; `MissingError`, and `MetadataError` for a file that is none."""
+    data = store.read_json(path)
+    if data is None:
+        raise MissingError(f"no task at {path}; a task is the file {TASK_FILE} beside the output of a verb")
+    if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
+        raise MetadataError(f"{path} holds no task: expected JSON with a key 'kind'")
+    return data
