@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from connectomics.config.schema import RunConfig
-from connectomics.errors import ConfigError, MissingError, nearest
+from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
 _SCHEMA = "connectomics_schema"
 _PRIMARY = "connectomics_run"
@@ -114,6 +114,7 @@ def check_config(config: RunConfig, where: str) -> None:
             f"{where}: model.loss_functions has {len(config.model.loss_functions)} names, model.loss_weights "
             f"{len(config.model.loss_weights)} numbers; give one weight for each loss"
         )
+    _check_heads(config, where)
     if not 0.0 <= config.inference.overlap < 1.0:
         raise ConfigError(
             f"{where}: inference.overlap must be at least 0 and below 1, found {config.inference.overlap}"
@@ -131,6 +132,17 @@ def check_config(config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: dataset.train_val_split must be above 0 and at most 1, found {config.dataset.train_val_split}"
         )
+
+
+def _check_heads(config: RunConfig, where: str) -> None:
+    from connectomics.config.heads import heads_of  # which imports the schema, as this module does
+
+    if config.model.heads and config.dataset.name != "cellmap":
+        raise ConfigError(f"{where}: model.heads needs dataset.name=cellmap, found {config.dataset.name}")
+    try:
+        heads_of(config)
+    except (ConfigError, UnknownNameError) as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _check_ranges(config: RunConfig, where: str) -> None:
@@ -286,7 +298,7 @@ def _explain(error: Exception, file: Path | None, overrides: Sequence[str]) -> s
     named = [o for o in overrides if key and o.lstrip("+~").split("=")[0].endswith(key.split(".")[-1])]
     blamed = named[-1] if named else None
     place = f"override {blamed!r}" if blamed else where
-    if key and key not in known_keys():
+    if key and key not in known_keys() and re.split(r"[.\[]", key)[0] not in _item_keys():
         return _unknown_key(key, place)
     reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     return f"{place}: {key + ': ' if key else ''}{reason}"
@@ -303,10 +315,21 @@ def _extra_keys(config: Any, prefix: str = "") -> Iterator[str]:
 
 def _unknown_key(key: str, place: str) -> str:
     leaf = key.split(".")[-1]
+    known = [*known_keys(), *_item_keys()]
     # the right name in the wrong group comes first: `data.lr` means `optimizer.lr`
-    close = next((k for k in known_keys() if k.split(".")[-1] == leaf), None) or nearest(key, known_keys())
+    close = next((k for k in known if k.split(".")[-1] == leaf), None) or nearest(key, known)
     hint = f"; did you mean {close!r}?" if close else ""
     return f"unknown key {key!r} in {place}{hint}"
+
+
+def _item_keys(schema: type = RunConfig) -> list[str]:
+    """Keys of the items of lists (``model.heads``, ``data.inputs``): errors in them come without the list's name."""
+    keys: list[str] = []
+    for kind in get_type_hints(schema).values():
+        item = next(iter(get_args(kind)), None) if get_origin(kind) is list else kind
+        if isinstance(item, type) and is_dataclass(item):
+            keys += [entry.name for entry in fields(item)] if item is not kind else _item_keys(item)
+    return keys
 
 
 def _offending_key(text: str) -> str | None:

@@ -40,12 +40,25 @@ class DatasetConfig:
 
 
 @dataclass
+class HeadConfig:
+    """What the network gives beside a class, to tell one of its objects from the next."""
+
+    kind: str = "affinities"  # affinities | boundary | distance | lsd
+    class_name: str = "mito"  # one of dataset.classes, annotated with ids
+    offsets_nm: list[Any] = field(default_factory=list)  # affinities: lists z, y, x; empty: 1, 3, 9 voxels an axis
+    scale_nm: float | None = None  # width of a boundary, scale of a distance, sigma of lsd; None: by the voxel size
+    losses: list[str] = field(default_factory=list)  # as model.loss_functions; empty: by the kind
+    weight: float = 1.0  # of its loss, beside 1 for the classes
+    write: bool | None = None  # predict stores it; None: all but lsd
+
+
+@dataclass
 class ModelConfig:
     """The network and its loss."""
 
     architecture: str = "mednext"
     in_channels: int = 1
-    out_channels: int | None = None  # None: as many as there are classes
+    out_channels: int | None = None  # without those of heads; None: as many as there are classes
     mednext_size: str = "B"  # S | B | M | L
     mednext_kernel_size: int = 3  # 3 | 5
     deep_supervision: bool = False
@@ -54,6 +67,7 @@ class ModelConfig:
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
+    heads: list[HeadConfig] = field(default_factory=list)  # their channels come after those of the classes
 
 
 @dataclass
@@ -216,5 +230,5 @@ class RunConfig:
 
     @property
     def channels(self) -> int:
-        """Channels that the network gives: one a class."""
+        """Channels that the network gives for the classes: one each. Those of ``model.heads`` come after them."""
         return self.model.out_channels if self.model.out_channels is not None else len(self.dataset.classes)

@@ -1,0 +1,221 @@
+"""What the network gives, channel by channel: the classes, then the heads that tell one object from the next.
+
+A head (``model.heads``) belongs to a class that is annotated with instance ids. Its channels are made from the ids
+(`connectomics.models.targets` has the definitions) and are named as where a prediction stores them::
+
+    mito                 a class
+    mito/affinities/0    one a pair of voxels at an offset: 1 where both are of one object
+    mito/boundary        1 near a border of an object
+    mito/distance        signed distance to the border
+    mito/lsd/0           local shape descriptors, ten
+
+This module needs neither torch nor numpy, so that a configuration can be checked, and a prediction planned, without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from connectomics.config.schema import HeadConfig, RunConfig
+from connectomics.errors import ConfigError, unknown_name
+
+Index = tuple[int, int, int]
+Triple = tuple[float, float, float]
+
+KINDS = ("affinities", "boundary", "distance", "lsd")
+# local shape descriptors, see `connectomics.models.targets.shape_descriptors`
+LSD_COMPONENTS = (
+    "offset z", "offset y", "offset x", "variance z", "variance y", "variance x",
+    "correlation zy", "correlation zx", "correlation yx", "size",
+)  # fmt: skip
+_REACHES = (1, 3, 9)  # of affinities unless told otherwise: voxels of the smallest side, along each axis
+_DEFAULT_LOSSES = {
+    "affinities": ("DiceLoss", "BalancedBCELoss"),
+    "boundary": ("DiceLoss", "BalancedBCELoss"),
+    "distance": ("MSELoss",),
+    "lsd": ("MSELoss",),
+}
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head of a run, with everything that is left open in the configuration filled in.
+
+    Attributes:
+        kind: one of `KINDS`.
+        class_name: whose objects it is about.
+        voxel_size: of the run, nm, z y x.
+        offsets: affinities only: voxels of the run, z y x, one a channel.
+        scale_nm: of the other kinds: width of a boundary, scale of a distance, sigma of descriptors; 0 for affinities.
+        losses: names of `connectomics.models.losses.LOSSES`.
+        weight: of its loss beside that of the classes.
+        write: whether a prediction stores it.
+    """
+
+    kind: str
+    class_name: str
+    voxel_size: Triple
+    offsets: tuple[Index, ...] = ()
+    scale_nm: float = 0.0
+    losses: tuple[str, ...] = ()
+    weight: float = 1.0
+    write: bool = True
+
+    @property
+    def name(self) -> str:
+        """``mito/affinities``: in logs, and before the numbers of the channels."""
+        return f"{self.class_name}/{self.kind}"
+
+    @property
+    def channels(self) -> int:
+        """How many channels it has."""
+        return {"affinities": len(self.offsets), "lsd": len(LSD_COMPONENTS)}.get(self.kind, 1)
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """One a channel; numbered where the kind can have several."""
+        if self.kind in ("boundary", "distance"):
+            return (self.name,)
+        return tuple(f"{self.name}/{number}" for number in range(self.channels))
+
+    @property
+    def predicts(self) -> dict[str, Any]:
+        """What its channels mean, as plain values: two heads that agree in this can stand in for each other."""
+        what: dict[str, Any] = {"kind": self.kind, "class": self.class_name}
+        if self.kind == "affinities":
+            return {**what, "offsets": [list(offset) for offset in self.offsets]}
+        return {**what, "scale_nm": self.scale_nm}
+
+    def attributes(self) -> dict[str, dict[str, Any]]:
+        """Channel name -> what the artefact of a channel says of itself: ``artefact`` ("affinity", "boundary",
+        "distance" or "lsd"), and ``offset`` (voxels of the run) with ``offset_nm``, z y x, or ``scale_nm``, and which
+        ``component`` of the descriptors it is."""
+        if self.kind == "affinities":
+            about: list[dict[str, Any]] = [
+                {
+                    "artefact": "affinity",
+                    "offset": list(offset),
+                    "offset_nm": [o * v for o, v in zip(offset, self.voxel_size, strict=True)],
+                }
+                for offset in self.offsets
+            ]
+        else:
+            about = [{"artefact": self.kind, "scale_nm": self.scale_nm}]
+        if self.kind == "lsd":
+            about = [{**about[0], "component": component} for component in LSD_COMPONENTS]
+        return dict(zip(self.channel_names, about, strict=True))
+
+
+def heads_of(config: RunConfig) -> tuple[Head, ...]:
+    """The heads of a run, in the order of their channels.
+
+    Raises:
+        ConfigError: a class that is not trained, a head twice, an offset that is not of whole voxels, a number out of
+            range, or an option that the kind does not have. UnknownNameError: no such kind.
+    """
+    heads: list[Head] = []
+    for number, given in enumerate(config.model.heads):
+        head = _head(given, config, f"model.heads[{number}]")
+        if head.name in (other.name for other in heads):
+            raise ConfigError(f"model.heads has {head.name} twice; give its offsets (or its scale) in one")
+        heads.append(head)
+    return tuple(heads)
+
+
+def head_classes(config: RunConfig) -> tuple[str, ...]:
+    """Classes whose instance ids the heads need, each once, in the order of first mention: the channels of ``ids``."""
+    return tuple(dict.fromkeys(head.class_name for head in config.model.heads))
+
+
+def channel_names(config: RunConfig) -> tuple[str, ...]:
+    """What a prediction of the run gives, in the order of its channels: the classes, then what is written of heads."""
+    written = (name for head in heads_of(config) if head.write for name in head.channel_names)
+    return (*config.dataset.classes, *written)
+
+
+def channel_attributes(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Of the channels of `channel_names` that are no classes: ``class_name`` and `Head.attributes`."""
+    return {
+        name: {"class_name": head.class_name, **about}
+        for head in heads_of(config)
+        if head.write
+        for name, about in head.attributes().items()
+    }
+
+
+def default_offsets(voxel_size: Sequence[float]) -> tuple[Index, ...]:
+    """Offsets in voxels for a voxel size (nm): one voxel back along each axis, then 3 and 9 times the smallest side.
+
+    Where voxels are not cubes, a long offset is the nearest whole number of voxels, and left out where it would be a
+    shorter one again.
+    """
+    found: list[Index] = []
+    for reach in _REACHES:
+        for axis, side in enumerate(voxel_size):
+            steps = max(1, round(reach * min(voxel_size) / side))
+            z, y, x = (-steps if axis == a else 0 for a in range(3))
+            if (z, y, x) not in found:
+                found.append((z, y, x))
+    return tuple(found)
+
+
+def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
+    if given.kind not in KINDS:
+        raise unknown_name("kind of head", given.kind, KINDS, where)
+    if given.class_name not in config.dataset.classes:
+        raise unknown_name("class", given.class_name, config.dataset.classes, f"{where}: dataset.classes")
+    if not given.weight > 0:
+        raise ConfigError(f"{where}.weight must be above 0, found {given.weight}")
+    z, y, x = (float(v) for v in config.dataset.resolution)
+    affinities = given.kind == "affinities"
+    if affinities and given.scale_nm is not None:
+        raise ConfigError(f"{where}.scale_nm means nothing for affinities: give offsets_nm")
+    if not affinities and given.offsets_nm:
+        raise ConfigError(f"{where}.offsets_nm is for kind affinities only, found it for {given.kind}")
+    return Head(
+        kind=given.kind,
+        class_name=given.class_name,
+        voxel_size=(z, y, x),
+        offsets=_offsets(given.offsets_nm, (z, y, x), where) if affinities else (),
+        scale_nm=0.0 if affinities else _scale(given, (z, y, x), where),
+        losses=tuple(given.losses) or _DEFAULT_LOSSES[given.kind],
+        weight=float(given.weight),
+        write=given.kind != "lsd" if given.write is None else given.write,
+    )
+
+
+def _scale(given: HeadConfig, voxel_size: Triple, where: str) -> float:
+    """Of a boundary one voxel, of a distance 8, of descriptors 10, unless it is given; nm."""
+    least = min(voxel_size)
+    default = {"boundary": max(voxel_size), "distance": 8 * least, "lsd": 10 * least}[given.kind]
+    scale = default if given.scale_nm is None else float(given.scale_nm)
+    if not least / 2 <= scale < float("inf"):
+        raise ConfigError(
+            f"{where}.scale_nm must be at least half a voxel of {list(voxel_size)} nm, found {scale:g}; leave it out "
+            f"to take {default:g}"
+        )
+    return scale
+
+
+def _offsets(given: Sequence[Any], voxel_size: Triple, where: str) -> tuple[Index, ...]:
+    """Offsets in voxels of offsets in nm, z y x."""
+    found: list[Index] = []
+    for offset in given:
+        fits = isinstance(offset, list | tuple) and len(offset) == 3
+        if not fits or not all(isinstance(o, int | float) and abs(o) < float("inf") for o in offset):
+            raise ConfigError(f"{where}.offsets_nm must be lists of three numbers (z, y, x) each, found {offset!r}")
+        z, y, x = (round(o / v) for o, v in zip(offset, voxel_size, strict=True))
+        nearest = [n * v for n, v in zip((z, y, x), voxel_size, strict=True)]
+        if any(abs(n - o) > 1e-3 * v for n, o, v in zip(nearest, offset, voxel_size, strict=True)):
+            raise ConfigError(
+                f"{where}.offsets_nm: {list(offset)} is no whole number of voxels at dataset.resolution "
+                f"{list(voxel_size)} nm; the nearest that is: {nearest}"
+            )
+        if (z, y, x) == (0, 0, 0) or (z, y, x) in found or (-z, -y, -x) in found:
+            raise ConfigError(
+                f"{where}.offsets_nm: {list(offset)} is zero, or there twice (an offset and its opposite are one pair)"
+            )
+        found.append((z, y, x))
+    return tuple(found) or default_offsets(voxel_size)
