@@ -74,3 +74,19 @@ class DoneMap:
         except OSError as error:
             raise WriteError(f"cannot write the done-map {self.path}: {error.strerror}; free space there") from error
         self._done[numbers] = True
+
+
+def sync(folder: str) -> None:
+    """Wait until everything that this machine has written to the file system of ``folder`` is on its disk."""
+    import ctypes
+
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return  # nothing was written there
+    try:
+        syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)  # Linux; elsewhere all file systems
+        if syncfs is None or syncfs(handle) != 0:
+            os.sync()
+    finally:
+        os.close(handle)

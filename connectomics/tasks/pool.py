@@ -1,8 +1,8 @@
-"""Processes that work on a stage: what the run asks of them, and the one that needs no other process."""
+"""Processes that work on a stage: what the run asks of them, and the engine that needs no other process."""
 
 from __future__ import annotations
 
-import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -10,34 +10,44 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from connectomics.errors import ConnectomicsError, WriteError
+from connectomics.config.schema import EngineConfig
+from connectomics.errors import ConnectomicsError, EngineError, WriteError
 from connectomics.tasks.task import BlockTask, Worker
+
+REPORT_S = 1.0  # a pool tells what is done at least so often, if blocks are that fast
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of some blocks that went to one worker.
+    """What came of blocks that went to a worker, since that was last told.
 
     Attributes:
-        done: numbers of the blocks whose output is on disk.
+        done: numbers of the blocks whose output is written (and survives the worker's death; whether it is on disk
+            is the leading process's to see to, and on another machine that machine's).
         failed: number -> one line that says why.
         untouched: blocks that were not tried, since the worker ended before (its process died, or hung).
-        seconds: that the worker took.
-        stop: why no further block can be done (the disk is full), or "".
+        seconds: that the worker took for them.
+        stop: why no further block can be done (the disk is full, the model is not there), or None.
+        unopened: why the worker did not come to work at all, though another may ("its worker died"), or "".
+        ended: whether this is the last that is told of these blocks: each of them is in one of the three above.
     """
 
     done: tuple[int, ...] = ()
     failed: dict[int, str] = field(default_factory=dict)
     untouched: tuple[int, ...] = ()
     seconds: float = 0.0
-    stop: str = ""
+    stop: Exception | None = None
+    unopened: str = ""
+    ended: bool = True
 
 
 class Pool(ABC):
     """Workers for one stage of one task; a context manager. Blocks go in by batches, in any number at a time."""
 
-    #: how many batches should be on their way, so that no worker waits
-    slots: int
+    @property
+    @abstractmethod
+    def slots(self) -> int:
+        """How many batches can be worked on at once."""
 
     @abstractmethod
     def submit(self, blocks: Sequence[int]) -> None:
@@ -45,7 +55,7 @@ class Pool(ABC):
 
     @abstractmethod
     def next(self) -> Batch:
-        """Wait for the next batch that has come to an end."""
+        """Wait for what is to be told next of any of the batches that were submitted."""
 
     def __enter__(self) -> Self:
         return self
@@ -56,60 +66,101 @@ class Pool(ABC):
     ) -> None: ...
 
 
-class Here(Pool):
-    """The pool of this process itself, one batch after the other."""
+class Engine(ABC):
+    """Processes that wait for work: a context manager that gives a `Pool` for one stage after the other."""
 
+    #: times that a block is tried
+    attempts: int
+
+    @abstractmethod
+    def pool(self, task: BlockTask, stage: str) -> Pool:
+        """Workers for a stage; one pool at a time."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None: ...
+
+
+class Here(Engine):
+    """The engine that is this process itself."""
+
+    def __init__(self, config: EngineConfig, device: str) -> None:
+        self._device, self.attempts = device, config.attempts
+
+    def pool(self, task: BlockTask, stage: str) -> Pool:
+        return _HerePool(task, stage, device_of(self._device, 0))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+
+class _HerePool(Pool):
     slots = 1
 
     def __init__(self, task: BlockTask, stage: str, device: str) -> None:
         self._stack = ExitStack()
         self._worker = self._stack.enter_context(task.open_worker(stage, device))
         self._waiting: list[Sequence[int]] = []
-        self._folder = os.fspath(task.folder)
+        self._running: Iterator[Batch] | None = None
 
     def submit(self, blocks: Sequence[int]) -> None:
         self._waiting.append(blocks)
 
     def next(self) -> Batch:
-        return work(self._worker, self._waiting.pop(0), self._folder)
+        if self._running is None:
+            self._running = _batches(self._worker, self._waiting.pop(0))
+        batch = next(self._running)
+        if batch.ended:
+            self._running = None
+        return batch
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, at)
 
 
-def work(worker: Worker, blocks: Sequence[int], folder: str) -> Batch:
-    """Do ``blocks``, going on after one that fails, and see that what is written below ``folder`` reached the disk.
-
-    An error that no further block can escape (nothing can be written) ends it: the rest is `Batch.untouched`.
-    """
-    import time
-
+def _batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
+    """What comes of ``blocks``, told every `REPORT_S` and at their end."""
     begin = time.perf_counter()
-    todo, done, failed, stop = list(blocks), list[int](), dict[int, str](), ""
-    while todo and not stop:
-        for number, error in _until_error(worker, todo):
-            if error is None:
-                done.append(number)
-            elif isinstance(error, WriteError):
-                stop = str(error)
-            else:
-                failed[number] = one_line(error)
-        left = set(done) | set(failed)
-        todo = [number for number in todo if number not in left]
-    if done:
-        sync(folder)
-    return Batch(tuple(done), failed, tuple(todo), time.perf_counter() - begin, stop)
+    left, done, failed = list(blocks), list[int](), dict[int, str]()
+    for number, error in outcomes(worker, blocks):
+        if isinstance(error, WriteError):
+            yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin, error)
+            return
+        left.remove(number)  # the first, or nearly
+        if error is None:
+            done.append(number)
+        else:
+            failed[number] = one_line(error)
+        if left and (now := time.perf_counter()) - begin >= REPORT_S:
+            yield Batch(tuple(done), failed, seconds=now - begin, ended=False)
+            begin, done, failed = now, [], {}
+    yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin)
 
 
-def _until_error(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Exception | None]]:
-    """The blocks that are done, each with None; where one fails its error ends it."""
-    finished = 0
-    try:
-        for number in worker.run(blocks):
-            finished += 1
-            yield number, None
-    except Exception as error:  # whatever a block dies of, the others are done
-        yield blocks[finished], error
+def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Exception | None]]:
+    """Do ``blocks``: each comes with None once it is written, or with the error that it failed with; the others go on.
+
+    A `WriteError` (nothing can be written) is the last.
+    """
+    todo = list(blocks)
+    while todo:
+        finished = 0
+        try:
+            for number in worker.run(todo):
+                finished += 1
+                yield number, None
+            return
+        except Exception as error:  # whatever a block dies of, the others are done
+            if finished == len(todo):
+                raise
+            yield todo[finished], error
+            if isinstance(error, WriteError):
+                return
+        del todo[: finished + 1]
 
 
 def one_line(error: BaseException) -> str:
@@ -118,17 +169,19 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, ConnectomicsError) else f"{type(error).__name__}: {text}"
 
 
-def sync(folder: str) -> None:
-    """Wait until everything that this machine has written to the file system of ``folder`` is on its disk."""
-    import ctypes
+def device_of(device: str, number: int) -> str:
+    """The torch device of the worker ``number`` (from 0): for ``cuda`` one of the GPUs that this process sees, in turn;
+    any other stays what it is."""
+    if device != "cuda":
+        return device
+    gpus = gpu_count()
+    if gpus == 0:
+        raise EngineError("device is cuda but no GPU is to be seen here; give --device cpu, or ask the queue for a GPU")
+    return f"cuda:{number % gpus}"
 
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return  # nothing was written there
-    try:
-        syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)  # Linux; elsewhere all file systems
-        if syncfs is None or syncfs(handle) != 0:
-            os.sync()
-    finally:
-        os.close(handle)
+
+def gpu_count() -> int:
+    """How many GPUs this process sees."""
+    import torch
+
+    return torch.cuda.device_count()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import numpy as np
 
 from connectomics.config.schema import EngineConfig
-from connectomics.errors import BlocksFailedError, WriteError
-from connectomics.tasks.done import DoneMap
-from connectomics.tasks.pool import Batch, Here, Pool
+from connectomics.errors import BlocksFailedError, EngineError
+from connectomics.tasks.done import DoneMap, sync
+from connectomics.tasks.engine import open_engine
+from connectomics.tasks.pool import Batch, Engine, Pool
 from connectomics.tasks.task import BlockTask
 
 #: Told the stage, and how many of its blocks are done and how many there are.
@@ -18,12 +22,16 @@ Progress = Callable[[str, int, int], None]
 
 _SECONDS = 1.0  # a batch should take about so long: then handing it over costs nothing
 _MOST = 256  # blocks in a batch
+_RECENT = 8  # batches whose slowest says how long a block takes
 _NAMED = 5  # failed blocks that the error names
+_MARK_S = 1.0  # finished blocks are marked so often,
+_MARK_SHARE = 0.05  # unless waiting for the disk took more than this share of the time
+_TELL_S = 0.2  # between two calls of the progress
 
 
 def run_task(
     task: BlockTask,
-    engine: EngineConfig | None = None,
+    engine: Engine | EngineConfig | None = None,
     progress: Progress | None = None,
     *,
     device: str = "cpu",
@@ -32,66 +40,70 @@ def run_task(
     """Do what is still missing of a task. Returns whether anything was.
 
     Args:
-        engine: who works; None: this process.
-        progress: called at the start of every stage and after every batch of its blocks.
-        device: of the workers: ``cpu``, ``cuda`` (each process one of the GPUs) or ``cuda:N``.
+        engine: who works: one that is open (`open_engine`; for several tasks), or its configuration; None: this
+            process.
+        progress: called at the start and the end of every stage and some times a second in between.
+        device: of the workers of an engine that is opened here: ``cpu``, ``cuda`` (each process one of the GPUs) or
+            ``cuda:N``.
         overwrite: begin anew where an output of another task (or a finished one) is there.
 
     Raises:
         WriteError: an output of another task is there, or nothing can be written (the disk is full).
         BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done.
-        what `BlockTask.check`, `BlockTask.prepare` and `BlockTask.finish` raise.
+        EngineError: no worker can be had.
+        what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
     """
-    chosen = EngineConfig() if engine is None else engine
     if not task.check(overwrite=overwrite):
         return False
-    task.claim(overwrite=overwrite)
-    for stage in task.stages:
-        task.prepare(stage)
-        done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-        if progress is not None:
-            progress(stage, done.count, len(done))
-        if done.count < len(done):
-            with open_pool(chosen, task, stage, device) as pool:
-                _run_stage(task, stage, pool, done, chosen.attempts, progress)
-    task.finish()
+    with ExitStack() as stack:
+        chosen = engine if isinstance(engine, Engine) else stack.enter_context(open_engine(engine, device))
+        task.claim(overwrite=overwrite)
+        for stage in task.stages:
+            task.prepare(stage)
+            done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
+            teller = _Teller(stage, done, progress)
+            teller.tell(now=True)
+            if done.count < len(done):
+                with chosen.pool(task, stage) as pool:
+                    _run_stage(task, stage, pool, done, chosen.attempts, teller)
+        task.finish()
     return True
 
 
-def open_pool(engine: EngineConfig, task: BlockTask, stage: str, device: str) -> Pool:
-    """The workers that a configuration asks for."""
-    return Here(task, stage, device)
-
-
-def _run_stage(
-    task: BlockTask, stage: str, pool: Pool, done: DoneMap, attempts: int, progress: Progress | None
-) -> None:
-    queue = _Queue(done.missing, task.run_length(stage), pool.slots)
+def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, attempts: int, teller: _Teller) -> None:
+    queue = _Queue(done.missing, task.run_length(stage), pool)
+    marker = _Marker(done, os.fspath(task.folder))
     tries: dict[int, int] = {}
     errors: dict[int, str] = {}
-    under_way = 0
-    while True:
-        while under_way < 2 * pool.slots and (blocks := queue.take()):
-            pool.submit(blocks)
-            under_way += 1
-        if not under_way:
-            break
-        batch = pool.next()
-        under_way -= 1
-        done.mark(batch.done)
-        if batch.stop:
-            raise WriteError(batch.stop)
-        for number, why in batch.failed.items():
-            tries[number] = tries.get(number, 0) + 1
-            if tries[number] < attempts:
+    under_way = unopened = 0
+    try:
+        while True:
+            while under_way < 2 * pool.slots and (blocks := queue.take()):
+                pool.submit(blocks)
+                under_way += 1
+            if not under_way:
+                break
+            batch = pool.next()
+            under_way -= batch.ended
+            marker.add(batch.done)
+            if batch.stop is not None:
+                raise batch.stop
+            unopened = unopened + 1 if batch.unopened else 0
+            if unopened == attempts:
+                raise EngineError(f"{task.name}, {stage}: no worker came to work, the last: {batch.unopened}")
+            for number, why in batch.failed.items():
+                tries[number] = tries.get(number, 0) + 1
+                if tries[number] < attempts:
+                    queue.again(number)
+                else:
+                    errors[number] = why
+            for number in batch.untouched:
                 queue.again(number)
-            else:
-                errors[number] = why
-        for number in batch.untouched:
-            queue.again(number)
-        queue.learn(batch)
-        if progress is not None and batch.done:
-            progress(stage, done.count, len(done))
+            queue.learn(batch)
+            teller.tell(more=marker.waiting)
+    finally:
+        marker.mark()  # also what was done before an error or Ctrl-C
+    teller.tell(now=True)
     if errors:
         raise _failed(task, stage, errors, len(done))
 
@@ -99,20 +111,22 @@ def _run_stage(
 class _Queue:
     """Blocks that are to be done, handed out by batches of a length that suits how long blocks take."""
 
-    def __init__(self, missing: np.ndarray, run: int, slots: int) -> None:
-        self._missing, self._next, self._run, self._slots = missing, 0, run, slots
+    def __init__(self, missing: np.ndarray, run: int, pool: Pool) -> None:
+        self._missing, self._next, self._run, self._pool = missing, 0, run, pool
         self._again: deque[int] = deque()
-        self._seconds: float | None = None  # that a block takes, by the latest batches
+        self._seconds: deque[float] = deque(maxlen=_RECENT)  # that a block took, by batch
+        self._length = 1  # of the longest batch that has come back
 
     def take(self) -> list[int]:
         """The next blocks; none when all are handed out. Blocks that failed go one by one, after the others."""
         left = len(self._missing) - self._next
         if left == 0:
             return [self._again.popleft()] if self._again else []
-        length = self._run
-        if self._seconds is not None:
-            length = max(length, min(_MOST, int(_SECONDS / max(self._seconds, 1e-6))))
-        length = min(length, max(self._run, left // (4 * self._slots)), left)
+        # the slowest counts, and it grows step by step: blocks in empty space say little about those in tissue
+        slowest = max(self._seconds, default=_SECONDS)
+        length = min(_MOST, 2 * self._length, int(_SECONDS / max(slowest, 1e-6)))
+        length = max(self._run, min(length, left // (4 * self._pool.slots)))  # shorter at the end: all finish together
+        length = min(max(length, 1), left)
         if self._run > 1:  # not beyond the run that its first block is in
             first = int(self._missing[self._next])
             runs = max(1, length // self._run)
@@ -130,7 +144,52 @@ class _Queue:
         """From how long blocks took."""
         number = len(batch.done) + len(batch.failed)
         if number:
-            self._seconds = batch.seconds / number
+            self._seconds.append(batch.seconds / number)
+            self._length = max(self._length, number)
+
+
+class _Marker:
+    """Marks finished blocks in the done-map once they are on disk: now and then, since waiting for the disk is slow."""
+
+    def __init__(self, done: DoneMap, folder: str) -> None:
+        self._done, self._folder = done, folder
+        self._finished: list[int] = []
+        self._next = time.monotonic() + _MARK_S
+
+    @property
+    def waiting(self) -> int:
+        """Blocks that are finished but not marked."""
+        return len(self._finished)
+
+    def add(self, blocks: Iterable[int]) -> None:
+        """These are finished."""
+        self._finished += blocks
+        if time.monotonic() >= self._next:
+            self.mark()
+
+    def mark(self) -> None:
+        """Wait for the disk and mark all of them."""
+        begin = time.monotonic()
+        if self._finished:
+            sync(self._folder)
+            self._done.mark(self._finished)
+            self._finished = []
+        end = time.monotonic()
+        self._next = end + max(_MARK_S, (end - begin) / _MARK_SHARE)
+
+
+class _Teller:
+    """Calls the progress, but not too often."""
+
+    def __init__(self, stage: str, done: DoneMap, progress: Progress | None) -> None:
+        self._stage, self._done, self._progress = stage, done, progress
+        self._next = 0.0
+
+    def tell(self, more: int = 0, now: bool = False) -> None:
+        """How many blocks are done: those that are marked and ``more``."""
+        if self._progress is not None and (now or time.monotonic() >= self._next):
+            self._progress(self._stage, self._done.count + more, len(self._done))
+            self._next = time.monotonic() + _TELL_S
 
 
 def _failed(task: BlockTask, stage: str, errors: dict[int, str], blocks: int) -> BlocksFailedError:

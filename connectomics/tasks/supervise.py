@@ -1,0 +1,186 @@
+"""A process that works on blocks, as the process sees it that started it: fed, timed, weighed, and ended.
+
+Both engines have their blocks done in such processes, `local` in those of the leader, `dask` in one of each Dask
+worker: so a network that keeps Python busy for minutes does not make a Dask worker look dead, a hung block can be
+ended at all (no thread can), and what a process died of is known to the block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+
+import psutil
+
+from connectomics.config.schema import EngineConfig
+from connectomics.errors import EngineError
+from connectomics.tasks.child import Ended, Job, Opened, Told
+from connectomics.tasks.pool import REPORT_S, Batch
+from connectomics.tasks.task import BlockTask
+
+TICK_S = 0.25  # between two looks at how long a block takes and how much memory is held
+_OPENING = 10  # loading a network may take so many times as long as a block may
+
+
+def make_job(task: BlockTask, stage: str, device: str, engine: EngineConfig) -> Job:
+    """What the workers for a stage are opened for."""
+    try:
+        pickled = pickle.dumps(task)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise EngineError(f"{task.name} cannot be sent to another process ({error}); use engine.workers=1") from error
+    memory = None if engine.memory_gb is None else engine.memory_gb * 1e9
+    path, folder = tuple(entry or os.getcwd() for entry in sys.path), os.path.abspath(task.folder)
+    return Job(uuid.uuid4().hex, pickled, stage, device, folder, path, engine.block_timeout_s, memory)
+
+
+class Child:
+    """One working process. Give it blocks, then call `step` whenever `connection` has something, and every `TICK_S`."""
+
+    def __init__(self, number: int, threads: int | None) -> None:
+        """Start the process as worker ``number`` (which decides on its GPU).
+
+        threads: of the numerical libraries in it, where the environment does not say; None: as many as they take.
+        """
+        ours, theirs = socket.socketpair()
+        code = f"from connectomics.tasks.child import main; main({theirs.fileno()}, {number})"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+        if threads is not None:
+            for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+                environment.setdefault(name, str(threads))
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, env=environment,
+            )  # fmt: skip
+        self.connection = Connection(ours.detach())
+        self._job: Job | None = None
+        self._opening = False
+        self._left: deque[int] = deque()
+        self._done: list[int] = []
+        self._failed: dict[int, str] = {}
+        self._since = self._heard = 0.0  # when was last told what is done; when the process last said anything
+
+    def give(self, job: Job, blocks: Sequence[int]) -> None:
+        """Have it do these blocks; only when the blocks before have ended."""
+        self._left, self._done, self._failed = deque(blocks), [], {}
+        self._since = self._heard = time.monotonic()
+        with contextlib.suppress(OSError):  # it has died: `step` says so
+            if self._job is None or self._job.token != job.token:
+                self._job, self._opening = job, True
+                self.connection.send(job)
+            self.connection.send(list(blocks))
+
+    def rest(self) -> None:
+        """Have it close its worker, until it is given blocks again."""
+        self._job = None
+        with contextlib.suppress(OSError):  # it has died; `step` says so when it is given blocks
+            self.connection.send(None)
+
+    def step(self) -> Batch | None:
+        """What is new, if it is time to tell. After a batch with ``ended`` it waits for blocks, unless it is not
+        `alive`."""
+        try:
+            while self.connection.poll():
+                ended = self._hear(self.connection.recv())
+                if ended is not None:
+                    return ended
+        except (EOFError, OSError):
+            return self._dead(self._cause())
+        over = self._over()
+        if over:
+            self.end()
+            return self._dead(over)
+        if self._done and time.monotonic() - self._since >= REPORT_S:
+            return self._tell(ended=False)
+        return None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can be given blocks."""
+        return not self.connection.closed and self._process.poll() is None
+
+    def end(self) -> None:
+        """Kill the process; it does not come back."""
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+
+    def _hear(self, said: object) -> Batch | None:
+        """Take in a message; the batch where it is the last of it."""
+        self._heard = time.monotonic()
+        if isinstance(said, Opened):
+            self._opening = False
+            if said.error is not None:
+                self._job = None
+                return self._tell(stop=said.error)
+        elif isinstance(said, Told):
+            if said.stop is not None:
+                return self._tell(stop=said.stop)
+            self._left.remove(said.number)
+            if said.why:
+                self._failed[said.number] = said.why
+            else:
+                self._done.append(said.number)
+        elif isinstance(said, Ended):
+            return self._tell()
+        return None
+
+    def _tell(self, stop: Exception | None = None, unopened: str = "", ended: bool = True) -> Batch:
+        now = time.monotonic()
+        left = tuple(self._left) if ended else ()
+        batch = Batch(tuple(self._done), self._failed, left, now - self._since, stop, unopened, ended)
+        self._done, self._failed, self._since = [], {}, now
+        return batch
+
+    def _over(self) -> str:
+        """Which limit is passed, as a line, or ""."""
+        job = self._job
+        if job is None or not self._left:
+            return ""
+        limit = job.timeout_s
+        if limit is not None and time.monotonic() - self._heard > limit * (_OPENING if self._opening else 1):
+            return f"took longer than {limit * _OPENING if self._opening else limit:g} s"
+        if job.memory_bytes is not None and _held(self._process.pid) > job.memory_bytes:
+            return f"held more than {job.memory_bytes / 1e9:g} GB"
+        return ""
+
+    def _cause(self) -> str:
+        """Why the process is no more."""
+        self.connection.close()
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:  # it has only closed the socket
+            self._process.kill()
+            code = self._process.wait()
+        return f"its worker died ({_signal_name(-code)})" if code < 0 else f"its worker ended (exit code {code})"
+
+    def _dead(self, why: str) -> Batch:
+        """The block under way has failed; but nothing is said about blocks by a process that had not begun."""
+        if self._opening or not self._left:
+            return self._tell(unopened=why)
+        self._failed[self._left.popleft()] = why
+        return self._tell()
+
+
+def _held(pid: int) -> float:
+    """Bytes of memory that a process holds for itself: pages of mapped files, which the system can drop, are not."""
+    try:
+        info = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(info.rss - (info.shared if hasattr(info, "shared") else 0))
+
+
+def _signal_name(number: int) -> str:
+    out_of_memory = ", perhaps since the machine ran out of memory" if number == signal.SIGKILL else ""
+    return f"signal {number}{out_of_memory}"
