@@ -15,7 +15,8 @@ from functools import cached_property
 import numpy as np
 
 from connectomics.geometry import Index, Triple, VoxelGrid
-from connectomics.inference.sliding import Plan, Region, plan_regions
+from connectomics.inference.rows import Region
+from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import WindowLattice
 
 _CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block

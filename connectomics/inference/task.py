@@ -59,7 +59,8 @@ from connectomics.inference.augmented import (
 from connectomics.inference.layout import Layout
 from connectomics.inference.output import write_probability
 from connectomics.inference.raw import RawSource
-from connectomics.inference.sliding import Plan, planned_reads, predict_regions
+from connectomics.inference.rows import planned_reads
+from connectomics.inference.sliding import Plan, predict_regions
 from connectomics.inference.threads import ReadAhead, WriteBehind
 from connectomics.inference.views import View
 from connectomics.inference.windows import BLENDINGS

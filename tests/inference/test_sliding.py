@@ -10,7 +10,8 @@ import torch
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.sliding import plan, planned_reads, predict_blocks
+from connectomics.inference.rows import planned_reads
+from connectomics.inference.sliding import plan, predict_blocks
 from connectomics.inference.windows import WindowLattice, importance_map
 
 

@@ -1,0 +1,287 @@
+"""Blocks that follow each other along x: which raw they read, and the windows that they share.
+
+A `Row` holds what one block leaves for the next: raw, and the weighted sums of windows that reach into it. What is
+read, and in which order, follows from the lattice and the blocks (and a mask) alone, so that it can be read ahead
+(`planned_reads`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import InputError
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.inference.threads import ReadAhead
+from connectomics.inference.views import View
+from connectomics.inference.windows import WindowLattice
+
+if TYPE_CHECKING:
+    import torch
+
+Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
+Read = Callable[[VoxelGrid], NDArray[np.float32]]
+Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
+
+SLAB = 1 << 24  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
+_VIEWS_AHEAD = 2  # batches of windows whose further views are read while the network is at work
+
+
+def planned_reads(
+    lattice: WindowLattice, regions: Sequence[Region], inside: Inside | None = None
+) -> Iterator[VoxelGrid]:
+    """The grids of raw that `predict_regions` over ``regions`` asks for, in its order."""
+    row, next_column, read = None, 0, 0
+    for begin, shape in regions:
+        z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
+        if row is None or row[:2] != (begin[:2], shape[:2]) or begin[2] < row[2]:
+            next_column, read = 0, lattice.starts[2][x.start]
+        row = (begin[:2], shape[:2], begin[2])
+        columns = range(max(x.start, next_column), x.stop)
+        next_column = max(next_column, x.stop)
+        if columns:
+            end = lattice.starts[2][columns[-1]] + lattice.window[2]
+            yield from _slabs(lattice, z, y, max(read, lattice.starts[2][columns[0]]), end, inside)
+            read = end
+
+
+def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last (exclusive) voxel along z and y of the windows with these numbers, ascending."""
+    (z0, z1), (y0, y1) = (
+        (lattice.starts[axis][t[0]], lattice.starts[axis][t[-1]] + lattice.window[axis])
+        for axis, t in enumerate((z, y))
+    )
+    return (z0, z1), (y0, y1)
+
+
+def _slabs(
+    lattice: WindowLattice, z: Sequence[int], y: Sequence[int], begin: int, end: int, inside: Inside | None
+) -> Iterator[VoxelGrid]:
+    """The raw from ``begin`` to ``end`` along x of the windows with these numbers along z and y, in parts along z.
+
+    With ``inside`` only the hull of those windows that are to be run and see any of it, also when it is the next
+    region that runs them.
+    """
+    if begin >= end:
+        return
+    if inside is not None:
+        columns = lattice.touching(2, begin, end)
+        wanted = [(i, j) for i in z for j in y if any(inside(_window_grid(lattice, (i, j, k))) for k in columns)]
+        if not wanted:
+            return
+        z, y = sorted({i for i, _ in wanted}), sorted({j for _, j in wanted})
+    (z0, z1), (y0, y1) = hull(lattice, z, y)
+    step = max(1, SLAB // ((y1 - y0) * (end - begin)))
+    for first in range(z0, z1, step):
+        yield lattice.grid.crop((first, y0, begin), (min(step, z1 - first), y1 - y0, end - begin))
+
+
+def _window_grid(lattice: WindowLattice, numbers: Index) -> VoxelGrid:
+    z, y, x = (lattice.starts[axis][number] for axis, number in enumerate(numbers))
+    return lattice.grid.crop((z, y, x), lattice.window)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The network with everything around one call."""
+
+    network: Callable[..., torch.Tensor]
+    channels: int
+    batch_size: int
+    device: str
+    autocast: torch.dtype | None
+    views: tuple[View, ...]
+    skip_empty: bool
+    inside: Inside | None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether there may be windows that are not run."""
+        return self.skip_empty or self.inside is not None
+
+    def __call__(self, *inputs: list[NDArray[np.float32]]) -> torch.Tensor:
+        """(B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further view."""
+        import torch
+
+        batch, *views = (torch.from_numpy(np.stack(arrays)[:, None]).to(self.device) for arrays in inputs)
+        mixed: Any = contextlib.nullcontext()
+        if self.autocast is not None:
+            mixed = torch.autocast(torch.device(self.device).type, dtype=self.autocast)
+        with torch.inference_mode(), mixed:
+            out = self.network(batch, *views)
+            wanted = (batch.shape[0], self.channels, *batch.shape[2:])
+            found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            if found != wanted:
+                raise InputError(f"the network must give one tensor of shape {wanted}, found {found}")
+            return out.float()
+
+
+class Row:
+    """Regions with the same z and y extent, in ascending x: windows and raw of one are used by the next."""
+
+    def __init__(
+        self,
+        read: Read,
+        lattice: WindowLattice,
+        forward: Forward,
+        weights: torch.Tensor,
+        begin: Index,
+        shape: Index,
+    ) -> None:
+        self._read = read
+        self._lattice = lattice
+        self._forward = forward
+        self._weights = weights
+        self._begin = begin[:2]
+        self._shape = shape[:2]
+        z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
+        self._numbers = z, y  # of the windows
+        self._hull = hull(lattice, z, y)
+        self._x = begin[2]  # first voxel of the latest region
+        self._next_column = 0  # window columns before this one are in the sums, or touch nothing that is still wanted
+        self._raw: NDArray[np.float32] | None = None
+        self._raw_begin = 0
+        self._sums: torch.Tensor | None = None  # (channels + 1, dz, dy, x): weighted values, and last the weights
+        self._sums_begin = begin[2]
+
+    def goes_on_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
+        """Whether a region can be the next of this row, after the latest or after one that begins at ``after``."""
+        least = self._x if after is None else after
+        return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= least
+
+    def advance(self, x0: int, x1: int, keep: int | None) -> NDArray[np.float32]:
+        """Values of voxels ``x0`` to ``x1``; sums from ``keep`` on are kept for the next region (None: none)."""
+        lattice, width = self._lattice, self._lattice.window[2]
+        touching = lattice.touching(2, x0, x1)
+        columns = [lattice.starts[2][c] for c in range(max(touching.start, self._next_column), touching.stop)]
+        end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
+        sums = self._extended(x0, end)
+        if columns:
+            self._fetch(columns[0], columns[-1] + width)
+        self._run(columns, sums, x0)
+        self._x, self._next_column = x0, max(self._next_column, touching.stop)
+        self._sums = None
+        following = lattice.starts[2][self._next_column :]
+        if keep is None or self._raw is None or not following:
+            self._raw = None
+        else:
+            cut = max(0, following[0] - self._raw_begin)
+            self._raw, self._raw_begin = self._raw[..., cut:].copy(), self._raw_begin + cut
+        if keep is not None:
+            self._sums, self._sums_begin = sums[..., min(keep, end) - x0 :].clone(), keep
+        return self._normalised(sums, x0, x1)
+
+    def _extended(self, x0: int, end: int) -> torch.Tensor:
+        """Sums for voxels ``x0`` to ``end``: what was carried over, and zeros."""
+        import torch
+
+        sums = torch.zeros(
+            (self._forward.channels + 1, *self._shape, end - x0), dtype=torch.float32, device=self._forward.device
+        )
+        if self._sums is not None:
+            carried = self._sums[..., x0 - self._sums_begin :]
+            sums[..., : carried.shape[3]] = carried
+        return sums
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Make raw of voxels ``begin`` to ``end`` along x present; only what is not there yet is read."""
+        (z0, z1), (y0, y1) = self._hull
+        make = np.empty if self._forward.inside is None else np.zeros  # a mask leaves parts unread, and unused
+        raw = make((z1 - z0, y1 - y0, end - begin), dtype=np.float32)
+        have = 0
+        if self._raw is not None and begin < self._raw_begin + self._raw.shape[2]:
+            kept = self._raw[..., begin - self._raw_begin :]
+            have = kept.shape[2]
+            raw[..., :have] = kept
+        self._raw = None
+        for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
+            block = self._read(grid)
+            if block.shape != grid.shape:
+                raise InputError(f"read must give an array of shape {grid.shape} for {grid}, found {block.shape}")
+            z, y, _ = self._lattice.grid.index_range(grid.box)[0]
+            raw[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1], have:] = block
+        self._raw = raw
+        self._raw_begin = begin
+
+    def _run(self, columns: Sequence[int], sums: torch.Tensor, x0: int) -> None:
+        """Add the windows that begin at ``columns`` along x to ``sums``, which begin at ``x0``."""
+        size, forward = self._lattice.window, self._forward
+        batches = [
+            part[first : first + forward.batch_size]
+            for part in (self._wanted(start) for start in columns)
+            for first in range(0, len(part), forward.batch_size)
+        ]
+        grids = [self._lattice.grid.crop(at, size) for batch in batches for at in batch]
+        ahead = _VIEWS_AHEAD * forward.batch_size * math.prod(size)
+        with ExitStack() as stack:
+            views = [stack.enter_context(ReadAhead(view.around, grids, ahead)) for view in forward.views]
+            following = iter(grids)
+            for batch in batches:
+                around = [next(following) for _ in batch]
+                out = forward([self._window(at) for at in batch], *([view(g) for g in around] for view in views))
+                for values, at in zip(out, batch, strict=True):
+                    self._add(values, at, sums, x0)
+
+    def _wanted(self, x: int) -> list[Index]:
+        """First voxels of the windows that begin at ``x`` and are to be run."""
+        windows = [
+            (self._lattice.starts[0][i], self._lattice.starts[1][j], x)
+            for i in self._numbers[0]
+            for j in self._numbers[1]
+        ]
+        if self._forward.inside is not None:
+            size = self._lattice.window
+            windows = [at for at in windows if self._forward.inside(self._lattice.grid.crop(at, size))]
+        if self._forward.skip_empty:
+            windows = [at for at in windows if not _is_constant(self._window(at))]
+        return windows
+
+    def _window(self, at: Index) -> NDArray[np.float32]:
+        """Raw of the window that begins at ``at``."""
+        corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
+        part = tuple(slice(a - c, a - c + n) for a, c, n in zip(at, corner, self._lattice.window, strict=True))
+        return cast("NDArray[np.float32]", self._raw)[part]
+
+    def _add(self, values: torch.Tensor, at: Index, sums: torch.Tensor, x0: int) -> None:
+        """Add what the network says of the window that begins at ``at``."""
+        size = self._lattice.window
+        into, of = zip(
+            _overlap(at[0], size[0], self._begin[0], self._shape[0]),
+            _overlap(at[1], size[1], self._begin[1], self._shape[1]),
+            _overlap(at[2], size[2], x0, sums.shape[3]),
+            strict=True,
+        )
+        weights = self._weights[of]
+        sums[(slice(0, -1), *into)].addcmul_(values[(slice(None), *of)], weights)
+        sums[(-1, *into)].add_(weights)
+
+    def _normalised(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
+        if self._forward.leaves_out:  # no window had anything to say of voxels without weight: 0 / 1
+            sums[-1:].masked_fill_(sums[-1:] == 0, 1)
+        # an array of its own: a view would keep all sums while the caller holds the block
+        values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
+        if not math.isfinite(float(values.sum())):
+            begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
+            raise InputError(
+                f"the network's output has values that are not finite (NaN or infinite) in the block "
+                f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
+            )
+        return cast("NDArray[np.float32]", values.cpu().numpy())
+
+
+def _is_constant(values: NDArray[np.float32]) -> bool:
+    """Whether all values are equal; tissue shows in the first plane already."""
+    return all(bool((plane == values[0, 0, 0]).all()) for plane in values)
+
+
+def _overlap(start: int, width: int, begin: int, length: int) -> tuple[slice, slice]:
+    """Slices of a block (from ``begin``, ``length`` long) and of a window (from ``start``) where they meet."""
+    lo, hi = max(start, begin), min(start + width, begin + length)
+    return slice(lo - begin, hi - begin), slice(lo - start, hi - start)
