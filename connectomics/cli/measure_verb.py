@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from connectomics.cli import progress, show
 
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
+
+EngineOverrides = Annotated[
+    list[str] | None, typer.Argument(help="engine.key=value ..., as in engine.workers=8", show_default=False)
+]
+
 
 def measure(
     labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
+    overrides: EngineOverrides = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
@@ -25,28 +33,53 @@ def measure(
             show_default=False,
         ),
     ] = None,
+    table_format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
+    overwrite: Annotated[bool, typer.Option(help="Replace tables of other labels, and begin anew.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Measure every instance of labels: volume, surface, sphericity, centroid and box in nm, and contacts between
-    classes. Works block by block; semantic classes count as one instance a crop.
+    classes. Works block by block, and goes on where it was killed; semantic classes count as one instance a crop.
 
     Examples:
 
       pytc measure outputs/labels --out outputs/measures
 
       pytc measure outputs/labels --class mito --contact mito:er:30 --out outputs/measures
+
+      pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
     from connectomics.decoding.measure import ContactSpec, measure_labels
 
+    engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
     with progress.counted("measuring") as advance:
         found = measure_labels(
-            labels, out, classes=class_name, datasets=dataset, crops=crop, contacts=specs, progress=advance
+            labels,
+            out,
+            classes=class_name,
+            datasets=dataset,
+            crops=crop,
+            contacts=specs,
+            table_format=table_format,
+            engine=engine,
+            overwrite=overwrite,
+            progress=advance,
         )
     if as_json:
         print(json.dumps(found, indent=1))
         return
     _print(found)
+
+
+def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
+    """Who works, from ``engine.key=value``; `ConfigError` for a key of another part, which these verbs do not read."""
+    from connectomics.config import load_config
+    from connectomics.errors import ConfigError
+
+    for override in overrides or ():
+        if not override.startswith("engine."):
+            raise ConfigError(f"only engine.key=value can be set here, found {override!r}; see --help for the options")
+    return load_config(None, overrides or ()).engine
 
 
 def _print(found: Mapping[str, Any]) -> None:

@@ -228,7 +228,9 @@ def test_the_verb_writes_tables(labels: Path, tmp_path: Path, capsys: pytest.Cap
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "mito:er:16" in text
-    assert sorted(p.name for p in out.iterdir()) == ["contacts_mito_er_16nm.csv", "er.csv", "mito.csv"]
+    names = ["contacts_mito_er_16nm", "er", "mito"]
+    ends = ("csv", "summary.json", "task.json")
+    assert sorted(p.name for p in out.iterdir()) == [f"{name}.{end}" for name in names for end in ends]
     found = rows(out / "mito.csv")
     assert {row["crop"] for row in found} == {"crop1", "crop2"}
     assert found[0]["id"] == "3"

@@ -2,6 +2,17 @@
 
 from connectomics.decoding.measure.contacts import Contacts, ContactSpec, measure_contacts
 from connectomics.decoding.measure.instances import Instances, measure_instances
-from connectomics.decoding.measure.run import measure_labels
+from connectomics.decoding.measure.run import measure_labels, measure_tasks
+from connectomics.decoding.measure.task import ContactsTask, MeasureTask
 
-__all__ = ["ContactSpec", "Contacts", "Instances", "measure_contacts", "measure_instances", "measure_labels"]
+__all__ = [
+    "ContactSpec",
+    "Contacts",
+    "ContactsTask",
+    "Instances",
+    "MeasureTask",
+    "measure_contacts",
+    "measure_instances",
+    "measure_labels",
+    "measure_tasks",
+]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.labels import BLOCK
-from connectomics.decoding.measure.instances import BlockProgress, Rows, compact, margins
+from connectomics.decoding.measure.partial import NO_PAIRS, Partial, compact, margins, rows, united_whole
 from connectomics.decoding.measure.surface import step_areas
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
@@ -62,14 +62,19 @@ class Contacts:
         grid: of the first class, nm.
         ids: (n,) uint64. steps, near: (n, 7) pairs of a voxel and a neighbour with another label, by kind: all, and
             those whose voxel lies near the other class.
-        partners: for each instance the sorted ids of the other class's instances that lie near its surface.
+        pairs: (m, 2) uint64 id and id of an instance of the other class that lies near its surface, sorted.
     """
 
     grid: VoxelGrid
     ids: NDArray[np.uint64]
     steps: NDArray[np.int64]
     near: NDArray[np.int64]
-    partners: tuple[tuple[int, ...], ...]
+    pairs: NDArray[np.uint64]
+
+    @classmethod
+    def of(cls, grid: VoxelGrid, found: Partial) -> Contacts:
+        """From the sums over all blocks."""
+        return cls(grid, found.ids, found.tables["steps"], found.tables["near"], found.pairs)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +89,57 @@ class Contacts:
         """(n,) nm2 of that surface whose voxels lie near the other class."""
         return self.near @ step_areas(self.grid.voxel_size)
 
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """(n + 1,) the pairs of row i are ``pairs[offsets[i]:offsets[i + 1]]``."""
+        begin = np.searchsorted(self.pairs[:, 0], self.ids)
+        return np.append(begin, len(self.pairs)).astype(np.int64)
+
+    @property
+    def partners(self) -> tuple[tuple[int, ...], ...]:
+        """For each instance the sorted ids of the other class's instances that lie near its surface."""
+        parts = np.split(self.pairs[:, 1], self.offsets[1:-1])
+        return tuple(tuple(part.tolist()) for part in parts[: len(self)])
+
+
+#: Tables of a block's part, and their widths.
+TABLES = {"steps": 7, "near": 7}
+
+
+def contacts_of_block(
+    of: Multiscale,
+    to: Multiscale,
+    nm: float,
+    begin: Sequence[int],
+    shape: Sequence[int],
+    *,
+    semantic: tuple[bool, bool] = (False, False),
+) -> Partial:
+    """The part of one block, that of ``shape`` voxels from ``begin`` of ``of``, in the contacts; see
+    `measure_contacts`. Memory: about 30 bytes a voxel of the block with its halo."""
+    from connectomics.decoding.measure.kernels import add_near, rim
+
+    grid = of.levels[0].grid
+    halo = halo_of(grid, nm)
+    first, size, low = margins(grid, begin, shape)
+    stored, _ = of.read_level(0, first, size.tolist(), absent_is_missing=False)
+    labels, ids = compact(stored, semantic=semantic[0])
+    found, pairs = rows(TABLES, len(ids)), NO_PAIRS
+    if len(ids):
+        surface = rim(labels, low, low + shape, found["steps"])
+        if surface.any():
+            around = grid.crop(begin, shape).grow(halo.tolist())
+            others, other_ids = compact(to.read_nearest(around, 0)[0], semantic=semantic[1])
+            skip = ids if of.location == to.location else None
+            near, touching = _near(surface, others, other_ids, halo, nm, grid.voxel_size, skip)
+            add_near(labels, low, near, found["near"])
+            if touching:
+                where = np.asarray(touching, np.int64)
+                pairs = np.column_stack([ids[where[:, 0]], other_ids[where[:, 1]]])
+    own = np.zeros(len(ids) + 1, np.bool_)
+    own[np.unique(labels[tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))])] = True
+    return Partial(ids[own[1:]], {name: table[own[1:]] for name, table in found.items()}, pairs)
+
 
 def measure_contacts(
     of: Multiscale,
@@ -92,17 +148,17 @@ def measure_contacts(
     *,
     semantic: tuple[bool, bool] = (False, False),
     block: Sequence[int] = BLOCK,
-    progress: BlockProgress | None = None,
 ) -> Contacts:
-    """Measure where the surfaces of one class's instances lie within a distance of another class.
+    """Measure where the surfaces of one class's instances lie within a distance of another class, in this process.
 
     A voxel of an instance is of its surface where one of its 26 neighbours within the volume has another label. Where
     both are the same volume, an instance has contact with the others only. The other class is taken on the grid of the
     first, by nearest voxel; the result does not depend on the blocks. Memory: about 30 bytes a voxel of a block with
-    halo, 300 bytes an instance, 100 bytes a contact.
+    halo, 150 bytes for every block that an instance lies in, 16 bytes a contact
+    (`ContactsTask` keeps both on disk).
 
     Args:
-        of, to: label volumes, see `measure_instances`.
+        of, to: label volumes, see `connectomics.decoding.measure.instances.measure_instances`.
         nm: largest gap between the boxes of two voxels that counts as near.
         semantic: whether everything above 0 of ``of`` and of ``to`` is one instance.
         block: voxels of ``of``, z y x, without the halo.
@@ -110,40 +166,15 @@ def measure_contacts(
     Raises:
         InputError: a distance of more than `MOST_HALO` voxels.
     """
-    from connectomics.decoding.measure.kernels import KINDS, add_near, rim
-
     grid = of.levels[0].grid
-    halo = _halo(of, nm)
-    same = of.location == to.location
-    rows, partners = Rows(steps=KINDS, near=KINDS), dict[int, set[int]]()
-    blocks = list(grid.blocks(block))
-    for done, (begin, part) in enumerate(blocks, start=1):
-        first, shape, low = margins(grid, begin, part.shape)
-        stored, _ = of.read_level(0, first, shape.tolist(), absent_is_missing=False)
-        labels, ids = compact(stored, semantic=semantic[0])
-        if len(ids):
-            found = rows.block(len(ids))
-            surface = rim(labels, low, low + part.shape, found["steps"])
-            if surface.any():
-                others, other_ids = compact(to.read_nearest(part.grow(halo.tolist()), 0)[0], semantic=semantic[1])
-                skip = ids if same else None
-                near, pairs = _near(surface, others, other_ids, halo, nm, grid.voxel_size, skip)
-                add_near(labels, low, near, found["near"])
-                for label, other in pairs:
-                    partners.setdefault(int(ids[label - 1]), set()).add(other)
-            own = np.zeros(len(ids) + 1, np.bool_)
-            own[np.unique(labels[tuple(slice(a, a + n) for a, n in zip(low, part.shape, strict=True))])] = True
-            rows.add(ids[own[1:]], {name: table[own[1:]] for name, table in found.items()})
-        if progress is not None:
-            progress(done, len(blocks))
-    ids, found = rows.sorted()
-    named = tuple(tuple(sorted(partners.get(i, ()))) for i in ids.tolist())
-    return Contacts(grid, ids, found["steps"], found["near"], named)
+    halo_of(grid, nm)
+    parts = [contacts_of_block(of, to, nm, begin, part.shape, semantic=semantic) for begin, part in grid.blocks(block)]
+    return Contacts.of(grid, united_whole(parts, TABLES))
 
 
-def _halo(of: Multiscale, nm: float) -> NDArray[np.int64]:
-    """Voxels beyond a block that can lie within ``nm`` of it: one more than fit into the gap."""
-    size = np.asarray(of.levels[0].grid.voxel_size)
+def halo_of(grid: VoxelGrid, nm: float) -> NDArray[np.int64]:
+    """Voxels (3,) beyond a block that can lie within ``nm`` of it: one more than fit into the gap. `InputError`."""
+    size = np.asarray(grid.voxel_size)
     halo = np.floor(nm * (1 + _ROUNDING) / size).astype(np.int64) + 1
     if halo.max() > MOST_HALO:
         most = (MOST_HALO - 1) * size.min()
@@ -160,7 +191,7 @@ def _near(
     voxel_size: Sequence[float],
     skip: NDArray[np.uint64] | None,
 ) -> tuple[NDArray[np.bool_], list[tuple[int, int]]]:
-    """Where the surface of a block lies near any other instance, and the pairs (label of the block, other's id).
+    """Where the surface of a block lies near any other instance, and the pairs (row of the label, row of the other).
 
     Args:
         surface: (d, h, w) labels of the surface's voxels, else 0. others: the block with halo on all sides.
@@ -186,11 +217,10 @@ def _near(
             continue
         mask = others[tuple(slice(a, b) for a, b in zip(begin, end, strict=True))] == number
         close = (_gaps(mask, voxel_size)[theirs] <= nm * (1 + _ROUNDING)) & (candidates > 0)
-        other = int(other_ids[number - 1])
         if skip is not None:
-            close &= ~np.isin(candidates, np.flatnonzero(skip == other) + 1)
+            close &= ~np.isin(candidates, np.flatnonzero(skip == other_ids[number - 1]) + 1)
         near[mine] |= close
-        pairs += [(label, other) for label in np.unique(candidates[close]).tolist()]
+        pairs += [(label - 1, number - 1) for label in np.unique(candidates[close]).tolist()]
     return near, pairs
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.labels import BLOCK
+from connectomics.decoding.measure.partial import NO_PAIRS, Partial, compact, margins, rows, united_whole
 from connectomics.decoding.measure.surface import sphericity, step_areas
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-
-#: Told after each block: how many are done, and how many there are.
-BlockProgress = Callable[[int, int], None]
-_FAR = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -36,6 +32,12 @@ class Instances:
     sums: NDArray[np.int64]
     boxes: NDArray[np.int64]
     steps: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, grid: VoxelGrid, found: Partial) -> Instances:
+        """From the sums over all blocks."""
+        tables = found.tables
+        return cls(grid, found.ids, tables["sizes"][:, 0], tables["sums"], tables["boxes"], tables["steps"])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -73,105 +75,40 @@ class Instances:
         return found
 
 
-class Rows:
-    """Named tables with a row for each id, which grow as ids come. Adding is the only thing that happens to a row, but
-    for the columns of boxes: smallest and largest."""
-
-    def __init__(self, **columns: int) -> None:
-        self._row: dict[int, int] = {}
-        self._columns = {name: self._fresh(name, 64, width) for name, width in columns.items()}
-
-    @staticmethod
-    def _fresh(name: str, n: int, width: int) -> NDArray[np.int64]:
-        made = np.zeros((n, width), np.int64)
-        if name == "boxes":
-            made[:, :3], made[:, 3:] = _FAR, -1
-        return made
-
-    def block(self, n: int) -> dict[str, NDArray[np.int64]]:
-        """The same tables for the n ids of a block, to be filled and handed to `add`."""
-        return {name: self._fresh(name, n, table.shape[1]) for name, table in self._columns.items()}
-
-    def add(self, ids: NDArray[np.uint64], found: dict[str, NDArray[np.int64]]) -> None:
-        """Add what was found of the ids of a block."""
-        rows = np.array([self._row.setdefault(i, len(self._row)) for i in ids.tolist()], np.int64)
-        for name, part in found.items():
-            table = self._columns[name]
-            if len(self._row) > len(table):
-                table = np.concatenate([table, self._fresh(name, max(len(table), len(ids)), table.shape[1])])
-                self._columns[name] = table
-            if name == "boxes":
-                table[rows, :3] = np.minimum(table[rows, :3], part[:, :3])
-                table[rows, 3:] = np.maximum(table[rows, 3:], part[:, 3:])
-            else:
-                table[rows] += part
-
-    def sorted(self) -> tuple[NDArray[np.uint64], dict[str, NDArray[np.int64]]]:
-        """All ids in ascending order, and their tables."""
-        ids = np.fromiter(self._row, np.uint64, len(self._row))
-        order = np.argsort(ids)
-        return ids[order], {name: table[order] for name, table in self._columns.items()}
+#: Tables of a block's part, and their widths.
+TABLES = {"sizes": 1, "sums": 3, "boxes": 6, "steps": 7}
 
 
-def compact(labels: NDArray[Any], *, semantic: bool) -> tuple[NDArray[np.uint32], NDArray[np.uint64]]:
-    """Labels of a block as 0 and 1..n, and the ids (n,) that these stand for; semantic: everything above 0 is id 1."""
-    import fastremap
+def instances_of_block(
+    source: Multiscale, begin: Sequence[int], shape: Sequence[int], *, semantic: bool = False
+) -> Partial:
+    """The part of one block, that of ``shape`` voxels from ``begin`` of the finest level (z y x), in the instances.
 
-    if semantic or labels.dtype == np.bool_:
-        mask = labels > 0
-        return mask.astype(np.uint32), np.ones(int(mask.any()), np.uint64)
-    numbered, names = fastremap.renumber(labels, preserve_zero=True)
-    ids = np.zeros(len(names) - (0 in names), np.uint64)
-    for old, new in names.items():
-        if new:
-            ids[int(new) - 1] = old
-    return np.ascontiguousarray(numbered, np.uint32), ids
+    Memory: about 20 bytes a voxel.
+    """
+    from connectomics.decoding.measure.kernels import measure
 
-
-def margins(
-    grid: VoxelGrid, begin: Sequence[int], shape: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """A block with one voxel around it as far as the grid goes: its first voxel and its shape, and begin and end of the
-    block in it (the end is ``low + shape``)."""
-    first = np.maximum(np.asarray(begin, np.int64) - 1, 0)
-    end = np.minimum(np.asarray(begin, np.int64) + shape + 1, grid.shape)
-    return first, end - first, np.asarray(begin, np.int64) - first
+    first, size, low = margins(source.levels[0].grid, begin, shape)
+    stored, _ = source.read_level(0, first, size.tolist(), absent_is_missing=False)
+    labels, ids = compact(stored, semantic=semantic)
+    found = rows(TABLES, len(ids))
+    if len(ids):
+        measure(labels, low, low + shape, first, found["sizes"][:, 0], found["sums"], found["boxes"], found["steps"])
+    own = found["sizes"][:, 0] > 0  # others lie in the margin only
+    return Partial(ids[own], {name: table[own] for name, table in found.items()}, NO_PAIRS)
 
 
-def measure_instances(
-    source: Multiscale,
-    *,
-    semantic: bool = False,
-    block: Sequence[int] = BLOCK,
-    progress: BlockProgress | None = None,
-) -> Instances:
-    """Measure every instance of the finest level of a label volume.
+def measure_instances(source: Multiscale, *, semantic: bool = False, block: Sequence[int] = BLOCK) -> Instances:
+    """Measure every instance of the finest level of a label volume, in this process.
 
-    Counts are whole numbers, so the result does not depend on the blocks. Memory: about 20 bytes a voxel of a block and
-    250 bytes an instance.
+    Counts are whole numbers, so the result does not depend on the blocks. Memory: 20 bytes a voxel of a block, and 200
+    bytes for every block that an instance lies in (`MeasureTask` keeps these on disk).
 
     Args:
         source: labels: any integers, 0 is background.
         semantic: every voxel above 0 belongs to one instance, 1.
         block: voxels, z y x, that are read at once.
-        progress: told after each block.
     """
-    from connectomics.decoding.measure.kernels import KINDS, measure
-
     grid = source.levels[0].grid
-    rows = Rows(sizes=1, sums=3, boxes=6, steps=KINDS)
-    blocks = list(grid.blocks(block))
-    for done, (begin, part) in enumerate(blocks, start=1):
-        first, shape, low = margins(grid, begin, part.shape)
-        stored, _ = source.read_level(0, first, shape.tolist(), absent_is_missing=False)
-        labels, ids = compact(stored, semantic=semantic)
-        if len(ids):
-            found = rows.block(len(ids))
-            sizes = found["sizes"][:, 0]
-            measure(labels, low, low + part.shape, first, sizes, found["sums"], found["boxes"], found["steps"])
-            own = sizes > 0  # others lie in the margin only
-            rows.add(ids[own], {name: table[own] for name, table in found.items()})
-        if progress is not None:
-            progress(done, len(blocks))
-    ids, found = rows.sorted()
-    return Instances(grid, ids, found["sizes"][:, 0], found["sums"], found["boxes"], found["steps"])
+    parts = [instances_of_block(source, begin, part.shape, semantic=semantic) for begin, part in grid.blocks(block)]
+    return Instances.of(grid, united_whole(parts, TABLES))
