@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+_MORE = np.float32(1.0 + 1e-4)  # weights that add up to the same are told from larger ones only by more than rounding
 
 
 @numba.njit(cache=True, nogil=True)
@@ -60,6 +64,68 @@ def encode_rows(
                 used += 1
         codes[voxel] = last
     return n_voxels, used
+
+
+@numba.njit(cache=True, nogil=True)
+def vote(
+    values: NDArray[Any], present: NDArray[np.bool_],
+    z_first: NDArray[np.int64], z_count: NDArray[np.int64], z_weights: NDArray[np.float32],
+    y_first: NDArray[np.int64], y_count: NDArray[np.int64], y_weights: NDArray[np.float32],
+    x_first: NDArray[np.int64], x_count: NDArray[np.int64], x_weights: NDArray[np.float32],
+    out: NDArray[np.uint64],
+) -> None:  # fmt: skip
+    """The value with the largest weight of every target voxel, of the source voxels that are ``present``; 0 where none.
+
+    values, present: the source (d, h, w). The tables of the three axes are those of `io.resample.AxisTable`. Writes
+    ``out`` (D, H, W). Few values meet in a voxel, and neighbours are alike, so those met are a list.
+    """
+    most = z_count.max() * y_count.max() * x_count.max()
+    met, weights = np.empty(most, np.uint64), np.empty(most, np.float32)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            for k in range(out.shape[2]):
+                n, last = 0, 0
+                for a in range(z_count[i]):
+                    for b in range(y_count[j]):
+                        weight = z_weights[i, a] * y_weights[j, b]
+                        z, y = z_first[i] + a, y_first[j] + b
+                        for c in range(x_count[k]):
+                            x = x_first[k] + c
+                            if not present[z, y, x]:
+                                continue
+                            value = np.uint64(values[z, y, x])
+                            if n == 0 or met[last] != value:
+                                last = 0
+                                while last < n and met[last] != value:
+                                    last += 1
+                                if last == n:
+                                    met[n], weights[n] = value, np.float32(0.0)
+                                    n += 1
+                            weights[last] += weight * x_weights[k, c]
+                best = 0
+                for m in range(1, n):
+                    if weights[m] > weights[best] * _MORE:
+                        best = m
+                out[i, j, k] = met[best] if n else np.uint64(0)
+
+
+@numba.njit(cache=True, nogil=True)
+def split_codes(
+    codes: NDArray[Any],
+    state_of: NDArray[Any],
+    numbers: NDArray[np.int32],
+    states: NDArray[Any],
+    ids: NDArray[np.int32],
+) -> None:
+    """``states[v] = state_of[codes[v]]`` and ``ids[i, v] = numbers[i, codes[v]]`` of all voxels v, in one go.
+
+    codes, states: flat; state_of: (K,); numbers: (I, K); ids: (I, voxels).
+    """
+    for v in range(codes.size):
+        code = np.uint64(codes[v])
+        states[v] = state_of[code]
+        for i in range(numbers.shape[0]):
+            ids[i, v] = numbers[i, code]
 
 
 @numba.njit(inline="always")

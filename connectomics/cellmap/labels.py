@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop, LabelArray
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES, atoms_of
+from connectomics.cellmap.instance_ids import vote_ids
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import resample, s3
@@ -52,14 +53,25 @@ class LabelVolume:
         classes: the class of each bit, from the lowest bit of the first word on.
         present: uint64 (W, D, H, W'), one word for every 64 classes; a bit is set where the class is present.
         known: likewise; set where the class is present or absent. ``present`` is a subset of ``known``.
+        instances: those of ``classes`` whose objects are told apart.
+        ids: uint64 (I, D, H, W'), for each of ``instances`` which object is there, as stored; 0 where the class is not
+            present, or present and nobody said which object it is. None where there are no ``instances``.
     """
 
     grid: VoxelGrid
     classes: tuple[str, ...]
     present: NDArray[np.uint64]
     known: NDArray[np.uint64]
+    instances: tuple[str, ...] = ()
+    ids: NDArray[np.uint64] | None = None
 
     def __post_init__(self) -> None:
+        n_ids = 0 if self.ids is None else len(self.ids)
+        if n_ids != len(self.instances) or (self.ids is not None and self.ids.shape[1:] != self.grid.shape):
+            raise InputError(
+                f"a label volume with objects of {self.instances} on {self.grid} needs ids "
+                f"({len(self.instances)}, D, H, W), found {None if self.ids is None else self.ids.shape}"
+            )
         expected = (words_for(len(self.classes)), *self.grid.shape)
         if self.present.shape != expected or self.known.shape != expected:
             raise InputError(
@@ -99,7 +111,8 @@ class LabelVolume:
     def restricted(self, where: NDArray[np.bool_]) -> LabelVolume:
         """The same labels, unknown outside the mask ``where`` (D, H, W)."""
         keep = np.where(where, np.uint64(0xFFFF_FFFF_FFFF_FFFF), np.uint64(0))
-        return LabelVolume(self.grid, self.classes, self.present & keep, self.known & keep)
+        ids = None if self.ids is None else self.ids & keep
+        return LabelVolume(self.grid, self.classes, self.present & keep, self.known & keep, self.instances, ids)
 
 
 def words_for(n_classes: int) -> int:
@@ -107,20 +120,29 @@ def words_for(n_classes: int) -> int:
     return max(1, -(-n_classes // _WORD))
 
 
-def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVolume:
+def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: Sequence[str] = ()) -> LabelVolume:
     """The three-state labels of ``classes`` in ``crop`` on any ``grid``, also beyond the crop (unknown there).
 
-    Works in blocks, so memory is the result (16 bytes a voxel for up to 64 classes) and a constant.
+    Of ``instances``, some of ``classes``, also the objects' ids, as far as the class's own array is one of ids and says
+    that it is present: a mask, or the parts of a group, do not say which object a voxel belongs to.
+
+    Works in blocks, so memory is the result (16 bytes a voxel for up to 64 classes, 8 for each of ``instances``) and a
+    constant. Raises `UnknownNameError` for an instance that is none of the classes.
     """
-    names = tuple(classes)
+    names, told = tuple(classes), tuple(instances)
+    for name in told:
+        if name not in names:
+            raise unknown_name("instance class", name, names, "the classes")
     present = np.zeros((words_for(len(names)), *grid.shape), np.uint64)
     known = np.zeros_like(present)
+    ids = np.zeros((len(told), *grid.shape), np.uint64) if told else None
     inside = grid.slices(crop.box)
     begin = [s.start for s in inside]
     touched = grid.crop(begin, [s.stop - s.start for s in inside])
-    wanted = _arrays_needed(crop, names)
+    wanted = arrays_needed(crop, names)
     for offset, block in touched.blocks(_block_shape(wanted, grid)):
-        shares = _narrow(_read_intervals(wanted, block), names, block.shape)
+        own = _read_intervals(wanted, block)
+        shares = _narrow(own, names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
         for channel, name in enumerate(names):
             lo, hi = shares[name]
@@ -128,7 +150,10 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid) -> LabelVol
             is_present = lo >= _HALF
             present[word][at] |= is_present.astype(np.uint64) << np.uint64(bit)
             known[word][at] |= (is_present | (hi < _HALF)).astype(np.uint64) << np.uint64(bit)
-    return LabelVolume(grid, names, present, known)
+        for number, name in enumerate(told):
+            if ids is not None and name in own and crop.labels[name].annotation.kind == "instance":
+                ids[number][at] = np.where(own[name][0] >= _HALF, vote_ids(crop.labels[name], block), 0)
+    return LabelVolume(grid, names, present, known, told, ids)
 
 
 def read_instances(
@@ -149,7 +174,7 @@ def read_instances(
     return np.where(present & known, unsigned, 0).astype(unsigned.dtype), known
 
 
-def _arrays_needed(crop: Crop, classes: Sequence[str]) -> dict[str, LabelArray]:
+def arrays_needed(crop: Crop, classes: Sequence[str]) -> dict[str, LabelArray]:
     """The arrays that can say something of ``classes``: their own, and, where those leave something unknown, those of
     their atoms, of the groups that hold these, and of every other atomic class (which exclude them)."""
     needed: dict[str, LabelArray] = {n: crop.labels[n] for n in classes if n in crop.labels}

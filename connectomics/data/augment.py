@@ -10,6 +10,8 @@ What it adds to what the YAML says:
 - ``known`` goes wherever ``label`` goes, with zeros (unknown) where nothing was: a voxel is known afterwards only
   where everything that it was made of is known, so an unknown voxel stays unknown when it is moved;
 - labels are moved as shares and then voted (present from one half on), unless ``mode`` says nearest;
+- ``ids`` of objects, where they are asked for, go wherever ``label`` goes, by nearest, and are made to agree with label
+  and known afterwards;
 - `RandRotate90d` takes a list of planes: one transform for each.
 """
 
@@ -30,7 +32,7 @@ from connectomics.cellmap.labels import LabelVolume, words_for
 from connectomics.data.intensity import recognise
 from connectomics.data.patches import PackedPatch
 from connectomics.data.spatial import SpatialAugmentor
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.errors import ConfigError, InputError, unknown_name
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +49,15 @@ class Augmentor:
     """A chain of MONAI dictionary transforms for ``{"image", "label", "known"}`` numpy arrays (C, D, H, W).
 
     Calling it gives the same three arrays, contiguous: image float32, label float32, known bool. `seed` makes the next
-    call reproducible, whichever process makes it.
+    call reproducible, whichever process makes it. A chain that was built with ``ids`` takes and gives ``ids`` as well,
+    int32 (I, D, H, W) as in `PackedPatch`, -1 where nothing was; `agree` comes after it.
     """
 
-    def __init__(self, transforms: Sequence[Callable[[Sample], Sample]]) -> None:
+    def __init__(self, transforms: Sequence[Callable[[Sample], Sample]], ids: bool = False) -> None:
         from monai.transforms import Compose
 
         self._compose = Compose(list(transforms))
+        self._ids = ids
 
     def seed(self, seed: int) -> None:
         """Set the random stream of every transform."""
@@ -64,10 +68,20 @@ class Augmentor:
         return np.ascontiguousarray(np.asarray(self._apply({"image": image})["image"]), dtype=np.float32)
 
     def __call__(self, sample: Mapping[str, NDArray[Any]]) -> Sample:
-        moved = self._apply({**sample, "known": np.asarray(sample["known"], np.float32)})
+        if ("ids" in sample) != self._ids:
+            raise InputError(
+                f"this chain was built {'with' if self._ids else 'without'} ids, and the sample is "
+                f"{'with' if 'ids' in sample else 'without'}: build it with ids={'ids' in sample}"
+            )
+        # what a transform fills in is 0, which must be unknown: ids travel one higher
+        objects = {"ids": (sample["ids"] + 1).astype(np.float32)} if self._ids else {}
+        moved = self._apply({**sample, **objects, "known": np.asarray(sample["known"], np.float32)})
+        if self._ids:
+            objects["ids"] = np.ascontiguousarray(np.rint(np.asarray(moved["ids"])).astype(np.int32) - 1)
         result = {name: np.ascontiguousarray(np.asarray(moved[name])) for name in _FIELDS}
         return {
             **sample,
+            **objects,
             "image": result["image"].astype(np.float32, copy=False),
             "label": (result["label"] >= 0.5).astype(np.float32),
             "known": result["known"] > _ALL_KNOWN,
@@ -82,6 +96,28 @@ class Augmentor:
                 cause = cause.__cause__
             named = re.search(r"\.(\w+) object at", str(error))
             raise ConfigError(f"data.augmentations.{named[1] if named else '?'} cannot be applied: {cause}") from error
+
+
+def agree(
+    ids: NDArray[np.int32],
+    instances: Sequence[str],
+    label: NDArray[Any],
+    known: NDArray[np.bool_],
+    classes: Sequence[str],
+) -> NDArray[np.int32]:
+    """``ids`` (I, D, H, W) of ``instances``, made to agree with label and known (C, D, H, W) of ``classes``.
+
+    Ids are moved by nearest and labels by vote, so that the two may differ at an object's rim. Afterwards an id is 0
+    where its class is known absent, -1 where it is unknown, and -1 where it is present without an id.
+    """
+    agreed = ids.copy()
+    for name, row in zip(instances, agreed, strict=True):
+        if name in classes:
+            at = list(classes).index(name)
+            row[(row == 0) & (label[at] > 0)] = -1
+            row[label[at] <= 0] = 0
+            row[~known[at]] = -1
+    return agreed
 
 
 @dataclass(frozen=True)
@@ -100,15 +136,20 @@ class PatchAugmentor:
 
     @classmethod
     def of(
-        cls, augmentations: Mapping[str, Any], patch_size: Sequence[int], extent: Sequence[float] | None = None
+        cls,
+        augmentations: Mapping[str, Any],
+        patch_size: Sequence[int],
+        extent: Sequence[float] | None = None,
+        ids: bool = False,
     ) -> PatchAugmentor | None:
         """From ``data.augmentations``; None where nothing is left to do in a worker. Errors as `build_augmentor`.
 
-        ``extent``: voxels of the run (z y x) that the widest of further views covers, where there are any.
+        ``extent``: voxels of the run (z y x) that the widest of further views covers, where there are any. ``ids``:
+        whether the patches have ids of objects.
         """
         spatial, remaining = SpatialAugmentor.split(augmentations, patch_size, extent)
         _, remaining = recognise(remaining)
-        others = build_augmentor(remaining, patch_size)
+        others = build_augmentor(remaining, patch_size, ids)
         if spatial is None and others is None:
             return None
         moving = [n for n, a in remaining.items() if a is not None and {"label", "known"} & set(_keys_of(a))]
@@ -126,7 +167,11 @@ class PatchAugmentor:
             return replace(patch, images=(image, *patch.images[1:]))
         moved = self.others(patch.dense())
         codes = LabelCodes.of(_packed(moved["label"], moved["known"], patch))
-        return replace(patch, images=(moved["image"], *patch.images[1:]), codes=codes.codes, states=codes.states)
+        ids = None
+        if patch.ids is not None:
+            ids = agree(moved["ids"], patch.instances, moved["label"], moved["known"], patch.states.classes)
+        images = (moved["image"], *patch.images[1:])
+        return replace(patch, images=images, codes=codes.codes, states=codes.states, ids=ids)
 
 
 def _packed(label: NDArray[np.float32], known: NDArray[np.bool_], patch: PackedPatch) -> LabelVolume:
@@ -145,8 +190,9 @@ def _keys_of(arguments: Any) -> list[str]:
     return [str(k) for k in ([keys] if isinstance(keys, str) else keys or [])]
 
 
-def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int]) -> Augmentor | None:
+def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int], ids: bool = False) -> Augmentor | None:
     """The chain named under ``data.augmentations``: transform name -> arguments, in their order; None where empty.
+    ``ids``: whether samples have ids of objects, which then go with the labels.
 
     A name ending in ``_2``, ``_3``... repeats a transform. Raises `UnknownNameError` (nearest name) for a transform or
     an argument that MONAI does not have, `ConfigError` for arguments that it refuses.
@@ -157,11 +203,13 @@ def build_augmentor(augmentations: Mapping[str, Any], patch_size: Sequence[int])
             continue
         if not isinstance(arguments, Mapping):
             raise ConfigError(f"data.augmentations.{name} must map arguments to values, found {arguments!r}")
-        transforms += _build(str(name), dict(arguments), patch_size)
-    return Augmentor(transforms) if transforms else None
+        transforms += _build(str(name), dict(arguments), patch_size, ids)
+    return Augmentor(transforms, ids) if transforms else None
 
 
-def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> list[Callable[[Sample], Sample]]:
+def _build(
+    name: str, arguments: dict[str, Any], patch_size: Sequence[int], ids: bool
+) -> list[Callable[[Sample], Sample]]:
     import monai.transforms
 
     base, _, suffix = name.rpartition("_")
@@ -181,7 +229,7 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
     for key in fields:
         if key not in _FIELDS:
             raise unknown_name("key", key, _FIELDS, f"data.augmentations.{name}.keys")
-    arguments = _for_fields(kind, arguments, fields, allowed)
+    arguments = _for_fields(kind, arguments, fields, allowed, ids)
     planes = arguments.get("spatial_axes")
     if kind == "RandRotate90d":
         given = list(planes) if planes is not None else [0, 1]
@@ -203,20 +251,22 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
 
 
 def _for_fields(
-    kind: str, arguments: dict[str, Any], fields: list[str], allowed: Mapping[str, inspect.Parameter]
+    kind: str, arguments: dict[str, Any], fields: list[str], allowed: Mapping[str, inspect.Parameter], ids: bool
 ) -> dict[str, Any]:
-    """The arguments with ``known`` added beside ``label``, and modes given for each field."""
+    """The arguments with ``known`` (and ``ids``) added beside ``label``, and modes given for each field."""
     given_modes = _by_field(arguments.get("mode"), fields)
     given_padding = _by_field(arguments.get("padding_mode"), fields)
     if "label" in fields and "known" not in fields:
         fields = [*fields, "known"]
+    if "label" in fields and ids:
+        fields = [*fields, "ids"]
     arguments = {**arguments, "keys": fields}
     if not {"label", "known"} & set(fields):
         return arguments
     resizing = kind in _RESIZING
     if "mode" in allowed:
         linear, nearest = ("trilinear", "nearest-exact") if resizing else ("bilinear", "nearest")
-        modes = {"image": given_modes.get("image", linear)}
+        modes = {"image": given_modes.get("image", linear), "ids": nearest}
         modes["label"] = modes["known"] = nearest if str(given_modes.get("label")).startswith("nearest") else linear
         arguments["mode"] = [modes[f] for f in fields]
     if "padding_mode" in allowed:

@@ -101,9 +101,13 @@ class CellMapDataModule(pl.LightningDataModule):
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
         extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
         extent = np.max(extents, axis=0).tolist()
-        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, extent) if mode == "train" else None
+        options = patch_options(cfg)
+        augmentor = None
+        if mode == "train":
+            ids = bool(options.instances)
+            augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, extent, ids)
         return CellMapMultiClassDataset.of_crops(
-            crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, patch_options(cfg)
+            crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, options
         )
 
     def _split(self, crops: list[Crop]) -> Split:

@@ -43,7 +43,11 @@ def context_needed(crop: Sequence[int], patch: Sequence[int], reach: Sequence[fl
 
 
 class PatchReader:
-    """Reads patches of some crops: the run's view with labels, and further views of the same places."""
+    """Reads patches of some crops: the run's view with labels, and further views of the same places.
+
+    Where objects are told apart, the codes of a crop say state and object in one number, so that the one spatial pass
+    moves both; they are taken apart afterwards.
+    """
 
     def __init__(
         self,
@@ -74,15 +78,21 @@ class PatchReader:
         for view, at in self.views:
             ratio = np.divide(view.voxel_size, self.shape.voxel_size)
             images.append(_sample(at[request.index], middle, moved.scaled(ratio), view.voxels)[0][None])
+        states, ids = arrays.states, None
+        if states.instances:
+            codes, ids = states.split(codes)
+            states = states.plain
         patch = PackedPatch(
             images=tuple(images),
             codes=codes,
-            states=arrays.states,
+            states=states,
             grid=grid,
             crop=request.index,
             seed=int(rng.integers(_SEED)),
             drawn_by=request.drawn_by,
             augmentation=moved.parameters,
+            instances=arrays.states.instances,
+            ids=ids,
         )
         return patch if self.augmentor is None else self.augmentor.finish(patch, int(rng.integers(2**31)))
 

@@ -31,6 +31,10 @@ class PackedPatch:
         crop: number of the crop in its data set.
         seed: of what is still random about it (augmentation on the device).
         drawn_by: what the sampler drew it for. augmentation: what was done to it in space, for people.
+        instances: classes whose objects are told apart.
+        ids: int32 (I, D, H, W), for each of ``instances`` the object that a voxel belongs to: 1 to 2^24, 0 where the
+            class is known absent, -1 where it is unknown or nobody said which object it is. Ids tell the objects of one
+            class in one patch apart and mean nothing beyond that. None where there are no ``instances``.
     """
 
     images: tuple[NDArray[np.float32], ...]
@@ -41,12 +45,15 @@ class PackedPatch:
     seed: int
     drawn_by: str = ""
     augmentation: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    instances: tuple[str, ...] = ()
+    ids: NDArray[np.int32] | None = None
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
         """``image`` (1, D, H, W) float32, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in the order of
-        ``classes``; further views as ``image_1``, ``image_2``..."""
+        ``classes``; further views as ``image_1``, ``image_2``...; ``ids`` (I, D, H, W) int32 where there are some."""
         label, known = self.states.dense(self.codes, classes)
-        return {**_named(self.images), "label": label, "known": known}
+        objects = {} if self.ids is None else {"ids": self.ids}
+        return {**_named(self.images), "label": label, "known": known, **objects}
 
 
 def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
@@ -55,7 +62,7 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     Returns:
         ``image`` (B, 1, D, H, W) float32, and ``image_1``... for further views; ``codes`` (B, D, H, W) uint8, int16 or
         int32; ``present`` and ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code
-        k of sample b; ``seed`` and ``crop`` (B,) int64.
+        k of sample b; ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 where patches have them.
     """
     if not patches:
         raise InputError("a batch needs at least one patch")
@@ -75,6 +82,9 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
         tables[1, number, :, : len(patch.states)] = known
     batch["codes"] = torch.from_numpy(codes)
     batch["present"], batch["known_states"] = torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
+    ids = [p.ids for p in patches if p.ids is not None]
+    if ids:
+        batch["ids"] = torch.from_numpy(np.stack(ids))
     batch["seed"] = torch.tensor([p.seed for p in patches], dtype=torch.int64)
     batch["crop"] = torch.tensor([p.crop for p in patches], dtype=torch.int64)
     return batch

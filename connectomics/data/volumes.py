@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.label_codes import LabelCodes, LabelStates
-from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels, words_for
+from connectomics.cellmap.label_codes import LabelCodes, StateTable
+from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.data.arrays import CropArrays
 from connectomics.data.cache.entry import CachedCrop
 from connectomics.data.cache.folder import CropCache
@@ -68,6 +68,7 @@ class CropVolume:
         cache: where decoded crops are kept, or None to read from Zarr each time.
         context: voxels of raw that the cache keeps around the crop.
         allow_missing_raw: whether `check` passes crops of which some raw chunks are not stored.
+        instances: those of ``classes`` whose objects are told apart.
     """
 
     crop: Crop
@@ -77,6 +78,7 @@ class CropVolume:
     cache: Path | None = None
     context: Index = field(default=(0, 0, 0))
     allow_missing_raw: bool = False
+    instances: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -238,8 +240,7 @@ class CropVolume:
     def _decode_codes(self, grid: VoxelGrid) -> LabelCodes:
         """As `label_codes`, always from Zarr, on a grid within the crop."""
         if not self.classes or grid.size == 0:
-            none = np.zeros((1, words_for(len(self.classes))), np.uint64)
-            return LabelCodes(grid, np.zeros(grid.shape, np.uint8), LabelStates(self.classes, none, none))
+            return LabelCodes(grid, np.zeros(grid.shape, np.uint8), StateTable(self.classes, self.instances).states)
         return LabelCodes.of(self.decode_labels(grid))
 
     def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
@@ -263,11 +264,20 @@ class CropVolume:
 
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
         """As `label_volume`, always from Zarr."""
-        return read_labels(self.crop, self.classes, grid)
+        return read_labels(self.crop, self.classes, grid, self.instances)
 
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw to see."""
         return self.label_codes(grid).restricted(self.read_raw(grid)[1]).dense()
+
+    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
+        """Objects of ``instances`` on a grid of this lattice, int32 (I, d, h, w): the id, 0 where the class is known
+        absent, -1 where it is unknown, where there is no raw to see, or where nobody said which object it is.
+
+        The same voxels as in `read_labels`, from the cache where there is one. Ids tell the objects of one class in one
+        read apart and mean nothing beyond that.
+        """
+        return self.label_codes(grid).restricted(self.read_raw(grid)[1]).ids()
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid

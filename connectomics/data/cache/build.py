@@ -32,7 +32,7 @@ def build(volume: Decodable, folder: Path) -> None:
     for name in ("raw.npy", "inside.npy", "codes.npy"):
         settle(folder / name)
     n_points = {name: len(found) for name, found in points.items()}
-    describe(folder, volume.crop.key, volume.cached_raw_grid, volume.grid, counts, n_points, volume.classes, VERSION)
+    describe(folder, volume.crop.key, volume.cached_raw_grid, volume.grid, counts, n_points, states, VERSION)
 
 
 def _build_raw(volume: Decodable, folder: Path) -> None:
@@ -63,7 +63,7 @@ def _build_labels(
     from connectomics.data.cache.kernels import scan_codes
 
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
-    table = StateTable(classes)
+    table = StateTable(classes, volume.instances)
     histogram = np.zeros(1, np.int64)
     seeds = np.array([_seed(volume.crop.key, name) for name in classes], np.uint64)
     priorities, places = np.zeros((len(classes), POINTS), np.uint64), np.zeros((len(classes), POINTS), np.int64)

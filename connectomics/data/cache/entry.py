@@ -1,10 +1,11 @@
 """One entry of the crop cache: a folder of plain ``.npy`` files that every process maps.
 
-``entry.json`` says what they are: grids, classes, the crop, counts by class, and of each file its type, size and
-checksums. ``raw.npy`` uint8 (D, H, W), raw with context; ``inside.npy`` bool, where there is raw, or one True where
-there is raw everywhere; ``codes.npy`` (d, h, w) with the narrowest type that numbers the states, empty where nothing is
-known; ``states.npy`` uint64 (K, 2, W), see `LabelStates.to_array`; ``points.npy`` int32 (n, 3), lattice indices of
-voxels of each class, one class after the other. ``used`` is touched whenever the entry is opened.
+``entry.json`` says what they are: grids, classes, which of them have their objects told apart, the crop, counts by
+class, and of each file its type, size and checksums. ``raw.npy`` uint8 (D, H, W), raw with context; ``inside.npy``
+bool, where there is raw, or one True where there is raw everywhere; ``codes.npy`` (d, h, w) with the narrowest type
+that numbers the states, empty where nothing is known; ``states.npy`` uint64 (K, 2, W), or (K, 2 W + I) with ids of
+objects, see `LabelStates.to_array`; ``points.npy`` int32 (n, 3), lattice indices of voxels of each class, one class
+after the other. ``used`` is touched whenever the entry is opened.
 """
 
 from __future__ import annotations
@@ -176,21 +177,23 @@ def describe(
     label_grid: VoxelGrid,
     counts: Mapping[str, Mapping[str, int]],
     n_points: Mapping[str, int],
-    classes: tuple[str, ...],
+    states: LabelStates,
     version: int,
 ) -> None:
     """Write ``entry.json`` beside arrays that are complete."""
-    content = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "version": version,
         "crop": crop,
-        "classes": list(classes),
+        "classes": list(states.classes),
         "raw_grid": raw_grid.to_dict(),
         "label_grid": label_grid.to_dict(),
         "counts": counts,
         "points": n_points,
         "files": {name: asdict(StoredFile.describe(folder / name)) for name in ARRAYS},
     }
+    if states.instances:
+        content["instances"] = list(states.instances)
     (folder / USED).touch()
     (folder / DESCRIPTION).write_text(json.dumps(content), encoding="utf-8")
 
@@ -210,6 +213,7 @@ def open_entry(folder: Path, check: Literal["sizes", "pages", "all"] = "pages") 
         files = {name: StoredFile.from_dict(data["files"][name]) for name in ARRAYS}
         raw_grid, label_grid = VoxelGrid.from_dict(data["raw_grid"]), VoxelGrid.from_dict(data["label_grid"])
         classes = tuple(str(name) for name in data["classes"])
+        instances = tuple(str(name) for name in data.get("instances", ()))  # entries of runs without have no such key
         crop, counts, n_points = str(data["crop"]), dict(data["counts"]), dict(data["points"])
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise damaged(folder, f"{DESCRIPTION} cannot be read") from error
@@ -217,7 +221,7 @@ def open_entry(folder: Path, check: Literal["sizes", "pages", "all"] = "pages") 
         if check != "sizes":
             file.check(folder / name, whole=check == "all")
     try:
-        states = LabelStates.from_array(classes, np.array(files["states.npy"].map(folder / "states.npy")))
+        states = LabelStates.from_array(classes, np.array(files["states.npy"].map(folder / "states.npy")), instances)
     except (ValueError, IndexError) as error:
         if isinstance(error, CorruptDataError):
             raise

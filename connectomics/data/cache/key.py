@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,8 @@ class Decodable(Protocol):
     @property
     def classes(self) -> tuple[str, ...]: ...
     @property
+    def instances(self) -> tuple[str, ...]: ...
+    @property
     def context(self) -> Index: ...
     @property
     def intensity_range(self) -> tuple[float, float] | None: ...
@@ -48,7 +50,8 @@ def cache_key(volume: Decodable) -> str:
     """The name of a crop's entry: data set, crop, and a hash of everything that decides the decoded content.
 
     That is: locations, metadata and chunks (times and sizes, or ETags) of the labels and of the raw behind the region,
-    classes, lattice, context, intensity range, and the version of the code that decodes.
+    classes, those whose objects are told apart, lattice, context, intensity range, and the version of the code that
+    decodes.
     """
     crop = volume.crop
     labels = [(name, crop.labels[name].source) for name in sorted(crop.labels)] if volume.classes else []
@@ -58,7 +61,7 @@ def cache_key(volume: Decodable) -> str:
         prints = [fingerprint(source) for _, source in labels]
     # the annotation (what stands for unknown) is read from the attributes of the finest level too
     notes = [repr(crop.labels[name].annotation) for name, _ in labels]
-    content = {
+    content: dict[str, Any] = {
         "version": VERSION,
         "crop": crop.key,
         "classes": volume.classes,
@@ -68,6 +71,8 @@ def cache_key(volume: Decodable) -> str:
         "raw": fingerprint(crop.raw_source, volume.cached_raw_grid),
         "labels": [(name, mark, note) for (name, _), mark, note in zip(labels, prints, notes, strict=True)],
     }
+    if volume.instances:  # only then: entries of runs without them keep their names
+        content["instances"] = volume.instances
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{crop.dataset}-{crop.name}-{digest[:20]}"
 

@@ -98,12 +98,12 @@ def _prepare_folder(
 
 
 def forecast(volume: Decodable) -> int:
-    """Bytes that the entry of a volume will take: a byte a voxel of raw, one a voxel of labels, one more of raw where
-    some of it is not stored, and positions."""
+    """Bytes that the entry of a volume will take: a byte a voxel of raw, one a voxel of labels (two with objects told
+    apart), one more of raw where some of it is not stored, and positions."""
     raw, labels = volume.cached_raw_grid, volume.grid.size if volume.classes else 0
     missing, _, _ = volume.crop.raw_source.missing_chunks(raw)
     points = 12 * min(POINTS, labels) * len(volume.classes) + 4096 * words_for(len(volume.classes))
-    return raw.size * (2 if missing else 1) + labels + points
+    return raw.size * (2 if missing else 1) + labels * (2 if volume.instances else 1) + points
 
 
 def _within(cache: CropCache, wanted: list[_Wanted], budget: int | None) -> list[_Wanted]:

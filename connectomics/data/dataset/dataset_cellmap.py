@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from connectomics.cellmap.catalog import Catalog, Crop, informs
-from connectomics.data.augment import Augmentor, PatchAugmentor
+from connectomics.data.augment import Augmentor, PatchAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
@@ -43,6 +43,7 @@ class PatchOptions:
         min_known: least share of a patch's voxels at which something is known, where its crop allows it.
         inputs: further views of each patch's place: (voxel size in nm, shape in voxels), z y x.
         chunk_cache_bytes: decoded chunks that a process keeps while it reads without the crop cache.
+        instances: classes whose objects are told apart: samples have ``ids`` then, see `PackedPatch`.
     """
 
     seed: int = 42
@@ -55,6 +56,7 @@ class PatchOptions:
     min_known: float = 0.0
     inputs: tuple[tuple[Triple, Index], ...] = ()
     chunk_cache_bytes: int = 64 << 20
+    instances: tuple[str, ...] = ()
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
@@ -67,6 +69,8 @@ class PatchOptions:
 
 class CropPatches(Dataset[Any]):
     """What both data sets share: crops as volumes, and patches drawn from them.
+
+    Samples have ``ids`` (I, D, H, W) int32 where `PatchOptions.instances` names classes, in that order.
 
     A plain index gives a dense patch of that sample's crop: a new random one each time in training (from the loader
     worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
@@ -112,6 +116,9 @@ class CropPatches(Dataset[Any]):
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.resolution = triple(resolution, "resolution")
         self.options = options
+        for name in options.instances:
+            if name not in self.classes:
+                raise unknown_name("instance class", name, self.classes, "the classes")
         in_reading = augmentor if isinstance(augmentor, PatchAugmentor) else None
         self._augment = None if isinstance(augmentor, PatchAugmentor) else augmentor
         own = PatchShape(self.patch_size, self.resolution)
@@ -148,6 +155,7 @@ class CropPatches(Dataset[Any]):
             cache=cache_folder(options.cache, options.cache_dir),
             context=context if margin is None else (margin, margin, margin),
             allow_missing_raw=options.allow_missing_raw,
+            instances=tuple(options.instances) if classes else (),  # further views have no labels
         )
 
     @property
@@ -191,7 +199,10 @@ class CropPatches(Dataset[Any]):
             return sample
         if isinstance(self._augment, Augmentor):
             self._augment.seed(patch.seed % 2**31)
-        return self._augment(sample)
+        moved = self._augment(sample)
+        if isinstance(self._augment, Augmentor) and "ids" in moved:
+            moved["ids"] = agree(moved["ids"], patch.instances, moved["label"], moved["known"], classes)
+        return moved
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader worker starts its own random stream, and the positions are the sampler's business

@@ -107,6 +107,20 @@ class IntensityAugmentor:
                 images.append(patch)
             return torch.stack(images).clamp_(0.0, 1.0), moved
 
+    @torch.no_grad()
+    def moved_ids(self, ids: Tensor, seeds: Tensor) -> Tensor:
+        """Ids of objects (B, I, D, H, W), any signed integers, moved as the codes of the same batch are; -1, unknown,
+        where nothing came. The tensor given stays as it is, and is the one returned where nothing moves."""
+        moved = ids
+        shape = (ids.shape[2], ids.shape[3], ids.shape[4])
+        for number, seed in enumerate(seeds.tolist() if any(kind.moves for _, kind in self.kinds) else ()):
+            for _, kind, numbers in self.drawn(seed, shape):
+                if kind.moves:
+                    moved = moved.clone() if moved is ids else moved
+                    for channel in moved[number]:
+                        operations.shift_codes(channel, **numbers, vacated=-1)
+        return moved
+
 
 def build(name: str, given: Any) -> Kind:
     """The kind named ``name`` with the arguments given; see `IntensityAugmentor.from_config`."""

@@ -19,8 +19,8 @@ class BatchAugmentor:
     Attributes:
         own: of the run's own view. views: of the further views in their order, each with its own voxel size.
 
-    Further views have the draws of their patch, but for kinds that move an image against its labels. Voxels without raw
-    stay 0, as the network meets them in prediction.
+    Further views have the draws of their patch, but for kinds that move an image against its labels; ids of objects
+    move with the labels. Voxels without raw stay 0, as the network meets them in prediction.
     """
 
     own: IntensityAugmentor
@@ -44,6 +44,8 @@ class BatchAugmentor:
         # where nothing is known and raw is exactly 0 there is none, or it is as good as none
         blank = (before == 0) & (batch["codes"] == 0)[:, None] & (codes == 0)[:, None]
         changed = {"image": image.masked_fill_(blank, 0.0), "codes": codes}
+        if "ids" in batch:
+            changed["ids"] = self.own.moved_ids(batch["ids"], batch["seed"])
         for number, augmentor in enumerate(self.views, start=1):
             view = batch[f"image_{number}"]
             changed[f"image_{number}"] = augmentor(view, None, batch["seed"])[0].masked_fill_(view == 0, 0.0)

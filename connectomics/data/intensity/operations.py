@@ -217,13 +217,14 @@ def shift_image(image: Tensor, first: int, sections: int, displacement: tuple[in
     return image
 
 
-def shift_codes(codes: Tensor, first: int, sections: int, displacement: tuple[int, int]) -> Tensor:
-    """`shift_image` for codes (D, H, W) of any integer type; vacated voxels get 0, the code of what is unknown."""
+def shift_codes(codes: Tensor, first: int, sections: int, displacement: tuple[int, int], vacated: int = 0) -> Tensor:
+    """`shift_image` for codes (D, H, W) of any integer type; vacated voxels get 0, the code of what is unknown, or what
+    stands for unknown in ``codes``."""
     run = slice(first, first + sections)
     moved = _moved(codes[run], displacement)
     for axis, move in zip((1, 2), displacement, strict=True):
         n = moved.shape[axis]
-        moved.narrow(axis, 0 if move > 0 else n + move, abs(move)).zero_()
+        moved.narrow(axis, 0 if move > 0 else n + move, abs(move)).fill_(vacated)
     codes[run] = moved
     return codes
 
