@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from connectomics.config.schema import RunConfig
+from connectomics.config.schema import EngineConfig, RunConfig
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
 _SCHEMA = "connectomics_schema"
@@ -128,6 +128,7 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
     _one_of(where, "inference.uncertainty", config.inference.uncertainty, ("none", "variance", "entropy", "dropout"))
     _check_tta(where, config.inference.tta)
+    _check_engine(where, config.engine)
     if not 0.0 < config.dataset.train_val_split <= 1.0:
         raise ConfigError(
             f"{where}: dataset.train_val_split must be above 0 and at most 1, found {config.dataset.train_val_split}"
@@ -257,6 +258,37 @@ def _check_tta(where: str, tta: Any) -> None:
         raise ConfigError(
             f"{where}: inference.tta must be none, flips, section, all, or a list of symmetries, none twice, each z, "
             f"y, x in some order with signs, as in [zyx,-zyx,x-yz]; found {tta}"
+        )
+
+
+def _check_engine(where: str, engine: EngineConfig) -> None:
+    """Numbers that make no engine, and keys that only another one reads."""
+    _one_of(where, "engine.name", engine.name, ("local", "dask"))
+    _one_of(where, "engine.cluster", engine.cluster, ("local", "slurm", "lsf"))
+    queue = engine.cluster != "local"
+    least = 1 if queue else 0
+    if engine.workers < least:
+        reason = f" with engine.cluster={engine.cluster}" if queue else ""
+        raise ConfigError(f"{where}: engine.workers must be at least {least}{reason}, found {engine.workers}")
+    if engine.attempts < 1:
+        raise ConfigError(f"{where}: engine.attempts must be at least 1, found {engine.attempts}")
+    for key, limit in (("block_timeout_s", engine.block_timeout_s), ("memory_gb", engine.memory_gb)):
+        if limit is not None and limit <= 0:
+            raise ConfigError(f"{where}: engine.{key} must be above 0, or null for no limit, found {limit}")
+    given = {"address": engine.address is not None, "cluster": queue, "options": bool(engine.options)}
+    idle = next((key for key, is_given in given.items() if is_given), None)
+    if engine.name == "local" and idle is not None:
+        raise ConfigError(
+            f"{where}: engine.{idle} is of engine.name=dask, found engine.name=local; set the one or drop the other"
+        )
+    if engine.address is not None and (queue or engine.options):
+        raise ConfigError(
+            f"{where}: engine.address is of a scheduler that has its workers; "
+            "drop engine.cluster and engine.options, or the address"
+        )
+    if engine.options and not queue:
+        raise ConfigError(
+            f"{where}: engine.options are those of a queue; set engine.cluster=slurm or lsf, or drop them"
         )
 
 

@@ -157,6 +157,11 @@ class BlockTask(ABC):
         """What the largest block of a stage takes; None where it cannot be said before the stage is prepared."""
         return None
 
+    def relocated(self, folder: Path) -> Self | None:
+        """The same work on the same input with its output (and `folder`) below another ``folder``, to time a block of
+        it there (``--dry-run``); None where it cannot be done elsewhere."""
+        return None
+
 
 def read_task(path: str | Path) -> dict[str, Any]:
     """The contents of a stored task; `MissingError`, and `MetadataError` for a file that is none."""

@@ -82,6 +82,14 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("inference.uncertainty=varience", "did you mean 'variance'"),
         ("inference.dropout_samples=1", "at least 2"),
         ("system.seed=-1", "at least 0"),
+        ("engine.name=dusk", "did you mean 'dask'"),
+        ("engine.cluster=slurn", "did you mean 'slurm'"),
+        ("engine.workers=-1", "engine.workers must be at least 0"),
+        ("engine.attempts=0", "engine.attempts must be at least 1"),
+        ("engine.block_timeout_s=0", "engine.block_timeout_s must be above 0"),
+        ("engine.memory_gb=-2", "engine.memory_gb must be above 0"),
+        ("engine.address=tcp://10.0.0.1:8786", "engine.address is of engine.name=dask"),
+        ("engine.options.queue=short", "engine.options is of engine.name=dask"),
     ],
 )
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
