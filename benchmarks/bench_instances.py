@@ -54,8 +54,10 @@ def measure(way: str, source: str, out: str, block: int) -> dict[str, Any]:
     import cc3d
 
     from connectomics.decoding import cellmap_postprocess
-    from connectomics.decoding.blocks import ComponentsTask, run_components_task
+    from connectomics.decoding.blocks import ComponentsTask
+    from connectomics.decoding.blocks.stitched import objects_of
     from connectomics.decoding.decode import decode_predictions
+    from connectomics.tasks import run_task
     from connectomics.decoding.parameters import DecodeParameters
 
     spent = 0.0
@@ -73,7 +75,9 @@ def measure(way: str, source: str, out: str, block: int) -> dict[str, Any]:
     cellmap_postprocess.components(np.ones((2, 2, 2), np.bool_), 26)
     before, begin = memory("VmRSS"), time.perf_counter()
     if way == "blocks":
-        objects = run_components_task(ComponentsTask(source, out, "mito", chosen, (block,) * 3))
+        task = ComponentsTask(source, out, "mito", chosen, (block,) * 3)
+        run_task(task)
+        objects = objects_of(task)
     else:
         root = Path(source).parents[2]
         (done,) = decode_predictions(root, Path(out).parents[2], {"mito": chosen}, blockwise_above=1 << 62)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.blocks.components import ComponentsTask, needs_whole_array
 from connectomics.decoding.blocks.pieces import Pieces
-from connectomics.decoding.blocks.run import run_components_task
+from connectomics.decoding.blocks.stitched import objects_of
 from connectomics.decoding.blocks.table import TABLE_FILE, write_table
-from connectomics.decoding.blocks.task import ComponentsTask, needs_whole_array
 from connectomics.decoding.cellmap_postprocess import components, fill_holes, filter_by_size, semantic_to_instance
 from connectomics.decoding.labels import BLOCK, label_array, write_whole
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
@@ -24,6 +24,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
+from connectomics.tasks import run_task
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
@@ -228,8 +229,8 @@ def _decode_array(
     if grid.size > blockwise_above and not needs_whole_array(parameters):
         task = ComponentsTask(source.location, str(location), name, parameters, source=made_from)
         tell = None if block_progress is None else partial(_tell, block_progress, f"{dataset}/{crop}/{name}")
-        objects = run_components_task(task, tell, overwrite=True)
-        return DecodedArray(dataset, crop, name, str(location), objects, False)
+        run_task(task, None, tell, overwrite=overwrite or not task.is_begun)
+        return DecodedArray(dataset, crop, name, str(location), objects_of(task), False)
     mask = np.zeros(grid.shape, np.bool_)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
@@ -258,8 +259,8 @@ def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
     return values
 
 
-def _tell(progress: Progress, name: str, done: int, number: int) -> None:
-    progress(done, number, name)
+def _tell(progress: Progress, name: str, stage: str, done: int, number: int) -> None:
+    progress(done, number, f"{name} ({stage})")
 
 
 def _count(group: Path, objects: int) -> None:

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from connectomics.errors import CorruptDataError, InputError
 from connectomics.io.multiscale import Multiscale
 
+#: how probabilities are stored: value/255, or as they are
+DTYPES = (np.dtype(np.uint8), np.dtype(np.float16))
+
 
 def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
     """Where a probability is above the threshold.
@@ -38,11 +41,29 @@ def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
     missing = int(np.isnan(values).sum())
     if missing:
         warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
-    found: NDArray[np.bool_] = values > threshold
+    # numpy would round the threshold to the values' type; the largest such number that is not above it decides alike
+    limit = values.dtype.type(threshold)
+    if float(limit) > threshold:
+        limit = np.nextafter(limit, values.dtype.type(-1))
+    found: NDArray[np.bool_] = values > limit
     return found
 
 
-def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.uint8]:
+def open_probabilities(location: str) -> Multiscale:
+    """The multiscale group at ``location``, checked to hold probabilities: uint8 (value/255) or float16, not empty.
+
+    Raises `InputError`, and what `Multiscale.open` raises.
+    """
+    source = Multiscale.open(location)
+    level = source.levels[0]
+    if level.dtype not in DTYPES or level.grid.size == 0:
+        raise InputError(
+            f"{location}: expected uint8 or float16 probabilities, found {level.dtype} of shape {level.grid.shape}"
+        )
+    return source
+
+
+def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
     """A block of probabilities; every chunk must be stored, since predict writes all of them."""
     values, there = source.read_level(0, begin, shape)
     if not there.all():

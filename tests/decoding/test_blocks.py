@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import cc3d
@@ -13,14 +14,16 @@ import numpy as np
 import pytest
 
 from connectomics.config.schema import DecodingConfig
-from connectomics.decoding.blocks import ComponentsTask, run_components_task
+from connectomics.decoding.blocks import ComponentsTask
+from connectomics.decoding.blocks.stitched import objects_of
 from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.errors import ConfigError, CorruptDataError, InputError, MetadataError, WriteError
+from connectomics.errors import BlocksFailedError, ConfigError, InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import write_multiscale
+from connectomics.io.write import ArrayWriter, write_multiscale
+from connectomics.tasks import run_task
 from connectomics.tasks.lattice import Lattice
 
 SIZE = (8.0, 4.0, 5.24)
@@ -47,6 +50,11 @@ def task_of(folder: Path, values: np.ndarray, block: tuple[int, int, int], **par
     return ComponentsTask(write_input(folder, values), output, "mito", chosen, block, {"model": {"sha256": "abc"}})
 
 
+def run(task: ComponentsTask, overwrite: bool = False) -> int:
+    run_task(task, overwrite=overwrite)
+    return objects_of(task)
+
+
 def stored(task: ComponentsTask) -> np.ndarray:
     volume = Multiscale.open(task.output)
     return volume.read_level(0, (0, 0, 0), volume.grid.shape)[0]
@@ -70,7 +78,7 @@ def files(task: ComponentsTask) -> dict[str, bytes]:
 def test_labels_are_those_of_the_whole_array_number_by_number(tmp_path, connectivity, block):
     values = noise(connectivity)
     task = task_of(tmp_path, values, block, connectivity=connectivity)
-    n = run_components_task(task)
+    n = run(task)
     whole = cc3d.connected_components(values > 127, connectivity=connectivity)
     np.testing.assert_array_equal(stored(task), whole)
     assert n == whole.max() == len(rows(task))
@@ -83,7 +91,7 @@ def test_labels_are_those_of_the_whole_array_number_by_number(tmp_path, connecti
 def test_small_objects_are_small_in_the_volume_not_in_a_block(tmp_path, voxels, block):
     values = noise(26, seed=1)
     task = task_of(tmp_path, values, block, min_size_nm3=voxels * float(np.prod(SIZE)))
-    n = run_components_task(task)
+    n = run(task)
     expected = decode_class(values, SIZE, task.parameters)
     assert 0 < n == expected.max()
     np.testing.assert_array_equal(stored(task), expected)
@@ -100,7 +108,7 @@ def test_what_holds_together_only_across_an_edge_or_a_corner_of_blocks(tmp_path)
         values[a] = values[b] = 255
         for connectivity in (6, 18, 26):
             task = task_of(tmp_path, values, (4, 4, 4), connectivity=connectivity)
-            assert run_components_task(task, overwrite=True) == (1 if connectivity >= joined_by else 2), (a, b)
+            assert run(task, overwrite=True) == (1 if connectivity >= joined_by else 2), (a, b)
 
 
 def test_one_object_through_all_blocks_and_none_at_all(tmp_path):
@@ -109,10 +117,10 @@ def test_one_object_through_all_blocks_and_none_at_all(tmp_path):
     values[1::4, 0, 0] = 200  # a comb that turns at every second layer
     values[3::4, -1, -1] = 200
     task = task_of(tmp_path, values, (2, 5, 5), connectivity=6)
-    assert run_components_task(task) == 1
+    assert run(task) == 1
     np.testing.assert_array_equal(stored(task), values > 0)
     empty = task_of(tmp_path, np.zeros((9, 24, 25), np.uint8), (4, 8, 8))
-    assert run_components_task(empty, overwrite=True) == 0
+    assert run(empty, overwrite=True) == 0
     assert not stored(empty).any()
     assert rows(empty) == []
 
@@ -131,7 +139,7 @@ def test_the_table_says_size_box_and_center_in_nanometres(tmp_path):
     values[2:6, 3:9, 5:15] = 255
     values[15, 15, 15] = 255
     task = task_of(tmp_path, values, (4, 7, 6))
-    run_components_task(task)
+    run(task)
     first, second = rows(task)
     assert (first["id"], first["voxels"]) == ("1", "240")
     assert float(first["volume_nm3"]) == pytest.approx(240 * 8 * 4 * 5.24)
@@ -149,78 +157,79 @@ class Killed(BaseException):
     pass
 
 
-def test_killed_after_any_step_it_goes_on_and_writes_the_same_bytes(tmp_path):
+def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monkeypatch):
     values = noise(26, (20, 20, 20), seed=2)
-    undisturbed = task_of(tmp_path, values, (10, 7, 11))
-    run_components_task(undisturbed)
-    steps = 2 * len(Lattice((20, 20, 20), (10, 7, 11)))
-    expected = files(undisturbed)
+    undisturbed = task_of(tmp_path, values, (10, 10, 11))
+    run(undisturbed)
     task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
-    seen = []
+    write, attempts = ArrayWriter.write, 0
+    while not Path(task.output).exists():
+        attempts += 1
+        left = attempts  # writes until the next kill
 
-    def kill(done: int, number: int) -> None:
-        assert number == steps
-        if done not in seen:
-            seen.append(done)
-            raise Killed
+        def until_killed(writer: ArrayWriter, *arguments: object) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            write(writer, *arguments)
 
-    for _ in range(steps + 1):
-        with pytest.raises(Killed):
-            run_components_task(task, kill)
-        assert not Path(task.output).exists()
-    run_components_task(task, kill)
-    assert seen == list(range(steps + 1))  # one step was gained each time, none done twice
-    assert files(task) == expected
+        monkeypatch.setattr(ArrayWriter, "write", until_killed)
+        with suppress(Killed):
+            run_task(task)
+    assert attempts > 4
+    assert files(task) == files(undisturbed)
     assert sorted(p.name for p in Path(task.output).parent.iterdir()) == [".zgroup", "mito"]
 
 
-@pytest.mark.parametrize("function", ["write_table", "publish", "merge", "save_arrays"])
+@pytest.mark.parametrize(
+    "function",
+    ["write_table", "update_attrs", "publish", "unite_touching", "save_mapped", "create_array", "shutil.rmtree"],
+)
 def test_killed_between_the_steps(tmp_path, monkeypatch, function):
     values = noise(26, (20, 20, 20), seed=2)
     undisturbed = task_of(tmp_path, values, (10, 7, 11))
-    run_components_task(undisturbed)
+    run(undisturbed)
     task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
 
-    def kill(*arguments: object) -> None:
+    def kill(*arguments: object, **named: object) -> None:
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"connectomics.decoding.blocks.run.{function}", kill)
+        patch.setattr(f"connectomics.decoding.blocks.stitched.{function}", kill)
         with pytest.raises(Killed):
-            run_components_task(task)
-    run_components_task(task)
+            run(task)
+    run(task)
     assert files(task) == files(undisturbed)
 
 
 def test_a_finished_output_stays_and_another_tasks_is_refused(tmp_path):
     task = task_of(tmp_path, noise(26), (8, 8, 8))
-    run_components_task(task)
+    run(task)
     before = files(task)
-    steps: list[int] = []
-    run_components_task(task, lambda done, _: steps.append(done))
-    assert steps == []
+    assert not run_task(task)
     assert files(dataclasses.replace(task, block_shape=(5, 5, 5))) == before
     assert ComponentsTask.load(Path(task.output) / "task.json") == task
     other = dataclasses.replace(task, parameters=DecodeParameters(method="cc3d", connectivity=6))
     with pytest.raises(WriteError, match=r"holds labels of another task \(parameters differ\); overwrite it"):
-        run_components_task(other)
-    run_components_task(other, overwrite=True)
+        run(other)
+    run(other, overwrite=True)
     assert files(other) != before
 
 
 def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
     task = task_of(tmp_path, noise(26), (8, 8, 8))
 
-    def kill(done: int, number: int) -> None:
-        if done == 5:
+    def kill(stage: str, done: int, number: int) -> None:
+        if done > 0:
             raise Killed
 
     with pytest.raises(Killed):
-        run_components_task(task, kill)
+        run_task(task, progress=kill)
     other = dataclasses.replace(task, block_shape=(9, 9, 9))
     with pytest.raises(WriteError, match=r"\.mito\.partial holds labels of another task \(block_shape differ"):
-        run_components_task(other)
-    assert run_components_task(other, overwrite=True) == run_components_task(task)
+        run(other)
+    assert run(other, overwrite=True) == run(task)  # a finished output is the same whatever the blocks
 
 
 def test_what_needs_the_whole_array_and_what_is_no_input_is_refused(tmp_path):
@@ -232,13 +241,13 @@ def test_what_needs_the_whole_array_and_what_is_no_input_is_refused(tmp_path):
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     grid = VoxelGrid(SIZE, (0, 0, 0), (4, 4, 4))
     write_multiscale(task.input, np.zeros((4, 4, 4), np.float32), grid, overwrite=True)
-    with pytest.raises(InputError, match="expected uint8 probabilities, found float32"):
-        run_components_task(task)
+    with pytest.raises(InputError, match="expected uint8 or float16 probabilities, found float32"):
+        run(task)
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     (Path(task.input) / "s0" / "0" / "0" / "0").unlink()
-    with pytest.raises(CorruptDataError, match="lacks chunks"):
-        run_components_task(task)
-    (tmp_path / "task.json").write_text('{"raw": 1}')
+    with pytest.raises(BlocksFailedError, match=r"60 of 60 blocks failed .*lacks chunks"):
+        run(task)
+    (tmp_path / "task.json").write_text('{"kind": "components", "raw": 1}')
     with pytest.raises(MetadataError, match=r"unknown or absent: .*raw"):
         ComponentsTask.load(tmp_path / "task.json")
 
@@ -263,7 +272,7 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
     whole, expected = decode("whole", values.size)
     assert told == []
     blocks, found = decode("blocks", values.size - 1)
-    assert told == [(0, 2, "in/crop1/mito"), (1, 2, "in/crop1/mito"), (2, 2, "in/crop1/mito")]
+    assert told == [(done, 1, f"in/crop1/mito ({stage})") for stage in ("label", "write") for done in (0, 1)]
     assert blocks.objects == whole.objects > 10
     assert found == expected  # voxels, attributes and table, byte by byte
     assert decode("blocks", values.size - 1)[0].skipped
@@ -287,10 +296,14 @@ def test_the_limit_is_the_configurations():
 # -- memory ------------------------------------------------------------------------------------------------------------
 MEASURE = """
 import re, sys
-from connectomics.decoding.blocks import ComponentsTask, run_components_task
+from connectomics.decoding.blocks import ComponentsTask
+from connectomics.decoding.blocks.stitched import objects_of
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.tasks import run_task
 chosen = DecodeParameters(method="cc3d", min_size_nm3=1e4)
-print(run_components_task(ComponentsTask(sys.argv[1], sys.argv[2], "mito", chosen, (64, 128, 128))))
+task = ComponentsTask(sys.argv[1], sys.argv[2], "mito", chosen, (64, 128, 128))
+run_task(task)
+print(objects_of(task))
 print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru_maxrss would count the parent
 """
 

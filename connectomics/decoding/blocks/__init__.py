@@ -1,6 +1,6 @@
-"""Connected components of volumes of any size, block by block, equal to those of the whole array."""
+"""Segmentation of volumes of any size, block by block: a base for stitched tasks, and connected components."""
 
-from connectomics.decoding.blocks.run import run_components_task
-from connectomics.decoding.blocks.task import ComponentsTask
+from connectomics.decoding.blocks.components import ComponentsTask
+from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
 
-__all__ = ["ComponentsTask", "run_components_task"]
+__all__ = ["ComponentsTask", "Labelled", "StitchedTask"]

@@ -60,6 +60,16 @@ def _root(parent: NDArray[np.int64], node: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
+def _unite(parent: NDArray[np.int64], a: Any, b: Any) -> None:
+    """The smaller of two roots becomes the parent, so every parent's number is at most its child's."""
+    one, two = _root(parent, a), _root(parent, b)
+    if one < two:
+        parent[two] = one
+    elif two < one:
+        parent[one] = two
+
+
+@numba.njit(cache=True, nogil=True)
 def join(
     parent: NDArray[np.int64],
     low: NDArray[np.uint32],
@@ -74,8 +84,6 @@ def join(
         low, high: (h, w) labels on both sides of the border (an edge: one row; a corner: one voxel), 0 background;
             label i of ``low`` is node ``low_offset + i - 1``.
         reach: largest sum of the steps along both axes between voxels that hold together.
-
-    The smaller of two roots becomes the parent, so every parent's number is at most its child's.
     """
     rows, columns = low.shape
     side = min(reach, 1)
@@ -97,12 +105,14 @@ def join(
                     if b == 0 or b == previous:
                         continue
                     previous = b
-                    one = _root(parent, low_offset + np.int64(a) - 1)
-                    two = _root(parent, high_offset + np.int64(b) - 1)
-                    if one < two:
-                        parent[two] = one
-                    elif two < one:
-                        parent[one] = two
+                    _unite(parent, low_offset + np.int64(a) - 1, high_offset + np.int64(b) - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def join_pairs(parent: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+    """Unite the nodes of each row of ``pairs`` (n, 2) in the forest ``parent``."""
+    for i in range(len(pairs)):
+        _unite(parent, pairs[i, 0], pairs[i, 1])
 
 
 @numba.njit(cache=True, nogil=True)

@@ -2,86 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.blocks.pieces import Pieces, border, reach
-from connectomics.tasks.lattice import Lattice
+from connectomics.decoding.blocks.stored import StoredBlocks
 
-Faces = dict[str, NDArray[np.uint32]]
-_FACES_KEPT = 16  # blocks whose faces are held; neighbours along x and y come again soon
+FACES_KEPT = 16  # blocks whose faces are held; neighbours along x and y come again soon
 
 
-@dataclass(frozen=True)
-class Objects:
-    """The objects of a volume and which piece of which block belongs to which.
+def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]:
+    """Unite all labels that touch across the borders of blocks.
 
-    8 bytes a piece, and about 100 bytes an object while they are made.
-
-    Attributes:
-        pieces: the objects 1..n, numbered by their first voxel in z-y-x order.
-        label_of: (number of pieces of all blocks,) int64 the object's label, 0 where it is too small.
-        offsets: (blocks + 1,) int64 the first piece of every block in ``label_of``.
+    Returns:
+        (nodes,) the union-find forest over the nodes of `StoredBlocks.offsets`: the parent of each, whose number is at
+        most its own; a root is its own parent.
     """
+    from connectomics.decoding.blocks.kernels import join
 
-    pieces: Pieces
-    label_of: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-
-    def labels(self, block: int) -> NDArray[np.int64]:
-        """(k + 1,) what each of the block's labels 0..k becomes."""
-        return np.concatenate(([0], self.label_of[self.offsets[block] : self.offsets[block + 1]]))
-
-
-def merge(
-    lattice: Lattice,
-    pieces_of: Callable[[int], Pieces],
-    faces_of: Callable[[int], Faces],
-    connectivity: int,
-    min_voxels: int,
-) -> Objects:
-    """Unite the pieces that touch across the borders of blocks.
-
-    Args:
-        pieces_of, faces_of: what a block holds, by its number; asked for as needed and not kept.
-        min_voxels: objects of fewer voxels are left out.
-
-    The result does not depend on how the volume is cut.
-    """
-    from connectomics.decoding.blocks.kernels import gather, join, number_roots
-
-    blocks = range(len(lattice))
-    counts = np.fromiter((len(pieces_of(n)) for n in blocks), np.int64, len(lattice))
-    offsets = np.concatenate(([0], np.cumsum(counts)))
-    trees = np.arange(offsets[-1])
-    kept = lru_cache(maxsize=_FACES_KEPT)(faces_of)
-    for block in blocks:
-        if not counts[block]:
+    offsets = blocks.offsets
+    forest = np.arange(offsets[-1])
+    faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
+    for block in range(len(blocks.lattice)):
+        if not blocks.count(block):
             continue
-        for step, other in lattice.neighbours(block, connectivity):
-            if counts[other]:
+        for step, other in blocks.lattice.neighbours(block, connectivity):
+            if blocks.count(other):
                 back = (-step[0], -step[1], -step[2])
-                low, high = border(kept(block), step), border(kept(other), back)
-                join(trees, low, high, int(offsets[block]), int(offsets[other]), reach(step, connectivity))
-    kept.cache_clear()
-    found = Pieces.empty(int(number_roots(trees)))
-    for block in blocks:
-        if counts[block]:
-            part = pieces_of(block)
-            gather(
-                trees[offsets[block] : offsets[block + 1]],
-                *(part.sizes, part.first, part.boxes, part.sums),
-                *(found.sizes, found.first, found.boxes, found.sums),
-            )
-    chosen = np.flatnonzero(found.sizes >= min_voxels)
-    chosen = chosen[np.argsort(found.first[chosen], kind="stable")]
-    label = np.zeros(len(found), np.int64)
+                low, high = border(faces(block), step), border(faces(other), back)
+                join(forest, low, high, int(offsets[block]), int(offsets[other]), reach(step, connectivity))
+    return forest
+
+
+def unite_pairs(forest: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+    """Unite the nodes ``pairs`` (n, 2) in a forest (as `unite_touching` gives it), in place."""
+    from connectomics.decoding.blocks.kernels import join_pairs
+
+    join_pairs(forest, np.ascontiguousarray(pairs, np.int64))
+
+
+def number_trees(forest: NDArray[np.int64]) -> int:
+    """Turn a forest, in place, into the number 0..n-1 of every node's tree; returns n."""
+    from connectomics.decoding.blocks.kernels import number_roots
+
+    return int(number_roots(forest))
+
+
+def gathered(blocks: StoredBlocks, trees: NDArray[np.int64], n: int) -> Pieces:
+    """The table of the objects 0..n-1 from those of the blocks' pieces; ``trees`` (nodes,): the object of each."""
+    from connectomics.decoding.blocks.kernels import gather
+
+    found = Pieces.empty(n)
+    for block in range(len(blocks.lattice)):
+        if blocks.count(block):
+            part, at = blocks.pieces(block), blocks.offsets[block : block + 2]
+            gather(trees[at[0] : at[1]], *part.columns.values(), *found.columns.values())
+    return found
+
+
+def numbered(objects: Pieces, min_voxels: int) -> tuple[Pieces, NDArray[np.int64]]:
+    """The objects of at least ``min_voxels``, ordered by their first voxel in z-y-x order.
+
+    Returns:
+        They (row i: label i + 1), and (n,) the label of each of ``objects``, 0 for those that are too small.
+    """
+    chosen = np.flatnonzero(objects.sizes >= min_voxels)
+    chosen = chosen[np.argsort(objects.first[chosen], kind="stable")]
+    label = np.zeros(len(objects), np.int64)
     label[chosen] = np.arange(1, len(chosen) + 1)
-    found = found.take(chosen)
-    for begin in range(0, len(trees), 1 << 20):  # in place: no second array of all pieces
-        trees[begin : begin + (1 << 20)] = label[trees[begin : begin + (1 << 20)]]
-    return Objects(found, trees, offsets)
+    return objects.take(chosen), label
+
+
+def renamed(values: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """``table[values]``, in place: no second array of all pieces."""
+    for begin in range(0, len(values), 1 << 20):
+        values[begin : begin + (1 << 20)] = table[values[begin : begin + (1 << 20)]]
+    return values

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,10 @@ class Pieces:
         found: NDArray[np.bool_] = ~reaches.any(axis=1)
         return found
 
-    def save(self, path: Path) -> None:
-        """Store in one step."""
-        save_arrays(path, {"sizes": self.sizes, "first": self.first, "boxes": self.boxes, "sums": self.sums})
-
-    @classmethod
-    def load(cls, path: Path) -> Pieces:
-        """What `save` stored."""
-        return cls(**load_arrays(path))
+    @property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The arrays by their names."""
+        return {"sizes": self.sizes, "first": self.first, "boxes": self.boxes, "sums": self.sums}
 
 
 def faces_of(labels: NDArray[np.uint32]) -> dict[str, NDArray[np.uint32]]:
@@ -95,21 +93,22 @@ def reach(step: Index, connectivity: int) -> int:
     return RANK[connectivity] - sum(map(abs, step))
 
 
-def save_arrays(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Store named arrays in one step, compressed."""
-    import numcodecs
-
+def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Store named arrays in one step, compressed; the same arrays give the same bytes. `WriteError`."""
     buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_file(path, numcodecs.Blosc(cname="zstd", clevel=1, shuffle=1).encode(buffer.getvalue()))
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, values in arrays.items():
+            about = zipfile.ZipInfo(f"{name}.npy")  # with a date that is always the same
+            about.compress_type = zipfile.ZIP_DEFLATED
+            with file.open(about, "w", force_zip64=True) as part:
+                np.lib.format.write_array(part, np.asanyarray(values), allow_pickle=False)
+    write_file(path, buffer.getbuffer())
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What `save_arrays` stored; `CorruptDataError` where it cannot be read."""
-    import numcodecs
-
+def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """What `save_arrays` stored, or some of it, by name; `CorruptDataError` where it cannot be read."""
     try:
-        with np.load(io.BytesIO(numcodecs.Blosc().decode(path.read_bytes())), allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise CorruptDataError(f"cannot read {path}: {error}; remove its folder and decode again") from error
+        with np.load(path, allow_pickle=False) as stored:
+            return {name: stored[name] for name in (stored.files if names is None else names)}
+    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        raise CorruptDataError(f"cannot read {path}: {error}; begin again with --overwrite") from error

@@ -1,0 +1,67 @@
+"""Connected components of volumes of any size, equal to those of the whole array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from connectomics.decoding.blocks.pieces import Pieces
+from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
+from connectomics.decoding.cellmap_postprocess import components
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.probabilities import above, open_probabilities, read_block
+from connectomics.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ComponentsTask(StitchedTask):
+    """Connected components of one class's probabilities: ``threshold``, ``connectivity`` and ``min_size_nm3``.
+
+    The labels are those of `connectomics.decoding.decode.decode_class` on the whole array, number by number, whatever
+    the blocks.
+
+    Raises:
+        ConfigError: parameters that need the whole array: another method, hole filling, a boundary class.
+    """
+
+    kind: ClassVar[str] = "components"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if reason := needs_whole_array(self.parameters):
+            raise ConfigError(
+                f"decoding {self.class_name} block by block: {reason} needs the whole array in memory; "
+                f"leave it out, or decode the array whole"
+            )
+
+    def open_labeller(self) -> Callable[[int], Labelled]:
+        source, lattice = open_probabilities(self.input), self.lattice
+        least = self.parameters.min_voxels(source.levels[0].grid.voxel_size)
+
+        def label(number: int) -> Labelled:
+            begin, shape = lattice.region(number)
+            mask = above(read_block(source, begin, shape), self.parameters.threshold)
+            labels = components(mask, self.parameters.connectivity).astype(np.uint32, copy=False)
+            n = int(labels.max())
+            pieces = Pieces.measured(labels, n, begin, lattice.shape)
+            small = pieces.inside(begin, shape, lattice.shape) & (pieces.sizes < least)
+            if small.any():  # whole and too small: no other block has a say in it
+                n -= int(small.sum())
+                table = np.zeros(len(small) + 1, np.uint32)
+                table[1:][~small] = np.arange(1, n + 1)
+                labels = table[labels]
+            return Labelled(labels, n)
+
+        return label
+
+
+def needs_whole_array(parameters: DecodeParameters) -> str:
+    """Which of the parameters cannot be decided block by block, or "" where all can."""
+    if parameters.method != "cc3d":
+        return f"method {parameters.method}"
+    if parameters.fill_holes:
+        return "fill_holes"
+    return f"boundary {parameters.boundary}" if parameters.boundary else ""
