@@ -60,7 +60,7 @@ def describe(
     """
     from connectomics.cellmap.summary import summarize
 
-    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else _sizes(voxel_size))
+    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else voxel_size_of(voxel_size))
     if as_json:
         print(json.dumps(summary, indent=1))
         return
@@ -95,7 +95,7 @@ def _stored(chunks: dict[str, Any]) -> str:
     return f"raw chunks stored {chunks['total'] - chunks['missing']} of {chunks['total']}{hint}"
 
 
-def _sizes(text: str) -> tuple[float, float, float]:
+def voxel_size_of(text: str) -> tuple[float, float, float]:
     """``8`` or ``16,8,8`` as three sizes."""
     from connectomics.errors import InputError
     from connectomics.geometry import triple

@@ -218,6 +218,14 @@ class Multiscale:
                 first = array.chunk_location([f + int(o) for f, o in zip(low, absent[0], strict=True)])
         return missing, int(np.prod(np.subtract(end, begin))), first
 
+    def chunk_locations(self, grid: VoxelGrid) -> tuple[str, list[str]]:
+        """The path of the level that `read_raw` of ``grid`` reads, and the locations of the chunks that it needs there,
+        stored or not."""
+        array, begin, end = self._chunks_behind(grid)
+        shape = [e - b for b, e in zip(begin, end, strict=True)]
+        chunks = [array.chunk_location([b + o for b, o in zip(begin, i, strict=True)]) for i in np.ndindex(*shape)]
+        return self.levels[self.level_for(grid.voxel_size)].path, chunks
+
     def _chunks_behind(self, grid: VoxelGrid) -> tuple[StoredArray, list[int], list[int]]:
         """The array that `read_raw` of ``grid`` reads, and begin and end (exclusive) of the chunks that it needs."""
         index = self.level_for(grid.voxel_size)

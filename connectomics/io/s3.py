@@ -69,6 +69,18 @@ def children(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], l
     return [_last(name) for name in prefixes], [_last(str(item["path"])) for item in listed["objects"]]
 
 
+def files(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, str]]:
+    """Key, bytes and ETag of every object right below ``key`` (not deeper), by key."""
+    prefix = f"{key}/" if key else ""
+    store = _store(bucket, options)
+    if store is None:
+        pages = _plain_pages(bucket, prefix, "/", options)
+        return sorted(item for page in pages for item in _contents(page) if item[0] != prefix)
+    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key)
+    found = [] if listed is None else listed["objects"]
+    return sorted((str(o["path"]), int(o["size"]), str(o["e_tag"])) for o in found)
+
+
 def objects(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, str]]:
     """Key, bytes and ETag of every object below ``key``, however deep, by key."""
     prefix = f"{key}/" if key else ""
@@ -216,4 +228,4 @@ def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
 
 
-__all__ = ["FIRST_DELAY", "LONGEST_DELAY", "children", "get", "head", "in_parallel", "message", "objects"]
+__all__ = ["FIRST_DELAY", "LONGEST_DELAY", "children", "files", "get", "head", "in_parallel", "message", "objects"]

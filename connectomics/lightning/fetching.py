@@ -1,0 +1,68 @@
+"""What a run configuration reads of a public source: which crops, and which raw grids around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.config.schema import RunConfig
+from connectomics.data.augment import PatchAugmentor
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
+from connectomics.data.dataset.build import patch_options, views_of
+from connectomics.geometry import Box, Triple, VoxelGrid, triple
+
+
+@dataclass
+class Needs:
+    """Crops whose labels are wanted, and by raw group the grids (nm) that must be readable."""
+
+    crops: list[Crop]
+    raw: dict[str, list[VoxelGrid]] = field(default_factory=dict)
+
+    def add(self, location: str, grid: VoxelGrid) -> None:
+        """One more grid on a raw group."""
+        if grid.size:
+            self.raw.setdefault(location, []).append(grid)
+
+    def add_around(self, boxes: Iterable[tuple[str, Box]], voxel_sizes: Sequence[Triple], context: float) -> None:
+        """Raw at each of ``voxel_sizes`` (nm, z y x) in boxes (see `boxes_of_crops`) and ``context`` nm around them."""
+        for location, box in boxes:
+            for size in voxel_sizes:
+                self.add(location, VoxelGrid.covering(box.grow(context), size))
+
+
+def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
+    """Everything that training and validating ``config`` on ``catalog`` can look at: patches as far as augmentation
+    moves them, further views, and the windows of validation, each at its voxel size."""
+    chosen = config.dataset
+    crops = catalog.crops(chosen.datasets, chosen.crops, chosen.classes)
+    options = replace(patch_options(config), allow_missing_raw=True, cache="none")
+    size, patch = triple(chosen.resolution), config.data.patch_size
+    largest = [float(n) for n in patch]
+    for view_size, shape in views_of(config):
+        largest = [max(n, k * v / s) for n, k, v, s in zip(largest, shape, view_size, size, strict=True)]
+    augmentor = PatchAugmentor.of(config.data.augmentations, patch, largest)
+    found = Needs(crops)
+    for mode in ("train", "val"):
+        data = CellMapMultiClassDataset.of_crops(
+            crops, chosen.classes, mode, patch, size, augmentor if mode == "train" else None, options
+        )
+        for volume in data.all_volumes:
+            found.add(volume.crop.raw, volume.cached_raw_grid)
+    return found
+
+
+def boxes_of_crops(crops: Sequence[Crop]) -> list[tuple[str, Box]]:
+    """(raw group, box in nm) of crops of a catalog."""
+    return [(crop.raw, crop.box) for crop in crops]
+
+
+def boxes_of_table(catalog: Catalog, table: CropTable) -> list[tuple[str, Box]]:
+    """(raw group, box in nm) of every crop of a table, whose labels nobody has."""
+    return [
+        (catalog.raw_location(rows[0].dataset), reduce(Box.hull, [row.grid.box for row in rows]))
+        for rows in table.crops().values()
+    ]

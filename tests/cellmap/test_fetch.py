@@ -1,0 +1,250 @@
+"""Fetching: exactly what a run reads comes, whole, once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.fetch import FetchPlan, Missing, RemoteFile, plan_fetch, resolve_table, transfer
+from connectomics.cellmap.fetch.plan import FetchItem
+from connectomics.cellmap.labels import read_labels
+from connectomics.cli import main
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError
+from connectomics.geometry import VoxelGrid
+from connectomics.io.store import StoreError, StoreOptions
+from tests.s3_server import FaultyProxy, FolderServer, MotoServer
+
+SIZE = (8.0, 8.0, 8.0)
+
+
+@pytest.fixture(scope="module")
+def server(phantom: Path) -> Iterator[FolderServer]:
+    with FolderServer(phantom) as running:
+        yield running
+
+
+def options_of(server: FolderServer | FaultyProxy | MotoServer) -> StoreOptions:
+    return StoreOptions(endpoint=server.endpoint, retries=4, timeout=20).resolved()
+
+
+def plan_of(server: FolderServer | FaultyProxy, classes: list[str] | None = None, context: float = 40.0) -> FetchPlan:
+    options = options_of(server)
+    catalog = Catalog.open("s3://public", options)
+    crops = catalog.crops(catalog.datasets[:1], classes=classes)[:1]
+    grid = VoxelGrid.covering(crops[0].box.grow(context), SIZE)
+    return plan_fetch(catalog.root, crops, classes, {crops[0].raw: [grid]}, options)
+
+
+def files_below(root: Path) -> dict[str, bytes]:
+    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    return {name: data for name, data in found.items() if name != ".fetched.tsv"}
+
+
+def test_what_comes_is_what_is_there_and_enough_to_read_raw_and_labels(
+    server: FolderServer, phantom: Path, tmp_path: Path
+) -> None:
+    plan = plan_of(server, ["mito"])
+    missing = Missing.below(tmp_path, plan)
+    assert (missing.number, missing.size) == (plan.number, plan.size)
+    assert transfer(missing, tmp_path, options_of(server)) == plan.number
+    for name, data in files_below(tmp_path).items():
+        assert data == (phantom / name).read_bytes()
+    here, there = Catalog.open(str(tmp_path)), Catalog.open(str(phantom))
+    dataset = here.datasets[0]
+    mine = here.crops()[0]
+    theirs = there.crop(dataset, mine.name)
+    grid = VoxelGrid.covering(theirs.box.grow(40.0), SIZE)
+    values, inside = mine.raw_source.read_raw(grid)
+    expected, all_inside = theirs.raw_source.read_raw(grid)
+    assert np.array_equal(inside, all_inside)
+    assert np.array_equal(values, expected)
+    assert mine.missing_raw(grid)[0] == 0
+    ours, full = read_labels(mine, ["mito"], grid), read_labels(theirs, ["mito"], grid)
+    assert np.array_equal(ours.present, full.present)
+    assert np.array_equal(ours.known, full.known)
+
+
+def test_only_the_raw_level_that_is_read_and_only_the_finest_labels_come(server: FolderServer, phantom: Path) -> None:
+    plan = plan_of(server, ["mito"])
+    levels = {
+        m.group() for i in plan.items for f in i.files if (m := re.search(r"/s\d(?=/\d)", f.key)) and "/em/" in f.key
+    }
+    crop = Catalog.open(str(phantom)).crops()[0]
+    read = crop.raw_source.levels[crop.raw_source.level_for(SIZE)].path
+    assert levels == {f"/{read}"}
+    label_chunks = [f.key for i in plan.items if i.whole for f in i.files]
+    assert label_chunks
+    assert all("/s0/" in key for key in label_chunks)
+
+
+def test_nothing_comes_twice_and_what_is_damaged_comes_again(server: FolderServer, tmp_path: Path) -> None:
+    plan, options = plan_of(server), options_of(server)
+    transfer(Missing.below(tmp_path, plan), tmp_path, options)
+    assert Missing.below(tmp_path, plan).number == 0
+    victim = next(f for i in plan.items if i.whole for f in i.files if not f.is_metadata)
+    (tmp_path / victim.path).write_bytes(b"cut")
+    again = {f.path for files in Missing.below(tmp_path, plan).items for f in files}
+    assert victim.path in again
+    array = victim.path.split("/s0/")[0] + "/s0"  # is not there until it is whole
+    assert again - {victim.path} == {f"{array}/.zarray", f"{array}/.zattrs"}
+    transfer(Missing.below(tmp_path, plan), tmp_path, options)
+    assert Missing.below(tmp_path, plan).number == 0
+
+
+def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_path: Path) -> None:
+    with MotoServer() as moto:
+        moto.put("a/one", b"abc")
+        good = RemoteFile("a/one", 3, "900150983cd24fb0d6963f7d28e17f72", "a/one")
+        plan = FetchPlan("s3://public", (FetchItem("a", (good,)),))
+        transfer(Missing.below(tmp_path, plan), tmp_path, options_of(moto))
+        (tmp_path / ".fetched.tsv").unlink()
+        assert Missing.below(tmp_path, plan).number == 0  # known by its sum
+        (tmp_path / "a/one").write_bytes(b"abd")
+        assert Missing.below(tmp_path, plan).number == 1
+        bad = RemoteFile("a/one", 3, "0" * 32, "a/one")
+        wrong = FetchPlan("s3://public", (FetchItem("a", (bad,)),))
+        with pytest.raises(StoreError, match="expected the MD5 sum 0000"):
+            transfer(Missing.below(tmp_path, wrong), tmp_path, options_of(moto))
+
+
+def test_failures_are_tried_again_and_what_never_comes_is_named_and_its_array_stays_closed(
+    server: FolderServer, tmp_path: Path
+) -> None:
+    plan = plan_of(server, ["mito"])
+    with FaultyProxy(server.endpoint, share=1 / 5, seed=3) as proxy:
+        transfer(Missing.below(tmp_path / "a", plan), tmp_path / "a", options_of(proxy))
+    assert Missing.below(tmp_path / "a", plan).number == 0
+    item = next(i for i in plan.items if i.whole)
+    gone = next(f for f in item.files if not f.is_metadata)
+    lost = RemoteFile(gone.key + ".gone", gone.size, gone.etag, gone.path)
+    items = tuple(
+        FetchItem(i.name, tuple(lost if f == gone else f for f in i.files), i.absent, i.whole) for i in plan.items
+    )
+    broken = FetchPlan(plan.source, items)
+    with pytest.raises(StoreError, match=r"1 of \d+ objects did not come .*is gone.*run the same command again"):
+        transfer(Missing.below(tmp_path / "b", broken), tmp_path / "b", options_of(server))
+    assert not (tmp_path / "b" / gone.path.split("/s0/")[0] / "s0/.zarray").exists()
+    here = Catalog.open(str(tmp_path / "b")).crops()[0]
+    with pytest.raises(MissingError, match="none of its levels is stored"):
+        here.labels[item.name.split("/")[-1]].source  # noqa: B018
+    transfer(Missing.below(tmp_path / "b", plan), tmp_path / "b", options_of(server))
+    assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
+
+
+def test_a_fetch_that_is_killed_goes_on(server: FolderServer, phantom: Path, tmp_path: Path) -> None:
+    name = Catalog.open(str(phantom)).crops()[0].name
+    command = [sys.executable, "-m", "connectomics", "fetch", "--from", "s3://public", "--crop", name]
+    arguments = ["--voxel-size", "8", "--threads", "2"]
+    with FaultyProxy(server.endpoint, latency=0.02) as slow:
+        environment = {**os.environ, "AWS_ENDPOINT_URL": slow.endpoint}
+        for _ in range(2):
+            running = subprocess.Popen([*command, *arguments, str(tmp_path / "b")], env=environment)
+            seen = len(files_below(tmp_path / "b")) if (tmp_path / "b").exists() else 0
+            until = time.monotonic() + 60
+            while time.monotonic() < until and running.poll() is None:
+                there = len(files_below(tmp_path / "b")) if (tmp_path / "b").exists() else 0
+                if there > seen + 10:
+                    break
+                time.sleep(0.02)
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+    environment = {**os.environ, "AWS_ENDPOINT_URL": server.endpoint}
+    for place in ("a", "b"):
+        again = [*command, *arguments, str(tmp_path / place)]
+        ended = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+    left = {name for name in files_below(tmp_path / "b") if ".part-" in name}
+    assert {n: d for n, d in files_below(tmp_path / "b").items() if n not in left} == files_below(tmp_path / "a")
+
+
+def test_a_run_configuration_says_what_comes(
+    server: FolderServer,
+    phantom: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "dataset: {classes: [mito, nuc], resolution: [16, 16, 16]}\ndata: {patch_size: [16, 16, 16], num_workers: 0, "
+        "augmentations: {RandRotate90d: {keys: [image, label], prob: 0.5}}}\n"
+    )
+    root = tmp_path / "données 1"
+    arguments = ["fetch", str(root), "--from", "s3://public", "--for", str(config)]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert not root.exists()
+    said = capfd.readouterr().out
+    assert re.search(r"/raw +\d+ +[\d.]+ MB", said)
+    assert main(arguments) == 0
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    from connectomics.config import load_config
+    from connectomics.data.datamodule import CellMapDataModule
+
+    composed = load_config(config, [f"dataset.data_root='{root}'"])
+    module = CellMapDataModule(composed)
+    module.setup("fit")  # checks that all raw chunks that patches can look at are there
+    assert next(iter(module.train_dataloader()))["image"].shape[-1] == 16
+
+
+def test_bad_input_is_one_line(
+    server: FolderServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    dataset = Catalog.open("s3://public", options_of(server)).datasets[0]
+    cases: list[tuple[list[str], str]] = [
+        (["--from", str(tmp_path)], "data is fetched from S3"),
+        (["--from", "s3://public", "--dataset", dataset + "x"], "did you mean"),
+        (["--from", "s3://public", "--class", "mitoo"], "did you mean 'mito'"),
+        (["--from", "s3://public", "--crop", "crop99999"], "unknown crop"),
+        (["--from", "s3://nowhere"], "s3://nowhere"),
+        (["--from", "s3://public", "--voxel-size", "wide"], "one number or three"),
+        (["--from", "s3://public", "--context", "-1"], "--context"),
+        (["--from", "s3://public", "--no-labels"], "nothing to fetch"),
+        (["--from", "s3://public", "--crops", "nowhere.csv"], "no crop table at"),
+        (["--from", "s3://public", "--for", str(tmp_path / "no.yaml")], "no.yaml"),
+    ]
+    for arguments, expected in cases:
+        assert main(["fetch", str(tmp_path / "root"), *arguments]) == 1, arguments
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(said) == 1, arguments
+        assert expected in said[0]
+
+
+def test_a_key_that_leads_out_of_the_root_is_refused(server: FolderServer, tmp_path: Path) -> None:
+    evil = RemoteFile("x/../../evil", 1, "", "x/../../evil")
+    with pytest.raises(InputError, match="leads out of"):
+        Missing.below(tmp_path, FetchPlan("s3://public", (FetchItem("x", (evil,)),)))
+
+
+def test_too_little_space_is_said_before_anything_comes(server: FolderServer, tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    plan = FetchPlan("s3://public", (FetchItem("x", (RemoteFile("x", 2 * free, "", "x"),)),))
+    with pytest.raises(WriteError, match="GB free"):
+        transfer(Missing.below(tmp_path / "root", plan), tmp_path / "root", options_of(server))
+    assert files_below(tmp_path / "root") == {}
+
+
+def test_a_crop_table_comes_from_a_url_and_a_broken_one_is_not_kept(
+    server: FolderServer, phantom: Path, tmp_path: Path
+) -> None:
+    table = resolve_table(f"{server.endpoint}/public/test_crops.csv", tmp_path)
+    assert len(table) == len(resolve_table(str(phantom / "test_crops.csv")))
+    no_table = f"{server.endpoint}/public/{next(phantom.rglob('.zarray')).relative_to(phantom)}"
+    kept = (tmp_path / "crop_table.csv").read_bytes()
+    with pytest.raises(MetadataError):
+        resolve_table(no_table, tmp_path)
+    assert (tmp_path / "crop_table.csv").read_bytes() == kept
+    with pytest.raises(MissingError, match="cannot read the crop table"):
+        resolve_table(f"{server.endpoint}/public/nowhere.csv", tmp_path)
