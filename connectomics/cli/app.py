@@ -14,6 +14,7 @@ from connectomics.cli import (
     measure_verb,
     result_verbs,
     run_task_verb,
+    run_task_verb,
     run_verbs,
     tune_verb,
 )
@@ -41,6 +42,7 @@ app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
 app.command("measure")(measure_verb.measure)
+app.command("run-task")(run_task_verb.run_task)
 app.command("run-task")(run_task_verb.run_task)
 app.command("evaluate")(run_verbs.evaluate)
 app.command("tune")(tune_verb.tune)

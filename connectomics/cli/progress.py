@@ -43,6 +43,17 @@ def when_needed(what: str) -> Advance:
     return advance
 
 
+def stages(what: str) -> Callable[[str, int, int], None]:
+    """The progress of tasks (`connectomics.tasks.run.Progress`): each stage that leaves something to do is shown as
+    `when_needed` does."""
+    shown: dict[str, Advance] = {}
+
+    def advance(stage: str, done: int, blocks: int) -> None:
+        shown.setdefault(stage, when_needed(f"{what}, {stage}"))(done, blocks, "blocks")
+
+    return advance
+
+
 @contextmanager
 def _bar() -> Iterator[Advance]:
     from rich.console import Console

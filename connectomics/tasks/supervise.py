@@ -109,6 +109,15 @@ class Child:
         """Whether it can be given blocks."""
         return not self.connection.closed and self._process.poll() is None
 
+    @property
+    def held(self) -> int:
+        """Bytes of memory that the process holds for itself now: not pages of mapped files, which can be dropped."""
+        try:
+            info = psutil.Process(self._process.pid).memory_info()
+        except psutil.NoSuchProcess:
+            return 0
+        return int(info.rss - (info.shared if hasattr(info, "shared") else 0))
+
     def end(self) -> None:
         """Kill the process; it does not come back."""
         self._process.kill()
@@ -150,7 +159,7 @@ class Child:
         limit = job.timeout_s
         if limit is not None and time.monotonic() - self._heard > limit * (_OPENING if self._opening else 1):
             return f"took longer than {limit * _OPENING if self._opening else limit:g} s"
-        if job.memory_bytes is not None and _held(self._process.pid) > job.memory_bytes:
+        if job.memory_bytes is not None and self.held > job.memory_bytes:
             return f"held more than {job.memory_bytes / 1e9:g} GB"
         return ""
 
@@ -170,15 +179,6 @@ class Child:
             return self._tell(unopened=why)
         self._failed[self._left.popleft()] = why
         return self._tell()
-
-
-def _held(pid: int) -> float:
-    """Bytes of memory that a process holds for itself: pages of mapped files, which the system can drop, are not."""
-    try:
-        info = psutil.Process(pid).memory_info()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(info.rss - (info.shared if hasattr(info, "shared") else 0))
 
 
 def _signal_name(number: int) -> str:

@@ -164,10 +164,21 @@ class BlockTask(ABC):
 
 
 def read_task(path: str | Path) -> dict[str, Any]:
-    """The contents of a stored task; `MissingError`, and `MetadataError` for a file that is none."""
-    data = store.read_json(path)
+    """The contents of a stored task, JSON or YAML; `MissingError`, and `MetadataError` for a file that is none."""
+    data = _read_yaml(Path(path)) if Path(path).suffix in (".yaml", ".yml") else store.read_json(path)
     if data is None:
         raise MissingError(f"no task at {path}; a task is the file {TASK_FILE} beside the output of a verb")
     if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
-        raise MetadataError(f"{path} holds no task: expected JSON with a key 'kind'")
+        raise MetadataError(f"{path} holds no task: expected keys and values, with a key 'kind'")
     return data
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    if not path.is_file():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MetadataError(f"{path} holds no task: it is not valid YAML ({' '.join(str(error).split())})") from error

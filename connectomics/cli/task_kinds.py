@@ -1,0 +1,29 @@
+"""The kinds of tasks, for `pytc run-task`: a class is imported when a task of its kind is run."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from connectomics.errors import unknown_name
+
+if TYPE_CHECKING:
+    from connectomics.tasks import BlockTask
+
+#: `BlockTask.kind` -> where its class is
+TASK_KINDS: dict[str, str] = {}
+
+
+def load_task(path: Path) -> BlockTask:
+    """The task that is stored in a file (JSON or YAML), of whatever kind; `MissingError`, `MetadataError`,
+    `UnknownNameError`."""
+    from connectomics.tasks.task import read_task
+
+    data = read_task(path)
+    kind = data.pop("kind")
+    if kind not in TASK_KINDS:
+        raise unknown_name("kind of task", kind, TASK_KINDS, str(path))
+    module, _, name = TASK_KINDS[kind].partition(":")
+    task: BlockTask = getattr(import_module(module), name).from_dict(data, str(path))
+    return task

@@ -1,0 +1,178 @@
+"""What tasks will take, before they are run: blocks, bytes, memory, and the time of one block that is tried."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from connectomics.config.schema import EngineConfig
+from connectomics.errors import ConnectomicsError
+from connectomics.tasks.done import DoneMap
+from connectomics.tasks.pool import gpu_count
+from connectomics.tasks.supervise import Child, make_job
+from connectomics.tasks.task import BlockTask, Cost
+
+_TWICE_S = 10.0  # a block that takes less is timed when it is done again: the first one loads and compiles
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """A stage of one task, or of several together.
+
+    Attributes:
+        blocks: how many there are; None: known once the stages before are done. left: of them, still to be done.
+        cost: of the largest block, in bytes; None: not known.
+        seconds: that a worker takes for a block; None: not timed. held: bytes that it held then, model and all.
+    """
+
+    stage: str
+    blocks: int | None
+    left: int | None
+    cost: Cost | None
+    seconds: float | None = None
+    held: int | None = None
+
+    @property
+    def read(self) -> int | None:
+        """Bytes that are read for the blocks that are left, at most."""
+        return None if self.cost is None or self.left is None else self.cost.read * self.left
+
+    @property
+    def written(self) -> int | None:
+        """Bytes that they write, at most (uncompressed)."""
+        return None if self.cost is None or self.left is None else self.cost.written * self.left
+
+    @property
+    def worker_seconds(self) -> float | None:
+        """Time of one worker for the blocks that are left."""
+        return None if self.seconds is None or self.left is None else self.seconds * self.left
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What tasks will take. ``workers`` work on them; None: as many as the scheduler has."""
+
+    tasks: int
+    stages: tuple[StageEstimate, ...]
+    workers: int | None
+    untimed: str = ""
+
+    @property
+    def worker_seconds(self) -> float | None:
+        """Time of one worker for all stages that were timed; None: none was."""
+        times = [stage.worker_seconds for stage in self.stages if stage.worker_seconds is not None]
+        return sum(times) if times else None
+
+
+def estimate(
+    tasks: Sequence[BlockTask],
+    engine: EngineConfig,
+    device: str = "cpu",
+    *,
+    timed: bool = True,
+    overwrite: bool = False,
+) -> Estimate:
+    """What is left to do of ``tasks`` and how long that will take.
+
+    Blocks and bytes are added up over the tasks, stage by stage. For the time the middle block of each stage of the
+    largest task is done on this machine, into a folder that is removed again (`BlockTask.relocated`); a stage that
+    cannot be prepared from the one block that was done of the stage before it is not timed. Writes nothing else.
+
+    Raises:
+        what `BlockTask.check` raises; a block that fails is only not timed.
+    """
+    todo = [task for task in tasks if task.check(overwrite=overwrite)]
+    stages: dict[str, StageEstimate] = {}
+    for task in todo:
+        for stage in task.stages:
+            mine = _stage(task, stage, overwrite)
+            stages[stage] = _added(stages[stage], mine) if stage in stages else mine
+    untimed = ""
+    if timed and todo:
+        largest = max(todo, key=lambda task: _blocks(task, task.stages[0]) or 0)
+        times, untimed = _time(largest, engine, device)
+        for stage, (seconds, held) in times.items():
+            stages[stage] = replace(stages[stage], seconds=seconds, held=held)
+    return Estimate(len(todo), tuple(stages.values()), _workers(engine, device), untimed)
+
+
+def _workers(engine: EngineConfig, device: str) -> int | None:
+    if engine.address is not None:
+        return None
+    return engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
+
+
+def _stage(task: BlockTask, stage: str, overwrite: bool) -> StageEstimate:
+    blocks = left = _blocks(task, stage)
+    file = task.folder / f".done-{stage}"
+    if blocks is not None and not overwrite and file.exists():
+        left = blocks - DoneMap(file, blocks, task.key).count
+    return StageEstimate(stage, blocks, left, task.cost(stage))
+
+
+def _blocks(task: BlockTask, stage: str) -> int | None:
+    """How many blocks a stage has, where that can be said before it is prepared."""
+    try:
+        return task.blocks(stage)
+    except (ConnectomicsError, OSError):
+        return None
+
+
+def _added(one: StageEstimate, other: StageEstimate) -> StageEstimate:
+    costs = [cost for cost in (one.cost, other.cost) if cost is not None]
+    most = None
+    if len(costs) == 2:
+        most = Cost(*(max(getattr(cost, name) for cost in costs) for name in ("read", "written", "memory")))
+    return StageEstimate(one.stage, _sum(one.blocks, other.blocks), _sum(one.left, other.left), most)
+
+
+def _sum(one: int | None, other: int | None) -> int | None:
+    return None if one is None or other is None else one + other
+
+
+def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str, tuple[float, int]], str]:
+    """Seconds and bytes held for a block of each stage that can be tried, and why the others cannot."""
+    times: dict[str, tuple[float, int]] = {}
+    with tempfile.TemporaryDirectory(prefix="pytc-dry-run-") as folder:
+        try:
+            copy = task.relocated(Path(folder) / "output")
+            if copy is None:
+                return times, f"a task of the kind {task.kind} cannot be tried"
+            copy.claim()
+            child = Child(0, None)
+            try:
+                for stage in copy.stages:
+                    copy.prepare(stage)
+                    times[stage] = _time_block(child, copy, stage, engine, device)
+            finally:
+                child.end()
+        except (ConnectomicsError, OSError) as error:
+            stage = next((s for s in task.stages if s not in times), task.stages[-1])
+            return times, f"{stage} could not be tried alone: {error}"
+    return times, ""
+
+
+def _time_block(child: Child, task: BlockTask, stage: str, engine: EngineConfig, device: str) -> tuple[float, int]:
+    job = make_job(task, stage, device, engine)
+    middle = task.blocks(stage) // 2
+    seconds, held = float("inf"), 0
+    for _ in range(2):
+        begin = time.perf_counter()
+        child.give(job, [middle])
+        batch = None
+        while batch is None or not batch.ended:
+            wait([child.connection], 0.02)
+            held = max(held, child.held)
+            batch = child.step()
+        seconds = min(seconds, time.perf_counter() - begin)
+        if batch.stop is not None:
+            raise batch.stop
+        if not batch.done:
+            raise ConnectomicsError(batch.unopened or f"block {middle}: {batch.failed[middle]}")
+        if seconds > _TWICE_S:
+            break
+    return seconds, held
