@@ -1,0 +1,228 @@
+"""Mean-affinity agglomeration on one array: the numba kernels (apart, so that importing the package imports no numba).
+
+Fragments: of the edges to its six neighbours every voxel takes the strongest, and what is so linked is a fragment (the
+first step of O. Boruvka's minimum spanning tree; basins of an edge-weighted graph). Between fragments that touch, the
+mean of all affinities across their common face is the score, and the pair with the highest is united again and again
+until none is above the threshold; faces that come together by that are averaged as one. Source of the second step:
+J. Funke et al., Large Scale Image Segmentation with Structured Loss Based Deep Learning for Connectome Reconstruction,
+IEEE TPAMI 2019 (mean affinity).
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.affinities.mutex import _EMPTY, find, pair_key, slot_of
+
+
+@numba.njit(cache=True, nogil=True)
+def _unite(parent: NDArray[np.int32], a: Any, b: Any) -> None:
+    one, two = find(parent, a), find(parent, b)
+    if one < two:
+        parent[two] = one
+    elif two < one:
+        parent[one] = two
+
+
+@numba.njit(cache=True, nogil=True)
+def strongest_links(
+    values: NDArray[Any], nodes: NDArray[np.int32], offsets: NDArray[np.int64], low: int, number: int
+) -> Any:
+    """The forest (a root is its own parent, and its smallest node) of what the strongest edge of each voxel links.
+
+    Args:
+        values: (K, D, H, W) whole numbers.
+        nodes: (D, H, W) number of every voxel's node, -1 where there is none.
+        offsets: (K, 3) voxels.
+        low: an edge must be above it to link.
+
+    Of equal edges a voxel takes the one of the first channel, and there the one that begins at it.
+    """
+    parent = np.arange(number, dtype=np.int32)
+    shape = nodes.shape
+    for z in range(shape[0]):
+        for y in range(shape[1]):
+            for x in range(shape[2]):
+                node = nodes[z, y, x]
+                if node < 0:
+                    continue
+                best, to = np.int64(low), np.int64(-1)
+                for k in range(len(offsets)):
+                    for sign in (1, -1):
+                        v = z + sign * offsets[k, 0]
+                        u = y + sign * offsets[k, 1]
+                        t = x + sign * offsets[k, 2]
+                        if v < 0 or u < 0 or t < 0 or v >= shape[0] or u >= shape[1] or t >= shape[2]:
+                            continue
+                        other = nodes[v, u, t]
+                        if other < 0:
+                            continue
+                        value = np.int64(values[k, z, y, x] if sign > 0 else values[k, v, u, t])
+                        if value > best:
+                            best, to = value, np.int64(other)
+                if to >= 0:
+                    _unite(parent, node, to)
+    return parent
+
+
+@numba.njit(cache=True, nogil=True)
+def _grown(table: NDArray[np.uint64], edge: NDArray[np.int32]) -> Any:
+    """Table and edges with room again, and how many they hold: pairs whose edge is -1 are left out."""
+    live = 0
+    for at in range(len(table)):
+        if table[at] != _EMPTY and edge[at] >= 0:
+            live += 1
+    size = len(table)
+    while size < 4 * live:
+        size *= 2
+    larger, larger_edge = np.full(size, _EMPTY, np.uint64), np.empty(size, np.int32)
+    for at in range(len(table)):
+        if table[at] != _EMPTY and edge[at] >= 0:
+            slot = slot_of(larger, table[at])
+            larger[slot] = table[at]
+            larger_edge[slot] = edge[at]
+    return larger, larger_edge, live
+
+
+@numba.njit(cache=True, nogil=True)
+def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> Any:
+    """The pairs of labels that touch: (ends (m, 2) int32, sums (m,) int64 of their values, counts (m,) int64).
+
+    Args:
+        values: (K, D, H, W) whole numbers.
+        labels: (D, H, W), 0 background.
+        offsets: (K, 3) voxels.
+
+    Ordered by where a pair first touches.
+    """
+    shape = labels.shape
+    table, edge = np.full(4096, _EMPTY, np.uint64), np.empty(4096, np.int32)
+    ends, sums, counts = np.empty((1024, 2), np.int32), np.empty(1024, np.int64), np.empty(1024, np.int64)
+    m = 0
+    for k in range(len(offsets)):
+        dz, dy, dx = offsets[k]
+        for z in range(max(0, -dz), min(shape[0], shape[0] - dz)):
+            for y in range(max(0, -dy), min(shape[1], shape[1] - dy)):
+                for x in range(max(0, -dx), min(shape[2], shape[2] - dx)):
+                    a, b = labels[z, y, x], labels[z + dz, y + dy, x + dx]
+                    if a == b or a == 0 or b == 0:
+                        continue
+                    key = pair_key(a, b)
+                    slot = slot_of(table, key)
+                    if table[slot] != key:
+                        if m == len(sums):
+                            more = np.empty((2 * m, 2), np.int32)
+                            more[:m] = ends
+                            ends = more
+                            sums = np.concatenate((sums, np.empty(m, np.int64)))
+                            counts = np.concatenate((counts, np.empty(m, np.int64)))
+                        ends[m, 0], ends[m, 1] = a, b
+                        sums[m] = 0
+                        counts[m] = 0
+                        table[slot] = key
+                        edge[slot] = m
+                        m += 1
+                        if 2 * m > len(table):
+                            table, edge, _ = _grown(table, edge)
+                            slot = slot_of(table, key)
+                    sums[edge[slot]] += values[k, z, y, x]
+                    counts[edge[slot]] += 1
+    return ends[:m].copy(), sums[:m].copy(), counts[:m].copy()
+
+
+@numba.njit(cache=True, nogil=True)
+def merge_regions(
+    ends: NDArray[np.int32], sums: NDArray[np.int64], counts: NDArray[np.int64], number: int, least: float
+) -> Any:
+    """Unite the pair of regions with the highest mean, again and again, as long as that is above ``least``.
+
+    Args:
+        ends: (m, 2) pairs of regions 1..number, each pair once.
+        sums, counts: (m,) of the values across the pair's face; changed in place.
+        least: a mean of values.
+
+    Returns:
+        (parent, alive): the forest over 0..number (a root is its own parent), and (m,) whether a pair is still one:
+        those are the pairs of regions that touch in the end, between the roots of ``ends``.
+
+    Of equal means the pair of the earlier row goes first.
+    """
+    m = len(sums)
+    parent = np.arange(number + 1).astype(np.int32)
+    size = 4096
+    while size < 4 * m:
+        size *= 2
+    table, edge = np.full(size, _EMPTY, np.uint64), np.full(size, -1, np.int32)
+    alive, version = np.ones(m, np.bool_), np.zeros(m, np.int32)
+    # lists of the edges at each region: an edge has two records, 2 e at its first end and 2 e + 1 at its second
+    head, tail = np.full(number + 1, -1, np.int64), np.full(number + 1, -1, np.int64)
+    degree, after = np.zeros(number + 1, np.int32), np.full(2 * m, -1, np.int64)
+    used = m  # places of the table that are taken, also by pairs that are none any more
+    heap = [(0.0, np.int64(-1), np.int64(0)) for _ in range(0)]
+    for e in range(m):
+        slot = slot_of(table, pair_key(ends[e, 0], ends[e, 1]))
+        table[slot], edge[slot] = pair_key(ends[e, 0], ends[e, 1]), e
+        for side in range(2):
+            _append(head, tail, after, ends[e, side], 2 * e + side)
+            degree[ends[e, side]] += 1
+        if sums[e] > least * counts[e]:
+            heap.append((-sums[e] / counts[e], np.int64(e), np.int64(0)))
+    heapq.heapify(heap)
+    while len(heap) > 0:
+        _, row, stamp = heapq.heappop(heap)
+        if not alive[row] or stamp != version[row]:
+            continue
+        a, b = find(parent, ends[row, 0]), find(parent, ends[row, 1])
+        alive[row] = False
+        edge[slot_of(table, pair_key(a, b))] = -1
+        if degree[a] < degree[b]:
+            a, b = b, a
+        parent[b] = a
+        record = head[b]
+        while record >= 0:
+            following = after[record]
+            after[record] = -1
+            f = record >> 1
+            if alive[f]:
+                other = find(parent, ends[f, 1 - (record & 1)])
+                old = slot_of(table, pair_key(b, other))
+                edge[old] = -1
+                key = pair_key(a, other)
+                slot = slot_of(table, key)
+                if table[slot] == key and edge[slot] >= 0:
+                    kept = np.int64(edge[slot])
+                    if f < kept:  # the earlier row stands for both, so that what comes of ties does not depend on a, b
+                        kept, f = f, kept
+                        edge[slot] = kept
+                        if record >> 1 == kept:
+                            _append(head, tail, after, a, record)
+                            degree[a] += 1
+                    sums[kept] += sums[f]
+                    counts[kept] += counts[f]
+                    alive[f] = False
+                    version[kept] += 1
+                    if sums[kept] > least * counts[kept]:
+                        heapq.heappush(heap, (-sums[kept] / counts[kept], kept, np.int64(version[kept])))
+                else:
+                    used += table[slot] != key
+                    table[slot], edge[slot] = key, f
+                    _append(head, tail, after, a, record)
+                    degree[a] += 1
+                    if 2 * used > len(table):
+                        table, edge, used = _grown(table, edge)
+            record = following
+    return parent, alive
+
+
+@numba.njit(cache=True, nogil=True)
+def _append(head: Any, tail: Any, after: Any, region: Any, record: Any) -> None:
+    if tail[region] >= 0:
+        after[tail[region]] = record
+    else:
+        head[region] = record
+    tail[region] = record

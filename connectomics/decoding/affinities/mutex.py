@@ -1,0 +1,257 @@
+"""Mutex watershed on one array: the numba kernel (apart, so that importing the package does not import numba).
+
+Every pair of voxels that an offset joins is an edge of signed weight. Edges are taken by falling magnitude: a positive
+one unites the clusters of its ends unless something stronger keeps them apart, a negative one keeps them apart from
+then on unless they are united already. Source: S. Wolf et al., The Mutex Watershed: Efficient, Parameter-Free Image
+Partitioning, ECCV 2018.
+
+Stored affinities have few values, so edges are ordered by counting, in time and memory proportional to their number:
+four bytes an edge. Which clusters are apart is kept twice, as a hash set of pairs of clusters (is this pair apart?) and
+as a list for each cluster (whom is it apart from, when it is united with another).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+_EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
+_SHIFT = np.uint64(32)
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+@numba.njit(cache=True, nogil=True)
+def find(parent: NDArray[np.int32], node: Any) -> Any:
+    """The root of a node's tree; paths are halved on the way."""
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@numba.njit(cache=True, nogil=True)
+def pair_key(a: Any, b: Any) -> Any:
+    """One number for an unordered pair of nodes."""
+    low, high = (a, b) if a < b else (b, a)
+    return (np.uint64(low) << _SHIFT) | np.uint64(high)
+
+
+@numba.njit(cache=True, nogil=True)
+def slot_of(table: NDArray[np.uint64], key: Any) -> Any:
+    """Where ``key`` is in a hash table whose length is a power of two, or the free place where it belongs."""
+    mask = np.uint64(len(table) - 1)
+    # the finaliser of MurmurHash3 (A. Appleby, public domain): every bit of the key moves every bit of the place
+    mixed = key
+    mixed ^= mixed >> np.uint64(33)
+    mixed *= np.uint64(0xFF51AFD7ED558CCD)
+    mixed ^= mixed >> np.uint64(33)
+    mixed *= np.uint64(0xC4CEB9FE1A85EC53)
+    mixed ^= mixed >> np.uint64(33)
+    at = mixed & mask
+    while table[at] != _EMPTY and table[at] != key:
+        at = (at + np.uint64(1)) & mask
+    return at
+
+
+@numba.njit(cache=True, nogil=True)
+def count_edges(
+    values: NDArray[Any],
+    nodes: NDArray[np.int32],
+    offset: NDArray[np.int64],
+    counts: NDArray[np.int64],
+) -> None:
+    """Add to ``counts[v]`` how many edges of one channel (D, H, W) have the value v; both ends in ``nodes`` (>= 0)."""
+    depth, height, width = nodes.shape
+    dz, dy, dx = offset
+    for z in range(max(0, -dz), min(depth, depth - dz)):
+        for y in range(max(0, -dy), min(height, height - dy)):
+            for x in range(max(0, -dx), min(width, width - dx)):
+                if nodes[z, y, x] >= 0 and nodes[z + dz, y + dy, x + dx] >= 0:
+                    counts[values[z, y, x]] += 1
+
+
+@numba.njit(cache=True, nogil=True)
+def place_edges(
+    values: NDArray[Any],
+    nodes: NDArray[np.int32],
+    offset: NDArray[np.int64],
+    next_place: NDArray[np.int64],
+    edges: NDArray[np.uint32],
+) -> None:
+    """Put the flat index of every edge's voxel into ``edges`` at ``next_place[v]``, counting that up; -1 leaves out."""
+    depth, height, width = nodes.shape
+    dz, dy, dx = offset
+    for z in range(max(0, -dz), min(depth, depth - dz)):
+        for y in range(max(0, -dy), min(height, height - dy)):
+            for x in range(max(0, -dx), min(width, width - dx)):
+                if nodes[z, y, x] >= 0 and nodes[z + dz, y + dy, x + dx] >= 0:
+                    v = values[z, y, x]
+                    at = next_place[v]
+                    if at >= 0:
+                        edges[at] = (z * height + y) * width + x
+                        next_place[v] = at + 1
+
+
+@numba.njit(cache=True, nogil=True)
+def _is_live(key: Any, parent: NDArray[np.int32]) -> Any:
+    """Whether a place of the table holds a pair of nodes that still are roots."""
+    if key == _EMPTY:
+        return False
+    a, b = np.int64(key >> _SHIFT), np.int64(key & _LOW)
+    return parent[a] == a and parent[b] == b
+
+
+@numba.njit(cache=True, nogil=True)
+def _live_keys(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
+    live = 0
+    for key in table:
+        live += _is_live(key, parent)
+    keys = np.empty(live, np.uint64)
+    live = 0
+    for key in table:
+        if _is_live(key, parent):
+            keys[live] = key
+            live += 1
+    return keys
+
+
+@numba.njit(cache=True, nogil=True)
+def _grown(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
+    """A table with room again, and how many it holds: pairs of what are no clusters any more are left out."""
+    keys = _live_keys(table, parent)
+    size = len(table)
+    while size < 4 * len(keys):
+        size *= 2
+    larger = np.full(size, _EMPTY, np.uint64)
+    for key in keys:
+        larger[slot_of(larger, key)] = key
+    return larger, len(keys)
+
+
+@numba.njit(cache=True, nogil=True)
+def _longer(values: NDArray[np.int32]) -> Any:
+    longer = np.empty(2 * len(values), np.int32)
+    longer[: len(values)] = values
+    return longer
+
+
+@numba.njit(cache=True, nogil=True)
+def cluster(
+    edges: NDArray[np.uint32],
+    bins: NDArray[np.int64],
+    steps: NDArray[np.int64],
+    attractive: NDArray[np.bool_],
+    nodes: NDArray[np.int32],
+    number: int,
+) -> Any:
+    """Cluster ``number`` nodes.
+
+    Args:
+        edges: flat index of the voxel at which an edge begins, in the order in which edges are taken.
+        bins: (m + 1,) edges[bins[i]:bins[i + 1]] share a channel and a value.
+        steps: (m,) how much further in the flat array such an edge ends.
+        attractive: (m,) the sign of such edges.
+        nodes: flat array of the number of every voxel's node, below 0 where there is none.
+
+    Returns:
+        (parent, table): the forest (a root is its own parent), and the hash set of pairs of roots that are apart (also
+        stale pairs, of nodes that are no roots any more).
+    """
+    parent = np.arange(number, dtype=np.int32)
+    head = np.full(number, -1, np.int32)  # a cluster's list of those it is apart from: first and last record, length
+    tail = np.full(number, -1, np.int32)
+    length = np.zeros(number, np.int32)
+    partner = np.empty(1024, np.int32)  # records: a node of the other cluster, and the next record
+    after = np.empty(1024, np.int32)
+    records = 0
+    free = np.int32(-1)  # records that can be used again
+    table = np.full(4096, _EMPTY, np.uint64)
+    used = 0
+    for i in range(len(steps)):
+        for e in range(bins[i], bins[i + 1]):
+            at = np.int64(edges[e])
+            a = find(parent, nodes[at])
+            b = find(parent, nodes[at + steps[i]])
+            if a == b:
+                continue
+            key = pair_key(a, b)
+            slot = slot_of(table, key)
+            if table[slot] == key:
+                continue
+            if attractive[i]:
+                if length[a] < length[b]:
+                    a, b = b, a
+                parent[b] = a  # a keeps the longer list; each record of b's becomes one of a's, if it says anything new
+                record = head[b]
+                while record >= 0:
+                    following = after[record]
+                    other = find(parent, partner[record])
+                    key = pair_key(a, other)
+                    slot = slot_of(table, key)
+                    if table[slot] != key:
+                        table[slot] = key
+                        used += 1
+                        if 2 * used > len(table):
+                            table, used = _grown(table, parent)
+                        after[record] = -1
+                        if tail[a] >= 0:
+                            after[tail[a]] = record
+                        else:
+                            head[a] = record
+                        tail[a] = record
+                        length[a] += 1
+                    else:
+                        after[record] = free
+                        free = record
+                    record = following
+            else:
+                table[slot] = key
+                used += 1
+                if 2 * used > len(table):
+                    table, used = _grown(table, parent)
+                for one, two in ((a, b), (b, a)):
+                    if free >= 0:
+                        record = free
+                        free = after[free]
+                    else:
+                        if records == len(partner):
+                            partner, after = _longer(partner), _longer(after)
+                        record = np.int32(records)
+                        records += 1
+                    partner[record] = two
+                    after[record] = -1
+                    if tail[one] >= 0:
+                        after[tail[one]] = record
+                    else:
+                        head[one] = record
+                    tail[one] = record
+                    length[one] += 1
+    return parent, table
+
+
+@numba.njit(cache=True, nogil=True)
+def number_trees(parent: NDArray[np.int32], numbers: NDArray[np.int32]) -> int:
+    """Number the trees of a forest 1..n by their first node: ``numbers[node]`` becomes that of its tree; returns n."""
+    n = 0
+    numbers[:] = 0
+    for node in range(len(parent)):
+        root = find(parent, node)
+        if numbers[root] == 0:  # the root itself may come later than nodes of its tree
+            n += 1
+            numbers[root] = n
+        numbers[node] = numbers[root]
+    return n
+
+
+@numba.njit(cache=True, nogil=True)
+def roots_apart(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> NDArray[np.int64]:
+    """(m, 2) the pairs of `cluster`'s table that are still pairs of roots, in the order of their numbers."""
+    keys = _live_keys(table, parent)
+    keys.sort()
+    pairs = np.empty((len(keys), 2), np.int64)
+    for i in range(len(keys)):
+        pairs[i, 0], pairs[i, 1] = np.int64(keys[i] >> _SHIFT), np.int64(keys[i] & _LOW)
+    return pairs
