@@ -42,12 +42,17 @@ class Labels(ABC):
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Labels:
         """The same labels on a device."""
 
-    @abstractmethod
     def tally(self) -> Tensor:
         """int64 (3, C): samples in which the class is present, voxels where it is present, voxels where it is known.
 
         Present is a label above 1/2 where known. Exact, on the labels' device.
         """
+        rows = []
+        for channel in range(self.channels):
+            label, known = self.of(channel)
+            present = ((label > _THRESHOLD) & known).sum((1, 2, 3))
+            rows.append(torch.stack([(present > 0).sum(), present.sum(), known.sum()]))
+        return torch.stack(rows, 1)
 
     @property
     def batch(self) -> int:
@@ -109,15 +114,6 @@ class DenseLabels(Labels):
         return DenseLabels(
             self.label.to(device, non_blocking=non_blocking), self.known.to(device, non_blocking=non_blocking)
         )
-
-    def tally(self) -> Tensor:
-        """int64 (3, C): samples with the class, voxels present, voxels known."""
-        rows = []
-        for channel in range(self.channels):
-            label, known = self.of(channel)
-            present = ((label > _THRESHOLD) & known).sum((1, 2, 3))
-            rows.append(torch.stack([(present > 0).sum(), present.sum(), known.sum()]))
-        return torch.stack(rows, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,271 @@
+"""What heads learn: affinities, boundaries, distances and shape descriptors, made from instance ids on the device.
+
+Every function takes ``ids``, int32 (B, D, H, W): 0 is known background, -1 unknown, a positive number an object. It
+gives targets, float32 from 0 to 1, and where they are known, bool. What lies beyond the patch is unknown. A target is
+known only where nothing that is unknown could change it, so that an object cut by a face teaches nothing wrong.
+
+Ids must have gone through every augmentation in space before: a flip turns an affinity along with its offset.
+
+Lengths are nm, axes z, y, x. Nothing here is differentiated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from connectomics.config.heads import Head
+from connectomics.errors import InputError
+from connectomics.geometry import Index, Triple
+from connectomics.models.labels import DenseLabels, Labels
+
+DISTANCE_REACH = 3.0  # scales, beyond which a distance counts as this one: tanh(3) is 0.995
+_UNIT = 1 << 26  # the square of the largest distance, in fixed point; three such doubled still fit 32 bits
+_WINDOW = 3.0  # standard deviations at which the Gaussian of descriptors ends
+_UNSEEN = 0.01  # share of a Gaussian's weight that may lie on unknown voxels
+_THIN = 1e-4  # of sigma^2, added to variances: a sheet of one voxel has none, and a correlation divides by it
+
+
+def head_labels(head: Head, ids: Tensor) -> Labels:
+    """The targets of a head for the ids (B, D, H, W) of its class, as the losses take them."""
+    _check(ids)
+    if head.kind == "affinities":
+        return AffinityLabels(ids, head.offsets)
+    if head.kind == "boundary":
+        target, known = boundary(ids, head.voxel_size, head.scale_nm)
+    elif head.kind == "distance":
+        target, known = distance(ids, head.voxel_size, head.scale_nm)
+    else:
+        descriptors, known = shape_descriptors(ids, head.voxel_size, head.scale_nm)
+        return DenseLabels(descriptors, known[:, None].expand(descriptors.shape))
+    return DenseLabels(target[:, None], known[:, None])
+
+
+def reach(head: Head) -> Index:
+    """Voxels (z, y, x) around a voxel on which its target can depend: the margin that makes it known there."""
+    if head.kind == "affinities":
+        z, y, x = (max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
+        return z, y, x
+    far = {"boundary": 1.0, "distance": DISTANCE_REACH, "lsd": _WINDOW}[head.kind] * head.scale_nm
+    z, y, x = (math.ceil(far / side) + 1 for side in head.voxel_size)
+    return z, y, x
+
+
+# -- affinities ------------------------------------------------------------------------------------------------------
+def affinity(ids: Tensor, offset: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """1 at p where ``ids`` at p and at p + ``offset`` (voxels, z y x) are the same object, else 0.
+
+    Known where both lie in the patch and are known. Returns two (B, D, H, W), float32 and bool.
+    """
+    target = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
+    known = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    if all(abs(o) < n for o, n in zip(offset, ids.shape[1:], strict=True)):
+        here = (slice(None), *(slice(max(0, -o), n - max(0, o)) for o, n in zip(offset, ids.shape[1:], strict=True)))
+        there = (slice(None), *(slice(max(0, o), n - max(0, -o)) for o, n in zip(offset, ids.shape[1:], strict=True)))
+        a, b = ids[here], ids[there]
+        target[here] = ((a == b) & (a > 0)).float()
+        known[here] = (a >= 0) & (b >= 0)
+    return target, known
+
+
+def affinities(ids: Tensor, offsets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """`affinity` for each of K ``offsets``: float32 and bool (B, K, D, H, W)."""
+    dense = AffinityLabels(ids, tuple((int(z), int(y), int(x)) for z, y, x in offsets)).dense()
+    return dense.label, dense.known
+
+
+@dataclass(frozen=True, eq=False)
+class AffinityLabels(Labels):
+    """Affinities that are made one offset at a time, when a loss looks at them: 5 bytes a voxel instead of 5 K.
+
+    Attributes:
+        ids: int32 (B, D, H, W). offsets: voxels, z y x, one a channel.
+    """
+
+    ids: Tensor
+    offsets: tuple[Index, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """(B, K, D, H, W)."""
+        b, d, h, w = self.ids.shape
+        return b, len(self.offsets), d, h, w
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.ids.device
+
+    def of(self, channel: int) -> tuple[Tensor, Tensor]:
+        """Target and known for one offset, (B, D, H, W)."""
+        return affinity(self.ids, self.offsets[channel])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AffinityLabels:
+        """The same labels on a device."""
+        return AffinityLabels(self.ids.to(device, non_blocking=non_blocking), self.offsets)
+
+
+# -- distances -------------------------------------------------------------------------------------------------------
+def boundary(ids: Tensor, voxel_size: Triple, width_nm: float) -> tuple[Tensor, Tensor]:
+    """1 where the centre of a voxel lies within ``width_nm`` of a border of an object, on either side of it, else 0.
+
+    A border lies between two objects or an object and background. Known where nothing unknown is nearer than the
+    border, or within the width. Returns two (B, D, H, W), float32 and bool.
+    """
+    nearest, known = border_distance(ids, voxel_size, width_nm * (1 + 1e-6))  # a border at the width is within it
+    return (nearest <= width_nm * (1 + 1e-7)).float(), known
+
+
+def distance(ids: Tensor, voxel_size: Triple, scale_nm: float) -> tuple[Tensor, Tensor]:
+    """1/2 + tanh(d / ``scale_nm``) / 2 of the signed distance d from a voxel's centre to the nearest border.
+
+    d is positive in an object, whose border may be that to another object, and negative in the background; it is
+    exact up to three scales, and held there. Known where nothing unknown is nearer than the border. Returns two
+    (B, D, H, W), float32 and bool.
+    """
+    nearest, known = border_distance(ids, voxel_size, DISTANCE_REACH * scale_nm)
+    signed = torch.where(ids > 0, nearest, -nearest)
+    return torch.tanh_(signed.div_(scale_nm)).mul_(0.5).add_(0.5), known
+
+
+def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[Tensor, Tensor]:
+    """Euclidean distance in nm from each voxel's centre to the nearest voxel (its box) with another id, up to a reach.
+
+    Known where no unknown voxel, nor what is beyond the patch, is nearer. Returns two (B, D, H, W), float32 and bool.
+
+    The squared distance is a sum over axes, so it is found axis by axis, as in Felzenszwalb and Huttenlocher (Theory of
+    Computing 8, 2012), but with ids instead of two sets: of a voxel s steps along the axis with the same id the best
+    found so far counts, of one with another id the s steps alone. That is right because the first voxel on the way
+    with another id is itself at least as near. Numbers are integers in fixed point, doubled, odd where the nearest is
+    an unknown voxel: at the same distance the known one wins.
+    """
+    unknown = (ids < 0).int()
+    best = torch.full_like(ids, 2 * _UNIT)
+    for axis in range(3):
+        best = _along(best, ids, unknown, axis, voxel_size[axis], reach_nm)
+    far = best >= 2 * _UNIT
+    known = (ids >= 0) & (far | (best % 2 == 0))
+    squared = (best // 2).clamp_(max=_UNIT).double().mul_(reach_nm**2 / _UNIT)
+    return squared.sqrt_().float(), known
+
+
+def _fixed(gap_nm: float, reach_nm: float) -> int:
+    """The square of a distance along one axis, doubled, in fixed point; more than the reach is all alike."""
+    return 2 * min(_UNIT, round((gap_nm / reach_nm) ** 2 * _UNIT))
+
+
+def _along(best: Tensor, ids: Tensor, unknown: Tensor, axis: int, side: float, reach_nm: float) -> Tensor:
+    """Let voxels along one axis count, both ways, and the two faces at its ends: what is beyond is unknown."""
+    n = ids.shape[1 + axis]
+    ends = [_fixed((min(i, n - 1 - i) + 0.5) * side, reach_nm) + 1 for i in range(n)]
+    faces = torch.tensor(ends, dtype=torch.int32, device=ids.device).view([-1 if a == axis else 1 for a in range(3)])
+    result = torch.minimum(best, faces)
+    for steps in range(1, min(n - 1, math.floor(reach_nm / side + 0.5)) + 1):
+        cost = _fixed((steps - 0.5) * side, reach_nm)
+        low, high = (0, n - steps), (steps, n - steps)  # begin and length
+        same = ids.narrow(1 + axis, *low) == ids.narrow(1 + axis, *high)
+        for here, there in ((low, high), (high, low)):
+            found = torch.where(same, best.narrow(1 + axis, *there), unknown.narrow(1 + axis, *there)).add_(cost)
+            part = result.narrow(1 + axis, *here)
+            torch.minimum(part, found, out=part)
+    return result
+
+
+# -- shape descriptors -----------------------------------------------------------------------------------------------
+def shape_descriptors(ids: Tensor, voxel_size: Triple, sigma_nm: float) -> tuple[Tensor, Tensor]:
+    """Local shape descriptors (Sheridan et al., Nature Methods 20, 2023): statistics of an object around a voxel.
+
+    With weights of a Gaussian around the voxel (up to three sigma), over the voxels of its own object: the mean offset
+    from the voxel, the covariance of the offsets, and the share of all weight that the object has. Channels, from 0 to
+    1: offset z, y, x (as 1/2 + offset / (2 sigma)); variance zz, yy, xx (over sigma^2); correlation zy, zx, yx (1/2
+    stands for none); size. What is more or less is cut off there.
+
+    Known within objects that are whole, and elsewhere in objects where at most 1 % of the weight lies on what is
+    unknown. Returns float32 (B, 10, D, H, W), 0 outside of objects, and bool (B, D, H, W).
+    """
+    result = torch.zeros((ids.shape[0], 10, *ids.shape[1:]), dtype=torch.float32, device=ids.device)
+    kernels = [_moments(n, side, sigma_nm, ids.device) for n, side in zip(ids.shape[1:], voxel_size, strict=True)]
+    seen = (ids >= 0).float()
+    for axis in range(3):
+        seen = _apply(seen, kernels[axis][0], axis)
+    known = seen >= 1 - _UNSEEN
+    edge = functional.pad((ids < 0).float()[:, None], (1,) * 6, value=1.0)
+    cut = functional.max_pool3d(edge, 3, 1)[:, 0] > 0  # beside something unknown
+    for sample in range(ids.shape[0]):
+        for number, box in _objects(ids[sample]):
+            mask = ids[sample][box] == number
+            found = _describe(mask.float(), kernels, sigma_nm)
+            result[sample][:, *box] += found.mul_(mask)
+            whole = ~(cut[sample][box] & mask).any()
+            known[sample][box] |= mask & whole
+    return result, known & (ids > 0)
+
+
+def _moments(n: int, side: float, sigma_nm: float, device: torch.device) -> Tensor:
+    """(3, n, n): sums over a row weighted by a Gaussian around each voxel, times the offset (nm) to the power 0, 1, 2.
+
+    As matrices: a product is quicker than a convolution with a kernel that is as long as the row.
+    """
+    place = torch.arange(n, dtype=torch.float64) * side
+    offset = place[None] - place[:, None]
+    steps = torch.arange(-math.floor(_WINDOW * sigma_nm / side), math.floor(_WINDOW * sigma_nm / side) + 1)
+    total = torch.exp(-((steps * side / sigma_nm) ** 2) / 2).sum()
+    weight = torch.exp(-((offset / sigma_nm) ** 2) / 2) * (offset.abs() <= _WINDOW * sigma_nm * (1 + 1e-9)) / total
+    return torch.stack([weight, weight * offset, weight * offset**2]).float().to(device)
+
+
+def _apply(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
+    """(..., d, h, w) with ``matrix`` (n, n) applied along one of the last three axes."""
+    return (values.movedim(axis - 3, -1) @ matrix.T).movedim(-1, axis - 3)
+
+
+def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
+    """The objects of a sample (D, H, W), each with the box around it."""
+    at = (ids > 0).nonzero()
+    numbers, which = ids[tuple(at.T)].unique(return_inverse=True)
+    which = which[:, None].expand(-1, 3)
+    begin = torch.zeros((len(numbers), 3), dtype=at.dtype, device=at.device)
+    end = begin.scatter_reduce(0, which, at + 1, "amax", include_self=False)
+    begin = begin.scatter_reduce(0, which, at, "amin", include_self=False)
+    found = []
+    for number, low, high in zip(numbers.tolist(), begin.tolist(), end.tolist(), strict=True):
+        z, y, x = (slice(a, b) for a, b in zip(low, high, strict=True))
+        found.append((number, (z, y, x)))
+    return found
+
+
+def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tensor:
+    """Descriptors (10, d, h, w) of one object, float32 (d, h, w), in its box; they say something in the object only."""
+    moments: dict[tuple[int, ...], Tensor] = {(): mask}
+    for axis in (2, 1, 0):
+        n = mask.shape[axis]
+        moments = {
+            (order, *orders): _apply(values, kernels[axis][order, :n, :n], axis)
+            for orders, values in moments.items()
+            for order in range(3 - sum(orders))
+        }
+    size = moments[0, 0, 0]
+    inverse = 1 / size.clamp(min=torch.finfo(size.dtype).tiny)
+    unit = [tuple(int(a == axis) for a in range(3)) for axis in range(3)]
+    mean = [moments[axis] * inverse for axis in unit]
+
+    def covariance(a: int, b: int) -> Tensor:
+        both = tuple(p + q for p, q in zip(unit[a], unit[b], strict=True))
+        return (moments[both] * inverse - mean[a] * mean[b]) / sigma_nm**2
+
+    variance = [covariance(a, a).clamp(min=0) for a in range(3)]
+    correlation = [
+        covariance(a, b) / ((variance[a] + _THIN) * (variance[b] + _THIN)).sqrt() for a, b in ((0, 1), (0, 2), (1, 2))
+    ]
+    parts = [*(m / (2 * sigma_nm) + 0.5 for m in mean), *variance, *(c / 2 + 0.5 for c in correlation), size]
+    return torch.stack(parts).clamp_(0, 1)
+
+
+def _check(ids: Tensor) -> None:
+    if ids.ndim != 4 or ids.dtype != torch.int32:
+        raise InputError(f"ids of a class must be int32 (B, D, H, W), found {ids.dtype} {tuple(ids.shape)}")
