@@ -22,10 +22,12 @@ _USERS_TO_MEND = frozenset(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 well, 1 bad input, 2 bad usage, 130 interrupted)."""
+    """Run the command line; returns the exit status (0 well, 1 bad input, 2 bad usage, 130 interrupted). Without
+    arguments it shows the way through."""
     from connectomics.cli.app import app
 
-    return run_guarded(lambda: app(args=list(sys.argv[1:] if arguments is None else arguments), standalone_mode=False))
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    return run_guarded(lambda: app(args=given, standalone_mode=False))
 
 
 def run_guarded(work: Callable[[], object]) -> int:

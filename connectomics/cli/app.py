@@ -9,29 +9,44 @@ from connectomics.cli import (
     cache_verb,
     data_verbs,
     demo_verb,
+    doctor_verb,
     fetch_verb,
     inspect_verb,
     measure_verb,
+    mesh_verb,
     result_verbs,
-    run_task_verb,
     run_task_verb,
     run_verbs,
     tune_verb,
 )
 
+WAY = """CellMap volumes from disk to a scored submission.
+
+The way through:
+
+\b
+  pytc doctor                            what this machine has, and what to change
+  pytc fetch data --for FILE.yaml        bring what a configuration reads (or: pytc phantom data/phantom)
+  pytc describe data                     data sets, crops, classes, what is annotated
+  pytc train FILE.yaml                   a network
+  pytc predict FILE.yaml --checkpoint X  probabilities of whole crops or boxes
+  pytc decode PREDICTIONS LABELS         labels and instances
+  pytc evaluate LABELS data              the challenge's score on annotated crops
+  pytc export LABELS submission.zip      what the portal takes; pytc validate says what it would refuse
+  pytc report                            one page with all of it
+
+`pytc demo` goes all the way on made data. Files to begin with: tutorials/*.yaml; every verb has --help with examples.
+"""
+
 app = typer.Typer(
     name="pytc",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help=(
-        "CellMap volumes from disk to a scored submission.\n\n"
-        "The way through: fetch (or phantom, or your data root), describe, inspect, train, predict, decode, evaluate, "
-        "export, validate, score, report. `pytc demo` goes all the way on made data."
-    ),
+    help=WAY,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command("doctor")(doctor_verb.doctor)
 app.command("demo")(demo_verb.demo)
 app.command("phantom")(data_verbs.phantom)
 app.command("fetch")(fetch_verb.fetch)
@@ -42,7 +57,7 @@ app.command("train")(run_verbs.train)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
 app.command("measure")(measure_verb.measure)
-app.command("run-task")(run_task_verb.run_task)
+app.command("mesh")(mesh_verb.mesh)
 app.command("run-task")(run_task_verb.run_task)
 app.command("evaluate")(run_verbs.evaluate)
 app.command("tune")(tune_verb.tune)

@@ -219,3 +219,10 @@ def test_a_device_that_is_not_here_is_one_line() -> None:
     for name in ("gpu7", "cuda:99"):
         with pytest.raises(InputError, match="this machine has cpu"):
             _known_device(name)
+
+
+def test_without_arguments_the_way_through_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    places = [said.index(f"pytc {verb} ") for verb in ("fetch", "describe", "train", "predict", "decode", "export")]
+    assert places == sorted(places)
