@@ -12,7 +12,17 @@ from connectomics.cellmap.classes import CLASSES, is_instance_class
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import triple
 
-METHODS = ("threshold", "cc3d", "watershed")
+METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
+#: methods that read the affinities beside a class's probabilities
+AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
+#: parameters that only some methods read; elsewhere they must keep their defaults
+_ONLY = {
+    "bias_short": ("mutex_watershed",),
+    "bias_long": ("mutex_watershed",),
+    "merge_threshold": ("agglomeration",),
+    "halo_nm": AFFINITY_METHODS,
+    "stitch_threshold": AFFINITY_METHODS,
+}
 
 
 @dataclass(frozen=True)
@@ -23,13 +33,20 @@ class DecodeParameters:
 
     Attributes:
         threshold: foreground is where the probability is **above** it; 0 to 1.
-        method: ``threshold`` gives a 0/1 mask, ``cc3d`` and ``watershed`` give instance ids.
+        method: ``threshold`` gives a 0/1 mask; ``cc3d``, ``watershed``, and from affinities ``mutex_watershed`` and
+            ``agglomeration`` give instance ids.
         min_size_nm3: smaller objects (of a mask: smaller components) are removed; nm^3.
         fill_holes: cavities go to the object around them.
         connectivity: neighbours that hold together: 6, 18 or 26.
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
         boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
             probability of this class is not above the threshold, and then grown back over it.
+        bias_short, bias_long: mutex_watershed only: the affinity above which two voxels attract and below which they
+            repel each other; of neighbours, and of voxels farther apart. Higher values split more.
+        merge_threshold: agglomeration only: the mean affinity above which two regions are united.
+        halo_nm: affinities only: how much of the volume around a block is segmented with it, nm; 0: the longest offset
+            and 16 voxels.
+        stitch_threshold: affinities only: how far two blocks must agree at a face, 0 to 1, for their pieces to be one.
     """
 
     threshold: float = 0.5
@@ -39,6 +56,11 @@ class DecodeParameters:
     connectivity: int = 26
     min_distance_nm: float = 80.0
     boundary: str = ""
+    bias_short: float = 0.5
+    bias_long: float = 0.5
+    merge_threshold: float = 0.5
+    halo_nm: float = 0.0
+    stitch_threshold: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.threshold <= 1.0:
@@ -49,10 +71,21 @@ class DecodeParameters:
             raise ConfigError(f"decoding: min_size_nm3 must be at least 0, found {self.min_size_nm3}")
         if self.connectivity not in (6, 18, 26):
             raise ConfigError(f"decoding: connectivity must be 6, 18 or 26, found {self.connectivity}")
-        if self.boundary and self.method == "threshold":
+        if self.boundary and self.method not in ("cc3d", "watershed"):
             raise ConfigError("decoding: boundary separates objects, so it needs method cc3d or watershed")
         if not 0.0 < self.min_distance_nm < math.inf:
             raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
+        for name in ("bias_short", "bias_long", "merge_threshold", "stitch_threshold"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"decoding: {name} must lie between 0 and 1, found {getattr(self, name)}")
+        if not 0.0 <= self.halo_nm < math.inf:
+            raise ConfigError(f"decoding: halo_nm must be at least 0, found {self.halo_nm}")
+        for field in dataclasses.fields(self):
+            methods = _ONLY.get(field.name, METHODS)
+            if self.method not in methods and getattr(self, field.name) != field.default:
+                raise ConfigError(
+                    f"decoding: {field.name} belongs to method {' or '.join(methods)}, found method {self.method}"
+                )
 
     @property
     def kind(self) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
+from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.errors import InputError
 
-METHODS = ("mutex_watershed", "agglomeration")
 _FINE = 65535  # steps in [0, 1] to which affinities that are not uint8 are rounded
 
 
@@ -41,8 +41,8 @@ class AffinityRule:
     merge_threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"unknown method {self.method!r}; use one of {', '.join(METHODS)}")
+        if self.method not in AFFINITY_METHODS:
+            raise InputError(f"unknown method {self.method!r}; use one of {', '.join(AFFINITY_METHODS)}")
 
 
 @dataclass(frozen=True)
