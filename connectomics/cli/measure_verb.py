@@ -13,6 +13,7 @@ from connectomics.cli import progress, show
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
+    from connectomics.tasks import BlockTask
 
 EngineOverrides = Annotated[
     list[str] | None, typer.Argument(help="engine.key=value ..., as in engine.workers=8", show_default=False)
@@ -35,6 +36,7 @@ def measure(
     ] = None,
     table_format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
     overwrite: Annotated[bool, typer.Option(help="Replace tables of other labels, and begin anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Measure every instance of labels: volume, surface, sphericity, centroid and box in nm, and contacts between
@@ -48,23 +50,19 @@ def measure(
 
       pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
-    from connectomics.decoding.measure import ContactSpec, measure_labels
+    from connectomics.decoding.measure import ContactSpec, measure_tables, measure_tasks
 
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
+    tasks = measure_tasks(
+        labels, out, classes=class_name, datasets=dataset, crops=crop, contacts=specs, table_format=table_format
+    )
+    if dry_run:
+        show_estimate(tasks, engine, overwrite)
+        return
     with progress.counted("measuring") as advance:
-        found = measure_labels(
-            labels,
-            out,
-            classes=class_name,
-            datasets=dataset,
-            crops=crop,
-            contacts=specs,
-            table_format=table_format,
-            engine=engine,
-            overwrite=overwrite,
-            progress=advance,
-        )
+        made = measure_tables(tasks, engine=engine, overwrite=overwrite, progress=advance)
+    found = {"labels": str(labels), **made}
     if as_json:
         print(json.dumps(found, indent=1))
         return
@@ -80,6 +78,16 @@ def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
         if not override.startswith("engine."):
             raise ConfigError(f"only engine.key=value can be set here, found {override!r}; see --help for the options")
     return load_config(None, overrides or ()).engine
+
+
+def show_estimate(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool) -> None:
+    """Print what tasks would take, from one block that is tried."""
+    from connectomics.cli import run_task_verb
+    from connectomics.tasks.estimate import estimate
+
+    with show.stage("trying a block"):
+        found = estimate(tasks, engine, overwrite=overwrite)
+    run_task_verb.show_estimate(found)
 
 
 def _print(found: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress
-from connectomics.cli.measure_verb import EngineOverrides, engine_config
+from connectomics.cli.measure_verb import EngineOverrides, engine_config, show_estimate
 
 
 def mesh(
@@ -28,6 +28,7 @@ def mesh(
         int, typer.Option(help="Of objects with more, larger voxels are taken; 150 bytes of memory each.")
     ] = 20_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace other meshes, and begin anew.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Write a closed surface of every instance (world coordinates in nm, x y z). Works object by object, each piece by
     piece, and goes on where it was killed. Needs pip install 'connectomics[mesh]'.
@@ -53,6 +54,9 @@ def mesh(
         max_error_nm=max_error_nm,
         max_vertices=max_vertices,
     )
+    if dry_run:
+        show_estimate(tasks, engine, overwrite)
+        return
     with progress.counted("meshing") as advance:
         found = mesh_labels(tasks, engine=engine, overwrite=overwrite, progress=advance)
     for done in found:

@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from connectomics.tasks import BlockTask
 
 #: `BlockTask.kind` -> where its class is
-TASK_KINDS: dict[str, str] = {}
+TASK_KINDS: dict[str, str] = {
+    "measure": "connectomics.decoding.measure.task:MeasureTask",
+    "contacts": "connectomics.decoding.measure.task:ContactsTask",
+    "mesh": "connectomics.decoding.mesh.task:MeshTask",
+}
 
 
 def load_task(path: Path) -> BlockTask:

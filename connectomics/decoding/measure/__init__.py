@@ -2,7 +2,7 @@
 
 from connectomics.decoding.measure.contacts import Contacts, ContactSpec, measure_contacts
 from connectomics.decoding.measure.instances import Instances, measure_instances
-from connectomics.decoding.measure.run import measure_labels, measure_tasks
+from connectomics.decoding.measure.run import measure_labels, measure_tables, measure_tasks
 from connectomics.decoding.measure.task import ContactsTask, MeasureTask
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "measure_contacts",
     "measure_instances",
     "measure_labels",
+    "measure_tables",
     "measure_tasks",
 ]

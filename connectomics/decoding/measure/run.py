@@ -26,7 +26,7 @@ from connectomics.geometry import Index
 from connectomics.io.multiscale import Multiscale
 from connectomics.tasks import open_engine, run_task
 
-#: Told after each batch of blocks: how many are done, how many there are, and of which table.
+#: Told now and then: how many blocks are done, how many there are, and of what.
 Progress = Callable[[int, int, str], None]
 Place = tuple[str, str, str]
 
@@ -78,15 +78,25 @@ def measure_labels(
         table_format=table_format,
         block=block,
     )
+    return {"labels": str(labels_dir), **measure_tables(tasks, engine=engine, overwrite=overwrite, progress=progress)}
+
+
+def measure_tables(
+    tasks: Sequence[TableTask],
+    *,
+    engine: EngineConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Do what is still missing of some tasks of `measure_tasks`; arguments, result and errors as `measure_labels`."""
     for task in tasks:
         task.check(overwrite=overwrite)
     with open_engine(engine) as workers:
         for task in tasks:
-            tell = None if progress is None else partial(_tell, progress, task.name)
-            run_task(task, workers, tell, overwrite=overwrite)
+            report = None if progress is None else partial(tell, progress, task.name)
+            run_task(task, workers, report, overwrite=overwrite)
     found = [(task, json.loads(task.summary_file.read_text())) for task in tasks]
     return {
-        "labels": str(labels_dir),
         "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],
         "contacts": [summary for task, summary in found if isinstance(task, ContactsTask)],
     }
@@ -184,5 +194,6 @@ def _contact_block(block: Index, inputs: Sequence[Labels], nm: float) -> Index:
     return z, y, x
 
 
-def _tell(progress: Progress, name: str, stage: str, done: int, number: int) -> None:
+def tell(progress: Progress, name: str, stage: str, done: int, number: int) -> None:
+    """Hand a stage of a task on to a progress that counts by names."""
     progress(done, number, name)
