@@ -109,6 +109,35 @@ class BCEWithLogitsLoss(ClassLoss):
         return batch.mean(entropy * batch.known)
 
 
+class BalancedBCELoss(ClassLoss):
+    """Binary cross entropy in which present and absent voxels weigh alike, however many there are of each.
+
+    Present voxels are weighted by 1 / (2 s), absent ones by 1 / (2 (1 - s)), s being the share of the known voxels that
+    is present (a sum of fractions, for fractions); s is held within ``least`` and 1 - ``least``, so that a few voxels
+    do not outweigh everything.
+    """
+
+    def __init__(self, least: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < least <= 0.5:
+            raise InputError(f"least must be above 0 and at most 0.5, found {least}")
+        self.least = least
+
+    def forward(self, batch: _Known) -> Tensor:
+        y = batch.target
+        share = batch.mean(y).clamp(self.least, 1 - self.least)
+        weight = y / (2 * share) + (1 - y) / (2 * (1 - share))
+        entropy = functional.binary_cross_entropy_with_logits(batch.logits, y, reduction="none")
+        return batch.mean(entropy * weight * batch.known)
+
+
+class MSELoss(ClassLoss):
+    """The square of probability minus target, mean over known voxels: for targets that are no classes (distances)."""
+
+    def forward(self, batch: _Known) -> Tensor:
+        return batch.mean((torch.sigmoid(batch.logits) - batch.target).square() * batch.known)
+
+
 class FocalLoss(ClassLoss):
     """|y - p|^gamma times binary cross entropy, mean over known voxels.
 
@@ -151,6 +180,8 @@ LOSSES: dict[str, type[ClassLoss]] = {
     "DiceLoss": DiceLoss,
     "FocalLoss": FocalLoss,
     "BCEWithLogitsLoss": BCEWithLogitsLoss,
+    "BalancedBCELoss": BalancedBCELoss,
+    "MSELoss": MSELoss,
     "DiceCELoss": DiceCELoss,
     "TverskyLoss": TverskyLoss,
 }

@@ -168,7 +168,19 @@ class TestFormulas:
         expected = 2.0 * apart.parts["DiceLoss"] + 0.5 * apart.parts["BCEWithLogitsLoss"]
         torch.testing.assert_close(apart.total.detach(), expected)
 
-    @pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss", "BCEWithLogitsLoss"])
+    def test_balanced_entropy_is_the_mean_of_what_the_two_sides_cost(self) -> None:
+        logits, label, known = a_batch(13)
+        value = build_loss(["BalancedBCELoss"])(logits, DenseLabels(label, known)).total
+        entropy = functional.binary_cross_entropy_with_logits(logits, label, reduction="none")
+        sides = [entropy[:, c][known[:, c] & (label[:, c] == side)].mean() for c in range(3) for side in (0, 1)]
+        torch.testing.assert_close(value, torch.stack(sides).mean())
+
+    def test_mean_square_of_probabilities(self) -> None:
+        logits, target, known = a_batch(14)[0], torch.rand(SHAPE), torch.ones(SHAPE).bool()
+        value = build_loss(["MSELoss"])(logits, DenseLabels(target, known)).total
+        torch.testing.assert_close(value, functional.mse_loss(torch.sigmoid(logits), target))
+
+    @pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss", "BCEWithLogitsLoss", "BalancedBCELoss", "MSELoss"])
     def test_the_minimum_lies_at_the_target_also_for_fractions(self, name: str) -> None:
         target = torch.tensor([0.05, 0.3, 0.5, 0.8, 0.95]).reshape(1, 1, 5, 1, 1)
         known = torch.ones_like(target).bool()
@@ -246,6 +258,11 @@ class Plain:
 
         if name == "FocalLoss":
             return (entropy * (y - p).abs().clamp(min=1e-6) ** 2).sum(axes) / n
+        if name == "BalancedBCELoss":
+            share = total_y.clamp(0.05, 0.95)[:, None, None, None]
+            return (entropy * (y / (2 * share) + (1 - y) / (2 * (1 - share)))).sum(axes) / n
+        if name == "MSELoss":
+            return ((p - y) ** 2 * k).sum(axes) / n
         ce, dice = entropy.sum(axes) / n, tversky(0.5, 0.5)
         return {"DiceLoss": dice, "TverskyLoss": tversky(0.3, 0.7), "BCEWithLogitsLoss": ce, "DiceCELoss": dice + ce}[
             name

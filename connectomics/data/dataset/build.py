@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from connectomics.config import RunConfig
+from connectomics.config.heads import head_classes
 from connectomics.data.dataset.dataset_cellmap import (
     CellMapDataset,
     CellMapMultiClassDataset,
@@ -35,8 +36,8 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
 
 
 def instance_classes(cfg: RunConfig) -> tuple[str, ...]:
-    """The classes of a run whose objects are told apart in its batches: none, since no head of a network asks."""
-    return ()
+    """The classes of a run whose objects are told apart in its batches: those of ``model.heads``."""
+    return head_classes(cfg)
 
 
 def views_of(cfg: RunConfig) -> tuple[tuple[Triple, Index], ...]:

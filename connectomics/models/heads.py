@@ -1,0 +1,69 @@
+"""The losses of heads: each head's channels against the targets that are made from the ids of its class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from connectomics.config.heads import Head
+from connectomics.errors import InputError
+from connectomics.models.losses import LossResult, build_loss
+from connectomics.models.targets import head_labels
+
+
+class HeadLosses(nn.Module):
+    """Losses of all heads of a run, over known voxels only, each the mean over the channels of its head.
+
+    With deep supervision the coarser outputs learn too: from the mean of the fine voxels' targets, where all of these
+    are known, and with the weights that they have for classes (`connectomics.models.losses.MaskedLoss`).
+    """
+
+    def __init__(self, heads: Sequence[Head]) -> None:
+        """Raises `UnknownNameError` for a loss that there is not."""
+        super().__init__()
+        self.heads = tuple(heads)
+        self.classes = tuple(dict.fromkeys(head.class_name for head in heads))
+        self.losses = nn.ModuleList(build_loss(head.losses) for head in heads)
+
+    def forward(self, outputs: Sequence[Sequence[Tensor]], ids: Tensor) -> LossResult:
+        """The weighted sum, and by head's name its own loss.
+
+        Args:
+            outputs: for each head its logits (B, channels, D, H, W), full size first, then coarser ones.
+            ids: int32 (B, I, D, H, W), one channel for each of ``classes``.
+        """
+        if ids.ndim != 5 or ids.shape[1] != len(self.classes):
+            raise InputError(
+                f"the heads need ids (B, {len(self.classes)}, D, H, W) of {', '.join(self.classes)}, found "
+                f"{tuple(ids.shape)}"
+            )
+        total = torch.zeros((), device=ids.device)
+        parts: dict[str, Tensor] = {}
+        for head, loss, logits in zip(self.heads, self.losses, outputs, strict=True):
+            with torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+                labels = head_labels(head, ids[:, self.classes.index(head.class_name)])
+            result: LossResult = loss(logits, labels)
+            total = total + head.weight * result.total
+            parts[head.name] = result.total.detach()
+        return LossResult(total, parts)
+
+
+def split_channels(outputs: Tensor | Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
+    """Outputs (B, C, D, H, W), one or several sizes, as lists by group of channels, each with all sizes.
+
+    Split at once, so that backward joins the groups' gradients instead of adding up as many of the whole.
+    """
+    levels = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    return [list(group) for group in zip(*(level.split(list(sizes), dim=1) for level in levels), strict=True)]
+
+
+def ids_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """The ids of a batch of a loader; `InputError` where it has none."""
+    if "ids" not in batch:
+        raise InputError(
+            "a batch must have instance ids (ids: int32 (B, I, D, H, W)) to train model.heads, found "
+            f"{', '.join(map(str, batch)) or 'nothing'}"
+        )
+    return batch["ids"]
