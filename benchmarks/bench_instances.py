@@ -57,8 +57,8 @@ def measure(way: str, source: str, out: str, block: int) -> dict[str, Any]:
     from connectomics.decoding.blocks import ComponentsTask
     from connectomics.decoding.blocks.stitched import objects_of
     from connectomics.decoding.decode import decode_predictions
-    from connectomics.tasks import run_task
     from connectomics.decoding.parameters import DecodeParameters
+    from connectomics.tasks import run_task
 
     spent = 0.0
     plain = cc3d.connected_components

@@ -12,10 +12,14 @@ from pathlib import Path
 import cc3d
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig
 from connectomics.decoding.blocks import ComponentsTask
+from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched import objects_of
+from connectomics.decoding.blocks.table import write_table
 from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, MetadataError, WriteError
@@ -87,7 +91,7 @@ def test_labels_are_those_of_the_whole_array_number_by_number(tmp_path, connecti
 
 
 @pytest.mark.parametrize("voxels", [2, 5, 40])
-@pytest.mark.parametrize("block", [(8, 8, 8), (3, 11, 27), (1, 2, 27)])
+@pytest.mark.parametrize("block", [(8, 8, 8), (3, 11, 27), (1, 9, 27)])
 def test_small_objects_are_small_in_the_volume_not_in_a_block(tmp_path, voxels, block):
     values = noise(26, seed=1)
     task = task_of(tmp_path, values, block, min_size_nm3=voxels * float(np.prod(SIZE)))
@@ -98,17 +102,21 @@ def test_small_objects_are_small_in_the_volume_not_in_a_block(tmp_path, voxels, 
 
 
 def test_what_holds_together_only_across_an_edge_or_a_corner_of_blocks(tmp_path):
-    """Pairs of voxels around the corner where eight blocks meet: joined by 18 along edges, by 26 along diagonals."""
-    for a, b, joined_by in [
+    """Pairs of voxels around corners where eight blocks meet: joined by 18 along edges, by 26 along diagonals."""
+    pairs = [
         ((3, 3, 1), (4, 4, 1), 18), ((3, 4, 6), (4, 3, 6), 18), ((3, 1, 4), (4, 1, 3), 18), ((1, 3, 4), (1, 4, 3), 18),
         ((3, 3, 3), (4, 4, 4), 26), ((3, 3, 4), (4, 4, 3), 26), ((3, 4, 3), (4, 3, 4), 26), ((3, 4, 4), (4, 3, 3), 26),
         ((3, 3, 1), (4, 4, 2), 26), ((3, 4, 6), (4, 3, 5), 26), ((3, 1, 1), (4, 1, 1), 6), ((3, 1, 1), (4, 2, 2), 26),
-    ]:  # fmt: skip
-        values = np.zeros((8, 8, 8), np.uint8)
-        values[a] = values[b] = 255
-        for connectivity in (6, 18, 26):
-            task = task_of(tmp_path, values, (4, 4, 4), connectivity=connectivity)
-            assert run(task, overwrite=True) == (1 if connectivity >= joined_by else 2), (a, b)
+    ]  # fmt: skip
+    values = np.zeros((8 * len(pairs), 8, 8), np.uint8)
+    for k, (a, b, _) in enumerate(pairs):
+        values[8 * k : 8 * k + 8][a] = values[8 * k : 8 * k + 8][b] = 255
+    for connectivity in (6, 18, 26):
+        task = task_of(tmp_path, values, (4, 4, 4), connectivity=connectivity)
+        run(task, overwrite=True)
+        for k, (a, b, joined_by) in enumerate(pairs):
+            found = stored(task)[8 * k : 8 * k + 8]
+            assert (found[a] == found[b]) == (connectivity >= joined_by), (a, b)
 
 
 def test_one_object_through_all_blocks_and_none_at_all(tmp_path):
@@ -123,6 +131,72 @@ def test_one_object_through_all_blocks_and_none_at_all(tmp_path):
     assert run(empty, overwrite=True) == 0
     assert not stored(empty).any()
     assert rows(empty) == []
+
+
+# -- holes -------------------------------------------------------------------------------------------------------------
+def shells(seed: int) -> np.ndarray:
+    """Closed, open and broken shells (balls, octahedra, boxes) in each other and over the border, and some noise."""
+    rng = np.random.default_rng(seed)
+    shape = rng.integers(3, 24, 3)
+    volume = np.zeros(shape, bool)
+    z, y, x = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    for _ in range(rng.integers(1, 25)):
+        center, radius, power = rng.uniform(0, shape), rng.uniform(1, 9), rng.choice([1, 2, 8])
+        away = sum(np.abs(g - c) ** power for g, c in zip((z, y, x), center, strict=True)) ** (1 / power)
+        if rng.random() < 0.3:
+            volume[away <= radius] = False
+        volume[(away <= radius) & (away > radius - rng.uniform(0.8, 2.5))] = True
+    if rng.random() < 0.4:
+        volume ^= rng.random(shape) < 0.05
+    return volume.astype(np.uint8) * 255
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    block=st.tuples(*[st.integers(4, 14)] * 3),
+    connectivity=st.sampled_from([6, 18, 26]),
+    least=st.sampled_from([0, 4, 20]),
+    method=st.sampled_from(["cc3d", "threshold"]),
+)
+def test_holes_are_filled_as_in_the_whole_array(tmp_path_factory, seed, block, connectivity, least, method):
+    """Nested shells: a cavity goes to the innermost object around it, whatever blocks it lies in."""
+    values = shells(seed)
+    parameters = {"connectivity": connectivity, "min_size_nm3": least * float(np.prod(SIZE)), "fill_holes": True}
+    task = task_of(tmp_path_factory.mktemp("holes"), values, block, **parameters)
+    task = dataclasses.replace(task, parameters=dataclasses.replace(task.parameters, method=method))
+    n = run(task)
+    expected = decode_class(values, SIZE, task.parameters)
+    np.testing.assert_array_equal(stored(task), expected)
+    assert n == expected.max()
+    if method == "cc3d":
+        table = task.output + ".csv"
+        write_table(Path(table), Pieces.measured(expected, n, (0, 0, 0), expected.shape), task.grid)
+        assert Path(table).read_bytes() == Path(task.output, "instances.csv").read_bytes()
+
+
+def test_a_cavity_across_blocks_belongs_to_the_inner_of_two_shells(tmp_path):
+    values = np.zeros((24, 24, 24), np.uint8)
+    for low, high in ((1, 23), (2, 22), (6, 18), (7, 17), (11, 13)):
+        values[low:high, low:high, low:high] ^= 255
+    task = task_of(tmp_path, values, (8, 8, 8), fill_holes=True)
+    assert run(task) == 3
+    found = stored(task)
+    assert [found[at, 12, 12] for at in (0, 1, 4, 6, 9, 12)] == [0, 1, 1, 2, 2, 3]
+    assert [int(row["voxels"]) for row in rows(task)] == [22**3 - 12**3, 12**3 - 2**3, 2**3]
+
+
+@pytest.mark.parametrize("method", ["cc3d", "threshold"])
+@pytest.mark.parametrize("fill_holes", [False, True])
+def test_masks_are_cleaned_as_in_the_whole_array(tmp_path, method, fill_holes):
+    values = noise(26, seed=4)
+    task = task_of(tmp_path, values, (8, 9, 27), min_size_nm3=5 * float(np.prod(SIZE)), fill_holes=fill_holes)
+    task = dataclasses.replace(task, parameters=dataclasses.replace(task.parameters, method=method))
+    n = run(task)
+    expected = decode_class(values, SIZE, task.parameters)
+    np.testing.assert_array_equal(stored(task), expected)
+    assert (n, stored(task).dtype) == (expected.max(), expected.dtype)
+    assert Path(task.output, "instances.csv").exists() == (method == "cc3d")
 
 
 def test_each_contact_between_blocks_is_looked_at_once():
@@ -233,7 +307,7 @@ def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
 
 
 def test_what_needs_the_whole_array_and_what_is_no_input_is_refused(tmp_path):
-    for wrong in ({"fill_holes": True}, {"boundary": "pm"}, {"method": "watershed"}, {"method": "threshold"}):
+    for wrong in ({"boundary": "pm"}, {"method": "watershed"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ComponentsTask("in", "out", "mito", DecodeParameters(**{"method": "cc3d", **wrong}))
     with pytest.raises(ConfigError, match="three positive numbers"):
@@ -282,11 +356,10 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
 def test_decode_keeps_in_memory_what_needs_the_whole_array(tmp_path):
     values = noise(26, (20, 20, 20))
     write_input(tmp_path, values)
-    for wrong in ({"fill_holes": True}, {"method": "watershed"}):
-        chosen = DecodeParameters(**{"method": "cc3d", "min_size_nm3": 500.0, **wrong})
-        (done,) = decode_predictions(tmp_path, tmp_path / "out", {"mito": chosen}, blockwise_above=0)
-        assert done.objects == decode_class(values, SIZE, chosen).max()
-        assert store.read_attrs(done.location)["connectomics"]["decode"] == chosen.to_dict()
+    chosen = DecodeParameters(method="watershed", min_size_nm3=500.0)
+    (done,) = decode_predictions(tmp_path, tmp_path / "out", {"mito": chosen}, blockwise_above=0)
+    assert done.objects == decode_class(values, SIZE, chosen).max()
+    assert store.read_attrs(done.location)["connectomics"]["decode"] == chosen.to_dict()
 
 
 def test_the_limit_is_the_configurations():
@@ -310,7 +383,7 @@ print(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])  # ru
 
 def test_a_larger_volume_takes_no_more_memory(tmp_path):
     peaks = []
-    for layers in (128, 512):
+    for layers in (128, 384):
         z, y, x = np.ogrid[:layers, :128, :128]
         balls = ((z % 16 - 8) ** 2 + (y % 16 - 8) ** 2 + (x % 16 - 8) ** 2 < 36).astype(np.uint8) * 255
         source = write_input(tmp_path / str(layers), balls)

@@ -18,13 +18,13 @@ from connectomics.errors import ConfigError
 
 @dataclass(frozen=True)
 class ComponentsTask(StitchedTask):
-    """Connected components of one class's probabilities: ``threshold``, ``connectivity`` and ``min_size_nm3``.
+    """Connected components of one class's probabilities, or the mask of those that are kept (method ``threshold``).
 
     The labels are those of `connectomics.decoding.decode.decode_class` on the whole array, number by number, whatever
     the blocks.
 
     Raises:
-        ConfigError: parameters that need the whole array: another method, hole filling, a boundary class.
+        ConfigError: parameters that need the whole array: another method, a boundary class.
     """
 
     kind: ClassVar[str] = "components"
@@ -46,6 +46,8 @@ class ComponentsTask(StitchedTask):
             mask = above(read_block(source, begin, shape), self.parameters.threshold)
             labels = components(mask, self.parameters.connectivity).astype(np.uint32, copy=False)
             n = int(labels.max())
+            if self.parameters.fill_holes:  # also small ones may hold a cavity, or lie in one
+                return Labelled(labels, n)
             pieces = Pieces.measured(labels, n, begin, lattice.shape)
             small = pieces.inside(begin, shape, lattice.shape) & (pieces.sizes < least)
             if small.any():  # whole and too small: no other block has a say in it
@@ -60,8 +62,6 @@ class ComponentsTask(StitchedTask):
 
 def needs_whole_array(parameters: DecodeParameters) -> str:
     """Which of the parameters cannot be decided block by block, or "" where all can."""
-    if parameters.method != "cc3d":
+    if parameters.method not in ("cc3d", "threshold"):
         return f"method {parameters.method}"
-    if parameters.fill_holes:
-        return "fill_holes"
     return f"boundary {parameters.boundary}" if parameters.boundary else ""

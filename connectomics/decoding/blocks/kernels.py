@@ -155,3 +155,66 @@ def gather(
         sizes[k] += piece_sizes[i]
         for axis in range(3):
             sums[k, axis] += piece_sums[i, axis]
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_cavities(
+    order: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    boxes: NDArray[np.int32],
+    object_boxes: NDArray[np.int32],
+    member_begin: NDArray[np.int64],
+    members: NDArray[np.int64],
+    neighbour_begin: NDArray[np.int64],
+    neighbours: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Which object fills each node of the graph of a volume's parts: (n,) -1 where none does.
+
+    Args:
+        order: the objects, the one that fills first in front.
+        owner: (n,) object of every node, -1 for background. boxes: (n, 6), object_boxes: smallest and largest z y x.
+        member_begin, members: the nodes of every object. neighbour_begin, neighbours: those that touch every node.
+
+    From each neighbour of an object the graph without that object is searched. A piece of it is a hole where every
+    node lies inside the object's box without touching its faces; the search ends at the first node that does not.
+    """
+    holder = np.full(len(owner), -1, np.int64)
+    seen = np.full(len(owner), -1, np.int64)  # the search that has come upon a node
+    stack = np.empty(len(owner), np.int64)
+    search = np.int64(0)
+    for k in order:
+        first_search = search
+        for i in range(member_begin[k], member_begin[k + 1]):
+            for j in range(neighbour_begin[members[i]], neighbour_begin[members[i] + 1]):
+                start = neighbours[j]
+                if owner[start] == k or seen[start] >= first_search:
+                    continue
+                # nodes wait in stack[done:waiting]; those in front of them are the piece so far
+                seen[start], stack[0] = search, start
+                done, waiting, closed = 0, 1, True
+                while done < waiting and closed:
+                    node = stack[done]
+                    done += 1
+                    for axis in range(3):
+                        if (
+                            boxes[node, axis] <= object_boxes[k, axis]
+                            or boxes[node, axis + 3] >= object_boxes[k, axis + 3]
+                        ):
+                            closed = False
+                    if not closed:
+                        break
+                    for m in range(neighbour_begin[node], neighbour_begin[node + 1]):
+                        other = neighbours[m]
+                        if owner[other] == k or seen[other] == search:
+                            continue
+                        if seen[other] >= first_search:  # by an earlier search, which found its piece open
+                            closed = False
+                            break
+                        seen[other], stack[waiting] = search, other
+                        waiting += 1
+                search += 1
+                if closed:
+                    for m in range(waiting):
+                        if holder[stack[m]] < 0:
+                            holder[stack[m]] = k
+    return holder

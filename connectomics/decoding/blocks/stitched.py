@@ -1,9 +1,9 @@
 """The base of every segmentation that is made block by block and stitched.
 
 The blocks of the stage ``label`` are segmented each for itself; then the leading process unites the pieces of
-neighbouring blocks to objects (`StitchedTask.unite`), drops small ones, and numbers the rest 1..n by their first voxel
-in z-y-x order; the blocks of the stage ``write`` get the objects' labels. Until it is finished everything lies in a
-hidden folder beside the output, which takes the output's place at the end::
+neighbouring blocks to objects (`StitchedTask.unite`), fills their holes where that is asked for, drops small ones, and
+numbers the rest 1..n by their first voxel in z-y-x order; the blocks of the stage ``write`` get the objects' labels.
+Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
 
     .{class}.partial/task.json            the task; beside it the done-maps of the run
     .{class}.partial/.blocks/labels       labels 1..k of every block for itself, uint32 Zarr
@@ -21,13 +21,14 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.blocks.holes import cut, fill, leave
 from connectomics.decoding.blocks.merge import gathered, number_trees, numbered, renamed, unite_touching
 from connectomics.decoding.blocks.pieces import Pieces, faces_of
 from connectomics.decoding.blocks.stored import StoredBlocks
@@ -48,6 +49,7 @@ from connectomics.io.write import (
     multiscales_attrs,
     update_attrs,
 )
+from connectomics.tasks.done import sync
 from connectomics.tasks.lattice import Lattice
 from connectomics.tasks.task import TASK_FILE, BlockTask, Cost, Worker
 
@@ -203,13 +205,12 @@ class StitchedTask(BlockTask):
             if not (where / ".zarray").exists():
                 create_array(where, self.grid.shape, np.uint32, chunks=self._chunks)
         if stage == "write" and not (self.folder / "s0" / ".zarray").exists():
-            blocks, grid = self.stored(), self.grid
-            forest = self.unite(blocks)
-            objects, label = numbered(*self._objects(blocks, forest))
-            save_mapped(self.scratch / "labels_of", label_of=renamed(forest, label), offsets=blocks.offsets)
-            save_mapped(self.scratch / "objects", **objects.columns)
+            objects = self._united()
+            sync(os.fspath(self.folder))
             # last: where it is there, so are the others
-            create_array(self.folder / "s0", grid.shape, self._dtype(len(objects)), grid=grid, chunks=self._chunks)
+            n, grid = len(objects), self.grid
+            dtype = narrowest_unsigned(n) if self.parameters.kind == "instance" else np.dtype(np.uint8)
+            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self._chunks)
 
     def blocks(self, stage: str) -> int:
         return 0 if self._complete else len(self.lattice)
@@ -229,12 +230,17 @@ class StitchedTask(BlockTask):
                 write_table(self.folder / TABLE_FILE, objects, grid)
             else:
                 n = min(n, 1)
+            sync(os.fspath(self.folder))
             about = {"decode": self.parameters.to_dict(), "source": dict(self.source), "objects": n}
             ours = label_attrs(grid, class_name=self.class_name, kind=self.parameters.kind, about=about)
             update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._remove_done_maps()
         publish(self.folder, Path(self.output))
+
+    def relocated(self, folder: Path) -> Self:
+        output = Path(self.output)
+        return replace(self, output=str(Path(folder, *output.parts[-3:])))
 
     def cost(self, stage: str) -> Cost:
         voxels = int(np.prod(self.block_shape))
@@ -257,13 +263,23 @@ class StitchedTask(BlockTask):
         )
         return z, y, x
 
-    def _dtype(self, objects: int) -> np.dtype[Any]:
-        return narrowest_unsigned(objects) if self.parameters.kind == "instance" else np.dtype(np.uint8)
-
-    def _objects(self, blocks: StoredBlocks, forest: NDArray[np.int64]) -> tuple[Pieces, int]:
-        """The objects, small ones too, and the least number of voxels; ``forest`` becomes the object of each piece."""
-        found = gathered(blocks, forest, number_trees(forest))
-        return found, self.parameters.min_voxels(self.grid.voxel_size)
+    def _united(self) -> Pieces:
+        """Unite the pieces, fill the holes, number the objects; stores what the stage ``write`` needs."""
+        blocks = self.stored()
+        trees = self.unite(blocks)
+        n = number_trees(trees)
+        if self.parameters.fill_holes:
+            parts, at = self.stored("holes"), blocks.offsets
+            filled = fill(parts, lambda k: trees[at[k] : at[k + 1]], self.parameters.connectivity, n)
+            objects, object_of, blocks = filled.objects, filled.object_of, parts
+        else:
+            objects, object_of = gathered(blocks, trees, n), trees
+        kept, label = numbered(objects, self.parameters.min_voxels(self.grid.voxel_size))
+        # the last entry is where the background's -1 leads
+        label_of = renamed(object_of, np.concatenate((label, [0])))
+        save_mapped(self.scratch / "labels_of", label_of=label_of, offsets=blocks.offsets)
+        save_mapped(self.scratch / "objects", **kept.columns)
+        return kept
 
     def _differing(self, stored: Mapping[str, Any]) -> list[str]:
         """Which fields a stored task has otherwise, those left out that decide nothing of the output."""
@@ -280,8 +296,9 @@ class _LabelWorker:
 
     def __init__(self, task: StitchedTask) -> None:
         self._label = task.open_labeller()
-        self._stored = task.stored()
+        self._stored, self._holes = task.stored(), task.stored("holes")
         self._labels = ArrayWriter.open(task.scratch / "labels")
+        self._fill, self._connectivity = task.parameters.fill_holes, task.parameters.connectivity
 
     def run(self, blocks: Sequence[int]) -> Iterator[int]:
         lattice = self._stored.lattice
@@ -293,6 +310,8 @@ class _LabelWorker:
                 self._labels.write(begin, block.labels)
             count = {"count": np.asarray(block.count)}
             self._stored.save(number, {**count, **pieces.columns, **faces_of(block.labels), **block.extra})
+            if self._fill:
+                leave(self._holes, number, cut(block.labels, self._connectivity), self._connectivity)
             yield number
 
 
@@ -303,7 +322,7 @@ class _WriteWorker:
         self._lattice = task.lattice
         self._labels = ArrayWriter.open(task.scratch / "labels")
         self._writer = ArrayWriter.open(task.folder / "s0")
-        self._semantic = task.parameters.kind == "semantic"
+        self._parameters = task.parameters
         stored = load_mapped(task.scratch / "labels_of")
         self._label_of, self._offsets = stored["label_of"], stored["offsets"]
 
@@ -311,9 +330,14 @@ class _WriteWorker:
         for number in blocks:
             begin, shape = self._lattice.region(number)
             found = self._label_of[self._offsets[number] : self._offsets[number + 1]]
-            table = np.concatenate(([0], found > 0 if self._semantic else found)).astype(self._writer.dtype)
+            if self._parameters.kind == "semantic":
+                found = found > 0
+            table = np.concatenate(([0], found)).astype(self._writer.dtype)
             if table.any():
-                self._writer.write(begin, table[self._labels.read(begin, shape)])
+                labels = self._labels.read(begin, shape)
+                if self._parameters.fill_holes:  # what holds is known of its parts
+                    labels = cut(labels, self._parameters.connectivity).labels
+                self._writer.write(begin, table[labels])
             else:
                 self._writer.write(begin, np.zeros(shape, self._writer.dtype))
             yield number

@@ -1,0 +1,192 @@
+"""Hole filling of a volume that is known block by block: the same as `fill_holes` of the whole array.
+
+A hole of an object is a piece of its complement, which is background and other objects, that reaches neither the
+object's box nor the border of the volume; only its background is filled, by the innermost of the objects around it.
+Whether such a piece is closed cannot be seen in a block, so every block is cut into parts: pieces of equal label that
+hold together as background does (`DUAL`). Parts of neighbouring blocks are united where they continue each other, and
+then what touches what is a small graph. Removing one object's parts from it leaves the pieces of its complement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.blocks.merge import FACES_KEPT, number_trees, unite_pairs
+from connectomics.decoding.blocks.pieces import Pieces, border, faces_of, reach
+from connectomics.decoding.blocks.stored import StoredBlocks
+from connectomics.decoding.cellmap_postprocess import components
+from connectomics.geometry import Index
+from connectomics.tasks.lattice import RANK
+
+#: Background holds together by faces where objects do by edges or corners, and the other way round.
+DUAL = {6: 26, 18: 6, 26: 6}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A block, cut.
+
+    Attributes:
+        labels: (d, h, w) uint32 the parts 1..p; every voxel is in one.
+        of: (p,) uint32 the label in the block that each part belongs to, 0 for background.
+    """
+
+    labels: NDArray[np.uint32]
+    of: NDArray[np.uint32]
+
+
+def cut(labels: NDArray[np.uint32], connectivity: int) -> Parts:
+    """The parts of a labelled block (0 background) of objects that hold together by ``connectivity``."""
+    shifted: Any = labels + np.uint32(1)  # background is a label like others
+    parts = components(shifted, DUAL[connectivity]).astype(np.uint32, copy=False)
+    of = np.zeros(int(parts.max()) + 1, np.uint32)
+    of[parts] = labels
+    return Parts(parts, of[1:])
+
+
+def leave(blocks: StoredBlocks, number: int, parts: Parts, connectivity: int) -> None:
+    """Store what `fill` needs to know of a block's parts."""
+    lattice, n = blocks.lattice, len(parts.of)
+    table = Pieces.measured(parts.labels, n, lattice.region(number)[0], lattice.shape)
+    about = {"count": np.asarray(n), "of": parts.of, "touching": _touching(parts.labels, DUAL[connectivity])}
+    blocks.save(number, {**about, **table.columns, **faces_of(parts.labels)})
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What became of the objects.
+
+    Attributes:
+        objects: they, with what they were filled with.
+        object_of: (parts of all blocks,) int64 the object that each part belongs to now, -1 for background.
+    """
+
+    objects: Pieces
+    object_of: NDArray[np.int64]
+
+
+def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], connectivity: int, n: int) -> Filled:
+    """Give every cavity to the innermost object around it.
+
+    Args:
+        blocks: what `leave` stored.
+        objects_in: (labels of the block,) the object 0..n-1 of each of the labels 1.. of a block, by its number.
+        connectivity: of the objects. n: number of objects.
+
+    Memory: 16 bytes a part of all blocks, about 150 bytes a part of the volume and 16 bytes for each contact of two.
+    """
+    from connectomics.decoding.blocks.kernels import fill_cavities, gather
+
+    offsets, lattice = blocks.offsets, blocks.lattice
+    object_of = np.empty(offsets[-1], np.int64)  # of the parts of blocks
+    for block in range(len(lattice)):
+        table = np.concatenate(([-1], objects_in(block)))
+        object_of[offsets[block] : offsets[block + 1]] = table[blocks.load(block, "of")["of"]]
+    forest, contacts = np.arange(len(object_of)), []
+    for pairs in _across(blocks, connectivity):
+        same = object_of[pairs[:, 0]] == object_of[pairs[:, 1]]
+        unite_pairs(forest, pairs[same])
+        contacts.append(pairs[~same])
+    nodes = Pieces.empty(number_trees(forest))  # the parts of the volume
+    edges = [np.sort(forest[pairs], axis=1) for pairs in contacts]
+    for block in range(len(lattice)):
+        of_volume, part = forest[offsets[block] : offsets[block + 1]], blocks.pieces(block)
+        gather(of_volume, *part.columns.values(), *nodes.columns.values())
+        edges.append(np.sort(of_volume[blocks.load(block, "touching")["touching"].astype(np.int64) - 1], axis=1))
+    owner = np.empty(len(nodes), np.int64)
+    owner[forest] = object_of
+    objects = Pieces.empty(n)
+    _gather_known(nodes, owner, objects)
+    size = np.prod(objects.boxes[:, 3:].astype(np.int64) - objects.boxes[:, :3] + 1, axis=1)
+    order = np.lexsort((objects.first, size))  # inner objects have smaller boxes
+    begin, neighbour = _adjacency(np.unique(np.concatenate(edges), axis=0), len(nodes))
+    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *_members(owner, n), begin, neighbour)
+    cavity = (owner < 0) & (holder >= 0)
+    inner = nodes.take(cavity)
+    np.add.at(
+        objects.sizes, holder[cavity], inner.sizes
+    )  # a cavity lies within its object's box, after its first voxel
+    np.add.at(objects.sums, holder[cavity], inner.sums)
+    owner[cavity] = holder[cavity]
+    return Filled(objects, owner[forest])
+
+
+def _gather_known(nodes: Pieces, owner: NDArray[np.int64], objects: Pieces) -> None:
+    from connectomics.decoding.blocks.kernels import gather
+
+    known = owner >= 0
+    gather(owner[known], *nodes.take(known).columns.values(), *objects.columns.values())
+
+
+def _members(owner: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The parts of every object, as begins (n + 1,) and a list of all."""
+    chosen = np.flatnonzero(owner >= 0)
+    chosen = chosen[np.argsort(owner[chosen], kind="stable")]
+    return np.searchsorted(owner[chosen], np.arange(n + 1)), chosen
+
+
+def _adjacency(edges: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The neighbours of every node, as begins (n + 1,) and a list of all; ``edges`` (m, 2), each once."""
+    both = np.concatenate((edges, edges[:, ::-1]))
+    both = both[np.argsort(both[:, 0], kind="stable")]
+    return np.searchsorted(both[:, 0], np.arange(n + 1)), np.ascontiguousarray(both[:, 1])
+
+
+def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int64]]:
+    """Pairs of parts that touch across a border of blocks, counted through all blocks."""
+    dual = DUAL[connectivity]
+    faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
+    for block in range(len(blocks.lattice)):
+        for step, other in blocks.lattice.neighbours(block, dual):
+            back = (-step[0], -step[1], -step[2])
+            pairs = _pairs(border(faces(block), step), border(faces(other), back), reach(step, dual))
+            yield pairs - 1 + blocks.offsets[[block, other]]
+
+
+def _pairs(low: NDArray[np.uint32], high: NDArray[np.uint32], apart: int) -> NDArray[np.int64]:
+    """(n, 2) which labels of two planes touch: voxels that are at most ``apart`` from lying opposite each other."""
+    side = range(-min(apart, 1), min(apart, 1) + 1)
+    steps = [(y, x) for y in side for x in side if abs(y) + abs(x) <= apart]
+    found = [_distinct(*_shifted(low, high, step)) for step in steps]
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _touching(parts: NDArray[np.uint32], connectivity: int) -> NDArray[np.uint32]:
+    """(n, 2) which parts of a block touch, each pair once, the smaller first."""
+    found = [np.zeros((0, 2), np.int64)]
+    for step in _steps(connectivity):
+        one, other = _shifted(parts, parts, step)
+        differ = one != other
+        if differ.any():
+            a, b = one[differ], other[differ]
+            found.append(_distinct(np.minimum(a, b), np.maximum(a, b)))
+    return np.unique(np.concatenate(found), axis=0).astype(np.uint32)
+
+
+def _steps(connectivity: int) -> list[Index]:
+    every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return [s for s in every if s > (0, 0, 0) and sum(map(abs, s)) <= RANK[connectivity]]
+
+
+def _shifted(
+    one: NDArray[np.uint32], other: NDArray[np.uint32], step: tuple[int, ...]
+) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """The parts of two arrays of one shape that lie on each other where the second is moved back by ``step``."""
+    here = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, one.shape, strict=True))
+    there = tuple(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, one.shape, strict=True))
+    return one[here], other[there]
+
+
+def _distinct(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> NDArray[np.int64]:
+    """(n, 2) the distinct pairs of two arrays of one shape."""
+    key = (one.astype(np.uint64) << np.uint64(32) | other).reshape(-1)
+    if key.size:
+        key = key[np.concatenate(([True], key[1:] != key[:-1]))]  # runs of one pair are long
+    key = np.unique(key)
+    return np.stack((key >> np.uint64(32), key & np.uint64(0xFFFFFFFF)), axis=1).astype(np.int64)
