@@ -127,12 +127,14 @@ class LabelStates:
 
     def split(self, codes: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int32]]:
         """Codes (D, H, W) as codes of `plain` and ``ids`` int32 (I, D, H, W), see `numbers`."""
-        from connectomics.cellmap.label_kernels import split_codes
+        from connectomics.cellmap.label_kernels import look_up
 
-        states = np.empty(codes.shape, self._plain[1].dtype)
-        ids = np.empty((len(self.instances), *codes.shape), np.int32)
         flat = np.ascontiguousarray(codes).reshape(-1)
-        split_codes(flat, self._plain[1], self.numbers, states.reshape(-1), ids.reshape(len(ids), codes.size))
+        states = np.empty(codes.shape, self._plain[1].dtype)
+        look_up(flat, self._plain[1], states.reshape(-1))
+        ids = np.empty((len(self.instances), *codes.shape), np.int32)
+        for numbers, row in zip(self.numbers, ids, strict=True):
+            look_up(flat, numbers, row.reshape(-1))
         return states, ids
 
     # -- as a file ---------------------------------------------------------------------------------------------------

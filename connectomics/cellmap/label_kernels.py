@@ -110,22 +110,10 @@ def vote(
 
 
 @numba.njit(cache=True, nogil=True)
-def split_codes(
-    codes: NDArray[Any],
-    state_of: NDArray[Any],
-    numbers: NDArray[np.int32],
-    states: NDArray[Any],
-    ids: NDArray[np.int32],
-) -> None:
-    """``states[v] = state_of[codes[v]]`` and ``ids[i, v] = numbers[i, codes[v]]`` of all voxels v, in one go.
-
-    codes, states: flat; state_of: (K,); numbers: (I, K); ids: (I, voxels).
-    """
-    for v in range(codes.size):
-        code = np.uint64(codes[v])
-        states[v] = state_of[code]
-        for i in range(numbers.shape[0]):
-            ids[i, v] = numbers[i, code]
+def look_up(codes: NDArray[Any], table: NDArray[Any], out: NDArray[Any]) -> None:
+    """``out = table[codes]`` of flat arrays; ``numpy.take`` would turn the codes into indices of eight bytes first."""
+    for v in range(codes.size):  # unsigned indices: numba need not look for negative ones
+        out[np.uint64(v)] = table[np.uint64(codes[np.uint64(v)])]
 
 
 @numba.njit(inline="always")
