@@ -163,15 +163,16 @@ def _time_block(child: Child, task: BlockTask, stage: str, engine: EngineConfig,
     for _ in range(2):
         begin = time.perf_counter()
         child.give(job, [middle])
-        batch = None
+        batch, done = None, False
         while batch is None or not batch.ended:
             wait([child.connection], 0.02)
             held = max(held, child.held)
             batch = child.step()
+            done |= batch is not None and bool(batch.done)  # it may say so before it has ended
         seconds = min(seconds, time.perf_counter() - begin)
         if batch.stop is not None:
             raise batch.stop
-        if not batch.done:
+        if not done:
             raise ConnectomicsError(batch.unopened or f"block {middle}: {batch.failed[middle]}")
         if seconds > _TWICE_S:
             break
