@@ -11,6 +11,7 @@ from connectomics.cli import (
     demo_verb,
     doctor_verb,
     fetch_verb,
+    ingest_verb,
     inspect_verb,
     measure_verb,
     mesh_verb,
@@ -50,6 +51,7 @@ app.command("doctor")(doctor_verb.doctor)
 app.command("demo")(demo_verb.demo)
 app.command("phantom")(data_verbs.phantom)
 app.command("fetch")(fetch_verb.fetch)
+app.command("ingest")(ingest_verb.ingest)
 app.command("describe")(data_verbs.describe)
 app.command("inspect")(inspect_verb.inspect)
 app.command("cache")(cache_verb.cache)

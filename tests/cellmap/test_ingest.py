@@ -1,0 +1,307 @@
+"""Ingest: any format comes in voxel for voxel, where it belongs, and works like any other data root."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import mrcfile
+import nrrd
+import numpy as np
+import pytest
+import tensorstore
+import tifffile
+from numpy.typing import NDArray
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.ingest import Drawn, Known, ingest_labels, ingest_raw
+from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.cli import main
+from connectomics.errors import CorruptDataError, InputError, MissingError
+from connectomics.geometry import VoxelGrid
+from connectomics.io.formats import open_volume
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import create_array, write_multiscale
+
+SIZE = (8.0, 4.0, 5.5)  # nm, z y x
+SHAPE = (20, 33, 47)
+
+
+def values(dtype: str = "uint8") -> NDArray[Any]:
+    return np.random.default_rng(1).integers(0, 200, SHAPE).astype(dtype)
+
+
+# -- each format writes what a tool of its world writes ---------------------------------------------------------------
+def as_imagej(place: Path, data: NDArray[Any]) -> str:
+    about = {"axes": "ZYX", "unit": "um", "spacing": SIZE[0] / 1000}
+    resolution = (1000 / SIZE[2], 1000 / SIZE[1])
+    tifffile.imwrite(place / "a.tif", data, imagej=True, resolution=resolution, metadata=about)
+    return str(place / "a.tif")
+
+
+def as_ome_tiff(place: Path, data: NDArray[Any]) -> str:
+    about: dict[str, Any] = {"axes": "ZYX"}
+    for axis, size in zip("ZYX", SIZE, strict=True):
+        about |= {f"PhysicalSize{axis}": size, f"PhysicalSize{axis}Unit": "nm"}
+    tifffile.imwrite(place / "a.ome.tif", data, metadata=about, compression="zlib", tile=(16, 16))
+    return str(place / "a.ome.tif")
+
+
+def as_sections(place: Path, data: NDArray[Any]) -> str:
+    (place / "stack").mkdir()
+    for z, section in enumerate(data):
+        tifffile.imwrite(place / "stack" / f"section_{z}.tif", section)  # 2 stands before 10 by number only
+    return str(place / "stack")
+
+
+def as_hdf5(place: Path, data: NDArray[Any]) -> str:
+    with h5py.File(place / "a.h5", "w") as file:
+        written = file.create_dataset("volumes/raw", data=data, chunks=(8, 8, 8))
+        written.attrs["element_size_um"] = [s / 1000 for s in SIZE]
+    return str(place / "a.h5")
+
+
+def as_mrc(place: Path, data: NDArray[Any]) -> str:
+    with mrcfile.new(place / "a.mrc", data.astype(np.uint16)) as file:
+        file.voxel_size = tuple(10 * s for s in reversed(SIZE))
+    return str(place / "a.mrc")
+
+
+def as_nrrd(place: Path, data: NDArray[Any], encoding: str = "raw") -> str:
+    header = {
+        "space dimension": 3,
+        "space directions": np.diag(SIZE[::-1]),
+        "space units": ["nm"] * 3,
+        "encoding": encoding,
+    }
+    nrrd.write(str(place / f"{encoding}.nrrd"), data, header, index_order="C")
+    return str(place / f"{encoding}.nrrd")
+
+
+def as_npy(place: Path, data: NDArray[Any]) -> str:
+    np.save(place / "a.npy", data)
+    return str(place / "a.npy")
+
+
+def as_n5(place: Path, data: NDArray[Any]) -> str:
+    about = {"path": str(place / "a.n5/raw/s0")}
+    array = tensorstore.open(
+        {"driver": "n5", "kvstore": {"driver": "file", **about}}, create=True, dtype=data.dtype.name, shape=data.T.shape
+    ).result()
+    array.write(data.T).result()
+    (place / "a.n5/raw/attributes.json").write_text(
+        json.dumps({"pixelResolution": {"dimensions": list(SIZE[::-1]), "unit": "nm"}})
+    )
+    (place / "a.n5/attributes.json").write_text('{"n5": "2.0.0"}')
+    return str(place / "a.n5:/raw")
+
+
+def as_precomputed(place: Path, data: NDArray[Any]) -> str:
+    scale = {"size": list(data.T.shape), "resolution": list(SIZE[::-1]), "encoding": "raw", "voxel_offset": [2, 3, 4]}
+    array = tensorstore.open(
+        {
+            "driver": "neuroglancer_precomputed",
+            "kvstore": {"driver": "file", "path": str(place / "pre")},
+            "multiscale_metadata": {"type": "image", "data_type": data.dtype.name, "num_channels": 1},
+            "scale_metadata": {**scale, "chunk_size": [16, 16, 16]},
+        },
+        create=True,
+    ).result()
+    array[..., 0].write(data.T).result()
+    return str(place / "pre")
+
+
+def as_ome_zarr(place: Path, data: NDArray[Any]) -> str:
+    write_multiscale(place / "a.zarr", data, VoxelGrid(SIZE, (0, 0, 0), SHAPE), levels=2)
+    return str(place / "a.zarr")
+
+
+def as_zarr_array(place: Path, data: NDArray[Any]) -> str:
+    writer = create_array(place / "plain.zarr", SHAPE, data.dtype, grid=VoxelGrid(SIZE, (0, 0, 0), SHAPE))
+    writer.write((0, 0, 0), data)
+    return str(place / "plain.zarr")
+
+
+WITH_SIZE = (as_imagej, as_ome_tiff, as_hdf5, as_mrc, as_nrrd, as_n5, as_precomputed, as_ome_zarr, as_zarr_array)
+WITHOUT = (as_sections, as_npy)
+
+
+@pytest.mark.parametrize("write", [*WITH_SIZE, *WITHOUT])
+def test_any_block_of_any_format(write: Callable[[Path, NDArray[Any]], str], tmp_path: Path) -> None:
+    data = values()
+    with open_volume(write(tmp_path, data)) as source:
+        assert source.shape == SHAPE
+        assert np.array_equal(source.read((3, 5, 7), (6, 20, 11)), data[3:9, 5:25, 7:18])
+        assert np.array_equal(source.read((0, 0, 0), SHAPE), data)
+        if write in WITH_SIZE:
+            assert source.voxel_size == pytest.approx(SIZE, rel=1e-6)
+        else:
+            assert source.voxel_size is None
+
+
+def test_packed_nrrd_and_npz(tmp_path: Path) -> None:
+    data = values("uint16")
+    with open_volume(as_nrrd(tmp_path, data, "gzip")) as source:
+        assert np.array_equal(source.read((0, 0, 0), SHAPE), data)
+    np.savez(tmp_path / "two.npz", raw=data, other=data)
+    with pytest.raises(InputError, match=r"holds raw, other; name one"):
+        open_volume(tmp_path / "two.npz")
+    with open_volume(f"{tmp_path}/two.npz:raw") as source:
+        assert source.shape == SHAPE
+
+
+def test_where_a_precomputed_volume_lies(tmp_path: Path) -> None:
+    with open_volume(as_precomputed(tmp_path, values())) as source:
+        assert source.begin == pytest.approx((4 * 8.0, 3 * 4.0, 2 * 5.5))
+
+
+def test_raw_comes_in_with_its_pyramid(tmp_path: Path) -> None:
+    data = values()
+    written = ingest_raw(tmp_path / "root", "mine", open_volume(as_sections(tmp_path, data)), SIZE)
+    source = Multiscale.open(str(written))
+    assert written.name == "fibsem-uint8"
+    assert source.levels[0].grid == VoxelGrid(SIZE, (0, 0, 0), SHAPE)
+    assert np.array_equal(source.read_level(0, (0, 0, 0), SHAPE)[0], data)
+    again = values("float32") * 10
+    np.save(tmp_path / "f.npy", again)
+    scaled = ingest_raw(tmp_path / "root", "scaled", open_volume(tmp_path / "f.npy"), SIZE, (0.0, 1990.0))
+    got = Multiscale.open(str(scaled)).read_level(0, (0, 0, 0), SHAPE)[0]
+    assert np.array_equal(got, np.clip(np.rint(again * np.float32(255 / 1990)), 0, 255).astype(np.uint8))
+
+
+def test_labels_of_each_kind_mean_what_they_meant(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    ingest_raw(root, "mine", open_volume(as_npy(tmp_path, values())), SIZE)
+    ids = np.zeros(SHAPE, np.int64)
+    ids[2:6, 3:9, 4:12], ids[10:14, 20:28, 30:40] = 7, 300
+    ids[0, 0, 0] = -1  # nobody looked
+    np.save(tmp_path / "mito.npy", ids)
+    looked = np.ones(SHAPE, np.uint8)
+    looked[:, :, 45:] = 0
+    np.save(tmp_path / "looked.npy", looked)
+    known = Known(-1, open_volume(tmp_path / "looked.npy"), frozenset(range(0, 20, 2)))
+    for name in ("mito", "er"):
+        ingest_labels(root, "mine", "crop1", Drawn(name, open_volume(tmp_path / "mito.npy")), known=known)
+    crop = Catalog.open(str(root)).crop("mine", "crop1")
+    assert (crop.labels["mito"].annotation.kind, crop.labels["er"].annotation.kind) == ("instance", "semantic")
+    expected = np.zeros(SHAPE, bool)
+    expected[::2] = True
+    expected &= (looked > 0) & (ids >= 0)
+    for name in ("mito", "er"):
+        volume = read_labels(crop, [name], crop.grid)
+        assert np.array_equal(volume.known_of(name), expected)
+        assert np.array_equal(volume.present_of(name), expected & (ids > 0))
+    there, where = read_instances(crop, "mito", crop.grid)
+    assert np.array_equal(there[expected], ids[expected])
+    assert np.array_equal(where, expected)
+
+
+def test_labels_lie_where_they_were_drawn(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    ingest_raw(root, "mine", open_volume(as_npy(tmp_path, values())), SIZE)
+    np.save(tmp_path / "er.npy", np.ones((5, 6, 7), np.uint8))
+    source = open_volume(tmp_path / "er.npy")
+    ingest_labels(root, "mine", "crop2", Drawn("er", source), (4, 4, 5.5), (16.0, 8.0, 11.0))
+    crop, raw = Catalog.open(str(root)).crop("mine", "crop2"), VoxelGrid(SIZE, (0, 0, 0), SHAPE)
+    assert np.subtract(crop.box.begin, raw.box.begin) == pytest.approx((16, 8, 11))
+    assert np.subtract(crop.box.end, crop.box.begin) == pytest.approx((20, 24, 38.5))
+    with pytest.raises(InputError, match="lie outside the raw of mine"):
+        ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(1e4, 0, 0))
+
+
+def test_a_map_of_all_classes_from_the_command_line_to_training(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = np.zeros(SHAPE, np.uint16)
+    data[:10], data[10:15], data[15:] = 1, 20, 21
+    path = as_imagej(tmp_path, data)
+    table = tmp_path / "values.csv"
+    table.write_text("value,class,kind\n1,cyto,\n20,mito,instance\n21,mito,instance\n", encoding="utf-8")
+    root = tmp_path / "my données"
+    assert main(["ingest", str(root), "--dataset", "mine", "--raw", path, "--range", "0,40"]) == 0
+    assert main(["ingest", str(root), "--dataset", "mine", "--label-map", path, "--values", str(table)]) == 0
+    crop = Catalog.open(str(root)).crop("mine", "crop1")
+    there, _ = read_instances(crop, "mito", crop.grid)
+    assert np.array_equal(there, np.where(data >= 20, data, 0))
+    assert np.array_equal(read_labels(crop, ["cyto"], crop.grid).present_of("cyto"), data == 1)
+    capfd.readouterr()
+    assert main(["describe", str(root)]) == 0
+    assert "mito" in capfd.readouterr().out
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root, good = tmp_path / "root", as_imagej(tmp_path, values())
+    np.save(tmp_path / "four.npy", np.zeros((2, 3, 4, 5), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros(SHAPE, np.float32))
+    np.save(tmp_path / "small.npy", np.zeros((3, 4, 5), np.uint8))
+    (tmp_path / "cut.tif").write_bytes(b"no tiff at all")
+    (tmp_path / "a.xyz").write_bytes(b"")
+    (tmp_path / "bad.csv").write_text("value,class\nmany,mito\n")
+    assert main(["ingest", str(root), "--dataset", "mine", "--raw", good]) == 0
+    raw = ["ingest", str(root), "--dataset", "other", "--raw"]
+    label = ["ingest", str(root), "--dataset", "mine"]
+    cases: list[tuple[list[str], str]] = [
+        ([*raw, str(tmp_path / "nowhere.tif")], "nothing at"),
+        ([*raw, str(tmp_path / "a.xyz")], "no known format"),
+        ([*raw, str(tmp_path / "cut.tif")], "cannot be read as TIFF"),
+        ([*raw, str(tmp_path / "four.npy"), "--voxel-size", "8"], "expected three axes"),
+        ([*raw, str(tmp_path / "small.npy")], "--voxel-size"),
+        ([*raw, good, "--format", "tif"], "did you mean 'tiff'"),
+        ([*raw, good, "--range", "9,1"], "two ascending values"),
+        (["ingest", str(root), "--dataset", "../x", "--raw", good], "a data set's name"),
+        (["ingest", str(root), "--dataset", "mine", "--raw", good], "--overwrite"),
+        ([*label], "nothing to ingest"),
+        ([*label, "--labels", "mito"], "CLASS=FILE"),
+        ([*label, "--labels", f"mito={tmp_path / 'float.npy'}"], "must be whole numbers"),
+        ([*label, "--labels", f"mito={good}", "--slices", "3-x"], "--slices takes"),
+        ([*label, "--labels", f"mito={good}", "--slices", "99"], "sections 0 to 19"),
+        ([*label, "--labels", f"mito={good}", "--known", str(tmp_path / "small.npy")], "must have the labels' shape"),
+        ([*label, "--labels", f"mito={good}", "--crop", "left"], "a crop's name is"),
+        ([*label, "--label-map", good, "--values", str(tmp_path / "bad.csv")], "line 2"),
+        ([*label, "--label-map", good], "go together"),
+        (["ingest", str(root), "--dataset", "mine2", "--labels", f"mito={good}"], "did you mean 'mine'"),
+    ]
+    capfd.readouterr()
+    for arguments, expected in cases:
+        assert main(arguments) == 1, arguments
+        said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(said) == 1, arguments
+        assert expected in said[0], said
+
+
+def test_a_volume_that_cannot_be_read_to_its_end_leaves_nothing(tmp_path: Path) -> None:
+    data = values()
+    stack = Path(as_sections(tmp_path, data))
+    (stack / "section_15.tif").write_bytes((stack / "section_15.tif").read_bytes()[:200])
+    with pytest.raises((CorruptDataError, InputError)):
+        ingest_raw(tmp_path / "root", "mine", open_volume(stack), SIZE)
+    assert not list((tmp_path / "root").rglob("*fibsem*"))
+    packed = Path(as_nrrd(tmp_path, data, "gzip"))
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CorruptDataError, match="cut off"):
+        open_volume(packed)
+    with pytest.raises(MissingError):
+        open_volume(tmp_path / "nowhere.npy")
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_volume(tmp_path: Path) -> None:
+    code = (
+        "import sys, resource, numpy as np\nfrom pathlib import Path\n"
+        "from connectomics.cellmap.ingest import ingest_raw\nfrom connectomics.io.formats import open_volume\n"
+        "place, n = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "data = np.lib.format.open_memmap(place / f'{n}.npy', 'w+', np.uint8, (n, 512, 512)); data[::7] = 3; del data\n"
+        "ingest_raw(place / 'root', f'd{n}', open_volume(place / f'{n}.npy'), (8, 8, 8))\n"
+        "import psutil; m = psutil.Process().memory_full_info(); print(m.uss)\n"
+    )
+    used = [
+        int(subprocess.run([sys.executable, "-c", code, str(tmp_path), str(n)], capture_output=True, check=True).stdout)
+        for n in (128, 512)
+    ]
+    assert used[1] < used[0] + 64e6
