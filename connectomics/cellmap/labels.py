@@ -36,6 +36,7 @@ from connectomics.io.store import is_s3
 
 Fraction = NDArray[np.float32]
 Interval = tuple[Fraction, Fraction]
+Reading = tuple[Interval, NDArray[np.uint64]]  # bounds of the share, and ids of objects where they are told apart
 
 _HALF = np.float32(
     0.5 - 1e-4
@@ -141,8 +142,8 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: 
     touched = grid.crop(begin, [s.stop - s.start for s in inside])
     wanted = arrays_needed(crop, names)
     for offset, block in touched.blocks(_block_shape(wanted, grid)):
-        own = _read_intervals(wanted, block)
-        shares = _narrow(own, names, block.shape)
+        read = _read_block(wanted, block, told)
+        shares = _narrow({name: interval for name, (interval, _) in read.items()}, names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
         for channel, name in enumerate(names):
             lo, hi = shares[name]
@@ -151,8 +152,8 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: 
             present[word][at] |= is_present.astype(np.uint64) << np.uint64(bit)
             known[word][at] |= (is_present | (hi < _HALF)).astype(np.uint64) << np.uint64(bit)
         for number, name in enumerate(told):
-            if ids is not None and name in own and crop.labels[name].annotation.kind == "instance":
-                ids[number][at] = np.where(own[name][0] >= _HALF, vote_ids(crop.labels[name], block), 0)
+            if ids is not None and name in read:
+                ids[number][at] = read[name][1]
     return LabelVolume(grid, names, present, known, told, ids)
 
 
@@ -206,28 +207,34 @@ def _says_everything(crop: Crop, name: str) -> bool:
     return covers and label.annotation.fully_known
 
 
-def _read_intervals(arrays: Mapping[str, LabelArray], block: VoxelGrid) -> dict[str, Interval]:
-    """`_read_interval` of several arrays; of those on S3 several at a time, since most of it is waiting."""
+def _read_block(arrays: Mapping[str, LabelArray], block: VoxelGrid, told: Sequence[str]) -> dict[str, Reading]:
+    """`_read_array` of several arrays; of those on S3 several at a time, since most of it is waiting."""
     if not any(is_s3(label.location) for label in arrays.values()):
-        return {name: _read_interval(label, block) for name, label in arrays.items()}
-    found = s3.in_parallel(lambda label: _read_interval(label, block), list(arrays.values()))
+        return {name: _read_array(label, block, name in told) for name, label in arrays.items()}
+    found = s3.in_parallel(lambda item: _read_array(item[1], block, item[0] in told), list(arrays.items()))
     return dict(zip(arrays, found, strict=True))
 
 
-def _read_interval(label: LabelArray, block: VoxelGrid) -> Interval:
-    """Bounds of the class's share of every voxel of ``block``, from its own array alone."""
+def _read_array(label: LabelArray, block: VoxelGrid, told: bool) -> Reading:
+    """What one array says of every voxel of ``block``: bounds of its class's share, and where objects are ``told``
+    apart the id where the class is present by the array's own word, else 0."""
     grid = label.grid
     part = grid.slices(block.box)
     shape = [s.stop - s.start for s in part]
+    none = np.zeros(block.shape if told else (0, 0, 0), np.uint64)
     if min(shape) == 0:
-        return np.zeros(block.shape, np.float32), np.ones(block.shape, np.float32)
+        return (np.zeros(block.shape, np.float32), np.ones(block.shape, np.float32)), none
     begin = [s.start for s in part]
-    present, known = label.annotation.decode(label.read_stored(begin, shape))
+    values = label.read_stored(begin, shape)
+    present, known = label.annotation.decode(values)
     part_grid = grid.crop(begin, shape)
     coverage = resample.area_coverage(part_grid, block)
     lo = resample.area_fraction(present, part_grid, block) * coverage
     absent = resample.area_fraction(known & ~present, part_grid, block) * coverage
-    return lo, np.float32(1.0) - absent
+    interval = lo, np.float32(1.0) - absent
+    if not told or label.annotation.kind != "instance":
+        return interval, none
+    return interval, np.where(lo >= _HALF, vote_ids(values, present, part_grid, block), 0)
 
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:
