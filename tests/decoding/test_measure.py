@@ -75,6 +75,36 @@ def test_a_ball(tmp_path: Path, size: tuple[float, float, float], radius: float)
     assert not found.touches_border[0]
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1.31, 2, 2), (11, 1, 1)])
+@pytest.mark.parametrize(("radius", "error"), [(3, 0.04), (5, 0.02), (8, 0.012), (12, 0.008)])
+def test_the_sphericity_of_a_ball_approaches_one(
+    tmp_path: Path, size: tuple[float, float, float], radius: float, error: float
+) -> None:
+    """The radius is in the longest edges of a voxel. Counting faces would give 0.67 at any radius."""
+    if radius * max(size) > 60:
+        radius, error = 5, 0.02
+    source = stored(tmp_path, ball(radius * max(size), size, (0.1, 0.3, -0.2)), size)
+    assert measure_instances(source).sphericity[0] == pytest.approx(1, abs=error)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_long_ellipsoid(tmp_path: Path, axis: int) -> None:
+    """Of revolution, with half axes a < c: 2 pi a^2 (1 + c / (a e) asin e) with e^2 = 1 - a^2 / c^2."""
+    a, c, size = 24.0, 96.0, (5.24, 4.0, 4.0)
+    half = np.full(3, a)
+    half[axis] = c
+    z, y, x = np.meshgrid(
+        *[(np.arange(2 * int(h / s) + 7) - h / s - 3.3) * s / h for h, s in zip(half, size, strict=True)], indexing="ij"
+    )
+    found = measure_instances(stored(tmp_path, (z**2 + y**2 + x**2 <= 1).astype(np.uint8), size))
+    e = np.sqrt(1 - (a / c) ** 2)
+    surface = 2 * np.pi * a**2 * (1 + c / (a * e) * np.arcsin(e))
+    volume = 4 / 3 * np.pi * a**2 * c
+    assert found.volume[0] == pytest.approx(volume, rel=0.02)
+    assert found.surface[0] == pytest.approx(surface, rel=0.03)
+    assert found.sphericity[0] == pytest.approx(np.pi ** (1 / 3) * (6 * volume) ** (2 / 3) / surface, rel=0.03)
+
+
 def test_a_box(tmp_path: Path) -> None:
     size = (3.0, 2.0, 1.5)
     values = np.zeros((20, 22, 24), np.uint16)

@@ -203,7 +203,6 @@ def test_the_table_of_the_labels_says_where_objects_are(tmp_path: Path) -> None:
     (task,) = mesh_tasks(tmp_path / "labels", tmp_path / "out", "mito")
     assert task.stages == ("meshes",)
     mesh_labels([task])
-    assert task.objects is not None
     assert [row["id"] for row in rows(task.folder / "meshes.csv")] == ["7"]
     expected = mesh_object(source, 7, box)
     assert np.array_equal(read_ply(task.folder / "7.ply").faces, expected.faces)
@@ -219,6 +218,17 @@ def test_a_semantic_class_is_one_object(tmp_path: Path) -> None:
     source = stored(tmp_path / "plain", (values > 0).astype(np.uint8))
     expected = mesh_object(source, 1, [0, 0, 0, *(n - 1 for n in values.shape)])
     assert np.array_equal(read_ply(done.folder / "1.ply").faces, expected.faces)
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_where_nothing_was_found_there_are_no_meshes(tmp_path: Path, table: bool) -> None:
+    source = stored(tmp_path / "labels", np.zeros((4, 5, 6), np.uint8))
+    if table:
+        edges = [f"{end}_{axis}_nm" for end in ("begin", "end") for axis in "zyx"]
+        (Path(source.location) / "instances.csv").write_text(",".join(["id", *edges]) + "\n")
+    (done,) = mesh_labels(mesh_tasks(tmp_path / "labels", tmp_path / "out", "mito"))
+    assert done.number == 0
+    assert rows(done.folder / "meshes.csv") == []
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
