@@ -221,7 +221,8 @@ def _moments(n: int, side: float, sigma_nm: float, device: torch.device) -> Tens
 
 def _apply(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
     """(..., d, h, w) with ``matrix`` (n, n) applied along one of the last three axes."""
-    return (values.movedim(axis - 3, -1) @ matrix.T).movedim(-1, axis - 3)
+    rows = values.movedim(axis - 3, -1).contiguous()  # one large product; as it is, torch would make many small ones
+    return functional.linear(rows, matrix).movedim(-1, axis - 3)
 
 
 def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
