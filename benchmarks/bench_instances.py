@@ -55,7 +55,7 @@ def measure(way: str, source: str, out: str, block: int) -> dict[str, Any]:
 
     from connectomics.decoding import cellmap_postprocess
     from connectomics.decoding.blocks import ComponentsTask
-    from connectomics.decoding.blocks.stitched import objects_of
+    from connectomics.decoding.blocks.labels_task import objects_of
     from connectomics.decoding.decode import decode_predictions
     from connectomics.decoding.parameters import DecodeParameters
     from connectomics.tasks import run_task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,26 +12,37 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.components import ComponentsTask, needs_whole_array
+from connectomics.config.schema import EngineConfig
+from connectomics.decoding.blocks.components import ComponentsTask
+from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of
+from connectomics.decoding.blocks.mask import MaskTask
 from connectomics.decoding.blocks.pieces import Pieces
-from connectomics.decoding.blocks.stitched import objects_of
-from connectomics.decoding.blocks.table import TABLE_FILE, write_table
+from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE, write_tables
 from connectomics.decoding.cellmap_postprocess import components, fill_holes, filter_by_size, semantic_to_instance
-from connectomics.decoding.labels import BLOCK, label_array, write_whole
-from connectomics.decoding.parameters import DecodeParameters, default_parameters
-from connectomics.decoding.probabilities import above, read_block
-from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_whole
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
+from connectomics.decoding.probabilities import DTYPES, above, read_block
+from connectomics.errors import (
+    BlocksFailedError,
+    IncompleteError,
+    InputError,
+    MetadataError,
+    MissingError,
+    WriteError,
+    unknown_name,
+)
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
-from connectomics.tasks import run_task
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.pool import Engine
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
 
 
-#: Components of arrays of more voxels than this are found block by block; such an array takes about 0.8 GB whole.
+#: Arrays of more voxels than this are decoded block by block; such an array takes about 0.8 GB whole.
 BLOCKWISE_ABOVE = 512**3
 
 
@@ -86,13 +98,13 @@ def decode_mask(mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters
 
 
 def decode_between(
-    mask: NDArray[np.bool_], walls: NDArray[np.uint8], voxel_size: Sequence[float], parameters: DecodeParameters
+    mask: NDArray[np.bool_], walls: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
 ) -> NDArray[Any]:
     """`decode_mask` for objects that touch: found where there is no wall, then grown back over it.
 
     Args:
         mask: (D, H, W), where the class is.
-        walls: (D, H, W) uint8, the probability (value/255) of the class that separates the objects.
+        walls: (D, H, W) the probability of the class that separates the objects, see `above`.
         voxel_size: nm, z y x.
         parameters: ``threshold`` holds for the walls too.
 
@@ -102,7 +114,8 @@ def decode_between(
     from skimage.segmentation import watershed
 
     cores = decode_mask(mask & ~above(walls, parameters.threshold), voxel_size, parameters)
-    grown = watershed(walls, cores.astype(np.int32), mask=mask)
+    heights = walls.astype(np.float32) if walls.dtype == np.float16 else walls  # which it does not take
+    grown = watershed(heights, cores.astype(np.int32), mask=mask)
     return np.asarray(grown).astype(cores.dtype)
 
 
@@ -113,33 +126,129 @@ def decode_predictions(
     *,
     classes: Collection[str] | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
     blockwise_above: int = BLOCKWISE_ABOVE,
     block_progress: Progress | None = None,
+    engine: EngineConfig | None = None,
+    table: str = "csv",
 ) -> list[DecodedArray]:
     """Decode every class of every crop of a predictions folder.
 
-    Reads ``{dataset}.zarr/{crop}/{class}`` (uint8 probabilities) and writes labels at the same places below
-    ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are left
-    as they are, so a killed run goes on where it stopped; others are replaced. Masks without a minimum size or hole
-    filling, and the components of large arrays, are made block by block (`connectomics.decoding.blocks`), with the same
-    result; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 16 for the largest object's
-    box). Beside instances lies a table of them, ``instances.csv``.
+    Reads ``{dataset}.zarr/{crop}/{class}`` (probabilities as uint8 or float16) and writes labels at the same places
+    below ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are
+    left as they are, so a killed run goes on where it stopped; others are replaced. Large arrays are decoded block by
+    block on the engine where their parameters allow it (`task_of`); the rest hold one class of one crop (about 6 bytes
+    a voxel; watershed about 16 for the largest object's box). Beside instances lies a table of them, ``instances.csv``.
 
     Args:
         parameters: by class; a class without an entry gets its kind's defaults.
         classes: decode only these.
         overwrite: decode again also what is already there.
+        resume: only go on: an error where nothing was begun, or where labels of other parameters are in the way.
         progress: told after each array.
-        blockwise_above: voxels; components of larger arrays are found block by block (method ``cc3d`` without hole
-            filling and boundary).
-        block_progress: told after each block of such an array: how many steps of it are done, and how many there are.
+        blockwise_above: voxels; larger arrays are decoded block by block.
+        block_progress: told of each stage of such an array how many of its blocks are done, and how many there are.
+        engine: who works on blocks; None: this process.
+        table: ``parquet``: tables of instances are written as Parquet too.
 
     Raises:
         MissingError: no predictions there. IncompleteError: a prediction is only half written (checked for all before
         the first is decoded). MetadataError: an array that is no prediction. UnknownNameError: a class of ``classes``
-        that no crop has.
+        that no crop has. BlocksFailedError: blocks of an array could not be done; those of the others are.
     """
+    out = Path(output_dir)
+    jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
+    if resume and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
+        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    results, failed = list[DecodedArray](), list[str]()
+    with ExitStack() as stack:
+        workers: Engine | None = None
+        for done, job in enumerate(jobs, start=1):
+            result = None if overwrite else job.finished()
+            if result is None and resume and job.location.exists() and not (job.task and job.task.is_begun):
+                raise WriteError(f"--resume: {job.location} holds labels of another task; decode it with --overwrite")
+            if result is None and job.task is None:
+                result = _decode_whole(job)
+            if result is None and job.task is not None:
+                workers = workers or stack.enter_context(open_engine(engine))
+                tell = None if block_progress is None else partial(_tell, block_progress, job.name)
+                try:
+                    run_task(job.task, workers, tell, overwrite=overwrite or not (resume or job.task.is_begun))
+                    result = job.decoded(objects_of(job.task))
+                except BlocksFailedError as error:  # of this array; the others do not suffer for it
+                    failed.append(str(error))
+            if result is not None:
+                results.append(result)
+            if done == len(jobs) or jobs[done].location.parent != job.location.parent:
+                whole = all((job.location.parent / name).exists() for name in job.siblings)
+                update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": whole}})
+            if progress is not None:
+                progress(done, len(jobs), job.name)
+    if failed:
+        raise BlocksFailedError("; ".join(failed))
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeJob:
+    """One class of one crop that is to be decoded.
+
+    Attributes:
+        source: its probabilities. walls: those of the class that separates its objects, where there is one.
+        location: where the labels go.
+        siblings: the classes that were predicted in this crop.
+        table: ``csv`` or ``parquet``.
+        task: how it is decoded block by block; None: whole, in this process.
+    """
+
+    dataset: str
+    crop: str
+    class_name: str
+    source: Multiscale
+    walls: Multiscale | None
+    location: Path
+    siblings: tuple[str, ...]
+    parameters: DecodeParameters
+    table: str
+    task: LabelsTask | None
+
+    @property
+    def name(self) -> str:
+        """``{dataset}/{crop}/{class}``."""
+        return f"{self.dataset}/{self.crop}/{self.class_name}"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the labels' attribute says of their origin."""
+        return {"decode": self.parameters.to_dict(), "source": _origin(self.source)}
+
+    def decoded(self, objects: int, skipped: bool = False) -> DecodedArray:
+        """The result, with its number of objects."""
+        return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
+
+    def finished(self) -> DecodedArray | None:
+        """The result where it is there already, made from the same prediction with the same parameters."""
+        if not self.location.exists():
+            return None
+        there = store.read_attrs(str(self.location)).get("connectomics", {})
+        same = there.get("complete") is True and all(there.get(k) == v for k, v in self.about.items())
+        tables = [TABLE_FILE, PARQUET_FILE] if self.table == "parquet" else [TABLE_FILE]
+        if self.parameters.kind == "instance":
+            same = same and all((self.location / name).exists() for name in tables)
+        return self.decoded(int(there["objects"]), True) if same else None
+
+
+def decode_jobs(
+    predictions_dir: str | Path,
+    output_dir: str | Path,
+    parameters: Mapping[str, DecodeParameters] | None = None,
+    *,
+    classes: Collection[str] | None = None,
+    blockwise_above: int = BLOCKWISE_ABOVE,
+    table: str = "csv",
+) -> list[DecodeJob]:
+    """What `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
     root, out = Path(predictions_dir), Path(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"labels cannot be written into the predictions folder {root}; give another output folder")
@@ -150,25 +259,37 @@ def decode_predictions(
     for name in classes or ():
         if name not in known:
             raise unknown_name("class", name, known, str(root))
-    found = [place for place in found if classes is None or place[2] in classes]
-    sources = [open_prediction(root, *place) for place in found]
-    wanted = [(parameters or {}).get(name) or default_parameters(name) for _, _, name in found]
-    between = [
-        open_prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
-        for (dataset, crop, _), chosen in zip(found, wanted, strict=True)
-    ]
-    results = []
-    for done, (place, source, walls, chosen) in enumerate(zip(found, sources, between, wanted, strict=True), start=1):
-        dataset, crop, name = place
-        result = _decode_array(
-            source, walls, out, dataset, crop, name, chosen, overwrite, blockwise_above, block_progress
-        )
-        results.append(result)
-        if done == len(found) or found[done][:2] != (dataset, crop):
-            update_attrs(out / f"{dataset}.zarr" / crop, {"connectomics": {"artefact": "labels", "complete": True}})
-        if progress is not None:
-            progress(done, len(found), f"{dataset}/{crop}/{name}")
-    return results
+    jobs = []
+    for dataset, crop, name in found:
+        if classes is not None and name not in classes:
+            continue
+        source = open_prediction(root, dataset, crop, name)
+        chosen = (parameters or {}).get(name) or default_parameters(name)
+        walls = open_prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
+        location = out / f"{dataset}.zarr" / crop / name
+        siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
+        kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
+        task = None
+        if kind is not None:
+            task = kind(source.location, str(location), name, chosen, source=_origin(source), table=table)
+        jobs.append(DecodeJob(dataset, crop, name, source, walls, location, siblings, chosen, table, task))
+    return jobs
+
+
+def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | None:
+    """The task that decodes an array with these parameters; None where it is decoded whole.
+
+    Affinities always go block by block; other methods for large arrays, as far as they can.
+    """
+    if parameters.method in AFFINITY_METHODS:
+        from connectomics.decoding.affinities.task import AffinitiesTask
+
+        return AffinitiesTask
+    if not large or parameters.boundary:
+        return None
+    if parameters.is_local:
+        return MaskTask
+    return ComponentsTask if parameters.method in ("cc3d", "threshold") else None
 
 
 def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:
@@ -191,72 +312,57 @@ def open_prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscal
     if about.get("complete") is not True:
         raise IncompleteError(f"{location} is only half written; run predict to its end first")
     source = Multiscale.open(str(location))
-    if source.levels[0].dtype != np.uint8:
-        raise MetadataError(f"{location}: probabilities must be uint8 (value/255), found {source.levels[0].dtype}")
+    if source.levels[0].dtype not in DTYPES:
+        raise MetadataError(f"{location}: probabilities must be uint8 or float16, found {source.levels[0].dtype}")
     return source
 
 
-def _decode_array(
-    source: Multiscale,
-    walls: Multiscale | None,
-    out: Path,
-    dataset: str,
-    crop: str,
-    name: str,
-    parameters: DecodeParameters,
-    overwrite: bool,
-    blockwise_above: int,
-    block_progress: Progress | None,
-) -> DecodedArray:
-    location = out / f"{dataset}.zarr" / crop / name
-    made_from = {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
-    about: dict[str, Any] = {"decode": parameters.to_dict(), "source": made_from}
-    if not overwrite and location.exists():
-        there = store.read_attrs(str(location)).get("connectomics", {})
-        if there.get("complete") is True and all(there.get(k) == v for k, v in about.items()):
-            return DecodedArray(dataset, crop, name, str(location), int(there["objects"]), True)
-    grid = source.levels[0].grid
+def _decode_whole(job: DecodeJob) -> DecodedArray:
+    """Decode one array in this process: a mask block by block, anything else in memory."""
+    source, grid, parameters = job.source, job.source.levels[0].grid, job.parameters
+    how: dict[str, Any] = {"class_name": job.class_name, "kind": parameters.kind}
     if parameters.is_local:
         # Whether there is any object is known only at the end, so a mask's attribute is set after its blocks.
         present = False
-        with label_array(location, grid, np.dtype(np.uint8), class_name=name, kind="semantic", about=about) as writer:
+        with label_array(job.location, grid, np.dtype(np.uint8), **how, about=job.about) as writer:
             for begin, block in grid.blocks(BLOCK):
                 mask = above(read_block(source, begin, block.shape), parameters.threshold)
                 present = present or bool(mask.any())
                 writer.write(begin, mask.view(np.uint8))
             _count(Path(writer.location).parent, int(present))
-        return DecodedArray(dataset, crop, name, str(location), int(present), False)
-    if grid.size > blockwise_above and not needs_whole_array(parameters):
-        task = ComponentsTask(source.location, str(location), name, parameters, source=made_from)
-        tell = None if block_progress is None else partial(_tell, block_progress, f"{dataset}/{crop}/{name}")
-        run_task(task, None, tell, overwrite=overwrite or not task.is_begun)
-        return DecodedArray(dataset, crop, name, str(location), objects_of(task), False)
+        return job.decoded(int(present))
     mask = np.zeros(grid.shape, np.bool_)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         mask[z, y, x] = above(read_block(source, begin, block.shape), parameters.threshold)
-    if walls is None:
+    if job.walls is None:
         labels = decode_mask(mask, grid.voxel_size, parameters)
     else:
-        labels = decode_between(mask, read_on(walls, grid), grid.voxel_size, parameters)
+        labels = decode_between(mask, read_on(job.walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))
     del mask
-    about["objects"] = objects
-    with label_array(location, grid, labels.dtype, class_name=name, kind=parameters.kind, about=about) as writer:
+    with label_array(job.location, grid, labels.dtype, **how, about={**job.about, "objects": objects}) as writer:
         write_whole(writer, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
-            write_table(Path(writer.location).parent / TABLE_FILE, found, grid)
-    return DecodedArray(dataset, crop, name, str(location), objects, False)
+            write_tables(Path(writer.location).parent, found, grid, job.table)
+    return job.decoded(objects)
 
 
-def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[np.uint8]:
-    """The probabilities of another class on this grid, read block by block."""
-    values = np.zeros(grid.shape, np.uint8)
+def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[Any]:
+    """The probabilities of another class on this grid, read block by block; in the type that they are stored in."""
+    stored = source.levels[0].dtype
+    values = np.zeros(grid.shape, stored)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        values[z, y, x] = np.rint(source.read_raw(block)[0]).astype(np.uint8)
+        read = source.read_raw(block)[0]
+        values[z, y, x] = (np.rint(read) if stored.kind == "u" else read).astype(stored)
     return values
+
+
+def _origin(source: Multiscale) -> dict[str, Any]:
+    """What a prediction says of itself, for the labels that are made from it."""
+    return {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
 
 
 def _tell(progress: Progress, name: str, stage: str, done: int, number: int) -> None:

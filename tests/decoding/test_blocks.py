@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig
 from connectomics.decoding.blocks import ComponentsTask
+from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.blocks.pieces import Pieces
-from connectomics.decoding.blocks.stitched import objects_of
 from connectomics.decoding.blocks.table import write_table
 from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
@@ -258,7 +258,10 @@ def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monk
 
 @pytest.mark.parametrize(
     "function",
-    ["write_table", "update_attrs", "publish", "unite_touching", "save_mapped", "create_array", "shutil.rmtree"],
+    [
+        *("stitched.unite_touching", "stitched.save_mapped", "stitched.create_array", "stitched.write_tables"),
+        *("labels_task.create_array", "labels_task.update_attrs", "labels_task.shutil.rmtree", "labels_task.publish"),
+    ],
 )
 def test_killed_between_the_steps(tmp_path, monkeypatch, function):
     values = noise(26, (20, 20, 20), seed=2)
@@ -270,7 +273,7 @@ def test_killed_between_the_steps(tmp_path, monkeypatch, function):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"connectomics.decoding.blocks.stitched.{function}", kill)
+        patch.setattr(f"connectomics.decoding.blocks.{function}", kill)
         with pytest.raises(Killed):
             run(task)
     run(task)
@@ -370,7 +373,7 @@ def test_the_limit_is_the_configurations():
 MEASURE = """
 import re, sys
 from connectomics.decoding.blocks import ComponentsTask
-from connectomics.decoding.blocks.stitched import objects_of
+from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.tasks import run_task
 chosen = DecodeParameters(method="cc3d", min_size_nm3=1e4)

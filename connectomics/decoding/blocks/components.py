@@ -11,7 +11,6 @@ import numpy as np
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
 from connectomics.decoding.cellmap_postprocess import components
-from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.errors import ConfigError
 
@@ -24,17 +23,17 @@ class ComponentsTask(StitchedTask):
     the blocks.
 
     Raises:
-        ConfigError: parameters that need the whole array: another method, a boundary class.
+        ConfigError: another method, or a boundary class.
     """
 
     kind: ClassVar[str] = "components"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if reason := needs_whole_array(self.parameters):
+        if self.parameters.method not in ("cc3d", "threshold") or self.parameters.boundary:
             raise ConfigError(
-                f"decoding {self.class_name} block by block: {reason} needs the whole array in memory; "
-                f"leave it out, or decode the array whole"
+                f"components of {self.class_name}: expected method cc3d or threshold and no boundary class, found "
+                f"method {self.parameters.method} and boundary {self.parameters.boundary!r}"
             )
 
     def open_labeller(self) -> Callable[[int], Labelled]:
@@ -58,10 +57,3 @@ class ComponentsTask(StitchedTask):
             return Labelled(labels, n)
 
         return label
-
-
-def needs_whole_array(parameters: DecodeParameters) -> str:
-    """Which of the parameters cannot be decided block by block, or "" where all can."""
-    if parameters.method not in ("cc3d", "threshold"):
-        return f"method {parameters.method}"
-    return f"boundary {parameters.boundary}" if parameters.boundary else ""

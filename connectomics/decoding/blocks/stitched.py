@@ -15,43 +15,26 @@ Until it is finished everything lies in a hidden folder beside the output, which
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.blocks.holes import cut, fill, leave
+from connectomics.decoding.blocks.labels_task import LabelsTask
 from connectomics.decoding.blocks.merge import gathered, number_trees, numbered, renamed, unite_touching
 from connectomics.decoding.blocks.pieces import Pieces, faces_of
 from connectomics.decoding.blocks.stored import StoredBlocks
-from connectomics.decoding.blocks.table import TABLE_FILE, write_table
+from connectomics.decoding.blocks.table import write_tables
 from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
-from connectomics.decoding.labels import BLOCK, label_attrs, partial_of, publish
-from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.probabilities import open_probabilities
-from connectomics.errors import ConfigError, MetadataError, WriteError
-from connectomics.geometry import Index, VoxelGrid
-from connectomics.io import store
-from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import (
-    DEFAULT_CHUNKS,
-    ArrayWriter,
-    create_array,
-    ensure_group,
-    multiscales_attrs,
-    update_attrs,
-)
-from connectomics.tasks.done import sync
-from connectomics.tasks.lattice import Lattice
-from connectomics.tasks.task import TASK_FILE, BlockTask, Cost, Worker
+from connectomics.errors import ConfigError, WriteError
+from connectomics.io.write import ArrayWriter, create_array
+from connectomics.tasks.task import Cost, Worker
 
 
 @dataclass(frozen=True)
@@ -70,34 +53,9 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class StitchedTask(BlockTask):
+class StitchedTask(LabelsTask):
     """A segmentation of one class: see the module. A subclass gives `open_labeller`, and `unite` where its pieces do
-    not simply belong together when they touch.
-
-    Attributes:
-        input: location of the multiscale group of the class's probabilities; its finest level has the output's grid.
-        output: local folder of the multiscale group of the labels.
-        class_name: which class it is, recorded with the output.
-        parameters: how the probabilities become labels.
-        block_shape: voxels of a block, z y x; fastest in whole chunks of 64, right for any.
-        source: what the probabilities were made from, recorded with the output.
-    """
-
-    input: str
-    output: str
-    class_name: str
-    parameters: DecodeParameters
-    block_shape: Index = BLOCK
-    source: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def __post_init__(self) -> None:
-        z, y, x = (int(n) for n in self.block_shape)
-        object.__setattr__(self, "block_shape", (z, y, x))
-        object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # as it comes back from the file
-        object.__setattr__(self, "input", absolute(self.input))
-        object.__setattr__(self, "output", absolute(self.output))
-        if min(z, y, x) < 1:
-            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), found {(z, y, x)}")
+    not simply belong together when they touch."""
 
     # -- what a subclass says ----------------------------------------------------------------------------------------
     @abstractmethod
@@ -113,107 +71,32 @@ class StitchedTask(BlockTask):
         """
         return unite_touching(blocks, self.parameters.connectivity)
 
-    def check_input(self) -> None:
-        """Raise what is wrong with the input; by default it must hold probabilities."""
-        open_probabilities(self.input)
-
     def open_stage(self, stage: str) -> Worker:
         """A worker for a stage of the subclass's own (named in its `stages`)."""
         raise ConfigError(f"{self.kind} has no stage {stage!r}")
 
-    # -- what it is --------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(json.dumps({**asdict(self), "source": dict(self.source)}))
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
-        known = {f.name for f in fields(cls)}
-        if wrong := sorted(set(data) ^ known):
-            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
-        return cls(**{**data, "parameters": DecodeParameters.from_dict(data["parameters"], where)})
-
-    @property
-    def name(self) -> str:
-        output = Path(self.output)
-        return f"{output.parent.parent.name.removesuffix('.zarr')}/{output.parent.name}/{output.name}"
-
-    @property
-    def folder(self) -> Path:
-        return partial_of(Path(self.output))
-
-    @property
-    def scratch(self) -> Path:
-        """Where the stages leave what the output does not keep."""
-        return self.folder / ".blocks"
-
-    @property
-    def grid(self) -> VoxelGrid:
-        """The grid of input and output; read from the input."""
-        return Multiscale.open(self.input).levels[0].grid
-
-    @property
-    def lattice(self) -> Lattice:
-        """The blocks; read from the input."""
-        return Lattice(self.grid.shape, self.block_shape)
-
+    # -- its life ----------------------------------------------------------------------------------------------------
     def stored(self, stage: str = "label") -> StoredBlocks:
         """What the blocks of a stage leave for later ones."""
         return StoredBlocks(self.lattice, self.scratch / stage)
 
-    # -- its life ----------------------------------------------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
         return "label", "write"
 
-    def check(self, *, overwrite: bool = False) -> bool:
-        if not overwrite and not self.is_begun:
-            output = Path(self.output)
-            if (begun := store.read_json(self.folder / TASK_FILE)) is not None:
-                raise _of_another(self.folder, self._differing(begun))
-            if output.exists() and any(output.iterdir()):
-                written = store.read_json(output / TASK_FILE)
-                if written is None:
-                    raise WriteError(
-                        f"{output} is there and was not written block by block: overwrite it, or choose another place"
-                    )
-                if differing := [name for name in self._differing(written) if name != "block_shape"]:
-                    raise _of_another(output, differing)
-                return False
-        self.check_input()
-        return True
-
-    def claim(self, *, overwrite: bool = False) -> None:
-        if overwrite or not self.is_begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            ensure_group(self.folder)
-            self.save(self.folder / TASK_FILE)
-        elif self._complete:
-            self._remove_done_maps()
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether this very task was begun and not finished; it then may replace what is at its output."""
-        begun = store.read_json(self.folder / TASK_FILE)
-        return begun is not None and not self._differing(begun)
-
     def prepare(self, stage: str) -> None:
-        if self._complete:
+        if self.is_complete:
             return
         if stage == "label":
             where = self.scratch / "labels"
             if not (where / ".zarray").exists():
-                create_array(where, self.grid.shape, np.uint32, chunks=self._chunks)
-        if stage == "write" and not (self.folder / "s0" / ".zarray").exists():
-            objects = self._united()
-            sync(os.fspath(self.folder))
-            # last: where it is there, so are the others
-            n, grid = len(objects), self.grid
-            dtype = narrowest_unsigned(n) if self.parameters.kind == "instance" else np.dtype(np.uint8)
-            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self._chunks)
-
-    def blocks(self, stage: str) -> int:
-        return 0 if self._complete else len(self.lattice)
+                create_array(where, self.grid.shape, np.uint32, chunks=self.chunks)
+        if stage == "write" and not self.has_labels:
+            objects = len(self._united())
+            # last: where it is there, so is all else
+            self.create_labels(
+                narrowest_unsigned(objects) if self.parameters.kind == "instance" else np.dtype(np.uint8)
+            )
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
         if stage == "label":
@@ -222,25 +105,12 @@ class StitchedTask(BlockTask):
             return nullcontext(_WriteWorker(self))
         return nullcontext(self.open_stage(stage))
 
-    def finish(self) -> None:
-        if not self._complete:
-            grid, objects = self.grid, Pieces(**load_mapped(self.scratch / "objects"))
-            n = len(objects)
-            if self.parameters.kind == "instance":
-                write_table(self.folder / TABLE_FILE, objects, grid)
-            else:
-                n = min(n, 1)
-            sync(os.fspath(self.folder))
-            about = {"decode": self.parameters.to_dict(), "source": dict(self.source), "objects": n}
-            ours = label_attrs(grid, class_name=self.class_name, kind=self.parameters.kind, about=about)
-            update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        self._remove_done_maps()
-        publish(self.folder, Path(self.output))
-
-    def relocated(self, folder: Path) -> Self:
-        output = Path(self.output)
-        return replace(self, output=str(Path(folder, *output.parts[-3:])))
+    def conclude(self) -> int:
+        objects = Pieces(**load_mapped(self.scratch / "objects"))
+        if self.parameters.kind == "semantic":
+            return min(len(objects), 1)
+        write_tables(self.folder, objects, self.grid, self.table)
+        return len(objects)
 
     def cost(self, stage: str) -> Cost:
         voxels = int(np.prod(self.block_shape))
@@ -249,20 +119,6 @@ class StitchedTask(BlockTask):
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
 
     # -- within ------------------------------------------------------------------------------------------------------
-    @property
-    def _complete(self) -> bool:
-        """Whether only the last renaming is missing (then there are attributes, which are written after all else)."""
-        return (self.folder / ".zattrs").exists()
-
-    @property
-    def _chunks(self) -> Index:
-        """Chunks that no two blocks share: the usual ones, or a whole block where it has no whole number of them."""
-        z, y, x = (
-            c if b % c == 0 or b >= n else b
-            for b, c, n in zip(self.block_shape, DEFAULT_CHUNKS, self.grid.shape, strict=True)
-        )
-        return z, y, x
-
     def _united(self) -> Pieces:
         """Unite the pieces, fill the holes, number the objects; stores what the stage ``write`` needs."""
         blocks = self.stored()
@@ -280,15 +136,6 @@ class StitchedTask(BlockTask):
         save_mapped(self.scratch / "labels_of", label_of=label_of, offsets=blocks.offsets)
         save_mapped(self.scratch / "objects", **kept.columns)
         return kept
-
-    def _differing(self, stored: Mapping[str, Any]) -> list[str]:
-        """Which fields a stored task has otherwise, those left out that decide nothing of the output."""
-        mine = {"kind": self.kind, **self.to_dict()}
-        return [name for name in mine | dict(stored) if name not in self.free and mine.get(name) != stored.get(name)]
-
-    def _remove_done_maps(self) -> None:
-        for path in self.folder.glob(".done-*"):
-            path.unlink(missing_ok=True)
 
 
 class _LabelWorker:
@@ -343,18 +190,6 @@ class _WriteWorker:
             yield number
 
 
-def objects_of(task: BlockTask) -> int:
-    """How many objects the finished labels of a task hold (a mask: 0 or 1)."""
-    output: str = task.to_dict()["output"]
-    return int(store.read_attrs(output)["connectomics"]["objects"])
-
-
-def absolute(location: str) -> str:
-    """A location that means the same in every process: local paths absolute, URLs as they are."""
-    where = store.normalize(location)
-    return where if store.is_s3(where) else os.path.abspath(where)
-
-
 def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
     """Store arrays as ``folder/{name}.npy``. `WriteError`."""
     try:
@@ -368,9 +203,3 @@ def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
 def load_mapped(folder: Path) -> dict[str, NDArray[Any]]:
     """What `save_mapped` stored, mapped: only what is used is read, and all processes of a machine share it."""
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-
-
-def _of_another(place: Path, differing: list[str]) -> WriteError:
-    return WriteError(
-        f"{place} holds labels of another task ({', '.join(differing)} differ); overwrite it, or choose another place"
-    )

@@ -1,0 +1,217 @@
+"""Labels that are made block by block: what all such tasks share.
+
+Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
+
+    .{class}.partial/task.json   the task; beside it the done-maps of the run
+    .{class}.partial/.blocks     what stages leave for later ones
+    .{class}.partial/s0          the labels
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from connectomics.decoding.labels import BLOCK, label_attrs, partial_of, publish
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.probabilities import open_probabilities
+from connectomics.errors import ConfigError, MetadataError, WriteError
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import DEFAULT_CHUNKS, create_array, ensure_group, multiscales_attrs, update_attrs
+from connectomics.tasks.done import sync
+from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.task import TASK_FILE, BlockTask
+
+TABLES = ("csv", "parquet")
+
+
+@dataclass(frozen=True)
+class LabelsTask(BlockTask):
+    """The labels of one class, from its probabilities.
+
+    Attributes:
+        input: location of the multiscale group of the class's probabilities; its finest level has the output's grid.
+        output: local folder of the multiscale group of the labels.
+        class_name: which class it is, recorded with the output.
+        parameters: how the probabilities become labels.
+        block_shape: voxels of a block, z y x; fastest in whole chunks of 64, right for any.
+        source: what the probabilities were made from, recorded with the output.
+        table: ``parquet``: the table of instances is written as Parquet too.
+    """
+
+    input: str
+    output: str
+    class_name: str
+    parameters: DecodeParameters
+    block_shape: Index = BLOCK
+    source: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    table: str = "csv"
+
+    def __post_init__(self) -> None:
+        z, y, x = (int(n) for n in self.block_shape)
+        object.__setattr__(self, "block_shape", (z, y, x))
+        object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # as it comes back from the file
+        object.__setattr__(self, "input", absolute(self.input))
+        object.__setattr__(self, "output", absolute(self.output))
+        if min(z, y, x) < 1:
+            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), found {(z, y, x)}")
+        if self.table not in TABLES:
+            raise ConfigError(f"table must be {' or '.join(TABLES)}, found {self.table!r}")
+
+    # -- what a subclass says ----------------------------------------------------------------------------------------
+    @abstractmethod
+    def conclude(self) -> int:
+        """After the last stage: write what lies beside the labels; how many objects there are (a mask: 0 or 1)."""
+
+    def check_input(self) -> None:
+        """Raise what is wrong with the input; by default it must hold probabilities."""
+        open_probabilities(self.input)
+
+    # -- what it is --------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(json.dumps({**asdict(self), "source": dict(self.source)}))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
+        known = {f.name for f in fields(cls)}
+        if wrong := sorted(set(data) ^ known):
+            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
+        return cls(**{**data, "parameters": DecodeParameters.from_dict(data["parameters"], where)})
+
+    @property
+    def name(self) -> str:
+        output = Path(self.output)
+        return f"{output.parent.parent.name.removesuffix('.zarr')}/{output.parent.name}/{output.name}"
+
+    @property
+    def folder(self) -> Path:
+        return partial_of(Path(self.output))
+
+    @property
+    def scratch(self) -> Path:
+        """Where the stages leave what the output does not keep."""
+        return self.folder / ".blocks"
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The grid of input and output; read from the input."""
+        return Multiscale.open(self.input).levels[0].grid
+
+    @property
+    def lattice(self) -> Lattice:
+        """The blocks; read from the input."""
+        return Lattice(self.grid.shape, self.block_shape)
+
+    # -- its life ----------------------------------------------------------------------------------------------------
+    def check(self, *, overwrite: bool = False) -> bool:
+        if not overwrite and not self.is_begun:
+            output = Path(self.output)
+            if (begun := store.read_json(self.folder / TASK_FILE)) is not None:
+                raise _of_another(self.folder, self._differing(begun))
+            if output.exists() and any(output.iterdir()):
+                written = store.read_json(output / TASK_FILE)
+                if written is None:
+                    raise WriteError(
+                        f"{output} is there and was not written block by block: overwrite it, or choose another place"
+                    )
+                if differing := [name for name in self._differing(written) if name != "block_shape"]:
+                    raise _of_another(output, differing)
+                return False
+        self.check_input()
+        return True
+
+    def claim(self, *, overwrite: bool = False) -> None:
+        if overwrite or not self.is_begun:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            ensure_group(self.folder)
+            self.save(self.folder / TASK_FILE)
+        elif self.is_complete:
+            self._remove_done_maps()
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether this very task was begun and not finished; it then may replace what is at its output."""
+        begun = store.read_json(self.folder / TASK_FILE)
+        return begun is not None and not self._differing(begun)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether only the last renaming is missing (then there are attributes, which are written after all else)."""
+        return (self.folder / ".zattrs").exists()
+
+    def blocks(self, stage: str) -> int:
+        return 0 if self.is_complete else len(self.lattice)
+
+    def create_labels(self, dtype: np.dtype[Any]) -> None:
+        """Make the array of the labels, where it is not there; what was written before is on the disk then."""
+        if not self.has_labels:
+            sync(os.fspath(self.folder))
+            grid = self.grid
+            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the array of the labels was made."""
+        return (self.folder / "s0" / ".zarray").exists()
+
+    @property
+    def chunks(self) -> Index:
+        """Chunks that no two blocks share: the usual ones, or a whole block where it has no whole number of them."""
+        z, y, x = (
+            c if b % c == 0 or b >= n else b
+            for b, c, n in zip(self.block_shape, DEFAULT_CHUNKS, self.grid.shape, strict=True)
+        )
+        return z, y, x
+
+    def finish(self) -> None:
+        if not self.is_complete:
+            about = {"decode": self.parameters.to_dict(), "source": dict(self.source), "objects": self.conclude()}
+            grid, kind = self.grid, self.parameters.kind
+            ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
+            sync(os.fspath(self.folder))
+            update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self._remove_done_maps()
+        publish(self.folder, Path(self.output))
+
+    def relocated(self, folder: Path) -> Self:
+        output = Path(self.output)
+        return replace(self, output=str(Path(folder, *output.parts[-3:])))
+
+    def _differing(self, stored: Mapping[str, Any]) -> list[str]:
+        """Which fields a stored task has otherwise, those left out that decide nothing of the output."""
+        mine = {"kind": self.kind, **self.to_dict()}
+        return [name for name in mine | dict(stored) if name not in self.free and mine.get(name) != stored.get(name)]
+
+    def _remove_done_maps(self) -> None:
+        for path in self.folder.glob(".done-*"):
+            path.unlink(missing_ok=True)
+
+
+def objects_of(task: BlockTask) -> int:
+    """How many objects the finished labels of a task hold (a mask: 0 or 1)."""
+    output: str = task.to_dict()["output"]
+    return int(store.read_attrs(output)["connectomics"]["objects"])
+
+
+def absolute(location: str) -> str:
+    """A location that means the same in every process: local paths absolute, URLs as they are."""
+    where = store.normalize(location)
+    return where if store.is_s3(where) else os.path.abspath(where)
+
+
+def _of_another(place: Path, differing: list[str]) -> WriteError:
+    return WriteError(
+        f"{place} holds labels of another task ({', '.join(differing)} differ); overwrite it, or choose another place"
+    )
