@@ -10,6 +10,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.kernels import add_voxel
+
 #: Kinds of steps to one of the 26 neighbours, by the axes that they run along: 4 z + 2 y + x - 1.
 KINDS = 7
 
@@ -43,7 +45,7 @@ def measure(
     """Add a block to the measures of its labels; row i is label i + 1.
 
     origin (3,): the volume's voxel at index (0, 0, 0) of ``labels``. sizes (n,): voxels. sums (n, 3): of z, y and x in
-    voxels of the volume. boxes (n, 6): smallest and largest z y x; smallest must come large and largest as -1.
+    voxels of the volume. boxes (n, 6): smallest and largest z y x.
     steps (n, KINDS): pairs of a voxel of the label and a neighbour (26) with another, by kind.
     """
     for z in range(low[0], high[0]):
@@ -52,12 +54,7 @@ def measure(
                 if labels[z, y, x] == 0:
                     continue
                 k = np.int64(labels[z, y, x]) - 1
-                sizes[k] += 1
-                for axis, index in enumerate((z, y, x)):
-                    place = index + origin[axis]
-                    sums[k, axis] += place
-                    boxes[k, axis] = min(boxes[k, axis], place)
-                    boxes[k, axis + 3] = max(boxes[k, axis + 3], place)
+                add_voxel(k, z + origin[0], y + origin[1], x + origin[2], sizes, boxes, sums)
                 _steps_out(labels, z, y, x, steps[k])
 
 

@@ -1,0 +1,38 @@
+"""A numba kernel that the kernels of several packages share; import it where numba is imported anyway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+from numpy.typing import NDArray
+
+
+@numba.njit(cache=True, nogil=True)
+def add_voxel(
+    row: Any,
+    z: Any,
+    y: Any,
+    x: Any,
+    sizes: NDArray[Any],
+    boxes: NDArray[Any],
+    sums: NDArray[Any],
+) -> None:
+    """Add a voxel to what is known of an object.
+
+    sizes (n,): voxels, zeros at first. boxes (n, 6): smallest z y x, largest z y x, both inside; anything at first.
+    sums (n, 3): of z, y and x, zeros at first. The voxels of an object must come in the order of z.
+    """
+    if sizes[row] == 0:
+        boxes[row, 0], boxes[row, 1], boxes[row, 2] = z, y, x
+        boxes[row, 3], boxes[row, 4], boxes[row, 5] = z, y, x
+    else:
+        boxes[row, 1] = min(boxes[row, 1], y)
+        boxes[row, 2] = min(boxes[row, 2], x)
+        boxes[row, 3] = z  # it only grows
+        boxes[row, 4] = max(boxes[row, 4], y)
+        boxes[row, 5] = max(boxes[row, 5], x)
+    sizes[row] += 1
+    sums[row, 0] += z
+    sums[row, 1] += y
+    sums[row, 2] += x
