@@ -19,6 +19,7 @@ from connectomics.cli import (
     run_task_verb,
     run_verbs,
     tune_verb,
+    view_verb,
 )
 
 WAY = """CellMap volumes from disk to a scored submission.
@@ -67,4 +68,5 @@ app.command("export")(result_verbs.export)
 app.command("validate")(result_verbs.validate)
 app.command("score")(result_verbs.score)
 app.command("report")(result_verbs.report)
+app.command("view")(view_verb.view)
 app.add_typer(bench_verb.bench, name="bench")
