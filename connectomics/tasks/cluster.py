@@ -31,7 +31,7 @@ from connectomics.tasks.task import BlockTask
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
 
-_CONNECT_S = 10.0  # a scheduler answers within that, or is taken for unreachable
+_CONNECT_S = 5.0  # a scheduler answers within that, or is taken for unreachable
 _LOST_S = 20.0  # so long a scheduler may be away while blocks are done, and a scheduler of others without a worker
 _LOOK_S = 2.0  # between two looks at how many workers there are
 _QUEUES = {"slurm": "sbatch", "lsf": "bsub"}  # the command that takes jobs
@@ -302,7 +302,9 @@ class _DaskPool(Pool):
         if threads:
             self._alone = 0.0
         else:
-            self._alone = self._alone or now
+            if not self._alone:
+                print("Dask: no worker at the moment; waiting", file=sys.stderr, flush=True)
+                self._alone = now
             if self._config.address is not None and now - self._alone > _LOST_S:
                 raise EngineError(
                     f"the Dask scheduler at {self._config.address} has had no worker for {_LOST_S:g} s; "

@@ -1,18 +1,21 @@
-"""A task that is small and does real work: cubes a volume, block by block, to files; blocks can be made to fail."""
+"""A task that is small and does real work: cubes numbers, block by block, to files; blocks can be made to fail, to kill
+their process, to hang, and to take too much memory."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from connectomics.errors import CorruptDataError, WriteError
+from connectomics.errors import CorruptDataError, MetadataError, MissingError, WriteError
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.task import TASK_FILE
 
@@ -24,25 +27,35 @@ class CubeTask(BlockTask):
     Attributes:
         fail: blocks of the first stage that fail as long as the file ``mended`` is not there.
         full: block of the first stage at which the disk is full, likewise.
-        pause: seconds that a block takes.
+        kill, hang, hog: blocks of the first stage whose process is killed, which never end, and which take half a
+            gigabyte, the first ``times`` times that they are tried.
+        pause: seconds that a block takes. opening: why no worker can be opened, or "".
     """
 
     kind: ClassVar[str] = "cube"
-    free: ClassVar[frozenset[str]] = frozenset({"pause"})
+    free: ClassVar[frozenset[str]] = frozenset({"pause", "opening"})
 
     output: str
     count: int = 8
     offset: int = 0
     fail: tuple[int, ...] = ()
     full: int = -1
+    kill: tuple[int, ...] = ()
+    hang: tuple[int, ...] = ()
+    hog: tuple[int, ...] = ()
+    times: int = 1000
     pause: float = 0.0
+    opening: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "fail": list(self.fail)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
-        return cls(**{**data, "fail": tuple(data["fail"])})
+        try:
+            return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+        except TypeError as error:
+            raise MetadataError(f"{where}: {error}") from error
 
     @property
     def name(self) -> str:
@@ -76,11 +89,19 @@ class CubeTask(BlockTask):
         return self.count
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[CubeWorker]:
+        if self.opening == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.opening:
+            raise MissingError(self.opening)
+        (self.folder / f"{stage}.{os.getpid()}.opened").write_text(device)
         return nullcontext(CubeWorker(self, stage))
 
     def finish(self) -> None:
         total = sum(int(np.load(self.folder / "second" / f"{n}.npy")) for n in range(self.count))
         (self.folder / "sum").write_text(json.dumps(total))
+
+    def relocated(self, folder: Path) -> Self:
+        return replace(self, output=str(folder))
 
     def cost(self, stage: str) -> Cost:
         return Cost(read=8, written=8, memory=16)
@@ -94,7 +115,8 @@ class CubeWorker:
     def run(self, blocks: Sequence[int]) -> Iterator[int]:
         folder = self.task.folder
         for number in blocks:
-            time.sleep(self.task.pause)
+            if self.task.pause:
+                time.sleep(self.task.pause)
             with (folder / f"{self.stage}.log").open("a") as log:
                 log.write(f"{number}\n")
             if self.stage == "second":
@@ -103,11 +125,28 @@ class CubeWorker:
                 mended = (folder / "mended").exists()
                 if number in self.task.fail and not mended:
                     raise CorruptDataError(f"no good data for {number}")
+                self._trouble(number)
                 if number == self.task.full and not mended:
                     raise WriteError(f"cannot write {number}: no space left on the device")
                 np.save(folder / "first" / f"{number}.npy", np.asarray(number + self.task.offset))
             yield number
 
+    def _trouble(self, number: int) -> None:
+        task = self.task
+        if number not in (*task.kill, *task.hang, *task.hog) or self.tried(task, "first").count(number) > task.times:
+            return
+        if number in task.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        held = np.ones(2**26) if number in task.hog else None  # half a gigabyte
+        time.sleep(3600)
+        del held
+
     @staticmethod
     def tried(task: CubeTask, stage: str) -> list[int]:
         return [int(line) for line in (task.folder / f"{stage}.log").read_text().split()]
+
+
+def outputs(task: CubeTask) -> dict[str, bytes]:
+    """All that the task is there for, by file."""
+    files = [*task.folder.glob("first/*"), *task.folder.glob("second/*"), task.folder / "sum"]
+    return {str(file.relative_to(task.folder)): file.read_bytes() for file in files}

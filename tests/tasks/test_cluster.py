@@ -1,0 +1,219 @@
+"""The Dask engine: the same output, whatever dies; and one line where workers cannot be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from connectomics.config.schema import EngineConfig
+from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.cluster import job_options
+from connectomics.tasks.pool import Engine
+from tests.tasks.kit import CubeTask, CubeWorker, outputs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    """Two Dask workers of this machine, with limits."""
+    config = EngineConfig(name="dask", workers=2, attempts=2, block_timeout_s=1.5, memory_gb=0.2)
+    with open_engine(config) as opened:
+        yield opened
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> dict[str, bytes]:
+    """The output of 60 blocks, all well."""
+    task = CubeTask(str(tmp_path / "undisturbed"), count=60)
+    run_task(task)
+    return outputs(task)
+
+
+def working(above: int) -> list[psutil.Process]:
+    """The processes below ``above`` that do blocks."""
+    return [p for p in psutil.Process(above).children(recursive=True) if "connectomics.tasks.child" in p.cmdline()[-1]]
+
+
+def test_workers_write_what_one_process_writes_and_are_kept(
+    engine: Engine, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    one, other = (CubeTask(str(tmp_path / name), count=60, pause=0.02) for name in ("one", "other"))
+    run_task(one, engine)
+    run_task(other, engine)
+    assert outputs(one) == outputs(other) == undisturbed
+    assert len({file.name.split(".")[1] for task in (one, other) for file in task.folder.glob("*.opened")}) == 2
+    assert sorted(CubeWorker.tried(one, "first")) == list(range(60))
+
+
+def test_blocks_that_kill_hang_or_eat_are_done_again_or_named(
+    engine: Engine, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    task = CubeTask(str(tmp_path / "out"), count=60, kill=(5, 40), hang=(20,), hog=(30,), times=1)
+    run_task(task, engine)
+    assert outputs(task) == undisturbed
+    task = CubeTask(str(tmp_path / "named"), count=20, kill=(3,), hang=(4,), hog=(5,), fail=(6,))
+    with pytest.raises(BlocksFailedError) as error:
+        run_task(task, engine)
+    for part in (
+        "4 of 20",
+        "block 3: its worker died (signal 9",
+        "4: took longer than 1.5 s",
+        "5: held more than 0.2 GB",
+    ):
+        assert part in str(error.value)
+    assert len(list((task.folder / "first").glob("*.npy"))) == 16
+
+
+def test_errors_that_end_the_run(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no checkpoint at x"):
+        run_task(CubeTask(str(tmp_path / "a"), opening="no checkpoint at x"), engine)
+    with pytest.raises(WriteError, match="no space left"):
+        run_task(CubeTask(str(tmp_path / "b"), count=20, full=5), engine)
+
+
+def test_a_dask_worker_that_is_killed_is_replaced(
+    tmp_path: Path, undisturbed: dict[str, bytes], engine: Engine
+) -> None:
+    task = CubeTask(str(tmp_path / "out"), count=60, pause=0.05)
+
+    def kill_one() -> None:
+        while len(list(task.folder.glob("first/*.npy"))) < 10:
+            time.sleep(0.01)
+        parent = working(os.getpid())[0].parent()
+        assert parent is not None
+        parent.kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    run_task(task, engine)
+    killer.join()
+    assert outputs(task) == undisturbed
+
+
+def dask(*words: str) -> subprocess.Popen[bytes]:
+    """A program of Dask's, as one starts it by hand."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dask", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_a_scheduler_that_runs_already_and_is_killed(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
+    file = tmp_path / "scheduler.json"
+    scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+    worker = dask(
+        "worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "1", "--no-nanny",
+        "--local-directory", str(tmp_path), "--death-timeout", "3",
+    )  # fmt: skip
+    try:
+        while not file.exists():
+            time.sleep(0.05)
+        config = EngineConfig(name="dask", address=str(file))
+        task = CubeTask(str(tmp_path / "out"), count=60)
+        run_task(task, config)
+        assert outputs(task) == undisturbed
+        assert working(worker.pid) == []  # what it had there is gone with it
+
+        task = CubeTask(str(tmp_path / "killed"), count=60, pause=0.1)
+
+        def kill() -> None:
+            while len(list(task.folder.glob("first/*.npy"))) < 10:
+                time.sleep(0.01)
+            scheduler.kill()
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(EngineError, match=r"connection to the Dask scheduler is lost.*run the same command again"):
+            run_task(task, config)
+        killer.join()
+    finally:
+        for process in (worker, scheduler):
+            process.kill()
+            process.wait()
+    run_task(task)
+    assert outputs(task) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("tcp://127.0.0.1:9", "no Dask scheduler answers at tcp://127.0.0.1:9.*dask scheduler"),
+        ("nowhere/scheduler.json", "there is no scheduler file nowhere/scheduler.json"),
+        ("what is this", "no Dask scheduler answers"),
+    ],
+)
+def test_a_scheduler_that_is_not_there_is_one_line(address: str, message: str) -> None:
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match=message) as error:
+        open_engine(EngineConfig(name="dask", address=address))
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 30  # a few seconds on an idle machine
+
+
+def test_libraries_and_queues_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slurm = EngineConfig(name="dask", cluster="slurm", options={"memory": "4 GB"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match="there is no sbatch here"):
+        open_engine(slurm)
+    monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
+    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+        open_engine(slurm)
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+        open_engine(EngineConfig(name="dask"))
+
+
+def test_options_of_a_job() -> None:
+    config = EngineConfig(name="dask", cluster="slurm", memory_gb=8, options={"processes": 2, "cores": 8})
+    assert job_options(config)["memory"] == "17 GB"
+    with pytest.raises(EngineError, match=r"needs engine\.options\.memory"):
+        job_options(EngineConfig(name="dask", cluster="lsf"))
+
+
+#: stand-ins for the queues' commands: they keep the script and run it here, as the queue does elsewhere
+SUBMIT = {
+    "slurm": ("sbatch", 'cp "$1" {kept}; bash {kept} >/dev/null 2>&1 & echo "Submitted batch job $!"'),
+    "lsf": ("bsub", 'cat > {kept}; bash {kept} >/dev/null 2>&1 & echo "Job <$!> is submitted to queue <normal>."'),
+}
+CANCEL = {"slurm": "scancel", "lsf": "bkill"}
+LINES = {
+    "slurm": ["#SBATCH -J pytc", "#SBATCH -p gpu", "#SBATCH -t 02:00:00", "#SBATCH --mem=15G", "#SBATCH --gres=gpu:1"],
+    "lsf": ["#BSUB -J pytc", "#BSUB -q gpu", "#BSUB -W 02:00:00", "#BSUB -M 16000", "#BSUB --gres=gpu:1"],
+}
+
+
+@pytest.mark.parametrize("queue", ["slurm", "lsf"])
+def test_jobs_of_a_queue(
+    queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
+) -> None:
+    """The script that goes to the queue's command, and that what it starts does the work."""
+    name, text = SUBMIT[queue]
+    for command, body in ((name, text.format(kept=tmp_path / "script")), (CANCEL[queue], 'kill "$@"')):
+        file = tmp_path / "bin" / command
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"#!/bin/bash\n{body}\n")
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    options = {
+        "queue": "gpu", "walltime": "02:00:00", "cores": 8, "memory": "16 GB", "job_name": "pytc",
+        "job_extra_directives": ["--gres=gpu:1"], "local_directory": str(tmp_path),
+        "scheduler_options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"},
+    }  # fmt: skip
+    if queue == "lsf":
+        options |= {"use_stdin": True, "lsf_units": "mb"}
+    task = CubeTask(str(tmp_path / "out"), count=60)
+    run_task(task, EngineConfig(name="dask", cluster=queue, options=options))
+    assert outputs(task) == undisturbed
+    script = (tmp_path / "script").read_text()
+    for line in LINES[queue]:
+        assert line in script.splitlines()
+    assert script.rstrip().endswith("--nthreads 1")
