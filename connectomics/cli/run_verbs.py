@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from connectomics.cli import evaluation_tables, progress, show
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
+    from connectomics.decoding.decode import DecodeJob
 
 Config = Annotated[
     Path | None, typer.Argument(help="Configuration, for instance tutorials/cellmap_cos7.yaml.", show_default=False)
@@ -109,22 +114,35 @@ def decode(
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Decode again what is there already.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
-    """Turn probabilities into labels: thresholds, and instances by components or watershed.
+    """Turn probabilities into labels: thresholds, and instances by components, watershed or affinities. Large arrays
+    are decoded block by block on the engine; a killed run goes on where it stopped.
 
     Examples:
 
       pytc decode outputs/predictions outputs/labels --config tutorials/cellmap_mito.yaml
 
       pytc decode outputs/predictions outputs/labels --class mito decoding.classes.mito.threshold=0.6
+
+      pytc decode outputs/predictions outputs/labels engine.workers=8 --dry-run
     """
     from connectomics.config import load_config
-    from connectomics.decoding.decode import decode_predictions, find_arrays
+    from connectomics.decoding.decode import decode_jobs, decode_predictions, find_arrays
     from connectomics.decoding.parameters import decode_parameters
+    from connectomics.errors import ConfigError
 
+    if overwrite and resume:
+        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
     parameters = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
+    above, table = composed.decoding.blockwise_above, composed.decoding.table
+    if dry_run:
+        jobs = decode_jobs(predictions, out, parameters, classes=class_name, blockwise_above=above, table=table)
+        _show_decoding(jobs, composed.engine, overwrite)
+        return
     with show.stage("decoding"):
         done = decode_predictions(
             predictions,
@@ -132,11 +150,30 @@ def decode(
             parameters,
             classes=class_name,
             overwrite=overwrite,
-            blockwise_above=composed.decoding.blockwise_above,
+            resume=resume,
+            blockwise_above=above,
             block_progress=progress.when_needed("block by block"),
+            engine=composed.engine,
+            table=table,
         )
     for item in done:
         print(item.location)
+
+
+def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: bool) -> None:
+    """Print what is left to decode."""
+    from connectomics.cli.run_task_verb import show_estimate
+    from connectomics.tasks.estimate import estimate
+
+    left = [job for job in jobs if overwrite or job.finished() is None]
+    tasks = [job.task for job in left if job.task is not None]
+    finished, whole = len(jobs) - len(left), len(left) - len(tasks)
+    print(f"{len(jobs)} array(s): {finished} decoded already, {whole} to decode whole, {len(tasks)} block by block")
+    if tasks:
+        with show.stage("trying a block"):
+            # what is begun goes on; where another output is in the way it is replaced
+            found = estimate(tasks, engine, overwrite=overwrite or not all(task.is_begun for task in tasks))
+        show_estimate(found)
 
 
 def evaluate(

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 #: `BlockTask.kind` -> where its class is
 TASK_KINDS: dict[str, str] = {
     "measure": "connectomics.decoding.measure.task:MeasureTask",
+    "mask": "connectomics.decoding.blocks.mask:MaskTask",
+    "components": "connectomics.decoding.blocks.components:ComponentsTask",
     "contacts": "connectomics.decoding.measure.task:ContactsTask",
     "mesh": "connectomics.decoding.mesh.task:MeshTask",
 }

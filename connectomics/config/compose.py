@@ -125,6 +125,7 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "data.worker_start", config.data.worker_start, ("forkserver", "spawn", "fork"))
     _one_of(where, "data.cache", config.data.cache or "none", ("none", "memory", "disk"))
     _one_of(where, "model.fusion", config.model.fusion, ("encoder", "channels"))
+    _one_of(where, "decoding.table", config.decoding.table, ("csv", "parquet"))
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
     _one_of(where, "inference.uncertainty", config.inference.uncertainty, ("none", "variance", "entropy", "dropout"))
     _check_tta(where, config.inference.tta)

@@ -205,7 +205,8 @@ class DecodingConfig:
 
     default: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # class name -> parameters
-    blockwise_above: int = 512**3  # voxels: components of larger arrays are found block by block, with the same result
+    blockwise_above: int = 512**3  # voxels: larger arrays are decoded block by block
+    table: str = "csv"  # csv | parquet: tables of instances also as Parquet
 
 
 @dataclass

@@ -113,6 +113,11 @@ class LabelsTask(BlockTask):
         """The blocks; read from the input."""
         return Lattice(self.grid.shape, self.block_shape)
 
+    @property
+    def largest_block(self) -> int:
+        """Voxels of the largest block; read from the input."""
+        return int(np.prod(np.minimum(self.block_shape, self.grid.shape)))
+
     # -- its life ----------------------------------------------------------------------------------------------------
     def check(self, *, overwrite: bool = False) -> bool:
         if not overwrite and not self.is_begun:

@@ -48,7 +48,7 @@ class MaskTask(LabelsTask):
         return int((self.scratch / _PRESENT).exists())
 
     def cost(self, stage: str) -> Cost:
-        voxels = int(np.prod(self.block_shape))
+        voxels = self.largest_block
         return Cost(read=2 * voxels, written=voxels, memory=6 * voxels)
 
 

@@ -113,7 +113,7 @@ class StitchedTask(LabelsTask):
         return len(objects)
 
     def cost(self, stage: str) -> Cost:
-        voxels = int(np.prod(self.block_shape))
+        voxels = self.largest_block
         if stage == "write":
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
