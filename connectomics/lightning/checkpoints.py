@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from connectomics.config import RunConfig, config_from_dict
+from connectomics.config.heads import heads_of
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.lightning.module import CHECKPOINT_FORMAT, CHECKPOINT_KEY, ConnectomicsModule
 
@@ -75,6 +76,27 @@ def check_classes(path: str | Path, trained: Sequence[str], asked: Sequence[str]
         )
 
 
+def check_heads(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
+    """Raises `InputError` where a checkpoint's heads give other channels than the configuration's ``model.heads``.
+
+    Weights, losses, and whether a prediction stores them may differ.
+    """
+    found, asked = ([head.predicts for head in heads_of(of)] for of in (trained, config))
+    if found != asked:
+        raise InputError(
+            f"checkpoint {path} was trained with {_heads(found)}, the configuration has {_heads(asked)}; set "
+            "model.heads as in training, or train again"
+        )
+
+
+def _heads(heads: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for head in heads:
+        details = head.get("offsets") or f"{head['scale_nm']:g} nm"
+        parts.append(f"{head['class']}/{head['kind']} ({details})")
+    return f"heads {', '.join(parts)}" if parts else "no heads"
+
+
 def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
     """Raises `InputError` where a checkpoint's network takes further inputs at other voxel sizes than asked for."""
     found, asked = ([list(view.resolution) for view in of.data.inputs] for of in (trained, config))
@@ -90,9 +112,9 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
 
     Args:
         path: the checkpoint, self-contained.
-        config: a configuration to use with it: its `dataset.classes` and the voxel sizes of its `data.inputs` must be
-            those of the checkpoint; its `model` is replaced by the checkpoint's, all else (data, inference, decoding)
-            is kept. None: the checkpoint's own.
+        config: a configuration to use with it: its `dataset.classes`, the channels of its `model.heads` and the voxel
+            sizes of its `data.inputs` must be those of the checkpoint; the rest of its `model` is replaced by the
+            checkpoint's, all else (data, inference, decoding) is kept. None: the checkpoint's own.
 
     Raises:
         MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also where classes or
@@ -102,6 +124,7 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
     trained = checkpoint_config(content, path)
     if config is not None:
         check_classes(path, trained.dataset.classes, config.dataset.classes)
+        check_heads(path, trained, config)
         check_inputs(path, trained, config)
         if list(trained.dataset.resolution) != list(config.dataset.resolution):
             log.warning(
@@ -123,7 +146,8 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
 def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
     if config is None:
         return trained
-    return replace(config, model=trained.model)
+    # the same heads, of which the configuration at hand says whether they are written
+    return replace(config, model=replace(trained.model, heads=config.model.heads))
 
 
 def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
@@ -131,6 +155,7 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
     check_classes(path, trained.dataset.classes, module.classes)
+    check_heads(path, trained, module.config)
     expected = {name: value.shape for name, value in module.state_dict().items()}
     found = {name: value.shape for name, value in content["state_dict"].items()}
     if expected != found:

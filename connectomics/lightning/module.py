@@ -15,6 +15,7 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, config_to_dict
+from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import view_names
@@ -24,10 +25,12 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
+from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.val_score import ChallengeScore, check_monitors
 from connectomics.models.fusion import channels_for, with_views
+from connectomics.models.heads import HeadLosses, ids_of, split_channels
 from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
@@ -68,6 +71,9 @@ class ValidationCrop(Protocol):
         self, class_name: str, grid: VoxelGrid
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
         """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
+
+    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
+        """Objects (I, d, h, w), 0 background, -1 unknown, also beyond the crop; asked for with ``model.heads`` only."""
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
@@ -117,6 +123,9 @@ class ConnectomicsModule(pl.LightningModule):
     the known voxels of all validation crops (see `PooledCounts` for which classes count); with ``training.val_score``
     also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`. Counts of the patches of an epoch, exact:
     ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``, see `ClassCounts`.
+
+    With ``model.heads`` a batch has ``ids`` too (see `connectomics.models.targets`), ``train/loss`` is the sum over
+    classes and heads, and ``train/loss/<head>`` and ``val/<head>/dice`` or ``mae`` are logged, see `HeadScores`.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -130,11 +139,13 @@ class ConnectomicsModule(pl.LightningModule):
                 f"model.out_channels is {config.channels} but dataset.classes names {len(self.classes)} classes; "
                 "set model.out_channels=null to take one channel a class"
             )
+        self.heads = heads_of(config)
+        self._groups = [config.channels, *(head.channels for head in self.heads)]  # channels of the network's output
         views = views_of(config)
         network = build_model(
             config.model.architecture,
             channels_for(config.model.fusion, config.model.in_channels, len(views)),
-            config.channels,
+            sum(self._groups),
             patch_size=config.data.patch_size,
             deep_supervision=config.model.deep_supervision,
             options=model_options(config),
@@ -142,12 +153,14 @@ class ConnectomicsModule(pl.LightningModule):
         ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
         self.network = with_views(network, config.model.fusion, ratios)
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
+        self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
         check_schedule(config)
         build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
         self.intensity = BatchAugmentor.of(config)
         self.seen = ClassCounts(self.classes)  # in this epoch so far
         self.counts = PooledCounts(config.channels)
+        self.head_scores = HeadScores(self.heads)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
         self.only_a_look = False  # validate on a window's worth of each crop, to see whether it runs
@@ -157,30 +170,49 @@ class ConnectomicsModule(pl.LightningModule):
     def forward(self, image: Tensor, *views: Tensor) -> Tensor:
         """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
 
+        The channels are the classes, then those of all heads.
+
         ``views``: of the same places, one for each of ``data.inputs``, (B, 1, d, h, w)."""
         return self.network(image, *views)
 
     def probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
-        """Probabilities (B, C, D, H, W), float32, each class by itself; for a module in evaluation mode."""
+        """Probabilities (B, C, D, H, W), float32, each channel by itself; for a module in evaluation mode.
+
+        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written.
+        """
+        logits = self.network(image, *views)
+        if not all(head.write for head in self.heads):
+            classes, *heads = logits.split(self._groups, dim=1)
+            written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
+            logits = torch.cat([classes, *written], dim=1)
+        return torch.sigmoid(logits.float())
+
+    def _all_probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
+        """As `probabilities`, of all channels."""
         return torch.sigmoid(self.network(image, *views).float())
 
     # -- training ----------------------------------------------------------------------------------------------------
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of a batch, over known voxels; zero, with a graph, where nothing is known."""
         labels = labels_of(batch)
-        result = self.loss(self._logits(batch), labels)
+        logits, *of_heads = split_channels(self._logits(batch), self._groups)
+        result = self.loss(logits, labels)
+        total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
+        if self.heads:
+            heads = self.head_losses(of_heads, ids_of(batch))
+            total = total + heads.total
+            parts |= {f"train/loss/{name}": value for name, value in heads.parts.items()}
         tally = labels.tally()
         self.seen.add(tally)
         known = tally[-1].sum() / math.prod(labels.shape)
         size = labels.batch
-        means = {"train/loss": result.total.detach(), "train/known": known}
-        means |= {f"train/{name}": value for name, value in result.parts.items()}
+        means = {"train/loss": total.detach(), "train/known": known, **parts}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("train/loss_step", result.total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
         self.log(
             "train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=1
         )
-        return result.total
+        return total
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a training batch, see `forward`."""
@@ -247,6 +279,7 @@ class ConnectomicsModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
         self.counts.reset()
+        self.head_scores.reset()
         if self.challenge is not None:
             self.challenge.reset()
         self.planes = []
@@ -264,26 +297,29 @@ class ConnectomicsModule(pl.LightningModule):
         picture = self._picture(crop, grid)
         challenge = None if self.challenge is None else self.challenge.begin(crop, grid)
         settings = self.config.inference
-        for block, probability in predict_blocks(
+        for block, everything in predict_blocks(
             crop.read_image,
             grid,
-            self.probabilities,
-            channels=len(self.classes),
+            self._all_probabilities,
+            channels=sum(self._groups),
             window=self.window,
             overlap=settings.overlap,
             blending=settings.blending,
-            batch_size=settings.batch_size,
+            batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
             block_size=settings.block_size,
             context=settings.context,
             device=str(self.device),
             views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
+            probability = everything[: len(self.classes)]
             label, known = crop.read_labels(block)
             self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)
             if picture is not None:
                 picture(block, label, known, probability)
             if challenge is not None:
                 challenge.add(block, probability, label > _THRESHOLD, known)
+            if self.heads:
+                self.head_scores.add(crop, block, everything[len(self.classes) :], self.device)
         if challenge is not None:
             challenge.finish()
 
@@ -331,6 +367,8 @@ class ConnectomicsModule(pl.LightningModule):
                 values[f"val/{name}/iou"] = float(scores.iou[number])
         if self.challenge is not None:
             values |= self._challenge_scores(self.challenge)
+        if self.heads:
+            values |= self.head_scores.scores(self._of_all_processes(self.head_scores.values))
         # the processes have the same numbers by now; taking their mean only tells Lightning so
         self.log_dict(values, sync_dist=True, batch_size=1)
 
