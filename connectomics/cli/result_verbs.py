@@ -140,11 +140,17 @@ def report(
     """
     from connectomics.errors import MissingError
     from connectomics.report import ReportSources, build_report
+    from connectomics.report.scores import Scores, evaluation_section
 
     given = (run_dir, crops, truth, labels, predictions, submission, scores, baseline, evaluation)
     for path in given:
         if path is not None and not path.exists():
             raise MissingError(f"nothing at {path}; give what is there, or leave that option out")
+    for path in (scores, baseline):
+        if path is not None:
+            Scores.load(path)  # what was asked for by name must be readable; the page itself would only note it
+    if evaluation is not None:
+        evaluation_section(evaluation)
     sources = ReportSources(
         run=run_dir,
         data_root=None if root is None else str(root),

@@ -48,6 +48,21 @@ def _grown(keys_a, keys_b, counts):  # type: ignore[no-untyped-def]  # pragma: n
     return new_a, new_b, new_counts
 
 
+@njit(cache=True, nogil=True, inline="always")
+def _count(first, second, number, keys_a, keys_b, counts, used):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Adds to one pair; returns the table (maybe a larger one) and its filling."""
+    slot = _slot(first, second, keys_a, keys_b, counts)
+    if counts[slot] == 0:
+        if 2 * used >= counts.size:
+            keys_a, keys_b, counts = _grown(keys_a, keys_b, counts)
+            slot = _slot(first, second, keys_a, keys_b, counts)
+        keys_a[slot] = first
+        keys_b[slot] = second
+        used += 1
+    counts[slot] += number
+    return keys_a, keys_b, counts, used
+
+
 @njit(cache=True, nogil=True)
 def _count_pairs(first, second, known, use_known, keys_a, keys_b, counts, used):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Adds the pairs of two flat volumes to the table; returns the table (maybe a larger one) and its filling."""
@@ -67,17 +82,7 @@ def _count_pairs(first, second, known, use_known, keys_a, keys_b, counts, used):
         else:
             while i < n and first[i] == a and second[i] == b:
                 i += 1
-        ka = np.uint64(a)
-        kb = np.uint64(b)
-        slot = _slot(ka, kb, keys_a, keys_b, counts)
-        if counts[slot] == 0:
-            if 2 * used >= counts.size:
-                keys_a, keys_b, counts = _grown(keys_a, keys_b, counts)
-                slot = _slot(ka, kb, keys_a, keys_b, counts)
-            keys_a[slot] = ka
-            keys_b[slot] = kb
-            used += 1
-        counts[slot] += i - start
+        keys_a, keys_b, counts, used = _count(np.uint64(a), np.uint64(b), i - start, keys_a, keys_b, counts, used)
     return keys_a, keys_b, counts, used
 
 
@@ -193,17 +198,7 @@ def _count_block(  # type: ignore[no-untyped-def]  # pragma: no cover
                     p_size[pi] += n
                     _widen(p_box[pi], gz, gy, gx, gx + n)
                 if t != 0 and p != 0:
-                    ka = np.uint64(t)
-                    kb = np.uint64(p)
-                    slot = _slot(ka, kb, keys_a, keys_b, counts)
-                    if counts[slot] == 0:
-                        if 2 * used >= counts.size:
-                            keys_a, keys_b, counts = _grown(keys_a, keys_b, counts)
-                            slot = _slot(ka, kb, keys_a, keys_b, counts)
-                        keys_a[slot] = ka
-                        keys_b[slot] = kb
-                        used += 1
-                    counts[slot] += n
+                    keys_a, keys_b, counts, used = _count(np.uint64(t), np.uint64(p), n, keys_a, keys_b, counts, used)
     return keys_a, keys_b, counts, used
 
 

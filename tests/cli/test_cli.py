@@ -28,6 +28,7 @@ VERBS = (
     "predict",
     "decode",
     "measure",
+    "mesh",
     "evaluate",
     "tune",
     "export",
@@ -199,6 +200,11 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
     line = failure(capsys, *train, "--run-dir", tmp_path / "file")
     assert str(tmp_path / "file") in line
     assert "nothing at" in failure(capsys, "report", tmp_path / "report.html", "--run", tmp_path / "nowhere")
+    (tmp_path / "no.json").write_text("not json")
+    for option in ("--scores", "--baseline", "--evaluation"):
+        said = failure(capsys, "report", tmp_path / "report.html", option, tmp_path / "no.json")
+        assert "cannot be read as JSON" in said
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
