@@ -41,12 +41,27 @@ def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
     missing = int(np.isnan(values).sum())
     if missing:
         warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
-    # numpy would round the threshold to the values' type; the largest such number that is not above it decides alike
-    limit = values.dtype.type(threshold)
-    if float(limit) > threshold:
-        limit = np.nextafter(limit, values.dtype.type(-1))
-    found: NDArray[np.bool_] = values > limit
+    found: NDArray[np.bool_] = values > largest_below(values.dtype, threshold)
     return found
+
+
+def largest_below(dtype: np.dtype[Any], threshold: float) -> Any:
+    """The largest number of a float type that is not above ``threshold``: a stored value is above the one where it is
+    above the other, while numpy, told the threshold itself, would round it to the type."""
+    limit = dtype.type(threshold)
+    return limit if float(limit) <= threshold else np.nextafter(limit, dtype.type(-np.inf))
+
+
+def as_bytes(probabilities: NDArray[Any]) -> NDArray[np.uint8]:
+    """Stored probabilities as uint8, ``round(255 p)``."""
+    if probabilities.dtype == np.uint8:
+        return probabilities
+    return np.rint(probabilities.astype(np.float32) * np.float32(255)).astype(np.uint8)
+
+
+def unit_of(dtype: np.dtype[Any]) -> float:
+    """The stored value that stands for probability 1: 255 of uint8, 1 of floats."""
+    return 255.0 if dtype == np.uint8 else 1.0
 
 
 def open_probabilities(location: str) -> Multiscale:

@@ -24,6 +24,7 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.decode import find_arrays, open_prediction, read_block, read_on
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
+from connectomics.decoding.probabilities import as_bytes
 from connectomics.errors import InputError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
@@ -170,19 +171,20 @@ def _has_ids(crop: Crop, name: str) -> bool:
 
 
 def _blocks(place: _Place, name: str) -> Iterator[tuple[tuple[slice, ...], NDArray[np.uint8], Any, Any]]:
-    """Block by block: where, probabilities, present, known."""
+    """Block by block: where, probabilities to 1/255, present, known."""
     for begin, block in place.grid.blocks(_BLOCK):
         where = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         truth = read_labels(place.crop, [name], block)
-        yield where, read_block(place.source, begin, block.shape), truth.present_of(name), truth.known_of(name)
+        stored = as_bytes(read_block(place.source, begin, block.shape))
+        yield where, stored, truth.present_of(name), truth.known_of(name)
 
 
 def _volume(place: _Place, name: str, ids: bool) -> Volume:
     grid = place.grid
-    walls = None if place.walls is None else read_on(place.walls, grid)
+    walls = None if place.walls is None else as_bytes(read_on(place.walls, grid))
     if ids:
         truth, known = read_instances(place.crop, name, grid)
-        return Volume(read_on(place.source, grid), walls, truth, known, grid.voxel_size)
+        return Volume(as_bytes(read_on(place.source, grid)), walls, truth, known, grid.voxel_size)
     probability = np.zeros(grid.shape, np.uint8)
     present, known = np.zeros(grid.shape, np.bool_), np.zeros(grid.shape, np.bool_)
     for where, values, p, k in _blocks(place, name):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.decoding.probabilities import unit_of
 from connectomics.errors import IncompleteError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import resample, store
@@ -113,7 +114,7 @@ class StoredLabels:
         """Nearest, of the finest level."""
         values, inside = self.source.read_nearest(grid, level=0)
         if self.threshold is not None:
-            return (values.astype(np.float32) > self.threshold * 255).view(np.uint8), inside
+            return (values.astype(np.float32) > self.threshold * unit_of(values.dtype)).view(np.uint8), inside
         return values, inside
 
 
@@ -356,6 +357,7 @@ def read_plane(item: Item, axis: int, index: int, longest: int) -> Plane:
         values, there = item.raw.read_raw(grid)
         raw, inside = values.squeeze(axis), there.squeeze(axis)
     if item.probability is not None:
-        probability = item.probability.read_raw(grid)[0].squeeze(axis) / np.float32(255)
+        scale = np.float32(unit_of(item.probability.levels[0].dtype))
+        probability = item.probability.read_raw(grid)[0].squeeze(axis) / scale
     at = float(item.grid.to_world((index, index, index))[axis])
     return Plane(axis, index, at, grid, raw, inside, true, found, known, probability)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from connectomics import __version__
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
+from connectomics.decoding.probabilities import largest_below
 from connectomics.errors import CorruptDataError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import resample
@@ -134,7 +135,7 @@ def _mask_of_probability(source: Source, grid: VoxelGrid, threshold: float) -> N
         return np.zeros(grid.shape, np.uint8)
     block = source.read(region[0], region[1].shape)
     # A threshold that was itself a stored value (128/255 of 255) must not fall below it.
-    cut: float = math.floor(threshold + 1e-9) if block.dtype == np.uint8 else threshold
+    cut = math.floor(threshold + 1e-9) if block.dtype == np.uint8 else largest_below(block.dtype, threshold)
     noisy = threshold + _NOISE * source.scale / 255.0
     # Interpolation and averages never leave the range of the values: most blocks need neither.
     if float(block.max()) <= cut:

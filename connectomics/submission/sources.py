@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import TableEntry
+from connectomics.decoding.probabilities import DTYPES, unit_of
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
@@ -71,12 +72,11 @@ class ZarrSource:
         level = volume.levels[0]
         if form not in ("labels", "probability"):
             raise MetadataError(f"{location}: expected labels or probabilities, found artefact {form!r}")
-        wanted = "u" if form == "probability" else "biu"
-        if level.dtype.kind not in wanted or (form == "probability" and level.dtype != np.uint8):
-            need = "uint8 (value/255)" if form == "probability" else "integers"
+        if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
+            need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")
         largest = about.get("objects") if form == "labels" else None
-        return cls(str(location), form, level.grid, about, largest, volume)
+        return cls(str(location), form, level.grid, about, largest, volume, unit_of(level.dtype))
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
         """A block of the finest level. An absent chunk is empty in labels and a lost one in probabilities."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 
+import cc3d
 import numpy as np
 import pytest
 
 from connectomics.cellmap.crop_table import TableEntry
+from connectomics.config.schema import EngineConfig
 from connectomics.decoding.baseline import (
     IntensityRule,
     best_rule,
@@ -16,7 +19,14 @@ from connectomics.decoding.baseline import (
     intensity_histogram,
     write_baseline,
 )
-from connectomics.decoding.decode import above, decode_class, decode_predictions, find_arrays
+from connectomics.decoding.decode import (
+    above,
+    decode_class,
+    decode_predictions,
+    find_arrays,
+    open_prediction,
+    read_on,
+)
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters
 from connectomics.errors import (
     ConfigError,
@@ -86,7 +96,12 @@ def test_sizes_are_nanometres_so_they_mean_the_same_at_every_voxel_size():
     ("default", "by_class", "error", "message"),
     [
         ({"treshold": 0.5}, {}, ConfigError, "unknown key 'treshold' in decoding.default; did you mean 'threshold'"),
-        ({}, {"mito": {"method": "otsu"}}, ConfigError, "must be one of threshold, cc3d, watershed, mutex_watershed, agglomeration, found 'otsu'"),
+        (
+            {},
+            {"mito": {"method": "otsu"}},
+            ConfigError,
+            ({}, {"mito": {"method": "otsu"}}, ConfigError, "must be one of threshold, cc3d, .*, found 'otsu'"),
+        ),
         ({}, {"mito": {"threshold": 1.5}}, ConfigError, "between 0 and 1"),
         ({}, {"mito": {"threshold": "high"}}, ConfigError, "decoding.classes.mito.threshold must be a float"),
         ({}, {"mito": {"fill_holes": 1}}, ConfigError, "must be a bool"),
@@ -108,6 +123,15 @@ def test_foreground_is_strictly_above_the_threshold_for_stored_and_float_probabi
         np.testing.assert_array_equal(above(stored, threshold), stored.astype(np.float64) / 255 > threshold)
     assert above(stored, 0.5).sum() == 128
     assert not above(stored, 1.0).any()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_thresholds_are_exact_for_stored_floats(dtype):
+    """Not as numpy compares: it would round 0.3 to the float16 0.30005 first, and that value would not be above."""
+    near = np.nextafter(dtype(0.3), dtype(1)), dtype(0.3), np.nextafter(dtype(0.3), dtype(0))
+    stored = np.array([*near, 0, 1, 0.5, 0.25, 128 / 255], dtype)
+    for threshold in (0.0, 0.25, 0.3, 0.5, 128 / 255, 0.7, 1.0):
+        np.testing.assert_array_equal(above(stored, threshold), stored.astype(np.float64) > threshold)
 
 
 def test_probabilities_that_are_none_are_refused():
@@ -188,6 +212,87 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(tmp_path):
     assert not decode_predictions(p, out, {"mito": DecodeParameters(method="cc3d", threshold=0.75)})[0].skipped
 
 
+@pytest.mark.parametrize("name", ["mito", "er"])
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_float16_probabilities_are_decoded_alike_whole_and_in_blocks(tmp_path, name, limit):
+    values = (probabilities() / np.float32(255)).astype(np.float16)
+    write_prediction(tmp_path / "p", name=name, values=values)
+    chosen = DecodeParameters(threshold=0.3, method="cc3d" if name == "mito" else "threshold")
+    (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", {name: chosen}, blockwise_above=limit)
+    labels, _ = read(done.location)
+    np.testing.assert_array_equal(labels > 0, values.astype(np.float64) > 0.3)
+    assert done.objects == (cc3d.connected_components(values > 0.3).max() if name == "mito" else 1)
+
+
+def test_walls_are_read_as_float16_and_from_another_grid(tmp_path):
+    """The wall of two cells between x = 16 and 17, predicted at twice the voxel size."""
+    cell = np.full(GRID.shape, 255, np.uint8)
+    write_prediction(tmp_path / "p", name="cell", values=cell)
+    coarse = GRID.at_voxel_size((16, 16, 16))
+    wall = np.zeros(coarse.shape, np.float16)
+    wall[:, :, 8] = 0.875
+    about = {"artefact": "probability", "class_name": "pm", "complete": True}
+    write_multiscale(tmp_path / "p/phantom.zarr/crop7/pm", wall, coarse, attrs={"connectomics": about})
+    np.testing.assert_array_equal(read_on(open_prediction(tmp_path / "p", "phantom", "crop7", "pm"), coarse), wall)
+    chosen = DecodeParameters(method="cc3d", boundary="pm")
+    (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", {"cell": chosen}, classes=["cell"])
+    labels, _ = read(done.location)
+    assert done.objects == 2
+    assert labels[30, 20].tolist() == [1] * 17 + [2] * 16
+
+
+def test_a_crop_is_complete_when_all_its_classes_are(tmp_path):
+    for name in ("mito", "er"):
+        write_prediction(tmp_path / "p", name=name)
+    decode_predictions(tmp_path / "p", tmp_path / "l", classes=["er"])
+    crop = str(tmp_path / "l/phantom.zarr/crop7")
+    assert store.read_attrs(crop)["connectomics"]["complete"] is False
+    decode_predictions(tmp_path / "p", tmp_path / "l")
+    assert store.read_attrs(crop)["connectomics"]["complete"] is True
+
+
+def test_resume_goes_on_only(tmp_path):
+    p, out = tmp_path / "p", tmp_path / "l"
+    write_prediction(p)
+    with pytest.raises(MissingError, match="--resume: nothing was begun below"):
+        decode_predictions(p, out, resume=True)
+    decode_predictions(p, out)
+    assert decode_predictions(p, out, resume=True)[0].skipped
+    other = {"mito": DecodeParameters(method="cc3d", threshold=0.75)}
+    for limit in (0, 10**9):
+        with pytest.raises(WriteError, match="mito holds labels of another task"):
+            decode_predictions(p, out, other, resume=True, blockwise_above=limit)
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_the_table_of_instances_as_parquet(tmp_path, limit):
+    import pyarrow.parquet as pq
+
+    write_prediction(tmp_path / "p")
+    decode_predictions(tmp_path / "p", tmp_path / "l", blockwise_above=limit)
+    (done,) = decode_predictions(tmp_path / "p", tmp_path / "l", blockwise_above=limit, table="parquet")
+    assert not done.skipped  # that table was not there
+    assert decode_predictions(tmp_path / "p", tmp_path / "l", blockwise_above=limit, table="parquet")[0].skipped
+    table = pq.read_table(f"{done.location}/instances.parquet")
+    with open(f"{done.location}/instances.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert table.column_names == list(rows[0])
+    assert table.schema.field("volume_nm3").metadata == {b"unit": b"nm3"}
+    for name in table.column_names:
+        np.testing.assert_allclose(table[name].to_numpy(), [float(row[name]) for row in rows], atol=6e-4)
+
+
+def test_arrays_in_blocks_are_spread_over_processes(tmp_path):
+    values = np.random.default_rng(0).integers(0, 160, GRID.shape, np.uint8)
+    for name in ("mito", "er"):
+        write_prediction(tmp_path / "p", name=name, values=values)
+    here = decode_predictions(tmp_path / "p", tmp_path / "a", blockwise_above=0)
+    two = decode_predictions(tmp_path / "p", tmp_path / "b", blockwise_above=0, engine=EngineConfig(workers=2))
+    for one, other in zip(here, two, strict=True):
+        assert (one.class_name, one.objects) == (other.class_name, other.objects)
+        np.testing.assert_array_equal(read(one.location)[0], read(other.location)[0])
+
+
 def test_only_the_classes_asked_for(tmp_path):
     write_prediction(tmp_path / "p", name="mito")
     write_prediction(tmp_path / "p", name="er")
@@ -211,7 +316,7 @@ def test_what_is_no_prediction_is_refused(tmp_path):
     with pytest.raises(MetadataError, match="expected probabilities written by predict, found labels"):
         decode_predictions(tmp_path / "p", tmp_path / "l")
     write_prediction(tmp_path / "q", values=probabilities().astype(np.uint16))
-    with pytest.raises(MetadataError, match="must be uint8"):
+    with pytest.raises(MetadataError, match="must be uint8 or float16"):
         decode_predictions(tmp_path / "q", tmp_path / "l")
     with pytest.raises(InputError, match="cannot be written into the predictions folder"):
         decode_predictions(tmp_path / "q", tmp_path / "q")

@@ -149,6 +149,16 @@ def test_a_threshold_of_resampled_probabilities_lies_where_the_probability_says(
     assert dict(array.attrs)["connectomics"]["threshold"] == 0.5
 
 
+@pytest.mark.parametrize("grid", [PLAIN, VoxelGrid((4, 4, 4), (802, 1602, 402), (60, 80, 100))])
+def test_probabilities_as_float16_are_cut_where_they_say(tmp_path, grid):
+    values = np.random.default_rng(0).random(grid.shape).astype(np.float16)
+    found, _ = export_one(tmp_path, "er", values, grid, PLAIN, artefact="probability", thresholds={"er": 0.3})
+    blocks = values.astype(np.float64).reshape(30, grid.shape[0] // 30, 40, -1, 50, grid.shape[2] // 50)
+    mean = blocks.mean(axis=(1, 3, 5))
+    assert (found[:] != (mean > 0.3))[np.abs(mean - 0.3) > 1e-5].sum() == 0
+    assert 0 < found[:].sum() < found.size
+
+
 def test_blocks_join_without_a_seam(tmp_path, monkeypatch):
     rng = np.random.default_rng(2)
     source = VoxelGrid((8, 8, 8), (804, 1604, 404), (30, 30, 30))
