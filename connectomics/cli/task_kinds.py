@@ -13,9 +13,12 @@ if TYPE_CHECKING:
 
 #: `BlockTask.kind` -> where its class is
 TASK_KINDS: dict[str, str] = {
+    "predict": "connectomics.lightning.predict_task:NetworkPredictTask",
     "measure": "connectomics.decoding.measure.task:MeasureTask",
     "mask": "connectomics.decoding.blocks.mask:MaskTask",
+    "watershed": "connectomics.decoding.watershed.task:WatershedTask",
     "components": "connectomics.decoding.blocks.components:ComponentsTask",
+    "affinities": "connectomics.decoding.affinities.task:AffinitiesTask",
     "contacts": "connectomics.decoding.measure.task:ContactsTask",
     "mesh": "connectomics.decoding.mesh.task:MeshTask",
 }
