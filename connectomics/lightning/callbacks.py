@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -211,21 +212,30 @@ class Timing(Callback):
     ``data_wait_s`` is the time during which the loop waited for the next batch; ``step_s`` forward, backward and
     optimizer (on a GPU as far as the host waits for it, which mixed precision does at each step); ``validation_s``
     whole validations; ``other_s`` the rest (checkpoints, start-up).
+
+    ``by_epoch`` has a row for each epoch: ``epoch`` (from 0), ``step`` (optimizer steps so far), ``seconds`` with its
+    validation, ``samples_per_s`` while training, ``data_wait_share``; ``memory_bytes`` of the first process with its
+    loader's workers in the middle of the epoch, what they share counted once where the system says (PSS on Linux, else
+    the first process alone); ``gpu_memory_bytes``, the most that tensors took on its GPU (null without one).
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.totals = {"total_s": 0.0, "data_wait_s": 0.0, "step_s": 0.0, "validation_s": 0.0}
         self.counts = {"batches": 0, "samples": 0, "validations": 0, "epochs": 0}
+        self.by_epoch: list[dict[str, Any]] = []
         self._started = self._mark = 0.0
+        self._before = (0.0, dict(self.totals), dict(self.counts))  # at the epoch's start
+        self._memory: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """For the checkpoint: what was spent so far."""
-        return {"totals": self._now(), "counts": dict(self.counts)}
+        return {"totals": self._now(), "counts": dict(self.counts), "by_epoch": list(self.by_epoch)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting; a checkpoint of before rows were kept has none."""
         self.totals, self.counts = dict(state_dict["totals"]), dict(state_dict["counts"])
+        self.by_epoch = list(state_dict.get("by_epoch", []))
 
     def _now(self) -> dict[str, float]:
         running = time.perf_counter() - self._started if self._started else 0.0
@@ -242,11 +252,18 @@ class Timing(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here the loop waits for its first batch; an epoch that is resumed in its middle has no other start."""
-        self._mark = time.perf_counter()
+        self._begin_epoch()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here the loop waits for its first batch."""
+        self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
         self._mark = time.perf_counter()
+        self._before = (self._mark, dict(self.totals), dict(self.counts))
+        self._memory = None
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -261,6 +278,10 @@ class Timing(Callback):
         self._lap("step_s")
         self.counts["batches"] += 1
         self.counts["samples"] += len(batch["image"]) * trainer.world_size
+        # not at the epoch's end, when the loader's workers have gone
+        if trainer.is_global_zero and batch_idx == trainer.num_training_batches // 2:
+            self._memory = memory_in_use()
+            self._mark = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A validation begins."""
@@ -274,7 +295,22 @@ class Timing(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file, so that a killed run has it too."""
         self.counts["epochs"] += 1
+        self.by_epoch.append(self._row(trainer))
         self.write(trainer)
+
+    def _row(self, trainer: pl.Trainer) -> dict[str, Any]:
+        began, totals, counts = self._before
+        waited, worked = (self.totals[name] - totals[name] for name in ("data_wait_s", "step_s"))
+        loop = waited + worked
+        return {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "seconds": round(time.perf_counter() - began, 3),
+            "samples_per_s": round((self.counts["samples"] - counts["samples"]) / loop, 3) if loop else None,
+            "data_wait_share": round(waited / loop, 3) if loop else None,
+            "memory_bytes": self._memory,
+            "gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        }
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file with the final numbers."""
@@ -289,11 +325,28 @@ class Timing(Callback):
         loop = times["data_wait_s"] + times["step_s"]
         rates = {"samples_per_s": self.counts["samples"] / loop if loop else 0.0}
         rates["data_wait_share"] = times["data_wait_s"] / loop if loop else 0.0
-        content = {name: round(value, 3) for name, value in {**times, **rates}.items()} | self.counts
+        content: dict[str, Any] = {name: round(value, 3) for name, value in {**times, **rates}.items()}
+        content |= {**self.counts, "by_epoch": self.by_epoch}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(self.path.name + ".part")
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def memory_in_use() -> int:
+    """Bytes of this process and its children, what they share counted once; of this process alone where the system
+    does not tell shared memory apart."""
+    import psutil
+
+    this = psutil.Process()
+    try:
+        found = int(this.memory_full_info().pss)
+    except (AttributeError, psutil.Error):
+        return int(this.memory_info().rss)
+    for child in this.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            found += int(child.memory_full_info().pss)
+    return found
 
 
 class PlainProgress(Callback):

@@ -83,6 +83,14 @@ class TestWhatIsLeftBehind:
         assert parts == pytest.approx(times["total_s"], abs=0.01)
         assert (times["batches"], times["samples"], times["validations"], times["epochs"]) == (16, 32, 4, 4)
 
+    def test_every_epoch_has_its_speed_and_memory(self, four_epochs: TrainResult) -> None:
+        times = json.loads((four_epochs.run_dir / "timing.json").read_text())
+        rows = times["by_epoch"]
+        assert [(row["epoch"], row["step"]) for row in rows] == [(0, 2), (1, 4), (2, 6), (3, 8)]
+        assert all(row["samples_per_s"] > 0 and row["memory_bytes"] > 50e6 for row in rows)
+        assert sum(row["seconds"] for row in rows) <= times["total_s"]
+        assert (rows[0]["gpu_memory_bytes"] is None) == (not torch.cuda.is_available())
+
     def test_tensorboard_has_curves_and_pictures(self, four_epochs: TrainResult) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -123,7 +131,9 @@ def test_two_epochs_and_two_resumed_equal_four(
     weights = [read_checkpoint(r.run_dir / "checkpoints/last.ckpt")["state_dict"] for r in (result, four_epochs)]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
-    assert json.loads((result.run_dir / "timing.json").read_text())["epochs"] == 4
+    timing = json.loads((result.run_dir / "timing.json").read_text())
+    assert timing["epochs"] == 4
+    assert [row["epoch"] for row in timing["by_epoch"]] == [0, 1, 2, 3]
     assert result.best_score == four_epochs.best_score
 
 
