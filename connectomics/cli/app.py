@@ -15,6 +15,7 @@ from connectomics.cli import (
     inspect_verb,
     measure_verb,
     mesh_verb,
+    package_verb,
     result_verbs,
     run_task_verb,
     run_verbs,
@@ -57,6 +58,7 @@ app.command("describe")(data_verbs.describe)
 app.command("inspect")(inspect_verb.inspect)
 app.command("cache")(cache_verb.cache)
 app.command("train")(run_verbs.train)
+app.command("package")(package_verb.package)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)
 app.command("measure")(measure_verb.measure)

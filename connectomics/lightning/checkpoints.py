@@ -16,12 +16,14 @@ from connectomics.config import RunConfig, config_from_dict
 from connectomics.config.heads import heads_of
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.lightning.module import CHECKPOINT_FORMAT, CHECKPOINT_KEY, ConnectomicsModule
+from connectomics.lightning.package import check_test, is_package, open_package, package_weights
 
 log = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of this program, on the CPU. Nothing but tensors and plain values is unpickled.
+    """The content of a checkpoint of this program, or of a model package, on the CPU. Nothing but tensors and plain
+    values is unpickled.
 
     Raises:
         MissingError: no such file.
@@ -33,6 +35,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         near = nearest(file.name, [p.name for p in file.parent.glob("*.ckpt")]) if file.parent.is_dir() else None
         hint = f"; did you mean {file.parent / near}?" if near else ""
         raise MissingError(f"no checkpoint at {file}{hint}")
+    if is_package(file):
+        package = open_package(file)
+        ours = {name: package.about[name] for name in ("version", "classes", "voxel_size", "config")}
+        return {"state_dict": package_weights(package), CHECKPOINT_KEY: {"format": CHECKPOINT_FORMAT, **ours}}
     if not zipfile.is_zipfile(file):
         raise CorruptDataError(
             f"{file} ({file.stat().st_size} bytes) is no PyTorch checkpoint, or a truncated one; take another, for "
@@ -140,7 +146,10 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
         raise InputError(
             f"the weights in checkpoint {path} do not fit the network that its configuration names"
         ) from error
-    return module.eval()
+    module.eval()
+    if is_package(path):
+        check_test(open_package(path), module)
+    return module
 
 
 def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
