@@ -100,6 +100,10 @@ def test_a_table_that_is_read_back(tmp_path: Path) -> None:
             raise RuntimeError
         assert tables.read_columns(path, ["id"])["id"].tolist() == [2**63, 5, 7]  # as it was
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.parquet"]
+    for text in ("id,a_nm\nx,1\n", "id,a_nm\n1\n"):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(InputError, match="is no table of numbers"):
+            tables.read_columns(tmp_path / "a.csv", ["id", "a_nm"])
 
 
 def test_a_sum_over_blocks_does_not_depend_on_how_many_ids_are_summed_at_a_time() -> None:

@@ -194,31 +194,48 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.float64] | NDArray[np.uint64]]:
+def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Columns of numbers of a table that was written as CSV or Parquet; the column ``id`` as uint64, others float64.
 
-    Raises `InputError` where a column is absent or holds no numbers, and what `check_format` does.
+    Memory: 8 bytes a number, twice while they are read. Raises `InputError` where a column is absent or holds no
+    numbers, and what `check_format` does.
     """
     check_format(path)
-    if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        found = pq.read_table(path, columns=[n for n in names if n in pq.read_schema(path).names])
-        columns: dict[str, Any] = {name: found[name].to_numpy() for name in found.column_names}
-    else:
-        with path.open(encoding="utf-8", newline="") as file:
-            head = next(csv.reader(file), [])
-            wanted = [(name, head.index(name)) for name in names if name in head]
-            read = list(zip(*([row[i] for _, i in wanted] for row in csv.reader(file)), strict=True))
-        columns = {name: read[k] if read else () for k, (name, _) in enumerate(wanted)}
-    if missing := [name for name in names if name not in columns]:
-        raise InputError(f"{path} has no column {', '.join(missing)}; it is no table of instances")
+    parts: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0, _number_type(name))] for name in names}
     try:
-        return {
-            name: np.asarray([int(v) for v in columns[name]], np.uint64)
-            if name == "id"
-            else np.asarray(columns[name], np.float64)
-            for name in names
-        }
-    except ValueError as error:
-        raise InputError(f"{path} holds what is no number: {error}") from error
+        for part in (_parquet_parts if path.suffix == ".parquet" else _csv_parts)(path, names):
+            for name, values in zip(names, part, strict=True):
+                whole = name == "id" and isinstance(values, list | tuple)
+                parts[name].append(np.asarray([int(v) for v in values] if whole else values, _number_type(name)))
+    except InputError:
+        raise
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{path} is no table of numbers: {error}; write it again") from error
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def _number_type(name: str) -> type:
+    return np.uint64 if name == "id" else np.float64
+
+
+def _csv_parts(path: Path, names: Sequence[str]) -> Iterator[list[Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        lines = csv.reader(file)
+        places = _places(path, next(lines, []), names)
+        while rows := list(itertools.islice(lines, ROWS)):
+            yield [[row[i] for row in rows] for i in places]
+
+
+def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[list[Any]]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        _places(path, file.schema_arrow.names, names)
+        for part in file.iter_batches(ROWS, columns=list(names)):
+            yield [part[name].to_numpy(zero_copy_only=False) for name in names]
+
+
+def _places(path: Path, there: Sequence[str], names: Sequence[str]) -> list[int]:
+    if missing := [name for name in names if name not in there]:
+        raise InputError(f"{path} has no column {', '.join(missing)}; it is no table of instances")
+    return [list(there).index(name) for name in names]
