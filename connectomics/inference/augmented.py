@@ -12,16 +12,17 @@ import hashlib
 import itertools
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index
+from connectomics.inference.turns import Turns
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +72,13 @@ class Symmetry:
         """The symmetry that undoes this one."""
         z, y, x = (self.axes.index(axis) for axis in range(3))
         return Symmetry((z, y, x), (self.backwards[z], self.backwards[y], self.backwards[x]))
+
+    def turn(self, offset: Index) -> Index:
+        """What an offset (z, y, x) becomes."""
+        z, y, x = (
+            -offset[axis] if back else offset[axis] for axis, back in zip(self.axes, self.backwards, strict=True)
+        )
+        return z, y, x
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """(..., d, h, w) turned, contiguous; the identity gives back what it got."""
@@ -130,6 +138,9 @@ class Averaged:
 
     With ``samples`` each window goes through alone, and what is dropped follows from the window's content and the
     number of the pass only: not from the batch, nor from what was done before. The global random state stays as it is.
+
+    Channels that mean a direction (``about``: affinities, descriptors) are put where they belong in each symmetry, see
+    `connectomics.inference.turns`. Where a pass says nothing of a voxel, beside a face of the window, the others count.
     """
 
     def __init__(
@@ -139,9 +150,12 @@ class Averaged:
         *,
         samples: int = 0,
         variance: bool = False,
+        about: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Average ``networks``, each in all ``chosen`` symmetries and, with dropout layers on (`dropout_on`),
-        ``samples`` times (0: they are off). Raises `InputError` where there is nothing to average, or to compare."""
+        ``samples`` times (0: they are off). ``about``: what each channel is (`Turns.of`); nothing where none means a
+        direction. Raises `InputError` where there is nothing to average, or to compare, or where a channel's offset
+        is not among the network's in one of the symmetries."""
         self.networks = tuple(networks)
         self.symmetries = tuple(chosen)
         self.samples = samples
@@ -153,6 +167,7 @@ class Averaged:
                 "the variance over one pass is zero: give several checkpoints or inference.tta=flips, or take "
                 "inference.uncertainty=entropy or dropout"
             )
+        self._turns = turns_of(self.symmetries, about)
 
     @property
     def passes(self) -> int:
@@ -173,8 +188,10 @@ class Averaged:
     def _average(self, image: torch.Tensor, views: Sequence[torch.Tensor], content: int | None) -> torch.Tensor:
         import torch
 
+        if any(turns.partial for turns in self._turns.values()):
+            return self._average_of_what_is_seen(image, views, content)
         mean = spread = None
-        for number, out in enumerate(self._outputs(image, views, content)):
+        for number, (_, out) in enumerate(self._outputs(image, views, content)):
             if mean is None:
                 # a network may give back its very input, which must stay as it is for the other passes
                 mean = out.float() if self.passes == 1 else out.to(torch.float32, copy=True)
@@ -187,20 +204,62 @@ class Averaged:
         assert mean is not None  # there is at least one pass
         return mean if spread is None else torch.cat([mean, spread.div_(self.passes)], 1)
 
+    def _average_of_what_is_seen(
+        self, image: torch.Tensor, views: Sequence[torch.Tensor], content: int | None
+    ) -> torch.Tensor:
+        """As `_average`, each voxel of each channel over the passes that say something of it."""
+        import torch
+
+        mean = spread = count = None
+        for symmetry, out in self._outputs(image, views, content):
+            if mean is None or count is None:
+                mean = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+                spread = torch.zeros_like(mean) if self.variance else None
+                count = torch.zeros_like(mean[0])
+            seen = self._turns[symmetry].seen(out)
+            count += seen
+            difference = (out.float() - mean) * seen
+            mean.add_(difference / count.clamp(min=1))
+            if spread is not None:
+                spread.addcmul_(difference, out.float() - mean)  # zero where it is not seen
+        assert mean is not None  # there is at least one pass
+        assert count is not None
+        return mean if spread is None else torch.cat([mean, spread.div_(count)], 1)
+
     def _outputs(
         self, image: torch.Tensor, views: Sequence[torch.Tensor], content: int | None
-    ) -> Iterator[torch.Tensor]:
-        """What each pass gives, turned back."""
+    ) -> Iterator[tuple[Symmetry, torch.Tensor]]:
+        """What each pass gives, turned back, with its symmetry."""
         for symmetry in self.symmetries:
             turned = [symmetry.apply(values) for values in (image, *views)]
             for member, network in enumerate(self.networks):
                 if content is None:
-                    yield symmetry.inverse.apply(network(*turned))
+                    yield symmetry, self._back(symmetry, network(*turned))
                     continue
                 for sample in range(self.samples):
                     with _seeded(image.device, f"{content} {member} {symmetry} {sample}"):
                         out = network(*turned)
-                    yield symmetry.inverse.apply(out)
+                    yield symmetry, self._back(symmetry, out)
+
+    def _back(self, symmetry: Symmetry, out: torch.Tensor) -> torch.Tensor:
+        """The output of a turned window, turned back, with its channels in their places."""
+        out = symmetry.inverse.apply(out)
+        return self._turns[symmetry].apply(out) if self._turns else out
+
+
+def turns_of(chosen: Sequence[Symmetry], about: Sequence[Mapping[str, Any]]) -> dict[Symmetry, Turns]:
+    """For each symmetry where the channels are; nothing where no channel means a direction. Raises `InputError` as
+    `Turns.of`, and where a channel would have voxels that no symmetry says anything of."""
+    if not any(about):
+        return {}
+    turns = {symmetry: Turns.of(symmetry, about) for symmetry in chosen}
+    for number, what in enumerate(about):
+        if all(any(found.channels[number].shift) for found in turns.values()):
+            raise InputError(
+                f"inference.tta: none of {', '.join(map(str, chosen))} gives the affinity of {what['class_name']} at "
+                f"offset {list(what['offset'])} up to the faces of a window; add zyx, the window as it is"
+            )
+    return turns
 
 
 def _content(window: torch.Tensor) -> int:
