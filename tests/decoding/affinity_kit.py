@@ -1,0 +1,74 @@
+"""Volumes of known instances with the artefacts that a prediction of them would leave on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.geometry import VoxelGrid
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import ensure_group, write_multiscale
+
+SIZE = (8.0, 8.0, 8.0)
+#: as heads have them: one, three and nine voxels along each axis
+OFFSETS = np.array([[reach * (axis == k) for axis in range(3)] for reach in (1, 3, 9) for k in range(3)])
+
+
+def cells(shape: tuple[int, int, int], number: int, reach: float, seed: int = 0) -> np.ndarray:
+    """Instances that touch along flat faces: the part of each Voronoi cell that is within ``reach`` of its centre."""
+    rng = np.random.default_rng(seed)
+    centers = rng.random((number, 3)) * shape
+    nearest, ids = np.full(shape, np.inf), np.zeros(shape, np.uint32)
+    axes = np.ogrid[tuple(slice(n) for n in shape)]
+    for i, center in enumerate(centers, start=1):
+        distance = sum((a - c) ** 2 for a, c in zip(axes, center, strict=True))
+        closer = distance < np.minimum(nearest, reach**2)
+        ids[closer], nearest[closer] = i, distance[closer]
+    return ids
+
+
+def noisy(ids: np.ndarray, offsets: np.ndarray, noise: float, seed: int = 0) -> np.ndarray:
+    """Affinities as of a network that is unsure: noise on the logits of 4 and -4, the same over about three voxels."""
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(seed)
+    exact = affinities_of(ids, offsets)
+    for channel in exact:
+        field = gaussian_filter(rng.standard_normal(ids.shape), 1.5)
+        logits = 8 * (channel / 255 - 0.5) + noise * field / field.std()
+        channel[:] = np.rint(255 / (1 + np.exp(-logits)))
+    return exact
+
+
+def write_prediction(
+    folder: Path,
+    probability: np.ndarray,
+    affinities: np.ndarray,
+    offsets: np.ndarray,
+    size: tuple[float, float, float] = SIZE,
+    class_name: str = "mito",
+) -> str:
+    """What predict leaves of one class and its affinities, below ``folder``; returns the location of the class."""
+    place = folder / "jrc_a.zarr" / "crop1" / class_name
+    grid = VoxelGrid(size, (100.0, 200.5, 300.0), probability.shape)
+    about = {"artefact": "probability", "class_name": class_name, "complete": True}
+    ensure_group(place.parent)
+    write_multiscale(place, probability, grid, attrs={"connectomics": about}, overwrite=True)
+    ensure_group(place / "affinities")
+    for k, (values, offset) in enumerate(zip(affinities, offsets, strict=True)):
+        ours = {
+            **about,
+            "artefact": "affinity",
+            "offset": offset.tolist(),
+            "offset_nm": [float(o * s) for o, s in zip(offset, size, strict=True)],
+        }
+        channel = place / "affinities" / str(k)
+        write_multiscale(channel, values, grid, attrs={"connectomics": ours}, overwrite=True)
+    return str(place)
+
+
+def read_labels(location: str | Path) -> np.ndarray:
+    volume = Multiscale.open(str(location))
+    return volume.read_level(0, (0, 0, 0), volume.grid.shape)[0]
