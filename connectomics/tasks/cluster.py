@@ -78,8 +78,9 @@ class DaskEngine(Engine):
 
     def _forget(self) -> None:
         """End the processes that this engine has at workers that live on."""
-        with contextlib.suppress(Exception):  # a scheduler that is gone has none
-            self._client.unregister_worker_plugin(self._host)
+        if self._client.status == "running":  # a scheduler that is gone has none
+            with contextlib.suppress(OSError, TimeoutError):  # it goes now
+                self._client.unregister_worker_plugin(self._host)
 
 
 def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
