@@ -208,6 +208,22 @@ def test_the_verbs_take_an_engine_and_say_what_they_would_do(
     assert not (tmp_path / "meshes").exists()
 
 
+def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: Path) -> None:
+    task, _ = tasks_of(labels, tmp_path / "tables")
+    (mesh,) = mesh_tasks(labels, tmp_path / "meshes", "er")
+    left = [task.path.with_name(f".{task.path.name}.77.part"), task.path.with_name(".mito.summary.json.part-77-ab")]
+    left += [mesh.folder / ".3.ply.part-77-ab", mesh.folder / ".meshes.csv.77.part"]
+    mesh.claim()
+    for path in left:
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("half")
+    run_task(task)
+    run_task(mesh)
+    assert [path for path in left if path.exists()] == []
+    hidden = [path for folder in (task.path.parent, mesh.folder) for path in folder.iterdir() if path.name[0] == "."]
+    assert hidden == []
+
+
 # -- killed ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("kind", "kills"),

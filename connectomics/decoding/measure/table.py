@@ -111,6 +111,15 @@ def table(path: Path, columns: Sequence[Column], about: str = "") -> Iterator[Ta
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Remove what killed runs left of files that they were writing into ``folder`` (`table`, `write_file`), by the
+    name of the file; only where no other run writes there."""
+    for pattern in (f".{name}.*.part", f".{name}.part-*"):
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+
 class _Csv(Table):
     def __init__(self, temporary: Path, path: Path, columns: Sequence[Column], about: str) -> None:
         self._columns, self._path = columns, path

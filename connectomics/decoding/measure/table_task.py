@@ -26,7 +26,7 @@ import numpy as np
 
 from connectomics.decoding.labels import BLOCK
 from connectomics.decoding.measure.partial import Partial, united
-from connectomics.decoding.measure.table import ROWS, Column, Table, Values, check_format, table
+from connectomics.decoding.measure.table import ROWS, Column, Table, Values, check_format, remove_unfinished, table
 from connectomics.errors import IncompleteError, MetadataError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
@@ -236,6 +236,8 @@ class TableTask(BlockTask):
         summary = {**totals.to_dict(), "crops": len(self.inputs), "file": str(self.path)}
         write_file(self.summary_file, json.dumps(summary, indent=1).encode())
         self.save(self.task_file)
+        for path in (self.path, self.summary_file, self.task_file):
+            remove_unfinished(path.parent, path.name)
         shutil.rmtree(self.folder)
 
     def relocated(self, folder: Path) -> Self:

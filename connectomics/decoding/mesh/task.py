@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from connectomics.decoding.labels import BLOCK
 from connectomics.decoding.measure.partial import NO_PAIRS, Partial, compact, united
-from connectomics.decoding.measure.table import Column, read_columns, table
+from connectomics.decoding.measure.table import Column, read_columns, remove_unfinished, table
 from connectomics.decoding.measure.table_task import Labels
 from connectomics.decoding.mesh.files import check_format, file_name, write_info, write_mesh
 from connectomics.decoding.mesh.surface import LEAST_VERTICES, SPAN, mesh_object
@@ -164,6 +164,7 @@ class MeshTask(BlockTask):
                 columns: dict[str, Any] = {c.name: [row[c.name] for row in rows] for c in COLUMNS}
                 files = columns.pop("file")
                 out.write({**{name: np.asarray(column) for name, column in columns.items()}, "file": files})
+        remove_unfinished(self.folder)
         for folder in (".boxes", ".meshes"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for stage in self.stages:
