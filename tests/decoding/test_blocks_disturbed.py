@@ -86,6 +86,17 @@ def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tm
     assert contents(task) == contents(whole)
 
 
+def test_what_a_killed_process_left_of_a_chunk_is_removed(tmp_path):
+    task = task_of(tmp_path, (32, 32, 32), 16)
+    task.claim()
+    left = task.folder / "s0" / "0" / "1" / ".1.part-4711-0a0b0c0d"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    run_task(task)
+    assert Path(task.output, "s0", "0", "1", "1").exists()
+    assert not Path(task.output, "s0", "0", "1", left.name).exists()
+
+
 def steps(task: LabelsTask) -> int:
     """Files of blocks that are on the disk."""
     return sum(1 for p in task.folder.rglob("*") if p.name.isdigit()) if task.folder.exists() else 0

@@ -181,6 +181,7 @@ class LabelsTask(BlockTask):
 
     def finish(self) -> None:
         if not self.is_complete:
+            _remove_unfinished(self.folder / "s0")
             about = {"decode": self.parameters.to_dict(), "source": dict(self.source), "objects": self.conclude()}
             grid, kind = self.grid, self.parameters.kind
             ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
@@ -202,6 +203,14 @@ class LabelsTask(BlockTask):
     def _remove_done_maps(self) -> None:
         for path in self.folder.glob(".done-*"):
             path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(array: Path) -> None:
+    """Remove what processes that were killed left of chunks that they were writing (`connectomics.io.write`)."""
+    for folder, _, names in os.walk(array):
+        for name in names:
+            if name.startswith(".") and ".part-" in name:
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def objects_of(task: BlockTask) -> int:
