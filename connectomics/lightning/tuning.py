@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.decoding.affinities.stored import StoredAffinities
 from connectomics.decoding.decode import find_arrays, open_prediction, read_block, read_on
-from connectomics.decoding.parameters import DecodeParameters, default_parameters
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import as_bytes
 from connectomics.errors import InputError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
@@ -179,17 +180,22 @@ def _blocks(place: _Place, name: str) -> Iterator[tuple[tuple[slice, ...], NDArr
         yield where, stored, truth.present_of(name), truth.known_of(name)
 
 
-def _volume(place: _Place, name: str, ids: bool) -> Volume:
+def _volume(place: _Place, name: str, ids: bool, base: DecodeParameters) -> Volume:
     grid = place.grid
     walls = None if place.walls is None else as_bytes(read_on(place.walls, grid))
+    values, offsets = None, None
+    if base.method in AFFINITY_METHODS:
+        stored = StoredAffinities.open(place.source)
+        values, offsets = stored.read((0, 0, 0), grid.shape), stored.offsets
     if ids:
         truth, known = read_instances(place.crop, name, grid)
-        return Volume(as_bytes(read_on(place.source, grid)), walls, truth, known, grid.voxel_size)
+        probability = as_bytes(read_on(place.source, grid))
+        return Volume(probability, walls, truth, known, grid.voxel_size, values, offsets)
     probability = np.zeros(grid.shape, np.uint8)
     present, known = np.zeros(grid.shape, np.bool_), np.zeros(grid.shape, np.bool_)
     for where, values, p, k in _blocks(place, name):
         probability[where], present[where], known[where] = values, p & k, k
-    return Volume(probability, walls, present, known, grid.voxel_size)
+    return Volume(probability, walls, present, known, grid.voxel_size, values, offsets)
 
 
 # -- one class ---------------------------------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def _tune_class(places: list[_Place], search: _Search) -> TunedClass | None:
         places = with_ids
     elif base.is_local:
         return _all_thresholds(places, search)
-    volumes = {place: _volume(place, name, bool(with_ids)) for place in places}
+    volumes = {place: _volume(place, name, bool(with_ids), base) for place in places}
     volumes = {place: volume for place, volume in volumes.items() if volume.known.any()}
     if not any(volume.truth.any() for volume in volumes.values()):
         return None

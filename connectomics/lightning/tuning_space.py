@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.affinities.segment import decode_affinities
 from connectomics.decoding.decode import above, decode_between, decode_mask
-from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
@@ -20,17 +21,24 @@ from connectomics.metrics.evaluate import InstanceSums
 _LEVELS = (7, 247, 8)
 #: Seeds' reach of a watershed, in edges of the finest voxel.
 _REACHES = (4, 8, 16, 32, 64)
+#: Affinities that biases and the threshold of agglomeration are tried at.
+_LIMITS = tuple(round(0.1 + 0.05 * n, 2) for n in range(17))
+#: Which of them a method has, in the order of a point's ``limits``.
+_LIMITED = {"mutex_watershed": ("bias_short", "bias_long"), "agglomeration": ("merge_threshold",)}
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One class of one crop in memory, (D, H, W) each; ``truth`` holds ids, or bool for a class scored by overlap."""
+    """One class of one crop in memory, (D, H, W) each; ``truth`` holds ids, or bool for a class scored by overlap;
+    ``affinities`` (K, D, H, W) and their ``offsets`` (K, 3) are there for methods that read them."""
 
     probability: NDArray[np.uint8]
     walls: NDArray[np.uint8] | None
     truth: NDArray[Any]
     known: NDArray[np.bool_]
     voxel_size: tuple[float, float, float]
+    affinities: NDArray[Any] | None = None
+    offsets: NDArray[np.int64] | None = None
 
 
 def threshold_of(level: int) -> float:
@@ -60,7 +68,7 @@ class SearchSpace:
         return cls(
             (0.0, *(round(voxel * 2**k, 3) for k in steps)),
             tuple(round(edge * n, 3) for n in _REACHES),
-            (base.method,) if masks else ("cc3d", "watershed"),
+            (base.method,) if masks or base.method in AFFINITY_METHODS else ("cc3d", "watershed"),
         )
 
     def points(self) -> Iterator[dict[str, Any]]:
@@ -69,6 +77,9 @@ class SearchSpace:
             point = {"level": level, "size": size, "fill_holes": fill, "method": method}
             if method == "watershed":
                 yield from ({**point, "reach": reach} for reach in range(len(self.reaches)))
+            elif method in _LIMITED:
+                for limits in itertools.product(_LIMITS, repeat=len(_LIMITED[method])):
+                    yield {**point, **dict(zip(_LIMITED[method], limits, strict=True))}
             else:
                 yield point
 
@@ -82,6 +93,8 @@ class SearchSpace:
         }
         if point["method"] == "watershed":
             point["reach"] = trial.suggest_int("reach", 0, len(self.reaches) - 1)
+        for name in _LIMITED.get(point["method"], ()):
+            point[name] = trial.suggest_categorical(name, _LIMITS)
         return point
 
     def parameters(self, point: Mapping[str, Any], base: DecodeParameters) -> DecodeParameters:
@@ -92,6 +105,7 @@ class SearchSpace:
             fill_holes=point["fill_holes"],
             method=point["method"],
             min_distance_nm=self.reaches[point["reach"]] if "reach" in point else base.min_distance_nm,
+            **{name: point[name] for name in _LIMITED.get(point["method"], ())},
         )
 
 
@@ -100,7 +114,11 @@ def pooled_scores(volumes: list[Volume], parameters: DecodeParameters) -> Iterat
     total: InstanceSums | Counts | None = None
     for volume in volumes:
         mask = above(volume.probability, parameters.threshold)
-        if volume.walls is not None:
+        if volume.affinities is not None and volume.offsets is not None:
+            labels = decode_affinities(
+                volume.probability, volume.affinities, volume.offsets, volume.voxel_size, parameters
+            )
+        elif volume.walls is not None:
             labels = decode_between(mask, volume.walls, volume.voxel_size, parameters)
         else:
             labels = decode_mask(mask, volume.voxel_size, parameters)

@@ -49,10 +49,11 @@ def write_prediction(
     offsets: np.ndarray,
     size: tuple[float, float, float] = SIZE,
     class_name: str = "mito",
+    translation: tuple[float, float, float] = (100.0, 200.5, 300.0),
 ) -> str:
     """What predict leaves of one class and its affinities, below ``folder``; returns the location of the class."""
     place = folder / "jrc_a.zarr" / "crop1" / class_name
-    grid = VoxelGrid(size, (100.0, 200.5, 300.0), probability.shape)
+    grid = VoxelGrid(size, translation, probability.shape)
     about = {"artefact": "probability", "class_name": class_name, "complete": True}
     ensure_group(place.parent)
     write_multiscale(place, probability, grid, attrs={"connectomics": about}, overwrite=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.config import load_config
+from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
@@ -19,6 +21,7 @@ from connectomics.lightning.evaluation import evaluate_labels
 from connectomics.lightning.tuning import TunedClass, tune
 from connectomics.lightning.tuning_space import threshold_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.decoding.affinity_kit import OFFSETS, write_prediction
 
 SHAPE = (24, 32, 32)
 UNKNOWN = 255
@@ -155,6 +158,31 @@ def test_a_small_space_is_searched_whole(made: Path, tmp_path: Path, monkeypatch
     assert {t["parameters"]["threshold"] for t in found.trials} == {0.5, threshold_of(47)}
     assert found.measure == "iou"
     assert len(tune(*arguments, classes=["er"], trials=60, base=base)["er"].trials) == len(found.trials)
+
+
+@pytest.mark.parametrize("method", ["mutex_watershed", "agglomeration"])
+def test_limits_of_affinities_are_searched_where_the_base_reads_them(tmp_path: Path, method: str) -> None:
+    """Objects that touch; their affinities are 0.4 within and 0.15 between, so the middle of 0.5 splits everything."""
+    ids = np.zeros(SHAPE, np.uint8)
+    ids[6:18, 6:26, 4:15], ids[6:18, 6:26, 15:27] = 1, 2
+    grid = grid_of(SHAPE)
+    write_raw(tmp_path / "root", "set-a", np.zeros(SHAPE, np.uint8), grid)
+    write_label(tmp_path / "root", "set-a", "crop1", "mito", ids, grid, unknown=UNKNOWN, kind="instance")
+    offsets = OFFSETS[:6]
+    affinities = np.where(affinities_of(ids, offsets) > 0, 102, 38).astype(np.uint8)
+    probability = (ids > 0).astype(np.uint8) * 250
+    size = (float(grid.voxel_size[0]), float(grid.voxel_size[1]), float(grid.voxel_size[2]))
+    made = write_prediction(tmp_path / "made", probability, affinities, offsets, size, translation=grid.translation)
+    shutil.copytree(Path(made).parent, tmp_path / "predictions" / "set-a.zarr" / "crop1")
+    base = {"mito": DecodeParameters(method=method)}
+    found = tune(tmp_path / "predictions", str(tmp_path / "root"), tmp_path / "tuned", base=base, trials=25)["mito"]
+    assert found.base_score < 0.5
+    assert found.best_score > 0.9
+    assert found.best.method == method
+    limit = found.best.bias_short if method == "mutex_watershed" else found.best.merge_threshold
+    assert 0.15 <= limit <= 0.4
+    labels = decode_predictions(tmp_path / "predictions", tmp_path / "labels", {"mito": found.best})
+    assert labels[0].objects == 2
 
 
 def test_bad_input_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,16 @@ position, so the result depends on the input alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
-from connectomics.decoding.parameters import AFFINITY_METHODS
+from connectomics.decoding.cellmap_postprocess import fill_holes, narrowest_unsigned
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
+from connectomics.decoding.probabilities import above
 from connectomics.errors import InputError
 
 _FINE = 65535  # steps in [0, 1] to which affinities that are not uint8 are rounded
@@ -224,6 +226,37 @@ def _checked(affinities: ArrayLike, offsets: ArrayLike) -> tuple[NDArray[Any], N
             raise InputError(f"affinities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
         into[:] = np.rint(np.clip(channel.astype(np.float32), 0, 1) * _FINE)
     return fine, steps
+
+
+def decode_affinities(
+    probabilities: NDArray[Any],
+    affinities: NDArray[Any],
+    offsets: ArrayLike,
+    voxel_size: Sequence[float],
+    parameters: DecodeParameters,
+) -> NDArray[Any]:
+    """`connectomics.decoding.decode.decode_class` for a method that reads affinities: the whole array in memory.
+
+    Args:
+        probabilities: (D, H, W) of the class, see `connectomics.decoding.probabilities.above`.
+        affinities, offsets: see `segment`.
+        voxel_size: nm, z y x.
+        parameters: what to do; those that speak of blocks say nothing here.
+
+    Returns:
+        (D, H, W) ids 1..n by their first voxel in z-y-x order, in the narrowest unsigned type.
+    """
+    least = parameters.min_voxels(voxel_size)
+    found = segment(affinities, offsets, above(probabilities, parameters.threshold), rule_of(parameters))
+    labels = found.labels
+    if parameters.fill_holes:
+        labels = fill_holes(labels, parameters.connectivity)
+    return without_small(labels, found.count, least)
+
+
+def rule_of(parameters: DecodeParameters) -> AffinityRule:
+    """What a class's parameters say about its affinities."""
+    return AffinityRule(parameters.method, parameters.bias_short, parameters.bias_long, parameters.merge_threshold)
 
 
 def affinities_of(ids: NDArray[Any], offsets: ArrayLike) -> NDArray[np.uint8]:

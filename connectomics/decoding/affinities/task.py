@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.segment import AffinityRule, segment
+from connectomics.decoding.affinities.segment import rule_of, segment
 from connectomics.decoding.affinities.stored import StoredAffinities
 from connectomics.decoding.blocks.merge import FACES_KEPT
 from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
 from connectomics.decoding.blocks.stored import SIDES, StoredBlocks
-from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
+from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Index
@@ -109,11 +109,6 @@ class AffinitiesTask(StitchedTask):
         return Cost(
             read=read, written=4 * int(np.prod(self.block_shape)), memory=read + (4 * len(channels) + 60) * around
         )
-
-
-def rule_of(parameters: DecodeParameters) -> AffinityRule:
-    """What a class's parameters say about its affinities."""
-    return AffinityRule(parameters.method, parameters.bias_short, parameters.bias_long, parameters.merge_threshold)
 
 
 def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], core: tuple[slice, ...]) -> Labelled:
