@@ -19,6 +19,7 @@ from connectomics.cli import (
     result_verbs,
     run_task_verb,
     run_verbs,
+    runs_verb,
     tune_verb,
     view_verb,
 )
@@ -58,6 +59,7 @@ app.command("describe")(data_verbs.describe)
 app.command("inspect")(inspect_verb.inspect)
 app.command("cache")(cache_verb.cache)
 app.command("train")(run_verbs.train)
+app.command("runs")(runs_verb.runs)
 app.command("package")(package_verb.package)
 app.command("predict")(run_verbs.predict)
 app.command("decode")(run_verbs.decode)

@@ -10,8 +10,8 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.augment import PatchAugmentor
-from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.dataset.build import patch_options, views_of
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 
 

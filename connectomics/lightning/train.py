@@ -30,7 +30,8 @@ class TrainResult:
     """What a run left behind.
 
     Attributes:
-        run_dir: ``config.yaml``, ``split.yaml``, ``metrics.csv``, ``timing.json``, ``tensorboard/``, ``checkpoints/``.
+        run_dir: ``config.yaml``, ``split.yaml``, ``environment.json``, ``run.log``, ``metrics.csv``, ``timing.json``,
+            ``tensorboard/``, ``checkpoints/``.
         best_checkpoint: the one with the best score, None where nothing was validated (or kept).
         last_checkpoint: the latest state, from which the run can go on; None where it is not kept.
         monitor: name of the score.
@@ -109,24 +110,26 @@ def train(
     import torch
 
     from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.environment import save_environment
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.trainer import build_trainer
 
     started = time.perf_counter()
     folder = Path(run_dir)
-    machine = this_machine(config)
-    set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)
-    if machine.accelerator == "gpu":
-        torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
-    pl.seed_everything(config.system.seed, workers=True, verbose=False)
-    module = ConnectomicsModule(config)
-    module.only_a_look = fast_dev_run
-    if checkpoint is not None:
-        check_resumable(checkpoint, module)
-    with _clear_errors(folder), _without_noise():
+    with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
+        machine = this_machine(config)
+        set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)
+        if machine.accelerator == "gpu":
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+        pl.seed_everything(config.system.seed, workers=True, verbose=False)
+        module = ConnectomicsModule(config)
+        module.only_a_look = fast_dev_run
+        if checkpoint is not None:
+            check_resumable(checkpoint, module)
         if not fast_dev_run and is_first_process():
             save_config(config, folder / "config.yaml")
+            save_environment(folder)
         data = _cellmap_data(config, None if fast_dev_run else folder, progress) if datamodule is None else datamodule
         data.setup("fit")
         validate = len(data.val_dataloader()) > 0
@@ -197,6 +200,30 @@ def _clear_errors(folder: Path) -> Iterator[None]:
                 f"the run cannot be written to {folder}: {error.strerror}; free space and resume"
             ) from error
         raise
+
+
+@contextmanager
+def _log_file(path: Path | None) -> Iterator[None]:
+    """Also write what is logged (and warned of) to a file, line by line, of the first process."""
+    from connectomics.lightning.machine import is_first_process
+
+    if path is None or not is_first_process():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    places = [logging.getLogger(name) for name in ("connectomics", "pytorch_lightning", "py.warnings")]
+    logging.captureWarnings(True)
+    for place in places:
+        place.addHandler(handler)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.removeHandler(handler)
+        logging.captureWarnings(False)
+        handler.close()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +97,25 @@ def _loggers(config: RunConfig, folder: Path) -> list[Logger]:
                 "logging.use_wandb=true needs the package wandb, which is not installed: pip install wandb, or set it "
                 "to false"
             ) from error
+    if config.logging.use_mlflow:
+        loggers.append(_mlflow(config, folder))
     return loggers
+
+
+def _mlflow(config: RunConfig, folder: Path) -> Logger:
+    """MLflow's logger; without an address runs go to a folder of files beside the runs."""
+    from pytorch_lightning.loggers import MLFlowLogger
+
+    uri = config.logging.mlflow_uri or f"file:{Path(config.output_dir).resolve() / 'mlruns'}"
+    if uri.startswith("file:"):
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for this; it works as before
+    try:
+        return MLFlowLogger(experiment_name=config.name, run_name=folder.name, tracking_uri=uri)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            "logging.use_mlflow=true needs MLflow, which is not installed: pip install 'connectomics[mlflow]', or set "
+            "it to false"
+        ) from error
 
 
 def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:

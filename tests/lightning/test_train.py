@@ -45,7 +45,9 @@ class TestWhatIsLeftBehind:
         assert {p.name for p in run.iterdir()} == {
             "checkpoints",
             "config.yaml",
+            "environment.json",
             "metrics.csv",
+            "run.log",
             "tensorboard",
             "timing.json",
         }

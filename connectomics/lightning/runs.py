@@ -1,0 +1,130 @@
+"""The runs below a folder: what each was, how far it came, how it did, and what sets two apart."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import InputError, MetadataError, MissingError
+from connectomics.lightning.environment import ENVIRONMENT_FILE
+
+_DEEP = 4  # levels below the given folder at which runs are looked for
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder.
+
+    Attributes:
+        folder: with ``config.yaml``. config: its content. epochs: finished. started: UTC.
+        best: the best value of the monitored metric; monitor: its name.
+        metrics: the last value of every metric.
+        environment: of its last start, {} where it was not kept.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    epochs: int
+    started: datetime
+    monitor: str
+    best: float | None
+    metrics: Mapping[str, float]
+    environment: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The best, else the last; None where none is kept."""
+        found = [self.folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        return next((path for path in found if path.is_file()), None)
+
+
+def find_runs(folder: str | Path) -> list[Run]:
+    """All runs in a folder and below, oldest first; `MissingError` where there is no such folder."""
+    place = Path(folder)
+    if not place.is_dir():
+        raise MissingError(f"no folder {place}; runs lie below output_dir of their configuration (outputs)")
+    return sorted((open_run(found) for found in _folders(place, _DEEP)), key=lambda run: run.started)
+
+
+def open_run(folder: str | Path) -> Run:
+    """One run; `MissingError` where the folder holds none, `MetadataError` where its files cannot be read."""
+    import yaml
+
+    place = Path(folder)
+    file = place / "config.yaml"
+    if not file.is_file():
+        raise MissingError(f"{place} is no run folder: it has no config.yaml; `pytc runs` lists them")
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MetadataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise MetadataError(f"{file} holds no configuration")
+    rows = _rows(place / "metrics.csv")
+    about = config.get("checkpoint", {})
+    monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
+    values = [float(row[monitor]) for row in rows if row.get(monitor)]
+    metrics: dict[str, float] = {}
+    for row in rows:
+        metrics |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
+    epochs = [int(float(row["epoch"])) for row in rows if row.get("epoch")]
+    return Run(
+        folder=place,
+        config=config,
+        epochs=max(epochs, default=-1) + 1,
+        started=datetime.fromtimestamp(file.stat().st_mtime, UTC),
+        monitor=monitor,
+        best=(max if mode == "max" else min)(values, default=None),
+        metrics=metrics,
+        environment=_environment(place / ENVIRONMENT_FILE),
+    )
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Configuration keys (``model.architecture``) whose values are not the same in all runs, with each run's."""
+    if len(runs) < 2:
+        raise InputError(f"comparing takes two runs or more, found {len(runs)}")
+    flat = [dict(_flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    rows = {key: [config.get(key) for config in flat] for key in keys}
+    return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def _folders(place: Path, deep: int) -> Iterator[Path]:
+    if (place / "config.yaml").is_file():
+        yield place
+        return
+    if deep > 0:
+        for child in sorted(place.iterdir()):
+            if child.is_dir() and not child.is_symlink() and not child.name.endswith(".zarr") and child.name[0] != ".":
+                yield from _folders(child, deep - 1)
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
+
+
+def _environment(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MetadataError(f"{file} is not valid JSON ({error})") from error
+    return dict(found[-1]) if found else {}
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, part in value.items():
+            yield from _flat(part, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
