@@ -165,6 +165,8 @@ class LoggingConfig:
 
     use_tensorboard: bool = True
     use_wandb: bool = False
+    use_mlflow: bool = False
+    mlflow_uri: str | None = None  # of a tracking server; None: files in {output_dir}/mlruns
     log_every_n_steps: int = 50
     images: bool = True  # a picture panel at each validation
 
