@@ -96,7 +96,8 @@ def ingest_raw(
     """Write raw as ``{root}/{dataset}/{dataset}.zarr/recon-1/em/fibsem-uint8`` with its pyramid.
 
     Args:
-        voxel_size: nm, z y x; None: what the file says. The first voxel's centre is the origin of the data set's world.
+        voxel_size: nm, z y x; None: what the file says. Where the file does not say where it lies, the first voxel's
+            centre is the origin of the data set's world.
         value_range: values that become 0 and 255 of uint8, linearly (beyond is cut off); None: values stay as they are
             (then the group is called ``fibsem-{dtype}``).
 
@@ -107,7 +108,8 @@ def ingest_raw(
     dtype = (
         np.dtype(np.uint8) if value_range is not None or source.dtype == np.bool_ else source.dtype.newbyteorder("=")
     )
-    grid = VoxelGrid(size, (0.0, 0.0, 0.0), _shape(source))
+    first = (0.0, 0.0, 0.0) if source.begin is None else _centre(source.begin, size)
+    grid = VoxelGrid(size, first, _shape(source))
     em = _data_set(root, dataset) / EM
     place = em / f"fibsem-{dtype.name}"
     others = [p.name for p in em.iterdir() if p.is_dir()] if em.is_dir() else []
@@ -147,7 +149,8 @@ def ingest_labels(
 
     Args:
         voxel_size: nm, z y x; None: what the file says, else the raw's.
-        begin: nm, z y x, from the first face of the raw to that of the labels; None: what the file says, else 0.
+        begin: nm, z y x, from the first face of the raw to that of the labels; None: where in the world the file says
+            that it lies, else 0.
         known: which voxels count; None: all.
 
     Raises:
@@ -157,9 +160,11 @@ def ingest_labels(
     source, chosen = drawn.source, known or Known()
     raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).levels[0].grid
     size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size or raw.voxel_size
-    offset = triple(begin, "begin") if begin is not None else source.begin or (0.0, 0.0, 0.0)
-    first = [f + b + v / 2 for f, b, v in zip(raw.box.begin, offset, size, strict=True)]
-    grid = VoxelGrid(size, triple(first), _shape(source))
+    if begin is None and source.begin is not None:
+        face = source.begin
+    else:
+        face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")).tolist())
+    grid = VoxelGrid(size, _centre(face, size), _shape(source))
     _check_labels(drawn, chosen, crop)
     if grid.box.intersect(raw.box).is_empty:
         raise InputError(
@@ -268,6 +273,11 @@ def _voxel_size(source: VolumeSource, given: Sequence[float] | None) -> Triple:
     if size is None:
         raise InputError(f"{source.location} does not say how large its voxels are; give --voxel-size z,y,x in nm")
     return size
+
+
+def _centre(face: Triple, size: Triple) -> Triple:
+    """The centre of the first voxel of a volume that begins at ``face``."""
+    return triple([f + s / 2 for f, s in zip(face, size, strict=True)])
 
 
 def _shape(source: VolumeSource) -> Index:

@@ -214,6 +214,20 @@ def test_labels_lie_where_they_were_drawn(tmp_path: Path) -> None:
         ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(1e4, 0, 0))
 
 
+def test_volumes_that_say_where_they_lie_stay_there(tmp_path: Path) -> None:
+    """Raw and labels in one world keep their places in it."""
+    root, data = tmp_path / "root", values()
+    at = VoxelGrid(SIZE, (100.0, 200.0, 300.0), SHAPE)
+    write_multiscale(tmp_path / "raw.zarr", data, at)
+    inside = at.crop((4, 5, 6), (8, 9, 10))
+    write_multiscale(tmp_path / "er.zarr", np.ones(inside.shape, np.uint8), inside)
+    ingest_raw(root, "mine", open_volume(tmp_path / "raw.zarr"))
+    ingest_labels(root, "mine", "crop1", Drawn("er", open_volume(tmp_path / "er.zarr")))
+    crop = Catalog.open(str(root)).crop("mine", "crop1")
+    assert crop.raw_source.levels[0].grid == at
+    assert crop.labels["er"].grid == inside
+
+
 def test_a_map_of_all_classes_from_the_command_line_to_training(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
