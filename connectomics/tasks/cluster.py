@@ -10,11 +10,12 @@ import contextlib
 import os
 import queue
 import shutil
+import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 5.0  # a scheduler answers within that, or is taken for unreachable
 _LOST_S = 20.0  # so long a scheduler may be away while blocks are done, and a scheduler of others without a worker
+_IDLE_S = 120.0  # so long a worker keeps a process, with what it has loaded, for which nobody asks
 _LOOK_S = 2.0  # between two looks at how many workers there are
 _QUEUES = {"slurm": "sbatch", "lsf": "bsub"}  # the command that takes jobs
 
@@ -90,10 +92,11 @@ def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
         from distributed import LocalCluster
 
         workers = config.workers or (max(1, gpu_count()) if device == "cuda" else 1)
-        return LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", memory_limit=0,
-            dashboard_address="127.0.0.1:0",
-        )  # fmt: skip
+        with _without_ctrl_c():
+            return LocalCluster(
+                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", memory_limit=0,
+                dashboard_address="127.0.0.1:0", config={"logging": {"distributed": "error"}},
+            )  # fmt: skip
     try:
         import dask_jobqueue
     except ImportError as error:
@@ -112,6 +115,20 @@ def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
     except Exception as error:  # of options, of submitting: whatever dask-jobqueue says
         raise EngineError(f"engine.cluster={config.cluster}: no job could be submitted: {one_line(error)}") from error
     return cluster
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile do not hear Ctrl-C: it is the leader's, who ends them, and not for each of
+    them to complain of."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can it be said
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def job_options(config: EngineConfig) -> dict[str, Any]:
@@ -168,30 +185,46 @@ def _host(name: str, threads: int | None) -> Any:
             self.name = name
 
         def setup(self, worker: Worker) -> None:
-            self.worker, self.lock = worker, threading.Lock()
-            self.idle: list[Child] = []
-            self.every: list[Child] = []
+            self.worker, self.lock, self.over = worker, threading.Lock(), threading.Event()
+            self.idle: list[tuple[float, Child]] = []  # since when
+            self.busy: list[Child] = []
+            threading.Thread(target=self._sweep, daemon=True).start()
 
         def teardown(self, worker: Worker) -> None:
-            for child in self.every:
-                child.end()
+            self.over.set()
+            with self.lock:
+                for child in [*self.busy, *(child for _, child in self.idle)]:
+                    child.end()
 
         def take(self) -> Child:
             """A process that has nothing to do."""
             with self.lock:
                 while self.idle:
-                    child = self.idle.pop()
+                    _, child = self.idle.pop()
                     if child.alive:
-                        return child
-                    self.every.remove(child)
-                child = Child(_number(self.worker.name) + len(self.every), threads)
-                self.every.append(child)
+                        break
+                else:
+                    child = Child(_number(self.worker.name) + len(self.busy), threads)
+                self.busy.append(child)
                 return child
 
         def put(self, child: Child) -> None:
             """It has nothing to do any more."""
             with self.lock:
-                self.idle.append(child)
+                self.busy.remove(child)
+                if child.alive and not self.over.is_set():
+                    self.idle.append((time.monotonic(), child))
+                else:
+                    child.end()
+
+        def _sweep(self) -> None:
+            """End processes that nobody has wanted for a while: a leader that was killed cannot say that it is gone."""
+            while not self.over.wait(_IDLE_S / 10):
+                with self.lock:
+                    old = [child for since, child in self.idle if time.monotonic() - since > _IDLE_S]
+                    self.idle = [(since, child) for since, child in self.idle if child not in old]
+                for child in old:
+                    child.end()
 
     return Host()
 

@@ -18,6 +18,7 @@ from connectomics.errors import BlocksFailedError, EngineError, MissingError, Wr
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.cluster import job_options
 from connectomics.tasks.pool import Engine
+from tests.tasks import lead
 from tests.tasks.kit import CubeTask, CubeWorker, outputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,6 +144,34 @@ def test_a_scheduler_that_runs_already_and_is_killed(tmp_path: Path, undisturbed
     assert outputs(task) == undisturbed
 
 
+@pytest.mark.slow
+def test_a_leader_that_is_killed_leaves_nothing_to_a_worker_that_lives_on(tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    scheduler = dask("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+    worker = dask(
+        "worker", "--scheduler-file", str(file), "--no-dashboard", "--nthreads", "1", "--no-nanny",
+        "--local-directory", str(tmp_path), "--death-timeout", "3",
+    )  # fmt: skip
+    try:
+        while not file.exists():
+            time.sleep(0.05)
+        task = CubeTask(str(tmp_path / "out"), hang=(3,), times=1)
+        task.save(tmp_path / "task.json")
+        leader = lead.start(tmp_path / "task.json", name="dask", address=str(file))
+        while not (task.folder / "first.log").exists() or 3 not in CubeWorker.tried(task, "first"):
+            time.sleep(0.02)
+        hanging = working(worker.pid)
+        assert len(hanging) == 1
+        lead.kill(leader)
+        assert lead.still_there(hanging) == []
+        run_task(task, EngineConfig(name="dask", address=str(file)))
+        assert (task.folder / "sum").read_text() == str(sum(n**3 for n in range(8)))
+    finally:
+        for process in (worker, scheduler):
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -191,7 +220,7 @@ LINES = {
 }
 
 
-@pytest.mark.parametrize("queue", ["slurm", "lsf"])
+@pytest.mark.parametrize("queue", ["slurm", pytest.param("lsf", marks=pytest.mark.slow)])
 def test_jobs_of_a_queue(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, bytes]
 ) -> None:
