@@ -80,6 +80,8 @@ def predict(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what another run predicted.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Predict whole crops by sliding window, block by block; a killed run goes on where it stopped.
 
@@ -90,16 +92,30 @@ def predict(
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --box jrc_cos7-1a:0,0,0:800,800,800
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint a.ckpt --checkpoint b.ckpt inference.tta=flips
+
+      pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt engine.workers=0 --dry-run
     """
     from connectomics.config import load_config
+    from connectomics.errors import ConfigError
 
+    if overwrite and resume:
+        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     composed = load_config(config, overrides or [])
-    from connectomics.lightning.inference import predict_cellmap_crops, targets_of
+    from connectomics.lightning.inference import chosen_device, predict_cellmap_crops, prediction_tasks, targets_of
 
     targets = targets_of(composed, crop_table=crops, box=box)
+    if dry_run:
+        from connectomics.cli.run_task_verb import show_estimate
+        from connectomics.tasks.estimate import estimate
+
+        with show.stage("trying a block"):
+            tasks = prediction_tasks(composed, checkpoint, out, targets=targets, device=device)
+            found = estimate(tasks, composed.engine, chosen_device(composed, device), overwrite=overwrite)
+        show_estimate(found)
+        return
     with show.stage("predicting"):
         written = predict_cellmap_crops(
-            None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite
+            None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite, resume=resume
         )
     for location in written:
         print(location)

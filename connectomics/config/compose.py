@@ -128,7 +128,11 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "decoding.table", config.decoding.table, ("csv", "parquet"))
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
     _one_of(where, "inference.uncertainty", config.inference.uncertainty, ("none", "variance", "entropy", "dropout"))
+    _one_of(where, "inference.dtype", config.inference.dtype, ("uint8", "float16"))
     _check_tta(where, config.inference.tta)
+    batch = config.inference.batch_size
+    if batch != "auto" and not (type(batch) is int and batch >= 1):
+        raise ConfigError(f"{where}: inference.batch_size must be at least 1, or auto, found {batch!r}")
     _check_engine(where, config.engine)
     if not 0.0 < config.dataset.train_val_split <= 1.0:
         raise ConfigError(
@@ -162,7 +166,6 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         ("training.gradient_clip_val", training.gradient_clip_val, 0),
         ("early_stopping.patience", config.early_stopping.patience, 0),
         ("checkpoint.save_top_k", config.checkpoint.save_top_k, -1),
-        ("inference.batch_size", inference.batch_size, 1),
         ("inference.dropout_samples", inference.dropout_samples, 2),
         ("inference.context", inference.context, 0),
         ("decoding.blockwise_above", config.decoding.blockwise_above, 0),

@@ -178,13 +178,18 @@ class InferenceConfig:
     window: list[int] | None = None  # voxels; None: data.patch_size
     overlap: float = 0.25  # share of a window that its neighbour sees too
     blending: str = "gaussian"  # gaussian | constant
-    batch_size: int = 1
+    batch_size: Any = 1  # windows at a time, or auto: predict finds out how many pay
     block_size: list[int] = field(default_factory=lambda: [256, 256, 256])  # voxels held at once
     context: int | None = None  # voxels of raw read beyond the box; None: half the overlap, at least 8
     tta: Any = "none"  # test-time augmentation: none | flips (8) | section (16) | all (48) | list as [zyx, -zyx]
     uncertainty: str = "none"  # none | variance (over tta and checkpoints) | entropy | dropout
     dropout_samples: int = 8  # passes with dropout on, for uncertainty=dropout
     skip_empty: bool = True  # predict: windows of constant raw (padding) or without raw are not run and give 0
+    mask: str | None = None  # predict: windows where this label volume is 0 are not run; a path, or one in {dataset}.zarr
+    dtype: str = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)
+    pyramid: bool = False  # predict: coarser levels too, for looking at
+    channels_last: bool | None = None  # memory format of the network; None: on a GPU with mixed precision
+    compile: bool = False  # predict with torch.compile
 
 
 @dataclass

@@ -6,8 +6,6 @@ finds the same blocks and the same windows.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,10 +118,12 @@ class Layout:
         return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
 
     @property
-    def key(self) -> str:
-        """Twelve hexadecimal digits that stand for the target grid and its blocks."""
-        what = [self.target.to_dict(), self.model.to_dict(), self.block_shape, self.chunks]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    def seen(self) -> VoxelGrid:
+        """As many voxels of `model` as the windows over a block see at most."""
+        extents = (s[-1] + w - s[0] for s, w in zip(self.lattice.starts, self.window, strict=True))
+        block = self.regions[0][1]
+        shape = [min(e, b + 2 * (w - 1)) for e, b, w in zip(extents, block, self.window, strict=True)]
+        return self.model.crop((0, 0, 0), shape)
 
     def plan(self, batch_size: int) -> Plan:
         """What it costs; see `Plan`."""

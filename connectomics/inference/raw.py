@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,3 +43,9 @@ class RawSource:
         finest = self._source.levels[0].grid.box
         reason = "the chunks there are absent" if not finest.intersect(grid.box).is_empty else f"it covers {finest}"
         raise InputError(f"{self.location} has no raw for {what}, which lies at {layout.target.box}: {reason}")
+
+    def bytes_behind(self, grid: VoxelGrid) -> int:
+        """About how many bytes, decompressed, `read` of a grid reads."""
+        level = self._source.levels[self._source.level_for(grid.voxel_size)]
+        finer = math.prod(n / v for n, v in zip(grid.voxel_size, level.grid.voxel_size, strict=True))
+        return int(grid.size * finer * level.dtype.itemsize)

@@ -1,112 +1,95 @@
-"""Predicting a region of a data set: one frozen description, run to files, and resumed where it was killed.
+"""Predicting a region of a data set: one frozen description, run to files by any engine, block by block.
 
 `PredictTask` says everything that the output depends on; it is stored as ``task.json`` beside the output and can be run
-from there again. `run_predict_task` goes through each distinct target grid block by block: probabilities on the
-network's lattice (`connectomics.inference.sliding`), resampled to the target's voxels (linear where they are finer,
-averaged over their box where they are coarser), stored as uint8 ``round(255 p)``. Several target grids for one region
-are done one after the other, each with the whole network; in the challenge a crop has one.
-
-On disk, under ``output``::
-
-    {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group
-    {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, model, version
-    {class}/uncertainty  the class's uncertainty where it is asked for, a multiscale group like its parent; its
-                         attributes also say the kind and the scale (the value that 1 stands for)
-    .zattrs              connectomics: artefact, complete, classes, model, version
-    task.json            the task
-    .done-{key}          one byte per block of a target grid (`connectomics.tasks.done`)
-
-Raw is read ahead of the network and finished blocks are written behind it (`connectomics.inference.threads`).
-``complete`` is false until the last block is written. Resuming is safe against a killed process; after a crash of the
-whole machine, when written files may not have reached the disk, run with ``overwrite``.
+from there again. Its first stage goes through the blocks of every distinct target grid: probabilities on the network's
+lattice (`connectomics.inference.sliding`), resampled to the target's voxels (linear where they are finer, averaged over
+their box where they are coarser) and stored (`connectomics.inference.artefact`). Several target grids for one region
+are done one after the other, each with the whole network; in the challenge a crop has one. Where a pyramid is asked
+for, further stages make its levels, three at a time.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
-import connectomics
-from connectomics.errors import (
-    IncompleteError,
-    InputError,
-    MetadataError,
-    MissingError,
-    WriteError,
-    unknown_name,
-)
+from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.inference.artefact import UNCERTAINTY, Group, is_complete, marks, require_complete
 from connectomics.inference.augmented import (
-    LARGEST,
     UNCERTAINTIES,
     Averaged,
     Network,
     Symmetry,
-    entropy,
     require_unchanged,
     symmetries,
 )
+from connectomics.inference.batching import MOST_ON_CPU
 from connectomics.inference.layout import Layout
-from connectomics.inference.output import write_probability
+from connectomics.inference.mask import Mask
+from connectomics.inference.output import UNITS
+from connectomics.inference.pyramid import LEVELS_AT_ONCE, PyramidWorker, cubes
 from connectomics.inference.raw import RawSource
-from connectomics.inference.rows import planned_reads
-from connectomics.inference.sliding import Plan, predict_regions
-from connectomics.inference.threads import ReadAhead, WriteBehind
-from connectomics.inference.views import View
+from connectomics.inference.sliding import Plan
 from connectomics.inference.windows import BLENDINGS
-from connectomics.io import store
-from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs, write_file
-from connectomics.tasks.done import DoneMap
+from connectomics.inference.worker import PredictWorker
+from connectomics.io.write import ensure_group, update_attrs
+from connectomics.tasks import BlockTask, Cost, Worker, run_task
+from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.task import TASK_FILE
 
-if TYPE_CHECKING:
-    import torch
+__all__ = ["TASK_FILE", "PredictTask", "given", "require_complete", "run_predict_task"]
 
-TASK_FILE = "task.json"
-ARTEFACT = "probability"
-UNCERTAINTY = "uncertainty"  # the artefact, and its group below that of the class
 PRECISIONS = ("32", "bf16", "fp16")
-
-# a block on its way to the disk: where it belongs, its classes and their arrays, the done-map, its number and values
-_Item = tuple[Layout, tuple[str, ...], list[list[ArrayWriter]], DoneMap, int, NDArray[np.float32]]
-
-# fields that a resumed run may change: they decide how fast it is, not what it writes
-_FREE = {"batch_size"}
+PREDICT = "predict"  # the first stage
+_PYRAMID = "pyramid-"  # and the others, with a number from 1
+_BESIDE = 256 << 20  # bytes that a worker holds beside its block: pieces being written, caches of the reader
 
 
 @dataclass(frozen=True)
-class PredictTask:
+class PredictTask(BlockTask):
     """One region to predict: what is read, what is written, and with which parameters.
 
     Attributes:
         raw: location of the raw multiscale group.
         output: local folder of the region's group, ``{out}/{dataset}.zarr/{crop}``.
-        classes: classes of the network's output channels, in their order.
-        targets: grid to write for each class that is wanted; others are not written.
+        classes: names of the network's output channels, in their order.
+        targets: grid to write for each channel that is wanted; others are not written.
         voxel_size: voxel size that the network works at, nm, z y x.
         window: voxels that the network sees at once, z y x.
-        checkpoint: hash of the checkpoint's content, recorded with the output.
+        checkpoint: hash of the networks' weights.
+        checkpoints: files of the networks; none where they were given in memory.
         intensity_range: raw values that become 0 and 1 at the network's input (values beyond are clipped).
-        overlap, blending, context, batch_size: see `connectomics.inference.sliding.predict_blocks`.
+        overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`.
+        batch_size: windows that go through the network together; ``auto``: found by trial, in each worker.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
-        dtype: of the stored probabilities: ``uint8``.
+        channels_last: memory format of the network; None: where it pays (a GPU with mixed precision).
+        compile: whether the network is compiled (`torch.compile`).
+        dtype: of the stored probabilities: ``uint8`` (255 p) or ``float16`` (p).
+        pyramid: whether coarser levels, by averaging, are written too.
         views: further inputs of the network, each its voxel size (nm) and its shape (voxels), z y x.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: written too: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
             ``dropout``: variance over ``dropout_samples`` passes of each with dropout layers on; or ``none``.
         skip_empty: windows whose raw is constant, or absent everywhere, are not run; probability (and uncertainty) is 0
             where there are no others.
+        mask: location of a multiscale group: windows that lie wholly where it is 0, or beyond it, are not run either.
+        about: of channels that are no classes what their attributes say (``artefact``, ``class_name``, ...).
     """
+
+    kind: ClassVar[str] = "predict"
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "checkpoints"})
 
     raw: str
     output: str
@@ -115,22 +98,29 @@ class PredictTask:
     voxel_size: Triple
     window: Index
     checkpoint: str
+    checkpoints: tuple[str, ...] = ()
     intensity_range: tuple[float, float] = (0.0, 255.0)
     overlap: float = 0.25
     blending: str = "gaussian"
     context: Index | None = None
     block_size: Index = (256, 256, 256)
-    batch_size: int = 1
+    batch_size: int | str = 1
     precision: str = "32"
+    channels_last: bool | None = None
+    compile: bool = False
     dtype: str = "uint8"
+    pyramid: bool = False
     views: tuple[tuple[Triple, Index], ...] = ()
     symmetries: tuple[str, ...] = ("zyx",)
     uncertainty: str = "none"
     dropout_samples: int = 0
     skip_empty: bool = False
+    mask: str | None = None
+    about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "classes", tuple(self.classes))
+        for name in ("classes", "checkpoints"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "targets", dict(self.targets))
         object.__setattr__(self, "voxel_size", triple(self.voxel_size, "voxel_size"))
         for name in ("window", "block_size", "context"):
@@ -154,11 +144,13 @@ class PredictTask:
         for name, value, known in (
             ("blending", self.blending, BLENDINGS),
             ("precision", self.precision, PRECISIONS),
-            ("dtype", self.dtype, ("uint8",)),
+            ("dtype", self.dtype, tuple(UNITS)),
             ("uncertainty", self.uncertainty, UNCERTAINTIES),
         ):
             if value not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, found {value!r}")
+        if self.batch_size != "auto" and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
+            raise InputError(f"batch_size must be at least 1, or auto, found {self.batch_size!r}")
         self._check_passes()
 
     def _check_passes(self) -> None:
@@ -180,69 +172,34 @@ class PredictTask:
 
     # -- to and from JSON --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data = {f.name: getattr(self, f.name) for f in fields(PredictTask)}
         data["targets"] = {name: grid.to_dict() for name, grid in self.targets.items()}
         data["views"] = [[list(size), list(shape)] for size, shape in self.views]
+        data["about"] = {name: dict(about) for name, about in self.about.items()}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> PredictTask:
-        """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
-        known = {f.name for f in fields(cls)}
-        # what tasks of before there were such keys stand for
-        data = {"views": [], "symmetries": ["zyx"], "uncertainty": "none", "dropout_samples": 0, **data}
-        data.setdefault("skip_empty", False)
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
+        known = {f.name for f in fields(PredictTask)}
         if wrong := sorted(set(data) ^ known):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
         return cls(**{**data, "targets": targets})
 
-    @classmethod
-    def load(cls, path: str | Path) -> PredictTask:
-        """The task stored in a ``task.json``; `MissingError`, `MetadataError`."""
-        data = store.read_json(path)
-        if data is None:
-            raise MissingError(f"no task at {path}")
-        return cls.from_dict(data, str(path))
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # without what is worked out from them
 
-    def save(self, path: str | Path) -> None:
-        """Store as JSON, in one step."""
-        write_file(Path(path), json.dumps(self.to_dict(), indent=2).encode())
-
-    def differences(self, other: PredictTask) -> list[str]:
-        """Names of the fields that make the output of the two tasks different."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [name for name in mine if name not in _FREE and mine[name] != theirs[name]]
+    @property
+    def model(self) -> dict[str, Any]:
+        """What the artefact says of its origin."""
+        names = (
+            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
+            "symmetries", "dropout_samples", "skip_empty", "mask",
+        )  # fmt: skip
+        data = self.to_dict()
+        return {name: data[name] for name in names}
 
     # -- what is to be done ------------------------------------------------------------------------------------------
-    def layouts(self) -> list[tuple[Layout, tuple[str, ...]]]:
-        """Every distinct target grid with the classes that are written on it, in the order of the channels."""
-        grids: dict[VoxelGrid, list[str]] = {}
-        for name in self.classes:
-            if name in self.targets:
-                grids.setdefault(self.targets[name], []).append(name)
-        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size)
-        return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
-
-    @property
-    def channels(self) -> int:
-        """Values that are blended for each voxel: probabilities, and variances where they are wanted."""
-        return len(self.classes) * (2 if self.uncertainty in ("variance", "dropout") else 1)
-
-    @property
-    def _symmetries(self) -> tuple[Symmetry, ...]:
-        return symmetries(self.symmetries)
-
-    def averaged(self, networks: Sequence[Network]) -> Averaged:
-        """The networks, averaged as the task says."""
-        wanted = self.uncertainty in ("variance", "dropout")
-        return Averaged(networks, self._symmetries, samples=self.dropout_samples, variance=wanted)
-
-    def plan(self) -> list[Plan]:
-        """What each distinct target grid costs, without running anything; with one pass for each window."""
-        return [layout.plan(self.batch_size) for layout, _ in self.layouts()]
-
     @property
     def name(self) -> str:
         """What is predicted, for messages: ``crop557 of jrc_ctl-id8-1``."""
@@ -250,14 +207,212 @@ class PredictTask:
         return f"{output.name} of {output.parent.name.removesuffix('.zarr')}"
 
     @property
-    def model(self) -> dict[str, Any]:
-        """What the artefact says of its origin."""
-        names = (
-            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-            "symmetries", "dropout_samples", "skip_empty",
-        )  # fmt: skip
-        data = self.to_dict()
-        return {name: data[name] for name in names}
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def relocated(self, folder: Path) -> Self:
+        return replace(self, output=str(folder / self.folder.parent.name / self.folder.name))
+
+    @property
+    def channels(self) -> int:
+        """Values that are blended for each voxel: probabilities, and variances where they are wanted."""
+        return len(self.classes) * (2 if self.uncertainty in ("variance", "dropout") else 1)
+
+    @cached_property
+    def layouts(self) -> list[tuple[Layout, tuple[str, ...]]]:
+        """Every distinct target grid with the channels that are written on it, in their order."""
+        grids: dict[VoxelGrid, list[str]] = {}
+        for name in self.classes:
+            if name in self.targets:
+                grids.setdefault(self.targets[name], []).append(name)
+        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size)
+        return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """All that is written; a group that lies in another comes after it."""
+        found = []
+        layouts = {name: layout for layout, names in self.layouts for name in names}
+        for channel, name in enumerate(self.classes):
+            if name not in layouts:
+                continue
+            what = {"class_name": name, "grid": self.targets[name].to_dict(), "model": self.model}
+            what |= self.about.get(name, {})
+            place = self.folder / name
+            places = {place: ""} if self.uncertainty == "none" else {place: "", place / UNCERTAINTY: self.uncertainty}
+            for where, kind in places.items():
+                found.append(Group(where, layouts[name], channel, kind, self.dtype, self.pyramid, what))
+        return found
+
+    @property
+    def _symmetries(self) -> tuple[Symmetry, ...]:
+        return symmetries(self.symmetries)
+
+    @property
+    def members(self) -> int:
+        """Networks that are averaged."""
+        return max(1, len(self.checkpoints))
+
+    @property
+    def passes(self) -> int:
+        """Forward passes for each window."""
+        return self.members * len(self.symmetries) * max(1, self.dropout_samples)
+
+    def averaged(self, networks: Sequence[Network]) -> Averaged:
+        """The networks, averaged as the task says."""
+        wanted = self.uncertainty in ("variance", "dropout")
+        about = [self.about.get(name, {}) for name in self.classes]
+        return Averaged(networks, self._symmetries, samples=self.dropout_samples, variance=wanted, about=about)
+
+    def plan(self) -> list[Plan]:
+        """What each distinct target grid costs, without running anything."""
+        batch = self.batch_size if isinstance(self.batch_size, int) else MOST_ON_CPU
+        return [layout.plan(batch).times(self.passes) for layout, _ in self.layouts]
+
+    def locate(self, block: int) -> tuple[int, int]:
+        """The layout that a block of the first stage belongs to, and its number there."""
+        for index, (layout, _) in enumerate(self.layouts):
+            if block < len(layout.blocks):
+                return index, block
+            block -= len(layout.blocks)
+        raise InputError(f"{self.name} has no block so far: {block} beyond the last")
+
+    # -- its life ----------------------------------------------------------------------------------------------------
+    @property
+    def stages(self) -> tuple[str, ...]:
+        levels = max(len(group.grids) for group in self.groups) - 1
+        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(math.ceil(levels / LEVELS_AT_ONCE))))
+
+    def check(self, *, overwrite: bool = False) -> bool:
+        self.averaged([_nothing] * self.members)  # refuses the variance over one pass
+        there = self._refuse_others(overwrite)
+        if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
+            return False
+        source = RawSource(self.raw, self.intensity_range)
+        for layout, _ in self.layouts:
+            source.require_any(layout, self.name)
+        if self.mask is not None:
+            Mask(self.mask, self.voxel_size)
+        return True
+
+    def claim(self, *, overwrite: bool = False) -> None:
+        if overwrite and self.folder.exists():
+            old = self.folder.with_name(f".{self.folder.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+            self.folder.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        self.save(self.folder / TASK_FILE)
+
+    def prepare(self, stage: str) -> None:
+        if stage == PREDICT:
+            ensure_group(self.folder, {"connectomics": self._attributes(complete=False)})
+            missing = [group for group in self.groups if not group.is_made]
+            if missing:  # also where someone removed an array: what the done-maps say of it holds no longer
+                for file in self.folder.glob(".done-*"):
+                    file.unlink()
+            for group in self.groups:  # in this order, since making a group removes what lies in it
+                if not group.is_made:
+                    group.make()
+            return
+        for group, level, _ in self._cubes(stage):
+            last = min(level + LEVELS_AT_ONCE, len(group.grids) - 1)
+            if any([group.make_level(n) for n in range(level + 1, last + 1)]):
+                (self.folder / f".done-{stage}").unlink(missing_ok=True)
+
+    def _cubes(self, stage: str) -> list[tuple[Group, int, Lattice]]:
+        return cubes(self.groups, int(stage.removeprefix(_PYRAMID)) - 1)
+
+    def blocks(self, stage: str) -> int:
+        if stage == PREDICT:
+            return sum(len(layout.blocks) for layout, _ in self.layouts)
+        return sum(len(lattice) for *_, lattice in self._cubes(stage))
+
+    def run_length(self, stage: str) -> int:
+        """Blocks along x share windows and raw. Where target grids differ in their number, that of most blocks counts;
+        the rows of the others are then cut at other places, which only costs windows that are run twice."""
+        if stage != PREDICT:
+            return 1
+        layout = max((layout for layout, _ in self.layouts), key=lambda layout: len(layout.blocks))
+        return math.ceil(layout.target.shape[2] / layout.block_shape[2])
+
+    def cost(self, stage: str) -> Cost:
+        if stage != PREDICT:
+            lattices = self._cubes(stage)
+            voxels = max(math.prod(lattice.region(0)[1]) for *_, lattice in lattices)
+            size = voxels * np.dtype(self.dtype).itemsize
+            return Cost(read=size, written=size // 7, memory=size + _BESIDE)
+        stored = len(self.groups) * np.dtype(self.dtype).itemsize
+        written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
+        source = RawSource(self.raw, self.intensity_range)
+        read = max(source.bytes_behind(layout.seen) for layout, _ in self.layouts)
+        return Cost(read=read, written=written, memory=max(plan.bytes for plan in self.plan()) + _BESIDE)
+
+    @contextmanager
+    def open_worker(self, stage: str, device: str) -> Iterator[Worker]:
+        if stage != PREDICT:
+            yield PyramidWorker(self._cubes(stage))
+            return
+        with self.open_networks(device) as networks:
+            yield PredictWorker(self, networks, device)
+
+    def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
+        """The networks, on a device, ready for windows; raises `InputError` where they cannot be had here."""
+        raise InputError(
+            f"the network of {self.output} was given in memory and is on no disk: call run_predict_task with it again"
+        )
+
+    def finish(self) -> None:
+        for group in self.groups:
+            group.close()
+        update_attrs(self.folder, {"connectomics": self._attributes(complete=True)})
+
+    def _attributes(self, *, complete: bool) -> dict[str, Any]:
+        classes = [name for name in self.classes if name in self.targets and name not in self.about]
+        return {**marks(complete=complete), "classes": classes, "model": self.model}
+
+    def _refuse_others(self, overwrite: bool) -> bool:
+        """Whether an output of this task (with ``overwrite``: of any) is there; `WriteError` for anything else."""
+        there = [] if not self.folder.exists() else [p for p in self.folder.iterdir() if ".part-" not in p.name]
+        if not there:
+            return False
+        file = self.folder / TASK_FILE
+        if not file.exists():
+            raise WriteError(
+                f"{self.folder} is there and was not written by a prediction: remove it, or choose another place"
+            )
+        if overwrite:
+            return True
+        try:
+            differing = self.differences(PredictTask.load(file))
+        except MetadataError as error:
+            raise WriteError(
+                f"{self.folder} holds a prediction of another version ({error}); overwrite it, or choose another "
+                "output folder"
+            ) from error
+        if differing:
+            raise WriteError(
+                f"{self.folder} holds a prediction with other settings ({', '.join(differing)} differ); "
+                f"overwrite it, or choose another output folder"
+            )
+        return True
+
+
+@dataclass(frozen=True)
+class _GivenTask(PredictTask):
+    """A task with its networks, for this process only."""
+
+    networks: tuple[Network, ...] = field(default=(), hash=False, compare=False)
+
+    @property
+    def members(self) -> int:
+        return len(self.networks)
+
+    def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
+        return nullcontext(self.networks)
+
+
+def given(task: PredictTask, networks: Sequence[Network]) -> PredictTask:
+    """The task with its networks, which are on the device and ready: for engines that work in this process."""
+    return _GivenTask(**{f.name: getattr(task, f.name) for f in fields(PredictTask)}, networks=tuple(networks))
 
 
 def run_predict_task(
@@ -267,222 +422,27 @@ def run_predict_task(
     progress: Callable[[int, int], None] | None = None,
     *,
     overwrite: bool = False,
-) -> None:
-    """Write the probabilities of ``task``, or what is still missing of them.
-
-    Raw is read and blocks are written in two further threads, which end with the call, however it ends.
+) -> bool:
+    """Write the probabilities of ``task``, or what is still missing of them, in this process. Returns whether anything
+    was missing.
 
     Args:
         network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's views, likewise), gives probabilities (B,
             len(task.classes), d, h, w); several are averaged. With the task's uncertainty ``dropout`` their dropout
-            layers must be on, see `dropout_on`.
-        progress: called with the numbers of finished and of all blocks, at the start and after every block.
+            layers must be on, see `dropout_on`. It is tried on a window of noise first.
+        progress: called with the numbers of finished and of all blocks of each stage.
         overwrite: begin anew where an output of another task (or a finished one) is there.
 
     Raises:
         WriteError: an output of another task is there, or the disk is full.
-        InputError: there is no raw in the region, the network's output is not finite or no probability, or a variance
-            is asked for of one pass.
-        CorruptDataError: raw cannot be decoded or is not finite.
+        InputError: there is no raw in the region, the network gives no probabilities, or a variance is asked for of one
+            pass.
+        BlocksFailedError: blocks failed (raw that cannot be decoded or is not finite); all others are done.
     """
-    output = Path(task.output)
-    averaged = task.averaged([network] if callable(network) else network)
-    if _refuse_others(task, output, overwrite) and not overwrite and _is_complete(task, output):
-        if progress is not None:
-            total = sum(len(layout.blocks) for layout, _ in task.layouts())
-            progress(total, total)
-        return
-    source = _source_of(task)
-    _claim(task, output, overwrite)
-    jobs = []
-    ensure_group(output, {"connectomics": _attrs(task, complete=False)})
-    for layout, names in task.layouts():
-        done = DoneMap(output / f".done-{layout.key}", len(layout.blocks), layout.key)
-        if done.count and not all(_has_array(place) for name in names for place in _places(task, name)):
-            done.clear()  # someone removed an array: what the map says of it holds no longer
-        jobs.append((layout, names, [_writers(task, layout, name) for name in names], done))
-    total = sum(len(done) for *_, done in jobs)
-    finished = sum(done.count for *_, done in jobs)
-    if progress is not None:
-        progress(finished, total)
-
-    def write(item: _Item) -> None:
-        layout, names, writers, done, number, block = item
-        _write_block(task, layout, names, writers, number, block)
-        done.mark([number])
-
-    def written() -> None:
-        nonlocal finished
-        finished += 1
-        if progress is not None:
-            progress(finished, total)
-
-    with WriteBehind(write, written) as behind:
-        for layout, names, writers, done in jobs:
-            todo = done.missing.tolist()
-            with closing(_blocks(task, source, averaged, device, layout, todo)) as blocks:
-                for number in todo:
-                    block = next(blocks)
-                    behind.put((layout, names, writers, done, number, block))
-                    del block  # the writer has it; here it would be held while the next one is computed
-    for _, names, _, _ in jobs:
-        for name in names:
-            for place, about in _places(task, name).items():
-                update_attrs(place, {"connectomics": {**_attrs(task, complete=True, class_name=name), **about}})
-    update_attrs(output, {"connectomics": _attrs(task, complete=True)})
+    networks = [network] if callable(network) else network
+    told = None if progress is None else (lambda stage, done, blocks: progress(done, blocks))
+    return run_task(given(task, networks), None, told, device=device, overwrite=overwrite)
 
 
-def _blocks(
-    task: PredictTask, source: RawSource, averaged: Averaged, device: str, layout: Layout, todo: Sequence[int]
-) -> Generator[NDArray[np.float32], None, None]:
-    """The values of the blocks ``todo``, with raw read ahead of the network."""
-    regions = [layout.regions[number] for number in todo]
-    with ReadAhead(source.read, planned_reads(layout.lattice, regions)) as read:
-        yield from predict_regions(
-            read,
-            layout.lattice,
-            averaged,
-            regions,
-            channels=task.channels,
-            blending=task.blending,
-            batch_size=task.batch_size,
-            device=device,
-            autocast=_autocast(task.precision),
-            views=[View(source.read, size, shape) for size, shape in task.views],
-            skip_empty=task.skip_empty,
-        )
-
-
-def _write_block(
-    task: PredictTask,
-    layout: Layout,
-    names: Sequence[str],
-    writers: Sequence[Sequence[ArrayWriter]],
-    number: int,
-    block: NDArray[np.float32],
-) -> None:
-    """Store a block's classes, each with its uncertainty where it is asked for."""
-    for name, arrays in zip(names, writers, strict=True):
-        channel = task.classes.index(name)
-        write_probability(layout, number, block[channel], arrays[0])
-        if task.uncertainty != "none":
-            write_probability(layout, number, _uncertainty(task, block, channel), arrays[1])
-
-
-def check_predict_task(task: PredictTask, *, overwrite: bool = False) -> None:
-    """Raise what `run_predict_task` would raise at once: no raw in the region, or another output in its place."""
-    _refuse_others(task, Path(task.output), overwrite)
-    _source_of(task)
-
-
-def require_complete(location: str | Path) -> dict[str, Any]:
-    """The ``connectomics`` attributes of a finished artefact (a region's group, or one class in it).
-
-    Raises:
-        MissingError: nothing is there. MetadataError: it is no artefact of this program.
-        IncompleteError: the stage that makes it has not come to its end.
-    """
-    ours = store.read_attrs(store.normalize(str(location))).get("connectomics")
-    if not isinstance(ours, dict) or "complete" not in ours:
-        raise MetadataError(f"{location} has no attribute connectomics.complete: it was not written by this program")
-    if ours["complete"] is not True:
-        raise IncompleteError(
-            f"{location} is only half written ({ours.get('artefact', 'artefact')}); run the stage that makes it again "
-            f"with the same options to finish it"
-        )
-    return ours
-
-
-def _autocast(precision: str) -> torch.dtype | None:
-    if precision == "32":
-        return None
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _source_of(task: PredictTask) -> RawSource:
-    source = RawSource(task.raw, task.intensity_range)
-    for layout, _ in task.layouts():
-        source.require_any(layout, task.name)
-    return source
-
-
-def _refuse_others(task: PredictTask, output: Path, overwrite: bool) -> bool:
-    """Whether an output of this task (with ``overwrite``: of any) is there; `WriteError` for anything else."""
-    if not (output.exists() and any(output.iterdir())):
-        return False
-    file = output / TASK_FILE
-    if not file.exists():
-        raise WriteError(f"{output} is there and was not written by a prediction: remove it, or choose another place")
-    if not overwrite and (differing := task.differences(PredictTask.load(file))):
-        raise WriteError(
-            f"{output} holds a prediction with other settings ({', '.join(differing)} differ); "
-            f"overwrite it, or choose another output folder"
-        )
-    return True
-
-
-def _claim(task: PredictTask, output: Path, overwrite: bool) -> None:
-    """Make ``output`` this task's own, by its file; what is there (see `_refuse_others`) is kept or thrown away."""
-    there = output.exists() and any(output.iterdir())
-    if there and overwrite:
-        old = output.with_name(f".{output.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-        output.rename(old)
-        shutil.rmtree(old, ignore_errors=True)
-    elif there:
-        return
-    task.save(output / TASK_FILE)
-
-
-def _is_complete(task: PredictTask, output: Path) -> bool:
-    try:
-        for location in (output, *(place for name in task.targets for place in _places(task, name))):
-            require_complete(location)
-    except (IncompleteError, MissingError, MetadataError):
-        return False
-    return True
-
-
-def _has_array(location: Path) -> bool:
-    """Whether the array of a class was made to its end: its group's attributes are written last."""
-    return (location / ".zattrs").exists() and "multiscales" in store.read_attrs(str(location))
-
-
-def _places(task: PredictTask, name: str) -> dict[Path, dict[str, Any]]:
-    """The groups of one class, the one that holds the others first, and what they say of themselves in particular."""
-    location = Path(task.output) / name
-    places: dict[Path, dict[str, Any]] = {location: {}}
-    if task.uncertainty != "none":
-        scale = LARGEST[task.uncertainty] / 255
-        places[location / UNCERTAINTY] = {"artefact": UNCERTAINTY, "kind": task.uncertainty, "scale": scale}
-    return places
-
-
-def _writers(task: PredictTask, layout: Layout, name: str) -> list[ArrayWriter]:
-    """The arrays of one class, made where they are not there."""
-    writers = []
-    for place, about in _places(task, name).items():
-        if _has_array(place):
-            writers.append(ArrayWriter.open(place / "s0"))
-            continue
-        attrs = {"connectomics": {**_attrs(task, complete=False, class_name=name), **about}}
-        writers += create_multiscale(
-            place, [layout.target], task.dtype, chunks=layout.chunks, attrs=attrs, name=place.name, overwrite=True
-        )
-    return writers
-
-
-def _uncertainty(task: PredictTask, block: NDArray[np.float32], channel: int) -> NDArray[np.float32]:
-    """Of one class of a block, from 0 to 1: as a share of the largest that can be."""
-    if task.uncertainty == "entropy":
-        return entropy(block[channel])
-    return block[len(task.classes) + channel] / np.float32(LARGEST[task.uncertainty])
-
-
-def _attrs(task: PredictTask, *, complete: bool, class_name: str | None = None) -> dict[str, Any]:
-    what: dict[str, Any] = {"classes": [name for name in task.classes if name in task.targets]}
-    if class_name is not None:
-        what = {"class_name": class_name, "grid": task.targets[class_name].to_dict()}
-    version = connectomics.__version__
-    return {"artefact": ARTEFACT, "complete": complete, **what, "model": task.model, "version": version}
+def _nothing(*inputs: Any) -> Any:
+    """Stands for a network that is not called."""

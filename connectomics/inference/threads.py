@@ -70,10 +70,8 @@ class WriteBehind(Generic[Item]):
     written, or, where an error came up meanwhile, once the write that is under way is over.
     """
 
-    def __init__(self, write: Callable[[Item], None], written: Callable[[], None]) -> None:
-        """``written`` is called after each item, in the thread of the caller."""
+    def __init__(self, write: Callable[[Item], None]) -> None:
         self._write = write
-        self._written = written
         self._latest: Future[None] | None = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
 
@@ -87,7 +85,6 @@ class WriteBehind(Generic[Item]):
         latest, self._latest = self._latest, None
         if latest is not None:
             latest.result()
-            self._written()
 
     def __enter__(self) -> WriteBehind[Item]:
         return self

@@ -1,14 +1,14 @@
 """A trained network over crops: from a configuration and a checkpoint to probabilities on disk.
 
 What is predicted is a list of `Target`: crops of the catalog, rows of a crop table, or a box of a data set
-(`targets_of`). Each becomes one `connectomics.inference.task.PredictTask` below ``{out}/{dataset}.zarr/{name}``.
+(`targets_of`). Each becomes one `NetworkPredictTask` below ``{out}/{dataset}.zarr/{name}``.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +18,23 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
 from connectomics.data.volumes import Intensity
-from connectomics.errors import InputError
-from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
+from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.geometry import Box, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on, symmetries
-from connectomics.inference.task import PredictTask, check_predict_task, run_predict_task
+from connectomics.inference.task import TASK_FILE, PredictTask, given
+from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.pool import Engine, Here
+from connectomics.tasks.run import Progress
 
 if TYPE_CHECKING:
-    import torch
+    from rich.progress import TaskID
 
     from connectomics.lightning.module import ConnectomicsModule
+
+Checkpoints = str | Path | Sequence[str | Path] | None
 
 
 @dataclass(frozen=True)
@@ -113,12 +120,13 @@ def box_target(config: RunConfig, text: str) -> Target:
 def predict_cellmap_crops(
     model: ConnectomicsModule | None,
     config: RunConfig,
-    checkpoint_path: str | Path | Sequence[str | Path] | None,
+    checkpoint_path: Checkpoints,
     output_dir: str | Path,
     *,
     targets: Sequence[Target] | None = None,
     device: str | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: bool = True,
 ) -> list[Path]:
     """Predict crops by sliding window, block by block, into ``{output_dir}/{dataset}.zarr/{crop}/{class}/s0``.
@@ -127,14 +135,15 @@ def predict_cellmap_crops(
     the way. A run that was killed goes on where it stopped; what is finished is left alone.
 
     Args:
-        model: a network with its weights; None loads ``checkpoint_path``.
-        config: ``dataset`` (root, classes, resolution), ``data`` (patch size, intensity range), ``inference``, and
-            ``training.precision``, which holds on a GPU (the CPU computes in float32).
+        model: a network with its weights, for engines that work in this process; None loads ``checkpoint_path``.
+        config: ``dataset`` (root, classes, resolution), ``data`` (patch size, intensity range), ``inference``,
+            ``engine``, and ``training.precision``, which holds on a GPU (the CPU computes in float32).
         checkpoint_path: what to load where there is no ``model``. Several are an ensemble: their probabilities are
             averaged. All are held in memory at once, which is little beside a block, and their order does not matter.
         targets: regions; None: `targets_of` the configuration.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU where there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
+        resume: go on only: an error where nothing was begun.
         progress: show a bar on stderr.
 
     Returns:
@@ -142,64 +151,66 @@ def predict_cellmap_crops(
 
     Raises:
         InputError: the network's classes or inputs are not the configuration's, two checkpoints hold the same weights,
-            there is no raw in a region, or ``inference.tta`` or ``inference.uncertainty`` cannot be had.
+            there is no raw in a region, ``inference.tta`` or ``inference.uncertainty`` cannot be had, or a ``model`` is
+            to go to other processes.
         MissingError, UnknownNameError: the checkpoint, the data root, a data set or a crop is not there.
-        WriteError, CorruptDataError: see `connectomics.inference.task.run_predict_task`.
+        WriteError: an output of other settings is in the way, or the disk is full.
+        BlocksFailedError: blocks could not be predicted (raw that cannot be decoded); all others are, of all targets.
     """
-    from connectomics.lightning.module import inference_window
-
-    wanted = list(targets) if targets is not None else targets_of(config)
+    place = chosen_device(config, device)
     modules = _modules(model, config, checkpoint_path)
-    place = _device(config) if device is None else _known_device(device)
-    catalog = Catalog.open(config.dataset.data_root)
-    checkpoint = _common_hash(list(modules))
-    for module in modules.values():
-        trained = module.config
-        data = replace(config.data, inputs=trained.data.inputs)
-        window = inference_window(replace(config, model=trained.model, data=data))
-    views = views_of(trained)  # the same for all, as is the window
-    tasks = [_task(config, catalog, target, Path(output_dir), window, views, checkpoint, place) for target in wanted]
+    tasks = _tasks(config, modules, () if model is not None else _paths(checkpoint_path), output_dir, targets, place)
+    if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
+        raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
+    todo = [task for task in tasks if task.check(overwrite=overwrite)]
+    with open_engine(config.engine, place) as engine:
+        if not isinstance(engine, Here):
+            if model is not None:
+                raise InputError(
+                    "a model that is given in memory can only predict in this process: give its checkpoint instead, or "
+                    "engine.name=local engine.workers=1 without limits"
+                )
+            del modules  # every worker loads its own
+            _run_all(todo, engine, overwrite, progress)
+        elif todo:
+            with ready(list(modules.values()), todo[0], place) as networks:
+                _run_all([given(task, networks) for task in todo], engine, overwrite, progress)
+    return [task.folder for task in tasks]
+
+
+def prediction_tasks(
+    config: RunConfig,
+    checkpoint_path: Checkpoints,
+    output_dir: str | Path,
+    *,
+    targets: Sequence[Target] | None = None,
+    device: str | None = None,
+) -> list[NetworkPredictTask]:
+    """What `predict_cellmap_crops` would run: a task for each target, which any process can do."""
+    modules = _modules(None, config, checkpoint_path)
+    return _tasks(config, modules, _paths(checkpoint_path), output_dir, targets, chosen_device(config, device))
+
+
+def _run_all(tasks: Sequence[PredictTask], engine: Engine, overwrite: bool, progress: bool) -> None:
+    """One after the other; blocks that fail in one do not keep the others from being done."""
+    failed = []
     for task in tasks:
-        check_predict_task(task, overwrite=overwrite)
-
-    with ExitStack() as stack:
-        for module in modules.values():
-            stack.callback(module.train, module.training)
-            module.eval().to(place)
-            if config.inference.uncertainty == "dropout":
-                stack.enter_context(dropout_on(module))
-        networks = [module.probabilities for module in modules.values()]
-        for task in tasks:
-            with _bar(task.name, progress) as advance:
-                run_predict_task(task, networks, place, advance, overwrite=overwrite)
-    return [Path(task.output) for task in tasks]
+        with _bar(task.name, progress) as advance:
+            try:
+                run_task(task, engine, advance, overwrite=overwrite)
+            except BlocksFailedError as error:
+                failed.append(str(error))
+    if failed:
+        raise BlocksFailedError("; ".join(failed))
 
 
-def weights_hash(module: torch.nn.Module) -> str:
-    """Sixteen hexadecimal digits of the SHA-256 over names, shapes and bytes of all weights and buffers.
-
-    Of the weights and not of the file, so that copies of a checkpoint count as the same.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()[:16]
-
-
-def _common_hash(hashes: Sequence[str]) -> str:
-    """That of a single network itself; of several one that does not depend on their order."""
-    if len(hashes) == 1:
-        return hashes[0]
-    return hashlib.sha256(" ".join(sorted(hashes)).encode()).hexdigest()[:16]
+def _paths(checkpoints: Checkpoints) -> tuple[str, ...]:
+    given_paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints or ())
+    return tuple(os.path.abspath(path) for path in given_paths)
 
 
 def _modules(
-    model: ConnectomicsModule | None, config: RunConfig, checkpoints: str | Path | Sequence[str | Path] | None
+    model: ConnectomicsModule | None, config: RunConfig, checkpoints: Checkpoints
 ) -> dict[str, ConnectomicsModule]:
     """The given network or the checkpoints', by `weights_hash`, in its order: sums are then the same to the bit
     whichever is named first. Their classes must be the configuration's, in their order."""
@@ -222,6 +233,14 @@ def _modules(
     return dict(sorted(modules.items()))
 
 
+def chosen_device(config: RunConfig, name: str | None) -> str:
+    """The device that is asked for, if this machine has it (`InputError` otherwise; the workers of a cluster may have
+    what this machine has not); by default a GPU where there is one and ``system.accelerator`` allows it."""
+    if config.engine.name == "dask" and name is not None:
+        return name
+    return _device(config) if name is None else _known_device(name)
+
+
 def _device(config: RunConfig) -> str:
     import torch
 
@@ -238,59 +257,98 @@ def _known_device(name: str) -> str:
     return name
 
 
-def _task(
+def _tasks(
     config: RunConfig,
-    catalog: Catalog,
-    target: Target,
-    output_dir: Path,
-    window: Sequence[int],
-    views: tuple[tuple[Triple, Index], ...],
-    checkpoint: str,
+    modules: Mapping[str, ConnectomicsModule],
+    checkpoints: tuple[str, ...],
+    output_dir: str | Path,
+    targets: Sequence[Target] | None,
     device: str,
-) -> PredictTask:
-    raw = catalog.raw_location(target.dataset)
-    intensity = Intensity.of(Multiscale.open(raw), config.data.intensity_range)
+) -> list[NetworkPredictTask]:
+    """A task for each target. The networks have the same inputs and channels."""
+    from connectomics.config.heads import channel_attributes
+    from connectomics.lightning.module import inference_window
+
+    catalog = Catalog.open(config.dataset.data_root)
+    for module in modules.values():
+        trained = replace(
+            config, model=module.config.model, data=replace(config.data, inputs=module.config.data.inputs)
+        )
+        window = inference_window(trained)
+        if config.inference.uncertainty == "dropout":
+            with dropout_on(module):  # refused before anything is written
+                pass
+    channels, about = channels_of(module), channel_attributes(module.config)
     options = config.inference
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
-    z, y, x = window
-    depth, height, width = options.block_size
-    return PredictTask(
-        raw=raw,
-        output=str(output_dir / f"{target.dataset}.zarr" / target.name),
-        classes=tuple(config.dataset.classes),
-        targets=target.grids,
-        voxel_size=triple(config.dataset.resolution, "dataset.resolution"),
-        window=(z, y, x),
-        checkpoint=checkpoint,
-        intensity_range=(intensity.low, intensity.high),
-        overlap=options.overlap,
-        blending=options.blending,
-        context=None if options.context is None else (options.context,) * 3,
-        block_size=(depth, height, width),
-        batch_size=options.batch_size,
-        precision="32" if device == "cpu" else on_gpu,
-        views=views,
-        symmetries=tuple(str(symmetry) for symmetry in symmetries(options.tta)),
-        uncertainty=options.uncertainty,
-        dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
-        skip_empty=options.skip_empty,
-    )
+    tasks = []
+    for target in targets if targets is not None else targets_of(config):
+        raw = catalog.raw_location(target.dataset)
+        intensity = Intensity.of(Multiscale.open(raw), config.data.intensity_range)
+        grids = {name: target.grids.get(str(about.get(name, {}).get("class_name", name))) for name in channels}
+        tasks.append(
+            NetworkPredictTask(
+                raw=_absolute(raw),
+                output=os.path.abspath(Path(output_dir, f"{target.dataset}.zarr", target.name)),
+                classes=channels,
+                targets={name: grid for name, grid in grids.items() if grid is not None},
+                voxel_size=triple(config.dataset.resolution, "dataset.resolution"),
+                window=(window[0], window[1], window[2]),
+                checkpoint=common_hash(list(modules)),
+                checkpoints=checkpoints,
+                intensity_range=(intensity.low, intensity.high),
+                overlap=options.overlap,
+                blending=options.blending,
+                context=None if options.context is None else (options.context,) * 3,
+                block_size=(options.block_size[0], options.block_size[1], options.block_size[2]),
+                batch_size=options.batch_size,
+                precision="32" if device == "cpu" else on_gpu,
+                channels_last=options.channels_last,
+                compile=options.compile,
+                dtype=options.dtype,
+                pyramid=options.pyramid,
+                views=views_of(trained),
+                symmetries=tuple(str(symmetry) for symmetry in symmetries(options.tta)),
+                uncertainty=options.uncertainty,
+                dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
+                skip_empty=options.skip_empty,
+                mask=_mask(catalog, target.dataset, options.mask),
+                about=about,
+            )
+        )
+    return tasks
+
+
+def _mask(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
+    """Where ``inference.mask`` is for a data set: a path or an address, or a group in the data set's Zarr root."""
+    if mask is None:
+        return None
+    inside = store.join(catalog.location(dataset), mask)
+    return _absolute(inside if not Path(mask).is_absolute() and store.exists(inside) else mask)
+
+
+def _absolute(location: str) -> str:
+    """A location that means the same in any process."""
+    return location if store.is_s3(location) else os.path.abspath(store.normalize(location))
 
 
 @contextmanager
-def _bar(what: str, shown: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar on stderr, to be called with the finished and the total number of blocks."""
+def _bar(what: str, shown: bool) -> Iterator[Progress | None]:
+    """A progress bar on stderr for each stage of a task."""
     if not shown:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        number = bar.add_task(what)
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        numbers: dict[str, TaskID] = {}
 
-        def advance(done: int, total: int) -> None:
-            bar.update(number, completed=done, total=total)
+        def advance(stage: str, done: int, blocks: int) -> None:
+            if stage not in numbers:
+                numbers[stage] = bars.add_task(f"{what}, {stage}", total=blocks)
+            bars.update(numbers[stage], completed=done)
 
         yield advance

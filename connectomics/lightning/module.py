@@ -317,7 +317,7 @@ class ConnectomicsModule(pl.LightningModule):
             if picture is not None:
                 picture(block, label, known, probability)
             if challenge is not None:
-                challenge.add(block, probability, label > _THRESHOLD, known)
+                challenge.add(block, everything, label > _THRESHOLD, known)
             if self.heads:
                 self.head_scores.add(crop, block, everything[len(self.classes) :], self.device)
         if challenge is not None:

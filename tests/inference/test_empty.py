@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -94,17 +91,3 @@ def test_a_task_leaves_out_padding_and_absent_chunks(tmp_path):
     np.testing.assert_array_equal(stored[0][..., :32], stored[1][..., :32])
     assert (stored[0][..., 32:] > 0).all()
     assert (stored[1][..., 32:] == 0).all()
-
-
-def test_a_task_of_before_ran_every_window(tmp_path):
-    task = PredictTask(
-        raw="raw", output="out", classes=("mito",), targets={"mito": GRID}, voxel_size=(8, 8, 8), window=(8, 8, 8),
-        checkpoint="", skip_empty=True,
-    )  # fmt: skip
-    data = task.to_dict()
-    assert PredictTask.from_dict(data) == task
-    del data["skip_empty"]
-    file = Path(tmp_path, "task.json")
-    file.write_text(json.dumps(data))
-    assert PredictTask.load(file).skip_empty is False
-    assert task.differences(PredictTask.load(file)) == ["skip_empty"]

@@ -75,9 +75,3 @@ def test_many_channels_make_blocks_thinner_along_x():
     few, many = (layout_of(grid, 256, channels=c).plan(batch_size=1) for c in (3, 14))
     assert few.windows == many.windows, "which costs no forward pass"
     assert many.bytes < 1.2e9
-
-
-def test_key_tells_grids_and_blocks_apart():
-    keys = {layout_of(grid, block).key for grid in GRIDS.values() for block in (64, 128)}
-    assert len(keys) == 2 * len(GRIDS)
-    assert layout_of(GRIDS["same"]).key == layout_of(GRIDS["same"]).key

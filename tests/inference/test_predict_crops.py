@@ -17,7 +17,8 @@ from connectomics.errors import InputError, MissingError, UnknownNameError, Writ
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.task import PredictTask, require_complete
 from connectomics.io.multiscale import Multiscale
-from connectomics.lightning.inference import Target, predict_cellmap_crops, targets_of, weights_hash
+from connectomics.lightning.inference import Target, predict_cellmap_crops, targets_of
+from connectomics.lightning.predict_task import weights_hash
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 

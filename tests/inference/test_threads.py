@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import CorruptDataError, WriteError
+from connectomics.errors import BlocksFailedError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import predict_blocks
@@ -69,13 +70,11 @@ def test_an_error_of_reading_comes_with_the_grid_it_belongs_to():
 
 def test_writes_in_order_one_at_a_time_and_to_the_end():
     stored: list[int] = []
-    counts: list[int] = []
-    with WriteBehind(stored.append, lambda: counts.append(len(stored))) as behind:
+    with WriteBehind(stored.append) as behind:
         for number in range(5):
             behind.put(number)
             assert len(stored) >= number
     assert stored == [0, 1, 2, 3, 4]
-    assert len(counts) == 5
 
 
 @pytest.mark.parametrize("last", [2, 3])
@@ -89,7 +88,7 @@ def test_an_error_of_writing_reaches_the_caller(last):
         stored.append(number)
 
     def run() -> None:
-        with WriteBehind(write, lambda: None) as behind:
+        with WriteBehind(write) as behind:
             for number in range(last + 1):
                 behind.put(number)
 
@@ -102,7 +101,7 @@ def test_what_is_under_way_is_written_when_something_else_fails():
     stored: list[int] = []
 
     def run() -> None:
-        with WriteBehind(stored.append, lambda: None) as behind:
+        with WriteBehind(stored.append) as behind:
             behind.put(1)
             raise KeyboardInterrupt
 
@@ -131,14 +130,27 @@ def test_equals_to_the_bit_the_same_without_threads(tmp_path):
     stored, _ = Multiscale.open(f"{task.output}/mito").read_level(0, (0, 0, 0), GRID.shape)
     read = RawSource(task.raw, task.intensity_range).read
     for block, values in predict_blocks(
-        read, GRID, smooth, channels=1, window=16, block_size=task.layouts()[0][0].block_shape, batch_size=3
+        read, GRID, smooth, channels=1, window=16, block_size=task.layouts[0][0].block_shape, batch_size=3
     ):
         at = tuple(slice(b, b + n) for b, n in zip(GRID.index_range(block.box)[0], block.shape, strict=True))
         np.testing.assert_array_equal(stored[at], np.rint(values[0] * np.float32(255)).astype(np.uint8))
 
 
-def test_raw_that_cannot_be_decoded_ends_the_task(tmp_path):
+def test_raw_that_cannot_be_decoded_is_named_and_the_rest_is_done(tmp_path):
     task = task_of(tmp_path)
-    (Path(task.raw) / "s0" / "0" / "1" / "4").write_bytes(b"no chunk")
-    with pytest.raises(CorruptDataError, match="0/1/4"):
+    chunk = Path(task.raw) / "s0" / "0" / "1" / "4"
+    good = chunk.read_bytes()
+    chunk.write_bytes(b"no chunk")
+    blocks = task.blocks("predict")
+    with pytest.raises(BlocksFailedError, match=rf"of {blocks} blocks failed \(block .*0/1/4") as failed:
         run_predict_task(task, smooth)
+    wrong = int(str(failed.value).split("predict: ")[1].split(" of")[0])
+    assert 0 < wrong < blocks / 2
+    done = (task.folder / ".done-predict").read_bytes()[-blocks:]
+    assert done.count(1) == blocks - wrong
+    chunk.write_bytes(good)
+    run_predict_task(task, smooth)
+    whole = replace(task, output=str(tmp_path / "whole.zarr" / "crop1"))
+    run_predict_task(whole, smooth)
+    stored = [Multiscale.open(f"{t.output}/mito").read_level(0, (0, 0, 0), GRID.shape)[0] for t in (task, whole)]
+    np.testing.assert_array_equal(*stored)
