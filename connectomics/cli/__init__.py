@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,17 @@ _USERS_TO_MEND = frozenset(
 )
 
 
+_LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (0 well, 1 bad input, 2 bad usage, 130 interrupted). Without
     arguments it shows the way through."""
     from connectomics.cli.app import app
 
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    loudness = [word for word in given if word in _LOUDNESS]  # also behind the verb, where one thinks of it
+    given = [*loudness, *[word for word in given if word not in _LOUDNESS]]
     return run_guarded(lambda: app(args=given, standalone_mode=False))
 
 
@@ -51,6 +57,8 @@ def run_guarded(work: Callable[[], object]) -> int:
         error.show()
         return 2
     except ConnectomicsError as error:
+        if logging.getLogger("connectomics").isEnabledFor(logging.DEBUG):  # pytc -v
+            traceback.print_exc()
         return _say(str(error))
     except BrokenPipeError:  # the reader of our output went away (`pytc describe | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Annotated
+
 import typer
 
 from connectomics.cli import (
@@ -49,6 +52,19 @@ app = typer.Typer(
     help=WAY,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def loudness(
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also show where an error comes from.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results, warnings and errors.")] = False,
+) -> None:
+    """Set how much all verbs say."""
+    if verbose and quiet:
+        raise typer.BadParameter("-v says more and -q says less: give one of them")
+    level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("connectomics").setLevel(level)
+
 
 app.command("doctor")(doctor_verb.doctor)
 app.command("demo")(demo_verb.demo)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+
+log = logging.getLogger(__name__)
 
 #: Told (done, all, name of what was done last).
 Advance = Callable[[int, int, str], None]
@@ -13,17 +16,25 @@ Advance = Callable[[int, int, str], None]
 _EVERY = 10.0
 
 
+def say(text: str) -> None:
+    """A line on stderr, unless `pytc -q` asked for silence."""
+    if log.isEnabledFor(logging.INFO):
+        print(text, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def counted(what: str) -> Iterator[Advance]:
     """Show how many of the items are done while the block runs, and at its end how long it took."""
     begin = time.perf_counter()
-    print(f"{what} ...", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
+    say(f"{what} ...")
+    if not log.isEnabledFor(logging.INFO):
+        yield lambda done, number, name: None
+    elif sys.stderr.isatty():
         with _bar() as advance:
             yield advance
     else:
         yield _lines(what, begin)
-    print(f"{what}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    say(f"{what}: {time.perf_counter() - begin:.1f} s")
 
 
 def when_needed(what: str) -> Advance:
@@ -72,6 +83,7 @@ def _lines(what: str, begin: float) -> Advance:
         nonlocal last
         if time.perf_counter() - last >= _EVERY:
             last = time.perf_counter()
-            print(f"{what}: {done}/{number} {name} ({last - begin:.0f} s)", file=sys.stderr, flush=True)
+            left = (last - begin) / done * (number - done) if done else 0.0
+            say(f"{what}: {done}/{number} {name} ({last - begin:.0f} s, {left:.0f} s to go)")
 
     return advance

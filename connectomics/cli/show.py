@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+
+from connectomics.cli.progress import say
 
 
 @contextmanager
 def stage(what: str, timings: dict[str, float] | None = None, name: str | None = None) -> Iterator[None]:
     """Say what begins and how long it took, on stderr; ``timings[name]`` gets the seconds."""
-    print(f"{what} ...", file=sys.stderr, flush=True)
+    say(f"{what} ...")
     begin = time.perf_counter()
     yield
     seconds = time.perf_counter() - begin
     if timings is not None:
         timings[name or what] = round(seconds, 3)
-    print(f"{what}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    say(f"{what}: {seconds:.1f} s")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:

@@ -232,3 +232,27 @@ def test_without_arguments_the_way_through_is_shown(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     places = [said.index(f"pytc {verb} ") for verb in ("fetch", "describe", "train", "predict", "decode", "export")]
     assert places == sorted(places)
+
+
+def test_quiet_leaves_results_and_verbose_and_quiet_exclude_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = plain_root(tmp_path / "root")
+    arguments = ["ingest", str(tmp_path / "mine"), "--dataset", "a", "--raw"]
+    raw = str(next(root.rglob("fibsem-uint8")))
+    assert main([*arguments, raw]) == 0
+    assert "raw " in capsys.readouterr().err
+    assert main(["-q", *arguments, raw, "--overwrite"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.strip().endswith("fibsem-uint8")
+    assert main([*arguments, raw, "--overwrite", "--quiet"]) == 0  # behind the verb, too
+    assert capsys.readouterr().err == ""
+    assert main(["-q", "-v", "describe", str(root)]) == 2
+
+
+def test_verbose_shows_where_an_error_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", str(tmp_path / "nowhere")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["describe", str(tmp_path / "nowhere"), "-v"]) == 1
+    assert "Traceback" in capsys.readouterr().err
