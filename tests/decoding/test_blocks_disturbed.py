@@ -135,6 +135,22 @@ def test_the_verb_exits_with_an_error_and_names_the_chunk(tmp_path):
     assert sorted(p.parent.name for p in (tmp_path / "labels" / "in.zarr").glob("*/mito")) == ["second", "third"]
 
 
+def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path):
+    task = task_of(tmp_path, (32, 32, 32), 16)
+    shutil.copytree(Path(task.input), Path(task.input).with_name("er"))
+    out = tmp_path / "labels"
+    command = [sys.executable, "-m", "connectomics", "decode", str(tmp_path), str(out), "--dry-run"]
+    said = subprocess.run([*command, "decoding.blockwise_above=0"], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "2 array(s): 0 decoded already, 0 to decode whole, 2 block by block" in said.stdout
+    rows = {line.split()[0]: line.split()[1:3] for line in said.stdout.splitlines() if line.strip()}
+    assert rows["label"] == ["1", "1"]
+    assert rows["write"] == ["2", "2"]  # of the mask too
+    assert not out.exists()
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "2 array(s): 0 decoded already, 2 to decode whole, 0 block by block" in said.stdout
+
+
 # -- what cannot be written --------------------------------------------------------------------------------------------
 @contextmanager
 def files_up_to(size: int) -> Iterator[None]:
