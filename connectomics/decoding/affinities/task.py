@@ -101,14 +101,12 @@ class AffinitiesTask(StitchedTask):
     def cost(self, stage: str) -> Cost:
         if stage != "label":
             return super().cost(stage)
-        source = open_probabilities(self.input)
-        channels = StoredAffinities.open(source).channels
-        around = int(np.prod([b + 2 * h for b, h in zip(self.block_shape, self.halo, strict=True)]))
-        bytes_each = channels[0].levels[0].dtype.itemsize
-        read = (1 + len(channels)) * bytes_each * around
-        return Cost(
-            read=read, written=4 * int(np.prod(self.block_shape)), memory=read + (4 * len(channels) + 60) * around
-        )
+        affinities = StoredAffinities.open(open_probabilities(self.input))
+        shapes = zip(self.lattice.shape, self.block_shape, self.halo, strict=True)
+        around = int(np.prod([min(n, b + 2 * h) for n, b, h in shapes]))
+        channels = len(affinities.channels)
+        read = (1 + channels) * affinities.channels[0].levels[0].dtype.itemsize * around
+        return Cost(read=read, written=4 * self.largest_block, memory=read + (4 * channels + 60) * around)
 
 
 def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], core: tuple[slice, ...]) -> Labelled:
