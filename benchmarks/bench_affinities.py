@@ -107,13 +107,14 @@ def whole(source: str, out: str, method: str) -> dict[str, Any]:
     stored = StoredAffinities.open(probability)
     mask = above(read_block(probability, (0, 0, 0), probability.grid.shape), 0.5)
     values = stored.read((0, 0, 0), mask.shape)
-    before, begin = memory("VmRSS"), time.perf_counter()
+    before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     labels = affinities_to_instances(values, stored.offsets, mask, method, min_size=200)
-    seconds = time.perf_counter() - begin
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     np.save(out, labels)
     return {
         "objects": int(labels.max()),
         "seconds": seconds,
+        "cpu": cpu,
         "above": (memory("VmHWM") - before) / 1024,
         "foreground": float(mask.mean()),
     }
@@ -146,11 +147,12 @@ def blocks(source: str, out: str, method: str, block: int) -> dict[str, Any]:
         stages[f"{stage} {'begins' if done == 0 else 'ends'}"] = time.perf_counter() - begin
 
     task = AffinitiesTask(source, out, "mito", DecodeParameters(**rule(method)), (block,) * 3)
-    before, begin = memory("VmRSS"), time.perf_counter()
+    before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     run_task(task, None, told, overwrite=True)
     return {
         "objects": objects_of(task),
         "seconds": time.perf_counter() - begin,
+        "cpu": time.process_time() - cpu,
         "uniting": stages["write begins"] - stages["label ends"],
         "mb": memory("VmHWM") / 1024,
         "above": (memory("VmHWM") - before) / 1024,
@@ -228,7 +230,8 @@ def main() -> None:
                 out, file = folder / "out" / "d.zarr" / "c" / "mito", folder / "whole.npy"
                 row = _apart("blocks", source, out, method, block)
                 print(
-                    f"  {method}, blocks of {block}: {row['objects']} objects, {row['seconds']:.1f} s "
+                    f"  {method}, blocks of {block}: {row['objects']} objects, {row['seconds']:.1f} s, "
+                    f"{row['cpu']:.1f} s of CPU "
                     f"({voxels / row['seconds']:.2f} Mvoxel/s), of that uniting {row['uniting']:.1f} s; peak "
                     f"{row['mb']:.0f} MB ({row['above']:.0f} above the start)",
                     flush=True,
@@ -237,7 +240,8 @@ def main() -> None:
                     continue
                 row = _apart("whole", source, file, method)
                 print(
-                    f"  {method}, in memory: {row['objects']} objects, {row['seconds']:.1f} s "
+                    f"  {method}, in memory: {row['objects']} objects, {row['seconds']:.1f} s, "
+                    f"{row['cpu']:.1f} s of CPU "
                     f"({voxels / row['seconds']:.2f} Mvoxel/s, {row['foreground']:.0%} of them foreground), "
                     f"{row['above']:.0f} MB beside its input",
                     flush=True,
