@@ -19,7 +19,7 @@ from connectomics.config.schema import EngineConfig
 from connectomics.decoding.measure import ContactSpec, ContactsTask, MeasureTask, measure_labels, measure_tasks
 from connectomics.decoding.measure import table as tables
 from connectomics.decoding.measure.partial import Partial, rows, united
-from connectomics.decoding.mesh import mesh_tasks
+from connectomics.decoding.mesh import mesh_labels, mesh_tasks
 from connectomics.errors import InputError, MetadataError, WriteError
 from connectomics.tasks import BlockTask, run_task
 from connectomics.tasks.task import TASK_FILE
@@ -175,6 +175,8 @@ def test_a_finished_table_is_left_and_another_is_refused(labels: Path, tmp_path:
     other.save(other.folder / TASK_FILE)  # killed right before the task's file: it goes on
     assert run_task(other)
     task.save(task.folder / TASK_FILE)
+    assert not run_task(other)
+    other.path.unlink()
     with pytest.raises(WriteError, match="was not finished"):
         run_task(other)
 
@@ -220,6 +222,12 @@ def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: 
     run_task(task)
     run_task(mesh)
     assert [path for path in left if path.exists()] == []
+    (task.folder / "blocks").mkdir(parents=True)  # killed as it was removed, when all was finished
+    task.save(task.folder / TASK_FILE)
+    (mesh.folder / ".boxes").mkdir()
+    assert not run_task(task)
+    measure_labels(labels, task.path.parent, classes=["mito"], block=BLOCK)
+    mesh_labels([mesh])
     hidden = [path for folder in (task.path.parent, mesh.folder) for path in folder.iterdir() if path.name[0] == "."]
     assert hidden == []
 
@@ -274,7 +282,9 @@ def _files(folder: Path) -> int:
 
 
 def _outputs(folder: Path) -> dict[str, bytes]:
-    """Contents of all finished files but those that name the folder."""
+    """Contents of all finished files but those that name the folder. Hidden ones are what the work needed: a run that
+    is killed as it removes them, all else being done, leaves some."""
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    found = {name: path for name, path in found.items() if "/." not in f"/{name}"}
     named = ("task.json", "summary.json")
     return {name: b"" if name.endswith(named) else path.read_bytes() for name, path in found.items()}

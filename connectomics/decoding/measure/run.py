@@ -94,7 +94,8 @@ def measure_tables(
     with open_engine(engine) as workers:
         for task in tasks:
             report = None if progress is None else partial(tell, progress, task.name)
-            run_task(task, workers, report, overwrite=overwrite)
+            if not run_task(task, workers, report, overwrite=overwrite):
+                task.clean()
     found = [(task, json.loads(task.summary_file.read_text())) for task in tasks]
     return {
         "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],

@@ -190,6 +190,8 @@ class TableTask(BlockTask):
         begun = self.folder / TASK_FILE
         if overwrite:
             return True
+        if self._is_finished():
+            return False
         if begun.exists():
             if differing := self._differing(begun):
                 raise WriteError(
@@ -201,15 +203,14 @@ class TableTask(BlockTask):
             return True
         if not (self.task_file.exists() and self.summary_file.exists()):
             raise WriteError(f"{self.path} is there already: overwrite it, or choose another place")
-        if differing := self._differing(self.task_file):
-            raise WriteError(
-                f"{self.path} is of another measurement ({', '.join(differing)} differ): overwrite it, or choose "
-                f"another place"
-            )
-        return False
+        names = ", ".join(self._differing(self.task_file))
+        raise WriteError(
+            f"{self.path} is of another measurement ({names} differ): overwrite it, or choose another place"
+        )
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite:
+            self.task_file.unlink(missing_ok=True)  # what is there is no longer finished, also if this run is killed
             shutil.rmtree(self.folder, ignore_errors=True)
         if not (self.folder / TASK_FILE).exists():
             self.save(self.folder / TASK_FILE)
@@ -236,9 +237,13 @@ class TableTask(BlockTask):
         summary = {**totals.to_dict(), "crops": len(self.inputs), "file": str(self.path)}
         write_file(self.summary_file, json.dumps(summary, indent=1).encode())
         self.save(self.task_file)
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what is only needed while the table is made; after a run that was killed as it did so, again."""
         for path in (self.path, self.summary_file, self.task_file):
             remove_unfinished(path.parent, path.name)
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder / self.path.name))
@@ -267,6 +272,10 @@ class TableTask(BlockTask):
         for labels in self.inputs:
             begins.append(begins[-1] + len(Lattice(labels.shape, self.block_shape)))
         return begins
+
+    def _is_finished(self) -> bool:
+        there = all(path.exists() for path in (self.path, self.summary_file, self.task_file))
+        return there and not self._differing(self.task_file)
 
     def _differing(self, file: Path) -> list[str]:
         return self.differences(type(self).load(file))

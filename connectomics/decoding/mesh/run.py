@@ -46,9 +46,9 @@ def mesh_labels(
     found = []
     with open_engine(engine) as workers:
         for task in tasks:
-            run_task(
-                task, workers, None if progress is None else partial(tell, progress, task.name), overwrite=overwrite
-            )
+            report = None if progress is None else partial(tell, progress, task.name)
+            if not run_task(task, workers, report, overwrite=overwrite):
+                task.clean()
             strides = read_columns(task.folder / TABLE_FILE, ["stride_voxels"])["stride_voxels"]
             found.append(Meshed(task.folder, len(strides), int(np.count_nonzero(strides > 1))))
     return found

@@ -138,6 +138,7 @@ class MeshTask(BlockTask):
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite:
+            (self.folder / TABLE_FILE).unlink(missing_ok=True)  # no longer finished, also if this run is killed now
             shutil.rmtree(self.folder, ignore_errors=True)
         if not (self.folder / TASK_FILE).exists():
             self.save(self.folder / TASK_FILE)
@@ -164,6 +165,10 @@ class MeshTask(BlockTask):
                 columns: dict[str, Any] = {c.name: [row[c.name] for row in rows] for c in COLUMNS}
                 files = columns.pop("file")
                 out.write({**{name: np.asarray(column) for name, column in columns.items()}, "file": files})
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what is only needed while the meshes are made; after a run that was killed as it did so, again."""
         remove_unfinished(self.folder)
         for folder in (".boxes", ".meshes"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
