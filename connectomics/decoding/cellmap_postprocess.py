@@ -6,6 +6,7 @@ plus the sum of the objects' boxes, never the number of objects times the volume
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ METHODS = ("cc3d", "watershed")
 # Background that leaks through where the foreground does not hold together: the complement of a 26-connected object
 # is 6-connected and the other way round (Kong & Rosenfeld 1989, "Digital topology").
 _DUAL = {6: 26, 18: 6, 26: 6}
-_RANK = {6: 1, 18: 2, 26: 3}
 _DEFAULT_MIN_DISTANCE = 10  # voxels of the smallest edge, as in the plan's sketch
 
 
@@ -31,16 +31,16 @@ def semantic_to_instance(
     connectivity: int = 26,
     fill_holes: bool = False,
     min_distance: float | None = None,
+    max_depth: float | None = None,
     voxel_size: Sequence[float] | None = None,
 ) -> NDArray[Any]:
     """Separate the objects of a binary mask.
 
     ``cc3d`` takes every connected component as an object. ``watershed`` cuts each component further: the distance to
-    the nearest voxel outside the component is flooded from its peaks. A voxel is a peak where no voxel of the
-    component is deeper within ``min_distance`` of it along each axis (a box). Ties are decided by position: of peaks
-    equally deep and closer than ``min_distance`` along every axis, the first in z-y-x order stands; voxels of equal
-    depth are flooded in the order in which the flood reaches them, seeds numbered from the deepest on. So the result
-    depends on the mask only, and each component can be cut in its own box without changing it.
+    the nearest voxel outside the component is flooded from its peaks (`connectomics.decoding.watershed`). A voxel is a
+    peak where none is deeper of what holds together with it within ``min_distance`` along each axis (a box). Of voxels
+    equally deep the first in z-y-x order counts as the deepest, for peaks and for the flood; so the result depends on
+    the mask only, and the watershed by blocks gives the same.
 
     Args:
         mask: (D, H, W), foreground where it is above 0 (bool, integer or float; NaN is background).
@@ -50,10 +50,13 @@ def semantic_to_instance(
         fill_holes: give cavities to the object that encloses them (`fill_holes`).
         min_distance: watershed only: how far a seed reaches, in the unit of ``voxel_size``; None is ten voxels of the
             smallest edge.
+        max_depth: watershed only: what is deeper, in the same unit, counts as so deep and is not cut apart; None: no
+            limit.
         voxel_size: nm, z y x; None measures distances in voxels.
 
     Returns:
-        (D, H, W) ids 1..n without gaps, 0 background, in the narrowest of uint8, uint16, uint32, uint64 that holds n.
+        (D, H, W) ids 1..n by their first voxel in z-y-x order, 0 background, in the narrowest of uint8, uint16,
+        uint32, uint64 that holds n.
 
     Raises:
         InputError: wrong rank, unknown method or connectivity, a size or distance that is negative.
@@ -63,21 +66,27 @@ def semantic_to_instance(
         raise InputError(f"semantic_to_instance needs a (D, H, W) mask, found shape {volume.shape}")
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    if connectivity not in _RANK:
+    if connectivity not in _DUAL:
         raise InputError(f"connectivity must be 6, 18 or 26, found {connectivity!r}")
     if min_size < 0:
         raise InputError(f"min_size must be at least 0 voxels, found {min_size}")
     spacing = triple((1.0, 1.0, 1.0) if voxel_size is None else voxel_size, "voxel_size")
+    deepest = math.inf if max_depth is None else float(max_depth)
     reach = _DEFAULT_MIN_DISTANCE * min(spacing) if min_distance is None else float(min_distance)
     if reach <= 0 or min(spacing) <= 0:
         raise InputError(f"min_distance and voxel_size must be positive, found {min_distance} and {voxel_size}")
+    if not deepest > 0:
+        raise InputError(f"max_depth must be positive, found {max_depth}")
     if volume.size == 0:
         return np.zeros(volume.shape, np.uint8)
 
-    instances = components(volume if volume.dtype == np.bool_ else volume > 0, connectivity)
+    foreground = volume if volume.dtype == np.bool_ else volume > 0
     if method == "watershed":
-        # A component below the size can only be cut smaller, unless filling may still grow it.
-        instances = _cut(instances, 0 if fill_holes else min_size, connectivity, spacing, reach)
+        from connectomics.decoding.watershed.whole import split
+
+        instances = split(foreground, connectivity, spacing, reach, deepest)
+    else:
+        instances = components(foreground, connectivity)
     if fill_holes:
         instances = _filled(instances, connectivity)
     return _compact(filter_by_size(instances, min_size) if min_size > 1 else instances)
@@ -203,78 +212,6 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
     return out
 
 
-def _cut(
-    components: NDArray[Any], min_size: int, connectivity: int, spacing: Sequence[float], reach: float
-) -> NDArray[Any]:
-    """Watershed of each component in its own box; ids in the order of the components, then of the seeds' depth."""
-    import cc3d
-
-    radius = [max(1, int(reach / s)) for s in spacing]
-    statistics = cc3d.statistics(components)
-    counts, boxes = statistics["voxel_counts"], statistics["bounding_boxes"]
-    out = np.zeros(components.shape, np.uint32)
-    total = 0
-    for identifier in range(1, len(counts)):
-        if counts[identifier] < min_size:
-            continue
-        box = _grown(boxes[identifier], components.shape)
-        inside = components[box] == identifier
-        pieces = _cut_one(inside, connectivity, spacing, radius)
-        if pieces is None:
-            out[box][inside] = total + 1
-            total += 1
-        else:
-            out[box][inside] = pieces[inside] + np.uint32(total)
-            total += int(pieces.max())
-    return out
-
-
-def _cut_one(
-    inside: NDArray[np.bool_], connectivity: int, spacing: Sequence[float], radius: Sequence[int]
-) -> NDArray[np.uint32] | None:
-    """The pieces 1..n of one component in its box; None where it stays whole."""
-    if all(n <= r for n, r in zip(inside.shape, radius, strict=True)):
-        return None  # all of it is within reach of its deepest voxel
-    import edt
-
-    depth = edt.edt(inside, anisotropy=tuple(spacing), black_border=False, parallel=1)
-    seeds = _peaks(depth, inside, radius)
-    if len(seeds) == 1:
-        return None
-    from skimage.segmentation import watershed
-
-    markers = np.zeros(inside.shape, np.int32)
-    markers[tuple(seeds.T)] = np.arange(1, len(seeds) + 1)
-    np.negative(depth, out=depth)
-    pieces = watershed(depth, markers, mask=inside, connectivity=_RANK[connectivity])
-    return pieces.astype(np.uint32)
-
-
-def _peaks(depth: NDArray[np.float32], inside: NDArray[np.bool_], radius: Sequence[int]) -> NDArray[np.int64]:
-    """(n, 3) voxels that are deepest within ``radius`` voxels along each axis, deepest first; at least one."""
-    from scipy import ndimage
-
-    highest = ndimage.maximum_filter(depth, size=[2 * r + 1 for r in radius], mode="constant", cval=0.0)
-    candidates = np.argwhere(inside & (depth == highest))
-    values = depth[tuple(candidates.T)]
-    # Stable, and argwhere gives z-y-x order: among equals the first stands first.
-    candidates = candidates[np.argsort(-values, kind="stable")]
-    if len(candidates) < 2:
-        return candidates
-    # Scaled so that "within radius along each axis" is a Chebyshev distance of 1.
-    from scipy.spatial import cKDTree
-
-    scaled = candidates / np.asarray(radius, dtype=np.float64)
-    tree = cKDTree(scaled)
-    free = np.ones(len(candidates), np.bool_)
-    kept = []
-    for index in range(len(candidates)):
-        if free[index]:
-            kept.append(index)
-            free[tree.query_ball_point(scaled[index], 1.0 + 1e-9, p=np.inf)] = False
-    return candidates[kept]
-
-
 def _boxes(instances: NDArray[Any]) -> list[tuple[tuple[slice, slice, slice], int]]:
     """The bounding box of every id but 0, with the id; ids may have gaps."""
     import cc3d
@@ -287,12 +224,6 @@ def _boxes(instances: NDArray[Any]) -> list[tuple[tuple[slice, slice, slice], in
 
 def _faces(volume: NDArray[Any]) -> tuple[NDArray[Any], ...]:
     return volume[0], volume[-1], volume[:, 0], volume[:, -1], volume[:, :, 0], volume[:, :, -1]
-
-
-def _grown(box: Sequence[slice], shape: Sequence[int]) -> tuple[slice, slice, slice]:
-    """The box with one voxel more on each side where the volume has one: the rim from which depth is measured."""
-    z, y, x = (slice(max(0, s.start - 1), min(n, s.stop + 1)) for s, n in zip(box, shape, strict=True))
-    return z, y, x
 
 
 def _volume(box: Sequence[slice]) -> int:

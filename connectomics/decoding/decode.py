@@ -22,6 +22,7 @@ from connectomics.decoding.cellmap_postprocess import components, fill_holes, fi
 from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, above, read_block
+from connectomics.decoding.watershed.task import WatershedTask
 from connectomics.errors import (
     BlocksFailedError,
     IncompleteError,
@@ -87,6 +88,7 @@ def decode_mask(mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters
             connectivity=parameters.connectivity,
             fill_holes=parameters.fill_holes,
             min_distance=parameters.min_distance_nm,
+            max_depth=parameters.max_depth_nm,
             voxel_size=voxel_size,
         )
     if parameters.is_local or mask.size == 0:
@@ -109,14 +111,13 @@ def decode_between(
         parameters: ``threshold`` holds for the walls too.
 
     Returns:
-        (D, H, W) ids. Growing is a watershed on the walls' probability: objects meet where it is highest.
+        (D, H, W) ids 1..n by their first voxel in z-y-x order. Growing is a watershed on the walls' probability:
+        objects meet where it is highest. What touches no core is left out.
     """
-    from skimage.segmentation import watershed
+    from connectomics.decoding.watershed.whole import grow
 
     cores = decode_mask(mask & ~above(walls, parameters.threshold), voxel_size, parameters)
-    heights = walls.astype(np.float32) if walls.dtype == np.float16 else walls  # which it does not take
-    grown = watershed(heights, cores.astype(np.int32), mask=mask)
-    return np.asarray(grown).astype(cores.dtype)
+    return grow(mask, walls, cores, parameters.connectivity).astype(cores.dtype)
 
 
 def decode_predictions(
@@ -289,7 +290,7 @@ def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | Non
         return None
     if parameters.is_local:
         return MaskTask
-    return ComponentsTask if parameters.method in ("cc3d", "threshold") else None
+    return ComponentsTask if parameters.method in ("cc3d", "threshold") else WatershedTask
 
 
 def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:

@@ -17,6 +17,7 @@ METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
 AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
 #: parameters that only some methods read; elsewhere they must keep their defaults
 _ONLY = {
+    "max_depth_nm": ("watershed",),
     "bias_short": ("mutex_watershed",),
     "bias_long": ("mutex_watershed",),
     "merge_threshold": ("agglomeration",),
@@ -39,6 +40,8 @@ class DecodeParameters:
         fill_holes: cavities go to the object around them.
         connectivity: neighbours that hold together: 6, 18 or 26.
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
+        max_depth_nm: watershed only: what lies deeper in an object than this counts as so deep, and is not cut apart,
+            nm. So far beyond a block its probabilities are read. It must exceed half the thickness of necks to cut.
         boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
             probability of this class is not above the threshold, and then grown back over it.
         bias_short, bias_long: mutex_watershed only: the affinity above which two voxels attract and below which they
@@ -55,6 +58,7 @@ class DecodeParameters:
     fill_holes: bool = False
     connectivity: int = 26
     min_distance_nm: float = 80.0
+    max_depth_nm: float = 320.0
     boundary: str = ""
     bias_short: float = 0.5
     bias_long: float = 0.5
@@ -75,6 +79,8 @@ class DecodeParameters:
             raise ConfigError("decoding: boundary separates objects, so it needs method cc3d or watershed")
         if not 0.0 < self.min_distance_nm < math.inf:
             raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
+        if not 0.0 < self.max_depth_nm < math.inf:
+            raise ConfigError(f"decoding: max_depth_nm must be positive, found {self.max_depth_nm}")
         for name in ("bias_short", "bias_long", "merge_threshold", "stitch_threshold"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"decoding: {name} must lie between 0 and 1, found {getattr(self, name)}")

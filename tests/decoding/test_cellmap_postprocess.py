@@ -137,14 +137,27 @@ def test_watershed_of_a_component_does_not_depend_on_the_rest_of_the_volume():
     np.testing.assert_array_equal(np.where(second > 0, second - 2, 0), alone)
 
 
-def test_watershed_of_a_flat_plate_has_one_seed_a_reach_and_is_the_same_every_time():
+@pytest.mark.parametrize("min_distance", [3, 10, 100])
+def test_watershed_leaves_what_is_nowhere_narrow_in_one_piece(min_distance):
     plate = np.zeros((9, 40, 40), bool)
-    plate[2:7, 2:38, 2:38] = True  # its middle plane is one plateau of equal depth
-    first = semantic_to_instance(plate, 0, "watershed", min_distance=100)
-    assert first.max() == 1
-    several = semantic_to_instance(plate, 0, "watershed", min_distance=10)
-    assert several.max() == 9
-    np.testing.assert_array_equal(several, semantic_to_instance(plate.copy(), 0, "watershed", min_distance=10))
+    plate[2:7, 2:38, 2:38] = True  # its middle plane is one plateau of equal depth: one peak, whatever the reach
+    assert semantic_to_instance(plate, 0, "watershed", min_distance=min_distance).max() == 1
+    rod = ball((9, 9, 60), (4, 4, 30), 3, (1, 1, 0)) & (np.arange(60) > 2) & (np.arange(60) < 57)
+    assert semantic_to_instance(rod, 0, "watershed", min_distance=min_distance).max() == 1
+
+
+def test_watershed_does_not_cut_what_is_deeper_than_the_limit():
+    mask = ball((40, 40, 60), (20, 20, 18), 12) | ball((40, 40, 60), (20, 20, 38), 12)  # the neck is 6.6 deep
+    assert semantic_to_instance(mask, 0, "watershed", min_distance=6, max_depth=5).max() == 1
+    assert semantic_to_instance(mask, 0, "watershed", min_distance=6, max_depth=9).max() == 2
+
+
+def test_watershed_numbers_objects_by_their_first_voxel():
+    mask = (
+        ball((60, 20, 20), (44, 10, 10), 9) | ball((60, 20, 20), (28, 10, 10), 10) | ball((60, 20, 20), (12, 9, 9), 8)
+    )
+    cut = semantic_to_instance(mask, 0, "watershed", min_distance=5)
+    assert [int(cut[z, 10, 10]) for z in (12, 28, 44)] == [1, 2, 3]
 
 
 def test_a_cavity_is_filled_and_a_bay_is_not():
@@ -229,6 +242,7 @@ def test_nan_is_background():
         ({"connectivity": 8}, "connectivity must be 6, 18 or 26, found 8"),
         ({"min_size": -1}, "at least 0 voxels"),
         ({"min_distance": 0.0}, "must be positive"),
+        ({"max_depth": 0.0}, "max_depth must be positive, found 0.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

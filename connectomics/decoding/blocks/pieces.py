@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
 from connectomics.tasks.lattice import RANK
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ class Pieces:
         return {"sizes": self.sizes, "first": self.first, "boxes": self.boxes, "sums": self.sums}
 
 
-def faces_of(labels: NDArray[np.uint32]) -> dict[str, NDArray[np.uint32]]:
+def faces_of(labels: NDArray[Number]) -> dict[str, NDArray[Number]]:
     """The labels of a block's faces by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h)."""
     sides = {"-": 0, "+": -1}
     return {f"{axis}{sign}": np.take(labels, at, axis=axis) for axis in range(3) for sign, at in sides.items()}
 
 
-def border(faces: dict[str, NDArray[np.uint32]], step: Index) -> NDArray[np.uint32]:
+def border(faces: dict[str, NDArray[Number]], step: Index) -> NDArray[Number]:
     """The labels of a block next to its neighbour in direction ``step``: face (h, w), edge (1, n), corner (1, 1)."""
     axis = next(a for a in range(3) if step[a])
     plane = faces[f"{axis}{'+' if step[axis] > 0 else '-'}"]

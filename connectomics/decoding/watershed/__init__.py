@@ -1,0 +1,1 @@
+"""Seeded watershed of volumes of any size, block by block, equal to that of the whole array."""
