@@ -140,7 +140,7 @@ def decode_predictions(
     below ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are
     left as they are, so a killed run goes on where it stopped; others are replaced. Large arrays are decoded block by
     block on the engine where their parameters allow it (`task_of`); the rest hold one class of one crop (about 6 bytes
-    a voxel; watershed about 16 for the largest object's box). Beside instances lies a table of them, ``instances.csv``.
+    a voxel; watershed about 13). Beside instances lies a table of them, ``instances.csv``.
 
     Args:
         parameters: by class; a class without an entry gets its kind's defaults.
