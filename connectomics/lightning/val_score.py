@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from connectomics.config import RunConfig
+from connectomics.config.heads import heads_of
+from connectomics.decoding.affinities.segment import affinities_to_instances
+from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size
 from connectomics.decoding.decode import above, decode_between, decode_mask
-from connectomics.decoding.parameters import DecodeParameters, decode_parameters
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.metrics.challenge.results import TOO_MANY
@@ -63,6 +66,13 @@ class ChallengeScore:
             if chosen.boundary and chosen.boundary not in self.classes:
                 where = f"dataset.classes (decoding of {name} asks for it as boundary)"
                 raise ConfigError(str(unknown_name("class", chosen.boundary, self.classes, where)))
+        self.affinities = _affinity_channels(config)
+        for name, chosen in self.parameters.items():
+            if chosen.method in AFFINITY_METHODS and name not in self.affinities:
+                raise ConfigError(
+                    f"decoding of {name} by {chosen.method} needs its affinities: add {{kind: affinities, class_name: "
+                    f"{name}}} to model.heads, or take method cc3d or watershed"
+                )
         rules = get_rules(DEFAULT_RULES)
         self.instances = tuple(name for name in self.classes if rules.is_instance(name))
         self.values = torch.zeros((_ROWS, len(self.classes)), dtype=torch.float64)
@@ -97,11 +107,22 @@ class ChallengeScore:
         return result | {"val/score": float(np.prod(means) ** (1 / len(means))) if means else 0.0}
 
 
+def _affinity_channels(config: RunConfig) -> dict[str, tuple[int, NDArray[np.int64]]]:
+    """By class with a head of affinities: the first of its channels in the network's output, and its offsets (K, 3)."""
+    found = {}
+    first = config.channels
+    for head in heads_of(config):
+        if head.kind == "affinities":
+            found[head.class_name] = (first, np.array(head.offsets, np.int64))
+        first += head.channels
+    return found
+
+
 class CropScore:
     """One crop while it is predicted, block by block.
 
-    Classes that are decoded as a whole keep a byte a voxel (two, where they are not scored as instances) until
-    `finish`; of the others only counts are kept.
+    Classes that are decoded as a whole keep a byte a voxel (two, where they are not scored as instances; one more for
+    each channel of affinities that they are decoded from) until `finish`; of the others only counts are kept.
     """
 
     def __init__(self, total: ChallengeScore, crop: InstanceTruth, grid: VoxelGrid) -> None:
@@ -109,16 +130,25 @@ class CropScore:
         walls = {chosen.boundary for chosen in total.parameters.values()}
         whole = {n for n, chosen in total.parameters.items() if n in total.instances or not chosen.is_local}
         self._kept = {n: np.zeros(grid.shape, np.uint8) for n in total.classes if n in whole | walls}
+        self._affinities = {
+            n: np.zeros((len(total.affinities[n][1]), *grid.shape), np.uint8)
+            for n in whole
+            if total.parameters[n].method in AFFINITY_METHODS
+        }
         self._truth = {n: np.full(grid.shape, _UNKNOWN, np.uint8) for n in whole if n not in total.instances}
 
     def add(
         self, block: VoxelGrid, probability: NDArray[np.float32], label: NDArray[np.bool_], known: NDArray[np.bool_]
     ) -> None:
-        """Take a block: three arrays (C, d, h, w); ``label`` does not matter where not ``known``."""
+        """Take a block: three arrays (C, d, h, w), ``probability`` with the channels of heads after those of classes;
+        ``label`` does not matter where not ``known``."""
         begin = np.rint(self.grid.to_index(block.translation)).astype(int)
         at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        for name, kept in self._affinities.items():
+            first, offsets = self.total.affinities[name]
+            kept[:, *at] = _stored(probability[first : first + len(offsets)])
         for channel, name in enumerate(self.total.classes):
-            stored = np.rint(probability[channel] * np.float32(255)).astype(np.uint8)
+            stored = _stored(probability[channel])
             if name in self._kept:
                 self._kept[name][at] = stored
             if name in self._truth:
@@ -135,11 +165,23 @@ class CropScore:
             annotated = self.crop.read_instances(name, self.grid)
             if annotated is not None and annotated[1].any():
                 self._compare(name, *annotated)
-        self._kept, self._truth = {}, {}
+        self._kept, self._truth, self._affinities = {}, {}, {}
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
         chosen: DecodeParameters = self.total.parameters[name]
         mask = above(self._kept[name], chosen.threshold)
+        if name in self._affinities:
+            found = affinities_to_instances(
+                self._affinities[name],
+                self.total.affinities[name][1],
+                mask,
+                chosen.method,
+                bias_short=chosen.bias_short,
+                bias_long=chosen.bias_long,
+                merge_threshold=chosen.merge_threshold,
+            )
+            found = fill_holes(found, chosen.connectivity) if chosen.fill_holes else found
+            return filter_by_size(found, chosen.min_voxels(self.grid.voxel_size))
         if chosen.boundary:
             return decode_between(mask, self._kept[chosen.boundary], self.grid.voxel_size, chosen)
         return decode_mask(mask, self.grid.voxel_size, chosen)
@@ -160,3 +202,8 @@ class CropScore:
         else:
             distances = (score.hausdorff_norm_sum, score.n_hausdorff)
             self.total.add(name, score.tp, score.fp, score.fn, voxels, distances)
+
+
+def _stored(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """As `predict` stores it."""
+    return np.rint(probability * np.float32(255)).astype(np.uint8)

@@ -15,12 +15,13 @@ import torch
 
 from connectomics.config.heads import channel_names, heads_of
 from connectomics.config.schema import HeadConfig
-from connectomics.errors import InputError
+from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.checkpoints import check_resumable, load_module
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.train import TrainResult, train
+from connectomics.lightning.val_score import ChallengeScore
 from connectomics.models.heads import HeadLosses, split_channels
 from connectomics.models.losses import build_loss
 from connectomics.models.targets import head_labels
@@ -145,6 +146,46 @@ class TestScores:
         values = scores.scores(scores.values)
         assert [values[f"val/{name}/dice"] for name in NAMES[:2]] == [1, 1]
         assert [values[f"val/{name}/mae"] for name in NAMES[2:]] == pytest.approx([0, 0], abs=1e-6)
+
+
+class Touching:
+    """A crop with two objects that touch, known everywhere."""
+
+    name, dataset = "crop1", "made_up"
+    grid = VoxelGrid((8.0,) * 3, (0.0,) * 3, (16, 16, 20))
+
+    def __init__(self) -> None:
+        self.ids = np.zeros(self.grid.shape, np.uint32)
+        self.ids[3:13, 3:13, 2:10], self.ids[3:13, 3:13, 10:18] = 1, 2
+
+    def read_instances(self, class_name: str, grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray] | None:
+        return self.ids, np.ones(self.grid.shape, np.bool_)
+
+
+class TestChallengeScore:
+    def test_objects_that_touch_are_told_apart_by_their_affinities(self) -> None:
+        crop = Touching()
+        config = head_config("boundary", "affinities")  # so that affinities are not the first of the heads' channels
+        ids = torch.from_numpy(crop.ids.astype(np.int32))[None]
+        heads = [head_labels(head, ids).dense().label[0].numpy() for head in heads_of(config)]
+        classes = np.stack([crop.ids > 0, np.zeros(crop.grid.shape)]).astype(np.float32)
+        label, known = classes > 0.5, np.ones(classes.shape, np.bool_)
+        scores = {}
+        for method in ("cc3d", "mutex_watershed", "agglomeration"):
+            config.decoding.classes = {"mito": {"method": method}}
+            total = ChallengeScore(config)
+            score = total.begin(crop, crop.grid)
+            score.add(crop.grid, np.concatenate([classes, *heads]), label, known)
+            score.finish()
+            scores[method] = total.scores(total.values)["val/mito/score"]
+        assert scores["mutex_watershed"] == scores["agglomeration"] == 1
+        assert scores["cc3d"] < 0.9
+
+    def test_a_decoding_by_affinities_that_are_not_there_is_one_line(self) -> None:
+        config = head_config("distance")
+        config.decoding.classes = {"mito": {"method": "mutex_watershed"}}
+        with pytest.raises(ConfigError, match="decoding of mito by mutex_watershed needs its affinities"):
+            ChallengeScore(config)
 
 
 class TestCheckpoints:

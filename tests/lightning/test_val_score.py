@@ -94,10 +94,11 @@ def configuration() -> RunConfig:
 def module() -> ConnectomicsModule:
     """A network that passes the image on: classes bright, dark and bright, so that there is something to decode."""
     module = ConnectomicsModule(configuration()).eval()
-    weights = torch.tensor([4.0, -4.0, 6.0]).reshape(1, 3, 1, 1, 1)
-    offsets = torch.tensor([-2.0, 1.0, -1.45]).reshape(1, 3, 1, 1, 1)
-    module.probabilities = lambda image: torch.sigmoid(image * weights + offsets)  # type: ignore[method-assign]
-    return module
+    module.network = torch.nn.Conv3d(1, 3, 1)
+    with torch.no_grad():
+        module.network.weight[:] = torch.tensor([4.0, -4.0, 6.0]).reshape(3, 1, 1, 1, 1)
+        module.network.bias[:] = torch.tensor([-2.0, 1.0, -1.45])
+    return module.eval()
 
 
 def by_hand(module: ConnectomicsModule, crop: Annotated) -> list[LabelEvaluation]:
