@@ -19,6 +19,7 @@ from connectomics.cli import (
     measure_verb,
     mesh_verb,
     package_verb,
+    plan_verb,
     result_verbs,
     run_task_verb,
     run_verbs,
@@ -74,6 +75,7 @@ app.command("ingest")(ingest_verb.ingest)
 app.command("describe")(data_verbs.describe)
 app.command("inspect")(inspect_verb.inspect)
 app.command("cache")(cache_verb.cache)
+app.command("plan")(plan_verb.plan)
 app.command("train")(run_verbs.train)
 app.command("runs")(runs_verb.runs)
 app.command("package")(package_verb.package)
