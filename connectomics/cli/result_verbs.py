@@ -117,19 +117,25 @@ def score(
 
 def report(
     out: Annotated[Path, typer.Argument(help="The page to write.")] = Path("report.html"),
-    run_dir: Annotated[Path | None, typer.Option("--run", help="Run folder of train.")] = None,
+    run_dir: Annotated[
+        list[Path] | None, typer.Option("--run", help="Run folder of train; several are set side by side.")
+    ] = None,
     root: Annotated[Path | None, typer.Option(help="Data root, for raw.")] = None,
     crops: Annotated[Path | None, typer.Option(help="Crop table of the truth.")] = None,
     truth: Annotated[Path | None, typer.Option(help="Truth Zarr.")] = None,
     labels: Annotated[Path | None, typer.Option(help="Labels of decode.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Probabilities of predict.")] = None,
     submission: Annotated[Path | None, typer.Option(help="The packed submission.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="scores.json of score.")] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="scores.json of score; the n-th belongs to the n-th --run.")
+    ] = None,
     baseline: Annotated[Path | None, typer.Option(help="Another scores.json to compare with.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="JSON of evaluate.")] = None,
+    pictures: Annotated[int, typer.Option(help="Classes of crops that get pictures, at most.")] = 48,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Segmentation report",
 ) -> None:
-    """Write one self-contained page: the run, its curves, slices of raw, truth and prediction, scores. Every part is
-    optional.
+    """Write one self-contained page: the run, its curves, slices of raw, truth and prediction, scores, objects,
+    confusion, calibration. Every part is optional. With several runs: what differs between them, too.
 
     Examples:
 
@@ -137,30 +143,42 @@ def report(
 
       pytc report report.html --root data/phantom --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
       --labels outputs/labels --scores scores.json
+
+      pytc report compared.html --run runs/first --run runs/second
     """
-    from connectomics.errors import MissingError
-    from connectomics.report import ReportSources, build_report
+    from connectomics.errors import InputError, MissingError
+    from connectomics.report import OtherRun, ReportOptions, ReportSources, build_report
+    from connectomics.report.page import size
     from connectomics.report.scores import Scores, evaluation_section
 
-    given = (run_dir, crops, truth, labels, predictions, submission, scores, baseline, evaluation)
-    for path in given:
+    runs, tables = run_dir or [], scores or []
+    if len(tables) > max(1, len(runs)):
+        raise InputError(f"{len(tables)} --scores for {len(runs)} --run; give each run its own scores.json, in order")
+    for path in (*runs, crops, truth, labels, predictions, submission, *tables, baseline, evaluation):
         if path is not None and not path.exists():
             raise MissingError(f"nothing at {path}; give what is there, or leave that option out")
-    for path in (scores, baseline):
+    for path in (*tables, baseline):
         if path is not None:
             Scores.load(path)  # what was asked for by name must be readable; the page itself would only note it
     if evaluation is not None:
         evaluation_section(evaluation)
+    others = tuple(
+        OtherRun(run, tables[number] if number < len(tables) else None) for number, run in enumerate(runs) if number
+    )
     sources = ReportSources(
-        run=run_dir,
+        title=title,
+        run=runs[0] if runs else None,
         data_root=None if root is None else str(root),
         crop_table=crops,
         truth=truth,
         labels=labels,
         probabilities=predictions,
         submission=submission,
-        scores=scores,
+        scores=tables[0] if tables else None,
         baseline_scores=baseline,
         evaluation=evaluation,
+        others=others,
     )
-    print(build_report(out, sources))
+    with progress.counted("drawing") as advance:
+        path = build_report(out, sources, ReportOptions(max_pictures=pictures), advance)
+    print(f"{path}  {size(path.stat().st_size)}")

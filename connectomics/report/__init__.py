@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from connectomics.report.sources import ReportOptions, ReportSources
+from connectomics.report.sources import OtherRun, ReportOptions, ReportSources
 
 if TYPE_CHECKING:
     from connectomics.report.crops import Progress
 
-__all__ = ["ReportOptions", "ReportSources", "build_report"]
+__all__ = ["OtherRun", "ReportOptions", "ReportSources", "build_report"]
 
 
 def build_report(

@@ -8,8 +8,9 @@ from pathlib import Path
 from connectomics import __version__
 from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.write import write_file
-from connectomics.report import crops, data, page, run, scores
-from connectomics.report.crops import Library, Progress
+from connectomics.report import analysis, compare, crops, data, page, run, scores
+from connectomics.report.crops import Progress
+from connectomics.report.library import Library
 from connectomics.report.scores import Scores
 from connectomics.report.sources import ReportOptions, ReportSources
 
@@ -45,20 +46,37 @@ def build_report(
         datasets = _datasets(library)
         sections = [
             _part("what", "What was run", lambda: run.provenance(sources, table)),
+            *_compared(sources),
             _scores_section(table, baseline, datasets, sources.baseline_name, score_lines + baseline_lines),
             *_evaluation(sources),
             _part("crops", "Crops", lambda: crops.section(library, table, settings, progress)),
+            *analysis.sections(library, settings),
             _part("training", "Training", lambda: run.training(sources.run)),
             _part("time", "Where the time went", lambda: run.time(sources)),
-            _part("data", "Data", lambda: data.section(sources.data_root, settings.max_arrays)),
+            _part("data", "Data", lambda: data.section(sources.data_root, sources.run, settings.max_arrays)),
             _part("configuration", "Configuration", lambda: run.configuration(sources.run)),
         ]
     finally:
         library.close()
     header = f"<h1>{page.text(sources.title)}</h1>{scores.headline(table, baseline, sources.baseline_name)}"
-    footer = f"<p>Written {page.text(page.now())} by connectomics {page.text(__version__)}. This page is one file.</p>"
-    write_file(path, page.document(sources.title, header, sections, footer).encode("utf-8"))
+    written = f"Written {page.text(page.now())} by connectomics {page.text(__version__)}."
+    whole = page.document(sources.title, header, sections, f"<p>{written} This page is one file of {_SIZE}.</p>")
+    content = whole.encode("utf-8")
+    size = page.size(len(content) + len("000.0 MB") - len(_SIZE))
+    # the last one is ours: what others wrote, and may hold the same letters, comes before it
+    before, after = content.rsplit(_SIZE.encode(), 1)
+    write_file(path, before + size.encode() + after)
     return path
+
+
+_SIZE = "@size@"
+
+
+def _compared(sources: ReportSources) -> list[page.Section]:
+    """Runs side by side, where there are two or more."""
+    runs = [] if sources.run is None else [(sources.run, sources.scores)]
+    runs += [(other.run, other.scores) for other in sources.others]
+    return [_part("runs", "Runs compared", lambda: compare.section(runs))] if len(runs) > 1 else []
 
 
 def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:

@@ -16,6 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 108, 14, 40
 _MOST_POINTS = 300
 _COLORS = 8  # the style sheet's series colours; further series repeat them with dashes
 _LINE = 13  # height of a label, SVG units
+_LETTERS = 17  # of a name at a line's end
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,43 @@ def thin(x: NDArray[np.float64], y: NDArray[np.float64], most: int = _MOST_POINT
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def line_chart(series: Sequence[Series], title: str, x_label: str, y_range: tuple[float, float] | None = None) -> str:
-    """Lines with their names at their ends. ``y_range`` fixes the axis (default: 0 or the least value, to the most)."""
+def line_chart(
+    series: Sequence[Series],
+    title: str,
+    x_label: str,
+    y_range: tuple[float, float] | None = None,
+    *,
+    x_range: tuple[float, float] | None = None,
+    y_label: str = "",
+    diagonal: bool = False,
+) -> str:
+    """Lines with their names at their ends.
+
+    Args:
+        y_range, x_range: fix an axis (default: y from 0 or the least value, x from the least, to the most).
+        y_label: written above the y axis. diagonal: draw y = x, dashed.
+    """
     xs = np.concatenate([s.x for s in series])
     ys = np.concatenate([s.y for s in series])
     low, high = y_range or (min(0.0, float(ys.min())), float(ys.max()))
     high = high if high > low else low + 1.0
-    left, right = float(xs.min()), float(xs.max())
+    left, right = x_range or (float(xs.min()), float(xs.max()))
     right = right if right > left else left + 1.0
 
     def px(x: float) -> float:
-        return _LEFT + (x - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + (min(max(x, left), right) - left) / (right - left) * (_WIDTH - _LEFT - _RIGHT)
 
     def py(y: float) -> float:
         return _TOP + (high - min(max(y, low), high)) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
 
-    parts = [_axes(px, py, (left, right), (low, high), x_label)]
-    ends: list[tuple[float, str, str]] = []
+    parts = [_axes(px, py, (left, right), (low, high), x_label, y_label)]
+    if diagonal:
+        ends = max(low, left), min(high, right)
+        parts.append(
+            f'<line class="ideal" x1="{px(ends[0]):.1f}" y1="{py(ends[0]):.1f}" '
+            f'x2="{px(ends[1]):.1f}" y2="{py(ends[1]):.1f}"/>'
+        )
+    labels: list[tuple[float, str, str]] = []
     for k, line in enumerate(series):
         kind = "strong" if line.strong else f"s{k % _COLORS}" + (" dash" if k >= _COLORS else "")
         x, y = thin(line.x, line.y)
@@ -73,17 +94,24 @@ def line_chart(series: Sequence[Series], title: str, x_label: str, y_range: tupl
         if len(x) <= 40:
             parts.extend(
                 f'<circle class="dot {kind}" cx="{px(a):.1f}" cy="{py(b):.1f}" r="3">'
-                f"<title>{page.text(line.name)}: {b:.4g} at {page.text(x_label)} {a:g}</title></circle>"
+                f"<title>{page.text(line.name)}: {b:.4g} at {page.text(x_label)} {a:.4g}</title></circle>"
                 for a, b in zip(x, y, strict=True)
             )
-        ends.append((py(float(y[-1])), line.name, kind))
-    parts.extend(_end_labels(ends))
+        labels.append((py(float(y[-1])), _short(line.name), kind))
+    parts.extend(_end_labels(labels))
     name, box = page.text(title), f"0 0 {_WIDTH} {_HEIGHT}"
     drawing = f'<svg viewBox="{box}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
     return f'<figure class="chart"><figcaption>{name}</figcaption>{drawing}</figure>'
 
 
-def _axes(px, py, xs: tuple[float, float], ys: tuple[float, float], x_label: str) -> str:  # type: ignore[no-untyped-def]
+def _short(name: str) -> str:
+    """A name that has room beside a chart; its end tells runs apart better than its beginning."""
+    return name if len(name) <= _LETTERS else "…" + name[1 - _LETTERS :]
+
+
+def _axes(  # type: ignore[no-untyped-def]
+    px, py, xs: tuple[float, float], ys: tuple[float, float], x_label: str, y_label: str
+) -> str:
     parts = []
     for value in ticks(*ys):
         y = py(value)
@@ -94,6 +122,11 @@ def _axes(px, py, xs: tuple[float, float], ys: tuple[float, float], x_label: str
         parts.append(f'<text class="tick" x="{px(value):.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{page.text(x_label)}</text>')
+    if y_label:
+        parts.append(
+            f'<text class="tick" transform="translate(13 {(_TOP + bottom) / 2:.0f}) rotate(-90)" '
+            f'text-anchor="middle">{page.text(y_label)}</text>'
+        )
     return "".join(parts)
 
 
@@ -109,11 +142,29 @@ def _end_labels(ends: Sequence[tuple[float, str, str]]) -> list[str]:
     ]
 
 
-def bar(value: float | None, other: float | None = None) -> str:
-    """A bar from 0 to 1, with a mark at ``other`` (the baseline's value)."""
-    width = 0.0 if value is None else 100 * min(max(value, 0.0), 1.0)
-    mark = "" if other is None else f'<i style="left:{100 * min(max(other, 0.0), 1.0):.1f}%"></i>'
-    return f'<span class="bar"><b style="width:{width:.1f}%"></b>{mark}</span>'
+def bar(
+    value: float | None,
+    other: float | None = None,
+    interval: tuple[float, float] | None = None,
+    kind: str = "",
+) -> str:
+    """A bar from 0 to 1, with a mark at ``other`` (the baseline's value) and a whisker over ``interval``.
+
+    ``kind``: ``s0`` to ``s7``, a series' colour.
+    """
+    width = 0.0 if value is None else _percent(value)
+    mark = "" if other is None else f'<i style="left:{_percent(other):.1f}%"></i>'
+    whisker = ""
+    if interval is not None:
+        low, high = map(_percent, interval)
+        whisker = f'<u style="left:{low:.1f}%;width:{max(0.0, high - low):.1f}%"></u>'
+    return (
+        f'<span class="{f"bar own {kind}" if kind else "bar"}"><b style="width:{width:.1f}%"></b>{whisker}{mark}</span>'
+    )
+
+
+def _percent(value: float) -> float:
+    return 100 * min(max(value, 0.0), 1.0)
 
 
 def time_bars(stages: Mapping[str, float]) -> str:

@@ -6,12 +6,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.errors import ConnectomicsError
 from connectomics.report import charts, page
+from connectomics.report.run import read_metrics, timing_of
 
 _MOST_ROWS = 60
+_MOST_NAMES = 24
 
 
 @dataclass
@@ -25,11 +30,77 @@ class _ClassState:
     said: int = 0
 
 
-def section(data_root: Path | str | None, max_arrays: int) -> page.Section:
-    """Tables of data sets and classes of a data root."""
+def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> page.Section:
+    """What was annotated (data sets and classes of a data root), and what the network saw of it (of a run)."""
     title = "Data"
+    try:
+        parts = [_annotated(data_root, max_arrays)]
+    except ConnectomicsError as error:
+        parts = [page.note(str(error))]
+    if run is not None:
+        parts.append(_seen(run))
+    return page.Section("data", title, "".join(parts))
+
+
+def _seen(run: Path) -> str:
+    """Crops of training and validation, and how often the training patches held each class."""
+    parts = ["<h3>What the network saw</h3>", _split(run)]
+    metrics = run / "metrics.csv"
+    columns = read_metrics(metrics) if metrics.is_file() else {}
+    names = [n.split("/")[1] for n in columns if n.startswith("data/") and n.endswith("/patches") and n.count("/") == 2]
+    if not names:
+        return "".join([*parts, page.note("The run did not count what it was shown.")])
+    timing = timing_of(run) or {}
+    patches = timing.get("samples")
+    rows = []
+    for name in names:
+        sums = {what: sum(v for _, _, v in columns.get(f"data/{name}/{what}", ())) for what in _COUNTED}
+        share = sums["present"] / sums["known"] if sums["known"] else None
+        rows.append(
+            [
+                f"<th scope=row>{page.text(name)}</th>",
+                f'<td class="wide">{charts.bar(share)}</td>',
+                f'<td class="num">{"–" if share is None else page.percent(share)}</td>',
+                f'<td class="num{"" if sums["patches"] else " bad"}">{page.count(sums["patches"])}</td>',
+                f'<td class="num">{page.count(sums["known"])}</td>',
+                f'<td class="num">{page.count(sums["present"])}</td>',
+            ]
+        )
+    heads = ["class", "", *(f"<th scope=col class=num>{h}</th>" for h in _SEEN_HEADS)]
+    of = f" of {page.count(patches)}" if isinstance(patches, int) else ""
+    about = page.hint(
+        f"Over all training patches{of} as the network got them, augmented; a patch counts as often as it was drawn. "
+        "Known: voxels that the loss counts; present: those of them that have the class."
+    )
+    return "".join([*parts, about, page.table(heads, rows, kind="bars")])
+
+
+_COUNTED = ("patches", "known", "present")
+_SEEN_HEADS = ("present where known", "patches with it", "voxels known", "voxels present")
+
+
+def _split(run: Path) -> str:
+    path = run / "split.yaml"
+    if not path.is_file():
+        return ""
+    try:
+        split = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return page.note(f"{path} cannot be read: {' '.join(str(error).split())}")
+    parts = {k: v for k, v in split.items() if isinstance(v, list)} if isinstance(split, dict) else {}
+    names = {"train": "crops for training", "val": "crops for validation", "test": "crops kept apart"}
+    facts = {names.get(str(k), str(k)): f"{len(v)}: {_names(v)}" for k, v in parts.items()}
+    return page.definitions(facts) if facts else ""
+
+
+def _names(values: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, values[:_MOST_NAMES]))
+    return shown + (f" and {len(values) - _MOST_NAMES} more" if len(values) > _MOST_NAMES else "") or "none"
+
+
+def _annotated(data_root: Path | str | None, max_arrays: int) -> str:
     if data_root is None:
-        return page.Section("data", title, page.note("No data summary: no data root was given."))
+        return page.note("No data summary: no data root was given.")
     catalog = Catalog.open(str(data_root))
     crops = [catalog.crop(d, name) for d in catalog.datasets for name in catalog.crop_names(d)]
     with_labels = [c for c in crops if c.labels]
@@ -38,14 +109,15 @@ def section(data_root: Path | str | None, max_arrays: int) -> page.Section:
         page.hint(f"{len(catalog.datasets)} data sets, {len(with_labels)} annotated crops, {arrays} label arrays.")
     ]
     if not with_labels:
-        return page.Section("data", title, "".join(lines) + page.note("Nothing in the data root is annotated."))
+        return "".join(lines) + page.note("Nothing in the data root is annotated.")
     classes, problems = _states(with_labels, max_arrays)
     if arrays > max_arrays:
         lines.append(page.note(f"Voxel counts are over the first {max_arrays} label arrays."))
     lines += [page.note(p) for p in problems[:5]]
     if len(problems) > 5:
         lines.append(page.note(f"{len(problems) - 5} more label arrays could not be read."))
-    return page.Section("data", title, "".join(lines) + _dataset_table(catalog, with_labels) + _class_table(classes))
+    title = "<h3>What was annotated</h3>"
+    return title + "".join(lines) + _dataset_table(catalog, with_labels) + _class_table(classes)
 
 
 def _dataset_table(catalog: Catalog, crops: Sequence[Crop]) -> str:
@@ -56,7 +128,7 @@ def _dataset_table(catalog: Catalog, crops: Sequence[Crop]) -> str:
     heads = ["data set", "crops", "raw voxels (nm)", "label voxels (nm), finest of each crop"]
     shown = rows[:_MOST_ROWS]
     more = page.note(f"{len(rows) - _MOST_ROWS} more data sets.") if len(rows) > _MOST_ROWS else ""
-    return "<h3>Data sets</h3>" + page.table(heads, shown) + more
+    return page.table(heads, shown) + more
 
 
 def _raw_size(crops: Sequence[Crop]) -> str:

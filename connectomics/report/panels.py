@@ -10,7 +10,7 @@ import numpy as np
 from connectomics.errors import InputError, unknown_name
 from connectomics.io.write import write_file
 from connectomics.report import figures, pictures
-from connectomics.report.crops import Library
+from connectomics.report.library import Library
 from connectomics.report.sources import ReportOptions, ReportSources
 from connectomics.report.volumes import examine, read_plane
 

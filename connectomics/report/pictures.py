@@ -96,7 +96,15 @@ def gray_layer(plane: Plane, limits: tuple[float, float]) -> NDArray[np.uint8]:
     return np.dstack([gray, gray, gray, alpha])
 
 
-def plane_row(item: Item, plane: Plane, found: Findings, ids: Ids) -> str:
+@dataclass(frozen=True)
+class Row:
+    """One slice on the page: ``html``, and a ``thumbnail`` of it (SVG) that shows the same images by reference."""
+
+    html: str
+    thumbnail: str
+
+
+def plane_row(item: Item, plane: Plane, found: Findings, ids: Ids) -> Row:
     """One slice: raw alone, then raw with each layer, side by side."""
     height, width = plane.extent
     limits = figures.contrast_limits(plane.raw, plane.inside) if plane.raw is not None else (0.0, 1.0)
@@ -106,8 +114,11 @@ def plane_row(item: Item, plane: Plane, found: Findings, ids: Ids) -> str:
     raw = _image(page.data_uri(gray_layer(plane, limits)), width, height, f'id="{name}"')
     marks = _cut_marks(item, plane, found.position)
     cells = [_picture("raw", about, width, height, raw + marks + scale_bar(width, height))]
-    for kind, layer in layers(item, plane, found).items():
-        over = _image(page.data_uri(layer), width, height, 'class="over"')
+    made = layers(item, plane, found)
+    small = next((kind for kind in ("errors", "prediction", "truth") if kind in made), "")
+    for kind, layer in made.items():
+        mark = f' id="{name}o"' if kind == small else ""
+        over = _image(page.data_uri(layer), width, height, f'class="over"{mark}')
         cells.append(_picture(kind, about, width, height, f'<use href="#{name}"/>{over}'))
     of = item.grid.shape[plane.axis]
     caption = (
@@ -116,15 +127,19 @@ def plane_row(item: Item, plane: Plane, found: Findings, ids: Ids) -> str:
     )
     flat = " flat" if width > 2.2 * height else ""  # a long flat slice needs more of the page's width
     row = f'<div class="row">{"".join(cells)}</div>'
-    return (
-        f'<figure class="plane{flat}" style="--n:{max(4, len(cells))}"><figcaption>{caption}</figcaption>{row}</figure>'
-    )
+    style = f'style="--n:{max(4, len(cells))}"'
+    html = f'<figure class="plane{flat}" {style}><figcaption>{caption}</figcaption>{row}</figure>'
+    content = f'<use href="#{name}"/>' + (f'<use href="#{name}o"/>' if small else "")
+    return Row(html, _drawing(f"small picture of {small or 'raw'}, ", about, width, height, content))
 
 
 def _picture(kind: str, about: str, width: float, height: float, content: str) -> str:
-    label = f'role="img" aria-label="{kind}: {page.text(about)}"'
-    drawing = f'<svg viewBox="0 0 {width:.6g} {height:.6g}" {label}>{content}</svg>'
-    return f'<div class="pic">{drawing}<span>{kind}</span></div>'
+    return f'<div class="pic">{_drawing(f"{kind}: ", about, width, height, content)}<span>{kind}</span></div>'
+
+
+def _drawing(before: str, about: str, width: float, height: float, content: str) -> str:
+    label = f'role="img" aria-label="{before}{page.text(about)}"'
+    return f'<svg viewBox="0 0 {width:.6g} {height:.6g}" {label}>{content}</svg>'
 
 
 def _image(uri: str, width: float, height: float, attributes: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import json
 import math
 import os
 import platform
@@ -19,11 +20,14 @@ import yaml
 from connectomics import __version__
 from connectomics.errors import MetadataError, MissingError
 from connectomics.report import charts, page
-from connectomics.report.crops import attributes_by_class
+from connectomics.report.library import attributes_by_class
 from connectomics.report.scores import Scores, load_json
 from connectomics.report.sources import ReportSources
 
 _PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")
+#: Columns of ``metrics.csv``: (epoch, step, value).
+Columns = dict[str, list[tuple[float, float, float]]]
+
 _TIMES = {
     "step_s": "forward, backward, optimizer",
     "data_wait_s": "waiting for data",
@@ -38,6 +42,7 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
     lines: list[str] = []
     groups: dict[str, dict[str, Any]] = {
         "Run": _run_facts(sources, lines),
+        "Training ran on": {} if sources.run is None else training_environment(sources.run),
         "Prediction": _artefact_facts(sources),
         "Submission and score": _submission_facts(sources, table, lines),
         "Software and machine": {
@@ -61,7 +66,7 @@ def _run_facts(sources: ReportSources, lines: list[str]) -> dict[str, Any]:
     if not sources.run.is_dir():
         lines.append(f"The run folder {sources.run} is not there.")
         return {}
-    config = _config(sources.run)
+    config = read_config(sources.run)
     if config is None:
         lines.append(f"There is no config.yaml in {sources.run}.")
         return {"folder": sources.run.name}
@@ -95,6 +100,33 @@ def environment() -> dict[str, str]:
     }
 
 
+def training_environment(run: Path) -> dict[str, str]:
+    """What ``environment.json`` of a run says of where it ran last, the few things that everyone asks for."""
+    path = run / "environment.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"{path} cannot be read as JSON ({error})") from error
+    last = found[-1] if isinstance(found, list) and found and isinstance(found[-1], dict) else {}
+    git, packages, gpus = last.get("git"), last.get("packages"), last.get("gpus")
+    versions = packages if isinstance(packages, dict) else {}
+    facts = {
+        "code": f"connectomics {last['connectomics']}" if "connectomics" in last else "",
+        "commit": f"{str(git.get('commit', ''))[:12]}{' and changes' * bool(git.get('changed'))}"
+        if isinstance(git, dict)
+        else "",
+        "python": last.get("python") or "",
+        "packages": ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions),
+        "machine": f"{last.get('platform', '')}, {last.get('cores', '?')} cores" if "platform" in last else "",
+        "GPUs": ", ".join(map(str, gpus)) if isinstance(gpus, list) and gpus else "",
+        "job": last.get("job") or "",
+        "started": f"{len(found)} times" if isinstance(found, list) and len(found) > 1 else "",
+    }
+    return {name: str(value) for name, value in facts.items() if value}
+
+
 def _installed(name: str) -> bool:
     try:
         metadata.version(name)
@@ -103,7 +135,8 @@ def _installed(name: str) -> bool:
     return True
 
 
-def _config(run: Path) -> dict[str, Any] | None:
+def read_config(run: Path) -> dict[str, Any] | None:
+    """``config.yaml`` of a run, None where there is none; `MetadataError` where it cannot be read."""
     path = run / "config.yaml"
     if not path.is_file():
         return None
@@ -156,6 +189,8 @@ def _artefact_facts(sources: ReportSources) -> dict[str, Any]:
     model = predictions.get("model") or (made_from.get("model") if isinstance(made_from, Mapping) else None)
     if isinstance(model, Mapping):
         for key, value in model.items():
+            if value in (None, "", [], {}):
+                continue
             if not isinstance(value, (Mapping, list)) or (isinstance(value, list) and len(value) <= 16):
                 facts[str(key).replace("_", " ")] = _plain(str(key), value)
     versions = {str(a["version"]) for a in (labels, predictions) if "version" in a}
@@ -185,7 +220,8 @@ def _sha256(path: Path) -> str:
 
 # -- training ----------------------------------------------------------------------------------------------------------
 def training(run: Path | None) -> page.Section:
-    """Curves of ``metrics.csv``: losses, validation Dice over all and by class, learning rate."""
+    """Curves of ``metrics.csv`` (losses, validation Dice and score over all and by class, learning rate) and of
+    ``timing.json`` (throughput, share of waiting, memory)."""
     title = "Training"
     if run is None:
         return page.Section("training", title, page.note("No training curves: no run folder was given."))
@@ -193,18 +229,19 @@ def training(run: Path | None) -> page.Section:
     if not path.is_file():
         return page.Section("training", title, page.note(f"No training curves: there is no {path}."))
     columns = read_metrics(path)
-    made = [chart for chart in (_loss_chart(columns), _dice_chart(columns), _rate_chart(columns)) if chart]
+    curves = (_loss_chart(columns), _dice_chart(columns), _score_chart(columns), _rate_chart(columns))
+    made = [chart for chart in (*curves, *_resource_charts(run)) if chart]
     if not made:
         return page.Section("training", title, page.note(f"No training curves: {path} holds no losses or scores."))
     return page.Section("training", title, _best(columns) + f'<div class="charts">{"".join(made)}</div>')
 
 
-def read_metrics(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+def read_metrics(path: Path) -> Columns:
     """Every column of ``metrics.csv`` as (epoch, step, value) in the file's order, without empty and non-finite cells.
 
     A row without an epoch takes that of the row before it.
     """
-    columns: dict[str, list[tuple[float, float, float]]] = {}
+    columns: Columns = {}
     try:
         with path.open(newline="", encoding="utf-8") as stream:
             epoch = 0.0
@@ -254,6 +291,55 @@ def _dice_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> 
     return charts.line_chart(series, "Validation Dice, whole crops", "epoch", (0.0, 1.0)) if series else ""
 
 
+def _score_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
+    """The challenge's score, where validation logs it (``training.val_score``)."""
+    series = _series(columns, "val/score", "all classes", 0, strong=True)
+    for name in columns:
+        if name.startswith("val/") and name.endswith("/score"):
+            series += _series(columns, name, name.removeprefix("val/").removesuffix("/score"), 0)
+    return charts.line_chart(series, "Validation, the challenge's score", "epoch", (0.0, 1.0)) if series else ""
+
+
+def _resource_charts(run: Path) -> list[str]:
+    """Throughput and memory by epoch; nothing where a run did not record them."""
+    timing = timing_of(run)
+    if timing is None:
+        return []
+    made = []
+    for title, lines in (
+        ("Patches a second, while training", (("rate", "samples_per_s", 1.0),)),
+        ("Share of training spent waiting for data", (("waiting", "data_wait_share", 1.0),)),
+        ("Memory, GB", (("processes", "memory_bytes", 1e-9), ("GPU", "gpu_memory_bytes", 1e-9))),
+    ):
+        series = []
+        for name, key, scale in lines:
+            points = np.array(epoch_rows(timing, key, scale), np.float64)
+            if len(points):
+                series.append(charts.Series(name, points[:, 0], points[:, 1]))
+        if series:
+            limits = (0.0, 1.0) if "Share" in title else None
+            made.append(charts.line_chart(series, title, "epoch", limits))
+    return made
+
+
+def timing_of(run: Path) -> dict[str, Any] | None:
+    """``timing.json`` of a run, None where there is none; `MetadataError` where it cannot be read."""
+    path = run / "timing.json"
+    return load_json(path) if path.is_file() else None
+
+
+def epoch_rows(timing: Mapping[str, Any], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
+    """(epoch, value times ``scale``) of ``by_epoch``, as far as it has the value."""
+    rows = timing.get("by_epoch", [])
+    return [
+        (float(row["epoch"]), float(row[key]) * scale)
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and isinstance(row.get("epoch"), (int, float))
+        and isinstance(row.get(key), (int, float))
+    ]
+
+
 def _rate_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) -> str:
     name = next((n for n in columns if n in ("train/lr", "lr") or n.startswith("lr-")), None)
     if name is None or len({v for _, _, v in columns[name]}) < 2:  # a constant rate needs no picture
@@ -282,11 +368,11 @@ def time(sources: ReportSources) -> page.Section:
         parts.append(charts.time_bars(sources.stages))
     else:
         parts.append(page.note("No times by stage were given."))
-    path = None if sources.run is None else sources.run / "timing.json"
-    if path is None or not path.is_file():
+    timing = None if sources.run is None else timing_of(sources.run)
+    if timing is None:
         parts.append(page.note("No timing of the training was found (timing.json of a run folder)."))
     else:
-        parts.append("<h3>Within training</h3>" + _training_time(load_json(path)))
+        parts.append("<h3>Within training</h3>" + _training_time(timing))
     return page.Section("time", "Where the time went", "".join(parts))
 
 

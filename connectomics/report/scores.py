@@ -23,6 +23,8 @@ from connectomics.metrics.challenge.results import (
     SemanticScore,
     pool_class,
 )
+from connectomics.metrics.counts import Counts
+from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
 from connectomics.report import charts, page
 
 _DROPPED = (TOO_MANY, FAILED)
@@ -195,19 +197,47 @@ def section(
     return page.Section("scores", "Scores", body)
 
 
+def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals over crops of each class's pooled score, for classes that are in two crops or more.
+
+    They say how much a score hangs on which crops happened to be annotated; with few crops they are rough.
+    """
+    groups: dict[str, list[LabelResult]] = {}
+    for result in scores.results:
+        groups.setdefault(result.class_name, []).append(result)
+    found = {}
+    for name, results in groups.items():
+        if len(results) < 2:
+            continue
+        if isinstance(results[0].score, InstanceScore):
+            sums = [
+                InstanceSums(r.score.tp, r.score.fp, r.score.fn, r.score.hausdorff_norm_sum, r.score.n_hausdorff)
+                for r in results
+                if isinstance(r.score, InstanceScore)
+            ]
+            found[name] = bootstrap_interval(sums, lambda s: s.combined)
+        else:
+            counts = [Counts(r.score.tp, r.score.fp, r.score.fn) for r in results]
+            found[name] = bootstrap_interval(counts, lambda c: c.iou)
+    return found
+
+
 def _class_table(scores: Scores, baseline: Scores | None, baseline_name: str) -> str:
     parts = []
+    intervals = class_intervals(scores)
     for is_instance, title in ((True, "Classes scored as instances"), (False, "Classes scored by voxels")):
         chosen = {n: e for n, e in scores.classes.items() if ("combined_score" in e) == is_instance}
         if not chosen:
             continue
         key = "combined_score" if is_instance else "iou"
         extra = ["F1", "distance"] if is_instance else []
-        heads = ["class", "", "score", *([baseline_name] if baseline else []), *extra, "tp", "fp", "fn"]
+        spread = ["95 %"] if intervals.keys() & chosen.keys() else []
+        heads = ["class", "", "score", *spread, *([baseline_name] if baseline else []), *extra, "tp", "fp", "fn"]
         rows = []
         for name, entry in sorted(chosen.items(), key=lambda item: -float(item[1][key])):
             other = _number(baseline.classes.get(name, {}).get(key)) if baseline else None
             cells = [page.score(_number(entry[key]))]
+            cells += [_interval(intervals.get(name))] if spread else []
             cells += [page.score(other)] if baseline else []
             if is_instance:
                 cells += [page.score(_number(entry[k])) for k in ("f1", "normalized_hausdorff_distance")]
@@ -215,11 +245,12 @@ def _class_table(scores: Scores, baseline: Scores | None, baseline_name: str) ->
             rows.append(
                 [
                     f"<th scope=row>{page.text(name)}</th>",
-                    f'<td class="wide">{charts.bar(_number(entry[key]), other)}</td>',
+                    f'<td class="wide">{charts.bar(_number(entry[key]), other, intervals.get(name))}</td>',
                     *(f'<td class="num">{c}</td>' for c in cells),
                 ]
             )
         marks = f" The mark on a bar is the {baseline_name}." if baseline else ""
+        marks += " Whiskers and 95 %: bootstrap over crops." if spread else ""
         unit = "tp, fp, fn count objects." if is_instance else "tp, fp, fn count voxels."
         head = [h if not h or h == "class" else f"<th scope=col class=num>{page.text(h)}</th>" for h in heads]
         parts.append(f"<h3>{title}</h3>" + page.table(head, rows, kind="bars") + page.hint(unit + marks))
@@ -299,18 +330,20 @@ def evaluation_section(path: Path) -> page.Section:
     classes, crops = data.get("classes"), data.get("crops")
     if not isinstance(classes, dict) or not isinstance(crops, list):
         raise MetadataError(f"{path} is not what evaluate writes: expected 'classes' and 'crops'; run evaluate again")
-    measures = [m for m in ("dice", "iou", "precision", "recall") if any(m in e for e in classes.values())]
+    measures = [m for m in ("score", "dice", "iou", "precision", "recall") if any(m in e for e in classes.values())]
     rows = [
         [
             f"<th scope=row>{page.text(name)}</th>",
-            f'<td class="wide">{charts.bar(_number(entry.get("dice")))}</td>',
+            f'<td class="wide">{charts.bar(_number(entry.get("dice")), None, _pair(entry.get("dice_interval")))}</td>',
             *(f'<td class="num">{page.score(_number(entry.get(m)))}</td>' for m in measures),
-            f'<td class="num">{_interval(entry.get("dice_interval"))}</td>',
+            f'<td class="num">{_interval(_pair(entry.get("score_interval")))}</td>',
+            f'<td class="num">{_interval(_pair(entry.get("dice_interval")))}</td>',
             f'<td class="num">{page.count(entry.get("crops"))}</td>',
         ]
         for name, entry in sorted(classes.items(), key=lambda item: -(_number(item[1].get("dice")) or 0.0))
     ]
-    heads = ["class", "", *(f"<th scope=col class=num>{m}</th>" for m in (*measures, "Dice 95 %", "crops"))]
+    shown = (*measures, "score 95 %", "Dice 95 %", "crops")
+    heads = ["class", "Dice", *(f"<th scope=col class=num>{m}</th>" for m in shown)]
     worst = sorted(crops, key=lambda r: _number(r.get("dice")) or 0.0)[:20]
     worst_rows = [
         [
@@ -323,7 +356,10 @@ def evaluation_section(path: Path) -> page.Section:
     ]
     worst_heads = ["crop", "data set", "class", *(f"<th scope=col class=num>{m}</th>" for m in measures)]
     body = (
-        page.hint("Over known voxels only, on annotated crops of the data root; counts are pooled over crops.")
+        page.hint(
+            "Over known voxels only, on annotated crops of the data root; counts are pooled over crops. Score: what "
+            "enters the challenge's score. Whiskers and 95 %: bootstrap over crops."
+        )
         + page.table(heads, rows, kind="bars")
         + "<h3>Worst first</h3>"
         + page.table(worst_heads, worst_rows)
@@ -331,7 +367,10 @@ def evaluation_section(path: Path) -> page.Section:
     return page.Section("evaluation", "Evaluation on annotated crops", body)
 
 
-def _interval(value: Any) -> str:
-    if not isinstance(value, list) or len(value) != 2:
-        return "–"
-    return f"{page.score(value[0], 2)} to {page.score(value[1], 2)}"
+def _pair(value: Any) -> tuple[float, float] | None:
+    """A written interval, None where there is none."""
+    return (float(value[0]), float(value[1])) if isinstance(value, list) and len(value) == 2 else None
+
+
+def _interval(value: tuple[float, float] | None) -> str:
+    return "–" if value is None else f"{page.score(value[0], 2)} to {page.score(value[1], 2)}"

@@ -11,6 +11,14 @@ from connectomics.errors import InputError
 
 
 @dataclass(frozen=True)
+class OtherRun:
+    """A run to compare with: its folder, and the ``scores.json`` of its submission where there is one."""
+
+    run: Path
+    scores: Path | None = None
+
+
+@dataclass(frozen=True)
 class ReportSources:
     """Where the parts of a report lie.
 
@@ -29,6 +37,8 @@ class ReportSources:
         baseline_name: what the baseline is, in a few words.
         evaluation: the JSON that evaluate writes for annotated crops. Where no ``truth`` is given, the data root's own
             annotation is shown as truth.
+        others: runs that are set beside ``run``: configuration, curves, scores.
+        others: runs that are set beside ``run``: configuration, curves, scores.
     """
 
     title: str = "Segmentation report"
@@ -45,6 +55,7 @@ class ReportSources:
     baseline_scores: Path | None = None
     baseline_name: str = "baseline"
     evaluation: Path | None = None
+    others: tuple[OtherRun, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,22 +63,38 @@ class ReportOptions:
     """How large a report may become.
 
     Attributes:
-        max_pictures: classes of crops that get pictures (three slices each), the worst of every crop first.
+        max_pictures: classes of crops that get pictures (three slices each): a few of the best, and the worst of every
+            crop first.
         picture_size: pixels of a picture's longer side, at most.
-        viewers: how many crops get a slice viewer.
-        max_voxels: voxels of one class of one crop that are looked through to find its slices; beyond, a part is.
+        viewers: how many crops get a slice viewer: the worst, and the best one.
+        viewer_slices: slices of each of a viewer's three planes.
+        max_objects: objects listed a crop. max_voxels: voxels of one class of one crop that are looked through to find
+            its slices and count its objects; for calibration; and, over all classes of a crop, for confusion. Beyond, a
+            part is, evenly spread.
         max_arrays: label arrays of the data root whose annotation is read for the data summary.
+        max_bytes: of pictures; once they are reached, further crops and classes get none.
     """
 
     max_pictures: int = 48
     picture_size: int = 384
     viewers: int = 4
+    viewer_slices: int = 16
+    max_objects: int = 30
     max_voxels: int = 1 << 27
     max_arrays: int = 2000
+    max_bytes: int = 40_000_000
 
     def __post_init__(self) -> None:
-        if self.max_pictures < 0 or self.viewers < 0 or not 16 <= self.picture_size <= 2048:
-            raise InputError(
-                "ReportOptions needs max_pictures and viewers >= 0 and 16 <= picture_size <= 2048, found "
-                f"{self.max_pictures}, {self.viewers} and {self.picture_size}"
-            )
+        least = (
+            ("max_pictures", self.max_pictures, 0),
+            ("viewers", self.viewers, 0),
+            ("viewer_slices", self.viewer_slices, 1),
+            ("max_objects", self.max_objects, 0),
+            ("max_voxels", self.max_voxels, 1),
+            ("max_bytes", self.max_bytes, 0),
+        )
+        wrong = [f"{name} >= {low} (found {value})" for name, value, low in least if value < low]
+        if not 16 <= self.picture_size <= 2048:
+            wrong.append(f"16 <= picture_size <= 2048 (found {self.picture_size})")
+        if wrong:
+            raise InputError(f"ReportOptions needs {', '.join(wrong)}")

@@ -7,7 +7,7 @@ Whole volumes are never held: `examine` walks through them in blocks to find the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +24,10 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import resample, store
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
-from connectomics.metrics.overlaps import pair_counts
+from connectomics.report.objects import Objects
 
 _BLOCK = (64, 256, 512)
 _THRESHOLD = 0.5  # of a probability that stands in for missing labels
-_MOST_PAIRS = 200_000
 
 Labels = tuple[NDArray[Any], NDArray[np.bool_]]
 
@@ -213,7 +212,7 @@ class Findings:
             that a plane holds (without truth: most prediction); the middle where there is nothing.
         tp, fp, fn, unknown: voxels. share: the part of the volume that was looked at.
         partner: the true object that a predicted one overlaps most. matched: pairs (truth, prediction) that are each
-            other's largest overlap.
+            other's largest overlap. objects: what they come from, None where objects are not told apart.
     """
 
     position: tuple[int, int, int] = (0, 0, 0)
@@ -224,15 +223,16 @@ class Findings:
     share: float = 1.0
     partner: dict[int, int] = field(default_factory=dict)
     matched: dict[int, int] = field(default_factory=dict)
+    objects: Objects | None = None
 
 
 def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
     """Walk through an item in blocks; beyond ``most_voxels`` only evenly spread slabs along z are looked at."""
     found = Findings()
     sums = [[np.zeros(n, np.float64) for n in item.grid.shape] for _ in range(2)]  # errors; truth
-    pairs: dict[tuple[int, int], int] = {}
+    objects = Objects() if item.instance else None
     looked = 0
-    for begin, block in _blocks(item.grid, most_voxels):
+    for begin, block in spread_blocks(item.grid, most_voxels):
         looked += block.size
         true, found_ids, known = read_pair(item, block)
         errors = ((true != 0) != (found_ids != 0)) & known
@@ -242,14 +242,14 @@ def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
             for axis in range(3):
                 others = tuple(a for a in range(3) if a != axis)
                 target[axis][begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
-        if item.instance and len(pairs) < _MOST_PAIRS:
-            for t, p, n in zip(*(v.tolist() for v in pair_counts(true, found_ids, known)), strict=True):
-                if t and p:
-                    pairs[t, p] = pairs.get((t, p), 0) + n
+        if objects is not None:
+            objects.add(begin, true, found_ids, known)
     found.share = looked / item.grid.size if item.grid.size else 1.0
     position = [_peak(_share(e) + _share(t)) for e, t in zip(*sums, strict=True)]
     found.position = (position[0], position[1], position[2])
-    found.partner, found.matched = _match(pairs)
+    if objects is not None:
+        found.objects = objects
+        found.partner, found.matched = objects.match()
     return found
 
 
@@ -263,12 +263,15 @@ def read_pair(item: Item, grid: VoxelGrid) -> tuple[NDArray[Any], NDArray[Any], 
     return true, found, known
 
 
-def _blocks(grid: VoxelGrid, most_voxels: int) -> Iterator[tuple[tuple[int, int, int], VoxelGrid]]:
-    layers = math.ceil(grid.shape[0] / _BLOCK[0])
+def spread_blocks(
+    grid: VoxelGrid, most_voxels: int, shape: tuple[int, int, int] = _BLOCK
+) -> Iterator[tuple[tuple[int, int, int], VoxelGrid]]:
+    """The blocks of a grid with their first voxels; beyond ``most_voxels`` only evenly spread slabs."""
+    layers = math.ceil(grid.shape[0] / shape[0])
     wanted = max(1, int(layers * min(1.0, most_voxels / max(1, grid.size))))
     chosen = set(np.linspace(0, layers - 1, wanted).round().astype(int).tolist()) if wanted < layers else None
-    for begin, block in grid.blocks(_BLOCK):
-        if chosen is None or begin[0] // _BLOCK[0] in chosen:
+    for begin, block in grid.blocks(shape):
+        if chosen is None or begin[0] // shape[0] in chosen:
             yield begin, block
 
 
@@ -290,20 +293,6 @@ def _peak(profile: NDArray[np.float64]) -> int:
     best = np.flatnonzero(profile == profile.max(initial=0.0))
     middle = len(profile) / 2
     return int(best[np.argmin(np.abs(best - middle))]) if len(best) else 0
-
-
-def _match(pairs: Mapping[tuple[int, int], int]) -> tuple[dict[int, int], dict[int, int]]:
-    """The largest true partner of each predicted object, and the pairs that are each other's largest."""
-    of_truth: dict[int, tuple[int, int]] = {}
-    of_found: dict[int, tuple[int, int]] = {}
-    for (t, p), n in sorted(pairs.items()):
-        if n > of_truth.get(t, (0, 0))[1]:
-            of_truth[t] = (p, n)
-        if n > of_found.get(p, (0, 0))[1]:
-            of_found[p] = (t, n)
-    partner = {p: t for p, (t, _) in of_found.items()}
-    matched = {t: p for t, (p, _) in of_truth.items() if partner[p] == t}
-    return partner, matched
 
 
 # -- one slice ---------------------------------------------------------------------------------------------------------

@@ -98,13 +98,23 @@ def _annotated_crop(root: Path) -> None:
 def _run_folder(run: Path) -> None:
     run.mkdir()
     (run / "config.yaml").write_text("name: test_run\ndataset:\n  classes: [mito, er]\n  resolution: [8.0, 8.0, 8.0]\n")
-    rows = ["epoch,step,train/loss,train/loss_step,train/DiceLoss,train/lr,val/dice,val/mito/dice,val/er/dice"]
+    rows = [
+        "epoch,step,train/loss,train/loss_step,train/DiceLoss,train/lr,val/dice,val/mito/dice,val/er/dice,"
+        "data/mito/patches,data/mito/present,data/mito/known"
+    ]
     for epoch in range(6):
-        rows.append(f"{epoch},{epoch * 10 + 5},,{1.1 / (epoch + 1)},,,,,")
-        rows.append(f"{epoch},{epoch * 10 + 9},{1 / (epoch + 1)},,{0.6 / (epoch + 1)},{0.001 / (epoch + 1)},,,")
-        rows.append(f"{epoch},{epoch * 10 + 9},,,,,{0.1 * epoch},{0.12 * epoch},nan")
+        rows.append(f"{epoch},{epoch * 10 + 5},,{1.1 / (epoch + 1)},,,,,,,,")
+        rows.append(
+            f"{epoch},{epoch * 10 + 9},{1 / (epoch + 1)},,{0.6 / (epoch + 1)},{0.001 / (epoch + 1)},,,,3,250,1000"
+        )
+        rows.append(f"{epoch},{epoch * 10 + 9},,,,,{0.1 * epoch},{0.12 * epoch},nan,,,")
     (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    timing = {"total_s": 100.0, "data_wait_s": 5.0, "step_s": 70.0, "validation_s": 20.0, "other_s": 5.0, "epochs": 6}
+    by_epoch = [
+        {"epoch": e, "samples_per_s": 2.0 + e, "data_wait_share": 0.1, "memory_bytes": 3e9, "gpu_memory_bytes": None}
+        for e in range(6)
+    ]
+    timing: dict[str, Any] = {"by_epoch": by_epoch, "samples": 24}
+    timing |= {"total_s": 100.0, "data_wait_s": 5.0, "step_s": 70.0, "validation_s": 20.0, "other_s": 5.0, "epochs": 6}
     (run / "timing.json").write_text(json.dumps(timing))
 
 

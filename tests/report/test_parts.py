@@ -93,7 +93,7 @@ def test_metrics_with_nothing_in_them_are_said(tmp_path: Path) -> None:
 def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1,\n")
     with pytest.raises(MetadataError, match=r"config\.yaml"):
-        run._config(tmp_path)
+        run.read_config(tmp_path)
 
 
 def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Path, tmp_path: Path) -> None:

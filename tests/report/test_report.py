@@ -18,7 +18,7 @@ from connectomics.errors import InputError, UnknownNameError
 from connectomics.report import ReportOptions, ReportSources, build_report
 from connectomics.report.panels import write_panel
 
-from .conftest import GRIDS, Made
+from .conftest import GRIDS, Made, balls
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -320,42 +320,82 @@ def browse(address: str, folder: Path, *options: str) -> subprocess.CompletedPro
 needs_browser = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
 
 
+@pytest.mark.slow
 @needs_browser
-def test_a_browser_draws_the_page(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [1400, 500])  # headless Chromium makes no window narrower than 500
+def test_a_browser_draws_the_page(made: Made, tmp_path: Path, width: int) -> None:
     from PIL import Image
 
     path = build_report(tmp_path / "report.html", made.sources)
     shot = tmp_path / "shot.png"
-    browse(path.as_uri(), tmp_path, f"--screenshot={shot}", "--window-size=1000,2000")
+    browse(path.as_uri(), tmp_path, f"--screenshot={shot}", f"--window-size={width},2000")
     picture = np.asarray(Image.open(shot).convert("RGB"))
-    assert picture.shape == (2000, 1000, 3)
+    assert picture.shape == (2000, width, 3)
     colors = np.unique(picture.astype(np.uint32) @ np.array([1, 256, 65536], np.uint32))
     assert len(colors) > 500  # the greys of raw under coloured layers, not only text on white
 
 
+@pytest.mark.slow
+@needs_browser
+def test_on_a_phone_nothing_is_wider_than_the_screen(made: Made, tmp_path: Path) -> None:
+    """The page in a frame of 390 pixels: what is wider scrolls in its own box."""
+    path = build_report(tmp_path / "report.html", made.sources)
+    told = '<script>document.title = "width " + document.documentElement.scrollWidth;</script>'
+    path.write_text(path.read_text().replace("</body>", told + "</body>"))
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        '<iframe id=f src="report.html" style="width:390px;height:800px;border:0"></iframe><script>'
+        "f.onload = () => { document.body.dataset.said = f.contentDocument.title; }</script>"
+    )
+    dom = browse(frame.as_uri(), tmp_path, "--dump-dom", "--allow-file-access-from-files").stdout
+    assert 'data-said="width 390"' in dom
+
+
+@pytest.mark.slow
 @needs_browser
 def test_sliders_toggles_and_links_work_in_a_browser(made: Made, tmp_path: Path) -> None:
     path = build_report(tmp_path / "report.html", made.sources)
     act = """<script>
-      const viewer = document.querySelector(".viewer"), slider = viewer.querySelector(".z");
+      const ortho = document.querySelector(".ortho"), slider = ortho.querySelector(".z");
       slider.value = 3; slider.dispatchEvent(new Event("input"));
-      const box = viewer.querySelector("[data-kind=truth]");
+      const box = ortho.querySelector("[data-kind=truth]");
       box.checked = false; box.dispatchEvent(new Event("change"));
+      const fade = ortho.querySelector(".opacity");
+      fade.value = 40; fade.dispatchEvent(new Event("input"));
       document.querySelector(".pic").click();
     </script>"""
     path.write_text(path.read_text().replace("</body>", act + "</body>"))
     dom = browse(path.as_uri() + "#crop-crop7-er", tmp_path, "--dump-dom").stdout
-    assert "--ov: 0.85" in dom  # the opacity slider was read
+    assert "--ov: 0.4" in dom
     viewers = re.findall(r'<figure class="viewer".*?</figure>', dom, re.S)
-    assert len(viewers) == 2
+    assert len(viewers) == 2 * 3
     _, grid = GRIDS["crop9"]
     top = float(re.findall(r'<svg viewBox="0 ([\d.]+) ', viewers[0])[0])
     assert top == pytest.approx(3 * grid.shape[1] * grid.voxel_size[1])
-    layers = re.findall(r'<image class="over (truth|prediction)"([^>]*)>', viewers[0])
-    shown = [kind for kind, attributes in layers if "hidden" not in attributes]
-    assert shown == ["prediction"]
+    line = re.findall(r'<line class="cross" data-of="0"[^>]*y1="([\d.]+)"', viewers[1])
+    assert float(line[0]) == pytest.approx(3.5 * grid.voxel_size[0], abs=0.02)  # the slice, marked in the other planes
+    for viewer in viewers[:3]:
+        layers = re.findall(r'<image class="over (truth|prediction)"([^>]*)>', viewer)
+        assert [kind for kind, attributes in layers if "hidden" not in attributes] == ["prediction"]
     assert re.search(r'<details class="class" id="crop-crop7-er" open="">', dom)  # the link unfolded it
     assert re.search(r'<dialog id="large" open="">.*?<svg', dom, re.S)  # the click enlarged it
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_click_on_a_missed_object_shows_its_slices(made: Made, tmp_path: Path) -> None:
+    """The second ball of crop9 is missed: its middle is where the conftest put it."""
+    path = build_report(tmp_path / "report.html", made.sources)
+    act = '<script>document.querySelector("#crop-crop9 button.go").click();</script>'
+    path.write_text(path.read_text().replace("</body>", act + "</body>"))
+    dom = browse(path.as_uri(), tmp_path, "--dump-dom").stdout
+    row = re.search(r'<tr class="shown">.*?</tr>', dom, re.S)
+    assert row is not None
+    assert "missed" in row.group()
+    _, grid = GRIDS["crop9"]
+    middle = balls(grid)[1][0]
+    shown = [float(v) for v in re.findall(r"<output>[zyx] = ([\d.-]+) nm", dom)[:3]]
+    assert np.abs(np.subtract(shown, middle)).max() <= 2 * max(grid.voxel_size)
 
 
 def test_a_panel_for_the_documentation_is_a_row_of_four(made: Made, tmp_path: Path) -> None:
