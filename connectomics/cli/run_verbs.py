@@ -66,11 +66,14 @@ def train(
 
 
 def predict(
-    config: Config,
+    config: Config = None,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        list[Path], typer.Option(help="Checkpoint of the network; given several times, they are averaged.")
-    ] = ...,  # type: ignore[assignment]
+        list[Path] | None, typer.Option(help="Checkpoint of the network; given several times, they are averaged.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model package (pytc package) instead; needs no configuration.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
     crops: Annotated[
         str | None, typer.Option(help="Crop table (.csv, .json, or 'challenge'); default: the catalog's crops.")
@@ -94,13 +97,31 @@ def predict(
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint a.ckpt --checkpoint b.ckpt inference.tta=flips
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt engine.workers=0 --dry-run
+
+      pytc predict --model mito.pytc dataset.data_root=data --box jrc_cos7-1a:0,0,0:800,800,800
     """
     from connectomics.config import load_config
     from connectomics.errors import ConfigError
 
     if overwrite and resume:
         raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
-    composed = load_config(config, overrides or [])
+    given = list(overrides or [])
+    if model is not None:
+        from connectomics.lightning.package import open_package, package_config
+
+        if checkpoint:
+            raise ConfigError(
+                "--model is a network of its own: leave --checkpoint out, or give packages to --checkpoint"
+            )
+        if config is not None and "=" in str(config):  # without a configuration the first override stands in its place
+            config, given = None, [str(config), *given]
+        open_package(model)
+        composed = package_config(model, given) if config is None else load_config(config, given)
+        checkpoint = [model]
+    elif config is None or not checkpoint:
+        raise typer.BadParameter("give a configuration file and --checkpoint, or --model")
+    else:
+        composed = load_config(config, given)
     from connectomics.lightning.inference import chosen_device, predict_cellmap_crops, prediction_tasks, targets_of
 
     targets = targets_of(composed, crop_table=crops, box=box)

@@ -167,6 +167,19 @@ def open_package(path: str | Path) -> Package:
     return Package(file, about)
 
 
+def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a package's model with overrides (``key=value``), as for a file; what both raise."""
+    import tempfile
+
+    from connectomics.config import load_config, save_config
+
+    config = open_package(path).config
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "package.yaml"
+        save_config(config, file)
+        return load_config(file, overrides)
+
+
 def package_weights(package: Package) -> dict[str, Any]:
     """The state dictionary (tensors on the CPU); `CorruptDataError` where the sum is not the one that was written."""
     return _tensors(package, _WEIGHTS)

@@ -161,3 +161,20 @@ def test_predicting_with_it_gives_what_the_checkpoint_gives(
     assert chunks
     for chunk in chunks:
         assert (tmp_path / "a" / chunk).read_bytes() == (tmp_path / "b" / chunk).read_bytes()
+
+
+def test_the_verb_predicts_with_it_alone(
+    root: Path,  # noqa: F811
+    packed: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    data = f"dataset.data_root='{root}'"
+    arguments = ["predict", "--model", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/set-a.zarr/crop1/mito/s0/.zarray").is_file()
+    capfd.readouterr()
+    assert main([*arguments, "--checkpoint", str(packed)]) == 1
+    assert "leave --checkpoint out" in capfd.readouterr().err
+    assert main(["predict", "--model", str(root), data]) == 1
+    assert main(["predict", data]) == 2
