@@ -35,7 +35,7 @@ def noise(seed, shape):
     random = np.random.default_rng(seed)
     smooth = ndimage.gaussian_filter(random.standard_normal(shape), random.uniform(0.5, 2.5))
     smooth -= np.quantile(smooth, random.uniform(0.2, 0.7))
-    return (np.clip(smooth / smooth.max(), 0, 1) * 255).astype(np.uint8)
+    return (np.clip(smooth / max(smooth.max(), 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
