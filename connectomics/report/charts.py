@@ -118,7 +118,8 @@ def _axes(  # type: ignore[no-untyped-def]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     bottom = _HEIGHT - _BOTTOM
-    for value in ticks(*xs):
+    whole = x_label in ("epoch", "step")  # there is no half of them
+    for value in (v for v in ticks(*xs) if not whole or float(v).is_integer()):
         parts.append(f'<text class="tick" x="{px(value):.1f}" y="{bottom + 17}" text-anchor="middle">{value:g}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text class="tick" x="{middle}" y="{_HEIGHT - 5}" text-anchor="middle">{page.text(x_label)}</text>')

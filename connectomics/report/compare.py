@@ -190,7 +190,7 @@ def _challenge_score(run: Compared) -> dict[str, float]:
 
 
 def _validation_dice(run: Compared) -> dict[str, float]:
-    names = [n for n in run.columns if n.startswith("val/") and n.endswith("/dice")]
+    names = [n for n in run.columns if n.startswith("val/") and n.endswith("/dice") and n != "val/dice"]
     return {n.removeprefix("val/").removesuffix("/dice"): max(v for _, _, v in run.columns[n]) for n in names}
 
 

@@ -45,7 +45,7 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
         "Training ran on": {} if sources.run is None else training_environment(sources.run),
         "Prediction": _artefact_facts(sources),
         "Submission and score": _submission_facts(sources, table, lines),
-        "Software and machine": {
+        "This page was made with": {
             "report": f"connectomics {__version__}, {page.now()}",
             **(environment() if sources.environment is None else sources.environment),
         },
@@ -142,7 +142,7 @@ def read_config(run: Path) -> dict[str, Any] | None:
         return None
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise MetadataError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     return found if isinstance(found, dict) else {}
 
@@ -295,7 +295,7 @@ def _score_chart(columns: Mapping[str, Sequence[tuple[float, float, float]]]) ->
     """The challenge's score, where validation logs it (``training.val_score``)."""
     series = _series(columns, "val/score", "all classes", 0, strong=True)
     for name in columns:
-        if name.startswith("val/") and name.endswith("/score"):
+        if name.startswith("val/") and name.endswith("/score") and name != "val/score":
             series += _series(columns, name, name.removeprefix("val/").removesuffix("/score"), 0)
     return charts.line_chart(series, "Validation, the challenge's score", "epoch", (0.0, 1.0)) if series else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from connectomics.errors import MetadataError
-from connectomics.report import charts, page, run, scores
+from connectomics.report import charts, gallery, page, run, scores
 from connectomics.report.crops import Wanted, choose, ranked
 from connectomics.report.scores import Scores
 
@@ -138,3 +139,51 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     body = scores.evaluation_section(path).body
     assert body.index("crop3") < body.index("crop9")
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
+
+
+def test_epochs_have_whole_ticks() -> None:
+    chart = charts.line_chart([charts.Series("a", np.array([0.0, 1.0, 2.0]), np.ones(3))], "t", "epoch")
+    assert re.findall(r'text-anchor="middle">([\d.]+)</text>', chart) == ["0", "1", "2"]
+
+
+def test_long_names_beside_a_chart_keep_their_end() -> None:
+    chart = charts.line_chart([charts.Series("a very long path/version_7", np.arange(2.0), np.ones(2))], "t", "epoch")
+    assert re.search(r'class="end[^>]*>…[^<]*version_7</text>', chart)
+
+
+def test_a_bar_has_its_interval_as_a_whisker() -> None:
+    assert "left:20.0%;width:30.0%" in charts.bar(0.4, None, (0.2, 0.5))
+    assert "<u" not in charts.bar(0.4)
+
+
+def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    found = scores.class_intervals(table)
+    assert set(found) == {"er", "mito"}
+    for name, (low, high) in found.items():
+        alone = [scores.rank_value(r) for r in table.results if r.class_name == name]
+        pooled = table.classes[name].get("combined_score", table.classes[name].get("iou"))
+        assert low <= pooled <= high
+        assert (low, high) == pytest.approx((min(alone), max(alone)))  # a draw of two crops may take either twice
+    one = dataclasses.replace(table, results=tuple(r for r in table.results if r.crop == "crop7"))
+    assert scores.class_intervals(one) == {}
+
+
+def test_the_worst_and_the_best_share_nothing(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    wanted = [Wanted("d", crop, name, None) for crop in ("crop7", "crop9") for name in ("er", "mito", "unscored")]
+    worst, best = gallery.extremes(wanted, table)
+    assert len(worst) == len(best) == 2
+    assert not set(worst) & set(best)
+    values = {(r.crop, r.class_name): scores.rank_value(r) for r in table.results}
+    order = [values[w.crop, w.class_name] for w in [*worst, *reversed(best)]]
+    assert order == sorted(order)
+    assert gallery.extremes(wanted, None) == ([], [])
+
+
+def test_a_quarter_of_the_pictures_is_for_the_best() -> None:
+    crops = {("d", c): [Wanted("d", c, n, None) for n in "xyz"] for c in "abcd"}
+    best = [crops["d", "d"][2], crops["d", "c"][2]]
+    assert choose(crops, 4, best) & set(best) == {best[0]}
+    assert len(choose(crops, 4, best)) == 4
+    assert choose(crops, 3, best) & set(best) == set()

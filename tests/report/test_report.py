@@ -273,6 +273,45 @@ def test_no_picture_is_larger_than_asked(made: Made, tmp_path: Path) -> None:
         assert max(Image.open(BytesIO(b64decode(uri.split(",")[1]))).size) <= 16
 
 
+def test_the_page_says_how_large_it_is(made: Made, tmp_path: Path) -> None:
+    path = build_report(tmp_path / "x.html", replace(made.sources, title="@size@"), ReportOptions(max_pictures=2))
+    said = re.search(r"This page is one file of ([\d.]+) kB\.", path.read_text())
+    assert said is not None
+    assert float(said[1]) == pytest.approx(path.stat().st_size / 1000, abs=0.06)
+    assert "<h1>@size@</h1>" in path.read_text()
+
+
+def test_pictures_end_where_their_bytes_are_spent(made: Made, tmp_path: Path) -> None:
+    page = Reader(build_report(tmp_path / "x.html", made.sources, ReportOptions(max_bytes=1)))
+    assert page.source.count('<figure class="plane') == 3  # the first that passed the bound was the last
+    assert sum("limited to 1 B of pictures" in note for note in page.notes) == 3
+    assert '<figure class="viewer"' not in page.source
+
+
+def test_the_worst_the_best_and_the_objects_are_shown(page: Reader) -> None:
+    assert page.source.count('<figure class="thumb">') == 4
+    uses = {a["href"][1:] for tag, a in page.tags if tag == "use"}
+    assert uses <= {a["id"] for tag, a in page.tags if tag == "image" and "id" in a}
+    buttons = [a for tag, a in page.tags if tag == "button" and a.get("class") == "go"]
+    assert len(buttons) >= 1
+    assert all(len(a["data-at"].split(",")) == 3 for a in buttons)
+
+
+def test_throughput_memory_and_what_the_network_saw_are_shown(page: Reader) -> None:
+    for words in ("Patches a second", "Memory, GB", "Share of training spent waiting"):
+        assert words in page.text, words
+    saw = page.text[page.text.index("What the network saw") :]
+    assert "mito" in saw
+    assert "25 %" in saw  # 250 of 1000 voxels, in each epoch
+    assert "1 500" in saw.replace("\u2009", " ")
+
+
+def test_voxels_are_counted_for_confusion_and_calibration(page: Reader) -> None:
+    assert "Of the voxels of a row's class" in page.text
+    assert "ECE" in page.text
+    assert page.source.count('<line class="ideal"') == 1
+
+
 def test_options_and_places_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="picture_size"):
         ReportOptions(picture_size=1)
