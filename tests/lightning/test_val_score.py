@@ -94,10 +94,10 @@ def configuration() -> RunConfig:
 def module() -> ConnectomicsModule:
     """A network that passes the image on: classes bright, dark and bright, so that there is something to decode."""
     module = ConnectomicsModule(configuration()).eval()
-    module.network = torch.nn.Conv3d(1, 3, 1)
-    with torch.no_grad():
-        module.network.weight[:] = torch.tensor([4.0, -4.0, 6.0]).reshape(3, 1, 1, 1, 1)
-        module.network.bias[:] = torch.tensor([-2.0, 1.0, -1.45])
+    network = torch.nn.Conv3d(1, 3, 1)
+    network.weight = torch.nn.Parameter(torch.tensor([4.0, -4.0, 6.0]).reshape(3, 1, 1, 1, 1))
+    network.bias = torch.nn.Parameter(torch.tensor([-2.0, 1.0, -1.45]))
+    module.network = network
     return module.eval()
 
 
