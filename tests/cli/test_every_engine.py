@@ -1,0 +1,126 @@
+"""Every kind of task gives the same files on every engine: in this process, in two, on two Dask workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from connectomics.cli.task_kinds import TASK_KINDS
+from connectomics.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    EngineConfig,
+    InferenceConfig,
+    ModelConfig,
+    RunConfig,
+)
+from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.decoding.affinities.task import AffinitiesTask
+from connectomics.decoding.blocks.components import ComponentsTask
+from connectomics.decoding.blocks.mask import MaskTask
+from connectomics.decoding.blocks.stitched import StitchedTask
+from connectomics.decoding.measure import ContactSpec
+from connectomics.decoding.measure.run import measure_tasks
+from connectomics.decoding.mesh import mesh_tasks
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.lightning.inference import prediction_tasks
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.task import BlockTask
+from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.decoding.affinity_kit import OFFSETS, cells, write_prediction
+from tests.inference.test_predict_crops import save_checkpoint
+
+BLOCK = (24, 32, 40)
+ENGINES = {
+    "two processes": EngineConfig(workers=2),
+    "two Dask workers": EngineConfig(name="dask", workers=2),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Probabilities and affinities of touching cells; raw, and a network."""
+    place = tmp_path_factory.mktemp("inputs")
+    ids = cells((48, 56, 60), 12, 15.0)
+    write_prediction(
+        place / "predictions", np.where(ids > 0, 220, 20).astype(np.uint8), affinities_of(ids, OFFSETS), OFFSETS
+    )
+    rng = np.random.default_rng(0)
+    write_raw(place / "root", "set", rng.integers(0, 255, (48, 48, 64), dtype=np.uint8), grid_of((48, 48, 64)))
+    write_label(place / "root", "set", "crop1", "mito", np.zeros((24, 24, 40), np.uint8), grid_of((24, 24, 40), 8, 64))
+    torch.manual_seed(0)
+    save_checkpoint(place / "net.ckpt", config_of(place), 0)
+    return place
+
+
+def config_of(place: Path) -> RunConfig:
+    return RunConfig(
+        dataset=DatasetConfig(data_root=str(place / "root"), classes=["mito"]),
+        model=ModelConfig(architecture="unet", options={"channels": [4, 8], "strides": [2], "num_res_units": 0}),
+        data=DataConfig(patch_size=[16, 16, 16], num_workers=0),
+        inference=InferenceConfig(block_size=[16, 16, 16]),
+    )
+
+
+def tasks(inputs: Path, out: Path) -> Iterator[BlockTask]:
+    """One of each kind, each built once what it reads is there."""
+    source = str(inputs / "predictions/jrc_a.zarr/crop1/mito")
+    kinds: list[tuple[type[BlockTask], DecodeParameters]] = [
+        (ComponentsTask, DecodeParameters(method="cc3d", fill_holes=True)),
+        (ComponentsTask, DecodeParameters(method="threshold", min_size_nm3=1e4)),
+        (MaskTask, DecodeParameters(method="threshold")),
+        (WatershedTask, DecodeParameters(method="watershed", min_distance_nm=80.0)),
+        (AffinitiesTask, DecodeParameters(method="mutex_watershed", halo_nm=80.0)),
+    ]
+    for number, (kind, parameters) in enumerate(kinds):
+        target = out / f"{number}/jrc_a.zarr/crop1/mito"
+        yield kind(source, str(target), "mito", parameters, block_shape=BLOCK)  # type: ignore[call-arg]
+    labels = out / "4"
+    yield from measure_tasks(labels, out / "measures", contacts=[ContactSpec.parse("mito:mito:30")], block=BLOCK)
+    yield from mesh_tasks(labels, out / "meshes", "mito")
+    yield from prediction_tasks(config_of(inputs), [inputs / "net.ckpt"], out / "predicted", device="cpu")
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """Every chunk, table and mesh, by its place; what says where it was made, or how, is not compared."""
+    found = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
+    named = {n: p for n, p in found.items() if "task.json" not in n and not Path(n).name.startswith(".")}
+    return {name: path.read_bytes() for name, path in named.items() if not name.endswith(".json")}
+
+
+@pytest.fixture(scope="module")
+def here(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("here")
+    for task in tasks(inputs, out):
+        assert run_task(task)
+    return results(out)
+
+
+def test_one_of_each_kind_is_compared(inputs: Path, here: dict[str, bytes], tmp_path: Path) -> None:
+    made = tasks(inputs, tmp_path)
+    first = [next(made) for _ in range(5)]
+    assert all(isinstance(task, StitchedTask | MaskTask) for task in first)
+    for task in first:
+        run_task(task)
+    assert {task.kind for task in [*first, *made]} == set(TASK_KINDS)
+    assert any("/s0/" in name for name in here)
+    assert any(name.endswith(".ply") for name in here)
+    assert any(name.startswith("predicted") and "/s0/" in name for name in here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_same_bytes(inputs: Path, here: dict[str, bytes], tmp_path: Path, engine: str) -> None:
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_engine(ENGINES[engine], "cpu"))
+        for task in tasks(inputs, tmp_path):
+            assert run_task(task, opened)
+    found = results(tmp_path)
+    assert set(found) == set(here)
+    assert [name for name in here if here[name] != found[name]] == []
