@@ -104,13 +104,14 @@ def section(found: Mapping[str, Reliability], problems: Sequence[str], share: fl
         "Of the voxels to which the network gives a probability, the share where the class is there: on the dashed "
         "line where probabilities can be taken at their word, below it where the network is too sure. Known voxels "
         f"only, {BINS} bins; bins with fewer than {_LEAST} voxels are not drawn. Expected calibration error (ECE): the "
-        "mean distance from the line over voxels; the second one leaves out voxels below 5 and above 95 %." + partly
+        "mean distance from the line over voxels; unsure: only voxels between 5 and 95 %. Mean p: mean probability."
+        + partly
     )
     body = f'<div class="beside">{_chart(counted, order)}{page.table(heads, rows)}</div>'
     return page.Section("calibration", title, notes + about + body)
 
 
-_HEADS = ("ECE", "ECE, unsure", "unsure voxels", "Brier", "mean probability", "present")
+_HEADS = ("ECE", "unsure ECE", "unsure", "Brier", "mean p", "present")
 
 
 def _any_unsure(reliability: Reliability) -> bool:

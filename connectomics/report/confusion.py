@@ -74,14 +74,15 @@ class Confusion:
             self.known += np.rint(there @ k.T.astype(np.float32)).astype(np.int64)
 
     def add_crop(self, items: Sequence[Item], most_voxels: int) -> float:
-        """Count the items of one crop (those with truth and prediction), on the grid of the coarsest of them.
+        """Count the items of one crop (those with truth and prediction), on the grid of the finest of them.
 
         At most about ``most_voxels`` are looked at, over all classes. Returns the share of the crop that was.
         """
         shown = [i for i in items if i.truth is not None and i.prediction is not None and i.class_name in self.classes]
         if not shown:
             return 1.0
-        grid = min((item.grid for item in shown), key=lambda g: g.size)
+        # a coarser one would sample, and see a prediction with a pattern of every other voxel or not, by chance
+        grid = max((item.grid for item in shown), key=lambda g: g.size)
         looked = 0
         n = len(self.classes)
         for _, block in spread_blocks(grid, most_voxels // len(shown), _BLOCK):
