@@ -13,32 +13,24 @@ input: a file that was damaged, or a library that computes something else, is fo
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-import connectomics
-from connectomics.config import RunConfig, config_from_dict, config_to_dict
-from connectomics.config.heads import channel_names
-from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, WriteError
+from connectomics.config import RunConfig, config_from_dict
+from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError
 
 if TYPE_CHECKING:
     from connectomics.lightning.module import ConnectomicsModule
 
 FORMAT = 1
 SUFFIX = ".pytc"
-_ABOUT, _WEIGHTS, _TEST = "model.json", "weights.safetensors", "test.safetensors"
+ABOUT, WEIGHTS, TEST = "model.json", "weights.safetensors", "test.safetensors"
 _LARGEST_JSON = 1 << 24
-_EDGE = 32  # voxels of the test input along each axis, unless the network needs more
 _TOLERANCE = 1e-3  # of probabilities: other processors sum in another order
 
 
@@ -79,66 +71,9 @@ def is_package(path: str | Path) -> bool:
     """Whether a file looks like a package (and not like a checkpoint, which is a zip too)."""
     try:
         with zipfile.ZipFile(path) as file:
-            return _ABOUT in file.namelist()
+            return ABOUT in file.namelist()
     except (OSError, zipfile.BadZipFile):
         return False
-
-
-def write_package(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    scores: Mapping[str, Any] | None = None,
-    licence: str = "",
-    description: str = "",
-    overwrite: bool = False,
-) -> Package:
-    """Make a package of a checkpoint.
-
-    Args:
-        checkpoint: of `pytc train`; its run folder, where it lies in one, gives the data that it was trained on and its
-            last validation scores.
-        out: the file; it appears in one step.
-        scores: what is known of its quality, for people (``scores.json`` of score, or the summary of evaluate).
-
-    Raises:
-        WriteError: the file is there. What reading the checkpoint raises.
-    """
-    import torch
-    from safetensors.torch import save
-
-    from connectomics.lightning.checkpoints import load_module
-
-    target = Path(out)
-    if target.exists() and not overwrite:
-        raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
-    module = load_module(checkpoint)
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    images = _test_images(module.config)
-    result = _answer(module, [torch.from_numpy(image) for image in images])
-    test = {f"input-{n}": torch.from_numpy(image) for n, image in enumerate(images)} | {"output": result.contiguous()}
-    members = {_WEIGHTS: save(weights), _TEST: save(test)}
-    config = module.config
-    about = {
-        "format": FORMAT,
-        "version": connectomics.__version__,
-        "architecture": config.model.architecture,
-        "classes": list(config.dataset.classes),
-        "channels": list(channel_names(config)),
-        "voxel_size": [float(v) for v in config.dataset.resolution],
-        "normalisation": {"intensity_range": config.data.intensity_range or [0, 255], "output": "sigmoid"},
-        "window": list(config.inference.window or config.data.patch_size),
-        "parameters": sum(p.numel() for p in module.parameters()),
-        "scores": dict(scores or {}),
-        "validation": _validation(Path(checkpoint)),
-        "trained_on": _trained_on(Path(checkpoint)),
-        "licence": licence,
-        "description": description,
-        "config": config_to_dict(config),
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
-    }
-    _write_zip(target, {_ABOUT: json.dumps(about, indent=1).encode(), **members})
-    return Package(target, about)
 
 
 def open_package(path: str | Path) -> Package:
@@ -150,15 +85,15 @@ def open_package(path: str | Path) -> Package:
     file = Path(path)
     if not file.is_file():
         raise MissingError(f"no model package at {file}; make one with `pytc package RUN`")
-    data = _member(file, _ABOUT, _LARGEST_JSON)
+    data = _member(file, ABOUT, _LARGEST_JSON)
     try:
         about = json.loads(data)
         found = int(about["format"])
         needed = {"version", "classes", "voxel_size", "config", "sha256"}
         if lacking := sorted(needed - set(about)):
-            raise CorruptDataError(f"{file}: {_ABOUT} lacks {', '.join(lacking)}; get the file again")
+            raise CorruptDataError(f"{file}: {ABOUT} lacks {', '.join(lacking)}; get the file again")
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptDataError(f"{file}: {_ABOUT} cannot be read ({error!r}); get the file again") from error
+        raise CorruptDataError(f"{file}: {ABOUT} cannot be read ({error!r}); get the file again") from error
     if found > FORMAT:
         raise InputError(
             f"{file} has format {found}, written by version {about['version']}; this version reads up to {FORMAT}: "
@@ -182,7 +117,7 @@ def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig
 
 def package_weights(package: Package) -> dict[str, Any]:
     """The state dictionary (tensors on the CPU); `CorruptDataError` where the sum is not the one that was written."""
-    return _tensors(package, _WEIGHTS)
+    return _tensors(package, WEIGHTS)
 
 
 def check_test(package: Package, module: ConnectomicsModule) -> float:
@@ -190,8 +125,8 @@ def check_test(package: Package, module: ConnectomicsModule) -> float:
 
     Raises `CorruptDataError` where it is above a thousandth: the network does not compute what it computed.
     """
-    test = _tensors(package, _TEST)
-    result = _answer(module, [test[name] for name in sorted(n for n in test if n.startswith("input-"))])
+    test = _tensors(package, TEST)
+    result = answer(module, [test[name] for name in sorted(n for n in test if n.startswith("input-"))])
     if result.shape != test["output"].shape:
         raise CorruptDataError(
             f"{package.path}: the network gives {tuple(result.shape)} for the test input, the package holds "
@@ -206,18 +141,9 @@ def check_test(package: Package, module: ConnectomicsModule) -> float:
     return difference
 
 
-def _test_images(config: RunConfig) -> list[np.ndarray]:
-    """(1, 1, d, h, w) float32 in [0, 1] for each view: the middle of a patch is enough, where the network takes it."""
-    generator = np.random.default_rng(0)
-    if config.data.inputs:  # views are fitted to each other by their extents, so these stay whole
-        shapes = [config.data.patch_size, *[view.patch_size for view in config.data.inputs]]
-    else:
-        shapes = [[_EDGE if n % _EDGE == 0 else n for n in config.data.patch_size]]
-    return [generator.random((1, 1, *shape), dtype=np.float32) for shape in shapes]
-
-
-def _answer(module: ConnectomicsModule, images: Sequence[Any]) -> Any:
-    """Probabilities of all channels, also of heads that a configuration does not have written, on the CPU."""
+def answer(module: ConnectomicsModule, images: Sequence[Any]) -> Any:
+    """What a network gives for images: probabilities of all channels, also of heads that a configuration does not have
+    written, float32 on the CPU."""
     import torch
 
     with torch.no_grad():
@@ -254,38 +180,3 @@ def _member(path: Path, name: str, largest: int | None = None) -> bytes:
         if isinstance(error, CorruptDataError):
             raise
         raise CorruptDataError(f"{path} cannot be read as a model package ({error}); get the file again") from error
-
-
-def _write_zip(target: Path, members: Mapping[str, bytes]) -> None:
-    part = target.with_name(f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-            for name, data in members.items():
-                # a fixed date: the same model gives the same bytes
-                file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-        part.replace(target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WriteError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
-        ) from error
-
-
-def _trained_on(checkpoint: Path) -> list[str]:
-    """``dataset/crop`` of what was trained on, as far as the run's folder says."""
-    from connectomics.data.splits import Split
-
-    file = checkpoint.resolve().parent.parent / "split.yaml"
-    return [str(key) for key in Split.load(file).train] if file.is_file() else []
-
-
-def _validation(checkpoint: Path) -> dict[str, float]:
-    """The last value of every ``val/`` metric in the run's table."""
-    file = checkpoint.resolve().parent.parent / "metrics.csv"
-    found: dict[str, float] = {}
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as table:
-            for row in csv.DictReader(table):
-                found |= {k: float(v) for k, v in row.items() if k.startswith("val/") and v}
-    return found

@@ -14,7 +14,8 @@ import connectomics
 from connectomics.cli import main
 from connectomics.errors import CorruptDataError, InputError, MissingError, WriteError
 from connectomics.lightning.checkpoints import load_module
-from connectomics.lightning.package import open_package, write_package
+from connectomics.lightning.package import open_package
+from connectomics.lightning.packing import write_package
 from tests.inference.test_predict_crops import config_of, root, save_checkpoint  # noqa: F401  (root is a fixture)
 
 
