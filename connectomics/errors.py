@@ -61,7 +61,11 @@ class WriteError(ConnectomicsError, OSError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that looks most like ``name``, or None if none comes close."""
-    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    names = [str(k) for k in known]
+    found = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    if not found:  # sgd is SGD
+        lower = {k.lower(): k for k in names}
+        found = [lower[k] for k in difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)]
     return found[0] if found else None
 
 
@@ -73,6 +77,6 @@ def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") ->
     names = sorted(str(k) for k in known)
     close = nearest(name, names)
     place = f" in {where}" if where else ""
-    hint = f"; did you mean {close!r}?" if close else ""
+    hint = f"; did you mean {close!r}?" if close else "."
     shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
     return UnknownNameError(f"unknown {what} {name!r}{place}{hint} Known: {shown or 'none'}")
