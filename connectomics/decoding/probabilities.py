@@ -11,10 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError
+from connectomics.io.location import StoreOptions
 from connectomics.io.multiscale import Multiscale
 
 #: how probabilities are stored: value/255, or as they are
 DTYPES = (np.dtype(np.uint8), np.dtype(np.float16))
+
+# Blocks are read one after the other and a chunk comes again only in the halo of another block: decoded chunks that are
+# kept would fill up slowly, the more the larger the volume, and save next to nothing.
+_NOT_KEPT = StoreOptions(cache_bytes=0)
 
 
 def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
@@ -67,9 +72,11 @@ def unit_of(dtype: np.dtype[Any]) -> float:
 def open_probabilities(location: str) -> Multiscale:
     """The multiscale group at ``location``, checked to hold probabilities: uint8 (value/255) or float16, not empty.
 
+    It is to be read in blocks: no decoded chunks are kept between them.
+
     Raises `InputError`, and what `Multiscale.open` raises.
     """
-    source = Multiscale.open(location)
+    source = Multiscale.open(location, _NOT_KEPT)
     level = source.levels[0]
     if level.dtype not in DTYPES or level.grid.size == 0:
         raise InputError(
