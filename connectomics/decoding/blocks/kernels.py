@@ -8,6 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.kernels import add_voxel
+
 
 @numba.njit(cache=True, nogil=True)
 def measure(
@@ -34,21 +36,9 @@ def measure(
                 if label == 0:
                     continue
                 k = np.int64(label) - 1
-                gx = x + begin[2]
                 if sizes[k] == 0:
                     first[k] = row + x
-                    boxes[k, 0], boxes[k, 1], boxes[k, 2] = gz, gy, gx
-                    boxes[k, 3], boxes[k, 4], boxes[k, 5] = gz, gy, gx
-                else:
-                    boxes[k, 1] = min(boxes[k, 1], gy)
-                    boxes[k, 2] = min(boxes[k, 2], gx)
-                    boxes[k, 3] = gz  # z only grows
-                    boxes[k, 4] = max(boxes[k, 4], gy)
-                    boxes[k, 5] = max(boxes[k, 5], gx)
-                sizes[k] += 1
-                sums[k, 0] += gz
-                sums[k, 1] += gy
-                sums[k, 2] += gx
+                add_voxel(k, gz, gy, x + begin[2], sizes, boxes, sums)
 
 
 @numba.njit(cache=True, nogil=True)
