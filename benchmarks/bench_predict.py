@@ -1,12 +1,14 @@
 """Prediction from Zarr to Zarr against the bare forward passes of the same windows, already in memory, in one run.
 
     python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--block 64] [--rounds 3]
-        [--device cpu] [--precision 32] [--features 8]
+        [--device cpu] [--precision 32] [--network unet|mednext] [--features 8] [--channels-last] [--compile] [--monai]
+    python benchmarks/bench_predict.py --gpu      # MedNeXt-S in bf16 on a GPU, MONAI's inferer beside it
 
 A task (`run_predict_task`: reading and scaling raw, windows, blending, blocks, compressing and storing) and a loop that
 only calls the same U-Net on as many windows of the same shape take turns in one process. Printed: the median over the
 rounds of (seconds of the loop) / (seconds of the task), which is 1 where everything but the network costs nothing, and
-the voxels a second that go through the network and that come out.
+the voxels a second that go through the network and that come out. ``--monai``: the same network and raw, in memory from
+the start, through MONAI's SlidingWindowInferer, all on the device.
 """
 
 from __future__ import annotations
@@ -23,15 +25,25 @@ import numpy as np
 CLASSES = ("mito", "er")
 
 
-def small_unet(features: int, device: str) -> Any:
-    """A U-Net of MONAI's with a sigmoid behind it, seeded, in evaluation mode."""
+def network_of(options: argparse.Namespace) -> Any:
+    """A network with a sigmoid behind it, seeded, in evaluation mode: a U-Net of MONAI's, or MedNeXt-S."""
     import torch
     from monai.networks.nets import BasicUNet
 
     torch.manual_seed(0)
-    widths = (features, features, 2 * features, 4 * features, 8 * features, features)
-    net = BasicUNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES), features=widths)
-    return torch.nn.Sequential(net, torch.nn.Sigmoid()).eval().to(device)
+    net: Any
+    if options.network == "mednext":
+        from connectomics.models.registry import build_model
+
+        net = build_model("mednext", 1, len(CLASSES), patch_size=[options.window] * 3, options={"mednext_size": "S"})
+    else:
+        n = options.features
+        widths = (n, n, 2 * n, 4 * n, 8 * n, n)
+        net = BasicUNet(spatial_dims=3, in_channels=1, out_channels=len(CLASSES), features=widths)
+    network = torch.nn.Sequential(net, torch.nn.Sigmoid()).eval().to(options.device)
+    if options.channels_last:
+        network = network.to(memory_format=torch.channels_last_3d)
+    return torch.compile(network) if options.compile else network
 
 
 def make_raw(folder: Path, size: int) -> tuple[str, Any]:
@@ -67,6 +79,29 @@ def seconds_of_forwards(network: Any, windows: np.ndarray, count: int, options: 
     return time.perf_counter() - begin
 
 
+def seconds_of_monai(network: Any, raw: str, grid: Any, options: argparse.Namespace) -> float:
+    """MONAI's inferer over the whole array, which is in memory already."""
+    import contextlib
+
+    import torch
+    from monai.inferers import SlidingWindowInferer
+
+    from connectomics.io.multiscale import Multiscale
+
+    values = torch.from_numpy(Multiscale.open(raw).read_raw(grid)[0] / 255)[None, None].to(options.device)
+    inferer = SlidingWindowInferer((options.window,) * 3, options.batch, options.overlap, mode="gaussian")
+    mixed: Any = contextlib.nullcontext()
+    if options.precision != "32":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[options.precision]
+        mixed = torch.autocast(torch.device(options.device).type, dtype=dtype)
+    _wait(options.device)
+    begin = time.perf_counter()
+    with torch.inference_mode(), mixed:
+        inferer(values, network)
+    _wait(options.device)
+    return time.perf_counter() - begin
+
+
 def _wait(device: str) -> None:
     import torch
 
@@ -85,16 +120,32 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="32", choices=("32", "bf16", "fp16"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--network", default="unet", choices=("unet", "mednext"))
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--monai", action="store_true", help="MONAI's SlidingWindowInferer beside it")
+    parser.add_argument(
+        "--gpu", action="store_true", help="MedNeXt-S, bf16, 512^3, windows of 128, blocks of 256, MONAI"
+    )
     options = parser.parse_args()
+    if options.gpu:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("no GPU here: nothing was measured")
+            return
+        options.device, options.network, options.precision, options.monai = "cuda", "mednext", "bf16", True
+        options.size, options.window, options.block, options.batch = 512, 128, 256, 8
+        options.channels_last = True
 
     from connectomics.inference.task import PredictTask, run_predict_task
 
-    network = small_unet(options.features, options.device)
+    network = network_of(options)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         raw, grid = make_raw(folder, options.size)
         windows = np.random.default_rng(1).random((options.batch, *(options.window,) * 3), dtype=np.float32)
-        pairs = []
+        pairs, monai = [], list[float]()
         for turn in range(-1, options.rounds):  # the first one warms up
             task = PredictTask(
                 raw=raw, output=str(folder / f"out{turn}.zarr" / "crop1"), classes=CLASSES,
@@ -109,16 +160,25 @@ def main() -> None:
             ours = time.perf_counter() - begin
             if turn >= 0:
                 pairs.append((bare, ours))
+                if options.monai:
+                    monai.append(seconds_of_monai(network, raw, grid, options))
     ratio = median(bare / ours for bare, ours in pairs)
     bare, ours = (median(values) for values in zip(*pairs, strict=True))
+    changed = ", channels last" * options.channels_last + ", compiled" * options.compile
     print(
-        f"{options.size}^3, window {options.window}, overlap {options.overlap}, blocks {options.block} "
-        f"({plan.blocks}), {options.device}, precision {options.precision}, median of {options.rounds}\n"
+        f"{options.network}{changed}, {options.size}^3, window {options.window}, overlap {options.overlap}, "
+        f"blocks {options.block} ({plan.blocks}), {options.device}, precision {options.precision}, "
+        f"median of {options.rounds}\n"
         f"bare forward passes {bare:.2f} s, task {ours:.2f} s: {ratio:.3f} of the bare rate "
         f"(rounds: {', '.join(f'{b / o:.3f}' for b, o in pairs)})\n"
         f"{plan.voxels / ours / 1e6:.2f} Mvoxel/s through the network, {grid.size / ours / 1e6:.2f} Mvoxel/s written; "
         f"planned memory {plan.bytes / 1e6:.0f} MB"
     )
+    if monai:
+        print(
+            f"MONAI's SlidingWindowInferer, raw in memory, nothing stored: {median(monai):.2f} s, "
+            f"{grid.size / median(monai) / 1e6:.2f} Mvoxel/s"
+        )
 
 
 if __name__ == "__main__":
