@@ -18,6 +18,7 @@ SHARE = 0.1
 POOR = 0.5
 #: What can have become of objects that are not simply matched, worst first.
 KINDS = ("missed", "invented", "merged", "split", "poor")
+_SLAB = 1 << 20  # voxels at a time
 _MOST = 200_000  # objects and pairs that are kept, which bounds memory
 
 
@@ -59,8 +60,11 @@ class Objects:
             self.whole = False
             return
         start = np.asarray(tuple(begin), np.float64)
-        for labels, sums in ((true, self.truth), (found, self.found)):
-            _add_places(np.where(known, labels, 0), start, sums)
+        layers = max(1, _SLAB // max(1, known[0].size))
+        for first in range(0, len(known), layers):  # the indices of all voxels of a block would take 60 bytes a voxel
+            part = slice(first, first + layers)
+            for labels, sums in ((true, self.truth), (found, self.found)):
+                _add_places(np.where(known[part], labels[part], 0), start + np.array((first, 0, 0)), sums)
         for t, p, n in zip(*(v.tolist() for v in pair_counts(true, found, known)), strict=True):
             if t and p:
                 self.pairs[t, p] = self.pairs.get((t, p), 0) + n

@@ -370,6 +370,7 @@ def test_parameters_are_short_text() -> None:
     )
 
 
+@pytest.mark.slow
 @needs_browser
 def test_a_browser_draws_the_page_with_its_labels(found: Inspection, tmp_path: Path) -> None:
     from PIL import Image

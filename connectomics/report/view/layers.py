@@ -116,6 +116,11 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
             raise unknown_name("data set", sources.dataset, of_root | of_results)
         return sources.dataset
     names = sorted(of_results or of_root)  # what was predicted says which of a root's many data sets is meant
+    if not names:
+        places = [str(place) for place in (sources.data_root, sources.predictions, sources.labels) if place is not None]
+        raise MissingError(
+            f"no data set in {', '.join(places)}: expected folders NAME.zarr, as predict and decode write"
+        )
     if len(names) != 1:
         raise InputError(f"there are several data sets ({', '.join(names[:8])}): name one with --dataset")
     return names[0]
@@ -131,13 +136,16 @@ def _of_root(found: Layers, catalog: Catalog, sources: ViewSources) -> list[Voxe
         found.layers.append(Layer("raw", "raw", "files/raw"))
     names = catalog.crop_names(found.dataset)
     wanted = _chosen("crop", sources.crops, names)
-    grids = []
+    grids, there = [], set[str]()
     for name in wanted:
         crop = catalog.crop(found.dataset, name)
+        there |= set(crop.labels)
         classes = _chosen("class", sources.classes, sorted(crop.labels), missing_is_fine=len(wanted) > 1)
         grids.append(crop.grid)
         for number, class_name in enumerate(classes):
             _add_truth(found, crop, class_name, COLOURS[number % len(COLOURS)], visible=name == wanted[0])
+    if sources.predictions is None and sources.labels is None:  # in which a class may be that has no truth
+        _chosen("class", sources.classes, sorted(there))
     return grids
 
 

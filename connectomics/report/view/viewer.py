@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from connectomics.errors import MissingError
+from connectomics.errors import InputError, MissingError
 from connectomics.io.store import is_s3
 from connectomics.report.view.layers import Layer, Layers
 from connectomics.report.view.server import LOOPBACK, VolumeServer
@@ -70,7 +70,10 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
         import neuroglancer
     except ImportError as error:
         raise MissingError("neuroglancer is not installed: pip install 'connectomics[view]'") from error
-    server = VolumeServer(layers.roots, layers.made, address)
+    try:
+        server = VolumeServer(layers.roots, layers.made, address)
+    except OSError as error:  # a name that is none, an address of another machine
+        raise InputError(f"cannot serve at {address}: {error.strerror}; give an address of this machine") from error
     state = state_of(layers, server.url)
     neuroglancer.set_server_bind_address(address, port)
     viewer = neuroglancer.Viewer()
