@@ -62,9 +62,10 @@ class Confusion:
         for begin in range(0, truth.shape[1], _PIECE):
             t, k, p = (v[:, begin : begin + _PIECE] for v in (truth, known, found))
             t = t & k
-            background = k.all(axis=0, keepdims=True) & ~t.any(axis=0, keepdims=True)
+            background = np.asarray(k.all(axis=0, keepdims=True) & ~t.any(axis=0, keepdims=True))
+            nothing = np.asarray(~p.any(axis=0, keepdims=True))
             self.empty_known += int(np.count_nonzero(background))
-            there, called, none, empty = (_bits(v) for v in (t, p, ~p.any(axis=0, keepdims=True), background))
+            there, called, none, empty = (_bits(v) for v in (t, p, nothing, background))
             unsaid, knows = _bits(p & k & ~t), _bits(k)
             self.right += _ones(there & called)
             self.there += _ones(there)
