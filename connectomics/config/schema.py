@@ -64,6 +64,7 @@ class ModelConfig:
     deep_supervision: bool = False
     fusion: str = "encoder"  # how data.inputs come in: encoder (of their own, registered) | channels (stacked)
     options: dict[str, Any] = field(default_factory=dict)  # handed to the network's constructor
+    weights: str | None = None  # begin with those of this checkpoint or package, as far as shapes are the same
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
@@ -185,7 +186,7 @@ class InferenceConfig:
     uncertainty: str = "none"  # none | variance (over tta and checkpoints) | entropy | dropout
     dropout_samples: int = 8  # passes with dropout on, for uncertainty=dropout
     skip_empty: bool = True  # predict: windows of constant raw (padding) or without raw are not run and give 0
-    mask: str | None = None  # predict: windows where this label volume is 0 are not run; a path, or one in {dataset}.zarr
+    mask: str | None = None  # predict: not run where this label volume is 0; a path, or one in {dataset}.zarr
     dtype: str = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)
     pyramid: bool = False  # predict: coarser levels too, for looking at
     channels_last: bool | None = None  # memory format of the network; None: on a GPU with mixed precision

@@ -109,7 +109,7 @@ def train(
     import pytorch_lightning as pl
     import torch
 
-    from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.checkpoints import begin_with, check_resumable
     from connectomics.lightning.environment import save_environment
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
@@ -127,6 +127,8 @@ def train(
         module.only_a_look = fast_dev_run
         if checkpoint is not None:
             check_resumable(checkpoint, module)
+        elif config.model.weights is not None:
+            begin_with(config.model.weights, module)
         if not fast_dev_run and is_first_process():
             save_config(config, folder / "config.yaml")
             save_environment(folder)
