@@ -1,0 +1,75 @@
+"""Memory of the decoders that read blocks with a halo: what a block needs, whatever the volume."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.geometry import VoxelGrid
+from connectomics.io.write import create_multiscale
+from tests.decoding.affinity_kit import OFFSETS, write_prediction
+
+# One process decodes a volume, and then one that is stored in 20 MB more; kernels and imports are there by then.
+# Resident memory at its peak is read from /proc, as ru_maxrss would count the parent.
+MEASURE = """
+import re, sys
+from connectomics.decoding.affinities.task import AffinitiesTask
+from connectomics.decoding.blocks.labels_task import objects_of
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.tasks import run_task
+
+method, *places = sys.argv[1:]
+kind = WatershedTask if method == "watershed" else AffinitiesTask
+for number, source in enumerate(places):
+    chosen = DecodeParameters(method=method, **({"max_depth_nm": 64.0} if method == "watershed" else {}))
+    task = kind(source, f"{source}.out/d.zarr/c/mito", "mito", chosen, (64, 128, 128))
+    run_task(task)
+    print(objects_of(task), re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+
+
+def balls(shape):
+    """Balls of 12 voxels' radius in cells of 32, which none leaves."""
+    z, y, x = np.ogrid[tuple(slice(n) for n in shape)]
+    inside = (z % 32 - 16) ** 2 + (y % 32 - 16) ** 2 + (x % 32 - 16) ** 2 < 144
+    cells = [-(-n // 32) for n in shape]
+    number = (z // 32 * cells[1] + y // 32) * cells[2] + x // 32 + 1
+    return np.where(inside, number, 0).astype(np.uint32)
+
+
+def write_probabilities(folder, ids):
+    place = folder / "d.zarr" / "c" / "mito"
+    about = {"artefact": "probability", "class_name": "mito", "complete": True}
+    grid = VoxelGrid((8, 8, 8), (0, 0, 0), ids.shape)
+    (writer,) = create_multiscale(place, [grid], np.dtype(np.uint8), attrs={"connectomics": about})
+    writer.write((0, 0, 0), np.where(ids > 0, 255, 0).astype(np.uint8))
+    return str(place)
+
+
+def write_affinities(folder, ids):
+    return write_prediction(folder, np.where(ids > 0, 255, 0).astype(np.uint8), affinities_of(ids, OFFSETS), OFFSETS)
+
+
+@pytest.mark.parametrize(
+    ("method", "write", "shapes"),
+    [
+        ("watershed", write_probabilities, [(192, 128, 128), (1536, 128, 128)]),
+        ("mutex_watershed", write_affinities, [(192, 64, 64), (704, 64, 64)]),
+    ],
+)
+def test_a_volume_of_many_more_chunks_takes_no_more_memory(tmp_path, method, write, shapes):
+    """Both have a block with neighbours on both sides along z, and none along y and x, so blocks read as much."""
+    stored, places = [], []
+    for number, shape in enumerate(shapes):
+        places.append(write(tmp_path / str(number), balls(shape)))
+        stored.append(np.prod(shape) * (1 + len(OFFSETS) * (method == "mutex_watershed")))
+    assert stored[1] - stored[0] > 20e6
+    command = [sys.executable, "-c", MEASURE, method, *places]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert [int(n) for n in out[::2]] == [np.prod(shape) // 32**3 for shape in shapes]
+    assert (int(out[3]) - int(out[1])) * 1024 < 12e6  # half of what there is to keep; seen: 4 to 7
