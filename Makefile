@@ -11,10 +11,10 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all bench lint clean help
+.PHONY: install demo test test-all bench lint docs clean help
 
 help:
-	@echo "make install | demo | test | test-all | bench | lint | clean"
+	@echo "make install | demo | test | test-all | bench | lint | docs | clean"
 
 install: $(STAMP)
 
@@ -43,5 +43,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# site/index.html: any page without a place, any link or anchor that leads nowhere is an error
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --site-dir site
+
 clean:
-	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) outputs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

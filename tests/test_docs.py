@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
 MAKE = {"make demo", "make test"}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(file: Path) -> list[str]:
@@ -49,20 +51,88 @@ def test_the_guide_runs(place: Path) -> None:
 
 def test_other_pages_have_no_command_that_is_not_run() -> None:
     guide = set(commands(ROOT / "docs/guide.md"))
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in PAGES:
         unknown = [c for c in commands(page) if c not in guide | MAKE]
         assert unknown == [], page.name
 
 
 def test_make_has_the_targets() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in ("install", "demo", "test", "test-all", "bench", "lint", "clean"):
+    for target in ("install", "demo", "test", "test-all", "bench", "lint", "docs", "clean"):
         assert re.search(rf"^{target}:", makefile, re.M)
     assert "make test" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda p: p.name)
+def anchors(page: Path) -> set[str]:
+    """What a link may name after its #, as Python-Markdown makes it of headings."""
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    titles = re.findall(r"^#+ (.+)$", prose, re.M)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path, _, anchor = target.partition("#")
+        other = page.parent / path if path else page
+        assert other.exists(), target
+        assert not anchor or anchor in anchors(other), target
+
+
+def test_every_page_has_its_place_in_the_site() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    listed = re.findall(r"([\w/-]+\.md)$", nav, re.M)
+    assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in PAGES[1:])
+
+
+def test_the_reference_names_modules_that_are_there() -> None:
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M):
+            place = ROOT / name.replace(".", "/")
+            assert name == "connectomics.load_model" or place.with_suffix(".py").exists(), name
+
+
+def messages() -> str:
+    """Every text of the code, `…` for what is filled in."""
+    texts = []
+    for file in (ROOT / "connectomics").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts).replace("`", "'")
+
+
+def test_troubleshooting_has_the_messages_of_the_code() -> None:
+    said = re.findall(r"^### `(.+)`$", (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8"), re.M)
+    texts = messages()
+    assert len(said) > 20
+    assert [m for m in said if not re.search(re.escape(m).replace("…", "[^\n]*?"), texts)] == []
+
+
+@pytest.mark.slow
+def test_the_site_is_built_of_itself(tmp_path: Path) -> None:
+    """Strictly: no page without a place, no link or anchor into nothing; and nothing is loaded from elsewhere."""
+    pytest.importorskip("material", reason="the site needs pip install 'connectomics[docs]'")
+    pytest.importorskip("mkdocstrings", reason="the site needs pip install 'connectomics[docs]'")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert built.returncode == 0, built.stdout[-3000:] + built.stderr[-3000:]
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(pages) >= len(PAGES) - 1
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(https?:[^\" >]+)", text)
+        loaded += re.findall(r"<link[^>]+rel=\"?(?:stylesheet|preconnect|icon)\"?[^>]+href=\"?(https?:[^\" >]+)", text)
+        assert loaded == [], page
+    reference = (tmp_path / "site/reference/geometry.html").read_text(encoding="utf-8")
+    assert "VoxelGrid" in reference
+    assert "covering" in reference
