@@ -1,7 +1,7 @@
 """Instances from affinities: rate and memory in memory and block by block, and how far the two differ.
 
     python benchmarks/bench_affinities.py [--shape 256 256 256] [--block 192] [--noise 0.03] [--library] [--folder DIR]
-    python benchmarks/bench_affinities.py --memory [--block 64]
+    python benchmarks/bench_affinities.py --memory [--block 128] [--method mutex_watershed]
 
 The volume holds balls that touch along flat faces (Voronoi cells of jittered points, cut off at 16 voxels), half of
 it foreground. Its nine affinities (1, 3 and 9 voxels along each axis, uint8) are the true ones under noise: all vary by
@@ -11,7 +11,9 @@ array in memory, then the task from Zarr to Zarr, each in a process of its own, 
 each other and from the truth (variation of information in bits; share of neighbouring voxels that one has in one
 object and the other in two). ``--library`` adds mwatershed on the same array (about 450 bytes a voxel).
 
-``--memory``: peaks of the task for 192^3 and for 192 x 288 x 384 voxels, in blocks of 64 (three and more an axis).
+``--memory``: peaks of the task for 512^3 and for 1536 x 1024 x 1024 voxels with about the same number of objects: balls
+everywhere in and around one block that has neighbours on all sides, the same in both volumes, and `SCATTERED` others at
+random, so that most blocks have something to do. Where no ball is near, the affinities are zero.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +34,16 @@ Index = tuple[int, int, int]
 OFFSETS = np.array([[reach * (axis == k) for axis in range(3)] for reach in (1, 3, 9) for k in range(3)])
 SPACING, RADIUS = 32, 16  # voxels between the points, and of a ball
 MARGIN = 9  # the longest offset
+CHUNK = 64
+SCATTERED = 300  # balls
 METHODS = ("mutex_watershed", "agglomeration")
 
 
-def truth(begin: Index, shape: Index, whole: Index) -> np.ndarray:
-    """The instances (uint32) of a part of the volume; voxels outside the volume are background."""
+def truth(begin: Index, shape: Index, whole: Index, full: int | None = None) -> np.ndarray:
+    """The instances (uint32) of a part of the volume; voxels outside the volume are background.
+
+    With ``full``, only the balls around the second block (along each axis) of so many voxels, and `SCATTERED` others.
+    """
     low = np.asarray(begin) // SPACING - 1
     high = (np.asarray(begin) + shape) // SPACING + 1
     nearest, ids = np.full(shape, np.float32(RADIUS**2)), np.zeros(shape, np.uint32)
@@ -43,6 +51,8 @@ def truth(begin: Index, shape: Index, whole: Index) -> np.ndarray:
     axes = [np.arange(b, b + n, dtype=np.float32) for b, n in zip(begin, shape, strict=True)]
     for cell in np.ndindex(*(high - low + 1)):
         place = low + cell
+        if full is not None and not _kept(whole, full)[tuple(place + 2)]:
+            continue
         jitter = np.random.default_rng([*(place + 10).tolist()]).uniform(-0.3, 0.3, 3)
         center = (place + 0.5 + jitter) * SPACING
         part = tuple(
@@ -60,8 +70,16 @@ def truth(begin: Index, shape: Index, whole: Index) -> np.ndarray:
     return ids
 
 
-def write_volume(location: Path, shape: Index, noise: float) -> None:
-    """The probabilities of the class and its affinities, block by block."""
+@lru_cache(maxsize=1)
+def _kept(whole: Index, full: int) -> np.ndarray:
+    """Whether there is a ball in a cell where there are few; the first entry stands for cell -2."""
+    kept = np.random.default_rng(0).random(np.asarray(whole) // SPACING + 6) < SCATTERED * SPACING**3 / np.prod(whole)
+    kept[(slice((full - 32) // SPACING + 2, (2 * full + 32) // SPACING + 2),) * 3] = True
+    return kept
+
+
+def write_volume(location: Path, shape: Index, noise: float, full: int | None = None) -> None:
+    """The probabilities of the class and its affinities, block by block; ``full``: see `truth`."""
     from connectomics.decoding.affinities.segment import affinities_of
     from connectomics.geometry import VoxelGrid
     from connectomics.io.write import create_multiscale, ensure_group
@@ -75,13 +93,17 @@ def write_volume(location: Path, shape: Index, noise: float) -> None:
         ours = {**about, "artefact": "affinity", "offset": offset.tolist(), "offset_nm": (8.0 * offset).tolist()}
         place = location / "affinities" / str(k)
         channels.append(create_multiscale(place, [grid], np.uint8, attrs={"connectomics": ours})[0])
-    for begin, block in grid.blocks((192,) * 3):
+    for begin, block in grid.blocks((192 if full is None else CHUNK,) * 3):
         z, y, x = (b - MARGIN for b in begin)
         d, h, w = (n + 2 * MARGIN for n in block.shape)
-        ids = truth((z, y, x), (d, h, w), shape)
+        ids = truth((z, y, x), (d, h, w), shape, full)
         core = tuple(slice(MARGIN, MARGIN + n) for n in block.shape)
         rng = np.random.default_rng(list(begin))
         writer.write(begin, np.where(ids[core] > 0, 255, 0).astype(np.uint8))
+        if full is not None and not ids.any():
+            for channel in channels:
+                channel.write(begin, np.zeros(block.shape, np.uint8))
+            continue
         for k, channel in enumerate(channels):
             exact = affinities_of(ids, OFFSETS[k : k + 1])[0][core]
             wrong = rng.integers(0, 10_000, block.shape, np.uint16) < 10_000 * noise
@@ -185,10 +207,10 @@ def _apart(what: str, *arguments: object) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 
 
-def _paint(folder: Path, shape: Index, noise: float) -> Path:
+def _paint(folder: Path, shape: Index, noise: float, full: int | None = None) -> Path:
     place = folder / "x".join(map(str, shape)) / "d.zarr" / "c" / "mito"
     if not place.exists():
-        write_volume(place, shape, noise)
+        write_volume(place, shape, noise, full)
     return place
 
 
@@ -203,7 +225,8 @@ def _show_difference(text: str, found: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 256), help="voxels, z y x")
-    parser.add_argument("--block", type=int, default=None, help="voxels along an edge; 192, with --memory 64")
+    parser.add_argument("--block", type=int, default=None, help="voxels along an edge; 192, with --memory 128")
+    parser.add_argument("--method", choices=METHODS, nargs="+", default=METHODS)
     parser.add_argument("--noise", type=float, default=0.03, help="share of affinities that are wrong")
     parser.add_argument("--library", action="store_true", help="mwatershed beside it")
     parser.add_argument("--memory", action="store_true", help="peaks for two volumes")
@@ -218,15 +241,16 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        shapes: list[Index] = [(192, 192, 192), (192, 288, 384)] if options.memory else [tuple(options.shape)]
-        block = options.block or (64 if options.memory else 192)
+        shapes: list[Index] = [(512, 512, 512), (1536, 1024, 1024)] if options.memory else [tuple(options.shape)]
+        block = options.block or (128 if options.memory else 192)
+        full = block if options.memory else None
         tiny = _paint(folder, (48, 48, 48), options.noise)
-        for method in METHODS:
+        for method in options.method:
             _apart("blocks", tiny, folder / "tiny" / "d.zarr" / "c" / "mito", method, 32)  # compiles
         for shape in shapes:
-            source, voxels = _paint(folder, shape, options.noise), np.prod(shape) / 1e6
+            source, voxels = _paint(folder, shape, options.noise, full), np.prod(shape) / 1e6
             print("x".join(map(str, shape)), flush=True)
-            for method in METHODS:
+            for method in options.method:
                 out, file = folder / "out" / "d.zarr" / "c" / "mito", folder / "whole.npy"
                 row = _apart("blocks", source, out, method, block)
                 print(
