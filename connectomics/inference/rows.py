@@ -46,10 +46,23 @@ def planned_reads(
         row = (begin[:2], shape[:2], begin[2])
         columns = range(max(x.start, next_column), x.stop)
         next_column = max(next_column, x.stop)
-        if columns:
-            end = lattice.starts[2][columns[-1]] + lattice.window[2]
-            yield from _slabs(lattice, z, y, max(read, lattice.starts[2][columns[0]]), end, inside)
+        for group in groups(lattice, columns):
+            end = lattice.starts[2][group[-1]] + lattice.window[2]
+            yield from _slabs(lattice, z, y, max(read, lattice.starts[2][group[0]]), end, inside)
             read = end
+
+
+def groups(lattice: WindowLattice, columns: range) -> Iterator[range]:
+    """Windows' numbers along x, cut so that those of a group see no more than two windows' width of raw: so much of it
+    is held at once, whatever the block's size."""
+    starts, most = lattice.starts[2], 2 * lattice.window[2]
+    first = columns.start
+    for number in columns:
+        if starts[number] + lattice.window[2] - starts[first] > most:
+            yield range(first, number)
+            first = number
+    if columns:
+        yield range(first, columns.stop)
 
 
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -160,12 +173,13 @@ class Row:
         """Values of voxels ``x0`` to ``x1``; sums from ``keep`` on are kept for the next region (None: none)."""
         lattice, width = self._lattice, self._lattice.window[2]
         touching = lattice.touching(2, x0, x1)
-        columns = [lattice.starts[2][c] for c in range(max(touching.start, self._next_column), touching.stop)]
+        columns = range(max(touching.start, self._next_column), touching.stop)
         end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
         sums = self._extended(x0, end)
-        if columns:
-            self._fetch(columns[0], columns[-1] + width)
-        self._run(columns, sums, x0)
+        for group in groups(lattice, columns):
+            starts = [lattice.starts[2][c] for c in group]
+            self._fetch(starts[0], starts[-1] + width)
+            self._run(starts, sums, x0)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
         self._sums = None
         following = lattice.starts[2][self._next_column :]
@@ -200,6 +214,7 @@ class Row:
             kept = self._raw[..., begin - self._raw_begin :]
             have = kept.shape[2]
             raw[..., :have] = kept
+            del kept  # it would hold what was there before
         self._raw = None
         for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
             block = self._read(grid)
