@@ -1,0 +1,98 @@
+"""The figures of docs/coordinates.md and docs/score.md, drawn from what the code computes.
+
+``python docs/make_figures.py [OUT]`` writes ``coordinates.png`` and ``score.png`` (default: docs/images).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+from connectomics.geometry import Box, VoxelGrid
+from connectomics.metrics.challenge import score_instance
+from connectomics.report import figures
+
+RAW, LABEL, WRONG = (tuple(c / 255 for c in rgb) for rgb in (figures.TRUTH, figures.PREDICTION, figures.WRONG_OBJECT))
+
+
+def voxels(axis: Axes, grid: VoxelGrid, height: float, color: tuple[float, ...], name: str) -> None:
+    """A row of a grid's voxels along x: faces as boxes, centres as dots."""
+    size = grid.voxel_size[2]
+    for centre in grid.axes()[2]:
+        begin = (centre - size / 2, height - 0.3)
+        axis.add_patch(Rectangle(begin, size, 0.6, facecolor=(*color, 0.25), edgecolor=color))
+        axis.plot(centre, height, "o", color=color, markersize=4)
+    axis.text(-0.6, height, name, ha="right", va="center", fontsize=9)
+
+
+def coordinates(out: Path) -> None:
+    """Raw at 4 nm, its next level, labels at 2 nm; and where labels lie for a reader that takes centres for corners."""
+    world = Box((0.0, 0.0, 0.0), (4.0, 4.0, 24.0))
+    raw, coarse, label = (VoxelGrid.covering(world, (4.0, 4.0, size)) for size in (4.0, 8.0, 2.0))
+    first = label.crop((0, 0, 4), (1, 1, 4))  # 4 voxels of 2 nm over raw voxels 2 and 3
+    shift = first.voxel_size[2] / 2
+    shifted = VoxelGrid(first.voxel_size, (*first.translation[:2], first.translation[2] + shift), first.shape)
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+    voxels(axis, coarse, 3, RAW, f"raw, 8 nm\ntranslation {coarse.translation[2]:g}")
+    voxels(axis, raw, 2, RAW, f"raw, 4 nm\ntranslation {raw.translation[2]:g}")
+    voxels(axis, first, 1, LABEL, f"labels, 2 nm\ntranslation {first.translation[2]:g}")
+    voxels(axis, shifted, 0, WRONG, f"labels, centre\ntaken for a corner:\n{shift:g} nm off")
+    axis.set(xlim=(-0.4, 24.4), ylim=(-0.6, 3.6), xlabel="x, nm (faces are edges, dots are centres)", yticks=[])
+    axis.set_xticks(np.arange(0, 25, 4))
+    for face in (first.box.begin[2], first.box.end[2]):
+        axis.axvline(face, color=LABEL, linewidth=0.8, linestyle=":")
+    axis.spines[["left", "right", "top"]].set_visible(False)
+    figure.savefig(out / "coordinates.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius: float) -> np.ndarray:
+    """A mask."""
+    return sum((a - c) ** 2 for a, c in zip(np.indices(shape), centre, strict=True)) < radius**2
+
+
+def score(out: Path) -> None:
+    """Two true objects and five predictions of them, with the score that the code gives each."""
+    shape, voxel = (24, 48, 80), (8.0, 8.0, 8.0)
+    left, right = ball(shape, (12, 24, 22), 11), ball(shape, (12, 24, 57), 11)
+    cut = np.indices(shape)[2] < 22
+    bridge = np.zeros(shape, bool)
+    bridge[11:14, 22:27, 22:57] = True
+    shrunk = ball(shape, (12, 24, 22), 8), ball(shape, (12, 24, 57), 8)
+    truth = left.astype(np.uint8) + 2 * right
+    cases = {
+        "equal": truth,
+        "too small": shrunk[0].astype(np.uint8) + 2 * shrunk[1],
+        "one missed": left.astype(np.uint8),
+        "one split": (left & cut) + 2 * (left & ~cut) + 3 * right.astype(np.uint8),
+        "merged": (left | right | bridge).astype(np.uint8),
+        "one invented": truth + 3 * ball(shape, (12, 40, 40), 5).astype(np.uint8),
+    }
+    figure, axes = plt.subplots(2, 3, figsize=(8, 3.7))
+    for axis, (name, labels) in zip(axes.flat, cases.items(), strict=True):
+        found = score_instance(labels, truth, voxel)
+        axis.imshow(figures.object_colors(labels[12]))
+        axis.contour(truth[12] > 0, [0.5], colors="white", linewidths=1, linestyles="--")
+        counts = f"tp {found.tp}, fp {found.fp}, fn {found.fn}"
+        f1 = 2 * found.tp / (2 * found.tp + found.fp + found.fn)
+        distance = found.hausdorff_norm_sum / found.n_hausdorff
+        numbers = f"F1 {f1:.2f}, distance {distance:.2f}: {np.sqrt(f1 * distance):.2f}"
+        axis.set_title(f"{name} ({counts})\n{numbers}", fontsize=8)
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(out / "score.png", dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
+    coordinates(target)
+    score(target)
