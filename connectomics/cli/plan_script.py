@@ -33,18 +33,16 @@ def _run(options: argparse.Namespace) -> None:
     from connectomics.errors import InputError
 
     if options.mode == "train":
-        run_verbs.train(options.config, options.overrides, options.checkpoint, None, options.fast_dev_run, False)
+        run_verbs.train(options.config, options.overrides, options.checkpoint, fast_dev_run=options.fast_dev_run)
         return
     if options.checkpoint is None:
         raise InputError(f"--mode {options.mode} needs --checkpoint FILE")
     out = options.out or options.checkpoint.parent.parent
     if options.mode in ("test", "predict"):
-        run_verbs.predict(
-            options.config, options.overrides, [options.checkpoint], out / "predictions", None, None, None, False
-        )
+        run_verbs.predict(options.config, options.overrides, [options.checkpoint], out=out / "predictions")
     if options.mode in ("test", "evaluate"):
         from connectomics.config import load_config
 
         config = load_config(options.config, options.overrides)
-        run_verbs.decode(out / "predictions", out / "labels", options.config, None, options.overrides, False)
-        run_verbs.evaluate(out / "labels", config.dataset.data_root, out / "evaluation.json", None)
+        run_verbs.decode(out / "predictions", out / "labels", options.config, overrides=options.overrides)
+        run_verbs.evaluate(out / "labels", config.dataset.data_root, out / "evaluation.json")
