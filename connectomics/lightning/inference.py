@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
@@ -19,7 +19,7 @@ from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
 from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
-from connectomics.geometry import Box, VoxelGrid, triple
+from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on, symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
@@ -285,13 +285,13 @@ def _tasks(
     for target in targets if targets is not None else targets_of(config):
         raw = catalog.raw_location(target.dataset)
         intensity = Intensity.of(Multiscale.open(raw), config.data.intensity_range)
-        grids = {name: target.grids.get(str(about.get(name, {}).get("class_name", name))) for name in channels}
+        grids = _grids(target, channels, about, triple(config.dataset.resolution, "dataset.resolution"))
         tasks.append(
             NetworkPredictTask(
                 raw=_absolute(raw),
                 output=os.path.abspath(Path(output_dir, f"{target.dataset}.zarr", target.name)),
                 classes=channels,
-                targets={name: grid for name, grid in grids.items() if grid is not None},
+                targets=grids,
                 voxel_size=triple(config.dataset.resolution, "dataset.resolution"),
                 window=(window[0], window[1], window[2]),
                 checkpoint=common_hash(list(modules)),
@@ -317,6 +317,25 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _grids(
+    target: Target, channels: Sequence[str], about: Mapping[str, Mapping[str, Any]], voxel_size: Triple
+) -> dict[str, VoxelGrid]:
+    """The grid of each channel that is written: that of its class.
+
+    A class with affinities is written at the network's voxel size, over the same box, together with these: between
+    voxels of another size a neighbour is no neighbour any more, and nothing could be decoded.
+    """
+    paired = {what["class_name"] for what in about.values() if what["artefact"] == "affinity"}
+    grids = {}
+    for name in channels:
+        owner = str(about.get(name, {}).get("class_name", name))
+        grid = target.grids.get(owner)
+        if grid is not None:
+            same = owner not in paired or grid.voxel_size == voxel_size
+            grids[name] = grid if same else grid.at_voxel_size(voxel_size)
+    return grids
 
 
 def _mask(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
