@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, save_config
 from connectomics.errors import InputError, WriteError
@@ -132,6 +132,7 @@ def train(
         if not fast_dev_run and is_first_process():
             save_config(config, folder / "config.yaml")
             save_environment(folder)
+            (folder / "run.log").touch()
         data = _cellmap_data(config, None if fast_dev_run else folder, progress) if datamodule is None else datamodule
         data.setup("fit")
         validate = len(data.val_dataloader()) > 0
@@ -204,6 +205,14 @@ def _clear_errors(folder: Path) -> Iterator[None]:
         raise
 
 
+class _LateFile(logging.FileHandler):
+    """A log file that is made, with its folder, when there is something to write: a run that is refused leaves none."""
+
+    def _open(self) -> Any:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
 @contextmanager
 def _log_file(path: Path | None) -> Iterator[None]:
     """Also write what is logged (and warned of) to a file, line by line, of the first process."""
@@ -212,8 +221,7 @@ def _log_file(path: Path | None) -> Iterator[None]:
     if path is None or not is_first_process():
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LateFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     places = [logging.getLogger(name) for name in ("connectomics", "pytorch_lightning", "py.warnings")]
     logging.captureWarnings(True)

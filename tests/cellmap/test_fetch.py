@@ -22,6 +22,7 @@ from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io import s3
 from connectomics.io.store import StoreError, StoreOptions
 from tests.s3_server import FaultyProxy, FolderServer, MotoServer
 
@@ -248,3 +249,26 @@ def test_a_crop_table_comes_from_a_url_and_a_broken_one_is_not_kept(
     assert (tmp_path / "crop_table.csv").read_bytes() == kept
     with pytest.raises(MissingError, match="cannot read the crop table"):
         resolve_table(f"{server.endpoint}/public/nowhere.csv", tmp_path)
+
+
+def test_thousands_of_objects_come_through_failures(tmp_path: Path) -> None:
+    """Three thousand objects, one request in fifty failing: each comes once, whole."""
+    for n in range(3000):
+        place = tmp_path / "store" / "a" / str(n // 100) / str(n % 100)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(bytes([n % 251]) * (n % 97 + 1))
+    with FolderServer(tmp_path / "store") as server, FaultyProxy(server.endpoint, share=1 / 50, seed=5) as proxy:
+        listed = s3.objects("public", "a", options_of(server))
+        files = tuple(RemoteFile(key, size, etag.strip('"'), key) for key, size, etag in listed)
+        plan = FetchPlan("s3://public", (FetchItem("a", files),))
+        told: list[tuple[int, int]] = []
+        missing = Missing.below(tmp_path / "root", plan)
+        came = transfer(
+            missing,
+            tmp_path / "root",
+            options_of(proxy),
+            progress=lambda done, number, _, __: told.append((done, number)),
+        )
+    assert (came, missing.number, told[-1]) == (3000, 3000, (3000, 3000))
+    assert files_below(tmp_path / "root") == files_below(tmp_path / "store")
+    assert Missing.below(tmp_path / "root", plan).number == 0
