@@ -19,7 +19,7 @@ from connectomics.inference.windows import WindowLattice
 
 _CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
 _LEAST_CHUNK = 8
-_SUMS = 1 << 29  # bytes; blocks get thinner along x until their sums take no more
+_SUMS = 1 << 28  # bytes; blocks get thinner along x until their sums take no more
 
 
 @dataclass(frozen=True)

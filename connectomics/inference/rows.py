@@ -46,23 +46,10 @@ def planned_reads(
         row = (begin[:2], shape[:2], begin[2])
         columns = range(max(x.start, next_column), x.stop)
         next_column = max(next_column, x.stop)
-        for group in groups(lattice, columns):
-            end = lattice.starts[2][group[-1]] + lattice.window[2]
-            yield from _slabs(lattice, z, y, max(read, lattice.starts[2][group[0]]), end, inside)
+        for start in (lattice.starts[2][c] for c in columns):
+            end = start + lattice.window[2]
+            yield from _slabs(lattice, z, y, max(read, start), end, inside)
             read = end
-
-
-def groups(lattice: WindowLattice, columns: range) -> Iterator[range]:
-    """Windows' numbers along x, cut so that those of a group see no more than two windows' width of raw: so much of it
-    is held at once, whatever the block's size."""
-    starts, most = lattice.starts[2], 2 * lattice.window[2]
-    first = columns.start
-    for number in columns:
-        if starts[number] + lattice.window[2] - starts[first] > most:
-            yield range(first, number)
-            first = number
-    if columns:
-        yield range(first, columns.stop)
 
 
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -176,12 +163,10 @@ class Row:
         columns = range(max(touching.start, self._next_column), touching.stop)
         end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
         sums = self._extended(x0, end)
-        for group in groups(lattice, columns):
-            starts = [lattice.starts[2][c] for c in group]
-            self._fetch(starts[0], starts[-1] + width)
-            self._run(starts, sums, x0)
+        for start in (lattice.starts[2][c] for c in columns):  # raw of one window's width is held, however wide a block
+            self._fetch(start, start + width)
+            self._run(start, sums, x0)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
-        self._sums = None
         following = lattice.starts[2][self._next_column :]
         if keep is None or self._raw is None or not following:
             self._raw = None
@@ -202,6 +187,7 @@ class Row:
         if self._sums is not None:
             carried = self._sums[..., x0 - self._sums_begin :]
             sums[..., : carried.shape[3]] = carried
+            self._sums = None
         return sums
 
     def _fetch(self, begin: int, end: int) -> None:
@@ -225,15 +211,12 @@ class Row:
         self._raw = raw
         self._raw_begin = begin
 
-    def _run(self, columns: Sequence[int], sums: torch.Tensor, x0: int) -> None:
-        """Add the windows that begin at ``columns`` along x to ``sums``, which begin at ``x0``."""
+    def _run(self, start: int, sums: torch.Tensor, x0: int) -> None:
+        """Add the windows that begin at ``start`` along x to ``sums``, which begin at ``x0``."""
         size, forward = self._lattice.window, self._forward
-        batches = [
-            part[first : first + forward.batch_size]
-            for part in (self._wanted(start) for start in columns)
-            for first in range(0, len(part), forward.batch_size)
-        ]
-        grids = [self._lattice.grid.crop(at, size) for batch in batches for at in batch]
+        windows = self._wanted(start)
+        batches = [windows[n : n + forward.batch_size] for n in range(0, len(windows), forward.batch_size)]
+        grids = [self._lattice.grid.crop(at, size) for at in windows]
         ahead = _VIEWS_AHEAD * forward.batch_size * math.prod(size)
         with ExitStack() as stack:
             views = [stack.enter_context(ReadAhead(view.around, grids, ahead)) for view in forward.views]

@@ -111,8 +111,7 @@ def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_
     width = min(extents[2][1], lattice.grid.shape[2]) - begin[2]
     sums = (channels + 1) * shape[0] * shape[1] * (2 * width - shape[2])
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
-    held = [end - start for start, end in extents[:2]]
-    raw = math.prod(held) * min(extents[2][1] - extents[2][0], 2 * lattice.window[2])  # see `rows.groups`
+    raw = math.prod(end - start for start, end in extents[:2]) * lattice.window[2]  # of one column of windows
     results = 2 * channels * math.prod(shape)
     return 4 * (sums + results + raw + 2 * min(raw, SLAB) + min(raw, AHEAD) + batch)
 

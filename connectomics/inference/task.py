@@ -33,6 +33,7 @@ from connectomics.inference.augmented import (
     Symmetry,
     require_unchanged,
     symmetries,
+    turns_of,
 )
 from connectomics.inference.batching import MOST_ON_CPU
 from connectomics.inference.layout import Layout
@@ -163,6 +164,7 @@ class PredictTask(BlockTask):
             *((sizes, "a further input of") for view in self.views for sizes in view),
         ]:
             require_unchanged(chosen, sizes, what)
+        turns_of(chosen, [self.about.get(name, {}) for name in self.classes])  # affinities without a counterpart
         samples = self.dropout_samples
         if samples < 2 if self.uncertainty == "dropout" else samples != 0:
             raise InputError(
