@@ -104,4 +104,7 @@ def voxel_size_of(text: str) -> tuple[float, float, float]:
         sizes = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise InputError(f"--voxel-size must be one number or three (z,y,x) in nm, found {text!r}") from error
-    return triple(sizes * 3 if len(sizes) == 1 else sizes, "--voxel-size")
+    size = triple(sizes * 3 if len(sizes) == 1 else sizes, "--voxel-size")
+    if not min(size) > 0:
+        raise InputError(f"--voxel-size must be above 0 nm, found {text}")
+    return size

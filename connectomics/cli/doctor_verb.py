@@ -27,8 +27,14 @@ def doctor(
       pytc doctor --at /scratch --s3 public
     """
     from connectomics.cellmap.fetch import PUBLIC
+    from connectomics.errors import InputError
+    from connectomics.io.store import is_s3
     from connectomics.lightning.doctor import examine
 
+    if at.is_file():
+        raise InputError(f"--at takes a folder, found the file {at}")
+    if s3 is not None and s3 != "public" and not is_s3(s3):
+        raise InputError(f"--s3 takes s3://BUCKET, or public, found {s3}")
     findings = []
     for finding in examine(at.expanduser(), s3=PUBLIC if s3 == "public" else s3):
         findings.append(finding)

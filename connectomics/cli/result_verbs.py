@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -154,9 +155,12 @@ def report(
     runs, tables = run_dir or [], scores or []
     if len(tables) > max(1, len(runs)):
         raise InputError(f"{len(tables)} --scores for {len(runs)} --run; give each run its own scores.json, in order")
-    for path in (*runs, crops, truth, labels, predictions, submission, *tables, baseline, evaluation):
+    for path in (*runs, root, crops, truth, labels, predictions, submission, *tables, baseline, evaluation):
         if path is not None and not path.exists():
             raise MissingError(f"nothing at {path}; give what is there, or leave that option out")
+    if not any((*runs, root, crops, truth, labels, predictions, submission, *tables, baseline, evaluation)):
+        raise InputError("nothing to report: give --run, --scores, --root, --labels or others of what was made; see -h")
+    _check_places(runs, crops, [labels, predictions])
     for path in (*tables, baseline):
         if path is not None:
             Scores.load(path)  # what was asked for by name must be readable; the page itself would only note it
@@ -182,3 +186,19 @@ def report(
     with progress.counted("drawing") as advance:
         path = build_report(out, sources, ReportOptions(max_pictures=pictures), advance)
     print(f"{path}  {size(path.stat().st_size)}")
+
+
+def _check_places(runs: Sequence[Path], crops: Path | None, folders: Sequence[Path | None]) -> None:
+    """What was asked for by name must be that; the page itself would only note that there is nothing."""
+    from connectomics.cellmap.crop_table import CropTable
+    from connectomics.decoding.decode import find_arrays
+    from connectomics.errors import MissingError
+    from connectomics.lightning.runs import open_run
+
+    for run in runs:
+        open_run(run)
+    if crops is not None:
+        CropTable.load(crops)
+    for folder in folders:
+        if folder is not None and not any(find_arrays(folder)):
+            raise MissingError(f"nothing that predict or decode wrote in {folder}; give such a folder, or leave it out")

@@ -40,7 +40,8 @@ def run_task(
     foreign = next((o for o in overrides or [] if not o.lstrip("+").startswith("engine.")), None)
     if foreign is not None:
         raise ConfigError(f"run-task takes engine.key=value only, found {foreign!r}: all else is in the task's file")
-    engine = load_config(None, overrides or []).engine
+    composed = load_config(None, overrides or [])
+    engine = composed.engine
     task = load_task(file)
 
     from connectomics.tasks import run_task as run
@@ -52,7 +53,12 @@ def run_task(
         return
     if resume and not begun:
         raise MissingError(f"--resume: nothing of {task.name} was begun at {task.folder}; leave it out to begin")
-    chosen = device or default_device()
+    if device is None:
+        chosen = default_device()
+    else:  # before anything is replaced
+        from connectomics.lightning.inference import chosen_device
+
+        chosen = chosen_device(composed, device)
     if dry_run:
         from connectomics.tasks.estimate import estimate
 

@@ -53,6 +53,8 @@ def train(
     from connectomics.lightning.train import train as run
 
     folder = run_dir or choose_run_dir(composed, checkpoint)
+    if checkpoint is None and not fast_dev_run:
+        _refuse_trained(folder)
     decoding = progress.when_needed("decoding crops into the cache")
     result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run, progress=decoding)
     if fast_dev_run:
@@ -63,6 +65,20 @@ def train(
         print(f"best checkpoint: {result.best_checkpoint} ({composed.checkpoint.monitor} {result.best_score})")
     if result.last_checkpoint is not None:
         print(f"last checkpoint: {result.last_checkpoint}")
+
+
+def _refuse_trained(folder: Path) -> None:
+    """`WriteError` where a run was trained: another one would take the place of its checkpoints."""
+    from connectomics.errors import WriteError
+    from connectomics.lightning.machine import is_first_process
+
+    there = sorted((folder / "checkpoints").glob("*.ckpt"))
+    if there and is_first_process():
+        last = folder / "checkpoints/last.ckpt"
+        raise WriteError(
+            f"{folder} holds a run; go on with it by --checkpoint {last if last in there else there[-1]}, or give "
+            f"another --run-dir"
+        )
 
 
 def predict(
@@ -105,6 +121,8 @@ def predict(
 
     if overwrite and resume:
         raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
+    if crops is not None and box is not None:
+        raise ConfigError("--crops and --box each say what to predict: give one of them")
     given = list(overrides or [])
     if model is not None:
         from connectomics.lightning.package import open_package, package_config

@@ -46,6 +46,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     if file is not None and not file.is_file():
         near = nearest(file.stem, [p.stem for p in file.parent.glob("*.yaml")]) if file.parent.is_dir() else None
         hint = f"; did you mean {file.parent / (near + '.yaml')}?" if near else ""
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder; give a configuration, a .yaml file")
         raise MissingError(f"no configuration file at {file}{hint}")
     if file is not None:
         _check_yaml(file)
@@ -233,8 +235,20 @@ def config_from_dict(data: dict[str, Any]) -> RunConfig:
 
 def _open(override: str) -> str:
     """The override with Hydra's "add or override" before keys below a free-form group (``data.intensity.noise={}``):
-    which of the two it is depends on the file, and is nothing to bother with on a command line."""
-    key = override.split("=", 1)[0]
+    which of the two it is depends on the file, and is nothing to bother with on a command line. A value that its
+    grammar has no place for, as a path with umlauts or brackets, is taken as text."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, equals, value = override.partition("=")
+    if not equals and not key.startswith("~"):
+        raise ConfigError(f"{override!r} sets nothing: an override is key=value, as in training.max_epochs=3")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        if not value.startswith(("[", "{", "'", '"')):
+            text = value.replace("'", "\\'")
+            override = f"{key}='{text}'"
     return f"++{override}" if any(key.startswith(f"{group}.") or key == group for group in _free_groups()) else override
 
 

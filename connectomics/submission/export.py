@@ -125,6 +125,8 @@ def export_submission(
     root, target = Path(predictions_dir), Path(output_path)
     if not root.is_dir():
         raise MissingError(f"no predictions folder at {root}")
+    if probabilities_dir is not None and not Path(probabilities_dir).is_dir():
+        raise MissingError(f"no folder of probabilities at {probabilities_dir}")
     table = CropTable.challenge() if crops is None else CropTable.resolve(crops)
     table = table.select(classes=classes, datasets=datasets)
     _check_target(target, [root, *([Path(probabilities_dir)] if probabilities_dir is not None else [])])

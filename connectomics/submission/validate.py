@@ -13,7 +13,7 @@ from pathlib import Path
 
 from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.errors import CorruptDataError, InputError, MetadataError, nearest
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, nearest
 from connectomics.metrics.challenge.zarr_v2 import MAX_DEPTH, MAX_UNPACKED_BYTES
 from connectomics.submission.archive import Archive, ArchivedArray
 from connectomics.submission.content import check_content
@@ -68,7 +68,7 @@ def validate_submission(
             return findings  # not safe to look further
         prefix = _root(archive, table, findings)
         if prefix is not None:
-            reference = Archive(truth) if truth is not None else None
+            reference = None if truth is None else _reference(truth, table)
             try:
                 for number, (entry, path) in enumerate(_pairs(archive, table, prefix, findings), start=1):
                     if path is not None:
@@ -80,6 +80,19 @@ def validate_submission(
                     reference.close()
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(findings, key=lambda f: order[f.severity])
+
+
+def _reference(truth: str | Path, table: CropTable) -> Archive:
+    """The truth, if it is one of the table's crops; `MissingError`."""
+    reference = Archive(truth)
+    if not any(f"{entry.crop_name}/{entry.class_name}/.zarray" in reference for entry in table):
+        reference.close()
+        first = table.entries[0]
+        raise MissingError(
+            f"{truth} holds no truth of the crop table: expected plain arrays such as "
+            f"{first.crop_name}/{first.class_name}"
+        )
+    return reference
 
 
 # -- names and sizes -------------------------------------------------------------------------------------------------

@@ -92,7 +92,12 @@ def config_of(root: str | Path, cache: Path) -> RunConfig:
         dataset=DatasetConfig(data_root=str(root), classes=["mito", "er"], train_val_split=0.5),
         model=ModelConfig(architecture="unet", options={"channels": [4, 8], "strides": [2], "num_res_units": 0}),
         data=DataConfig(
-            patch_size=[16, 16, 16], num_workers=0, patches_per_epoch=2, batch_size=2, cache_dir=str(cache)
+            patch_size=[16, 16, 16],
+            num_workers=0,
+            patches_per_epoch=2,
+            batch_size=2,
+            cache_dir=str(cache),
+            use_cache=True,
         ),
         optimizer=OptimizerConfig(name="AdamW", lr=0.1),
         training=TrainingConfig(max_epochs=1, precision="32"),

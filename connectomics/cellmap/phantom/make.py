@@ -102,7 +102,9 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise WriteError(f"cannot write a phantom to {target}: it is a file; give a folder")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise WriteError(f"{target} is there already and not empty; give another folder, or overwrite=True")
+            raise WriteError(
+                f"{target} is there already and not empty; give another folder, or overwrite it (--overwrite)"
+            )
         if not (target / _MARK).is_file():
             raise WriteError(f"{target} holds something that is not a phantom (no {_MARK}); it is not overwritten")
 
