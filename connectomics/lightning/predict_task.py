@@ -23,9 +23,21 @@ if TYPE_CHECKING:
 class NetworkPredictTask(PredictTask):
     """A prediction that any process can do: its networks are the checkpoints."""
 
+    def check(self, *, overwrite: bool = False) -> bool:
+        """As `PredictTask.check`; before an output is replaced its networks are looked at."""
+        todo = super().check(overwrite=overwrite)
+        if todo and overwrite and self.checkpoints and Path(self.output).exists():
+            self.modules()
+        return todo
+
     @contextmanager
     def open_networks(self, device: str) -> Iterator[Sequence[Network]]:
-        """The checkpoints' networks on a device.
+        """The checkpoints' networks on a device; what `modules` raises."""
+        with ready(list(self.modules().values()), self, device) as networks:
+            yield networks
+
+    def modules(self) -> dict[str, ConnectomicsModule]:
+        """The checkpoints' modules, on the CPU (see `load_members`).
 
         Raises:
             InputError: they hold other weights or classes than when the prediction was begun, or there is no checkpoint
@@ -36,22 +48,21 @@ class NetworkPredictTask(PredictTask):
                 f"the network of {self.output} was given in memory, and its task names no checkpoint: predict again "
                 "from the program that has it, or from a checkpoint"
             )
-        modules = load_members(self.checkpoints)
+        found_modules = load_members(self.checkpoints)
         where = ", ".join(self.checkpoints)
-        for module in modules.values():
+        for module in found_modules.values():
             found = channels_of(module)
             if found != self.classes:
                 raise InputError(
                     f"{where}: the network gives {', '.join(found)}, the prediction {self.output} was begun with "
                     f"{', '.join(self.classes)}; put the checkpoint of then in its place, or predict anew"
                 )
-        if (found_hash := common_hash(list(modules))) != self.checkpoint:
+        if (found_hash := common_hash(list(found_modules))) != self.checkpoint:
             raise InputError(
                 f"{where}: the weights are not those that the prediction {self.output} was begun with (hash "
                 f"{found_hash}, expected {self.checkpoint}); put that checkpoint in its place, or predict anew"
             )
-        with ready(list(modules.values()), self, device) as networks:
-            yield networks
+        return found_modules
 
 
 @contextmanager

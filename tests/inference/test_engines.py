@@ -117,6 +117,11 @@ def test_another_checkpoint_in_its_place_is_refused(root: Path, checkpoint: Path
         run_task(task)
     shutil.copy(checkpoint, path)
     run_task(task)
+    before = bytes_of(task.folder)
+    save_checkpoint(path, config_of(root), 7)
+    with pytest.raises(InputError, match="the weights are not those"):
+        run_task(task, overwrite=True)
+    assert bytes_of(task.folder) == before  # looked at before it is removed
     assert require_complete(task.folder)
 
 
