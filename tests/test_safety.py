@@ -121,7 +121,7 @@ GROUPS = {".zgroup": b'{"zarr_format": 2}', "crop1/.zgroup": b'{"zarr_format": 2
 WHOLE = {**GROUPS, **{f"crop1/mito/{name}": data for name, data in ARRAY.items()}}
 LINK = zipfile.ZipInfo("crop1/mito/1.0.0")
 LINK.external_attr = 0o120777 << 16
-BOMB = 5 * 10**7
+BOMB = 2 * 10**8
 
 
 def packed(path: Path, files: dict[str, bytes], *more: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
@@ -132,7 +132,7 @@ def packed(path: Path, files: dict[str, bytes], *more: tuple[str | zipfile.ZipIn
 
 
 def understated(path: Path) -> Path:
-    """A zip whose directory says that the chunk takes 512 bytes, which inflates to 50 MB."""
+    """A zip whose directory says that the chunk takes 512 bytes, which inflates to 200 MB."""
     files = {name: data for name, data in WHOLE.items() if not name.endswith("0.0.0")}
     packed(path, files, ("crop1/mito/0.0.0", bytes(BOMB)))
     size = BOMB.to_bytes(4, "little")
@@ -172,7 +172,7 @@ def test_a_bomb_is_refused_without_unpacking_it(table: Path, capfd: pytest.Captu
     tracemalloc.start()
     try:
         _refused(bomb, table, capfd)
-        assert tracemalloc.get_traced_memory()[1] < BOMB / 5
+        assert tracemalloc.get_traced_memory()[1] < BOMB / 4  # threads of other tests may allocate beside it
     finally:
         tracemalloc.stop()
 

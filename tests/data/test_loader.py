@@ -178,11 +178,13 @@ def test_a_bug_in_a_worker_keeps_its_traceback() -> None:
 # -- ends --------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("start", "persistent"), [("fork", True), ("forkserver", False)])
 def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool) -> None:
+    of_others = shared_memory_of([os.getpid()])  # what tests before this one still hold, which workers inherit
     dying = loader(Numbers("SIGKILL", at=13), 2, start=start, persistent=persistent)
     batches = iter(dying)
     next(batches)
     pids = [worker.pid for worker in dying._running._workers]
-    mapped = shared_memory_of([os.getpid(), *pids])
+    mapped = shared_memory_of([os.getpid(), *pids]) - of_others
+    assert mapped
     message = (
         r"loader worker [12] of 2 was ended by SIGKILL, .*: lower data\.num_workers.*data\.cache=disk, and resume$"
     )
