@@ -184,7 +184,7 @@ def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool
     next(batches)
     pids = [worker.pid for worker in dying._running._workers]
     mapped = shared_memory_of([os.getpid(), *pids]) - of_others
-    assert mapped
+    assert mapped or start == "fork"  # of forked workers nothing has a name to begin with
     message = (
         r"loader worker [12] of 2 was ended by SIGKILL, .*: lower data\.num_workers.*data\.cache=disk, and resume$"
     )
