@@ -46,10 +46,13 @@ def test_another_voxel_size_starts_at_the_same_face_and_covers_the_same_box(grid
 @given(grids(), st.integers(1, 20))
 def test_blocks_tile_the_grid(grid: VoxelGrid, edge: int) -> None:
     seen = np.zeros(grid.shape, int)
+    found, expected = [], []
     for begin, block in grid.blocks((edge, edge, edge)):
         at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         seen[at] += 1
-        np.testing.assert_allclose(block.translation, grid.to_world(begin))
+        found.append(block.translation)
+        expected.append(grid.to_world(begin))
+    np.testing.assert_allclose(found, expected)
     assert np.all(seen == 1)
 
 
