@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -25,28 +26,28 @@ def commands(file: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reader")
-    for name in ("tutorials", "scripts", "connectomics"):
-        (folder / name).symlink_to(ROOT / name)
-    return folder
-
-
-def run(command: str, place: Path) -> None:
-    words = shlex.split(command)
-    program = {"pytc": [sys.executable, "-m", "connectomics"], "python": [sys.executable]}[words[0]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*program, *words[1:]], capture_output=True, text=True, cwd=place, env=environment)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-
-
-def test_the_guide_runs(place: Path) -> None:
+def test_the_guide_runs(tmp_path: Path) -> None:
     found = commands(ROOT / "docs/guide.md")
     assert len(found) > 12
-    for command in found:
-        run(command, place)
-    assert (place / "out/report.html").stat().st_size > 10_000
+    for name in ("tutorials", "scripts", "connectomics"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.reader"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        for command in found:
+            said = tmp_path / "said.txt"
+            request = {"words": shlex.split(command), "cwd": str(tmp_path), "said": str(said)}
+            print(json.dumps(request), file=reader.stdin, flush=True)
+            code = reader.stdout.readline().strip()
+            assert code == "0", f"{command}\n{said.read_text()[-5000:]}"
+    assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
 def test_other_pages_have_no_command_that_is_not_run() -> None:
