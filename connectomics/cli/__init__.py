@@ -5,6 +5,7 @@ Nothing heavy is imported here: a verb imports what it needs when it runs, so th
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import logging
@@ -21,6 +22,8 @@ _USERS_TO_MEND = frozenset(
     | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 )
 
+# else the interpreter goes through all objects of torch and MONAI once more before it ends, which takes a second
+atexit.register(gc.freeze)
 
 _LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
 
@@ -50,7 +53,6 @@ def run_guarded(work: Callable[[], object]) -> int:
     try:
         status = work()
     except (typer.Abort, KeyboardInterrupt):  # click makes an Abort of Ctrl-C
-        gc.freeze()  # or the interpreter goes through all objects of torch and MONAI once more before it ends: seconds
         print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
         return 130
     except usage_error as error:
