@@ -60,7 +60,7 @@ def ball(shape: tuple[int, int, int], centre: tuple[float, float, float], radius
 
 
 def score(out: Path) -> None:
-    """Two true objects and five predictions of them, with the score that the code gives each."""
+    """Two true objects and six predictions of them, with the score that the code gives each."""
     shape, voxel = (24, 48, 80), (8.0, 8.0, 8.0)
     left, right = ball(shape, (12, 24, 22), 11), ball(shape, (12, 24, 57), 11)
     cut = np.indices(shape)[2] < 22
@@ -76,7 +76,7 @@ def score(out: Path) -> None:
         "merged": (left | right | bridge).astype(np.uint8),
         "one invented": truth + 3 * ball(shape, (12, 40, 40), 5).astype(np.uint8),
     }
-    figure, axes = plt.subplots(2, 3, figsize=(8, 3.7))
+    figure, axes = plt.subplots(2, 3, figsize=(8, 4.4), layout="constrained")
     for axis, (name, labels) in zip(axes.flat, cases.items(), strict=True):
         found = score_instance(labels, truth, voxel)
         axis.imshow(figures.object_colors(labels[12]))
@@ -87,7 +87,6 @@ def score(out: Path) -> None:
         numbers = f"F1 {f1:.2f}, distance {distance:.2f}: {np.sqrt(f1 * distance):.2f}"
         axis.set_title(f"{name} ({counts})\n{numbers}", fontsize=8)
         axis.axis("off")
-    figure.tight_layout()
     figure.savefig(out / "score.png", dpi=110)
     plt.close(figure)
 
