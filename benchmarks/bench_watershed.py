@@ -1,6 +1,6 @@
 """The watershed: against edt and scikit-image on the same objects, and block by block against the whole array.
 
-    python benchmarks/bench_watershed.py [--shape 256 256 256] [--balls 600] [--block 256] [--no-whole] [--folder DIR]
+    python benchmarks/bench_watershed.py [--shape 256 256 256] [--balls 600] [--block 192] [--no-whole] [--folder DIR]
 
 Overlapping balls of 4 to 12 voxels' radius. In memory: distances, seeds and flood of `split`, and edt, the peaks and
 skimage.segmentation.watershed of every component in its box, one after the other in one process; for both the variation
@@ -141,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 256), help="voxels, z y x")
     parser.add_argument("--balls", type=int, default=600)
-    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument("--block", type=int, default=192)
     parser.add_argument("--no-whole", action="store_true", help="only block by block")
     parser.add_argument("--folder", type=Path, default=None, help="for the volumes; by default a temporary one")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

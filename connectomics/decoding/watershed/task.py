@@ -20,6 +20,10 @@ from connectomics.errors import ConfigError
 from connectomics.geometry import Index
 from connectomics.tasks.task import Cost
 
+# Voxels of a block. A block is read with a halo (45 to 51 voxels at 8 nm), which the edge of the volume cuts off: of
+# blocks of 256, 512^3 has none with a whole one, and a larger volume would take 1.5 times the memory.
+BLOCK = (192, 192, 192)
+
 
 @dataclass(frozen=True)
 class WatershedTask(StitchedTask):
@@ -34,6 +38,8 @@ class WatershedTask(StitchedTask):
     """
 
     kind: ClassVar[str] = "watershed"
+
+    block_shape: Index = BLOCK
 
     def __post_init__(self) -> None:
         super().__post_init__()
