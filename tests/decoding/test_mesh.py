@@ -231,6 +231,30 @@ def test_where_nothing_was_found_there_are_no_meshes(tmp_path: Path, table: bool
     assert rows(done.folder / "meshes.csv") == []
 
 
+@pytest.mark.parametrize("table", [True, False], ids=["with a table", "without"])
+def test_an_id_that_is_not_there_leaves_nothing_and_takes_nothing(tmp_path: Path, table: bool) -> None:
+    labels, out = tmp_path / "labels", tmp_path / "out"
+    source = stored(labels, np.pad(np.ones((3, 3, 3), np.uint8), 2))
+    if table:
+        edges = [f"{end}_{axis}_nm" for end in ("begin", "end") for axis in "zyx"]
+        values = [1, *(START[axis] - 0.5 + n for n in (2, 5) for axis in range(3))]
+        rows_of = [["id", *edges], values]
+        (Path(source.location) / "instances.csv").write_text("\n".join(",".join(map(str, r)) for r in rows_of) + "\n")
+    with pytest.raises(UnknownNameError, match="unknown object '9999'"):
+        mesh_labels(mesh_tasks(labels, out, "mito", ids=[9999]))
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine").touch()
+    with pytest.raises(UnknownNameError):
+        mesh_labels(mesh_tasks(labels, out, "mito", ids=[9999]))
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    if table:  # known at once, so not even --overwrite removes what is there
+        (done,) = mesh_labels(mesh_tasks(labels, out, "mito"))
+        with pytest.raises(UnknownNameError):
+            mesh_labels(mesh_tasks(labels, out, "mito", ids=[9999]), overwrite=True)
+        assert len(rows(done.folder / "meshes.csv")) == 1
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     labels, out = tmp_path / "labels", tmp_path / "out"
     with pytest.raises(MissingError, match="run decode first"):
@@ -244,6 +268,8 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         mesh_tasks(labels, out, "mito", simplify=0)
     with pytest.raises(UnknownNameError, match="unknown object '8'"):
         mesh_labels(mesh_tasks(labels, out, "mito", ids=[7, 8]))
+    assert not out.exists()
+    mesh_labels(mesh_tasks(labels, out, "mito", ids=[7]))
     with pytest.raises(WriteError, match="ids, simplify differ"):
         mesh_labels(mesh_tasks(labels, out, "mito", simplify=3))
     mesh_labels(mesh_tasks(labels, out, "mito", simplify=3), overwrite=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Collection, Sequence
+import shutil
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +17,7 @@ from connectomics.decoding.blocks.table import TABLE_FILE as INSTANCES
 from connectomics.decoding.measure.run import Progress, open_labels, select, tell
 from connectomics.decoding.measure.table import read_columns
 from connectomics.decoding.mesh.task import TABLE_FILE, MeshTask
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.tasks import open_engine, run_task
 
 
@@ -47,11 +49,29 @@ def mesh_labels(
     with open_engine(engine) as workers:
         for task in tasks:
             report = None if progress is None else partial(tell, progress, task.name)
-            if not run_task(task, workers, report, overwrite=overwrite):
+            with _nothing_left(task.folder):
+                finished = not run_task(task, workers, report, overwrite=overwrite)
+            if finished:
                 task.clean()
             strides = read_columns(task.folder / TABLE_FILE, ["stride_voxels"])["stride_voxels"]
             found.append(Meshed(task.folder, len(strides), int(np.count_nonzero(strides > 1))))
     return found
+
+
+@contextlib.contextmanager
+def _nothing_left(folder: Path) -> Iterator[None]:
+    """Where an id turns out not to be there (without a table that takes a pass over the labels), a folder that was
+    made for it goes again, with those above it."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except UnknownNameError:
+        if made:
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # something else lies in it
+            for place in made[1:]:
+                place.rmdir()
+        raise
 
 
 def mesh_tasks(

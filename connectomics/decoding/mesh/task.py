@@ -122,6 +122,8 @@ class MeshTask(BlockTask):
             raise InputError(
                 "meshes need zmesh, which is not installed; run pip install 'connectomics[mesh]'"
             ) from error
+        if self.ids and BOXES not in self.stages:
+            self._objects()  # an id that is not there is said before anything is written
         if overwrite:
             return True
         file = self.folder / TASK_FILE
