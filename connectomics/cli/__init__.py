@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from connectomics.cli.interrupts import GOES_ON, InterruptError, what_is_kept
+
 #: Errors of the file system that a path, a permission or a quota causes, and not a mistake of ours.
 _USERS_TO_MEND = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT}
@@ -25,6 +27,7 @@ _USERS_TO_MEND = frozenset(
 # else the interpreter goes through all objects of torch and MONAI once more before it ends, which takes a second
 atexit.register(gc.freeze)
 
+_INTERRUPTED = 130
 _LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
 
 
@@ -36,11 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     loudness = [word for word in given if word in _LOUDNESS]  # also behind the verb, where one thinks of it
     given = [*loudness, *[word for word in given if word not in _LOUDNESS]]
-    return run_guarded(lambda: app(args=given, standalone_mode=False))
+    return run_guarded(lambda: app(args=given, standalone_mode=False), what_is_kept(given))
 
 
-def run_guarded(work: Callable[[], object]) -> int:
-    """Call ``work()``; an error that the user can mend becomes one line on stderr and a non-zero status."""
+def run_guarded(work: Callable[[], object], interrupted: str = GOES_ON) -> int:
+    """Call ``work()``; an error that the user can mend becomes one line on stderr and a non-zero status.
+
+    ``interrupted`` is said after Ctrl-C, unless ``work`` raises `InterruptError` with what is to be said.
+    """
     import typer
 
     # ClickException: typer ships its own click, and does not export this one
@@ -52,9 +58,13 @@ def run_guarded(work: Callable[[], object]) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         status = work()
-    except (typer.Abort, KeyboardInterrupt):  # click makes an Abort of Ctrl-C
-        print("interrupted; run the same command again: what is finished is kept", file=sys.stderr)
-        return 130
+        if status == _INTERRUPTED:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+    except (typer.Abort, KeyboardInterrupt, InterruptError) as error:
+        said = str(error) if isinstance(error, InterruptError) else interrupted
+        if said:
+            print(said, file=sys.stderr)
+        return _INTERRUPTED
     except usage_error as error:
         error.show()
         return 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,9 @@ def train(
     overrides: Overrides = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default {output_dir}/{name}/version_N.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint; begin where there is none.")
+    ] = False,
     fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch of everything.")] = False,
     list_models: Annotated[bool, typer.Option("--list-models", help="Print the architectures and stop.")] = False,
 ) -> None:
@@ -37,6 +42,8 @@ def train(
       pytc train tutorials/cellmap_cos7.yaml data.batch_size=4 system.num_gpus=4
 
       pytc train tutorials/cellmap_cos7.yaml --checkpoint outputs/cellmap_cos7/version_0/checkpoints/last.ckpt
+
+      pytc train tutorials/cellmap_cos7.yaml --run-dir runs/cos7 --resume
     """
     if list_models:
         from connectomics.models.registry import list_models as models
@@ -48,6 +55,8 @@ def train(
         raise typer.BadParameter("give a configuration file (or --list-models)")
     from connectomics.config import load_config
 
+    if resume:
+        checkpoint = _resumed(run_dir, checkpoint)
     composed = load_config(config, overrides or [])
     from connectomics.lightning.train import choose_run_dir
     from connectomics.lightning.train import train as run
@@ -56,7 +65,8 @@ def train(
     if checkpoint is None and not fast_dev_run:
         _refuse_trained(folder)
     decoding = progress.when_needed("decoding crops into the cache")
-    result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run, progress=decoding)
+    with _saying_how_to_go_on(["pytc", "train", str(config), *(overrides or [])], folder, resume):
+        result = run(composed, folder, checkpoint=checkpoint, fast_dev_run=fast_dev_run, progress=decoding)
     if fast_dev_run:
         print("the run works: one batch and one validation crop went through")
         return
@@ -71,14 +81,48 @@ def _refuse_trained(folder: Path) -> None:
     """`WriteError` where a run was trained: another one would take the place of its checkpoints."""
     from connectomics.errors import WriteError
     from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.run_state import latest_checkpoint
 
-    there = sorted((folder / "checkpoints").glob("*.ckpt"))
-    if there and is_first_process():
-        last = folder / "checkpoints/last.ckpt"
+    last = latest_checkpoint(folder)
+    if last is not None and is_first_process():
         raise WriteError(
-            f"{folder} holds a run; go on with it by --checkpoint {last if last in there else there[-1]}, or give "
-            f"another --run-dir"
+            f"{folder} holds a run; go on with it by --resume (or by --checkpoint {last}), or give another --run-dir"
         )
+
+
+def _resumed(run_dir: Path | None, checkpoint: Path | None) -> Path | None:
+    """The checkpoint that ``--resume`` goes on from, None where the run is to begin."""
+    from connectomics.errors import ConfigError
+    from connectomics.lightning.run_state import latest_checkpoint
+
+    if checkpoint is not None:
+        raise ConfigError("--resume goes on from the run folder's last checkpoint, --checkpoint says which: give one")
+    if run_dir is None:
+        raise ConfigError("--resume goes on in a run folder: say which by --run-dir")
+    found = latest_checkpoint(run_dir)
+    progress.say(f"beginning in {run_dir}: it has no checkpoint" if found is None else f"going on from {found}")
+    return found
+
+
+@contextmanager
+def _saying_how_to_go_on(command: Sequence[str], folder: Path, resume: bool) -> Iterator[None]:
+    """Ctrl-C in training ends with the command that goes on with this very run."""
+    from connectomics.cli.interrupts import InterruptError
+    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.run_state import latest_checkpoint
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not is_first_process():  # one of them says it
+            raise InterruptError("") from None
+        last = latest_checkpoint(folder)
+        if last is None:
+            raise InterruptError("interrupted; nothing is kept yet: run the same command again") from None
+        if resume:
+            raise InterruptError(f"interrupted; run the same command again: it goes on from {last}") from None
+        again = shlex.join([*command, "--run-dir", str(folder), "--checkpoint", str(last)])
+        raise InterruptError(f"interrupted; to go on: {again}") from None
 
 
 def predict(

@@ -19,7 +19,9 @@ def runs(
     compare: Annotated[bool, typer.Option("--compare", help="What sets these run folders apart.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List runs with their best score, or compare some: configuration, scores, code.
+    """List runs with their state and best score, or compare some: configuration, scores, code.
+
+    A run is finished, running, interrupted, failed or empty; unknown where it was begun on another machine.
 
     Examples:
 
@@ -44,6 +46,7 @@ def runs(
     rows = [
         [
             str(run.folder),
+            run.state.name,
             f"{run.started:%Y-%m-%d %H:%M}",
             str(run.epochs),
             run.monitor,
@@ -54,13 +57,16 @@ def runs(
         ]
         for run in found
     ]
-    show.table(["run", "started (UTC)", "epochs", "monitor", "best", "network", "classes", "code"], rows)
+    show.table(["run", "state", "started (UTC)", "epochs", "monitor", "best", "network", "classes", "code"], rows)
+    for run in found:
+        if run.state.note:
+            print(f"{run.folder}: {run.state.name}: {run.state.note}")
 
 
 def _print_comparison(found: list[Run], apart: dict[str, list[Any]]) -> None:
     names = [f"[{n}]" for n in range(1, len(found) + 1)]
     for name, run in zip(names, found, strict=True):
-        print(f"{name} {run.folder} ({run.epochs} epochs, code {_code(run)})")
+        print(f"{name} {run.folder} ({run.state.name}, {run.epochs} epochs, code {_code(run)})")
     settings = [[key, *[_short(value) for value in values]] for key, values in apart.items()]
     if settings:
         show.table(["setting", *names], settings, title="configuration")
@@ -89,6 +95,8 @@ def _code(run: Run) -> str:
 def _described(run: Run) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
+        "state": run.state.name,
+        "note": run.state.note,
         "started": run.started.isoformat(),
         "epochs": run.epochs,
         "monitor": run.monitor,

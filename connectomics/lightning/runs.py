@@ -12,6 +12,7 @@ from typing import Any
 
 from connectomics.errors import InputError, MetadataError, MissingError
 from connectomics.lightning.environment import ENVIRONMENT_FILE
+from connectomics.lightning.run_state import RunState, state_of
 
 _DEEP = 4  # levels below the given folder at which runs are looked for
 
@@ -25,6 +26,7 @@ class Run:
         best: the best value of the monitored metric; monitor: its name.
         metrics: the last value of every metric.
         environment: of its last start, {} where it was not kept.
+        state: how its last start ended.
     """
 
     folder: Path
@@ -35,6 +37,7 @@ class Run:
     best: float | None
     metrics: Mapping[str, float]
     environment: Mapping[str, Any]
+    state: RunState
 
     @property
     def checkpoint(self) -> Path | None:
@@ -82,6 +85,7 @@ def open_run(folder: str | Path) -> Run:
         best=(max if mode == "max" else min)(values, default=None),
         metrics=metrics,
         environment=_environment(place / ENVIRONMENT_FILE),
+        state=state_of(place),
     )
 
 

@@ -9,7 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,9 @@ from connectomics.errors import InputError, WriteError
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+    from connectomics.lightning.machine import Machine
+    from connectomics.lightning.module import ConnectomicsModule
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +33,8 @@ class TrainResult:
     """What a run left behind.
 
     Attributes:
-        run_dir: ``config.yaml``, ``split.yaml``, ``environment.json``, ``run.log``, ``metrics.csv``, ``timing.json``,
-            ``tensorboard/``, ``checkpoints/``.
+        run_dir: ``config.yaml``, ``split.yaml``, ``environment.json``, ``state.json``, ``run.log``, ``metrics.csv``,
+            ``timing.json``, ``tensorboard/``, ``checkpoints/``.
         best_checkpoint: the one with the best score, None where nothing was validated (or kept).
         last_checkpoint: the latest state, from which the run can go on; None where it is not kept.
         monitor: name of the score.
@@ -104,16 +107,15 @@ def train(
 
     Raises:
         ConnectomicsError: of the configuration, the data or the checkpoint; before training begins where it can be.
-        WriteError: the disk is full, or the folder cannot be written.
+        WriteError: the disk is full, the folder cannot be written, or another process trains in it.
     """
     import pytorch_lightning as pl
     import torch
 
     from connectomics.lightning.checkpoints import begin_with, check_resumable
-    from connectomics.lightning.environment import save_environment
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
-    from connectomics.lightning.trainer import build_trainer
+    from connectomics.lightning.run_state import keep_state
 
     started = time.perf_counter()
     folder = Path(run_dir)
@@ -129,25 +131,50 @@ def train(
             check_resumable(checkpoint, module)
         elif config.model.weights is not None:
             begin_with(config.model.weights, module)
-        if not fast_dev_run and is_first_process():
-            save_config(config, folder / "config.yaml")
-            save_environment(folder)
-            (folder / "run.log").touch()
-        data = _cellmap_data(config, None if fast_dev_run else folder, progress) if datamodule is None else datamodule
-        data.setup("fit")
-        validate = len(data.val_dataloader()) > 0
-        if not validate:
-            log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
-        trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
-        try:
-            trainer.fit(
-                module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
-            )
-        except SystemExit as end:  # what Lightning makes of Ctrl-C
-            if isinstance(end.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None
-            raise
+        kept = not fast_dev_run and is_first_process()
+        with keep_state(folder) if kept else nullcontext():
+            if kept:
+                _describe(config, folder)
+            data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
+            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
     return _result(config, folder, trainer, time.perf_counter() - started)
+
+
+def _describe(config: RunConfig, folder: Path) -> None:
+    """What a run is, before it begins."""
+    from connectomics.lightning.environment import save_environment
+
+    save_config(config, folder / "config.yaml")
+    save_environment(folder)
+    (folder / "run.log").touch()
+
+
+def _fit(
+    config: RunConfig,
+    folder: Path,
+    module: ConnectomicsModule,
+    data: pl.LightningDataModule,
+    machine: Machine,
+    checkpoint: str | Path | None,
+    fast_dev_run: bool,
+) -> pl.Trainer:
+    """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    from connectomics.lightning.trainer import build_trainer
+
+    data.setup("fit")
+    validate = len(data.val_dataloader()) > 0
+    if not validate:
+        log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
+    trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
+    try:
+        trainer.fit(
+            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
+        )
+    except SystemExit as end:  # what Lightning makes of Ctrl-C
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    return trainer
 
 
 def _cellmap_data(

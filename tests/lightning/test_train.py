@@ -48,6 +48,7 @@ class TestWhatIsLeftBehind:
             "environment.json",
             "metrics.csv",
             "run.log",
+            "state.json",
             "tensorboard",
             "timing.json",
         }
