@@ -169,12 +169,9 @@ def test_demo_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "mine").read_text() == "keep"
 
 
-def test_the_plans_script(tmp_path: Path) -> None:
-    root = plain_root(tmp_path)
-    overrides = [a for a in fast(root)[2:] if not a.startswith("--")]
+def test_the_plans_script_says_what_it_needs(tmp_path: Path) -> None:
+    """Its training is one of the guide's commands."""
     script = [sys.executable, str(ROOT / "scripts/main.py"), "--config", str(ROOT / "tutorials/phantom.yaml")]
-    good = subprocess.run([*script, *overrides, "--fast-dev-run"], capture_output=True, text=True, cwd=tmp_path)
-    assert good.returncode == 0, good.stderr
     bad = subprocess.run(
         [*script, "--mode", "test", "training.max_epochs=1"], capture_output=True, text=True, cwd=tmp_path
     )
