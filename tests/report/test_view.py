@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ from connectomics.cli import main
 from connectomics.errors import InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 from connectomics.report.view import ViewSources, VolumeServer, collect_layers, open_viewer, state_of
 from connectomics.report.view.in_napari import levels_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
@@ -129,6 +131,36 @@ def test_bad_input_is_one_line(phantom: Path, tmp_path: Path, capfd: pytest.Capt
     assert main(["view", str(tmp_path / "nowhere")]) == 1
     assert main(["view", "--labels", str(tmp_path / "nowhere")]) == 1
     assert len([line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]) == 2
+
+
+def test_labels_are_not_shown_as_probabilities_nor_these_as_labels(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for artefact in ("labels", "probability"):
+        about = {"artefact": artefact, "kind": "instance", "complete": True}
+        place = tmp_path / artefact / "cube.zarr/crop1/mito"
+        write_multiscale(place, np.ones((4, 4, 4), np.uint8), grid_of((4, 4, 4)), attrs={"connectomics": about})
+    labels, predictions = tmp_path / "labels", tmp_path / "probability"
+    found = collect_layers(ViewSources(None, predictions, labels))
+    assert [layer.name for layer in found.layers] == ["mito probability crop1", "mito labels crop1"]
+    for option, folder, other in (("--predictions", labels, "--labels"), ("--labels", predictions, "--predictions")):
+        assert main(["view", option, str(folder)]) == 1
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert f"give {folder} by {other}" in line
+
+
+def test_a_port_that_is_taken_is_one_line(cube: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics[view]'")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert main(["view", str(cube), "--port", str(port)]) == 1
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert f"port {port} of 127.0.0.1" in line
+    assert "give another --port" in line
 
 
 def test_layers_as_napari_slices_them(cube: Path) -> None:

@@ -23,6 +23,9 @@ from connectomics.report.view.server import MadeVolume
 COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 
 
+_MAKES = {"predictions": "predict", "labels": "decode"}
+
+
 @dataclass(frozen=True)
 class Layer:
     """One layer of the viewer.
@@ -79,7 +82,8 @@ def collect_layers(sources: ViewSources) -> Layers:
     """Find the layers of one data set.
 
     Raises:
-        InputError: no place given, or several data sets and none named. MissingError, UnknownNameError: a place, a data
+        InputError: no place given, labels given as predictions (or the other way round), or several data sets and none
+        named. MissingError, UnknownNameError: a place, a data
         set, a crop or a class that is not there.
     """
     places = {"predictions": sources.predictions, "labels": sources.labels}
@@ -190,6 +194,7 @@ def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> 
         for number, class_name in enumerate(chosen):
             colour = COLOURS[number % len(COLOURS)]
             for path, about in _artefacts(root / crop / class_name):
+                _refuse_other(name, about, path, folder)
                 below = os.path.relpath(path, root)
                 layer = _layer_of(f"{class_name} {{}} {crop}", about, f"files/{name}/{below}", colour)
                 if layer is not None:
@@ -197,6 +202,14 @@ def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> 
             if grid := store.read_attrs(str(root / crop / class_name)).get("connectomics", {}).get("grid"):
                 grids.append(VoxelGrid.from_dict(grid))
     return grids
+
+
+def _refuse_other(name: str, about: dict[str, Any], path: Path, folder: Path) -> None:
+    """Labels shown as probabilities, or these as labels, would look like a bad result."""
+    found = str(about.get("artefact"))
+    if (found == "labels") != (name == "labels"):
+        other = "labels" if found == "labels" else "predictions"
+        raise InputError(f"{path} holds {found}: give {folder} by --{other}, and by --{name} what {_MAKES[name]} wrote")
 
 
 def _artefacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -64,7 +64,7 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
     Args:
         address: who may connect: the loopback, unless someone else should. port: of the page; 0: any that is free.
 
-    Raises `MissingError` where neuroglancer is not installed.
+    Raises `MissingError` where neuroglancer is not installed, `InputError` for an address or a port that cannot be had.
     """
     try:
         import neuroglancer
@@ -76,7 +76,14 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
         raise InputError(f"cannot serve at {address}: {error.strerror}; give an address of this machine") from error
     state = state_of(layers, server.url)
     neuroglancer.set_server_bind_address(address, port)
-    viewer = neuroglancer.Viewer()
+    try:
+        viewer = neuroglancer.Viewer()
+    except OSError as error:  # a port that another program has, or that is the system's
+        server.close()
+        raise InputError(
+            f"cannot serve the page at port {port} of {address}: {error.strerror}; give another --port, or 0 for any "
+            f"that is free"
+        ) from error
     viewer.set_state(state)
     return Viewing(viewer.get_viewer_url(), state, viewer, server)
 
