@@ -87,6 +87,11 @@ def semantic_to_instance(
         instances = split(foreground, connectivity, spacing, reach, deepest)
     else:
         instances = components(foreground, connectivity)
+    return finished(instances, min_size, connectivity, fill_holes)
+
+
+def finished(instances: NDArray[Any], min_size: int, connectivity: int, fill_holes: bool) -> NDArray[Any]:
+    """The last steps of `semantic_to_instance`, on ids (D, H, W) by their first voxel."""
     if fill_holes:
         instances = _filled(instances, connectivity)
     return _compact(filter_by_size(instances, min_size) if min_size > 1 else instances)

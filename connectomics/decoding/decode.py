@@ -18,11 +18,19 @@ from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of
 from connectomics.decoding.blocks.mask import MaskTask
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE, write_tables
-from connectomics.decoding.cellmap_postprocess import components, fill_holes, filter_by_size, semantic_to_instance
+from connectomics.decoding.cellmap_postprocess import (
+    components,
+    fill_holes,
+    filter_by_size,
+    finished,
+    semantic_to_instance,
+)
 from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
-from connectomics.decoding.probabilities import DTYPES, above, read_block
+from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
+from connectomics.decoding.watershed.heads import HeadValues, StoredHead
 from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.whole import flood, grow
 from connectomics.errors import (
     BlocksFailedError,
     IncompleteError,
@@ -75,11 +83,25 @@ def decode_class(
     return decode_mask(above(probabilities, parameters.threshold), voxel_size, parameters)
 
 
-def decode_mask(mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters) -> NDArray[Any]:
-    """`decode_class` from the thresholded mask on."""
+def decode_mask(
+    mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters, head: HeadValues | None = None
+) -> NDArray[Any]:
+    """`decode_class` from the thresholded mask on; ``head``: the values that ``parameters.height`` asks for."""
     if mask.ndim != 3:
         raise InputError(f"decoding needs a (D, H, W) volume, found shape {mask.shape}")
     least = parameters.min_voxels(voxel_size)
+    if parameters.height:
+        if head is None or head.kind != parameters.height or head.values.shape != mask.shape:
+            found = "none" if head is None else f"a {head.kind} head of shape {head.values.shape}"
+            raise InputError(
+                f"decoding with height {parameters.height} needs that head of shape {mask.shape}, found {found}"
+            )
+        if mask.size == 0:
+            return np.zeros(mask.shape, np.uint8)
+        rule = head.rule(parameters.max_depth_nm)
+        heights, reach = rule.heights(mask, head.values), parameters.min_distance_nm
+        pieces = flood(heights, parameters.connectivity, voxel_size, reach, rule.floor)
+        return finished(pieces, least, parameters.connectivity, parameters.fill_holes)
     if parameters.method != "threshold":
         return semantic_to_instance(
             mask,
@@ -114,8 +136,6 @@ def decode_between(
         (D, H, W) ids 1..n by their first voxel in z-y-x order. Growing is a watershed on the walls' probability:
         objects meet where it is highest. What touches no core is left out.
     """
-    from connectomics.decoding.watershed.whole import grow
-
     cores = decode_mask(mask & ~above(walls, parameters.threshold), voxel_size, parameters)
     return grow(mask, walls, cores, parameters.connectivity).astype(cores.dtype)
 
@@ -139,8 +159,8 @@ def decode_predictions(
     Reads ``{dataset}.zarr/{crop}/{class}`` (probabilities as uint8 or float16) and writes labels at the same places
     below ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are
     left as they are, so a killed run goes on where it stopped; others are replaced. Large arrays are decoded block by
-    block on the engine where their parameters allow it (`task_of`); the rest hold one class of one crop (about 6 bytes
-    a voxel; watershed about 13). Beside instances lies a table of them, ``instances.csv``.
+    block on the engine; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 13). Beside
+    instances lies a table of them, ``instances.csv``.
 
     Args:
         parameters: by class; a class without an entry gets its kind's defaults.
@@ -280,13 +300,13 @@ def decode_jobs(
 def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | None:
     """The task that decodes an array with these parameters; None where it is decoded whole.
 
-    Affinities always go block by block; other methods for large arrays, as far as they can.
+    Affinities always go block by block; other methods for large arrays.
     """
     if parameters.method in AFFINITY_METHODS:
         from connectomics.decoding.affinities.task import AffinitiesTask
 
         return AffinitiesTask
-    if not large or parameters.boundary:
+    if not large:
         return None
     if parameters.is_local:
         return MaskTask
@@ -337,7 +357,8 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         mask[z, y, x] = above(read_block(source, begin, block.shape), parameters.threshold)
     if job.walls is None:
-        labels = decode_mask(mask, grid.voxel_size, parameters)
+        head = StoredHead.open(source, parameters.height).all() if parameters.height else None
+        labels = decode_mask(mask, grid.voxel_size, parameters, head)
     else:
         labels = decode_between(mask, read_on(job.walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))
@@ -352,12 +373,11 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
 
 def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[Any]:
     """The probabilities of another class on this grid, read block by block; in the type that they are stored in."""
-    stored = source.levels[0].dtype
-    values = np.zeros(grid.shape, stored)
+    other = OnGrid(source, grid)
+    values = np.zeros(grid.shape, other.dtype)
     for begin, block in grid.blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        read = source.read_raw(block)[0]
-        values[z, y, x] = (np.rint(read) if stored.kind == "u" else read).astype(stored)
+        values[z, y, x] = other.read(begin, block.shape)
     return values
 
 

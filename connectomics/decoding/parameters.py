@@ -15,9 +15,12 @@ from connectomics.geometry import triple
 METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
 #: methods that read the affinities beside a class's probabilities
 AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
+#: heads that a watershed can flood; "" for none
+HEIGHTS = ("", "distance", "boundary")
 #: parameters that only some methods read; elsewhere they must keep their defaults
 _ONLY = {
     "max_depth_nm": ("watershed",),
+    "height": ("watershed",),
     "bias_short": ("mutex_watershed",),
     "bias_long": ("mutex_watershed",),
     "merge_threshold": ("agglomeration",),
@@ -42,6 +45,9 @@ class DecodeParameters:
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
         max_depth_nm: watershed only: what lies deeper in an object than this counts as so deep, and is not cut apart,
             nm. So far beyond a block its probabilities are read. It must exceed half the thickness of necks to cut.
+        height: watershed only: the head whose values are flooded in the place of the distance to the background:
+            ``distance`` or ``boundary`` of the class (`model.heads`), or "" for none. A learned distance is cut off at
+            ``max_depth_nm`` too.
         boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
             probability of this class is not above the threshold, and then grown back over it.
         bias_short, bias_long: mutex_watershed only: the affinity above which two voxels attract and below which they
@@ -59,6 +65,7 @@ class DecodeParameters:
     connectivity: int = 26
     min_distance_nm: float = 80.0
     max_depth_nm: float = 320.0
+    height: str = ""
     boundary: str = ""
     bias_short: float = 0.5
     bias_long: float = 0.5
@@ -77,6 +84,15 @@ class DecodeParameters:
             raise ConfigError(f"decoding: connectivity must be 6, 18 or 26, found {self.connectivity}")
         if self.boundary and self.method not in ("cc3d", "watershed"):
             raise ConfigError("decoding: boundary separates objects, so it needs method cc3d or watershed")
+        if self.height not in HEIGHTS:
+            raise ConfigError(f"decoding: height must be distance or boundary, found {self.height!r}")
+        if self.height and self.boundary:
+            raise ConfigError(
+                f"decoding: height ({self.height}) reads a head and boundary ({self.boundary}) another class to "
+                f"separate objects; give one of them"
+            )
+        if self.height == "boundary" and self.max_depth_nm != DecodeParameters.max_depth_nm:
+            raise ConfigError("decoding: max_depth_nm is of distances, and has no meaning with height boundary")
         if not 0.0 < self.min_distance_nm < math.inf:
             raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
         if not 0.0 < self.max_depth_nm < math.inf:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError
+from connectomics.geometry import VoxelGrid
+from connectomics.io import resample
 from connectomics.io.location import StoreOptions
 from connectomics.io.multiscale import Multiscale
 
@@ -91,3 +93,53 @@ def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -
     if not there.all():
         raise CorruptDataError(f"{source.location} lacks chunks around voxel {tuple(begin)} (z y x); run predict again")
     return values
+
+
+class OnGrid:
+    """Probabilities at the voxels of another grid, read in blocks: what a voxel gets does not depend on the block.
+
+    Plain copies where the voxels of both grids coincide, else interpolated as raw is (`connectomics.io.resample`) and
+    rounded to the stored type; 0 beyond the array.
+    """
+
+    def __init__(self, source: Multiscale, grid: VoxelGrid) -> None:
+        """``source``: checked as `open_probabilities` does. ``grid``: at whose voxels (nm)."""
+        self.dtype = source.levels[0].dtype
+        self._source, self._level = source, source.level_for(grid.voxel_size)
+        own = source.levels[self._level].grid
+        self._first = None
+        if own.same_lattice(grid):
+            self._first = np.round(own.to_index(grid.translation)).astype(int)
+            return
+        # of the whole grid, so that positions are rounded alike in every block
+        self._tables, self._inside = resample.raw_tables(own, grid), resample.inside_axes(own, grid)
+
+    def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        """``shape`` voxels from voxel ``begin`` of the grid, in the stored type; `CorruptDataError`: a chunk is not
+        there, or cannot be read."""
+        if self._first is not None:
+            return self._stored(self._first + begin, shape)
+        out = np.zeros(tuple(shape), self.dtype)
+        spans = []
+        for inside, b, n in zip(self._inside, begin, shape, strict=True):
+            there = np.flatnonzero(inside[b : b + n])  # one run
+            if len(there) == 0:
+                return out
+            spans.append((int(there[0]), int(there[-1]) + 1))
+        z, y, x = (t.part(b + s, b + e) for t, b, (s, e) in zip(self._tables, begin, spans, strict=True))
+        low, high = zip(*(t.span for t in (z, y, x)), strict=True)
+        block = self._stored(low, [h - b for b, h in zip(low, high, strict=True)])
+        values = resample.apply(block, (z.shifted(low[0]), y.shifted(low[1]), x.shifted(low[2])))
+        at = tuple(slice(s, e) for s, e in spans)
+        out[at] = np.rint(values) if self.dtype.kind == "u" else values
+        return out
+
+    def _stored(self, begin: Sequence[int] | NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+        """Voxels of the level that is read, 0 beyond it."""
+        values, there = self._source.read_level(self._level, begin, shape)
+        whole = self._source.levels[self._level].grid.shape
+        inside = [max(0, min(b + n, w) - max(b, 0)) for b, n, w in zip(begin, shape, whole, strict=True)]
+        if int(np.count_nonzero(there)) < math.prod(int(n) for n in inside):
+            at = tuple(int(b) for b in begin)
+            raise CorruptDataError(f"{self._source.location} lacks chunks around voxel {at} (z y x); run predict again")
+        return values

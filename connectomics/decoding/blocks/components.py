@@ -11,7 +11,6 @@ import numpy as np
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
 from connectomics.decoding.cellmap_postprocess import components
-from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.errors import ConfigError
 
 
@@ -19,31 +18,31 @@ from connectomics.errors import ConfigError
 class ComponentsTask(StitchedTask):
     """Connected components of one class's probabilities, or the mask of those that are kept (method ``threshold``).
 
-    The labels are those of `connectomics.decoding.decode.decode_class` on the whole array, number by number, whatever
-    the blocks.
+    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary class) on the
+    whole array, number by number, whatever the blocks.
 
     Raises:
-        ConfigError: another method, or a boundary class.
+        ConfigError: another method.
     """
 
     kind: ClassVar[str] = "components"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parameters.method not in ("cc3d", "threshold") or self.parameters.boundary:
+        if self.parameters.method not in ("cc3d", "threshold"):
             raise ConfigError(
-                f"components of {self.class_name}: expected method cc3d or threshold and no boundary class, found "
-                f"method {self.parameters.method} and boundary {self.parameters.boundary!r}"
+                f"components of {self.class_name}: expected method cc3d or threshold, found {self.parameters.method}"
             )
 
     def open_labeller(self) -> Callable[[int], Labelled]:
-        source, lattice = open_probabilities(self.input), self.lattice
-        least = self.parameters.min_voxels(source.levels[0].grid.voxel_size)
+        foreground, lattice = self.open_foreground(), self.lattice
+        least = self.parameters.min_voxels(foreground.source.levels[0].grid.voxel_size)
 
         def label(number: int) -> Labelled:
             begin, shape = lattice.region(number)
-            mask = above(read_block(source, begin, shape), self.parameters.threshold)
-            labels = components(mask, self.parameters.connectivity).astype(np.uint32, copy=False)
+            labels = components(foreground.cores(begin, shape), self.parameters.connectivity).astype(
+                np.uint32, copy=False
+            )
             n = int(labels.max())
             if self.parameters.fill_holes:  # also small ones may hold a cavity, or lie in one
                 return Labelled(labels, n)

@@ -3,13 +3,17 @@
 The blocks of the stage ``label`` are segmented each for itself; then the leading process unites the pieces of
 neighbouring blocks to objects (`StitchedTask.unite`), fills their holes where that is asked for, drops small ones, and
 numbers the rest 1..n by their first voxel in z-y-x order; the blocks of the stage ``write`` get the objects' labels.
+With a boundary class these are cores, found where there is no wall: the stage ``cores`` writes them, and the stage
+``grow`` grows them back over the walls, as `connectomics.decoding.decode.decode_between` does.
 Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
 
     .{class}.partial/task.json            the task; beside it the done-maps of the run
     .{class}.partial/.blocks/labels       labels 1..k of every block for itself, uint32 Zarr
     .{class}.partial/.blocks/{stage}/N    what block N leaves for later stages (`StoredBlocks`)
     .{class}.partial/.blocks/labels_of    the object's label of every piece, 0 where it is too small
-    .{class}.partial/.blocks/objects      the table of the objects
+    .{class}.partial/.blocks/objects_of_labels   the table of the objects
+    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with a boundary class: the cores' labels, and
+                                          what grows, as above
     .{class}.partial/s0, instances.csv    the output
 """
 
@@ -25,6 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.blocks.foreground import Foreground
 from connectomics.decoding.blocks.holes import cut, fill, leave
 from connectomics.decoding.blocks.labels_task import LabelsTask
 from connectomics.decoding.blocks.merge import gathered, number_trees, numbered, renamed, unite_touching
@@ -76,37 +81,53 @@ class StitchedTask(LabelsTask):
         raise ConfigError(f"{self.kind} has no stage {stage!r}")
 
     # -- its life ----------------------------------------------------------------------------------------------------
+    def check_input(self) -> None:
+        self.open_foreground()
+
+    def open_foreground(self) -> Foreground:
+        """What is segmented, opened."""
+        return Foreground.open(self.input, self.parameters)
+
     def stored(self, stage: str = "label") -> StoredBlocks:
         """What the blocks of a stage leave for later ones."""
         return StoredBlocks(self.lattice, self.scratch / stage)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return "label", "write"
+        return ("label", "cores", "grow", "write") if self.parameters.boundary else ("label", "write")
 
     def prepare(self, stage: str) -> None:
         if self.is_complete:
             return
+        # the array comes last: where it is there, so is all else
         if stage == "label":
-            where = self.scratch / "labels"
-            if not (where / ".zarray").exists():
-                create_array(where, self.grid.shape, np.uint32, chunks=self.chunks)
+            self._create("labels", np.dtype(np.uint32))
+        if stage == "cores" and not self._is_there("cores"):
+            self._create("cores", narrowest_unsigned(len(self._united())))
+        if stage == "grow":
+            self._create("parts", np.dtype(np.uint32))
         if stage == "write" and not self.has_labels:
-            objects = len(self._united())
-            # last: where it is there, so is all else
+            objects = len(self._grown() if self.parameters.boundary else self._united())
             self.create_labels(
                 narrowest_unsigned(objects) if self.parameters.kind == "instance" else np.dtype(np.uint8)
             )
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
         if stage == "label":
-            return nullcontext(_LabelWorker(self))
+            return nullcontext(_LabelWorker(self, stage, self.open_labeller(), "labels", self.parameters.fill_holes))
+        if stage == "cores":
+            return nullcontext(_WriteWorker(self, "labels", self.scratch / "cores", self.parameters.fill_holes))
+        if stage == "grow":
+            return nullcontext(_LabelWorker(self, stage, self._open_grower(), "parts", False))
+        if stage == "write" and self.parameters.boundary:
+            return nullcontext(_WriteWorker(self, "parts", self.folder / "s0", False))
         if stage == "write":
-            return nullcontext(_WriteWorker(self))
+            return nullcontext(_WriteWorker(self, "labels", self.folder / "s0", self.parameters.fill_holes))
         return nullcontext(self.open_stage(stage))
 
     def conclude(self) -> int:
-        objects = Pieces(**load_mapped(self.scratch / "objects"))
+        array = "parts" if self.parameters.boundary else "labels"
+        objects = Pieces(**load_mapped(self.scratch / f"objects_of_{array}"))
         if self.parameters.kind == "semantic":
             return min(len(objects), 1)
         write_tables(self.folder, objects, self.grid, self.table)
@@ -114,13 +135,49 @@ class StitchedTask(LabelsTask):
 
     def cost(self, stage: str) -> Cost:
         voxels = self.largest_block
-        if stage == "write":
+        if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
+        if stage == "grow":
+            return Cost(read=6 * voxels, written=4 * voxels, memory=25 * voxels)
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
 
     # -- within ------------------------------------------------------------------------------------------------------
+    def _is_there(self, array: str) -> bool:
+        return (self.scratch / array / ".zarray").exists()
+
+    def _create(self, array: str, dtype: np.dtype[Any]) -> None:
+        if not self._is_there(array):
+            create_array(self.scratch / array, self.grid.shape, dtype, chunks=self.chunks)
+
+    def _open_grower(self) -> Callable[[int], Labelled]:
+        from connectomics.decoding.watershed.grow import grown_block
+
+        foreground, lattice, connectivity = self.open_foreground(), self.lattice, self.parameters.connectivity
+        cores = ArrayWriter.open(self.scratch / "cores")
+
+        def grow(number: int) -> Labelled:
+            found, extra = grown_block(foreground, cores, lattice, number, connectivity)
+            return Labelled(found.labels, found.count, extra)
+
+        return grow
+
+    def _grown(self) -> Pieces:
+        """Give what has grown its cores' objects, and number these; stores what the stage ``write`` needs."""
+        from connectomics.decoding.watershed.grow import grown_objects
+
+        blocks = self.stored("grow")
+        cores = len(load_mapped(self.scratch / "objects_of_labels")["sizes"])
+        kept, label_of = grown_objects(blocks, self.parameters.connectivity, cores)
+        self._keep("parts", kept, label_of, blocks)
+        return kept
+
+    def _keep(self, array: str, objects: Pieces, label_of: NDArray[np.int64], blocks: StoredBlocks) -> None:
+        """Store the label of each piece in an array of pieces, and the table of the objects."""
+        save_mapped(self.scratch / f"{array}_of", label_of=label_of, offsets=blocks.offsets)
+        save_mapped(self.scratch / f"objects_of_{array}", **objects.columns)
+
     def _united(self) -> Pieces:
-        """Unite the pieces, fill the holes, number the objects; stores what the stage ``write`` needs."""
+        """Unite the pieces, fill the holes, number the objects; stores what the next stage needs."""
         blocks = self.stored()
         trees = self.unite(blocks)
         n = number_trees(trees)
@@ -133,19 +190,20 @@ class StitchedTask(LabelsTask):
         kept, label = numbered(objects, self.parameters.min_voxels(self.grid.voxel_size))
         # the last entry is where the background's -1 leads
         label_of = renamed(object_of, np.concatenate((label, [0])))
-        save_mapped(self.scratch / "labels_of", label_of=label_of, offsets=blocks.offsets)
-        save_mapped(self.scratch / "objects", **kept.columns)
+        self._keep("labels", kept, label_of, blocks)
         return kept
 
 
 class _LabelWorker:
     """Segments blocks, each for itself."""
 
-    def __init__(self, task: StitchedTask) -> None:
-        self._label = task.open_labeller()
-        self._stored, self._holes = task.stored(), task.stored("holes")
-        self._labels = ArrayWriter.open(task.scratch / "labels")
-        self._fill, self._connectivity = task.parameters.fill_holes, task.parameters.connectivity
+    def __init__(
+        self, task: StitchedTask, stage: str, label: Callable[[int], Labelled], array: str, fill_holes: bool
+    ) -> None:
+        self._label = label
+        self._stored, self._holes = task.stored(stage), task.stored("holes")
+        self._labels = ArrayWriter.open(task.scratch / array)
+        self._fill, self._connectivity = fill_holes, task.parameters.connectivity
 
     def run(self, blocks: Sequence[int]) -> Iterator[int]:
         lattice = self._stored.lattice
@@ -163,14 +221,14 @@ class _LabelWorker:
 
 
 class _WriteWorker:
-    """Gives blocks the labels of the objects."""
+    """Gives the pieces of an array of blocks the labels of their objects."""
 
-    def __init__(self, task: StitchedTask) -> None:
+    def __init__(self, task: StitchedTask, array: str, into: Path, fill_holes: bool) -> None:
         self._lattice = task.lattice
-        self._labels = ArrayWriter.open(task.scratch / "labels")
-        self._writer = ArrayWriter.open(task.folder / "s0")
-        self._parameters = task.parameters
-        stored = load_mapped(task.scratch / "labels_of")
+        self._labels = ArrayWriter.open(task.scratch / array)
+        self._writer = ArrayWriter.open(into)
+        self._fill, self._parameters = fill_holes, task.parameters
+        stored = load_mapped(task.scratch / f"{array}_of")
         self._label_of, self._offsets = stored["label_of"], stored["offsets"]
 
     def run(self, blocks: Sequence[int]) -> Iterator[int]:
@@ -182,7 +240,7 @@ class _WriteWorker:
             table = np.concatenate(([0], found)).astype(self._writer.dtype)
             if table.any():
                 labels = self._labels.read(begin, shape)
-                if self._parameters.fill_holes:  # what holds is known of its parts
+                if self._fill:  # what holds is known of its parts
                     labels = cut(labels, self._parameters.connectivity).labels
                 self._writer.write(begin, table[labels])
             else:

@@ -63,12 +63,14 @@ class Fragments:
         count: n.
         seeded: (n,) bool whether fragment i + 1 holds a seed.
         edges: between fragments (numbers from 1) of this part.
+        cores: (n,) int64 the label of the core that fragment i + 1 holds a voxel of, 0 for none.
     """
 
     labels: NDArray[np.uint32]
     count: int
     seeded: NDArray[np.bool_]
     edges: Edges
+    cores: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def fragments(
         height: int32 of ``part.grown()`` with a rim of one voxel of `OUTSIDE`, which also marks what is not flooded.
         radius: seeds are the voxels that come first of what holds together with them within so many voxels along each
             axis; at most ``part.around`` voxels.
-        cores: labels (0 none) of ``part.grown()``, every one a seed; in the place of ``radius``.
+        cores: labels (0 none) of ``part.grown()``, every one a seed; in the place of ``radius``, and without a floor.
         floor: edges between voxels that are no higher join whatever they join, seeds too.
     """
     from connectomics.decoding.watershed import kernels
@@ -130,9 +132,10 @@ def fragments(
     kernels.descend(flat, shape, offsets, cut, root, OUTSIDE)
     lowest = kernels.number_basins(root, shape, low, high)
     n = len(lowest)
-    seeded = np.zeros(n + 1, np.bool_)
+    seeded, core = np.zeros(n + 1, np.bool_), np.zeros(n + 1, np.int64)
     if cores is not None:
-        seeded[1:] = _at(cores, lowest, shape) > 0
+        core[1:] = _at(cores, lowest, shape)
+        seeded[:] = core > 0
     elif radius is not None:
         inside = np.flatnonzero(_within(lowest, shape, low, high))
         found = np.zeros(len(inside), np.bool_)
@@ -147,6 +150,8 @@ def fragments(
     kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
     trees = np.flatnonzero(parent[1:] == np.arange(1, n + 1)) + 1
     number = kernels.tree_numbers(parent)  # 0 stays 0; trees 1..k in the order of their first voxels
+    held, basins = np.zeros(len(trees) + 1, np.int64), np.flatnonzero(core)
+    held[number[basins]] = core[basins]  # one at most: without a floor no edge joins two seeds
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     kernels.rename(root, number)
     labels = root.reshape(height.shape)[box]
@@ -160,7 +165,7 @@ def fragments(
         flat[worse],
         flat[better],
     )
-    return Fragments(np.asarray(labels, np.uint32), len(trees), seeded[trees], edges)
+    return Fragments(np.asarray(labels, np.uint32), len(trees), seeded[trees], edges, held[1:])
 
 
 def _plant(cores: NDArray[Any], root: NDArray[Any], flat: NDArray[np.int32]) -> None:

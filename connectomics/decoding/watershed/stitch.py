@@ -25,7 +25,9 @@ def to_store(found: Fragments, height: NDArray[np.int32]) -> dict[str, NDArray[n
     return {"seeded": found.seeded, **edges, **heights}
 
 
-def join(blocks: StoredBlocks, connectivity: int, floor: int, seeded: NDArray[np.bool_]) -> NDArray[np.int64]:
+def join(
+    blocks: StoredBlocks, connectivity: int, floor: int, seeded: NDArray[np.bool_], cores: int = 0
+) -> NDArray[np.int64]:
     """The union-find forest over the fragments of all blocks, see `connectomics.decoding.blocks.merge.unite_touching`.
 
     Memory: 40 bytes and 16 more while they are sorted for each edge that is left.
@@ -33,21 +35,30 @@ def join(blocks: StoredBlocks, connectivity: int, floor: int, seeded: NDArray[np
     Args:
         floor: edges no higher join any two.
         seeded: (nodes,) takes whether the tree of a root holds a seed; zeros.
+        cores: how many there are: fragments that hold a voxel of the same one (stored as ``core``) are one at once.
     """
     from connectomics.decoding.watershed.kernels import join_seeded
 
     faces = lru_cache(maxsize=FACES_KEPT)(partial(_faces, blocks))
     parts = []
+    forest = np.arange(blocks.offsets[-1])
+    holder = np.full(cores + 1, -1, np.int64)  # the first fragment of each core
     for block in range(len(blocks.lattice)):
         if blocks.count(block):
             stored = blocks.load(block, "seeded", *_EDGES)
             first = int(blocks.offsets[block])
             seeded[first : first + blocks.count(block)] = stored.pop("seeded")
+            if cores:
+                core = blocks.load(block, "core")["core"]
+                nodes = np.flatnonzero(core)
+                core, nodes = core[nodes], nodes + first
+                new = holder[core] < 0
+                holder[core[new]] = nodes[new]  # a core comes once in a block
+                forest[nodes] = holder[core]
             edges = Edges(**stored)
             parts.append(_shifted(edges, first - 1, first - 1))
             parts.extend(_across(blocks, block, connectivity, faces))
     edges = _together(parts)
-    forest = np.arange(blocks.offsets[-1])
     join_seeded(edges.ones, edges.twos, edges.worse_height <= floor, edges.order, seeded, forest)
     return forest
 

@@ -9,11 +9,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.blocks.foreground import Foreground
 from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
 from connectomics.decoding.blocks.stored import StoredBlocks
-from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.decoding.watershed.distance import DepthRule, heights
 from connectomics.decoding.watershed.forest import Part, fragments
+from connectomics.decoding.watershed.heads import StoredHead
 from connectomics.decoding.watershed.stitch import join, to_store
 from connectomics.decoding.watershed.whole import seed_radius
 from connectomics.errors import ConfigError
@@ -27,14 +28,14 @@ BLOCK = (192, 192, 192)
 
 @dataclass(frozen=True)
 class WatershedTask(StitchedTask):
-    """One class's objects, cut where they are narrow.
+    """One class's objects, cut where they are narrow, or where a head has learned to (``parameters.height``).
 
-    The labels are those of `connectomics.decoding.decode.decode_class` on the whole array, number by number, whatever
-    the blocks: depth is exact up to ``parameters.max_depth_nm``, and so far beyond a block (and the seeds' reach) its
-    probabilities are read.
+    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary class) on the
+    whole array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and so far
+    beyond a block (and the seeds' reach) its probabilities are read.
 
     Raises:
-        ConfigError: another method, or a boundary class.
+        ConfigError: another method.
     """
 
     kind: ClassVar[str] = "watershed"
@@ -43,35 +44,60 @@ class WatershedTask(StitchedTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parameters.method != "watershed" or self.parameters.boundary:
-            what = f"boundary {self.parameters.boundary}" if self.parameters.boundary else self.parameters.method
-            raise ConfigError(f"decoding {self.class_name} by blocks of a watershed: {what} is another task")
+        if self.parameters.method != "watershed":
+            raise ConfigError(
+                f"a watershed of {self.class_name}: expected method watershed, found {self.parameters.method}"
+            )
+
+    def check_input(self) -> None:
+        foreground = self.open_foreground()
+        if self.parameters.height:
+            StoredHead.open(foreground.source, self.parameters.height)
 
     def open_labeller(self) -> Callable[[int], Labelled]:
-        source, lattice, rule, radius = open_probabilities(self.input), self.lattice, self._rule, self._radius
-        threshold, connectivity = self.parameters.threshold, self.parameters.connectivity
+        foreground, lattice, radius = self.open_foreground(), self.lattice, self._radius
+        height_of, floor = self._open_heights(foreground)
+        connectivity = self.parameters.connectivity
 
         def label(number: int) -> Labelled:
             part = Part(*lattice.region(number), lattice.shape, radius)
-            begin, shape = part.grown(rule.halo)
-            mask = above(read_block(source, begin, shape), threshold)
-            start, size = part.grown()
-            height = heights(mask, rule, [a - b for a, b in zip(start, begin, strict=True)], size)
-            del mask
-            found = fragments(height, part, connectivity, radius=radius, floor=-rule.cap)
+            start, _ = part.grown()
+            height = height_of(part)
+            found = fragments(height, part, connectivity, radius=radius, floor=floor)
             own = tuple(slice(b - s + 1, b - s + 1 + n) for b, s, n in zip(part.begin, start, part.shape, strict=True))
             return Labelled(found.labels, found.count, to_store(found, height[own]))
 
         return label
 
+    def _open_heights(self, foreground: Foreground) -> tuple[Callable[[Part], NDArray[np.int32]], int]:
+        """What gives the heights of a part with what is around it, and the height at which pieces are one."""
+        if self.parameters.height:
+            head = StoredHead.open(foreground.source, self.parameters.height)
+            learned = head.rule(self.parameters.max_depth_nm)
+
+            def of_head(part: Part) -> NDArray[np.int32]:
+                return learned.heights(foreground.cores(*part.grown()), head.read(*part.grown()))
+
+            return of_head, learned.floor
+        rule = self._rule
+
+        def of_mask(part: Part) -> NDArray[np.int32]:
+            begin, shape = part.grown(rule.halo)
+            mask = foreground.cores(begin, shape)
+            start, size = part.grown()
+            return heights(mask, rule, [a - b for a, b in zip(start, begin, strict=True)], size)
+
+        return of_mask, -rule.cap
+
     def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
         seeded = np.zeros(int(blocks.offsets[-1]), np.bool_)
-        return join(blocks, self.parameters.connectivity, -self._rule.cap, seeded)
+        _, floor = self._open_heights(self.open_foreground())
+        return join(blocks, self.parameters.connectivity, floor, seeded)
 
     def cost(self, stage: str) -> Cost:
-        if stage == "write":
+        if stage != "label":
             return super().cost(stage)
-        halo = np.asarray(self._rule.halo)
+        halo = np.zeros(3, int) if self.parameters.height else np.asarray(self._rule.halo)
         block, near = np.asarray(self.block_shape), np.asarray(self.block_shape) + 2 * np.asarray(self._radius)
         read, part = int(np.prod(near + 2 * halo)), int(np.prod(near))
         rows = int(near[0] * np.prod((near + 2 * halo)[1:]))  # distances along z, before those along y and x

@@ -35,10 +35,18 @@ def split(
         (D, H, W) pieces 1..n by their first voxel in z-y-x order, about 9 bytes a voxel while it runs.
     """
     rule = DepthRule.of(voxel_size, max_depth, mask.shape)
-    part = _all(mask.shape)
-    height = heights(mask, rule, part.begin, part.shape)
+    height = heights(mask, rule, (0, 0, 0), mask.shape)
+    return flood(height, connectivity, voxel_size, min_distance, -rule.cap)
+
+
+def flood(
+    height: NDArray[np.int32], connectivity: int, voxel_size: Sequence[float], min_distance: float, floor: int
+) -> NDArray[np.unsignedinteger[Any]]:
+    """`split` from heights on: (D + 2, H + 2, W + 2) int32 with a rim of `OUTSIDE`; pieces that meet at a height of at
+    most ``floor`` are one."""
+    shape = [n - 2 for n in height.shape]
     radius = seed_radius(min_distance, voxel_size)
-    return fragments(height, part, connectivity, radius=radius, floor=-rule.cap).labels
+    return fragments(height, _all(shape), connectivity, radius=radius, floor=floor).labels
 
 
 def grow(

@@ -1,0 +1,50 @@
+"""What is segmented block by block: where a class is, without the walls that another class puts between its objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+
+
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """The opened probabilities of a class and, where ``parameters.boundary`` names one, of the class beside it that
+    separates its objects, at the voxels of the first."""
+
+    source: Multiscale
+    walls: OnGrid | None
+    threshold: float
+
+    @classmethod
+    def open(cls, location: str, parameters: DecodeParameters) -> Self:
+        """``location``: of the class's probabilities, ``.../{crop}/{class}``; what `open_probabilities` raises."""
+        source, walls = open_probabilities(location), None
+        if parameters.boundary:
+            beside = store.join(location.rstrip("/").rpartition("/")[0], parameters.boundary)
+            walls = OnGrid(open_probabilities(beside), source.levels[0].grid)
+        return cls(source, walls, parameters.threshold)
+
+    def mask(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Where the class is, walls and all."""
+        return above(read_block(self.source, begin, shape), self.threshold)
+
+    def heights(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        """The probability of a wall, as it is stored."""
+        assert self.walls is not None  # asked for by those who have seen the parameters
+        return self.walls.read(begin, shape)
+
+    def cores(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Where the class is and no wall: what is taken apart."""
+        mask = self.mask(begin, shape)
+        if self.walls is not None and mask.any():
+            mask &= ~above(self.walls.read(begin, shape), self.threshold)
+        return mask
