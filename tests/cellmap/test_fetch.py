@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import re
 import shutil
 import signal
@@ -17,6 +19,7 @@ import pytest
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.fetch import FetchPlan, Missing, RemoteFile, plan_fetch, resolve_table, transfer
+from connectomics.cellmap.fetch.landing import Landing
 from connectomics.cellmap.fetch.plan import FetchItem
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
@@ -165,8 +168,48 @@ def test_a_fetch_that_is_killed_goes_on(server: FolderServer, phantom: Path, tmp
         again = [*command, *arguments, str(tmp_path / place)]
         ended = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stderr[-2000:]
-    left = {name for name in files_below(tmp_path / "b") if ".part-" in name}
-    assert {n: d for n, d in files_below(tmp_path / "b").items() if n not in left} == files_below(tmp_path / "a")
+    assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
+    assert not list((tmp_path / "b").rglob(".fetching-*"))
+
+
+def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    host = platform.node()
+    left = {
+        f".fetching-{host}-{ended.pid}-0f": True,
+        f".fetching-{host}-{os.getpid()}-0f": False,  # another thread's
+        ".fetching-node17-5-0f": False,
+        ".fetching-node18-5-0f": True,
+    }
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_bytes(b"ab")
+    os.utime(tmp_path / ".fetching-node18-5-0f", (1e9, 1e9))  # nothing came for years
+    (tmp_path / ".fetching-mine").touch()  # nothing of ours
+    with Landing(tmp_path) as landing:
+        landing.put(tmp_path / "a/b", b"abc")
+        assert (tmp_path / "a/b").read_bytes() == b"abc"
+        assert {name: not (tmp_path / name / "half").exists() for name in left} == left
+    assert {p.name for p in tmp_path.iterdir()} == {name for name, gone in left.items() if not gone} | {
+        "a",
+        ".fetching-mine",
+    }
+
+
+def test_an_object_lands_on_another_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a data set of the root is a link to another disk, files cannot be renamed onto it."""
+    rename = Path.replace
+
+    def onto_one_disk(self: Path, target: Path) -> Path:
+        if self.parent != target.parent:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        return rename(self, target)
+
+    with Landing(tmp_path) as landing, monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", onto_one_disk)
+        landing.put(tmp_path / "a/b", b"abc")
+    assert files_below(tmp_path) == {"a/b": b"abc"}
 
 
 def test_a_run_configuration_says_what_comes(

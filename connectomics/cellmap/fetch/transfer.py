@@ -12,11 +12,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+from connectomics.cellmap.fetch.landing import Landing
 from connectomics.cellmap.fetch.plan import FetchPlan, RemoteFile
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.io import s3
 from connectomics.io.store import StoreError, StoreOptions, split_s3
-from connectomics.io.write import write_file
 
 #: In the root: one line for each object that is there and checked: key, bytes, ETag, with tabs between.
 LOG_FILE = ".fetched.tsv"
@@ -75,7 +75,8 @@ def transfer(
     An object appears in one step. Sizes are compared with the listing, and bytes with the ETag where that is an MD5 sum
     (objects that were uploaded in parts have another). One that cannot be had does not keep others from coming. The
     metadata of an array comes after all of its chunks, and not where one failed: a label array that is only half there
-    cannot be opened, and never reads as "absent". Memory: one object a thread.
+    cannot be opened, and never reads as "absent". Memory: one object a thread. What a fetch that was killed had half
+    written is removed.
 
     Args:
         progress: called after each object, in this thread.
@@ -95,13 +96,20 @@ def transfer(
     done = size = 0
     if progress is not None:
         progress(0, missing.number, 0, missing.size)
-    with _Log(root / LOG_FILE) as log, ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
+    with (
+        Landing(root) as landing,
+        _Log(root / LOG_FILE) as log,
+        ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool,
+    ):
+
+        def work(file: RemoteFile) -> None:
+            _fetch(file, bucket, root, options, log, landing)
 
         def bring(files: Iterable[tuple[int, RemoteFile]]) -> set[int]:
             """Fetch files of items; returns the numbers of the items of which one failed."""
             nonlocal done, size
             broken = set()
-            for number, file, error in _results(pool, files, threads, lambda f: _fetch(f, bucket, root, options, log)):
+            for number, file, error in _results(pool, files, threads, work):
                 if error is not None:
                     failed.append(str(error))
                     broken.add(number)
@@ -162,7 +170,7 @@ def _results(
             raise error
 
 
-def _fetch(file: RemoteFile, bucket: str, root: Path, options: StoreOptions, log: _Log) -> None:
+def _fetch(file: RemoteFile, bucket: str, root: Path, options: StoreOptions, log: _Log, landing: Landing) -> None:
     place = _place(file, root)
     for attempt in range(_ATTEMPTS):
         data = s3.get(bucket, file.key, options)
@@ -172,7 +180,7 @@ def _fetch(file: RemoteFile, bucket: str, root: Path, options: StoreOptions, log
             if attempt + 1 < _ATTEMPTS:
                 continue
             raise CorruptDataError(f"s3://{bucket}/{file.key}: {wrong}, {_ATTEMPTS} times; it is being changed there")
-        write_file(place, data)
+        landing.put(place, data)
         log.add(file)
         return
 
