@@ -26,7 +26,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.report.view import ViewSources, VolumeServer, collect_layers, open_viewer, state_of
-from connectomics.report.view.in_napari import levels_of
+from connectomics.report.view.in_napari import add_layers, levels_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -171,6 +171,28 @@ def test_layers_as_napari_slices_them(cube: Path) -> None:
     assert int(raw[0][20, 30, 10]) == 220
     (truth,) = levels_of(found.layers[1], found)
     assert np.array_equal(truth[20], (raw[0][20] > 100))
+
+
+def test_napari_finds_every_value_in_its_place(cube: Path) -> None:
+    """In napari's own model of a viewer, which needs no screen."""
+    components = pytest.importorskip("napari.components", reason="napari is not installed: pip install napari")
+    viewer = components.ViewerModel()
+    add_layers(viewer, collect_layers(ViewSources(str(cube))))
+    layers = {layer.name: layer for layer in viewer.layers}
+    assert list(layers) == ["raw", "mito truth crop1", "mito known crop1"]
+    assert layers["raw"].multiscale
+    assert not layers["mito known crop1"].visible
+    layers["mito known crop1"].visible = True  # a layer that is off has no values
+    grid = grid_of((64, 64, 64))
+    for index, raw, object_id, known in (((20, 30, 20), 220, 1, 1), ((20, 30, 50), 40, 0, 1), ((20, 30, 62), 40, 0, 0)):
+        place = grid.to_world(index)
+        viewer.dims.set_point([0, 1, 2], place)
+        values = [layer.get_value(place, world=True) for layer in layers.values()]
+        level, value = values[0]
+        assert level >= 0
+        assert value == raw
+        assert int(values[1] or 0) == object_id
+        assert int(values[2]) == known
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from connectomics.report.view.layers import Layer, Layers
 
 
 class LazyVolume:
-    """A volume that is read where it is sliced, as napari does with arrays: shape, dtype, ndim and slices."""
+    """A volume that is read where it is sliced, with all that napari asks of an array (its LayerDataProtocol)."""
 
     def __init__(self, grid: VoxelGrid, dtype: np.dtype[Any], read: Any) -> None:
         self.grid, self.dtype, self.shape, self.ndim = grid, dtype, grid.shape, 3
+        self.size = math.prod(grid.shape)
         self._read = read
 
     def __getitem__(self, key: Any) -> NDArray[Any]:
@@ -61,13 +63,8 @@ def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
     return [level(number) for number in range(len(source.levels))]
 
 
-def show_in_napari(layers: Layers) -> None:
-    """Open napari and wait until it is closed; `MissingError` where it is not installed."""
-    try:
-        import napari
-    except ImportError as error:
-        raise MissingError("napari is not installed: pip install 'napari[all]', or leave --napari out") from error
-    viewer = napari.Viewer(title=layers.dataset)
+def add_layers(viewer: Any, layers: Layers) -> None:
+    """Add all layers to a napari viewer (or its model, which needs no screen), placed in nm, finest level first."""
     for layer in layers.layers:
         levels = levels_of(layer, layers)
         grid = levels[0].grid
@@ -85,4 +82,13 @@ def show_in_napari(layers: Layers) -> None:
                 data, contrast_limits=limits, blending="translucent" if plain else "additive",
                 colormap="gray" if plain else layer.colour, **common,
             )  # fmt: skip
+
+
+def show_in_napari(layers: Layers) -> None:
+    """Open napari and wait until it is closed; `MissingError` where it is not installed."""
+    try:
+        import napari
+    except ImportError as error:
+        raise MissingError("napari is not installed: pip install 'napari[all]', or leave --napari out") from error
+    add_layers(napari.Viewer(title=layers.dataset), layers)
     napari.run()
