@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from connectomics.report.sources import OtherRun, ReportOptions, ReportSources
 
 if TYPE_CHECKING:
-    from connectomics.report.crops import Progress
+    from connectomics.report.steps import Progress
 
 __all__ = ["OtherRun", "ReportOptions", "ReportSources", "build_report"]
 

@@ -12,14 +12,24 @@ from connectomics.report.calibration import Reliability
 from connectomics.report.confusion import Confusion
 from connectomics.report.library import Library
 from connectomics.report.sources import ReportOptions
+from connectomics.report.steps import Steps
 from connectomics.report.volumes import Item
 
 _MOST_LINES = 5
 T = TypeVar("T")
 
 
-def sections(library: Library, options: ReportOptions) -> list[page.Section]:
+def crops_of(library: Library) -> int:
+    """How many crops `sections` looks at, a step each."""
+    try:
+        return len({(one.dataset, one.crop) for one in library.wanted()})
+    except ConnectomicsError:
+        return 0
+
+
+def sections(library: Library, options: ReportOptions, steps: Steps | None = None) -> list[page.Section]:
     """Both sections. What cannot be read is left out of the numbers and said; the crops' section says it in full."""
+    steps = steps or Steps()
     problems: list[str] = []
     crops = _opened(library, problems)
     classes = sorted({i.class_name for items in crops.values() for i in items if i.truth and i.prediction})
@@ -27,7 +37,7 @@ def sections(library: Library, options: ReportOptions) -> list[page.Section]:
     shares: tuple[list[float], list[float]] = ([], [])
     for (_, crop), items in crops.items():
         part = Confusion.none(classes)  # counted apart: what fails half-way leaves nothing behind
-        share = _try(f"{crop}: ", partial(part.add_crop, items, options.max_voxels), problems)
+        share = _try(f"{crop}: ", partial(part.add_crop, items, options.max_voxels), problems) if items else None
         if share is not None:
             table += part
             shares[0].append(share)
@@ -39,6 +49,7 @@ def sections(library: Library, options: ReportOptions) -> list[page.Section]:
             if share is not None:
                 reliabilities[item.class_name] = reliabilities.get(item.class_name, Reliability()) + counted
                 shares[1].append(share)
+        steps.step(f"voxels of {crop}")
     lines = [f"Left out: {p}" for p in dict.fromkeys(problems)]
     if len(lines) > _MOST_LINES:
         lines = [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more were left out."]
@@ -49,16 +60,18 @@ def sections(library: Library, options: ReportOptions) -> list[page.Section]:
 
 
 def _opened(library: Library, problems: list[str]) -> dict[tuple[str, str], list[Item]]:
-    """The items of every crop that can be opened; where nothing is wanted at all, the crops' section says why."""
+    """The items of every crop, as far as they can be opened; where nothing is wanted at all, the crops' section says
+    why."""
     try:
         wanted = library.wanted()
     except ConnectomicsError:
         return {}
     crops: dict[tuple[str, str], list[Item]] = {}
     for one in wanted:
+        found = crops.setdefault((one.dataset, one.crop), [])
         item = _try(f"{one.crop}/{one.class_name}: ", partial(library.item, one), problems)
         if item is not None:
-            crops.setdefault((one.dataset, one.crop), []).append(item)
+            found.append(item)
     return crops
 
 

@@ -9,10 +9,10 @@ from connectomics import __version__
 from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.write import write_file
 from connectomics.report import analysis, compare, crops, data, page, run, scores
-from connectomics.report.crops import Progress
 from connectomics.report.library import Library
 from connectomics.report.scores import Scores
 from connectomics.report.sources import ReportOptions, ReportSources
+from connectomics.report.steps import Progress, Steps
 
 
 def build_report(
@@ -27,7 +27,8 @@ def build_report(
         out: the file (``.html``), or a folder that gets ``report.html``.
         sources: what there is. A part that is missing, half written or broken becomes a line on the page.
         options: how large the page may become.
-        progress: told after each class of a crop that was drawn: done, of how many, which.
+        progress: told after each class of a crop that was drawn, each crop whose voxels were counted, and the data
+            root: done, of how many, which.
 
     Raises:
         WriteError: the page cannot be written; no half-written page is left. InputError: ``out`` is a file of another
@@ -42,6 +43,7 @@ def build_report(
     table, score_lines = _load_scores(sources.scores, "scores")
     baseline, baseline_lines = _load_scores(sources.baseline_scores, sources.baseline_name)
     library = Library.open(sources)
+    steps = Steps(progress, 1 + analysis.crops_of(library))
     try:
         datasets = _datasets(library)
         sections = [
@@ -49,13 +51,14 @@ def build_report(
             *_compared(sources),
             _scores_section(table, baseline, datasets, sources.baseline_name, score_lines + baseline_lines),
             *_evaluation(sources),
-            _part("crops", "Crops", lambda: crops.section(library, table, settings, progress)),
-            *analysis.sections(library, settings),
+            _part("crops", "Crops", lambda: crops.section(library, table, settings, steps)),
+            *analysis.sections(library, settings, steps),
             _part("training", "Training", lambda: run.training(sources.run)),
             _part("time", "Where the time went", lambda: run.time(sources)),
             _part("data", "Data", lambda: data.section(sources.data_root, sources.run, settings.max_arrays)),
             _part("configuration", "Configuration", lambda: run.configuration(sources.run)),
         ]
+        steps.step("the data root")
     finally:
         library.close()
     header = f"<h1>{page.text(sources.title)}</h1>{scores.headline(table, baseline, sources.baseline_name)}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from connectomics.errors import ConnectomicsError
@@ -10,19 +10,17 @@ from connectomics.report import charts, gallery, mistakes, page, pictures, score
 from connectomics.report.library import Library, Wanted
 from connectomics.report.scores import Scores
 from connectomics.report.sources import ReportOptions
+from connectomics.report.steps import Steps
 from connectomics.report.volumes import Findings, Item, examine, read_plane
-
-#: Told after each class of a crop that was drawn: how many are done, of how many, and which.
-Progress = Callable[[int, int, str], None]
 
 Key = tuple[str, str]  # data set and crop
 
 
 # -- the section -------------------------------------------------------------------------------------------------------
-def section(
-    library: Library, table: Scores | None, options: ReportOptions, progress: Progress | None = None
-) -> page.Section:
-    """All crops with their pictures. What cannot be shown is said, crop by crop."""
+def section(library: Library, table: Scores | None, options: ReportOptions, steps: Steps | None = None) -> page.Section:
+    """All crops with their pictures, a step for each class that gets some. What cannot be shown is said, crop by
+    crop."""
+    steps = steps or Steps()
     title = "Crops, worst first" if table is not None else "Crops"
     try:
         crops = ranked(library.wanted(), table)
@@ -33,7 +31,8 @@ def section(
     worst, best = gallery.extremes([one for wanted in crops.values() for one in wanted], table)
     chosen = choose(crops, options.max_pictures, best)
     n_all, n_drawn = sum(map(len, crops.values())), len(chosen)
-    parts, done, spent, ids = [], 0, 0, pictures.Ids.fresh()
+    steps.expect(n_drawn)
+    parts, spent, ids = [], 0, pictures.Ids.fresh()
     thumbnails: dict[Wanted, str] = {}
     names = anchors(crops)
     best_crop = next(reversed(crops)) if table is not None else None
@@ -45,9 +44,8 @@ def section(
             spent += len(drawn[-1].body)
             if drawn[-1].thumbnail:
                 thumbnails[one] = drawn[-1].thumbnail
-            if one in chosen and progress is not None:
-                done += 1
-                progress(done, n_drawn, f"{one.crop}/{one.class_name}")
+            if one in chosen:
+                steps.step(f"{one.crop}/{one.class_name}")
         unfolded = 3 if number == 0 else 1 if number < 3 else 0
         last = key == best_crop and options.viewers > 0
         with_viewer = (number < options.viewers or last) and spent < options.max_bytes

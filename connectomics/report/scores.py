@@ -28,6 +28,11 @@ from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
 from connectomics.report import charts, page
 
 _DROPPED = (TOO_MANY, FAILED)
+_INTERVALS = (
+    "Whiskers and 95 %: a bootstrap over crops. As many crops as there are were drawn from them at random, with "
+    "repetition, 1000 times; 95 % of the scores pooled from such a draw lie in the interval. With few crops it is wide "
+    "and rough (of two it reaches from the worse to the better), and a class that is in one crop only has none."
+)
 
 
 @dataclass(frozen=True)
@@ -250,7 +255,7 @@ def _class_table(scores: Scores, baseline: Scores | None, baseline_name: str) ->
                 ]
             )
         marks = f" The mark on a bar is the {baseline_name}." if baseline else ""
-        marks += " Whiskers and 95 %: bootstrap over crops." if spread else ""
+        marks += f" {_INTERVALS}" if spread or len(scores.by_crop()) > 1 else ""
         unit = "tp, fp, fn count objects." if is_instance else "tp, fp, fn count voxels."
         head = [h if not h or h == "class" else f"<th scope=col class=num>{page.text(h)}</th>" for h in heads]
         parts.append(f"<h3>{title}</h3>" + page.table(head, rows, kind="bars") + page.hint(unit + marks))
@@ -334,10 +339,10 @@ def evaluation_section(path: Path) -> page.Section:
     rows = [
         [
             f"<th scope=row>{page.text(name)}</th>",
-            f'<td class="wide">{charts.bar(_number(entry.get("dice")), None, _pair(entry.get("dice_interval")))}</td>',
+            f'<td class="wide">{charts.bar(_number(entry.get("dice")), None, _spread(entry, "dice_interval"))}</td>',
             *(f'<td class="num">{page.score(_number(entry.get(m)))}</td>' for m in measures),
-            f'<td class="num">{_interval(_pair(entry.get("score_interval")))}</td>',
-            f'<td class="num">{_interval(_pair(entry.get("dice_interval")))}</td>',
+            f'<td class="num">{_interval(_spread(entry, "score_interval"))}</td>',
+            f'<td class="num">{_interval(_spread(entry, "dice_interval"))}</td>',
             f'<td class="num">{page.count(entry.get("crops"))}</td>',
         ]
         for name, entry in sorted(classes.items(), key=lambda item: -(_number(item[1].get("dice")) or 0.0))
@@ -358,7 +363,7 @@ def evaluation_section(path: Path) -> page.Section:
     body = (
         page.hint(
             "Over known voxels only, on annotated crops of the data root; counts are pooled over crops. Score: what "
-            "enters the challenge's score. Whiskers and 95 %: bootstrap over crops."
+            f"enters the challenge's score. {_INTERVALS}"
         )
         + page.table(heads, rows, kind="bars")
         + "<h3>Worst first</h3>"
@@ -367,9 +372,12 @@ def evaluation_section(path: Path) -> page.Section:
     return page.Section("evaluation", "Evaluation on annotated crops", body)
 
 
-def _pair(value: Any) -> tuple[float, float] | None:
-    """A written interval, None where there is none."""
-    return (float(value[0]), float(value[1])) if isinstance(value, list) and len(value) == 2 else None
+def _spread(entry: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """A written interval; None where there is none, or only one crop, of which nothing can be said."""
+    value = entry.get(key)
+    if not (isinstance(value, list) and len(value) == 2) or (_number(entry.get("crops")) or 0) < 2:
+        return None
+    return float(value[0]), float(value[1])
 
 
 def _interval(value: tuple[float, float] | None) -> str:

@@ -139,6 +139,23 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     body = scores.evaluation_section(path).body
     assert body.index("crop3") < body.index("crop9")
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
+    assert "bootstrap over crops" in body
+    assert "in one crop only has none" in body
+
+
+def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) -> None:
+    """As written, both ends are the measure itself, which looks like certainty."""
+    path = tmp_path / "evaluation.json"
+    both = {"dice_interval": [0.8, 0.8], "score_interval": [0.7, 0.7]}
+    path.write_text(json.dumps({"classes": {"mito": {"dice": 0.8, "crops": 1, **both}}, "crops": []}))
+    body = scores.evaluation_section(path).body
+    assert " to <data" not in body
+    assert "<u" not in body
+
+
+def test_intervals_are_explained_where_there_are_scores(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    assert "1000 times" in scores.section(table, None, {}, "baseline").body
 
 
 def test_epochs_have_whole_ticks() -> None:

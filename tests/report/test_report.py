@@ -256,7 +256,9 @@ def test_pictures_are_limited_and_every_class_is_still_named(made: Made, tmp_pat
     page = Reader(build_report(tmp_path, made.sources, options, lambda *what: told.append(what)))
     assert page.source.count('<figure class="plane') == 2 * 3
     assert any("2 of 4" in note for note in page.notes)
-    assert [(done, of, name.split("/")[0]) for done, of, name in told] == [(1, 2, "crop9"), (2, 2, "crop7")]
+    drawn, counted = ["crop9", "crop7"], ["voxels of crop7", "voxels of crop9", "the data root"]
+    assert [(done, of) for done, of, _ in told] == [(n, 5) for n in range(1, 6)]
+    assert [name.split("/")[0] for *_, name in told] == [*drawn, *counted]
     assert page.source.count('<details class="class"') == 4
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
-    from connectomics.report.crops import Progress
     from connectomics.report.inspect.data import Inspection
+    from connectomics.report.steps import Progress
 
 __all__ = ["inspect_data", "write_page"]
 

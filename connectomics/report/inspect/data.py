@@ -28,7 +28,6 @@ from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
-from connectomics.report.crops import Progress
 from connectomics.report.inspect.loader import LoaderSpeed, take
 from connectomics.report.inspect.numbers import (
     LabelNumbers,
@@ -38,6 +37,7 @@ from connectomics.report.inspect.numbers import (
     label_warnings,
 )
 from connectomics.report.inspect.raw import MissingRaw, RawShare, missing_raw, where_raw_is
+from connectomics.report.steps import Progress
 
 _MOST_WARNINGS = 12  # about images, one by one
 
