@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_w
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
 from connectomics.decoding.watershed.heads import HeadValues, StoredHead
+from connectomics.decoding.watershed.task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.task import WatershedTask
 from connectomics.decoding.watershed.whole import flood, grow
 from connectomics.errors import (
@@ -293,6 +294,8 @@ def decode_jobs(
         task = None
         if kind is not None:
             task = kind(source.location, str(location), name, chosen, source=_origin(source), table=table)
+            if chosen.boundary:  # growing takes as much memory as a watershed
+                task = replace(task, block_shape=WATERSHED_BLOCK)
         jobs.append(DecodeJob(dataset, crop, name, source, walls, location, siblings, chosen, table, task))
     return jobs
 

@@ -18,15 +18,17 @@ from tests.decoding.affinity_kit import OFFSETS, write_prediction
 MEASURE = """
 import re, sys
 from connectomics.decoding.affinities.task import AffinitiesTask
+from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.task import WatershedTask
 from connectomics.tasks import run_task
 
 method, *places = sys.argv[1:]
-kind = WatershedTask if method == "watershed" else AffinitiesTask
+kind = {"watershed": WatershedTask, "cc3d": ComponentsTask}.get(method, AffinitiesTask)
+more = {"watershed": {"max_depth_nm": 64.0}, "cc3d": {"boundary": "pm"}}.get(method, {})
 for number, source in enumerate(places):
-    chosen = DecodeParameters(method=method, **({"max_depth_nm": 64.0} if method == "watershed" else {}))
+    chosen = DecodeParameters(method=method, **more)
     task = kind(source, f"{source}.out/d.zarr/c/mito", "mito", chosen, (64, 128, 128))
     run_task(task)
     print(objects_of(task), re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
@@ -42,13 +44,23 @@ def balls(shape):
     return np.where(inside, number, 0).astype(np.uint32)
 
 
-def write_probabilities(folder, ids):
-    place = folder / "d.zarr" / "c" / "mito"
-    about = {"artefact": "probability", "class_name": "mito", "complete": True}
+def write_probabilities(folder, ids, name="mito"):
+    place = folder / "d.zarr" / "c" / name
+    about = {"artefact": "probability", "class_name": name, "complete": True}
     grid = VoxelGrid((8, 8, 8), (0, 0, 0), ids.shape)
     (writer,) = create_multiscale(place, [grid], np.dtype(np.uint8), attrs={"connectomics": about})
     writer.write((0, 0, 0), np.where(ids > 0, 255, 0).astype(np.uint8))
     return str(place)
+
+
+def write_between(folder, ids):
+    """One body of everything, cut by walls of three voxels into as many cells as there are balls."""
+    walls = np.zeros(ids.shape, bool)
+    for axis, n in enumerate(ids.shape):
+        at = np.flatnonzero(np.isin(np.arange(n) % 32, (9, 10, 11)) & (np.arange(n) > 32))
+        walls[(slice(None),) * axis + (at,)] = True
+    write_probabilities(folder, walls, "pm")
+    return write_probabilities(folder, np.ones_like(ids))
 
 
 def write_affinities(folder, ids):
@@ -59,6 +71,7 @@ def write_affinities(folder, ids):
     ("method", "write", "shapes"),
     [
         ("watershed", write_probabilities, [(192, 128, 128), (1536, 128, 128)]),
+        ("cc3d", write_between, [(192, 128, 128), (1536, 128, 128)]),
         ("mutex_watershed", write_affinities, [(192, 64, 64), (704, 64, 64)]),
     ],
 )

@@ -138,7 +138,7 @@ class StitchedTask(LabelsTask):
         if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
         if stage == "grow":
-            return Cost(read=6 * voxels, written=4 * voxels, memory=25 * voxels)
+            return Cost(read=6 * voxels, written=4 * voxels, memory=75 * voxels)  # of walls that are all noise
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
 
     # -- within ------------------------------------------------------------------------------------------------------
