@@ -12,7 +12,7 @@ import numpy as np
 
 from connectomics.errors import ConnectomicsError
 from connectomics.report import charts, page
-from connectomics.report.run import Columns, epoch_rows, read_config, read_metrics, timing_of
+from connectomics.report.run import Columns, epoch_rows, read_config, read_metrics, timing_of, unfinished_state
 from connectomics.report.scores import Scores
 
 _MOST_CLASSES = 60
@@ -54,6 +54,8 @@ class Compared:
         timing = read(lambda: timing_of(run) or {}, {})
         if not (config or columns):
             problems.append(f"{name}: {run} holds no config.yaml and no metrics.csv, so it is no run of train.")
+        elif unfinished := read(lambda: unfinished_state(run), ""):
+            problems.append(f"{name} is not whole: it is {unfinished}.")
         found = None if scores is None else read(lambda: Scores.load(scores), None)
         return cls(name, config, columns, timing, found, tuple(problems))
 

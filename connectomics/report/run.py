@@ -19,6 +19,7 @@ import yaml
 
 from connectomics import __version__
 from connectomics.errors import MetadataError, MissingError
+from connectomics.lightning.run_state import state_of
 from connectomics.report import charts, page
 from connectomics.report.library import attributes_by_class
 from connectomics.report.scores import Scores, load_json
@@ -71,7 +72,17 @@ def _run_facts(sources: ReportSources, lines: list[str]) -> dict[str, Any]:
         lines.append(f"There is no config.yaml in {sources.run}.")
         return {"folder": sources.run.name}
     written = datetime.fromtimestamp((sources.run / "config.yaml").stat().st_mtime).astimezone()
+    if unfinished := unfinished_state(sources.run):
+        lines.append(f"This run is not whole: it is {unfinished}.")
     return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **_config_facts(config)}
+
+
+def unfinished_state(run: Path) -> str:
+    """What keeps a run's folder from being a finished run, in words; "" where nothing does, as far as is known."""
+    state = state_of(run)
+    if state.name in ("finished", "unknown"):
+        return ""
+    return f"{state.name} ({state.note})" if state.note else state.name
 
 
 def _submission_facts(sources: ReportSources, table: Scores | None, lines: list[str]) -> dict[str, Any]:

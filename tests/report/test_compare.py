@@ -84,6 +84,19 @@ def test_a_broken_file_of_one_run_is_one_line_and_the_rest_stands(tmp_path: Path
     assert "Runs compared" in page.text
 
 
+def test_a_run_that_is_not_whole_is_said(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / name, rate, 0.5) for name, rate in (("one", 0.1), ("two", 0.2))]
+    about = {"pid": 1, "process_started": 0.0, "host": "here"}
+    for run, state in zip(runs, ("finished", "failed"), strict=True):
+        (run / "state.json").write_text(json.dumps({"state": state, "note": "no <data> root", **about}))
+    page = Reader(build_report(tmp_path, ReportSources(run=runs[0], others=(OtherRun(runs[1]),))))
+    assert [note for note in page.notes if "not whole" in note] == [
+        "two is not whole: it is failed (no &lt;data&gt; root)."
+    ]
+    page = Reader(build_report(tmp_path, ReportSources(run=runs[1])))
+    assert "This run is not whole: it is failed (no &lt;data&gt; root)." in page.notes
+
+
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)]).body
