@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
-from connectomics.data.augment import PatchAugmentor
 from connectomics.data.cache import Progress, prepare
-from connectomics.data.dataset.build import patch_options, views_of
-from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, Mode
+from connectomics.data.dataset.build import run_dataset
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
 from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling
@@ -86,28 +84,14 @@ class CellMapDataModule(pl.LightningDataModule):
             raise InputError(
                 "the split leaves no crop to train on; raise dataset.train_val_split or edit the split file"
             )
-        self._train = self._dataset(train, "train")
-        self._val = self._dataset(val, "val")
+        self._train = run_dataset(cfg, train, "train")
+        self._val = run_dataset(cfg, val, "val")
         volumes = (*self._train.all_volumes, *self._val.all_volumes)
         prepare(
             volumes,
             processes=min(max(1, cfg.data.num_workers), os.cpu_count() or 1),
             budget=None if cfg.data.cache_gb is None else int(cfg.data.cache_gb * 1e9),
             progress=self.progress,
-        )
-
-    def _dataset(self, crops: list[Crop], mode: Mode) -> CellMapMultiClassDataset:
-        cfg = self.config
-        extents = [np.asarray(cfg.data.patch_size, np.float64)]
-        extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
-        extent = np.max(extents, axis=0).tolist()
-        options = patch_options(cfg)
-        augmentor = None
-        if mode == "train":
-            ids = bool(options.instances)
-            augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, extent, ids)
-        return CellMapMultiClassDataset.of_crops(
-            crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, options
         )
 
     def _split(self, crops: list[Crop]) -> Split:

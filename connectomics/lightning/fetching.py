@@ -9,10 +9,11 @@ from functools import reduce
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
-from connectomics.data.augment import PatchAugmentor
-from connectomics.data.dataset.build import patch_options, views_of
-from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.data.dataset.build import patch_options, run_dataset
+from connectomics.data.dataset.dataset_cellmap import Mode
+from connectomics.geometry import Box, Triple, VoxelGrid
+
+_MODES: tuple[Mode, ...] = ("train", "val")
 
 
 @dataclass
@@ -40,17 +41,9 @@ def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
     chosen = config.dataset
     crops = catalog.crops(chosen.datasets, chosen.crops, chosen.classes)
     options = replace(patch_options(config), allow_missing_raw=True, cache="none")
-    size, patch = triple(chosen.resolution), config.data.patch_size
-    largest = [float(n) for n in patch]
-    for view_size, shape in views_of(config):
-        largest = [max(n, k * v / s) for n, k, v, s in zip(largest, shape, view_size, size, strict=True)]
-    augmentor = PatchAugmentor.of(config.data.augmentations, patch, largest)
     found = Needs(crops)
-    for mode in ("train", "val"):
-        data = CellMapMultiClassDataset.of_crops(
-            crops, chosen.classes, mode, patch, size, augmentor if mode == "train" else None, options
-        )
-        for volume in data.all_volumes:
+    for mode in _MODES:
+        for volume in run_dataset(config, crops, mode, options).all_volumes:
             found.add(volume.crop.raw, volume.cached_raw_grid)
     return found
 

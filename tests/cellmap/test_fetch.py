@@ -315,3 +315,26 @@ def test_thousands_of_objects_come_through_failures(tmp_path: Path) -> None:
     assert (came, missing.number, told[-1]) == (3000, 3000, (3000, 3000))
     assert files_below(tmp_path / "root") == files_below(tmp_path / "store")
     assert Missing.below(tmp_path / "root", plan).number == 0
+
+
+def test_what_a_run_needs_is_what_its_data_module_reads(phantom: Path) -> None:
+    """With a wider view, an augmentation that moves it, and a head that tells objects apart."""
+    from connectomics.config import load_config
+    from connectomics.config.compose import tutorial
+    from connectomics.data.datamodule import CellMapDataModule
+    from connectomics.lightning.fetching import needs_of_config
+
+    composed = load_config(
+        tutorial("cellmap_mito_affinities"),
+        [
+            f"dataset.data_root='{phantom}'", "dataset.classes=[mito]", "dataset.datasets=null", "dataset.crops=null",
+            "data.patch_size=[16,16,16]", "data.inputs=[{resolution: [32, 32, 32], patch_size: [16, 16, 16]}]",
+            "data.use_cache=false", "data.allow_missing_raw=true",
+        ],
+    )  # fmt: skip
+    needs = needs_of_config(composed, Catalog.open(str(phantom)))
+    module = CellMapDataModule(composed)
+    module.setup("fit")
+    read = [(v.crop.raw, v.cached_raw_grid) for v in (*module.train_dataset.all_volumes, *module.val_volumes)]
+    assert read
+    assert all(grid in needs.raw[location] for location, grid in read)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
+
+from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes
+from connectomics.data.augment import PatchAugmentor
 from connectomics.data.dataset.dataset_cellmap import (
     CellMapDataset,
     CellMapMultiClassDataset,
@@ -32,6 +36,23 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
         inputs=views_of(cfg),
         chunk_cache_bytes=data.chunk_cache_mb << 20,
         instances=instance_classes(cfg),
+    )
+
+
+def run_dataset(
+    cfg: RunConfig, crops: Sequence[Crop], mode: Mode, options: PatchOptions | None = None
+) -> CellMapMultiClassDataset:
+    """The patches of a run in these crops; for training with its augmentation, which moves all views alike and so reads
+    as far as the widest of them does. ``options``: None for the run's own (`patch_options`)."""
+    chosen = patch_options(cfg) if options is None else options
+    augmentor = None
+    if mode == "train":
+        extents = [np.asarray(cfg.data.patch_size, np.float64)]
+        extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
+        widest = np.max(extents, axis=0).tolist()
+        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances))
+    return CellMapMultiClassDataset.of_crops(
+        crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, chosen
     )
 
 
