@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
-from connectomics.data import datamodule
 from connectomics.data.augment import PatchAugmentor, build_augmentor
 from connectomics.data.cache import cache_key, forecast, prepare
 from connectomics.data.datamodule import CellMapDataModule
@@ -270,7 +269,7 @@ def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
         assert torch.equal(a["ids"], b["ids"])
         assert torch.equal(a["image"], b["image"])
     assert instance_classes is not build.instance_classes
-    assert datamodule.patch_options(config).instances == INSTANCES
+    assert build.patch_options(config).instances == INSTANCES
 
 
 def test_ids_move_with_sections_on_the_device(root: Path) -> None:
