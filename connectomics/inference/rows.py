@@ -193,15 +193,21 @@ class Row:
     def _fetch(self, begin: int, end: int) -> None:
         """Make raw of voxels ``begin`` to ``end`` along x present; only what is not there yet is read."""
         (z0, z1), (y0, y1) = self._hull
-        make = np.empty if self._forward.inside is None else np.zeros  # a mask leaves parts unread, and unused
-        raw = make((z1 - z0, y1 - y0, end - begin), dtype=np.float32)
-        have = 0
-        if self._raw is not None and begin < self._raw_begin + self._raw.shape[2]:
-            kept = self._raw[..., begin - self._raw_begin :]
+        shape, have = (z1 - z0, y1 - y0, end - begin), 0
+        before, self._raw = self._raw, None
+        kept = np.empty((*shape[:2], 0), np.float32)
+        if before is not None and begin < self._raw_begin + before.shape[2]:
+            kept = before[..., begin - self._raw_begin :].copy()
             have = kept.shape[2]
-            raw[..., :have] = kept
-            del kept  # it would hold what was there before
-        self._raw = None
+        if before is not None and before.shape == shape:
+            raw = before  # its memory once more: two of them would be a third of all that a prediction takes
+        else:
+            del before
+            raw = np.empty(shape, dtype=np.float32)
+        raw[..., :have] = kept
+        del kept
+        if self._forward.inside is not None:
+            raw[..., have:] = 0  # a mask leaves parts unread, and unused
         for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
             block = self._read(grid)
             if block.shape != grid.shape:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import math
+import platform
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TRIES = 2  # of a batch, after one that warms up
+_M_MMAP_THRESHOLD, _LARGE = -3, 12 << 20  # glibc's number of the setting (malloc.h); bytes, see `_give_back_freed`
 
 # a block on its way to the disk: where it belongs, its number there, its values
 _Item = tuple[int, int, NDArray[np.float32]]
@@ -45,6 +48,7 @@ class PredictWorker:
     def __init__(self, task: PredictTask, networks: Sequence[Network], device: str) -> None:
         """With networks that are ready on ``device``. They are tried on a window of noise: raises `InputError` where
         they do not give probabilities of the task's classes."""
+        _give_back_freed()
         self._task, self._device = task, device
         self._averaged = task.averaged(networks)
         self._source = RawSource(task.raw, task.intensity_range)
@@ -151,6 +155,18 @@ class PredictWorker:
         rate = batch * math.prod(task.window) / seconds(batch) / 1e6
         log.info("%s: %d windows at a time (%.2f Mvoxel/s on %s)", task.name, batch, rate, self._device)
         return batch
+
+
+def _give_back_freed() -> None:
+    """Have glibc give every array of `_LARGE` bytes back to the system once it is freed, in this process, from now on.
+
+    By itself it comes to keep whatever is below 32 MiB for later, in a heap for each thread. Windows and what the
+    network says of them lie there with holes between them that the next ones do not fit into: of a network of one layer
+    that took half of all memory, and more the longer it went on. Smaller ones, most of a network's own, are reused as
+    before, since getting them anew each time would cost as much as filling them. Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE)
 
 
 def autocast(precision: str) -> torch.dtype | None:
