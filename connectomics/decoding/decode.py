@@ -28,7 +28,7 @@ from connectomics.decoding.cellmap_postprocess import (
 from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
-from connectomics.decoding.watershed.heads import HeadValues, StoredHead
+from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance, StoredHead
 from connectomics.decoding.watershed.task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.task import WatershedTask
 from connectomics.decoding.watershed.whole import flood, grow
@@ -87,19 +87,17 @@ def decode_class(
 def decode_mask(
     mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters, head: HeadValues | None = None
 ) -> NDArray[Any]:
-    """`decode_class` from the thresholded mask on; ``head``: the values that ``parameters.height`` asks for."""
+    """`decode_class` from the thresholded mask on; ``head``: of distances, where ``parameters.height`` asks for it."""
     if mask.ndim != 3:
         raise InputError(f"decoding needs a (D, H, W) volume, found shape {mask.shape}")
     least = parameters.min_voxels(voxel_size)
-    if parameters.height:
-        if head is None or head.kind != parameters.height or head.values.shape != mask.shape:
-            found = "none" if head is None else f"a {head.kind} head of shape {head.values.shape}"
-            raise InputError(
-                f"decoding with height {parameters.height} needs that head of shape {mask.shape}, found {found}"
-            )
+    if parameters.height == "distance":
+        if head is None or head.values.shape != mask.shape:
+            found = "none" if head is None else f"one of {head.values.shape}"
+            raise InputError(f"decoding with height distance needs that head of shape {mask.shape}, found {found}")
         if mask.size == 0:
             return np.zeros(mask.shape, np.uint8)
-        rule = head.rule(parameters.max_depth_nm)
+        rule = LearnedDistance.of(head.scale_nm, parameters.max_depth_nm, head.values.dtype)
         heights, reach = rule.heights(mask, head.values), parameters.min_distance_nm
         pieces = flood(heights, parameters.connectivity, voxel_size, reach, rule.floor)
         return finished(pieces, least, parameters.connectivity, parameters.fill_holes)
@@ -129,7 +127,8 @@ def decode_between(
 
     Args:
         mask: (D, H, W), where the class is.
-        walls: (D, H, W) the probability of the class that separates the objects, see `above`.
+        walls: (D, H, W) the probability of what separates the objects (another class, or the class's head of
+            boundaries), see `above`.
         voxel_size: nm, z y x.
         parameters: ``threshold`` holds for the walls too.
 
@@ -217,7 +216,8 @@ class DecodeJob:
     """One class of one crop that is to be decoded.
 
     Attributes:
-        source: its probabilities. walls: those of the class that separates its objects, where there is one.
+        source: its probabilities. walls: those of what separates its objects, where there is anything.
+        head: its head of distances, where that is asked for.
         location: where the labels go.
         siblings: the classes that were predicted in this crop.
         table: ``csv`` or ``parquet``.
@@ -229,6 +229,7 @@ class DecodeJob:
     class_name: str
     source: Multiscale
     walls: Multiscale | None
+    head: StoredHead | None
     location: Path
     siblings: tuple[str, ...]
     parameters: DecodeParameters
@@ -287,16 +288,17 @@ def decode_jobs(
             continue
         source = open_prediction(root, dataset, crop, name)
         chosen = (parameters or {}).get(name) or default_parameters(name)
-        walls = open_prediction(root, dataset, crop, chosen.boundary) if chosen.boundary else None
+        walls = open_walls(root, dataset, crop, source, chosen)
+        head = StoredHead.open(source, "distance") if chosen.height == "distance" else None
         location = out / f"{dataset}.zarr" / crop / name
         siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
         task = None
         if kind is not None:
             task = kind(source.location, str(location), name, chosen, source=_origin(source), table=table)
-            if chosen.boundary:  # growing takes as much memory as a watershed
+            if chosen.has_walls:  # growing takes as much memory as a watershed
                 task = replace(task, block_shape=WATERSHED_BLOCK)
-        jobs.append(DecodeJob(dataset, crop, name, source, walls, location, siblings, chosen, table, task))
+        jobs.append(DecodeJob(dataset, crop, name, source, walls, head, location, siblings, chosen, table, task))
     return jobs
 
 
@@ -341,6 +343,15 @@ def open_prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscal
     return source
 
 
+def open_walls(
+    root: Path, dataset: str, crop: str, source: Multiscale, parameters: DecodeParameters
+) -> Multiscale | None:
+    """What separates the objects of the class whose opened prediction is given, checked as that was; None: nothing."""
+    if parameters.boundary:
+        return open_prediction(root, dataset, crop, parameters.boundary)
+    return StoredHead.open(source, "boundary").source if parameters.has_walls else None
+
+
 def _decode_whole(job: DecodeJob) -> DecodedArray:
     """Decode one array in this process: a mask block by block, anything else in memory."""
     source, grid, parameters = job.source, job.source.levels[0].grid, job.parameters
@@ -360,8 +371,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         mask[z, y, x] = above(read_block(source, begin, block.shape), parameters.threshold)
     if job.walls is None:
-        head = StoredHead.open(source, parameters.height).all() if parameters.height else None
-        labels = decode_mask(mask, grid.voxel_size, parameters, head)
+        labels = decode_mask(mask, grid.voxel_size, parameters, job.head.all() if job.head else None)
     else:
         labels = decode_between(mask, read_on(job.walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))

@@ -15,7 +15,7 @@ from connectomics.geometry import triple
 METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
 #: methods that read the affinities beside a class's probabilities
 AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
-#: heads that a watershed can flood; "" for none
+#: heads that a watershed can read; "" for none
 HEIGHTS = ("", "distance", "boundary")
 #: parameters that only some methods read; elsewhere they must keep their defaults
 _ONLY = {
@@ -45,9 +45,9 @@ class DecodeParameters:
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
         max_depth_nm: watershed only: what lies deeper in an object than this counts as so deep, and is not cut apart,
             nm. So far beyond a block its probabilities are read. It must exceed half the thickness of necks to cut.
-        height: watershed only: the head whose values are flooded in the place of the distance to the background:
-            ``distance`` or ``boundary`` of the class (`model.heads`), or "" for none. A learned distance is cut off at
-            ``max_depth_nm`` too.
+        height: watershed only: a head of the class (`model.heads`) that it reads, or "" for none. ``distance``: its
+            values are flooded in the place of the distance to the background, cut off at ``max_depth_nm`` like that.
+            ``boundary``: it separates objects as a boundary class does.
         boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
             probability of this class is not above the threshold, and then grown back over it.
         bias_short, bias_long: mutex_watershed only: the affinity above which two voxels attract and below which they
@@ -91,8 +91,6 @@ class DecodeParameters:
                 f"decoding: height ({self.height}) reads a head and boundary ({self.boundary}) another class to "
                 f"separate objects; give one of them"
             )
-        if self.height == "boundary" and self.max_depth_nm != DecodeParameters.max_depth_nm:
-            raise ConfigError("decoding: max_depth_nm is of distances, and has no meaning with height boundary")
         if not 0.0 < self.min_distance_nm < math.inf:
             raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
         if not 0.0 < self.max_depth_nm < math.inf:
@@ -118,6 +116,11 @@ class DecodeParameters:
     def is_local(self) -> bool:
         """Whether a voxel's label depends on its own probability only, so that blocks can be decoded alone."""
         return self.method == "threshold" and self.min_size_nm3 == 0 and not self.fill_holes
+
+    @property
+    def has_walls(self) -> bool:
+        """Whether something predicted separates objects: another class, or the class's head of boundaries."""
+        return bool(self.boundary) or self.height == "boundary"
 
     def min_voxels(self, voxel_size: Sequence[float]) -> int:
         """The smallest whole number of voxels (nm, z y x) that is at least ``min_size_nm3``."""

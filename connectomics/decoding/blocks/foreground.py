@@ -1,4 +1,4 @@
-"""What is segmented block by block: where a class is, without the walls that another class puts between its objects."""
+"""What is segmented block by block: where a class is, without the walls between its objects."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
+from connectomics.decoding.watershed.heads import StoredHead
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 
 
 @dataclass(frozen=True, eq=False)
 class Foreground:
-    """The opened probabilities of a class and, where ``parameters.boundary`` names one, of the class beside it that
-    separates its objects, at the voxels of the first."""
+    """The opened probabilities of a class and, where there are any, of the walls between its objects at the same
+    voxels: of the class beside it that ``parameters.boundary`` names, or of its head of boundaries."""
 
     source: Multiscale
     walls: OnGrid | None
@@ -26,11 +27,14 @@ class Foreground:
 
     @classmethod
     def open(cls, location: str, parameters: DecodeParameters) -> Self:
-        """``location``: of the class's probabilities, ``.../{crop}/{class}``; what `open_probabilities` raises."""
+        """``location``: of the class's probabilities, ``.../{crop}/{class}``; what `open_probabilities` and
+        `StoredHead.open` raise."""
         source, walls = open_probabilities(location), None
         if parameters.boundary:
             beside = store.join(location.rstrip("/").rpartition("/")[0], parameters.boundary)
             walls = OnGrid(open_probabilities(beside), source.levels[0].grid)
+        elif parameters.has_walls:
+            walls = OnGrid(StoredHead.open(source, "boundary").source, source.levels[0].grid)
         return cls(source, walls, parameters.threshold)
 
     def mask(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:

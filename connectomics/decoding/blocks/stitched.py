@@ -3,8 +3,9 @@
 The blocks of the stage ``label`` are segmented each for itself; then the leading process unites the pieces of
 neighbouring blocks to objects (`StitchedTask.unite`), fills their holes where that is asked for, drops small ones, and
 numbers the rest 1..n by their first voxel in z-y-x order; the blocks of the stage ``write`` get the objects' labels.
-With a boundary class these are cores, found where there is no wall: the stage ``cores`` writes them, and the stage
-``grow`` grows them back over the walls, as `connectomics.decoding.decode.decode_between` does.
+With walls (a boundary class, or a head of boundaries) these are cores, found where there is no wall: the stage
+``cores`` writes them, and the stage ``grow`` grows them back over the walls, as
+`connectomics.decoding.decode.decode_between` does.
 Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
 
     .{class}.partial/task.json            the task; beside it the done-maps of the run
@@ -12,7 +13,7 @@ Until it is finished everything lies in a hidden folder beside the output, which
     .{class}.partial/.blocks/{stage}/N    what block N leaves for later stages (`StoredBlocks`)
     .{class}.partial/.blocks/labels_of    the object's label of every piece, 0 where it is too small
     .{class}.partial/.blocks/objects_of_labels   the table of the objects
-    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with a boundary class: the cores' labels, and
+    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with walls: the cores' labels, and
                                           what grows, as above
     .{class}.partial/s0, instances.csv    the output
 """
@@ -94,7 +95,7 @@ class StitchedTask(LabelsTask):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return ("label", "cores", "grow", "write") if self.parameters.boundary else ("label", "write")
+        return ("label", "cores", "grow", "write") if self.parameters.has_walls else ("label", "write")
 
     def prepare(self, stage: str) -> None:
         if self.is_complete:
@@ -107,7 +108,7 @@ class StitchedTask(LabelsTask):
         if stage == "grow":
             self._create("parts", np.dtype(np.uint32))
         if stage == "write" and not self.has_labels:
-            objects = len(self._grown() if self.parameters.boundary else self._united())
+            objects = len(self._grown() if self.parameters.has_walls else self._united())
             self.create_labels(
                 narrowest_unsigned(objects) if self.parameters.kind == "instance" else np.dtype(np.uint8)
             )
@@ -119,14 +120,14 @@ class StitchedTask(LabelsTask):
             return nullcontext(_WriteWorker(self, "labels", self.scratch / "cores", self.parameters.fill_holes))
         if stage == "grow":
             return nullcontext(_LabelWorker(self, stage, self._open_grower(), "parts", False))
-        if stage == "write" and self.parameters.boundary:
+        if stage == "write" and self.parameters.has_walls:
             return nullcontext(_WriteWorker(self, "parts", self.folder / "s0", False))
         if stage == "write":
             return nullcontext(_WriteWorker(self, "labels", self.folder / "s0", self.parameters.fill_holes))
         return nullcontext(self.open_stage(stage))
 
     def conclude(self) -> int:
-        array = "parts" if self.parameters.boundary else "labels"
+        array = "parts" if self.parameters.has_walls else "labels"
         objects = Pieces(**load_mapped(self.scratch / f"objects_of_{array}"))
         if self.parameters.kind == "semantic":
             return min(len(objects), 1)

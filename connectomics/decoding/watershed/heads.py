@@ -1,8 +1,8 @@
-"""Heights that a network has learned: a head of distances or of boundaries (`model.heads`) in the place of the
-distance to the background.
+"""Objects as a network has learned to see them: heads of distances and of boundaries (`model.heads`) in a watershed.
 
-Seeds and flooding are those of every watershed here (`connectomics.decoding.watershed.forest`); what is stored is only
-ranked: a distance counts from its highest value down, a boundary from its lowest value up.
+A distance takes the place of the distance to the background: seeds and flooding are those of every watershed here
+(`connectomics.decoding.watershed.forest`). A boundary is a wall between objects, as another class may be
+(`connectomics.decoding.decode.decode_between`).
 """
 
 from __future__ import annotations
@@ -22,28 +22,23 @@ from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 
 
-@dataclass(frozen=True)
-class HeadRule:
-    """How the stored values of a head become heights.
+@dataclass(frozen=True, eq=False)
+class LearnedDistance:
+    """How stored values of 1/2 + tanh(d / scale) / 2, d the signed distance to an object's border, become heights.
 
     Attributes:
-        kind: ``distance``: 1/2 + tanh(d / scale) / 2, d the signed distance to the border, positive inside; or
-            ``boundary``: the probability of a border.
         floor: no height is lower; pieces that meet at it are one.
     """
 
-    kind: str
     floor: int
 
     @classmethod
-    def of(cls, kind: str, scale_nm: float, max_depth_nm: float, dtype: np.dtype[Any]) -> HeadRule:
-        """The rule for values of ``dtype`` (uint8: value/255; or float16). A distance is cut off where it stands for
-        ``max_depth_nm``, or already where so large a one cannot be told from larger ones."""
-        if kind == "boundary":
-            return cls(kind, 0)
-        deepest = (0.5 + math.tanh(max_depth_nm / scale_nm) / 2) * unit_of(dtype)
-        stored = np.rint(np.array([deepest])) if dtype == np.uint8 else np.array([deepest])
-        return cls(kind, -int(_rank(stored.astype(dtype))[0]))
+    def of(cls, scale_nm: float, max_depth_nm: float, dtype: np.dtype[Any]) -> LearnedDistance:
+        """The rule for values of ``dtype`` (uint8: value/255; or float16): cut off where they stand for
+        ``max_depth_nm``, or already where so large a distance cannot be told from larger ones."""
+        deepest = np.array([(0.5 + math.tanh(max_depth_nm / scale_nm) / 2) * unit_of(dtype)])
+        stored = np.rint(deepest) if dtype == np.uint8 else deepest
+        return cls(-int(_rank(stored.astype(dtype))[0]))
 
     def heights(self, mask: NDArray[np.bool_], values: NDArray[Any]) -> NDArray[np.int32]:
         """Heights for `fragments`.
@@ -52,29 +47,20 @@ class HeadRule:
             mask: (D, H, W). values: (D, H, W) uint8 or float16, not negative.
 
         Returns:
-            (D + 2, H + 2, W + 2) int32, `OUTSIDE` where the mask is not, and in a rim around all.
+            (D + 2, H + 2, W + 2) int32: minus the rank of the value; `OUTSIDE` where the mask is not, and in a rim
+            around all.
         """
         out = np.full([n + 2 for n in mask.shape], OUTSIDE, np.int32)
-        chosen = _rank(values[mask]).astype(np.int32)
-        out[1:-1, 1:-1, 1:-1][mask] = chosen if self.kind == "boundary" else np.maximum(-chosen, self.floor)
+        out[1:-1, 1:-1, 1:-1][mask] = np.maximum(-_rank(values[mask]).astype(np.int32), self.floor)
         return out
 
 
 @dataclass(frozen=True, eq=False)
 class HeadValues:
-    """A head of one class in memory.
+    """A head of one class in memory: (D, H, W) uint8 or float16, and its scale."""
 
-    Attributes:
-        kind: ``distance`` or ``boundary``. values: (D, H, W) uint8 or float16. scale_nm: of the head.
-    """
-
-    kind: str
     values: NDArray[Any]
     scale_nm: float
-
-    def rule(self, max_depth_nm: float) -> HeadRule:
-        """How they become heights."""
-        return HeadRule.of(self.kind, self.scale_nm, max_depth_nm, self.values.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +99,9 @@ class StoredHead:
             raise MetadataError(f"{where}: expected the attribute scale_nm with a positive number, found {scale!r}")
         return cls(kind, source, float(scale))
 
-    def rule(self, max_depth_nm: float) -> HeadRule:
-        """How its values become heights."""
-        return HeadRule.of(self.kind, self.scale_nm, max_depth_nm, self.source.levels[0].dtype)
+    def rule(self, max_depth_nm: float) -> LearnedDistance:
+        """How its values become heights, of a distance."""
+        return LearnedDistance.of(self.scale_nm, max_depth_nm, self.source.levels[0].dtype)
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """A block of it, as stored."""
@@ -123,7 +109,7 @@ class StoredHead:
 
     def all(self) -> HeadValues:
         """All of it in memory."""
-        return HeadValues(self.kind, self.read((0, 0, 0), self.source.levels[0].grid.shape), self.scale_nm)
+        return HeadValues(self.read((0, 0, 0), self.source.levels[0].grid.shape), self.scale_nm)
 
 
 def _rank(values: NDArray[Any]) -> NDArray[Any]:

@@ -28,7 +28,7 @@ BLOCK = (192, 192, 192)
 
 @dataclass(frozen=True)
 class WatershedTask(StitchedTask):
-    """One class's objects, cut where they are narrow, or where a head has learned to (``parameters.height``).
+    """One class's objects, cut where they are narrow, or where a head sees a border (``parameters.height``).
 
     The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary class) on the
     whole array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and so far
@@ -51,7 +51,7 @@ class WatershedTask(StitchedTask):
 
     def check_input(self) -> None:
         foreground = self.open_foreground()
-        if self.parameters.height:
+        if self.parameters.height == "distance":
             StoredHead.open(foreground.source, self.parameters.height)
 
     def open_labeller(self) -> Callable[[int], Labelled]:
@@ -71,7 +71,7 @@ class WatershedTask(StitchedTask):
 
     def _open_heights(self, foreground: Foreground) -> tuple[Callable[[Part], NDArray[np.int32]], int]:
         """What gives the heights of a part with what is around it, and the height at which pieces are one."""
-        if self.parameters.height:
+        if self.parameters.height == "distance":
             head = StoredHead.open(foreground.source, self.parameters.height)
             learned = head.rule(self.parameters.max_depth_nm)
 
@@ -97,7 +97,7 @@ class WatershedTask(StitchedTask):
     def cost(self, stage: str) -> Cost:
         if stage != "label":
             return super().cost(stage)
-        halo = np.zeros(3, int) if self.parameters.height else np.asarray(self._rule.halo)
+        halo = np.zeros(3, int) if self.parameters.height == "distance" else np.asarray(self._rule.halo)
         block, near = np.asarray(self.block_shape), np.asarray(self.block_shape) + 2 * np.asarray(self._radius)
         read, part = int(np.prod(near + 2 * halo)), int(np.prod(near))
         rows = int(near[0] * np.prod((near + 2 * halo)[1:]))  # distances along z, before those along y and x
