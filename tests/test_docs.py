@@ -10,8 +10,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+
+from connectomics.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
@@ -55,6 +59,31 @@ def test_other_pages_have_no_command_that_is_not_run() -> None:
     for page in PAGES:
         unknown = [c for c in commands(page) if c not in guide | MAKE]
         assert unknown == [], page.name
+
+
+def shown(page: Path) -> list[str]:
+    """Commands that are shown and cannot be run here (public data, a GPU, a queue): text blocks, cells of tables."""
+    text = page.read_text(encoding="utf-8")
+    blocks = [b.replace("\\\n", " ") for b in re.findall(r"```text\n(.*?)```", text, re.S)]
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    cells = [cell for row in re.findall(r"^\|.*\|$", text, re.M) for cell in re.findall(r"`(pytc \w+ [^`]+)`", row)]
+    return [line for line in [*lines, *cells] if line.startswith("pytc ") and "..." not in line and "…" not in line]
+
+
+def test_commands_that_are_only_shown_have_verbs_and_options_that_exist() -> None:
+    group: Any = get_command(app)
+    found = 0
+    for page in PAGES:
+        for line in shown(page):
+            verb, *words = shlex.split(line, comments=True)[1:]
+            command = group.get_command(None, verb)
+            assert command is not None, f"{page.name}: {line}"
+            try:
+                command.make_context(verb, words)
+            except Exception as error:  # click's own, which typer does not export
+                pytest.fail(f"{page.name}: {line}: {error!r}")
+            found += 1
+    assert found > 20
 
 
 def test_make_has_the_targets() -> None:

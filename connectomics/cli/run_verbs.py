@@ -136,7 +136,11 @@ def predict(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
     crops: Annotated[
-        str | None, typer.Option(help="Crop table (.csv, .json, or 'challenge'); default: the catalog's crops.")
+        str | None,
+        typer.Option(
+            help="Crop table (.csv, .json, or 'challenge'), or 'val': crops that the checkpoint was not trained on; "
+            "default: the catalog's crops."
+        ),
     ] = None,
     box: Annotated[
         str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm, instead of crops.", show_default=False)
@@ -155,6 +159,8 @@ def predict(
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt --box jrc_cos7-1a:0,0,0:800,800,800
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint a.ckpt --checkpoint b.ckpt inference.tta=flips
+
+      pytc predict tutorials/cellmap_cos7.yaml --checkpoint runs/first/checkpoints/last.ckpt --crops val --out out/val
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt engine.workers=0 --dry-run
 
@@ -184,9 +190,18 @@ def predict(
         raise typer.BadParameter("give a configuration file and --checkpoint, or --model")
     else:
         composed = load_config(config, given)
-    from connectomics.lightning.inference import chosen_device, predict_cellmap_crops, prediction_tasks, targets_of
+    from connectomics.lightning.inference import (
+        chosen_device,
+        kept_out_targets,
+        predict_cellmap_crops,
+        prediction_tasks,
+        targets_of,
+    )
 
-    targets = targets_of(composed, crop_table=crops, box=box)
+    if crops == "val":
+        targets = kept_out_targets(composed, checkpoint)
+    else:
+        targets = targets_of(composed, crop_table=crops, box=box)
     if dry_run:
         from connectomics.cli.run_task_verb import show_estimate
         from connectomics.tasks.estimate import estimate

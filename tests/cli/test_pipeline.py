@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ import zarr
 
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cli import main
+from connectomics.config import load_config
+from connectomics.data.splits import Split
+from connectomics.lightning.inference import kept_out_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "tutorials/phantom.yaml")
@@ -79,6 +83,27 @@ def test_labels_of_known_crops_are_evaluated(way: Path, phantom: Path) -> None:
     assert set(rows) == {"mito", "nuc"}
     assert 0 <= rows["nuc"]["dice"] <= 1
     assert "rand_error" in rows["nuc"]
+
+
+def test_what_was_kept_out_of_training_is_predicted(
+    way: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--crops val` are the crops of split.yaml, of several checkpoints those that none was trained on."""
+    fixed = [*SMALL, f"dataset.data_root={phantom}"]
+    other = tmp_path / "other"
+    shutil.copytree(way / "run", other)
+    predict = ["predict", CONFIG, "--checkpoint", way / "run/checkpoints/last.ckpt", "--crops", "val"]
+    Split(("phantom-aniso/crop202",), ("phantom-iso/crop2", "phantom-iso/crop3")).save(way / "run/split.yaml")
+    Split((), ("phantom-iso/crop2", "phantom-aniso/crop202")).save(other / "split.yaml")
+    pytc(*predict, "--out", way / "kept_out", *fixed)
+    assert sorted(p.name for p in (way / "kept_out").glob("*.zarr/[!.]*")) == ["crop2", "crop3"]
+    config = load_config(CONFIG, fixed)
+    both = kept_out_targets(config, [way / "run/checkpoints/last.ckpt", other / "checkpoints/last.ckpt"])
+    assert [target.name for target in both] == ["crop2"]
+    (other / "split.yaml").unlink()
+    capsys.readouterr()
+    assert main([str(a) for a in [*predict, "--checkpoint", other / "checkpoints/last.ckpt", *fixed]]) == 1
+    assert f"there is no {other / 'split.yaml'}; name the crops yourself" in capsys.readouterr().err
 
 
 def test_a_box_is_predicted(way: Path, phantom: Path) -> None:
