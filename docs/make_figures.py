@@ -1,6 +1,7 @@
-"""The figures of docs/coordinates.md and docs/score.md, drawn from what the code computes.
+"""The figures of docs/coordinates.md, docs/score.md and docs/instances.md, drawn from what the code computes.
 
-``python docs/make_figures.py [OUT]`` writes ``coordinates.png`` and ``score.png`` (default: docs/images).
+``python docs/make_figures.py [OUT]`` writes ``coordinates.png``, ``score.png`` and ``instances.png`` (default:
+docs/images).
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from scipy.ndimage import gaussian_filter
 
+from connectomics.decoding.affinities.segment import affinities_of, decode_affinities
+from connectomics.decoding.decode import decode_class
+from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.metrics.challenge import score_instance
 from connectomics.report import figures
@@ -91,7 +96,71 @@ def score(out: Path) -> None:
     plt.close(figure)
 
 
+def packed(shape: tuple[int, int, int]) -> np.ndarray:
+    """Ids of one object alone, three that touch at necks, and five that touch along wide faces."""
+    ids = np.zeros(shape, np.uint8)
+    z, y, x = shape[0] // 2, shape[1], shape[2]
+    alone_and_necks = [((z, 14, 16), 9.0), ((z, 42, 16), 11.0), ((z, 62, 18), 12.0), ((z, 60, 42), 13.0)]
+    for number, (centre, radius) in enumerate(alone_and_necks, start=1):
+        ids[ball(shape, centre, radius) & (ids == 0)] = number
+    cluster = sum((a - c) ** 2 / r**2 for a, c, r in zip(np.indices(shape), (z, 36, 94), (9, 32, 34), strict=True)) < 1
+    centres = [(z, 18, 84), (z - 3, 22, 108), (z + 2, 52, 80), (z, 54, 108), (z, 36, 98)]
+    distances = [sum((a - c) ** 2 for a, c in zip(np.indices(shape), centre, strict=True)) for centre in centres]
+    ids[cluster] = (5 + np.argmin(distances, axis=0))[cluster]
+    return ids[:, :y, :x]
+
+
+def unsure(values: np.ndarray, noise: float, seed: int) -> np.ndarray:
+    """0 or 1 as a network says it that is not sure: uint8 probabilities, with noise that neighbours share."""
+    field = gaussian_filter(np.random.default_rng(seed).standard_normal(values.shape), 1.5)
+    logits = 8 * (values - 0.5) + noise * field / field.std()
+    return np.rint(255 / (1 + np.exp(-logits))).astype(np.uint8)
+
+
+def instances(out: Path) -> None:
+    """One volume of nine objects, and what each way to instances makes of it; scored as the challenge does."""
+    shape, voxel = (24, 76, 132), (8.0, 8.0, 8.0)
+    truth = packed(shape)
+    probability = unsure((truth > 0).astype(np.float64), 1.5, 0)
+    offsets = [[reach * (axis == k) for axis in range(3)] for reach in (1, 3, 9) for k in range(3)]
+    exact = affinities_of(truth, offsets) > 0
+    affinities = np.stack([unsure(channel.astype(np.float64), 1.5, 1 + n) for n, channel in enumerate(exact)])
+    names = {
+        "cc3d": "components",
+        "mutex_watershed": "affinities: mutex watershed",
+        "agglomeration": "affinities: agglomeration",
+    }
+    found = {}
+    for method in ("cc3d", "watershed", "mutex_watershed", "agglomeration"):
+        name = names.get(method, method)
+        parameters = DecodeParameters(method=method, min_size_nm3=100 * 8.0**3)
+        if method in ("cc3d", "watershed"):
+            found[name] = decode_class(probability, voxel, parameters)
+        else:
+            found[name] = decode_affinities(probability, affinities, offsets, voxel, parameters)
+    figure, axes = plt.subplots(2, 3, figsize=(8, 4))
+    middle = shape[0] // 2
+    axes.flat[0].imshow(probability[middle], cmap="gray", vmin=0, vmax=255)
+    axes.flat[0].set_title("probability of the class", fontsize=8)
+    axes.flat[1].imshow(affinities[5][middle], cmap="gray", vmin=0, vmax=255)
+    axes.flat[1].set_title("an affinity, 3 voxels along x", fontsize=8)
+    for axis, (name, labels) in zip(axes.flat[2:], found.items(), strict=True):
+        made = score_instance(labels, truth, voxel)
+        axis.imshow(figures.object_colors(labels[middle]))
+        for number in range(1, int(truth.max()) + 1):
+            axis.contour(truth[middle] == number, [0.5], colors="white", linewidths=0.8)
+        f1, distance = 2 * made.tp / (2 * made.tp + made.fp + made.fn), made.hausdorff_norm_sum / made.n_hausdorff
+        numbers = f"{labels.max()} of {truth.max()} objects, score {np.sqrt(f1 * distance):.2f}"
+        axis.set_title(f"{name}\n{numbers}", fontsize=8)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(out / "instances.png", dpi=110)
+    plt.close(figure)
+
+
 if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images"
     coordinates(target)
     score(target)
+    instances(target)
