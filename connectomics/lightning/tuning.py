@@ -23,9 +23,10 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.affinities.stored import StoredAffinities
-from connectomics.decoding.decode import find_arrays, open_prediction, read_block, read_on
+from connectomics.decoding.decode import find_arrays, open_prediction, open_walls, read_block, read_on
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import as_bytes
+from connectomics.decoding.watershed.heads import StoredHead
 from connectomics.errors import InputError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
@@ -74,10 +75,11 @@ class TunedClass:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """One class of one crop: the prediction, and the crop that holds the truth."""
+    """One class of one crop: the prediction, what is read beside it, and the crop that holds the truth."""
 
     source: Multiscale
     walls: Multiscale | None
+    head: StoredHead | None
     crop: Crop
 
     @property
@@ -161,9 +163,9 @@ def _places(
     for dataset, crop, other in found:
         if other == name and dataset in catalog.datasets and crop in catalog.crop_names(dataset):
             source = open_prediction(predictions, dataset, crop, name)
-            boundary = parameters.boundary
-            walls = open_prediction(predictions, dataset, crop, boundary) if boundary else None
-            places.append(_Place(source, walls, catalog.crop(dataset, crop)))
+            walls = open_walls(predictions, dataset, crop, source, parameters)
+            head = StoredHead.open(source, "distance") if parameters.height == "distance" else None
+            places.append(_Place(source, walls, head, catalog.crop(dataset, crop)))
     return places
 
 
@@ -183,6 +185,7 @@ def _blocks(place: _Place, name: str) -> Iterator[tuple[tuple[slice, ...], NDArr
 def _volume(place: _Place, name: str, ids: bool, base: DecodeParameters) -> Volume:
     grid = place.grid
     walls = None if place.walls is None else as_bytes(read_on(place.walls, grid))
+    head = None if place.head is None else place.head.all()
     values, offsets = None, None
     if base.method in AFFINITY_METHODS:
         stored = StoredAffinities.open(place.source)
@@ -190,12 +193,12 @@ def _volume(place: _Place, name: str, ids: bool, base: DecodeParameters) -> Volu
     if ids:
         truth, known = read_instances(place.crop, name, grid)
         probability = as_bytes(read_on(place.source, grid))
-        return Volume(probability, walls, truth, known, grid.voxel_size, values, offsets)
+        return Volume(probability, walls, truth, known, grid.voxel_size, values, offsets, head)
     probability = np.zeros(grid.shape, np.uint8)
     present, known = np.zeros(grid.shape, np.bool_), np.zeros(grid.shape, np.bool_)
-    for where, values, p, k in _blocks(place, name):
-        probability[where], present[where], known[where] = values, p & k, k
-    return Volume(probability, walls, present, known, grid.voxel_size, values, offsets)
+    for where, block, p, k in _blocks(place, name):
+        probability[where], present[where], known[where] = block, p & k, k
+    return Volume(probability, walls, present, known, grid.voxel_size, values, offsets, head)
 
 
 # -- one class ---------------------------------------------------------------------------------------------------------
@@ -315,6 +318,8 @@ def _study(optuna: Any, places: list[_Place], volumes: list[Volume], search: _Se
         "walls": {p.crop.key: p.walls.attrs["connectomics"] for p in places if p.walls is not None},
         "known": [[int(v.known.sum()), int((v.truth != 0).sum())] for v in volumes],
     }
+    if heads := {p.crop.key: p.head.source.attrs["connectomics"] for p in places if p.head is not None}:
+        made_from["heads"] = heads
     there = study.user_attrs.get("made_from")
     if there is None:
         study.set_user_attr("made_from", made_from)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from connectomics.decoding.affinities.segment import decode_affinities
 from connectomics.decoding.decode import above, decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
+from connectomics.decoding.watershed.heads import HeadValues
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
@@ -30,7 +31,7 @@ _LIMITED = {"mutex_watershed": ("bias_short", "bias_long"), "agglomeration": ("m
 @dataclass(frozen=True)
 class Volume:
     """One class of one crop in memory, (D, H, W) each; ``truth`` holds ids, or bool for a class scored by overlap;
-    ``affinities`` (K, D, H, W) and their ``offsets`` (K, 3) are there for methods that read them."""
+    ``affinities`` (K, D, H, W) and their ``offsets`` (K, 3), and the ``head`` of distances, where they are read."""
 
     probability: NDArray[np.uint8]
     walls: NDArray[np.uint8] | None
@@ -39,6 +40,7 @@ class Volume:
     voxel_size: tuple[float, float, float]
     affinities: NDArray[Any] | None = None
     offsets: NDArray[np.int64] | None = None
+    head: HeadValues | None = None
 
 
 def threshold_of(level: int) -> float:
@@ -68,7 +70,7 @@ class SearchSpace:
         return cls(
             (0.0, *(round(voxel * 2**k, 3) for k in steps)),
             tuple(round(edge * n, 3) for n in _REACHES),
-            (base.method,) if masks or base.method in AFFINITY_METHODS else ("cc3d", "watershed"),
+            (base.method,) if masks or base.height or base.method in AFFINITY_METHODS else ("cc3d", "watershed"),
         )
 
     def points(self) -> Iterator[dict[str, Any]]:
@@ -121,7 +123,7 @@ def pooled_scores(volumes: list[Volume], parameters: DecodeParameters) -> Iterat
         elif volume.walls is not None:
             labels = decode_between(mask, volume.walls, volume.voxel_size, parameters)
         else:
-            labels = decode_mask(mask, volume.voxel_size, parameters)
+            labels = decode_mask(mask, volume.voxel_size, parameters, volume.head)
         item = _instances(labels, volume) if volume.truth.dtype != np.bool_ else None
         if item is None:
             counts = Counts.of(labels, volume.truth, volume.known)

@@ -15,6 +15,7 @@ from connectomics.decoding.affinities.segment import affinities_to_instances
 from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size
 from connectomics.decoding.decode import above, decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
+from connectomics.decoding.watershed.heads import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.metrics.challenge.results import TOO_MANY
@@ -73,6 +74,7 @@ class ChallengeScore:
                     f"decoding of {name} by {chosen.method} needs its affinities: add {{kind: affinities, class_name: "
                     f"{name}}} to model.heads, or take method cc3d or watershed"
                 )
+        self.heads = _read_heads(config, self.parameters)
         rules = get_rules(DEFAULT_RULES)
         self.instances = tuple(name for name in self.classes if rules.is_instance(name))
         self.values = torch.zeros((_ROWS, len(self.classes)), dtype=torch.float64)
@@ -118,11 +120,28 @@ def _affinity_channels(config: RunConfig) -> dict[str, tuple[int, NDArray[np.int
     return found
 
 
+def _read_heads(config: RunConfig, parameters: dict[str, DecodeParameters]) -> dict[str, tuple[int, float]]:
+    """By class that is decoded with a height: the channel of that head in the network's output, and its scale."""
+    found = {}
+    first = config.channels
+    for head in heads_of(config):
+        if head.class_name in parameters and head.kind == parameters[head.class_name].height:
+            found[head.class_name] = (first, head.scale_nm)
+        first += head.channels
+    for name, chosen in parameters.items():
+        if chosen.height and name not in found:
+            raise ConfigError(
+                f"decoding of {name} with height {chosen.height} needs that head: add {{kind: {chosen.height}, "
+                f"class_name: {name}}} to model.heads, or leave height out"
+            )
+    return found
+
+
 class CropScore:
     """One crop while it is predicted, block by block.
 
     Classes that are decoded as a whole keep a byte a voxel (two, where they are not scored as instances; one more for
-    each channel of affinities that they are decoded from) until `finish`; of the others only counts are kept.
+    each channel of heads that they are decoded from) until `finish`; of the others only counts are kept.
     """
 
     def __init__(self, total: ChallengeScore, crop: InstanceTruth, grid: VoxelGrid) -> None:
@@ -135,6 +154,7 @@ class CropScore:
             for n in whole
             if total.parameters[n].method in AFFINITY_METHODS
         }
+        self._heads = {n: np.zeros(grid.shape, np.uint8) for n in whole if n in total.heads}
         self._truth = {n: np.full(grid.shape, _UNKNOWN, np.uint8) for n in whole if n not in total.instances}
 
     def add(
@@ -147,6 +167,8 @@ class CropScore:
         for name, kept in self._affinities.items():
             first, offsets = self.total.affinities[name]
             kept[:, *at] = _stored(probability[first : first + len(offsets)])
+        for name, values in self._heads.items():
+            values[at] = _stored(probability[self.total.heads[name][0]])
         for channel, name in enumerate(self.total.classes):
             stored = _stored(probability[channel])
             if name in self._kept:
@@ -165,7 +187,7 @@ class CropScore:
             annotated = self.crop.read_instances(name, self.grid)
             if annotated is not None and annotated[1].any():
                 self._compare(name, *annotated)
-        self._kept, self._truth, self._affinities = {}, {}, {}
+        self._kept, self._truth, self._affinities, self._heads = {}, {}, {}, {}
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
         chosen: DecodeParameters = self.total.parameters[name]
@@ -182,9 +204,11 @@ class CropScore:
             )
             found = fill_holes(found, chosen.connectivity) if chosen.fill_holes else found
             return filter_by_size(found, chosen.min_voxels(self.grid.voxel_size))
-        if chosen.boundary:
-            return decode_between(mask, self._kept[chosen.boundary], self.grid.voxel_size, chosen)
-        return decode_mask(mask, self.grid.voxel_size, chosen)
+        if chosen.has_walls:
+            walls = self._kept[chosen.boundary] if chosen.boundary else self._heads[name]
+            return decode_between(mask, walls, self.grid.voxel_size, chosen)
+        head = HeadValues(self._heads[name], self.total.heads[name][1]) if chosen.height else None
+        return decode_mask(mask, self.grid.voxel_size, chosen, head)
 
     def _count(self, name: str, found: NDArray[np.bool_], label: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         counts = Counts.of(found, label, known)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from connectomics.cli import main
 from connectomics.config import load_config
@@ -16,6 +17,7 @@ from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
+from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.lightning.evaluation import evaluate_labels
 from connectomics.lightning.tuning import TunedClass, tune
@@ -146,6 +148,27 @@ def test_objects_between_walls_are_scored_as_decode_makes_them(made: Path, tmp_p
     decode_predictions(made / "predictions", tmp_path / "labels", {"mito": found.best}, classes=["mito"])
     row = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
     assert row["score"] == pytest.approx(found.best_score)
+
+
+@pytest.mark.parametrize("height", ["distance", "boundary"])
+def test_heads_are_scored_as_decode_reads_them(made: Path, tmp_path: Path, height: str) -> None:
+    shutil.copytree(made / "predictions", tmp_path / "predictions")
+    for crop in ("crop1", "crop2"):
+        depth = ndimage.distance_transform_edt(balls() > 0) * 8.0
+        values = 0.5 + np.tanh(depth / 40) / 2 if height == "distance" else 1.0 * ((depth > 0) & (depth < 12))
+        about = {"artefact": height, "class_name": "mito", "scale_nm": 40.0, "complete": True}
+        place = tmp_path / "predictions" / "set-a.zarr" / crop / "mito"
+        grid = Multiscale.open(str(place)).grid
+        stored = np.rint(255 * values).astype(np.uint8)
+        write_multiscale(place / height, stored, grid, attrs={"connectomics": about})
+    base = DecodeParameters(method="watershed", threshold=0.25, height=height, max_depth_nm=40.0)
+    arguments = (tmp_path / "predictions", str(made / "root"))
+    found = tune(*arguments, tmp_path / "out", classes=["mito"], trials=3, base={"mito": base})["mito"]
+    assert {(t["parameters"]["method"], t["parameters"]["height"]) for t in found.trials} == {("watershed", height)}
+    decode_predictions(tmp_path / "predictions", tmp_path / "labels", {"mito": found.best}, classes=["mito"])
+    row = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
+    assert row["score"] == pytest.approx(found.best_score)
+    assert found.best_score > 0.5
 
 
 def test_a_small_space_is_searched_whole(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

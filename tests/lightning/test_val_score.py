@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
+from connectomics.config.schema import HeadConfig
 from connectomics.data.volumes import CropVolume
 from connectomics.decoding import decode_class, decode_parameters
-from connectomics.decoding.decode import above, decode_between
+from connectomics.decoding.decode import above, decode_between, decode_mask
+from connectomics.decoding.watershed.heads import HeadValues
 from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
@@ -210,6 +212,45 @@ def test_objects_between_walls() -> None:
     assert score.scores(score.values)["val/mito/score"] == pytest.approx(row.instances.combined)
     config.decoding.classes = {"mito": {"boundary": "cell"}}
     with pytest.raises(ConfigError, match="cell"):
+        ChallengeScore(config)
+
+
+@pytest.mark.parametrize("height", ["distance", "boundary"])
+def test_objects_from_a_head(height: str) -> None:
+    """Two objects that touch, whose mask is one and whose head sees a border."""
+    config = configuration()
+    config.model.heads = [HeadConfig(kind=kind, class_name="mito", scale_nm=16.0) for kind in ("boundary", "distance")]
+    config.decoding.classes = {
+        "mito": {"method": "watershed", "height": height, "min_size_nm3": 0.0, "min_distance_nm": 16.0}
+    }
+    crop = annotated("a", 0)
+    values = np.zeros((5, *crop.grid.shape), np.float32)
+    values[0, 4:9, 4:9, 3:18] = 0.9
+    values[3, :, :, 9:12] = 0.8
+    values[4, 4:9, 4:9, 3:18] = 0.9
+    values[4, :, :, 9:12] = 0.55
+    score = ChallengeScore(config)
+    one = score.begin(crop, crop.grid)
+    for begin, block in crop.grid.blocks((7, 20, 9)):
+        at = (slice(None), *(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True)))
+        one.add(block, values[at], crop.label[at] > 0, crop.known[at])
+    found = one._decode("mito")
+    stored = np.rint(values * 255).astype(np.uint8)
+    mask, chosen = above(stored[0], 0.5), score.parameters["mito"]
+    expected = (
+        decode_between(mask, stored[3], VOXEL, chosen)
+        if height == "boundary"
+        else decode_mask(mask, VOXEL, chosen, HeadValues(stored[4], 16.0))
+    )
+    np.testing.assert_array_equal(found, expected)
+    assert found.max() == 2
+    one.finish()
+    row = evaluate_label(expected, crop.ids["mito"], crop.known[0], voxel_size=VOXEL)
+    assert row is not None
+    assert row.instances is not None
+    assert score.scores(score.values)["val/mito/score"] == pytest.approx(row.instances.combined)
+    config.model.heads = []
+    with pytest.raises(ConfigError, match=f"decoding of mito with height {height} needs that head: add"):
         ChallengeScore(config)
 
 
