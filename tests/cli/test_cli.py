@@ -179,6 +179,13 @@ def test_the_plans_script_says_what_it_needs(tmp_path: Path) -> None:
     assert bad.stderr.strip() == "error: --mode test needs --checkpoint FILE"
 
 
+def test_the_list_of_verbs_says_all_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    listed = capsys.readouterr().out.split("Commands:")[1].strip().splitlines()
+    assert len(listed) > 20
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
+
+
 def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--list-models"]) == 0
     assert "mednext" in capsys.readouterr().out
