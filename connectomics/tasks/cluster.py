@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _CONNECT_S = 5.0  # a scheduler answers within that, or is taken for unreachable
 _LOST_S = 20.0  # so long a scheduler may be away while blocks are done, and a scheduler of others without a worker
 _IDLE_S = 120.0  # so long a worker keeps a process, with what it has loaded, for which nobody asks
+_REPORT_SHARE = 0.05  # of a worker's time may go into waiting for the disk before it reports
 _LOOK_S = 2.0  # between two looks at how many workers there are
 _QUEUES = {"slurm": "sbatch", "lsf": "bsub"}  # the command that takes jobs
 
@@ -245,12 +247,15 @@ def _do(host: str, job: Job, blocks: list[int]) -> Batch:
     key = worker.get_current_task()
     child: Child = keeper.take()
     told: list[Batch] = []
+    next_report = 0.0
     try:
         child.give(job, blocks)
         while not told or not told[-1].ended:
             wait([child.connection], TICK_S)
             if (batch := child.step()) is not None:
                 told.append(batch)
+                if batch.done and not batch.ended and time.monotonic() >= next_report:
+                    next_report = _report(worker, host, key, job, told)
             state = worker.state.tasks.get(key)
             if state is None or state.state != "executing":  # the leader has gone, or given up
                 child.end()
@@ -259,6 +264,17 @@ def _do(host: str, job: Job, blocks: list[int]) -> Batch:
         keeper.put(child)
     sync(job.folder)
     return _together(told)
+
+
+def _report(worker: Worker, host: str, key: Any, job: Job, told: list[Batch]) -> float:
+    """Tell the leader what is on disk by now, so that it is not done again should the leader be killed; returns when
+    it is worth doing again, since waiting for the disk is slow. What does not arrive comes with the result."""
+    begin = time.monotonic()
+    sync(job.folder)
+    whole = _together(told)
+    worker.log_event(host, {"key": str(key), "done": list(whole.done), "seconds": whole.seconds})
+    end = time.monotonic()
+    return end + (end - begin) / _REPORT_SHARE
 
 
 def _together(told: list[Batch]) -> Batch:
@@ -272,8 +288,10 @@ def _together(told: list[Batch]) -> Batch:
 class _DaskPool(Pool):
     def __init__(self, client: Client, host: str, job: Job, config: EngineConfig) -> None:
         self._client, self._host, self._job, self._config = client, host, job, config
-        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._heard: queue.SimpleQueue[Future | dict[str, Any]] = queue.SimpleQueue()
         self._blocks: dict[str, list[int]] = {}
+        self._reported: dict[str, tuple[set[int], float]] = {}  # of batches under way: done, and the seconds for them
+        client.subscribe_topic(host, lambda event: self._heard.put(event[1]))
         self._futures: set[Future] = set()
         self._slots, self._looked, self._alone, self._away = 1, -_LOOK_S, 0.0, 0.0
 
@@ -289,28 +307,48 @@ class _DaskPool(Pool):
         )
         self._blocks[str(future.key)] = numbers
         self._futures.add(future)
-        future.add_done_callback(self._ended.put)
+        future.add_done_callback(self._heard.put)
 
     def next(self) -> Batch:
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._result(self._ended.get(timeout=TICK_S))
+                heard = self._heard.get(timeout=TICK_S)
+                if not isinstance(heard, dict):
+                    return self._result(heard)
+                if heard["key"] in self._blocks:  # or it came after the result
+                    return self._report(heard)
             self._look()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._futures and self._client.status == "running":
             self._client.cancel(list(self._futures), force=True)
+        if self._client.status == "running":
+            self._client.unsubscribe_topic(self._host)
+
+    def _report(self, heard: dict[str, Any]) -> Batch:
+        """What is new in a report, which says all that is done of a batch. One that was begun anew on another worker,
+        since the first has died, may say less than was known."""
+        known, seconds = self._reported.get(heard["key"], (set(), 0.0))
+        new = tuple(number for number in heard["done"] if number not in known)
+        self._reported[heard["key"]] = known | set(new), max(seconds, heard["seconds"])
+        return Batch(new, seconds=max(0.0, heard["seconds"] - seconds), ended=False)
 
     def _result(self, future: Future) -> Batch:
         from distributed import KilledWorker
 
         blocks = self._blocks.pop(str(future.key))
+        known, seconds = self._reported.pop(str(future.key), (set(), 0.0))
         self._futures.discard(future)
         if future.cancelled():
             raise self._gone()
         error = future.exception()
         if error is None:
-            return future.result()
+            batch: Batch = future.result()
+            done, untouched = (tuple(n for n in some if n not in known) for some in (batch.done, batch.untouched))
+            failed = {n: why for n, why in batch.failed.items() if n not in known}
+            seconds = max(0.0, batch.seconds - seconds)
+            return replace(batch, done=done, failed=failed, untouched=untouched, seconds=seconds)
+        blocks = [number for number in blocks if number not in known]
         if isinstance(error, KilledWorker):  # with the working process: which block it was cannot be said
             why = "the Dask worker died each time"
             return Batch(failed={blocks[0]: why}) if len(blocks) == 1 else Batch(untouched=tuple(blocks))

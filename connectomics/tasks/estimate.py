@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -79,7 +80,8 @@ def estimate(
     """What is left to do of ``tasks`` and how long that will take.
 
     Blocks and bytes are added up over the tasks, stage by stage. For the time the middle block of each stage of the
-    largest task is done on this machine, into a folder that is removed again (`BlockTask.relocated`); a stage that
+    largest task is done on this machine, into a hidden folder near the output (where the path to it ends that is there)
+    that is removed again (`BlockTask.relocated`); a stage that
     cannot be prepared from the one block that was done of the stage before it is not timed. Writes nothing else.
 
     Raises:
@@ -137,8 +139,10 @@ def _sum(one: int | None, other: int | None) -> int | None:
 def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str, tuple[float, int]], str]:
     """Seconds and bytes held for a block of each stage that can be tried, and why the others cannot."""
     times: dict[str, tuple[float, int]] = {}
-    with tempfile.TemporaryDirectory(prefix="pytc-dry-run-") as folder:
+    beside = next(place for place in task.folder.absolute().parents if place.exists())  # on the disk of the output
+    with ExitStack() as stack:
         try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".dry-run-", dir=beside))
             copy = task.relocated(Path(folder) / "output")
             if copy is None:
                 return times, f"a task of the kind {task.kind} cannot be tried"

@@ -14,6 +14,7 @@ from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError
 from connectomics.tasks.done import DoneMap, sync
 from connectomics.tasks.engine import open_engine
+from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Batch, Engine, Pool
 from connectomics.tasks.task import BlockTask
 
@@ -48,7 +49,8 @@ def run_task(
         overwrite: begin anew where an output of another task (or a finished one) is there.
 
     Raises:
-        WriteError: an output of another task is there, or nothing can be written (the disk is full).
+        WriteError: an output of another task is there, another process works on it, or nothing can be written (the disk
+            is full).
         BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done.
         EngineError: no worker can be had.
         what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
@@ -56,6 +58,9 @@ def run_task(
     if not task.check(overwrite=overwrite):
         return False
     with ExitStack() as stack:
+        stack.enter_context(leading(task.folder))
+        if not task.check(overwrite=overwrite):  # another process has finished it just now
+            return False
         chosen = engine if isinstance(engine, Engine) else stack.enter_context(open_engine(engine, device))
         task.claim(overwrite=overwrite)
         for stage in task.stages:

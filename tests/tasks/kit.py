@@ -30,10 +30,11 @@ class CubeTask(BlockTask):
         kill, hang, hog: blocks of the first stage whose process is killed, which never end, and which take half a
             gigabyte, the first ``times`` times that they are tried.
         pause: seconds that a block takes. opening: why no worker can be opened, or "".
+        run: consecutive blocks that go to one worker.
     """
 
     kind: ClassVar[str] = "cube"
-    free: ClassVar[frozenset[str]] = frozenset({"pause", "opening"})
+    free: ClassVar[frozenset[str]] = frozenset({"pause", "opening", "run"})
 
     output: str
     count: int = 8
@@ -46,6 +47,7 @@ class CubeTask(BlockTask):
     times: int = 1000
     pause: float = 0.0
     opening: str = ""
+    run: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -102,6 +104,9 @@ class CubeTask(BlockTask):
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder))
+
+    def run_length(self, stage: str) -> int:
+        return self.run
 
     def cost(self, stage: str) -> Cost:
         return Cost(read=8, written=8, memory=16)

@@ -17,6 +17,7 @@ from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.cluster import job_options
+from connectomics.tasks.done import DoneMap
 from connectomics.tasks.pool import Engine
 from tests.tasks import lead
 from tests.tasks.kit import CubeTask, CubeWorker, outputs
@@ -54,6 +55,19 @@ def test_workers_write_what_one_process_writes_and_are_kept(
     assert outputs(one) == outputs(other) == undisturbed
     assert len({file.name.split(".")[1] for task in (one, other) for file in task.folder.glob("*.opened")}) == 2
     assert sorted(CubeWorker.tried(one, "first")) == list(range(60))
+
+
+def test_blocks_are_marked_while_others_of_their_row_are_still_to_be_done(engine: Engine, tmp_path: Path) -> None:
+    task, marked = CubeTask(str(tmp_path / "row"), count=16, run=16, pause=0.25), set[int]()
+
+    def look(stage: str, done: int, number: int) -> None:
+        if stage == "first":
+            marked.add(DoneMap(task.folder / ".done-first", 16, task.key).count)
+            assert done <= number  # none counts twice
+
+    run_task(task, engine, look)
+    assert marked - {0, 16}
+    assert CubeWorker.tried(task, "first") == list(range(16))
 
 
 def test_blocks_that_kill_hang_or_eat_are_done_again_or_named(
