@@ -36,6 +36,7 @@ def measure(
     ] = None,
     table_format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
     overwrite: Annotated[bool, typer.Option(help="Replace tables of other labels, and begin anew.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -52,6 +53,7 @@ def measure(
     """
     from connectomics.decoding.measure import ContactSpec, measure_tables, measure_tasks
 
+    not_both(overwrite, resume)
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
     tasks = measure_tasks(
@@ -61,7 +63,7 @@ def measure(
         show_estimate(tasks, engine, overwrite)
         return
     with progress.counted("measuring") as advance:
-        made = measure_tables(tasks, engine=engine, overwrite=overwrite, progress=advance)
+        made = measure_tables(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
     found = {"labels": str(labels), **made}
     if as_json:
         print(json.dumps(found, indent=1))
@@ -78,6 +80,14 @@ def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
         if not override.startswith("engine."):
             raise ConfigError(f"only engine.key=value can be set here, found {override!r}; see --help for the options")
     return load_config(None, overrides or ()).engine
+
+
+def not_both(overwrite: bool, resume: bool) -> None:
+    """`ConfigError` where an output is to be begun anew and gone on with."""
+    from connectomics.errors import ConfigError
+
+    if overwrite and resume:
+        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
 
 
 def show_estimate(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress
-from connectomics.cli.measure_verb import EngineOverrides, engine_config, show_estimate
+from connectomics.cli.measure_verb import EngineOverrides, engine_config, not_both, show_estimate
 
 
 def mesh(
@@ -28,6 +28,7 @@ def mesh(
         int, typer.Option(help="Of objects with more, larger voxels are taken; 150 bytes of memory each.")
     ] = 20_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace other meshes, and begin anew.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Write a closed surface of every instance (world coordinates in nm, x y z). Works object by object, each piece by
@@ -41,6 +42,7 @@ def mesh(
     """
     from connectomics.decoding.mesh import mesh_labels, mesh_tasks
 
+    not_both(overwrite, resume)
     engine = engine_config(overrides)
     tasks = mesh_tasks(
         labels,
@@ -58,7 +60,7 @@ def mesh(
         show_estimate(tasks, engine, overwrite)
         return
     with progress.counted("meshing") as advance:
-        found = mesh_labels(tasks, engine=engine, overwrite=overwrite, progress=advance)
+        found = mesh_labels(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
     for done in found:
         larger = f", {done.coarser} of larger voxels (more than {max_vertices} vertices)" if done.coarser else ""
         print(f"{done.folder}: {done.number} meshes{larger}")

@@ -210,6 +210,22 @@ def test_the_verbs_take_an_engine_and_say_what_they_would_do(
     assert not (tmp_path / "meshes").exists()
 
 
+@pytest.mark.parametrize("verb", ["measure", "mesh"])
+def test_resume_only_goes_on(labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    out = tmp_path / "out"
+    words = [verb, str(labels), *(["--out"] if verb == "measure" else []), str(out), "--class", "mito"]
+    assert main([*words, "--resume"]) == 1
+    assert f"--resume: nothing of this was begun below {out}; leave it out to begin" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*words, "--resume", "--overwrite"]) == 1
+    assert "give one of them" in capsys.readouterr().err
+    task = (measure_tasks(labels, out, classes=["mito"]) if verb == "measure" else mesh_tasks(labels, out, "mito"))[0]
+    task.claim()  # and killed then
+    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--resume"]) == 0  # of what is finished nothing is left
+    assert not task.check()
+
+
 def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: Path) -> None:
     task, _ = tasks_of(labels, tmp_path / "tables")
     (mesh,) = mesh_tasks(labels, tmp_path / "meshes", "er")

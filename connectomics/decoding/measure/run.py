@@ -25,6 +25,7 @@ from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.multiscale import Multiscale
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.task import TASK_FILE
 
 #: Told now and then: how many blocks are done, how many there are, and of what.
 Progress = Callable[[int, int, str], None]
@@ -86,9 +87,15 @@ def measure_tables(
     *,
     engine: EngineConfig | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Do what is still missing of some tasks of `measure_tasks`; arguments, result and errors as `measure_labels`."""
+    """Do what is still missing of some tasks of `measure_tasks`; arguments, result and errors as `measure_labels`.
+
+    ``resume``: go on only: `MissingError` where none of them was begun.
+    """
+    if resume and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
+        raise nothing_begun(tasks[0].path.parent)
     for task in tasks:
         task.check(overwrite=overwrite)
     with open_engine(engine) as workers:
@@ -101,6 +108,11 @@ def measure_tables(
         "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],
         "contacts": [summary for task, summary in found if isinstance(task, ContactsTask)],
     }
+
+
+def nothing_begun(place: Path) -> MissingError:
+    """What is said to ``--resume`` where there is nothing to go on with."""
+    return MissingError(f"--resume: nothing of this was begun below {place}; leave it out to begin")
 
 
 def measure_tasks(

@@ -14,11 +14,12 @@ import numpy as np
 
 from connectomics.config.schema import EngineConfig
 from connectomics.decoding.blocks.table import TABLE_FILE as INSTANCES
-from connectomics.decoding.measure.run import Progress, open_labels, select, tell
+from connectomics.decoding.measure.run import Progress, nothing_begun, open_labels, select, tell
 from connectomics.decoding.measure.table import read_columns
 from connectomics.decoding.mesh.task import TABLE_FILE, MeshTask
 from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.task import TASK_FILE
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,21 @@ def mesh_labels(
     *,
     engine: EngineConfig | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> list[Meshed]:
     """Write what is missing of the meshes of some tasks (`mesh_tasks`).
 
+    Args:
+        resume: go on only: an error where none of them was begun.
+
     Raises:
+        MissingError: ``resume``, and nothing was begun.
         InputError: zmesh is not installed, a table of other labels. UnknownNameError: an id that is not there.
         WriteError: meshes of another task are there. BlocksFailedError, EngineError.
     """
+    if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
+        raise nothing_begun(tasks[0].folder.parents[2])
     for task in tasks:
         task.check(overwrite=overwrite)
     found = []
