@@ -30,7 +30,7 @@ Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
 
-SLAB = 1 << 24  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
+SLAB = 1 << 22  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
 _VIEWS_AHEAD = 2  # batches of windows whose further views are read while the network is at work
 
 
