@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.labels import read_labels
 from connectomics.cli.task_kinds import load_task
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
@@ -126,6 +128,26 @@ def test_walls_on_another_grid_are_the_same_in_every_block(tmp_path_factory, see
     np.testing.assert_array_equal(
         read(task.output), decode_between(above(cell, 0.3), moved, (8.0, 8.0, 8.0), parameters)
     )
+
+
+@pytest.mark.parametrize("method", ["cc3d", "watershed"])
+@pytest.mark.parametrize(("name", "wall"), [("mito", "mito_mem"), ("er", "er_mem")])
+def test_organelles_of_the_phantom(phantom, tmp_path, name, wall, method):
+    """Blurred labels as probabilities; voxels are no cubes."""
+    crop = Catalog.open(str(phantom)).crop("phantom-aniso", "crop203")
+    labels = read_labels(crop, (name, wall), crop.grid)
+    cell, walls = (
+        np.rint(255 * ndimage.gaussian_filter(labels.present_of(n).astype(np.float32), 0.7)).astype(np.uint8)
+        for n in (name, wall)
+    )
+    assert cell.any()
+    assert walls.any()
+    parameters = DecodeParameters(threshold=0.4, method=method, boundary="pm", fill_holes=True)
+    task = task_of(tmp_path, cell, walls, parameters, (16, 24, 24), crop.grid.voxel_size)
+    run_task(task)
+    expected = decode_between(above(cell, 0.4), walls, crop.grid.voxel_size, parameters)
+    np.testing.assert_array_equal(read(task.output), expected)
+    assert expected.max() > 0
 
 
 def made(folder, method="cc3d"):
