@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import logging
 import math
@@ -47,6 +48,7 @@ class PredictWorker:
     def __init__(self, task: PredictTask, networks: Sequence[Network], device: str) -> None:
         """With networks that are ready on ``device``. They are tried on a window of noise: raises `InputError` where
         they do not give probabilities of the task's classes."""
+        _use_one_heap()
         self._task, self._device = task, device
         self._averaged = task.averaged(networks)
         self._source = RawSource(task.raw, task.intensity_range)
@@ -156,15 +158,34 @@ class PredictWorker:
         return batch
 
 
-def _give_back_freed() -> None:
-    """Have glibc give the system what is free in the heaps of this process; other C libraries are left alone.
+#: of mallopt(3): the number of heaps
+_ARENAS = -8
 
-    Windows and what the network says of them lie there with holes between them that the next ones do not always fit
-    into, so the heaps grow while blocks go on. (Never to keep such arrays on a heap, by ``mallopt``, takes less memory
-    still, but each must then be had anew from the system: 40 to 60 % more CPU for a small U-Net.)
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where it is glibc; others are left alone."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def _use_one_heap() -> None:
+    """Have glibc take the memory of all threads from one heap.
+
+    It gives every thread its own, and what one frees (the reader's raw, the writer's blocks) the others do not reuse:
+    the longer a prediction goes on, the more of them have grown to the size of their largest window. Arrays are few
+    and large here, so threads hardly ever wait for the one heap. (Never to keep such arrays on a heap, by another
+    ``mallopt``, takes less memory still, but each must then be had anew from the system: 40 to 60 % more CPU for a
+    small U-Net.)
     """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if (library := _glibc()) is not None:
+        library.mallopt(_ARENAS, 1)
+
+
+def _give_back_freed() -> None:
+    """Have glibc give the system what is free in its heap: windows and what the network says of them leave holes that
+    the next ones do not always fit into."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
 
 
 def autocast(precision: str) -> torch.dtype | None:
