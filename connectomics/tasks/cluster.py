@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -341,9 +342,12 @@ class _DaskPool(Pool):
         self._futures.discard(future)
         if future.cancelled():
             raise self._gone()
-        error = future.exception()
-        if error is None:
-            batch: Batch = future.result()
+        try:
+            error = future.exception()
+            batch: Batch | None = future.result() if error is None else None
+        except (OSError, CancelledError) as lost:  # not of the blocks: the scheduler went while they were brought
+            raise self._gone() from lost
+        if batch is not None:
             done, untouched = (tuple(n for n in some if n not in known) for some in (batch.done, batch.untouched))
             failed = {n: why for n, why in batch.failed.items() if n not in known}
             seconds = max(0.0, batch.seconds - seconds)
