@@ -6,7 +6,7 @@ are made from what is in memory. All of them begin at chunk borders, so no two b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from connectomics.inference.artefact import Group
 from connectomics.io.levels import halve_raw
 from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.task import BlockWorker
 
 LEVELS_AT_ONCE = 3
 _CHUNK = 64  # voxels; chunks of a prediction divide it
@@ -31,20 +32,17 @@ def cubes(groups: Sequence[Group], stage: int) -> list[tuple[Group, int, Lattice
 
 
 @dataclass(frozen=True)
-class PyramidWorker:
+class PyramidWorker(BlockWorker):
     """Makes the blocks of `cubes`, numbered one group after the other."""
 
     cubes: Sequence[tuple[Group, int, Lattice]]
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
-        for number in blocks:
-            left = number
-            for group, level, lattice in self.cubes:
-                if left < len(lattice):
-                    _halve(group, level, *lattice.region(left))
-                    break
-                left -= len(lattice)
-            yield number
+    def do(self, number: int) -> None:
+        for group, level, lattice in self.cubes:
+            if number < len(lattice):
+                _halve(group, level, *lattice.region(number))
+                break
+            number -= len(lattice)
 
 
 def _halve(group: Group, level: int, begin: Sequence[int], shape: Sequence[int]) -> None:

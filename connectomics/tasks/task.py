@@ -56,6 +56,19 @@ class Worker(Protocol):
         ...
 
 
+class BlockWorker(ABC):
+    """A worker that does one block after the other: what a block held is gone before the next one is read."""
+
+    def run(self, blocks: Sequence[int]) -> Iterator[int]:
+        for number in blocks:
+            self.do(number)  # a call of its own, so that no array of it lives on in this one
+            yield number
+
+    @abstractmethod
+    def do(self, number: int) -> None:
+        """Do this block; when it returns, its output is written."""
+
+
 class BlockTask(ABC):
     """A frozen dataclass of plain values (JSON) that says everything its output depends on.
 

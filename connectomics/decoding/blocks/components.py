@@ -52,7 +52,8 @@ class ComponentsTask(StitchedTask):
                 n -= int(small.sum())
                 table = np.zeros(len(small) + 1, np.uint32)
                 table[1:][~small] = np.arange(1, n + 1)
-                labels = table[labels]
+                for plane in labels:  # in place
+                    plane[...] = table[plane]
             return Labelled(labels, n)
 
         return label

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +12,7 @@ from connectomics.decoding.blocks.labels_task import LabelsTask
 from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.errors import ConfigError
 from connectomics.io.write import ArrayWriter, write_file
-from connectomics.tasks.task import Cost, Worker
+from connectomics.tasks.task import BlockWorker, Cost, Worker
 
 _PRESENT = "present"  # a file that is there once a block held any foreground
 
@@ -52,17 +51,15 @@ class MaskTask(LabelsTask):
         return Cost(read=2 * voxels, written=voxels, memory=6 * voxels)
 
 
-class _MaskWorker:
+class _MaskWorker(BlockWorker):
     def __init__(self, task: MaskTask) -> None:
         self._source, self._lattice = open_probabilities(task.input), task.lattice
         self._writer = ArrayWriter.open(task.folder / "s0")
         self._threshold, self._present = task.parameters.threshold, task.scratch / _PRESENT
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
-        for number in blocks:
-            begin, shape = self._lattice.region(number)
-            mask = above(read_block(self._source, begin, shape), self._threshold)
-            if mask.any() and not self._present.exists():
-                write_file(self._present, b"")
-            self._writer.write(begin, mask.view(np.uint8))
-            yield number
+    def do(self, number: int) -> None:
+        begin, shape = self._lattice.region(number)
+        mask = above(read_block(self._source, begin, shape), self._threshold)
+        if mask.any() and not self._present.exists():
+            write_file(self._present, b"")
+        self._writer.write(begin, mask.view(np.uint8))

@@ -21,7 +21,7 @@ Until it is finished everything lies in a hidden folder beside the output, which
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +40,7 @@ from connectomics.decoding.blocks.table import write_tables
 from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
 from connectomics.errors import ConfigError, WriteError
 from connectomics.io.write import ArrayWriter, create_array
-from connectomics.tasks.task import Cost, Worker
+from connectomics.tasks.task import BlockWorker, Cost, Worker
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class StitchedTask(LabelsTask):
         return kept
 
 
-class _LabelWorker:
+class _LabelWorker(BlockWorker):
     """Segments blocks, each for itself."""
 
     def __init__(
@@ -206,22 +206,20 @@ class _LabelWorker:
         self._labels = ArrayWriter.open(task.scratch / array)
         self._fill, self._connectivity = fill_holes, task.parameters.connectivity
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
+    def do(self, number: int) -> None:
         lattice = self._stored.lattice
-        for number in blocks:
-            begin, _ = lattice.region(number)
-            block = self._label(number)
-            pieces = Pieces.measured(block.labels, block.count, begin, lattice.shape)
-            if block.count:  # or the fill value, zero, says the same
-                self._labels.write(begin, block.labels)
-            count = {"count": np.asarray(block.count)}
-            self._stored.save(number, {**count, **pieces.columns, **faces_of(block.labels), **block.extra})
-            if self._fill:
-                leave(self._holes, number, cut(block.labels, self._connectivity), self._connectivity)
-            yield number
+        begin, _ = lattice.region(number)
+        block = self._label(number)
+        pieces = Pieces.measured(block.labels, block.count, begin, lattice.shape)
+        if block.count:  # or the fill value, zero, says the same
+            self._labels.write(begin, block.labels)
+        count = {"count": np.asarray(block.count)}
+        self._stored.save(number, {**count, **pieces.columns, **faces_of(block.labels), **block.extra})
+        if self._fill:
+            leave(self._holes, number, cut(block.labels, self._connectivity), self._connectivity)
 
 
-class _WriteWorker:
+class _WriteWorker(BlockWorker):
     """Gives the pieces of an array of blocks the labels of their objects."""
 
     def __init__(self, task: StitchedTask, array: str, into: Path, fill_holes: bool) -> None:
@@ -232,21 +230,19 @@ class _WriteWorker:
         stored = load_mapped(task.scratch / f"{array}_of")
         self._label_of, self._offsets = stored["label_of"], stored["offsets"]
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
-        for number in blocks:
-            begin, shape = self._lattice.region(number)
-            found = self._label_of[self._offsets[number] : self._offsets[number + 1]]
-            if self._parameters.kind == "semantic":
-                found = found > 0
-            table = np.concatenate(([0], found)).astype(self._writer.dtype)
-            if table.any():
-                labels = self._labels.read(begin, shape)
-                if self._fill:  # what holds is known of its parts
-                    labels = cut(labels, self._parameters.connectivity).labels
-                self._writer.write(begin, table[labels])
-            else:
-                self._writer.write(begin, np.zeros(shape, self._writer.dtype))
-            yield number
+    def do(self, number: int) -> None:
+        begin, shape = self._lattice.region(number)
+        found = self._label_of[self._offsets[number] : self._offsets[number + 1]]
+        if self._parameters.kind == "semantic":
+            found = found > 0
+        table = np.concatenate(([0], found)).astype(self._writer.dtype)
+        if table.any():
+            labels = self._labels.read(begin, shape)
+            if self._fill:  # what holds is known of its parts
+                labels = cut(labels, self._parameters.connectivity).labels
+            self._writer.write(begin, table[labels])
+        else:
+            self._writer.write(begin, np.zeros(shape, self._writer.dtype))
 
 
 def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:

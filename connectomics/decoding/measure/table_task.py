@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -34,7 +34,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.lattice import Lattice
-from connectomics.tasks.task import TASK_FILE
+from connectomics.tasks.task import TASK_FILE, BlockWorker
 
 STAGE = "blocks"
 PLACE = (Column("dataset", "text"), Column("crop", "text"))
@@ -292,7 +292,7 @@ class TableTask(BlockTask):
             totals.add(values)
 
 
-class TableWorker:
+class TableWorker(BlockWorker):
     """Measures blocks; keeps the volumes of the last crop open."""
 
     def __init__(self, task: TableTask) -> None:
@@ -300,11 +300,9 @@ class TableWorker:
         self._crop = -1
         self._sources: tuple[Multiscale, ...] = ()
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
-        for number in blocks:
-            crop, begin, shape = self._task.place(number)
-            if crop != self._crop:
-                self._sources = tuple(Multiscale.open(labels.location) for labels in self._task.volumes(crop))
-                self._crop = crop
-            self._task.part(crop, self._sources, begin, shape).save(self._task.part_file(number))
-            yield number
+    def do(self, number: int) -> None:
+        crop, begin, shape = self._task.place(number)
+        if crop != self._crop:
+            self._sources = tuple(Multiscale.open(labels.location) for labels in self._task.volumes(crop))
+            self._crop = crop
+        self._task.part(crop, self._sources, begin, shape).save(self._task.part_file(number))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.lattice import Lattice
-from connectomics.tasks.task import TASK_FILE
+from connectomics.tasks.task import TASK_FILE, BlockWorker
 
 BOXES, MESHES = "boxes", "meshes"
 TABLE_FILE = "meshes.csv"
@@ -247,55 +247,50 @@ def _boxes_of_table(path: Path, grid: VoxelGrid) -> tuple[NDArray[np.uint64], ND
     return columns["id"].astype(np.uint64), np.hstack([low, high])
 
 
-class _Boxes:
+class _Boxes(BlockWorker):
     """Finds the boxes of what is in a block."""
 
     def __init__(self, task: MeshTask) -> None:
         self._task, self._source = task, Multiscale.open(task.labels.location)
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
+    def do(self, number: int) -> None:
         from scipy.ndimage import find_objects
 
-        for number in blocks:
-            begin, shape = self._task.lattice.region(number)
-            stored, _ = self._source.read_level(0, begin, shape, absent_is_missing=False)
-            labels, ids = compact(stored, semantic=False)
-            found = find_objects(labels.view(np.int32), len(ids))
-            inner = [[*(s.start for s in box), *(s.stop - 1 for s in box)] for box in found]
-            boxes = np.array(inner, np.int64).reshape(-1, 6) + np.array([*begin, *begin])
-            Partial(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
-            yield number
+        begin, shape = self._task.lattice.region(number)
+        stored, _ = self._source.read_level(0, begin, shape, absent_is_missing=False)
+        labels, ids = compact(stored, semantic=False)
+        found = find_objects(labels.view(np.int32), len(ids))
+        inner = [[*(s.start for s in box), *(s.stop - 1 for s in box)] for box in found]
+        boxes = np.array(inner, np.int64).reshape(-1, 6) + np.array([*begin, *begin])
+        Partial(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
 
 
-class _Meshes:
+class _Meshes(BlockWorker):
     """Makes the meshes of objects."""
 
     def __init__(self, task: MeshTask) -> None:
         self._task, self._source = task, Multiscale.open(task.labels.location)
         self._ids, self._boxes = task.objects()
 
-    def run(self, blocks: Sequence[int]) -> Iterator[int]:
-        task = self._task
-        for number in blocks:
-            label = int(self._ids[number])
-            mesh = mesh_object(
-                self._source,
-                label,
-                self._boxes[number].tolist(),
-                semantic=task.labels.semantic,
-                simplify=task.simplify,
-                max_error_nm=task.max_error_nm,
-                max_vertices=task.max_vertices,
-            )
-            write_mesh(task.folder, label, mesh, task.file_format)
-            note = {
-                "id": label,
-                "vertices": len(mesh.vertices),
-                "faces": len(mesh.faces),
-                "volume_nm3": mesh.volume,
-                "area_nm2": mesh.area,
-                "stride_voxels": mesh.stride,
-                "file": file_name(label, task.file_format),
-            }
-            write_file(task.note_file(number), json.dumps(note).encode())
-            yield number
+    def do(self, number: int) -> None:
+        task, label = self._task, int(self._ids[number])
+        mesh = mesh_object(
+            self._source,
+            label,
+            self._boxes[number].tolist(),
+            semantic=task.labels.semantic,
+            simplify=task.simplify,
+            max_error_nm=task.max_error_nm,
+            max_vertices=task.max_vertices,
+        )
+        write_mesh(task.folder, label, mesh, task.file_format)
+        note = {
+            "id": label,
+            "vertices": len(mesh.vertices),
+            "faces": len(mesh.faces),
+            "volume_nm3": mesh.volume,
+            "area_nm2": mesh.area,
+            "stride_voxels": mesh.stride,
+            "file": file_name(label, task.file_format),
+        }
+        write_file(task.note_file(number), json.dumps(note).encode())
