@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import itertools
 import logging
 import math
-import platform
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
@@ -28,6 +25,7 @@ from connectomics.inference.sliding import predict_regions
 from connectomics.inference.threads import ReadAhead, WriteBehind
 from connectomics.inference.views import View
 from connectomics.io.write import ArrayWriter
+from connectomics.tasks.heap import give_back_freed, use_one_heap
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +46,7 @@ class PredictWorker:
     def __init__(self, task: PredictTask, networks: Sequence[Network], device: str) -> None:
         """With networks that are ready on ``device``. They are tried on a window of noise: raises `InputError` where
         they do not give probabilities of the task's classes."""
-        _use_one_heap()
+        use_one_heap()
         self._task, self._device = task, device
         self._averaged = task.averaged(networks)
         self._source = RawSource(task.raw, task.intensity_range)
@@ -79,7 +77,7 @@ class PredictWorker:
                             raise
                         behind.put((index, inside, block))
                         del block  # the writer has it; here it would be held while the next one is computed
-                        _give_back_freed()
+                        give_back_freed()
                         if written is not None:
                             yield written
                         written = number
@@ -156,36 +154,6 @@ class PredictWorker:
         rate = batch * math.prod(task.window) / seconds(batch) / 1e6
         log.info("%s: %d windows at a time (%.2f Mvoxel/s on %s)", task.name, batch, rate, self._device)
         return batch
-
-
-#: of mallopt(3): the number of heaps
-_ARENAS = -8
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    """The C library, where it is glibc; others are left alone."""
-    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
-
-
-def _use_one_heap() -> None:
-    """Have glibc take the memory of all threads from one heap.
-
-    It gives every thread its own, and what one frees (the reader's raw, the writer's blocks) the others do not reuse:
-    the longer a prediction goes on, the more of them have grown to the size of their largest window. Arrays are few
-    and large here, so threads hardly ever wait for the one heap. (Never to keep such arrays on a heap, by another
-    ``mallopt``, takes less memory still, but each must then be had anew from the system: 40 to 60 % more CPU for a
-    small U-Net.)
-    """
-    if (library := _glibc()) is not None:
-        library.mallopt(_ARENAS, 1)
-
-
-def _give_back_freed() -> None:
-    """Have glibc give the system what is free in its heap: windows and what the network says of them leave holes that
-    the next ones do not always fit into."""
-    if (library := _glibc()) is not None:
-        library.malloc_trim(0)
 
 
 def autocast(precision: str) -> torch.dtype | None:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Protocol, Self
 from connectomics.errors import MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.write import write_file
+from connectomics.tasks.heap import give_back_freed, use_one_heap
 
 TASK_FILE = "task.json"
 
@@ -60,8 +61,10 @@ class BlockWorker(ABC):
     """A worker that does one block after the other: what a block held is gone before the next one is read."""
 
     def run(self, blocks: Sequence[int]) -> Iterator[int]:
+        use_one_heap()
         for number in blocks:
             self.do(number)  # a call of its own, so that no array of it lives on in this one
+            give_back_freed()
             yield number
 
     @abstractmethod

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from connectomics.decoding.blocks import ComponentsTask, MaskTask
 from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of
+from connectomics.decoding.decode import task_of as task_kind
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, WriteError
 from connectomics.geometry import VoxelGrid
@@ -28,18 +28,45 @@ from connectomics.tasks import run_task
 from connectomics.tasks.done import DoneMap
 
 ROOT = Path(__file__).resolve().parents[2]
+Labels = TypeVar("Labels", bound=LabelsTask)
 FILLED = DecodeParameters(method="cc3d", fill_holes=True, min_size_nm3=20.0, connectivity=6)
+PARAMETERS = {
+    "components": FILLED,
+    "walls": DecodeParameters(method="cc3d", boundary="mito_mem", min_size_nm3=20.0, connectivity=6),
+    "watershed": DecodeParameters(method="watershed", min_size_nm3=20.0, min_distance_nm=4.0, max_depth_nm=20.0),
+    "mask": DecodeParameters(method="threshold"),
+}
 
 
 def task_of(folder: Path, shape: tuple[int, int, int], block: int) -> ComponentsTask:
     """Noise near the share of foreground at which components span the volume."""
     values = (np.random.default_rng(0).random(shape) < 0.3).astype(np.uint8) * 255
-    location = folder / "in.zarr" / "crop1" / "mito"
-    about = {"artefact": "probability", "class_name": "mito", "complete": True}
-    grid = VoxelGrid((2, 2, 2), (0, 0, 0), shape)
-    write_multiscale(location, values, grid, attrs={"connectomics": about}, chunks=(block,) * 3)
+    location = write_noise(folder, "mito", values, block)
     output = str(folder / "out.zarr" / "crop1" / "mito")
     return ComponentsTask(str(location), output, "mito", FILLED, (block,) * 3)
+
+
+def write_noise(folder: Path, name: str, values: np.ndarray, block: int) -> Path:
+    location = folder / "in.zarr" / "crop1" / name
+    about = {"artefact": "probability", "class_name": name, "complete": True}
+    grid = VoxelGrid((2, 2, 2), (0, 0, 0), values.shape)
+    write_multiscale(location, values, grid, attrs={"connectomics": about}, chunks=(block,) * 3, overwrite=True)
+    return location
+
+
+def task_of_kind(kind: str, folder: Path, shape: tuple[int, int, int], block: int) -> LabelsTask:
+    """Of one of the `PARAMETERS`; noise too, but for components in larger grains, and of which there is more."""
+    task = task_of(folder, shape, block)
+    if kind == "components":
+        return task
+    random = np.random.default_rng(1)
+    coarse = random.random([n // 4 for n in shape]) < 0.6
+    values = coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2).astype(np.uint8) * 255
+    write_noise(folder, "mito", values, block)
+    write_noise(folder, "mito_mem", random.integers(0, 150, shape, np.uint8), block)
+    of = task_kind(PARAMETERS[kind], True)
+    assert of is not None
+    return of(task.input, task.output, "mito", PARAMETERS[kind], task.block_shape)
 
 
 def contents(task: LabelsTask) -> dict[str, bytes]:
@@ -49,22 +76,26 @@ def contents(task: LabelsTask) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if name != "task.json"}
 
 
-def elsewhere(task: ComponentsTask, name: str) -> ComponentsTask:
+def elsewhere(task: Labels, name: str) -> Labels:
     return replace(task, output=str(Path(task.output).parents[2] / f"{name}.zarr" / "crop1" / "mito"))
 
 
 # -- killed ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("workers", "kills", "edge"),
+    ("kind", "workers", "kills", "edge"),
     [
-        pytest.param(1, 1, 64, id="here"),
-        pytest.param(2, 1, 64, id="two-processes"),
-        pytest.param(1, 20, 160, id="here-20", marks=pytest.mark.slow),
-        pytest.param(2, 20, 192, id="two-processes-20", marks=pytest.mark.slow),
+        pytest.param("components", 1, 1, 64, id="here"),
+        pytest.param("components", 2, 1, 64, id="two-processes"),
+        pytest.param("walls", 1, 1, 64, id="walls"),
+        pytest.param("components", 1, 20, 160, id="here-20", marks=pytest.mark.slow),
+        pytest.param("components", 2, 20, 192, id="two-processes-20", marks=pytest.mark.slow),
+        pytest.param("walls", 1, 20, 160, id="walls-20", marks=pytest.mark.slow),
+        pytest.param("watershed", 1, 20, 160, id="watershed-20", marks=pytest.mark.slow),
+        pytest.param("mask", 1, 20, 288, id="mask-20", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tmp_path, workers, kills, edge):
-    whole = task_of(tmp_path, (edge, edge, edge), 16)
+def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tmp_path, kind, workers, kills, edge):
+    whole = task_of_kind(kind, tmp_path, (edge, edge, edge), 16)
     run_task(whole)
     task = elsewhere(whole, "killed")
     file = tmp_path / "task.json"
@@ -78,7 +109,7 @@ def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tm
             time.sleep(0.01)
         time.sleep(0.3 * chance.random())
         in_time += leader.poll() is None
-        os.kill(leader.pid, signal.SIGKILL)
+        leader.kill()
         leader.communicate()
     assert in_time >= 0.9 * kills  # it was not done long before
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
