@@ -30,9 +30,6 @@ from connectomics.inference.augmented import (
     UNCERTAINTIES,
     Averaged,
     Network,
-    Symmetry,
-    require_unchanged,
-    symmetries,
     turns_of,
 )
 from connectomics.inference.batching import MOST_ON_CPU
@@ -42,6 +39,7 @@ from connectomics.inference.output import UNITS
 from connectomics.inference.pyramid import LEVELS_AT_ONCE, PyramidWorker, cubes
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import Plan
+from connectomics.inference.symmetry import Symmetry, require_unchanged, symmetries
 from connectomics.inference.windows import BLENDINGS
 from connectomics.inference.worker import PredictWorker
 from connectomics.io.write import ensure_group, update_attrs

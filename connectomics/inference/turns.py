@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import InputError
 from connectomics.geometry import Index
+from connectomics.inference.symmetry import Symmetry
 
 if TYPE_CHECKING:
     import torch
-
-    from connectomics.inference.augmented import Symmetry
 
 _AXES = "zyx"
 

@@ -21,7 +21,8 @@ from connectomics.data.splits import Split
 from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
-from connectomics.inference.augmented import dropout_on, symmetries
+from connectomics.inference.augmented import dropout_on
+from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale

@@ -17,14 +17,11 @@ import torch
 from connectomics.decoding.decode import find_arrays
 from connectomics.errors import InputError, UnknownNameError, WriteError
 from connectomics.inference.augmented import (
-    IDENTITY,
-    SYMMETRY_SETS,
     Averaged,
-    Symmetry,
     dropout_on,
     entropy,
-    symmetries,
 )
+from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry, symmetries
 from connectomics.inference.task import PredictTask, require_complete, run_predict_task
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale

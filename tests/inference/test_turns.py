@@ -13,8 +13,9 @@ from torch import Tensor
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
-from connectomics.inference.augmented import IDENTITY, SYMMETRY_SETS, Averaged, Symmetry
+from connectomics.inference.augmented import Averaged
 from connectomics.inference.sliding import predict_blocks
+from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry
 from connectomics.models.targets import affinity, shape_descriptors
 
 UNIT = ((-1, 0, 0), (0, -1, 0), (0, 0, -1))

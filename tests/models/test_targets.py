@@ -15,7 +15,7 @@ from torch import Tensor
 
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
-from connectomics.inference.augmented import SYMMETRY_SETS, Symmetry
+from connectomics.inference.symmetry import SYMMETRY_SETS, Symmetry
 from connectomics.models.targets import (
     AffinityLabels,
     affinities,
