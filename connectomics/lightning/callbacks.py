@@ -21,6 +21,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from connectomics.data.loader import PatchLoader
 from connectomics.lightning.loggers import MetricsTable
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.notice import Notice
 from connectomics.lightning.panels import panel
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class LatestState(ModelCheckpoint):
     Within an epoch it is written right after an optimizer step, so no gradients are pending, and never after an
     epoch's last step: the state after the validation that follows is the one to keep. The row of ``metrics.csv`` of
     that very step is written next; a process killed in between lacks it.
+
+    A run that is told to end (`Notice`) goes on to the next such moment, keeps its state, and ends as by Ctrl-C.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
@@ -105,17 +108,48 @@ class LatestState(ModelCheckpoint):
             enable_version_counter=False,
         )
         self._every = every_n_steps
+        self._notice = Notice()
+        self._ends = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen."""
+        super().on_train_start(trainer, pl_module)
+        self._notice.listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after every so many optimizer steps."""
-        if self._every is None or trainer.should_stop or trainer.global_step % self._every:
-            return
+        """Save after every so many optimizer steps, or where the run is to end."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         last = batch_idx + 1 >= trainer.num_training_batches
-        if stepped and not last and not self._should_skip_saving_checkpoint(trainer):
+        if trainer.should_stop or last or not stepped:
+            return
+        self._ends = self._notice.reached(trainer)
+        due = self._every is not None and trainer.global_step % self._every == 0
+        if (due or self._ends) and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save."""
+        super().on_train_epoch_end(trainer, pl_module)
+        self._ends = self._notice.reached(trainer)
+
+    # the loggers have written the step's row by then
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """End before the next batch."""
+        self._end(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End before the next epoch."""
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._ends:
+            name = self._notice.received.name if self._notice.received else "a signal"
+            log.warning("told to end by %s: the state after step %d is kept", name, trainer.global_step)
+            if trainer.is_global_zero:
+                self._notice.requeue()
+            raise KeyboardInterrupt
 
 
 class EpochSums(Callback):

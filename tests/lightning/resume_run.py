@@ -1,4 +1,5 @@
-"""A tiny run over a `PatchLoader` that writes down which patches it trains on; also a script that kills itself."""
+"""A tiny run over a `PatchLoader` that writes down which patches it trains on; also a script that kills itself, or is
+told to end."""
 
 from __future__ import annotations
 
@@ -59,16 +60,16 @@ class RequestedData(MadeUpData):
 
 
 class Diary(pl.Callback):
-    """Writes each step's patches into a file, and ends the process at a batch of an epoch."""
+    """Writes each step's patches into a file, and ends the process, or sends it a signal, at a batch of an epoch."""
 
     def __init__(self, file: Path, die_at: tuple[int, int] | None, how: str) -> None:
         self.file, self.die_at, self.how = file, die_at, how
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if (trainer.current_epoch, batch_idx) == self.die_at:
-            if self.how == "SIGKILL":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ArithmeticError("killed")
+            if self.how == "raise":
+                raise ArithmeticError("killed")
+            os.kill(os.getpid(), signal.Signals[self.how])
         row = [trainer.global_step, trainer.current_epoch, batch_idx, batch["place"].tolist()]
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -105,4 +106,4 @@ def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: 
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), "SIGKILL")
+    run(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), sys.argv[5])
