@@ -144,12 +144,13 @@ class LatestState(ModelCheckpoint):
         self._end(trainer)
 
     def _end(self, trainer: pl.Trainer) -> None:
-        if self._ends:
-            name = self._notice.received.name if self._notice.received else "a signal"
+        if not self._ends:
+            return
+        if trainer.is_global_zero:
+            name = self._notice.received.name if self._notice.received else "a signal to another process"
             log.warning("told to end by %s: the state after step %d is kept", name, trainer.global_step)
-            if trainer.is_global_zero:
-                self._notice.requeue()
-            raise KeyboardInterrupt
+            self._notice.requeue()
+        raise KeyboardInterrupt
 
 
 class EpochSums(Callback):
