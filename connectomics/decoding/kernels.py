@@ -1,4 +1,4 @@
-"""A numba kernel that the kernels of several packages share; import it where numba is imported anyway."""
+"""Numba kernels that the kernels of several packages share; import them where numba is imported anyway."""
 
 from __future__ import annotations
 
@@ -36,3 +36,23 @@ def add_voxel(
     sums[row, 0] += z
     sums[row, 1] += y
     sums[row, 2] += x
+
+
+@numba.njit(cache=True, nogil=True)
+def root_of(parent: NDArray[Any], node: Any) -> Any:
+    """The root of a node's tree in a union-find forest (a root is its own parent); paths are halved on the way."""
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@numba.njit(cache=True, nogil=True)
+def unite(parent: NDArray[Any], a: Any, b: Any) -> None:
+    """Make one tree of two; the smaller of their roots becomes the parent, so every parent's number is at most its
+    child's."""
+    one, two = root_of(parent, a), root_of(parent, b)
+    if one < two:
+        parent[two] = one
+    elif two < one:
+        parent[one] = two

@@ -17,16 +17,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.mutex import _EMPTY, find, pair_key, slot_of
-
-
-@numba.njit(cache=True, nogil=True)
-def _unite(parent: NDArray[np.int32], a: Any, b: Any) -> None:
-    one, two = find(parent, a), find(parent, b)
-    if one < two:
-        parent[two] = one
-    elif two < one:
-        parent[one] = two
+from connectomics.decoding.affinities.mutex import _EMPTY, pair_key, slot_of
+from connectomics.decoding.kernels import root_of, unite
 
 
 @numba.njit(cache=True, nogil=True)
@@ -66,7 +58,7 @@ def strongest_links(
                         if value > best:
                             best, to = value, np.int64(other)
                 if to >= 0:
-                    _unite(parent, node, to)
+                    unite(parent, node, to)
     return parent
 
 
@@ -177,7 +169,7 @@ def merge_regions(
         _, row, stamp = heapq.heappop(heap)
         if not alive[row] or stamp != version[row]:
             continue
-        a, b = find(parent, ends[row, 0]), find(parent, ends[row, 1])
+        a, b = root_of(parent, ends[row, 0]), root_of(parent, ends[row, 1])
         alive[row] = False
         edge[slot_of(table, pair_key(a, b))] = -1
         if degree[a] < degree[b]:
@@ -189,7 +181,7 @@ def merge_regions(
             after[record] = -1
             f = record >> 1
             if alive[f]:
-                other = find(parent, ends[f, 1 - (record & 1)])
+                other = root_of(parent, ends[f, 1 - (record & 1)])
                 old = slot_of(table, pair_key(b, other))
                 edge[old] = -1
                 key = pair_key(a, other)

@@ -18,18 +18,11 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.kernels import root_of
+
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SHIFT = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
-
-
-@numba.njit(cache=True, nogil=True)
-def find(parent: NDArray[np.int32], node: Any) -> Any:
-    """The root of a node's tree; paths are halved on the way."""
-    while parent[node] != node:
-        parent[node] = parent[parent[node]]
-        node = parent[node]
-    return node
 
 
 @numba.njit(cache=True, nogil=True)
@@ -173,8 +166,8 @@ def cluster(
     for i in range(len(steps)):
         for e in range(bins[i], bins[i + 1]):
             at = np.int64(edges[e])
-            a = find(parent, nodes[at])
-            b = find(parent, nodes[at + steps[i]])
+            a = root_of(parent, nodes[at])
+            b = root_of(parent, nodes[at + steps[i]])
             if a == b:
                 continue
             key = pair_key(a, b)
@@ -188,7 +181,7 @@ def cluster(
                 record = head[b]
                 while record >= 0:
                     following = after[record]
-                    other = find(parent, partner[record])
+                    other = root_of(parent, partner[record])
                     key = pair_key(a, other)
                     slot = slot_of(table, key)
                     if table[slot] != key:
@@ -238,7 +231,7 @@ def number_trees(parent: NDArray[np.int32], numbers: NDArray[np.int32]) -> int:
     n = 0
     numbers[:] = 0
     for node in range(len(parent)):
-        root = find(parent, node)
+        root = root_of(parent, node)
         if numbers[root] == 0:  # the root itself may come later than nodes of its tree
             n += 1
             numbers[root] = n

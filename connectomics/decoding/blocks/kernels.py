@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.kernels import add_voxel
+from connectomics.decoding.kernels import add_voxel, unite
 
 
 @numba.njit(cache=True, nogil=True)
@@ -39,24 +39,6 @@ def measure(
                 if sizes[k] == 0:
                     first[k] = row + x
                 add_voxel(k, gz, gy, x + begin[2], sizes, boxes, sums)
-
-
-@numba.njit(cache=True, nogil=True)
-def _root(parent: NDArray[np.int64], node: Any) -> Any:
-    while parent[node] != node:
-        parent[node] = parent[parent[node]]
-        node = parent[node]
-    return node
-
-
-@numba.njit(cache=True, nogil=True)
-def _unite(parent: NDArray[np.int64], a: Any, b: Any) -> None:
-    """The smaller of two roots becomes the parent, so every parent's number is at most its child's."""
-    one, two = _root(parent, a), _root(parent, b)
-    if one < two:
-        parent[two] = one
-    elif two < one:
-        parent[one] = two
 
 
 @numba.njit(cache=True, nogil=True)
@@ -95,14 +77,14 @@ def join(
                     if b == 0 or b == previous:
                         continue
                     previous = b
-                    _unite(parent, low_offset + np.int64(a) - 1, high_offset + np.int64(b) - 1)
+                    unite(parent, low_offset + np.int64(a) - 1, high_offset + np.int64(b) - 1)
 
 
 @numba.njit(cache=True, nogil=True)
 def join_pairs(parent: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
     """Unite the nodes of each row of ``pairs`` (n, 2) in the forest ``parent``."""
     for i in range(len(pairs)):
-        _unite(parent, pairs[i, 0], pairs[i, 1])
+        unite(parent, pairs[i, 0], pairs[i, 1])
 
 
 @numba.njit(cache=True, nogil=True)

@@ -13,6 +13,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.kernels import root_of
+
 
 @numba.njit(cache=True, nogil=True)
 def descend(
@@ -264,15 +266,6 @@ def basin_edges(
 
 
 @numba.njit(cache=True, nogil=True)
-def tree(parent: NDArray[np.int64], node: Any) -> Any:
-    """The root of a node in a union-find forest."""
-    while parent[node] != node:
-        parent[node] = parent[parent[node]]
-        node = parent[node]
-    return node
-
-
-@numba.njit(cache=True, nogil=True)
 def contract(
     height: NDArray[np.int32],
     ones: NDArray[np.int64],
@@ -301,14 +294,14 @@ def contract(
     for i in range(len(parent)):
         parent[i] = i
     for e in order:
-        one, two = tree(near, ones[e]), tree(near, twos[e])
+        one, two = root_of(near, ones[e]), root_of(near, twos[e])
         flat = height[worse[e]] <= floor
         # Joined already by edges that come first (two seeds are joined from the start): this one is in no forest.
         if one == two or (claimed[one] and claimed[two] and not flat):
             continue
         near[max(one, two)] = min(one, two)
         claimed[min(one, two)] = claimed[one] or claimed[two]
-        one, two = tree(parent, ones[e]), tree(parent, twos[e])
+        one, two = root_of(parent, ones[e]), root_of(parent, twos[e])
         free = flat
         for side in (one, two):
             # The first edge that leaves something without a seed is in the forest.
@@ -343,7 +336,7 @@ def join_seeded(
     The smaller of two roots becomes the parent.
     """
     for e in order:
-        one, two = tree(parent, ones[e]), tree(parent, twos[e])
+        one, two = root_of(parent, ones[e]), root_of(parent, twos[e])
         if one == two or (seeded[one] and seeded[two] and not flat[e]):
             continue
         to, gone = min(one, two), max(one, two)
