@@ -14,10 +14,11 @@ from connectomics.cellmap.phantom import PhantomOptions, make_phantom
 ROOT = Path(__file__).resolve().parents[2]
 
 _SCRIPT = """
-import json, resource, sys
+import json, re, sys
 from connectomics.cli import main
 status = main(sys.argv[1:])
-print(json.dumps({"status": status, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # not ru_maxrss: it counts the parent
+print(json.dumps({"status": status, "peak": peak}))
 """
 
 

@@ -16,14 +16,14 @@ from connectomics.inference.task import PredictTask
 from connectomics.io.write import create_multiscale
 
 _SCRIPT = """
-import json, resource, sys, threading, time
+import json, re, sys, threading, time
 import psutil, torch, numba
 from connectomics.inference.task import PredictTask, run_predict_task
 
 weights = torch.linspace(0.5, 1, 3).reshape(1, 3, 1, 1, 1)
 baseline = psutil.Process().memory_info().rss
 run_predict_task(PredictTask.load(sys.argv[1]), lambda x: x * weights)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # not ru_maxrss: it counts the parent
 print(json.dumps({"growth": peak - baseline, "baseline": baseline}))
 """
 
