@@ -17,7 +17,8 @@ _SCRIPT = """
 import json, re, sys
 from connectomics.cli import main
 status = main(sys.argv[1:])
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # not ru_maxrss: it counts the parent
+# not ru_maxrss: it counts the parent
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps({"status": status, "peak": peak}))
 """
 

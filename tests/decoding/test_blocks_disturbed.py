@@ -86,7 +86,6 @@ def elsewhere(task: Labels, name: str) -> Labels:
     [
         pytest.param("components", 1, 1, 64, id="here"),
         pytest.param("components", 2, 1, 64, id="two-processes"),
-        pytest.param("walls", 1, 1, 64, id="walls"),
         pytest.param("components", 1, 20, 160, id="here-20", marks=pytest.mark.slow),
         pytest.param("components", 2, 20, 192, id="two-processes-20", marks=pytest.mark.slow),
         pytest.param("walls", 1, 20, 160, id="walls-20", marks=pytest.mark.slow),

@@ -23,7 +23,8 @@ from connectomics.inference.task import PredictTask, run_predict_task
 weights = torch.linspace(0.5, 1, 3).reshape(1, 3, 1, 1, 1)
 baseline = psutil.Process().memory_info().rss
 run_predict_task(PredictTask.load(sys.argv[1]), lambda x: x * weights)
-peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024  # not ru_maxrss: it counts the parent
+# not ru_maxrss: it counts the parent
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
 print(json.dumps({"growth": peak - baseline, "baseline": baseline}))
 """
 

@@ -107,9 +107,9 @@ def test_with_a_limit_of_steps(tmp_path: Path) -> None:
 
 
 # -- told to end -------------------------------------------------------------------------------------------------------
-def told_to_end(folder: Path, at: tuple[int, int], how: str, workers: int = 0, **environment: str) -> str:
+def told_to_end(folder: Path, at: tuple[int, int], how: str, **environment: str) -> str:
     """The run as a process that gets a signal at a batch of an epoch; what it logged."""
-    command = [sys.executable, "-m", "tests.lightning.resume_run", str(folder), str(workers), *map(str, at), how]
+    command = [sys.executable, "-m", "tests.lightning.resume_run", str(folder), "0", *map(str, at), how]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
     )
@@ -120,25 +120,21 @@ def told_to_end(folder: Path, at: tuple[int, int], how: str, workers: int = 0, *
 
 
 def test_a_run_that_is_told_to_end_keeps_its_state_first(undisturbed: Path, tmp_path: Path) -> None:
-    """Within an epoch after the next step, which ``every_n_steps`` would not have kept; in its end after validation."""
-    folder = tmp_path / "run"
-    for at, how, step in (((1, 4), "SIGUSR2", 7), ((1, 6), "SIGTERM", 8)):
-        said = told_to_end(folder, at, how, workers=int(how == "SIGUSR2"))
-        assert f"told to end by {how}: the state after step {step} is kept" in said
-        assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
-    run(folder, workers=0)
-    assert_same(folder, undisturbed)
-
-
-def test_a_job_of_slurm_is_queued_again(tmp_path: Path) -> None:
-    """``scontrol`` is a stand-in; the variables are those of a job's step, so Lightning believes it is in one."""
+    """Within an epoch after the next step, which ``every_n_steps`` would not have kept; in its end after validation.
+    After SIGUSR1 a SLURM job is queued again: ``scontrol`` is a stand-in, the variables are those of a job's step, so
+    Lightning believes it is in one."""
     folder, tools = tmp_path / "run", tmp_path / "bin"
     tools.mkdir()
     (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     (tools / "scontrol").chmod(0o755)
     job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     job |= {"SLURM_JOB_NAME": "mito", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    assert "job 4711 is in the queue again" in told_to_end(folder, (1, 2), "SIGUSR1", **job)
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    for at, how, step in (((1, 4), "SIGUSR1", 7), ((1, 6), "SIGTERM", 8)):
+        said = told_to_end(folder, at, how, **job)
+        assert f"told to end by {how}: the state after step {step} is kept" in said
+        assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
+        assert "job 4711 is in the queue again" in said
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"  # a job that is cancelled is not asked for
     assert list(folder.glob("hpc_ckpt*")) == []  # Lightning's, written in the middle of a step
-    assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == 6
+    run(folder, workers=0)
+    assert_same(folder, undisturbed)
