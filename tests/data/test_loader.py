@@ -192,7 +192,10 @@ def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool
         sequence(batches)
     assert gone(pids, 10)
     del batches, dying
-    gc.collect()  # the semaphores of queues have names until the queues are gone
+    until = time.monotonic() + 10
+    while any(os.path.exists(path) for path in mapped) and time.monotonic() < until:
+        gc.collect()  # the semaphores of queues have names until the queues are gone, their threads too
+        time.sleep(0.05)
     assert not any(os.path.exists(path) for path in mapped)
 
 

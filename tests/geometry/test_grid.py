@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from connectomics.errors import InputError
@@ -43,7 +43,8 @@ def test_another_voxel_size_starts_at_the_same_face_and_covers_the_same_box(grid
     assert not shrunk.contains(grid.box, tolerance=-1e-3 * size)
 
 
-@given(grids(), st.integers(1, 20))
+@given(grids(), st.integers(5, 20))
+@example(VoxelGrid((8, 8, 8), (0, 0, 0), (3, 4, 5)), 1)
 def test_blocks_tile_the_grid(grid: VoxelGrid, edge: int) -> None:
     seen = np.zeros(grid.shape, int)
     found, expected = [], []
