@@ -27,12 +27,12 @@ TASK_KINDS: dict[str, str] = {
 def load_task(path: Path) -> BlockTask:
     """The task that is stored in a file (JSON or YAML), of whatever kind; `MissingError`, `MetadataError`,
     `UnknownNameError`."""
-    from connectomics.tasks.task import read_task
+    from connectomics.tasks.task import fields_of, read_task
 
     data = read_task(path)
-    kind = data.pop("kind")
+    kind = data["kind"]
     if kind not in TASK_KINDS:
         raise unknown_name("kind of task", kind, TASK_KINDS, str(path))
     module, _, name = TASK_KINDS[kind].partition(":")
-    task: BlockTask = getattr(import_module(module), name).from_dict(data, str(path))
+    task: BlockTask = getattr(import_module(module), name).from_dict(fields_of(data), str(path))
     return task

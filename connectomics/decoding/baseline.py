@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.decoding.decode import DecodedArray, Progress, decode_mask
-from connectomics.decoding.labels import BLOCK, label_array, write_whole
+from connectomics.decoding.labels import BLOCK, label_array, standing_labels, write_whole
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
 
@@ -125,8 +126,10 @@ def write_baseline(
                 "decode": chosen.to_dict(),
                 "source": {"baseline": {"low": rule.low, "high": rule.high}},
                 "objects": objects,
+                **Provenance().to_dict(),
             }
             location = out / f"{dataset}.zarr" / crop / row.class_name
+            standing_labels(location, chosen, {}, overwrite=True)  # refuses what is not ours
             with label_array(
                 location, grid, labels.dtype, class_name=row.class_name, kind=chosen.kind, about=about
             ) as writer:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from connectomics.config.schema import EngineConfig
 from connectomics.decoding.blocks.components import ComponentsTask
-from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of
+from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of, tables
 from connectomics.decoding.blocks.mask import MaskTask
 from connectomics.decoding.blocks.pieces import Pieces
-from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE, write_tables
+from connectomics.decoding.blocks.table import write_tables
 from connectomics.decoding.cellmap_postprocess import (
     components,
     fill_holes,
@@ -25,7 +25,7 @@ from connectomics.decoding.cellmap_postprocess import (
     finished,
     semantic_to_instance,
 )
-from connectomics.decoding.labels import BLOCK, label_array, partial_of, write_whole
+from connectomics.decoding.labels import BLOCK, inputs_of, label_array, partial_of, standing_labels, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
 from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance, StoredHead
@@ -43,10 +43,13 @@ from connectomics.errors import (
 )
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
+from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
+from connectomics.tasks.task import TASK_FILE
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
@@ -159,15 +162,16 @@ def decode_predictions(
 
     Reads ``{dataset}.zarr/{crop}/{class}`` (probabilities as uint8 or float16) and writes labels at the same places
     below ``output_dir``, on the same grids. Labels that were made from the same prediction with the same parameters are
-    left as they are, so a killed run goes on where it stopped; others are replaced. Large arrays are decoded block by
+    left as they are, so a killed run goes on where it stopped; others are replaced with ``overwrite`` only, and what
+    decode did not write never. All of this is checked before the first is decoded. Large arrays are decoded block by
     block on the engine; the rest hold one class of one crop (about 6 bytes a voxel; watershed about 13). Beside
     instances lies a table of them, ``instances.csv``.
 
     Args:
         parameters: by class; a class without an entry gets its kind's defaults.
         classes: decode only these.
-        overwrite: decode again also what is already there.
-        resume: only go on: an error where nothing was begun, or where labels of other parameters are in the way.
+        overwrite: decode again also what is already there, whatever it was made from.
+        resume: only go on: an error where nothing was begun.
         progress: told after each array.
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: told of each stage of such an array how many of its blocks are done, and how many there are.
@@ -177,26 +181,29 @@ def decode_predictions(
     Raises:
         MissingError: no predictions there. IncompleteError: a prediction is only half written (checked for all before
         the first is decoded). MetadataError: an array that is no prediction. UnknownNameError: a class of ``classes``
-        that no crop has. BlocksFailedError: blocks of an array could not be done; those of the others are.
+        that no crop has. BlocksFailedError: blocks of an array could not be done; those of the others are. WriteError:
+        labels of another decoding (without ``overwrite``) or foreign files are in the way, another process works on the
+        same labels, or the disk is full.
     """
     out = Path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
     if resume and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    for job in jobs:
+        job.finished(overwrite=overwrite)
     results, failed = list[DecodedArray](), list[str]()
     with ExitStack() as stack:
         workers: Engine | None = None
         for done, job in enumerate(jobs, start=1):
-            result = None if overwrite else job.finished()
-            if result is None and resume and job.location.exists() and not (job.task and job.task.is_begun):
-                raise WriteError(f"--resume: {job.location} holds labels of another task; decode it with --overwrite")
+            result = job.finished(overwrite=overwrite)
             if result is None and job.task is None:
-                result = _decode_whole(job)
+                with leading(partial_of(job.location)):
+                    result = job.finished(overwrite=overwrite) or _decode_whole(job)
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
                 tell = None if block_progress is None else partial(_tell, block_progress, job.name)
                 try:
-                    run_task(job.task, workers, tell, overwrite=overwrite or not (resume or job.task.is_begun))
+                    run_task(job.task, workers, tell, overwrite=overwrite)
                     result = job.decoded(objects_of(job.task))
                 except BlocksFailedError as error:  # of this array; the others do not suffer for it
                     failed.append(str(error))
@@ -245,22 +252,39 @@ class DecodeJob:
     @property
     def about(self) -> dict[str, Any]:
         """What the labels' attribute says of their origin."""
-        return {"decode": self.parameters.to_dict(), "source": _origin(self.source)}
+        provenance = Provenance(made_from=self.made_from)
+        return {"decode": self.parameters.to_dict(), "source": _origin(self.source), **provenance.to_dict()}
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """Role -> identity of what is decoded."""
+        return inputs_of(self.source.location, self.parameters)
 
     def decoded(self, objects: int, skipped: bool = False) -> DecodedArray:
         """The result, with its number of objects."""
         return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
 
-    def finished(self) -> DecodedArray | None:
-        """The result where it is there already, made from the same prediction with the same parameters."""
-        if not self.location.exists():
+    def finished(self, *, overwrite: bool = False) -> DecodedArray | None:
+        """The result if it is there already, made from the same prediction with the same parameters.
+
+        Raises `WriteError` if something is there that may not be replaced (`standing_labels`), or unfinished labels.
+        """
+        begun = self.task is not None and self.task.is_begun  # by a run that was allowed to replace what is there
+        may_replace = overwrite or begun
+        there = standing_labels(self.location, self.parameters, self.made_from, overwrite=may_replace)
+        partial = partial_of(self.location)
+        if not may_replace and there is None and (partial / TASK_FILE).exists():
+            if self.task is None:
+                raise WriteError(
+                    f"{partial} holds labels that are decoded block by block and unfinished; finish them with the same "
+                    "decoding.blockwise_above, or overwrite them (--overwrite)"
+                )
+            self.task.check()
+        if there is None:
             return None
-        there = store.read_attrs(str(self.location)).get("connectomics", {})
-        same = there.get("complete") is True and all(there.get(k) == v for k, v in self.about.items())
-        tables = [TABLE_FILE, PARQUET_FILE] if self.table == "parquet" else [TABLE_FILE]
-        if self.parameters.kind == "instance":
-            same = same and all((self.location / name).exists() for name in tables)
-        return self.decoded(int(there["objects"]), True) if same else None
+        if self.parameters.kind == "instance" and not all((self.location / n).exists() for n in tables(self.table)):
+            return None
+        return self.decoded(int(there["objects"]), True)
 
 
 def decode_jobs(

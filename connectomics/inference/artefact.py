@@ -3,11 +3,12 @@
 Under the output folder::
 
     {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group; with a pyramid s1, s2, ... too
-    {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, model, scale, version
+    {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, id, made_from, model,
+                         scale, version
     {class}/uncertainty  the class's uncertainty where it is asked for, a multiscale group like its parent; its
                          attributes also say the kind
-    .zattrs              connectomics: artefact, complete, classes, model, version
-    task.json            the task
+    .zattrs              connectomics: artefact, complete, classes, id, made_from, model, version
+    task.json            the task, with the same id and made_from (`connectomics.io.artifacts`)
     .done-{stage}        one byte per block (`connectomics.tasks.done`)
 
 ``scale``: a stored value times it is the probability (the uncertainty). ``complete`` is false until the last block is
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import connectomics
-from connectomics.errors import IncompleteError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
 from connectomics.inference.output import UNITS
 from connectomics.io import store
+from connectomics.io.artifacts import Provenance
 from connectomics.io.levels import level_grids
 from connectomics.io.write import (
     ArrayWriter,
@@ -77,7 +78,7 @@ class Group:
 
     def make(self) -> None:
         """Make the group with its finest array, empty; what is in its place is removed."""
-        attrs, grid = {"connectomics": self.attributes(complete=False)}, self.layout.target
+        attrs, grid = {"connectomics": self.attributes(None)}, self.layout.target
         if self.place.parent.suffix != ".zarr":
             ensure_group(self.place.parent)
         create_multiscale(
@@ -97,45 +98,19 @@ class Group:
         """One of its arrays."""
         return ArrayWriter.open(self.place / f"s{level}")
 
-    def close(self) -> None:
-        """Say that it is whole, and name all of its levels."""
+    def close(self, provenance: Provenance) -> None:
+        """Say that it is whole, which output it is, and name all of its levels."""
         levels = multiscales_attrs(self.grids, self.place.name)
-        update_attrs(self.place, {**levels, "connectomics": self.attributes(complete=True)})
+        update_attrs(self.place, {**levels, "connectomics": self.attributes(provenance)})
 
-    def attributes(self, *, complete: bool) -> dict[str, Any]:
-        """The ``connectomics`` attribute."""
+    def attributes(self, provenance: Provenance | None) -> dict[str, Any]:
+        """The ``connectomics`` attribute; None: of a group that is not whole yet."""
         largest = LARGEST.get(self.uncertainty, 1.0)
-        attrs = {**marks(complete=complete), **self.about, "scale": largest * UNITS[self.dtype]}
+        attrs = {**marks(provenance), **self.about, "scale": largest * UNITS[self.dtype]}
         return {**attrs, "artefact": UNCERTAINTY, "kind": self.uncertainty} if self.uncertainty else attrs
 
 
-def marks(*, complete: bool) -> dict[str, Any]:
-    """What the attributes of every group of a prediction begin with."""
-    return {"artefact": ARTEFACT, "complete": complete, "version": connectomics.__version__}
-
-
-def require_complete(location: str | Path) -> dict[str, Any]:
-    """The ``connectomics`` attributes of a finished artefact (a region's group, or one class in it).
-
-    Raises:
-        MissingError: nothing is there. MetadataError: it is no artefact of this program.
-        IncompleteError: the stage that makes it has not come to its end.
-    """
-    ours = store.read_attrs(store.normalize(str(location))).get("connectomics")
-    if not isinstance(ours, dict) or "complete" not in ours:
-        raise MetadataError(f"{location} has no attribute connectomics.complete: it was not written by this program")
-    if ours["complete"] is not True:
-        raise IncompleteError(
-            f"{location} is only half written ({ours.get('artefact', 'artefact')}); run the stage that makes it again "
-            f"with the same options to finish it"
-        )
-    return ours
-
-
-def is_complete(location: Path) -> bool:
-    """Whether a finished artefact is there."""
-    try:
-        require_complete(location)
-    except (IncompleteError, MissingError, MetadataError):
-        return False
-    return True
+def marks(provenance: Provenance | None) -> dict[str, Any]:
+    """What the attributes of every group of a prediction begin with; None: it is not whole yet."""
+    about = {} if provenance is None else provenance.to_dict()
+    return {"artefact": ARTEFACT, "complete": bool(about), "version": connectomics.__version__, **about}

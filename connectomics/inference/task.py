@@ -11,9 +11,6 @@ for, further stages make its levels, three at a time.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
@@ -25,7 +22,7 @@ import numpy as np
 
 from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
-from connectomics.inference.artefact import UNCERTAINTY, Group, is_complete, marks, require_complete
+from connectomics.inference.artefact import UNCERTAINTY, Group, marks
 from connectomics.inference.augmented import (
     UNCERTAINTIES,
     Averaged,
@@ -42,6 +39,9 @@ from connectomics.inference.sliding import Plan
 from connectomics.inference.symmetry import Symmetry, require_unchanged, symmetries
 from connectomics.inference.windows import BLENDINGS
 from connectomics.inference.worker import PredictWorker
+from connectomics.io.artifacts import Provenance, about, is_complete, put_aside, require_complete
+from connectomics.io.fingerprint import content_identity
+from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.tasks import BlockTask, Cost, Worker, run_task
 from connectomics.tasks.lattice import Lattice
@@ -88,7 +88,8 @@ class PredictTask(BlockTask):
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "checkpoints"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
 
     raw: str
     output: str
@@ -194,10 +195,17 @@ class PredictTask(BlockTask):
         """What the artefact says of its origin."""
         names = (
             "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-            "symmetries", "dropout_samples", "skip_empty", "mask",
+            "symmetries", "dropout_samples", "skip_empty",
         )  # fmt: skip
         data = self.to_dict()
         return {name: data[name] for name in names}
+
+    def made_from(self) -> dict[str, str]:
+        whole = max((layout.target for layout, _ in self.layouts), key=lambda grid: grid.size)
+        found = {"raw": content_identity(Multiscale.open(self.raw), whole)}
+        if self.mask is not None:
+            found["mask"] = content_identity(Multiscale.open(self.mask), whole)
+        return found
 
     # -- what is to be done ------------------------------------------------------------------------------------------
     @property
@@ -297,14 +305,13 @@ class PredictTask(BlockTask):
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite and self.folder.exists():
-            old = self.folder.with_name(f".{self.folder.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-            self.folder.rename(old)
-            shutil.rmtree(old, ignore_errors=True)
-        self.save(self.folder / TASK_FILE)
+            put_aside(self.folder)
+        if not (self.folder / TASK_FILE).exists():
+            self.begin()
 
     def prepare(self, stage: str) -> None:
         if stage == PREDICT:
-            ensure_group(self.folder, {"connectomics": self._attributes(complete=False)})
+            ensure_group(self.folder, {"connectomics": self._attributes(None)})
             missing = [group for group in self.groups if not group.is_made]
             if missing:  # also where someone removed an array: what the done-maps say of it holds no longer
                 for file in self.folder.glob(".done-*"):
@@ -361,13 +368,14 @@ class PredictTask(BlockTask):
         )
 
     def finish(self) -> None:
+        provenance = self.provenance
         for group in self.groups:
-            group.close()
-        update_attrs(self.folder, {"connectomics": self._attributes(complete=True)})
+            group.close(provenance)
+        update_attrs(self.folder, {"connectomics": self._attributes(provenance)})
 
-    def _attributes(self, *, complete: bool) -> dict[str, Any]:
+    def _attributes(self, provenance: Provenance | None) -> dict[str, Any]:
         classes = [name for name in self.classes if name in self.targets and name not in self.about]
-        return {**marks(complete=complete), "classes": classes, "model": self.model}
+        return {**marks(provenance), "classes": classes, "model": self.model}
 
     def _refuse_others(self, overwrite: bool) -> bool:
         """Whether an output of this task (with ``overwrite``: of any) is there; `WriteError` for anything else."""
@@ -380,20 +388,31 @@ class PredictTask(BlockTask):
                 f"{self.folder} is there and was not written by a prediction: remove it, or choose another place"
             )
         if overwrite:
+            if foreign := [path for path in there if not _is_ours(path)]:
+                raise WriteError(
+                    f"{foreign[0]} lies in the prediction to be replaced and was not written by predict; move it away, "
+                    "or choose another output folder"
+                )
             return True
         try:
-            differing = self.differences(PredictTask.load(file))
+            difference = self.difference(file)
         except MetadataError as error:
             raise WriteError(
-                f"{self.folder} holds a prediction of another version ({error}); overwrite it, or choose another "
-                "output folder"
+                f"{self.folder} holds a prediction whose task cannot be read ({error}); overwrite it, or choose "
+                "another output folder"
             ) from error
-        if differing:
+        if difference:
             raise WriteError(
-                f"{self.folder} holds a prediction with other settings ({', '.join(differing)} differ); "
-                f"overwrite it, or choose another output folder"
+                f"{self.folder} holds a prediction {difference}; overwrite it, or choose another output folder"
             )
         return True
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether predict writes such a thing into a region's folder."""
+    if path.name.startswith(".") or path.name == TASK_FILE:
+        return True
+    return about(path).get("artefact") not in (None, "labels")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""Short hashes of what is stored: they change when metadata or a chunk behind a read is written, fetched or removed.
+"""Short hashes of what is stored, without decoding anything.
 
-Nothing is decoded. A local chunk counts by its size and time of change, an S3 object by its size and ETag.
+`fingerprint` changes when the metadata or any chunk behind a read is written, fetched or removed: a local chunk counts
+by its size and time of change, an S3 object by its size and ETag. `content_identity` looks at few chunks and says
+whether two volumes hold the same, wherever they lie and whenever they were written.
 """
 
 from __future__ import annotations
@@ -18,13 +20,63 @@ from connectomics.io.array import StoredArray
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError, is_s3, split_s3
 
+_SAMPLES_PER_AXIS = 3  # chunks that stand for a volume in `content_identity`: 27
+_SAMPLE_BYTES = 1 << 16  # of each: a whole chunk of a Zarr v2 array, the beginning of a shard
 
-def fingerprint(source: Multiscale, grid: VoxelGrid | None = None) -> str:
+
+def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
+    """A hash of what a volume holds: grids, types and chunks of its levels, and the stored bytes of 27 chunks of the
+    level that serves ``grid`` (default: the finest), spread evenly over what is read.
+
+    It does not contain the location or any time, so a copy is the same volume. A change in other chunks is not seen:
+    for that there is `fingerprint`. An S3 object counts by its size and ETag.
+
+    Raises:
+        StoreError: the store cannot be reached.
+    """
+    array, begin, end = source._chunks_behind(source.levels[0].grid if grid is None else grid)
+    levels = [
+        (level.path, level.grid.to_dict(), str(level.dtype), list(level.chunks), stored.metadata.get("compressor"))
+        for level, stored in zip(source.levels, source._arrays, strict=True)
+    ]
+    digest = hashlib.sha256(json.dumps(levels, sort_keys=True, default=str).encode())
+    axes = [
+        sorted({low + (high - 1 - low) * n // 2 for n in range(_SAMPLES_PER_AXIS)})
+        for low, high in zip(begin, end, strict=True)
+    ]
+    indices = [] if any(high <= low for low, high in zip(begin, end, strict=True)) else list(product(*axes))
+    places = [array.chunk_location(index) for index in indices]
+    remote = is_s3(array.location)
+    samples = s3.in_parallel(lambda at: _remote_sample(array, at), places) if remote else map(_local_sample, places)
+    for index, sample in zip(indices, samples, strict=True):
+        digest.update(repr((index, sample)).encode())
+    return f"content-{digest.hexdigest()[:32]}"
+
+
+def _local_sample(path: str) -> Any:
+    """Size and first bytes of a chunk, None if it is not stored."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, file.read(_SAMPLE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from error
+
+
+def _remote_sample(array: StoredArray, location: str) -> Any:
+    """Size and ETag of a chunk, None if it is not stored."""
+    bucket, key = split_s3(location)
+    return next((mark[1:] for mark in s3.objects(bucket, key, array.options) if mark[0] == key), None)
+
+
+def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_location: bool = True) -> str:
     """A hash (hexadecimal) of the volume's location, its metadata, and of the chunks that a read would look at.
 
     Args:
         grid: what would be read (`Multiscale.read_raw`): the chunks of the level that serves it, and those that touch
             it; None: all chunks of the finest level.
+        with_location: False: a volume that was moved (with its times) has the same fingerprint.
 
     Raises:
         StoreError: the store cannot be reached.
@@ -38,7 +90,11 @@ def fingerprint(source: Multiscale, grid: VoxelGrid | None = None) -> str:
         low, high = [s.start for s in spans], [s.stop for s in spans]
     digest = hashlib.sha256()
     levels = [(kept.path, stored.metadata) for kept, stored in zip(source.levels, source._arrays, strict=True)]
-    digest.update(json.dumps([source.location, source.attrs, levels], sort_keys=True, default=str).encode())
+    digest.update(
+        json.dumps(
+            [source.location if with_location else "", source.attrs, levels], sort_keys=True, default=str
+        ).encode()
+    )
     if all(h > lo for lo, h in zip(low, high, strict=True)):
         first, last = array.chunk_range(low, high)
         digest.update(repr((level, first, last)).encode())
@@ -82,4 +138,4 @@ def _remote_marks(array: StoredArray, first: Sequence[int], last: Sequence[int])
     return sorted(mark for marks in listed for mark in marks if mark[0] in wanted)
 
 
-__all__ = ["fingerprint"]
+__all__ = ["content_identity", "fingerprint"]

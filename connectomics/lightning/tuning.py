@@ -29,6 +29,7 @@ from connectomics.decoding.probabilities import as_bytes
 from connectomics.decoding.watershed.heads import StoredHead
 from connectomics.errors import InputError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.tuning_space import SearchSpace, Volume, pooled_scores, threshold_of
 from connectomics.metrics.tables import write_json
@@ -44,6 +45,7 @@ class TunedClass:
 
     Attributes:
         measure: ``combined`` (instances) or ``iou``, pooled over ``crops`` (``dataset/crop``), known voxels only.
+        made_from: crop -> identity of its prediction.
         base, best: parameters before and after; ``best`` is ``base`` where nothing scored higher.
         trials: of a search, in order: ``number``, ``state`` (``complete`` or ``pruned``), ``score``, ``parameters``.
         thresholds: (threshold, IoU) of every stored value, where no search was needed.
@@ -52,6 +54,7 @@ class TunedClass:
     class_name: str
     measure: str
     crops: tuple[str, ...]
+    made_from: dict[str, str]
     base: DecodeParameters
     base_score: float
     best: DecodeParameters
@@ -64,6 +67,7 @@ class TunedClass:
         return {
             "measure": self.measure,
             "crops": list(self.crops),
+            "made_from": self.made_from,
             "base": self.base.to_dict(),
             "base_score": self.base_score,
             "best": self.best.to_dict(),
@@ -150,7 +154,8 @@ def tune(
             f"{root} has no annotated voxel of {', '.join(chosen)} in the crops of {predictions_dir}; "
             "predict crops that are annotated (without --crops), and tune on those"
         )
-    _write_results(folder, str(Path(predictions_dir).resolve()), root, parameters, result)
+    current = {n: _identities(_places(Path(predictions_dir), catalog, found, n, parameters[n])) for n in names}
+    _write_results(folder, current, parameters, result)
     return result
 
 
@@ -199,6 +204,11 @@ def _volume(place: _Place, name: str, ids: bool, base: DecodeParameters) -> Volu
     for where, block, p, k in _blocks(place, name):
         probability[where], present[where], known[where] = block, p & k, k
     return Volume(probability, walls, present, known, grid.voxel_size, values, offsets, head)
+
+
+def _identities(places: list[_Place]) -> dict[str, str]:
+    """Crop -> identity of its prediction."""
+    return {place.crop.key: identity(place.source) for place in places}
 
 
 # -- one class ---------------------------------------------------------------------------------------------------------
@@ -258,7 +268,16 @@ def _all_thresholds(places: list[_Place], search: _Search) -> TunedClass | None:
     curve = [(threshold_of(level), float(value)) for level, value in enumerate(iou)]
     search.tell(search.trials, f"iou {iou[best]:.4f}")
     return TunedClass(
-        search.name, "iou", tuple(crops), search.base, float(iou[at_base]), chosen, float(iou[best]), [], curve
+        search.name,
+        "iou",
+        tuple(crops),
+        _identities(places),
+        search.base,
+        float(iou[at_base]),
+        chosen,
+        float(iou[best]),
+        [],
+        curve,
     )
 
 
@@ -283,6 +302,7 @@ def _searched(places: list[_Place], volumes: list[Volume], search: _Search) -> T
         search.name,
         "iou" if volumes[0].truth.dtype == np.bool_ else "combined",
         tuple(place.crop.key for place in places),
+        _identities(places),
         search.base,
         base_score,
         DecodeParameters.from_dict(best["parameters"]),
@@ -414,25 +434,28 @@ def _rows(study: Any) -> list[dict[str, Any]]:
 
 # -- results -----------------------------------------------------------------------------------------------------------
 def _write_results(
-    folder: Path, predictions: str, root: str, base: Mapping[str, DecodeParameters], result: Mapping[str, TunedClass]
+    folder: Path,
+    current: Mapping[str, Mapping[str, str]],
+    base: Mapping[str, DecodeParameters],
+    result: Mapping[str, TunedClass],
 ) -> None:
+    """Write what was tuned, with classes that an earlier run tuned on the same predictions (``current``: class -> crop
+    -> identity of its prediction); those tuned on others are left out."""
     import json
 
     import yaml
 
     from connectomics.lightning.tuning_plot import plot_tuning
 
-    about = {"predictions": predictions, "root": root}
     summary = folder / "tuning.json"
     rows: dict[str, Any] = {}
     if summary.is_file():
-        before = json.loads(summary.read_text(encoding="utf-8"))
-        if all(before.get(key) == value for key, value in about.items()):
-            rows = dict(before["classes"])
+        before = json.loads(summary.read_text(encoding="utf-8"))["classes"]
+        rows = {name: row for name, row in before.items() if row.get("made_from") == current.get(name)}
     rows |= {name: tuned.to_dict() for name, tuned in result.items()}
     best = {name: parameters.to_dict() for name, parameters in base.items()}
     best |= {name: row["best"] for name, row in rows.items()}
-    write_json(summary, {**about, "classes": rows})
+    write_json(summary, {"classes": rows})
     plot_tuning(rows, folder / "tuning.png")
     text = "# What tuning chose (tuning.json has the trials); pytc decode --config reads it.\n"
     text += yaml.safe_dump({"decoding": {"classes": best}}, sort_keys=True)

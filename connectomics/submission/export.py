@@ -1,8 +1,9 @@
 """Labels or probabilities onto the crop table's grids, into one Zarr v2 group, folder or zip, that the portal reads.
 
 How a value gets onto a grid: `connectomics.submission.onto_grid`. Every array is written block by block into a folder
-beside the output, which takes its place (or is zipped) at the end; an array that is finished there is not done again by
-a later run, unless its source or a parameter has changed.
+beside the output; an array that is finished there is not done again by a later run, unless its source or a parameter
+has changed. At the end the folder is zipped and checked, and only then takes the place of an earlier submission; one
+with errors does not replace another.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +23,18 @@ from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import about, publish
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
-from connectomics.submission.sources import find_source, list_sources
+from connectomics.submission.sources import Source, find_source, list_sources
+from connectomics.tasks.lock import leading
 
 #: Told after each array that is written, and again after each that is checked: how many are done, how many there are,
 #: and which one it was.
 Progress = Callable[[int, int, str], None]
 _MISSING = ("missing-crop", "missing-class")
+_WORK = ("data", "state.json", "submission.zip")  # what the working folder holds
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class ExportResult:
     """What an export did. Arrays are named ``crop557/mito``.
 
     Attributes:
-        path: the zip or folder.
+        path: the zip or folder; beside the target (in ``{target}.partial``) if it has errors and an earlier submission
+            is at the target.
         is_zip: whether it is a zip, which is what the portal takes.
         written: arrays in it.
         missing: arrays of the table for which no prediction was found; the portal counts them as nothing found.
@@ -47,6 +53,7 @@ class ExportResult:
         bytes: of the files in the submission, as the portal counts its unpacked size.
         seconds: wall time.
         findings: what the validation of the written submission found.
+        kept: the earlier submission that was not replaced, if any.
     """
 
     path: Path
@@ -59,11 +66,12 @@ class ExportResult:
     bytes: int
     seconds: float
     findings: tuple[Finding, ...]
+    kept: Path | None = None
 
     @property
     def has_errors(self) -> bool:
         """Whether the validation found errors in what was written (arrays that are missing are told apart)."""
-        return any(f.severity == "error" and f.rule not in _MISSING for f in self.findings)
+        return _has_errors(self.findings)
 
     def summary(self) -> str:
         """The result in a few lines, for the terminal."""
@@ -71,6 +79,8 @@ class ExportResult:
         lines = [
             f"{self.path}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}",
         ]
+        if self.kept is not None:
+            lines.append(f"{self.kept} is the earlier submission still, since this one has errors")
         if not self.is_zip:
             lines.append("this is a folder; the portal takes a zip of its content: export to a name that ends in .zip")
         for names, what in (
@@ -117,10 +127,9 @@ def export_submission(
     Raises:
         MissingError: no predictions at all, or some with ``strict``. UnknownNameError: a class or data set that the
         table does not have. InputError, MetadataError, IncompleteError, CorruptDataError: a prediction that cannot
-        be used, by path. WriteError: the output cannot be written; what was there before stays.
+        be used, by path. WriteError: the output cannot be written, something else than a submission is there, or
+        another process is packing it; what was there before stays.
     """
-    from connectomics.submission.validate import validate_submission
-
     start = time.monotonic()
     root, target = Path(predictions_dir), Path(output_path)
     if not root.is_dir():
@@ -144,14 +153,13 @@ def export_submission(
     asked = {(e.dataset, e.crop_name, e.class_name) for e in table}
     ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
     work = target.with_name(target.name + ".partial")
-    resumed = _write_arrays(work, jobs, workers or min(8, os.cpu_count() or 1), progress)
-    size = _finish(work, target)
-    findings: list[Finding] = []
-    if validate:
-        checking = None if progress is None else lambda done, number, name: progress(done, number, f"checking {name}")
-        findings = validate_submission(target, table, progress=checking)
+    with leading(work):
+        resumed = _write_arrays(work, jobs, workers or min(8, os.cpu_count() or 1), progress)
+        made, size = _packed(work, target)
+        findings = _validated(made, table, progress) if validate else []
+        path, kept = _put(made, work, target, findings)
     return ExportResult(
-        path=target,
+        path=path,
         is_zip=target.suffix == ".zip",
         written=tuple(job.name for job in jobs),
         missing=tuple(missing),
@@ -161,7 +169,15 @@ def export_submission(
         bytes=size,
         seconds=time.monotonic() - start,
         findings=tuple(findings),
+        kept=kept,
     )
+
+
+def _validated(made: Path, table: CropTable, progress: Progress | None) -> list[Finding]:
+    from connectomics.submission.validate import validate_submission
+
+    checking = None if progress is None else lambda done, number, name: progress(done, number, f"checking {name}")
+    return validate_submission(made, table, progress=checking)
 
 
 def _jobs(
@@ -182,11 +198,22 @@ def _jobs(
         if probabilities_dir is not None and plain:
             better = find_source(Path(probabilities_dir), entry)
             if better is not None and better.form == "probability":
+                _check_same(source, better)
                 # The decoded kind stands: a class that was decoded as a mask is packed as one.
                 better.about = {**better.about, "kind": "semantic"}
                 source = better
         jobs.append(Job(entry, source, float(threshold)))
     return jobs, missing
+
+
+def _check_same(labels: Source, probabilities: Source) -> None:
+    """`InputError` if the labels were decoded from another prediction than the one that would be packed instead."""
+    before = labels.about.get("made_from", {}).get("probabilities")
+    if before is not None and before != probabilities.about.get("id", before):
+        raise InputError(
+            f"{labels.location} was not decoded from {probabilities.location}: that prediction was made again since, or "
+            "is another one; run decode on it, or leave --probabilities out"
+        )
 
 
 # -- the folder and the zip ------------------------------------------------------------------------------------------
@@ -268,31 +295,55 @@ def _check_target(target: Path, sources: list[Path]) -> None:
     for source in sources:
         if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
             raise InputError(f"the output {target} would replace the predictions in {source}; choose another place")
-    if target.is_dir():
-        if target.suffix == ".zip":
-            raise InputError(f"{target} is a folder; choose another name for the zip")
-        attributes = target / ".zattrs"
-        ours = attributes.is_file() and '"submission"' in attributes.read_text(encoding="utf-8")
-        if not ours and any(target.iterdir()):
-            raise InputError(f"{target} is there and is no submission of ours; remove it or choose another place")
+    if target.is_dir() and target.suffix == ".zip":
+        raise InputError(f"{target} is a folder; choose another name for the zip")
+    work = target.with_name(target.name + ".partial")
+    foreign = [path for path in work.iterdir() if path.name not in _WORK] if work.is_dir() else []
+    if (target.exists() and not _is_ours(target)) or foreign:
+        raise WriteError(
+            f"{foreign[0] if foreign else target} was not written by export and is left alone; choose another output, "
+            "or move it away"
+        )
 
 
-def _finish(work: Path, target: Path) -> int:
-    """Put the submission in its place and remove the working folder; the bytes of its files."""
-    data = work / "data"
+def _is_ours(target: Path) -> bool:
+    """Whether a zip or folder is a submission that this program wrote (or an empty folder)."""
     try:
-        if target.suffix == ".zip":
-            size = zip_folder(data, work / "submission.zip")
-            (work / "submission.zip").replace(target)
+        if target.is_dir():
+            return not any(target.iterdir()) or about(target).get("artefact") == "submission"
+        with zipfile.ZipFile(target) as archive:
+            return b'"submission"' in archive.read(".zattrs")
+    except (zipfile.BadZipFile, KeyError, OSError):
+        return False
+
+
+def _packed(work: Path, target: Path) -> tuple[Path, int]:
+    """The submission as it will be put at ``target``, a zip or a folder, and the bytes of its files."""
+    data = work / "data"
+    if target.suffix != ".zip":
+        return data, sum(p.stat().st_size for p in data.rglob("*") if p.is_file())
+    return work / "submission.zip", zip_folder(data, work / "submission.zip")
+
+
+def _put(made: Path, work: Path, target: Path, findings: Sequence[Finding]) -> tuple[Path, Path | None]:
+    """Put the submission in its place and remove the working folder; one with errors does not replace another.
+
+    Returns where it is, and the earlier submission if that is still at ``target``.
+    """
+    if _has_errors(findings) and target.exists():
+        return made, target
+    try:
+        if made.is_dir():
+            publish(made, target)
         else:
-            size = sum(p.stat().st_size for p in data.rglob("*") if p.is_file())
-            old = work / "old"
-            if target.exists():
-                target.rename(old)
-            data.rename(target)
+            made.replace(target)
         shutil.rmtree(work)
     except OSError as error:
         raise WriteError(
             f"cannot write {target}: {error.strerror or error}; free space or choose another place"
         ) from error
-    return size
+    return target, None
+
+
+def _has_errors(findings: Iterable[Finding]) -> bool:
+    return any(f.severity == "error" and f.rule not in _MISSING for f in findings)

@@ -73,7 +73,7 @@ class Job:
         }
         if self.source.form == "probability":
             made["threshold"] = self.threshold
-        return {"artefact": "submission", "from": self.source.form, "version": __version__, **_without_paths(made)}
+        return {"artefact": "submission", "from": self.source.form, "version": __version__, **_portable(made)}
 
     def fingerprint(self) -> str:
         """Changes when anything that decides the array's bytes does."""
@@ -104,12 +104,13 @@ def blocks_of(job: Job) -> tuple[np.dtype[Any], Callable[[Index, VoxelGrid], NDA
     return dtype, lambda _, grid: _ids(source, grid, numbers, int(np.iinfo(dtype).max))
 
 
-def _without_paths(value: Any) -> Any:
-    """Attributes with absolute paths cut to their last part: a submission is published, and equal on every machine."""
+def _portable(value: Any) -> Any:
+    """Attributes without ids of runs, and absolute paths cut to their last part: a submission is published, and the
+    same on every machine."""
     if isinstance(value, dict):
-        return {key: _without_paths(inner) for key, inner in value.items()}
+        return {key: _portable(inner) for key, inner in value.items() if key not in ("id", "made_from")}
     if isinstance(value, list):
-        return [_without_paths(inner) for inner in value]
+        return [_portable(inner) for inner in value]
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 

@@ -18,6 +18,7 @@ from connectomics.decoding.probabilities import DTYPES, unit_of
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
+from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 
 _SLAB_BYTES = 64 << 20
@@ -87,9 +88,8 @@ class ZarrSource:
         return block
 
     def fingerprint(self) -> str:
-        """Of the path, the grid and the attributes, which are written anew with the array."""
-        changed = (Path(self.location) / ".zattrs").stat().st_mtime_ns
-        return _digest([self.location, self.form, self.grid.to_dict(), self.about, changed])
+        """Of metadata, attributes and the chunks' sizes and times; not of where it lies."""
+        return _digest([self.form, fingerprint(self.volume, with_location=False)])
 
 
 class NpySource:
@@ -158,9 +158,9 @@ class NpySource:
         return block.astype(np.uint64) if self.form == "labels" else block
 
     def fingerprint(self) -> str:
-        """Of the path, its size and time."""
+        """Of the file's size and time; not of where it lies."""
         status = self.path.stat()
-        return _digest([self.location, status.st_size, status.st_mtime_ns, self.grid.to_dict()])
+        return _digest([status.st_size, status.st_mtime_ns, self.grid.to_dict()])
 
 
 def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:

@@ -27,10 +27,13 @@ from typing import Any, ClassVar, Protocol, Self
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.io import store
+from connectomics.io.artifacts import Difference, Provenance, changed_inputs
 from connectomics.io.write import write_file
 from connectomics.tasks.heap import give_back_freed, use_one_heap
 
 TASK_FILE = "task.json"
+_PROVENANCE = "artifact"
+_NO_FIELDS = frozenset({"kind", _PROVENANCE})
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class BlockTask(ABC):
     kind: ClassVar[str]
     #: fields that decide how fast it is, not what is written: a task that goes on may differ in them
     free: ClassVar[frozenset[str]] = frozenset()
+    #: fields that say where inputs and output lie: a task whose files were moved is the same task. What an input holds
+    #: is in `made_from`.
+    places: ClassVar[frozenset[str]] = frozenset()
 
     # -- what it is --------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -103,31 +109,58 @@ class BlockTask(ABC):
     def folder(self) -> Path:
         """Where the unfinished output, `TASK_FILE` and the done-maps lie; local to all workers (a shared disk)."""
 
+    def made_from(self) -> dict[str, str]:
+        """Role -> identity of what is read (`connectomics.io.artifacts.identity`); looks at the files."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the output beside the inputs: all fields but those of `free` and `places`."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in self.free | self.places}
+        plain: dict[str, Any] = json.loads(json.dumps(kept))  # as it comes back from a file
+        return plain
+
     @property
     def key(self) -> str:
-        """Sixteen hexadecimal digits that stand for everything that the output depends on."""
-        fixed = {name: value for name, value in self.to_dict().items() if name not in self.free}
-        text = json.dumps([self.kind, fixed], sort_keys=True)
+        """Sixteen hexadecimal digits that stand for the `settings`."""
+        text = json.dumps([self.kind, self.settings()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def differences(self, other: BlockTask) -> list[str]:
-        """Names of the fields that make the output of the two tasks different."""
-        if self.kind != other.kind:
-            return ["kind"]
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [name for name in mine if name not in self.free and mine[name] != theirs[name]]
+    def difference(self, file: Path) -> Difference:
+        """How the task that is stored in ``file`` differs from this one; false if its output is the same.
 
-    def save(self, path: Path) -> None:
-        """Store as JSON, in one step."""
-        write_file(path, json.dumps({"kind": self.kind, **self.to_dict()}, indent=2).encode())
+        Raises `MetadataError` for a file that holds no task, or one of another version.
+        """
+        stored = read_task(file)
+        if stored["kind"] != self.kind:
+            return Difference([f"{stored['kind']}, not {self.kind}"])
+        mine, theirs = self.settings(), type(self).from_dict(fields_of(stored), str(file)).settings()
+        before = Provenance.from_dict(stored.get(_PROVENANCE, {})).made_from
+        inputs = changed_inputs(before, self.made_from()) if before else []
+        return Difference([name for name in mine if mine[name] != theirs[name]], inputs)
+
+    def save(self, path: Path, provenance: Provenance | None = None) -> None:
+        """Store as JSON, in one step; with what its output is and what that is made from."""
+        about = {} if provenance is None else {_PROVENANCE: provenance.to_dict()}
+        write_file(path, json.dumps({"kind": self.kind, **about, **self.to_dict()}, indent=2).encode())
+
+    def begin(self) -> Provenance:
+        """Store the task in its `folder`, as a new output that is made from what its inputs hold now."""
+        provenance = Provenance(made_from=self.made_from())
+        self.save(self.folder / TASK_FILE, provenance)
+        return provenance
+
+    @property
+    def provenance(self) -> Provenance:
+        """Of the output that was begun in `folder`."""
+        return Provenance.from_dict(read_task(self.folder / TASK_FILE).get(_PROVENANCE, {}))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The task of this kind that is stored in a file; `MissingError`, `MetadataError`."""
         data = read_task(path)
-        if data.pop("kind") != cls.kind:
+        if data["kind"] != cls.kind:
             raise MetadataError(f"{path} holds no task of the kind {cls.kind}; run it with `pytc run-task {path}`")
-        return cls.from_dict(data, str(path))
+        return cls.from_dict(fields_of(data), str(path))
 
     # -- what is to be done ------------------------------------------------------------------------------------------
     @property
@@ -179,8 +212,16 @@ class BlockTask(ABC):
         return None
 
 
+def fields_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a task, from what `read_task` gives."""
+    return {name: value for name, value in stored.items() if name not in _NO_FIELDS}
+
+
 def read_task(path: str | Path) -> dict[str, Any]:
-    """The contents of a stored task, JSON or YAML; `MissingError`, and `MetadataError` for a file that is none."""
+    """The contents of a stored task, JSON or YAML, with its kind and its `Provenance`.
+
+    Raises `MissingError`, and `MetadataError` for a file that holds no task.
+    """
     data = _read_yaml(Path(path)) if Path(path).suffix in (".yaml", ".yml") else store.read_json(path)
     if data is None:
         raise MissingError(f"no task at {path}; a task is the file {TASK_FILE} beside the output of a verb")

@@ -73,8 +73,8 @@ class CubeTask(BlockTask):
 
     def check(self, *, overwrite: bool = False) -> bool:
         file = self.folder / TASK_FILE
-        if not overwrite and file.exists() and (differing := self.differences(CubeTask.load(file))):
-            raise WriteError(f"{self.output} is of another task ({', '.join(differing)} differ)")
+        if not overwrite and file.exists() and (difference := self.difference(file)):
+            raise WriteError(f"{self.output} is of another task, {difference}")
         return overwrite or not (self.folder / "sum").exists()
 
     def claim(self, *, overwrite: bool = False) -> None:

@@ -16,16 +16,18 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from connectomics.decoding.labels import BLOCK, label_attrs, partial_of, publish
+from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE
+from connectomics.decoding.labels import BLOCK, inputs_of, label_attrs, partial_of, standing_labels
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, MetadataError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
+from connectomics.io.artifacts import Difference, publish
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import DEFAULT_CHUNKS, create_array, ensure_group, multiscales_attrs, update_attrs
 from connectomics.tasks.done import sync
@@ -33,6 +35,11 @@ from connectomics.tasks.lattice import Lattice
 from connectomics.tasks.task import TASK_FILE, BlockTask
 
 TABLES = ("csv", "parquet")
+
+
+def tables(table: str) -> list[str]:
+    """Names of the files of the table of instances, for a value of ``decoding.table``."""
+    return [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class LabelsTask(BlockTask):
         source: what the probabilities were made from, recorded with the output.
         table: ``parquet``: the table of instances is written as Parquet too.
     """
+
+    free: ClassVar[frozenset[str]] = frozenset({"source"})
+    places: ClassVar[frozenset[str]] = frozenset({"input", "output"})
 
     input: str
     output: str
@@ -89,6 +99,9 @@ class LabelsTask(BlockTask):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         return cls(**{**data, "parameters": DecodeParameters.from_dict(data["parameters"], where)})
 
+    def made_from(self) -> dict[str, str]:
+        return inputs_of(self.input, self.parameters)
+
     @property
     def name(self) -> str:
         output = Path(self.output)
@@ -120,35 +133,41 @@ class LabelsTask(BlockTask):
 
     # -- its life ----------------------------------------------------------------------------------------------------
     def check(self, *, overwrite: bool = False) -> bool:
-        if not overwrite and not self.is_begun:
-            output = Path(self.output)
-            if (begun := store.read_json(self.folder / TASK_FILE)) is not None:
-                raise _of_another(self.folder, self._differing(begun))
-            if output.exists() and any(output.iterdir()):
-                written = store.read_json(output / TASK_FILE)
-                if written is None:
-                    raise WriteError(
-                        f"{output} is there and was not written block by block: overwrite it, or choose another place"
-                    )
-                if differing := [name for name in self._differing(written) if name != "block_shape"]:
-                    raise _of_another(output, differing)
-                return False
+        begun = None if overwrite else self._begun()
+        if begun:
+            raise WriteError(
+                f"{self.folder} holds unfinished labels {begun}; overwrite them (--overwrite), or choose another "
+                "output folder"
+            )
         self.check_input()
-        return True
+        may_replace = overwrite or begun is not None  # begun by a run that was allowed to
+        there = standing_labels(Path(self.output), self.parameters, self.made_from(), overwrite=may_replace)
+        return there is None or not self._has_tables(there)
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite or not self.is_begun:
             shutil.rmtree(self.folder, ignore_errors=True)
             ensure_group(self.folder)
-            self.save(self.folder / TASK_FILE)
+            self.begin()
         elif self.is_complete:
             self._remove_done_maps()
 
     @property
     def is_begun(self) -> bool:
         """Whether this very task was begun and not finished; it then may replace what is at its output."""
-        begun = store.read_json(self.folder / TASK_FILE)
-        return begun is not None and not self._differing(begun)
+        begun = self._begun()
+        return begun is not None and not begun
+
+    def _begun(self) -> Difference | None:
+        """How what was begun and not finished differs from this task; None if nothing was."""
+        file = self.folder / TASK_FILE
+        return self.difference(file) if file.exists() else None
+
+    def _has_tables(self, there: Mapping[str, Any]) -> bool:
+        """Whether the tables that are asked for lie beside the finished labels with these attributes."""
+        return there.get("kind") != "instance" or all(
+            (Path(self.output) / name).exists() for name in tables(self.table)
+        )
 
     @property
     def is_complete(self) -> bool:
@@ -182,7 +201,12 @@ class LabelsTask(BlockTask):
     def finish(self) -> None:
         if not self.is_complete:
             _remove_unfinished(self.folder / "s0")
-            about = {"decode": self.parameters.to_dict(), "source": dict(self.source), "objects": self.conclude()}
+            about = {
+                "decode": self.parameters.to_dict(),
+                "source": dict(self.source),
+                "objects": self.conclude(),
+                **self.provenance.to_dict(),
+            }
             grid, kind = self.grid, self.parameters.kind
             ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
             sync(os.fspath(self.folder))
@@ -194,11 +218,6 @@ class LabelsTask(BlockTask):
     def relocated(self, folder: Path) -> Self:
         output = Path(self.output)
         return replace(self, output=str(Path(folder, *output.parts[-3:])))
-
-    def _differing(self, stored: Mapping[str, Any]) -> list[str]:
-        """Which fields a stored task has otherwise, those left out that decide nothing of the output."""
-        mine = {"kind": self.kind, **self.to_dict()}
-        return [name for name in mine | dict(stored) if name not in self.free and mine.get(name) != stored.get(name)]
 
     def _remove_done_maps(self) -> None:
         for path in self.folder.glob(".done-*"):
@@ -223,9 +242,3 @@ def absolute(location: str) -> str:
     """A location that means the same in every process: local paths absolute, URLs as they are."""
     where = store.normalize(location)
     return where if store.is_s3(where) else os.path.abspath(where)
-
-
-def _of_another(place: Path, differing: list[str]) -> WriteError:
-    return WriteError(
-        f"{place} holds labels of another task ({', '.join(differing)} differ); overwrite it, or choose another place"
-    )

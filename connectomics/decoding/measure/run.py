@@ -103,7 +103,7 @@ def measure_tables(
             report = None if progress is None else partial(tell, progress, task.name)
             if not run_task(task, workers, report, overwrite=overwrite):
                 task.clean()
-    found = [(task, json.loads(task.summary_file.read_text())) for task in tasks]
+    found = [(task, json.loads(task.summary_file.read_text()) | {"file": str(task.path)}) for task in tasks]
     return {
         "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],
         "contacts": [summary for task, summary in found if isinstance(task, ContactsTask)],

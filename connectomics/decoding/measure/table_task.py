@@ -11,7 +11,6 @@ some instances at a time, and the table is written. Beside the finished table ``
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -30,6 +29,7 @@ from connectomics.decoding.measure.table import ROWS, Column, Table, Values, che
 from connectomics.errors import IncompleteError, MetadataError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
+from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
 from connectomics.tasks import BlockTask, Cost
@@ -47,8 +47,8 @@ class Labels:
     Attributes:
         location: of the multiscale group; its finest level is measured. shape: of that level, voxels, z y x.
         semantic: whether everything above 0 is one instance, 1.
-        stamp: stands for the group's attributes, which say what it was made from: labels that were made anew with
-            other parameters are another input.
+        stamp: changes when the labels do, by whatever program: a hash of the attributes and of sizes and times of the
+            chunks (`connectomics.io.fingerprint.fingerprint`).
     """
 
     dataset: str
@@ -74,7 +74,7 @@ class Labels:
         level = source.levels[0]
         if level.dtype.kind not in "uib":
             raise MetadataError(f"{source.location}: labels must be whole numbers, found {level.dtype}")
-        stamp = hashlib.sha256(json.dumps(attrs, sort_keys=True).encode()).hexdigest()[:16]
+        stamp = fingerprint(source, with_location=False)[:16]
         return cls(dataset, crop, source.location, about.get("kind") == "semantic", level.grid.shape, stamp)
 
     @classmethod
@@ -83,11 +83,15 @@ class Labels:
         z, y, x = data["shape"]
         return cls(**{**data, "shape": (z, y, x)})
 
-    def read(self) -> Multiscale:
-        """The volume; `MetadataError` where it is no longer the one that the task was made for."""
+    @property
+    def name(self) -> str:
+        """``{dataset}/{crop}/{class}``."""
+        return f"{self.dataset}/{self.crop}/{Path(self.location).name}"
+
+    def check_unchanged(self) -> None:
+        """`MetadataError` if the labels are no longer those that the task was made for."""
         if Labels.open(self.dataset, self.crop, self.location) != self:
-            raise MetadataError(f"{self.location} has changed since the task was made; measure anew with --overwrite")
-        return Multiscale.open(self.location)
+            raise MetadataError(f"{self.location} has changed since the task was made; run it again with --overwrite")
 
 
 class Totals(ABC):
@@ -118,6 +122,8 @@ class TableTask(BlockTask):
     #: held by a worker, for every voxel that is read
     bytes_a_voxel: ClassVar[int]
 
+    places: ClassVar[frozenset[str]] = frozenset({"inputs", "output"})
+
     inputs: tuple[Labels, ...]
     output: str
     block_shape: Index = BLOCK
@@ -145,6 +151,17 @@ class TableTask(BlockTask):
     # -- as a task ---------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "volumes": [labels.name for labels in self.read_labels]}
+
+    def made_from(self) -> dict[str, str]:
+        return {labels.name: labels.stamp for labels in self.read_labels}
+
+    @property
+    def read_labels(self) -> tuple[Labels, ...]:
+        """All label volumes that are read."""
+        return tuple(labels for crop in range(len(self.inputs)) for labels in self.volumes(crop))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
@@ -188,24 +205,29 @@ class TableTask(BlockTask):
     def check(self, *, overwrite: bool = False) -> bool:
         check_format(self.path)
         begun = self.folder / TASK_FILE
+        beside = (self.task_file, self.summary_file, begun)
+        if self.path.exists() and not any(file.exists() for file in beside):
+            raise WriteError(
+                f"{self.path} was not written by measure and is left alone; choose another output folder, or move it "
+                "away"
+            )
         if overwrite:
             return True
-        if self._is_finished():
+        finished = all(path.exists() for path in (self.path, self.summary_file, self.task_file))
+        if finished and not (difference := self.difference(self.task_file)):
             return False
         if begun.exists():
-            if differing := self._differing(begun):
+            if difference := self.difference(begun):
                 raise WriteError(
-                    f"{self.folder} holds another measurement that was not finished ({', '.join(differing)} differ); "
-                    f"overwrite it, or choose another place"
+                    f"{self.folder} holds an unfinished table {difference}; overwrite it (--overwrite), or choose "
+                    "another output folder"
                 )
             return True
         if not self.path.exists():
             return True
-        if not (self.task_file.exists() and self.summary_file.exists()):
-            raise WriteError(f"{self.path} is there already: overwrite it, or choose another place")
-        names = ", ".join(self._differing(self.task_file))
+        how = str(difference) if finished else "that is only half written"
         raise WriteError(
-            f"{self.path} is of another measurement ({names} differ): overwrite it, or choose another place"
+            f"{self.path} holds a table {how}; overwrite it (--overwrite), or choose another output folder"
         )
 
     def claim(self, *, overwrite: bool = False) -> None:
@@ -213,12 +235,11 @@ class TableTask(BlockTask):
             self.task_file.unlink(missing_ok=True)  # what is there is no longer finished, also if this run is killed
             shutil.rmtree(self.folder, ignore_errors=True)
         if not (self.folder / TASK_FILE).exists():
-            self.save(self.folder / TASK_FILE)
+            self.begin()
 
     def prepare(self, stage: str) -> None:
-        for crop in range(len(self.inputs)):
-            for volume in self.volumes(crop):
-                volume.read()
+        for labels in self.read_labels:
+            labels.check_unchanged()
 
     def blocks(self, stage: str) -> int:
         return self._begins()[-1]
@@ -234,9 +255,10 @@ class TableTask(BlockTask):
                 first, number = begins[crop], begins[crop + 1] - begins[crop]
                 for found in united(number, partial(self._load, first), self.tables):
                     self._write(out, labels, grid, found, totals)
-        summary = {**totals.to_dict(), "crops": len(self.inputs), "file": str(self.path)}
+        provenance = self.provenance
+        summary = {**totals.to_dict(), "crops": len(self.inputs), "file": self.path.name, **provenance.to_dict()}
         write_file(self.summary_file, json.dumps(summary, indent=1).encode())
-        self.save(self.task_file)
+        self.save(self.task_file, provenance)
         self.clean()
 
     def clean(self) -> None:
@@ -272,13 +294,6 @@ class TableTask(BlockTask):
         for labels in self.inputs:
             begins.append(begins[-1] + len(Lattice(labels.shape, self.block_shape)))
         return begins
-
-    def _is_finished(self) -> bool:
-        there = all(path.exists() for path in (self.path, self.summary_file, self.task_file))
-        return there and not self._differing(self.task_file)
-
-    def _differing(self, file: Path) -> list[str]:
-        return self.differences(type(self).load(file))
 
     def _write(self, out: Table, labels: Labels, grid: VoxelGrid, found: Partial, totals: Totals) -> None:
         for begin in range(0, len(found.ids), ROWS):

@@ -117,6 +117,7 @@ class ContactsTask(TableTask):
     """
 
     kind: ClassVar[str] = "contacts"
+    places: ClassVar[frozenset[str]] = TableTask.places | {"others"}
     tables: ClassVar[Mapping[str, int]] = contacts.TABLES
     bytes_a_voxel: ClassVar[int] = 30
     columns: ClassVar[tuple[Column, ...]] = (

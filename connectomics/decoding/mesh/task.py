@@ -29,6 +29,7 @@ from connectomics.decoding.mesh.files import check_format, file_name, write_info
 from connectomics.decoding.mesh.surface import LEAST_VERTICES, SPAN, mesh_object
 from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
 from connectomics.geometry import Index, VoxelGrid
+from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
 from connectomics.tasks import BlockTask, Cost
@@ -65,6 +66,7 @@ class MeshTask(BlockTask):
     """
 
     kind: ClassVar[str] = "mesh"
+    places: ClassVar[frozenset[str]] = frozenset({"labels", "output", "table"})
 
     labels: Labels
     class_name: str
@@ -103,6 +105,12 @@ class MeshTask(BlockTask):
         except (KeyError, TypeError, ValueError) as error:
             raise MetadataError(f"{where} is no task of the kind {cls.kind}: {error}") from error
 
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "volume": self.labels.name}
+
+    def made_from(self) -> dict[str, str]:
+        return {"labels": self.labels.stamp}
+
     @property
     def name(self) -> str:
         return f"{self.labels.dataset}/{self.labels.crop}/{self.class_name}"
@@ -124,29 +132,31 @@ class MeshTask(BlockTask):
             ) from error
         if self.ids and BOXES not in self.stages:
             self._objects()  # an id that is not there is said before anything is written
-        if overwrite:
-            return True
         file = self.folder / TASK_FILE
         if not file.exists():
             if self.folder.exists() and any(self.folder.iterdir()):
-                raise WriteError(f"{self.output} is there and holds no meshes: overwrite it, or choose another place")
+                raise WriteError(
+                    f"{self.output} was not written by mesh and is left alone; choose another output folder, or move "
+                    "it away"
+                )
             return True
-        if differing := self.differences(MeshTask.load(file)):
+        if overwrite:
+            return True
+        if difference := self.difference(file):
             raise WriteError(
-                f"{self.output} holds meshes of another task ({', '.join(differing)} differ); overwrite it, or choose "
-                f"another place"
+                f"{self.output} holds meshes {difference}; overwrite them (--overwrite), or choose another output "
+                "folder"
             )
         return not (self.folder / TABLE_FILE).exists()
 
     def claim(self, *, overwrite: bool = False) -> None:
-        if overwrite:
-            (self.folder / TABLE_FILE).unlink(missing_ok=True)  # no longer finished, also if this run is killed now
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if overwrite and self.folder.exists():
+            put_aside(self.folder)
         if not (self.folder / TASK_FILE).exists():
-            self.save(self.folder / TASK_FILE)
+            self.begin()
 
     def prepare(self, stage: str) -> None:
-        self.labels.read()
+        self.labels.check_unchanged()
         if stage == MESHES:
             write_info(self.folder, self.file_format)
             if not self._objects_file.exists():
