@@ -16,6 +16,8 @@ artifact.
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 import os
 import shutil
 import uuid
@@ -26,7 +28,7 @@ from typing import Any
 
 from connectomics.errors import IncompleteError, MetadataError, MissingError, WriteError
 from connectomics.io import store
-from connectomics.io.fingerprint import content_identity
+from connectomics.io.fingerprint import content_identity, same_content
 from connectomics.io.multiscale import Multiscale
 
 ATTRIBUTE = "connectomics"
@@ -77,8 +79,10 @@ class Difference:
 
 
 def changed_inputs(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """Roles whose identity is not the same in both."""
-    return sorted(role for role in before.keys() | now.keys() if before.get(role) != now.get(role))
+    """Roles whose identity does not stand for the same in both, or is in one only."""
+    return sorted(
+        role for role in before.keys() | now.keys() if not same_content(before.get(role, ""), now.get(role, ""))
+    )
 
 
 def about(location: str | Path) -> dict[str, Any]:
@@ -93,11 +97,13 @@ def about(location: str | Path) -> dict[str, Any]:
 
 
 def identity(source: Multiscale) -> str:
-    """What stands for a volume that is read: its ``id`` if it is an output of ours, else a hash of its content."""
+    """What stands for a volume that is read: its ``id`` if it is an output of ours, else a hash of its content and of
+    what it says of itself."""
     found = source.attrs.get(ATTRIBUTE)
     if isinstance(found, dict) and found.get("id"):
         return str(found["id"])
-    return content_identity(source)
+    said = hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    return f"{content_identity(source)}-{said}"
 
 
 def publish(finished: Path, location: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any
@@ -22,35 +23,55 @@ from connectomics.io.store import StoreError, is_s3, split_s3
 
 _SAMPLES_PER_AXIS = 3  # chunks that stand for a volume in `content_identity`: 27
 _SAMPLE_BYTES = 1 << 16  # of each: a whole chunk of a Zarr v2 array, the beginning of a shard
+_CONTENT, _ABSENT = "content", "...."
 
 
 def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
-    """A hash of what a volume holds: grids, types and chunks of its levels, and the stored bytes of 27 chunks of the
-    level that serves ``grid`` (default: the finest), spread evenly over what is read.
+    """What stands for the content of a volume: ``content-{metadata}-{samples}``, hexadecimal.
 
-    It does not contain the location or any time, so a copy is the same volume. A change in other chunks is not seen:
-    for that there is `fingerprint`. An S3 object counts by its size and ETag.
+    ``metadata`` is a hash of the levels' grids, types and chunks; ``samples`` are four digits for each of 27 chunks,
+    spread evenly over what is read: a hash of the stored bytes (of an S3 object: size and ETag), dots for a chunk that
+    is not stored. It contains neither the location nor any time, so a copy is the same volume; compare with `same_content`.
+
+    Args:
+        grid: what is read (`Multiscale.read_raw`); None: all of the finest level.
 
     Raises:
         StoreError: the store cannot be reached.
     """
     array, begin, end = source._chunks_behind(source.levels[0].grid if grid is None else grid)
     levels = [
-        (level.path, level.grid.to_dict(), str(level.dtype), list(level.chunks), stored.metadata.get("compressor"))
+        (level.grid.to_dict(), str(level.dtype), list(level.chunks), stored.metadata.get("compressor"))
         for level, stored in zip(source.levels, source._arrays, strict=True)
     ]
-    digest = hashlib.sha256(json.dumps(levels, sort_keys=True, default=str).encode())
-    axes = [
-        sorted({low + (high - 1 - low) * n // 2 for n in range(_SAMPLES_PER_AXIS)})
-        for low, high in zip(begin, end, strict=True)
-    ]
-    indices = [] if any(high <= low for low, high in zip(begin, end, strict=True)) else list(product(*axes))
-    places = [array.chunk_location(index) for index in indices]
+    spans = list(zip(begin, end, strict=True))
+    axes = [sorted({low + (high - 1 - low) * n // 2 for n in range(_SAMPLES_PER_AXIS)}) for low, high in spans]
+    is_empty = any(high <= low for low, high in spans)
+    places = [] if is_empty else [array.chunk_location(index) for index in product(*axes)]
     remote = is_s3(array.location)
     samples = s3.in_parallel(lambda at: _remote_sample(array, at), places) if remote else map(_local_sample, places)
-    for index, sample in zip(indices, samples, strict=True):
-        digest.update(repr((index, sample)).encode())
-    return f"content-{digest.hexdigest()[:32]}"
+    marks = "".join(_ABSENT if s is None else hashlib.sha256(repr(s).encode()).hexdigest()[:4] for s in samples)
+    return f"{_CONTENT}-{_digest([levels, spans])}-{marks}"
+
+
+def same_content(one: str, other: str) -> bool:
+    """Whether two of `content_identity` (or any two identities) stand for the same volume.
+
+    The metadata must be equal, and more than half of the samples: a chunk that was corrupt or missing and has been
+    repaired does not make another volume.
+    """
+    if one == other:
+        return True
+    (kind, *meta), (other_kind, *other_meta) = one.split("-"), other.split("-")
+    if {kind, other_kind} != {_CONTENT} or meta[:1] != other_meta[:1] or meta[2:] != other_meta[2:]:
+        return False
+    mine, theirs = (re.findall("....", marks[1]) for marks in (meta, other_meta))
+    equal = sum(a == b or _ABSENT in (a, b) for a, b in zip(mine, theirs, strict=False))
+    return len(mine) == len(theirs) and 2 * equal > len(mine)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _local_sample(path: str) -> Any:
@@ -138,4 +159,4 @@ def _remote_marks(array: StoredArray, first: Sequence[int], last: Sequence[int])
     return sorted(mark for marks in listed for mark in marks if mark[0] in wanted)
 
 
-__all__ = ["content_identity", "fingerprint"]
+__all__ = ["content_identity", "fingerprint", "same_content"]

@@ -451,7 +451,9 @@ def _write_results(
     rows: dict[str, Any] = {}
     if summary.is_file():
         before = json.loads(summary.read_text(encoding="utf-8"))["classes"]
-        rows = {name: row for name, row in before.items() if row.get("made_from") == current.get(name)}
+        rows = {
+            n: row for n, row in before.items() if row.get("made_from", {"": ""}).items() <= current.get(n, {}).items()
+        }
     rows |= {name: tuned.to_dict() for name, tuned in result.items()}
     best = {name: parameters.to_dict() for name, parameters in base.items()}
     best |= {name: row["best"] for name, row in rows.items()}

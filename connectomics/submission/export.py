@@ -211,8 +211,8 @@ def _check_same(labels: Source, probabilities: Source) -> None:
     before = labels.about.get("made_from", {}).get("probabilities")
     if before is not None and before != probabilities.about.get("id", before):
         raise InputError(
-            f"{labels.location} was not decoded from {probabilities.location}: that prediction was made again since, or "
-            "is another one; run decode on it, or leave --probabilities out"
+            f"{labels.location} was not decoded from {probabilities.location}: that prediction is another one, or was "
+            "made again since; run decode on it, or leave --probabilities out"
         )
 
 

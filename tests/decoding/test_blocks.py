@@ -29,6 +29,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.tasks import run_task
 from connectomics.tasks.lattice import Lattice
+from tests.trees import contents
 
 SIZE = (8.0, 4.0, 5.24)
 #: share of foreground near which components begin to span the volume: the most contacts across borders
@@ -71,9 +72,7 @@ def rows(task: ComponentsTask) -> list[dict[str, str]]:
 
 def files(task: ComponentsTask) -> dict[str, bytes]:
     """Everything in the output; of the task what is not the folder's name."""
-    root = Path(task.output)
-    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    return {name: content for name, content in found.items() if name != "task.json"}
+    return {name: content for name, content in contents(task.output).items() if name != "task.json"}
 
 
 # -- equality with the whole array -------------------------------------------------------------------------------------
@@ -288,7 +287,7 @@ def test_a_finished_output_stays_and_another_tasks_is_refused(tmp_path):
     assert files(dataclasses.replace(task, block_shape=(5, 5, 5))) == before
     assert ComponentsTask.load(Path(task.output) / "task.json") == task
     other = dataclasses.replace(task, parameters=DecodeParameters(method="cc3d", connectivity=6))
-    with pytest.raises(WriteError, match=r"holds labels of another task \(parameters differ\); overwrite it"):
+    with pytest.raises(WriteError, match=r"holds labels made with other settings \(connectivity\); overwrite them"):
         run(other)
     run(other, overwrite=True)
     assert files(other) != before
@@ -304,7 +303,9 @@ def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
     with pytest.raises(Killed):
         run_task(task, progress=kill)
     other = dataclasses.replace(task, block_shape=(9, 9, 9))
-    with pytest.raises(WriteError, match=r"\.mito\.partial holds labels of another task \(block_shape differ"):
+    with pytest.raises(
+        WriteError, match=r"\.mito\.partial holds unfinished labels made with other settings \(block_shape\)"
+    ):
         run(other)
     assert run(other, overwrite=True) == run(task)  # a finished output is the same whatever the blocks
 

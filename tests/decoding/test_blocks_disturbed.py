@@ -27,6 +27,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.write import write_multiscale
 from connectomics.tasks import run_task
 from connectomics.tasks.done import DoneMap
+from tests import trees
 
 ROOT = Path(__file__).resolve().parents[2]
 Labels = TypeVar("Labels", bound=LabelsTask)
@@ -72,9 +73,7 @@ def task_of_kind(kind: str, folder: Path, shape: tuple[int, int, int], block: in
 
 def contents(task: LabelsTask) -> dict[str, bytes]:
     """All files of the finished output but the task, which names its folder."""
-    root = Path(task.output)
-    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
-    return {name: data for name, data in found.items() if name != "task.json"}
+    return {name: data for name, data in trees.contents(task.output).items() if name != "task.json"}
 
 
 def elsewhere(task: Labels, name: str) -> Labels:

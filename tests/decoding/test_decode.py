@@ -191,7 +191,7 @@ def test_blocks_of_a_semantic_class_join_without_a_seam(tmp_path, monkeypatch):
     np.testing.assert_array_equal(read(tmp_path / "l/phantom.zarr/crop7/er")[0], above(probabilities(), 0.2))
 
 
-def test_what_is_done_is_skipped_and_what_changed_is_done_again(tmp_path):
+def test_what_is_done_is_skipped_and_what_changed_is_done_again_on_demand(tmp_path):
     p, out = tmp_path / "p", tmp_path / "l"
     write_prediction(p)
     first = decode_predictions(p, out)
@@ -200,11 +200,16 @@ def test_what_is_done_is_skipped_and_what_changed_is_done_again(tmp_path):
     assert again[0].skipped
     assert again[0].objects == 2
     assert not decode_predictions(p, out, overwrite=True)[0].skipped
-    changed = decode_predictions(p, out, {"mito": DecodeParameters(method="cc3d", threshold=0.75)})
+    other = {"mito": DecodeParameters(method="cc3d", threshold=0.75)}
+    with pytest.raises(WriteError, match=r"made with other settings \(threshold, min_size_nm3\)"):
+        decode_predictions(p, out, other)
+    changed = decode_predictions(p, out, other, overwrite=True)
     assert not changed[0].skipped
     assert changed[0].objects == 2
     write_prediction(p, model={"sha256": "another"})
-    assert not decode_predictions(p, out, {"mito": DecodeParameters(method="cc3d", threshold=0.75)})[0].skipped
+    with pytest.raises(WriteError, match="made from other probabilities"):
+        decode_predictions(p, out, other)
+    assert not decode_predictions(p, out, other, overwrite=True)[0].skipped
 
 
 @pytest.mark.parametrize("name", ["mito", "er"])
@@ -255,7 +260,7 @@ def test_resume_goes_on_only(tmp_path):
     assert decode_predictions(p, out, resume=True)[0].skipped
     other = {"mito": DecodeParameters(method="cc3d", threshold=0.75)}
     for limit in (0, 10**9):
-        with pytest.raises(WriteError, match="mito holds labels of another task"):
+        with pytest.raises(WriteError, match="mito holds labels made with other settings"):
             decode_predictions(p, out, other, resume=True, blockwise_above=limit)
 
 
@@ -445,8 +450,11 @@ def test_leftovers_of_a_killed_run_do_not_count(tmp_path):
     crop = tmp_path / "l/phantom.zarr/crop7"
     shutil.copytree(crop / "mito", crop / ".mito.partial")
     assert list(find_arrays(tmp_path / "l")) == [("phantom", "crop7", "mito")]
-    update_attrs(crop / "mito", {"connectomics": {"complete": False}})
-    assert not decode_predictions(tmp_path / "p", tmp_path / "l")[0].skipped
+    about = store.read_attrs(str(crop / "mito"))["connectomics"]
+    update_attrs(crop / "mito", {"connectomics": {**about, "complete": False}})
+    with pytest.raises(WriteError, match="labels that are only half written; overwrite them"):
+        decode_predictions(tmp_path / "p", tmp_path / "l")
+    assert not decode_predictions(tmp_path / "p", tmp_path / "l", overwrite=True)[0].skipped
     assert not (crop / ".mito.partial").exists()
 
 

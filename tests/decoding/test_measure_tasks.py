@@ -166,7 +166,7 @@ def test_a_finished_table_is_left_and_another_is_refused(labels: Path, tmp_path:
     assert run_task(task)
     assert not run_task(task)
     other = replace(task, inputs=task.inputs[:1])
-    with pytest.raises(WriteError, match=r"is of another measurement \(inputs differ\)"):
+    with pytest.raises(WriteError, match=r"holds a table made with other settings \(volumes\)"):
         run_task(other)
     assert run_task(other, overwrite=True)
     assert {row["crop"] for row in rows_of(task.path)} == {"crop1"}

@@ -26,6 +26,7 @@ from connectomics.inference.task import PredictTask, require_complete, run_predi
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw
+from tests.trees import contents
 
 ALL = SYMMETRY_SETS["all"]
 
@@ -260,7 +261,7 @@ def test_entropy_of_the_mean(raw, tmp_path):
 def test_what_decides_the_output_is_compared(raw, tmp_path):
     task = task_of(raw, tmp_path)
     run_predict_task(task, lambda x: x)
-    with pytest.raises(WriteError, match=r"\(symmetries, uncertainty, dropout_samples differ\)"):
+    with pytest.raises(WriteError, match=r"\(symmetries, uncertainty, dropout_samples\)"):
         run_predict_task(replace(task, symmetries=["-zyx"], uncertainty="dropout", dropout_samples=2), Dropping())
     assert PredictTask.from_dict(replace(task, symmetries=["x-yz"]).to_dict()).symmetries == ("x-yz",)
 
@@ -314,8 +315,7 @@ with dropout_on(network):
 
 
 def files_of(task: PredictTask) -> dict[str, bytes]:
-    root = Path(task.output)
-    found = {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+    found = contents(task.output)
     return {
         name: content
         for name, content in found.items()

@@ -24,6 +24,7 @@ from connectomics.lightning.inference import prediction_tasks
 from connectomics.lightning.predict_task import NetworkPredictTask
 from connectomics.tasks import run_task
 from tests.inference.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
+from tests.trees import contents
 
 TWO = EngineConfig(workers=2)
 BOX = "set-a:0,0,0:384,384,512"
@@ -35,8 +36,9 @@ def box_config(root: Path) -> RunConfig:  # noqa: F811
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {n: c for n, c in found.items() if not n.startswith(("task.json", ".done-")) and ".part-" not in n}
+    return {
+        n: c for n, c in contents(folder).items() if not n.startswith(("task.json", ".done-")) and ".part-" not in n
+    }
 
 
 def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -92,5 +92,5 @@ def test_the_output_of_another_task_is_refused(tmp_path: Path) -> None:
     CubeTask(str(tmp_path / "out"), count=4).save(tmp_path / "one.json")
     CubeTask(str(tmp_path / "out"), count=4, offset=1).save(tmp_path / "other.json")
     assert pytc(tmp_path / "one.json").exit_code == 0
-    assert "offset differ" in str(pytc(tmp_path / "other.json").exception)
+    assert "other settings (offset)" in str(pytc(tmp_path / "other.json").exception)
     assert pytc(tmp_path / "other.json", "--overwrite").exit_code == 0
