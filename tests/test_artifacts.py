@@ -189,12 +189,12 @@ def test_classes_tuned_on_another_prediction_are_dropped(tmp_path: Path) -> None
     from tests.cellmap.roots import write_raw as write_em
 
     root = tmp_path / "root"
-    write_em(root, "a", np.zeros((16, 16, 16), np.uint8))
     truth = np.zeros((16, 16, 16), np.uint8)
     truth[4:12, 4:12, 4:12] = 1
-    grid = VoxelGrid((8, 8, 8), (0, 0, 0), truth.shape)
+    grid = VoxelGrid((8, 8, 8), (4, 4, 4), (16, 16, 16))
+    write_em(root, "a", truth, grid)
     for name in ("er", "nuc"):
-        write_label(root, "a", "crop1", name, truth)
+        write_label(root, "a", "crop1", name, truth, grid)
 
     def predict(run: str) -> None:
         for name in ("er", "nuc"):
@@ -270,6 +270,7 @@ def test_other_verbs_keep_what_they_did_not_write(tmp_path: Path) -> None:
     (way.predictions / "a.zarr/crop1/mito_proofread").mkdir()
     with pytest.raises(WriteError, match="mito_proofread lies in the prediction to be replaced"):
         way.predict()
+    (way.predictions / "a.zarr/crop1/mito_proofread").rmdir()
     way.decode()
     way.tables.mkdir()
     (way.tables / "mito.csv").write_text("my own table")
@@ -437,7 +438,7 @@ def test_unfinished_labels_of_other_parameters_are_kept(tmp_path: Path) -> None:
     job.task.claim()
     before = contents(way.labels)
     other = {"mito": DecodeParameters(method="cc3d", threshold=0.75)}
-    with pytest.raises(WriteError, match=r"holds unfinished labels made with other settings \(threshold\)"):
+    with pytest.raises(WriteError, match=r"holds unfinished labels made with other settings \(parameters\.threshold"):
         decode_predictions(way.predictions, way.labels, other, blockwise_above=0)
     with pytest.raises(WriteError, match="block by block and unfinished"):
         decode_predictions(way.predictions, way.labels, other, blockwise_above=10**9)

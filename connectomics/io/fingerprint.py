@@ -31,7 +31,8 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
 
     ``metadata`` is a hash of the levels' grids, types and chunks; ``samples`` are four digits for each of 27 chunks,
     spread evenly over what is read: a hash of the stored bytes (of an S3 object: size and ETag), dots for a chunk that
-    is not stored. It contains neither the location nor any time, so a copy is the same volume; compare with `same_content`.
+    is not stored. It contains neither the location nor any time, so a copy is the same volume; compare two of them with
+    `same_content`.
 
     Args:
         grid: what is read (`Multiscale.read_raw`); None: all of the finest level.

@@ -136,7 +136,7 @@ class BlockTask(ABC):
         mine, theirs = self.settings(), type(self).from_dict(fields_of(stored), str(file)).settings()
         before = Provenance.from_dict(stored.get(_PROVENANCE, {})).made_from
         inputs = changed_inputs(before, self.made_from()) if before else []
-        return Difference([name for name in mine if mine[name] != theirs[name]], inputs)
+        return Difference(_differing(mine, theirs), inputs)
 
     def save(self, path: Path, provenance: Provenance | None = None) -> None:
         """Store as JSON, in one step; with what its output is and what that is made from."""
@@ -210,6 +210,18 @@ class BlockTask(ABC):
         """The same work on the same input with its output (and `folder`) below another ``folder``, to time a block of
         it there (``--dry-run``); None where it cannot be done elsewhere."""
         return None
+
+
+def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Names of the values that are not equal; of those within a value with dots."""
+    names = []
+    for name in {**mine, **theirs}:
+        one, other = mine.get(name), theirs.get(name)
+        if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+            names += [f"{name}.{inner}" for inner in _differing(one, other)]
+        elif one != other:
+            names.append(name)
+    return names
 
 
 def fields_of(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -171,14 +171,14 @@ def test_a_finished_table_is_left_and_another_is_refused(labels: Path, tmp_path:
     assert run_task(other, overwrite=True)
     assert {row["crop"] for row in rows_of(task.path)} == {"crop1"}
     task.task_file.unlink()
-    with pytest.raises(WriteError, match="is there already"):
+    with pytest.raises(WriteError, match="holds a table that is only half written"):
         run_task(other)
     other.save(other.folder / TASK_FILE)  # killed right before the task's file: it goes on
     assert run_task(other)
     task.save(task.folder / TASK_FILE)
     assert not run_task(other)
     other.path.unlink()
-    with pytest.raises(WriteError, match="was not finished"):
+    with pytest.raises(WriteError, match="holds an unfinished table"):
         run_task(other)
 
 

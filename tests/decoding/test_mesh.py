@@ -275,5 +275,5 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     (tmp_path / "mine/set-a/crop1").mkdir()
     (tmp_path / "mine/set-a/crop1/mito").mkdir()
     (tmp_path / "mine/set-a/crop1/mito/note").write_text("mine")
-    with pytest.raises(WriteError, match="holds no meshes"):
+    with pytest.raises(WriteError, match="was not written by mesh"):
         mesh_labels(mesh_tasks(labels, tmp_path / "mine", "mito"))

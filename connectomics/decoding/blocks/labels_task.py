@@ -204,8 +204,8 @@ class LabelsTask(BlockTask):
             about = {
                 "decode": self.parameters.to_dict(),
                 "source": dict(self.source),
-                "objects": self.conclude(),
                 **self.provenance.to_dict(),
+                "objects": self.conclude(),
             }
             grid, kind = self.grid, self.parameters.kind
             ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
