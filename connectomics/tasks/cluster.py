@@ -283,7 +283,8 @@ def _together(told: list[Batch]) -> Batch:
     last = told[-1]
     done = tuple(number for batch in told for number in batch.done)
     failed = {number: why for batch in told for number, why in batch.failed.items()}
-    return Batch(done, failed, last.untouched, sum(b.seconds for b in told), last.stop, last.unopened)
+    seconds = sum(batch.seconds for batch in told)
+    return Batch(done, failed, last.untouched, seconds, last.stop, last.unopened, stopped=last.stopped)
 
 
 class _DaskPool(Pool):
