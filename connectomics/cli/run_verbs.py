@@ -148,6 +148,13 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what another run predicted.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    accept_failed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Blocks that may fail: CROP:12,40, or 12,40 of one crop; stored as unknown. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Predict whole crops by sliding window, block by block; a killed run goes on where it stopped.
@@ -197,7 +204,9 @@ def predict(
         prediction_tasks,
         targets_of,
     )
+    from connectomics.tasks.failures import parse_accepted
 
+    accepted = parse_accepted(accept_failed or ())
     if crops == "val":
         targets = kept_out_targets(composed, checkpoint)
     else:
@@ -213,7 +222,16 @@ def predict(
         return
     with show.stage("predicting"):
         written = predict_cellmap_crops(
-            None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite, resume=resume
+            None,
+            composed,
+            checkpoint,
+            out,
+            targets=targets,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress.stages,
+            accept_failed=accepted,
         )
     for location in written:
         print(location)

@@ -64,7 +64,8 @@ class Failures:
         if not self._any_done and len(self._tries) >= _HOPELESS:
             raise BlocksFailedError(
                 f"{self._task.name}, {self._stage}: stopped because the first {len(self._tries)} of {self._blocks} "
-                f"blocks all failed ({self._described(list(self._tries)[:1])}); fix the cause, then rerun the same command"
+                f"blocks all failed ({self._described(sorted(self._tries)[:1])}); fix the cause, then rerun the "
+                "same command"
             )
         return again, list(accepted)
 
