@@ -51,6 +51,10 @@ class BlocksFailedError(ConnectomicsError, RuntimeError):
     """Some blocks of a task could not be done, also when tried again; all others are."""
 
 
+class OutOfMemoryError(ConnectomicsError, MemoryError):
+    """The memory of the machine or of the GPU does not hold the work, also with the smallest batch."""
+
+
 class EngineError(ConnectomicsError, RuntimeError):
     """Workers cannot be had: a scheduler that is not reachable, a library that is not installed."""
 

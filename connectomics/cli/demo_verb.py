@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connectomics.cli import show
+from connectomics.cli import progress, show
 
 if TYPE_CHECKING:
     from connectomics.cellmap.crop_table import CropTable
@@ -109,7 +109,8 @@ class Way:
 
         with show.stage("predicting", self.timings):
             targets = targets_of(self.config, crop_table=self.selected())
-            predict_cellmap_crops(None, self.config, checkpoint, self.out / "predictions", targets=targets)
+            out = self.out / "predictions"
+            predict_cellmap_crops(None, self.config, checkpoint, out, targets=targets, progress=progress.stages)
 
     def export(self, labels: Path, submission: Path, probabilities: Path | None = None) -> None:
         """Pack and check; errors of the check end the demo."""

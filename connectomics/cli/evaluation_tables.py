@@ -27,6 +27,8 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     for name in ("instance", "semantic", "overall"):
         interval = _interval(result["totals"], name)
         print(f"  {name:8} {_number(result['totals'][name])}" + (f"  (95 %: {interval})" if interval != "-" else ""))
+    for name, share in result["unknown"].items():
+        print(f"{name}: {100 * share:.3g} % was not predicted (accepted failed blocks) and counts as predicted absent")
     left_out = result["left_out"]
     if left_out:
         shown = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")

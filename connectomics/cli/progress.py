@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,22 @@ def when_needed(what: str) -> Advance:
     return advance
 
 
-def stages(what: str) -> Callable[[str, int, int], None]:
-    """The progress of tasks (`connectomics.tasks.run.Progress`): each stage that leaves something to do is shown as
-    `when_needed` does."""
-    shown: dict[str, Advance] = {}
+@contextmanager
+def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """The progress of a task (`connectomics.tasks.run.Progress`): each stage that leaves something to do is shown as
+    `counted` does."""
+    with ExitStack() as shown:
+        running: dict[str, Advance] = {}
 
-    def advance(stage: str, done: int, blocks: int) -> None:
-        shown.setdefault(stage, when_needed(f"{what}, {stage}"))(done, blocks, "blocks")
+        def advance(stage: str, done: int, blocks: int) -> None:
+            if stage not in running and done < blocks:
+                running[stage] = shown.enter_context(counted(f"{what}, {stage}"))
+            if stage in running:
+                running[stage](done, blocks, "blocks")
+                if done >= blocks:
+                    shown.close()
 
-    return advance
+        yield advance
 
 
 @contextmanager

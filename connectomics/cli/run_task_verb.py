@@ -21,6 +21,10 @@ def run_task(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Begin anew, also over the output of another task.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    accept_failed: Annotated[
+        list[str] | None,
+        typer.Option(help="Blocks that may fail, as in 12,20-35; stored as unknown.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Run a stored task: what is missing of its output is done, on the engine that is asked for.
@@ -45,8 +49,10 @@ def run_task(
     task = load_task(file)
 
     from connectomics.tasks import run_task as run
+    from connectomics.tasks.failures import accepted_of, parse_accepted
     from connectomics.tasks.task import TASK_FILE
 
+    (accepted,) = accepted_of([task], parse_accepted(accept_failed or ()))
     begun = (task.folder / TASK_FILE).exists()
     if not task.check(overwrite=overwrite):
         print(f"nothing to do: {task.name} is complete")
@@ -66,7 +72,8 @@ def run_task(
             found = estimate([task], engine, chosen, overwrite=overwrite)
         show_estimate(found)
         return
-    run(task, engine, progress.stages(task.name), device=chosen, overwrite=overwrite)
+    with progress.stages(task.name) as advance:
+        run(task, engine, advance, device=chosen, overwrite=overwrite, accept=accepted)
     print(f"{task.name}: complete")
 
 

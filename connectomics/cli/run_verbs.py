@@ -13,7 +13,7 @@ import typer
 from connectomics.cli import evaluation_tables, progress, show
 
 if TYPE_CHECKING:
-    from connectomics.config.schema import EngineConfig
+    from connectomics.config.schema import EngineConfig, RunConfig
     from connectomics.decoding.decode import DecodeJob
 
 Config = Annotated[
@@ -148,6 +148,13 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what another run predicted.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    accept_failed: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Blocks that may fail: CROP:12,40, or 12,40 of one crop; stored as unknown. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Predict whole crops by sliding window, block by block; a killed run goes on where it stopped.
@@ -166,30 +173,13 @@ def predict(
 
       pytc predict --model mito.pytc dataset.data_root=data --box jrc_cos7-1a:0,0,0:800,800,800
     """
-    from connectomics.config import load_config
     from connectomics.errors import ConfigError
 
     if overwrite and resume:
         raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     if crops is not None and box is not None:
         raise ConfigError("--crops and --box each say what to predict: give one of them")
-    given = list(overrides or [])
-    if model is not None:
-        from connectomics.lightning.package import open_package, package_config
-
-        if checkpoint:
-            raise ConfigError(
-                "--model is a network of its own: leave --checkpoint out, or give packages to --checkpoint"
-            )
-        if config is not None and "=" in str(config):  # without a configuration the first override stands in its place
-            config, given = None, [str(config), *given]
-        open_package(model)
-        composed = package_config(model, given) if config is None else load_config(config, given)
-        checkpoint = [model]
-    elif config is None or not checkpoint:
-        raise typer.BadParameter("give a configuration file and --checkpoint, or --model")
-    else:
-        composed = load_config(config, given)
+    composed, checkpoint = _network_of(config, overrides, checkpoint, model)
     from connectomics.lightning.inference import (
         chosen_device,
         kept_out_targets,
@@ -197,7 +187,9 @@ def predict(
         prediction_tasks,
         targets_of,
     )
+    from connectomics.tasks.failures import parse_accepted
 
+    accepted = parse_accepted(accept_failed or ())
     if crops == "val":
         targets = kept_out_targets(composed, checkpoint)
     else:
@@ -213,10 +205,43 @@ def predict(
         return
     with show.stage("predicting"):
         written = predict_cellmap_crops(
-            None, composed, checkpoint, out, targets=targets, device=device, overwrite=overwrite, resume=resume
+            None,
+            composed,
+            checkpoint,
+            out,
+            targets=targets,
+            device=device,
+            overwrite=overwrite,
+            resume=resume,
+            progress=progress.stages,
+            accept_failed=accepted,
         )
     for location in written:
         print(location)
+
+
+def _network_of(
+    config: Path | None, overrides: list[str] | None, checkpoint: list[Path] | None, model: Path | None
+) -> tuple[RunConfig, list[Path]]:
+    """The configuration and the checkpoints that ``predict`` was given, or those of its model package."""
+    from connectomics.config import load_config
+    from connectomics.errors import ConfigError
+
+    given = list(overrides or [])
+    if model is not None:
+        from connectomics.lightning.package import open_package, package_config
+
+        if checkpoint:
+            raise ConfigError(
+                "--model is a network of its own: leave --checkpoint out, or give packages to --checkpoint"
+            )
+        if config is not None and "=" in str(config):  # without a configuration the first override stands in its place
+            config, given = None, [str(config), *given]
+        open_package(model)
+        return package_config(model, given) if config is None else load_config(config, given), [model]
+    if config is None or not checkpoint:
+        raise typer.BadParameter("give a configuration file and --checkpoint, or --model")
+    return load_config(config, given), checkpoint
 
 
 def decode(

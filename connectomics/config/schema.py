@@ -96,7 +96,7 @@ class DataConfig:
     cache_context: int | None = None  # voxels of raw kept around a crop; None: as far as patches can reach
     cache_gb: float | None = None  # most that cache_dir may hold; least recently used crops go; None: no limit
     chunk_cache_mb: int = 64  # decoded chunks that each process keeps while it reads volumes without the crop cache
-    allow_missing_raw: bool = False  # train on crops of which some raw chunks are not stored (masked there)
+    allow_missing_raw: bool = False  # train and predict where some raw chunks are not stored (masked; probability 0)
     sampling: dict[str, float] = field(default_factory=dict)  # weights of class | dataset | volume | uniform
     class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; a class not named: 1
     min_known: float = 0.0  # least share of a patch's voxels at which something is known, where the crop allows it

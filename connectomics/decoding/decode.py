@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from connectomics.decoding.cellmap_postprocess import (
 from connectomics.decoding.labels import BLOCK, inputs_of, label_array, partial_of, standing_labels, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
+from connectomics.decoding.unknown import blank, unknown_of, unknown_share
 from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance, StoredHead
 from connectomics.decoding.watershed.task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.task import WatershedTask
@@ -50,6 +52,8 @@ from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
 from connectomics.tasks.task import TASK_FILE
+
+log = logging.getLogger(__name__)
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
@@ -209,6 +213,7 @@ def decode_predictions(
                     failed.append(str(error))
             if result is not None:
                 results.append(result)
+                _warn_of_unknown(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
                 whole = all((job.location.parent / name).exists() for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": whole}})
@@ -253,7 +258,13 @@ class DecodeJob:
     def about(self) -> dict[str, Any]:
         """What the labels' attribute says of their origin."""
         provenance = Provenance(made_from=self.made_from)
-        return {"decode": self.parameters.to_dict(), "source": _origin(self.source), **provenance.to_dict()}
+        origin = {"source": _origin(self.source), **self.unknown}
+        return {"decode": self.parameters.to_dict(), **origin, **provenance.to_dict()}
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """The attribute ``unknown``, if some of the prediction was given up."""
+        return unknown_of(self.source, self.walls)
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -320,7 +331,8 @@ def decode_jobs(
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
         task = None
         if kind is not None:
-            task = kind(source.location, str(location), name, chosen, source=_origin(source), table=table)
+            origin = {**_origin(source), **unknown_of(source, walls)}
+            task = kind(source.location, str(location), name, chosen, source=origin, table=table)
             if chosen.has_walls:  # growing takes as much memory as a watershed
                 task = replace(task, block_shape=WATERSHED_BLOCK)
         jobs.append(DecodeJob(dataset, crop, name, source, walls, head, location, siblings, chosen, table, task))
@@ -400,6 +412,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
     else:
         labels = decode_between(mask, read_on(job.walls, grid), grid.voxel_size, parameters)
     objects = int(labels.max(initial=0))
+    blank(labels, job.about, grid)
     del mask
     with label_array(job.location, grid, labels.dtype, **how, about={**job.about, "objects": objects}) as writer:
         write_whole(writer, labels)
@@ -422,6 +435,16 @@ def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[Any]:
 def _origin(source: Multiscale) -> dict[str, Any]:
     """What a prediction says of itself, for the labels that are made from it."""
     return {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
+
+
+def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
+    if job.unknown and not result.skipped:
+        share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})
+        log.warning(
+            "%s: %.3g %% of the volume was not predicted (accepted failed blocks); it is unknown, and its labels are 0",
+            job.name,
+            100 * share,
+        )
 
 
 def _tell(progress: Progress, name: str, stage: str, done: int, number: int) -> None:

@@ -12,7 +12,8 @@ Under the output folder::
     .done-{stage}        one byte per block (`connectomics.tasks.done`)
 
 ``scale``: a stored value times it is the probability (the uncertainty). ``complete`` is false until the last block is
-written, and only then the coarser levels are named.
+written, and only then the coarser levels are named. Complete groups also say what they lack: ``missing_raw`` and
+``unknown``, see `connectomics.inference.gaps`.
 """
 
 from __future__ import annotations
@@ -98,10 +99,11 @@ class Group:
         """One of its arrays."""
         return ArrayWriter.open(self.place / f"s{level}")
 
-    def close(self, provenance: Provenance) -> None:
-        """Say that it is whole, which output it is, and name all of its levels."""
+    def close(self, provenance: Provenance, gaps: Mapping[str, Any]) -> None:
+        """Say that it is whole but for its gaps (`connectomics.inference.gaps`), which output it is, and name all of
+        its levels."""
         levels = multiscales_attrs(self.grids, self.place.name)
-        update_attrs(self.place, {**levels, "connectomics": self.attributes(provenance)})
+        update_attrs(self.place, {**levels, "connectomics": {**self.attributes(provenance), **gaps}})
 
     def attributes(self, provenance: Provenance | None) -> dict[str, Any]:
         """The ``connectomics`` attribute; None: of a group that is not whole yet."""

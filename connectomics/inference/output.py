@@ -29,9 +29,15 @@ def require_probabilities(low: float, high: float) -> None:
         )
 
 
-def write_probability(layout: Layout, number: int, probability: NDArray[np.float32], writer: ArrayWriter) -> None:
+def write_probability(
+    layout: Layout,
+    number: int,
+    probability: NDArray[np.float32],
+    writer: ArrayWriter,
+    absent: NDArray[np.bool_] | None = None,
+) -> None:
     """Resample one class of a block (values on its region of the network's lattice) and store it in the array's dtype:
-    uint8 as round(255 p), float16 as p."""
+    uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``."""
     require_probabilities(float(probability.min()), float(probability.max()))
     start, block = layout.blocks[number]
     origin = layout.regions[number][0]
@@ -43,6 +49,8 @@ def write_probability(layout: Layout, number: int, probability: NDArray[np.float
         else:
             values = resample.linear(probability[part], layout.model.crop(begin, shape), piece)
             np.clip(values, 0, 1, out=values)
+        if absent is not None:
+            values[absent[tuple(slice(a, a + n) for a, n in zip(offset, piece.shape, strict=True))]] = 0
         if writer.dtype == np.uint8:
             values *= np.float32(255)
             np.rint(values, out=values)

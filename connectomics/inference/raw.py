@@ -7,9 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.layout import Layout
 from connectomics.io.multiscale import Multiscale
 
 
@@ -32,17 +30,6 @@ class RawSource:
         np.clip(values, 0, 1, out=values)
         values[~inside] = 0
         return values
-
-    def require_any(self, layout: Layout, what: str) -> None:
-        """Raise `InputError` if no voxel of the region has raw: outside the volume, or its chunks are absent."""
-        grid = layout.model
-        middle = grid.crop([n // 2 for n in grid.shape], (1, 1, 1))
-        for part in (middle, *(grid.crop(*region) for region in layout.regions)):
-            if self._source.read_raw(part)[1].any():
-                return
-        finest = self._source.levels[0].grid.box
-        reason = "the chunks there are absent" if not finest.intersect(grid.box).is_empty else f"it covers {finest}"
-        raise InputError(f"{self.location} has no raw for {what}, which lies at {layout.target.box}: {reason}")
 
     def bytes_behind(self, grid: VoxelGrid) -> int:
         """About how many bytes, decompressed, `read` of a grid reads."""

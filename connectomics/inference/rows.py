@@ -34,6 +34,10 @@ SLAB = 1 << 22  # voxels of raw that are asked for at once: what `read` needs be
 _VIEWS_AHEAD = 2  # batches of windows whose further views are read while the network is at work
 
 
+class NotFiniteError(InputError):
+    """The network gives NaN or infinite values for a block."""
+
+
 def planned_reads(
     lattice: WindowLattice, regions: Sequence[Region], inside: Inside | None = None
 ) -> Iterator[VoxelGrid]:
@@ -273,7 +277,7 @@ class Row:
         values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
         if not math.isfinite(float(values.sum())):
             begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
-            raise InputError(
+            raise NotFiniteError(
                 f"the network's output has values that are not finite (NaN or infinite) in the block "
                 f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
             )

@@ -11,7 +11,7 @@ for, further stages make its levels, three at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
-from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
+from connectomics.inference import gaps
 from connectomics.inference.artefact import UNCERTAINTY, Group, marks
 from connectomics.inference.augmented import (
     UNCERTAINTIES,
@@ -31,7 +33,6 @@ from connectomics.inference.augmented import (
 )
 from connectomics.inference.batching import MOST_ON_CPU
 from connectomics.inference.layout import Layout
-from connectomics.inference.mask import Mask
 from connectomics.inference.output import UNITS
 from connectomics.inference.pyramid import LEVELS_AT_ONCE, PyramidWorker, cubes
 from connectomics.inference.raw import RawSource
@@ -84,11 +85,12 @@ class PredictTask(BlockTask):
         skip_empty: windows whose raw is constant, or absent everywhere, are not run; probability (and uncertainty) is 0
             where there are no others.
         mask: location of a multiscale group: windows that lie wholly where it is 0, or beyond it, are not run either.
+        allow_missing_raw: whether a region may be predicted of which some voxels have no raw; they get probability 0.
         about: of channels that are no classes what their attributes say (``artefact``, ``class_name``, ...).
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
 
     raw: str
@@ -116,6 +118,7 @@ class PredictTask(BlockTask):
     dropout_samples: int = 0
     skip_empty: bool = False
     mask: str | None = None
+    allow_missing_raw: bool = False
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -252,6 +255,10 @@ class PredictTask(BlockTask):
                 found.append(Group(where, layouts[name], channel, kind, self.dtype, self.pyramid, what))
         return found
 
+    @cached_property
+    def _missing_raw(self) -> NDArray[np.int64]:
+        return gaps.missing_raw(self)  # asked for once: a large volume has many chunks
+
     @property
     def _symmetries(self) -> tuple[Symmetry, ...]:
         return symmetries(self.symmetries)
@@ -296,11 +303,7 @@ class PredictTask(BlockTask):
         there = self._refuse_others(overwrite)
         if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
             return False
-        source = RawSource(self.raw, self.intensity_range)
-        for layout, _ in self.layouts:
-            source.require_any(layout, self.name)
-        if self.mask is not None:
-            Mask(self.mask, self.voxel_size)
+        gaps.require_raw(self, self._missing_raw)
         return True
 
     def claim(self, *, overwrite: bool = False) -> None:
@@ -314,11 +317,11 @@ class PredictTask(BlockTask):
             ensure_group(self.folder, {"connectomics": self._attributes(None)})
             missing = [group for group in self.groups if not group.is_made]
             if missing:  # also where someone removed an array: what the done-maps say of it holds no longer
-                for file in self.folder.glob(".done-*"):
-                    file.unlink()
+                gaps.forget(self.folder)
             for group in self.groups:  # in this order, since making a group removes what lies in it
                 if not group.is_made:
                     group.make()
+            gaps.keep_missing(self, self._missing_raw)
             return
         for group, level, _ in self._cubes(stage):
             last = min(level + LEVELS_AT_ONCE, len(group.grids) - 1)
@@ -367,11 +370,25 @@ class PredictTask(BlockTask):
             f"the network of {self.output} was given in memory and is on no disk: call run_predict_task with it again"
         )
 
+    def block_box(self, stage: str, block: int) -> Box | None:
+        if stage != PREDICT:
+            return None
+        index, inside = self.locate(block)
+        return self.layouts[index][0].blocks[inside][1].box
+
+    def accepts(self, stage: str) -> str:
+        output = Path(self.output)
+        return f"{output.parent.name.removesuffix('.zarr')}/{output.name}" if stage == PREDICT else ""
+
+    def accept(self, stage: str, failed: Mapping[int, str]) -> None:
+        gaps.give_up(self, failed)
+
     def finish(self) -> None:
+        gaps.confirm_missing(self)
         provenance = self.provenance
         for group in self.groups:
-            group.close(provenance)
-        update_attrs(self.folder, {"connectomics": self._attributes(provenance)})
+            group.close(provenance, gaps.attributes(self, group.layout))
+        update_attrs(self.folder, {"connectomics": {**self._attributes(provenance), **gaps.attributes(self)}})
 
     def _attributes(self, provenance: Provenance | None) -> dict[str, Any]:
         classes = [name for name in self.classes if name in self.targets and name not in self.about]
@@ -441,6 +458,7 @@ def run_predict_task(
     progress: Callable[[int, int], None] | None = None,
     *,
     overwrite: bool = False,
+    accept: Collection[int] = (),
 ) -> bool:
     """Write the probabilities of ``task``, or what is still missing of them, in this process. Returns whether anything
     was missing.
@@ -451,16 +469,18 @@ def run_predict_task(
             layers must be on, see `dropout_on`. It is tried on a window of noise first.
         progress: called with the numbers of finished and of all blocks of each stage.
         overwrite: begin anew where an output of another task (or a finished one) is there.
+        accept: blocks that may fail; they are then stored as 0 and recorded as unknown.
 
     Raises:
         WriteError: an output of another task is there, or the disk is full.
-        InputError: there is no raw in the region, the network gives no probabilities, or a variance is asked for of one
-            pass.
+        StoreError, OutOfMemoryError: raw cannot be read, or memory does not suffice; what is done is kept.
+        InputError: there is no raw in the region, or not everywhere and that is not allowed, the network gives no
+            probabilities, or a variance is asked for of one pass.
         BlocksFailedError: blocks failed (raw that cannot be decoded or is not finite); all others are done.
     """
     networks = [network] if callable(network) else network
     told = None if progress is None else (lambda stage, done, blocks: progress(done, blocks))
-    return run_task(given(task, networks), None, told, device=device, overwrite=overwrite)
+    return run_task(given(task, networks), None, told, device=device, overwrite=overwrite, accept=accept)
 
 
 def _nothing(*inputs: Any) -> Any:

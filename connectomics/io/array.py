@@ -28,6 +28,7 @@ from connectomics.io.store import (
     exists,
     is_s3,
     join,
+    list_objects,
     normalize,
     object_exists,
     read_attrs,
@@ -44,8 +45,8 @@ _COMPRESSOR_KEYS = {
     "bz2": ("id", "level"),
 }
 
-# A row of as many chunks is listed rather than asked for one by one, where it fits one page of a listing.
-_LISTED, _PAGE = 4, 1000
+# A row of so many chunks is listed rather than asked for one by one: on S3 if the whole row fits one page of a listing.
+_LISTED, _LISTED_S3, _PAGE = 16, 4, 1000
 
 # The process that first used tensorstore. Its children by fork must not use it: see the module's docstring.
 _tensorstore_process: int | None = None
@@ -144,20 +145,23 @@ class StoredArray:
     def present_chunks(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.bool_]:
         """Whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool.
 
-        On S3 a long row of chunks is listed, a short one asked for chunk by chunk, 16 at a time.
+        A long row of chunks is listed. A short one is asked for chunk by chunk, on S3 16 at a time.
+
+        Raises `StoreError` if that cannot be said: a chunk that cannot be looked at, or an array that is gone.
         """
         shape = [int(e) - int(b) for b, e in zip(begin, end, strict=True)]
         locations = [self.chunk_location([b + o for b, o in zip(begin, i, strict=True)]) for i in np.ndindex(*shape)]
-        if not is_s3(self.location):
-            return np.array([os.path.isfile(location) for location in locations], dtype=bool).reshape(shape)
         row = -(-self.shape[-1] // self.chunks[-1])
-        if self._separator == "/" and shape[-1] >= _LISTED and row <= _PAGE:
+        least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])
+        if self._separator == "/" and shape[-1] >= least and row <= most:
             rows = list(dict.fromkeys(location.rpartition("/")[0] for location in locations))
-            listed = s3.in_parallel(lambda at: s3.children(*split_s3(at), self.options)[1], rows)
+            listed = s3.in_parallel(lambda at: list_objects(at, self.options), rows)
             there = {f"{at}/{name}" for at, names in zip(rows, listed, strict=True) for name in names}
             found = [location in there for location in locations]
-        else:
+        elif is_s3(self.location):
             found = s3.in_parallel(lambda location: object_exists(location, self.options), locations)
+        else:
+            found = [object_exists(location) for location in locations]
         if not all(found):
             self.check_still_there()
         return np.array(found, dtype=bool).reshape(shape)
@@ -176,24 +180,23 @@ class StoredArray:
         self, low: list[int], high: list[int], absent_is_missing: bool
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         shape = [h - lo for lo, h in zip(low, high, strict=True)]
-        if not absent_is_missing:
-            return self._decode(low, high), np.ones(shape, bool)
         first, last = self.chunk_range(low, high)
         values = None
         if not is_s3(self.location):
             present = self.present_chunks(first, last)
         elif self._handles() is None:
             values, present = plain.fetch(self, low, high)
-        else:  # asking for every chunk would double the requests; read, and ask where that fails
+        else:  # asking for every chunk would double the requests; read, and ask if that fails
             values = self._decode_if_whole(low, high)
             if values is not None:
                 return values, np.ones(shape, bool)
             present = self.present_chunks(first, last)
-        if not present.any():
+        if absent_is_missing and not present.any():
             return np.zeros(shape, self.dtype), np.zeros(shape, bool)
         if values is None:
             values = self._decode(low, high)
-        if present.all():
+            self.check_still_there()  # or what vanished meanwhile was read as absent chunks
+        if present.all() or not absent_is_missing:
             return values, np.ones(shape, bool)
         chunk_of = [np.arange(lo, h) // c - f for lo, h, c, f in zip(low, high, self.chunks, first, strict=True)]
         inside = present[np.ix_(*chunk_of)]
@@ -224,13 +227,12 @@ class StoredArray:
             raise self._read_error(error) from error
 
     def check_still_there(self) -> None:
-        """A chunk that the server does not know is missing only where it knows the array: a bucket that is gone or an
-        endpoint that changed answers 404 to everything."""
+        """Raise `StoreError` if the array's own metadata is gone. A chunk is absent only while that is there: below an
+        unmounted folder nothing exists, and a bucket that is gone or another endpoint answers 404 to everything."""
         name = ".zarray" if self.zarr_format == 2 else "zarr.json"
         if not object_exists(join(self.location, name), self.options):
-            raise StoreError(
-                f"{self.location} was there and is no longer ({name} is gone); check the bucket and the endpoint"
-            )
+            remedy = "check the bucket and the endpoint" if is_s3(self.location) else "check that its disk is mounted"
+            raise StoreError(f"{self.location} was there and is no longer ({name} is gone); {remedy}")
 
     def _handles(self) -> tuple[Any, Any] | None:
         """The array in tensorstore, tolerant of absent chunks and strict, for this process; None: read it plainly."""
@@ -295,21 +297,24 @@ class StoredArray:
 
     def _read_error(self, error: Exception) -> Exception:
         text = one_line(error)
-        named = re.search(r'Error reading "([^"]+)"', text)
+        named = re.search(r'Error reading (?:local file )?"([^"]+)"', text)
         if not is_s3(self.location):
-            key, found = "", self.location
+            key, found = "", named.group(1) if named else self.location
         else:
             bucket, key = split_s3(self.location)
             key = named.group(1) if named else key
             found = f"s3://{bucket}/{key}"
-        of_transfer = "http_response_code" in text or "curl_code" in text
+        of_transfer = any(code in text for code in ("http_response_code", "curl_code", "os_error_code"))
         if not of_transfer and re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
             return corrupt(found, text)
         if is_s3(self.location):
             # the answer's XML says nothing that its code does not
             reason = re.sub(r" \[(http_response_body|x-amzn)[^]]*\]", "", text)
             return StoreError(s3.message(bucket, key, reason, denied=text.startswith("PERMISSION_DENIED")))
-        return StoreError(f"cannot read {self.location}: {text}; check the file and its permissions")
+        reason = re.sub(r"^.*: | \[os_error_code=.*", "", text) if "os_error_code" in text else text
+        return StoreError(
+            f"cannot read {found}: {reason}; check the file, its permissions and that its disk is mounted"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, MetadataError
 from connectomics.io import s3
-from connectomics.io.location import StoreOptions, split_s3
+from connectomics.io.location import StoreError, StoreOptions, split_s3
 
 _FETCHES = 8  # objects fetched at a time
 _ENTRY_BYTES = 200  # what keeping an object costs beside its content
@@ -50,8 +50,12 @@ def read(array: ChunkedArray, low: Sequence[int], high: Sequence[int]) -> NDArra
             try:
                 with open(path, "rb") as handle:
                     _check_blosc(path, handle.read(16), os.path.getsize(path))
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except CorruptDataError:
+                raise
+            except OSError as error:
+                raise _unreadable(path, error) from error
     return _decode(array, array.location, low, high, chunks)
 
 
@@ -89,6 +93,7 @@ def _decode(
     try:
         opened = zarr.open_array(store, mode="r", zarr_format=2 if array.zarr_format == 2 else 3)
     except Exception as error:  # whatever a codec's constructor raises
+        array.check_still_there()
         raise MetadataError(f"cannot open {array.location}: {one_line(error)}") from error
     try:
         return np.asarray(opened[window]).astype(array.dtype, copy=False)
@@ -97,6 +102,8 @@ def _decode(
             try:
                 opened[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, array.chunks, strict=True))]
             except Exception as cause:
+                if isinstance(cause, OSError) and cause.errno is not None:  # of the system, not of a codec
+                    raise _unreadable(array.chunk_location(index), cause) from error
                 raise corrupt(array.chunk_location(index), one_line(cause)) from error
         raise
 
@@ -148,6 +155,11 @@ def _check_blosc(where: str, header: bytes, stored: int) -> None:
 def corrupt(where: str, reason: str) -> CorruptDataError:
     """The error for a chunk that is there and cannot be decoded."""
     return CorruptDataError(f"cannot decode a chunk of {where}: {reason}; fetch or write that chunk again")
+
+
+def _unreadable(where: str, error: OSError) -> StoreError:
+    reason = error.strerror or one_line(error)
+    return StoreError(f"cannot read {where}: {reason}; check the file, its permissions and that its disk is mounted")
 
 
 def one_line(error: BaseException) -> str:

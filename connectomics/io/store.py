@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,46 @@ def read_json(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> di
 def exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
     """Whether a file, folder, object or S3 prefix is there."""
     if not is_s3(location):
-        return Path(normalize(location)).exists()
+        return _mode(location) is not None
     bucket, key = split_s3(location)
     return (bool(key) and s3.head(bucket, key, options)) or any(s3.children(bucket, key, options))
 
 
 def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
-    """Whether one file or S3 object is there (folders and prefixes do not count)."""
-    if not is_s3(location):
-        return os.path.isfile(normalize(location))
-    return s3.head(*split_s3(location), options)
+    """Whether one file or S3 object is there (S3 prefixes do not count); `StoreError` for a folder in its place, and if
+    nobody can say: no permission, an I/O error."""
+    if is_s3(location):
+        return s3.head(*split_s3(location), options)
+    mode = _mode(location)
+    if mode is not None and not stat.S_ISREG(mode):
+        raise StoreError(f"{location} is no file, expected one; remove what is in its place, or restore the file")
+    return mode is not None
+
+
+def list_objects(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> list[str]:
+    """Names of the files right below a local folder, or of the objects right below an S3 prefix; [] if there is none.
+    `StoreError` if it cannot be listed."""
+    if is_s3(location):
+        return s3.children(*split_s3(location), options)[1]
+    try:
+        with os.scandir(normalize(location)) as entries:
+            return [e.name for e in entries if e.is_file(follow_symlinks=False) or (e.is_symlink() and exists(e.path))]
+    except StoreError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
+
+
+def _mode(location: Location) -> int | None:
+    """The mode of a local file or folder, None if it is not there."""
+    try:
+        return os.stat(normalize(location)).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
 
 
 def list_groups(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> list[str]:
@@ -108,6 +139,7 @@ __all__ = [
     "is_s3",
     "join",
     "list_groups",
+    "list_objects",
     "name_of",
     "normalize",
     "object_exists",

@@ -10,6 +10,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.decode import find_arrays
+from connectomics.decoding.unknown import unknown_share
 from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
@@ -46,8 +47,9 @@ def evaluate_labels(
         ``classes``: class -> pooled measures (`connectomics.metrics.evaluate.summarize`) with ``dice_interval`` and
         ``score_interval`` (95 %, over crops); ``datasets``: such rows by data set and class; ``crops``: one row a crop
         and class; ``totals``: the challenge's totals over these crops (`connectomics.metrics.evaluate.totals`);
-        ``left_out``: arrays without annotated truth, ``dataset/crop/class``; ``rules`` and whether they are
-        ``verified``. What cannot be compared (no truth, nothing known) is left out.
+        ``left_out``: arrays without annotated truth, ``dataset/crop/class``; ``unknown``: the share of such an array
+        that was not predicted (accepted failed blocks), which counts as predicted absent; ``rules`` and whether they
+        are ``verified``. What cannot be compared (no truth, nothing known) is left out.
 
     Raises `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `MetadataError` for
     probabilities, `UnknownNameError` for a class, crop or data set that no label has.
@@ -57,11 +59,15 @@ def evaluate_labels(
     found = _chosen(labels, datasets, crops, classes)
     rows: list[LabelEvaluation] = []
     left_out: list[str] = []
+    unknown: dict[str, float] = {}
     for done, (dataset, crop, name) in enumerate(found, start=1):
         row = None
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
             location = store.join(str(labels), f"{dataset}.zarr", crop, name)
-            row = _compare(_opened(location), catalog.crop(dataset, crop), name, rules)
+            opened = _opened(location)
+            row = _compare(opened, catalog.crop(dataset, crop), name, rules)
+            if row is not None and (share := unknown_share(opened.attrs["connectomics"])):
+                unknown[f"{dataset}/{crop}/{name}"] = share
         if row is None:
             left_out.append(f"{dataset}/{crop}/{name}")
         else:
@@ -79,6 +85,7 @@ def evaluate_labels(
         "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
         "crops": [_crop_row(row, version) for row in rows],
         "left_out": left_out,
+        "unknown": unknown,
     }
 
 

@@ -7,9 +7,10 @@ What is predicted is a list of `Target`: crops of the catalog, rows of a crop ta
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.failures import Accepted, accepted_of
 from connectomics.tasks.pool import Engine, Here
 from connectomics.tasks.run import Progress
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
     from connectomics.lightning.module import ConnectomicsModule
 
+#: Shows the progress of a task, by its name, while the context lasts.
+Shown = Callable[[str], AbstractContextManager[Progress | None]]
 Checkpoints = str | Path | Sequence[str | Path] | None
 
 
@@ -140,7 +144,8 @@ def box_target(config: RunConfig, text: str) -> Target:
     if not dataset or box.is_empty:
         raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, found {text!r}")
     grid = VoxelGrid.covering(box, config.dataset.resolution)
-    name = "box_" + "_".join(f"{v:g}" for v in (*begin, *end))
+    # exactly, or two boxes could share a name
+    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
     return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
 
 
@@ -155,7 +160,8 @@ def predict_cellmap_crops(
     device: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | Shown = True,
+    accept_failed: Accepted | Collection[int] = (),
 ) -> list[Path]:
     """Predict crops by sliding window, block by block, into ``{output_dir}/{dataset}.zarr/{crop}/{class}/s0``.
 
@@ -172,24 +178,29 @@ def predict_cellmap_crops(
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU where there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
         resume: go on only: an error where nothing was begun.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr; or what shows the progress of a task, by its name.
+        accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
+            attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
 
     Returns:
         The folders of the targets, in their order.
 
     Raises:
         InputError: the network's classes or inputs are not the configuration's, two checkpoints hold the same weights,
-            there is no raw in a region, ``inference.tta`` or ``inference.uncertainty`` cannot be had, or a ``model`` is
-            to go to other processes.
+            a region has no raw, or lacks some and ``data.allow_missing_raw`` is not set, ``inference.tta`` or
+            ``inference.uncertainty`` cannot be had, or a ``model`` is to go to other processes.
         MissingError, UnknownNameError: the checkpoint, the data root, a data set or a crop is not there.
         WriteError: an output of other settings is in the way, or the disk is full.
         BlocksFailedError: blocks could not be predicted (raw that cannot be decoded); all others are, of all targets.
+        StoreError, OutOfMemoryError: raw cannot be read, or memory does not suffice; what is done is kept.
     """
     place = chosen_device(config, device)
     modules = _modules(model, config, checkpoint_path)
     tasks = _tasks(config, modules, () if model is not None else _paths(checkpoint_path), output_dir, targets, place)
     if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
+    blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
+    accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     todo = [task for task in tasks if task.check(overwrite=overwrite)]
     with open_engine(config.engine, place) as engine:
         if not isinstance(engine, Here):
@@ -199,10 +210,10 @@ def predict_cellmap_crops(
                     "engine.name=local engine.workers=1 without limits"
                 )
             del modules  # every worker loads its own
-            _run_all(todo, engine, overwrite, progress)
+            _run_all(todo, engine, overwrite, progress, accepted)
         elif todo:
             with ready(list(modules.values()), todo[0], place) as networks:
-                _run_all([given(task, networks) for task in todo], engine, overwrite, progress)
+                _run_all([given(task, networks) for task in todo], engine, overwrite, progress, accepted)
     return [task.folder for task in tasks]
 
 
@@ -219,13 +230,20 @@ def prediction_tasks(
     return _tasks(config, modules, _paths(checkpoint_path), output_dir, targets, chosen_device(config, device))
 
 
-def _run_all(tasks: Sequence[PredictTask], engine: Engine, overwrite: bool, progress: bool) -> None:
+def _run_all(
+    tasks: Sequence[PredictTask],
+    engine: Engine,
+    overwrite: bool,
+    progress: bool | Shown,
+    accepted: Mapping[str, Collection[int]],
+) -> None:
     """One after the other; blocks that fail in one do not keep the others from being done."""
     failed = []
+    shown = partial(_bar, shown=progress) if isinstance(progress, bool) else progress
     for task in tasks:
-        with _bar(task.name, progress) as advance:
+        with shown(task.name) as advance:
             try:
-                run_task(task, engine, advance, overwrite=overwrite)
+                run_task(task, engine, advance, overwrite=overwrite, accept=accepted[task.output])
             except BlocksFailedError as error:
                 failed.append(str(error))
     if failed:
@@ -341,6 +359,7 @@ def _tasks(
                 dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
                 skip_empty=options.skip_empty,
                 mask=_mask(catalog, target.dataset, options.mask),
+                allow_missing_raw=config.data.allow_missing_raw,
                 about=about,
             )
         )

@@ -9,6 +9,7 @@ from typing import Any
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.decoding.decode import find_arrays
+from connectomics.decoding.unknown import unknown_share
 from connectomics.errors import ConnectomicsError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
@@ -146,6 +147,19 @@ class Library:
                 self._raw[dataset] = None
                 self.problems.append(f"No raw for {dataset or 'a crop of no known data set'}: {error}")
         return self._raw[dataset]
+
+
+def unknown_lines(folder: Path | None) -> list[str]:
+    """A line for each array of a predictions or labels folder of which a part was not predicted."""
+    lines = []
+    for dataset, crop, name in [] if folder is None or not folder.is_dir() else find_arrays(folder):
+        about = store.read_attrs(store.join(str(folder), f"{dataset}.zarr", crop, name)).get("connectomics")
+        if isinstance(about, dict) and (share := unknown_share(about)):
+            lines.append(
+                f"{dataset}/{crop}/{name}: {100 * share:.3g} % was not predicted (accepted failed blocks); it is "
+                "unknown and counts as predicted absent."
+            )
+    return lines
 
 
 def attributes_by_class(folder: Path | None) -> dict[str, dict[str, Any]]:

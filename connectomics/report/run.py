@@ -21,7 +21,7 @@ from connectomics import __version__
 from connectomics.errors import MetadataError, MissingError
 from connectomics.lightning.run_state import state_of
 from connectomics.report import charts, page
-from connectomics.report.library import attributes_by_class
+from connectomics.report.library import attributes_by_class, unknown_lines
 from connectomics.report.scores import Scores, load_json
 from connectomics.report.sources import ReportSources
 
@@ -44,7 +44,7 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
     groups: dict[str, dict[str, Any]] = {
         "Run": _run_facts(sources, lines),
         "Training ran on": {} if sources.run is None else training_environment(sources.run),
-        "Prediction": _artefact_facts(sources),
+        "Prediction": _artefact_facts(sources, lines),
         "Submission and score": _submission_facts(sources, table, lines),
         "This page was made with": {
             "report": f"connectomics {__version__}, {page.now()}",
@@ -190,9 +190,10 @@ def _plain(name: str, value: Any) -> str:
     return ", ".join(str(v) for v in value) if isinstance(value, list) else str(value)
 
 
-def _artefact_facts(sources: ReportSources) -> dict[str, Any]:
-    """What predictions and labels say of themselves."""
+def _artefact_facts(sources: ReportSources, lines: list[str]) -> dict[str, Any]:
+    """What predictions and labels say of themselves; what they lack goes to ``lines``."""
     facts: dict[str, Any] = {}
+    lines += unknown_lines(sources.labels or sources.probabilities)
     labels, predictions = (
         next(iter(attributes_by_class(folder).values()), {}) for folder in (sources.labels, sources.probabilities)
     )

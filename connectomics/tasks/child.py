@@ -117,13 +117,12 @@ def _open(job: Job, number: int, held: ExitStack, connection: Connection) -> Wor
 
 
 def _work(worker: Worker, blocks: list[int], connection: Connection) -> None:
-    from connectomics.errors import WriteError
-    from connectomics.tasks.pool import one_line, outcomes
+    from connectomics.tasks.pool import SYSTEMATIC, one_line, outcomes
 
     for number, error in outcomes(worker, blocks):
         if error is None:
             connection.send(Told(number))
-        elif isinstance(error, WriteError):
+        elif isinstance(error, SYSTEMATIC):
             connection.send(Told(number, stop=error))
             return
         else:

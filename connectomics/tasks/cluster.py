@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from multiprocessing.connection import wait
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +27,13 @@ from connectomics.errors import EngineError
 from connectomics.tasks.child import Job
 from connectomics.tasks.done import sync
 from connectomics.tasks.pool import Batch, Engine, Pool, gpu_count, one_line
+from connectomics.tasks.scheduler import client_of
 from connectomics.tasks.supervise import TICK_S, Child, make_job
 from connectomics.tasks.task import BlockTask
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
 
-_CONNECT_S = 5.0  # a scheduler answers within that, or is taken for unreachable
 _LOST_S = 20.0  # so long a scheduler may be away while blocks are done, and a scheduler of others without a worker
 _IDLE_S = 120.0  # so long a worker keeps a process, with what it has loaded, for which nobody asks
 _REPORT_SHARE = 0.05  # of a worker's time may go into waiting for the disk before it reports
@@ -75,7 +74,7 @@ class DaskEngine(Engine):
         from distributed import Client
 
         if self._config.address is not None:
-            client = self._stack.enter_context(_client_of(self._config.address))
+            client = self._stack.enter_context(client_of(self._config.address))
             return client, f"Dask scheduler {client.scheduler.address}, dashboard {client.dashboard_link}"
         cluster = self._stack.enter_context(make_cluster(self._config, self._device))
         client = self._stack.enter_context(Client(cluster, set_as_default=False))
@@ -154,27 +153,6 @@ def threads_of(config: EngineConfig) -> int | None:
         return max(1, (os.cpu_count() or 1) // max(1, config.workers))
     options = {"cores": 1, "processes": 1, **config.options}
     return max(1, int(options["cores"]) // int(options["processes"]))
-
-
-def _client_of(address: str) -> Client:
-    """A client of a scheduler by its address or its file."""
-    from distributed import Client
-
-    remedy = "start one with `dask scheduler`, or leave engine.address out"
-    file = Path(address)
-    if "://" not in address and (file.suffix == ".json" or os.sep in address):
-        if not file.is_file():
-            raise EngineError(f"engine.address: there is no scheduler file {address}; {remedy}")
-        given: dict[str, Any] = {"scheduler_file": address}
-    else:
-        given = {"address": address}
-    try:
-        client = Client(**given, timeout=_CONNECT_S, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise EngineError(
-            f"engine.address: no Dask scheduler answers at {address} (waited {_CONNECT_S:g} s); {remedy}"
-        ) from error
-    return client
 
 
 def _host(name: str, threads: int | None) -> Any:
@@ -283,7 +261,8 @@ def _together(told: list[Batch]) -> Batch:
     last = told[-1]
     done = tuple(number for batch in told for number in batch.done)
     failed = {number: why for batch in told for number, why in batch.failed.items()}
-    return Batch(done, failed, last.untouched, sum(b.seconds for b in told), last.stop, last.unopened)
+    seconds = sum(batch.seconds for batch in told)
+    return Batch(done, failed, last.untouched, seconds, last.stop, last.unopened, stopped=last.stopped)
 
 
 class _DaskPool(Pool):

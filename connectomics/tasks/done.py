@@ -59,6 +59,13 @@ class DoneMap:
 
     def mark(self, blocks: Iterable[int]) -> None:
         """Record that ``blocks`` are finished; on disk when this returns."""
+        self._set(blocks, True)
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Record that ``blocks`` are to be done again."""
+        self._set(blocks, False)
+
+    def _set(self, blocks: Iterable[int], done: bool) -> None:
         numbers = sorted(blocks)
         if not numbers:
             return
@@ -68,12 +75,12 @@ class DoneMap:
             with self.path.open("r+b") as file:
                 for number in numbers:
                     file.seek(len(self._head) + number)
-                    file.write(b"\x01")
+                    file.write(bytes([done]))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise WriteError(f"cannot write the done-map {self.path}: {error.strerror}; free space there") from error
-        self._done[numbers] = True
+        self._done[numbers] = done
 
 
 def sync(folder: str) -> None:

@@ -11,8 +11,13 @@ from types import TracebackType
 from typing import Self
 
 from connectomics.config.schema import EngineConfig
-from connectomics.errors import ConnectomicsError, EngineError, WriteError
+from connectomics.errors import ConnectomicsError, EngineError, OutOfMemoryError, WriteError
+from connectomics.io.store import StoreError
+from connectomics.tasks.memory import is_out_of_memory
 from connectomics.tasks.task import BlockTask, Worker
+
+#: Errors of a block that the next block would meet as well: of the disk, of the store, of memory.
+SYSTEMATIC = (WriteError, StoreError, OutOfMemoryError)
 
 REPORT_S = 1.0  # a pool tells what is done at least so often, if blocks are that fast
 
@@ -27,7 +32,8 @@ class Batch:
         failed: number -> one line that says why.
         untouched: blocks that were not tried, since the worker ended before (its process died, or hung).
         seconds: that the worker took for them.
-        stop: why no further block can be done (the disk is full, the model is not there), or None.
+        stop: why no further block can be done (the disk is full, the raw or the model is not there), or None.
+        stopped: the block at which that came up, or None.
         unopened: why the worker did not come to work at all, though another may ("its worker died"), or "".
         ended: whether this is the last that is told of these blocks: each of them is in one of the three above.
     """
@@ -39,6 +45,7 @@ class Batch:
     stop: Exception | None = None
     unopened: str = ""
     ended: bool = True
+    stopped: int | None = None
 
 
 class Pool(ABC):
@@ -127,10 +134,10 @@ def _batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
     begin = time.perf_counter()
     left, done, failed = list(blocks), list[int](), dict[int, str]()
     for number, error in outcomes(worker, blocks):
-        if isinstance(error, WriteError):
-            yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin, error)
-            return
         left.remove(number)  # the first, or nearly
+        if isinstance(error, SYSTEMATIC):
+            yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin, error, stopped=number)
+            return
         if error is None:
             done.append(number)
         else:
@@ -144,7 +151,7 @@ def _batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
 def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Exception | None]]:
     """Do ``blocks``: each comes with None once it is written, or with the error that it failed with; the others go on.
 
-    A `WriteError` (nothing can be written) is the last.
+    An error that is `SYSTEMATIC` is the last.
     """
     todo = list(blocks)
     while todo:
@@ -157,8 +164,13 @@ def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Excep
         except Exception as error:  # whatever a block dies of, the others are done
             if finished == len(todo):
                 raise
-            yield todo[finished], error
-            if isinstance(error, WriteError):
+            told = error
+            if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
+                told = OutOfMemoryError(
+                    f"out of memory ({one_line(error)}); use fewer workers at a time, or a machine with more memory"
+                )
+            yield todo[finished], told
+            if isinstance(told, SYSTEMATIC):
                 return
         del todo[: finished + 1]
 

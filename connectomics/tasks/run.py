@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 
 import numpy as np
 
 from connectomics.config.schema import EngineConfig
-from connectomics.errors import BlocksFailedError, EngineError
+from connectomics.errors import EngineError
 from connectomics.tasks.done import DoneMap, sync
 from connectomics.tasks.engine import open_engine
+from connectomics.tasks.failures import Failures
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Batch, Engine, Pool
 from connectomics.tasks.task import BlockTask
@@ -24,7 +25,6 @@ Progress = Callable[[str, int, int], None]
 _SECONDS = 1.0  # a batch should take about so long: then handing it over costs nothing
 _MOST = 256  # blocks in a batch
 _RECENT = 8  # batches whose slowest says how long a block takes
-_NAMED = 5  # failed blocks that the error names
 _MARK_S = 1.0  # finished blocks are marked so often,
 _MARK_SHARE = 0.05  # unless waiting for the disk took more than this share of the time
 _TELL_S = 0.2  # between two calls of the progress
@@ -37,6 +37,7 @@ def run_task(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    accept: Collection[int] = (),
 ) -> bool:
     """Do what is still missing of a task. Returns whether anything was.
 
@@ -47,11 +48,15 @@ def run_task(
         device: of the workers of an engine that is opened here: ``cpu``, ``cuda`` (each process one of the GPUs) or
             ``cuda:N``.
         overwrite: begin anew where an output of another task (or a finished one) is there.
+        accept: blocks that may fail, once: they are then stored as unknown (`BlockTask.accept`) rather than an error.
 
     Raises:
         WriteError: an output of another task is there, another process works on it, or nothing can be written (the disk
             is full).
-        BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done.
+        StoreError, OutOfMemoryError: of a block, which the next ones would meet as well.
+        BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done. Or the first
+            blocks all failed, and the rest was not tried.
+        InputError: ``accept`` names blocks that the task does not have.
         EngineError: no worker can be had.
         what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
     """
@@ -69,17 +74,16 @@ def run_task(
             teller = _Teller(stage, done, progress)
             teller.tell(now=True)
             if done.count < len(done):
+                failures = Failures(task, stage, len(done), chosen.attempts, accept)
                 with chosen.pool(task, stage) as pool:
-                    _run_stage(task, stage, pool, done, chosen.attempts, teller)
+                    _run_stage(task, stage, pool, done, failures, teller)
         task.finish()
     return True
 
 
-def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, attempts: int, teller: _Teller) -> None:
+def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures: Failures, teller: _Teller) -> None:
     queue = _Queue(done.missing, task.run_length(stage), pool)
     marker = _Marker(done, os.fspath(task.folder))
-    tries: dict[int, int] = {}
-    errors: dict[int, str] = {}
     under_way = unopened = 0
     try:
         while True:
@@ -91,26 +95,19 @@ def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, attempts:
             batch = pool.next()
             under_way -= batch.ended
             marker.add(batch.done)
-            if batch.stop is not None:
-                raise batch.stop
             unopened = unopened + 1 if batch.unopened else 0
-            if unopened == attempts:
+            if unopened == failures.attempts:
                 raise EngineError(f"{task.name}, {stage}: no worker came to work, the last: {batch.unopened}")
-            for number, why in batch.failed.items():
-                tries[number] = tries.get(number, 0) + 1
-                if tries[number] < attempts:
-                    queue.again(number)
-                else:
-                    errors[number] = why
-            for number in batch.untouched:
+            again, accepted = failures.take(batch)
+            marker.add(accepted)
+            for number in (*again, *batch.untouched):
                 queue.again(number)
             queue.learn(batch)
             teller.tell(more=marker.waiting)
     finally:
         marker.mark()  # also what was done before an error or Ctrl-C
     teller.tell(now=True)
-    if errors:
-        raise _failed(task, stage, errors, len(done))
+    failures.close()
 
 
 class _Queue:
@@ -195,12 +192,3 @@ class _Teller:
         if self._progress is not None and (now or time.monotonic() >= self._next):
             self._progress(self._stage, self._done.count + more, len(self._done))
             self._next = time.monotonic() + _TELL_S
-
-
-def _failed(task: BlockTask, stage: str, errors: dict[int, str], blocks: int) -> BlocksFailedError:
-    named = "; ".join(f"block {n}: {errors[n]}" for n in sorted(errors)[:_NAMED])
-    more = f"; and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
-    return BlocksFailedError(
-        f"{task.name}, {stage}: {len(errors)} of {blocks} blocks failed ({named}{more}); "
-        f"the others are done: mend what is wrong and run the same command again"
-    )

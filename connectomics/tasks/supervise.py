@@ -100,7 +100,7 @@ class Child:
         if over:
             self.end()
             return self._dead(over)
-        if self._done and time.monotonic() - self._since >= REPORT_S:
+        if (self._done or self._failed) and time.monotonic() - self._since >= REPORT_S:
             return self._tell(ended=False)
         return None
 
@@ -133,9 +133,9 @@ class Child:
                 self._job = None
                 return self._tell(stop=said.error)
         elif isinstance(said, Told):
-            if said.stop is not None:
-                return self._tell(stop=said.stop)
             self._left.remove(said.number)
+            if said.stop is not None:
+                return self._tell(stop=said.stop, stopped=said.number)
             if said.why:
                 self._failed[said.number] = said.why
             else:
@@ -144,10 +144,12 @@ class Child:
             return self._tell()
         return None
 
-    def _tell(self, stop: Exception | None = None, unopened: str = "", ended: bool = True) -> Batch:
+    def _tell(
+        self, stop: Exception | None = None, unopened: str = "", ended: bool = True, stopped: int | None = None
+    ) -> Batch:
         now = time.monotonic()
         left = tuple(self._left) if ended else ()
-        batch = Batch(tuple(self._done), self._failed, left, now - self._since, stop, unopened, ended)
+        batch = Batch(tuple(self._done), self._failed, left, now - self._since, stop, unopened, ended, stopped)
         self._done, self._failed, self._since = [], {}, now
         return batch
 

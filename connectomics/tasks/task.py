@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from connectomics.errors import MetadataError, MissingError
+from connectomics.errors import InputError, MetadataError, MissingError
+from connectomics.geometry import Box
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, changed_inputs
 from connectomics.io.write import write_file
@@ -205,6 +206,18 @@ class BlockTask(ABC):
     def cost(self, stage: str) -> Cost | None:
         """What the largest block of a stage takes; None where it cannot be said before the stage is prepared."""
         return None
+
+    def block_box(self, stage: str, block: int) -> Box | None:
+        """The box (nm) that a block writes, for messages; None if that cannot be said."""
+        return None
+
+    def accepts(self, stage: str) -> str:
+        """How ``--accept-failed`` names this task if its stage can do without a block, else ""."""
+        return ""
+
+    def accept(self, stage: str, failed: Mapping[int, str]) -> None:
+        """Store blocks that failed (number -> why) as empty, and record them as unknown; they then count as done."""
+        raise InputError(f"{self.name}, {stage}: this stage cannot do without a block")
 
     def relocated(self, folder: Path) -> Self | None:
         """The same work on the same input with its output (and `folder`) below another ``folder``, to time a block of

@@ -322,7 +322,7 @@ def test_another_method_and_what_is_no_input_is_refused(tmp_path):
         run(task)
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     (Path(task.input) / "s0" / "0" / "0" / "0").unlink()
-    with pytest.raises(BlocksFailedError, match=r"60 of 60 blocks failed .*lacks chunks"):
+    with pytest.raises(BlocksFailedError, match=r"of 60 blocks all failed .*lacks chunks"):
         run(task)
     (tmp_path / "task.json").write_text('{"kind": "components", "raw": 1}')
     with pytest.raises(MetadataError, match=r"unknown or absent: .*raw"):

@@ -82,6 +82,7 @@ def test_a_task_leaves_out_padding_and_absent_chunks(tmp_path):
     options = dict(
         raw=str(tmp_path / "raw.zarr" / "em"), classes=("mito",), targets={"mito": GRID}, voxel_size=(8, 8, 8),
         window=(16, 16, 8), checkpoint="", block_size=(16, 16, 16), context=(0, 0, 0), overlap=0.0,
+        allow_missing_raw=True,
     )  # fmt: skip
     stored = []
     for skip in (False, True):
@@ -89,5 +90,6 @@ def test_a_task_leaves_out_padding_and_absent_chunks(tmp_path):
         run_predict_task(task, blur)
         stored.append(Multiscale.open(f"{task.output}/mito").read_level(0, (0, 0, 0), GRID.shape)[0])
     np.testing.assert_array_equal(stored[0][..., :32], stored[1][..., :32])
-    assert (stored[0][..., 32:] > 0).all()
+    assert (stored[0][..., 32:64] > 0).all()
+    assert (stored[0][..., 64:] == 0).all(), "no raw"
     assert (stored[1][..., 32:] == 0).all()

@@ -235,6 +235,15 @@ def test_a_box_of_a_data_set(root, checkpoint, tmp_path):
             targets_of(config, box=wrong)
 
 
+def test_boxes_that_differ_never_share_a_name(root):
+    config = config_of(root)
+    corners = ["1234567,0,0", "1234568,0,0", "1234567.5,0,0", "0.1,0,0", "0.1000000001,0,0", "12345678901,-0,0"]
+    names = [targets_of(config, box=f"set-a:{corner}:99999999999,8,8")[0].name for corner in corners]
+    assert names[0] == "box_1234567_0_0_99999999999_8_8"
+    assert names[-1] == "box_12345678901_0_0_99999999999_8_8"
+    assert len(set(names)) == len(corners)
+
+
 def test_raw_of_other_ranges(root, checkpoint, tmp_path):
     config = config_of(root, crops=["crop3"])
     config = replace(config, data=replace(config.data, intensity_range=[1000, 3000]))

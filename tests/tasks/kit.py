@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from connectomics.errors import CorruptDataError, MetadataError, MissingError, WriteError
+from connectomics.geometry import Box
+from connectomics.io.store import StoreError
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.task import TASK_FILE
 
@@ -26,21 +28,25 @@ class CubeTask(BlockTask):
 
     Attributes:
         fail: blocks of the first stage that fail as long as the file ``mended`` is not there.
-        full: block of the first stage at which the disk is full, likewise.
+        full, lost, poor: block of the first stage at which the disk is full, the store is lost, and memory runs out,
+            likewise.
         kill, hang, hog: blocks of the first stage whose process is killed, which never end, and which take half a
             gigabyte, the first ``times`` times that they are tried.
         pause: seconds that a block takes. opening: why no worker can be opened, or "".
         run: consecutive blocks that go to one worker.
+        accepting: whether blocks of the first stage can be accepted as failed; they then have boxes.
     """
 
     kind: ClassVar[str] = "cube"
-    free: ClassVar[frozenset[str]] = frozenset({"pause", "opening", "run"})
+    free: ClassVar[frozenset[str]] = frozenset({"pause", "opening", "run", "accepting"})
 
     output: str
     count: int = 8
     offset: int = 0
     fail: tuple[int, ...] = ()
     full: int = -1
+    lost: int = -1
+    poor: int = -1
     kill: tuple[int, ...] = ()
     hang: tuple[int, ...] = ()
     hog: tuple[int, ...] = ()
@@ -48,6 +54,7 @@ class CubeTask(BlockTask):
     pause: float = 0.0
     opening: str = ""
     run: int = 1
+    accepting: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
@@ -105,6 +112,17 @@ class CubeTask(BlockTask):
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder))
 
+    def block_box(self, stage: str, block: int) -> Box | None:
+        return Box((block, 0, 0), (block + 1, 1, 1)) if self.accepting else None
+
+    def accepts(self, stage: str) -> str:
+        return f"set/{self.name}" if stage == "first" and self.accepting else ""
+
+    def accept(self, stage: str, failed: Mapping[int, str]) -> None:
+        for number, why in failed.items():
+            np.save(self.folder / stage / f"{number}.npy", np.asarray(0))
+            (self.folder / f"unknown-{number}").write_text(why)
+
     def run_length(self, stage: str) -> int:
         return self.run
 
@@ -133,6 +151,10 @@ class CubeWorker:
                 self._trouble(number)
                 if number == self.task.full and not mended:
                     raise WriteError(f"cannot write {number}: no space left on the device")
+                if number == self.task.lost and not mended:
+                    raise StoreError(f"cannot read {number}: the disk is not mounted")
+                if number == self.task.poor and not mended:
+                    raise MemoryError(f"no memory for {number}")
                 np.save(folder / "first" / f"{number}.npy", np.asarray(number + self.task.offset))
             yield number
 

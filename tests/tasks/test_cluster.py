@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +18,7 @@ import pytest
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks import scheduler as scheduler_module
 from connectomics.tasks.cluster import job_options
 from connectomics.tasks.done import DoneMap
 from connectomics.tasks.pool import Engine
@@ -194,12 +197,38 @@ def test_a_leader_that_is_killed_leaves_nothing_to_a_worker_that_lives_on(tmp_pa
         ("what is this", "no Dask scheduler answers"),
     ],
 )
-def test_a_scheduler_that_is_not_there_is_one_line(address: str, message: str) -> None:
+def test_a_scheduler_that_is_not_there_is_one_line(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_CONNECT_S", 2.0)
     begin = time.monotonic()
     with pytest.raises(EngineError, match=message) as error:
         open_engine(EngineConfig(name="dask", address=address))
     assert "\n" not in str(error.value)
     assert time.monotonic() - begin < 30  # a few seconds on an idle machine
+
+
+@pytest.mark.parametrize(
+    "says", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["nothing", "http"]
+)
+def test_an_address_that_is_no_scheduler_is_one_line_in_time(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_module, "_CONNECT_S", 2.0)
+    held: list[socket.socket] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):  # the listener is closed
+            while True:
+                held.append(listener.accept()[0])
+                held[-1].sendall(says)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match=f"no Dask scheduler answers at {address}") as error:
+            open_engine(EngineConfig(name="dask", address=address))
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - begin < 15
+    for connection in held:
+        connection.close()
 
 
 def test_libraries_and_queues_that_are_not_there_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,12 +24,20 @@ from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE
 from connectomics.decoding.labels import BLOCK, inputs_of, label_attrs, partial_of, standing_labels
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import open_probabilities
+from connectomics.decoding.unknown import blank_stored
 from connectomics.errors import ConfigError, MetadataError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, publish
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import DEFAULT_CHUNKS, create_array, ensure_group, multiscales_attrs, update_attrs
+from connectomics.io.write import (
+    DEFAULT_CHUNKS,
+    ArrayWriter,
+    create_array,
+    ensure_group,
+    multiscales_attrs,
+    update_attrs,
+)
 from connectomics.tasks.done import sync
 from connectomics.tasks.lattice import Lattice
 from connectomics.tasks.task import TASK_FILE, BlockTask
@@ -208,6 +216,9 @@ class LabelsTask(BlockTask):
                 "objects": self.conclude(),
             }
             grid, kind = self.grid, self.parameters.kind
+            if "unknown" in self.source:
+                about["unknown"] = self.source["unknown"]
+                blank_stored(ArrayWriter.open(self.folder / "s0"), about, grid)
             ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
             sync(os.fspath(self.folder))
             update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})

@@ -1,0 +1,158 @@
+"""Blocks that fail: how often each is tried, when the run is given up, and which of them the user accepts."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from connectomics.errors import BlocksFailedError, ConfigError, InputError
+from connectomics.io.store import StoreError
+from connectomics.tasks.pool import Batch, one_line
+from connectomics.tasks.task import BlockTask
+
+log = logging.getLogger(__name__)
+
+_LOGGED = 5  # failures of a stage that are logged when they happen
+_HOPELESS = 16  # distinct blocks that failed, and none that was done: the others would fail as well
+_NAMED = 5  # failed blocks that an error describes
+
+#: Blocks that may fail, by the name of a task (`BlockTask.accepts`, or what follows the slash in it); "": of the only
+#: task.
+Accepted = Mapping[str, Collection[int]]
+
+
+class Failures:
+    """What became of the failed blocks of one stage in this run."""
+
+    def __init__(self, task: BlockTask, stage: str, blocks: int, attempts: int, accept: Collection[int]) -> None:
+        """``blocks``: of the stage. ``attempts``: how often a block is tried. ``accept``: blocks that may fail."""
+        self._task, self._stage, self._blocks, self.attempts = task, stage, blocks, attempts
+        self._accept = frozenset(accept) if task.accepts(stage) else frozenset()
+        if wrong := sorted(number for number in self._accept if not 0 <= number < blocks):
+            raise InputError(
+                f"--accept-failed: {task.name} has blocks 0 to {blocks - 1}, found {spell(wrong)}; give the "
+                "numbers that the failed run named"
+            )
+        self._tries: dict[int, int] = {}
+        self._why: dict[int, str] = {}  # of the latest try
+        self._given_up: list[int] = []
+        self._any_done = False
+        self._logged = 0
+
+    def take(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """Take in what came of a batch.
+
+        Returns:
+            again: failed blocks to try again. accepted: failed blocks that are stored as unknown and thereby done.
+
+        Raises:
+            what stopped the batch; BlocksFailedError: all blocks so far have failed.
+        """
+        self._any_done = self._any_done or bool(batch.done)
+        failed = dict(batch.failed)
+        if batch.stop is not None:
+            if batch.stopped is None or batch.stopped not in self._accept:
+                raise self._stopped(batch.stop, batch.stopped)
+            failed[batch.stopped] = one_line(batch.stop)
+        accepted = {number: why for number, why in failed.items() if number in self._accept}
+        if accepted:
+            self._task.accept(self._stage, accepted)
+            for number, why in sorted(accepted.items()):
+                log.warning("%s: %s; accepted and stored as unknown", self._named(number), why)
+        again = [number for number, why in failed.items() if number not in accepted and self._again(number, why)]
+        if not self._any_done and len(self._tries) >= _HOPELESS:
+            raise BlocksFailedError(
+                f"{self._task.name}, {self._stage}: stopped because the first {len(self._tries)} of {self._blocks} "
+                f"blocks all failed ({self._described(sorted(self._tries)[:1])}); fix the cause, then rerun the "
+                "same command"
+            )
+        return again, list(accepted)
+
+    def close(self) -> None:
+        """Raise `BlocksFailedError` if blocks failed each time."""
+        if not self._given_up:
+            return
+        numbers = sorted(self._given_up)
+        more = f"; and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+        raise BlocksFailedError(
+            f"{self._task.name}, {self._stage}: {len(numbers)} of {self._blocks} blocks failed "
+            f"({self._described(numbers[:_NAMED])}{more}); the others are done. Fix the cause, then rerun the same "
+            f"command{self._remedy(numbers)}"
+        )
+
+    def _again(self, number: int, why: str) -> bool:
+        """Count a failure; whether the block is tried again."""
+        tries = self._tries[number] = self._tries.get(number, 0) + 1
+        if self._logged < _LOGGED:
+            self._logged += 1
+            last = " (further failures are named at the end)" if self._logged == _LOGGED else ""
+            log.warning("%s failed, attempt %d of %d: %s%s", self._named(number), tries, self.attempts, why, last)
+        self._why[number] = why
+        if tries >= self.attempts:
+            self._given_up.append(number)
+        return tries < self.attempts
+
+    def _stopped(self, error: Exception, number: int | None) -> Exception:
+        """The error that ends the run, with the block, if it is of one."""
+        if number is None or not isinstance(error, StoreError) or not (remedy := self._remedy([number])):
+            return error
+        return StoreError(f"{error}. {self._named(number)} ended the run; what is done is kept{remedy}")
+
+    def _named(self, number: int) -> str:
+        return f"{self._task.name}, {self._stage}: {self._block(number)}"
+
+    def _block(self, number: int) -> str:
+        place = self._task.block_box(self._stage, number)
+        return f"block {number}" if place is None else f"block {number} at {place}"
+
+    def _described(self, numbers: Iterable[int]) -> str:
+        return "; ".join(f"{self._block(n)}: {self._why[n]}" for n in numbers)
+
+    def _remedy(self, numbers: Sequence[int]) -> str:
+        name = self._task.accepts(self._stage)
+        these = "this block" if len(numbers) == 1 else "these blocks"
+        return f"; to store {these} as unknown, add --accept-failed {name}:{spell(numbers)}" if name else ""
+
+
+def spell(numbers: Sequence[int]) -> str:
+    """Ascending numbers as ``--accept-failed`` takes them: ``3,11,20-35``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def parse_accepted(texts: Iterable[str]) -> dict[str, set[int]]:
+    """The blocks that texts as ``crop1:3,11,20-35`` name, by task; ``3,11`` alone is of the only task."""
+    found: dict[str, set[int]] = {}
+    for text in texts:
+        name, _, numbers = text.rpartition(":")
+        for part in numbers.split(","):
+            run = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+            if run is None:
+                raise ConfigError(f"--accept-failed takes CROP:12,40 or 12,40 (ranges as 20-35), found {text!r}")
+            found.setdefault(name, set()).update(range(int(run[1]), int(run[2] or run[1]) + 1))
+    return found
+
+
+def accepted_of(tasks: Sequence[BlockTask], accepted: Accepted) -> list[frozenset[int]]:
+    """The accepted blocks of each task.
+
+    Raises `InputError` for a name that no task has, or several, and for numbers without a name if there are several.
+    """
+    names = [next((name for stage in task.stages if (name := task.accepts(stage))), "") for task in tasks]
+    chosen: list[set[int]] = [set() for _ in tasks]
+    for wanted, numbers in accepted.items():
+        meant = [n for n, name in enumerate(names) if wanted in ("", name, name.rpartition("/")[2]) and name]
+        if len(meant) != 1:
+            known = ", ".join(filter(None, names[:12])) or "none"
+            raise InputError(
+                f"--accept-failed {f'{wanted}:' if wanted else ''}{spell(sorted(numbers))} must name one of the "
+                f"regions to predict, found {len(meant)} that it could mean; the regions are {known}"
+            )
+        chosen[meant[0]] |= set(numbers)
+    return [frozenset(numbers) for numbers in chosen]
