@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from connectomics.errors import InputError
 
 MOST_ON_CPU, MOST_ON_GPU = 4, 128  # windows; a CPU is busy with few, and its memory is not the network's alone
+_SINGLE = (
+    "the network with a single window does not fit into the device's memory; make inference.window smaller, or "
+    "training.precision=bf16-mixed"
+)
 _GAIN = 1.05  # a batch twice as large must be faster by this
+
+
+@contextmanager
+def clear_memory_error(windows: int) -> Iterator[None]:
+    """Raise `InputError` with advice if the device has no memory for ``windows`` windows at a time."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if windows == 1:
+            raise InputError(_SINGLE) from error
+        raise InputError(
+            f"the device's memory does not hold this prediction with {windows} windows at a time; make "
+            "inference.batch_size, inference.window or inference.block_size smaller, or training.precision=bf16-mixed"
+        ) from error
 
 
 def best_batch(seconds: Callable[[int], float], most: int) -> int:
@@ -33,10 +54,7 @@ def best_batch(seconds: Callable[[int], float], most: int) -> int:
             now = size / max(seconds(size), 1e-9)
         except torch.OutOfMemoryError as error:
             if best == 0:
-                raise InputError(
-                    "the network with a single window does not fit into the device's memory; make inference.window "
-                    "smaller, or training.precision=bf16-mixed"
-                ) from error
+                raise InputError(_SINGLE) from error
             return max(1, best // 2)
         if best and now < _GAIN * rate:
             break

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from connectomics.inference.artefact import Group
 from connectomics.inference.augmented import LARGEST, Network, entropy
-from connectomics.inference.batching import MOST_ON_CPU, MOST_ON_GPU, best_batch
+from connectomics.inference.batching import MOST_ON_CPU, MOST_ON_GPU, best_batch, clear_memory_error
 from connectomics.inference.layout import Layout
 from connectomics.inference.mask import Mask
 from connectomics.inference.output import require_probabilities, write_probability
@@ -90,7 +90,8 @@ class PredictWorker:
         task = self._task
         regions = [layout.regions[number] for number in numbers]
         touches = None if self._mask is None else self._mask.touches
-        with ReadAhead(self._source.read, planned_reads(layout.lattice, regions, touches)) as read:
+        ahead = ReadAhead(self._source.read, planned_reads(layout.lattice, regions, touches))
+        with clear_memory_error(self._batch), ahead as read:
             yield from predict_regions(
                 read,
                 layout.lattice,
@@ -133,7 +134,8 @@ class PredictWorker:
         noise = np.random.default_rng(0)
         shapes = [task.window, *(shape for _, shape in task.views)]
         inputs = [noise.random(shape, dtype=np.float32) for shape in shapes]
-        out = forward(*([values] for values in inputs))
+        with clear_memory_error(1):
+            out = forward(*([values] for values in inputs))
         require_probabilities(float(out.min()), float(out.max()))
         del out
         if isinstance(task.batch_size, int):

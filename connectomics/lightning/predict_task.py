@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from connectomics.errors import InputError
 from connectomics.inference.augmented import Network, dropout_on
+from connectomics.inference.batching import clear_memory_error
 from connectomics.inference.task import PredictTask
 
 if TYPE_CHECKING:
@@ -81,7 +82,8 @@ def ready(modules: Sequence[ConnectomicsModule], task: PredictTask, device: str)
         networks: list[Network] = []
         for module in modules:
             stack.callback(module.train, module.training)
-            module.eval().to(device)
+            with clear_memory_error(1):
+                module.eval().to(device)
             if last:
                 module.to(memory_format=torch.channels_last_3d)
                 stack.callback(module.to, memory_format=torch.contiguous_format)

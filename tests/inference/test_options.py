@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.errors import InputError, MissingError
+from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.batching import best_batch
 from connectomics.inference.raw import RawSource
@@ -121,6 +121,21 @@ def test_a_batch_is_doubled_as_long_as_that_pays() -> None:
     assert best_batch(timed({2**n: 2.0**n for n in range(9)}, memory=20), 256) == 8, "half of what fits"
     with pytest.raises(InputError, match="single window does not fit"):
         best_batch(timed({}, memory=0), 4)
+
+
+def test_memory_that_runs_out_is_a_line_with_advice(raw: str, tmp_path: Path) -> None:
+    def greedy(most: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def network(x: torch.Tensor) -> torch.Tensor:
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+            return smooth(x)
+
+        return network
+
+    with pytest.raises(BlocksFailedError, match="with 4 windows at a time; make"):
+        run_predict_task(task_of(raw, tmp_path / "a", batch_size=4), greedy(1))
+    with pytest.raises(InputError, match="a single window does not fit into the device's memory"):
+        run_predict_task(task_of(raw, tmp_path / "b", batch_size=4), greedy(0))
 
 
 def test_an_automatic_batch_changes_nothing(raw: str, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Each network and each loss in half precision against float32 on the CPU, and in the memory format of GPUs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from connectomics.models import build_model
+from connectomics.models.labels import DenseLabels, PackedLabels
+from connectomics.models.losses import LOSSES, build_loss
+from tests.models.small_networks import TINY
+
+#: root mean square of what a network's logits are off, as a share of their standard deviation
+NETWORK = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+#: of a loss, relative; the logits themselves are rounded to the type
+LOSS = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
+GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}
+
+# on a CPU most layers have no float16
+TYPES = [
+    ("cpu", torch.bfloat16),
+    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+
+
+def network_of(name: str) -> tuple[torch.nn.Module, Tensor]:
+    """A small network that was not trained, and an image for it."""
+    torch.manual_seed(0)
+    side, options = TINY[name]
+    network = build_model(name, 1, 3, patch_size=[side] * 3, options=options).eval()
+    image = torch.rand(1, 1, side, side, side, generator=torch.Generator().manual_seed(1))
+    return network, image
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The root mean square of the difference, as a share of the standard deviation of ``expected``."""
+    return float((found.float().cpu() - expected).square().mean().sqrt() / expected.std())
+
+
+@pytest.mark.parametrize(("where", "dtype"), TYPES)
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_each_network_says_in_half_precision_what_it_says_in_float32(
+    name: str, where: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if where == "cuda":
+        request.getfixturevalue("gpu")
+    network, image = network_of(name)
+    with torch.inference_mode():
+        expected = network(image)
+        network.to(where)
+        with torch.autocast(where, dtype, enabled=dtype != torch.float32):
+            found = network(image.to(where))
+    assert off(found, expected) < NETWORK[dtype]
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_channels_last_changes_no_value(name: str, device: str) -> None:
+    network, image = network_of(name)
+    with torch.inference_mode():
+        expected = network(image)
+        network.to(device).to(memory_format=torch.channels_last_3d)
+        found = network(image.to(device).contiguous(memory_format=torch.channels_last_3d))
+    assert off(found, expected) < NETWORK[torch.float32]
+
+
+def a_batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, label and known, (2, 3, 12, 12, 12)."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, 3, 12, 12, 12)
+    logits = 2 * torch.randn(shape, generator=generator)
+    return logits, (torch.rand(shape, generator=generator) < 0.3).float(), torch.rand(shape, generator=generator) < 0.7
+
+
+@pytest.mark.parametrize(("where", "dtype"), [*TYPES, ("cpu", torch.float16)])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_each_loss_of_half_precision_logits_is_that_of_float32(
+    name: str, where: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if where == "cuda":
+        request.getfixturevalue("gpu")
+    logits, label, known = a_batch()
+    loss = build_loss([name])
+    values, slopes = [], []
+    for place, kind in (("cpu", torch.float32), (where, dtype)):
+        leaf = logits.to(place, kind, copy=True).requires_grad_()
+        with torch.autocast(place, dtype, enabled=kind != torch.float32):
+            total = loss(leaf, DenseLabels(label, known).to(place)).total
+        total.backward()
+        values.append(float(total.detach()))
+        assert leaf.grad is not None
+        slopes.append(leaf.grad.float().cpu())
+    assert values[1] == pytest.approx(values[0], rel=LOSS[dtype])
+    assert off(slopes[1], slopes[0]) < GRADIENT[dtype]
+
+
+def test_packed_labels_are_the_dense_ones(device: str) -> None:
+    """Label, known, counts and loss, to the bit for the labels."""
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 7, (2, 12, 12, 12), generator=generator).to(torch.uint8)
+    present, known = (torch.rand(2, 5, 7, generator=generator) < share for share in (0.3, 0.8))
+    packed = PackedLabels(codes, present, known)
+    reference = packed.dense()
+    there = packed.to(device)
+    dense = there.dense()
+    assert there.device.type == device
+    assert torch.equal(dense.known.cpu(), reference.known)
+    assert torch.equal(dense.label.cpu(), reference.label)
+    assert torch.equal(there.tally().cpu(), reference.tally())
+    logits = torch.randn(reference.shape, generator=generator)
+    loss = build_loss(["DiceLoss", "BCEWithLogitsLoss"])
+    assert float(loss(logits.to(device), there).total) == pytest.approx(float(loss(logits, reference).total), rel=1e-5)

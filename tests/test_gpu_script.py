@@ -1,0 +1,110 @@
+"""`benchmarks/gpu.py`: it runs everywhere, and whatever breaks, it keeps what it had and goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_script(out: Path, *arguments: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], Any]:
+    """The script on the CPU, started elsewhere, as from any folder; what it printed, and ``gpu.json``."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), *arguments]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=out.parent, env=variables)
+    return done, json.loads((out / "gpu.json").read_text())
+
+
+def rows_of(content: Any, section: str) -> list[dict[str, Any]]:
+    return content["sections"][section]["rows"]
+
+
+def test_two_sections_without_a_gpu_and_without_a_home(tmp_path: Path) -> None:
+    done, content = run_script(tmp_path / "out", "--sections", "inference,learning", HOME="/proc/nowhere")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0].startswith("no GPU here")
+    assert content["about"]["GPU"] == "none"
+    networks = rows_of(content, "inference")
+    assert [row["name"].split(",")[0] for row in networks] == ["MedNeXt-S", "U-Net", "U-Net"]
+    for row in networks:
+        assert row["values"]["of bare"] > 0
+        assert row["values"]["Mvoxel/s"] > 0
+    assert networks[0]["values"]["MONAI's inferer"] > 0
+    learned = rows_of(content, "learning")
+    if "left_out" not in learned[0]:  # the data is beside the checkout
+        assert learned[-1]["values"]["foreground IoU"] >= 0
+        assert learned[-1]["values"]["voxels present"] > 0
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert "(goal >= 0.85: not judged)" in table
+    assert table.strip() in done.stdout
+
+
+def test_a_section_that_breaks_is_a_line_and_a_status(tmp_path: Path) -> None:
+    (tmp_path / "data" / "lucchi-train").mkdir(parents=True)  # and nothing in it
+    done, content = run_script(tmp_path / "out", "--sections", "learning", "--data", str(tmp_path / "data"))
+    assert done.returncode == 1
+    (row,) = rows_of(content, "learning")
+    assert "lucchi-train" in row["error"]
+    assert "\n" not in row["error"]
+    assert f"FAILED: learning, {row['name']}: {row['error']}" in done.stdout
+
+
+def test_rows_are_kept_whatever_comes_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu_sections.record import Record, Section
+
+    record = Record.start(tmp_path / "out", {"device": "cuda"}, goals=True)
+    record.begin("inference")
+    section = Section("inference", record, "cuda", False, tmp_path, tmp_path / "scratch", seconds=60)
+    with section.row("prediction", "first", rate=10) as row:
+        row["rate"] = 12.3456
+    with section.row("prediction", "second", rate=10) as row:
+        row["rate"] = 8.0
+        raise RuntimeError("CUDA error: an illegal memory access\nand a long explanation")
+    with section.row("prediction", "third") as row:
+        section.need(3600)
+    found = Record.load(tmp_path / "out")  # as after a kill at this moment
+    rows = rows_of(found.content, "inference")
+    assert [row["values"].get("rate") for row in rows] == [12.35, 8.0, None]
+    assert rows[1]["error"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert "it takes about 3600 s" in rows[2]["left_out"]
+    table = (tmp_path / "out" / "gpu.md").read_text()
+    assert "| first | 12.3 (goal >= 10: met) |" in table
+    assert "| second | 8 (goal >= 10: missed) | error: RuntimeError" in table
+    assert not list((tmp_path / "out").glob(".*"))
+    found.end("inference", "cut off", 80.0, "it did not end")
+    assert found.failures == ["inference: cut off (it did not end)", f"inference, second: {rows[1]['error']}"]
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_the_cpu(tmp_path: Path, shared_data: Path) -> None:
+    done, content = run_script(tmp_path / "out", "--tiny", "--device", "cpu", "--data", str(shared_data))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {name: section["state"] for name, section in content["sections"].items()} == dict.fromkeys(
+        ("tests", "inference", "training", "learning"), "done"
+    )
+    assert {row["values"]["result"] for row in rows_of(content, "tests")} <= {"passed", "skipped"}
+    training = {row["table"]: row for row in rows_of(content, "training")}
+    assert training["training step"]["values"]["real / constant"] > 0
+    assert training["where a step's time goes"]["values"]["loss"].endswith("%")
+    different = training["two devices"]["values"]
+    assert different["largest difference of a weight, of the largest change"] < different["allowed"]
+    curve = [row for row in rows_of(content, "learning") if row["table"].startswith("foreground IoU")]
+    assert [row["values"]["steps"] for row in curve] == [1, 2]
+
+
+@pytest.mark.slow
+def test_the_data_for_a_node_without_it(tmp_path: Path, shared_data: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--data", str(shared_data)]
+    subprocess.run([*command, "--write-data", str(tmp_path / "data")], check=True)
+    assert sum(p.stat().st_size for p in (tmp_path / "data").rglob("*") if p.is_file()) < 20e6
+    done, content = run_script(tmp_path / "out", "--sections", "learning", "--data", str(tmp_path / "data"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert rows_of(content, "learning")[-1]["values"]["voxels present"] > 0
