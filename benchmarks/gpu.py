@@ -33,7 +33,7 @@ import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 
-from gpu_sections.record import Record, Section, one_line
+from gpu_sections.record import LeftOutError, Record, Section, one_line
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,11 @@ def main() -> int:
     if options.write_data is not None:
         from gpu_sections.learning import write_root
 
-        print(f"wrote {write_root(options.data, options.write_data)}")
+        try:
+            print(f"wrote {write_root(options.data, options.write_data)}")
+        except LeftOutError as reason:
+            print(reason)
+            return 2
         return 0
     import torch
 

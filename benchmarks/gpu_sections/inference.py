@@ -58,7 +58,7 @@ def setups(device: str, tiny: bool) -> list[Setup]:
     if not tiny:
         return found
     # compiling for a CPU takes a minute: here it is only traced
-    sizes: dict[str, Any] = {"size": 48, "window": 32, "block": 32, "batch": 2, "features": 4, "backend": "eager"}
+    sizes: dict[str, Any] = {"size": 32, "window": 32, "block": 32, "batch": 2, "features": 4, "backend": "eager"}
     sizes |= {"options": {"init_filters": 4}}
     return [replace(found[n], **sizes) for n in (0, 1, 4)]
 

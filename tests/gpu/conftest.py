@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -53,7 +54,13 @@ def little_memory(gpu: str) -> Iterator[int]:
 def no_memory(gpu: str) -> Iterator[None]:
     """A GPU that has no memory to give."""
     with limited(10**6):
+        rest = []  # what the allocator still has in parts that are in use
+        for size in (2**20, 2**16, 2**12, 512):
+            with suppress(torch.OutOfMemoryError):
+                while True:
+                    rest.append(torch.empty(size, dtype=torch.uint8, device=gpu))
         yield
+        del rest
 
 
 @contextmanager
@@ -61,6 +68,7 @@ def limited(most: int) -> Iterator[int]:
     """Let this process take only so many bytes of the GPU, and no more than four fifths of what it has."""
     total = torch.cuda.get_device_properties(0).total_memory
     allowed = min(most, 4 * total // 5)
+    gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:

@@ -65,11 +65,11 @@ def test_a_step_whose_gradients_overflow_is_left_out(device: str) -> None:
 # on the CPU 16-mixed becomes bfloat16 or float32, whichever is faster there
 @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
 def test_a_run_in_mixed_precision_learns(precision: str, device: str, tmp_path: Path) -> None:
-    config = config_on(device, precision, training__max_epochs=3)
+    config = config_on(device, precision, training__max_epochs=4)
     result = train(config, tmp_path / "run", datamodule=MadeUpData(patches=12))
     assert result.best_score is not None
-    assert result.best_score > 0.3
-    assert result.steps == 18
+    assert result.best_score > 0.2
+    assert result.steps == 24
 
 
 def random_state(result: TrainResult) -> dict[str, Any]:
