@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,7 +54,8 @@ class Record:
         self.save()
 
     def add(self, section: str, row: Mapping[str, Any]) -> None:
-        """One row: ``table``, ``name``, ``values``, and where there are any ``goals``, ``error``, ``left_out``."""
+        """One row: ``table``, ``name``, ``values``, and where there are any ``goals``, ``error``, ``left_out``,
+        ``quiet`` (a word to count it by: the table does not show it)."""
         self.content["sections"][section]["rows"].append(dict(row))
         self.save()
 
@@ -95,6 +97,12 @@ class Record:
         return "\n".join(lines)
 
     def _table(self, title: str, rows: list[dict[str, Any]]) -> list[str]:
+        quiet = Counter(row["quiet"] for row in rows if row.get("quiet"))
+        lines = [f"{title}: {', '.join(f'{count} {what}' for what, count in quiet.items())}"] if quiet else []
+        rows = [row for row in rows if not row.get("quiet")]
+        return [*lines, *([""] if lines and rows else []), *(self._rows(title, rows) if rows else [])]
+
+    def _rows(self, title: str, rows: list[dict[str, Any]]) -> list[str]:
         columns = list(dict.fromkeys(key for row in rows for key, value in row["values"].items() if value is not None))
         said = any(row.get("error") or row.get("left_out") for row in rows)
         head = [title, *columns, *(["remark"] if said else [])]

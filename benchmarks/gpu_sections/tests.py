@@ -32,9 +32,11 @@ class Reporter:
             self._add(report.nodeid, "failed", 0.0, _reason(report))
 
     def _add(self, name: str, outcome: str, seconds: float, reason: str) -> None:
-        row = {"table": "test", "name": name.removeprefix("tests/gpu/"), "values": {"result": outcome}}
+        row: dict[str, Any] = {"table": "test", "name": name.removeprefix("tests/gpu/"), "values": {"result": outcome}}
         row["values"]["s"] = round(seconds, 1)
-        if outcome == "failed":
+        if outcome == "passed":
+            row["quiet"] = outcome
+        elif outcome == "failed":
             row["error"] = reason
         elif outcome == "skipped":
             row["left_out"] = reason

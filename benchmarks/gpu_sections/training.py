@@ -17,6 +17,9 @@ from data_roots import FOURTEEN, one_large_crop
 from connectomics.cellmap.phantom import PHANTOM_CLASSES
 from connectomics.config import RunConfig
 from connectomics.data.bench.peer import OUR_AUGMENTED
+from connectomics.models.labels import PackedLabels
+from connectomics.models.losses import build_loss
+from gpu_sections.device import peak_gb, reset_peak, wait
 from gpu_sections.record import LeftOutError, Section
 from gpu_sections.steps import WAITING, Turns, measure
 
@@ -47,11 +50,39 @@ def run(section: Section) -> None:
         if parts:
             with section.row("where a step's time goes", name) as row:
                 _shares(parts, row)
+    for classes in (14, 48):
+        with section.row("the loss alone", f"{classes} classes") as row:
+            section.need(0 if section.tiny else 5)
+            _loss_alone(section, classes, row)
     with section.row("training step", "bf16-mixed, 14 classes, gradient checkpointing") as row:
         section.need(0 if section.tiny else before)
         _row(section, root, "bf16-mixed", 14, True, row)
     with section.row("two devices", "one step, half of the batch each, against one device with all of it") as row:
         row |= _two_devices(section)
+
+
+def _loss_alone(section: Section, classes: int, row: dict[str, Any]) -> None:
+    """Milliseconds of the loss and its gradient on a batch of half-precision logits."""
+    side, batch, states = (16, 2, 20) if section.tiny else (128, 2, 100)
+    generator = torch.Generator(section.device).manual_seed(0)
+    some = {"generator": generator, "device": section.device}
+    codes = torch.randint(0, states, (batch, side, side, side), dtype=torch.uint8, **some)
+    present, known = (torch.rand(batch, classes, states, **some) < share for share in (0.1, 0.9))
+    labels = PackedLabels(codes, present, known)
+    logits = torch.randn(batch, classes, side, side, side, **some).bfloat16().requires_grad_()
+    loss = build_loss(["DiceLoss", "BCEWithLogitsLoss"])
+    for name, at_once in (("one class after another", 1), ("as on this device", None)):
+        loss.at_once = at_once
+        seconds = []
+        for _ in range(4):
+            reset_peak(section.device)
+            wait(section.device)
+            began = time.perf_counter()
+            loss(logits, labels).total.backward()
+            wait(section.device)
+            seconds.append(time.perf_counter() - began)
+        row[f"{name}, ms"] = 1e3 * min(seconds)
+        row[f"{name}, GB"] = peak_gb(section.device)
 
 
 def _row(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,11 +19,18 @@ NETWORK = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 LOSS = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 2e-4}
 GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 3e-3}
 
-# on a CPU most layers have no float16
-TYPES = [
-    ("cpu", torch.bfloat16),
-    *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-]
+ON_GPU = (torch.float32, torch.bfloat16, torch.float16)
+QUICK = ("basic_unet", "dynunet", "mednext", "segresnet", "unet")
+
+
+def networks(on_cpu: tuple[torch.dtype, ...], on_gpu: tuple[torch.dtype, ...]) -> list[Any]:
+    """Each network on the CPU and on a GPU, in each type."""
+    found = []
+    for name in sorted(TINY):
+        marks = [] if name in QUICK else [pytest.mark.slow]
+        found += [pytest.param(name, "cpu", dtype, marks=marks) for dtype in on_cpu]
+        found += [pytest.param(name, "cuda", dtype, marks=pytest.mark.gpu) for dtype in on_gpu]
+    return found
 
 
 def network_of(name: str) -> tuple[torch.nn.Module, Tensor]:
@@ -38,8 +47,8 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found.float().cpu() - expected).square().mean().sqrt() / expected.std())
 
 
-@pytest.mark.parametrize(("where", "dtype"), TYPES)
-@pytest.mark.parametrize("name", sorted(TINY))
+# on a CPU most layers have no float16
+@pytest.mark.parametrize(("name", "where", "dtype"), networks((torch.bfloat16,), ON_GPU))
 def test_each_network_says_in_half_precision_what_it_says_in_float32(
     name: str, where: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
@@ -54,14 +63,18 @@ def test_each_network_says_in_half_precision_what_it_says_in_float32(
     assert off(found, expected) < NETWORK[dtype]
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_channels_last_changes_no_value(name: str, device: str) -> None:
+@pytest.mark.parametrize(("name", "where", "dtype"), networks((torch.float32,), (torch.float32,)))
+def test_channels_last_changes_no_value(
+    name: str, where: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    if where == "cuda":
+        request.getfixturevalue("gpu")
     network, image = network_of(name)
     with torch.inference_mode():
         expected = network(image)
-        network.to(device).to(memory_format=torch.channels_last_3d)
-        found = network(image.to(device).contiguous(memory_format=torch.channels_last_3d))
-    assert off(found, expected) < NETWORK[torch.float32]
+        network.to(where).to(memory_format=torch.channels_last_3d)
+        found = network(image.to(where, dtype).contiguous(memory_format=torch.channels_last_3d))
+    assert off(found, expected) < NETWORK[dtype]
 
 
 def a_batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,7 +85,13 @@ def a_batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     return logits, (torch.rand(shape, generator=generator) < 0.3).float(), torch.rand(shape, generator=generator) < 0.7
 
 
-@pytest.mark.parametrize(("where", "dtype"), [*TYPES, ("cpu", torch.float16)])
+@pytest.mark.parametrize(
+    ("where", "dtype"),
+    [
+        *(("cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
+        *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in ON_GPU),
+    ],
+)
 @pytest.mark.parametrize("name", sorted(LOSSES))
 def test_each_loss_of_half_precision_logits_is_that_of_float32(
     name: str, where: str, dtype: torch.dtype, request: pytest.FixtureRequest
