@@ -1,8 +1,8 @@
-"""All that the project says of GPUs, measured by one command: ``make gpu``, or
+"""Test and measure the project on a GPU with one command: ``make gpu``, or
 
     python benchmarks/gpu.py [--minutes 9] [--out outputs/gpu] [--sections tests,inference,training,learning]
         [--device cuda|cpu] [--tiny] [--data DIR]
-    python benchmarks/gpu.py --write-data DIR     # the little that ``learning`` reads, for a node without the data
+    python benchmarks/gpu.py --write-data DIR     # a small copy of the data that ``learning`` reads (17 MB)
 
 tests: everything in tests/gpu that is marked ``gpu``. inference: prediction from Zarr to Zarr beside the bare forward
 passes and MONAI's inferer. training: patches per second with the real loader beside a constant batch, memory, and where
@@ -107,7 +107,7 @@ def parse() -> argparse.Namespace:
 
 
 def about(options: argparse.Namespace) -> dict[str, object]:
-    """When, where and with which versions."""
+    """Date, machine and versions of this run."""
     import torch
 
     sys.path.insert(0, str(ROOT))
@@ -150,7 +150,7 @@ def _commit() -> str:
 
 
 def run_section(name: str, options: argparse.Namespace, scratch: Path) -> Record:
-    """One section in a process of its own; the record afterwards."""
+    """Run a section in its own process and return the record."""
     record = Record.load(options.out)
     coming = options.sections[options.sections.index(name) :]
     left = 60 * options.minutes - (time.monotonic() - STARTED)
@@ -169,7 +169,7 @@ def run_section(name: str, options: argparse.Namespace, scratch: Path) -> Record
             state = "failed"
             error = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     except subprocess.TimeoutExpired:
-        state, error = "cut off", f"it did not end {_GRACE_S:.0f} s after its time"
+        state, error = "cut off", f"still running {_GRACE_S:.0f} s after its time was over"
     finally:
         with contextlib.suppress(ProcessLookupError):  # also what a section that is over has left running
             os.killpg(process.pid, signal.SIGKILL)
@@ -181,7 +181,7 @@ def run_section(name: str, options: argparse.Namespace, scratch: Path) -> Record
 
 
 def environment(scratch: Path) -> dict[str, str]:
-    """The variables of a section: the checkout on the path, and caches that do not need a home."""
+    """Environment of a section: the checkout on the path, and caches that need no home."""
     caches = {
         "XDG_CACHE_HOME": "cache",
         "MPLCONFIGDIR": "matplotlib",
@@ -195,7 +195,7 @@ def environment(scratch: Path) -> dict[str, str]:
 
 
 def work(options: argparse.Namespace) -> int:
-    """In the process of a section."""
+    """Run a section in this process."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     record = Record.load(options.out)

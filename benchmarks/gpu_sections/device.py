@@ -1,4 +1,4 @@
-"""What a device does and holds, on CUDA and on the CPU alike."""
+"""Time and memory of a device; the same code for CUDA and the CPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import torch
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all work."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def reset_peak(device: str) -> None:
-    """Begin to look for the most memory that tensors take; what was kept of older ones is given back."""
+    """Free cached memory and restart the peak of `peak_gb`."""
     if device != "cpu":
         gc.collect()  # modules and trainers refer to each other
         torch.cuda.empty_cache()
@@ -28,19 +28,19 @@ def reset_peak(device: str) -> None:
 
 
 def peak_gb(device: str) -> float | None:
-    """The most memory that tensors took since `reset_peak`, GB; None on the CPU."""
+    """Peak memory of tensors since `reset_peak`, GB; None on the CPU."""
     return None if device == "cpu" else torch.cuda.max_memory_allocated() / 1e9
 
 
 class Clock:
-    """Marks on the device's own time line: between two of them lies what the device did, and where it waited."""
+    """Marks on the device's time line; the time between two marks includes the device's idle time."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.marks: list[tuple[str, Any]] = []
 
     def mark(self, name: str) -> None:
-        """``name`` ends here."""
+        """End the part ``name`` here."""
         if self.device == "cpu":
             self.marks.append((name, time.perf_counter()))
             return
@@ -49,7 +49,7 @@ class Clock:
         self.marks.append((name, event))
 
     def seconds(self) -> dict[str, float]:
-        """Of each name, in all. Waits for the device."""
+        """Return the total of each part; waits for the device."""
         wait(self.device)
         found: dict[str, float] = {}
         for (_, begin), (name, end) in zip(self.marks, self.marks[1:], strict=False):
@@ -59,7 +59,7 @@ class Clock:
 
 
 class Timed:
-    """A network (or any function) whose share of the device's time is to be known."""
+    """A network (or any function) whose time on the device is measured."""
 
     def __init__(self, function: Any, device: str) -> None:
         self._function, self._clock = function, Clock(device)
@@ -71,14 +71,14 @@ class Timed:
         return result
 
     def seconds(self) -> float:
-        """Spent inside so far; begins a new count."""
+        """Return the seconds spent inside so far, and reset them."""
         found = self._clock.seconds().get("inside", 0.0)
         self._clock.marks.clear()
         return found
 
 
 class Busy:
-    """The share of the time in which the GPU ran anything, as nvidia-smi samples it; None where that cannot be had."""
+    """Share of the time in which the GPU was busy, sampled by nvidia-smi; None if that is not available."""
 
     def __init__(self, device: str) -> None:
         self._command = None

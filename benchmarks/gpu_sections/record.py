@@ -30,7 +30,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Record:
-    """The content of ``gpu.json``; one process at a time has it in its hands."""
+    """The content of ``gpu.json``; only one process at a time may change it."""
 
     def __init__(self, out: Path, content: dict[str, Any]) -> None:
         self.out, self.content = out, content
@@ -45,22 +45,22 @@ class Record:
 
     @classmethod
     def load(cls, out: Path) -> Record:
-        """The record of a run that is under way."""
+        """Read the record of a run that has started."""
         return cls(out, json.loads((out / "gpu.json").read_text(encoding="utf-8")))
 
     def begin(self, section: str) -> None:
-        """A section without rows so far."""
+        """Add a section, without rows."""
         self.content["sections"][section] = {"state": "running", "seconds": None, "error": None, "rows": []}
         self.save()
 
     def add(self, section: str, row: Mapping[str, Any]) -> None:
-        """One row: ``table``, ``name``, ``values``, and where there are any ``goals``, ``error``, ``left_out``,
+        """Add a row: ``table``, ``name``, ``values``, and where there are any ``goals``, ``error``, ``left_out``,
         ``quiet`` (a word to count it by: the table does not show it)."""
         self.content["sections"][section]["rows"].append(dict(row))
         self.save()
 
     def end(self, section: str, state: str, seconds: float, error: str | None = None) -> None:
-        """The section is over: ``done``, ``failed`` or ``cut off``."""
+        """Close a section: ``done``, ``failed`` or ``cut off``."""
         self.content["sections"][section] |= {"state": state, "seconds": round(seconds, 1), "error": error}
         self.save()
 
@@ -129,7 +129,7 @@ class Record:
 
 @dataclass
 class Section:
-    """A section under way: what it works on and with, how long it may take, and where its rows go.
+    """A running section: its device and folders, the time it may take, and the record for its rows.
 
     Attributes:
         name: of the section. record: gets the rows. device: ``cuda`` or ``cpu``. tiny: the smallest sizes that run.
@@ -151,13 +151,13 @@ class Section:
         return self.seconds - (time.monotonic() - self.started)
 
     def need(self, seconds: float) -> None:
-        """Leave the row out (`LeftOutError`) if it is expected to take longer than what is left."""
+        """Leave the row out (`LeftOutError`) if it is expected to take longer than the time that is left."""
         if seconds > self.left:
             raise LeftOutError(f"left out: it takes about {seconds:.0f} s, and {max(0.0, self.left):.0f} s are left")
 
     @contextmanager
     def row(self, table: str, name: str, **goals: float) -> Iterator[dict[str, Any]]:
-        """The values of a row, to be filled in; kept also if an error comes in between, which ends the row alone.
+        """Yield the values of a row to fill in. The row is kept if an error is raised, and the error ends only the row.
 
         ``goals``: least values, by the column's name.
         """
@@ -175,7 +175,7 @@ class Section:
         print(f"[{self.name}] {name}: {row.get('error') or row.get('left_out') or row['values']}", flush=True)
 
     def folder(self, name: str) -> Path:
-        """A folder in the scratch space, empty."""
+        """Make an empty folder in the scratch space."""
         path = self.scratch / name
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)

@@ -28,9 +28,9 @@ class Found:
 
     Attributes:
         real, constant: patches per second with the real loader, and with one batch that stays on the device.
-        parts: seconds of a step with the real loader, on the device's time line, by what it did.
-        memory: GB that tensors took at most, None on the CPU.
-        load: seconds that one process takes to make a patch.
+        parts: seconds of a step with the real loader, by part, on the device's time line.
+        memory: peak memory of tensors, GB; None on the CPU.
+        load: seconds that one process needs for a patch.
     """
 
     real: float
@@ -42,14 +42,14 @@ class Found:
 
 @dataclass
 class Turns:
-    """How many steps warm up, and for how long each kind of step is measured (at least two steps)."""
+    """Number of warm-up steps, and the seconds for which each kind of step is measured (at least two steps)."""
 
     warm: int
     seconds: float
 
 
 class RealThenConstant:
-    """The batches of a loader, and once ``constant`` is set the last of them again and again, without augmentation."""
+    """The batches of a loader; once ``constant`` is set, its last batch is repeated without augmentation."""
 
     def __init__(self, loader: PatchLoader, device: str) -> None:
         self.loader, self.device = loader, device
@@ -72,7 +72,7 @@ class RealThenConstant:
 
 
 class StepData(CellMapDataModule):
-    """The data of a run, from a loader that can be switched."""
+    """The data of a run, with a loader that can be switched to a constant batch."""
 
     switch: RealThenConstant
 
@@ -182,7 +182,7 @@ def measure(config: RunConfig, folder: Path, device: str, turns: Turns) -> Found
 
 
 def _load_seconds(data: StepData) -> float:
-    """That this process takes to make a patch, with one thread: the median of some."""
+    """Return the median time that this process needs for a patch, with one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     sampler, dataset, found = data.sampler(), data.train_dataset, []

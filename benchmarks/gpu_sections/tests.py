@@ -12,7 +12,7 @@ TESTS = Path(__file__).resolve().parents[2] / "tests" / "gpu"
 
 
 class Reporter:
-    """A pytest plugin: a row for each test as it ends, and the end of all when the time is over."""
+    """A pytest plugin: adds a row when a test ends, and stops the session when the time is over."""
 
     def __init__(self, section: Section) -> None:
         self.section = section
@@ -44,7 +44,7 @@ class Reporter:
 
 
 def _reason(report: Any) -> str:
-    """The line that says why a test failed or was skipped."""
+    """Return the line that says why a test failed or was skipped."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -89,7 +89,7 @@ def _loss_alone(section: Section, classes: int, row: dict[str, Any]) -> None:
 def _row(
     section: Section, root: Path, precision: str, classes: int, checkpointing: bool, row: dict[str, Any]
 ) -> dict[str, float]:
-    """Fill in a row; seconds of a step by what it did."""
+    """Fill in a row; return the seconds of a step by part."""
     config = configuration(section, root, precision, classes)
     if checkpointing:
         config.model.options["gradient_checkpointing"] = True
