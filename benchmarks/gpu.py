@@ -72,7 +72,13 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no GPU here (pytc doctor says why); leave --device out to run on the CPU")
         return 2
-    record = Record.start(options.out, about(options), goals=options.device == "cuda" and not options.tiny)
+    judged = options.device == "cuda" and not options.tiny
+    try:
+        record = Record.start(options.out, about(options), goals=judged)
+    except OSError as error:
+        print(f"cannot write to {options.out} ({error.strerror}); give another folder with --out")
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running section is ended too
     with tempfile.TemporaryDirectory(prefix="connectomics-gpu-") as scratch:
         for name in options.sections:
             record = run_section(name, options, Path(scratch))

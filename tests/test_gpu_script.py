@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +78,29 @@ def test_rows_are_kept_whatever_comes_after(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "out").glob(".*"))
     found.end("inference", "cut off", 80.0, "it did not end")
     assert found.failures == ["inference: cut off (it did not end)", f"inference, second: {rows[1]['error']}"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_end_takes_its_section_along(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--sections", "training", "--tiny"]
+    variables = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen([*command, "--device", "cpu", "--out", str(tmp_path)], env=variables) as running:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "gpu.json").exists() or not rows_so_far(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.terminate()
+        assert running.wait(30) == 143
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive
+    assert rows_so_far(tmp_path)
+
+
+def rows_so_far(out: Path) -> list[dict[str, Any]]:
+    content = json.loads((out / "gpu.json").read_text())
+    return content["sections"].get("training", {"rows": []})["rows"]
 
 
 @pytest.mark.slow
