@@ -28,6 +28,7 @@ ones for 0/1 labels and have their minimum at prediction = target for fractions.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from torch.nn import functional
 from connectomics.errors import ConnectomicsError, InputError, unknown_name
 from connectomics.models.labels import Labels
 
+_AT_ONCE_ON_GPU = 2**24  # logits of several classes that are looked at together: some 1.5 GB of intermediate values
 _FULL_WEIGHT = 1 / 64  # known share of a sample from which a class has its full weight there
 
 
@@ -204,8 +206,9 @@ class MaskedLoss(nn.Module):
     divided by their sum over the sizes at which the class has known voxels there, so that a small known region, which
     fills no coarse voxel, counts as much as the others.
 
-    Classes are looked at one after another: labels are unpacked, and intermediate values kept, for one at a time. Each
-    class's gradient is found along with its value, so that backward needs no more than the gradient itself: 4 bytes a
+    Classes are looked at one after another: labels are unpacked, and intermediate values kept, for one at a time. On a
+    GPU, where starting so many small kernels takes longer than they run, several are looked at together. Each class's
+    gradient is found along with its value, so that backward needs no more than the gradient itself: 4 bytes a
     voxel and class, where the steps of two losses would keep about 20. There is no second derivative.
     """
 
@@ -213,6 +216,7 @@ class MaskedLoss(nn.Module):
         super().__init__()
         self.losses = nn.ModuleDict(losses)
         self.weights = dict(weights)
+        self.at_once: int | None = None  # classes that are looked at together; None: one, and several on a GPU
 
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
         """The loss of a batch, see the top of this module; computed in float32 whatever the autocast state.
@@ -236,42 +240,59 @@ class MaskedLoss(nn.Module):
         factors = outputs[0].new_tensor([self.weights[name] for name in self.losses], dtype=torch.float32)
         factors = factors / labels.channels
         means = torch.zeros_like(factors)
+        together = self.at_once or _classes_at_once(labels)
         with torch.autocast(labels.device.type, enabled=False):
-            for channel in range(labels.channels):
+            for first in range(0, labels.channels, together):
+                some = slice(first, min(first + together, labels.channels))
+                label, known = _labels_of(labels, some)
                 with torch.set_grad_enabled(wanted):
-                    leaves = [output.detach()[:, channel].float().requires_grad_(wanted) for output in outputs]
-                    values = self._of_class(leaves, *labels.of(channel))
+                    leaves = [output.detach()[:, some].float().requires_grad_(wanted) for output in outputs]
+                    values = self._of_classes(leaves, label, known)
                     if wanted:
                         slopes = torch.autograd.grad((values * factors).sum(), leaves)
                         for gradient, slope in zip(gradients, slopes, strict=True):
-                            gradient[:, channel] = slope
+                            gradient[:, some] = slope
                 means = means + values.detach()
             total = (means * factors).sum()
         if wanted:
             total = _WithGradients.apply(total, len(gradients), *gradients, *outputs)
         return LossResult(total, dict(zip(self.losses, means / labels.channels, strict=True)))
 
-    def _of_class(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> Tensor:
-        """The mean over samples of a class's weighted losses, by loss (L,).
+    def _of_classes(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> Tensor:
+        """The mean over samples of the weighted losses of some classes, summed over these, by loss (L,).
 
-        ``logits`` by level, label and known: (B, D, H, W).
+        ``logits`` by level, label and known: (B, K, D, H, W).
         """
-        label, known = label[:, None], known[:, None]
+        samples = len(label)
         levels = []
         for level in logits:
-            if level.shape[1:] != label.shape[2:]:
-                label, known = downsample(label, known, level.shape[1:])
+            if level.shape[2:] != label.shape[2:]:
+                label, known = downsample(label, known, level.shape[2:])
             # `where` and not a product: NaN times zero is NaN, in the value and in the gradient.
-            rows = torch.where(known, level[:, None], 0.0).flatten(1)
-            target = torch.where(known, label, 0.0).flatten(1)
-            mask = known.flatten(1)
+            rows, target = (torch.where(known, values, 0.0).flatten(0, 1).flatten(1) for values in (level, label))
+            mask = known.flatten(0, 1).flatten(1)
             levels.append(_Known(rows, target, mask.float(), mask.sum(1)))
         share = (levels[0].count / (levels[0].known.shape[1] * _FULL_WEIGHT)).clamp(max=1)
         # known on a coarse level implies known on the finest
         weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])
         weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
         values = torch.stack([torch.stack([loss(level) for level in levels]) for loss in self.losses.values()])
-        return (values * weight * share).sum(1).mean(1)
+        return (values * weight * share).sum((1, 2)) / samples
+
+
+def _classes_at_once(labels: Labels) -> int:
+    """How many classes are looked at together on the labels' device."""
+    if labels.device.type == "cpu":
+        return 1
+    return max(1, _AT_ONCE_ON_GPU // (labels.batch * math.prod(labels.spatial_shape)))
+
+
+def _labels_of(labels: Labels, some: slice) -> tuple[Tensor, Tensor]:
+    """Label and known of some classes, (B, K, D, H, W)."""
+    label, known = zip(*(labels.of(channel) for channel in range(some.start, some.stop)), strict=True)
+    if len(label) == 1:  # no copy
+        return label[0][:, None], known[0][:, None]
+    return torch.stack(label, 1), torch.stack(known, 1)
 
 
 class _WithGradients(torch.autograd.Function):

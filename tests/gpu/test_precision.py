@@ -113,6 +113,33 @@ def test_each_loss_of_half_precision_logits_is_that_of_float32(
     assert off(slopes[1], slopes[0]) < GRADIENT[dtype]
 
 
+@pytest.mark.parametrize("sizes", [(12,), (12, 6, 3)])
+@pytest.mark.parametrize("together", [2, 5, None])
+def test_classes_that_are_looked_at_together_lose_what_each_loses_alone(
+    together: int | None, sizes: tuple[int, ...], device: str
+) -> None:
+    """Values and gradients of every loss, in float32. ``None``: as many classes as suit the device."""
+    generator = torch.Generator().manual_seed(7)
+    # blocks of one state, so that some coarse voxels are known
+    codes = torch.randint(0, 9, (2, 3, 3, 3), generator=generator).to(torch.uint8)
+    codes = codes.repeat_interleave(4, 1).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    present, known = (torch.rand(2, 5, 9, generator=generator) < share for share in (0.4, 0.7))
+    known[0, 1] = False
+    labels = PackedLabels(codes, present, known)
+    start = [torch.randn(2, 5, n, n, n, generator=generator) for n in sizes]
+    found = []
+    for at_once, where in ((1, "cpu"), (together, device)):
+        loss = build_loss(sorted(LOSSES)).to(where)
+        loss.at_once = at_once
+        outputs = [output.to(where, copy=True).requires_grad_() for output in start]
+        result = loss(outputs, labels.to(where))
+        result.total.backward()
+        slopes = [output.grad.cpu() for output in outputs if output.grad is not None]
+        found.append((result.total.detach().cpu(), {k: v.cpu() for k, v in result.parts.items()}, slopes))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    assert len(found[0][2]) == len(sizes)
+
+
 def test_packed_labels_are_the_dense_ones(device: str) -> None:
     """Label, known, counts and loss, to the bit for the labels."""
     generator = torch.Generator().manual_seed(4)
