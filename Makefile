@@ -11,10 +11,13 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-all bench lint docs clean help
+# make gpu installs nothing: a PYTHON that is given, else that of .venv, else the first that was found
+GPU_PYTHON = $(if $(filter-out file,$(origin PYTHON)),$(PYTHON),$(firstword $(wildcard $(BIN)/python) $(PYTHON)))
+
+.PHONY: install demo test test-all bench gpu lint docs clean help
 
 help:
-	@echo "make install | demo | test | test-all | bench | lint | docs | clean"
+	@echo "make install | demo | test | test-all | bench | gpu | lint | docs | clean"
 
 install: $(STAMP)
 
@@ -37,6 +40,10 @@ test-all: install
 
 bench: install
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# nine minutes on a GPU; without one the tiny version on the CPU. GPU_OPTIONS="--minutes 5 --data DIR"
+gpu:
+	@$(or $(GPU_PYTHON),python3) benchmarks/gpu.py $(GPU_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
     python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--block 64] [--rounds 3]
         [--device cpu] [--precision 32] [--network unet|mednext] [--features 8] [--channels-last] [--compile] [--monai]
-    python benchmarks/bench_predict.py --gpu      # MedNeXt-S in bf16 on a GPU, MONAI's inferer beside it
 
 A task (`run_predict_task`: reading and scaling raw, windows, blending, blocks, compressing and storing) and a loop that
 only calls the same U-Net on as many windows of the same shape take turns in one process. Printed: the median over the
@@ -25,7 +24,7 @@ import numpy as np
 CLASSES = ("mito", "er")
 
 
-def network_of(options: argparse.Namespace) -> Any:
+def network_of(options: Any) -> Any:
     """A network with a sigmoid behind it, seeded, in evaluation mode: a U-Net of MONAI's, or MedNeXt-S."""
     import torch
     from monai.networks.nets import BasicUNet
@@ -35,7 +34,8 @@ def network_of(options: argparse.Namespace) -> Any:
     if options.network == "mednext":
         from connectomics.models.registry import build_model
 
-        net = build_model("mednext", 1, len(CLASSES), patch_size=[options.window] * 3, options={"mednext_size": "S"})
+        chosen = {"mednext_size": "S", **options.options}
+        net = build_model("mednext", 1, len(CLASSES), patch_size=[options.window] * 3, options=chosen)
     else:
         n = options.features
         widths = (n, n, 2 * n, 4 * n, 8 * n, n)
@@ -43,7 +43,7 @@ def network_of(options: argparse.Namespace) -> Any:
     network = torch.nn.Sequential(net, torch.nn.Sigmoid()).eval().to(options.device)
     if options.channels_last:
         network = network.to(memory_format=torch.channels_last_3d)
-    return torch.compile(network) if options.compile else network
+    return torch.compile(network, backend=options.backend) if options.compile else network
 
 
 def make_raw(folder: Path, size: int) -> tuple[str, Any]:
@@ -59,7 +59,7 @@ def make_raw(folder: Path, size: int) -> tuple[str, Any]:
     return str(location), grid
 
 
-def seconds_of_forwards(network: Any, windows: np.ndarray, count: int, options: argparse.Namespace) -> float:
+def seconds_of_forwards(network: Any, windows: np.ndarray, count: int, options: Any) -> float:
     """``count`` windows through the network and nothing else."""
     import contextlib
 
@@ -79,7 +79,7 @@ def seconds_of_forwards(network: Any, windows: np.ndarray, count: int, options: 
     return time.perf_counter() - begin
 
 
-def seconds_of_monai(network: Any, raw: str, grid: Any, options: argparse.Namespace) -> float:
+def seconds_of_monai(network: Any, raw: str, grid: Any, options: Any) -> float:
     """MONAI's inferer over the whole array, which is in memory already."""
     import contextlib
 
@@ -123,20 +123,10 @@ def main() -> None:
     parser.add_argument("--network", default="unet", choices=("unet", "mednext"))
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--monai", action="store_true", help="MONAI's SlidingWindowInferer beside it")
-    parser.add_argument(
-        "--gpu", action="store_true", help="MedNeXt-S, bf16, 512^3, windows of 128, blocks of 256, MONAI"
-    )
+    parser.set_defaults(options={})  # of MedNeXt
     options = parser.parse_args()
-    if options.gpu:
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no GPU here: nothing was measured")
-            return
-        options.device, options.network, options.precision, options.monai = "cuda", "mednext", "bf16", True
-        options.size, options.window, options.block, options.batch = 512, 128, 256, 8
-        options.channels_last = True
 
     from connectomics.inference.task import PredictTask, run_predict_task
 

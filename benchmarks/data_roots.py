@@ -21,15 +21,15 @@ FOURTEEN = (
 THREE = FOURTEEN[:3]
 
 
-def one_large_crop(out: Path, raw_nm: float = 2000.0, crop_nm: float = 1320.0) -> Path:
+def one_large_crop(out: Path, raw_nm: float = 2000.0, crop_nm: float = 1320.0, voxel_nm: float = 4.0) -> Path:
     """A root with one data set of 4 nm raw and in its middle one crop at 4 nm that has all 48 classes; patches of 128
-    voxels of 8 nm lie within it. Made once."""
+    voxels of 8 nm lie within it. Made once. ``voxel_nm``: another voxel size of both."""
     if not (out / ".complete").is_file():
         shutil.rmtree(out, ignore_errors=True)
-        raw = VoxelGrid.covering(Box((-2.0,) * 3, (raw_nm - 2.0,) * 3), (4.0,) * 3)
+        raw = VoxelGrid.covering(Box((-voxel_nm / 2,) * 3, (raw_nm - voxel_nm / 2,) * 3), (voxel_nm,) * 3)
         plan = DatasetPlan("phantom-bench", raw, Tone(1.0, 0.0, 10.0), 0, 1)
-        begin = round((raw_nm - crop_nm) / 8)
-        grid = raw.crop((begin,) * 3, (round(crop_nm / 4),) * 3)
+        begin = round((raw_nm - crop_nm) / 2 / voxel_nm)
+        grid = raw.crop((begin,) * 3, (round(crop_nm / voxel_nm),) * 3)
         scene = plan.scene()
         write.write_training_crop(out, plan, scene, CropPlan(1, False, dict.fromkeys(PHANTOM_CLASSES, grid)))
         write.write_raw(out, plan, scene)

@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+
+try:
+    from hypothesis import settings
+except ModuleNotFoundError:  # tests/gpu needs no more than pytest and the core installation
+    settings = None  # type: ignore[assignment,misc]
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# a shared machine is slow at times; a test that fails for that says nothing
-settings.register_profile("steady", deadline=None)
-settings.load_profile("steady")
+if settings is not None:
+    # a shared machine is slow at times; a test that fails for that says nothing
+    settings.register_profile("steady", deadline=None)
+    settings.load_profile("steady")
 
 
 #: begun first, so that none of them is still running when everything else is done

@@ -64,6 +64,11 @@ def test_no_file_is_longer_than_one_sitting() -> None:
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 500, file
 
 
+def test_what_needs_a_gpu_is_where_the_gpu_script_looks() -> None:
+    marked = {file.parent for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text("utf-8")}
+    assert marked - {Path(__file__).parent} == {ROOT / "tests" / "gpu"}  # this file names the mark
+
+
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [

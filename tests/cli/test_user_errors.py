@@ -332,7 +332,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{labels} {new}.zip --crops {broken_json}", "broken.json"),
         ("{labels} {new}.zip --crops {table} --class mitoo", "did you mean 'mito'"),
         ("{labels} {new}.zip --crops {table} --dataset set-b", "did you mean 'set-a'"),
-        ("{labels} {run} --crops {table}", "is no submission of ours"),
+        ("{labels} {run} --crops {table}", "was not written by export"),
         ("{labels} {new}.zip --crops {table} --probabilities {nowhere}", "nowhere"),
         ("{one_label} {new}.zip --crops {table} --strict", "crop"),
     ],

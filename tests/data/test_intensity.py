@@ -186,24 +186,6 @@ def test_any_int64_is_a_seed() -> None:
     assert not torch.equal(result[0], result[1])
 
 
-@pytest.mark.gpu
-def test_a_gpu_does_the_same() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    image, codes, seeds = batch()
-    for name in KINDS:
-        made = augmentor(**{name: {"prob": 1}})
-        expected, moved = made(image, codes, seeds)
-        found, found_codes = made(image.cuda(), codes.cuda(), seeds)
-        assert found.is_cuda
-        assert found_codes is not None
-        assert moved is not None
-        assert torch.equal(found_codes.cpu(), moved)
-        if name not in ("noise", "poisson", "cutout"):  # their voxels come from the device's generator
-            assert torch.allclose(found.cpu(), expected, atol=2e-3), name
-        assert torch.equal(made(image.cuda(), codes.cuda(), seeds)[0], found)
-
-
 # --- optics ------------------------------------------------------------------------------------------------------
 
 

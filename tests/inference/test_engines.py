@@ -173,15 +173,3 @@ def test_dry_run_and_resume_on_the_command_line(
         predict(root, checkpoint, Path(out), config_of(root, crops=["crop2"]), resume=True)
     assert main(command) == 0
     assert main([*command, "--resume"]) == 0
-
-
-@pytest.mark.gpu
-def test_every_gpu_works_on_the_blocks(root: Path, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
-    from connectomics.lightning.inference import targets_of
-
-    config = replace(box_config(root), engine=EngineConfig(workers=0))
-    targets = targets_of(config, box=BOX)
-    (cpu,) = predict(root, checkpoint, tmp_path / "a", box_config(root), targets=targets)
-    (gpu,) = predict(root, checkpoint, tmp_path / "b", config, targets=targets, device="cuda")
-    stored = [Multiscale.open(folder / "mito").read_level(0, (0, 0, 0), (48, 48, 64))[0] for folder in (cpu, gpu)]
-    assert np.abs(stored[0].astype(int) - stored[1]).max() <= 3

@@ -20,20 +20,7 @@ from connectomics.models import (
 )
 from connectomics.models.labels import DenseLabels
 from connectomics.models.losses import build_loss
-
-# The smallest of each that is still the same network.
-TINY: dict[str, tuple[int, dict[str, Any]]] = {
-    "mednext": (32, {"init_filters": 4}),
-    "unet": (32, {"channels": [4, 8, 8, 8, 8]}),
-    "basic_unet": (32, {"features": [4, 4, 8, 8, 8, 4]}),
-    "dynunet": (32, {"filters": [4, 4, 8, 8, 8]}),
-    "segresnet": (16, {"init_filters": 8}),
-    "attention_unet": (32, {"channels": [4, 4, 8, 8, 8]}),
-    "unetr": (32, {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2}),
-    "swin_unetr": (64, {"feature_size": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}),
-    "flexible_unet": (64, {"decoder_channels": [16, 8, 8, 4, 4]}),
-    "vnet": (32, {}),
-}
+from tests.models.small_networks import TINY
 
 
 def test_listing_names_every_network_and_imports_no_torch() -> None:

@@ -1,0 +1,105 @@
+"""Training: gradient scaling, precisions, resuming with the device's random state, memory that runs out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from connectomics.config import RunConfig
+from connectomics.errors import InputError
+from connectomics.lightning.train import TrainResult, train
+from connectomics.models.labels import DenseLabels
+from connectomics.models.losses import build_loss
+from tests.lightning.synthetic_run import MadeUpData, tiny_config
+
+
+def config_on(device: str, precision: str, **changes: Any) -> RunConfig:
+    accelerator = "gpu" if device == "cuda" else "cpu"
+    return tiny_config(system__accelerator=accelerator, training__precision=precision, **changes)
+
+
+def half_precision_loss(weights: torch.Tensor) -> torch.Tensor:
+    """Of float16 logits, as a network under autocast has them."""
+    generator = torch.Generator().manual_seed(5)
+    label = (torch.rand(weights.shape, generator=generator) < 0.3).float()
+    labels = DenseLabels(label, torch.ones_like(label, dtype=torch.bool)).to(weights.device)
+    return build_loss(["DiceLoss", "BCEWithLogitsLoss"])(weights.half(), labels).total
+
+
+def weights_on(device: str) -> torch.nn.Parameter:
+    values = torch.randn(1, 2, 16, 16, 16, generator=torch.Generator().manual_seed(6))
+    return torch.nn.Parameter(values.to(device))
+
+
+def test_scaled_gradients_are_the_gradients(device: str) -> None:
+    plain, scaled = weights_on(device), weights_on(device)
+    loss = build_loss(["DiceLoss", "BCEWithLogitsLoss"])
+    generator = torch.Generator().manual_seed(5)
+    label = (torch.rand(plain.shape, generator=generator) < 0.3).float()
+    loss(plain, DenseLabels(label, torch.ones_like(label, dtype=torch.bool)).to(device)).total.backward()
+    optimizer = torch.optim.SGD([scaled], lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**14)
+    scaler.scale(half_precision_loss(scaled)).backward()
+    scaler.unscale_(optimizer)
+    assert plain.grad is not None
+    assert scaled.grad is not None
+    # without the scale these gradients (about 1e-4) would lose most of their digits in float16
+    assert torch.allclose(scaled.grad, plain.grad, rtol=1e-2, atol=1e-7)
+
+
+def test_a_step_whose_gradients_overflow_is_left_out(device: str) -> None:
+    weights = weights_on(device)
+    before = weights.detach().clone()
+    optimizer = torch.optim.SGD([weights], lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
+    scaler.scale(half_precision_loss(weights)).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weights, before)
+    assert scaler.get_scale() == 2.0**39
+
+
+# on the CPU 16-mixed becomes bfloat16 or float32, whichever is faster there
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_a_run_in_mixed_precision_learns(precision: str, device: str, tmp_path: Path) -> None:
+    config = config_on(device, precision, training__max_epochs=4)
+    result = train(config, tmp_path / "run", datamodule=MadeUpData(patches=12))
+    assert result.best_score is not None
+    assert result.best_score > 0.2
+    assert result.steps == 24
+
+
+def random_state(result: TrainResult) -> dict[str, Any]:
+    assert result.last_checkpoint is not None
+    content = torch.load(result.last_checkpoint, weights_only=True, map_location="cpu")
+    (state,) = content["connectomics_random_state"]
+    return state
+
+
+def test_a_resumed_run_goes_on_with_the_devices_random_numbers(device: str, tmp_path: Path) -> None:
+    """The network has dropout, so that each step draws from the device's generator."""
+    whole = train(config_on(device, "32", training__max_epochs=2), tmp_path / "whole", datamodule=MadeUpData())
+    first = train(config_on(device, "32", training__max_epochs=1), tmp_path / "part", datamodule=MadeUpData())
+    torch.manual_seed(99)  # the process is another one by then
+    second = train(
+        config_on(device, "32", training__max_epochs=2),
+        tmp_path / "part",
+        checkpoint=first.last_checkpoint,
+        datamodule=MadeUpData(),
+    )
+    expected, found = random_state(whole), random_state(second)
+    assert torch.equal(found["torch"], expected["torch"])
+    assert len(found["cuda"]) == len(expected["cuda"]) == torch.cuda.device_count()
+    assert all(torch.equal(a, b) for a, b in zip(found["cuda"], expected["cuda"], strict=True))
+    if device == "cuda":
+        assert not torch.equal(found["cuda"][0], random_state(first)["cuda"][0]), "nothing was drawn"
+
+
+@pytest.mark.gpu
+def test_training_that_finds_no_memory_says_so_in_one_line(no_memory: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the GPU's memory does not hold this run") as error:
+        train(config_on("cuda", "32"), tmp_path / "run", datamodule=MadeUpData())
+    assert "\n" not in str(error.value)
