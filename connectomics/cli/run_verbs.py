@@ -33,7 +33,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint; begin where there is none.")
     ] = False,
     fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch of everything.")] = False,
-    list_models: Annotated[bool, typer.Option("--list-models", help="Print the architectures and stop.")] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="Print the architectures, with FILE its plugins' too, and stop.")
+    ] = False,
 ) -> None:
     """Train a network.
 
@@ -46,8 +48,11 @@ def train(
       pytc train tutorials/cellmap_cos7.yaml --run-dir runs/cos7 --resume
     """
     if list_models:
+        from connectomics.config import import_plugins, load_config
         from connectomics.models.registry import list_models as models
 
+        if config is not None:
+            import_plugins(load_config(config, overrides or []).plugins)
         for name, text in models().items():
             print(f"{name:16} {text}")
         return

@@ -236,6 +236,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     output_dir: str = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
+    plugins: list[str] = field(default_factory=list)  # modules of your own that add networks, found as Python does
 
     @property
     def channels(self) -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import connectomics
-from connectomics.config import RunConfig, config_to_dict
+from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
@@ -131,6 +131,7 @@ class ConnectomicsModule(pl.LightningModule):
     def __init__(self, config: RunConfig) -> None:
         """Builds network and loss; raises `InputError`, `ConfigError` or `UnknownNameError` where that cannot be."""
         super().__init__()
+        import_plugins(config.plugins)
         check_monitors(config)
         self.config = config
         self.classes = tuple(config.dataset.classes)
