@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from connectomics.cellmap.catalog import Catalog, Crop, informs
-from connectomics.data.augment import Augmentor, PatchAugmentor, agree
+from connectomics.data.augment import Augmentor, GivenAugmentor, PatchAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
@@ -90,7 +90,8 @@ class CropPatches(Dataset[Any]):
         mode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`;
-        ``augmentor`` is a `PatchAugmentor`, or any function of a dense sample. Raises `MissingError` or
+        ``augmentor`` is a `PatchAugmentor`, MONAI dictionary transforms (`GivenAugmentor`: ``known`` goes wherever
+        ``label`` goes), or any function of a dense sample, which moves ``known`` itself. Raises `MissingError` or
         `UnknownNameError` for a root, data set, crop or class that is not there."""
         options = PatchOptions.from_kwargs(mode_kwargs or {})
         store = StoreOptions(cache_bytes=options.chunk_cache_bytes)
@@ -120,7 +121,10 @@ class CropPatches(Dataset[Any]):
             if name not in self.classes:
                 raise unknown_name("instance class", name, self.classes, "the classes")
         in_reading = augmentor if isinstance(augmentor, PatchAugmentor) else None
-        self._augment = None if isinstance(augmentor, PatchAugmentor) else augmentor
+        self.augmentor = augmentor
+        self._augment: Augmentor | GivenAugmentor | None = None
+        if augmentor is not None and not isinstance(augmentor, PatchAugmentor):
+            self._augment = augmentor if isinstance(augmentor, Augmentor) else GivenAugmentor(augmentor)
         own = PatchShape(self.patch_size, self.resolution)
         views = [PatchShape(shape, size) for size, shape in options.inputs]
         spatial = None if in_reading is None else in_reading.spatial
@@ -197,10 +201,12 @@ class CropPatches(Dataset[Any]):
         sample = patch.dense(classes)
         if self._augment is None:
             return sample
-        if isinstance(self._augment, Augmentor):
-            self._augment.seed(patch.seed % 2**31)
+        if isinstance(self._augment, GivenAugmentor):
+            given: Sample = self._augment(sample, patch.instances, classes)
+            return given
+        self._augment.seed(patch.seed % 2**31)
         moved = self._augment(sample)
-        if isinstance(self._augment, Augmentor) and "ids" in moved:
+        if "ids" in moved:
             moved["ids"] = agree(moved["ids"], patch.instances, moved["label"], moved["known"], classes)
         return moved
 
