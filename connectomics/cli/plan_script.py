@@ -45,4 +45,5 @@ def _run(options: argparse.Namespace) -> None:
 
         config = load_config(options.config, options.overrides)
         run_verbs.decode(out / "predictions", out / "labels", options.config, overrides=options.overrides)
-        run_verbs.evaluate(out / "labels", config.dataset.data_root, out / "evaluation.json")
+        rules = config.score.rules
+        run_verbs.evaluate(out / "labels", config.dataset.data_root, out=out / "evaluation.json", rules=rules)

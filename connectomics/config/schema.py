@@ -217,6 +217,17 @@ class DecodingConfig:
     table: str = "csv"  # csv | parquet: tables of instances also as Parquet
 
 
+#: What ``score.rules`` may be; `connectomics.metrics.challenge.rules` has what they are.
+SCORE_RULES = ("2026-06", "2026-07", "2026-07-exponential", "2026-07-affine", "pq")
+
+
+@dataclass
+class ScoreConfig:
+    """How results are scored: by score, evaluate and tune, and by training.val_score."""
+
+    rules: str = "2026-06"  # 2026-06 (verified) | 2026-07-exponential (also: 2026-07) | 2026-07-affine | pq
+
+
 @dataclass
 class RunConfig:
     """A whole run."""
@@ -234,6 +245,7 @@ class RunConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     output_dir: str = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
     plugins: list[str] = field(default_factory=list)  # modules of your own that add networks, found as Python does

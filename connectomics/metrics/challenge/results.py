@@ -209,8 +209,8 @@ class ClassScore:
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """The official entries of ``label_scores``, and ``panoptic_quality``."""
-        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn}
+        """The official entries of ``label_scores``, and ``score`` and ``panoptic_quality``."""
+        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "score": self.score}
         entries = {"iou": self.iou, **counts}
         if self.is_instance:
             entries = {
