@@ -22,6 +22,7 @@ from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on
+from connectomics.inference.save import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store

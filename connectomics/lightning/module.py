@@ -25,6 +25,7 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
+from connectomics.lightning.from_checkpoint import FromCheckpoint
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
@@ -112,7 +113,7 @@ def inference_window(config: RunConfig) -> list[int]:
     return window
 
 
-class ConnectomicsModule(pl.LightningModule):
+class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[misc]
     """Trains and validates the network of a run.
 
     A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`); a
