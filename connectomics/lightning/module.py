@@ -172,16 +172,14 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
     def forward(self, image: Tensor, *views: Tensor) -> Tensor:
         """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
 
-        The channels are the classes, then those of all heads.
-
-        ``views``: of the same places, one for each of ``data.inputs``, (B, 1, d, h, w)."""
+        The channels are the classes, then those of all heads. ``views``: of the same places, one for each of
+        ``data.inputs``, (B, 1, d, h, w)."""
         return self.network(image, *views)
 
     def probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
         """Probabilities (B, C, D, H, W), float32, each channel by itself; for a module in evaluation mode.
 
-        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written.
-        """
+        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written."""
         logits = self.network(image, *views)
         if not all(head.write for head in self.heads):
             classes, *heads = logits.split(self._groups, dim=1)
