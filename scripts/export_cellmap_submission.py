@@ -3,7 +3,8 @@
     python scripts/export_cellmap_submission.py --predictions_dir outputs/labels --output_path submission.zip \
         --classes nuc mito --datasets jrc_cos7-1a
 
-A name that ends in .zip gives what the portal takes; any other name gives the folder of the same Zarr group.
+A name that ends in .zip gives what the portal takes; any other name gives the folder of the same Zarr group. Data sets
+without a test crop in the challenge, as jrc_cos7-1a, are packed on the grids of their predictions.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--classes", nargs="+", required=True, metavar="CLASS", help="classes to pack")
     parser.add_argument("--datasets", nargs="+", required=True, metavar="DATASET", help="data sets to pack")
     parser.add_argument("--crops", metavar="TABLE", help="crop table (.csv or .json); default: the challenge's")
+    parser.add_argument("--data_root", metavar="ROOT", help="data root with the crops of .npy files that no table has")
     parser.add_argument("--strict", action="store_true", help="fail where a prediction is missing")
     options = parser.parse_args(arguments)
     try:
@@ -34,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.classes,
             options.datasets,
             crops=options.crops,
+            data_root=options.data_root,
             strict=options.strict,
         )
     except ConnectomicsError as error:

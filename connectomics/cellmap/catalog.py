@@ -1,11 +1,13 @@
 """What a data root holds: data sets, crops, and the label array of every class, found lazily.
 
-Nothing is read before it is asked for: opening a catalog lists the root, listing crops lists folders, and the metadata
-of a label array is read when its grid or annotation is first used. Roots may be local folders or ``s3://`` URLs.
+Nothing is read before it is asked for: opening a catalog lists the root, listing crops lists folders (and looks whether
+a group that is named like no class of the challenge is annotated), and the metadata of a label array is read when its
+grid or annotation is first used. Roots may be local folders or ``s3://`` URLs.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +18,14 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import MissingError, unknown_name
+from connectomics.errors import MetadataError, MissingError, unknown_name
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.s3 import in_parallel
 from connectomics.io.store import DEFAULT_OPTIONS, StoreOptions
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -56,8 +60,21 @@ class LabelArray:
     @cached_property
     def annotation(self) -> Annotation:
         """How its values are to be read; raises `MetadataError` where the attributes are absent or broken."""
-        finest = store.read_attrs(store.join(self.location, self.source.levels[0].path), self.options)
-        return Annotation.from_attrs(self.source.attrs, finest, self.location)
+        return Annotation.from_attrs(self.source.attrs, self._finest_attrs(), self.location)
+
+    @property
+    def is_annotated(self) -> bool:
+        """Whether anything stored here says what the values mean. `StoreError` where the attributes cannot be read."""
+        try:
+            group = store.read_attrs(self.location, self.options)
+            return "cellmap" in group or "cellmap" in self._finest_attrs()
+        except store.StoreError:
+            raise
+        except (MissingError, MetadataError):  # a folder, a group of groups, another kind of array
+            return False
+
+    def _finest_attrs(self) -> dict[str, Any]:
+        return store.read_attrs(store.join(self.location, self.source.levels[0].path), self.options)
 
 
 @dataclass(frozen=True)
@@ -70,6 +87,7 @@ class Crop:
         raw: location of the data set's raw multiscale group.
         labels: the label arrays by class name; a class without an array is unknown in this crop.
         options: how the arrays are read (cache, threads, endpoint); no part of what the crop is.
+        not_annotated: names of groups beside them that are no class of the challenge and have no annotation (``all``).
     """
 
     dataset: str
@@ -77,6 +95,7 @@ class Crop:
     raw: str
     labels: dict[str, LabelArray] = field(hash=False)
     options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
+    not_annotated: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -86,14 +105,14 @@ class Crop:
     @cached_property
     def grid(self) -> VoxelGrid:
         """The finest grid among the crop's label arrays that have voxels (one without where none has)."""
-        there = [label.grid for label in self._opened()]
+        there = [label.grid for label in self._readable()]
         grids = [grid for grid in there if grid.size] or there
         return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
 
     @cached_property
     def box(self) -> Box:
         """The world box that holds all of the crop's label arrays; one without voxels takes no part."""
-        boxes = [label.grid.box for label in self._opened() if label.grid.size]
+        boxes = [label.grid.box for label in self._readable() if label.grid.size]
         return reduce(Box.hull, boxes) if boxes else self.grid.box
 
     @cached_property
@@ -108,16 +127,35 @@ class Crop:
         """
         return self.raw_source.missing_chunks(grid)
 
-    def _opened(self) -> list[LabelArray]:
-        """The label arrays, their metadata read; on S3 several at a time, since each takes a few requests in turn."""
+    def _readable(self) -> list[LabelArray]:
+        """The label arrays whose metadata can be read: one that is broken stops a run that reads it, and no other. An
+        error where none can. On S3 several are opened at a time, since each takes a few requests in turn."""
         arrays = list(self.labels.values())
         closed = [label for label in arrays if "source" not in label.__dict__]
         if closed and store.is_s3(self.raw):
+            errors = in_parallel(self._open, closed)
+        else:
+            errors = [self._open(label) for label in closed]
+        broken = {label.class_name: error for label, error in zip(closed, errors, strict=True) if error is not None}
+        if len(broken) == len(arrays):
+            raise next(iter(broken.values()))
+        for name, error in broken.items():
+            log.warning(
+                "%s: the labels of %s cannot be read and take no part in the crop's box: %s", self.key, name, error
+            )
+        return [label for label in arrays if label.class_name not in broken]
+
+    @staticmethod
+    def _open(label: LabelArray) -> Exception | None:
+        """Open a label array; what is wrong with its metadata, or None."""
+        try:
             # not by the property: Python 3.11 holds one lock for all instances while it is worked out
-            found = in_parallel(lambda label: Multiscale.open(label.location, label.options), closed)
-            for label, source in zip(closed, found, strict=True):
-                label.__dict__["source"] = source
-        return arrays
+            label.__dict__["source"] = Multiscale.open(label.location, label.options)
+        except store.StoreError:
+            raise
+        except (MissingError, MetadataError) as error:
+            return error
+        return None
 
 
 class Catalog:
@@ -181,14 +219,18 @@ class Catalog:
         return self._crop_names[dataset]
 
     def crop(self, dataset: str, name: str) -> Crop:
-        """One crop with all of its classes."""
+        """One crop with all of its classes; groups that are none (``all``) are kept apart, `Crop.not_annotated`."""
         names = self.crop_names(dataset)
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
         location = store.join(self.location(dataset), GROUND_TRUTH, name)
-        classes = store.list_groups(location, self.options)
-        labels = {c: LabelArray(c, store.join(location, c), self.options) for c in classes}
-        return Crop(dataset, name, self.raw_location(dataset), labels, self.options)
+        found = [
+            LabelArray(c, store.join(location, c), self.options) for c in store.list_groups(location, self.options)
+        ]
+        # one that is named like a class is taken for it, so that a lost annotation is found by the run that reads it
+        apart = tuple(a.class_name for a in found if a.class_name not in CLASSES and not a.is_annotated)
+        labels = {a.class_name: a for a in found if a.class_name not in apart}
+        return Crop(dataset, name, self.raw_location(dataset), labels, self.options, apart)
 
     def _each(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """``ask`` of every item: one after the other on a disk, several at a time on S3, where answers take long."""

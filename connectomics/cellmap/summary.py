@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
+from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
@@ -24,12 +26,17 @@ def summarize(
     """Data sets with raw levels and crops, and for each class the annotated volume by state, in cubic micrometres.
 
     Counts are of the classes' own arrays: what other classes imply is not counted. A crop without an array of the class
-    counts as unknown with its whole box. ``raw_chunks`` counts the raw chunks under each crop, of the level that a run
-    at ``voxel_size`` (nm, z y x; None: the finest) reads, and how many of them are not stored.
+    counts as unknown with its whole box. ``not_annotated`` names the groups without an annotation, which are no classes
+    or cannot be used as such, with the number of crops that have them. ``raw_chunks`` counts the raw chunks under each
+    crop, of the level that a run at ``voxel_size`` (nm, z y x; None: the finest) reads, and how many of them are not
+    stored.
     """
     catalog = Catalog.open(root)
     found = catalog.crops(datasets, crops, classes)
-    names = sorted({n for c in found for n in c.labels if classes is None or n in classes})
+    there = [_annotated(crop) for crop in found]
+    names = sorted({n for labels in there for n in labels if classes is None or n in classes})
+    apart = Counter(n for crop in found for n in crop.not_annotated)
+    apart.update(n for crop, labels in zip(found, there, strict=True) for n in crop.labels if n not in labels)
     return {
         "root": catalog.root,
         "n_crops": len(found),
@@ -38,8 +45,23 @@ def summarize(
             for name in catalog.datasets
             if any(c.dataset == name for c in found)
         ],
-        "classes": {name: _class(name, found) for name in names},
+        "classes": {name: _class(name, found, there) for name in names},
+        "not_annotated": dict(sorted(apart.items())),
     }
+
+
+def _annotated(crop: Crop) -> dict[str, LabelArray]:
+    """The crop's label arrays that have an annotation; one that is broken raises `MetadataError`."""
+    found = {}
+    for name, label in crop.labels.items():
+        try:
+            _ = label.annotation
+        except (MetadataError, MissingError):
+            if label.is_annotated:
+                raise
+        else:
+            found[name] = label
+    return found
 
 
 def _dataset(catalog: Catalog, name: str, crops: Sequence[Crop], voxel_size: Triple | None) -> dict[str, Any]:
@@ -81,12 +103,12 @@ def _raw_chunks(crop: Crop, voxel_size: Triple | None) -> dict[str, Any]:
     return {"missing": missing, "total": total, "first_missing": name}
 
 
-def _class(name: str, crops: Sequence[Crop]) -> dict[str, Any]:
+def _class(name: str, crops: Sequence[Crop], labels: Sequence[Mapping[str, LabelArray]]) -> dict[str, Any]:
     total = {"present_um3": 0.0, "absent_um3": 0.0, "unknown_um3": 0.0}
     kinds = set()
     n_crops = 0
-    for crop in crops:
-        label = crop.labels.get(name)
+    for crop, there in zip(crops, labels, strict=True):
+        label = there.get(name)
         if label is None:
             total["unknown_um3"] += float(np.prod(crop.box.extent)) / 1e9
             continue

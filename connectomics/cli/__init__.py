@@ -36,10 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments it shows the way through."""
     from connectomics.cli.app import app
 
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = join_lists(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     loudness = [word for word in given if word in _LOUDNESS]  # also behind the verb, where one thinks of it
     given = [*loudness, *[word for word in given if word not in _LOUDNESS]]
     return run_guarded(lambda: app(args=given, standalone_mode=False), what_is_kept(given))
+
+
+def join_lists(words: Sequence[str]) -> list[str]:
+    """Command-line words, with an override's list put together again that a shell took apart at its spaces:
+    ``dataset.crops=['crop234', 'crop236']`` without quotes arrives as two words. Words whose brackets do not balance
+    before the next option or override stay as they are."""
+    joined: list[str] = []
+    left = list(words)
+    while left:
+        whole, taken = left[0], 1
+        if re.match(r"[+~]*[\w.@/]+=", whole):
+            while _open_brackets(whole) > 0 and taken < len(left) and not re.match(r"--|[\w.]+=", left[taken]):
+                whole, taken = f"{whole} {left[taken]}", taken + 1
+            if _open_brackets(whole):
+                whole, taken = left[0], 1
+        joined.append(whole)
+        del left[:taken]
+    return joined
+
+
+def _open_brackets(text: str) -> int:
+    return sum(text.count(bracket) for bracket in "[{") - sum(text.count(bracket) for bracket in "]}")
 
 
 def run_guarded(work: Callable[[], object], interrupted: str = GOES_ON) -> int:
@@ -97,4 +119,4 @@ def _of_worker(message: str) -> str:
     return str(raised[-1]) if raised else message
 
 
-__all__ = ["main", "run_guarded"]
+__all__ = ["join_lists", "main", "run_guarded"]

@@ -87,6 +87,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
     header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
     show.table(header, rows, title=f"classes over {summary['n_crops']} crops")
+    for name, number in summary["not_annotated"].items():
+        print(f"{name}: a group without annotation in {number} crop(s), no class")
 
 
 def _stored(chunks: dict[str, Any]) -> str:

@@ -131,7 +131,10 @@ class Way:
         with show.stage(f"scoring {submission}", self.timings, f"scoring {submission.parent.name}"):
             table = self.out / "crops.csv"
             self.selected().save(table)
-            result = score_submission(submission, self.truth, table, classes=self.config.dataset.classes)
+            config = self.config
+            result = score_submission(
+                submission, self.truth, table, classes=config.dataset.classes, rules=config.score.rules
+            )
             write_scores(result, folder)
         return result
 
@@ -196,7 +199,7 @@ class Way:
         ]
         for name, score in scores.label_scores.items():
             rows.append([name, _percent(score.score), _percent(baseline.label_scores[name].score)])
-        show.table(["score (challenge rules)", "network", "intensity threshold"], rows)
+        show.table([f"score (rules {scores.rules})", "network", "intensity threshold"], rows)
         (self.out / "timings.json").write_text(json.dumps(self.timings, indent=1), encoding="utf-8")
         print()
         for name in ("scores.json", "submission.zip", "report.html"):

@@ -22,17 +22,32 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
     crops = sorted(result["crops"], key=lambda row: float(row["dice"]))
     title = "By crop" + (f", the worst {_SHOWN} of {len(crops)}" if len(crops) > _SHOWN else "")
     _print(title, ("crop", "dataset", "class"), crops[:_SHOWN], intervals=False)
-    trust = "" if result["verified"] else ", not verified against the official scorer"
-    print(f"\nThe challenge's score over these crops, known voxels only, rules {result['rules']}{trust}")
+    from connectomics.metrics.challenge.rules import trust
+
+    said = f"rules {result['rules']}, {trust(result['verified'])}"
+    print(f"\nThe challenge's score over these crops, known voxels only, {said}")
     for name in ("instance", "semantic", "overall"):
         interval = _interval(result["totals"], name)
         print(f"  {name:8} {_number(result['totals'][name])}" + (f"  (95 %: {interval})" if interval != "-" else ""))
     for name, share in result["unknown"].items():
         print(f"{name}: {100 * share:.3g} % was not predicted (accepted failed blocks) and counts as predicted absent")
+    show_rules(result["by_rules"])
     left_out = result["left_out"]
     if left_out:
         shown = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")
         print(f"{len(left_out)} arrays without annotated truth left out: {shown}")
+
+
+def show_rules(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The overall score by each of the rules, and how far it moves from what was asked for."""
+    if not rows:
+        return
+    cells = []
+    for row in rows:
+        by = "-" if row["moves"] is None else f"{row['moves']:+.4f}"
+        verified = "verified" if row["verified"] else "not verified"
+        cells.append([row["rules"], _number(row["overall"]), by, verified, row["summary"]])
+    show.table(["rules", "overall", "moves by", "", "what they are"], cells, "By other rules (score.rules)")
 
 
 def write_evaluation(result: Mapping[str, Any], path: Path) -> list[Path]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from connectomics.cli import run_guarded
+from connectomics.cli import join_lists, run_guarded
 
 _MODES = ("train", "test", "predict", "evaluate")
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fast-dev-run", action="store_true", help="one batch of everything")
     parser.add_argument("--out", type=Path, help="folder for predictions and labels; default: beside the checkpoint")
     parser.add_argument("overrides", nargs="*", help="key=value ...")
-    options = parser.parse_intermixed_args(arguments)
+    options = parser.parse_intermixed_args(join_lists(sys.argv[1:] if arguments is None else arguments))
     return run_guarded(lambda: _run(options))
 
 
@@ -45,4 +46,5 @@ def _run(options: argparse.Namespace) -> None:
 
         config = load_config(options.config, options.overrides)
         run_verbs.decode(out / "predictions", out / "labels", options.config, overrides=options.overrides)
-        run_verbs.evaluate(out / "labels", config.dataset.data_root, out / "evaluation.json")
+        rules = config.score.rules
+        run_verbs.evaluate(out / "labels", config.dataset.data_root, out=out / "evaluation.json", rules=rules)

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress
+from connectomics.cli.evaluation_tables import show_rules
+from connectomics.cli.run_verbs import Overrides, rules_of
 
 
 def export(
@@ -82,23 +84,26 @@ def score(
         Path, typer.Argument(help="A zip, a folder with the Zarr group, or a folder of labels that decode wrote.")
     ],
     truth: Annotated[Path, typer.Argument(help="The truth: a Zarr group crop{N}/{class}.")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration whose score.rules to use.")] = None,
     crops: Annotated[str | None, typer.Option(help="Crop table; default: what the truth holds.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
-    rules: Annotated[str, typer.Option(help="Version of the challenge's rules.")] = "2026-06",
+    rules: Annotated[str | None, typer.Option(help="Short for score.rules=...")] = None,
     out: Annotated[Path, typer.Option(help="Folder for scores.json and the tables.")] = Path("."),
 ) -> None:
-    """Score a submission exactly as the challenge does.
+    """Score a submission exactly as the challenge does, and say how far other rules would move the score.
 
     Examples:
 
       pytc score submission.zip truth.zarr --crops test_crops.csv
 
-      pytc score submission.zip truth.zarr --class mito --crop 557 --out outputs/scores
+      pytc score submission.zip truth.zarr --class mito --crop 557 --out outputs/scores score.rules=2026-07-affine
     """
     from connectomics.metrics.challenge import score_submission
     from connectomics.metrics.tables import print_table, score_table, write_scores
 
+    chosen = rules_of(config, overrides, rules)
     with progress.counted("scoring") as advance:
         result = score_submission(
             submission,
@@ -106,12 +111,13 @@ def score(
             crops,
             classes=class_name,
             crop_names=crop,
-            rules=rules,
+            rules=chosen,
             progress=lambda done, number, crop, name: advance(done, number, f"{crop}/{name}"),
         )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print_table(score_table(result))
+    show_rules([row.to_dict() for row in result.moves])
     for path in write_scores(result, out).values():
         print(path)
 

@@ -33,7 +33,9 @@ def train(
         bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint; begin where there is none.")
     ] = False,
     fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="One batch of everything.")] = False,
-    list_models: Annotated[bool, typer.Option("--list-models", help="Print the architectures and stop.")] = False,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="Print the architectures, with FILE its plugins' too, and stop.")
+    ] = False,
 ) -> None:
     """Train a network.
 
@@ -46,8 +48,11 @@ def train(
       pytc train tutorials/cellmap_cos7.yaml --run-dir runs/cos7 --resume
     """
     if list_models:
+        from connectomics.config import import_plugins, load_config
         from connectomics.models.registry import list_models as models
 
+        if config is not None:
+            import_plugins(load_config(config, overrides or []).plugins)
         for name, text in models().items():
             print(f"{name:16} {text}")
         return
@@ -315,14 +320,24 @@ def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: b
         show_estimate(found)
 
 
+def rules_of(config: Path | None, overrides: Sequence[str] | None, given: str | None) -> str:
+    """The rules that ``--rules`` names, else ``score.rules`` of a configuration with overrides."""
+    from connectomics.config import load_config
+
+    more = [] if given is None else [f"score.rules={given}"]
+    return load_config(config, [*(overrides or []), *more]).score.rules
+
+
 def evaluate(
     labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
     root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
+    overrides: Overrides = None,
+    config: Annotated[Path | None, typer.Option(help="Configuration whose score.rules to use.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON, and CSV tables beside it.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
-    rules: Annotated[str, typer.Option(help="Version of the challenge's rules.")] = "2026-06",
+    rules: Annotated[str | None, typer.Option(help="Short for score.rules=...")] = None,
 ) -> None:
     """Measure labels against annotated crops over known voxels only: the challenge's score, Dice, IoU, precision,
     recall, Rand error, VOI; by class, data set and crop, with 95 % intervals over crops.
@@ -331,12 +346,13 @@ def evaluate(
 
       pytc evaluate outputs/labels data/phantom
 
-      pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json
+      pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json score.rules=pq
     """
     from connectomics.lightning.evaluation import evaluate_labels
 
+    chosen = rules_of(config, overrides, rules)
     with progress.counted("evaluating") as advance:
-        result = evaluate_labels(labels, root, class_name, crops=crop, datasets=dataset, rules=rules, progress=advance)
+        result = evaluate_labels(labels, root, class_name, crops=crop, datasets=dataset, rules=chosen, progress=advance)
     evaluation_tables.show_evaluation(result)
     if out is not None:
         for path in evaluation_tables.write_evaluation(result, out):

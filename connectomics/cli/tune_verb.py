@@ -16,7 +16,8 @@ def tune(
     root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option(help="Configuration whose decoding.default and decoding.classes to begin with.")
+        Path | None,
+        typer.Option(help="Configuration: decoding.default and decoding.classes to begin with, score.rules."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
         "outputs/tuned"
@@ -40,6 +41,7 @@ def tune(
     from connectomics.decoding.decode import find_arrays
     from connectomics.decoding.parameters import decode_parameters
     from connectomics.lightning.tuning import tune as search
+    from connectomics.metrics.challenge.rules import get_rules, trust
 
     composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
@@ -48,7 +50,7 @@ def tune(
     with progress.counted("tuning") as advance:
         result = search(
             predictions, root, out, classes=class_name, trials=trials, seconds=seconds, seed=seed, base=base,
-            progress=advance,
+            rules=composed.score.rules, progress=advance,
         )  # fmt: skip
     header = ("class", "measure", "crops", "trials", "base", "tuned", "threshold", "method", "min nm^3")
     rows = [
@@ -58,7 +60,9 @@ def tune(
         )
         for name, t in result.items()
     ]  # fmt: skip
-    show.table(header, rows, "Tuned on these crops, known voxels only; other crops will score lower")
+    verified = get_rules(composed.score.rules)
+    said = f"rules {verified.version}, {trust(verified.verified)}"
+    show.table(header, rows, f"Tuned on these crops, known voxels only, {said}; other crops will score lower")
     left_out = sorted(set(class_name or there) - set(result))
     if left_out:
         print(f"no annotated voxel of {', '.join(left_out)}: left as they were")

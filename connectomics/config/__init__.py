@@ -1,6 +1,16 @@
 """What a run is: the typed schema, and Hydra's composition onto it."""
 
 from connectomics.config.compose import config_from_dict, config_to_dict, known_keys, load_config, save_config, tutorial
+from connectomics.config.plugins import import_plugins
 from connectomics.config.schema import RunConfig
 
-__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "known_keys", "load_config", "save_config", "tutorial"]
+__all__ = [
+    "RunConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "import_plugins",
+    "known_keys",
+    "load_config",
+    "save_config",
+    "tutorial",
+]

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from connectomics.config.schema import EngineConfig, RunConfig
+from connectomics.config.schema import SCORE_RULES, EngineConfig, RunConfig
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
 _SCHEMA = "connectomics_schema"
@@ -131,6 +131,7 @@ def check_config(config: RunConfig, where: str) -> None:
     _one_of(where, "inference.blending", config.inference.blending, ("gaussian", "constant"))
     _one_of(where, "inference.uncertainty", config.inference.uncertainty, ("none", "variance", "entropy", "dropout"))
     _one_of(where, "inference.dtype", config.inference.dtype, ("uint8", "float16"))
+    _one_of(where, "score.rules", config.score.rules, SCORE_RULES)
     _check_tta(where, config.inference.tta)
     batch = config.inference.batch_size
     if batch != "auto" and not (type(batch) is int and batch >= 1):

@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class Group:
+    """What all groups of a configuration have."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, ``default`` where there is no such key."""
+        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
+
+
 @dataclass
-class SystemConfig:
+class SystemConfig(Group):
     """The machine."""
 
     num_gpus: int = 1  # GPUs to train on; where there are fewer, what is there is used, and said
@@ -23,7 +31,7 @@ class SystemConfig:
 
 
 @dataclass
-class DatasetConfig:
+class DatasetConfig(Group):
     """Which data, and at which voxel size."""
 
     name: str = "cellmap"  # cellmap (all classes a sample) | cellmap_single (one class a sample)
@@ -40,7 +48,7 @@ class DatasetConfig:
 
 
 @dataclass
-class HeadConfig:
+class HeadConfig(Group):
     """What the network gives beside a class, to tell one of its objects from the next."""
 
     kind: str = "affinities"  # affinities | boundary | distance | lsd
@@ -53,7 +61,7 @@ class HeadConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Group):
     """The network and its loss."""
 
     architecture: str = "mednext"
@@ -72,7 +80,7 @@ class ModelConfig:
 
 
 @dataclass
-class InputConfig:
+class InputConfig(Group):
     """A further view of a patch's place: same middle, another voxel size."""
 
     resolution: list[float] = field(default_factory=lambda: [32.0, 32.0, 32.0])  # nm, z y x
@@ -80,7 +88,7 @@ class InputConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Group):
     """Patches, loaders, augmentation."""
 
     patch_size: list[int] = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
@@ -107,7 +115,7 @@ class DataConfig:
 
 
 @dataclass
-class OptimizerConfig:
+class OptimizerConfig(Group):
     """How weights move."""
 
     name: str = "AdamW"  # AdamW | Adam | SGD
@@ -118,7 +126,7 @@ class OptimizerConfig:
 
 
 @dataclass
-class SchedulerConfig:
+class SchedulerConfig(Group):
     """How the learning rate moves, by epoch."""
 
     name: str = "constant"  # constant | cosine | polynomial
@@ -128,7 +136,7 @@ class SchedulerConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Group):
     """The loop."""
 
     max_epochs: int = 1000
@@ -141,7 +149,7 @@ class TrainingConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(Group):
     """Which states are kept."""
 
     monitor: str = "val/dice"
@@ -152,7 +160,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class EarlyStoppingConfig:
+class EarlyStoppingConfig(Group):
     """When to stop before the last epoch."""
 
     monitor: str = "val/dice"
@@ -161,7 +169,7 @@ class EarlyStoppingConfig:
 
 
 @dataclass
-class LoggingConfig:
+class LoggingConfig(Group):
     """What is written down, and how often."""
 
     use_tensorboard: bool = True
@@ -173,7 +181,7 @@ class LoggingConfig:
 
 
 @dataclass
-class InferenceConfig:
+class InferenceConfig(Group):
     """The network over a volume."""
 
     window: list[int] | None = None  # voxels; None: data.patch_size
@@ -194,7 +202,7 @@ class InferenceConfig:
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Group):
     """Who works on the blocks of predict, decode and measure."""
 
     name: str = "local"  # local | dask
@@ -208,7 +216,7 @@ class EngineConfig:
 
 
 @dataclass
-class DecodingConfig:
+class DecodingConfig(Group):
     """Probabilities to labels: parameters for every class, then by class."""
 
     default: dict[str, Any] = field(default_factory=dict)
@@ -217,8 +225,19 @@ class DecodingConfig:
     table: str = "csv"  # csv | parquet: tables of instances also as Parquet
 
 
+#: What ``score.rules`` may be; `connectomics.metrics.challenge.rules` has what they are.
+SCORE_RULES = ("2026-06", "2026-07", "2026-07-exponential", "2026-07-affine", "pq")
+
+
 @dataclass
-class RunConfig:
+class ScoreConfig(Group):
+    """How results are scored: by score, evaluate and tune, and by training.val_score."""
+
+    rules: str = "2026-06"  # 2026-06 (verified) | 2026-07-exponential (also: 2026-07) | 2026-07-affine | pq
+
+
+@dataclass
+class RunConfig(Group):
     """A whole run."""
 
     system: SystemConfig = field(default_factory=SystemConfig)
@@ -234,8 +253,10 @@ class RunConfig:
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     output_dir: str = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
+    plugins: list[str] = field(default_factory=list)  # modules of your own that add networks, found as Python does
 
     @property
     def channels(self) -> int:

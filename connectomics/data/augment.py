@@ -3,7 +3,8 @@
 `PatchAugmentor` is what training uses: flips, turns, affine and elastic deformations run fused into the reading of a
 patch (`connectomics.data.spatial`), intensity transforms that the device can do are left to it
 (`connectomics.data.intensity`), and the rest runs as MONAI transforms. `Augmentor` runs everything as MONAI dictionary
-transforms on dense arrays, image, label and known alike; it is what one uses by hand.
+transforms on dense arrays, image, label and known alike. `GivenAugmentor` is a chain that somebody else built, given to
+a data set, whose keys know of ``image`` and ``label`` only.
 
 What it adds to what the YAML says:
 
@@ -20,8 +21,9 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,6 +120,93 @@ def agree(
             row[label[at] <= 0] = 0
             row[~known[at]] = -1
     return agreed
+
+
+class GivenAugmentor:
+    """A MONAI transform, or a `Compose` of them, made to treat ``known`` (and ``ids``) wherever it treats ``label``.
+
+    The same call of a transform moves them, so the same random numbers do: by the mode that it has for ``label``, and
+    ids by nearest. Afterwards a voxel is present from one half on, and known where everything that it was made of is
+    known. A function that is no MONAI transform is called with what there is, and moves all of it itself.
+    """
+
+    def __init__(self, given: Callable[[Sample], Any]) -> None:
+        self.given = given
+        self._is_monai = _follow_label(given)
+
+    def __call__(self, sample: Sample, instances: Sequence[str], classes: Sequence[str]) -> Any:
+        """The sample, or a list of samples where a transform gives several. ``ids`` are of ``instances``, ``label`` and
+        ``known`` of ``classes``. `InputError` where label and known do not come out as a pair."""
+        if not self._is_monai:
+            return self.given(sample)
+        # what a transform fills in is 0, which must be unknown: ids travel one higher
+        objects = {"ids": (sample["ids"] + 1).astype(np.float32)} if "ids" in sample else {}
+        moved = self.given({**sample, **objects, "known": np.asarray(sample["known"], np.float32)})
+        if isinstance(moved, list):
+            return [self._finished(part, instances, classes) for part in moved]
+        return self._finished(moved, instances, classes)
+
+    @staticmethod
+    def _finished(moved: Sample, instances: Sequence[str], classes: Sequence[str]) -> Sample:
+        shapes = {name: tuple(moved[name].shape) if name in moved else None for name in ("label", "known")}
+        shape = shapes["label"]
+        if shape is None or shape != shapes["known"] or shape[0] != len(classes):
+            raise InputError(
+                f"the augmentor gives label {shape} and known {shapes['known']}, expected both with {len(classes)} "
+                "channels and of one shape; leave transforms that take label away or change its channels to the end "
+                "of the pipeline, after the data set"
+            )
+        label, known = np.asarray(moved["label"]) >= 0.5, np.asarray(moved["known"]) > _ALL_KNOWN
+        result = {**moved, "label": _as(moved["label"], label.astype(np.float32)), "known": _as(moved["known"], known)}
+        if "ids" in moved:
+            ids = np.rint(np.asarray(moved["ids"])).astype(np.int32) - 1
+            result["ids"] = _as(moved["ids"], agree(ids, instances, label, known, classes))
+        return result
+
+
+def _as(like: Any, array: NDArray[Any]) -> Any:
+    """The array as a tensor where ``like`` is one."""
+    if isinstance(like, np.ndarray):
+        return array
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _follow_label(transform: Any) -> bool:
+    """Let ``known`` and ``ids`` follow ``label`` through a MONAI transform and those that it holds; False where it is
+    none. It stays the same object, with the same random state, and treats samples without them as before."""
+    from monai.transforms import Compose, MapTransform, Transform
+
+    if isinstance(transform, Compose):
+        for part in transform.transforms:
+            _follow_label(part)
+    elif isinstance(transform, MapTransform) and "label" in transform.keys and "known" not in transform.keys:
+        # what every dictionary transform asks for its keys, and for the options that it has for each
+        ask: Any = transform.key_iterator
+        if not isinstance(ask, partial):
+            setattr(transform, "key_iterator", partial(_with_followers, ask))  # noqa: B010
+    return isinstance(transform, Transform)
+
+
+def _with_followers(
+    key_iterator: Callable[..., Iterator[Any]], data: Mapping[Any, Any], *options: Any
+) -> Iterator[Any]:
+    """MONAI's ``key_iterator``, with ``known`` and ``ids`` after ``label``, by the options of ``label``."""
+    for item in key_iterator(data, *options):
+        yield item
+        key, *own = item if options else (item,)
+        for name in ("known", "ids") if key == "label" else ():
+            if name in data:
+                nearest = [_nearest(option) for option in own] if name == "ids" else own
+                yield (name, *nearest) if options else name
+
+
+def _nearest(option: Any) -> Any:
+    """A key's option, where it is a way to interpolate nearest instead (a name, or the order of a spline)."""
+    if type(option) is int:
+        return 0
+    return "nearest" if str(option).lower() in ("bilinear", "trilinear", "bicubic", "linear", "area") else option
 
 
 @dataclass(frozen=True)

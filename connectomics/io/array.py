@@ -58,14 +58,16 @@ class StoredArray:
     Attributes:
         location: path or URL. options: how it is read.
         zarr_format: 2 or 3. shape: voxels. dtype: native numpy dtype (bool, integer or float).
+        leading: how many axes of length 1 (t, c) are stored before those of ``shape``, and left away.
         chunks: voxels of one stored file (for a sharded array: of a shard). fill_value: value of absent chunks.
 
     Raises:
         MissingError: there is no array. MetadataError: its metadata is broken or of a kind that cannot be read.
     """
 
-    def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> None:
+    def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS, leading: int = 0) -> None:
         self.location = normalize(location)
+        self.leading = leading
         self.options = options.resolved()
         self._opened: tuple[int, Any, Any] | None = None
         meta = read_json(join(self.location, ".zarray"), options)
@@ -102,6 +104,12 @@ class StoredArray:
             self.is_blosc = meta["codecs"][-1].get("name") == "blosc"
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
+        if any(n != 1 for n in self.shape[: self.leading]):
+            raise MetadataError(
+                f"{self.location} has shape {self.shape}, expected 1 on the {self.leading} axes before z, y, x; "
+                "write one time point and channel as a volume of its own"
+            )
+        self.shape, self.chunks = self.shape[self.leading :], self.chunks[self.leading :]
         fill = meta.get("fill_value")
         self.fill_value = np.asarray(0 if fill is None else fill).astype(self.dtype)[()]
 
@@ -168,13 +176,18 @@ class StoredArray:
 
     def chunk_location(self, index: Sequence[int]) -> str:
         """Path or URL of the file that holds chunk ``index``."""
-        return f"{self.location}/{self._key_prefix}{self._separator.join(str(int(i)) for i in index)}"
+        whole = [*[0] * self.leading, *index]
+        return f"{self.location}/{self._key_prefix}{self._separator.join(str(int(i)) for i in whole)}"
 
     def chunk_range(self, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]:
         """Begin and end (exclusive) of the chunks that hold voxels ``low`` to ``high`` (exclusive)."""
         first = [int(lo) // c for lo, c in zip(low, self.chunks, strict=True)]
         last = [(int(h) - 1) // c + 1 for h, c in zip(high, self.chunks, strict=True)]
         return first, last
+
+    def window(self, low: Sequence[int], high: Sequence[int]) -> tuple[int | slice, ...]:
+        """What to index the array as it is stored with, for voxels ``low`` to ``high`` (exclusive)."""
+        return *[0] * self.leading, *[slice(lo, h) for lo, h in zip(low, high, strict=True)]
 
     def _read_inside(
         self, low: list[int], high: list[int], absent_is_missing: bool
@@ -206,11 +219,10 @@ class StoredArray:
     def _decode(self, low: list[int], high: list[int]) -> NDArray[Any]:
         """Voxels ``low`` to ``high``, which are inside the array; absent chunks give the fill value."""
         handles = self._handles()
-        window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
         if handles is None:
             return plain.fetch(self, low, high)[0] if is_s3(self.location) else plain.read(self, low, high)
         try:
-            return np.asarray(handles[0][window].read(order="C").result())
+            return np.asarray(handles[0][self.window(low, high)].read(order="C").result())
         except (ValueError, OSError) as error:
             raise self._read_error(error) from error
 
@@ -218,9 +230,8 @@ class StoredArray:
         """The same by tensorstore, but None where a chunk is absent."""
         handles = self._handles()
         assert handles is not None
-        window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
         try:
-            return np.asarray(handles[1][window].read(order="C").result())
+            return np.asarray(handles[1][self.window(low, high)].read(order="C").result())
         except (ValueError, OSError) as error:
             if re.match(r"NOT_FOUND: chunk .* is missing", str(error)):
                 return None

@@ -1,7 +1,8 @@
 """The OME-NGFF ``multiscales`` attribute: from JSON to one `VoxelGrid` per level, in nanometres.
 
 Version 0.4 keeps it in the group's attributes, 0.5 (Zarr v3) under ``ome``. The transformations of a dataset and then
-those of the whole multiscale are applied in order; only scales and translations, only three space axes z, y, x.
+those of the whole multiscale are applied in order; only scales and translations, only the space axes z, y, x. Axes t, c
+may stand before them, as most writers have them, where the arrays are of length 1 there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ _UNITS = {
     "angstrom": 0.1,
 }
 
+# axes that may stand before z, y, x, and their types
+_KINDS = {"t": "time", "c": "channel"}
+
 
 def parse_multiscales(
     attrs: Mapping[str, Any], where: str
@@ -41,7 +45,7 @@ def parse_multiscales(
         MetadataError: the attribute is absent, broken, or says something other than scaled and moved z, y, x axes.
     """
     multiscale = _multiscale(attrs, where)
-    unit = _units(multiscale.get("axes"), where)
+    leading, unit = _axes(multiscale.get("axes"), where)
     datasets = multiscale.get("datasets")
     if not isinstance(datasets, list) or not datasets:
         raise MetadataError(f"{where}: multiscales[0].datasets must list the levels, found {datasets!r}")
@@ -56,9 +60,14 @@ def parse_multiscales(
         size, first = np.ones(3), np.zeros(3)
         outer = multiscale.get("coordinateTransformations") or []
         for transformation in [*_as_list(own, place), *_as_list(outer, f"{where}: multiscales[0]")]:
-            size, first = _transformed(size, first, transformation, place)
+            size, first = _transformed(size, first, transformation, leading, place)
         levels.append((dataset["path"].strip("/"), size * unit, first * unit))
     return levels
+
+
+def leading_axes(attrs: Mapping[str, Any], where: str) -> int:
+    """How many axes (t, c) the arrays have before z, y, x. `MetadataError` as `parse_multiscales`."""
+    return _axes(_multiscale(attrs, where).get("axes"), where)[0]
 
 
 def _multiscale(attrs: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -71,32 +80,40 @@ def _multiscale(attrs: Mapping[str, Any], where: str) -> dict[str, Any]:
     return found[0]
 
 
-def _units(axes: Any, where: str) -> NDArray[np.float64]:
-    """Nanometres per unit along z, y, x."""
+def _axes(axes: Any, where: str) -> tuple[int, NDArray[np.float64]]:
+    """The number of axes before z, y, x, and nanometres per unit along these."""
     if not isinstance(axes, list) or not all(isinstance(axis, (dict, str)) for axis in axes):
         raise MetadataError(f"{where}: multiscales[0].axes must list the axes z, y, x, found {axes!r}")
     described = [axis if isinstance(axis, dict) else {"name": axis} for axis in axes]
-    names = [str(axis.get("name")) for axis in described]
-    kinds = [axis.get("type", "space") for axis in described]
-    if [name.lower() for name in names] != ["z", "y", "x"] or any(kind != "space" for kind in kinds):
-        raise MetadataError(f"{where}: expected three space axes z, y, x, found {names} of types {kinds}")
-    units = [axis.get("unit") for axis in described]
+    names = [str(axis.get("name")).lower() for axis in described]
+    kinds = [axis.get("type", _KINDS.get(name, "space")) for axis, name in zip(described, names, strict=True)]
+    leading = len(names) - 3
+    before = all(_KINDS.get(name) == kind for name, kind in zip(names[:-3], kinds[:-3], strict=True))
+    if names[-3:] != ["z", "y", "x"] or any(kind != "space" for kind in kinds[-3:]) or not before:
+        raise MetadataError(
+            f"{where}: expected three space axes z, y, x, and before them at most t (time) and c (channel), "
+            f"found {names} of types {kinds}"
+        )
+    units = [axis.get("unit") for axis in described[leading:]]
     unknown = [unit for unit in units if unit not in _UNITS]
     if unknown:
         raise MetadataError(f"{where}: unit {unknown[0]!r} is not known; expected nanometer, micrometer or angstrom")
-    return np.array([_UNITS[unit] for unit in units])
+    return leading, np.array([_UNITS[unit] for unit in units])
 
 
 def _transformed(
-    size: NDArray[np.float64], first: NDArray[np.float64], transformation: Any, place: str
+    size: NDArray[np.float64], first: NDArray[np.float64], transformation: Any, leading: int, place: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     kind = transformation.get("type") if isinstance(transformation, dict) else None
     if kind == "identity":
         return size, first
     if kind not in ("scale", "translation") or kind not in transformation:
         raise MetadataError(f"{place}: expected a scale or a translation with its values, found {transformation!r}")
+    given = transformation[kind]
+    if leading and (not isinstance(given, list) or len(given) != leading + 3):
+        raise MetadataError(f"{place}: {kind} must be {leading + 3} numbers, one an axis, found {given!r}")
     try:
-        values = np.array(triple(transformation[kind], kind))
+        values = np.array(triple(given[leading:] if leading else given, kind))
     except InputError as error:
         raise MetadataError(f"{place}: {error}") from error
     if kind == "translation":

@@ -19,7 +19,7 @@ from connectomics.errors import CorruptDataError, InputError, MetadataError, Mis
 from connectomics.geometry import VoxelGrid, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
-from connectomics.io.metadata import parse_multiscales
+from connectomics.io.metadata import leading_axes, parse_multiscales
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
@@ -94,16 +94,19 @@ class Multiscale:
             raise MetadataError(f"{where} is an array, expected a multiscale group; open it as PlainArray")
         found: list[tuple[Level, StoredArray]] = []
         absent = []
-        for path, size, first in parse_multiscales(attrs, where):
+        listed = parse_multiscales(attrs, where)
+        leading = leading_axes(attrs, where)
+        for path, size, first in listed:
             try:
-                array = StoredArray(join(where, path), options)
+                array = StoredArray(join(where, path), options, leading)
             except StoreError:
                 raise
             except MissingError:
                 absent.append(path)
                 continue
             if len(array.shape) != 3:
-                raise MetadataError(f"{array.location} has shape {array.shape}, expected three axes z, y, x")
+                shape = (*[1] * leading, *array.shape)
+                raise MetadataError(f"{array.location} has shape {shape}, expected {3 + leading} axes up to z, y, x")
             grid = VoxelGrid(triple(size), triple(first), array.shape)
             found.append((Level(path, grid, array.dtype, array.chunks), array))
         if not found:

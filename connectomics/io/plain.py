@@ -38,6 +38,7 @@ class ChunkedArray(Protocol):
 
     def chunk_location(self, index: Sequence[int]) -> str: ...
     def chunk_range(self, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]: ...
+    def window(self, low: Sequence[int], high: Sequence[int]) -> tuple[int | slice, ...]: ...
     def check_still_there(self) -> None: ...
 
 
@@ -89,18 +90,18 @@ def _decode(
 ) -> NDArray[Any]:
     import zarr
 
-    window = tuple(slice(lo, h) for lo, h in zip(low, high, strict=True))
     try:
         opened = zarr.open_array(store, mode="r", zarr_format=2 if array.zarr_format == 2 else 3)
     except Exception as error:  # whatever a codec's constructor raises
         array.check_still_there()
         raise MetadataError(f"cannot open {array.location}: {one_line(error)}") from error
     try:
-        return np.asarray(opened[window]).astype(array.dtype, copy=False)
+        return np.asarray(opened[array.window(low, high)]).astype(array.dtype, copy=False)
     except Exception as error:  # codecs raise what they like; find out which chunk it is
         for index in chunks:
             try:
-                opened[tuple(slice(i * c, (i + 1) * c) for i, c in zip(index, array.chunks, strict=True))]
+                begin = [i * c for i, c in zip(index, array.chunks, strict=True)]
+                opened[array.window(begin, [b + c for b, c in zip(begin, array.chunks, strict=True)])]
             except Exception as cause:
                 if isinstance(cause, OSError) and cause.errno is not None:  # of the system, not of a codec
                     raise _unreadable(array.chunk_location(index), cause) from error

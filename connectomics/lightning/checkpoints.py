@@ -187,7 +187,8 @@ def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
     if config is None:
         return trained
     # the same heads, of which the configuration at hand says whether they are written
-    return replace(config, model=replace(trained.model, heads=config.model.heads))
+    plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
+    return replace(config, model=replace(trained.model, heads=config.model.heads), plugins=plugins)
 
 
 def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:

@@ -14,9 +14,10 @@ from connectomics.decoding.unknown import unknown_share
 from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
+from connectomics.metrics.challenge.results import moves
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.counts import Counts
-from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
+from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 
 #: Told after each array: how many are done, how many there are, and which one it was.
 Progress = Callable[[int, int, str], None]
@@ -49,7 +50,8 @@ def evaluate_labels(
         and class; ``totals``: the challenge's totals over these crops (`connectomics.metrics.evaluate.totals`);
         ``left_out``: arrays without annotated truth, ``dataset/crop/class``; ``unknown``: the share of such an array
         that was not predicted (accepted failed blocks), which counts as predicted absent; ``rules`` and whether they
-        are ``verified``. What cannot be compared (no truth, nothing known) is left out.
+        are ``verified``; ``by_rules``: the overall score by each of the rules, and how far it ``moves``. What cannot be
+        compared (no truth, nothing known) is left out.
 
     Raises `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `MetadataError` for
     probabilities, `UnknownNameError` for a class, crop or data set that no label has.
@@ -77,10 +79,13 @@ def evaluate_labels(
     if not rows:
         raise MissingError(f"none of the labels in {labels} has annotated truth in {root}; nothing to compare")
     options: dict[str, Any] = {"samples": samples, "rules": rules}
+    total = totals(rows, **options)
+    overall = {name: totals(rows, samples=1, rules=other)["overall"] for name, other in RULES.items()}
     return {
         "rules": version.version,
         "verified": version.verified,
-        "totals": totals(rows, **options),
+        "by_rules": [row.to_dict() for row in moves(overall, total["overall"])],
+        "totals": total,
         "classes": {row.pop("class"): _with_intervals(row) for row in summarize(rows, ("class",), **options)},
         "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
         "crops": [_crop_row(row, version) for row in rows],
@@ -117,10 +122,8 @@ def _opened(location: str) -> Multiscale:
 
 def _crop_row(label: LabelEvaluation, rules: Rules) -> dict[str, Any]:
     """One class in one crop, with what the challenge makes of it."""
-    row = label.to_dict()
-    if rules.is_instance(label.class_name):
-        return row | ({"score": label.instances.combined} if label.instances is not None else {})
-    return row | {"score": label.counts.iou}
+    item = label.scored(rules)
+    return label.to_dict() | ({} if item is None else {"score": score_of(item)})
 
 
 def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on
+from connectomics.inference.save import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
@@ -284,10 +285,8 @@ def chosen_device(config: RunConfig, name: str | None) -> str:
     what this machine has not); by default a GPU where there is one and ``system.accelerator`` allows it."""
     if config.engine.name == "dask" and name is not None:
         return name
-    return _device(config) if name is None else _known_device(name)
-
-
-def _device(config: RunConfig) -> str:
+    if name is not None:
+        return _known_device(name)
     import torch
 
     return "cuda" if config.system.accelerator != "cpu" and torch.cuda.is_available() else "cpu"

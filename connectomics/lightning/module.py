@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import connectomics
-from connectomics.config import RunConfig, config_to_dict
+from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
@@ -25,6 +25,7 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
+from connectomics.lightning.from_checkpoint import FromCheckpoint
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
@@ -112,7 +113,7 @@ def inference_window(config: RunConfig) -> list[int]:
     return window
 
 
-class ConnectomicsModule(pl.LightningModule):
+class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[misc]
     """Trains and validates the network of a run.
 
     A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`); a
@@ -131,6 +132,7 @@ class ConnectomicsModule(pl.LightningModule):
     def __init__(self, config: RunConfig) -> None:
         """Builds network and loss; raises `InputError`, `ConfigError` or `UnknownNameError` where that cannot be."""
         super().__init__()
+        import_plugins(config.plugins)
         check_monitors(config)
         self.config = config
         self.classes = tuple(config.dataset.classes)
@@ -170,16 +172,14 @@ class ConnectomicsModule(pl.LightningModule):
     def forward(self, image: Tensor, *views: Tensor) -> Tensor:
         """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
 
-        The channels are the classes, then those of all heads.
-
-        ``views``: of the same places, one for each of ``data.inputs``, (B, 1, d, h, w)."""
+        The channels are the classes, then those of all heads. ``views``: of the same places, one for each of
+        ``data.inputs``, (B, 1, d, h, w)."""
         return self.network(image, *views)
 
     def probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
         """Probabilities (B, C, D, H, W), float32, each channel by itself; for a module in evaluation mode.
 
-        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written.
-        """
+        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written."""
         logits = self.network(image, *views)
         if not all(head.write for head in self.heads):
             classes, *heads = logits.split(self._groups, dim=1)

@@ -9,10 +9,9 @@ that a search that was stopped goes on.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,50 +30,14 @@ from connectomics.errors import InputError, MissingError, WriteError, unknown_na
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import identity
 from connectomics.io.multiscale import Multiscale
+from connectomics.lightning.tuning_results import TunedClass, write_results
 from connectomics.lightning.tuning_space import SearchSpace, Volume, pooled_scores, threshold_of
-from connectomics.metrics.tables import write_json
+from connectomics.metrics.challenge.results import Panoptic
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 
 #: Told after each trial: how many are done, how many there are at most, and what it was.
 Progress = Callable[[int, int, str], None]
 _BLOCK = (128, 128, 128)
-
-
-@dataclass(frozen=True)
-class TunedClass:
-    """What tuning found for one class.
-
-    Attributes:
-        measure: ``combined`` (instances) or ``iou``, pooled over ``crops`` (``dataset/crop``), known voxels only.
-        made_from: crop -> identity of its prediction.
-        base, best: parameters before and after; ``best`` is ``base`` where nothing scored higher.
-        trials: of a search, in order: ``number``, ``state`` (``complete`` or ``pruned``), ``score``, ``parameters``.
-        thresholds: (threshold, IoU) of every stored value, where no search was needed.
-    """
-
-    class_name: str
-    measure: str
-    crops: tuple[str, ...]
-    made_from: dict[str, str]
-    base: DecodeParameters
-    base_score: float
-    best: DecodeParameters
-    best_score: float
-    trials: list[dict[str, Any]] = field(default_factory=list)
-    thresholds: list[tuple[float, float]] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "measure": self.measure,
-            "crops": list(self.crops),
-            "made_from": self.made_from,
-            "base": self.base.to_dict(),
-            "base_score": self.base_score,
-            "best": self.best.to_dict(),
-            "best_score": self.best_score,
-            "trials": self.trials,
-            "thresholds": [list(pair) for pair in self.thresholds],
-        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +64,7 @@ def tune(
     seconds: float | None = None,
     seed: int = 0,
     base: Mapping[str, DecodeParameters] | None = None,
+    rules: str | Rules = DEFAULT_RULES,
     progress: Progress | None = None,
 ) -> dict[str, TunedClass]:
     """Choose threshold, method, minimum size, hole filling and seeds of every class for the challenge's score.
@@ -118,6 +82,7 @@ def tune(
         out: folder for ``decoding.yaml`` (``decode --config`` reads it: tuned classes, and the base of the others),
             ``tuning.json``, ``tuning.png`` and ``tune.sqlite3``. Classes that were tuned into it before stay.
         classes: only these. trials: of a class, in all, those of earlier runs in this folder counted.
+        rules: of the score, a version or a `Rules` object.
         seconds: stop beginning trials after this; shared evenly by the classes, each of which gets its base trial.
 
     Returns:
@@ -145,7 +110,8 @@ def tune(
     for index, name in enumerate(chosen):
         places = _places(Path(predictions_dir), catalog, found, name, parameters[name])
         left = None if seconds is None else (begin + seconds - time.monotonic()) / (len(chosen) - index)
-        search = _Search(folder, name, parameters[name], trials, left, seed, progress, index * trials, len(chosen))
+        before, own = index * trials, parameters[name]
+        search = _Search(folder, name, own, trials, left, seed, progress, before, len(chosen), get_rules(rules))
         tuned = _tune_class(places, search)
         if tuned is not None:
             result[name] = tuned
@@ -155,7 +121,7 @@ def tune(
             "predict crops that are annotated (without --crops), and tune on those"
         )
     current = {n: _identities(_places(Path(predictions_dir), catalog, found, n, parameters[n])) for n in names}
-    _write_results(folder, current, parameters, result)
+    write_results(folder, current, parameters, result, get_rules(rules))
     return result
 
 
@@ -225,6 +191,7 @@ class _Search:
     progress: Progress | None
     before: int
     n_classes: int
+    rules: Rules
 
     def tell(self, done: int, what: str) -> None:
         if self.progress is not None:
@@ -248,28 +215,33 @@ def _tune_class(places: list[_Place], search: _Search) -> TunedClass | None:
 
 def _all_thresholds(places: list[_Place], search: _Search) -> TunedClass | None:
     """IoU, pooled over crops, at each of the 256 thresholds that stored values can tell apart."""
-    present, absent = np.zeros(256, np.int64), np.zeros(256, np.int64)
+    counts = []  # by crop: hits, true voxels and false alarms at each threshold
     crops = []
     for place in places:
-        known = 0
+        present, absent = np.zeros(256, np.int64), np.zeros(256, np.int64)
         for _, values, p, k in _blocks(place, search.name):
             present += np.bincount(values[p & k], minlength=256)
             absent += np.bincount(values[~p & k], minlength=256)
-            known += int(k.sum())
-        crops += [place.crop.key] if known else []
-    total = int(present.sum())
+        if present.any() or absent.any():
+            crops.append(place.crop.key)
+        counts.append((present.sum() - np.cumsum(present), present.sum(), absent.sum() - np.cumsum(absent)))
+    total = int(sum(true for _, true, _ in counts))
     if total == 0:
         return None
-    hits, alarms = total - np.cumsum(present), int(absent.sum()) - np.cumsum(absent)
-    iou = hits / (total + alarms)
+    iou = (
+        _quality(counts)
+        if search.rules.by_quality
+        else sum(h for h, _, _ in counts) / (total + sum(a for _, _, a in counts))
+    )
     at_base = int(np.floor(search.base.threshold * 255 + 1e-9))  # as `above` reads it
     best = min(np.flatnonzero(iou == iou.max()), key=lambda level: abs(int(level) - at_base))
     chosen = search.base if best == at_base else replace(search.base, threshold=threshold_of(int(best)))
     curve = [(threshold_of(level), float(value)) for level, value in enumerate(iou)]
-    search.tell(search.trials, f"iou {iou[best]:.4f}")
+    measure = "pq" if search.rules.by_quality else "iou"
+    search.tell(search.trials, f"{measure} {iou[best]:.4f}")
     return TunedClass(
         search.name,
-        "iou",
+        measure,
         tuple(crops),
         _identities(places),
         search.base,
@@ -279,6 +251,15 @@ def _all_thresholds(places: list[_Place], search: _Search) -> TunedClass | None:
         [],
         curve,
     )
+
+
+def _quality(counts: list[tuple[NDArray[np.int64], int, NDArray[np.int64]]]) -> NDArray[np.float64]:
+    """The Panoptic Quality at each threshold, where each crop is one segment."""
+    pooled = []
+    for level in range(256):
+        parts = [Panoptic.of_segment(int(h[level]), int(a[level]), int(true - h[level])) for h, true, a in counts]
+        pooled.append(sum(parts, Panoptic()).quality)
+    return np.array(pooled)
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -298,9 +279,10 @@ def _searched(places: list[_Place], volumes: list[Volume], search: _Search) -> T
     # The first of equals: the base, where nothing is better.
     best = max(complete, key=lambda row: (row["score"], row["base"], -row["number"]))
     base_score = next(row["score"] for row in complete if row["base"])
+    by_voxels = "iou" if volumes[0].truth.dtype == np.bool_ else "combined"
     return TunedClass(
         search.name,
-        "iou" if volumes[0].truth.dtype == np.bool_ else "combined",
+        "pq" if search.rules.by_quality else by_voxels,
         tuple(place.crop.key for place in places),
         _identities(places),
         search.base,
@@ -340,12 +322,14 @@ def _study(optuna: Any, places: list[_Place], volumes: list[Volume], search: _Se
     }
     if heads := {p.crop.key: p.head.source.attrs["connectomics"] for p in places if p.head is not None}:
         made_from["heads"] = heads
+    if search.rules.version != DEFAULT_RULES:
+        made_from["rules"] = search.rules.version
     there = study.user_attrs.get("made_from")
     if there is None:
         study.set_user_attr("made_from", made_from)
     elif there != made_from:
         raise InputError(
-            f"{file} holds trials of {search.name} on other predictions, crops or base parameters; "
+            f"{file} holds trials of {search.name} on other predictions, crops, base parameters or rules; "
             "give another --out, or remove that file"
         )
     n_before = len(study.trials)
@@ -366,7 +350,7 @@ def _run(study: Any, volumes: list[Volume], search: _Search) -> None:
     pruned = {_key(row["parameters"]) for row in rows if row["state"] == "pruned"}
     done = len(rows)
     if not any(row["base"] for row in rows):
-        score = _run_trial(study, volumes, search.base, seen, base=True)
+        score = _run_trial(study, volumes, search, seen, base=True)
         done += 1
         search.tell(done, f"base {score:.4f}")
     if grid:
@@ -377,7 +361,7 @@ def _run(study: Any, volumes: list[Volume], search: _Search) -> None:
             return
         if grid:
             study.enqueue_trial(all_points.pop(0))
-        score = _run_trial(study, volumes, search.base, seen, space=space)
+        score = _run_trial(study, volumes, search, seen, space=space)
         done += 1
         search.tell(min(done, search.trials), f"{score:.4f}")
 
@@ -389,7 +373,7 @@ def _key(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
 def _run_trial(
     study: Any,
     volumes: list[Volume],
-    base_parameters: DecodeParameters,
+    search: _Search,
     seen: dict[tuple[Any, ...], float],
     *,
     space: SearchSpace | None = None,
@@ -399,13 +383,13 @@ def _run_trial(
     from optuna.trial import TrialState
 
     trial = study.ask()
-    chosen = base_parameters if space is None else space.parameters(space.suggest(trial), base_parameters)
+    chosen = search.base if space is None else space.parameters(space.suggest(trial), search.base)
     trial.set_user_attr("base", base)
     trial.set_user_attr("parameters", chosen.to_dict())
     key = _key(chosen.to_dict())
     score = seen.get(key)
     if score is None:
-        for step, score in enumerate(pooled_scores(volumes, chosen)):
+        for step, score in enumerate(pooled_scores(volumes, chosen, search.rules)):
             trial.report(score, step)
             if not base and step + 1 < len(volumes) and trial.should_prune():
                 study.tell(trial, state=TrialState.PRUNED)
@@ -430,42 +414,3 @@ def _rows(study: Any) -> list[dict[str, Any]]:
         }
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     ]
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-def _write_results(
-    folder: Path,
-    current: Mapping[str, Mapping[str, str]],
-    base: Mapping[str, DecodeParameters],
-    result: Mapping[str, TunedClass],
-) -> None:
-    """Write what was tuned, with classes that an earlier run tuned on the same predictions (``current``: class -> crop
-    -> identity of its prediction); those tuned on others are left out."""
-    import json
-
-    import yaml
-
-    from connectomics.lightning.tuning_plot import plot_tuning
-
-    summary = folder / "tuning.json"
-    rows: dict[str, Any] = {}
-    if summary.is_file():
-        before = json.loads(summary.read_text(encoding="utf-8"))["classes"]
-        rows = {
-            n: row for n, row in before.items() if row.get("made_from", {"": ""}).items() <= current.get(n, {}).items()
-        }
-    rows |= {name: tuned.to_dict() for name, tuned in result.items()}
-    best = {name: parameters.to_dict() for name, parameters in base.items()}
-    best |= {name: row["best"] for name, row in rows.items()}
-    write_json(summary, {"classes": rows})
-    plot_tuning(rows, folder / "tuning.png")
-    text = "# What tuning chose (tuning.json has the trials); pytc decode --config reads it.\n"
-    text += yaml.safe_dump({"decoding": {"classes": best}}, sort_keys=True)
-    path = folder / "decoding.yaml"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error

@@ -14,9 +14,11 @@ from connectomics.decoding.affinities.segment import decode_affinities
 from connectomics.decoding.decode import above, decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.decoding.watershed.heads import HeadValues
+from connectomics.metrics.challenge.results import Panoptic
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
-from connectomics.metrics.evaluate import InstanceSums
+from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
 #: Thresholds of a search: stored values 7, 15, ..., 247, of which 127 is one half.
 _LEVELS = (7, 247, 8)
@@ -111,9 +113,12 @@ class SearchSpace:
         )
 
 
-def pooled_scores(volumes: list[Volume], parameters: DecodeParameters) -> Iterator[float]:
+def pooled_scores(
+    volumes: list[Volume], parameters: DecodeParameters, rules: str | Rules = DEFAULT_RULES
+) -> Iterator[float]:
     """The score pooled over the first crop, the first two, and so on."""
-    total: InstanceSums | Counts | None = None
+    rules = get_rules(rules)
+    total: Any = None
     for volume in volumes:
         mask = above(volume.probability, parameters.threshold)
         if volume.affinities is not None and volume.offsets is not None:
@@ -124,18 +129,20 @@ def pooled_scores(volumes: list[Volume], parameters: DecodeParameters) -> Iterat
             labels = decode_between(mask, volume.walls, volume.voxel_size, parameters)
         else:
             labels = decode_mask(mask, volume.voxel_size, parameters, volume.head)
-        item = _instances(labels, volume) if volume.truth.dtype != np.bool_ else None
-        if item is None:
-            counts = Counts.of(labels, volume.truth, volume.known)
-            total = counts if not isinstance(total, Counts) else total + counts
-            yield total.iou
-        else:
-            total = item if not isinstance(total, InstanceSums) else total + item
-            yield total.combined
+        item = _scored(labels, volume, rules)
+        total = item if total is None else total + item
+        yield score_of(total)
 
 
-def _instances(labels: NDArray[Any], volume: Volume) -> InstanceSums:
-    score = score_instance(np.where(volume.known, labels, 0).astype(labels.dtype), volume.truth, volume.voxel_size)
+def _scored(labels: NDArray[Any], volume: Volume, rules: Rules) -> Scored:
+    """What pools to the class's score."""
+    if volume.truth.dtype == np.bool_:
+        counts = Counts.of(labels, volume.truth, volume.known)
+        return Panoptic.of_segment(counts.tp, counts.fp, counts.fn) if rules.by_quality else counts
+    found = np.where(volume.known, labels, 0).astype(labels.dtype)
+    score = score_instance(found, volume.truth, volume.voxel_size, rules)
+    if rules.by_quality and score.panoptic is not None:
+        return score.panoptic
     if score.status != "scored":
         # The challenge counts nothing here; a search would be drawn to such crops, so all true objects are missed.
         missed = int(np.count_nonzero(np.unique(volume.truth)))

@@ -18,8 +18,8 @@ from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters,
 from connectomics.decoding.watershed.heads import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
-from connectomics.metrics.challenge.results import TOO_MANY
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
+from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
+from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
@@ -49,7 +49,7 @@ def check_monitors(config: RunConfig) -> None:
 
 
 class ChallengeScore:
-    """Sums over crops from which each class's score is made; they add up over processes.
+    """Sums over crops from which each class's score is made, by ``score.rules``; they add up over processes.
 
     A class that the challenge scores as instances is compared in the crops that annotate it with ids, the others by
     IoU; both after decoding the probabilities, rounded to uint8 as ``predict`` stores them, with the configuration's
@@ -75,8 +75,8 @@ class ChallengeScore:
                     f"{name}}} to model.heads, or take method cc3d or watershed"
                 )
         self.heads = _read_heads(config, self.parameters)
-        rules = get_rules(DEFAULT_RULES)
-        self.instances = tuple(name for name in self.classes if rules.is_instance(name))
+        self.rules = get_rules(config.score.rules)
+        self.instances = tuple(name for name in self.classes if self.rules.is_instance(name))
         self.values = torch.zeros((_ROWS, len(self.classes)), dtype=torch.float64)
 
     def reset(self) -> None:
@@ -96,11 +96,13 @@ class ChallengeScore:
         """``val/<class>/score`` of sums (6, C), and ``val/score`` (0 where no class could be scored).
 
         ``val/score`` is the geometric mean of the mean over instance classes and the mean over the others, or the one
-        mean where all classes are of one kind; a class of which nothing is known is left out.
+        mean where all classes are of one kind, or by rules of quality; a class of which nothing is known is left out.
         """
         found: dict[bool, dict[str, float]] = {True: {}, False: {}}
         for name, (tp, fp, fn, known, distance, number) in zip(self.classes, values.cpu().T.tolist(), strict=True):
-            if known and name in self.instances:
+            if known and self.rules.by_quality:
+                found[False][name] = Panoptic(int(tp), int(fp), int(fn), distance).quality
+            elif known and name in self.instances:
                 found[True][name] = InstanceSums(int(tp), int(fp), int(fn), distance, int(number)).combined
             elif known:
                 found[False][name] = Counts(int(tp), int(fp), int(fn)).iou
@@ -156,6 +158,7 @@ class CropScore:
         }
         self._heads = {n: np.zeros(grid.shape, np.uint8) for n in whole if n in total.heads}
         self._truth = {n: np.full(grid.shape, _UNKNOWN, np.uint8) for n in whole if n not in total.instances}
+        self._segments: dict[str, Counts] = {}
 
     def add(
         self, block: VoxelGrid, probability: NDArray[np.float32], label: NDArray[np.bool_], known: NDArray[np.bool_]
@@ -187,6 +190,8 @@ class CropScore:
             annotated = self.crop.read_instances(name, self.grid)
             if annotated is not None and annotated[1].any():
                 self._compare(name, *annotated)
+        for name, counts in self._segments.items():
+            self._add_quality(name, Panoptic.of_segment(counts.tp, counts.fp, counts.fn), counts.known)
         self._kept, self._truth, self._affinities, self._heads = {}, {}, {}, {}
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
@@ -212,15 +217,23 @@ class CropScore:
 
     def _count(self, name: str, found: NDArray[np.bool_], label: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         counts = Counts.of(found, label, known)
-        self.total.add(name, counts.tp, counts.fp, counts.fn, counts.known)
+        if self.total.rules.by_quality:  # the whole crop is one segment
+            self._segments[name] = self._segments.get(name, Counts()) + counts
+        else:
+            self.total.add(name, counts.tp, counts.fp, counts.fn, counts.known)
+
+    def _add_quality(self, name: str, found: Panoptic, voxels: int) -> None:
+        self.total.add(name, found.tp, found.fp, found.fn, voxels, (found.iou_sum, 0))
 
     def _compare(self, name: str, ids: NDArray[np.unsignedinteger], known: NDArray[np.bool_]) -> None:
         found = self._decode(name)
         found[~known] = 0
         truth = np.where(known, ids, np.zeros((), ids.dtype))
         voxels = int(np.count_nonzero(known))
-        score = score_instance(found, truth, self.grid.voxel_size, workers=torch.get_num_threads())
-        if score.status == TOO_MANY:
+        score = score_instance(found, truth, self.grid.voxel_size, self.total.rules, workers=torch.get_num_threads())
+        if self.total.rules.by_quality and score.panoptic is not None:
+            self._add_quality(name, score.panoptic, voxels)
+        elif score.status == TOO_MANY:
             missed = int(np.count_nonzero(np.unique(truth)))
             self.total.add(name, 0, 0, missed, voxels, (0.0, missed))
         else:

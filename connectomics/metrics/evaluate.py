@@ -6,7 +6,7 @@ What is not known does not count, neither as a hit nor as a miss; a class with n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -14,11 +14,21 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import evaluate_instance
+from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 
-__all__ = ["Counts", "InstanceSums", "LabelEvaluation", "bootstrap_interval", "evaluate_label", "summarize", "totals"]
+__all__ = [
+    "Counts",
+    "InstanceSums",
+    "LabelEvaluation",
+    "bootstrap_interval",
+    "evaluate_label",
+    "score_of",
+    "summarize",
+    "totals",
+]
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -156,15 +166,38 @@ class InstanceSums:
         }
 
 
+Scored = InstanceSums | Counts | Panoptic
+
+
+def score_of(item: Scored) -> float:
+    """The challenge's score of what was pooled of a class."""
+    if isinstance(item, Panoptic):
+        return item.quality
+    return item.combined if isinstance(item, InstanceSums) else item.iou
+
+
 @dataclass(frozen=True)
 class LabelEvaluation:
-    """One class in one crop over its known voxels; ``instances`` is None for semantic classes."""
+    """One class in one crop over its known voxels; ``instances`` is None for semantic classes, and ``panoptic`` then
+    takes the crop as one segment. ``by_rules`` has ``instances`` by the versions of all rules."""
 
     dataset: str
     crop: str
     class_name: str
     counts: Counts
     instances: InstanceSums | None = None
+    panoptic: Panoptic | None = None
+    by_rules: Mapping[str, InstanceSums] = field(default_factory=dict, compare=False, repr=False)
+
+    def scored(self, rules: Rules) -> Scored | None:
+        """What pools to the score of the class by these rules; None where it is one of instances without any."""
+        if rules.is_instance(self.class_name):
+            if self.instances is None or rules.by_quality:
+                return self.panoptic if self.instances is not None else None
+            return self.by_rules.get(rules.version, self.instances)
+        if rules.by_quality:
+            return Panoptic.of_segment(self.counts.tp, self.counts.fp, self.counts.fn)
+        return self.counts
 
     def to_dict(self) -> dict[str, Any]:
         """One row of a table."""
@@ -204,7 +237,7 @@ def evaluate_label(
     if known is not None:
         mask = np.asarray(known).astype(bool, copy=False)
         a, b = np.where(mask, a, np.zeros((), a.dtype)), np.where(mask, b, np.zeros((), b.dtype))
-    score = score_instance(a, b, voxel_size, rules, workers=workers)
+    score = score_instance(a, b, voxel_size, rules, workers=workers, compare=True)
     weight = counts.tp + counts.fn
     sums = InstanceSums(
         score.tp,
@@ -217,7 +250,8 @@ def evaluate_label(
         usual["voi_merge"] * weight,
         weight,
     )
-    return LabelEvaluation(dataset, crop, class_name, counts, sums)
+    by_rules = {version: replace(sums, distance_sum=total) for version, total in score.sums.items()}
+    return LabelEvaluation(dataset, crop, class_name, counts, sums, score.panoptic, by_rules)
 
 
 def summarize(
@@ -233,7 +267,8 @@ def summarize(
 
     Counts are added over the labels of a group, so large crops weigh more. Where one class is in the group it has
     ``score``, what enters the challenge's score: ``combined_score`` for classes scored as instances, over the
-    ``instance_crops`` that have instances in their truth, and ``iou`` for the others. A group of more than one crop has
+    ``instance_crops`` that have instances in their truth, and ``iou`` for the others, or the Panoptic Quality by rules
+    that score by it. A group of more than one crop has
     bootstrap intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
     ``combined_low`` and ``combined_high``.
     """
@@ -248,7 +283,7 @@ def summarize(
             row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, **options)  # type: ignore[arg-type]
         classes = {label.class_name for label in group}
         if len(classes) == 1:
-            row |= _class_score(group, rules.is_instance(classes.pop()), options)
+            row |= _class_score(group, rules, options)
         rows.append(row)
     return rows
 
@@ -261,7 +296,7 @@ def _grouped(labels: Iterable[LabelEvaluation], by: Sequence[str]) -> dict[tuple
     return groups
 
 
-def _class_score(group: Sequence[LabelEvaluation], is_instance: bool, options: Mapping[str, Any]) -> dict[str, Any]:
+def _class_score(group: Sequence[LabelEvaluation], rules: Rules, options: Mapping[str, Any]) -> dict[str, Any]:
     """The challenge's score of one class, with its interval, and the instance measures where there are any."""
     sums = [label.instances for label in group if label.instances is not None]
     row: dict[str, Any] = {}
@@ -269,13 +304,11 @@ def _class_score(group: Sequence[LabelEvaluation], is_instance: bool, options: M
         row |= {"instance_crops": len(sums), **_total(sums).to_dict()}
         if len(sums) > 1:
             row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, **options)
-    if is_instance:
-        names = {"score": "combined_score", "score_low": "combined_low", "score_high": "combined_high"}
-        return row | {name: row[other] for name, other in names.items() if other in row}
-    counts = [label.counts for label in group]
-    row["score"] = _total(counts).iou
-    if len(counts) > 1:
-        row["score_low"], row["score_high"] = bootstrap_interval(counts, lambda c: c.iou, **options)
+    items: list[Any] = [item for item in (label.scored(rules) for label in group) if item is not None]
+    if items:
+        row["score"] = score_of(_total(items))
+    if len(items) > 1:
+        row["score_low"], row["score_high"] = bootstrap_interval(items, score_of, **options)
     return row
 
 
@@ -287,7 +320,8 @@ def totals(
     seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> dict[str, float | None]:
-    """The challenge's three totals over annotated crops: plain means over classes, and their geometric mean.
+    """The challenge's three totals over annotated crops: plain means over classes, and their geometric mean (by rules
+    of quality the plain mean over all classes).
 
     ``instance``, ``semantic`` and ``overall``, None where no class of a kind could be scored, each with a bootstrap
     interval over crops (``overall_low``, ``overall_high``; a class that is in no crop of a draw is left out of it).
@@ -297,18 +331,18 @@ def totals(
     draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed)])
     kinds: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
     for (name,), group in sorted(_grouped(labels, ("class",)).items()):
-        is_instance = rules.is_instance(name)
-        there = [label for label in group if not is_instance or label.instances is not None]
+        there = [(label, item) for label in group if (item := label.scored(rules)) is not None]
         if there:
-            items = [label.instances if is_instance else label.counts for label in there]
-            times = draws[:, [crops.index((label.dataset, label.crop)) for label in there]]
-            kind = InstanceSums if is_instance else Counts
-            sums = [kind(*row.tolist()) for row in times @ _table(items)]
-            values = np.array([s.combined if isinstance(s, InstanceSums) else s.iou for s in sums])
-            kinds[is_instance].append(np.where(times.any(axis=1), values, np.nan))
+            items = [item for _, item in there]
+            times = draws[:, [crops.index((label.dataset, label.crop)) for label, _ in there]]
+            values = np.array([score_of(type(items[0])(*row.tolist())) for row in times @ _table(items)])
+            kinds[rules.is_instance(name)].append(np.where(times.any(axis=1), values, np.nan))
     found = {"instance": _means(kinds[True]), "semantic": _means(kinds[False])}
     both = [values for values in found.values() if values is not None]
-    found["overall"] = np.sqrt(both[0] * both[1]) if len(both) == 2 else None
+    if rules.by_quality:
+        found["overall"] = _means([*kinds[True], *kinds[False]])
+    else:
+        found["overall"] = np.sqrt(both[0] * both[1]) if len(both) == 2 else None
     row: dict[str, float | None] = {name: None if v is None else float(v[0]) for name, v in found.items()}
     for name, drawn in found.items():
         if drawn is not None and len(crops) > 1:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import WriteError
 from connectomics.metrics.challenge.results import InstanceScore, SubmissionScore
+from connectomics.metrics.challenge.rules import trust
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -141,8 +142,7 @@ def score_table(score: SubmissionScore) -> Table:
     """A rich table of a submission's score: a line per class, then both totals."""
     from rich.table import Table
 
-    trust = "" if score.verified else ", not verified against the official scorer"
-    table = Table(title=f"Challenge score, rules {score.rules}{trust}")
+    table = Table(title=f"Challenge score, rules {score.rules}, {trust(score.verified)}")
     table.add_column("class", no_wrap=True)
     for heading in ("score", "submitted only", "F1 or IoU", "distance", "PQ", "missing"):
         table.add_column(heading, justify="right")

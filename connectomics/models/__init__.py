@@ -10,6 +10,7 @@ from connectomics.models.registry import (
     fixed_patch_size,
     has_deep_supervision,
     list_models,
+    register_model,
     required_multiple,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "fixed_patch_size",
     "has_deep_supervision",
     "list_models",
+    "register_model",
     "required_multiple",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import ConnectomicsError, InputError, unknown_name
@@ -85,7 +85,8 @@ class Architecture:
 
     Attributes:
         description: one line for `pytc train --list-models`.
-        constructor: name of the class in ``monai.networks.nets``; its signature says which options there are.
+        constructor: name of the class in ``monai.networks.nets``, or what to call (see `register_model`); its signature
+            says which options there are.
         defaults: options that we set otherwise than MONAI, or that MONAI leaves to the caller.
         multiple: from all options to what a patch must be divisible by on z, y and x.
         own_options: options that our wrapper reads, beside the constructor's.
@@ -97,7 +98,7 @@ class Architecture:
     """
 
     description: str
-    constructor: str
+    constructor: str | Callable[..., nn.Module]
     defaults: Mapping[str, Any]
     multiple: Callable[[Mapping[str, Any]], Multiple]
     own_options: tuple[str, ...] = ()
@@ -193,6 +194,37 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def register_model(
+    name: str,
+    constructor: Callable[..., nn.Module],
+    description: str,
+    *,
+    multiple: Sequence[int] = (1, 1, 1),
+    defaults: Mapping[str, Any] | None = None,
+    deep_supervision: bool = False,
+    fixed_size: bool = False,
+) -> None:
+    """Make a network of one's own known by name; a module named in the configuration's ``plugins`` calls this.
+
+    Args:
+        name: for ``model.architecture``.
+        constructor: a class or function that gives the network (module docstring: what a network maps to what). It is
+            called with ``in_channels``, ``out_channels`` and its options by name (``defaults``, ``model.options``).
+        description: one line for `pytc train --list-models`.
+        multiple: what the sides of a patch must be divisible by, voxels, z y x.
+        deep_supervision: it takes ``deep_supervision`` too: whether to return a list of logits in training.
+        fixed_size: it takes ``patch_size`` (z y x) too, and then patches of that size only.
+
+    Raises `InputError` where the name is another network's. What was registered before is replaced.
+    """
+    there = ARCHITECTURES.get(name)
+    if there is not None and isinstance(there.constructor, str):
+        raise InputError(f"model {name!r} is a network of this package; register yours under another name")
+    sides = _per_axis(list(multiple))
+    known = Architecture(description, constructor, dict(defaults or {}), lambda options: sides)
+    ARCHITECTURES[name] = replace(known, deep_supervision=deep_supervision, fixed_size=fixed_size)
+
+
 def list_models() -> dict[str, str]:
     """Names of the networks with a one-line description each; imports neither torch nor MONAI."""
     return {name: architecture.description for name, architecture in ARCHITECTURES.items()}
@@ -278,6 +310,8 @@ def build_model(
         UnknownNameError: no such architecture or option.
         InputError: the patch does not fit, or the constructor refuses the options.
     """
+    from torch import nn
+
     known = _architecture(architecture)
     given = dict(options or {})
     if in_channels < 1 or out_channels < 1:
@@ -287,18 +321,17 @@ def build_model(
         raise InputError(
             f"model {architecture!r} has no deep supervision (these have: {able}): set model.deep_supervision=false"
         )
-    from monai.networks import nets
-
-    constructor = getattr(nets, known.constructor)
-    allowed = set(inspect.signature(constructor.__init__).parameters) - _RESERVED - set(known.hidden)
-    allowed |= set(known.own_options)
+    constructor = _constructor(known)
+    allowed = _options(known, constructor)
     for name in given:
-        if name not in allowed:
+        if allowed is not None and name not in allowed:
             raise unknown_name("option", name, allowed, f"model {architecture!r} (model.options)")
     check_patch_size(architecture, patch_size, given)
     keywords = {**known.defaults, **given, "in_channels": in_channels, "out_channels": out_channels}
     try:
         network = _construct(architecture, constructor, keywords, tuple(int(n) for n in patch_size), deep_supervision)
+        if not isinstance(network, nn.Module):
+            raise InputError(f"model {architecture!r}: its constructor gave {network!r}, expected a torch.nn.Module")
     except ConnectomicsError:
         raise
     # MONAI refuses bad values with whatever its parts happen to raise; all of it is the options' fault.
@@ -310,6 +343,24 @@ def build_model(
     return network
 
 
+def _constructor(known: Architecture) -> Callable[..., nn.Module]:
+    if not isinstance(known.constructor, str):
+        return known.constructor
+    from monai.networks import nets
+
+    found: Callable[..., nn.Module] = getattr(nets, known.constructor)
+    return found
+
+
+def _options(known: Architecture, constructor: Callable[..., nn.Module]) -> set[str] | None:
+    """Options that the configuration may set; None where the constructor takes any."""
+    parameters = inspect.signature(constructor).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    reserved = _RESERVED if isinstance(known.constructor, str) else _RESERVED | {"patch_size"}
+    return (set(parameters) - reserved - set(known.hidden)) | set(known.own_options)
+
+
 def _construct(
     architecture: str,
     constructor: Callable[..., nn.Module],
@@ -319,6 +370,10 @@ def _construct(
 ) -> nn.Module:
     from connectomics.models import networks
 
+    known = _architecture(architecture)
+    if not isinstance(known.constructor, str):
+        more: dict[str, Any] = {"deep_supervision": deep_supervision} if known.deep_supervision else {}
+        return constructor(**keywords, **more, **({"patch_size": patch_size} if known.fixed_size else {}))
     if architecture == "mednext":
         return networks.MedNeXtNetwork(deep_supervision=deep_supervision, **_mednext_keywords(keywords))
     if architecture == "dynunet":

@@ -187,7 +187,10 @@ def _class_scores(runs: Sequence[Compared], title: str, values_of: Callable[[Com
 def _challenge_score(run: Compared) -> dict[str, float]:
     if run.scores is None:
         return {}
-    found = {name: entry.get("combined_score", entry.get("iou")) for name, entry in run.scores.classes.items()}
+    found = {
+        name: entry.get("score", entry.get("combined_score", entry.get("iou")))
+        for name, entry in run.scores.classes.items()
+    }
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

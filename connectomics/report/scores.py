@@ -20,9 +20,11 @@ from connectomics.metrics.challenge.results import (
     ClassScore,
     InstanceScore,
     LabelResult,
+    Panoptic,
     SemanticScore,
     pool_class,
 )
+from connectomics.metrics.challenge.rules import RULES
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
 from connectomics.report import charts, page
@@ -61,9 +63,10 @@ class Scores:
     def load(cls, path: Path) -> Scores:
         """Read ``scores.json``. `MissingError` where there is none, `MetadataError` where it is something else."""
         data = load_json(path)
+        by_quality = data.get("rules") in RULES and RULES[data["rules"]].by_quality
         try:
             results = tuple(
-                _result(crop, name, entry)
+                _result(crop, name, entry, by_quality)
                 for crop, entries in data.items()
                 if _is_crop(entries)
                 for name, entry in entries.items()
@@ -123,7 +126,7 @@ def crop_class(result: LabelResult) -> ClassScore:
 
 def shown_value(result: LabelResult) -> float | None:
     """The score of one class in one crop, None where the crop was dropped from the class."""
-    return None if result.score.status in _DROPPED else crop_class(result).score
+    return None if result.score.status in _DROPPED and not result.by_quality else crop_class(result).score
 
 
 def rank_value(result: LabelResult) -> float:
@@ -145,17 +148,19 @@ def _is_crop(entries: Any) -> bool:
     )
 
 
-def _result(crop: str, name: str, entry: Mapping[str, Any]) -> LabelResult:
+def _result(crop: str, name: str, entry: Mapping[str, Any], by_quality: bool) -> LabelResult:
     counts = (int(entry["tp"]), int(entry["fp"]), int(entry["fn"]))
     score: InstanceScore | SemanticScore
     if "n_hausdorff" in entry:
         distances = (float(entry["hausdorff_norm_sum"]), int(entry["n_hausdorff"]))
-        score = InstanceScore(*counts, *distances, status=str(entry["status"]), rules="", verified=False)
+        status, kept = str(entry["status"]), entry.get("panoptic")
+        panoptic = Panoptic(*(kept[key] for key in ("tp", "fp", "fn", "iou_sum"))) if kept else None
+        score = InstanceScore(*counts, *distances, status=status, rules="", verified=False, panoptic=panoptic)
     else:
-        score = SemanticScore(*counts, status=str(entry["status"]))
-    return LabelResult(
-        crop, name, score, int(entry["num_voxels"]), triple(entry["voxel_size"]), bool(entry["is_missing"])
-    )
+        annotated = bool(entry.get("panoptic", {}).get("fn", 1))
+        score = SemanticScore(*counts, status=str(entry["status"]), annotated=annotated)
+    voxels, size, missing = int(entry["num_voxels"]), triple(entry["voxel_size"]), bool(entry["is_missing"])
+    return LabelResult(crop, name, score, voxels, size, missing, by_quality=by_quality)
 
 
 def _number(value: Any) -> float | None:
@@ -172,6 +177,8 @@ def headline(scores: Scores | None, baseline: Scores | None, baseline_name: str 
     others = (None,) * 3 if baseline is None else (baseline.overall, baseline.instance, baseline.semantic)
     names = ("overall", "instance", "semantic")
     hints = ("√(instance × semantic)", "mean of √(F1 × distance score)", "mean IoU")
+    if any(r.by_quality for r in scores.results):
+        hints = ("mean over classes", "mean Panoptic Quality", "mean Panoptic Quality")
     for name, hint, value, other in zip(names, hints, values, others, strict=True):
         beside = f"<small>{page.text(baseline_name)} {page.score(other)}</small>" if baseline is not None else ""
         tiles.append(
@@ -214,7 +221,10 @@ def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
     for name, results in groups.items():
         if len(results) < 2:
             continue
-        if isinstance(results[0].score, InstanceScore):
+        if results[0].by_quality:
+            parts = [r.score.panoptic for r in results if r.score.panoptic is not None]
+            found[name] = bootstrap_interval(parts, lambda p: p.quality)
+        elif isinstance(results[0].score, InstanceScore):
             sums = [
                 InstanceSums(r.score.tp, r.score.fp, r.score.fn, r.score.hausdorff_norm_sum, r.score.n_hausdorff)
                 for r in results
@@ -234,7 +244,7 @@ def _class_table(scores: Scores, baseline: Scores | None, baseline_name: str) ->
         chosen = {n: e for n, e in scores.classes.items() if ("combined_score" in e) == is_instance}
         if not chosen:
             continue
-        key = "combined_score" if is_instance else "iou"
+        key = "score" if all("score" in e for e in chosen.values()) else "combined_score" if is_instance else "iou"
         extra = ["F1", "distance"] if is_instance else []
         spread = ["95 %"] if intervals.keys() & chosen.keys() else []
         heads = ["class", "", "score", *spread, *([baseline_name] if baseline else []), *extra, "tp", "fp", "fn"]

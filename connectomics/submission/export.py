@@ -27,7 +27,7 @@ from connectomics.io.artifacts import about, publish
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
-from connectomics.submission.sources import Source, find_source, list_sources
+from connectomics.submission.sources import Source, find_source, list_sources, own_table
 from connectomics.tasks.lock import leading
 
 #: Told after each array that is written, and again after each that is checked: how many are done, how many there are,
@@ -54,6 +54,7 @@ class ExportResult:
         seconds: wall time.
         findings: what the validation of the written submission found.
         kept: the earlier submission that was not replaced, if any.
+        untested: data sets of which the challenge's table has no crop, packed on their own grids.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class ExportResult:
     seconds: float
     findings: tuple[Finding, ...]
     kept: Path | None = None
+    untested: tuple[str, ...] = ()
 
     @property
     def has_errors(self) -> bool:
@@ -83,6 +85,11 @@ class ExportResult:
             lines.append(f"{self.kept} is the earlier submission still, since this one has errors")
         if not self.is_zip:
             lines.append("this is a folder; the portal takes a zip of its content: export to a name that ends in .zip")
+        if self.untested:
+            lines.append(
+                f"{', '.join(self.untested)}: not among the challenge's test crops; packed on the predictions' own "
+                "grids, for your own use: the portal scores test crops only"
+            )
         for names, what in (
             (self.missing, "arrays of the table have no prediction and count as missed"),
             (self.ignored, "predictions are not in the table and were left out"),
@@ -101,6 +108,7 @@ def export_submission(
     datasets: Collection[str] | None = None,
     *,
     crops: CropTable | str | Path | None = None,
+    data_root: str | None = None,
     probabilities_dir: str | Path | None = None,
     thresholds: Mapping[str, float] | None = None,
     strict: bool = False,
@@ -115,7 +123,9 @@ def export_submission(
             ``decode`` and ``predict`` write), or ``{dataset}/{crop}_{class}.npy`` on the table's grids.
         output_path: a ``.zip``; any other name gives a folder, which has to be zipped before it can be uploaded.
         classes, datasets: only these rows of the table; None means all.
-        crops: a `CropTable`, the path of one, or None for the challenge's.
+        crops: a `CropTable`, the path of one, or None for the challenge's; where that has none of ``datasets``, what
+            is there of them is packed on its own grids (``.npy`` files on those of ``data_root``).
+        data_root: data root that has the crops of ``.npy`` files which no table has.
         probabilities_dir: probabilities that the labels in ``predictions_dir`` were made from. Semantic classes whose
             labels are a plain threshold are then made from them, which keeps borders where the grid is finer.
         thresholds: class -> threshold for probabilities (a mask is where they are above it); by default the one with
@@ -137,6 +147,10 @@ def export_submission(
     if probabilities_dir is not None and not Path(probabilities_dir).is_dir():
         raise MissingError(f"no folder of probabilities at {probabilities_dir}")
     table = CropTable.challenge() if crops is None else CropTable.resolve(crops)
+    untested: tuple[str, ...] = ()
+    if crops is None and datasets is not None and not {e.dataset for e in table} & set(datasets):
+        own = own_table(root, datasets, data_root)
+        table, untested = (table, ()) if own is None else (own, tuple(datasets))
     table = table.select(classes=classes, datasets=datasets)
     _check_target(target, [root, *([Path(probabilities_dir)] if probabilities_dir is not None else [])])
     jobs, missing = _jobs(root, probabilities_dir, table, thresholds or {})
@@ -170,6 +184,7 @@ def export_submission(
         seconds=time.monotonic() - start,
         findings=tuple(findings),
         kept=kept,
+        untested=untested,
     )
 
 

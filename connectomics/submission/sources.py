@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.crop_table import TableEntry
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.decoding.probabilities import DTYPES, unit_of
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
@@ -184,6 +185,28 @@ def list_sources(predictions_dir: Path) -> Iterator[tuple[str, str, str]]:
             for path in sorted(folder.glob("crop*_*.npy")):
                 crop, _, class_name = path.stem.partition("_")
                 yield name, crop, class_name
+
+
+def own_table(predictions_dir: Path, datasets: Collection[str], data_root: str | None) -> CropTable | None:
+    """A table of what a folder holds of data sets, on its own grids; those of ``.npy`` are the crops' in ``data_root``,
+    the class's own where it is annotated. None where there is nothing of them. `InputError` for ``.npy`` without."""
+    entries = []
+    for dataset, crop, name in list_sources(predictions_dir):
+        if dataset not in datasets or not crop.removeprefix("crop").isdigit():
+            continue
+        group = predictions_dir / f"{dataset}.zarr" / crop / name
+        if group.is_dir():
+            grid = Multiscale.open(str(group)).grid
+        elif data_root is not None:
+            there = Catalog.open(data_root).crop(dataset, crop)
+            grid = there.labels[name].grid if name in there.labels else there.grid
+        else:
+            raise InputError(
+                f"{predictions_dir / dataset / f'{crop}_{name}.npy'} does not say where it lies, and the challenge's "
+                f"table has no crop of {dataset}; give --data_root ROOT with that crop, or a table by --crops"
+            )
+        entries.append(TableEntry(int(crop.removeprefix("crop")), dataset, name, grid))
+    return CropTable(tuple(entries)) if entries else None
 
 
 def _slabs(array: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -17,6 +17,7 @@ from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.summary import summarize
 from connectomics.cli import main
+from connectomics.data.cache import prepare
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import (
     ConnectomicsError,
@@ -27,6 +28,7 @@ from connectomics.errors import (
     UnknownNameError,
 )
 from connectomics.io import StoreOptions
+from connectomics.io.write import ensure_group
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.s3_server import FaultyProxy, FolderServer
 
@@ -121,6 +123,52 @@ def test_broken_annotations_are_refused(tmp_path: Path, attrs: dict, message: st
     with pytest.raises(MetadataError, match=message) as error:
         _ = crop.labels["mito"].annotation
     assert "crop1/mito" in one_line(error)
+
+
+def test_groups_that_are_no_class_are_listed_and_stop_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As real crops have them: ``all``, without annotation; beside it a class of one's own, and a plain group."""
+    root = plain_root(tmp_path / "root")
+    crop_folder = zarr_of(root, "set-a") / GROUND_TRUTH / "crop1"
+    write_label(root, "set-a", "crop1", "axon", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    shutil.copytree(crop_folder / "mito", crop_folder / "all")
+    for attributes in (crop_folder / "all/.zattrs", crop_folder / "all/s0/.zattrs"):
+        if attributes.exists():
+            attributes.write_text(
+                json.dumps({k: v for k, v in json.loads(attributes.read_text()).items() if k != "cellmap"})
+            )
+    ensure_group(crop_folder / "notes")
+    crop = Catalog.open(str(root)).crop("set-a", "crop1")
+    assert (sorted(crop.labels), crop.not_annotated) == (["axon", "mito"], ("all", "notes"))
+    summary = summarize(str(root))
+    assert sorted(summary["classes"]) == ["axon", "mito"]
+    assert summary["not_annotated"] == {"all": 1, "notes": 1}
+    assert main(["describe", str(root)]) == 0
+    assert "all: a group without annotation in 1 crop(s)" in capsys.readouterr().out
+    volume = CropVolume(crop, ("mito",), (8.0, 8.0, 8.0), cache=tmp_path / "cache")
+    prepare([volume])
+    assert volume.decode_labels(crop.grid).present_of("mito").sum() == 6**3
+
+
+def test_only_labels_that_a_run_reads_must_be_readable(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = plain_root(tmp_path / "root")
+    write_label(root, "set-a", "crop1", "nuc", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    write_label(root, "set-a", "crop1", "cell", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    crop_folder = zarr_of(root, "set-a") / GROUND_TRUTH / "crop1"
+    (crop_folder / "nuc" / ".zattrs").unlink()  # no multiscale any more
+    attrs = json.loads((crop_folder / "cell" / ".zattrs").read_text())
+    (crop_folder / "cell" / ".zattrs").write_text(json.dumps({"multiscales": attrs["multiscales"]}))
+    (crop_folder / "cell" / "s0" / ".zattrs").write_text("{}")
+    crop = Catalog.open(str(root)).crop("set-a", "crop1")
+    volume = CropVolume(crop, ("mito",), (8.0, 8.0, 8.0), cache=tmp_path / "cache")
+    prepare([volume])
+    assert volume.decode_labels(crop.grid).known_of("mito").all()
+    assert "the labels of nuc cannot be read" in caplog.text
+    assert summarize(str(root))["not_annotated"] == {"cell": 1, "nuc": 1}
+    for name in ("nuc", "cell"):
+        with pytest.raises(MetadataError, match=f"crop1/{name}"):
+            CropVolume(crop, (name,), (8.0, 8.0, 8.0)).decode_labels(crop.grid)
 
 
 def test_raw_that_does_not_reach_the_crop_is_refused(tmp_path: Path) -> None:

@@ -144,6 +144,42 @@ def test_any_block_of_any_format(write: Callable[[Path, NDArray[Any]], str], tmp
             assert source.voxel_size is None
 
 
+@pytest.mark.parametrize("planes", [1, 5])
+@pytest.mark.parametrize("how", [{}, {"compression": "zlib"}, {"tile": (16, 16)}])
+def test_a_tiff_written_bit_by_bit_is_read_to_its_end(tmp_path: Path, planes: int, how: dict[str, Any]) -> None:
+    """tifffile makes a series of each ``write``: 20 of one plane, or 4 of five."""
+    data = values("uint16")
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for z in range(0, SHAPE[0], planes):
+            file.write(data[z] if planes == 1 else data[z : z + planes], metadata={}, contiguous=False, **how)
+    with open_volume(tmp_path / "a.tif") as source:
+        assert source.shape == SHAPE
+        assert np.array_equal(source.read((3, 5, 7), (14, 20, 11)), data[3:17, 5:25, 7:18])
+    written = ingest_raw(tmp_path / "root", "mine", open_volume(tmp_path / "a.tif"), SIZE)
+    assert np.array_equal(Multiscale.open(str(written)).read_level(0, (0, 0, 0), SHAPE)[0], data)
+
+
+def test_tiffs_that_are_no_one_volume_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = values()
+    for name, other in (("shape", data[:, :30]), ("type", data.astype("uint16"))):
+        with tifffile.TiffWriter(tmp_path / f"{name}.tif") as file:
+            file.write(data)
+            file.write(other)
+    with tifffile.TiffWriter(tmp_path / "positions.ome.tif", ome=True) as file:
+        file.write(data, metadata={"axes": "ZYX"})
+        file.write(data, metadata={"axes": "ZYX"})
+    (tmp_path / "stack").mkdir()
+    for k in range(2):
+        tifffile.imwrite(tmp_path / "stack" / f"{k}.tif", data)
+    cases = {"shape.tif": "holds 2 images", "type.tif": "holds 2 images", "positions.ome.tif": "holds 2 images"}
+    for name, says in {**cases, "stack": "holds 20 sections"}.items():
+        command = ["ingest", str(tmp_path / "root"), "--dataset", "mine", "--raw", str(tmp_path / name)]
+        assert main([*command, "--voxel-size", "8"]) == 1
+        errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1
+        assert says in errors[0]
+
+
 def test_packed_nrrd_and_npz(tmp_path: Path) -> None:
     data = values("uint16")
     with open_volume(as_nrrd(tmp_path, data, "gzip")) as source:

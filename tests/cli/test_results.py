@@ -19,7 +19,7 @@ from connectomics.cli import main, progress
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import create_multiscale, ensure_group
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, ZarrArray
-from connectomics.report.scores import evaluation_section
+from connectomics.report.scores import Scores, evaluation_section
 
 CLASSES = ("mito", "ld", "er")
 CHOSEN = [word for name in CLASSES for word in ("--class", name)]
@@ -88,7 +88,8 @@ def test_score_of_a_zip_and_of_the_labels_it_was_packed_from(
     shown = capsys.readouterr()
     assert "submitted only" in shown.out
     assert "overall" in shown.out
-    assert "not verified" not in shown.out
+    assert "rules 2026-06, verified against the official scorer" in " ".join(shown.out.split())
+    assert "2026-07-affine" in shown.out
     assert "scoring: " in shown.err
     pytc("score", place / "labels", phantom / "truth.zarr", *table, "--out", tmp_path / "folder")
     a, b = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("zip", "folder"))
@@ -114,7 +115,8 @@ def test_score_of_one_class_in_one_crop_by_rules_that_are_not_verified(
     pytc("score", packed, phantom / "truth.zarr", *chosen, "--out", tmp_path)
     assert "not verified" in capsys.readouterr().out
     (row,) = rows(tmp_path / "scores_per_crop.csv")
-    assert (row["crop"], row["class"], row["rules"], row["verified"]) == ("crop101", "mito", "2026-07", "False")
+    assert (row["crop"], row["class"], row["verified"]) == ("crop101", "mito", "False")
+    assert row["rules"] == "2026-07-exponential"
     assert json.loads((tmp_path / "scores.json").read_text())["verified"] is False
 
 
@@ -226,6 +228,33 @@ def test_evaluate_by_class_crop_and_data_set(
     for name, columns in (("class", "score_low"), ("dataset", "dataset"), ("crop", "crop")):
         assert columns in rows(tmp_path / f"evaluation_per_{name}.csv")[0]
     assert "Over known voxels only" in evaluation_section(out).body
+
+
+def test_one_key_says_the_rules_of_score_and_evaluate(
+    packed: Path, place: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("score:\n  rules: pq\n")
+    verbs = {
+        "scores.json": ["score", packed, phantom / "truth.zarr", *CHOSEN, "--out", tmp_path],
+        "e.json": ["evaluate", place / "known", phantom, "--out", tmp_path / "e.json"],
+    }
+    for file, command in verbs.items():
+        for words, rules in (
+            (["--config", config], "pq"),
+            (["--config", config, "score.rules=2026-07-affine"], "2026-07-affine"),
+            (["--config", config, "--rules", "2026-06"], "2026-06"),
+            ([], "2026-06"),
+        ):
+            pytc(*command, *words)
+            written = json.loads((tmp_path / file).read_text())
+            assert (written["rules"], written["verified"]) == (rules, rules == "2026-06")
+            assert next(r["moves"] for r in written["by_rules"] if r["rules"] == rules) in (0.0, None)
+            assert {r["rules"] for r in written["by_rules"]} == {
+                "2026-06", "2026-07-exponential", "2026-07-affine", "pq"
+            }  # fmt: skip
+        assert "did you mean 'pq'" in refused(capsys, *command, "score.rules=pqq")
+    assert Scores.load(tmp_path / "scores.json").rules == "2026-06"
 
 
 def test_evaluate_takes_filters_and_rules(

@@ -16,6 +16,7 @@ from connectomics.errors import CorruptDataError, InputError, MetadataError, Mis
 from connectomics.geometry import VoxelGrid
 from connectomics.io import Multiscale, PlainArray, StoreOptions, list_groups, write_multiscale
 from connectomics.io.array import StoredArray
+from connectomics.io.fingerprint import fingerprint
 
 # voxel sizes of the challenge's raw, with their translations of the fractional kind
 RAW_GRIDS = {
@@ -255,6 +256,56 @@ def test_zarr_v3(tmp_path, options):
     np.testing.assert_array_equal(inside, expected)
 
 
+def write_with_more_axes(location: Path, data: np.ndarray, names: str, lengths: tuple[int, ...], version: int) -> None:
+    """As bioformats2raw and most converters write: t and c before z, y, x."""
+    group = zarr.open_group(location, mode="w", zarr_format=version)
+    kinds = {"t": {"type": "time", "unit": "second"}, "c": {"type": "channel"}}
+    axes = [{"name": n, **kinds.get(n, {"type": "space", "unit": "nanometer"})} for n in f"{names}zyx"]
+    ones, zeros = [1.0] * len(names), [0.0] * len(names)
+    transformations = [
+        {"type": "scale", "scale": [*ones, 8, 4, 2]},
+        {"type": "translation", "translation": [*zeros, 80, 40, 20]},
+    ]
+    multiscale = {"axes": axes, "datasets": [{"path": "0", "coordinateTransformations": transformations}]}
+    if version == 3:
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [multiscale]}
+    else:
+        group.attrs["multiscales"] = [{"version": "0.4", **multiscale}]
+    whole = np.broadcast_to(data, (*lengths, *data.shape)).copy()
+    group.create_array("0", data=whole, chunks=(*[1] * len(names), 8, 8, 8))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("names", ["tc", "c"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_time_point_and_one_channel(tmp_path, names, version, plain, monkeypatch):
+    data = np.random.default_rng(1).integers(1, 1000, (20, 21, 22)).astype(np.uint16)
+    write_with_more_axes(tmp_path / "a.zarr", data, names, (1,) * len(names), version)
+    if plain:
+        monkeypatch.setattr("connectomics.io.array._tensorstore_process", 1)  # as after a fork
+    volume = Multiscale.open(tmp_path / "a.zarr")
+    assert volume.grid == VoxelGrid((8.0, 4.0, 2.0), (80.0, 40.0, 20.0), data.shape)
+    assert volume.levels[0].chunks == (8, 8, 8)
+    values, inside = volume.read_raw(volume.grid)
+    np.testing.assert_array_equal(values, data)
+    assert inside.all()
+    before = fingerprint(volume)
+    missing = next(iter(volume.chunk_locations(volume.grid)[1]))
+    Path(missing).unlink()
+    _, inside = Multiscale.open(tmp_path / "a.zarr").read_raw(volume.grid)
+    assert inside.sum() == data.size - 8**3
+    assert fingerprint(volume) != before
+
+
+def test_several_channels_are_refused(tmp_path):
+    write_with_more_axes(tmp_path / "a.zarr", np.zeros((8, 8, 8), np.uint8), "tc", (1, 2), 2)
+    with pytest.raises(
+        MetadataError, match=r"shape \(1, 2, 8, 8, 8\), expected 1 on the 2 axes before z, y, x"
+    ) as error:
+        Multiscale.open(tmp_path / "a.zarr")
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     "compressor",
     [
@@ -303,7 +354,9 @@ def edited(location: Path, edit) -> Path:
     ("edit", "message"),
     [
         (lambda m: m["axes"].reverse(), "expected three space axes z, y, x"),
-        (lambda m: m["axes"].insert(0, {"name": "t", "type": "time"}), "expected three space axes z, y, x"),
+        (lambda m: m["axes"].insert(0, {"name": "t", "type": "time"}), "must be 4 numbers, one an axis"),
+        (lambda m: m["axes"].insert(0, {"name": "s", "type": "space"}), "expected three space axes z, y, x"),
+        (lambda m: m["axes"].insert(3, {"name": "c", "type": "channel"}), "expected three space axes z, y, x"),
         (lambda m: m.pop("axes"), "axes must list"),
         (lambda m: m["axes"][0].update(unit="parsec"), "unit 'parsec' is not known"),
         (lambda m: m.pop("datasets"), "datasets must list"),

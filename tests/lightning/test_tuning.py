@@ -99,6 +99,21 @@ def test_decode_reads_what_was_chosen_and_evaluate_finds_the_same_score(
         assert rows[name]["score"] == pytest.approx(tuned[name].best_score)
 
 
+@pytest.mark.parametrize("rules", ["pq", "2026-07-affine"])
+def test_other_rules_are_what_evaluate_finds_by_them(made: Path, tmp_path: Path, rules: str) -> None:
+    found = tune(made / "predictions", str(made / "root"), tmp_path, trials=5, rules=rules)
+    expected = {"mito": "pq", "er": "pq"} if rules == "pq" else {"mito": "combined", "er": "iou"}
+    assert {name: t.measure for name, t in found.items()} == expected
+    decode_predictions(made / "predictions", tmp_path / "labels", {name: t.best for name, t in found.items()})
+    result = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10, rules=rules)
+    for name, tuned in found.items():
+        assert result["classes"][name]["score"] == pytest.approx(tuned.best_score)
+    written = json.loads((tmp_path / "tuning.json").read_text())
+    assert (written["rules"], written["verified"]) == (rules, False)
+    with pytest.raises(InputError, match="or rules"):
+        tune(made / "predictions", str(made / "root"), tmp_path, trials=5, classes=["mito"])
+
+
 def test_the_threshold_of_a_mask_is_the_best_of_all(made: Path, tuned: dict[str, TunedClass]) -> None:
     hits, wrong = np.zeros(256), np.zeros(256)
     for seed in (0, 1):
@@ -128,7 +143,7 @@ def test_a_search_goes_on_without_trials_twice(made: Path, tuned: dict[str, Tune
     assert [t["number"] for t in more.trials] == list(range(6))
     assert sum(t["base"] for t in more.trials) == 1
     assert more.best_score >= first.best_score >= first.base_score
-    with pytest.raises(InputError, match="other predictions, crops or base parameters"):
+    with pytest.raises(InputError, match="other predictions, crops, base parameters or rules"):
         tune(*arguments, trials=3, classes=["mito"])
 
 

@@ -25,7 +25,7 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.train import train
 from connectomics.lightning.val_score import ChallengeScore
-from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, totals
+from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
 from tests.lightning.synthetic_run import VOXEL, MadeUpData, tiny_config
 from tests.lightning.test_module import validate
 
@@ -94,8 +94,14 @@ def configuration() -> RunConfig:
 
 @pytest.fixture
 def module() -> ConnectomicsModule:
+    return module_by("2026-06")
+
+
+def module_by(rules: str) -> ConnectomicsModule:
     """A network that passes the image on: classes bright, dark and bright, so that there is something to decode."""
-    module = ConnectomicsModule(configuration()).eval()
+    config = configuration()
+    config.score.rules = rules
+    module = ConnectomicsModule(config).eval()
     network = torch.nn.Conv3d(1, 3, 1)
     network.weight = torch.nn.Parameter(torch.tensor([4.0, -4.0, 6.0]).reshape(3, 1, 1, 1, 1))
     network.bias = torch.nn.Parameter(torch.tensor([-2.0, 1.0, -1.45]))
@@ -142,6 +148,18 @@ def test_the_score_is_that_of_the_decoded_prediction_pooled_over_crops(module: C
         assert found[f"val/{name}/score"] == pytest.approx(score, rel=1e-6)
     assert found["val/score"] == pytest.approx(expected["overall"], rel=1e-6)
     assert validate(module, [None, *crops]) == found
+
+
+@pytest.mark.parametrize("rules", ["pq", "2026-07-exponential", "2026-07-affine"])
+def test_the_score_is_by_the_rules_of_the_configuration(rules: str) -> None:
+    module, crops = module_by(rules), [annotated("a", 0), annotated("b", 1)]
+    rows = [row for crop in crops for row in by_hand(module, crop)]
+    expected = totals(rows, samples=1, rules=rules)
+    assert expected["overall"] != totals(rows, samples=1)["overall"]
+    found = validate(module, crops)
+    assert found["val/score"] == pytest.approx(expected["overall"], rel=1e-6)
+    for row in summarize(rows, rules=rules, samples=1):
+        assert found[f"val/{row['class']}/score"] == pytest.approx(row["score"], rel=1e-6)
 
 
 def test_unknown_voxels_have_no_influence(module: ConnectomicsModule) -> None:

@@ -133,6 +133,7 @@ def test_missing_labels_and_crops(truth: Path, submission: Path) -> None:
     shutil.rmtree(submission / "crop1/er")
     score = score_submission(submission, truth)
     missing = {(r.crop, r.class_name): r.score.to_dict() for r in score.results if r.is_missing}
+    assert missing["crop1", "er"].pop("panoptic")["fn"] == 1
     assert missing["crop1", "er"] == {"tp": 0, "fp": 0, "fn": 12 * 13 * 14, "status": "missing"}
     ids = len(np.unique(labels(2))) - 1
     assert {k: v for k, v in missing["crop2", "mito"].items() if k != "panoptic"} == {

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.labels import LabelVolume
+from connectomics.cellmap.labels import LabelVolume, arrays_needed
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.s3 import in_parallel
@@ -49,12 +49,13 @@ class Decodable(Protocol):
 def cache_key(volume: Decodable) -> str:
     """The name of a crop's entry: data set, crop, and a hash of everything that decides the decoded content.
 
-    That is: locations, metadata and chunks (times and sizes, or ETags) of the labels and of the raw behind the region,
-    classes, those whose objects are told apart, lattice, context, intensity range, and the version of the code that
-    decodes.
+    That is: locations, metadata and chunks (times and sizes, or ETags) of the labels that are read and of the raw
+    behind the region, classes, those whose objects are told apart, lattice, context, intensity range, and the version
+    of the code that decodes.
     """
     crop = volume.crop
-    labels = [(name, crop.labels[name].source) for name in sorted(crop.labels)] if volume.classes else []
+    read = arrays_needed(crop, volume.classes) if volume.classes else {}
+    labels = [(name, read[name].source) for name in sorted(read)]
     if is_s3(crop.raw):
         prints = in_parallel(lambda item: fingerprint(item[1]), labels)
     else:

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from connectomics.cellmap.catalog import Catalog, Crop, informs
-from connectomics.data.augment import Augmentor, PatchAugmentor, agree
+from connectomics.data.augment import Augmentor, GivenAugmentor, PatchAugmentor, agree
 from connectomics.data.cache import cache_folder
+from connectomics.data.dataset.dataset_base import BaseDataset, Mode
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, foreground_points
@@ -23,7 +24,6 @@ from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
 from connectomics.io.store import StoreOptions
 
-Mode = Literal["train", "val", "test"]
 _MOST_POINTS = 2**22  # positions that a data set keeps: 100 MB
 Sample = dict[str, Any]
 
@@ -67,8 +67,10 @@ class PatchOptions:
         return cls(**kwargs)
 
 
-class CropPatches(Dataset[Any]):
+class CropPatches(BaseDataset):
     """What both data sets share: crops as volumes, and patches drawn from them.
+
+    ``data_root`` is where it was opened (None where crops were given), ``datasets`` the names of those that it has.
 
     Samples have ``ids`` (I, D, H, W) int32 where `PatchOptions.instances` names classes, in that order.
 
@@ -76,6 +78,8 @@ class CropPatches(Dataset[Any]):
     worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
     the patch that it names, packed.
     """
+
+    data_root: str | None = None
 
     def __init__(
         self,
@@ -90,11 +94,13 @@ class CropPatches(Dataset[Any]):
         mode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`;
-        ``augmentor`` is a `PatchAugmentor`, or any function of a dense sample. Raises `MissingError` or
+        ``augmentor`` is a `PatchAugmentor`, MONAI dictionary transforms (`GivenAugmentor`: ``known`` goes wherever
+        ``label`` goes), or any function of a dense sample, which moves ``known`` itself. Raises `MissingError` or
         `UnknownNameError` for a root, data set, crop or class that is not there."""
         options = PatchOptions.from_kwargs(mode_kwargs or {})
         store = StoreOptions(cache_bytes=options.chunk_cache_bytes)
         found = Catalog.open(data_root, store).crops(datasets, crops, classes)
+        self.data_root = str(data_root)
         self._set_up(found, classes, mode, patch_size, resolution, augmentor, options)
 
     def _set_up(
@@ -107,12 +113,11 @@ class CropPatches(Dataset[Any]):
         augmentor: Callable[[Sample], Sample] | PatchAugmentor | None,
         options: PatchOptions,
     ) -> None:
-        if mode not in ("train", "val", "test"):
-            raise unknown_name("mode", mode, ("train", "val", "test"))
+        super().__init__(augmentor, mode)
+        self.datasets = list(dict.fromkeys(crop.dataset for crop in crops))
         if len(patch_size) != 3 or min(patch_size) < 1:
             raise InputError(f"patch_size must be three positive whole numbers (z, y, x), found {list(patch_size)}")
         self.classes = tuple(classes)
-        self.mode = mode
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.resolution = triple(resolution, "resolution")
         self.options = options
@@ -120,7 +125,9 @@ class CropPatches(Dataset[Any]):
             if name not in self.classes:
                 raise unknown_name("instance class", name, self.classes, "the classes")
         in_reading = augmentor if isinstance(augmentor, PatchAugmentor) else None
-        self._augment = None if isinstance(augmentor, PatchAugmentor) else augmentor
+        self._augment: Augmentor | GivenAugmentor | None = None
+        if augmentor is not None and not isinstance(augmentor, PatchAugmentor):
+            self._augment = augmentor if isinstance(augmentor, Augmentor) else GivenAugmentor(augmentor)
         own = PatchShape(self.patch_size, self.resolution)
         views = [PatchShape(shape, size) for size, shape in options.inputs]
         spatial = None if in_reading is None else in_reading.spatial
@@ -197,10 +204,12 @@ class CropPatches(Dataset[Any]):
         sample = patch.dense(classes)
         if self._augment is None:
             return sample
-        if isinstance(self._augment, Augmentor):
-            self._augment.seed(patch.seed % 2**31)
+        if isinstance(self._augment, GivenAugmentor):
+            given: Sample = self._augment(sample, patch.instances, classes)
+            return given
+        self._augment.seed(patch.seed % 2**31)
         moved = self._augment(sample)
-        if isinstance(self._augment, Augmentor) and "ids" in moved:
+        if "ids" in moved:
             moved["ids"] = agree(moved["ids"], patch.instances, moved["label"], moved["known"], classes)
         return moved
 

@@ -1,4 +1,5 @@
-"""TIFF: a file of many pages, or a folder of sections (sorted by the numbers in their names)."""
+"""TIFF: a file of many pages, in one series or page by page, or a folder of sections (sorted by the numbers in their
+names)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MissingError
 from connectomics.geometry import Triple
-from connectomics.io.formats.source import VolumeSource, array_source, in_nm, optional
+from connectomics.io.formats.source import Reader, VolumeSource, array_source, in_nm, optional
 
 _ENDINGS = (".tif", ".tiff")
 
@@ -25,25 +26,62 @@ def open_source(path: Path, inner: str | None) -> VolumeSource:
 
 
 def _file(path: Path, tifffile: Any) -> VolumeSource:
+    """One series of pages, or several that are alike, one behind the other: a volume written page by page has one
+    series a page."""
     file = _opened(path, tifffile)
-    series = file.series[0]
-    shape = _volume_shape(series.axes, series.shape, path)
+    parts = list(file.series)
+    kinds = {(tuple(part.shape), np.dtype(part.dtype)) for part in parts}
+    volumes_apart = len(parts) > 1 and file.is_ome and _volume_shape(parts[0].axes, parts[0].shape, path)[0] > 1
+    if len(kinds) > 1 or volumes_apart:
+        found = ", ".join(f"{dtype} {shape}" for shape, dtype in sorted(kinds, key=str)[:4])
+        file.close()
+        raise InputError(
+            f"{path} holds {len(parts)} images ({found}), expected one volume, or sections of one shape and type; "
+            "save the volume alone, in a file of its own"
+        )
+    shape = _volume_shape(parts[0].axes, parts[0].shape, path)
+    readers = [_reader(part, shape, path, file.byteorder) for part in parts]
+
+    def read(begin: Sequence[int], wanted: Sequence[int]) -> NDArray[Any]:
+        out = np.empty(tuple(wanted), parts[0].dtype)
+        done = 0
+        while done < wanted[0]:
+            part, first = divmod(begin[0] + done, shape[0])
+            planes = min(shape[0] - first, wanted[0] - done)
+            out[done : done + planes] = readers[part]((first, begin[1], begin[2]), (planes, wanted[1], wanted[2]))
+            done += planes
+        return out
+
     size = _imagej_size(file) or _ome_size(file)
-    known: dict[str, Any] = {"voxel_size": size, "close": file.close}
-    if series.dataoffset is not None and not series.keyframe.is_tiled:
-        mapped = np.memmap(path, series.dtype.newbyteorder(file.byteorder), "r", series.dataoffset, shape)
-        return array_source(str(path), mapped, **known)
+    by_plane = any(_mapped_from(part) is None for part in parts)
+    whole = (len(parts) * shape[0], shape[1], shape[2])
+    return VolumeSource(
+        str(path), whole, np.dtype(parts[0].dtype), read, voxel_size=size, by_plane=by_plane, close=file.close
+    )
+
+
+def _mapped_from(series: Any) -> int | None:
+    """Where the series lies in the file as a plain array, None where it has to be decoded."""
+    offset: int | None = None if series.keyframe.is_tiled else series.dataoffset
+    return offset
+
+
+def _reader(series: Any, shape: Sequence[int], path: Path, byteorder: str) -> Reader:
+    """Reads blocks of one series."""
+    offset = _mapped_from(series)
+    if offset is not None:
+        mapped = np.memmap(path, series.dtype.newbyteorder(byteorder), "r", offset, tuple(shape))
+        return array_source(str(path), mapped).read
     pages = series.pages
 
     def read(begin: Sequence[int], wanted: Sequence[int]) -> NDArray[Any]:
         out = np.empty(tuple(wanted), series.dtype)
         for k in range(wanted[0]):
-            page = pages[begin[0] + k]
-            plane = _decoded(page, path, begin[0] + k)
+            plane = _decoded(pages[begin[0] + k], path, begin[0] + k)
             out[k] = plane[begin[1] : begin[1] + wanted[1], begin[2] : begin[2] + wanted[2]]
         return out
 
-    return VolumeSource(str(path), (shape[0], shape[1], shape[2]), np.dtype(series.dtype), read, by_plane=True, **known)
+    return read
 
 
 def _folder(path: Path, tifffile: Any) -> VolumeSource:
@@ -54,6 +92,7 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
     with first:
         page = first.pages[0]
         plane, dtype, size = tuple(page.shape), np.dtype(page.dtype), _imagej_size(first)
+        _check_single(first, files[0])
     if len(plane) != 2:
         raise InputError(f"{files[0]} has shape {plane}, expected one grey section (y, x)")
 
@@ -68,11 +107,21 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
                         f"{place} holds {found.dtype} of shape {tuple(found.shape)}, {files[0].name} {dtype} of shape "
                         f"{plane}; sections of a stack must be alike"
                     )
+                _check_single(file, place)
                 section = _decoded(found, place, 0)
             out[k] = section[begin[1] : begin[1] + wanted[1], begin[2] : begin[2] + wanted[2]]
         return out
 
     return VolumeSource(str(path), (len(files), plane[0], plane[1]), dtype, read, voxel_size=size, by_plane=True)
+
+
+def _check_single(file: Any, path: Path) -> None:
+    """A file of a stack is one section; a smaller page behind it (a preview) does not matter."""
+    pages = file.pages
+    if len(pages) > 1 and pages[1].shape == pages[0].shape:
+        raise InputError(
+            f"{path} holds {len(pages)} sections, expected one, as in a folder of sections; give that file by itself"
+        )
 
 
 def _opened(path: Path, tifffile: Any) -> Any:

@@ -68,6 +68,12 @@ class BlockPair(VolumePair):
             counter.add(self._labels.read(begin, end), parts, (begin, 0, 0))
         return counter.result()
 
+    def count_truth(self) -> int:
+        import fastremap
+
+        found = [fastremap.unique(np.ascontiguousarray(self._labels.read(b, e))) for b, e in self._slabs()]
+        return int(np.count_nonzero(np.unique(np.concatenate(found))))
+
     def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
         return self._mask(self._labels, box, lambda labels: labels == truth_id)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.geometry import Triple
-from connectomics.metrics.challenge.rules import Rules
+from connectomics.metrics.challenge.rules import RULES, Rules
 
 SCORED = "scored"
 MISSING = "missing"
@@ -20,7 +20,8 @@ FAILED = "matching_failed"
 
 @dataclass(frozen=True)
 class Panoptic:
-    """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs of IoU above 1/2. An extra output."""
+    """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs of IoU above 1/2. An extra output, but
+    where the rules say that it is the score."""
 
     tp: int = 0
     fp: int = 0
@@ -29,6 +30,12 @@ class Panoptic:
 
     def __add__(self, other: Panoptic) -> Panoptic:
         return Panoptic(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum)
+
+    @classmethod
+    def of_segment(cls, tp: int, fp: int, fn: int) -> Panoptic:
+        """Of voxel counts of one segment: a semantic class in a crop."""
+        iou = tp / (tp + fp + fn) if tp else 0.0
+        return cls(1, iou_sum=iou) if iou > 0.5 else cls(fp=int(tp + fp > 0), fn=int(tp + fn > 0))
 
     @property
     def quality(self) -> float:
@@ -70,7 +77,8 @@ class InstanceScore:
 
     ``hausdorff_norm_sum`` is the sum of ``n_hausdorff`` mapped distances in [0, 1]: one per truth instance and one per
     unmatched prediction. ``instances`` and ``panoptic`` are additional outputs; ``nan_voxels`` counts NaN in the
-    prediction, which were taken for background.
+    prediction, which were taken for background. ``sums`` has ``hausdorff_norm_sum`` by other rules too, where asked
+    for; all else is the same for them.
     """
 
     tp: int
@@ -84,6 +92,7 @@ class InstanceScore:
     nan_voxels: int = 0
     panoptic: Panoptic | None = None
     instances: InstanceTable | None = field(default=None, compare=False, repr=False)
+    sums: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The official scorer's entries; with more than those under ``panoptic`` and, where not 0, ``nan_voxels``."""
@@ -104,17 +113,27 @@ class InstanceScore:
 
 @dataclass(frozen=True)
 class SemanticScore:
-    """Voxel counts of one class in one crop; ``nan_voxels`` counts NaN in the prediction (background)."""
+    """Voxel counts of one class in one crop; ``nan_voxels`` counts NaN in the prediction (background). Where nothing
+    was submitted the counts do not tell whether the truth has a voxel of the class: ``annotated`` does."""
 
     tp: int
     fp: int
     fn: int
     status: str = SCORED
     nan_voxels: int = 0
+    annotated: bool = True
+
+    @property
+    def panoptic(self) -> Panoptic:
+        """The crop as one segment."""
+        if self.status == MISSING:
+            return Panoptic(fn=int(self.annotated))
+        return Panoptic.of_segment(self.tp, self.fp, self.fn)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official scorer's entries, and ``nan_voxels`` where not 0."""
+        """The official scorer's entries, ``panoptic``, and ``nan_voxels`` where not 0."""
         entries: dict[str, Any] = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "status": self.status}
+        entries["panoptic"] = self.panoptic.to_dict()
         if self.nan_voxels:
             entries["nan_voxels"] = self.nan_voxels
         return entries
@@ -122,7 +141,7 @@ class SemanticScore:
 
 @dataclass(frozen=True)
 class LabelResult:
-    """The score of one class in one crop, and what it belongs to."""
+    """The score of one class in one crop, and what it belongs to; ``by_quality`` as in `Rules`."""
 
     crop: str
     class_name: str
@@ -131,6 +150,15 @@ class LabelResult:
     voxel_size: Triple
     is_missing: bool = False
     dataset: str = ""
+    by_quality: bool = False
+
+    def by_rules(self, rules: Rules) -> LabelResult:
+        """The same by other rules, of which ``sums`` says what differs."""
+        score = self.score
+        if isinstance(score, InstanceScore):
+            total = score.sums.get(rules.version, score.hausdorff_norm_sum)
+            score = replace(score, hausdorff_norm_sum=total, rules=rules.version, verified=rules.verified)
+        return replace(self, score=score, by_quality=rules.by_quality)
 
     def to_dict(self) -> dict[str, Any]:
         """As in the official results file."""
@@ -146,9 +174,10 @@ class LabelResult:
 class ClassScore:
     """One class pooled over crops.
 
-    For classes scored as instances: ``f1``, ``hausdorff`` (mean mapped distance), ``combined`` (their geometric mean)
-    and ``panoptic``; for the others ``iou``. What does not belong to the kind is None. ``n_missing`` and ``n_skipped``
-    of the ``n_crops`` were not submitted, or dropped for too many instances.
+    For classes scored as instances: ``f1``, ``hausdorff`` (mean mapped distance) and ``combined`` (their geometric
+    mean); for the others ``iou``; for all ``panoptic``, which is the score where ``by_quality``. What does not belong
+    to the kind is None. ``n_missing`` and ``n_skipped`` of the ``n_crops`` were not submitted, or dropped for too many
+    instances.
     """
 
     class_name: str
@@ -163,6 +192,7 @@ class ClassScore:
     combined: float | None = None
     iou: float | None = None
     panoptic: Panoptic | None = None
+    by_quality: bool = False
 
     @property
     def is_instance(self) -> bool:
@@ -171,22 +201,24 @@ class ClassScore:
 
     @property
     def score(self) -> float:
-        """What enters the overall score: ``combined`` or ``iou``."""
+        """What enters the overall score: ``combined`` or ``iou``, or by rules of quality that of ``panoptic``."""
+        if self.by_quality and self.panoptic is not None:
+            return self.panoptic.quality
         value = self.combined if self.combined is not None else self.iou
         assert value is not None
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """The official entries of ``label_scores``, and ``panoptic_quality``."""
-        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn}
-        if not self.is_instance:
-            return {"iou": self.iou, **counts}
-        entries = {
-            "f1": self.f1,
-            "normalized_hausdorff_distance": self.hausdorff,
-            "combined_score": self.combined,
-            **counts,
-        }
+        """The official entries of ``label_scores``, and ``score`` and ``panoptic_quality``."""
+        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "score": self.score}
+        entries = {"iou": self.iou, **counts}
+        if self.is_instance:
+            entries = {
+                "f1": self.f1,
+                "normalized_hausdorff_distance": self.hausdorff,
+                "combined_score": self.combined,
+                **counts,
+            }
         if self.panoptic is not None:
             entries["panoptic_quality"] = self.panoptic.quality
         return entries
@@ -196,8 +228,9 @@ class ClassScore:
 class Totals:
     """Scores pooled per class, and the overall numbers made of them.
 
-    ``instance`` and ``semantic`` are plain means over classes of their kind, ``overall`` their geometric mean. A kind
-    of which no class was asked for has None (and ``overall`` then too); one of which nothing was submitted has 0.
+    ``instance`` and ``semantic`` are plain means over classes of their kind, ``overall`` their geometric mean, or by
+    rules of quality the plain mean over all classes. A kind of which no class was asked for has None (and ``overall``
+    then too, by rules of another kind); one of which nothing was submitted has 0.
     """
 
     classes: dict[str, ClassScore]
@@ -217,7 +250,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class SubmissionScore:
-    """A whole submission's score: every crop and class, and both totals (missing labels counted; submitted only)."""
+    """A whole submission's score: every crop and class, and both totals (missing labels counted; submitted only).
+    ``by_rules`` has the totals by all rules, missing labels counted, where they were compared."""
 
     results: tuple[LabelResult, ...]
     totals: Totals
@@ -226,6 +260,7 @@ class SubmissionScore:
     rules: str
     verified: bool
     warnings: tuple[str, ...] = ()
+    by_rules: Mapping[str, Totals] = field(default_factory=dict)
 
     @property
     def overall_score(self) -> float | None:
@@ -253,7 +288,8 @@ class SubmissionScore:
         return len(self.results)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official results file's layout, and ``submitted_only``, ``rules``, ``verified``, ``warnings``."""
+        """The official results file's layout, and ``submitted_only``, ``rules``, ``verified``, ``by_rules``,
+        ``warnings``."""
         crops: dict[str, Any] = {}
         for result in self.results:
             crops.setdefault(result.crop, {})[result.class_name] = result.to_dict()
@@ -265,8 +301,38 @@ class SubmissionScore:
             "submitted_only": self.submitted_only.to_dict(),
             "rules": self.rules,
             "verified": self.verified,
+            "by_rules": [row.to_dict() for row in self.moves],
             "warnings": list(self.warnings),
         }
+
+    @property
+    def moves(self) -> list[RulesRow]:
+        """The overall score by each of the rules that were compared, and how far it moves."""
+        return moves({name: totals.overall for name, totals in self.by_rules.items()}, self.totals.overall)
+
+
+@dataclass(frozen=True)
+class RulesRow:
+    """An overall score by some rules; ``moves``: less that by the rules that were asked for."""
+
+    rules: str
+    verified: bool
+    summary: str
+    overall: float | None
+    moves: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def moves(overall: Mapping[str, float | None], asked: float | None) -> list[RulesRow]:
+    """Overall scores by the names of their rules, as rows."""
+    rows = []
+    for name, value in overall.items():
+        by = None if value is None or asked is None else value - asked
+        rows.append(RulesRow(name, RULES[name].verified, RULES[name].summary, value, by))
+    return rows
 
 
 # -- pooling -----------------------------------------------------------------------------------------------------------
@@ -283,7 +349,10 @@ def pool(results: Iterable[LabelResult], rules: Rules, kinds: Iterable[str] | No
     asked = set(groups) | set(kinds or ())
     instance = _mean([s.score for s in classes.values() if s.is_instance], any(map(rules.is_instance, asked)))
     semantic = _mean([s.score for s in classes.values() if not s.is_instance], not all(map(rules.is_instance, asked)))
-    overall = None if instance is None or semantic is None else (instance * semantic) ** 0.5
+    if rules.by_quality:
+        overall: float | None = _mean([s.score for s in classes.values()], bool(asked))
+    else:
+        overall = None if instance is None or semantic is None else (instance * semantic) ** 0.5
     return Totals(classes, instance, semantic, overall)
 
 
@@ -294,13 +363,16 @@ def pool_class(class_name: str, results: Sequence[LabelResult]) -> ClassScore:
     skipped = sum(r.score.status in (TOO_MANY, FAILED) for r in results)
     counts = (class_name, tp, fp, fn, len(results), missing, skipped)
     instances = [r.score for r in results if isinstance(r.score, InstanceScore)]
+    panoptic = sum((r.score.panoptic for r in results if r.score.panoptic is not None), Panoptic())
+    by_quality = any(r.by_quality for r in results)
     if not instances:
-        return ClassScore(*counts, iou=tp / (tp + fp + fn) if tp + fp + fn else 1.0)
+        iou = tp / (tp + fp + fn) if tp + fp + fn else 1.0
+        return ClassScore(*counts, iou=iou, panoptic=panoptic, by_quality=by_quality)
     f1 = 2 * tp / (2 * tp + fp + fn) if 2 * tp + fp + fn else 1.0
     number = sum(s.n_hausdorff for s in instances)
     distance = sum(s.hausdorff_norm_sum for s in instances) / number if number else 1.0
-    panoptic = sum((s.panoptic for s in instances if s.panoptic is not None), Panoptic())
-    return ClassScore(*counts, f1=f1, hausdorff=distance, combined=(f1 * distance) ** 0.5, panoptic=panoptic)
+    combined = (f1 * distance) ** 0.5
+    return ClassScore(*counts, f1, distance, combined, panoptic=panoptic, by_quality=by_quality)
 
 
 def _mean(values: Sequence[float], asked: bool) -> float | None:

@@ -1,7 +1,8 @@
 """The challenge's rules as objects with a version: what changed in 2026, and nothing else.
 
 The scorer asks a rule what differs between versions; counting, matching and distances are common to all. A new version
-is one small subclass of `Rules` and one entry in `RULES`.
+is one small subclass of `Rules` and one entry in `RULES`. ``score.rules`` of a configuration names one of `RULES`, or
+``2026-07`` for the first of its two readings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ class Rules:
     """What every version shares; a version states its name, whether it is verified, and what it does differently."""
 
     version: ClassVar[str]
+    #: In a few words, what they are.
+    summary: ClassVar[str] = ""
+    #: Whether a class's score is its Panoptic Quality, and the overall score the plain mean over classes.
+    by_quality: ClassVar[bool] = False
     #: Whether our numbers were compared with the official scorer's for this version.
     verified: ClassVar[bool]
     #: Classes that are scored as instances; every other class is scored by voxels.
@@ -69,6 +74,7 @@ class Rules202606(Rules):
     """The public toolbox at its state of 2026-06-30. Verified against its numbers (tests/metrics)."""
 
     version = "2026-06"
+    summary = "as the public toolbox scored on 2026-06-30"
     verified = True
 
     def second_part(self, truth_ids: NDArray[np.int64], part_is_matched: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -91,11 +97,12 @@ class Rules202607(Rules):
 
     An unmatched truth or prediction has distance infinity, so 0; unmatched predictions are taken away before distances
     are computed, so component numbers no longer matter; a real match is rescaled so that the cap maps to 0.1. The
-    description does not say by which curve: here 0.1 ** (d / cap), which keeps the exponential and differs from the
-    earlier map only in its base.
+    description does not say how it is rescaled. Here by another base, 0.1 ** (d / cap), which keeps the exponential;
+    `Rules202607Affine` is the other reading.
     """
 
-    version = "2026-07"
+    version = "2026-07-exponential"
+    summary = "the changes of July 2026 as described, a match mapped by 0.1 ** (d / cap)"
     verified = False
 
     def unmatched_distance(self, cap: float) -> float:
@@ -107,13 +114,53 @@ class Rules202607(Rules):
         return 0.1 ** (distances.astype(np.float64) / cap)
 
 
-RULES: dict[str, Rules] = {rules.version: rules for rules in (Rules202606(), Rules202607())}
+class Rules202607Affine(Rules202607):
+    """The same changes, **unverified**, with the map of 2026-06 stretched by a straight line: 1 stays 1, and what the
+    cap maps to becomes 0.1."""
+
+    version = "2026-07-affine"
+    summary = "the changes of July 2026 as described, the map of 2026-06 stretched so that the cap maps to 0.1"
+
+    def mapped(self, distances: NDArray[np.float32], voxel_size: Triple, cap: float) -> NDArray[np.float64]:
+        """0.1 + 0.9 (m(d) - m(cap)) / (1 - m(cap)) with m(d) = 1.01 ** (-d / length of the voxel's diagonal); 0 for
+        infinity."""
+        diagonal = np.linalg.norm(np.asarray(voxel_size, dtype=np.float64))
+        lowest = 1.01 ** (-cap / diagonal)
+        stretched = 0.1 + 0.9 * (1.01 ** (-distances.astype(np.float64) / diagonal) - lowest) / (1 - lowest)
+        return np.where(np.isinf(distances), 0.0, stretched)
+
+
+class RulesQuality(Rules202606):
+    """The open proposal, **unverified**: Panoptic Quality at IoU > 1/2 for every class.
+
+    A semantic class is one segment in each crop. A crop that is skipped counts all predictions as false positives and
+    all truths as false negatives. A class pools its counts over crops; the overall score is the plain mean over
+    classes. F1 and distances, which do not enter, are those of 2026-06.
+    """
+
+    version = "pq"
+    summary = "the open proposal: Panoptic Quality at IoU > 0.5, plain mean over classes"
+    verified = False
+    by_quality = True
+
+
+RULES: dict[str, Rules] = {
+    rules.version: rules for rules in (Rules202606(), Rules202607(), Rules202607Affine(), RulesQuality())
+}
+#: Other names of rules.
+ALIASES = {"2026-07": Rules202607.version}
 
 
 def get_rules(rules: str | Rules) -> Rules:
     """The rules of a version such as ``"2026-06"``; `Rules` are passed through. `UnknownNameError` otherwise."""
     if isinstance(rules, Rules):
         return rules
-    if rules not in RULES:
-        raise unknown_name("version of the rules", rules, RULES)
-    return RULES[rules]
+    name = ALIASES.get(rules, rules)
+    if name not in RULES:
+        raise unknown_name("version of the rules", rules, [*RULES, *ALIASES], "score.rules")
+    return RULES[name]
+
+
+def trust(verified: bool) -> str:
+    """What is said of rules beside their name."""
+    return "verified against the official scorer" if verified else "not verified against the official scorer"

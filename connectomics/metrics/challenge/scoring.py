@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, triple
-from connectomics.metrics.challenge.distance import directed, hausdorff, scratch_bytes
+from connectomics.metrics.challenge.instance_distances import Box, Distances
 from connectomics.metrics.challenge.matching import MatchingFailedError, match
 from connectomics.metrics.challenge.results import (
     FAILED,
@@ -28,10 +25,8 @@ from connectomics.metrics.challenge.results import (
     Panoptic,
     SemanticScore,
 )
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.overlaps import OverlapCounter, Overlaps, label_array
-
-Box = tuple[slice, slice, slice]
 
 
 # -- the two functions -------------------------------------------------------------------------------------------------
@@ -42,6 +37,7 @@ def score_instance(
     rules: str | Rules = DEFAULT_RULES,
     *,
     workers: int | None = None,
+    compare: bool = False,
 ) -> InstanceScore:
     """The challenge's score of an instance segmentation of one crop (RULES: instance classes 1 to 7).
 
@@ -52,6 +48,7 @@ def score_instance(
         voxel_size: nm, z y x.
         rules: version of the rules, or a `Rules` object.
         workers: threads for the distances (default: one per available core).
+        compare: also the sums by all other rules, which costs further distances where they differ.
 
     Returns:
         Counts and sums to be pooled over crops, with `Panoptic` counts and an `InstanceTable` besides. With nothing in
@@ -68,7 +65,8 @@ def score_instance(
     labels = truth_array(truth)
     check_shapes(parts_input, labels)
     pair = InMemoryPair(parts_input, labels)
-    return score_pair(pair, spacing, rules, workers or available_cores(), nan_voxels)
+    others = tuple(RULES.values()) if compare else ()
+    return score_pair(pair, spacing, rules, workers or available_cores(), nan_voxels, others)
 
 
 def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
@@ -147,6 +145,10 @@ class VolumePair:
         """Sizes, boxes and overlapping pairs, by the truth's own labels."""
         raise NotImplementedError
 
+    def count_truth(self) -> int:
+        """Number of labels other than 0 in the truth."""
+        raise NotImplementedError
+
     def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
         """Inside ``box``, where the truth is ``truth_id``."""
         raise NotImplementedError
@@ -187,6 +189,11 @@ class InMemoryPair(VolumePair):
             return _with_labels(self._count(len(values)), values.astype(np.int64))
         return self._count(self.max_truth)
 
+    def count_truth(self) -> int:
+        import fastremap
+
+        return int(np.count_nonzero(fastremap.unique(self._truth)))
+
     def _count(self, max_truth: int) -> Overlaps:
         counter = OverlapCounter(max_truth, self.n_parts)
         counter.add(self._truth, self._parts)
@@ -217,173 +224,53 @@ def where_parts(components: NDArray[Any], parts: tuple[int, int]) -> NDArray[np.
     return mask
 
 
-def score_pair(pair: VolumePair, voxel_size: Triple, rules: Rules, workers: int, nan_voxels: int = 0) -> InstanceScore:
-    """The instance score of a `VolumePair`; see `score_instance`."""
+def score_pair(
+    pair: VolumePair,
+    voxel_size: Triple,
+    rules: Rules,
+    workers: int,
+    nan_voxels: int = 0,
+    others: Sequence[Rules] = (),
+) -> InstanceScore:
+    """The instance score of a `VolumePair`; see `score_instance`. ``others``: rules that are in ``sums`` too."""
 
-    def dropped(status: str) -> InstanceScore:
-        return InstanceScore(0, 0, 0, 0.0, 0, status, rules.version, rules.verified, nan_voxels)
+    def dropped(status: str, truths: int) -> InstanceScore:
+        counted = Panoptic(fp=pair.n_parts, fn=truths)
+        return InstanceScore(0, 0, 0, 0.0, 0, status, rules.version, rules.verified, nan_voxels, counted)
 
     if rules.too_many(pair.max_truth, pair.n_parts):
-        return dropped(TOO_MANY)
+        return dropped(TOO_MANY, pair.count_truth())
     overlaps = pair.overlaps()
     if overlaps.pair_voxels.size > rules.max_pairs:
-        return dropped(TOO_MANY)
+        return dropped(TOO_MANY, overlaps.truth_ids.size)
     try:
         matched = match(overlaps, pair.max_truth, rules)
     except MatchingFailedError:
-        return dropped(FAILED)
+        return dropped(FAILED, overlaps.truth_ids.size)
 
     tp = int(np.count_nonzero(matched))
     fp = pair.n_parts - tp
     cap = rules.cap(voxel_size, pair.shape)
-    distances = _distances(pair, overlaps, matched, voxel_size, cap, rules, workers)
-    unmatched = np.full(fp, rules.unmatched_distance(cap), np.float32)
-    mapped = rules.mapped(np.concatenate([distances, unmatched]), voxel_size, cap)
+    found = Distances(pair, overlaps, matched, voxel_size, cap, workers)
+    sums = {}
+    for version in (rules, *others):
+        unmatched = np.full(fp, version.unmatched_distance(cap), np.float32)
+        mapped = version.mapped(np.concatenate([found.by(version), unmatched]), voxel_size, cap)
+        sums[version.version] = float(np.sum(mapped))
     return InstanceScore(
         tp,
         fp,
         int(overlaps.truth_ids.size) - tp,
-        float(np.sum(mapped)),
-        int(mapped.size),
+        sums[rules.version],
+        int(overlaps.truth_ids.size) + fp,
         SCORED,
         rules.version,
         rules.verified,
         nan_voxels,
         _panoptic(overlaps),
-        _table(pair, overlaps, matched, distances),
+        _table(pair, overlaps, matched, found.by(rules)),
+        sums,
     )
-
-
-def _distances(
-    pair: VolumePair,
-    overlaps: Overlaps,
-    matched: NDArray[np.int64],
-    voxel_size: Triple,
-    cap: float,
-    rules: Rules,
-    workers: int,
-) -> NDArray[np.float32]:
-    """The distance of every truth label to what it is compared with, nm, capped, (T,)."""
-    part_is_matched = np.zeros(overlaps.n_parts + 1, bool)
-    part_is_matched[matched] = True
-    second = rules.second_part(overlaps.truth_ids, part_is_matched)
-    distances = np.full(matched.size, rules.unmatched_distance(cap), np.float32)
-    # Row 0 of the components' boxes is the empty box, which leaves a union as it is.
-    found = _union(overlaps.part_boxes[matched], overlaps.part_boxes[second])
-    compared = (matched > 0) | (second > 0)
-    identical = _identical(overlaps, matched) & (second == 0)
-    distances[identical] = 0.0
-    # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
-    far = compared & _beyond(overlaps.truth_boxes, found, voxel_size, cap)
-    distances[far] = cap
-    budget = MemoryBudget(pair.scratch_bytes)
-
-    def one(row: int) -> None:
-        parts = [int(p) for p in (matched[row], second[row]) if p]
-        with budget.held(scratch_bytes(overlaps.truth_boxes[row], found[row])):
-            distances[row] = _distance(pair, overlaps, row, parts, found[row], voxel_size, cap)
-
-    todo = np.flatnonzero(compared & ~identical & ~far)
-    volume = _volume(overlaps.truth_boxes[todo]) + _volume(found[todo])
-    _run(one, todo[np.argsort(-volume, kind="stable")], workers)
-    return distances
-
-
-def _distance(
-    pair: VolumePair,
-    overlaps: Overlaps,
-    row: int,
-    parts: list[int],
-    found: NDArray[np.int32],
-    voxel_size: Triple,
-    cap: float,
-) -> float:
-    """The distance of one truth to one component or two, nm, capped."""
-    box = _slices(overlaps.truth_boxes[row])
-    truth = pair.truth_mask(int(overlaps.truth_ids[row]), box)
-    if len(parts) == 2:
-        # Two components often lie far apart; their common box need not be looked at if each alone settles the matter.
-        reached = 0.0
-        single = []
-        for part in parts:
-            where = _slices(overlaps.part_boxes[part])
-            single.append((pair.parts_mask((part, 0), where), _offset(where, box)))
-            back = _offset(box, where)
-            reached = directed(single[-1][0], truth, voxel_size, cap, back, reached)
-        for mask, offset in single:
-            if reached >= cap or directed(truth, mask, voxel_size, cap, offset, reached) == reached:
-                return reached
-    where = _slices(found)
-    mask = pair.parts_mask((parts[0], parts[-1]), where)
-    return hausdorff(truth, mask, voxel_size, cap, _offset(where, box))
-
-
-def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
-    """Where a box begins, counted from the beginning of another."""
-    z, y, x = (b.start - o.start for b, o in zip(box, origin, strict=True))
-    return z, y, x
-
-
-def _slices(box: NDArray[np.int32]) -> Box:
-    z0, z1, y0, y1, x0, x1 = (int(v) for v in box)
-    return slice(z0, z1), slice(y0, y1), slice(x0, x1)
-
-
-def _volume(boxes: NDArray[np.int32]) -> NDArray[np.int64]:
-    return np.prod(boxes[:, 1::2] - boxes[:, ::2], axis=1, dtype=np.int64)
-
-
-def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The union of boxes (N, 6), row by row."""
-    union = np.maximum(a, b)
-    union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
-    return union
-
-
-def _beyond(truth: NDArray[np.int32], found: NDArray[np.int32], voxel_size: Triple, cap: float) -> NDArray[np.bool_]:
-    """Whether some faces of two boxes (N, 6) lie at least ``cap`` nm apart."""
-    apart = np.abs(truth.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
-    return np.asarray((apart >= cap).any(axis=1))
-
-
-def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Truth labels whose matched component is the same set of voxels, (T,)."""
-    row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
-    same = (overlaps.pair_voxels == overlaps.truth_sizes[row]) & (
-        overlaps.pair_voxels == overlaps.part_sizes[overlaps.pair_part]
-    )
-    result = np.zeros(matched.size, bool)
-    result[row[same]] = matched[row[same]] == overlaps.pair_part[same]
-    return result
-
-
-def _run(task: Callable[[int], None], items: NDArray[np.int64], workers: int) -> None:
-    if workers <= 1 or items.size <= 1:
-        for item in items:
-            task(int(item))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(task, items.tolist()):
-            pass
-
-
-class MemoryBudget:
-    """Lets threads hold memory up to a limit; whoever needs more than the whole limit waits to be alone."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit, self._held, self._free = limit, 0, threading.Condition()
-
-    @contextmanager
-    def held(self, amount: int) -> Iterator[None]:
-        with self._free:
-            self._free.wait_for(lambda: self._held == 0 or self._held + amount <= self._limit)
-            self._held += amount
-        try:
-            yield
-        finally:
-            with self._free:
-                self._held -= amount
-                self._free.notify_all()
 
 
 def _panoptic(overlaps: Overlaps) -> Panoptic:
@@ -407,9 +294,10 @@ def _table(
 
 
 def missing_score(rules: Rules, is_instance: bool, truth_ids: int, voxels: int) -> InstanceScore | SemanticScore:
-    """The score of a label that was not submitted: all truth instances, or all voxels, are false negatives."""
+    """The score of a label that was not submitted: all truth instances, or all voxels, are false negatives. Of a
+    semantic class ``truth_ids`` says whether the truth has a voxel of it (not 0)."""
     if not is_instance:
-        return SemanticScore(0, 0, voxels, MISSING)
+        return SemanticScore(0, 0, voxels, MISSING, annotated=truth_ids > 0)
     return InstanceScore(
         0, 0, truth_ids, 0.0, truth_ids, MISSING, rules.version, rules.verified, panoptic=Panoptic(fn=truth_ids)
     )

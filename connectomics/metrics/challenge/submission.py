@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.metrics.challenge.align import Aligned, Readable
 from connectomics.metrics.challenge.blocks import BlockPair
+from connectomics.metrics.challenge.instance_distances import MemoryBudget
 from connectomics.metrics.challenge.results import (
     TOO_MANY,
     InstanceScore,
@@ -21,10 +22,9 @@ from connectomics.metrics.challenge.results import (
     SubmissionScore,
     pool,
 )
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import (
     InMemoryPair,
-    MemoryBudget,
     available_cores,
     check_shapes,
     missing_score,
@@ -60,6 +60,7 @@ def score_submission(
     workers: int | None = None,
     memory_bytes: int | None = None,
     progress: Progress | None = None,
+    compare: bool = True,
 ) -> SubmissionScore:
     """The challenge's score of a submission, every crop and class and both totals.
 
@@ -76,6 +77,7 @@ def score_submission(
         memory_bytes: what may be held at once (default: half of what is free now). Instance volumes that need more go
             slab by slab over scratch files.
         progress: called after every label with (done, all, crop, class).
+        compare: also the totals by all other rules, ``by_rules``; they need further distances where they differ.
 
     Raises `MissingError`, `InputError`, `MetadataError`, `CorruptDataError` or `UnknownNameError`, each with one line
     that says where and what. Labels that only the submission has are ignored, and named in ``warnings``.
@@ -85,7 +87,9 @@ def score_submission(
     source = open_submission(submission)
     try:
         folders = names_in_truth(source, truth_crops)
-        scorer = _Scorer(source, folders, rules, workers or available_cores(), memory_bytes or _half_of_free())
+        others = tuple(RULES.values()) if compare else ()
+        memory = memory_bytes or _half_of_free()
+        scorer = _Scorer(source, folders, rules, workers or available_cores(), memory, others)
         results = []
         for done, result in enumerate(scorer.run(targets), start=1):
             results.append(result)
@@ -103,6 +107,7 @@ def score_submission(
         rules.version,
         rules.verified,
         tuple(warnings),
+        {r.version: pool([result.by_rules(r) for result in results], r, kinds) for r in others},
     )
 
 
@@ -110,9 +115,15 @@ class _Scorer:
     """Scores targets in threads, as many at once as memory allows."""
 
     def __init__(
-        self, source: Submission, folders: dict[str, str], rules: Rules, workers: int, memory_bytes: int
+        self,
+        source: Submission,
+        folders: dict[str, str],
+        rules: Rules,
+        workers: int,
+        memory_bytes: int,
+        others: Sequence[Rules],
     ) -> None:
-        self._source, self._folders, self._rules = source, folders, rules
+        self._source, self._folders, self._rules, self._others = source, folders, rules, others
         self._classes = {crop: set(source.classes(folder)) for crop, folder in folders.items()}
         self._workers, self._memory = workers, memory_bytes
         self._budget = MemoryBudget(memory_bytes)
@@ -139,7 +150,7 @@ class _Scorer:
         truth: Readable = target.truth
         score: InstanceScore | SemanticScore
         if missing:
-            ids = _count_ids(truth) if is_instance else 0
+            ids = _count_ids(truth) if is_instance else int(_any(truth))
             score = missing_score(self._rules, is_instance, ids, target.grid.size)
         else:
             label = self._source.label(self._folders[target.crop], target.class_name)
@@ -161,6 +172,7 @@ class _Scorer:
             target.grid.voxel_size,
             missing,
             target.dataset,
+            self._rules.by_quality,
         )
 
     def _instance(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> InstanceScore:
@@ -169,12 +181,13 @@ class _Scorer:
         voxel_size = target.grid.voxel_size
         if not resampling and need > self._memory:
             with self._budget.held(self._memory), BlockPair(pred, truth, self._memory) as blocks:
-                return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels)
+                return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels, self._others)
         with self._budget.held(need + resampling):
             values, nan_voxels = prediction_array(pred.read())
             labels = truth_array(truth.read())
             check_shapes(values, labels)
-            return score_pair(InMemoryPair(values, labels), voxel_size, self._rules, self._inner, nan_voxels)
+            pair = InMemoryPair(values, labels)
+            return score_pair(pair, voxel_size, self._rules, self._inner, nan_voxels, self._others)
 
     def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
         planes = max(1, _SLAB_VOXELS // (target.grid.shape[1] * target.grid.shape[2]))
@@ -214,6 +227,13 @@ def _count_ids(truth: Readable) -> int:
         shape = (min(planes, truth.shape[0] - first), *truth.shape[1:])
         found.update(fastremap.unique(truth_array(truth.read((first, 0, 0), shape))).tolist())
     return len(found - {0})
+
+
+def _any(truth: Readable) -> bool:
+    """Whether a truth has a voxel above 0, slab by slab."""
+    planes = max(1, _SLAB_VOXELS // (truth.shape[1] * truth.shape[2]))
+    shapes = ((first, min(planes, truth.shape[0] - first)) for first in range(0, truth.shape[0], planes))
+    return any(bool((truth.read((first, 0, 0), (n, *truth.shape[1:])) > 0).any()) for first, n in shapes)
 
 
 def _half_of_free() -> int:

@@ -1,0 +1,171 @@
+"""The distances of truth instances to what rules compare them with, in threads, within a bound of memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.geometry import Triple
+from connectomics.metrics.challenge.distance import directed, hausdorff, scratch_bytes
+from connectomics.metrics.challenge.rules import Rules
+from connectomics.metrics.overlaps import Overlaps
+
+if TYPE_CHECKING:
+    from connectomics.metrics.challenge.scoring import VolumePair
+
+Box = tuple[slice, slice, slice]
+
+
+class Distances:
+    """The distance of every truth label to what rules compare it with, nm, capped, (T,); each is computed once."""
+
+    def __init__(
+        self,
+        pair: VolumePair,
+        overlaps: Overlaps,
+        matched: NDArray[np.int64],
+        voxel_size: Triple,
+        cap: float,
+        workers: int,
+    ) -> None:
+        self._pair, self._overlaps, self._matched = pair, overlaps, matched
+        self._voxel_size, self._cap, self._workers = voxel_size, cap, workers
+        self._known: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []  # second components, and their distances
+
+    def by(self, rules: Rules) -> NDArray[np.float32]:
+        """By these rules; where there is nothing to compare with, what they say of that."""
+        part_is_matched = np.zeros(self._overlaps.n_parts + 1, bool)
+        part_is_matched[self._matched] = True
+        second = rules.second_part(self._overlaps.truth_ids, part_is_matched)
+        compared = (self._matched > 0) | (second > 0)
+        distances = np.full(self._matched.size, rules.unmatched_distance(self._cap), np.float32)
+        distances[compared] = self._compared(second, compared)[compared]
+        return distances
+
+    def _compared(self, second: NDArray[np.int64], compared: NDArray[np.bool_]) -> NDArray[np.float32]:
+        overlaps, matched, voxel_size, cap = self._overlaps, self._matched, self._voxel_size, self._cap
+        distances = np.full(matched.size, np.nan, np.float32)
+        for other, known in self._known:
+            same = compared & (other == second)
+            distances[same] = known[same]
+        # Row 0 of the components' boxes is the empty box, which leaves a union as it is.
+        found = _union(overlaps.part_boxes[matched], overlaps.part_boxes[second])
+        identical = _identical(overlaps, matched) & (second == 0)
+        distances[identical] = 0.0
+        # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
+        distances[compared & _beyond(overlaps.truth_boxes, found, voxel_size, cap)] = cap
+        budget = MemoryBudget(self._pair.scratch_bytes)
+
+        def one(row: int) -> None:
+            parts = [int(p) for p in (matched[row], second[row]) if p]
+            with budget.held(scratch_bytes(overlaps.truth_boxes[row], found[row])):
+                distances[row] = _distance(self._pair, overlaps, row, parts, found[row], voxel_size, cap)
+
+        todo = np.flatnonzero(compared & np.isnan(distances))
+        volume = _volume(overlaps.truth_boxes[todo]) + _volume(found[todo])
+        _run(one, todo[np.argsort(-volume, kind="stable")], self._workers)
+        self._known.append((second, distances))
+        return distances
+
+
+def _distance(
+    pair: VolumePair,
+    overlaps: Overlaps,
+    row: int,
+    parts: list[int],
+    found: NDArray[np.int32],
+    voxel_size: Triple,
+    cap: float,
+) -> float:
+    """The distance of one truth to one component or two, nm, capped."""
+    box = _slices(overlaps.truth_boxes[row])
+    truth = pair.truth_mask(int(overlaps.truth_ids[row]), box)
+    if len(parts) == 2:
+        # Two components often lie far apart; their common box need not be looked at if each alone settles the matter.
+        reached = 0.0
+        single = []
+        for part in parts:
+            where = _slices(overlaps.part_boxes[part])
+            single.append((pair.parts_mask((part, 0), where), _offset(where, box)))
+            back = _offset(box, where)
+            reached = directed(single[-1][0], truth, voxel_size, cap, back, reached)
+        for mask, offset in single:
+            if reached >= cap or directed(truth, mask, voxel_size, cap, offset, reached) == reached:
+                return reached
+    where = _slices(found)
+    mask = pair.parts_mask((parts[0], parts[-1]), where)
+    return hausdorff(truth, mask, voxel_size, cap, _offset(where, box))
+
+
+def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
+    """Where a box begins, counted from the beginning of another."""
+    z, y, x = (b.start - o.start for b, o in zip(box, origin, strict=True))
+    return z, y, x
+
+
+def _slices(box: NDArray[np.int32]) -> Box:
+    z0, z1, y0, y1, x0, x1 = (int(v) for v in box)
+    return slice(z0, z1), slice(y0, y1), slice(x0, x1)
+
+
+def _volume(boxes: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.prod(boxes[:, 1::2] - boxes[:, ::2], axis=1, dtype=np.int64)
+
+
+def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The union of boxes (N, 6), row by row."""
+    union = np.maximum(a, b)
+    union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
+    return union
+
+
+def _beyond(truth: NDArray[np.int32], found: NDArray[np.int32], voxel_size: Triple, cap: float) -> NDArray[np.bool_]:
+    """Whether some faces of two boxes (N, 6) lie at least ``cap`` nm apart."""
+    apart = np.abs(truth.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
+    return np.asarray((apart >= cap).any(axis=1))
+
+
+def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Truth labels whose matched component is the same set of voxels, (T,)."""
+    row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
+    same = (overlaps.pair_voxels == overlaps.truth_sizes[row]) & (
+        overlaps.pair_voxels == overlaps.part_sizes[overlaps.pair_part]
+    )
+    result = np.zeros(matched.size, bool)
+    result[row[same]] = matched[row[same]] == overlaps.pair_part[same]
+    return result
+
+
+def _run(task: Callable[[int], None], items: NDArray[np.int64], workers: int) -> None:
+    if workers <= 1 or items.size <= 1:
+        for item in items:
+            task(int(item))
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(task, items.tolist()):
+            pass
+
+
+class MemoryBudget:
+    """Lets threads hold memory up to a limit; whoever needs more than the whole limit waits to be alone."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._held, self._free = limit, 0, threading.Condition()
+
+    @contextmanager
+    def held(self, amount: int) -> Iterator[None]:
+        with self._free:
+            self._free.wait_for(lambda: self._held == 0 or self._held + amount <= self._limit)
+            self._held += amount
+        try:
+            yield
+        finally:
+            with self._free:
+                self._held -= amount
+                self._free.notify_all()
