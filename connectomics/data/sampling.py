@@ -138,22 +138,47 @@ def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[n
 
 
 # -- the place of a patch ----------------------------------------------------------------------------------------------
-def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
-    """The grid of a patch of ``shape`` voxels on a crop's lattice.
+def tilings(n: int, patch: int) -> tuple[int, int, int]:
+    """How patches of ``patch`` voxels tile an axis of ``n`` voxels: ``(tiles, least, most)``.
 
-    Uniform over the places where the patch lies in the crop; on an axis where the crop is smaller than the patch, over
-    the places where it holds the whole crop. With a ``point`` (nm), over those of them that hold the point, so that it
-    is not always in the middle.
+    The tiles follow each other without gap or overlap and together hold the whole axis; the first begins ``least`` to
+    ``most`` voxels before it. So every voxel lies in exactly one tile of each tiling, and a tile drawn at random sees
+    every voxel equally often, those at the faces as those in the middle. Each tile shares at least a quarter of itself
+    with the axis (all of the axis if it is shorter than a patch). If the tiles would fit the axis nearly exactly, one
+    more is taken, so that there are many places to choose from.
+    """
+    if n <= patch:
+        return 1, 0, patch - n
+    tiles = -(-n // patch)
+    beyond = tiles * patch - n
+    if beyond < patch // 8:
+        tiles, beyond = tiles + 1, beyond + patch
+    most_outside = patch - max(1, patch // 4)
+    return tiles, max(0, beyond - most_outside), min(beyond, most_outside)
+
+
+def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
+    """The grid of a patch of ``shape`` voxels on a crop's lattice: a random tile of a random tiling (see `tilings`).
+
+    Patches reach beyond the crop, where raw is read and labels are unknown, and every voxel of the crop is seen equally
+    often. On an axis where the crop is smaller than the patch, the patch holds the whole crop. With a ``point`` (nm),
+    the tile that holds the point, so that it is not always in the middle.
     """
     begin = []
     index = None if point is None else np.floor(lattice.to_index(point) + 0.5).astype(int)
     for axis, (n, p) in enumerate(zip(lattice.shape, shape, strict=True)):
-        lo, hi = min(0, n - p), max(0, n - p)
-        if index is not None:
-            at = int(np.clip(index[axis], 0, n - 1))
-            lo, hi = max(lo, at - p + 1), min(hi, at)
-        begin.append(int(rng.integers(lo, hi + 1)))
+        tiles, least, most = tilings(n, p)
+        before = int(rng.integers(least, most + 1))
+        tile = int(rng.integers(tiles)) if index is None else (int(np.clip(index[axis], 0, n - 1)) + before) // p
+        begin.append(tile * p - before)
     return lattice.crop(begin, shape)
+
+
+def _inside(lattice: VoxelGrid, patch: VoxelGrid) -> VoxelGrid:
+    """A patch shifted inside the crop, or, where the crop is smaller, so that it holds the crop."""
+    begin = np.round(lattice.to_index(patch.translation)).astype(int)
+    spare = np.subtract(lattice.shape, patch.shape)
+    return lattice.crop(np.clip(begin, np.minimum(0, spare), np.maximum(0, spare)).tolist(), patch.shape)
 
 
 def place_known(
@@ -167,8 +192,8 @@ def place_known(
 ) -> VoxelGrid:
     """As `place_patch`, with a guaranteed share of known voxels where the crop has such a place.
 
-    Up to ``tries`` places are drawn; the first of which ``known_share`` is at least ``least`` is taken, else the best
-    of them. A crop smaller than the patch cannot fill it, so there the share is measured against the largest that the
+    Up to ``tries`` places are drawn, the later half shifted inside the crop; the first of which ``known_share`` is at
+    least ``least`` is taken, else the best of them. A crop smaller than the patch cannot fill it, so there the share is measured against the largest that the
     crop's size allows.
 
     Args:
@@ -179,8 +204,10 @@ def place_known(
         return place_patch(lattice, shape, point, rng)
     reachable = math.prod(min(n, p) / p for n, p in zip(lattice.shape, shape, strict=True))
     best, most = None, -1.0
-    for _ in range(tries):
+    for number in range(tries):
         grid = place_patch(lattice, shape, point, rng)
+        if number >= tries // 2:
+            grid = _inside(lattice, grid)
         share = known_share(grid)
         if share >= least * reachable:
             return grid

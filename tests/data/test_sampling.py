@@ -92,7 +92,7 @@ def test_a_person_can_edit_the_split_file(tmp_path: Path) -> None:
 
 
 @given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 2**31), st.booleans())
-def test_a_patch_lies_in_the_crop_or_holds_it(
+def test_a_patch_holds_a_part_of_the_crop_and_its_point(
     crop: tuple[int, int, int], patch: tuple[int, int, int], seed: int, with_point: bool
 ) -> None:
     lattice = grid_of(crop, start=100.0)
@@ -104,11 +104,26 @@ def test_a_patch_lies_in_the_crop_or_holds_it(
     assert grid.same_lattice(lattice)
     begin = np.round(lattice.to_index(grid.translation)).astype(int)
     for axis in range(3):
-        inner = begin[axis] >= 0 and begin[axis] + patch[axis] <= crop[axis]
-        outer = begin[axis] <= 0 and begin[axis] + patch[axis] >= crop[axis]
-        assert inner or outer
+        shared = min(begin[axis] + patch[axis], crop[axis]) - max(begin[axis], 0)
+        assert shared >= min(crop[axis], patch[axis] / 4)
         if point is not None:
             assert begin[axis] <= voxel[axis] < begin[axis] + patch[axis]
+
+
+@pytest.mark.parametrize("crop", [(30, 24, 20), (48, 25, 60), (40, 41, 70)])
+def test_every_labeled_voxel_is_seen_equally_often(crop: tuple[int, int, int]) -> None:
+    """Patches that stay inside the crop see its corners about 1 % as often as its center."""
+    lattice, patch, rng = grid_of(crop), (24, 24, 24), np.random.default_rng(1)
+    seen = [np.zeros(n) for n in crop]
+    draws = 20_000
+    for _ in range(draws):
+        begin = np.round(lattice.to_index(place_patch(lattice, patch, None, rng).translation)).astype(int)
+        for axis in range(3):
+            seen[axis][max(0, begin[axis]) : begin[axis] + patch[axis]] += 1 / draws
+    rarest, most = (np.prod([f(axis) for axis in seen]) for f in (np.min, np.max))  # axes are drawn independently
+    assert rarest / most > 0.8
+    distinct = {tuple(place_patch(lattice, patch, None, rng).translation) for _ in range(500)}
+    assert len(distinct) > 40  # not a few fixed places
 
 
 # -- the sampler -------------------------------------------------------------------------------------------------------
