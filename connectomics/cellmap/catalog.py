@@ -70,6 +70,7 @@ class Crop:
         raw: location of the data set's raw multiscale group.
         labels: the label arrays by class name; a class without an array is unknown in this crop.
         options: how the arrays are read (cache, threads, endpoint); no part of what the crop is.
+        region: the part of the crop that is meant (nm), such as one side of a split; None: all of it.
     """
 
     dataset: str
@@ -77,6 +78,7 @@ class Crop:
     raw: str
     labels: dict[str, LabelArray] = field(hash=False)
     options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
+    region: Box | None = None
 
     @property
     def key(self) -> str:
@@ -85,16 +87,26 @@ class Crop:
 
     @cached_property
     def grid(self) -> VoxelGrid:
-        """The finest grid among the crop's label arrays that have voxels (one without where none has)."""
+        """The finest grid among the crop's label arrays that have voxels (one without where none has), its region."""
         there = [label.grid for label in self._opened()]
         grids = [grid for grid in there if grid.size] or there
-        return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
+        finest = min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
+        return self.within(finest)
 
     @cached_property
     def box(self) -> Box:
-        """The world box that holds all of the crop's label arrays; one without voxels takes no part."""
+        """The world box that holds all of the crop's label arrays, within its region; one without voxels takes no
+        part."""
         boxes = [label.grid.box for label in self._opened() if label.grid.size]
-        return reduce(Box.hull, boxes) if boxes else self.grid.box
+        box = reduce(Box.hull, boxes) if boxes else self.grid.box
+        return box if self.region is None else box.intersect(self.region)
+
+    def within(self, grid: VoxelGrid) -> VoxelGrid:
+        """The voxels of ``grid`` that touch the crop's region; all of them if it has none."""
+        if self.region is None:
+            return grid
+        part = grid.slices(self.region)
+        return grid.crop([s.start for s in part], [s.stop - s.start for s in part])
 
     @cached_property
     def raw_source(self) -> Multiscale:

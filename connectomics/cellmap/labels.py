@@ -40,7 +40,7 @@ Fraction = NDArray[np.float32]
 Interval = tuple[Fraction, Fraction]
 Reading = tuple[Interval, NDArray[np.uint64]]  # bounds of the share, and ids of objects where they are told apart
 
-_ROUNDING = np.float32(1e-4)  # sums of float32 shares are off by rounding; a ten-thousandth of a voxel does not matter
+_ROUNDING = np.float32(1e-4)  # of a voxel: sums of float32 shares are off by rounding
 _SOURCE_VOXELS = 2**24  # label voxels of one array held at once: bounds memory whatever the crop's size
 _WORD = 64
 

@@ -1,6 +1,15 @@
 """What a run is: the typed schema, and Hydra's composition onto it."""
 
 from connectomics.config.compose import config_from_dict, config_to_dict, known_keys, load_config, save_config, tutorial
-from connectomics.config.schema import RunConfig
+from connectomics.config.schema import EPOCH_PATCHES, RunConfig
 
-__all__ = ["RunConfig", "config_from_dict", "config_to_dict", "known_keys", "load_config", "save_config", "tutorial"]
+__all__ = [
+    "EPOCH_PATCHES",
+    "RunConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "known_keys",
+    "load_config",
+    "save_config",
+    "tutorial",
+]

@@ -111,7 +111,7 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
 
 def crop_target(crop: Crop, classes: Sequence[str]) -> Target:
     """All ``classes`` on the grid of a crop of the catalog: a class's own where it has labels, else the finest one."""
-    grids = {name: crop.labels[name].grid if name in crop.labels else crop.grid for name in classes}
+    grids = {name: crop.within(crop.labels[name].grid) if name in crop.labels else crop.grid for name in classes}
     return Target(crop.dataset, crop.name, grids)
 
 
