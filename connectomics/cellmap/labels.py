@@ -10,8 +10,8 @@ is left is unknown. Averages of intervals are intervals, so resampling is exact,
 
 A class's own array always wins where it says something; bounds only narrow what it leaves unknown. In the end a voxel
 is **known** where at least half of its volume is known (``lo + 1 - hi >= 1/2``), and then **present** where at least as
-much of it is known to be present as to be absent (``lo >= 1 - hi``). Whether a voxel is known depends on the known share
-alone: sections annotated with gaps between them, read at twice their voxel size, keep their positives and their
+much of it is known to be present as to be absent (``lo >= 1 - hi``). Whether a voxel is known depends on the known
+share alone: sections annotated with gaps between them, read at twice their voxel size, keep their positives and their
 negatives alike.
 
 Labels are always read from the finest level. How the coarser levels of a label pyramid were made is not in its metadata

@@ -94,7 +94,7 @@ def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Prof
             volume = float(np.prod(grid.voxel_size))
             z, y, x = (
                 _Profile(
-                    grid.box.begin[axis] + grid.voxel_size[axis] * np.arange(grid.shape[axis]),
+                    grid.box.begin[axis] + grid.voxel_size[axis] * np.arange(grid.shape[axis], dtype=np.float64),
                     grid.voxel_size[axis],
                     sums[axis][0] * volume,
                     sums[axis][1] * volume,

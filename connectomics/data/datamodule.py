@@ -105,9 +105,9 @@ class CellMapDataModule(pl.LightningDataModule):
         return self.run_dir / "split.yaml" if self.run_dir else None
 
     def _counter(self) -> LabelCounter:
-        """Counts of label voxels are kept beside decoded crops, if those are kept on disk."""
-        cached = cache_mode(self.config) == "disk"
-        return LabelCounter(cache_folder("disk", self.config.data.cache_dir) / "counts" if cached else None)
+        """Counts of label voxels are kept beside decoded crops, if those are kept."""
+        folder = cache_folder(cache_mode(self.config), self.config.data.cache_dir)
+        return LabelCounter(None if folder is None else folder / "counts")
 
     def _looked_at(self, crops: Sequence[Crop]) -> list[Crop]:
         """The validation crops, or, if they take more windows than ``data.validation_windows``, the parts of them that

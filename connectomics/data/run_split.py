@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from connectomics.cellmap.catalog import Crop, LabelArray, informs
 from connectomics.config import RunConfig
 from connectomics.data.contents import Content, LabelCounter, check_states, content_of
@@ -79,7 +81,7 @@ def check_known(volumes: Sequence[CropVolume]) -> None:
             continue
         for _, block in volume.grid.blocks(_BLOCK):
             codes = volume.label_codes(block)
-            if codes.states.known.any(axis=1)[codes.codes].any():
+            if np.take(codes.states.known.any(axis=1), codes.codes).any():
                 return
     raise InputError(
         f"nothing is known of {', '.join(volumes[0].classes)} at voxels of {list(volumes[0].voxel_size)} nm: fewer "

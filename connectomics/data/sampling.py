@@ -205,8 +205,8 @@ def place_known(
     """As `place_patch`, with a guaranteed share of known voxels where the crop has such a place.
 
     Up to ``tries`` places are drawn, the later half shifted inside the crop; the first of which ``known_share`` is at
-    least ``least`` is taken, else the best of them. A crop smaller than the patch cannot fill it, so there the share is measured against the largest that the
-    crop's size allows.
+    least ``least`` is taken, else the best of them. A crop smaller than the patch cannot fill it, so there the share is
+    measured against the largest that the crop's size allows.
 
     Args:
         known_share: share (0 to 1) of a grid's voxels at which something is known.

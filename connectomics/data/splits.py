@@ -7,6 +7,7 @@ can be spared are they cut in two (`connectomics.data.cutting`), so an entry of 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from connectomics.data.cutting import cut
 from connectomics.data.holdout import held_out_groups
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Box, Triple, triple
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,10 @@ def select_entries(entries: Sequence[str], crops: Sequence[Crop], where: str = "
 def groups_of(crops: Sequence[Crop], margin: float | Triple = 0.0) -> list[list[int]]:
     """Numbers of the crops that overlap or lie nearer than ``margin`` (nm, one number or z y x), directly or through
     others; only crops of one data set can. Groups and their members are in the order of ``crops``."""
-    begin = np.array([crop.box.begin for crop in crops])
-    end = np.array([crop.box.end for crop in crops])
     group = list(range(len(crops)))
     for i, crop in enumerate(crops):
-        # rounding must not join crops that share a face; boxes without volume overlap nothing
-        shared = np.minimum(end[i], end[:i]) - np.maximum(begin[i], begin[:i]) + np.asarray(margin)
-        for j in np.flatnonzero((shared > 1e-6).all(axis=-1)):
-            if crops[j].dataset == crop.dataset and group[j] != group[i]:
+        for j in _near(crop, crops[:i], margin):
+            if group[j] != group[i]:
                 old, new = group[i], group[j]
                 group = [new if g == old else g for g in group]
     return [[i for i, g in enumerate(group) if g == number] for number in dict.fromkeys(group)]
@@ -136,12 +135,19 @@ def groups_of(crops: Sequence[Crop], margin: float | Triple = 0.0) -> list[list[
 
 def leaks(train: Sequence[Crop], val: Sequence[Crop], margin: float | Triple = 0.0) -> list[tuple[Crop, Crop]]:
     """Pairs of a training and a validation crop that overlap (or lie nearer than ``margin``, see `groups_of`)."""
-    found = []
-    for held in val:
-        for crop in train:
-            if crop.dataset == held.dataset and len(groups_of((crop, held), margin)) == 1:
-                found.append((crop, held))
-    return found
+    return [(train[number], held) for held in val for number in _near(held, train, margin)]
+
+
+def _near(crop: Crop, others: Sequence[Crop], margin: float | Triple) -> list[int]:
+    """Numbers of the ``others`` of the crop's data set that overlap it, or lie nearer than ``margin`` (nm)."""
+    same = [number for number, other in enumerate(others) if other.dataset == crop.dataset]
+    if not same:
+        return []
+    begin = np.array([others[number].box.begin for number in same])
+    end = np.array([others[number].box.end for number in same])
+    shared = np.minimum(end, crop.box.end) - np.maximum(begin, crop.box.begin) + np.asarray(margin)
+    # rounding must not join crops that share a face
+    return [same[n] for n in np.flatnonzero((shared > 1e-6).all(axis=1))]
 
 
 def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: Triple) -> list[str]:
@@ -163,6 +169,33 @@ def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: 
         "too good"
         for crop, held in leaks(train, val, margin)
     ]
+
+
+def kept_out(crops: Sequence[Crop], files: Sequence[Path]) -> list[Crop]:
+    """The crops, or parts of them, that validate in every one of these split files; those that overlap a training crop
+    of any of them are left out with a warning. Entries of crops that are not among ``crops`` do not count."""
+    keys = {crop.key for crop in crops}
+    kept, trained = list(crops), []
+    for file in files:
+        split = Split.load(file)
+        there = (tuple(e for e in side if parse_entry(e)[0] in keys) for side in (split.train, split.val))
+        train, val = Split(*there).select(crops, str(file))
+        trained += train
+        kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
+    seen = {entry_of(held) for _, held in leaks(trained, kept)}
+    if seen:
+        log.warning("left out, since they overlap crops that were trained on: %s", ", ".join(sorted(seen)))
+    return [crop for crop in kept if entry_of(crop) not in seen]
+
+
+def _common_part(first: Crop, second: Crop) -> Crop | None:
+    """The part of a crop that two regions of it share; None if there is none, or if they are of different crops."""
+    if first.key != second.key:
+        return None
+    if first.region is None or second.region is None:
+        return second if first.region is None else first
+    part = replace(first, region=first.region.intersect(second.region))
+    return None if part.box.is_empty else part
 
 
 # -- making a split ----------------------------------------------------------------------------------------------------

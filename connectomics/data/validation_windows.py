@@ -38,17 +38,10 @@ class WindowShape:
         """The largest grid that takes one window; that of the window where its context leaves no such grid."""
         found = []
         for axis, w in enumerate(self.window):
-            fits = w
-            for n in range(w, 0, -1):
-                shape = [1, 1, 1]
-                shape[axis] = n
-                lone = WindowShape(
-                    (*self.window[:axis], w, *self.window[axis + 1 :]), self.overlap, self._along(axis), 2**20
-                )
-                if lone.count(VoxelGrid(voxel_size, (0.0, 0.0, 0.0), (shape[0], shape[1], shape[2]))) == 1:
-                    fits = n
-                    break
-            found.append(fits)
+            lone = WindowShape(self.window, self.overlap, self._along(axis), 2**20)
+            shapes = [tuple(n if a == axis else 1 for a in range(3)) for n in range(w, 0, -1)]
+            grids = (VoxelGrid(voxel_size, (0.0, 0.0, 0.0), (z, y, x)) for z, y, x in shapes)
+            found.append(next((grid.shape[axis] for grid in grids if lone.count(grid) == 1), w))
         return found[0], found[1], found[2]
 
     def _along(self, axis: int) -> Index | int | None:

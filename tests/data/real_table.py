@@ -33,7 +33,7 @@ def table_crops(datasets: list[str] | None, classes: list[str], occurs: float = 
         for name in names:
             there = rng.random() < occurs
             present = max(1, int(grid.size * 0.1 * rng.random())) if there else 0
-            label = LabelArray(name, f"nowhere/{dataset}/crop{number}/{name}")
+            label = LabelArray(name, f"nowhere/{occurs}/{seed}/{dataset}/crop{number}/{name}")
             label.__dict__["source"] = _volume(label.location, grid)
             counts = {"absent": grid.size - present, "unknown": 0}
             label.__dict__["annotation"] = Annotation(name, "semantic", 0, 255, counts)

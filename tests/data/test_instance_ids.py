@@ -114,7 +114,7 @@ def test_objects_are_where_the_truth_has_them(root: Path, name: str | None, size
     dataset = dataset_of(root, chosen, patch_size=shape, resolution=size)
     spatial = None if dataset.reader.augmentor is None else dataset.reader.augmentor.spatial
     volume, met = dataset.volumes[0], set()
-    for seed in range(6):
+    for seed in range(12):
         patch = patch_of(dataset, seed)
         rng = np.random.default_rng((seed,))  # the reader's own draws, again
         grid = place_patch(volume.grid, shape, None, rng)
