@@ -17,17 +17,19 @@ def capped_shares(volumes: NDArray[np.float64]) -> NDArray[np.float64]:
     Volumes that are all 0 give shares of 0.
     """
     values = np.asarray(volumes, np.float64)
+    order = np.argsort(-values, kind="stable")
     there = int(np.count_nonzero(values))
-    if there == 0:
-        return np.zeros(len(values))
-    most = max(_LEAST_SHARE, 2 / there)
-    shares = values / values.sum()
-    while (over := shares > most * (1 + 1e-9)).any() and most * there > 1:
-        full = over | (shares >= most * (1 - 1e-9))
-        rest = shares[~full].sum()
-        if rest <= 0:
-            return np.where(shares > 0, 1 / there, 0.0)
-        shares = np.where(full, most, shares * (1 - most * full.sum()) / rest)
+    shares = np.zeros(len(values))
+    most = max(_LEAST_SHARE, 2 / max(1, there))
+    left = 1.0
+    for number, at in enumerate(order[:there]):
+        rest = order[number:there]
+        parts = values[rest] / values[rest].sum() * left
+        if parts[0] <= most:
+            shares[rest] = parts
+            break
+        shares[at] = min(most, left)
+        left -= shares[at]
     return shares
 
 

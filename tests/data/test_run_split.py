@@ -1,4 +1,4 @@
-"""The sides of a run on real data roots: a single volume is cut, counts are read or counted once, states are checked."""
+"""The sides of a run on data roots: a single volume is cut, labels are counted once, states are checked."""
 
 from __future__ import annotations
 
