@@ -166,7 +166,7 @@ def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, 
     """The grid of a patch of ``shape`` voxels on a crop's lattice: a random tile of a random tiling (see `tilings`).
 
     Patches reach beyond the crop, where raw is read and labels are unknown, and every voxel of the crop is seen about
-    equally often. A quarter of the tilings, on each axis, is pushed together inside the crop instead: such patches
+    equally often. A quarter of the tilings, on each axis, is moved together inside the crop instead: such patches
     hold more labels, and the voxels where two of them overlap are seen by 1.25 times as many patches as others
     (1.25^3 = 1.95 in the corner of three overlaps). On an axis where the crop is smaller than the patch, the patch
     holds the whole crop. With a ``point`` (nm), a tile that holds the point, so that it is not always in the middle.

@@ -1,7 +1,7 @@
 """From a data root and a machine to configurations that train, with the reason for each choice.
 
-The data are measured by `connectomics.lightning.data_facts`; of the machine cores, memory, GPU memory, free disk and the
-seconds of one training step are.
+The data are measured by `connectomics.lightning.data_facts`; of the machine: cores, memory, GPU memory, free disk, and
+the seconds of one training step.
 """
 
 from __future__ import annotations
