@@ -20,6 +20,9 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import s3, store
 from connectomics.io.fingerprint import fingerprint
 
+_MOST = 2**22  # voxels of a region of a crop that are counted at the finest level
+_ENOUGH = 2**18  # voxels of a coarser level that say how many there are
+
 
 @dataclass(frozen=True)
 class Content:
@@ -45,11 +48,17 @@ class LabelCounter:
         self._found: dict[tuple[str, VoxelGrid], dict[str, int]] = {}
 
     def __call__(self, crop: Crop, label: LabelArray) -> dict[str, int]:
-        """``present``, ``absent`` and ``unknown`` voxels of the finest level, within the crop's region."""
+        """``present``, ``absent`` and ``unknown`` voxels of the finest level, within the crop's region; of large regions
+        as a coarser level has them."""
         part = crop.within(label.grid)
-        said = said_counts(label)
-        if part == label.grid and said is not None:
+        if part == label.grid and (said := said_counts(label)) is not None:
             return said
+        if part != label.grid and part.size > _MOST:
+            levels = label.source.levels
+            parts = [crop.within(level.grid) for level in levels]
+            number = max(n for n, coarse in enumerate(parts) if n == 0 or coarse.size >= _ENOUGH)
+            factor = part.size / parts[number].size
+            return {state: round(n * factor) for state, n in label_counts(label, parts[number], number).items()}
         key = (label.location, part)
         if key not in self._found:
             self._found[key] = self._kept(label, part) if self._folder else label_counts(label, part)

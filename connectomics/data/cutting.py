@@ -17,7 +17,7 @@ from connectomics.geometry import Box, Triple, triple
 log = logging.getLogger(__name__)
 
 _SLAB = 2**24  # label voxels read at once
-_ENOUGH = 2**21  # voxels of a label level that suffice to see where annotation lies
+_ENOUGH = 2**18  # voxels of a label level that suffice to see where annotation lies
 _MOST_GAP = 0.25  # of the length that is cut
 
 
@@ -38,8 +38,9 @@ def cut(
     """Crops that belong together, cut by one slab across the longest axis of what is annotated: (training, validation).
 
     The end that validates holds about ``1 - train_share`` of what is annotated on both sides; of the two ends, the one
-    that leaves more classes with positives on both sides, ``rng`` decides if both do. Between the sides lie ``gap`` nm
-    (z, y, x) that neither uses, but at most a quarter of the axis. Crops that reach across are on both sides, each with
+    that leaves more classes with positives on both sides, ``rng`` decides if both do. Between the sides lies a gap that
+    neither uses: the largest of ``gap`` (nm), whatever the axis, since neighboring sections look alike, but at most a
+    quarter of the axis. Crops that reach across are on both sides, each with
     a region. If nothing is annotated, or in one plane only, everything is trained on.
     """
     found = [profile for crop in crops for profile in _profiles(crop, classes)]
@@ -48,7 +49,7 @@ def cut(
     low, high = extents[axis]
     profiles = [(name, per_axis[axis]) for name, per_axis in found]
     thickest = max((profile.thickness for _, profile in profiles), default=0.0)
-    width = max(min(gap[axis], _MOST_GAP * (high - low)), thickest)
+    width = max(min(max(gap), _MOST_GAP * (high - low)), thickest)
     choices = []
     for is_first in rng.permutation([True, False]):
         faces = _best_faces(profiles, width, 1 - train_share, bool(is_first))
@@ -61,9 +62,9 @@ def cut(
     lower = _parts(crops, whole, axis, whole.begin[axis], below)
     upper = _parts(crops, whole, axis, above, whole.end[axis])
     log.info(
-        "%s: no crop can be held out whole, so it is cut along %s: a gap of %.0f nm (half a patch is %.0f nm) lies "
+        "%s: cut along %s, since whole crops cannot be held out: a gap of %.0f nm (half a patch is %.0f nm) lies "
         "between training and validation",
-        ", ".join(crop.key for crop in crops), "zyx"[axis], above - below, gap[axis],
+        ", ".join(crop.key for crop in crops), "zyx"[axis], above - below, max(gap),
     )  # fmt: skip
     return (upper, lower) if is_first else (lower, upper)
 

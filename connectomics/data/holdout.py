@@ -40,7 +40,7 @@ def held_out_groups(
 
     A group is never held out if it is the only one with some class. Among the others, the choice comes as close as
     possible to ``share`` of the annotated volume and of the present volume of each class, both capped
-    (`capped_shares`), with every class on both sides where two groups have it.
+    (`capped_shares`), with every class on both sides where two groups have it, and with no more of the plain volume.
 
     Args:
         known: annotated volume of each group, (n,).
@@ -56,15 +56,24 @@ def held_out_groups(
     volumes = np.column_stack([known, present[:, several]])
     shares = np.stack([capped_shares(column) for column in volumes.T], axis=1)
     there = present[:, several] > 0
+    plain = known / (known.sum() or 1.0)
 
     def losses(sides: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Of choices (m, n): small where all shares are as wanted and no class is missing on a side."""
         chosen = sides.astype(np.float64)
         off = (chosen @ shares - share) ** 2
+        too_much = np.maximum(0.0, chosen @ plain - share) ** 2
         unseen = (chosen @ there == 0).sum(axis=1)
         lost = ((1 - chosen) @ there == 0).sum(axis=1)
         empty = ~sides.any(axis=1) | sides.all(axis=1)
-        return off[:, 0] + off[:, 1:].sum(axis=1) / max(1, off.shape[1] - 1) + unseen + 10 * lost + 1e6 * empty
+        return (
+            4 * too_much
+            + off[:, 0]
+            + off[:, 1:].sum(axis=1) / max(1, off.shape[1] - 1)
+            + unseen
+            + 10 * lost
+            + 1e6 * empty
+        )
 
     best = np.zeros(len(known), bool)
     for number in rng.permutation(spare):

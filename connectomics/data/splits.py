@@ -24,6 +24,9 @@ from connectomics.geometry import Box, Triple, triple
 
 log = logging.getLogger(__name__)
 
+_LEAST_HELD, _MOST_HELD = 0.5, 2.5  # of the wanted share: what whole groups may hold out
+_LARGE = 2.0  # of the wanted share: a group that is cut if whole groups do not make it
+
 
 @dataclass(frozen=True)
 class Split:
@@ -209,9 +212,10 @@ def split_by_crop(
 ) -> Split:
     """Hold out about ``1 - train_share`` of what is annotated, and about that share of what is present of each class.
 
-    Groups of crops that overlap or lie nearer than ``margin`` (nm) are held out whole (`held_out_groups`). If none can
-    be held out without losing the only group with some class, such as when there is only one group, every group is cut
-    in two with a gap of ``margin`` between the sides (`connectomics.data.cutting.cut`).
+    Groups of crops that overlap or lie nearer than ``margin`` (nm) are held out whole (`held_out_groups`). Groups are
+    cut in two, with a gap of ``margin`` between the sides (`connectomics.data.cutting.cut`), if that cannot be: all of
+    them if none can be spared, such as when there is only one; the large ones if whole groups would hold out less than
+    half of what is wanted, or more than 2.5 times that.
 
     Args:
         contents: what each crop holds (`connectomics.data.contents.content_of`).
@@ -225,19 +229,30 @@ def split_by_crop(
     if len(groups) == 1:
         groups = groups_of(crops)  # nearness alone is no reason to have nothing to hold out
     rng = np.random.default_rng([seed, 0x5917])
+    # crops of a group overlap, many wholly: the largest stands for the group
     known = np.array([max(contents[i].known for i in group) for group in groups])
     present = np.array([[max(contents[i].present[c] for i in group) for c in classes] for group in groups])
-    held = held_out_groups(known, present.reshape(len(groups), len(classes)), 1 - train_share, rng)
+    volumes, wanted = known / (known.sum() or 1.0), 1 - train_share
+    held = held_out_groups(known, present, wanted, rng)
+    to_cut: list[int] = []
     if not held:
-        sides: list[tuple[list[Crop], list[Crop]]] = []
-        for group in groups:
-            sides.append(cut([crops[i] for i in group], classes, train_share, margin, rng))
-        return Split(*(tuple(entry_of(crop) for part in sides for crop in part[side]) for side in (0, 1)))
-    val = {i for number in held for i in groups[number]}
-    return Split(
-        train=tuple(entry_of(crop) for i, crop in enumerate(crops) if i not in val),
-        val=tuple(entry_of(crop) for i, crop in enumerate(crops) if i in val),
-    )
+        to_cut = list(range(len(groups)))
+    elif not _LEAST_HELD * wanted <= volumes[held].sum() <= _MOST_HELD * wanted:
+        to_cut = np.flatnonzero(volumes > _LARGE * wanted).tolist()
+        rest = [number for number in range(len(groups)) if number not in to_cut]
+        if to_cut:
+            held = [rest[n] for n in held_out_groups(known[rest], present[rest], wanted, rng)] if rest else []
+    sides: tuple[list[Crop], list[Crop]] = ([], [])
+    for number, group in enumerate(groups):
+        members = [crops[i] for i in group]
+        if number in to_cut:
+            train, val = cut(members, classes, train_share, margin, rng)
+        else:
+            train, val = ([], members) if number in held else (members, [])
+        sides[0].extend(train)
+        sides[1].extend(val)
+    order = {crop.key: number for number, crop in enumerate(crops)}
+    return Split(*(tuple(entry_of(crop) for crop in sorted(side, key=lambda c: order[c.key])) for side in sides))
 
 
 def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
