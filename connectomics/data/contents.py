@@ -48,8 +48,8 @@ class LabelCounter:
         self._found: dict[tuple[str, VoxelGrid], dict[str, int]] = {}
 
     def __call__(self, crop: Crop, label: LabelArray) -> dict[str, int]:
-        """``present``, ``absent`` and ``unknown`` voxels of the finest level, within the crop's region; of large regions
-        as a coarser level has them."""
+        """``present``, ``absent`` and ``unknown`` voxels of the finest level, within the crop's region; estimated from
+        a coarser level if the region is large."""
         part = crop.within(label.grid)
         if part == label.grid and (said := said_counts(label)) is not None:
             return said
