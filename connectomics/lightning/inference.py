@@ -91,9 +91,8 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
         MissingError: a checkpoint does not lie in a run's folder, ``RUN/checkpoints/x.ckpt``.
         InputError: every crop was trained on by one of them.
     """
-    crops = Catalog.open(config.dataset.data_root).crops(
-        config.dataset.datasets, config.dataset.crops, config.dataset.classes
-    )
+    data = config.dataset
+    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
     files = [Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints]
     for path, file in zip(checkpoints, files, strict=True):
         if not file.is_file():
