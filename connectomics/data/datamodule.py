@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.data.cache import Progress, prepare
-from connectomics.data.dataset.build import run_dataset
+from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
+from connectomics.data.normalization import Chosen, check_spec, of_crops
 from connectomics.data.patches import collate
 from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
@@ -56,6 +58,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self.run_dir = run_dir
         self.progress = progress
         self.split: Split | None = None
+        self.normalization: dict[str, Chosen] = {}  # of each data set, after `setup`
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
 
@@ -73,6 +76,7 @@ class CellMapDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
             )
+        check_spec(cfg.data.intensity_range)
         check_sampling(cfg.data.sampling, cfg.data.class_weights, cfg.dataset.classes)  # before any decoding
         store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
         crops = Catalog.open(cfg.dataset.data_root, store).crops(
@@ -84,8 +88,12 @@ class CellMapDataModule(pl.LightningDataModule):
             raise InputError(
                 "the split leaves no crop to train on; raise dataset.train_val_split or edit the split file"
             )
-        self._train = run_dataset(cfg, train, "train")
-        self._val = run_dataset(cfg, val, "val")
+        self.normalization = of_crops(cfg, crops)
+        options = replace(
+            patch_options(cfg), normalizations={name: one.normalization for name, one in self.normalization.items()}
+        )
+        self._train = run_dataset(cfg, train, "train", options)
+        self._val = run_dataset(cfg, val, "val", options)
         volumes = (*self._train.all_volumes, *self._val.all_volumes)
         prepare(
             volumes,

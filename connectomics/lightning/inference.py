@@ -6,6 +6,7 @@ What is predicted is a list of `Target`: crops of the catalog, rows of a crop ta
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,8 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
+from connectomics.data.normalization import choose, kept
 from connectomics.data.splits import Split
-from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on
@@ -26,6 +27,7 @@ from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.normalization import Normalization
 from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.pool import Engine, Here
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from connectomics.lightning.module import ConnectomicsModule
+
+log = logging.getLogger(__name__)
 
 Checkpoints = str | Path | Sequence[str | Path] | None
 
@@ -308,11 +312,18 @@ def _tasks(
                 pass
     channels, about = channels_of(module), channel_attributes(module.config)
     options = config.inference
+    regions: dict[str, list[Box]] = {}
+    chosen_targets = list(targets) if targets is not None else targets_of(config)
+    for target in chosen_targets:
+        regions.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
+    used = {
+        name: _normalization(config, [module.config for module in modules.values()], name, catalog, boxes)
+        for name, boxes in regions.items()
+    }
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     tasks = []
-    for target in targets if targets is not None else targets_of(config):
+    for target in chosen_targets:
         raw = catalog.raw_location(target.dataset)
-        intensity = Intensity.of(Multiscale.open(raw), config.data.intensity_range)
         grids = _grids(target, channels, about, triple(config.dataset.resolution, "dataset.resolution"))
         tasks.append(
             NetworkPredictTask(
@@ -324,7 +335,7 @@ def _tasks(
                 window=(window[0], window[1], window[2]),
                 checkpoint=common_hash(list(modules)),
                 checkpoints=checkpoints,
-                intensity_range=(intensity.low, intensity.high),
+                normalization=used[target.dataset],
                 overlap=options.overlap,
                 blending=options.blending,
                 context=None if options.context is None else (options.context,) * 3,
@@ -345,6 +356,27 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _normalization(
+    config: RunConfig, trained: Sequence[RunConfig], dataset: str, catalog: Catalog, boxes: Sequence[Box]
+) -> Normalization:
+    """How raw of a data set becomes the networks' input: as in their training if they know the data set, else by
+    ``data.intensity_range``. One line of the log says which, and where it came from."""
+    spec = config.data.intensity_range
+    known = [one for one in (kept(of, dataset, spec) for of in trained) if one is not None]
+    if any(not known[0].normalization.is_close(other.normalization) for other in known[1:]):
+        raise InputError(
+            f"the checkpoints were trained with different normalizations of {dataset} "
+            f"({'; '.join(map(str, known))}), so they cannot be averaged; predict with each by itself"
+        )
+    if known:
+        chosen = replace(known[0], origin=f"the model ({known[0].origin})")
+    else:
+        raw = Multiscale.open(catalog.raw_location(dataset))
+        chosen = choose(spec, dataset, raw, [[], boxes], triple(config.dataset.resolution, "dataset.resolution"))
+    log.info("%s: %s", dataset, chosen)
+    return chosen.normalization
 
 
 def _grids(

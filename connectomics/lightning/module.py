@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,11 +19,12 @@ from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
-from connectomics.data.patches import view_names
+from connectomics.data.patches import centered, view_names
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
+from connectomics.io.mirror import Extent
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.head_scores import HeadScores
@@ -38,7 +40,7 @@ from connectomics.models.registry import build_model, check_patch_size, fixed_pa
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1: without normalization, nothing was centered
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
@@ -58,8 +60,12 @@ class ValidationCrop(Protocol):
     def grid(self) -> VoxelGrid:
         """The crop's voxels, at the run's voxel size."""
 
+    @property
+    def raw_extent(self) -> Extent | None:
+        """Where there is raw, in voxels of ``grid``; None: everywhere."""
+
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
+        """The network's input (d, h, w), float32, also beyond the crop (see `connectomics.io.mirror`)."""
 
     def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
@@ -271,10 +277,20 @@ class ConnectomicsModule(pl.LightningModule):
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment the image of a packed training batch; kinds that move the image against its labels move both."""
-        if self.intensity is None or not self.trainer.training or not {"codes", "seed"} <= batch.keys():
+        """Augment the image of a packed training batch, then center it; kinds of augmentation that move the image
+        against its labels move both."""
+        if not isinstance(batch, Mapping):
             return batch
-        return self.intensity(batch)
+        if self.intensity is not None and self.trainer.training and {"codes", "seed"} <= batch.keys():
+            batch = self.intensity(batch)
+        return centered(batch)
+
+    def setup(self, stage: str) -> None:
+        """Keep the normalization of the data that the network is trained on: it belongs to the model."""
+        found = getattr(getattr(self.trainer, "datamodule", None), "normalization", None) if stage == "fit" else None
+        if found:
+            entries = {name: chosen.to_dict() for name, chosen in found.items()}
+            self.config = with_normalization(self.config, entries)
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
@@ -308,6 +324,7 @@ class ConnectomicsModule(pl.LightningModule):
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
             block_size=settings.block_size,
             context=settings.context,
+            extent=_extent_of(crop, grid),
             device=str(self.device),
             views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
@@ -414,6 +431,17 @@ class ConnectomicsModule(pl.LightningModule):
         counted = checkpoint[CHECKPOINT_KEY].get("seen")  # older checkpoints are of the end of an epoch
         if counted is not None and self.trainer.is_global_zero:
             self.seen.load(counted)
+
+
+def with_normalization(config: RunConfig, entries: Mapping[str, Any]) -> RunConfig:
+    """The configuration with more entries of ``data.normalization``."""
+    return replace(config, data=replace(config.data, normalization={**config.data.normalization, **entries}))
+
+
+def _extent_of(crop: ValidationCrop, grid: VoxelGrid) -> Extent | None:
+    """Where there is raw, in voxels of a part of the crop's grid."""
+    extent = crop.raw_extent
+    return None if extent is None else extent.seen_from(crop.grid.index_range(grid.box)[0])
 
 
 def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:

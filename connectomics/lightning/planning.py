@@ -318,11 +318,6 @@ def _plan(
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of what is known")
-    if data.raw_dtype != "uint8":
-        low, _, high = data.grey
-        plan.choose(
-            "data.intensity_range", [low, high], f"raw is {data.raw_dtype}; 1st and 99th percentile of its values"
-        )
     plan.choose("training.max_epochs", _EPOCHS, "early stopping ends it sooner where the score stands still")
     plan.choose(
         "data.augmentations",
