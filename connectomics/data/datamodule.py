@@ -18,7 +18,7 @@ from connectomics.data.cache import Progress, prepare
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
-from connectomics.data.normalization import Chosen, check_spec, of_crops
+from connectomics.data.normalization import Chosen, of_crops
 from connectomics.data.patches import collate
 from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling
 from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
@@ -76,7 +76,6 @@ class CellMapDataModule(pl.LightningDataModule):
             raise ConfigError(
                 f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
             )
-        check_spec(cfg.data.intensity_range)
         check_sampling(cfg.data.sampling, cfg.data.class_weights, cfg.dataset.classes)  # before any decoding
         store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
         crops = Catalog.open(cfg.dataset.data_root, store).crops(

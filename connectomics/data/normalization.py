@@ -24,15 +24,14 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.config.intensity_range import KEY, check_intensity_range, of_dataset, pair_of
+from connectomics.errors import unknown_name
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 
 log = logging.getLogger(__name__)
 
-KEY = "data.intensity_range"
-WORDS = ("auto", "table")
 ALL = "*"  # stands for every data set in ``data.normalization``
 _PERCENTILES = (0.5, 99.5)
 _EDGE = 32  # voxels of a sampled block
@@ -65,33 +64,13 @@ def table() -> Mapping[str, tuple[float, float]]:
     return {row["dataset"]: (float(row["low"]), float(row["high"])) for row in csv.DictReader(text.splitlines())}
 
 
-def check_spec(spec: Any) -> None:
-    """Raise `ConfigError` if ``data.intensity_range`` is not what the module describes."""
-    for name, one in spec.items() if isinstance(spec, Mapping) else ((None, spec),):
-        if one is None or (isinstance(one, str) and one in WORDS) or _pair(one) is not None:
-            continue
-        where = KEY if name is None else f"{KEY} of {name}"
-        raise ConfigError(f"{where} must be auto, table, or [low, high] with two different numbers, got {one!r}")
-
-
-def _pair(spec: Any) -> tuple[float, float] | None:
-    if not isinstance(spec, Sequence) or isinstance(spec, str) or len(spec) != 2:
-        return None
-    numbers = [v for v in spec if isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)]
-    return (float(numbers[0]), float(numbers[1])) if len(numbers) == 2 and numbers[0] != numbers[1] else None
-
-
-def _of_dataset(spec: Any, dataset: str) -> Any:
-    return spec.get(dataset) if isinstance(spec, Mapping) else spec
-
-
 def kept(config: RunConfig, dataset: str, spec: Any) -> Chosen | None:
     """What a configuration keeps for a data set; None if it does not know it, or if ``spec`` is another pair."""
     entry = config.data.normalization.get(dataset, config.data.normalization.get(ALL))
     if entry is None:
         return None
     normalization = Normalization.from_dict(entry, f"data.normalization of {dataset}")
-    pair = _pair(_of_dataset(spec, dataset))
+    pair = pair_of(of_dataset(spec, dataset))
     if pair is not None and pair != normalization.range:
         return None
     return Chosen(normalization, str(entry.get("origin", "data.normalization")))
@@ -99,14 +78,14 @@ def kept(config: RunConfig, dataset: str, spec: Any) -> Chosen | None:
 
 def before_it_was_kept(config: RunConfig) -> dict[str, Any]:
     """``data.normalization`` of a model that was trained when nothing was centered."""
-    pair = _pair(config.data.intensity_range) or (0.0, 255.0)
+    pair = pair_of(config.data.intensity_range) or (0.0, 255.0)
     return {ALL: Chosen(Normalization(*pair), "the model, which was trained without centering").to_dict()}
 
 
 def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
     """The normalization of each data set of a training run: kept in the configuration, or measured in these crops."""
     spec, boxes, sources = config.data.intensity_range, dict[str, list[Box]](), dict[str, Multiscale]()
-    check_spec(spec)
+    check_intensity_range(spec)
     for crop in crops:
         boxes.setdefault(crop.dataset, []).append(crop.box)
         sources.setdefault(crop.dataset, crop.raw_source)
@@ -134,8 +113,8 @@ def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequen
     Raises:
         ConfigError: ``spec`` is none. UnknownNameError: ``table`` for a data set that is not listed.
     """
-    check_spec(spec)
-    one = _of_dataset(spec, dataset)
+    check_intensity_range(spec)
+    one = of_dataset(spec, dataset)
     if one == "table" and dataset not in table():
         raise unknown_name("data set", dataset, table(), f"the table of gray ranges ({KEY}=table)")
     values = np.zeros(0, np.float32)
@@ -145,7 +124,7 @@ def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequen
             break
     dtype = source.levels[0].dtype
     tissue = _tissue(values, dtype)
-    if (pair := _pair(one)) is not None:
+    if (pair := pair_of(one)) is not None:
         origin = KEY
     elif one != "auto" and dataset in table():
         pair, origin = table()[dataset], "the table of the challenge's data sets"
@@ -154,16 +133,20 @@ def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequen
     unit = Normalization(*pair).unit(tissue.copy())
     mean, std = (float(unit.mean(dtype=np.float64)), float(unit.std(dtype=np.float64))) if len(unit) else (0.5, 0.25)
     std = max(std, _LEAST_STD)
-    return Chosen(Normalization(*(float(f"{v:.6g}") for v in (*pair, mean, std))), origin)
+    return Chosen(Normalization(*map(_rounded, (*pair, mean, std))), origin)
 
 
 def _percentiles(tissue: NDArray[np.float32], dtype: np.dtype[Any]) -> tuple[tuple[float, float], str]:
-    low, high = (float(v) for v in np.percentile(tissue, _PERCENTILES)) if len(tissue) else (0.0, 0.0)
+    low, high = (_rounded(v) for v in np.percentile(tissue, _PERCENTILES)) if len(tissue) else (0.0, 0.0)
     if low < high:
         return (low, high), f"its raw: percentiles {_PERCENTILES[0]} and {_PERCENTILES[1]} of {len(tissue)} voxels"
     info = np.iinfo(dtype) if dtype.kind in "iu" else None
     whole = (float(info.min), float(info.max)) if info else (low, low + 1.0)
     return whole, "its type, since its raw is missing or constant where it was sampled"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _tissue(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:

@@ -40,7 +40,8 @@ def panel(plane: Plane) -> NDArray[np.uint8]:
     step = max(1, -(-max(plane.raw.shape) // _LARGEST))
     thin = (slice(None, None, step), slice(None, None, step))
     low, high = float(plane.raw.min()), float(plane.raw.max())
-    gray = ((plane.raw[thin] - low) / ((high - low) or 1.0))[..., None].repeat(3, axis=-1)
+    shown = (plane.raw[thin] - low) / (high - low) if high > low else np.full_like(plane.raw[thin], 0.5)
+    gray = shown[..., None].repeat(3, axis=-1)
     rows = []
     for channel in range(min(len(plane.label), _ROWS)):
         label, known, probability = (a[channel][thin] for a in (plane.label, plane.known, plane.probability))
