@@ -170,14 +170,17 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
     order = rng.permutation(len(within))
     chunk = np.multiply(level.chunks, level.grid.voxel_size)
     shape = np.clip(np.floor(chunk / voxel_size + 1e-6), 1, _EDGE).astype(int)
-    half = shape * np.array(voxel_size) / 2
+    size = shape * np.array(voxel_size)
+    origin = np.array(level.grid.box.begin)
     found, number = [np.zeros(0, np.float32)], 0
     for n in range(_BLOCKS if within else 0):
         box = within[order[n % len(within)]]
         point = rng.uniform(box.begin, box.end)
-        first = level.grid.box.begin + np.floor((point - level.grid.box.begin) / chunk) * chunk
-        middle = np.clip(point, first + half, np.maximum(first + half, first + chunk - half))
-        grid = VoxelGrid.centered(middle, voxel_size, shape.tolist())
+        first = origin + np.floor((point - origin) / chunk) * chunk
+        face = np.clip(point - size / 2, first, np.maximum(first, first + chunk - size))
+        # from a face of stored voxels, as crops are: between them, interpolation would smooth the noise away
+        face = origin + np.floor((face - origin) / level.grid.voxel_size + 1e-6) * level.grid.voxel_size
+        grid = VoxelGrid.covering(Box(triple(face), triple(face + size)), voxel_size)
         if not source.stored_chunks(grid.crop([k // 2 for k in grid.shape], (1, 1, 1))).any():
             continue
         values, inside = source.read_raw(grid)

@@ -1,4 +1,4 @@
-"""Tissue with dark blobs: a network learns them in seconds, and volumes cut from it show what it says at their faces."""
+"""Tissue with dark blobs: a network learns them in seconds, and volumes cut from it show what it says at faces."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def write_root(root: Path, raw: NDArray[np.uint8], inside: NDArray[np.bool_]) ->
     return root
 
 
-def trained(config: RunConfig, steps: int, lr: float = 3e-3, batch: int = 2) -> tuple[ConnectomicsModule, Normalization]:
+def trained(
+    config: RunConfig, steps: int, lr: float = 3e-3, batch: int = 2
+) -> tuple[ConnectomicsModule, Normalization]:
     """A network after some steps on random patches of a root's crops, read as training reads them."""
     torch.manual_seed(0)
     module = ConnectomicsModule(config).train()

@@ -34,7 +34,9 @@ def check(root: Path, tmp_path: Path, network: str, patch: tuple[int, int, int],
         inside = iou(whole[cut], truth[cut])
         for context in (None, 0):
             found = iou(predicted(module, normalization, tmp_path / f"{name}-{context}", raw[cut], context), truth[cut])
-            assert found > inside - TOLERANCE, f"{name}, context {context}: {found:.2f}, inside a larger one {inside:.2f}"
+            assert found > inside - TOLERANCE, (
+                f"{name}, context {context}: {found:.2f}, inside a larger one {inside:.2f}"
+            )
 
 
 @pytest.fixture(scope="module")
