@@ -14,7 +14,7 @@ import csv
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.config.intensity_range import KEY, check_intensity_range, of_dataset, pair_of
-from connectomics.errors import unknown_name
+from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
@@ -97,6 +97,39 @@ def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
         if chosen is None:
             log.info("%s: %s", name, found[name])
     return found
+
+
+def for_prediction(
+    config: RunConfig, trained: Sequence[RunConfig], dataset: str, raw: str, boxes: Sequence[Box]
+) -> Normalization:
+    """How raw of a data set becomes the input of networks: as in their training if they know the data set, else by
+    ``data.intensity_range``. One line of the log says which, and where it came from.
+
+    Args:
+        config: of the prediction. trained: of each network. raw: location of the data set's raw.
+        boxes: what is predicted, nm: measured if too little of the whole volume is stored.
+
+    Raises:
+        InputError: networks that know the data set were trained with different normalizations of it.
+    """
+    known = [one for one in (kept(of, dataset, config.data.intensity_range) for of in trained) if one is not None]
+    if any(not known[0].normalization.is_close(other.normalization) for other in known[1:]):
+        raise InputError(
+            f"the checkpoints were trained with different normalizations of {dataset} "
+            f"({'; '.join(map(str, known))}), so they cannot be averaged; predict with each by itself"
+        )
+    if known:
+        chosen = replace(known[0], origin=f"the model ({known[0].origin})")
+    else:
+        size = triple(config.dataset.resolution, "dataset.resolution")
+        chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], size)
+    log.info("%s: %s", dataset, chosen)
+    return chosen.normalization
+
+
+def with_normalization(config: RunConfig, entries: Mapping[str, Any]) -> RunConfig:
+    """The configuration with more entries of ``data.normalization``."""
+    return replace(config, data=replace(config.data, normalization={**config.data.normalization, **entries}))
 
 
 def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequence[Box]], voxel_size: Triple) -> Chosen:

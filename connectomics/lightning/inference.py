@@ -6,7 +6,6 @@ What is predicted is a list of `Target`: crops of the catalog, rows of a crop ta
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
-from connectomics.data.normalization import choose, kept
+from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import Split
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
@@ -26,7 +25,6 @@ from connectomics.inference.augmented import dropout_on
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
-from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
 from connectomics.tasks import open_engine, run_task
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from connectomics.lightning.module import ConnectomicsModule
-
-log = logging.getLogger(__name__)
 
 Checkpoints = str | Path | Sequence[str | Path] | None
 
@@ -312,14 +308,8 @@ def _tasks(
                 pass
     channels, about = channels_of(module), channel_attributes(module.config)
     options = config.inference
-    regions: dict[str, list[Box]] = {}
     chosen_targets = list(targets) if targets is not None else targets_of(config)
-    for target in chosen_targets:
-        regions.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
-    used = {
-        name: _normalization(config, [module.config for module in modules.values()], name, catalog, boxes)
-        for name, boxes in regions.items()
-    }
+    used = _normalizations(config, [module.config for module in modules.values()], catalog, chosen_targets)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     tasks = []
     for target in chosen_targets:
@@ -358,25 +348,14 @@ def _tasks(
     return tasks
 
 
-def _normalization(
-    config: RunConfig, trained: Sequence[RunConfig], dataset: str, catalog: Catalog, boxes: Sequence[Box]
-) -> Normalization:
-    """How raw of a data set becomes the networks' input: as in their training if they know the data set, else by
-    ``data.intensity_range``. One line of the log says which, and where it came from."""
-    spec = config.data.intensity_range
-    known = [one for one in (kept(of, dataset, spec) for of in trained) if one is not None]
-    if any(not known[0].normalization.is_close(other.normalization) for other in known[1:]):
-        raise InputError(
-            f"the checkpoints were trained with different normalizations of {dataset} "
-            f"({'; '.join(map(str, known))}), so they cannot be averaged; predict with each by itself"
-        )
-    if known:
-        chosen = replace(known[0], origin=f"the model ({known[0].origin})")
-    else:
-        raw = Multiscale.open(catalog.raw_location(dataset))
-        chosen = choose(spec, dataset, raw, [[], boxes], triple(config.dataset.resolution, "dataset.resolution"))
-    log.info("%s: %s", dataset, chosen)
-    return chosen.normalization
+def _normalizations(
+    config: RunConfig, trained: Sequence[RunConfig], catalog: Catalog, targets: Sequence[Target]
+) -> dict[str, Normalization]:
+    """The normalization of each data set that is predicted."""
+    boxes: dict[str, list[Box]] = {}
+    for target in targets:
+        boxes.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
+    return {name: for_prediction(config, trained, name, catalog.raw_location(name), of) for name, of in boxes.items()}
 
 
 def _grids(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +18,7 @@ from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
+from connectomics.data.normalization import with_normalization
 from connectomics.data.patches import centered, view_names
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
@@ -431,11 +431,6 @@ class ConnectomicsModule(pl.LightningModule):
         counted = checkpoint[CHECKPOINT_KEY].get("seen")  # older checkpoints are of the end of an epoch
         if counted is not None and self.trainer.is_global_zero:
             self.seen.load(counted)
-
-
-def with_normalization(config: RunConfig, entries: Mapping[str, Any]) -> RunConfig:
-    """The configuration with more entries of ``data.normalization``."""
-    return replace(config, data=replace(config.data, normalization={**config.data.normalization, **entries}))
 
 
 def _extent_of(crop: ValidationCrop, grid: VoxelGrid) -> Extent | None:

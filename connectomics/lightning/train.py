@@ -143,8 +143,8 @@ def train(
 
 def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
     """The configuration with the normalization that the checkpoint keeps: a resumed run measures nothing again."""
+    from connectomics.data.normalization import with_normalization
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
-    from connectomics.lightning.module import with_normalization
 
     trained = checkpoint_config(read_checkpoint(checkpoint), checkpoint)
     return with_normalization(config, trained.data.normalization)
@@ -169,8 +169,8 @@ def _fit(
     fast_dev_run: bool,
 ) -> pl.Trainer:
     """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    from connectomics.data.normalization import with_normalization
     from connectomics.lightning.machine import is_first_process
-    from connectomics.lightning.module import with_normalization
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")

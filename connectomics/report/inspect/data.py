@@ -24,11 +24,11 @@ from connectomics.data.cache import CropCache, cache_folder
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.intensity import BatchAugmentor
+from connectomics.data.normalization import with_normalization
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
-from connectomics.lightning.module import with_normalization
 from connectomics.report.inspect.loader import LoaderSpeed, take
 from connectomics.report.inspect.numbers import (
     LabelNumbers,
