@@ -47,9 +47,12 @@ class CropArrays:
             return self
         index = extent.mirrored(lo, hi)
         z, y, x = (int(b) for b in lo)
-        end = [b + n for b, n in zip(self.codes_begin, self.codes.shape, strict=True)]
-        first = [min(max(b, low), e) for b, low, e in zip(self.codes_begin, extent.low, end, strict=True)]
-        last = [max(f, min(e, high)) for f, e, high in zip(first, end, extent.high, strict=True)]
+        first, last = list(self.codes_begin), [b + n for b, n in zip(self.codes_begin, self.codes.shape, strict=True)]
+        if not extent.holds(first, last):  # labels beyond the raw: of these arrays only what was asked for
+            low = [max(a, b) for a, b in zip(extent.low, lo, strict=True)]
+            high = [min(a, b) for a, b in zip(extent.high, hi, strict=True)]
+            first = [min(max(b, f), e) for b, f, e in zip(first, low, last, strict=True)]
+            last = [max(f, min(e, h)) for f, e, h in zip(first, last, high, strict=True)]
         kept = tuple(slice(f - b, e - b) for f, e, b in zip(first, last, self.codes_begin, strict=True))
         return replace(
             self,

@@ -15,7 +15,7 @@ import torch
 from tests.lightning.blobs import blobs, config_of, iou, predicted, trained, write_root
 from tests.models.test_registry import TINY
 
-QUICK = {"unet", "mednext"}
+QUICK = {"unet"}
 NETWORKS = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in sorted(TINY)]
 VOLUMES = {
     "part": (slice(4, 44), slice(8, 56), slice(8, 56)),
