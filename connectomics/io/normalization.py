@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError, MetadataError
 
@@ -75,6 +75,11 @@ class Normalization:
         unit /= np.float32(self.std)
         unit[~inside] = 0
         return unit
+
+    def input(self, values: ArrayLike) -> NDArray[np.float32]:
+        """The network's input from raw values of any shape and type, as a new array."""
+        unit = self.unit(np.array(values, np.float32))
+        return self.centered(unit, np.ones(unit.shape, bool))
 
     def to_dict(self) -> dict[str, float]:
         """The four numbers by name."""

@@ -18,13 +18,14 @@ from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
-from connectomics.data.normalization import with_normalization
+from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, view_names
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
 from connectomics.io.mirror import Extent
+from connectomics.io.normalization import Normalization
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.head_scores import HeadScores
@@ -192,6 +193,13 @@ class ConnectomicsModule(pl.LightningModule):
             written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
             logits = torch.cat([classes, *written], dim=1)
         return torch.sigmoid(logits.float())
+
+    def normalization(self, dataset: str) -> Normalization:
+        """How raw of a data set becomes the network's input: as in training; `UnknownNameError` for any other."""
+        found = kept(self.config, dataset, None)
+        if found is None:
+            raise unknown_name("data set", dataset, self.config.data.normalization, "the model's normalization")
+        return found.normalization
 
     def _all_probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
         """As `probabilities`, of all channels."""

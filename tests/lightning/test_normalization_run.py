@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from connectomics import load_model
 from connectomics.config import RunConfig, load_config
-from connectomics.errors import InputError
+from connectomics.errors import InputError, UnknownNameError
 from connectomics.inference.task import PredictTask
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.checkpoints import checkpoint_config, load_module, read_checkpoint
@@ -76,6 +77,12 @@ def test_training_keeps_it_in_the_run_and_the_checkpoint(config: RunConfig, run:
     assert checkpoint_config(read_checkpoint(run.checkpoint), run.checkpoint).data.normalization == kept
     assert load_module(run.checkpoint, config).config.data.normalization == kept
     assert config.data.normalization == {}, "what was given stays as it is"
+    model = load_model(run.checkpoint)
+    low, high = model.normalization("set-b").input([0, 255])
+    assert low == pytest.approx(-kept["set-b"]["mean"] / kept["set-b"]["std"])
+    assert high == pytest.approx((1 - kept["set-b"]["mean"]) / kept["set-b"]["std"])
+    with pytest.raises(UnknownNameError, match="did you mean 'set-a'"):
+        model.normalization("set-aa")
 
 
 def test_prediction_uses_what_the_model_knows_and_says_so(
