@@ -211,3 +211,26 @@ def test_data_sets_of_other_contrast_become_alike(tmp_path: Path) -> None:
     assert first.std() == pytest.approx(1, abs=0.1)
     assert np.abs(first - second).max() < 0.15  # the faint one has 30 gray values
     assert get_dataset(config, None, "val")[0]["image"].min() < -1, "what is drawn by hand is centered, too"
+
+
+def test_labels_beyond_the_raw_stay_unknown_whatever_is_mirrored(tmp_path: Path) -> None:
+    """Labels begin and end beyond the raw; turned patches look beyond it on every side."""
+    rng = np.random.default_rng(4)
+    write_raw(tmp_path, "set-a", rng.integers(30, 230, (20, 30, 30), dtype=np.uint8), grid_of((20, 30, 30)))
+    label = rng.integers(0, 2, (36, 24, 40), dtype=np.uint8)
+    write_label(tmp_path, "set-a", "crop1", "mito", label, grid_of((36, 24, 40), 8, -64))
+    turns = {"RandAffined": {"keys": ["image", "label"], "prob": 1.0, "rotate_range": [0.5, 0.5, 0.5]}}
+    for augmentations in ({}, turns):
+        config = config_of(tmp_path, augmentations=augmentations, patch_size=[24, 24, 24])
+        dataset = run_dataset(config, Catalog.open(str(tmp_path)).crops(), "train")
+        volume = dataset.volumes[0]
+        for n in range(4):
+            patch = dataset.reader.read(PatchRequest(0, None, (n,)))
+            assert 0.2 < patch.images[0].mean() < 0.8
+            assert patch.images[0].std(axis=(2, 3)).min() > 0.05, "no plane of one value"
+            known = patch.dense()["known"][0]
+            assert 0 < known.mean() < 1
+            if not augmentations:
+                np.testing.assert_array_equal(known, volume.read_labels(patch.grid)[1][0])
+                seen = centered(collate([patch]))["image"][0, 0].numpy()
+                np.testing.assert_array_equal(seen, volume.read_image(patch.grid))
