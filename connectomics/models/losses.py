@@ -1,18 +1,26 @@
 """Losses over known voxels only.
 
 A class that nobody annotated at a voxel says nothing there, so every loss here takes a mask of what is known. Each
-class is an independent sigmoid channel. For every loss:
+class is an independent sigmoid channel. For a batch of B samples and the run's C classes, the value of a loss is
 
-1. per class, over the known voxels of the whole batch together, a value that does not depend on how many voxels are
-   known: a mean over known voxels, or (Dice, Tversky) a ratio of such means;
-2. the plain mean over the classes of which anything is known.
+    1 / (B C)  sum over samples b and classes c of  r_bc * loss_bc,    r_bc = min(1, 64 n_bc / N)
 
-So each class weighs alike, whatever its share of annotated voxels, and a label or logit at an unknown voxel has
-exactly no influence, on the value or on a gradient, be it NaN. Where nothing at all is known the loss is zero with
-zero gradients: it still belongs to the graph, so that data-parallel processes stay in step.
+where loss_bc is computed from the n_bc known voxels of class c in sample b alone (a mean over them or, for Dice and
+Tversky, a ratio of such means), and N is the number of voxels of a sample. So:
+
+- B and C are fixed. An unknown class contributes 0 and leaves the other classes as they are: the gradient of a class
+  is the same whether it is the only known class of the batch or all of them are known.
+- Everything is a mean over samples, Dice included, which is computed for each sample. The gradients of a batch are
+  therefore the mean of the gradients of its parts: accumulation and data-parallel processes give what one large batch
+  gives.
+- A class weighs the same in every sample of which at least 1/64 is known (a cube with a quarter of the patch's side).
+  Below that share its weight falls linearly, so a few known voxels in a corner do not count as much as a full patch.
+- A label or logit at an unknown voxel has exactly no influence, on the value or on a gradient, be it NaN. If nothing
+  is known, the loss is zero with zero gradients: it still belongs to the graph, so that data-parallel processes stay
+  in step.
 
 Deep supervision: label and known are brought to the size of each coarser output together. A coarse voxel is known
-where all of its fine voxels are known; its target is the *fraction* of them that is labelled, not a thresholded 0 or 1,
+where all of its fine voxels are known; its target is the *fraction* of them that is labeled, not a thresholded 0 or 1,
 which would erase membranes thinner than a coarse voxel. The formulas below are therefore those that equal the usual
 ones for 0/1 labels and have their minimum at prediction = target for fractions.
 """
@@ -33,6 +41,8 @@ from torch.nn import functional
 from connectomics.errors import ConnectomicsError, InputError, unknown_name
 from connectomics.models.labels import Labels
 
+_FULL_WEIGHT = 1 / 64  # known share of a sample from which a class has its full weight there
+
 
 @dataclass(frozen=True)
 class LossResult:
@@ -44,20 +54,20 @@ class LossResult:
 
 @dataclass(frozen=True)
 class _Known:
-    """A class of a batch at one size: the voxels of all samples in a row (N,). Values at unknown voxels are zero."""
+    """Classes of samples at one size: each row holds the N voxels of one class in one sample, zero where unknown."""
 
-    logits: Tensor  # float32
-    target: Tensor  # float32, 0..1
-    known: Tensor  # float32, 0 or 1
-    count: Tensor  # (), number of known voxels
+    logits: Tensor  # float32 (rows, N)
+    target: Tensor  # float32 (rows, N), 0..1
+    known: Tensor  # float32 (rows, N), 0 or 1
+    count: Tensor  # (rows,), number of known voxels
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over known voxels; ``values`` (N,) must be zero where unknown. 0 if none is known."""
-        return values.sum() / self.count.clamp(min=1)
+        """The mean over known voxels (rows,); ``values`` (rows, N) must be zero where unknown. 0 if none is known."""
+        return values.sum(1) / self.count.clamp(min=1)
 
 
 class ClassLoss(nn.Module):
-    """A loss that gives one value () from the known voxels of a class."""
+    """A loss that gives one value for each row, (rows,): from the known voxels of one class in one sample."""
 
     @abstractmethod
     def forward(self, batch: _Known) -> Tensor: ...
@@ -125,7 +135,7 @@ class BalancedBCELoss(ClassLoss):
 
     def forward(self, batch: _Known) -> Tensor:
         y = batch.target
-        share = batch.mean(y).clamp(self.least, 1 - self.least)
+        share = batch.mean(y).clamp(self.least, 1 - self.least)[:, None]
         weight = y / (2 * share) + (1 - y) / (2 * (1 - share))
         entropy = functional.binary_cross_entropy_with_logits(batch.logits, y, reduction="none")
         return batch.mean(entropy * weight * batch.known)
@@ -190,9 +200,9 @@ LOSSES: dict[str, type[ClassLoss]] = {
 class MaskedLoss(nn.Module):
     """A weighted sum of losses over known voxels, with deep supervision.
 
-    Coarser outputs weigh 1/2, 1/4, ... of the full size (as in nnU-Net); per class the weights are divided by their
-    sum over the sizes at which the class has known voxels, so that a class known in a small region only, too small to
-    fill a coarse voxel, counts as much as the others.
+    Coarser outputs weigh 1/2, 1/4, ... of the full size (as in nnU-Net). For each class and sample the weights are
+    divided by their sum over the sizes at which the class has known voxels there, so that a small known region, which
+    fills no coarse voxel, counts as much as the others.
 
     Classes are looked at one after another: labels are unpacked, and intermediate values kept, for one at a time. Each
     class's gradient is found along with its value, so that backward needs no more than the gradient itself: 4 bytes a
@@ -205,7 +215,7 @@ class MaskedLoss(nn.Module):
         self.weights = dict(weights)
 
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
-        """The loss of a batch, computed in float32 whatever the autocast state.
+        """The loss of a batch, see the top of this module; computed in float32 whatever the autocast state.
 
         Args:
             logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
@@ -224,27 +234,25 @@ class MaskedLoss(nn.Module):
         # float32 also for halves: the scale that keeps halves from vanishing comes only with backward
         gradients = [torch.empty_like(output, dtype=torch.float32) for output in outputs] if wanted else []
         factors = outputs[0].new_tensor([self.weights[name] for name in self.losses], dtype=torch.float32)
-        values, known = [], []
+        factors = factors / labels.channels
+        means = torch.zeros_like(factors)
         with torch.autocast(labels.device.type, enabled=False):
             for channel in range(labels.channels):
                 with torch.set_grad_enabled(wanted):
                     leaves = [output.detach()[:, channel].float().requires_grad_(wanted) for output in outputs]
-                    value, any_known = self._of_class(leaves, *labels.of(channel))
+                    values = self._of_class(leaves, *labels.of(channel))
                     if wanted:
-                        slopes = torch.autograd.grad((value * factors).sum(), leaves)
+                        slopes = torch.autograd.grad((values * factors).sum(), leaves)
                         for gradient, slope in zip(gradients, slopes, strict=True):
                             gradient[:, channel] = slope
-                values.append(value.detach())
-                known.append(any_known)
-            share = 1 / torch.stack(known).sum().clamp(min=1)  # of a class in the mean over classes
-            means = torch.stack(values).sum(0) * share  # by loss; a class of which nothing is known has zeros
+                means = means + values.detach()
             total = (means * factors).sum()
         if wanted:
-            total = _WithGradients.apply(total, share, len(gradients), *gradients, *outputs)
-        return LossResult(total, dict(zip(self.losses, means, strict=True)))
+            total = _WithGradients.apply(total, len(gradients), *gradients, *outputs)
+        return LossResult(total, dict(zip(self.losses, means / labels.channels, strict=True)))
 
-    def _of_class(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of a class by loss (L,), zero where nothing is known, and whether anything is, bool ().
+    def _of_class(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> Tensor:
+        """The mean over samples of a class's weighted losses, by loss (L,).
 
         ``logits`` by level, label and known: (B, D, H, W).
         """
@@ -254,24 +262,25 @@ class MaskedLoss(nn.Module):
             if level.shape[1:] != label.shape[2:]:
                 label, known = downsample(label, known, level.shape[1:])
             # `where` and not a product: NaN times zero is NaN, in the value and in the gradient.
-            row = torch.where(known, level[:, None], 0.0).reshape(-1)
-            target = torch.where(known, label, 0.0).reshape(-1)
-            levels.append(_Known(row, target, known.reshape(-1).float(), known.sum()))
+            rows = torch.where(known, level[:, None], 0.0).flatten(1)
+            target = torch.where(known, label, 0.0).flatten(1)
+            mask = known.flatten(1)
+            levels.append(_Known(rows, target, mask.float(), mask.sum(1)))
+        share = (levels[0].count / (levels[0].known.shape[1] * _FULL_WEIGHT)).clamp(max=1)
         # known on a coarse level implies known on the finest
         weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])
-        any_known = weight[0] > 0
-        weight = weight / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
         values = torch.stack([torch.stack([loss(level) for level in levels]) for loss in self.losses.values()])
-        return (values * weight).sum(1), any_known
+        return (values * weight * share).sum(1).mean(1)
 
 
 class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are known already: ``share`` times those that are handed in."""
+    """A value whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, share: Tensor, count: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
         """``tensors``: ``count`` gradients, then as many tensors that they are the gradients of."""
-        ctx.save_for_backward(share, *tensors[:count])
+        ctx.save_for_backward(*tensors[:count])
         ctx.dtypes = [tensor.dtype for tensor in tensors[count:]]
         return value.clone()
 
@@ -279,14 +288,13 @@ class _WithGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients times what comes from above, in the type of the tensors."""
-        share, *gradients = ctx.saved_tensors
-        factor = share * upstream
-        wanted = ctx.needs_input_grad[3 + len(gradients) :]
+        gradients = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[2 + len(gradients) :]
         results: list[Tensor | None] = []
         for gradient, dtype, needed in zip(gradients, ctx.dtypes, wanted, strict=True):
             into = torch.empty_like(gradient, dtype=dtype) if needed else None
-            results.append(None if into is None else torch.mul(gradient, factor, out=into))
-        return (None, None, None, *[None] * len(gradients), *results)
+            results.append(None if into is None else torch.mul(gradient, upstream, out=into))
+        return (None, None, *[None] * len(gradients), *results)
 
 
 def downsample(label: Tensor, known: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from connectomics.config import load_config
 from connectomics.errors import InputError, WriteError
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.lightning.train import TrainResult, choose_run_dir, train
+from tests.lightning.split_batch_run import step
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 
@@ -231,19 +232,31 @@ class TestRunDir:
         assert choose_run_dir(config, tmp_path / "some.ckpt") == tmp_path / "run" / "version_0"
 
 
-def run_two_processes(folder: Path, resume: str) -> dict[str, Any]:
-    script = Path(__file__).with_name("synthetic_run.py")
+def run_script(name: str, *arguments: str) -> str:
+    """What a script of this folder prints when it runs in processes of its own."""
+    script = Path(__file__).with_name(name)
     environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "CONNECTOMICS_RUN_DIR")}
     environment |= {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), resume],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=180,
-    )
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return done.stdout
+
+
+def run_two_processes(folder: Path, resume: str) -> dict[str, Any]:
+    said = run_script("synthetic_run.py", str(folder), resume)
+    return json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+
+
+def test_a_batch_in_two_steps_or_two_processes_trains_as_the_whole_one(tmp_path: Path) -> None:
+    """Also if a class is known to one of the processes only."""
+    whole = step(tmp_path / "whole", processes=1, accumulate=1)
+    accumulated = step(tmp_path / "accumulated", processes=1, accumulate=2)
+    run_script("split_batch_run.py", str(tmp_path / "shared"))
+    shared = read_checkpoint(tmp_path / "shared" / "checkpoints" / "last.ckpt")["state_dict"]
+    for name, value in whole.items():
+        torch.testing.assert_close(accumulated[name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
