@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -26,9 +26,11 @@ from connectomics.inference.views import View
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.head_scores import HeadScores
+from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
-from connectomics.lightning.val_score import ChallengeScore, check_monitors
+from connectomics.lightning.val_score import ChallengeScore
+from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
 from connectomics.models.fusion import channels_for, with_views
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
 from connectomics.models.labels import labels_of
@@ -41,39 +43,6 @@ CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightnin
 CHECKPOINT_FORMAT = 1
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
-
-
-class ValidationCrop(Protocol):
-    """What `ConnectomicsModule.validation_step` takes: a crop that is read piece by piece."""
-
-    @property
-    def name(self) -> str:
-        """The crop's name."""
-
-    @property
-    def dataset(self) -> str:
-        """The data set's name."""
-
-    @property
-    def grid(self) -> VoxelGrid:
-        """The crop's voxels, at the run's voxel size."""
-
-    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
-
-    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
-
-    def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Label 0/1 and known, (C, d, h, w)."""
-
-    def read_instances(
-        self, class_name: str, grid: VoxelGrid
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
-
-    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
-        """Objects (I, d, h, w), 0 background, -1 unknown, also beyond the crop; asked for with ``model.heads`` only."""
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
@@ -120,8 +89,9 @@ class ConnectomicsModule(pl.LightningModule):
 
     Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
     of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
-    the known voxels of all validation crops (see `PooledCounts` for which classes count); with ``training.val_score``
-    also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`. Counts of the patches of an epoch, exact:
+    the known voxels of all validation crops; with ``training.val_score`` also ``val/score`` and ``val/<class>/score``,
+    see `ChallengeScore`. Of the classes those count, and are logged at every validation, that are present in the ground
+    truth of the validation crops, whatever the network predicts. Counts of the patches of an epoch, exact:
     ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``, see `ClassCounts`.
 
     With ``model.heads`` a batch has ``ids`` too (see `connectomics.models.targets`), ``train/loss`` is the sum over
@@ -306,18 +276,18 @@ class ConnectomicsModule(pl.LightningModule):
             overlap=settings.overlap,
             blending=settings.blending,
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
-            block_size=settings.block_size,
+            block_size=validation_block(self.config, grid, sum(self._groups), self.window),
             context=settings.context,
             device=str(self.device),
             views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
-            probability = everything[: len(self.classes)]
-            label, known = crop.read_labels(block)
-            self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)
-            if picture is not None:
-                picture(block, label, known, probability)
-            if challenge is not None:
-                challenge.add(block, everything, label > _THRESHOLD, known)
+            for slab in slabs(crop.read_label_codes(block), everything, self.classes):
+                probability = slab.values[: len(self.classes)]
+                self.counts.add(probability > _THRESHOLD, slab.label, slab.known)
+                if picture is not None:
+                    picture(slab.grid, slab.label, slab.known, probability)
+                if challenge is not None:
+                    challenge.add(slab.grid, slab.values, slab.label, slab.known)
             if self.heads:
                 self.head_scores.add(crop, block, everything[len(self.classes) :], self.device)
         if challenge is not None:
@@ -355,11 +325,11 @@ class ConnectomicsModule(pl.LightningModule):
         dice, iou = scores.mean_dice, scores.mean_iou
         if dice is None:
             self._say_once(
-                "no class is both known and present (or predicted) in the validation crops: val/dice is logged as 0; "
-                "put crops with annotated classes on the validation side of the split"
+                "no class is both known and present in the validation crops: val/dice is logged as 0; put crops with "
+                "annotated classes on the validation side of the split"
             )
-        elif np.isnan(scores.dice).any():
-            self._say_once(self._left_out(scores))
+        elif not self.only_a_look:
+            self._say_once(*self._which_count(scores))
         values = {"val/dice": dice or 0.0, "val/iou": iou or 0.0}
         for number, name in enumerate(self.classes):
             if not np.isnan(scores.dice[number]):
@@ -377,24 +347,29 @@ class ConnectomicsModule(pl.LightningModule):
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
             self._say_once(
-                f"val/score leaves out {', '.join(missing)}: nothing is known of them in the validation crops (a class "
-                "that the challenge scores as instances needs annotated ids)"
+                f"val/score leaves out {', '.join(missing)}: the validation crops hold no ground truth of them (a "
+                "class that the challenge scores as instances needs annotated ids)"
                 + ("" if len(values) > 1 else "; it is logged as 0")
             )
         return values
 
-    def _left_out(self, scores: Scores) -> str:
+    def _which_count(self, scores: Scores) -> tuple[str, int]:
+        """What to say of the classes that `val/dice` is a mean over, and how loud."""
+        counted = [name for name, dice in zip(self.classes, scores.dice, strict=True) if not np.isnan(dice)]
         parts = []
         for reason, which in (("unknown everywhere", scores.known == 0), ("nowhere present", scores.known > 0)):
             names = [n for n, out in zip(self.classes, which & np.isnan(scores.dice), strict=True) if out]
             if names:
                 parts.append(f"{', '.join(names)} ({reason})")
-        return f"validation leaves out classes that its crops say nothing about: {'; '.join(parts)}"
+        message = f"val/dice is the mean over {len(counted)} of {len(self.classes)} classes: {', '.join(counted)}"
+        if not parts:
+            return message, logging.INFO
+        return f"{message}; the validation crops hold no ground truth of {'; '.join(parts)}", logging.WARNING
 
-    def _say_once(self, message: str) -> None:
+    def _say_once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._said and self.trainer.is_global_zero:
             self._said.add(message)
-            log.warning(message)
+            log.log(level, message)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -159,11 +159,15 @@ def _fit(
     fast_dev_run: bool,
 ) -> pl.Trainer:
     """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")
-    validate = len(data.val_dataloader()) > 0
-    if not validate:
+    crops = data.val_dataloader().dataset
+    validate = len(crops) > 0
+    if validate and not fast_dev_run:
+        check_monitored_classes(config, (crops[number] for number in range(len(crops))))
+    elif not validate:
         log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
     trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
     try:
