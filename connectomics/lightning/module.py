@@ -19,7 +19,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import view_names
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
@@ -27,15 +27,14 @@ from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.monitors import check_monitors
+from connectomics.lightning.network import build_network, inference_window
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.val_score import ChallengeScore
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
-from connectomics.models.fusion import channels_for, with_views
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
 from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
-from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
 
 log = logging.getLogger(__name__)
 
@@ -43,42 +42,6 @@ CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightnin
 CHECKPOINT_FORMAT = 1
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
-
-
-def model_options(config: RunConfig) -> dict[str, Any]:
-    """The options of `build_model` that a configuration stands for."""
-    options = dict(config.model.options)
-    if config.model.architecture == "mednext":
-        options = {
-            "mednext_size": config.model.mednext_size,
-            "mednext_kernel_size": config.model.mednext_kernel_size,
-            **options,
-        }
-    return options
-
-
-def inference_window(config: RunConfig) -> list[int]:
-    """The window in voxels, z y x: `inference.window`, or the patch where that is null. Raises `InputError`."""
-    window = list(config.inference.window or config.data.patch_size)
-    architecture = config.model.architecture
-    try:
-        check_patch_size(architecture, window, model_options(config))
-    except InputError as error:
-        raise InputError(f"inference.window: {error}") from error
-    if config.data.inputs and config.model.fusion == "channels":
-        for number, view in enumerate(config.data.inputs):
-            if not window == list(config.data.patch_size) == list(view.patch_size):
-                raise InputError(
-                    f"model.fusion=channels stacks views voxel by voxel: data.patch_size {config.data.patch_size}, "
-                    f"inference.window {window} and data.inputs[{number}].patch_size {view.patch_size} must be alike; "
-                    "or take model.fusion=encoder"
-                )
-    if fixed_patch_size(architecture) and window != list(config.data.patch_size):
-        raise InputError(
-            f"model {architecture!r} takes windows of its patch size only: data.patch_size is "
-            f"{config.data.patch_size}, inference.window {window}; set inference.window=null"
-        )
-    return window
 
 
 class ConnectomicsModule(pl.LightningModule):
@@ -111,17 +74,7 @@ class ConnectomicsModule(pl.LightningModule):
             )
         self.heads = heads_of(config)
         self._groups = [config.channels, *(head.channels for head in self.heads)]  # channels of the network's output
-        views = views_of(config)
-        network = build_model(
-            config.model.architecture,
-            channels_for(config.model.fusion, config.model.in_channels, len(views)),
-            sum(self._groups),
-            patch_size=config.data.patch_size,
-            deep_supervision=config.model.deep_supervision,
-            options=model_options(config),
-        )
-        ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
-        self.network = with_views(network, config.model.fusion, ratios)
+        self.network = build_network(config, sum(self._groups))
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)

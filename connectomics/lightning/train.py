@@ -112,7 +112,8 @@ def train(
     import pytorch_lightning as pl
     import torch
 
-    from connectomics.lightning.checkpoints import begin_with, check_resumable
+    from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.fine_tuning import begin_with
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state
