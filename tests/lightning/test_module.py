@@ -325,6 +325,10 @@ class TestConfigurations:
         [
             ({"optimizer__name": "SDG"}, UnknownNameError, "did you mean 'SGD'"),
             ({"optimizer__lr": -1.0}, ConfigError, "scheduler needs"),
+            ({"optimizer__lr": float("inf")}, ConfigError, "scheduler needs"),
+            ({"optimizer__lr": float("nan")}, ConfigError, "scheduler needs"),
+            ({"optimizer__weight_decay": float("nan")}, ConfigError, "weight_decay must be a finite number"),
+            ({"scheduler__power": float("nan")}, ConfigError, "scheduler needs"),
             ({"optimizer__weight_decay": -1.0}, ConfigError, "optimizer AdamW: Invalid weight_decay"),
             ({"optimizer__betas": [0.9]}, ConfigError, "betas must be two numbers"),
             ({"scheduler__name": "cosin"}, UnknownNameError, "did you mean 'cosine'"),
