@@ -241,7 +241,7 @@ def test_get_dataset_by_name(two_crops: Path) -> None:
     ],
 )
 def test_a_transform_that_changes_what_a_patch_is_made_of_is_one_line(
-    name: str, arguments: dict[str, Any], message: str
+    name: str, arguments: dict[str, object], message: str
 ) -> None:
     noise = {"RandGaussianNoised": {"keys": ["image"], "prob": 1.0}}
     sample = {

@@ -87,7 +87,9 @@ class AffineRanges:
     """The random part that MONAI's affine and elastic transforms share; ``rotate`` in radians.
 
     Rotations and shears are those of the tissue, in nm: on voxels of ``voxel_size`` (z, y, x) that are no cubes, angles
-    and lengths stay what they are. Translations are in voxels. Ranges may be fewer than there are parameters: those that follow stay at no change.
+    and lengths stay what they are. Translations are in voxels.
+
+    Ranges may be fewer than there are parameters: those that follow stay at no change.
     """
 
     rotate: Ranges = ()
