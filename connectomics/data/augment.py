@@ -225,8 +225,8 @@ def _refuse_turns(augmentations: Mapping[str, Any], voxel_size: Sequence[float])
         if kind == "RandRotated" or turning:
             raise ConfigError(
                 f"data.augmentations.{name} turns or shears in voxels, and voxels of {list(voxel_size)} nm are no "
-                "cubes: tissue would be distorted; use RandAffined (or one Rand3DElasticd) with keys [image, label], mode "
-                "bilinear, and before any other transform of labels: it turns in nm"
+                "cubes: tissue would be distorted; use RandAffined (or one Rand3DElasticd) with keys [image, label], "
+                "mode bilinear, and before any other transform of labels: it turns in nm"
             )
 
 
