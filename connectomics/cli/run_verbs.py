@@ -310,6 +310,8 @@ def evaluate(
     """
     from connectomics.lightning.evaluation import evaluate_labels
 
+    if out is not None:  # before the work
+        evaluation_tables.evaluation_files(out)
     with progress.counted("evaluating") as advance:
         result = evaluate_labels(labels, root, class_name, crops=crop, datasets=dataset, rules=rules, progress=advance)
     evaluation_tables.show_evaluation(result)
