@@ -172,7 +172,8 @@ def predict_cellmap_crops(
         targets: regions; None: `targets_of` the configuration.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU where there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
-        resume: go on only: an error where nothing was begun.
+        resume: go on only: an error where nothing was begun. With ``overwrite``: replace predictions of other settings,
+            and keep what is there of these.
         progress: show a bar on stderr.
 
     Returns:
@@ -189,9 +190,10 @@ def predict_cellmap_crops(
     place = chosen_device(config, device)
     modules = _modules(model, config, checkpoint_path)
     tasks = _tasks(config, modules, () if model is not None else _paths(checkpoint_path), output_dir, targets, place)
-    if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
+    if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
-    todo = [task for task in tasks if task.check(overwrite=overwrite)]
+    anew = [task.begins_anew(overwrite=overwrite, resume=resume) for task in tasks]
+    todo = [task for task, again in zip(tasks, anew, strict=True) if task.check(overwrite=again)]
     with open_engine(config.engine, place) as engine:
         if not isinstance(engine, Here):
             if model is not None:
@@ -200,10 +202,10 @@ def predict_cellmap_crops(
                     "engine.name=local engine.workers=1 without limits"
                 )
             del modules  # every worker loads its own
-            _run_all(todo, engine, overwrite, progress)
+            _run_all(todo, engine, overwrite, resume, progress)
         elif todo:
             with ready(list(modules.values()), todo[0], place) as networks:
-                _run_all([given(task, networks) for task in todo], engine, overwrite, progress)
+                _run_all([given(task, networks) for task in todo], engine, overwrite, resume, progress)
     return [task.folder for task in tasks]
 
 
@@ -220,13 +222,13 @@ def prediction_tasks(
     return _tasks(config, modules, _paths(checkpoint_path), output_dir, targets, chosen_device(config, device))
 
 
-def _run_all(tasks: Sequence[PredictTask], engine: Engine, overwrite: bool, progress: bool) -> None:
+def _run_all(tasks: Sequence[PredictTask], engine: Engine, overwrite: bool, resume: bool, progress: bool) -> None:
     """One after the other; blocks that fail in one do not keep the others from being done."""
     failed = []
     for task in tasks:
         with _bar(task.name, progress) as advance:
             try:
-                run_task(task, engine, advance, overwrite=overwrite)
+                run_task(task, engine, advance, overwrite=overwrite, resume=resume)
             except BlocksFailedError as error:
                 failed.append(str(error))
     if failed:
