@@ -89,7 +89,8 @@ def _local_sample(path: str) -> Any:
 def _remote_sample(array: StoredArray, location: str) -> Any:
     """Size and ETag of a chunk, None if it is not stored."""
     bucket, key = split_s3(location)
-    return next((mark[1:] for mark in s3.objects(bucket, key, array.options) if mark[0] == key), None)
+    beside = s3.files(bucket, key.rpartition("/")[0], array.options)
+    return next((mark[1:] for mark in beside if mark[0] == key), None)
 
 
 def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_location: bool = True) -> str:
