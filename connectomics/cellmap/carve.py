@@ -21,6 +21,7 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.location import local_path
 from connectomics.io.store import is_s3
 from connectomics.io.write import create_array, create_multiscale, ensure_group
 
@@ -45,7 +46,7 @@ def carve(root: str | Path, out: str | Path, datasets: Sequence[str], classes: S
     Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``. Local roots only. Raises `InputError`
     where ``out`` exists, or where a test part holds unknown voxels of a class (the score has no word for unknown).
     """
-    target = Path(out)
+    target = local_path(out)
     if target.exists():
         raise InputError(f"{target} exists; delete it or give another folder")
     if is_s3(str(root)):

@@ -24,6 +24,7 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
 from connectomics.io.formats import VolumeSource
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.pyramid import build_levels
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs
@@ -265,7 +266,7 @@ def _appearing(place: Path, overwrite: bool) -> _Part:
 def _data_set(root: Path, name: str) -> Path:
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
         raise InputError(f"a data set's name is letters, digits, - _ . +, found {name!r}")
-    return root / name / f"{name}.zarr"
+    return local_path(root) / name / f"{name}.zarr"
 
 
 def _voxel_size(source: VolumeSource, given: Sequence[float] | None) -> Triple:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import OutOption
 
 if TYPE_CHECKING:
     from connectomics.data.bench import DataBench
@@ -56,7 +57,7 @@ def data(
         str | None, typer.Option(metavar="cellmap-data", help="Also run this loader on the same data.")
     ] = None,
     peer_env: Annotated[
-        Path | None, typer.Option("--peer-env", help="Its virtual environment; default: in the user's cache folder.")
+        Path | None, OutOption("--peer-env", help="Its virtual environment; default: in the user's cache folder.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

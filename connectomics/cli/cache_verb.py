@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connectomics.cli import show
+from connectomics.cli.paths import OutOption
 
 if TYPE_CHECKING:
     from connectomics.data.cache import CropCache, EntryInfo
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def cache(
     folder: Annotated[
-        Path | None, typer.Option("--dir", help="Cache folder (data.cache_dir); default: the user's.")
+        Path | None, OutOption("--dir", help="Cache folder (data.cache_dir); default: the user's.")
     ] = None,
     clear: Annotated[bool, typer.Option("--clear", help="Remove entries that no running process uses.")] = False,
     older_than: Annotated[

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from connectomics.cli import show
+from connectomics.cli.paths import OutArgument
 
 
 def phantom(
-    out: Annotated[Path, typer.Argument(help="Folder to make: a data root, test_crops.csv and truth.zarr.")],
+    out: Annotated[Path, OutArgument(help="Folder to make: a data root, test_crops.csv and truth.zarr.")],
     preset: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
     size: Annotated[float | None, typer.Option(help="Extent of each data set, nm; default: the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Another seed is another cell.")] = 0,

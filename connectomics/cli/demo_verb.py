@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import InOption, OutOption
 
 if TYPE_CHECKING:
     from connectomics.cellmap.crop_table import CropTable
@@ -18,15 +19,13 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that is made.")] = Path("outputs/demo"),
+    out: Annotated[Path, OutOption(help="Folder for everything that is made.")] = Path("outputs/demo"),
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="A labelled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False
-        ),
+        InOption(help="A labelled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
+        Path | None, InOption(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...", show_default=False)] = None,
     preset: Annotated[str, typer.Option(help="The phantom's size: tiny, small or large.")] = "small",

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from connectomics.cli.paths import OutOption
+
 
 def doctor(
-    at: Annotated[
-        Path, typer.Option("--at", help="Folder for runs and the crop cache; its disk is measured.")
-    ] = Path(),
+    at: Annotated[Path, OutOption("--at", help="Folder for runs and the crop cache; its disk is measured.")] = Path(),
     s3: Annotated[
         str | None, typer.Option("--s3", help="Also ask this bucket, s3://...; 'public' for the CellMap data.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import InOption, OutArgument
 
 if TYPE_CHECKING:
     from connectomics.cellmap.catalog import Crop
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 
 
 def fetch(
-    root: Annotated[Path, typer.Argument(help="Local data root; made where it is not there.")],
+    root: Annotated[Path, OutArgument(help="Local data root; made where it is not there.")],
     source: Annotated[
         str | None, typer.Option("--from", help="s3://bucket or s3://bucket/folder; default: the public CellMap data.")
     ] = None,
     endpoint: Annotated[str | None, typer.Option(help="Another S3 server; default AWS_ENDPOINT_URL or Amazon.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--for", help="Just what this configuration reads: its crops, classes, raw levels and context."),
+        InOption("--for", help="Just what this configuration reads: its crops, classes, raw levels and context."),
     ] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop (crop234); may be repeated.")] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import progress
+from connectomics.cli.paths import InOption, OutArgument
 
 if TYPE_CHECKING:
     from connectomics.cellmap.ingest import Drawn, Known, Progress
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def ingest(
-    root: Annotated[Path, typer.Argument(help="Data root; made where it is not there.")],
+    root: Annotated[Path, OutArgument(help="Data root; made where it is not there.")],
     dataset: Annotated[str, typer.Option(help="Name of the data set in the root.")],
     raw: Annotated[str | None, typer.Option(help="Raw volume.", metavar="FILE")] = None,
     labels: Annotated[
@@ -28,7 +29,7 @@ def ingest(
     ] = None,
     label_map: Annotated[str | None, typer.Option(metavar="FILE", help="One volume with the labels of all.")] = None,
     values: Annotated[
-        Path | None, typer.Option(metavar="CSV", help="What the numbers of --label-map are: value,class[,kind].")
+        Path | None, InOption(metavar="CSV", help="What the numbers of --label-map are: value,class[,kind].")
     ] = None,
     crop: Annotated[str, typer.Option(help="Where labels go: crop1, crop2, ...")] = "crop1",
     voxel_size: Annotated[

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import OutOption
 from connectomics.cli.run_verbs import Overrides
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 def inspect(
     config: Annotated[str, typer.Argument(help="Configuration: a file, or a tutorial's name (phantom, cellmap_cos7).")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("inspect.html"),
+    out: Annotated[Path, OutOption(help="The page to write.")] = Path("inspect.html"),
     batches: Annotated[int, typer.Option(help="How many batches to show.")] = 2,
     overwrite: Annotated[bool, typer.Option(help="Replace the page where it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,

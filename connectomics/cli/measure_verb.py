@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import InArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
@@ -21,8 +22,8 @@ EngineOverrides = Annotated[
 
 
 def measure(
-    labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
-    out: Annotated[Path, typer.Option(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
+    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
+    out: Annotated[Path, OutOption(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
     overrides: EngineOverrides = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,

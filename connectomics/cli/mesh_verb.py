@@ -9,11 +9,12 @@ import typer
 
 from connectomics.cli import progress
 from connectomics.cli.measure_verb import EngineOverrides, engine_config, not_both, show_estimate
+from connectomics.cli.paths import InArgument, OutArgument
 
 
 def mesh(
-    labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
-    out: Annotated[Path, typer.Argument(help="Folder for {dataset}/{crop}/{class}/{id}.ply.")],
+    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
+    out: Annotated[Path, OutArgument(help="Folder for {dataset}/{crop}/{class}/{id}.ply.")],
     class_name: Annotated[str, typer.Option("--class", help="Of which class.")],
     overrides: EngineOverrides = None,
     ids: Annotated[list[int] | None, typer.Option("--id", help="Only this object; may be repeated.")] = None,

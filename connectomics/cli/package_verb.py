@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from connectomics.cli.paths import InArgument, InOption, OutOption
+
 
 def package(
-    source: Annotated[Path, typer.Argument(help="Checkpoint, or run folder (then its best checkpoint).")],
-    out: Annotated[Path | None, typer.Option(help="The file; default {run}.pytc.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="scores.json of score: what is known of its quality.")] = None,
+    source: Annotated[Path, InArgument(help="Checkpoint, or run folder (then its best checkpoint).")],
+    out: Annotated[Path | None, OutOption(help="The file; default {run}.pytc.")] = None,
+    scores: Annotated[Path | None, InOption(help="scores.json of score: what is known of its quality.")] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, as CC-BY-4.0.")] = "",
     description: Annotated[str, typer.Option(help="What it is for, in a sentence.")] = "",
     overwrite: Annotated[bool, typer.Option(help="Replace the file.")] = False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from connectomics.cli import join_lists, run_guarded
+from connectomics.cli.paths import input_path, output_path
 
 _MODES = ("train", "test", "predict", "evaluate")
 
@@ -19,11 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="examples: main.py --config tutorials/cellmap_cos7.yaml data.batch_size=4 | "
         "main.py --config tutorials/cellmap_cos7.yaml --mode test --checkpoint best.ckpt dataset.crops=[crop234]",
     )
-    parser.add_argument("--config", type=Path, required=True, help="configuration file")
+    parser.add_argument("--config", required=True, help="configuration file")
     parser.add_argument("--mode", choices=_MODES, default="train", help="test: predict, decode and evaluate")
-    parser.add_argument("--checkpoint", type=Path, help="go on from it (train), or use it (the other modes)")
+    parser.add_argument("--checkpoint", help="go on from it (train), or use it (the other modes)")
     parser.add_argument("--fast-dev-run", action="store_true", help="one batch of everything")
-    parser.add_argument("--out", type=Path, help="folder for predictions and labels; default: beside the checkpoint")
+    parser.add_argument("--out", help="folder for predictions and labels; default: beside the checkpoint")
     parser.add_argument("overrides", nargs="*", help="key=value ...")
     options = parser.parse_intermixed_args(join_lists(sys.argv[1:] if arguments is None else arguments))
     return run_guarded(lambda: _run(options))
@@ -33,18 +33,19 @@ def _run(options: argparse.Namespace) -> None:
     from connectomics.cli import run_verbs
     from connectomics.errors import InputError
 
+    checkpoint = None if options.checkpoint is None else input_path(options.checkpoint)
     if options.mode == "train":
-        run_verbs.train(options.config, options.overrides, options.checkpoint, fast_dev_run=options.fast_dev_run)
+        run_verbs.train(options.config, options.overrides, checkpoint, fast_dev_run=options.fast_dev_run)
         return
-    if options.checkpoint is None:
+    if checkpoint is None:
         raise InputError(f"--mode {options.mode} needs --checkpoint FILE")
-    out = options.out or options.checkpoint.parent.parent
+    out = checkpoint.parent.parent if options.out is None else output_path(options.out)
     if options.mode in ("test", "predict"):
-        run_verbs.predict(options.config, options.overrides, [options.checkpoint], out=out / "predictions")
+        run_verbs.predict(options.config, options.overrides, [checkpoint], out=out / "predictions")
     if options.mode in ("test", "evaluate"):
         from connectomics.config import load_config
 
         config = load_config(options.config, options.overrides)
-        run_verbs.decode(out / "predictions", out / "labels", options.config, overrides=options.overrides)
+        run_verbs.decode(out / "predictions", out / "labels", input_path(options.config), overrides=options.overrides)
         rules = config.score.rules
         run_verbs.evaluate(out / "labels", config.dataset.data_root, out=out / "evaluation.json", rules=rules)

@@ -8,13 +8,14 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import OutOption
 
 
 def plan(
     root: Annotated[str, typer.Argument(help="Data root: a folder or s3:// URL.")],
     class_name: Annotated[list[str], typer.Option("--class", help="Class to segment; may be repeated.")],
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for plan_{N}nm.yaml.")] = Path(),
+    out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Try a training step: batch, memory, hours.")
     ] = True,

@@ -11,17 +11,18 @@ import typer
 
 from connectomics.cli import progress
 from connectomics.cli.evaluation_tables import show_rules
+from connectomics.cli.paths import InArgument, InOption, OutArgument, OutOption
 from connectomics.cli.run_verbs import Overrides, rules_of
 
 
 def export(
-    labels: Annotated[Path, typer.Argument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
-    out: Annotated[Path, typer.Argument(help="The submission, submission.zip.")] = Path("submission.zip"),
+    labels: Annotated[Path, InArgument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
+    out: Annotated[Path, OutArgument(help="The submission, submission.zip.")] = Path("submission.zip"),
     crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
     probabilities: Annotated[
-        Path | None, typer.Option(help="Folder of predict: semantic borders come from it, finer than from labels.")
+        Path | None, InOption(help="Folder of predict: semantic borders come from it, finer than from labels.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse where an array of the table is missing.")] = False,
 ) -> None:
@@ -47,11 +48,11 @@ def export(
 
 
 def validate(
-    submission: Annotated[Path, typer.Argument(help="A zip, or a folder with the Zarr group.")],
+    submission: Annotated[Path, InArgument(help="A zip, or a folder with the Zarr group.")],
     crops: Annotated[str, typer.Option(help="Crop table (.csv, .json), or 'challenge'.")] = "challenge",
-    truth: Annotated[Path | None, typer.Option(help="Truth Zarr, where there is one: exact instance limits.")] = None,
+    truth: Annotated[Path | None, InOption(help="Truth Zarr, where there is one: exact instance limits.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the findings here too, as JSON.")] = None,
+    out: Annotated[Path | None, OutOption(help="Write the findings here too, as JSON.")] = None,
 ) -> None:
     """Say beforehand what the portal would refuse or silently count as nothing. Exit status 1 where there are errors.
 
@@ -81,16 +82,16 @@ def validate(
 
 def score(
     submission: Annotated[
-        Path, typer.Argument(help="A zip, a folder with the Zarr group, or a folder of labels that decode wrote.")
+        Path, InArgument(help="A zip, a folder with the Zarr group, or a folder of labels that decode wrote.")
     ],
-    truth: Annotated[Path, typer.Argument(help="The truth: a Zarr group crop{N}/{class}.")],
+    truth: Annotated[Path, InArgument(help="The truth: a Zarr group crop{N}/{class}.")],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration whose score.rules to use.")] = None,
+    config: Annotated[Path | None, InOption(help="Configuration whose score.rules to use.")] = None,
     crops: Annotated[str | None, typer.Option(help="Crop table; default: what the truth holds.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
     rules: Annotated[str | None, typer.Option(help="Short for score.rules=...")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for scores.json and the tables.")] = Path("."),
+    out: Annotated[Path, OutOption(help="Folder for scores.json and the tables.")] = Path("."),
 ) -> None:
     """Score a submission exactly as the challenge does, and say how far other rules would move the score.
 
@@ -123,21 +124,21 @@ def score(
 
 
 def report(
-    out: Annotated[Path, typer.Argument(help="The page to write.")] = Path("report.html"),
+    out: Annotated[Path, OutArgument(help="The page to write.")] = Path("report.html"),
     run_dir: Annotated[
-        list[Path] | None, typer.Option("--run", help="Run folder of train; several are set side by side.")
+        list[Path] | None, InOption("--run", help="Run folder of train; several are set side by side.")
     ] = None,
-    root: Annotated[Path | None, typer.Option(help="Data root, for raw.")] = None,
-    crops: Annotated[Path | None, typer.Option(help="Crop table of the truth.")] = None,
-    truth: Annotated[Path | None, typer.Option(help="Truth Zarr.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Labels of decode.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Probabilities of predict.")] = None,
-    submission: Annotated[Path | None, typer.Option(help="The packed submission.")] = None,
+    root: Annotated[Path | None, InOption(help="Data root, for raw.")] = None,
+    crops: Annotated[Path | None, InOption(help="Crop table of the truth.")] = None,
+    truth: Annotated[Path | None, InOption(help="Truth Zarr.")] = None,
+    labels: Annotated[Path | None, InOption(help="Labels of decode.")] = None,
+    predictions: Annotated[Path | None, InOption(help="Probabilities of predict.")] = None,
+    submission: Annotated[Path | None, InOption(help="The packed submission.")] = None,
     scores: Annotated[
-        list[Path] | None, typer.Option(help="scores.json of score; the n-th belongs to the n-th --run.")
+        list[Path] | None, InOption(help="scores.json of score; the n-th belongs to the n-th --run.")
     ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Another scores.json to compare with.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="JSON of evaluate.")] = None,
+    baseline: Annotated[Path | None, InOption(help="Another scores.json to compare with.")] = None,
+    evaluation: Annotated[Path | None, InOption(help="JSON of evaluate.")] = None,
     pictures: Annotated[int, typer.Option(help="Classes of crops that get pictures, at most.")] = 48,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Segmentation report",
 ) -> None:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import InArgument
 
 if TYPE_CHECKING:
     from connectomics.tasks.estimate import Estimate, StageEstimate
 
 
 def run_task(
-    file: Annotated[Path, typer.Argument(help="A task.json (or .yaml) that predict, decode or measure left.")],
+    file: Annotated[Path, InArgument(help="A task.json (or .yaml) that predict, decode or measure left.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="engine.key=value ..., as in engine.workers=4", show_default=False)
     ] = None,

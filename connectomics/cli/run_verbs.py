@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from connectomics.cli import evaluation_tables, progress, show
+from connectomics.cli.paths import InArgument, InOption, OutArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig, RunConfig
     from connectomics.decoding.decode import DecodeJob
 
+# text, since without a configuration an override stands in its place, which may hold a URL
 Config = Annotated[
-    Path | None, typer.Argument(help="Configuration, for instance tutorials/cellmap_cos7.yaml.", show_default=False)
+    str | None, typer.Argument(help="Configuration, for instance tutorials/cellmap_cos7.yaml.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value ..., as in training.max_epochs=3", show_default=False)
@@ -27,8 +29,8 @@ Overrides = Annotated[
 def train(
     config: Config = None,
     overrides: Overrides = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default {output_dir}/{name}/version_N.")] = None,
+    checkpoint: Annotated[Path | None, InOption(help="Go on from this checkpoint.")] = None,
+    run_dir: Annotated[Path | None, OutOption(help="Run folder; default {output_dir}/{name}/version_N.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the run folder's last checkpoint; begin where there is none.")
     ] = False,
@@ -134,12 +136,12 @@ def predict(
     config: Config = None,
     overrides: Overrides = None,
     checkpoint: Annotated[
-        list[Path] | None, typer.Option(help="Checkpoint of the network; given several times, they are averaged.")
+        list[Path] | None, InOption(help="Checkpoint of the network; given several times, they are averaged.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Model package (pytc package) instead; needs no configuration.")
+        Path | None, InOption(help="Model package (pytc package) instead; needs no configuration.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
+    out: Annotated[Path, OutOption(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
     crops: Annotated[
         str | None,
         typer.Option(
@@ -226,7 +228,7 @@ def predict(
 
 
 def _network_of(
-    config: Path | None, overrides: list[str] | None, checkpoint: list[Path] | None, model: Path | None
+    config: str | None, overrides: list[str] | None, checkpoint: list[Path] | None, model: Path | None
 ) -> tuple[RunConfig, list[Path]]:
     """The configuration and the checkpoints that ``predict`` was given, or those of its model package."""
     from connectomics.config import load_config
@@ -240,8 +242,8 @@ def _network_of(
             raise ConfigError(
                 "--model is a network of its own: leave --checkpoint out, or give packages to --checkpoint"
             )
-        if config is not None and "=" in str(config):  # without a configuration the first override stands in its place
-            config, given = None, [str(config), *given]
+        if config is not None and "=" in config:  # without a configuration the first override stands in its place
+            config, given = None, [config, *given]
         open_package(model)
         return package_config(model, given) if config is None else load_config(config, given), [model]
     if config is None or not checkpoint:
@@ -250,11 +252,9 @@ def _network_of(
 
 
 def decode(
-    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the labels, in the same layout.")],
-    config: Annotated[
-        Path | None, typer.Option(help="Configuration with decoding.default and decoding.classes.")
-    ] = None,
+    predictions: Annotated[Path, InArgument(help="Folder that predict wrote.")],
+    out: Annotated[Path, OutArgument(help="Folder for the labels, in the same layout.")],
+    config: Annotated[Path | None, InOption(help="Configuration with decoding.default and decoding.classes.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Decode again what is there already.")] = False,
@@ -329,11 +329,11 @@ def rules_of(config: Path | None, overrides: Sequence[str] | None, given: str | 
 
 
 def evaluate(
-    labels: Annotated[Path, typer.Argument(help="Folder of labels that decode wrote.")],
+    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
     root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
     overrides: Overrides = None,
-    config: Annotated[Path | None, typer.Option(help="Configuration whose score.rules to use.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON, and CSV tables beside it.")] = None,
+    config: Annotated[Path | None, InOption(help="Configuration whose score.rules to use.")] = None,
+    out: Annotated[Path | None, OutOption(help="Write the numbers here, as JSON, and CSV tables beside it.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
     dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from connectomics.cli import show
+from connectomics.cli.paths import InArgument
 
 if TYPE_CHECKING:
     from connectomics.lightning.runs import Run
 
 
 def runs(
-    folders: Annotated[list[Path] | None, typer.Argument(help="Folders to look in; default outputs.")] = None,
+    folders: Annotated[list[Path] | None, InArgument(help="Folders to look in; default outputs.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="What sets these run folders apart.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -8,18 +8,19 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress, show
+from connectomics.cli.paths import InArgument, InOption, OutOption
 from connectomics.cli.run_verbs import Overrides
 
 
 def tune(
-    predictions: Annotated[Path, typer.Argument(help="Folder that predict wrote for annotated crops.")],
+    predictions: Annotated[Path, InArgument(help="Folder that predict wrote for annotated crops.")],
     root: Annotated[str, typer.Argument(help="Data root with the truth of those crops.")],
     overrides: Overrides = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="Configuration: decoding.default and decoding.classes to begin with, score.rules."),
+        InOption(help="Configuration: decoding.default and decoding.classes to begin with, score.rules."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
+    out: Annotated[Path, OutOption(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
         "outputs/tuned"
     ),
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,

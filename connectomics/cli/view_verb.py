@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from connectomics.cli.paths import InOption, OutOption
+
 
 def view(
     root: Annotated[str | None, typer.Argument(help="Data root: raw, and the truth of its crops.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Folder that predict wrote.")] = None,
-    labels: Annotated[Path | None, typer.Option(help="Folder that decode wrote.")] = None,
+    predictions: Annotated[Path | None, InOption(help="Folder that predict wrote.")] = None,
+    labels: Annotated[Path | None, InOption(help="Folder that decode wrote.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Which data set; default: the only one.")] = None,
     crop: Annotated[list[str] | None, typer.Option(help="Only this crop; may be repeated.")] = None,
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
@@ -21,7 +23,7 @@ def view(
     bind: Annotated[
         str, typer.Option(help="Who may connect: this machine only, unless another address is given.")
     ] = "127.0.0.1",
-    state: Annotated[Path | None, typer.Option(help="Write the page's state here, as JSON, to share it.")] = None,
+    state: Annotated[Path | None, OutOption(help="Write the page's state here, as JSON, to share it.")] = None,
     browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
     napari: Annotated[bool, typer.Option("--napari", help="Look in napari instead, where it is installed.")] = False,
 ) -> None:

@@ -42,7 +42,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    file = None if path is None else Path(path)
+    file = None if path is None else Path(path).expanduser()
     if file is not None and not file.is_file():
         near = nearest(file.stem, [p.stem for p in file.parent.glob("*.yaml")]) if file.parent.is_dir() else None
         hint = f"; did you mean {file.parent / (near + '.yaml')}?" if near else ""
@@ -110,6 +110,9 @@ def check_config(config: RunConfig, where: str) -> None:
     ):
         if len(value) != length or min(value) <= 0:
             raise ConfigError(f"{where}: {key} must be three positive numbers (z, y, x), found {value}")
+    for key, place in (("output_dir", config.output_dir), ("data.cache_dir", config.data.cache_dir)):
+        if place is not None and "://" in place:
+            raise ConfigError(f"{where}: {key} must be a folder on a local disk, got the URL {place}")
     _check_ranges(config, where)
     if len(config.model.loss_functions) != len(config.model.loss_weights):
         raise ConfigError(

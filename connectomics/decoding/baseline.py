@@ -21,6 +21,7 @@ from connectomics.decoding.parameters import DecodeParameters, default_parameter
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import Provenance
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
 
@@ -111,7 +112,7 @@ def write_baseline(
             raise unknown_name("class", row.class_name, rules, "the fitted intensity rules")
         if row.dataset not in raw_locations:
             raise unknown_name("data set", row.dataset, raw_locations, "the raw volumes")
-    out, results = Path(output_dir), []
+    out, results = local_path(output_dir), []
     groups: dict[tuple[str, str, VoxelGrid], list[TableEntry]] = {}
     for row in rows:
         groups.setdefault((row.dataset, row.crop_name, row.grid), []).append(row)

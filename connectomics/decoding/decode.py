@@ -46,6 +46,7 @@ from connectomics.errors import (
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Provenance
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
 from connectomics.tasks import open_engine, run_task
@@ -189,7 +190,7 @@ def decode_predictions(
         labels of another decoding (without ``overwrite``) or foreign files are in the way, another process works on the
         same labels, or the disk is full.
     """
-    out = Path(output_dir)
+    out = local_path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
     if resume and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
@@ -308,7 +309,7 @@ def decode_jobs(
     table: str = "csv",
 ) -> list[DecodeJob]:
     """What `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
-    root, out = Path(predictions_dir), Path(output_dir)
+    root, out = Path(predictions_dir), local_path(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"labels cannot be written into the predictions folder {root}; give another output folder")
     found = list(find_arrays(root))

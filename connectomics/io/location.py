@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from connectomics.errors import InputError, MissingError
+from connectomics.errors import InputError, MissingError, WriteError
 
 Location = str | os.PathLike[str]
 
 _S3 = "s3://"
+# one letter is a drive of Windows; a `Path` of a URL has one slash only
+_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class StoreError(MissingError):
@@ -76,6 +79,21 @@ DEFAULT_OPTIONS = StoreOptions()
 def is_s3(location: Location) -> bool:
     """Whether ``location`` is an S3 URL."""
     return str(location).startswith(_S3)
+
+
+def is_url(location: Location) -> bool:
+    """Whether ``location`` is a URL of a remote place, also one that was made a `Path` of."""
+    return _URL.match(os.fspath(location)) is not None
+
+
+def local_path(location: Location) -> Path:
+    """The path of a place that is written to, with ``~`` expanded; `WriteError` if it is a URL (``s3://``, ...)."""
+    if is_url(location):
+        raise WriteError(
+            f"cannot write to {location}: output goes to a local disk; expected a path, got a URL. Write to a local "
+            "folder and copy it from there"
+        )
+    return Path(normalize(location))
 
 
 def split_s3(location: Location) -> tuple[str, str]:

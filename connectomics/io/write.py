@@ -22,7 +22,8 @@ from numpy.typing import DTypeLike, NDArray
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
-from connectomics.io.store import Location, is_s3, normalize, read_json
+from connectomics.io.location import Location, is_url, local_path
+from connectomics.io.store import read_json
 
 if TYPE_CHECKING:
     from numcodecs import Blosc
@@ -332,6 +333,8 @@ def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
 
 def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
     """Write a file in one step: beside its place, then renamed over it; folders are made. `WriteError`."""
+    if is_url(path):
+        local_path(path)  # raises
     part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
         try:
@@ -381,9 +384,7 @@ def _overlap(
 
 
 def _local(location: Location) -> str:
-    if is_s3(location):
-        raise WriteError(f"cannot write to {location}: only local paths can be written; give a local folder")
-    return os.path.abspath(normalize(location))
+    return os.path.abspath(local_path(location))
 
 
 def _clear(path: Path, overwrite: bool) -> None:

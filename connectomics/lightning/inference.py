@@ -27,6 +27,7 @@ from connectomics.inference.save import save_cellmap_predictions as save_cellmap
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
 from connectomics.tasks import open_engine, run_task
@@ -326,6 +327,7 @@ def _tasks(
     channels, about = channels_of(module), channel_attributes(module.config)
     options = config.inference
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
+    out = local_path(output_dir)
     tasks = []
     for target in targets if targets is not None else targets_of(config):
         raw = catalog.raw_location(target.dataset)
@@ -334,7 +336,7 @@ def _tasks(
         tasks.append(
             NetworkPredictTask(
                 raw=_absolute(raw),
-                output=os.path.abspath(Path(output_dir, f"{target.dataset}.zarr", target.name)),
+                output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
                 classes=channels,
                 targets=grids,
                 voxel_size=triple(config.dataset.resolution, "dataset.resolution"),

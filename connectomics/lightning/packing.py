@@ -19,6 +19,7 @@ from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import channel_names
 from connectomics.data.splits import Split
 from connectomics.errors import WriteError
+from connectomics.io.location import local_path
 from connectomics.lightning.checkpoints import load_module
 from connectomics.lightning.package import ABOUT, FORMAT, TEST, WEIGHTS, Package, answer
 
@@ -48,7 +49,7 @@ def write_package(
     import torch
     from safetensors.torch import save
 
-    target = Path(out)
+    target = local_path(out)
     if target.exists() and not overwrite:
         raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
     module = load_module(checkpoint)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, save_config
 from connectomics.errors import InputError, WriteError
+from connectomics.io.location import local_path
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -78,7 +79,7 @@ def _run_of(checkpoint: Path) -> Path | None:
 
 
 def _next_version(config: RunConfig) -> Path:
-    base = Path(config.output_dir) / config.name
+    base = local_path(config.output_dir) / config.name
     job = os.environ.get("SLURM_JOB_ID")
     if job and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return base / f"job_{job}"  # the tasks start at the same time and could not agree on a number
@@ -118,7 +119,7 @@ def train(
     from connectomics.lightning.run_state import keep_state
 
     started = time.perf_counter()
-    folder = Path(run_dir)
+    folder = local_path(run_dir)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
         machine = this_machine(config)
         set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)

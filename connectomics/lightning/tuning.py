@@ -29,6 +29,7 @@ from connectomics.decoding.watershed.heads import StoredHead
 from connectomics.errors import InputError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import identity
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.tuning_results import TunedClass, write_results
 from connectomics.lightning.tuning_space import SearchSpace, Volume, pooled_scores, threshold_of
@@ -94,7 +95,7 @@ def tune(
     """
     if trials < 1 or (seconds is not None and not seconds > 0):
         raise InputError(f"tuning needs at least one trial and a positive time, found {trials} and {seconds} s")
-    folder = Path(out)
+    folder = local_path(out)
     found = list(find_arrays(predictions_dir))
     if not found:
         raise MissingError(f"no predictions in {predictions_dir}: run predict on annotated crops first")

@@ -9,12 +9,12 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.errors import WriteError
+from connectomics.io.location import local_path
+from connectomics.io.write import write_file
 from connectomics.metrics.challenge.results import InstanceScore, SubmissionScore
 from connectomics.metrics.challenge.rules import trust
 
@@ -27,7 +27,7 @@ def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
 
     Returns the paths under ``json``, ``classes``, ``crops`` and ``instances``. Raises `WriteError` where writing fails.
     """
-    place = Path(folder)
+    place = local_path(folder)
     paths = {
         "json": place / "scores.json",
         "classes": place / "scores_per_class.csv",
@@ -43,7 +43,7 @@ def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes JSON, atomically; NaN and infinities become null."""
-    _write(Path(path), json.dumps(_finite(value), indent=1, allow_nan=False) + "\n")
+    write_file(local_path(path), (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -53,18 +53,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({k: "" if v is None else v for k, v in row.items()} for row in rows)
-    _write(Path(path), text.getvalue())
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+    write_file(local_path(path), text.getvalue().encode())
 
 
 def _finite(value: Any) -> Any:

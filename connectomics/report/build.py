@@ -7,6 +7,7 @@ from pathlib import Path
 
 from connectomics import __version__
 from connectomics.errors import ConnectomicsError, InputError
+from connectomics.io.location import local_path
 from connectomics.io.write import write_file
 from connectomics.report import analysis, compare, crops, data, page, run, scores
 from connectomics.report.library import Library
@@ -34,7 +35,7 @@ def build_report(
         WriteError: the page cannot be written; no half-written page is left. InputError: ``out`` is a file of another
         kind.
     """
-    path = Path(out)
+    path = local_path(out)
     if path.suffix not in (".html", ".htm"):
         if path.is_file():
             raise InputError(f"{path} is a file; a report goes to a .html file or into a folder")

@@ -24,6 +24,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
+from connectomics.io.location import local_path
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
@@ -141,7 +142,7 @@ def export_submission(
         another process is packing it; what was there before stays.
     """
     start = time.monotonic()
-    root, target = Path(predictions_dir), Path(output_path)
+    root, target = Path(predictions_dir), local_path(output_path)
     if not root.is_dir():
         raise MissingError(f"no predictions folder at {root}")
     if probabilities_dir is not None and not Path(probabilities_dir).is_dir():

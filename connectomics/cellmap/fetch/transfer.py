@@ -16,6 +16,7 @@ from connectomics.cellmap.fetch.landing import Landing
 from connectomics.cellmap.fetch.plan import FetchPlan, RemoteFile
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.io import s3
+from connectomics.io.location import local_path
 from connectomics.io.store import StoreError, StoreOptions, split_s3
 
 #: In the root: one line for each object that is there and checked: key, bytes, ETag, with tabs between.
@@ -85,6 +86,7 @@ def transfer(
         WriteError: not enough space, no permission. StoreError: objects that cannot be had, or are never what was
             listed, after all others came. InputError: a key that leads out of the root.
     """
+    root = local_path(root)
     bucket, _ = split_s3(missing.plan.source)
     free = _free(root)
     if missing.size * _SPARE > free:

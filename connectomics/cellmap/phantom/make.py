@@ -16,6 +16,7 @@ from connectomics.cellmap.phantom import kinds, layout, write
 from connectomics.cellmap.phantom.options import CropInfo, PhantomInfo, PhantomOptions
 from connectomics.errors import WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.location import local_path
 from connectomics.io.write import ensure_group
 
 _MARK = "phantom.json"
@@ -38,7 +39,7 @@ def make_phantom(
         WriteError: ``out`` is taken, the disk is full, no permission. InputError: the crops do not fit.
     """
     wanted = options or PhantomOptions()
-    target = Path(out).absolute()
+    target = local_path(out).absolute()
     _check_target(target, wanted.overwrite)
     part = target.parent / f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:

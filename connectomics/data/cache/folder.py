@@ -26,6 +26,7 @@ from connectomics.data.cache.entry import ARRAYS, DESCRIPTION, FORMAT, USED, Cac
 from connectomics.data.cache.key import Decodable, cache_key, is_name
 from connectomics.data.cache.locks import Lease, leased, locked
 from connectomics.errors import ConnectomicsError, WriteError
+from connectomics.io.location import local_path
 
 _BUILDING, _DELETED = ".building", ".deleted"
 _OLD_ARRAYS = ("present.npy", "known.npy")  # of entries that earlier versions made
@@ -62,7 +63,7 @@ class CropCache:
     """The entries below one folder (which need not be there yet)."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_path(folder)
 
     # -- use ---------------------------------------------------------------------------------------------------------
     def get(self, volume: Decodable) -> CachedCrop:

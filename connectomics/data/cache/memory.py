@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from connectomics.data.cache.locks import is_file_of, lock
+from connectomics.io.location import local_path
 
 SHARED_MEMORY = Path("/dev/shm")
 _OWNERS = ".owners"  # every process of the run holds this file's lock, shared
@@ -27,7 +28,7 @@ def cache_folder(mode: Literal["none", "memory", "disk"], cache_dir: str | Path 
         return None
     if mode == "memory":
         return memory_folder()
-    return Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return local_path(cache_dir) if cache_dir else default_cache_dir()
 
 
 def default_cache_dir() -> Path:

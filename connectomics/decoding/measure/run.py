@@ -23,6 +23,7 @@ from connectomics.decoding.measure.table_task import Labels, TableTask
 from connectomics.decoding.measure.task import ContactsTask, MeasureTask
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import Index
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.task import TASK_FILE
@@ -127,7 +128,7 @@ def measure_tasks(
     block: Sequence[int] = BLOCK,
 ) -> list[TableTask]:
     """The tasks of `measure_labels`, one a table; arguments and errors are the same. Writes nothing."""
-    root, out = Path(labels_dir), Path(os.path.abspath(output_dir))
+    root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
     if table_format not in FORMATS:
         raise InputError(f"the format of a table is {' or '.join(FORMATS)}, found {table_format!r}")
     check_format(f"table.{table_format}")

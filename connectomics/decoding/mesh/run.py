@@ -18,6 +18,7 @@ from connectomics.decoding.measure.run import Progress, nothing_begun, open_labe
 from connectomics.decoding.measure.table import read_columns
 from connectomics.decoding.mesh.task import TABLE_FILE, MeshTask
 from connectomics.errors import InputError, UnknownNameError, unknown_name
+from connectomics.io.location import local_path
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.task import TASK_FILE
 
@@ -108,7 +109,7 @@ def mesh_tasks(
         MissingError: no labels there. UnknownNameError: a class, data set or crop that is not there. InputError: ids of
         several crops, an option out of range. IncompleteError, MetadataError: labels that are none, or half written.
     """
-    root, out = Path(labels_dir), Path(os.path.abspath(output_dir))
+    root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
     places = select(root, datasets, crops)
     chosen = [place for place in places if place[2] == class_name]
     if not chosen:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from connectomics import __version__
 from connectomics.errors import InputError
+from connectomics.io.location import local_path
 from connectomics.io.write import write_file
 from connectomics.report import page
 from connectomics.report.inspect.data import Done, Inspection, SeenPatch, as_text, pooled_known
@@ -20,7 +21,7 @@ _MOST_PICTURES = 16  # patches in pictures; the numbers are of all
 
 def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
     """The page's path; `InputError` where it is no ``.html`` file, or is there already and may not be replaced."""
-    path = Path(out)
+    path = local_path(out)
     if path.suffix not in (".html", ".htm"):
         raise InputError(f"the page goes to a .html file, found {path}")
     if path.exists() and not overwrite:
