@@ -23,14 +23,18 @@ from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.io.artifacts import ATTRIBUTE, Provenance, about, publish
 from connectomics.io.formats import VolumeSource
+from connectomics.io.leftovers import remove_left, unfinished
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.pyramid import build_levels
+from connectomics.io.replacing import not_ours
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs
 
 _BLOCK = (64, 512, 512)  # voxels held at once: whole chunks
 _PLANES = 1 << 28  # bytes of planes decoded at a time, where a block costs as much as its planes
+_ARTEFACT = "ingested"  # what the attributes of a volume say that this module wrote
 _LEAST = 32  # voxels: a level whose longest side is below needs no coarser one
 
 #: Told (done, all) blocks.
@@ -191,12 +195,12 @@ def ingest_labels(
 
     place = _data_set(root, dataset) / GROUND_TRUTH / crop / drawn.class_name
     with _appearing(place, overwrite) as part:
-        about = Annotation(drawn.class_name, kind, 0, unknown, counts)
-        attrs = about.to_attrs(with_counts=False)
+        annotation = Annotation(drawn.class_name, kind, 0, unknown, counts)
+        attrs = annotation.to_attrs(with_counts=False)
         (writer,) = create_multiscale(part.folder, [grid], dtype, attrs=attrs, name=drawn.class_name)
         _copy(source, writer, convert, progress)
         build_levels(part.folder, _levels(grid), "label")
-        update_attrs(part.folder / "s0", about.to_attrs())
+        update_attrs(part.folder / "s0", annotation.to_attrs())
         part.done = True
     return place
 
@@ -241,26 +245,42 @@ class _Part:
     done: bool = False
 
     def __enter__(self) -> _Part:
-        shutil.rmtree(self.folder, ignore_errors=True)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.done:
-            try:
-                if self.place.exists():
-                    shutil.rmtree(self.place)
-                self.folder.rename(self.place)
-            except OSError as problem:
-                raise WriteError(f"cannot put the volume at {self.place}: {problem.strerror or problem}") from problem
-        else:
+        try:
+            if self.done:
+                provenance = Provenance().to_dict()
+                update_attrs(self.folder, {ATTRIBUTE: {"artefact": _ARTEFACT, "complete": True, **provenance}})
+                _check_place(self.place, self.overwrite)  # another process may have been quicker
+                if self.overwrite:
+                    publish(self.folder, self.place)
+                else:
+                    self.folder.rename(self.place)
+        except OSError as problem:
+            if isinstance(problem, WriteError):
+                raise
+            raise WriteError(f"cannot put the volume at {self.place}: {problem.strerror or problem}") from problem
+        finally:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _appearing(place: Path, overwrite: bool) -> _Part:
-    if place.exists() and not overwrite:
-        raise WriteError(f"{place} is there already; give --overwrite to replace it, or another name")
+    _check_place(place, overwrite)
     ensure_group(place.parent)
-    return _Part(place.with_name(f".{place.name}.partial"), place, overwrite)
+    prefix = f".{place.name}.partial-"
+    remove_left(place.parent, prefix)
+    return _Part(unfinished(place.parent, prefix), place, overwrite)
+
+
+def _check_place(place: Path, overwrite: bool) -> None:
+    """`WriteError` if something is there that may not be replaced."""
+    if not place.exists():
+        return
+    if not overwrite:
+        raise WriteError(f"{place} is there already; give --overwrite to replace it, or another name")
+    if about(place).get("artefact") != _ARTEFACT:
+        raise not_ours(place, "ingest")
 
 
 def _data_set(root: Path, name: str) -> Path:

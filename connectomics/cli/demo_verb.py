@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +15,15 @@ from connectomics.cli.paths import InOption, OutOption
 if TYPE_CHECKING:
     from connectomics.cellmap.crop_table import CropTable
     from connectomics.config import RunConfig
+
+
+_MARK = "demo.json"  # in a folder that demo made
+#: everything that demo makes in its folder
+_PARTS = frozenset(
+    {_MARK, "data", "cache", "run", "predictions", "labels", "baseline", "crops.csv", "split.yaml", "scores.json"}
+    | {"scores_per_class.csv", "scores_per_crop.csv", "scores_per_instance.csv", "submission.zip", "report.html"}
+    | {"timings.json"}
+)
 
 
 def demo(
@@ -42,11 +50,19 @@ def demo(
       pytc demo --data data/fib25-medulla --out outputs/fib25 training.max_epochs=20
     """
     from connectomics.errors import InputError
+    from connectomics.io.artifacts import put_aside
+    from connectomics.io.replacing import not_ours
+    from connectomics.io.write import write_file
 
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise InputError(f"{out} is not empty; give another --out, or --overwrite to begin anew")
-        shutil.rmtree(out)
+        own = _PARTS if (out / _MARK).is_file() else frozenset()
+        foreign = next((path for path in sorted(out.iterdir()) if path.name not in own), None)
+        if foreign is not None:
+            raise not_ours(foreign, "demo")
+        put_aside(out)
+    write_file(out / _MARK, b"{}\n")
     way = _prepare(out, data, config, overrides or [], preset)
     way.run()
 

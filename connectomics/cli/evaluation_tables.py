@@ -50,22 +50,32 @@ def show_rules(rows: Sequence[Mapping[str, Any]]) -> None:
     show.table(["rules", "overall", "moves by", "", "what they are"], cells, "By other rules (score.rules)")
 
 
+def evaluation_files(path: Path) -> dict[str, Path]:
+    """The paths that `write_evaluation` writes, by table; `WriteError` if one holds something else."""
+    from connectomics.io.replacing import has_column, has_keys, require_own
+
+    tables = {"class": "class", "dataset": "dataset", "crop": "dataset"}  # and their first columns
+    files = {"": require_own(path, has_keys("rules", "classes", "totals"), "evaluate")}
+    for name, column in tables.items():
+        files[name] = require_own(path.with_name(f"{path.stem}_per_{name}.csv"), has_column(column), "evaluate")
+    return files
+
+
 def write_evaluation(result: Mapping[str, Any], path: Path) -> list[Path]:
     """The numbers as JSON, and CSV by class, data set and crop beside it; returns the paths."""
     from connectomics.metrics.tables import write_csv, write_json
 
-    write_json(path, result)
+    files = evaluation_files(path)
+    write_json(files[""], result)
     tables = {
         "class": [{"class": name, **row} for name, row in result["classes"].items()],
         "dataset": result["datasets"],
         "crop": result["crops"],
     }
-    written = [path]
     for name, rows in tables.items():
-        written.append(path.with_name(f"{path.stem}_per_{name}.csv"))
         trust = {"rules": result["rules"], "verified": result["verified"]}
-        write_csv(written[-1], [{k: v for k, v in row.items() if not k.endswith("_interval")} | trust for row in rows])
-    return written
+        write_csv(files[name], [{k: v for k, v in row.items() if not k.endswith("_interval")} | trust for row in rows])
+    return list(files.values())
 
 
 def _print(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], intervals: bool) -> None:

@@ -30,9 +30,10 @@ def plan(
       pytc plan data --class nuc --out plans --no-trial
     """
     from connectomics.errors import WriteError
+    from connectomics.io.replacing import contains, require_own
     from connectomics.io.store import is_s3
     from connectomics.io.write import write_file
-    from connectomics.lightning.planning import data_facts, hours, machine_facts, propose, try_step
+    from connectomics.lightning.planning import MARK, data_facts, hours, machine_facts, propose, try_step
 
     with progress.counted("measuring classes") as advance:
         data = data_facts(root, class_name, dataset, advance)
@@ -42,6 +43,7 @@ def plan(
     for file in files:
         if file.exists() and not overwrite:
             raise WriteError(f"{file} is there already; give --overwrite, or another --out")
+        require_own(file, contains(MARK), "plan")
     rows = [
         [
             facts.name,

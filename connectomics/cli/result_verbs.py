@@ -63,9 +63,12 @@ def validate(
       pytc validate submission.zip --crops data/phantom/test_crops.csv --truth data/phantom/truth.zarr
     """
     from connectomics.cellmap.crop_table import CropTable
+    from connectomics.io.replacing import has_keys, require_own
     from connectomics.metrics.tables import write_json
     from connectomics.submission import validate_submission
 
+    if out is not None:  # before the work
+        require_own(out, has_keys("submission", "findings"), "validate")
     table = CropTable.resolve(crops).select(classes=class_name)
     with progress.counted("checking") as advance:
         findings = validate_submission(submission, table, truth=truth, progress=advance)
@@ -102,9 +105,10 @@ def score(
       pytc score submission.zip truth.zarr --class mito --crop 557 --out outputs/scores score.rules=2026-07-affine
     """
     from connectomics.metrics.challenge import score_submission
-    from connectomics.metrics.tables import print_table, score_table, write_scores
+    from connectomics.metrics.tables import print_table, score_table, scores_files, write_scores
 
     chosen = rules_of(config, overrides, rules)
+    scores_files(out)  # before the work
     with progress.counted("scoring") as advance:
         result = score_submission(
             submission,

@@ -351,6 +351,8 @@ def evaluate(
     from connectomics.lightning.evaluation import evaluate_labels
 
     chosen = rules_of(config, overrides, rules)
+    if out is not None:  # before the work
+        evaluation_tables.evaluation_files(out)
     with progress.counted("evaluating") as advance:
         result = evaluate_labels(labels, root, class_name, crops=crop, datasets=dataset, rules=chosen, progress=advance)
     evaluation_tables.show_evaluation(result)

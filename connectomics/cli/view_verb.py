@@ -37,9 +37,12 @@ def view(
 
       pytc view data/phantom --predictions outputs/predictions --labels outputs/labels --open
     """
+    from connectomics.io.replacing import has_keys, require_own
     from connectomics.io.write import write_file
     from connectomics.report.view import ViewSources, collect_layers, open_viewer
 
+    if state is not None:
+        require_own(state, has_keys("dimensions", "layers"), "view")
     found = collect_layers(
         ViewSources(
             root, predictions, labels, dataset, None if crop is None else tuple(crop),

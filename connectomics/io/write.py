@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import publish, put_aside
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.location import Location, is_url, local_path
 from connectomics.io.store import read_json
@@ -284,8 +285,7 @@ def write_multiscale(
         raise InputError(f"{path}: data has shape {data.shape}, its grid {grid.shape}; they must agree")
     grids = level_grids(grid, levels)
     values: NDArray[Any] = data.view(np.uint8) if data.dtype == np.bool_ else data
-    if path.exists() and not overwrite:
-        raise _already_there(path)
+    _check_replaceable(path, overwrite)
     if any(parent.suffix == ".zarr" for parent in path.parents):
         ensure_group(path.parent)
     part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -297,7 +297,7 @@ def write_multiscale(
             writer.write((0, 0, 0), values)
             if k + 1 < len(writers):
                 values = halve_raw(values) if kind == "raw" else halve_labels(values)
-        _swap(part, path)
+        publish(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -392,24 +392,23 @@ def _clear(path: Path, overwrite: bool) -> None:
     nodes = (".zarray", ".zgroup", ".zattrs", "zarr.json")
     if not any((path / node).exists() for node in nodes):
         return
+    _check_replaceable(path, overwrite)
+    put_aside(path)
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    """`WriteError` unless nothing, or with ``overwrite`` one array or one multiscale, is at ``path``: a group that
+    holds others' arrays or files is more than what would take its place."""
+    if not path.exists():
+        return
     if not overwrite:
         raise _already_there(path)
-    try:
-        shutil.rmtree(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-
-
-def _swap(part: Path, path: Path) -> None:
-    """Put the finished folder ``part`` in the place of ``path``."""
-    old = part.with_name(f"{part.name}-old")
-    try:
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-    except OSError as error:
-        raise _write_error(path, error) from error
-    shutil.rmtree(old, ignore_errors=True)
+    if (path / ".zarray").exists():
+        return
+    nodes = {".zgroup", ".zattrs", "zarr.json"}
+    for inner in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if not (inner.name in nodes or (inner / ".zarray").exists() or (inner / "zarr.json").exists()):
+            raise WriteError(f"{path} is not replaced: {inner} is no part of a multiscale; move it away")
 
 
 def _already_there(path: Path) -> WriteError:

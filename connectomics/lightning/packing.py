@@ -20,8 +20,9 @@ from connectomics.config.heads import channel_names
 from connectomics.data.splits import Split
 from connectomics.errors import WriteError
 from connectomics.io.location import local_path
+from connectomics.io.replacing import not_ours
 from connectomics.lightning.checkpoints import load_module
-from connectomics.lightning.package import ABOUT, FORMAT, TEST, WEIGHTS, Package, answer
+from connectomics.lightning.package import ABOUT, FORMAT, TEST, WEIGHTS, Package, answer, is_package
 
 _EDGE = 32  # voxels of the test input along each axis, where the patch is a multiple of it
 
@@ -44,7 +45,7 @@ def write_package(
         scores: what is known of its quality, for people (``scores.json`` of score, or the summary of evaluate).
 
     Raises:
-        WriteError: the file is there. What reading the checkpoint raises.
+        WriteError: the file is there (with ``overwrite``: and is no package). What reading the checkpoint raises.
     """
     import torch
     from safetensors.torch import save
@@ -52,6 +53,8 @@ def write_package(
     target = local_path(out)
     if target.exists() and not overwrite:
         raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
+    if target.exists() and not is_package(target):
+        raise not_ours(target, "package")
     module = load_module(checkpoint)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     images = _test_images(module.config)

@@ -27,6 +27,8 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 
 #: Voxel sizes to choose from, nm: those at which most EM is stored.
+#: First line of the configurations that are written.
+MARK = "# written by pytc plan"
 SIZES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 #: Voxels that a mean chord should span: fewer and thin parts break, more and the patch sees too little around.
 CHORD_VOXELS = 4.0
@@ -125,7 +127,7 @@ class Plan:
             group, _, name = key.partition(".")
             nested.setdefault(group, {})[name] = value
         head = "".join(f"# {reason}\n" for reason in self.reasons)
-        return head + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
+        return f"{MARK}\n{head}" + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
 
 
 def data_facts(

@@ -13,9 +13,11 @@ from pathlib import Path
 import psutil
 
 from connectomics.errors import ConnectomicsError, MetadataError, WriteError
+from connectomics.io.replacing import has_keys, not_ours, require_own
 from connectomics.io.write import write_file
 
 STATE_FILE = "state.json"
+_RUN_FILES = ("config.yaml", "environment.json", "metrics.csv", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,16 @@ class RunState:
 
     name: str
     note: str = ""
+
+
+def require_run_folder(folder: Path) -> None:
+    """`WriteError` if training in ``folder`` would replace files that no run wrote. Others, as a job's log, may lie
+    there."""
+    if latest_checkpoint(folder) is None:
+        state = require_own(folder / STATE_FILE, has_keys("state", "pid"), "train")
+        there = [folder / name for name in _RUN_FILES if (folder / name).exists()]
+        if there and not state.exists():
+            raise not_ours(there[0], "train")
 
 
 @contextlib.contextmanager

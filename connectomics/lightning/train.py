@@ -116,7 +116,7 @@ def train(
     from connectomics.lightning.checkpoints import begin_with, check_resumable
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
-    from connectomics.lightning.run_state import keep_state
+    from connectomics.lightning.run_state import keep_state, require_run_folder
 
     started = time.perf_counter()
     folder = local_path(run_dir)
@@ -133,6 +133,8 @@ def train(
         elif config.model.weights is not None:
             begin_with(config.model.weights, module)
         kept = not fast_dev_run and is_first_process()
+        if kept:
+            require_run_folder(folder)
         with keep_state(folder) if kept else nullcontext():
             if kept:
                 _describe(config, folder)

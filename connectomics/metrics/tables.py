@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.io.location import local_path
+from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.io.write import write_file
 from connectomics.metrics.challenge.results import InstanceScore, SubmissionScore
 from connectomics.metrics.challenge.rules import trust
@@ -22,18 +23,27 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_KEYS = has_keys("rules", "label_scores")
+_FILES = {
+    "json": ("scores.json", _KEYS),
+    "classes": ("scores_per_class.csv", has_column("class")),
+    "crops": ("scores_per_crop.csv", has_column("crop")),
+    "instances": ("scores_per_instance.csv", has_column("crop")),
+}
+
+
+def scores_files(folder: str | Path) -> dict[str, Path]:
+    """The paths that `write_scores` writes; `WriteError` if one holds something else than scores."""
+    return {name: require_own(local_path(folder) / file, own, "score") for name, (file, own) in _FILES.items()}
+
+
 def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
     """Writes ``scores.json`` and ``scores_per_{class,crop,instance}.csv`` into a folder (made if absent).
 
-    Returns the paths under ``json``, ``classes``, ``crops`` and ``instances``. Raises `WriteError` where writing fails.
+    Returns the paths under ``json``, ``classes``, ``crops`` and ``instances``. Raises `WriteError` if writing fails, or
+    if a file of another kind is there.
     """
-    place = local_path(folder)
-    paths = {
-        "json": place / "scores.json",
-        "classes": place / "scores_per_class.csv",
-        "crops": place / "scores_per_crop.csv",
-        "instances": place / "scores_per_instance.csv",
-    }
+    paths = scores_files(folder)
     write_json(paths["json"], score.to_dict())
     write_csv(paths["classes"], class_rows(score))
     write_csv(paths["crops"], crop_rows(score))

@@ -8,6 +8,7 @@ from pathlib import Path
 from connectomics import __version__
 from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.location import local_path
+from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.report import analysis, compare, crops, data, page, run, scores
 from connectomics.report.library import Library
@@ -32,14 +33,15 @@ def build_report(
             root: done, of how many, which.
 
     Raises:
-        WriteError: the page cannot be written; no half-written page is left. InputError: ``out`` is a file of another
-        kind.
+        WriteError: the page cannot be written, or a file is there that is no page of ours; no half-written page is
+        left. InputError: ``out`` is a file of another kind.
     """
     path = local_path(out)
     if path.suffix not in (".html", ".htm"):
         if path.is_file():
             raise InputError(f"{path} is a file; a report goes to a .html file or into a folder")
         path = path / "report.html"
+    require_own(path, contains(page.GENERATOR), "report")
     settings = options or ReportOptions()
     table, score_lines = _load_scores(sources.scores, "scores")
     baseline, baseline_lines = _load_scores(sources.baseline_scores, sources.baseline_name)

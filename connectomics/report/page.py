@@ -127,6 +127,10 @@ def data_uri(picture: NDArray[np.uint8], quality: int = 85) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+#: What pages of ours are known by.
+GENERATOR = '<meta name="generator" content="connectomics">'
+
+
 def document(title: str, header: str, sections: Sequence[Section], footer: str) -> str:
     """The whole page. Style and script are written into it, so that it needs nothing beside itself."""
     assets = resources.files("connectomics.report").joinpath("assets")
@@ -139,6 +143,7 @@ def document(title: str, header: str, sections: Sequence[Section], footer: str) 
         '<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
+        f"{GENERATOR}"
         # nothing may be fetched: the page is whole, and what it shows comes from files that others wrote
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
         "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"

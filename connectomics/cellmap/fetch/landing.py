@@ -7,21 +7,16 @@ removes the folders of processes that are gone.
 from __future__ import annotations
 
 import errno
-import os
-import platform
 import shutil
-import time
 import uuid
 from pathlib import Path
 from typing import Self
 
-import psutil
-
 from connectomics.errors import WriteError
+from connectomics.io.leftovers import remove_left, unfinished
 from connectomics.io.write import write_file
 
 _PREFIX = ".fetching-"
-_ELSEWHERE_S = 86400.0  # a folder of another machine in which nothing appeared for so long is of a process that is gone
 
 
 class Landing:
@@ -29,13 +24,10 @@ class Landing:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._host = platform.node() or "localhost"
-        self._folder = root / f"{_PREFIX}{self._host}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._folder = unfinished(root, _PREFIX)
 
     def __enter__(self) -> Self:
-        for folder in self._root.glob(f"{_PREFIX}*"):
-            if self._is_left(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+        remove_left(self._root, _PREFIX)
         try:
             self._folder.mkdir()
         except OSError as error:
@@ -61,13 +53,3 @@ class Landing:
                 write_file(place, data)
                 return
             raise WriteError(f"cannot write {place}: {error.strerror}; free space, or choose another folder") from error
-
-    def _is_left(self, folder: Path) -> bool:
-        """Whether the fetch of this folder has ended."""
-        host, _, pid = folder.name.removeprefix(_PREFIX).rpartition("-")[0].rpartition("-")
-        if host == self._host and pid.isdigit():
-            return not psutil.pid_exists(int(pid))
-        try:
-            return time.time() - folder.stat().st_mtime > _ELSEWHERE_S
-        except FileNotFoundError:  # it ended right now
-            return False

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import MissingError
+from connectomics.io.replacing import require_own
 from connectomics.io.write import write_file
 
 _MOST = 1 << 26  # bytes of a table
@@ -36,5 +37,5 @@ def resolve_table(where: str, keep_in: Path | None = None) -> CropTable:
         file.write_bytes(data)
         table = CropTable.load(file)
     if keep_in is not None:
-        write_file(keep_in / name, data)
+        write_file(require_own(keep_in / name, lambda there: there == data, "fetch"), data)
     return table

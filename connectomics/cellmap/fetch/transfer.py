@@ -17,6 +17,7 @@ from connectomics.cellmap.fetch.plan import FetchPlan, RemoteFile
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.io import s3
 from connectomics.io.location import local_path
+from connectomics.io.replacing import not_ours
 from connectomics.io.store import StoreError, StoreOptions, split_s3
 
 #: In the root: one line for each object that is there and checked: key, bytes, ETag, with tabs between.
@@ -83,11 +84,13 @@ def transfer(
         progress: called after each object, in this thread.
 
     Raises:
-        WriteError: not enough space, no permission. StoreError: objects that cannot be had, or are never what was
-            listed, after all others came. InputError: a key that leads out of the root.
+        WriteError: not enough space, no permission, a file that was not fetched is in the way. StoreError: objects that
+        cannot be had, or are never what was listed, after all others came. InputError: a key that leads out of the
+        root.
     """
     root = local_path(root)
     bucket, _ = split_s3(missing.plan.source)
+    _refuse_foreign(missing, root)
     free = _free(root)
     if missing.size * _SPARE > free:
         raise WriteError(
@@ -136,6 +139,19 @@ def transfer(
             f"run the same command again: what came is kept"
         )
     return done
+
+
+def _refuse_foreign(missing: Missing, root: Path) -> None:
+    """`WriteError` if a file that did not come by a fetch lies where an object goes.
+
+    What the log names came by a fetch, also if it is damaged now or the store has a newer version. A file that has the
+    object's size may be of a fetch that was killed before it could write the log.
+    """
+    known = _read_log(root / LOG_FILE)
+    for file in (file for files in missing.items for file in files):
+        place = _place(file, root)
+        if file.key not in known and place.exists() and (_is_md5(file.etag) or place.stat().st_size != file.size):
+            raise not_ours(place, "fetch")
 
 
 def _free(root: Path) -> int:

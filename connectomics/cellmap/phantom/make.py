@@ -16,7 +16,9 @@ from connectomics.cellmap.phantom import kinds, layout, write
 from connectomics.cellmap.phantom.options import CropInfo, PhantomInfo, PhantomOptions
 from connectomics.errors import WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import publish
 from connectomics.io.location import local_path
+from connectomics.io.replacing import not_ours
 from connectomics.io.write import ensure_group
 
 _MARK = "phantom.json"
@@ -46,7 +48,7 @@ def make_phantom(
         part.mkdir(parents=True)
         info = _write(part, wanted, progress or (lambda line: None))
         (part / _MARK).write_text(json.dumps(_record(wanted, info), indent=2) + "\n", encoding="utf-8")
-        _swap(part, target)
+        publish(part, target)
     except OSError as error:
         if isinstance(error, WriteError):
             raise
@@ -106,14 +108,15 @@ def _check_target(target: Path, overwrite: bool) -> None:
             raise WriteError(
                 f"{target} is there already and not empty; give another folder, or overwrite it (--overwrite)"
             )
-        if not (target / _MARK).is_file():
-            raise WriteError(f"{target} holds something that is not a phantom (no {_MARK}); it is not overwritten")
+        if (foreign := _foreign(target)) is not None:
+            raise not_ours(foreign, "phantom")
 
 
-def _swap(part: Path, target: Path) -> None:
-    """Put the new folder in place of the old, which goes only once the new one is there."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    if target.exists():
-        target.replace(old)
-    part.replace(target)
-    shutil.rmtree(old, ignore_errors=True)
+def _foreign(target: Path) -> Path | None:
+    """Something in a folder that is no part of a phantom; the folder itself if it holds none."""
+    try:
+        made = json.loads((target / _MARK).read_text(encoding="utf-8"))
+        own = {_MARK, "test_crops.csv", "truth.zarr", *made["datasets"]} if made["artefact"] == "phantom" else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return next((path for path in sorted(target.iterdir()) if path.name not in own), None) if own else target

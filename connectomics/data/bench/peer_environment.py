@@ -20,6 +20,7 @@ PACKAGES = (
     "scipy==1.17.1",
 )  # fmt: skip
 _COMPLETE = "connectomics-peer.json"
+_BEGUN = "connectomics-peer.begun"  # marks a folder as ours before the environment in it is whole
 
 
 class PeerError(ConnectomicsError, RuntimeError):
@@ -40,10 +41,16 @@ def ensure_environment(folder: Path | None = None, say: Callable[[str], None] = 
     python = where / "bin" / "python"
     if (where / _COMPLETE).is_file() and python.exists():
         return python
-    if where.exists() and not (where / "pyvenv.cfg").is_file() and (not where.is_dir() or any(where.iterdir())):
-        raise PeerError(f"{where} is there and is no virtual environment; give another folder with --peer-env")
     if not _works(python):
+        begun = where / _BEGUN
+        if where.exists() and not begun.is_file() and (not where.is_dir() or any(where.iterdir())):
+            raise PeerError(
+                f"{where} is there and is no virtual environment of this measurement; give another folder with "
+                "--peer-env"
+            )
         shutil.rmtree(where, ignore_errors=True)
+        where.mkdir(parents=True)
+        begun.touch()
         say(f"making an environment for {PACKAGES[0]} in {where} (once; about 1.5 GB)")
         _run([sys.executable, "-m", "venv", str(where)], "make a virtual environment")
         for packages in (FIRST, (*FIRST, *PACKAGES)):

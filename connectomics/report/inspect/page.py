@@ -9,6 +9,7 @@ from pathlib import Path
 from connectomics import __version__
 from connectomics.errors import InputError
 from connectomics.io.location import local_path
+from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.report import page
 from connectomics.report.inspect.data import Done, Inspection, SeenPatch, as_text, pooled_known
@@ -20,13 +21,14 @@ _MOST_PICTURES = 16  # patches in pictures; the numbers are of all
 
 
 def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
-    """The page's path; `InputError` where it is no ``.html`` file, or is there already and may not be replaced."""
+    """The page's path; `InputError` if it is no ``.html`` file or is there already, `WriteError` if what is there is no
+    page of ours and may not be replaced."""
     path = local_path(out)
     if path.suffix not in (".html", ".htm"):
         raise InputError(f"the page goes to a .html file, found {path}")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; give another --out, or --overwrite to replace it")
-    return path
+    return require_own(path, contains(page.GENERATOR), "inspect")
 
 
 def write_page(out: str | Path, inspection: Inspection, *, overwrite: bool = False) -> Path:
