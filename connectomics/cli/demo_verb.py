@@ -50,9 +50,7 @@ def demo(
       pytc demo --data data/fib25-medulla --out outputs/fib25 training.max_epochs=20
     """
     from connectomics.errors import InputError
-    from connectomics.io.artifacts import put_aside
     from connectomics.io.replacing import not_ours
-    from connectomics.io.write import write_file
 
     if out.exists() and any(out.iterdir()):
         if not overwrite:
@@ -61,8 +59,6 @@ def demo(
         foreign = next((path for path in sorted(out.iterdir()) if path.name not in own), None)
         if foreign is not None:
             raise not_ours(foreign, "demo")
-        put_aside(out)
-    write_file(out / _MARK, b"{}\n")
     way = _prepare(out, data, config, overrides or [], preset)
     way.run()
 
@@ -225,6 +221,16 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def _begin(out: Path) -> None:
+    """An empty folder that is marked as demo's."""
+    from connectomics.io.artifacts import put_aside
+    from connectomics.io.write import write_file
+
+    if out.exists():
+        put_aside(out)
+    write_file(out / _MARK, b"{}\n")
+
+
 def _own_cache(out: Path) -> list[str]:
     """Decoded crops live and go with the demo's folder."""
     return [f"data.cache_dir={out / 'cache'}"]
@@ -243,8 +249,10 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
         composed = load_config(
             config or tutorial("phantom"), [*_own_cache(out), *overrides, f"dataset.data_root={root}"]
         )
+        options = PhantomOptions(preset=preset)
+        _begin(out)
         with show.stage("making the phantom", timings):
-            make_phantom(root, PhantomOptions(preset=preset))
+            make_phantom(root, options)
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)
 
     from connectomics.cellmap.carve import carve
@@ -256,6 +264,7 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
         )
     file = config or tutorial(data.name.replace("-", "_"))
     base = load_config(file, overrides)
+    _begin(out)
     carved = carve(data.parent, out / "data", [data.name], base.dataset.classes)
     split = out / "split.yaml"
     lines = [f"train: [{', '.join(carved.train)}]", f"val: [{', '.join(carved.val)}]"]

@@ -26,5 +26,5 @@ def what_is_kept(arguments: Sequence[str]) -> str:
     """The line for a command, by its verb; a verb that knows more raises `InterruptError` itself."""
     verb = next((word for word in arguments if not word.startswith("-")), "")
     if verb in _KEEPING:
-        return GOES_ON + (" (without --overwrite, which begins anew)" if "--overwrite" in arguments else "")
+        return GOES_ON + (" (with --resume beside --overwrite)" if "--overwrite" in arguments else "")
     return _OTHERS.get(verb, _ANEW)

@@ -11,6 +11,7 @@ import typer
 
 from connectomics.cli import progress, show
 from connectomics.cli.paths import InArgument, OutOption
+from connectomics.cli.run_verbs import RESUME_HELP
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
@@ -37,7 +38,7 @@ def measure(
     ] = None,
     table_format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
     overwrite: Annotated[bool, typer.Option(help="Replace tables of other labels, and begin anew.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -54,14 +55,13 @@ def measure(
     """
     from connectomics.decoding.measure import ContactSpec, measure_tables, measure_tasks
 
-    not_both(overwrite, resume)
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
     tasks = measure_tasks(
         labels, out, classes=class_name, datasets=dataset, crops=crop, contacts=specs, table_format=table_format
     )
     if dry_run:
-        show_estimate(tasks, engine, overwrite)
+        show_estimate(tasks, engine, overwrite, resume)
         return
     with progress.counted("measuring") as advance:
         made = measure_tables(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
@@ -83,21 +83,13 @@ def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
     return load_config(None, overrides or ()).engine
 
 
-def not_both(overwrite: bool, resume: bool) -> None:
-    """`ConfigError` where an output is to be begun anew and gone on with."""
-    from connectomics.errors import ConfigError
-
-    if overwrite and resume:
-        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
-
-
-def show_estimate(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool) -> None:
+def show_estimate(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool) -> None:
     """Print what tasks would take, from one block that is tried."""
     from connectomics.cli import run_task_verb
     from connectomics.tasks.estimate import estimate
 
     with show.stage("trying a block"):
-        found = estimate(tasks, engine, overwrite=overwrite)
+        found = estimate(tasks, engine, overwrite=overwrite, resume=resume)
     run_task_verb.show_estimate(found)
 
 

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import progress
-from connectomics.cli.measure_verb import EngineOverrides, engine_config, not_both, show_estimate
+from connectomics.cli.measure_verb import EngineOverrides, engine_config, show_estimate
 from connectomics.cli.paths import InArgument, OutArgument
+from connectomics.cli.run_verbs import RESUME_HELP
 
 
 def mesh(
@@ -29,7 +30,7 @@ def mesh(
         int, typer.Option(help="Of objects with more, larger voxels are taken; 150 bytes of memory each.")
     ] = 20_000_000,
     overwrite: Annotated[bool, typer.Option(help="Replace other meshes, and begin anew.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Write a closed surface of every instance (world coordinates in nm, x y z). Works object by object, each piece by
@@ -43,7 +44,6 @@ def mesh(
     """
     from connectomics.decoding.mesh import mesh_labels, mesh_tasks
 
-    not_both(overwrite, resume)
     engine = engine_config(overrides)
     tasks = mesh_tasks(
         labels,
@@ -58,7 +58,7 @@ def mesh(
         max_vertices=max_vertices,
     )
     if dry_run:
-        show_estimate(tasks, engine, overwrite)
+        show_estimate(tasks, engine, overwrite, resume)
         return
     with progress.counted("meshing") as advance:
         found = mesh_labels(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)

@@ -9,6 +9,7 @@ import typer
 
 from connectomics.cli import progress, show
 from connectomics.cli.paths import InArgument
+from connectomics.cli.run_verbs import RESUME_HELP
 
 if TYPE_CHECKING:
     from connectomics.tasks.estimate import Estimate, StageEstimate
@@ -21,7 +22,7 @@ def run_task(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Begin anew, also over the output of another task.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     accept_failed: Annotated[
         list[str] | None,
         typer.Option(help="Blocks that may fail, as in 12,20-35; stored as unknown.", show_default=False),
@@ -40,8 +41,6 @@ def run_task(
     from connectomics.config import load_config
     from connectomics.errors import ConfigError, MissingError
 
-    if overwrite and resume:
-        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     foreign = next((o for o in overrides or [] if not o.lstrip("+").startswith("engine.")), None)
     if foreign is not None:
         raise ConfigError(f"run-task takes engine.key=value only, found {foreign!r}: all else is in the task's file")
@@ -54,11 +53,12 @@ def run_task(
     from connectomics.tasks.task import TASK_FILE
 
     (accepted,) = accepted_of([task], parse_accepted(accept_failed or ()))
-    begun = (task.folder / TASK_FILE).exists()
+    must_be_begun = resume and not overwrite
+    overwrite = task.begins_anew(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=overwrite):
         print(f"nothing to do: {task.name} is complete")
         return
-    if resume and not begun:
+    if must_be_begun and not (task.folder / TASK_FILE).exists():
         raise MissingError(f"--resume: nothing of {task.name} was begun at {task.folder}; leave it out to begin")
     if device is None:
         chosen = default_device()

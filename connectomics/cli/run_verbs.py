@@ -25,6 +25,11 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value ..., as in training.max_epochs=3", show_default=False)
 ]
 
+RESUME_HELP = (
+    "Only resume: an error if nothing was begun. With --overwrite: replace output of other settings or inputs, keep what "
+    "there is of these."
+)
+
 
 def train(
     config: Config = None,
@@ -154,7 +159,7 @@ def predict(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what another run predicted.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     accept_failed: Annotated[
         list[str] | None,
         typer.Option(
@@ -182,8 +187,6 @@ def predict(
     """
     from connectomics.errors import ConfigError
 
-    if overwrite and resume:
-        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     if crops is not None and box is not None:
         raise ConfigError("--crops and --box each say what to predict: give one of them")
     composed, checkpoint = _network_of(config, overrides, checkpoint, model)
@@ -207,7 +210,8 @@ def predict(
 
         with show.stage("trying a block"):
             tasks = prediction_tasks(composed, checkpoint, out, targets=targets, device=device)
-            found = estimate(tasks, composed.engine, chosen_device(composed, device), overwrite=overwrite)
+            where = chosen_device(composed, device)
+            found = estimate(tasks, composed.engine, where, overwrite=overwrite, resume=resume)
         show_estimate(found)
         return
     with show.stage("predicting"):
@@ -258,7 +262,7 @@ def decode(
     class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option(help="Decode again what is there already.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Only go on: an error where nothing was begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take; nothing is done.")] = False,
 ) -> None:
     """Turn probabilities into labels: thresholds, and instances by components, watershed or affinities. Large arrays
@@ -275,17 +279,14 @@ def decode(
     from connectomics.config import load_config
     from connectomics.decoding.decode import decode_jobs, decode_predictions, find_arrays
     from connectomics.decoding.parameters import decode_parameters
-    from connectomics.errors import ConfigError
 
-    if overwrite and resume:
-        raise ConfigError("--overwrite begins anew, --resume goes on: give one of them")
     composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
     parameters = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     above, table = composed.decoding.blockwise_above, composed.decoding.table
     if dry_run:
         jobs = decode_jobs(predictions, out, parameters, classes=class_name, blockwise_above=above, table=table)
-        _show_decoding(jobs, composed.engine, overwrite)
+        _show_decoding(jobs, composed.engine, overwrite, resume)
         return
     with show.stage("decoding"):
         done = decode_predictions(
@@ -304,19 +305,21 @@ def decode(
         print(item.location)
 
 
-def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: bool) -> None:
+def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: bool, resume: bool) -> None:
     """Print what is left to decode."""
     from connectomics.cli.run_task_verb import show_estimate
     from connectomics.tasks.estimate import estimate
 
-    left = [job for job in jobs if overwrite or job.finished() is None]
+    anew = [job.begins_anew(overwrite=overwrite, resume=resume) for job in jobs]
+    left = [job for job, again in zip(jobs, anew, strict=True) if job.finished(overwrite=again) is None]
     tasks = [job.task for job in left if job.task is not None]
     finished, whole = len(jobs) - len(left), len(left) - len(tasks)
     print(f"{len(jobs)} array(s): {finished} decoded already, {whole} to decode whole, {len(tasks)} block by block")
     if tasks:
         with show.stage("trying a block"):
             # what is begun goes on; where another output is in the way it is replaced
-            found = estimate(tasks, engine, overwrite=overwrite or not all(task.is_begun for task in tasks))
+            replaces = overwrite or not all(task.is_begun for task in tasks)
+            found = estimate(tasks, engine, overwrite=replaces, resume=resume)
         show_estimate(found)
 
 

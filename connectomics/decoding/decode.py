@@ -176,7 +176,8 @@ def decode_predictions(
         parameters: by class; a class without an entry gets its kind's defaults.
         classes: decode only these.
         overwrite: decode again also what is already there, whatever it was made from.
-        resume: only go on: an error where nothing was begun.
+        resume: only go on: an error where nothing was begun. With ``overwrite``: replace labels of another decoding,
+            and keep what is there of this one.
         progress: told after each array.
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: told of each stage of such an array how many of its blocks are done, and how many there are.
@@ -192,23 +193,24 @@ def decode_predictions(
     """
     out = local_path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
-    if resume and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
+    if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
     for job in jobs:
-        job.finished(overwrite=overwrite)
+        job.finished(overwrite=job.begins_anew(overwrite=overwrite, resume=resume))
     results, failed = list[DecodedArray](), list[str]()
     with ExitStack() as stack:
         workers: Engine | None = None
         for done, job in enumerate(jobs, start=1):
-            result = job.finished(overwrite=overwrite)
+            anew = job.begins_anew(overwrite=overwrite, resume=resume)
+            result = job.finished(overwrite=anew)
             if result is None and job.task is None:
                 with leading(partial_of(job.location)):
-                    result = job.finished(overwrite=overwrite) or _decode_whole(job)
+                    result = job.finished(overwrite=anew) or _decode_whole(job)
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
                 tell = None if block_progress is None else partial(_tell, block_progress, job.name)
                 try:
-                    run_task(job.task, workers, tell, overwrite=overwrite)
+                    run_task(job.task, workers, tell, overwrite=anew)
                     result = job.decoded(objects_of(job.task))
                 except BlocksFailedError as error:  # of this array; the others do not suffer for it
                     failed.append(str(error))
@@ -275,6 +277,16 @@ class DecodeJob:
     def decoded(self, objects: int, skipped: bool = False) -> DecodedArray:
         """The result, with its number of objects."""
         return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
+
+    def begins_anew(self, *, overwrite: bool, resume: bool) -> bool:
+        """As `BlockTask.begins_anew`, also for labels that are decoded whole."""
+        if overwrite and resume:
+            try:
+                self.finished()
+            except WriteError:  # labels of another decoding are in the way
+                return True
+            return False
+        return overwrite
 
     def finished(self, *, overwrite: bool = False) -> DecodedArray | None:
         """The result if it is there already, made from the same prediction with the same parameters.

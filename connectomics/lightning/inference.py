@@ -179,7 +179,8 @@ def predict_cellmap_crops(
         targets: regions; None: `targets_of` the configuration.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU where there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
-        resume: go on only: an error where nothing was begun.
+        resume: go on only: an error where nothing was begun. With ``overwrite``: replace predictions of other settings,
+            and keep what is there of these.
         progress: show a bar on stderr; or what shows the progress of a task, by its name.
         accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
             attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
@@ -199,11 +200,12 @@ def predict_cellmap_crops(
     place = chosen_device(config, device)
     modules = _modules(model, config, checkpoint_path)
     tasks = _tasks(config, modules, () if model is not None else _paths(checkpoint_path), output_dir, targets, place)
-    if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
+    if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise MissingError(f"--resume: nothing was begun below {output_dir}; leave it out to begin")
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
-    todo = [task for task in tasks if task.check(overwrite=overwrite)]
+    anew = [task.begins_anew(overwrite=overwrite, resume=resume) for task in tasks]
+    todo = [task for task, again in zip(tasks, anew, strict=True) if task.check(overwrite=again)]
     with open_engine(config.engine, place) as engine:
         if not isinstance(engine, Here):
             if model is not None:
@@ -212,10 +214,10 @@ def predict_cellmap_crops(
                     "engine.name=local engine.workers=1 without limits"
                 )
             del modules  # every worker loads its own
-            _run_all(todo, engine, overwrite, progress, accepted)
+            _run_all(todo, engine, overwrite, resume, progress, accepted)
         elif todo:
             with ready(list(modules.values()), todo[0], place) as networks:
-                _run_all([given(task, networks) for task in todo], engine, overwrite, progress, accepted)
+                _run_all([given(task, networks) for task in todo], engine, overwrite, resume, progress, accepted)
     return [task.folder for task in tasks]
 
 
@@ -236,6 +238,7 @@ def _run_all(
     tasks: Sequence[PredictTask],
     engine: Engine,
     overwrite: bool,
+    resume: bool,
     progress: bool | Shown,
     accepted: Mapping[str, Collection[int]],
 ) -> None:
@@ -245,7 +248,7 @@ def _run_all(
     for task in tasks:
         with shown(task.name) as advance:
             try:
-                run_task(task, engine, advance, overwrite=overwrite, accept=accepted[task.output])
+                run_task(task, engine, advance, overwrite=overwrite, resume=resume, accept=accepted[task.output])
             except BlocksFailedError as error:
                 failed.append(str(error))
     if failed:

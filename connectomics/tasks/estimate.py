@@ -76,6 +76,7 @@ def estimate(
     *,
     timed: bool = True,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Estimate:
     """What is left to do of ``tasks`` and how long that will take.
 
@@ -87,11 +88,13 @@ def estimate(
     Raises:
         what `BlockTask.check` raises; a block that fails is only not timed.
     """
-    todo = [task for task in tasks if task.check(overwrite=overwrite)]
+    anew = [task.begins_anew(overwrite=overwrite, resume=resume) for task in tasks]
+    left = [(task, again) for task, again in zip(tasks, anew, strict=True) if task.check(overwrite=again)]
+    todo = [task for task, _ in left]
     stages: dict[str, StageEstimate] = {}
-    for task in todo:
+    for task, again in left:
         for stage in task.stages:
-            mine = _stage(task, stage, overwrite)
+            mine = _stage(task, stage, again)
             stages[stage] = _added(stages[stage], mine) if stage in stages else mine
     untimed = ""
     if timed and todo:

@@ -37,6 +37,7 @@ def run_task(
     *,
     device: str = "cpu",
     overwrite: bool = False,
+    resume: bool = False,
     accept: Collection[int] = (),
 ) -> bool:
     """Do what is still missing of a task. Returns whether anything was.
@@ -48,6 +49,7 @@ def run_task(
         device: of the workers of an engine that is opened here: ``cpu``, ``cuda`` (each process one of the GPUs) or
             ``cuda:N``.
         overwrite: begin anew where an output of another task (or a finished one) is there.
+        resume: with ``overwrite``, keep what is there of this very task.
         accept: blocks that may fail, once: they are then stored as unknown (`BlockTask.accept`) rather than an error.
 
     Raises:
@@ -60,6 +62,7 @@ def run_task(
         EngineError: no worker can be had.
         what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
     """
+    overwrite = task.begins_anew(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=overwrite):
         return False
     with ExitStack() as stack:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
-from connectomics.errors import InputError, MetadataError, MissingError
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Box
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, changed_inputs
@@ -176,6 +176,17 @@ class BlockTask(ABC):
         Raises `InputError`, `MissingError`, ... for an input that cannot be used, and `WriteError` where the output of
         another task is in the way (with ``overwrite`` it is not, and a finished output counts as work to do).
         """
+
+    def begins_anew(self, *, overwrite: bool, resume: bool) -> bool:
+        """Whether to overwrite what is there. With ``resume`` beside ``overwrite`` only the output of another task is
+        replaced: what is there of this one is kept, so that the same command can be started any number of times."""
+        if overwrite and resume:
+            try:
+                self.check()
+            except WriteError:  # another task's output is in the way
+                return True
+            return False
+        return overwrite
 
     @abstractmethod
     def claim(self, *, overwrite: bool = False) -> None:

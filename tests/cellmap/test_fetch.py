@@ -116,6 +116,9 @@ def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_pat
         assert Missing.below(tmp_path, plan).number == 0  # known by its sum
         (tmp_path / "a/one").write_bytes(b"abd")
         assert Missing.below(tmp_path, plan).number == 1
+        with pytest.raises(WriteError, match="not written by fetch"):  # and not in the log: somebody else's
+            transfer(Missing.below(tmp_path, plan), tmp_path, options_of(moto))
+        (tmp_path / "a/one").unlink()
         bad = RemoteFile("a/one", 3, "0" * 32, "a/one")
         wrong = FetchPlan("s3://public", (FetchItem("a", (bad,)),))
         with pytest.raises(StoreError, match="expected the MD5 sum 0000"):

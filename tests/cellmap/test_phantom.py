@@ -276,7 +276,7 @@ def test_bad_options_and_places(tmp_path: Path) -> None:
     (tmp_path / "full" / "mine.txt").write_text("keep")
     with pytest.raises(WriteError, match="not empty"):
         make_phantom(tmp_path / "full", PhantomOptions(preset="tiny"))
-    with pytest.raises(WriteError, match="not a phantom"):
+    with pytest.raises(WriteError, match="not written by phantom"):
         make_phantom(tmp_path / "full", PhantomOptions(preset="tiny", overwrite=True))
     with pytest.raises(WriteError, match="it is a file"):
         make_phantom(tmp_path / "full" / "mine.txt", PhantomOptions(preset="tiny"))

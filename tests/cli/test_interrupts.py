@@ -95,7 +95,7 @@ def test_what_is_said_is_true_for_the_verb() -> None:
     """Which verbs go on is shown by the tests of each; ingest and demo refuse what they find."""
     for verb in ("fetch", "predict", "decode", "measure", "mesh", "run-task", "tune", "export"):
         assert what_is_kept(["-v", verb, "x"]) == GOES_ON
-    assert "without --overwrite" in what_is_kept(["predict", "a.yaml", "--overwrite"])
+    assert "with --resume beside --overwrite" in what_is_kept(["predict", "a.yaml", "--overwrite"])
     for verb in ("evaluate", "score", "report", "plan", "describe"):
         assert "nothing half-done is kept" in what_is_kept([verb])
     assert "leave those out" in what_is_kept(["ingest"])

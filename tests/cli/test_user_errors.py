@@ -207,7 +207,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{config} --out {new} --checkpoint {checkpoint} --box set-a:0,0,0:8,8,8 --crops {table}", "--box"),
         ("{config} --out {new} --checkpoint {checkpoint} --device tpu", "tpu"),
         ("{config} --out {new} --checkpoint {checkpoint} --device gpu", "gpu"),
-        ("{config} --out {new} --checkpoint {checkpoint} --overwrite --resume", "give one of them"),
         ("{config} --out {new} --checkpoint {checkpoint} --resume", "--resume"),
         ("{config} --out {text} --checkpoint {checkpoint}", "text.txt"),
         ("{config} --out {new} --checkpoint {checkpoint} inference.overlap=2", "inference.overlap"),
@@ -235,7 +234,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{predictions} {new} decoding.classes.mitoo.threshold=0.4", "mito"),
         ("{predictions} {text}", "text.txt"),
         ("{predictions} {predictions}", "predictions"),
-        ("{predictions} {new} --overwrite --resume", "give one of them"),
         ("{predictions} {new} --resume", "--resume"),
     ],
     "measure": [
@@ -285,7 +283,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{config}", "run.yaml"),
         ("{scores}", "scores.json"),
         ("{odd_task}", "unknown kind of task"),
-        ("{task} --overwrite --resume", "give one of them"),
         ("{task} data.num_workers=3", "engine.key=value"),
         ("{task} engine.worker=3", "did you mean 'engine.workers'"),
         ("{task} --overwrite --device tpu", "tpu"),

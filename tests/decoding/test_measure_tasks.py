@@ -218,8 +218,6 @@ def test_resume_only_goes_on(labels: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([*words, "--resume"]) == 1
     assert f"--resume: nothing of this was begun below {out}; leave it out to begin" in capsys.readouterr().err
     assert not out.exists()
-    assert main([*words, "--resume", "--overwrite"]) == 1
-    assert "give one of them" in capsys.readouterr().err
     task = (measure_tasks(labels, out, classes=["mito"]) if verb == "measure" else mesh_tasks(labels, out, "mito"))[0]
     task.claim()  # and killed then
     assert main([*words, "--resume"]) == 0

@@ -20,7 +20,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig, load_config
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.intensity import BatchAugmentor
-from connectomics.errors import InputError
+from connectomics.errors import InputError, WriteError
 from connectomics.report.inspect import inspect_data, write_page
 from connectomics.report.inspect.data import Inspection, as_text, equal
 from connectomics.report.inspect.loader import LoaderSpeed, memory_of, take
@@ -356,8 +356,12 @@ def test_a_page_that_is_there_is_kept_unless_told(found: Inspection, tmp_path: P
     out.write_text("mine")
     with pytest.raises(InputError, match="--overwrite"):
         write_page(out, found)
+    with pytest.raises(WriteError, match="not written by inspect"):
+        write_page(out, found, overwrite=True)
     assert out.read_text() == "mine"
-    write_page(out, found, overwrite=True)
+    out.unlink()
+    for _ in range(2):
+        write_page(out, found, overwrite=True)
     assert out.stat().st_size > 10_000
     assert list(tmp_path.iterdir()) == [out]
     with pytest.raises(InputError, match=r"\.html"):

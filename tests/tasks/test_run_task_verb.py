@@ -82,10 +82,25 @@ def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
         ((tmp_path / "bad.yaml",), "not valid YAML"),
         ((tmp_path / "ok.json", "data.batch_size=2"), "takes engine.key=value only"),
         ((tmp_path / "ok.json", "engine.worker=2"), "did you mean 'engine.workers'"),
-        ((tmp_path / "ok.json", "--overwrite", "--resume"), "give one of them"),
     ):
         with pytest.raises(ConnectomicsError, match=message):
             raise pytc(*words).exception or AssertionError("it went well")
+
+
+def test_overwrite_with_resume_replaces_what_is_of_another_task_and_keeps_what_is_of_this_one(tmp_path: Path) -> None:
+    """So a queue may start the same command again and again."""
+    mine = CubeTask(str(tmp_path / "out"), count=4)
+    mine.save(tmp_path / "mine.json")
+    CubeTask(str(tmp_path / "out"), count=4, offset=1).save(tmp_path / "other.json")
+    both = ("--overwrite", "--resume")
+    assert pytc(tmp_path / "mine.json", *both).exit_code == 0  # also where nothing was begun
+    begun = mine.provenance
+    assert "nothing to do" in pytc(tmp_path / "mine.json", *both).output
+    assert mine.provenance == begun
+    assert pytc(tmp_path / "mine.json", "--overwrite").exit_code == 0
+    assert mine.provenance != begun
+    assert pytc(tmp_path / "other.json", *both).exit_code == 0
+    assert "other settings (offset)" in str(pytc(tmp_path / "mine.json").exception)
 
 
 def test_the_output_of_another_task_is_refused(tmp_path: Path) -> None:

@@ -93,16 +93,17 @@ def measure_tables(
 ) -> dict[str, Any]:
     """Do what is still missing of some tasks of `measure_tasks`; arguments, result and errors as `measure_labels`.
 
-    ``resume``: go on only: `MissingError` where none of them was begun.
+    ``resume``: go on only: `MissingError` where none of them was begun; with ``overwrite``: keep what is there of these
+    tasks.
     """
-    if resume and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
+    if resume and not overwrite and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
         raise nothing_begun(tasks[0].path.parent)
     for task in tasks:
-        task.check(overwrite=overwrite)
+        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
     with open_engine(engine) as workers:
         for task in tasks:
             report = None if progress is None else partial(tell, progress, task.name)
-            if not run_task(task, workers, report, overwrite=overwrite):
+            if not run_task(task, workers, report, overwrite=overwrite, resume=resume):
                 task.clean()
     found = [(task, json.loads(task.summary_file.read_text()) | {"file": str(task.path)}) for task in tasks]
     return {

@@ -43,23 +43,24 @@ def mesh_labels(
     """Write what is missing of the meshes of some tasks (`mesh_tasks`).
 
     Args:
-        resume: go on only: an error where none of them was begun.
+        resume: go on only: an error where none of them was begun. With ``overwrite``: keep what is there of
+            these.
 
     Raises:
         MissingError: ``resume``, and nothing was begun.
         InputError: zmesh is not installed, a table of other labels. UnknownNameError: an id that is not there.
         WriteError: meshes of another task are there. BlocksFailedError, EngineError.
     """
-    if resume and not any((task.folder / TASK_FILE).exists() for task in tasks):
+    if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise nothing_begun(tasks[0].folder.parents[2])
     for task in tasks:
-        task.check(overwrite=overwrite)
+        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
     found = []
     with open_engine(engine) as workers:
         for task in tasks:
             report = None if progress is None else partial(tell, progress, task.name)
             with _nothing_left(task.folder):
-                finished = not run_task(task, workers, report, overwrite=overwrite)
+                finished = not run_task(task, workers, report, overwrite=overwrite, resume=resume)
             if finished:
                 task.clean()
             strides = read_columns(task.folder / TABLE_FILE, ["stride_voxels"])["stride_voxels"]
