@@ -33,7 +33,7 @@ def run_task(
 
     Examples:
 
-      pytc run-task outputs/labels/jrc_cos7-1a.zarr/crop234/mito/.task/task.json --dry-run
+      pytc run-task outputs/labels/jrc_cos7-1a.zarr/crop234/mito/task.json --dry-run
 
       pytc run-task task.json engine.name=dask engine.address=tcp://10.0.0.1:8786 --device cuda
     """

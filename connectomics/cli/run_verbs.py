@@ -26,8 +26,8 @@ Overrides = Annotated[
 ]
 
 RESUME_HELP = (
-    "Only resume: an error if nothing was begun. With --overwrite: replace output of other settings or inputs, keep what "
-    "there is of these."
+    "Only resume: an error if nothing was begun. With --overwrite: replace output of other settings, keep that of "
+    "these."
 )
 
 

@@ -1,0 +1,46 @@
+"""Starts commands of `pytc`, each in a process of its own that has the large libraries already (see `tests.reader`).
+
+Lines of JSON come in at stdin and are answered by one number a line: {"start": {"words", "cwd", "said"}, "user": uid or
+null} by the process's id, {"wait": id} by its exit status (negative: the signal that ended it).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+
+from tests.reader import answer
+
+
+def main() -> None:
+    import connectomics.cellmap.fetch
+    import connectomics.cellmap.ingest
+    import connectomics.decoding.measure
+    import connectomics.decoding.mesh
+    import connectomics.lightning.inference
+    import connectomics.lightning.module
+    import connectomics.lightning.trainer
+    import connectomics.models.networks
+    import connectomics.submission  # noqa: F401
+
+    gc.freeze()
+    for line in iter(sys.stdin.readline, ""):
+        request = json.loads(line)
+        if "wait" in request:
+            print(os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1]), flush=True)
+            continue
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            if request["user"] is not None:
+                os.setgroups([])
+                os.setgid(request["user"])
+                os.setuid(request["user"])
+            answer(**request["start"])
+        print(child, flush=True)
+
+
+if __name__ == "__main__":
+    main()
