@@ -247,7 +247,8 @@ def _network_of(
                 "--model is a network of its own: leave --checkpoint out, or give packages to --checkpoint"
             )
         if config is not None and "=" in config:  # without a configuration the first override stands in its place
-            config, given = None, [config, *given]
+            given = [config, *given]
+            config = None
         open_package(model)
         return package_config(model, given) if config is None else load_config(config, given), [model]
     if config is None or not checkpoint:

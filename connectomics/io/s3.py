@@ -62,7 +62,7 @@ def children(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], l
     store = _store(bucket, options)
     if store is None:
         return _plain_children(bucket, prefix, options)
-    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key)
+    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key, options)
     if listed is None:
         return [], []
     prefixes = [str(name) for name in listed["common_prefixes"]]
@@ -76,7 +76,7 @@ def files(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, 
     if store is None:
         pages = _plain_pages(bucket, prefix, "/", options)
         return sorted(item for page in pages for item in _contents(page) if item[0] != prefix)
-    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key)
+    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key, options)
     found = [] if listed is None else listed["objects"]
     return sorted((str(o["path"]), int(o["size"]), str(o["e_tag"])) for o in found)
 
@@ -87,7 +87,9 @@ def objects(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int
     store = _store(bucket, options)
     if store is None:
         return sorted(item for page in _plain_pages(bucket, prefix, "", options) for item in _contents(page))
-    listed = _asked(lambda: [o for page in store.list(prefix or None, chunk_size=1000) for o in page], bucket, key)
+    listed = _asked(
+        lambda: [o for page in store.list(prefix or None, chunk_size=1000) for o in page], bucket, key, options
+    )
     return sorted((str(o["path"]), int(o["size"]), str(o["e_tag"])) for o in listed or [])
 
 
@@ -149,16 +151,23 @@ def _open(
     )
 
 
-def _asked(ask: Callable[[], T], bucket: str, key: str) -> T | None:
+def _asked(ask: Callable[[], T], bucket: str, key: str, options: StoreOptions) -> T | None:
+    """The answer; asked again if a listing was cut short, which obstore itself does not do."""
     from obstore.exceptions import BaseError
 
-    try:
-        return ask()
-    except FileNotFoundError:
-        return None
-    except (BaseError, OSError) as error:
-        reason = str(error).split("Debug source")[0]
-        raise StoreError(message(bucket, key, reason, denied="403 Forbidden" in reason)) from error
+    delay = FIRST_DELAY
+    for left in reversed(range(options.retries + 1)):
+        try:
+            return ask()
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            reason = str(error).split("Debug source")[0]
+            if "response body" not in reason or not left:
+                raise StoreError(message(bucket, key, reason, denied="403 Forbidden" in reason)) from error
+        time.sleep(delay * random.uniform(0.5, 1.0))
+        delay = min(2 * delay, LONGEST_DELAY)
+    return None
 
 
 # -- urllib, in forked children --------------------------------------------------------------------------------------

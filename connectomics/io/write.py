@@ -407,7 +407,13 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         return
     nodes = {".zgroup", ".zattrs", "zarr.json"}
     for inner in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if not (inner.name in nodes or (inner / ".zarray").exists() or (inner / "zarr.json").exists()):
+        # hidden: of a writer that was killed
+        if not (
+            inner.name in nodes
+            or inner.name.startswith(".")
+            or (inner / ".zarray").exists()
+            or (inner / "zarr.json").exists()
+        ):
             raise WriteError(f"{path} is not replaced: {inner} is no part of a multiscale; move it away")
 
 

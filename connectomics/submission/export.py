@@ -298,6 +298,8 @@ def _clear(data: Path, keep: set[str]) -> None:
     """Remove the arrays of an interrupted run that are not to be kept, and crops without any."""
     if not data.is_dir():
         return
+    for left in data.rglob(".*.part-*"):  # of a file that was being written
+        left.unlink()
     for crop in [p for p in data.iterdir() if p.is_dir()]:
         for array in [p for p in crop.iterdir() if p.is_dir()]:
             if f"{crop.name}/{array.name}" not in keep:

@@ -26,7 +26,6 @@ from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.cli.small_way import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
-NOBODY = 65534
 EDGE = 48  # voxels of raw along each axis
 _ID = re.compile(rb'"id": "[0-9a-f]{32}"')
 
@@ -66,14 +65,10 @@ class Starter:
     def __enter__(self) -> Self:
         home = self._folder / "home"
         home.mkdir()
-        home.chmod(0o777)
-        self._folder.chmod(0o777)
         environment = {
             **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home),
-            "XDG_CACHE_HOME": str(home), "NUMBA_CACHE_DIR": str(home / "numba"), "MPLCONFIGDIR": str(home),
+            "XDG_CACHE_HOME": str(home),
         }  # fmt: skip
-        (home / "numba").mkdir()
-        (home / "numba").chmod(0o777)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.chaos.starter"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
@@ -93,16 +88,14 @@ class Starter:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
-    def start(self, words: list[str], *, as_nobody: bool = False) -> Started:
+    def start(self, words: list[str]) -> Started:
         self._number += 1
         said = self._folder / f"said-{self._number}.txt"
         request = {"words": ["pytc", *words], "cwd": str(self._folder), "said": str(said)}
-        said.touch()
-        said.chmod(0o666)
-        return Started(self, self.ask({"start": request, "user": NOBODY if as_nobody else None}), said)
+        return Started(self, self.ask({"start": request}), said)
 
-    def run(self, words: list[str], *, as_nobody: bool = False) -> tuple[int, Started]:
-        started = self.start(words, as_nobody=as_nobody)
+    def run(self, words: list[str]) -> tuple[int, Started]:
+        started = self.start(words)
         return started.wait(), started
 
 
@@ -261,7 +254,27 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None] | None
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def give_to(folder: Path, user: int) -> None:
-    """Make everything below a folder a user's own."""
-    for path in (folder, *folder.rglob("*")):
-        os.chown(path, user, user, follow_symlinks=False)
+@contextmanager
+def no_permission(folder: Path) -> Iterator[bool]:
+    """Nothing can be added to the folders below ``folder``, nor removed; yields False if root cannot be kept from it."""
+    folders = [Path(place) for place, _, _ in os.walk(folder)]
+    if os.getuid() != 0:
+        modes = [(place, place.stat().st_mode) for place in folders if place.exists()]
+        for place, _ in modes:
+            place.chmod(0o555)
+        try:
+            yield True
+        finally:
+            for place, mode in modes:
+                place.chmod(mode)
+        return
+    # permissions do not hold root back, attributes of the file system do
+    chattr = ["chattr", "-f"]
+    able = shutil.which("chattr") is not None and subprocess.run([*chattr, "+i", str(folder)]).returncode == 0
+    try:
+        if able:
+            subprocess.run([*chattr, "+i", *map(str, folders)])
+        yield able
+    finally:
+        if able:
+            subprocess.run([*chattr, "-R", "-i", str(folder)], check=True)

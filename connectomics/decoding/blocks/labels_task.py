@@ -190,7 +190,9 @@ class LabelsTask(BlockTask):
         if not self.has_labels:
             sync(os.fspath(self.folder))
             grid = self.grid
-            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks)
+            create_array(
+                self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True
+            )  # half made
 
     @property
     def has_labels(self) -> bool:
