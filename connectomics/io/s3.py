@@ -45,7 +45,7 @@ def get(bucket: str, key: str, options: StoreOptions) -> bytes | None:
     store = _store(bucket, options)
     if store is None:
         return _plain("GET", bucket, key, options)
-    return _asked(lambda: bytes(store.get(key).bytes()), bucket, key)
+    return _asked(lambda: bytes(store.get(key).bytes()), bucket, key, options)
 
 
 def head(bucket: str, key: str, options: StoreOptions) -> bool:
@@ -53,7 +53,7 @@ def head(bucket: str, key: str, options: StoreOptions) -> bool:
     store = _store(bucket, options)
     if store is None:
         return _plain("HEAD", bucket, key, options) is not None
-    return _asked(lambda: store.head(key), bucket, key) is not None
+    return _asked(lambda: store.head(key), bucket, key, options) is not None
 
 
 def children(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], list[str]]:

@@ -405,16 +405,18 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
         raise _already_there(path)
     if (path / ".zarray").exists():
         return
-    nodes = {".zgroup", ".zattrs", "zarr.json"}
     for inner in sorted(path.iterdir()) if path.is_dir() else [path]:
-        # hidden: of a writer that was killed
-        if not (
-            inner.name in nodes
-            or inner.name.startswith(".")
-            or (inner / ".zarray").exists()
-            or (inner / "zarr.json").exists()
-        ):
+        # hidden: metadata, and what a writer that was killed left
+        if not (inner.name == "zarr.json" or inner.name.startswith(".") or _is_level(inner)):
             raise WriteError(f"{path} is not replaced: {inner} is no part of a multiscale; move it away")
+
+
+def _is_level(path: Path) -> bool:
+    """Whether a folder holds an array, or the beginning of one: attributes and no chunk."""
+    if not path.is_dir() or (path / ".zgroup").exists():
+        return False
+    made = (path / ".zarray").exists() or (path / "zarr.json").exists()
+    return made or all(inner.name.startswith(".") for inner in path.iterdir())
 
 
 def _already_there(path: Path) -> WriteError:

@@ -256,7 +256,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Callable[[int], None] | None
 
 @contextmanager
 def no_permission(folder: Path) -> Iterator[bool]:
-    """Nothing can be added to the folders below ``folder``, nor removed; yields False if root cannot be kept from it."""
+    """Nothing can be added to folders below ``folder``, nor removed; yields False if root cannot be kept from it."""
     folders = [Path(place) for place, _, _ in os.walk(folder)]
     if os.getuid() != 0:
         modes = [(place, place.stat().st_mode) for place in folders if place.exists()]

@@ -190,9 +190,8 @@ class LabelsTask(BlockTask):
         if not self.has_labels:
             sync(os.fspath(self.folder))
             grid = self.grid
-            create_array(
-                self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True
-            )  # half made
+            # overwrite: a run that was killed may have left its attributes and no more
+            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True)
 
     @property
     def has_labels(self) -> bool:
