@@ -147,9 +147,16 @@ class ArrayWriter:
             raise CorruptDataError(f"cannot decode the chunk {path}: {error}; delete it and write it again") from error
 
     def _codec(self) -> Any:
-        import numcodecs
+        return chunk_codec(self._compressor)
 
-        return numcodecs.get_codec(dict(self._compressor))
+
+def chunk_codec(compressor: Mapping[str, Any]) -> Any:
+    """The codec of chunks that are written: the same values give the same bytes in every run."""
+    import numcodecs
+    from numcodecs import blosc
+
+    blosc.use_threads = False  # its threads append their parts in the order in which they end
+    return numcodecs.get_codec(dict(compressor))
 
 
 def create_array(

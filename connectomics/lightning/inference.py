@@ -6,7 +6,6 @@ What is predicted is a list of `Target`: crops of the catalog, rows of a crop ta
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from connectomics.lightning.module import ConnectomicsModule
-
-_log = logging.getLogger(__name__)
 
 #: Shows the progress of a task, by its name, while the context lasts.
 Shown = Callable[[str], AbstractContextManager[Progress | None]]
@@ -327,11 +324,6 @@ def _tasks(
             config, model=module.config.model, data=replace(config.data, inputs=module.config.data.inputs)
         )
         window = inference_window(trained)
-        if module.config.data.intensity_range != config.data.intensity_range:
-            _log.warning(
-                "data.intensity_range is %s, but the network was trained with %s: its probabilities may be worthless",
-                config.data.intensity_range, module.config.data.intensity_range,
-            )  # fmt: skip
         if config.inference.uncertainty == "dropout":
             with dropout_on(module):  # refused before anything is written
                 pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 import sys
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from connectomics.lightning.tuning import tune
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.report import ReportSources, build_report
 from connectomics.submission import export_submission
+from tests.cli.small_way import Way, pytc
 
 URL = "s3://bucket/x"
 CLI = Path(plan_script.__file__).parent
@@ -170,6 +172,20 @@ def test_a_root_on_s3_may_stand_where_a_configuration_would(
     monkeypatch.setattr("connectomics.lightning.package.package_config", config)
     assert main(["predict", "--model", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
     assert seen == ["dataset.data_root=s3://bucket/x"]
+
+
+def test_files_that_the_documents_name_are_written_there(way: Way, tmp_path: Path) -> None:
+    """A stored task below outputs/, in the documents and in the help: the same place as in a run."""
+    pytc(
+        "decode", way.predictions, tmp_path / "labels", "decoding.default.threshold=0.25", "decoding.blockwise_above=1"
+    )
+    pages = [CLI.parents[1] / "README.md", *CLI.parents[1].glob("docs/*.md"), *CLI.glob("*.py")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    found = set(re.findall(r"outputs/(predictions|labels)/jrc_[\w-]+\.zarr/crop234/(\S*task\.json)", text))
+    assert {kind for kind, _ in found} == {"predictions", "labels"}
+    for kind, name in found:
+        base = way.predictions if kind == "predictions" else tmp_path / "labels"
+        assert (base / "set-a.zarr/crop1" / name).is_file(), f"{kind}: {name}"
 
 
 @pytest.mark.parametrize("file", sorted(CLI.glob("*.py")), ids=lambda file: file.stem)

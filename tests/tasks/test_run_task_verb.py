@@ -94,11 +94,11 @@ def test_overwrite_with_resume_replaces_what_is_of_another_task_and_keeps_what_i
     CubeTask(str(tmp_path / "out"), count=4, offset=1).save(tmp_path / "other.json")
     both = ("--overwrite", "--resume")
     assert pytc(tmp_path / "mine.json", *both).exit_code == 0  # also where nothing was begun
-    begun = (mine.folder / "task.json").stat().st_ino
+    begun = (mine.folder / "task.json").stat().st_mtime_ns
     assert "nothing to do" in pytc(tmp_path / "mine.json", *both).output
-    assert (mine.folder / "task.json").stat().st_ino == begun
+    assert (mine.folder / "task.json").stat().st_mtime_ns == begun
     assert pytc(tmp_path / "mine.json", "--overwrite").exit_code == 0
-    assert (mine.folder / "task.json").stat().st_ino != begun
+    assert (mine.folder / "task.json").stat().st_mtime_ns != begun
     assert pytc(tmp_path / "other.json", *both).exit_code == 0
     assert "other settings (offset)" in str(pytc(tmp_path / "mine.json").exception)
 
