@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from connectomics.config.finite import check_finite
 from connectomics.config.schema import SCORE_RULES, EngineConfig, RunConfig
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
@@ -176,6 +177,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         ("inference.context", inference.context, 0),
         ("decoding.blockwise_above", config.decoding.blockwise_above, 0),
     )
+    check_finite(config, where)
     for key, number, low in least:
         if number is not None and number < low:
             raise ConfigError(f"{where}: {key} must be at least {low}, found {number}")

@@ -72,7 +72,7 @@ class ModelConfig(Group):
     deep_supervision: bool = False
     fusion: str = "encoder"  # how data.inputs come in: encoder (of their own, registered) | channels (stacked)
     options: dict[str, Any] = field(default_factory=dict)  # handed to the network's constructor
-    weights: str | None = None  # begin with those of this checkpoint or package, as far as shapes are the same
+    weights: str | None = None  # begin with those of this checkpoint or package, output channels by class name
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments

@@ -43,6 +43,7 @@ _FIELDS = ("image", "label", "known")
 _ALL_KNOWN = 0.999  # weights of an interpolation add up to 1 but for rounding
 # transforms that resample to a size: torch's plain "nearest" is half a voxel off there, "nearest-exact" is not
 _RESIZING = ("RandZoomd", "Zoomd", "Resized", "RandSimulateLowResolutiond")
+_KEEP = "a transform must keep every array and its shape; remove it, or set data.patch_size to the size that it gives"
 # default of the image's values beyond its border, where the transform has such an option
 _IMAGE_PADDING = "border"
 
@@ -91,13 +92,39 @@ class Augmentor:
 
     def _apply(self, data: Sample) -> Sample:
         try:
-            return self._compose(data)
+            result = self._compose(data)
         except RuntimeError as error:  # MONAI's wrapper around whatever the transform refused
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             named = re.search(r"\.(\w+) object at", str(error))
             raise ConfigError(f"data.augmentations.{named[1] if named else '?'} cannot be applied: {cause}") from error
+        changed = _what_changed(data, result)
+        if changed is None:
+            return result
+        for transform in self._compose.transforms:  # which of them it is, now that one of them is known to
+            self._refuse_change(transform, data)
+        raise ConfigError(f"data.augmentations {changed}; {_KEEP}")
+
+    @staticmethod
+    def _refuse_change(transform: Callable[[Sample], Sample], data: Sample) -> None:
+        """Raise `ConfigError` if a transform alone changes what a sample consists of."""
+        changed = _what_changed(data, transform(dict(data)))
+        if changed is not None:
+            raise ConfigError(f"data.augmentations.{type(transform).__name__} {changed}; {_KEEP}")
+
+
+def _what_changed(before: Sample, after: Any) -> str | None:
+    """What a transform did that a training patch cannot take; None if it kept all arrays and their shapes."""
+    if not isinstance(after, Mapping):
+        return f"gives a {type(after).__name__} of {len(after)} samples, expected one sample"
+    missing = [name for name in before if name not in after]
+    if missing:
+        return f"removes {', '.join(missing)} from the sample"
+    for name, array in before.items():
+        if tuple(np.shape(after[name])) != tuple(np.shape(array)):
+            return f"gives {name} the shape {tuple(np.shape(after[name]))}, expected {tuple(np.shape(array))}"
+    return None
 
 
 def agree(
@@ -230,13 +257,16 @@ class PatchAugmentor:
         patch_size: Sequence[int],
         extent: Sequence[float] | None = None,
         ids: bool = False,
+        voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> PatchAugmentor | None:
         """From ``data.augmentations``; None where nothing is left to do in a worker. Errors as `build_augmentor`.
 
         ``extent``: voxels of the run (z y x) that the widest of further views covers, where there are any. ``ids``:
-        whether the patches have ids of objects.
+        whether the patches have ids of objects. ``voxel_size``: of the run, nm, z y x.
         """
-        spatial, remaining = SpatialAugmentor.split(augmentations, patch_size, extent)
+        spatial, remaining = SpatialAugmentor.split(augmentations, patch_size, extent, voxel_size)
+        if len(set(voxel_size)) > 1:
+            _refuse_turns(remaining, voxel_size)
         _, remaining = recognise(remaining)
         others = build_augmentor(remaining, patch_size, ids)
         if spatial is None and others is None:
@@ -272,6 +302,21 @@ def _packed(label: NDArray[np.float32], known: NDArray[np.bool_], patch: PackedP
         words[0, word] |= ((label[channel] > 0) & known[channel]).astype(np.uint64) << np.uint64(bit)
         words[1, word] |= known[channel].astype(np.uint64) << np.uint64(bit)
     return LabelVolume(patch.grid, classes, words[0], words[1])
+
+
+def _refuse_turns(augmentations: Mapping[str, Any], voxel_size: Sequence[float]) -> None:
+    """Raise `ConfigError` for a MONAI transform that turns or shears in voxels, where these are no cubes."""
+    for name, arguments in augmentations.items():
+        kind = re.sub(r"_\d+$", "", name)
+        turning = [
+            key for key in ("rotate_range", "shear_range") if isinstance(arguments, Mapping) and arguments.get(key)
+        ]
+        if kind == "RandRotated" or turning:
+            raise ConfigError(
+                f"data.augmentations.{name} turns or shears in voxels, and voxels of {list(voxel_size)} nm are no "
+                "cubes: tissue would be distorted; use RandAffined (or one Rand3DElasticd) with keys [image, label], "
+                "mode bilinear, and before any other transform of labels: it turns in nm"
+            )
 
 
 def _keys_of(arguments: Any) -> list[str]:

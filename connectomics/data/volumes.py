@@ -266,9 +266,13 @@ class CropVolume:
         """As `label_volume`, always from Zarr."""
         return read_labels(self.crop, self.classes, grid, self.instances)
 
+    def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
+        """As `label_codes`, unknown also where there is no raw to see."""
+        return self.label_codes(grid).restricted(self.read_raw(grid)[1])
+
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw to see."""
-        return self.label_codes(grid).restricted(self.read_raw(grid)[1]).dense()
+        return self.read_label_codes(grid).dense()
 
     def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
         """Objects of ``instances`` on a grid of this lattice, int32 (I, d, h, w): the id, 0 where the class is known
@@ -277,7 +281,7 @@ class CropVolume:
         The same voxels as in `read_labels`, from the cache where there is one. Ids tell the objects of one class in one
         read apart and mean nothing beyond that.
         """
-        return self.label_codes(grid).restricted(self.read_raw(grid)[1]).ids()
+        return self.read_label_codes(grid).ids()
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid

@@ -152,37 +152,6 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
     return module
 
 
-def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
-    """Copy the network's weights of a checkpoint or a package into ``module``, wherever name and shape are the same.
-
-    For a run of its own on other data or classes (fine-tuning): optimizer, epoch and random state begin anew, and so do
-    layers that are of another shape, such as the last one where there are more or fewer classes.
-
-    Returns:
-        How many of the network's tensors were taken.
-
-    Raises:
-        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also `InputError` where less
-            than a quarter of the network's weights would come from there: that is another network.
-    """
-    content = read_checkpoint(path)
-    prefix = "network."
-    own = {name: value for name, value in module.state_dict().items() if name.startswith(prefix)}
-    stored = content["state_dict"]
-    taken = {name: stored[name] for name, v in own.items() if name in stored and stored[name].shape == v.shape}
-    weights, found = (sum(value.numel() for value in part.values()) for part in (own, taken))
-    if 4 * found < weights:
-        trained = checkpoint_config(content, path)
-        raise InputError(
-            f"model.weights={path} holds a {_describe(trained)}, the configuration a {_describe(module.config)}: only "
-            f"{found} of {weights} weights fit; give the run the same `model`"
-        )
-    module.load_state_dict(taken, strict=False)
-    anew = sorted(own.keys() - taken.keys())
-    log.info("weights of %s: %d tensors taken, anew: %s", path, len(taken), ", ".join(anew[:6]) or "none")
-    return len(taken)
-
-
 def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
     if config is None:
         return trained
@@ -201,14 +170,15 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     found = {name: value.shape for name, value in content["state_dict"].items()}
     if expected != found:
         raise InputError(
-            f"checkpoint {path} holds a {_describe(trained)}, the configuration a {_describe(module.config)}: give the "
+            f"checkpoint {path} holds a {describe(trained)}, the configuration a {describe(module.config)}: give the "
             "run the same `model`, or start without the checkpoint"
         )
     if not content.get("optimizer_states"):
         raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot go on from it")
 
 
-def _describe(config: RunConfig) -> str:
+def describe(config: RunConfig) -> str:
+    """The network of a configuration in a few words, for messages."""
     model = config.model
     size = f" {model.mednext_size}{model.mednext_kernel_size}" if model.architecture == "mednext" else ""
     deep = ", deep supervision" if model.deep_supervision else ""

@@ -14,7 +14,7 @@ from connectomics.errors import InputError
 
 @dataclass(frozen=True)
 class Scores:
-    """Per class (C,), float64; NaN where a score is not defined."""
+    """Per class (C,), float64; NaN for a class without ground truth."""
 
     dice: NDArray[np.float64]
     iou: NDArray[np.float64]
@@ -22,12 +22,12 @@ class Scores:
 
     @property
     def mean_dice(self) -> float | None:
-        """Mean over the classes for which Dice is defined; None if there is none."""
+        """Mean over the classes with ground truth; None if there is none."""
         return _mean(self.dice)
 
     @property
     def mean_iou(self) -> float | None:
-        """Mean over the classes for which IoU is defined; None if there is none."""
+        """Mean over the classes with ground truth; None if there is none."""
         return _mean(self.iou)
 
 
@@ -39,8 +39,9 @@ def _mean(values: NDArray[np.float64]) -> float | None:
 class PooledCounts:
     """True and false positives and false negatives per class, over known voxels only.
 
-    A class is left out of the means where nothing of it is known, and where it is known but neither labelled nor
-    predicted anywhere: its Dice is then 0/0, and neither 0 nor 1 would say anything about the network.
+    A class counts if it is present at a known voxel of the ground truth, whatever is predicted. So the classes that a
+    mean is over are the same at every validation of the same crops, and one falsely predicted voxel of a class that is
+    absent does not add a zero to it.
     """
 
     def __init__(self, channels: int) -> None:
@@ -71,7 +72,9 @@ class PooledCounts:
     def scores(values: Tensor) -> Scores:
         """Scores of counts (4, C), for instance of several processes added up."""
         tp, fp, fn, known = values.cpu().numpy().astype(np.int64)
-        with np.errstate(invalid="ignore"):
-            dice = 2 * tp / (2 * tp + fp + fn)
-            iou = tp / (tp + fp + fn)
+        present = tp + fn > 0
+        dice, iou = (
+            np.divide(part, whole, out=np.full(len(tp), np.nan), where=present)
+            for part, whole in ((2 * tp, 2 * tp + fp + fn), (tp, tp + fp + fn))
+        )
         return Scores(dice, iou, known)

@@ -15,7 +15,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.models.targets import head_labels, reach
 
 _THRESHOLD = 0.5
-_ROWS = 4  # true positives, false ones (positives and negatives), sum of absolute errors, number of voxels
+_ROWS = 5  # true positives, false positives, false negatives, sum of absolute errors, number of voxels
 
 
 class ObjectTruth(Protocol):
@@ -56,20 +56,20 @@ class HeadScores:
             first += head.channels
 
     def scores(self, values: Tensor) -> dict[str, float]:
-        """What is logged of sums (4, heads), for instance of several processes; without heads of which nothing is
-        known, or that are known to be 0 everywhere and are."""
+        """What is logged of sums (5, heads), for instance of several processes; without heads that have no ground truth
+        in the crops, whatever is predicted."""
         result: dict[str, float] = {}
-        for head, (both, others, errors, number) in zip(self.heads, values.T.tolist(), strict=True):
-            if head.kind in ("affinities", "boundary") and both + others:
-                result[f"val/{head.name}/dice"] = 2 * both / (2 * both + others)
+        for head, (tp, fp, fn, errors, number) in zip(self.heads, values.T.tolist(), strict=True):
+            if head.kind in ("affinities", "boundary") and tp + fn:
+                result[f"val/{head.name}/dice"] = 2 * tp / (2 * tp + fp + fn)
             elif head.kind in ("distance", "lsd") and number:
                 result[f"val/{head.name}/mae"] = errors / number
         return result
 
 
 def _sums(found: Tensor, target: Tensor) -> Tensor:
-    """Of known voxels (N,): true positives, false ones of both kinds, sum of absolute errors, N."""
+    """Of known voxels (N,): true positives, false positives, false negatives, sum of absolute errors, N."""
     a, b = found > _THRESHOLD, target > _THRESHOLD
-    both = (a & b).sum()
+    tp = (a & b).sum()
     errors = (found - target).abs().sum(dtype=torch.float64)
-    return torch.stack([both, a.sum() + b.sum() - 2 * both, errors, torch.tensor(len(found), device=found.device)])
+    return torch.stack([tp, a.sum() - tp, b.sum() - tp, errors, torch.tensor(len(found), device=found.device)])

@@ -316,7 +316,7 @@ def _tasks(
 ) -> list[NetworkPredictTask]:
     """A task for each target. The networks have the same inputs and channels."""
     from connectomics.config.heads import channel_attributes
-    from connectomics.lightning.module import inference_window
+    from connectomics.lightning.network import inference_window
 
     catalog = Catalog.open(config.dataset.data_root)
     for module in modules.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,7 +19,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import view_names
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
@@ -27,14 +27,15 @@ from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.from_checkpoint import FromCheckpoint
 from connectomics.lightning.head_scores import HeadScores
+from connectomics.lightning.monitors import check_monitors
+from connectomics.lightning.network import build_network, inference_window
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
-from connectomics.lightning.val_score import ChallengeScore, check_monitors
-from connectomics.models.fusion import channels_for, with_views
+from connectomics.lightning.val_score import ChallengeScore
+from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
 from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
-from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
 
 log = logging.getLogger(__name__)
 
@@ -42,75 +43,6 @@ CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightnin
 CHECKPOINT_FORMAT = 1
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
-
-
-class ValidationCrop(Protocol):
-    """What `ConnectomicsModule.validation_step` takes: a crop that is read piece by piece."""
-
-    @property
-    def name(self) -> str:
-        """The crop's name."""
-
-    @property
-    def dataset(self) -> str:
-        """The data set's name."""
-
-    @property
-    def grid(self) -> VoxelGrid:
-        """The crop's voxels, at the run's voxel size."""
-
-    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
-
-    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
-
-    def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Label 0/1 and known, (C, d, h, w)."""
-
-    def read_instances(
-        self, class_name: str, grid: VoxelGrid
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
-
-    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
-        """Objects (I, d, h, w), 0 background, -1 unknown, also beyond the crop; asked for with ``model.heads`` only."""
-
-
-def model_options(config: RunConfig) -> dict[str, Any]:
-    """The options of `build_model` that a configuration stands for."""
-    options = dict(config.model.options)
-    if config.model.architecture == "mednext":
-        options = {
-            "mednext_size": config.model.mednext_size,
-            "mednext_kernel_size": config.model.mednext_kernel_size,
-            **options,
-        }
-    return options
-
-
-def inference_window(config: RunConfig) -> list[int]:
-    """The window in voxels, z y x: `inference.window`, or the patch where that is null. Raises `InputError`."""
-    window = list(config.inference.window or config.data.patch_size)
-    architecture = config.model.architecture
-    try:
-        check_patch_size(architecture, window, model_options(config))
-    except InputError as error:
-        raise InputError(f"inference.window: {error}") from error
-    if config.data.inputs and config.model.fusion == "channels":
-        for number, view in enumerate(config.data.inputs):
-            if not window == list(config.data.patch_size) == list(view.patch_size):
-                raise InputError(
-                    f"model.fusion=channels stacks views voxel by voxel: data.patch_size {config.data.patch_size}, "
-                    f"inference.window {window} and data.inputs[{number}].patch_size {view.patch_size} must be alike; "
-                    "or take model.fusion=encoder"
-                )
-    if fixed_patch_size(architecture) and window != list(config.data.patch_size):
-        raise InputError(
-            f"model {architecture!r} takes windows of its patch size only: data.patch_size is "
-            f"{config.data.patch_size}, inference.window {window}; set inference.window=null"
-        )
-    return window
 
 
 class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[misc]
@@ -121,8 +53,9 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
 
     Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
     of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
-    the known voxels of all validation crops (see `PooledCounts` for which classes count); with ``training.val_score``
-    also ``val/score`` and ``val/<class>/score``, see `ChallengeScore`. Counts of the patches of an epoch, exact:
+    the known voxels of all validation crops; with ``training.val_score`` also ``val/score`` and ``val/<class>/score``,
+    see `ChallengeScore`. Of the classes those count, and are logged at every validation, that are present in the ground
+    truth of the validation crops, whatever the network predicts. Counts of the patches of an epoch, exact:
     ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``, see `ClassCounts`.
 
     With ``model.heads`` a batch has ``ids`` too (see `connectomics.models.targets`), ``train/loss`` is the sum over
@@ -143,17 +76,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             )
         self.heads = heads_of(config)
         self._groups = [config.channels, *(head.channels for head in self.heads)]  # channels of the network's output
-        views = views_of(config)
-        network = build_model(
-            config.model.architecture,
-            channels_for(config.model.fusion, config.model.in_channels, len(views)),
-            sum(self._groups),
-            patch_size=config.data.patch_size,
-            deep_supervision=config.model.deep_supervision,
-            options=model_options(config),
-        )
-        ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
-        self.network = with_views(network, config.model.fusion, ratios)
+        self.network = build_network(config, sum(self._groups))
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
@@ -306,18 +229,18 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             overlap=settings.overlap,
             blending=settings.blending,
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
-            block_size=settings.block_size,
+            block_size=validation_block(self.config, grid, sum(self._groups), self.window),
             context=settings.context,
             device=str(self.device),
             views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
-            probability = everything[: len(self.classes)]
-            label, known = crop.read_labels(block)
-            self.counts.add(probability > _THRESHOLD, label > _THRESHOLD, known)
-            if picture is not None:
-                picture(block, label, known, probability)
-            if challenge is not None:
-                challenge.add(block, everything, label > _THRESHOLD, known)
+            for slab in slabs(crop.read_label_codes(block), everything, self.classes):
+                probability = slab.values[: len(self.classes)]
+                self.counts.add(probability > _THRESHOLD, slab.label, slab.known)
+                if picture is not None:
+                    picture(slab.grid, slab.label, slab.known, probability)
+                if challenge is not None:
+                    challenge.add(slab.grid, slab.values, slab.label, slab.known)
             if self.heads:
                 self.head_scores.add(crop, block, everything[len(self.classes) :], self.device)
         if challenge is not None:
@@ -355,11 +278,11 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         dice, iou = scores.mean_dice, scores.mean_iou
         if dice is None:
             self._say_once(
-                "no class is both known and present (or predicted) in the validation crops: val/dice is logged as 0; "
-                "put crops with annotated classes on the validation side of the split"
+                "no class is both known and present in the validation crops: val/dice is logged as 0; put crops with "
+                "annotated classes on the validation side of the split"
             )
-        elif np.isnan(scores.dice).any():
-            self._say_once(self._left_out(scores))
+        elif not self.only_a_look:
+            self._say_once(*self._which_count(scores))
         values = {"val/dice": dice or 0.0, "val/iou": iou or 0.0}
         for number, name in enumerate(self.classes):
             if not np.isnan(scores.dice[number]):
@@ -377,24 +300,29 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
             self._say_once(
-                f"val/score leaves out {', '.join(missing)}: nothing is known of them in the validation crops (a class "
-                "that the challenge scores as instances needs annotated ids)"
+                f"val/score leaves out {', '.join(missing)}: the validation crops hold no ground truth of them (a "
+                "class that the challenge scores as instances needs annotated ids)"
                 + ("" if len(values) > 1 else "; it is logged as 0")
             )
         return values
 
-    def _left_out(self, scores: Scores) -> str:
+    def _which_count(self, scores: Scores) -> tuple[str, int]:
+        """What to say of the classes that `val/dice` is a mean over, and how loud."""
+        counted = [name for name, dice in zip(self.classes, scores.dice, strict=True) if not np.isnan(dice)]
         parts = []
         for reason, which in (("unknown everywhere", scores.known == 0), ("nowhere present", scores.known > 0)):
             names = [n for n, out in zip(self.classes, which & np.isnan(scores.dice), strict=True) if out]
             if names:
                 parts.append(f"{', '.join(names)} ({reason})")
-        return f"validation leaves out classes that its crops say nothing about: {'; '.join(parts)}"
+        message = f"val/dice is the mean over {len(counted)} of {len(self.classes)} classes: {', '.join(counted)}"
+        if not parts:
+            return message, logging.INFO
+        return f"{message}; the validation crops hold no ground truth of {'; '.join(parts)}", logging.WARNING
 
-    def _say_once(self, message: str) -> None:
+    def _say_once(self, message: str, level: int = logging.WARNING) -> None:
         if message not in self._said and self.trainer.is_global_zero:
             self._said.add(message)
-            log.warning(message)
+            log.log(level, message)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     """
     if config.name not in OPTIMIZERS:
         raise unknown_name("optimizer", config.name, OPTIMIZERS, "optimizer.name")
+    numbers = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+    for key, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigError(f"optimizer.{key} must be a finite number, found {value}")
     if len(config.betas) != 2:
         raise ConfigError(f"optimizer.betas must be two numbers, found {config.betas}")
     beta1, beta2 = config.betas
@@ -45,7 +49,8 @@ def check_schedule(config: RunConfig) -> None:
     schedule = config.scheduler
     if schedule.name not in SCHEDULERS:
         raise unknown_name("scheduler", schedule.name, SCHEDULERS, "scheduler.name")
-    if schedule.warmup_epochs < 0 or schedule.power <= 0 or not 0 <= schedule.min_lr <= config.optimizer.lr:
+    fine = schedule.warmup_epochs >= 0 and 0 < schedule.power < math.inf
+    if not fine or not 0 <= schedule.min_lr <= config.optimizer.lr < math.inf:
         raise ConfigError(
             "scheduler needs warmup_epochs >= 0, power > 0 and min_lr from 0 to optimizer.lr, found "
             f"{schedule.warmup_epochs}, {schedule.power} and {schedule.min_lr} (lr {config.optimizer.lr})"

@@ -113,7 +113,8 @@ def train(
     import pytorch_lightning as pl
     import torch
 
-    from connectomics.lightning.checkpoints import begin_with, check_resumable
+    from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.fine_tuning import begin_with
     from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state, require_run_folder
@@ -162,11 +163,15 @@ def _fit(
     fast_dev_run: bool,
 ) -> pl.Trainer:
     """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")
-    validate = len(data.val_dataloader()) > 0
-    if not validate:
+    crops = data.val_dataloader().dataset
+    validate = len(crops) > 0
+    if validate and not fast_dev_run:
+        check_monitored_classes(config, (crops[number] for number in range(len(crops))))
+    elif not validate:
         log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
     trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
     try:

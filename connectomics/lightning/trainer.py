@@ -134,7 +134,15 @@ def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bo
     _one_mode("early_stopping", config.early_stopping.mode)
     if validate and config.early_stopping.patience > 0:
         stopping = config.early_stopping
-        callbacks.append(EarlyStopping(monitor=stopping.monitor, mode=stopping.mode, patience=stopping.patience))
+        callbacks.append(
+            EarlyStopping(
+                monitor=stopping.monitor,
+                mode=stopping.mode,
+                patience=stopping.patience,
+                # at the end of a validation, which comes before the end of its epoch, no mean over the epoch is known
+                check_on_train_epoch_end=True if stopping.monitor.startswith("train/") else None,
+            )
+        )
     if validate and config.checkpoint.save_top_k != 0:
         scored = _scored_checkpoint(config, folder / "checkpoints")
         callbacks += [BestCheckpoint(scored), scored]

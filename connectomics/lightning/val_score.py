@@ -25,7 +25,7 @@ from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
 
 _UNKNOWN = 2  # of the kept truth: 0 absent, 1 present
-_ROWS = 6  # true positives, false positives, false negatives, known voxels, sum of distances, number of distances
+_ROWS = 5  # true positives, false positives, false negatives, sum of distances, number of distances
 
 
 class InstanceTruth(Protocol):
@@ -35,17 +35,6 @@ class InstanceTruth(Protocol):
         self, class_name: str, grid: VoxelGrid
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
         """Ids and known, both (d, h, w); None where the class is not annotated with ids in this crop."""
-
-
-def check_monitors(config: RunConfig) -> None:
-    """`ConfigError` where a checkpoint or the early stop waits for a challenge score that nothing computes."""
-    monitors = (("checkpoint", config.checkpoint.monitor), ("early_stopping", config.early_stopping.monitor))
-    for group, monitor in monitors:
-        if monitor.startswith("val/") and monitor.endswith("/score") and not config.training.val_score:
-            raise ConfigError(
-                f"{group}.monitor is {monitor}, which is computed only with training.val_score=true (it is false); "
-                f"set that, or {group}.monitor=val/dice"
-            )
 
 
 class ChallengeScore:
@@ -87,24 +76,27 @@ class ChallengeScore:
         """The score of one crop: give it every block of ``grid``, then call its ``finish``."""
         return CropScore(self, crop, grid)
 
-    def add(self, name: str, tp: int, fp: int, fn: int, known: int, distances: tuple[float, int] = (0.0, 0)) -> None:
+    def add(self, name: str, tp: int, fp: int, fn: int, distances: tuple[float, int] = (0.0, 0)) -> None:
         """Add what was counted of a class."""
-        row = torch.tensor([tp, fp, fn, known, *distances], dtype=torch.float64)
+        row = torch.tensor([tp, fp, fn, *distances], dtype=torch.float64)
         self.values[:, self.classes.index(name)] += row
 
     def scores(self, values: Tensor) -> dict[str, float]:
-        """``val/<class>/score`` of sums (6, C), and ``val/score`` (0 where no class could be scored).
+        """``val/<class>/score`` of sums (5, C), and ``val/score`` (0 where no class could be scored).
 
         ``val/score`` is the geometric mean of the mean over instance classes and the mean over the others, or the one
-        mean where all classes are of one kind, or by rules of quality; a class of which nothing is known is left out.
+        mean if all classes are of one kind, or by rules of quality. Classes without ground truth in the
+        validation crops are left out, whatever is predicted: the set is the same at every validation.
         """
         found: dict[bool, dict[str, float]] = {True: {}, False: {}}
-        for name, (tp, fp, fn, known, distance, number) in zip(self.classes, values.cpu().T.tolist(), strict=True):
-            if known and self.rules.by_quality:
+        for name, (tp, fp, fn, distance, number) in zip(self.classes, values.cpu().T.tolist(), strict=True):
+            if not tp + fn:
+                continue
+            if self.rules.by_quality:
                 found[False][name] = Panoptic(int(tp), int(fp), int(fn), distance).quality
-            elif known and name in self.instances:
+            elif name in self.instances:
                 found[True][name] = InstanceSums(int(tp), int(fp), int(fn), distance, int(number)).combined
-            elif known:
+            else:
                 found[False][name] = Counts(int(tp), int(fp), int(fn)).iou
         means = [float(np.mean(list(kind.values()))) for kind in found.values() if kind]
         result = {f"val/{name}/score": value for kind in found.values() for name, value in kind.items()}
@@ -191,7 +183,7 @@ class CropScore:
             if annotated is not None and annotated[1].any():
                 self._compare(name, *annotated)
         for name, counts in self._segments.items():
-            self._add_quality(name, Panoptic.of_segment(counts.tp, counts.fp, counts.fn), counts.known)
+            self._add_quality(name, Panoptic.of_segment(counts.tp, counts.fp, counts.fn))
         self._kept, self._truth, self._affinities, self._heads = {}, {}, {}, {}
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
@@ -220,25 +212,24 @@ class CropScore:
         if self.total.rules.by_quality:  # the whole crop is one segment
             self._segments[name] = self._segments.get(name, Counts()) + counts
         else:
-            self.total.add(name, counts.tp, counts.fp, counts.fn, counts.known)
+            self.total.add(name, counts.tp, counts.fp, counts.fn)
 
-    def _add_quality(self, name: str, found: Panoptic, voxels: int) -> None:
-        self.total.add(name, found.tp, found.fp, found.fn, voxels, (found.iou_sum, 0))
+    def _add_quality(self, name: str, found: Panoptic) -> None:
+        self.total.add(name, found.tp, found.fp, found.fn, (found.iou_sum, 0))
 
     def _compare(self, name: str, ids: NDArray[np.unsignedinteger], known: NDArray[np.bool_]) -> None:
         found = self._decode(name)
         found[~known] = 0
         truth = np.where(known, ids, np.zeros((), ids.dtype))
-        voxels = int(np.count_nonzero(known))
         score = score_instance(found, truth, self.grid.voxel_size, self.total.rules, workers=torch.get_num_threads())
         if self.total.rules.by_quality and score.panoptic is not None:
-            self._add_quality(name, score.panoptic, voxels)
+            self._add_quality(name, score.panoptic)
         elif score.status == TOO_MANY:
             missed = int(np.count_nonzero(np.unique(truth)))
-            self.total.add(name, 0, 0, missed, voxels, (0.0, missed))
+            self.total.add(name, 0, 0, missed, (0.0, missed))
         else:
             distances = (score.hausdorff_norm_sum, score.n_hausdorff)
-            self.total.add(name, score.tp, score.fp, score.fn, voxels, distances)
+            self.total.add(name, score.tp, score.fp, score.fn, distances)
 
 
 def _stored(probability: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -350,8 +350,8 @@ def build_loss(
         raise InputError(f"model.loss_functions must name at least one loss and none twice, found {list(names)}")
     if len(factors) != len(names):
         raise InputError(f"model.loss_weights has {len(factors)} numbers for {len(names)} losses {list(names)}")
-    if min(factors) < 0 or max(factors) <= 0:
-        raise InputError(f"model.loss_weights must be >= 0 and not all 0, found {factors}")
+    if not all(math.isfinite(w) and w >= 0 for w in factors) or max(factors) <= 0:
+        raise InputError(f"model.loss_weights must be finite, >= 0 and not all 0, found {factors}")
     for name in given:
         if name not in names:
             raise unknown_name("loss", name, names, "model.loss_options (only losses of model.loss_functions)")
@@ -366,6 +366,8 @@ def _build_one(name: str, arguments: Mapping[str, Any]) -> ClassLoss:
     for key in arguments:
         if key not in allowed:
             raise unknown_name("argument", key, allowed, f"model.loss_options.{name}")
+        if isinstance(arguments[key], float) and not math.isfinite(arguments[key]):
+            raise InputError(f"model.loss_options.{name}.{key} must be a finite number, found {arguments[key]}")
     try:
         return LOSSES[name](**arguments)
     except ConnectomicsError as error:

@@ -222,3 +222,39 @@ def test_get_dataset_by_name(two_crops: Path) -> None:
     assert get_dataset(config, None, "val")[0]["label"].shape == (1, 12, 12, 12)
     with pytest.raises(ConfigError, match=r"dataset\.name=cellmap"):
         CellMapDataModule(config).setup()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "RandCropByPosNegLabeld",
+            {"keys": ["image", "label"], "label_key": "label", "spatial_size": [8, 8, 8], "num_samples": 2},
+            "RandCropByPosNegLabeld gives a list of 2 samples, expected one sample",
+        ),
+        ("DeleteItemsd", {"keys": ["label"]}, "DeleteItemsd"),
+        (
+            "RandSpatialCropd",
+            {"keys": ["image", "label"], "roi_size": [8, 8, 8], "random_size": False},
+            r"RandSpatialCropd gives image the shape \(1, 8, 8, 8\), expected \(1, 16, 16, 16\)",
+        ),
+    ],
+)
+def test_a_transform_that_changes_what_a_patch_is_made_of_is_one_line(
+    name: str, arguments: dict[str, object], message: str
+) -> None:
+    noise = {"RandGaussianNoised": {"keys": ["image"], "prob": 1.0}}
+    sample = {
+        "image": np.ones((1, 16, 16, 16), np.float32),
+        "label": np.ones((2, 16, 16, 16), np.float32),
+        "known": np.ones((2, 16, 16, 16), bool),
+    }
+
+    def augment() -> object:
+        chain = build_augmentor({**noise, name: arguments}, (16, 16, 16))
+        assert chain is not None
+        return chain(sample)
+
+    with pytest.raises(ConfigError, match=rf"data\.augmentations\.{message}") as caught:
+        augment()
+    assert "\n" not in str(caught.value)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates
 from connectomics.data.arrays import CropArrays
+from connectomics.data.augment import PatchAugmentor
 from connectomics.data.spatial import CoordinateMap, Displacement, SpatialAugmentor, sample, sample_reference
 from connectomics.data.spatial.elastic import draw_field, gaussian_kernel, standard_deviation
 from connectomics.errors import ConfigError, InputError, UnknownNameError
@@ -620,3 +621,66 @@ def test_an_elastic_field_covers_the_larger_patch_of_a_coarser_input() -> None:
     assert map.field is not None
     edge = map.field.at(offsets_of((32, 1, 1)))[..., 0].ravel()
     assert np.abs(np.diff(edge)).min() > 0  # beyond its control points a field would stand still
+
+
+class TestInNanometers:
+    """On voxels that are no cubes a rotation is one of the tissue."""
+
+    SIZE = np.array([30.0, 8.0, 4.0])
+
+    def split(self, name: str, **arguments: Any) -> SpatialAugmentor:
+        config = {name: {**BOTH, "prob": 1.0, **arguments}}
+        augmentor, remaining = SpatialAugmentor.split(config, (16, 24, 32), voxel_size=self.SIZE)
+        assert augmentor is not None
+        assert not remaining
+        return augmentor
+
+    def test_a_rotation_turns_nanometers(self) -> None:
+        """Against scipy's rotation of positions in nm."""
+        from scipy.spatial.transform import Rotation
+
+        augmentor = self.split("RandAffined", rotate_range=[3.0, 3.0, 3.0])
+        offsets = np.random.default_rng(0).uniform(-20, 20, (50, 3))
+        for seed in range(5):
+            drawn = augmentor.draw(np.random.default_rng(seed))
+            angles = dict(drawn.parameters)["RandAffined"]["rotate_degrees"]
+            turn = Rotation.from_euler("XYZ", angles, degrees=True).as_matrix()  # its X, Y, Z are our z, y, x
+            np.testing.assert_allclose(drawn(offsets) * self.SIZE, offsets * self.SIZE @ turn.T, rtol=1e-9, atol=1e-6)
+
+    def test_lengths_stay_under_a_rotation_before_a_displacement(self) -> None:
+        arguments = {"sigma_range": [4.0, 5.0], "magnitude_range": [0.0, 0.0], "rotate_range": [3.0, 3.0, 3.0]}
+        drawn = self.split("Rand3DElasticd", **arguments).draw(np.random.default_rng(1))
+        offsets = np.random.default_rng(0).uniform(-4, 4, (50, 3))
+        found, asked = (np.linalg.norm(at * self.SIZE, axis=1) for at in (drawn(offsets), offsets))
+        np.testing.assert_allclose(found, asked, rtol=1e-6)
+
+    def test_no_draw_goes_beyond_the_reach(self) -> None:
+        augmentor = self.split(
+            "RandAffined",
+            rotate_range=[0.6, 0.6, 0.6], shear_range=[0.2] * 6, translate_range=[2, 3, 4], scale_range=[0.1] * 3,
+        )  # fmt: skip
+        reach = augmentor.reach((16, 24, 32))
+        bounds = [
+            np.abs(augmentor.draw(np.random.default_rng(seed)).bounds((16, 24, 32))).max(0) for seed in range(300)
+        ]
+        assert (np.max(bounds, axis=0) <= reach + 1e-9).all()
+        assert (np.max(bounds, axis=0) > 0.4 * reach).all()
+
+    def test_a_quarter_turn_needs_voxels_as_long_on_both_axes(self) -> None:
+        def split(planes: list[list[int]]) -> SpatialAugmentor | None:
+            config = {"RandRotate90d": {**BOTH, "spatial_axes": planes}}
+            return SpatialAugmentor.split(config, (16, 16, 16), voxel_size=(30.0, 8.0, 8.0))[0]
+
+        assert split([[1, 2]]) is not None
+        with pytest.raises(ConfigError, match=r"turns axes \(0, 1\), whose voxels are 30 and 8 nm long"):
+            split([[1, 2], [0, 1]])
+
+    @pytest.mark.parametrize(
+        ("name", "arguments"),
+        [("RandAffined", {"rotate_range": [0.1], "mode": ["nearest", "nearest"]}), ("RandRotated", {"range_x": 0.1})],
+    )
+    def test_transforms_that_turn_in_voxels_are_refused(self, name: str, arguments: dict[str, Any]) -> None:
+        config = {name: {**BOTH, "prob": 1.0, **arguments}}
+        assert PatchAugmentor.of(config, (16, 16, 16), voxel_size=(8.0, 8.0, 8.0)) is not None
+        with pytest.raises(ConfigError, match=r"turns or shears in voxels, .* it turns in nm"):
+            PatchAugmentor.of(config, (16, 16, 16), voxel_size=(30.0, 8.0, 8.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from connectomics.cellmap.label_codes import LabelCodes, LabelStates
 from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
 
@@ -85,6 +87,19 @@ class Patches(Dataset[dict[str, torch.Tensor]]):
         }
 
 
+def label_codes(
+    grid: VoxelGrid, label: NDArray[np.float32], known: NDArray[np.bool_], classes: Sequence[str] = ("mito", "er")
+) -> LabelCodes:
+    """Labels (C, d, h, w) as codes."""
+    bits = np.concatenate([np.where(known, label > 0.5, False), known]).reshape(2 * len(classes), -1)
+    rows, codes = np.unique(np.concatenate([np.zeros((len(bits), 1), bool), bits], 1), axis=1, return_inverse=True)
+    weights = 2 ** np.arange(len(classes), dtype=np.uint64)
+    present, seen = ((half.T * weights).sum(1, dtype=np.uint64)[:, None] for half in np.split(rows, 2))
+    return LabelCodes(
+        grid, codes.reshape(-1)[1:].reshape(grid.shape).astype(np.uint8), LabelStates(tuple(classes), present, seen)
+    )
+
+
 @dataclass(frozen=True)  # as the real one is, which Lightning would refuse to move to a device
 class MadeUpCrop:
     """A crop whose class 1 is known in its first half only."""
@@ -102,6 +117,9 @@ class MadeUpCrop:
         known[1] = grid.axes()[0][:, None, None] < self.grid.box.center[0]
         label[~known] = np.nan
         return label, known
+
+    def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
+        return label_codes(grid, *self.read_labels(grid))
 
 
 class MadeUpData(pl.LightningDataModule):

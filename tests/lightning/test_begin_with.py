@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from connectomics.errors import InputError, MissingError
-from connectomics.lightning.checkpoints import begin_with
+from connectomics.lightning.fine_tuning import _output_axes, begin_with, output_names
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.train import TrainResult, train
+from tests.lightning.heads_run import head_config
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 
@@ -30,14 +31,82 @@ def test_all_weights_of_the_same_network(trained: TrainResult) -> None:
     assert all(torch.equal(value, stored[f"network.{name}"]) for name, value in weights(module).items())
 
 
-def test_layers_of_another_shape_begin_anew(trained: TrainResult) -> None:
-    module = ConnectomicsModule(tiny_config(dataset__classes=["mito", "er", "nuc"]))
+def logits(checkpoint_or_module: ConnectomicsModule) -> torch.Tensor:
+    """Of a fixed image, by channel."""
+    with torch.no_grad():
+        return checkpoint_or_module.eval()(torch.rand((1, 1, 16, 16, 16), generator=torch.Generator().manual_seed(0)))[
+            0
+        ]
+
+
+@pytest.mark.parametrize("architecture", ["unet", "mednext", "segresnet"])
+def test_output_channels_are_copied_by_the_name_of_their_class(
+    architecture: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a network whose classes have another order, and one with another number of them."""
+    options = {
+        "unet": {"channels": [4, 8], "strides": [2], "num_res_units": 0},  # with them its last layers mix classes
+        "mednext": {"init_filters": 4, "blocks_down": [1], "blocks_up": [1], "encoder_expansion_ratio": 2,
+                    "decoder_expansion_ratio": 2},
+        "segresnet": {"init_filters": 8, "blocks_down": [1, 1], "blocks_up": [1]},
+    }[architecture]  # fmt: skip
+    model = {"model__architecture": architecture, "model__options": options, "model__deep_supervision": False}
+    config = tiny_config(dataset__classes=["mito", "er", "pm"], training__max_epochs=1, **model)
+    torch.manual_seed(5)
+    first = ConnectomicsModule(config)
+    path = tmp_path / "first.ckpt"
+    content = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(content)
+    torch.save(content, path)
+    expected = logits(first)
+    for classes in (["er", "nuc", "mito"], ["pm", "er", "mito"], ["nuc", "mito", "ld", "er", "vim"]):
+        caplog.clear()
+        caplog.set_level("INFO", "connectomics")
+        module = ConnectomicsModule(tiny_config(dataset__classes=classes, **model))
+        begin_with(path, module)
+        found = logits(module)
+        for channel, name in enumerate(classes):
+            if name in config.dataset.classes:
+                torch.testing.assert_close(
+                    found[channel], expected[config.dataset.classes.index(name)], rtol=1e-5, atol=1e-6
+                )
+                assert (
+                    f"from the checkpoint: {', '.join(n for n in classes if n in config.dataset.classes)}"
+                    in caplog.text
+                )
+            else:
+                assert not any(torch.allclose(found[channel], other, atol=1e-3) for other in expected)
+                assert f"anew: {', '.join(n for n in classes if n not in config.dataset.classes)}" in caplog.text
+
+
+def test_a_network_without_a_common_class_keeps_all_but_the_output(trained: TrainResult) -> None:
+    module = ConnectomicsModule(tiny_config(dataset__classes=["nuc", "ld"]))
     before = weights(module)
     taken = begin_with(trained.last_checkpoint, module)
-    stored = torch.load(trained.last_checkpoint, weights_only=True)["state_dict"]
-    other = [name for name, value in before.items() if stored[f"network.{name}"].shape != value.shape]
-    assert 0 < len(other) == len(before) - taken
-    assert all(torch.equal(weights(module)[name], before[name]) for name in other)
+    after = weights(module)
+    kept = [name for name in before if torch.equal(before[name], after[name])]
+    assert 0 < taken < len(before)
+    assert len(kept) >= len(before) - taken > 0
+
+
+def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
+    first = ConnectomicsModule(head_config("distance", "boundary"))
+    content = {"state_dict": first.state_dict()}
+    first.on_save_checkpoint(content)
+    torch.save(content, tmp_path / "first.ckpt")
+    found, wanted = (
+        output_names(head_config(*kinds)) for kinds in (("distance", "boundary"), ("boundary", "distance"))
+    )
+    assert sorted(found) == sorted(wanted) != found
+    other = head_config("boundary", "distance")
+    other.model.heads[1].scale_nm = 1234.0  # another distance
+    module = ConnectomicsModule(other)
+    begin_with(tmp_path / "first.ckpt", module)
+    axes = _output_axes(module, 4)
+    for name, value in weights(module).items():
+        if axes[f"network.{name}"] == (0,):
+            old = first.network.state_dict()[name]
+            assert torch.equal(value[:3], old[[0, 1, 3]])
 
 
 def test_another_network_is_refused(trained: TrainResult) -> None:

@@ -147,6 +147,19 @@ class TestScores:
         assert [values[f"val/{name}/dice"] for name in NAMES[:2]] == [1, 1]
         assert [values[f"val/{name}/mae"] for name in NAMES[2:]] == pytest.approx([0, 0], abs=1e-6)
 
+    def test_a_head_without_objects_in_the_truth_is_not_logged_whatever_is_predicted(self) -> None:
+        grid = VoxelGrid((8.0,) * 3, (1000.0, 40.0, 80.0), (20, 18, 21))
+        heads = heads_of(head_config("affinities", "boundary"))
+        scores = HeadScores(heads)
+
+        class Empty(HeadCrop):
+            def read_ids(self, grid: VoxelGrid) -> np.ndarray:
+                return np.zeros((1, *grid.shape), np.int32)
+
+        guess = np.ones((sum(head.channels for head in heads), *grid.shape), np.float32)
+        scores.add(Empty("crop0", grid), grid, guess, torch.device("cpu"))
+        assert scores.scores(scores.values) == {}
+
 
 class Touching:
     """A crop with two objects that touch, known everywhere."""

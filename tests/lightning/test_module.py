@@ -104,7 +104,32 @@ class TestValidation:
         found = validate(module, [annotate("a", 0, (0.5, 0.0), (0.4, 0.4))])
         assert "val/er/dice" not in found
         assert found["val/dice"] == found["val/mito/dice"]
-        assert "leaves out classes that its crops say nothing about: er (unknown everywhere)" in caplog.text
+        assert "val/dice is the mean over 1 of 2 classes: mito" in caplog.text
+        assert "no ground truth of er (unknown everywhere)" in caplog.text
+
+    def test_a_falsely_predicted_voxel_of_an_absent_class_adds_no_zero(
+        self, module: ConnectomicsModule, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Else the mean jumps when the network first predicts, or no longer predicts, a class that is not there."""
+        crop = annotate("a", 0, (0.9, 0.9), (0.4, 0.0))
+        assert predicted(module, crop)[1].any()
+        assert not predicted(module, crop)[1].all()
+        found = validate(module, [crop])
+        assert found["val/dice"] == found["val/mito/dice"] > 0
+        assert found["val/iou"] == found["val/mito/iou"]
+        assert "val/er/dice" not in found
+        assert "no ground truth of er (nowhere present)" in caplog.text
+
+    def test_a_class_that_is_present_is_logged_also_if_nothing_is_predicted(self, module: ConnectomicsModule) -> None:
+        crop = annotate("a", 0, (0.9, 0.9), (0.4, 0.1))
+        module.probabilities = module._all_probabilities = (
+            lambda image: torch.zeros(  # type: ignore[method-assign]
+                (len(image), 2, *image.shape[2:])
+            )
+        )
+        assert validate(module, [crop]) == {
+            f"val/{name}": 0.0 for name in ("dice", "iou", "mito/dice", "mito/iou", "er/dice", "er/iou")
+        }
 
     def test_with_nothing_known_the_score_is_zero_and_said(
         self, module: ConnectomicsModule, caplog: pytest.LogCaptureFixture
@@ -124,18 +149,20 @@ class TestValidation:
         (plane,) = module.planes
         label, known = ANNOTATIONS["a"]
         assert plane.name == "made_up_a"
-        np.testing.assert_array_equal(plane.label, label[:, 9])
+        np.testing.assert_array_equal(plane.label, np.where(known, label, 0)[:, 9])
         np.testing.assert_array_equal(plane.known, known[:, 9])
         np.testing.assert_array_equal(plane.probability > 0.5, predicted(module, crop)[:, 9])
         np.testing.assert_array_equal(plane.raw, crop.read_image(crop.grid)[9])
 
 
-def test_a_class_known_but_nowhere_present_or_predicted_has_no_dice() -> None:
+def test_a_class_known_but_nowhere_present_has_no_dice_whatever_is_predicted() -> None:
     counts = PooledCounts(2)
     known = np.ones((2, 4, 4, 4), np.bool_)
     label = np.zeros(known.shape, np.bool_)
     label[0, 0] = True
-    counts.add(label, label, known)
+    guess = label.copy()
+    guess[1, 2, 2, 2] = True
+    counts.add(guess, label, known)
     scores = counts.scores(counts.values)
     assert scores.dice[0] == 1.0
     assert np.isnan(scores.dice[1])
@@ -298,6 +325,10 @@ class TestConfigurations:
         [
             ({"optimizer__name": "SDG"}, UnknownNameError, "did you mean 'SGD'"),
             ({"optimizer__lr": -1.0}, ConfigError, "scheduler needs"),
+            ({"optimizer__lr": float("inf")}, ConfigError, "scheduler needs"),
+            ({"optimizer__lr": float("nan")}, ConfigError, "scheduler needs"),
+            ({"optimizer__weight_decay": float("nan")}, ConfigError, "weight_decay must be a finite number"),
+            ({"scheduler__power": float("nan")}, ConfigError, "scheduler needs"),
             ({"optimizer__weight_decay": -1.0}, ConfigError, "optimizer AdamW: Invalid weight_decay"),
             ({"optimizer__betas": [0.9]}, ConfigError, "betas must be two numbers"),
             ({"scheduler__name": "cosin"}, UnknownNameError, "did you mean 'cosine'"),

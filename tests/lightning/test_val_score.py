@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.label_codes import LabelCodes
 from connectomics.config import RunConfig
 from connectomics.config.schema import HeadConfig
 from connectomics.data.volumes import CropVolume
@@ -26,7 +27,7 @@ from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.train import train
 from connectomics.lightning.val_score import ChallengeScore
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
-from tests.lightning.synthetic_run import VOXEL, MadeUpData, tiny_config
+from tests.lightning.synthetic_run import VOXEL, MadeUpData, label_codes, tiny_config
 from tests.lightning.test_module import validate
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -63,6 +64,9 @@ class Annotated:
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         at = (slice(None), *self._at(grid))
         return self.label[at], self.known[at]
+
+    def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
+        return label_codes(grid, *self.read_labels(grid), CLASSES[: len(self.label)])
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid
@@ -189,9 +193,21 @@ def test_classes_without_ids_or_without_anything_known_are_left_out(
     found = validate(module, [replace(crop, ids={}, known=known)])
     assert {k for k in found if k.endswith("score")} == {"val/pm/score", "val/score"}
     assert found["val/score"] == found["val/pm/score"]
-    assert "val/score leaves out mito, er: nothing is known of them" in caplog.text
+    assert "val/score leaves out mito, er: the validation crops hold no ground truth of them" in caplog.text
     nothing = validate(module, [replace(crop, ids={}, known=np.zeros_like(known))])
     assert nothing["val/score"] == 0.0
+
+
+def test_predicting_an_absent_class_adds_no_zero(module: ConnectomicsModule) -> None:
+    crop = annotated("a", 0)
+    everything = validate(module, [crop])
+    label = crop.label.copy()
+    label[1:] = 0
+    found = validate(module, [replace(crop, label=label)])
+    assert {k for k in found if k.endswith("score")} == {"val/mito/score", "val/score"}
+    assert found["val/score"] == found["val/mito/score"] == everything["val/mito/score"]
+    nobody = validate(module, [replace(crop, label=label, ids={"mito": np.zeros_like(crop.ids["mito"])})])
+    assert "val/mito/score" not in nobody
 
 
 def test_noise_of_which_the_challenge_drops_the_crop_counts_as_missed() -> None:

@@ -457,7 +457,10 @@ class TestRefusals:
             ([], [], "at least one loss"),
             (["DiceLoss", "DiceLoss"], [1, 1], "none twice"),
             (["DiceLoss"], [1, 2], "2 numbers for 1 losses"),
-            (["DiceLoss"], [-1], "must be >= 0"),
+            (["DiceLoss"], [-1], "must be finite, >= 0"),
+            (["DiceLoss"], [math.nan], "must be finite"),
+            (["DiceLoss", "FocalLoss"], [1, math.nan], "must be finite"),
+            (["DiceLoss"], [math.inf], "must be finite"),
         ],
     )
     def test_lists_that_do_not_fit(self, names: list[str], weights: list[float], message: str) -> None:
@@ -472,6 +475,8 @@ class TestRefusals:
             ("TverskyLoss", {"smooth": 0}),
             ("BCEWithLogitsLoss", {"pos_weight": 0}),
             ("DiceCELoss", {"lambda_ce": -1}),
+            ("TverskyLoss", {"alpha": math.nan}),
+            ("FocalLoss", {"gamma": math.inf}),
         ],
     )
     def test_bad_arguments_name_their_key(self, name: str, options: dict[str, object]) -> None:

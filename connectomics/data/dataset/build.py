@@ -50,7 +50,9 @@ def run_dataset(
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
         extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
         widest = np.max(extents, axis=0).tolist()
-        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances))
+        augmentor = PatchAugmentor.of(
+            cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances), cfg.dataset.resolution
+        )
     return CellMapMultiClassDataset.of_crops(
         crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, chosen
     )

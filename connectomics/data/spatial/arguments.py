@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from connectomics.errors import ConfigError, unknown_name
+from connectomics.geometry import triple
 
 _FIELDS = ("image", "label", "known")
 _AXES = 3
@@ -15,8 +16,11 @@ _AXES = 3
 class Arguments:
     """``data.augmentations.NAME``; every reader raises `ConfigError` in one line that names the argument."""
 
-    def __init__(self, name: str, kind: str, values: Any, accepted: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, kind: str, values: Any, accepted: Sequence[str], voxel_size: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> None:
         self.name = name
+        self.voxel_size = triple(voxel_size, "voxel_size")
         self.where = f"data.augmentations.{name}"
         if not isinstance(values, Mapping):
             raise ConfigError(f"{self.where} must map arguments to values, found {values!r}")

@@ -45,7 +45,11 @@ class SpatialAugmentor:
 
     @classmethod
     def split(
-        cls, augmentations: Mapping[str, Any], patch_size: Sequence[int], extent: Sequence[float] | None = None
+        cls,
+        augmentations: Mapping[str, Any],
+        patch_size: Sequence[int],
+        extent: Sequence[float] | None = None,
+        voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> tuple[SpatialAugmentor | None, dict[str, Any]]:
         """The recognised spatial transforms of ``data.augmentations``, and the others in their order.
 
@@ -57,7 +61,8 @@ class SpatialAugmentor:
 
         Raises `UnknownNameError` for an unknown argument, `ConfigError` for a value that cannot be, and for a
         recognised transform that would move image or label alone. ``extent``: where a map is also used for larger
-        patches around the same centre (coarser inputs), their size in voxels of this patch.
+        patches around the same center (coarser inputs), their size in voxels of this patch. ``voxel_size``: nm, z y x:
+        rotations and shears are in nm, and a right-angle turn between axes of different voxel size is refused.
         """
         size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         fused: list[SpatialTransform] = []
@@ -70,7 +75,7 @@ class SpatialAugmentor:
             kind = base if base and suffix.isdigit() else str(name)
             found = None
             if kind in _ACCEPTED:
-                arguments = Arguments(str(name), kind, values, _ACCEPTED[kind])
+                arguments = Arguments(str(name), kind, values, _ACCEPTED[kind], voxel_size)
                 found = _READERS[kind](arguments, size)  # also where it will not be fused: for its errors
             if found is not None and any(isinstance(t, Elastic) for t in found):
                 found = None if any(isinstance(t, Elastic) for t in fused) else found
@@ -115,13 +120,20 @@ def _flip(arguments: Arguments, size: tuple[int, int, int]) -> list[SpatialTrans
 
 def _right_angle(arguments: Arguments, size: tuple[int, int, int]) -> list[SpatialTransform]:
     prob, most = arguments.prob(), arguments.whole("max_k", 3, least=1)
-    return [RightAngle(arguments.name, prob, most, plane) for plane in arguments.planes("spatial_axes", (0, 1))]
+    planes = arguments.planes("spatial_axes", (0, 1))
+    for a, b in planes:
+        if arguments.voxel_size[a] != arguments.voxel_size[b]:
+            raise ConfigError(
+                f"{arguments.where} turns axes ({a}, {b}), whose voxels are {arguments.voxel_size[a]:g} and "
+                f"{arguments.voxel_size[b]:g} nm long: tissue would be stretched; leave that plane out of spatial_axes"
+            )
+    return [RightAngle(arguments.name, prob, most, plane) for plane in planes]
 
 
 def _ranges(arguments: Arguments) -> AffineRanges:
     most = {"rotate_range": 3, "shear_range": 6, "translate_range": 3, "scale_range": 3}
     rotate, shear, translate, scale = (arguments.ranges(name, most[name]) for name in _AFFINE)
-    return AffineRanges(rotate, shear, translate, scale)
+    return AffineRanges(rotate, shear, translate, scale, arguments.voxel_size)
 
 
 def _affine(arguments: Arguments, size: tuple[int, int, int]) -> list[SpatialTransform] | None:

@@ -86,6 +86,9 @@ class RightAngle:
 class AffineRanges:
     """The random part that MONAI's affine and elastic transforms share; ``rotate`` in radians.
 
+    Rotations and shears are those of the tissue, in nm: on voxels of ``voxel_size`` (z, y, x) that are no cubes, angles
+    and lengths stay what they are. Translations are in voxels.
+
     Ranges may be fewer than there are parameters: those that follow stay at no change.
     """
 
@@ -93,6 +96,7 @@ class AffineRanges:
     shear: Ranges = ()
     translate: Ranges = ()
     scale: Ranges = ()
+    voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def draw(self, rng: np.random.Generator) -> tuple[Floats, Floats, dict[str, Any]]:
         """Matrix, shift, the numbers drawn. MONAI's order (`AffineGrid`): rotation @ shear @ translation @ scale."""
@@ -111,7 +115,8 @@ class AffineRanges:
             elementary = np.eye(3)
             elementary[a, b] = factor
             sheared = elementary @ sheared
-        matrix = matrix @ sheared
+        size = np.array(self.voxel_size)
+        matrix = matrix @ sheared * (size / size[:, None])  # from nm to voxels, on both sides
         shift = matrix @ np.array(shifts + [0.0] * (3 - len(shifts)))
         factors = [1 + s for s in scales] + [1.0] * (3 - len(scales))
         if angles:
@@ -131,13 +136,15 @@ class AffineRanges:
             found[axis] *= max(abs(1 + low), abs(1 + high))
         for axis, (low, high) in enumerate(self.translate):
             found[axis] += max(abs(low), abs(high))
+        size = np.array(self.voxel_size) / max(self.voxel_size)
+        found *= size
         for (a, b), (low, high) in zip(_SHEARS, self.shear, strict=False):
             found[a] += max(abs(low), abs(high)) * found[b]
         norm = float(np.linalg.norm(found))  # a rotation takes nothing farther than it is
         for (a, b), (low, high) in reversed(list(zip(_PLANES, self.rotate, strict=False))):
             angle = max(abs(low), abs(high))
             found[a], found[b] = _turned(found[a], found[b], angle), _turned(found[b], found[a], angle)
-        return np.minimum(found, norm) if self.rotate else found
+        return (np.minimum(found, norm) if self.rotate else found) / size
 
 
 def _turned(along: float, across: float, angle: float) -> float:

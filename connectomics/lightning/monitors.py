@@ -1,0 +1,89 @@
+"""The metrics that a checkpoint or the early stop can go by, checked before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from connectomics.config import RunConfig
+from connectomics.config.heads import heads_of
+from connectomics.errors import ConfigError, unknown_name
+from connectomics.lightning.validation import ValidationCrop
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
+
+_BLOCK = (128, 128, 128)
+_HEAD_METRICS = {"affinities": "dice", "boundary": "dice", "distance": "mae", "lsd": "mae"}
+
+
+def logged_names(config: RunConfig) -> list[str]:
+    """The metrics that a run logs for its epochs; those of a class only if the validation crops hold it."""
+    metrics = ["dice", "iou", *(["score"] if config.training.val_score else [])]
+    heads = heads_of(config)
+    return [
+        *(f"val/{metric}" for metric in metrics),
+        *(f"val/{name}/{metric}" for name in config.dataset.classes for metric in metrics),
+        *(f"val/{head.name}/{_HEAD_METRICS[head.kind]}" for head in heads),
+        "train/loss",
+        *(f"train/{name}" for name in config.model.loss_functions),
+        *(f"train/loss/{head.name}" for head in heads),
+        "train/known",
+        "train/lr",
+    ]
+
+
+def check_monitors(config: RunConfig) -> None:
+    """Raise `ConfigError` if a monitored score needs ``training.val_score``, `UnknownNameError` for a metric that the
+    run does not log."""
+    monitors = (("checkpoint", config.checkpoint.monitor), ("early_stopping", config.early_stopping.monitor))
+    for group, monitor in monitors:
+        if monitor.startswith("val/") and monitor.endswith("/score") and not config.training.val_score:
+            raise ConfigError(
+                f"{group}.monitor is {monitor}, which is computed only with training.val_score=true (it is false); "
+                f"set that, or {group}.monitor=val/dice"
+            )
+        names = logged_names(config)
+        if monitor not in names:
+            raise unknown_name("metric", monitor, names, f"{group}.monitor")
+
+
+def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | None]) -> None:
+    """Raise `ConfigError` if the run goes by a class that the validation crops do not hold, which is never logged.
+
+    Labels are read up to the first crop that holds the class, and only if the metric of a class is monitored.
+    """
+    monitors = {}
+    if config.checkpoint.save_top_k != 0:
+        monitors["checkpoint"] = config.checkpoint.monitor
+    if config.early_stopping.patience > 0:
+        monitors["early_stopping"] = config.early_stopping.monitor
+    own = [crop for crop in crops if crop is not None]
+    for group, monitor in monitors.items():
+        first, *of = monitor.split("/")[:-1]
+        if first != "val" or not of or any(_holds(config, crop, of, monitor.endswith("/score")) for crop in own):
+            continue
+        what = f"no known voxel where {of[0]} is present"
+        if len(of) > 1 or monitor.endswith("/score"):
+            what += ", or no object ids of it"
+        raise ConfigError(
+            f"{group}.monitor is {monitor}, which is never logged: the validation crops hold {what}; set "
+            f"{group}.monitor=val/dice or a metric of another class, or put a crop with {of[0]} on the validation side "
+            "of the split"
+        )
+
+
+def _holds(config: RunConfig, crop: ValidationCrop, of: list[str], scored: bool) -> bool:
+    """Whether a crop has ground truth for the metric of a class (``[class]``) or a head (``[class, kind]``)."""
+    name = of[0]
+    for _, block in crop.grid.blocks(_BLOCK):
+        if len(of) > 1:
+            number = list(dict.fromkeys(head.class_name for head in heads_of(config))).index(name)
+            found = bool((crop.read_ids(block)[number] > 0).any())
+        elif scored and get_rules(DEFAULT_RULES).is_instance(name):
+            annotated = crop.read_instances(name, block)
+            found = annotated is not None and bool(annotated[0][annotated[1]].any())
+        else:
+            labels = crop.read_label_codes(block)
+            present, known = labels.states.tables([name])
+            found = bool((present & known)[0][labels.codes].any())
+        if found:
+            return True
+    return False

@@ -1,0 +1,65 @@
+"""The network that a configuration describes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from connectomics.config import RunConfig
+from connectomics.data.dataset.build import views_of
+from connectomics.errors import InputError
+from connectomics.models.fusion import channels_for, with_views
+from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
+
+
+def build_network(config: RunConfig, channels: int) -> nn.Module:
+    """The network with ``channels`` output channels; raises `InputError` or `UnknownNameError` if that cannot be."""
+    views = views_of(config)
+    network = build_model(
+        config.model.architecture,
+        channels_for(config.model.fusion, config.model.in_channels, len(views)),
+        channels,
+        patch_size=config.data.patch_size,
+        deep_supervision=config.model.deep_supervision,
+        options=model_options(config),
+    )
+    ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
+    return with_views(network, config.model.fusion, ratios)
+
+
+def model_options(config: RunConfig) -> dict[str, Any]:
+    """The options of `build_model` that a configuration stands for."""
+    options = dict(config.model.options)
+    if config.model.architecture == "mednext":
+        options = {
+            "mednext_size": config.model.mednext_size,
+            "mednext_kernel_size": config.model.mednext_kernel_size,
+            **options,
+        }
+    return options
+
+
+def inference_window(config: RunConfig) -> list[int]:
+    """The window in voxels, z y x: `inference.window`, or the patch where that is null. Raises `InputError`."""
+    window = list(config.inference.window or config.data.patch_size)
+    architecture = config.model.architecture
+    try:
+        check_patch_size(architecture, window, model_options(config))
+    except InputError as error:
+        raise InputError(f"inference.window: {error}") from error
+    if config.data.inputs and config.model.fusion == "channels":
+        for number, view in enumerate(config.data.inputs):
+            if not window == list(config.data.patch_size) == list(view.patch_size):
+                raise InputError(
+                    f"model.fusion=channels stacks views voxel by voxel: data.patch_size {config.data.patch_size}, "
+                    f"inference.window {window} and data.inputs[{number}].patch_size {view.patch_size} must be alike; "
+                    "or take model.fusion=encoder"
+                )
+    if fixed_patch_size(architecture) and window != list(config.data.patch_size):
+        raise InputError(
+            f"model {architecture!r} takes windows of its patch size only: data.patch_size is "
+            f"{config.data.patch_size}, inference.window {window}; set inference.window=null"
+        )
+    return window

@@ -1,0 +1,99 @@
+"""What validation reads, and how it keeps its memory bounded whatever the number of classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.cellmap.label_codes import LabelCodes
+from connectomics.config import RunConfig
+from connectomics.geometry import VoxelGrid
+from connectomics.inference.sliding import plan
+
+_PREDICTION = 3 << 30  # bytes of a block's prediction, where blocks of at least 32 voxels a side allow it
+_SLAB = 1 << 24  # labels (classes times voxels) that are unpacked at a time: 5 bytes each
+_LEAST = 32
+
+
+class ValidationCrop(Protocol):
+    """What `ConnectomicsModule.validation_step` takes: a crop that is read piece by piece."""
+
+    @property
+    def name(self) -> str:
+        """The crop's name."""
+
+    @property
+    def dataset(self) -> str:
+        """The data set's name."""
+
+    @property
+    def grid(self) -> VoxelGrid:
+        """The crop's voxels, at the run's voxel size."""
+
+    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
+
+    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
+
+    def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
+        """Three-state labels, unknown also where there is no raw to see."""
+
+    def read_instances(
+        self, class_name: str, grid: VoxelGrid
+    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
+        """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
+
+    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
+        """Objects (I, d, h, w), 0 background, -1 unknown, also beyond the crop; asked for with ``model.heads`` only."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """A part of a predicted block with its labels, all arrays (C, d, h, w): ``values`` of every channel of the network;
+    ``label`` bool, which says nothing where not ``known``."""
+
+    grid: VoxelGrid
+    values: NDArray[np.float32]
+    label: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+
+
+def slabs(labels: LabelCodes, values: NDArray[np.float32], classes: Sequence[str]) -> Iterator[Slab]:
+    """Cut a predicted block (C, d, h, w) along z, so that labels are unpacked for a part of it at a time."""
+    depth, height, width = labels.grid.shape
+    step = max(1, _SLAB // max(1, len(classes) * height * width))
+    present, is_known = labels.states.tables(classes)
+    for z in range(0, depth, step):
+        codes = labels.codes[z : z + step]
+        grid = labels.grid.crop((z, 0, 0), codes.shape)
+        label, known = (np.stack([row[codes] for row in table]) for table in (present, is_known))
+        yield Slab(grid, values[:, z : z + step], label, known)
+
+
+def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: Sequence[int]) -> list[int]:
+    """The block size (z, y, x) to validate ``grid`` with: ``inference.block_size``, or smaller for many channels.
+
+    The block is halved along x first, since blocks that follow each other along x share their windows, then along z and
+    y, until its prediction takes 3 GiB or less. No side becomes smaller than 32 voxels.
+    """
+    size = [min(b, n) for b, n in zip(config.inference.block_size, grid.shape, strict=True)]
+    settings: dict[str, Any] = {
+        "channels": channels,
+        "window": window,
+        "overlap": config.inference.overlap,
+        "batch_size": 1 if config.inference.batch_size == "auto" else config.inference.batch_size,
+        "context": config.inference.context,
+    }
+    while plan(grid, block_size=size, **settings).bytes > _PREDICTION:
+        axes = [axis for axis in ((2,) if size[2] > _LEAST else (0, 1)) if size[axis] > _LEAST]
+        if not axes:
+            break
+        longest = max(axes, key=lambda axis: size[axis])
+        size[longest] = max(_LEAST, math.ceil(size[longest] / 2))
+    return size
