@@ -88,6 +88,7 @@ class Crop:
         labels: the label arrays by class name; a class without an array is unknown in this crop.
         options: how the arrays are read (cache, threads, endpoint); no part of what the crop is.
         not_annotated: names of groups beside them that are no class of the challenge and have no annotation (``all``).
+        region: the part of the crop that is meant (nm), such as one side of a split; None: all of it.
     """
 
     dataset: str
@@ -96,6 +97,7 @@ class Crop:
     labels: dict[str, LabelArray] = field(hash=False)
     options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
     not_annotated: tuple[str, ...] = ()
+    region: Box | None = None
 
     @property
     def key(self) -> str:
@@ -104,16 +106,26 @@ class Crop:
 
     @cached_property
     def grid(self) -> VoxelGrid:
-        """The finest grid among the crop's label arrays that have voxels (one without where none has)."""
+        """The finest grid among the crop's label arrays that have voxels (one without where none has), its region."""
         there = [label.grid for label in self._readable()]
         grids = [grid for grid in there if grid.size] or there
-        return min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
+        finest = min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
+        return self.within(finest)
 
     @cached_property
     def box(self) -> Box:
-        """The world box that holds all of the crop's label arrays; one without voxels takes no part."""
+        """The world box that holds all of the crop's label arrays, within its region; one without voxels takes no
+        part."""
         boxes = [label.grid.box for label in self._readable() if label.grid.size]
-        return reduce(Box.hull, boxes) if boxes else self.grid.box
+        box = reduce(Box.hull, boxes) if boxes else self.grid.box
+        return box if self.region is None else box.intersect(self.region)
+
+    def within(self, grid: VoxelGrid) -> VoxelGrid:
+        """The voxels of ``grid`` that touch the crop's region; all of them if it has none."""
+        if self.region is None:
+            return grid
+        part = grid.slices(self.region)
+        return grid.crop([s.start for s in part], [s.stop - s.start for s in part])
 
     @cached_property
     def raw_source(self) -> Multiscale:

@@ -9,8 +9,10 @@ is left is unknown. Averages of intervals are intervals, so resampling is exact,
 - an atom is at most what the other atoms leave (present in one means absent in the others).
 
 A class's own array always wins where it says something; bounds only narrow what it leaves unknown. In the end a voxel
-is **present** where ``lo >= 1/2``, **absent** where ``hi < 1/2``, and **unknown** in between: nothing that could
-still be the larger part is ever called absent.
+is **known** where at least half of its volume is known (``lo + 1 - hi >= 1/2``), and then **present** where at least as
+much of it is known to be present as to be absent (``lo >= 1 - hi``). Whether a voxel is known depends on the known
+share alone: sections annotated with gaps between them, read at twice their voxel size, keep their positives and their
+negatives alike.
 
 Labels are always read from the finest level. How the coarser levels of a label pyramid were made is not in its metadata
 (taking every second voxel, as many writers do, shifts them by up to half a voxel against the raw), and a mask that was
@@ -38,9 +40,7 @@ Fraction = NDArray[np.float32]
 Interval = tuple[Fraction, Fraction]
 Reading = tuple[Interval, NDArray[np.uint64]]  # bounds of the share, and ids of objects where they are told apart
 
-_HALF = np.float32(
-    0.5 - 1e-4
-)  # sums of float32 shares miss 1/2 by rounding; a ten-thousandth of a voxel does not matter
+_ROUNDING = np.float32(1e-4)  # of a voxel: sums of float32 shares are off by rounding
 _SOURCE_VOXELS = 2**24  # label voxels of one array held at once: bounds memory whatever the crop's size
 _WORD = 64
 
@@ -146,14 +146,13 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: 
         shares = _narrow({name: interval for name, (interval, _) in read.items()}, names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
         for channel, name in enumerate(names):
-            lo, hi = shares[name]
             word, bit = divmod(channel, _WORD)
-            is_present = lo >= _HALF
+            is_present, is_known = _vote(shares[name])
             present[word][at] |= is_present.astype(np.uint64) << np.uint64(bit)
-            known[word][at] |= (is_present | (hi < _HALF)).astype(np.uint64) << np.uint64(bit)
+            known[word][at] |= is_known.astype(np.uint64) << np.uint64(bit)
         for number, name in enumerate(told):
             if ids is not None and name in read:
-                ids[number][at] = read[name][1]
+                ids[number][at] = np.where(_vote(shares[name])[0], read[name][1], 0)
     return LabelVolume(grid, names, present, known, told, ids)
 
 
@@ -234,7 +233,15 @@ def _read_array(label: LabelArray, block: VoxelGrid, told: bool) -> Reading:
     interval = lo, np.float32(1.0) - absent
     if not told or label.annotation.kind != "instance":
         return interval, none
-    return interval, np.where(lo >= _HALF, vote_ids(values, present, part_grid, block), 0)
+    return interval, np.where(_vote(interval)[0], vote_ids(values, present, part_grid, block), 0)
+
+
+def _vote(share: Interval) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Present and known of a share's bounds: known by the known share alone, present by vote among what is known."""
+    lo, hi = share
+    absent = np.float32(1.0) - hi
+    known = lo + absent >= np.float32(0.5) - _ROUNDING
+    return known & (lo >= absent - 2 * _ROUNDING), known
 
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:

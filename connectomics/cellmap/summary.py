@@ -120,13 +120,19 @@ def _class(name: str, crops: Sequence[Crop], labels: Sequence[Mapping[str, Label
     return {"kind": " and ".join(sorted(kinds)), "crops": n_crops, **total}
 
 
-def label_counts(label: LabelArray) -> dict[str, int]:
-    """Voxels of the finest level that are ``present``, ``absent`` and ``unknown``, counted in bounded memory."""
-    shape = label.grid.shape
-    depth = max(1, _SLAB // max(1, shape[1] * shape[2]))
+def label_counts(label: LabelArray, part: VoxelGrid | None = None, level: int = 0) -> dict[str, int]:
+    """Voxels of a level that are ``present``, ``absent`` and ``unknown``, counted in bounded memory.
+
+    Args:
+        part: a part of the level's grid to count; None: all of it.
+    """
+    whole = label.source.levels[level].grid
+    grid = whole if part is None else part
+    first = whole.index_range(grid.box)[0] if grid.size else (0, 0, 0)
+    depth = max(1, _SLAB // max(1, grid.shape[1] * grid.shape[2]))
     present = known_voxels = 0
-    for begin, block in label.grid.blocks((depth, shape[1], shape[2])):
-        is_present, known = label.annotation.decode(label.read_stored(begin, block.shape))
+    for begin, block in grid.blocks((depth, grid.shape[1], grid.shape[2])):
+        is_present, known = label.annotation.decode(label.read_stored(np.add(first, begin), block.shape, level))
         present += int(is_present.sum())
         known_voxels += int(known.sum())
-    return {"present": present, "absent": known_voxels - present, "unknown": label.grid.size - known_voxels}
+    return {"present": present, "absent": known_voxels - present, "unknown": grid.size - known_voxels}

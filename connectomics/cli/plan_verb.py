@@ -33,7 +33,8 @@ def plan(
     from connectomics.io.replacing import contains, require_own
     from connectomics.io.store import is_s3
     from connectomics.io.write import write_file
-    from connectomics.lightning.planning import MARK, data_facts, hours, machine_facts, propose, try_step
+    from connectomics.lightning.data_facts import data_facts
+    from connectomics.lightning.planning import MARK, hours, machine_facts, propose, try_step
 
     with progress.counted("measuring classes") as advance:
         data = data_facts(root, class_name, dataset, advance)
@@ -70,7 +71,7 @@ def plan(
         for reason in item.reasons:
             print(f"  {reason}")
         if item.step_seconds is not None and item.step_memory is not None:
-            expected = hours(item, data)
+            expected = hours(item)
             print(
                 f"  a step takes {item.step_seconds:.2f} s and {item.step_memory / 1e9:.1f} GB; at most {expected:.1f} "
                 f"h for all epochs, loading not counted"

@@ -2,9 +2,10 @@
 
 from connectomics.config.compose import config_from_dict, config_to_dict, known_keys, load_config, save_config, tutorial
 from connectomics.config.plugins import import_plugins
-from connectomics.config.schema import RunConfig
+from connectomics.config.schema import EPOCH_PATCHES, RunConfig
 
 __all__ = [
+    "EPOCH_PATCHES",
     "RunConfig",
     "config_from_dict",
     "config_to_dict",

@@ -165,6 +165,7 @@ def _check_ranges(config: RunConfig, where: str) -> None:
         ("system.seed", config.system.seed, 0),
         ("data.batch_size", data.batch_size, 1),
         ("data.patches_per_epoch", data.patches_per_epoch, 1),
+        ("data.validation_windows", data.validation_windows, 1),
         ("data.num_workers", data.num_workers, 0),
         ("data.cache_context", data.cache_context, 0),
         ("data.cache_gb", data.cache_gb, 0),

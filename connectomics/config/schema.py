@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+#: Patches of an epoch where ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
+#: which take at most a thousand windows and no backward pass (``data.validation_windows``).
+EPOCH_PATCHES = 2000
+
 
 class Group:
     """What all groups of a configuration have."""
@@ -40,10 +44,11 @@ class DatasetConfig(Group):
     crops: list[str] | None = None  # None: all training crops
     classes: list[str] = field(default_factory=lambda: ["nuc", "mito", "er"])
     resolution: list[float] = field(default_factory=lambda: [8.0, 8.0, 8.0])  # nm, z y x
-    train_val_split: float = 0.85  # share of the crops that are trained on
+    train_val_split: float = 0.85  # share of the annotated volume that is trained on
     split: str = "crop"  # crop | dataset | leave_one_out
     held_out: list[str] = field(default_factory=list)  # data sets to validate on (split: dataset, leave_one_out)
     split_file: str | None = None  # read where it exists, else written; None: beside the run
+    coarse_labels: bool = False  # also read labels stored at more than twice the voxel size of the run
     crop_table: str | None = None  # test crops: a table's path, or "challenge" for the shipped one
 
 
@@ -93,7 +98,8 @@ class DataConfig(Group):
 
     patch_size: list[int] = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
     batch_size: int = 2
-    patches_per_epoch: int | None = None  # None: as many as it takes to see each crop's volume about once, at least 64
+    patches_per_epoch: int | None = None  # training patches of an epoch, of all processes together; None: 2000
+    validation_windows: int | None = 1000  # most windows of one validation, a fixed subset; None: all of every crop
     num_workers: int = 8
     persistent_workers: bool = True
     pin_memory: bool = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,20 @@ import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.config import RunConfig
-from connectomics.data.cache import Progress, prepare
-from connectomics.data.dataset.build import run_dataset
+from connectomics.config import EPOCH_PATCHES, RunConfig
+from connectomics.data.cache import Progress, cache_folder, prepare
+from connectomics.data.contents import LabelCounter
+from connectomics.data.dataset.build import cache_mode, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
-from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling
-from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
+from connectomics.data.run_split import check_known, run_split
+from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling, foreground_points
+from connectomics.data.splits import Split
+from connectomics.data.validation_windows import WindowShape, validation_parts
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError
+from connectomics.geometry import VoxelGrid
 from connectomics.io.store import StoreOptions
 
 log = logging.getLogger(__name__)
@@ -78,14 +83,12 @@ class CellMapDataModule(pl.LightningDataModule):
         crops = Catalog.open(cfg.dataset.data_root, store).crops(
             cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
         )
-        self.split = self._split(crops)
-        train, val = self.split.select(crops, "the split file" if cfg.dataset.split_file else "the split")
-        if not train:
-            raise InputError(
-                "the split leaves no crop to train on; raise dataset.train_val_split or edit the split file"
-            )
+        file = self._split_file()
+        self.split, train, val = run_split(cfg, crops, file, self._counter())
+        if file is not None and not file.is_file() and _is_first_process():
+            self.split.save(file)
         self._train = run_dataset(cfg, train, "train")
-        self._val = run_dataset(cfg, val, "val")
+        self._val = run_dataset(cfg, self._looked_at(val), "val")
         volumes = (*self._train.all_volumes, *self._val.all_volumes)
         prepare(
             volumes,
@@ -93,28 +96,41 @@ class CellMapDataModule(pl.LightningDataModule):
             budget=None if cfg.data.cache_gb is None else int(cfg.data.cache_gb * 1e9),
             progress=self.progress,
         )
+        check_known(self._train.volumes)
 
-    def _split(self, crops: list[Crop]) -> Split:
-        """Read the split file where it exists, else decide and write it."""
-        cfg = self.config.dataset
-        file = Path(cfg.split_file) if cfg.split_file else (self.run_dir / "split.yaml" if self.run_dir else None)
-        if file is not None and file.is_file():
-            return Split.load(file)
-        if cfg.split == "crop":
-            split = split_by_crop(crops, cfg.classes, cfg.train_val_split, self.config.system.seed)
-        elif cfg.split == "dataset":
-            split = split_by_dataset(crops, cfg.held_out)
-        else:
-            folds = leave_one_out(crops)
-            if len(cfg.held_out) != 1 or cfg.held_out[0] not in folds:
-                raise ConfigError(
-                    f"dataset.split=leave_one_out validates on one data set a run; set dataset.held_out=[NAME], one of "
-                    f"{', '.join(folds)}, and run once for each"
-                )
-            split = folds[cfg.held_out[0]]
-        if file is not None and _is_first_process():
-            split.save(file)
-        return split
+    def _split_file(self) -> Path | None:
+        """Where the split is read from, or written to if it does not exist."""
+        if self.config.dataset.split_file:
+            return Path(self.config.dataset.split_file)
+        return self.run_dir / "split.yaml" if self.run_dir else None
+
+    def _counter(self) -> LabelCounter:
+        """Counts of label voxels are kept beside decoded crops, if those are kept."""
+        folder = cache_folder(cache_mode(self.config), self.config.data.cache_dir)
+        return LabelCounter(None if folder is None else folder / "counts")
+
+    def _looked_at(self, crops: Sequence[Crop]) -> list[Crop]:
+        """The validation crops, or, if they take more windows than ``data.validation_windows``, the parts of them that
+        every validation of the run looks at."""
+        cfg = self.config
+        parts = validation_parts(
+            [VoxelGrid.covering(crop.box, cfg.dataset.resolution) for crop in crops],
+            validation_shape(cfg),
+            cfg.data.validation_windows,
+            lambda number, name: foreground_points(crops[number], name, cfg.system.seed),
+            cfg.dataset.classes,
+            cfg.system.seed,
+        )
+        found = []
+        for crop, tiles in zip(crops, parts, strict=True):
+            is_whole = len(tiles) == 1 and tiles[0].box.contains(crop.box, tolerance=1e-6)
+            found += [crop] if is_whole else [replace(crop, region=tile.box.intersect(crop.box)) for tile in tiles]
+        if len(found) > len(crops):
+            log.info(
+                "validation looks at %d fixed parts of %d crops: at most data.validation_windows=%d windows",
+                len(found), len(crops), cfg.data.validation_windows,
+            )  # fmt: skip
+        return found
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property
@@ -129,13 +145,6 @@ class CellMapDataModule(pl.LightningDataModule):
         assert self._val is not None, "setup() comes first"
         return self._val.volumes
 
-    def _patches_per_epoch(self) -> int:
-        if self.config.data.patches_per_epoch is not None:
-            return self.config.data.patches_per_epoch
-        dataset = self.train_dataset
-        patch = dataset.patch_size[0] * dataset.patch_size[1] * dataset.patch_size[2]
-        return max(64, sum(-(-v.grid.size // patch) for v in dataset.volumes))
-
     def sampler(self) -> PatchSampler:
         """The sampler of this process's share of each epoch."""
         dataset = self.train_dataset
@@ -147,7 +156,7 @@ class CellMapDataModule(pl.LightningDataModule):
         ]
         return PatchSampler(
             crops,
-            self._patches_per_epoch(),
+            EPOCH_PATCHES if data.patches_per_epoch is None else data.patches_per_epoch,
             classes=dataset.classes,
             sampling=data.sampling,
             class_weights=data.class_weights,
@@ -190,6 +199,12 @@ class CellMapDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any]:
         """One `CropVolume` a batch, each process its share."""
         return DataLoader(ValidationCrops(self.val_volumes, *self._place()), batch_size=1, collate_fn=list)
+
+
+def validation_shape(config: RunConfig) -> WindowShape:
+    """How a run's validation slides over crops."""
+    window, inference = config.inference.window or config.data.patch_size, config.inference
+    return WindowShape((window[0], window[1], window[2]), inference.overlap, inference.context, inference.block_size)
 
 
 def _has_cuda() -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from connectomics.data.arrays import CropArrays
 from connectomics.data.augment import PatchAugmentor
 from connectomics.data.patches import PackedPatch
-from connectomics.data.sampling import PatchRequest, place_known, place_patch
+from connectomics.data.sampling import PatchRequest, place_known, place_patch, tilings
 from connectomics.data.spatial import CoordinateMap, sample
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
@@ -37,7 +37,7 @@ def context_needed(crop: Sequence[int], patch: Sequence[int], reach: Sequence[fl
     """
     needed = []
     for n, p, r, s in zip(crop, patch, reach, scale, strict=True):
-        nearest = min(p / 2, n - p / 2) * s  # of a patch's middle to the crop's face; negative: outside
+        nearest = (p / 2 - tilings(n, p)[2]) * s  # of a patch's middle to the crop's face; negative: outside
         needed.append(max(0, math.ceil(r - nearest)) + 1)  # one more for the neighbour that interpolation looks at
     return needed[0], needed[1], needed[2]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import atoms_of
+from connectomics.data.holdout import capped_shares
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Triple, VoxelGrid
 
@@ -25,6 +26,7 @@ DEFAULT_SAMPLING = {"class": 0.7, "volume": 0.3}
 _POINTS = 2048  # positions kept for each crop and class: enough that patches differ, small whatever the crop
 _READ = 2**24  # label voxels read at once while looking for them
 _PIECE = 2**20  # voxels that get their random priorities at once
+_INSIDE = 0.25  # share of tilings that lie inside the crop
 _BLOCK = 256  # positions whose random numbers are drawn together
 
 
@@ -52,7 +54,8 @@ class SampledCrop:
 
     Attributes:
         dataset: the data set's name.
-        volume: its size, in any unit (nm^3, voxels) that all crops share; > 0.
+        volume: its size, in any unit (nm^3, voxels) that all crops share; > 0. Drawing by volume caps it (see
+            `connectomics.data.holdout.capped_shares`).
         points: class -> world positions (n, 3), nm, where the class is present; empty or absent where it is not.
     """
 
@@ -115,7 +118,8 @@ def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
     label = crop.labels[name]
     levels = label.source.levels
     for number in dict.fromkeys((len(levels) - 1, 0)):
-        grid = levels[number].grid
+        grid = crop.within(levels[number].grid)
+        first = levels[number].grid.index_range(grid.box)[0] if grid.size else (0, 0, 0)
         volume = float(np.prod(grid.voxel_size))
         edge = max(1, int(_READ / max(1, grid.shape[1] * grid.shape[2])))
         chunk = levels[number].chunks[0]
@@ -123,7 +127,8 @@ def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
             edge -= edge % chunk  # no chunk is decoded twice
         found = 0
         for begin, block in grid.blocks((edge, grid.shape[1], grid.shape[2])):
-            present = label.annotation.decode(label.read_stored(begin, block.shape, number))[0].reshape(-1)
+            stored = label.read_stored(np.add(first, begin), block.shape, number)
+            present = label.annotation.decode(stored)[0].reshape(-1)
             for start in range(0, present.size, _PIECE):
                 index = np.flatnonzero(present[start : start + _PIECE]) + start
                 found += len(index)
@@ -138,22 +143,54 @@ def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[n
 
 
 # -- the place of a patch ----------------------------------------------------------------------------------------------
-def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
-    """The grid of a patch of ``shape`` voxels on a crop's lattice.
+def tilings(n: int, patch: int) -> tuple[int, int, int]:
+    """How patches of ``patch`` voxels tile an axis of ``n`` voxels: ``(tiles, least, most)``.
 
-    Uniform over the places where the patch lies in the crop; on an axis where the crop is smaller than the patch, over
-    the places where it holds the whole crop. With a ``point`` (nm), over those of them that hold the point, so that it
-    is not always in the middle.
+    The tiles follow each other without gap or overlap and together hold the whole axis; the first begins ``least`` to
+    ``most`` voxels before it. So every voxel lies in exactly one tile of each tiling, and a tile drawn at random sees
+    every voxel equally often, those at the faces as those in the middle. Each tile shares at least a quarter of itself
+    with the axis (all of the axis if it is shorter than a patch). If the tiles would fit the axis nearly exactly, one
+    more is taken, so that there are many places to choose from.
+    """
+    if n <= patch:
+        return 1, 0, patch - n
+    tiles = -(-n // patch)
+    beyond = tiles * patch - n
+    if beyond < patch // 8:
+        tiles, beyond = tiles + 1, beyond + patch
+    most_outside = patch - -(-patch // 4)
+    return tiles, max(0, beyond - most_outside), min(beyond, most_outside)
+
+
+def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
+    """The grid of a patch of ``shape`` voxels on a crop's lattice: a random tile of a random tiling (see `tilings`).
+
+    Patches reach beyond the crop, where raw is read and labels are unknown, and every voxel of the crop is seen about
+    equally often. A quarter of the tilings, on each axis, is moved together inside the crop instead: such patches
+    hold more labels, and the voxels where two of them overlap are seen by 1.25 times as many patches as others
+    (1.25^3 = 1.95 in the corner of three overlaps). On an axis where the crop is smaller than the patch, the patch
+    holds the whole crop. With a ``point`` (nm), a tile that holds the point, so that it is not always in the middle.
     """
     begin = []
     index = None if point is None else np.floor(lattice.to_index(point) + 0.5).astype(int)
     for axis, (n, p) in enumerate(zip(lattice.shape, shape, strict=True)):
-        lo, hi = min(0, n - p), max(0, n - p)
+        tiles, least, most = tilings(n, p)
+        before, is_inside = int(rng.integers(least, most + 1)), rng.random() < _INSIDE
+        begins = [t * p - before for t in range(tiles)]
+        if tiles > 1 and is_inside:
+            begins = [t * (n - p) // (tiles - 1) for t in range(tiles)]
         if index is not None:
             at = int(np.clip(index[axis], 0, n - 1))
-            lo, hi = max(lo, at - p + 1), min(hi, at)
-        begin.append(int(rng.integers(lo, hi + 1)))
+            begins = [b for b in begins if b <= at < b + p]
+        begin.append(begins[int(rng.integers(len(begins)))])
     return lattice.crop(begin, shape)
+
+
+def _inside(lattice: VoxelGrid, patch: VoxelGrid) -> VoxelGrid:
+    """A patch shifted inside the crop, or, where the crop is smaller, so that it holds the crop."""
+    begin = np.round(lattice.to_index(patch.translation)).astype(int)
+    spare = np.subtract(lattice.shape, patch.shape)
+    return lattice.crop(np.clip(begin, np.minimum(0, spare), np.maximum(0, spare)).tolist(), patch.shape)
 
 
 def place_known(
@@ -167,9 +204,9 @@ def place_known(
 ) -> VoxelGrid:
     """As `place_patch`, with a guaranteed share of known voxels where the crop has such a place.
 
-    Up to ``tries`` places are drawn; the first of which ``known_share`` is at least ``least`` is taken, else the best
-    of them. A crop smaller than the patch cannot fill it, so there the share is measured against the largest that the
-    crop's size allows.
+    Up to ``tries`` places are drawn, the later half shifted inside the crop; the first of which ``known_share`` is at
+    least ``least`` is taken, else the best of them. A crop smaller than the patch cannot fill it, so there the share is
+    measured against the largest that the crop's size allows.
 
     Args:
         known_share: share (0 to 1) of a grid's voxels at which something is known.
@@ -179,8 +216,10 @@ def place_known(
         return place_patch(lattice, shape, point, rng)
     reachable = math.prod(min(n, p) / p for n, p in zip(lattice.shape, shape, strict=True))
     best, most = None, -1.0
-    for _ in range(tries):
+    for number in range(tries):
         grid = place_patch(lattice, shape, point, rng)
+        if number >= tries // 2:
+            grid = _inside(lattice, grid)
         share = known_share(grid)
         if share >= least * reachable:
             return grid
@@ -236,7 +275,8 @@ class PatchSampler:
     - ``class``: a class by its weight among those that are present anywhere, then a crop evenly among those that have
       it, so that a large crop does not drown the others, then one of its positions evenly;
     - ``dataset``: a data set evenly, then a crop of it by volume, then a uniform place;
-    - ``volume``: a crop by volume, then a uniform place;
+    - ``volume``: a crop by volume, but none more often than twice its even share or 5 % of the draws, whichever is
+      larger, then a uniform place;
     - ``uniform``: a crop evenly, then a uniform place.
 
     Strategies and classes are drawn stratified: of 256 successive requests from a multiple of 256 on, each has its
@@ -283,9 +323,11 @@ class PatchSampler:
                 "crops with a weight above 0; give volume or uniform a weight, or take other crops or classes"
             )
         self._outcome = _Wheel(dict(enumerate(outcomes)))
-        self._by_volume = _Wheel({i: crop.volume for i, crop in enumerate(crops)})
-        names = sorted({crop.dataset for crop in crops})
-        self._of_dataset = [_Wheel({i: c.volume for i, c in enumerate(crops) if c.dataset == name}) for name in names]
+        self._by_volume = _by_volume(crops, range(len(crops)))
+        of_dataset: dict[str, list[int]] = {}
+        for number, crop in enumerate(crops):
+            of_dataset.setdefault(crop.dataset, []).append(number)
+        self._of_dataset = [_by_volume(crops, of_dataset[name]) for name in sorted(of_dataset)]
 
     @property
     def epoch(self) -> int:
@@ -338,6 +380,12 @@ class PatchSampler:
             drawn[:, 0] = (rng.permutation(_BLOCK) + drawn[:, 0]) / _BLOCK  # one in each of as many equal strata
             self._block = (epoch, number, drawn.tolist())
         return self._block[2][row]
+
+
+def _by_volume(crops: Sequence[SampledCrop], numbers: Sequence[int]) -> _Wheel:
+    """Draws one of some crops by their capped volume."""
+    shares = capped_shares(np.array([crops[n].volume for n in numbers]))
+    return _Wheel(dict(zip(numbers, shares.tolist(), strict=True)))
 
 
 def _pick(items: Sequence[T], u: float) -> T:

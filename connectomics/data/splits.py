@@ -1,27 +1,43 @@
-"""Which crops are trained on and which are held out: decided once, written to a file that a person can edit."""
+"""Which crops are trained on and which are held out: decided once, written to a file that a person can edit.
+
+What must stay on one side of a split are crops that overlap, or that lie nearer to each other than half a patch: the
+same tissue would be trained on and validated. They form a group (`groups_of`). Groups are held out whole; only if none
+can be spared are they cut in two (`connectomics.data.cutting`), so an entry of a split is a crop or a region of one.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from connectomics.cellmap.catalog import Crop, informs
+from connectomics.cellmap.catalog import Crop
+from connectomics.data.contents import Content
+from connectomics.data.cutting import cut
+from connectomics.data.holdout import held_out_groups
 from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.geometry import Box, Triple, triple
+
+log = logging.getLogger(__name__)
+
+_LEAST_HELD, _MOST_HELD = 0.5, 2.5  # of the wanted share: what whole groups may hold out
+_LARGE = 2.0  # of the wanted share: a group that is cut if whole groups do not make it
 
 
 @dataclass(frozen=True)
 class Split:
-    """Keys (``dataset/crop``) of the training and the validation crops."""
+    """Entries of the training and the validation side: ``dataset/crop``, or ``dataset/crop:z0,y0,x0:z1,y1,x1`` for the
+    region of a crop between two corners (nm)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
 
     def save(self, path: Path) -> None:
-        """Write as YAML, one crop a line."""
+        """Write as YAML, one entry a line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ["# Which crops are trained on and which validate. Move lines between the lists as you like."]
         for name, keys in (("train", self.train), ("val", self.val)):
@@ -34,7 +50,8 @@ class Split:
 
     @classmethod
     def load(cls, path: Path) -> Split:
-        """Read what `save` (or a person) wrote; `ConfigError` where a crop is on both lists or a list is absent."""
+        """Read what `save` (or a person) wrote; `ConfigError` where an entry is on both lists, is no entry, or a list
+        is absent."""
         import yaml
 
         try:
@@ -52,51 +69,190 @@ class Split:
         both = sorted(set(split.train) & set(split.val))
         if both:
             raise ConfigError(f"the split file {path} lists {both[0]} under train and under val; it can be in one only")
+        for entry in (*split.train, *split.val):
+            parse_entry(entry, f"the split file {path}")
         return split
 
     def select(self, crops: Sequence[Crop], where: str = "the split") -> tuple[list[Crop], list[Crop]]:
-        """The crops of each list; `UnknownNameError` for a key that no crop has."""
-        by_key = {c.key: c for c in crops}
-        for key in (*self.train, *self.val):
-            if key not in by_key:
-                raise unknown_name("crop", key, by_key, where)
-        return [by_key[k] for k in self.train], [by_key[k] for k in self.val]
+        """The crops of each list, cut to their regions.
+
+        Raises:
+            UnknownNameError: an entry that is of no crop. ConfigError: a region that lies outside of its crop.
+        """
+        train, val = (select_entries(entries, crops, where) for entries in (self.train, self.val))
+        return train, val
 
 
-def split_by_crop(crops: Sequence[Crop], classes: Sequence[str], train_share: float, seed: int) -> Split:
-    """Hold out about ``1 - train_share`` of the crops so that each class keeps about that share too.
+def parse_entry(entry: str, where: str = "the split") -> tuple[str, Box | None]:
+    """``dataset/crop`` and the region of an entry (None: all of the crop); `ConfigError` if it cannot be read."""
+    key, *corners = entry.split(":")
+    if not corners:
+        return key, None
+    try:
+        begin, end = (triple([float(v) for v in corner.split(",")], "a corner") for corner in corners)
+        region = Box(begin, end)
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: an entry is DATASET/CROP or DATASET/CROP:z0,y0,x0:z1,y1,x1 (nm), got {entry!r} ({error})"
+        ) from error
+    if region.is_empty:
+        raise ConfigError(f"{where}: the region of {entry!r} is empty; the second corner must lie beyond the first")
+    return key, region
 
-    Greedy and seeded: the next crop held out is the one that brings validation closest to every class's share, the
-    first in random order among equals. A class with a single crop stays in training: there is nothing else to learn it
-    from. At least one crop validates where there are two or more and ``train_share`` is below 1.
+
+def entry_of(crop: Crop) -> str:
+    """The entry of a crop, with its region."""
+    if crop.region is None:
+        return crop.key
+    corners = (",".join(f"{v:.12g}" for v in corner) for corner in (crop.region.begin, crop.region.end))
+    return ":".join((crop.key, *corners))
+
+
+def select_entries(entries: Sequence[str], crops: Sequence[Crop], where: str = "the split") -> list[Crop]:
+    """The crops of these entries, cut to their regions; raises as `Split.select`."""
+    by_key = {c.key: c for c in crops}
+    found = []
+    for entry in entries:
+        key, region = parse_entry(entry, where)
+        if key not in by_key:
+            raise unknown_name("crop", key, by_key, where)
+        crop = by_key[key] if region is None else replace(by_key[key], region=region)
+        if region is not None and crop.box.is_empty:
+            raise ConfigError(f"{where}: the region of {entry} lies outside of the crop, which is {by_key[key].box}")
+        found.append(crop)
+    return found
+
+
+# -- what must stay together -------------------------------------------------------------------------------------------
+def groups_of(crops: Sequence[Crop], margin: float | Triple = 0.0) -> list[list[int]]:
+    """Numbers of the crops that overlap or lie nearer than ``margin`` (nm, one number or z y x), directly or through
+    others; only crops of one data set can. Groups and their members are in the order of ``crops``."""
+    group = list(range(len(crops)))
+    for i, crop in enumerate(crops):
+        for j in _near(crop, crops[:i], margin):
+            if group[j] != group[i]:
+                old, new = group[i], group[j]
+                group = [new if g == old else g for g in group]
+    return [[i for i, g in enumerate(group) if g == number] for number in dict.fromkeys(group)]
+
+
+def leaks(train: Sequence[Crop], val: Sequence[Crop], margin: float | Triple = 0.0) -> list[tuple[Crop, Crop]]:
+    """Pairs of a training and a validation crop that overlap (or lie nearer than ``margin``, see `groups_of`)."""
+    return [(train[number], held) for held in val for number in _near(held, train, margin)]
+
+
+def _near(crop: Crop, others: Sequence[Crop], margin: float | Triple) -> list[int]:
+    """Numbers of the ``others`` of the crop's data set that overlap it, or lie nearer than ``margin`` (nm)."""
+    same = [number for number, other in enumerate(others) if other.dataset == crop.dataset]
+    if not same:
+        return []
+    begin = np.array([others[number].box.begin for number in same])
+    end = np.array([others[number].box.end for number in same])
+    shared = np.minimum(end, crop.box.end) - np.maximum(begin, crop.box.begin) + np.asarray(margin)
+    # rounding must not join crops that share a face
+    return [same[n] for n in np.flatnonzero((shared > 1e-6).all(axis=1))]
+
+
+def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: Triple) -> list[str]:
+    """Warnings about validation crops that lie within ``margin`` (nm) of training crops.
+
+    Raises:
+        ConfigError: a validation crop overlaps a training crop, so that it would be validated on what was trained on.
+    """
+    overlapping = leaks(train, val)
+    if overlapping:
+        pairs = [f"{held.key} with {crop.key}" for crop, held in overlapping]
+        more = f" and {len(pairs) - 4} more" if len(pairs) > 4 else ""
+        raise ConfigError(
+            f"{where} validates on crops that overlap training crops ({', '.join(pairs[:4])}{more}), so their labels "
+            "would be trained on; move overlapping crops to one list, or use another split file to have a split made"
+        )
+    return [
+        f"{where}: validation crop {held.key} lies within half a patch of training crop {crop.key}; its scores may be "
+        "too good"
+        for crop, held in leaks(train, val, margin)
+    ]
+
+
+def kept_out(crops: Sequence[Crop], files: Sequence[Path]) -> list[Crop]:
+    """The crops, or parts of them, that validate in every one of these split files; those that overlap a training crop
+    of any of them are left out with a warning. Entries of crops that are not among ``crops`` do not count."""
+    keys = {crop.key for crop in crops}
+    kept, trained = list(crops), []
+    for file in files:
+        split = Split.load(file)
+        there = (tuple(e for e in side if parse_entry(e)[0] in keys) for side in (split.train, split.val))
+        train, val = Split(*there).select(crops, str(file))
+        trained += train
+        kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
+    seen = {entry_of(held) for _, held in leaks(trained, kept)}
+    if seen:
+        log.warning("left out, since they overlap crops that were trained on: %s", ", ".join(sorted(seen)))
+    return [crop for crop in kept if entry_of(crop) not in seen]
+
+
+def _common_part(first: Crop, second: Crop) -> Crop | None:
+    """The part of a crop that two regions of it share; None if there is none, or if they are of different crops."""
+    if first.key != second.key:
+        return None
+    if first.region is None or second.region is None:
+        return second if first.region is None else first
+    part = replace(first, region=first.region.intersect(second.region))
+    return None if part.box.is_empty else part
+
+
+# -- making a split ----------------------------------------------------------------------------------------------------
+def split_by_crop(
+    crops: Sequence[Crop],
+    contents: Sequence[Content],
+    classes: Sequence[str],
+    train_share: float,
+    seed: int,
+    margin: Triple = (0.0, 0.0, 0.0),
+) -> Split:
+    """Hold out about ``1 - train_share`` of what is annotated, and about that share of what is present of each class.
+
+    Groups of crops that overlap or lie nearer than ``margin`` (nm) are held out whole (`held_out_groups`). Groups are
+    cut in two, with a gap of ``margin`` between the sides (`connectomics.data.cutting.cut`), if that cannot be: all of
+    them if none can be spared, such as when there is only one; the large ones if whole groups would hold out less than
+    half of what is wanted, or more than 2.5 times that.
+
+    Args:
+        contents: what each crop holds (`connectomics.data.contents.content_of`).
+        seed: chooses among equally good splits.
     """
     if not crops:
         raise InputError("there are no crops to split")
+    if train_share >= 1:
+        return Split(tuple(entry_of(crop) for crop in crops), ())
+    groups = groups_of(crops, margin)
+    if len(groups) == 1:
+        groups = groups_of(crops)  # nearness alone is no reason to have nothing to hold out
     rng = np.random.default_rng([seed, 0x5917])
-    order = [int(i) for i in rng.permutation(len(crops))]
-    holds = [[c for c in classes if informs(c, crop.labels)] for crop in crops]
-    total = {c: sum(c in h for h in holds) for c in classes}
-    rarity = {i: min((total[c] for c in holds[i]), default=len(crops)) for i in order}
-    wanted = max(1, round(len(crops) * (1 - train_share))) if train_share < 1 and len(crops) > 1 else 0
-    target = {c: (1 - train_share) * total[c] for c in classes}
-    held: dict[str, int] = dict.fromkeys(classes, 0)
-    val: set[int] = set()
-    while len(val) < wanted:
-        candidates = [i for i in order if i not in val and all(total[c] - held[c] > 1 for c in holds[i])]
-        if not candidates:
-            candidates = [i for i in order if i not in val]
-            if len(candidates) <= 1:
-                break
-        # the crop that brings validation closest to every class's share; among equals the one with the commoner classes
-        gains = {i: sum(min(1.0, target[c] - held[c]) / max(1, total[c]) for c in holds[i]) for i in candidates}
-        best = max(candidates, key=lambda i: (round(gains[i], 9), rarity[i]))
-        val.add(best)
-        for c in holds[best]:
-            held[c] += 1
-    return Split(
-        train=tuple(crops[i].key for i in range(len(crops)) if i not in val),
-        val=tuple(crops[i].key for i in range(len(crops)) if i in val),
-    )
+    # crops of a group overlap, many wholly: the largest stands for the group
+    known = np.array([max(contents[i].known for i in group) for group in groups])
+    present = np.array([[max(contents[i].present[c] for i in group) for c in classes] for group in groups])
+    volumes, wanted = known / (known.sum() or 1.0), 1 - train_share
+    held = held_out_groups(known, present, wanted, rng)
+    to_cut: list[int] = []
+    if not held:
+        to_cut = list(range(len(groups)))
+    elif not _LEAST_HELD * wanted <= volumes[held].sum() <= _MOST_HELD * wanted:
+        to_cut = np.flatnonzero(volumes > _LARGE * wanted).tolist()
+        rest = [number for number in range(len(groups)) if number not in to_cut]
+        if to_cut:
+            held = [rest[n] for n in held_out_groups(known[rest], present[rest], wanted, rng)] if rest else []
+    sides: tuple[list[Crop], list[Crop]] = ([], [])
+    for number, group in enumerate(groups):
+        members = [crops[i] for i in group]
+        if number in to_cut:
+            train, val = cut(members, classes, train_share, margin, rng)
+        else:
+            train, val = ([], members) if number in held else (members, [])
+        sides[0].extend(train)
+        sides[1].extend(val)
+    order = {crop.key: number for number, crop in enumerate(crops)}
+    return Split(*(tuple(entry_of(crop) for crop in sorted(side, key=lambda c: order[c.key])) for side in sides))
 
 
 def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
@@ -105,8 +261,8 @@ def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
     for name in held_out:
         if name not in names:
             raise unknown_name("data set", name, names, "the crops of this run")
-    train = tuple(c.key for c in crops if c.dataset not in held_out)
-    val = tuple(c.key for c in crops if c.dataset in held_out)
+    train = tuple(entry_of(c) for c in crops if c.dataset not in held_out)
+    val = tuple(entry_of(c) for c in crops if c.dataset in held_out)
     if not train or not val:
         raise InputError(
             f"holding out {', '.join(held_out) or 'nothing'} leaves {len(train)} training and {len(val)} validation "

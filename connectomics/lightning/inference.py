@@ -18,7 +18,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
-from connectomics.data.splits import Split
+from connectomics.data.splits import kept_out
 from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
@@ -90,34 +90,34 @@ def targets_of(
 
 
 def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> list[Target]:
-    """The annotated crops that no network of ``checkpoints`` was trained on: ``val`` of ``split.yaml`` in its run.
+    """The annotated crops, or parts of crops, that no network of ``checkpoints`` was trained on: ``val`` of
+    ``split.yaml`` in its run. Those that overlap what one of them was trained on are left out, with a warning.
 
     Raises:
         MissingError: a checkpoint does not lie in a run's folder, ``RUN/checkpoints/x.ckpt``.
         InputError: every crop was trained on by one of them.
     """
-    catalog = Catalog.open(config.dataset.data_root)
-    crops = catalog.crops(config.dataset.datasets, config.dataset.crops, config.dataset.classes)
-    kept = {crop.key for crop in crops}
-    for path in checkpoints:
-        file = Path(path).resolve().parent.parent / "split.yaml"
+    data = config.dataset
+    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
+    files = [Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints]
+    for path, file in zip(checkpoints, files, strict=True):
         if not file.is_file():
             raise MissingError(
                 f"{path}: which crops it was not trained on is in the split.yaml of its run, and there is no {file}; "
                 "name the crops yourself: dataset.crops=[...]"
             )
-        kept &= set(Split.load(file).val)
+    kept = kept_out(crops, files)
     if not kept:
         raise InputError(
             f"no crop of {config.dataset.data_root} was kept out of the training of "
             f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
         )
-    return [crop_target(crop, config.dataset.classes) for crop in crops if crop.key in kept]
+    return [crop_target(crop, config.dataset.classes) for crop in kept]
 
 
 def crop_target(crop: Crop, classes: Sequence[str]) -> Target:
     """All ``classes`` on the grid of a crop of the catalog: a class's own where it has labels, else the finest one."""
-    grids = {name: crop.labels[name].grid if name in crop.labels else crop.grid for name in classes}
+    grids = {name: crop.within(crop.labels[name].grid) if name in crop.labels else crop.grid for name in classes}
     return Target(crop.dataset, crop.name, grids)
 
 

@@ -1,9 +1,7 @@
 """From a data root and a machine to configurations that train, with the reason for each choice.
 
-What is measured of the data: voxel sizes, extents, how much of each class is annotated, how thick its structures are,
-the range of the raw. Thickness is the mean chord: the mean length of the runs of present voxels along the three axes.
-For convex bodies it is 4 V / S (Cauchy; a ball of diameter d has 2 d / 3), and it needs neither instances nor surfaces.
-What is measured of the machine: cores, memory, GPU memory, free disk, and the seconds of one training step.
+The data are measured by `connectomics.lightning.data_facts`; of the machine: cores, memory, GPU memory, free disk, and
+the seconds of one training step.
 """
 
 from __future__ import annotations
@@ -12,19 +10,14 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.cellmap.crop_table import CropTable
-from connectomics.config import RunConfig, config_from_dict
+from connectomics.config import EPOCH_PATCHES, RunConfig, config_from_dict
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.lightning.data_facts import ClassFacts, DataFacts
 
 #: Voxel sizes to choose from, nm: those at which most EM is stored.
 #: First line of the configurations that are written.
@@ -32,45 +25,9 @@ MARK = "# written by pytc plan"
 SIZES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 #: Voxels that a mean chord should span: fewer and thin parts break, more and the patch sees too little around.
 CHORD_VOXELS = 4.0
-_SLAB = 2**24  # label voxels read at once
-_MOST_CROPS = 12  # of each class that are measured
+_CPU_PATCHES = 200  # of an epoch without a GPU
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # that a patch should see, so that large organelles are recognised
-
-#: Told (done, all, name).
-Advance = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class ClassFacts:
-    """One class over the crops that were measured.
-
-    Attributes:
-        crops: with annotation of it. present_um3: annotated as present. share: of what is known.
-        chord_nm: mean chord, None where it is nowhere present. finest_nm: smallest voxel size of its labels.
-        test_nm: median voxel size at which the challenge asks for it, None where it does not.
-    """
-
-    name: str
-    crops: int
-    present_um3: float
-    share: float
-    chord_nm: float | None
-    finest_nm: float
-    test_nm: float | None
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """What the data is like: raw voxel sizes (nm, the finest's smallest axis), extents of the crops, grey values."""
-
-    crops: int
-    volume_um3: float
-    raw_nm: float
-    raw_dtype: str
-    grey: tuple[float, float, float]  # 1st, 50th, 99th percentile under the crops
-    extents_nm: tuple[float, float, float]  # median, z y x
-    classes: tuple[ClassFacts, ...]
 
 
 @dataclass(frozen=True)
@@ -130,32 +87,6 @@ class Plan:
         return f"{MARK}\n{head}" + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
 
 
-def data_facts(
-    root: str, classes: Sequence[str], datasets: Sequence[str] | None = None, progress: Advance | None = None
-) -> DataFacts:
-    """Measure a data root; what `Catalog.crops` raises. Memory: a few label blocks."""
-    crops = Catalog.open(root).crops(list(datasets) if datasets else None, None, list(classes))
-    extents = np.array([crop.box.extent for crop in crops])
-    raw = crops[0].raw_source
-    asked: dict[str, list[float]] = {}
-    for row in CropTable.challenge():
-        asked.setdefault(row.class_name, []).append(min(row.grid.voxel_size))
-    facts = []
-    for number, name in enumerate(classes):
-        facts.append(_class_facts(name, crops, asked.get(name)))
-        if progress is not None:
-            progress(number + 1, len(classes), name)
-    return DataFacts(
-        crops=len(crops),
-        volume_um3=float(np.prod(extents, axis=1).sum() / 1e9),
-        raw_nm=min(min(crop.raw_source.levels[0].grid.voxel_size) for crop in crops),
-        raw_dtype=str(raw.levels[0].dtype),
-        grey=_grey(crops[:_MOST_CROPS]),
-        extents_nm=tuple(np.median(extents, axis=0).tolist()),
-        classes=tuple(facts),
-    )
-
-
 def machine_facts(folder: Path) -> MachineFacts:
     """Measure this machine; ``folder``: where runs and the cache go."""
     import psutil
@@ -208,71 +139,12 @@ def try_step(plan: Plan, machine: MachineFacts) -> None:
     plan.choose("data.batch_size", low, "the largest that a training step of this network left room for, by trial")
 
 
-def hours(plan: Plan, data: DataFacts) -> float | None:
+def hours(plan: Plan) -> float | None:
     """Of the whole training, from the measured step; None where none was measured."""
     if plan.step_seconds is None:
         return None
-    patch = float(np.prod(plan.settings["data.patch_size"])) * plan.voxel_nm**3 / 1e9
-    patches = max(64.0, data.volume_um3 / patch)
+    patches = plan.settings["data.patches_per_epoch"]
     return plan.settings["training.max_epochs"] * patches / plan.settings["data.batch_size"] * plan.step_seconds / 3600
-
-
-# -- the data --------------------------------------------------------------------------------------------------------
-def _class_facts(name: str, crops: Sequence[Crop], asked: Sequence[float] | None) -> ClassFacts:
-    own = [crop for crop in crops if name in crop.labels and crop.labels[name].grid.size]
-    present = known = 0.0
-    lengths = np.zeros(3)
-    runs = np.zeros(3)
-    for crop in own[:_MOST_CROPS]:
-        label = crop.labels[name]
-        size = np.asarray(label.grid.voxel_size)
-        _, height, width = label.grid.shape
-        before: NDArray[np.bool_] | None = None  # the last plane of the block above: runs along z go on from it
-        for begin, block in label.grid.blocks((max(1, _SLAB // max(1, height * width)), height, width)):
-            inside, looked = label.annotation.decode(label.read_stored(begin, block.shape))
-            count = int(np.count_nonzero(inside))
-            present += count * float(size.prod()) / 1e9
-            known += int(np.count_nonzero(looked)) * float(size.prod()) / 1e9
-            lengths += count * size
-            runs += _run_starts(inside, before)
-            before = inside[-1]
-    there = runs > 0
-    return ClassFacts(
-        name=name,
-        crops=len(own),
-        present_um3=present,
-        share=present / known if known else 0.0,
-        chord_nm=float(np.mean(lengths[there] / runs[there])) if there.all() else None,
-        finest_nm=min((min(crop.labels[name].grid.voxel_size) for crop in own), default=math.inf),
-        test_nm=float(np.median(asked)) if asked else None,
-    )
-
-
-def _run_starts(inside: NDArray[np.bool_], before: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    """How many runs of present voxels begin in a block, along z, y and x; ``before``: the plane above it."""
-    found = []
-    for axis in range(3):
-        lines = np.moveaxis(inside, axis, 0)
-        first = lines[0] & ~before if axis == 0 and before is not None else lines[0]
-        found.append(np.count_nonzero(first) + np.count_nonzero(lines[1:] & ~lines[:-1]))
-    return np.asarray(found)
-
-
-def _grey(crops: Sequence[Crop]) -> tuple[float, float, float]:
-    """Percentiles of raw in the middle of some crops."""
-    values = []
-    for crop in crops:
-        source = crop.raw_source
-        size = source.levels[source.level_for((16.0,) * 3)].grid.voxel_size
-        grid = VoxelGrid.covering(crop.box, size)
-        shape = [min(n, 64) for n in grid.shape]
-        raw, inside = source.read_raw(grid.crop([(n - s) // 2 for n, s in zip(grid.shape, shape, strict=True)], shape))
-        values.append(raw[inside])
-    every = np.concatenate(values) if values else np.zeros(0)
-    if every.size == 0:
-        return 0.0, 0.0, 0.0
-    low, middle, high = np.percentile(every, [1, 50, 99])
-    return float(low), float(middle), float(high)
 
 
 # -- the choices -----------------------------------------------------------------------------------------------------
@@ -325,6 +197,11 @@ def _plan(
         plan.choose(
             "data.intensity_range", [low, high], f"raw is {data.raw_dtype}; 1st and 99th percentile of its values"
         )
+    plan.choose(
+        "data.patches_per_epoch",
+        EPOCH_PATCHES if machine.gpu else _CPU_PATCHES,
+        "a validation after about as much training as pays for it" if machine.gpu else "there is no GPU: short epochs",
+    )
     plan.choose("training.max_epochs", _EPOCHS, "early stopping ends it sooner where the score stands still")
     plan.choose(
         "data.augmentations",

@@ -114,7 +114,7 @@ def test_objects_are_where_the_truth_has_them(root: Path, name: str | None, size
     dataset = dataset_of(root, chosen, patch_size=shape, resolution=size)
     spatial = None if dataset.reader.augmentor is None else dataset.reader.augmentor.spatial
     volume, met = dataset.volumes[0], set()
-    for seed in range(3):
+    for seed in range(12):
         patch = patch_of(dataset, seed)
         rng = np.random.default_rng((seed,))  # the reader's own draws, again
         grid = place_patch(volume.grid, shape, None, rng)
@@ -138,6 +138,7 @@ def test_objects_are_where_the_truth_has_them(root: Path, name: str | None, size
 @pytest.mark.parametrize("name", [None, *SPATIAL, "all"])
 def test_ids_agree_with_labels_and_masks_have_none(root: Path, name: str | None) -> None:
     dataset = dataset_of(root, {} if name is None else SPATIAL if name == "all" else {name: SPATIAL[name]})
+    largest, any_cell = 0, False
     for seed in range(4):
         patch = patch_of(dataset, seed)
         assert patch.instances == INSTANCES
@@ -147,9 +148,10 @@ def test_ids_agree_with_labels_and_masks_have_none(root: Path, name: str | None)
         for row, name_of in zip(sample["ids"], INSTANCES, strict=True):
             at = CLASSES.index(name_of)
             check_agrees(row, sample["label"][at], sample["known"][at])
-        assert sample["ids"][0].max() >= 300
+        largest, any_cell = max(largest, sample["ids"][0].max()), any_cell or (sample["label"][0] > 0).any()
         assert sample["ids"][1].max() <= 0  # mito is known through its parts, which are masks
-        assert (sample["label"][0] > 0).any()
+    assert largest >= 300
+    assert any_cell
 
 
 @pytest.mark.parametrize("name", [None, "RandRotate90d", "all"])

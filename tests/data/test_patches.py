@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from connectomics.data.dataset.build import get_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.volumes import Intensity
 from connectomics.errors import ConfigError, InputError, UnknownNameError
+from connectomics.geometry import VoxelGrid
 from connectomics.models.labels import labels_of
-from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw
+from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
 
 PLAN_AUGMENTATIONS = {
@@ -144,7 +146,13 @@ def config_of(root: Path, **data: object) -> RunConfig:
 @pytest.fixture
 def two_crops(tmp_path: Path) -> Path:
     root = plain_root(tmp_path)
-    write_label(root, "set-a", "crop2", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    raw_grid = grid_of((16, 16, 40))
+    shutil.rmtree(zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8")
+    write_raw(root, "set-a", np.random.default_rng(0).integers(0, 255, raw_grid.shape, dtype=np.uint8), raw_grid)
+    values = np.zeros((8, 8, 8), np.uint8)
+    values[:, :4] = 1
+    beside = VoxelGrid((8.0,) * 3, (4.0, 4.0, 8.0 * 28 + 4.0), (8, 8, 8))  # as far away as a patch is wide
+    write_label(root, "set-a", "crop2", "mito", values, beside)
     return root
 
 

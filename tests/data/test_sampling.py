@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.data import sampling
+from connectomics.data.contents import Content
+from connectomics.data.holdout import capped_shares
 from connectomics.data.sampling import (
     PatchSampler,
     Reservoir,
@@ -23,14 +25,39 @@ from connectomics.data.sampling import (
     place_known,
     place_patch,
 )
-from connectomics.data.splits import Split, leave_one_out, split_by_crop, split_by_dataset
+from connectomics.data.splits import (
+    Split,
+    check_leaks,
+    groups_of,
+    leaks,
+    leave_one_out,
+    split_by_crop,
+    split_by_dataset,
+)
 from connectomics.errors import ConfigError, InputError, UnknownNameError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Box, VoxelGrid
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
-def crop_with(dataset: str, number: int, *classes: str) -> Crop:
-    return Crop(dataset, f"crop{number}", "nowhere", {c: LabelArray(c, "nowhere") for c in classes})
+def crop_with(dataset: str, number: int, *classes: str, at: float | None = None, size: float = 100.0) -> Crop:
+    """A crop without voxels: a cube of ``size`` nm at ``at`` (else far from all others)."""
+    crop = Crop(dataset, f"crop{number}", "nowhere", {c: LabelArray(c, "nowhere") for c in classes})
+    begin = 10_000.0 * number if at is None else at
+    crop.__dict__["box"] = Box((begin, 0.0, 0.0), (begin + size, size, size))
+    return crop
+
+
+def contents_of(crops: list[Crop], classes: list[str]) -> list[Content]:
+    """Every class of a crop fills a tenth of it."""
+    volumes = [float(np.prod(crop.box.extent)) for crop in crops]
+    return [
+        Content(v, {c: v / 10 if c in crop.labels else 0.0 for c in classes}, frozenset(classes))
+        for crop, v in zip(crops, volumes, strict=True)
+    ]
+
+
+def split_of(crops: list[Crop], classes: list[str], share: float, seed: int, margin: float = 0.0) -> Split:
+    return split_by_crop(crops, contents_of(crops, classes), classes, share, seed, (margin,) * 3)
 
 
 CROPS = [crop_with("a" if i % 2 else "b", i, "er", *(["mito"] if i % 4 == 0 else []), *(["nuc"] if i == 7 else []))
@@ -38,9 +65,9 @@ CROPS = [crop_with("a" if i % 2 else "b", i, "er", *(["mito"] if i % 4 == 0 else
 
 
 def test_split_is_stratified_seeded_and_total() -> None:
-    split = split_by_crop(CROPS, ["er", "mito", "nuc"], 0.8, seed=1)
-    assert split == split_by_crop(CROPS, ["er", "mito", "nuc"], 0.8, seed=1)
-    assert split != split_by_crop(CROPS, ["er", "mito", "nuc"], 0.8, seed=2)
+    split = split_of(CROPS, ["er", "mito", "nuc"], 0.8, seed=1)
+    assert split == split_of(CROPS, ["er", "mito", "nuc"], 0.8, seed=1)
+    assert split != split_of(CROPS, ["er", "mito", "nuc"], 0.8, seed=2)
     assert sorted((*split.train, *split.val)) == sorted(c.key for c in CROPS)
     assert len(split.val) == 4
     held = [c for c in CROPS if c.key in split.val]
@@ -48,11 +75,66 @@ def test_split_is_stratified_seeded_and_total() -> None:
     assert not any("nuc" in c.labels for c in held)  # the only crop of a class is trained on
 
 
-def test_everything_can_be_trained_on_and_one_crop_is_not_split() -> None:
-    assert split_by_crop(CROPS, ["er"], 1.0, seed=0).val == ()
-    assert split_by_crop(CROPS[:1], ["er"], 0.5, seed=0).train == (CROPS[0].key,)
+def test_the_only_crop_with_a_class_is_never_held_out() -> None:
+    """Whatever the seed: in 5 of 20 seeds, counting crops alone held it out."""
+    crops = [crop_with("a", i, "mito", "er", *(["golgi"] if i == 3 else [])) for i in range(6)]
+    for seed in range(20):
+        split = split_of(crops, ["mito", "er", "golgi"], 0.8, seed)
+        assert "a/crop3" in split.train
+        assert len(split.val) == 1
+
+
+def test_what_is_present_decides_not_which_arrays_there_are() -> None:
+    """All crops have an array of golgi; it occurs in two."""
+    crops = [crop_with("a", i, "mito", "golgi") for i in range(8)]
+    contents = [
+        Content(1e6, {"mito": 1e5, "golgi": 1e3 if i in (2, 5) else 0.0}, frozenset(("mito", "golgi")))
+        for i in range(8)
+    ]
+    for seed in range(10):
+        split = split_by_crop(crops, contents, ["mito", "golgi"], 0.75, seed)
+        assert len({"a/crop2", "a/crop5"} & set(split.val)) == 1
+
+
+def test_crops_that_overlap_or_nearly_touch_stay_together() -> None:
+    crops = [
+        crop_with("a", i, "mito", at=at) for i, at in enumerate((0.0, 90.0, 180.0, 1000.0, 1120.0, 3000.0, 5000.0))
+    ]
+    crops.append(crop_with("b", 9, "mito", at=0.0))  # of another data set: at the same place, and elsewhere
+    assert groups_of(crops) == [[0, 1, 2], [3], [4], [5], [6], [7]]
+    assert groups_of(crops, 30.0) == [[0, 1, 2], [3, 4], [5], [6], [7]]
+    for seed in range(10):
+        split = split_of(crops, ["mito"], 0.7, seed, margin=30.0)
+        train, val = split.select(crops)
+        assert val
+        assert not leaks(train, val, 30.0)
+
+
+def test_a_leak_in_a_split_is_refused_and_a_near_one_warned_of() -> None:
+    crops = [crop_with("a", i, "mito", at=at) for i, at in enumerate((0.0, 90.0, 210.0))]
+    with pytest.raises(ConfigError, match=r"my split.*overlap.*a/crop1 with a/crop0"):
+        check_leaks(crops[:1], crops[1:], "my split", (0.0, 0.0, 0.0))
+    (warning,) = check_leaks(crops[:2], crops[2:], "my split", (30.0, 30.0, 30.0))
+    assert "within half a patch" in warning
+    assert check_leaks(crops[:2], crops[2:], "my split", (10.0, 10.0, 10.0)) == []
+
+
+def test_everything_can_be_trained_on() -> None:
+    assert split_of(CROPS, ["er"], 1.0, seed=0).val == ()
     with pytest.raises(InputError, match="no crops"):
-        split_by_crop([], ["er"], 0.5, seed=0)
+        split_of([], ["er"], 0.5, seed=0)
+
+
+@given(st.lists(st.floats(0.0, 1e9), min_size=1, max_size=80))
+def test_no_capped_share_is_above_twice_even_or_a_twentieth(volumes: list[float]) -> None:
+    shares = capped_shares(np.array(volumes))
+    there = np.count_nonzero(volumes)
+    if not there:
+        assert not shares.any()
+        return
+    assert shares.sum() == pytest.approx(1.0)
+    assert shares.max() <= max(0.05, 2 / there) * (1 + 1e-6)
+    assert not shares[np.array(volumes) == 0].any()
 
 
 def test_split_by_data_set() -> None:
@@ -76,7 +158,7 @@ def test_a_broken_split_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_a_person_can_edit_the_split_file(tmp_path: Path) -> None:
     file = tmp_path / "split.yaml"
-    split = split_by_crop(CROPS, ["er"], 0.8, seed=1)
+    split = split_of(CROPS, ["er"], 0.8, seed=1)
     split.save(file)
     assert Split.load(file) == split
     moved = split.val[0]
@@ -92,7 +174,7 @@ def test_a_person_can_edit_the_split_file(tmp_path: Path) -> None:
 
 
 @given(st.tuples(*[st.integers(1, 40)] * 3), st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 2**31), st.booleans())
-def test_a_patch_lies_in_the_crop_or_holds_it(
+def test_a_patch_holds_a_part_of_the_crop_and_its_point(
     crop: tuple[int, int, int], patch: tuple[int, int, int], seed: int, with_point: bool
 ) -> None:
     lattice = grid_of(crop, start=100.0)
@@ -104,11 +186,26 @@ def test_a_patch_lies_in_the_crop_or_holds_it(
     assert grid.same_lattice(lattice)
     begin = np.round(lattice.to_index(grid.translation)).astype(int)
     for axis in range(3):
-        inner = begin[axis] >= 0 and begin[axis] + patch[axis] <= crop[axis]
-        outer = begin[axis] <= 0 and begin[axis] + patch[axis] >= crop[axis]
-        assert inner or outer
+        shared = min(begin[axis] + patch[axis], crop[axis]) - max(begin[axis], 0)
+        assert shared >= min(crop[axis], patch[axis] / 4)
         if point is not None:
             assert begin[axis] <= voxel[axis] < begin[axis] + patch[axis]
+
+
+@pytest.mark.parametrize("crop", [(30, 24, 20), (48, 25, 60), (40, 41, 70)])
+def test_every_labeled_voxel_is_seen_equally_often(crop: tuple[int, int, int]) -> None:
+    """Patches that stay inside the crop see its corners about 1 % as often as its center."""
+    lattice, patch, rng = grid_of(crop), (24, 24, 24), np.random.default_rng(1)
+    seen = [np.zeros(n) for n in crop]
+    draws = 20_000
+    for _ in range(draws):
+        begin = np.round(lattice.to_index(place_patch(lattice, patch, None, rng).translation)).astype(int)
+        for axis in range(3):
+            seen[axis][max(0, begin[axis]) : begin[axis] + patch[axis]] += 1 / draws
+    rarest, most = (np.prod([f(axis) for axis in seen]) for f in (np.min, np.max))  # axes are drawn independently
+    assert rarest / most > 0.45
+    distinct = {tuple(place_patch(lattice, patch, None, rng).translation) for _ in range(500)}
+    assert len(distinct) > 40  # not a few fixed places
 
 
 # -- the sampler -------------------------------------------------------------------------------------------------------
@@ -245,7 +342,7 @@ def test_patches_hold_their_share_of_known_voxels() -> None:
 
 
 def test_in_a_crop_smaller_than_the_patch_the_share_is_of_what_it_can_hold() -> None:
-    lattice = grid_of((8, 32, 32))
+    lattice = grid_of((8, 16, 16))
     asked: list[VoxelGrid] = []
 
     def share(grid: VoxelGrid) -> float:

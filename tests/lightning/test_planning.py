@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.errors import InputError
-from connectomics.lightning import planning
-from connectomics.lightning.planning import MachineFacts, data_facts, hours, propose
+from connectomics.lightning import data_facts as facts_module
+from connectomics.lightning.data_facts import across_datasets, data_facts
+from connectomics.lightning.planning import MachineFacts, hours, propose
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 CPU = MachineFacts(cores=4, memory=16 << 30, gpu=None, gpu_memory=0, disk=100 << 30)
@@ -35,10 +37,32 @@ def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "_SLAB", 5 * 112**2)  # blocks of five planes change nothing
+    monkeypatch.setattr(facts_module, "_SLAB", 5 * 112**2)  # blocks of five planes change nothing
     (facts,) = data_facts(str(balls), ["nuc"]).classes
     assert facts.chord_nm == pytest.approx(2 / 3 * 400, rel=0.03)
     assert facts.share == pytest.approx(4 / 3 * np.pi * 200**3 / 448**3, rel=0.01)
+
+
+def test_a_class_of_the_last_data_set_is_found(tmp_path: Path) -> None:
+    """13 crops without ld come first; their counts say so, and what is read is spread over data sets."""
+    grid = grid_of((8, 8, 8), 4.0)
+    there = np.zeros(grid.shape, np.uint8)
+    there[2:6, 2:6, 2:6] = 1
+    for dataset, crops in (("a", 13), ("z", 2)):
+        write_raw(tmp_path, dataset, np.zeros(grid.shape, np.uint8), grid)
+        for number in range(crops):
+            counts = {} if number == 1 else None  # one that must be read
+            values = there if dataset == "z" else np.zeros(grid.shape, np.uint8)
+            write_label(tmp_path, dataset, f"crop{number}", "ld", values, grid, counts=counts)
+    (facts,) = data_facts(str(tmp_path), ["ld"]).classes
+    assert facts.crops == 15
+    assert facts.chord_nm == pytest.approx(16.0)
+    assert facts.present_um3 == pytest.approx(2 * 64 * 64 / 1e9)
+    assert facts.share == pytest.approx(2 * 64 / (15 * 512))
+    crops = Catalog.open(str(tmp_path)).crops()
+    order = [crops[number].dataset for number in across_datasets(crops)]
+    assert sorted(across_datasets(crops)) == list(range(15))
+    assert order[:4] == ["a", "z", "a", "z"]
 
 
 def test_thin_classes_are_fine_and_large_ones_coarse(balls: Path) -> None:
@@ -61,7 +85,7 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     (full,) = propose(data, replace(CPU, disk=1000), "r")
     assert full.settings["data.cache"] == "none"
     small.step_seconds = 1.0
-    assert hours(small, data) == pytest.approx(300 * 64 / 2 / 3600)
+    assert hours(small) == pytest.approx(300 * 200 / 2 / 3600)
     with pytest.raises(InputError, match="nothing to learn"):
         propose(data_facts(str(balls), ["er"]), CPU, "r")
 

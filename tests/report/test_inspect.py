@@ -237,12 +237,14 @@ def test_images_that_look_wrong_are_said(image: list[float], there: list[int], w
 def test_raw_that_is_not_stored_is_counted_by_crop(tmp_path: Path) -> None:
     write_raw(tmp_path, "set-a", np.full((80, 80, 80), 9, np.uint8), grid_of((80, 80, 80)))
     grid = grid_of((70, 16, 16))
-    write_label(tmp_path, "set-a", "crop1", "mito", np.ones(grid.shape, np.uint8), grid)
+    values = np.ones(grid.shape, np.uint8)
+    values[:, :8] = 0
+    write_label(tmp_path, "set-a", "crop1", "mito", values, grid)
     raw = Path(Catalog.open(str(tmp_path)).crops()[0].raw)
     chunks = [f for f in raw.rglob("*") if f.is_file() and not f.name.startswith(".")]
     (lost,) = [f for f in chunks if str(f.relative_to(raw)) in ("s0/1/0/0", "s0/1.0.0")]
     lost.unlink()
-    few = ["dataset.classes=[mito]", "data.allow_missing_raw=true"]
+    few = ["dataset.classes=[mito]", "data.allow_missing_raw=true", "dataset.train_val_split=1.0"]
     seen = inspect_data(configured(tmp_path, *few, augmentations={}), batches=1)
     ((missing,),) = [seen.missing]
     assert (missing.crop, missing.missing) == ("set-a/crop1", 1)

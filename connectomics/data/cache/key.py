@@ -18,7 +18,7 @@ from connectomics.io.fingerprint import fingerprint
 from connectomics.io.s3 import in_parallel
 from connectomics.io.store import is_s3
 
-VERSION = 2  # raise it when decoding or the format changes: old entries are then simply not found
+VERSION = 3  # raise it when decoding or the format changes: old entries are then simply not found
 _NAME = re.compile(r".+-[0-9a-f]{20}")
 
 

@@ -1,0 +1,155 @@
+"""The two sides of a run: which crops it may use, how they are split, and what is wrong with that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from connectomics.cellmap.catalog import Crop, LabelArray, informs
+from connectomics.config import RunConfig
+from connectomics.data.contents import Content, LabelCounter, check_states, content_of
+from connectomics.data.splits import Split, check_leaks, leave_one_out, split_by_crop, split_by_dataset
+from connectomics.data.volumes import CropVolume
+from connectomics.errors import ConfigError, InputError
+from connectomics.geometry import Triple, triple
+
+log = logging.getLogger(__name__)
+
+_COARSEST = 2.0  # voxel size of labels in voxels of the run
+_BLOCK = (64, 64, 64)
+
+
+def run_split(
+    config: RunConfig, crops: Sequence[Crop], file: Path | None, counter: LabelCounter
+) -> tuple[Split, list[Crop], list[Crop]]:
+    """The split of a run, read from ``file`` if it exists, else made; and its training and validation crops.
+
+    Warns about labels that are left out, classes without positives on a side, and crops that lie very near each other.
+
+    Raises:
+        ConfigError: the split file cannot be read, or a validation crop overlaps a training crop.
+        InputError: there is nothing to train on, or nothing to learn (see `connectomics.data.contents.check_states`).
+    """
+    dataset = config.dataset
+    classes = dataset.classes
+    margin = half_patch(config)
+    fine = {crop.key: kept for crop in crops if (kept := _fine_labels(crop, config)) is not None}
+    where = f"the split file {file}" if file is not None and file.is_file() else "the split"
+    if file is not None and file.is_file():
+        split = Split.load(file)
+        usable = [fine.get(crop.key, crop) for crop in crops]  # a crop that the file names was asked for
+    else:
+        usable = [fine.get(c.key, c) for c in crops if c.key in fine or dataset.crops is not None]
+        _say_what_is_coarse(crops, usable, config)
+        split = _make(config, usable, [content_of(crop, classes, counter) for crop in usable], margin)
+    train, val = split.select(usable, where)
+    if not train:
+        raise InputError("the split leaves no crop to train on; lower the share of validation or edit the split file")
+    for warning in check_leaks(train, val, where, margin):
+        log.warning(warning)
+    contents = [content_of(crop, classes, counter) for crop in train]
+    for warning in check_states(contents, classes):
+        log.warning(warning)
+    held = [content_of(crop, classes, counter) for crop in val]
+    for warning in _without_positives(held, classes) if val else []:
+        log.warning(warning)
+    volumes = [sum(content.known for content in side) for side in (contents, held)]
+    log.info(
+        "%d crops or parts of crops for training and %d for validation, which hold %.0f %% of the annotated volume",
+        len(train), len(val), 100 * volumes[1] / (sum(volumes) or 1.0),
+    )  # fmt: skip
+    return split, train, val
+
+
+def half_patch(config: RunConfig) -> Triple:
+    """Half a patch in nm (z, y, x): the least distance between training and validation."""
+    patch, size = config.data.patch_size, config.dataset.resolution
+    return triple([p / 2 * s for p, s in zip(patch, size, strict=True)])
+
+
+def check_known(volumes: Sequence[CropVolume]) -> None:
+    """Raise `InputError` if no voxel of any crop is known at the run's voxel size; reads until it finds one."""
+    for volume in volumes:
+        counts = volume.counts
+        if counts is not None:
+            if any(count["present"] + count["absent"] for count in counts.values()):
+                return
+            continue
+        for _, block in volume.grid.blocks(_BLOCK):
+            codes = volume.label_codes(block)
+            if np.take(codes.states.known.any(axis=1), codes.codes).any():
+                return
+    raise InputError(
+        f"nothing is known of {', '.join(volumes[0].classes)} at voxels of {list(volumes[0].voxel_size)} nm: fewer "
+        "than half of the label voxels under each of them were annotated; set dataset.resolution to the voxel size of "
+        "the labels"
+    )
+
+
+def _make(config: RunConfig, crops: Sequence[Crop], contents: Sequence[Content], margin: Triple) -> Split:
+    dataset = config.dataset
+    if dataset.split == "crop":
+        return split_by_crop(crops, contents, dataset.classes, dataset.train_val_split, config.system.seed, margin)
+    if dataset.split == "dataset":
+        return split_by_dataset(crops, dataset.held_out)
+    folds = leave_one_out(crops)
+    if len(dataset.held_out) != 1 or dataset.held_out[0] not in folds:
+        raise ConfigError(
+            f"dataset.split=leave_one_out validates on one data set a run; set dataset.held_out=[NAME], one of "
+            f"{', '.join(folds)}, and run once for each"
+        )
+    return folds[dataset.held_out[0]]
+
+
+def _without_positives(contents: Sequence[Content], classes: Sequence[str]) -> list[str]:
+    return [
+        f"class {name} has no positives in the validation crops: its validation scores say nothing, and the best "
+        "checkpoint is chosen without it"
+        for name in classes
+        if not any(content.present[name] > 0 for content in contents)
+    ]
+
+
+# -- labels that are too coarse ----------------------------------------------------------------------------------------
+def _fine_labels(crop: Crop, config: RunConfig) -> Crop | None:
+    """The crop without labels that are too coarse for the run; None if nothing is left that says anything of its
+    classes."""
+    if config.dataset.coarse_labels:
+        return crop
+    _ = crop.box  # opens all arrays at once, several at a time on S3
+    kept = {name: label for name, label in crop.labels.items() if not _is_coarse(crop, label, config)}
+    if not any(informs(name, kept) for name in config.dataset.classes):
+        return None
+    return crop if len(kept) == len(crop.labels) else replace(crop, labels=kept)
+
+
+def _is_coarse(crop: Crop, label: LabelArray, config: RunConfig) -> bool:
+    """Whether labels have more than twice the run's voxel size on some axis, and more than the raw has: annotation as
+    fine as the raw is as fine as it can be."""
+    limits = [_COARSEST * size * (1 + 1e-6) for size in config.dataset.resolution]
+    sizes = label.grid.voxel_size
+    if all(size <= limit for size, limit in zip(sizes, limits, strict=True)):
+        return False
+    raw = crop.raw_source.levels[0].grid.voxel_size
+    over = zip(sizes, limits, raw, strict=True)
+    return any(size > max(limit, finest * (1 + 1e-6)) for size, limit, finest in over)
+
+
+def _say_what_is_coarse(crops: Sequence[Crop], usable: Sequence[Crop], config: RunConfig) -> None:
+    left = {crop.key: len(crop.labels) for crop in usable}
+    gone = [crop.key for crop in crops if crop.key not in left]
+    arrays = sum(len(crop.labels) - left.get(crop.key, 0) for crop in crops)
+    if not arrays:
+        return
+    what = (
+        f"{arrays} label arrays are stored at more than twice dataset.resolution ({config.dataset.resolution} nm) and "
+        f"are left out, and with them {len(gone)} of {len(crops)} crops"
+    )
+    if not usable:
+        raise InputError(f"{what}: nothing is left; set dataset.coarse_labels=true, or a coarser dataset.resolution")
+    names = f" ({', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''})" if gone else ""
+    log.warning("%s%s; dataset.coarse_labels=true takes them", what, names)
