@@ -81,10 +81,6 @@ def ingest(
             with progress.counted(f"raw {source.location}") as advance:
                 written = ingest_raw(place, dataset, source, size, chosen, overwrite=overwrite, progress=_told(advance))
             print(written)
-            if written.name != "fibsem-uint8":
-                print(
-                    f"raw is {written.name.removeprefix('fibsem-')}: set data.intensity_range=[low,high] to train on it"
-                )
         drawn = [d for d in _drawn(labels or [], label_map, values, format_name, stack)]
         looked = _known(unknown, known, slices, format_name, stack)
         start = None if begin is None else _three(begin)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from connectomics.config.finite import check_finite
+from connectomics.config.intensity_range import check_intensity_range
 from connectomics.config.schema import SCORE_RULES, EngineConfig, RunConfig
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
@@ -201,9 +202,10 @@ def _check_ranges(config: RunConfig, where: str) -> None:
             f"{where}: data.patches_per_epoch is {data.patches_per_epoch}, less than one batch (data.batch_size "
             f"{data.batch_size}): an epoch would have no step; raise the one or lower the other"
         )
-    span = data.intensity_range
-    if span is not None and (len(span) != 2 or not span[0] < span[1]):
-        raise ConfigError(f"{where}: data.intensity_range must be [low, high] with low < high, found {span}")
+    try:
+        check_intensity_range(data.intensity_range)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     window = inference.window
     if window is not None and (len(window) != 3 or min(window) < 1):
         raise ConfigError(f"{where}: inference.window must be three positive numbers (z, y, x), found {window}")

@@ -115,7 +115,8 @@ class DataConfig(Group):
     class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; a class not named: 1
     min_known: float = 0.0  # least share of a patch's voxels at which something is known, where the crop allows it
     inputs: list[InputConfig] = field(default_factory=list)  # further views of the same place at other voxel sizes
-    intensity_range: list[float] | None = None  # raw values mapped to 0 and 1; None: 0 and 255, for uint8 only
+    intensity_range: Any = None  # auto | table | [low, high], or one of these by data set; null: table, else auto
+    normalization: dict[str, Any] = field(default_factory=dict)  # by data set, worked out by training and kept
     intensity: dict[str, Any] = field(default_factory=dict)  # augmentations on the device, name -> arguments
     augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates
 from connectomics.geometry import Index
+from connectomics.io.mirror import Extent, take
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class CropArrays:
         inside: bool, as ``raw``: False where there is no raw; None where there is raw everywhere in the block.
         codes: uint8, uint16 or uint32 (d, h, w), rows of ``states``. codes_begin: lattice index of ``codes[0, 0, 0]``.
         states: what the codes mean. Beyond ``codes`` everything is unknown (state 0); beyond ``raw`` there is no raw.
+        fill: image value, on the unit scale, where there is no raw: the mean of tissue.
     """
 
     raw: NDArray[np.uint8]
@@ -28,3 +31,34 @@ class CropArrays:
     codes: NDArray[np.unsignedinteger]
     codes_begin: Index
     states: LabelStates
+    fill: float = 0.0
+
+    def mirrored(self, extent: Extent, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
+        """Arrays whose raw covers lattice indices ``lo`` to ``hi`` (exclusive), mirrored where the volume ends.
+
+        Codes stay where they are, without those at places where there is no raw. These arrays themselves if nothing is
+        to be mirrored.
+
+        Args:
+            extent: of the raw volume on the lattice; not empty. What of it stands for the indices asked for must lie in
+                ``raw``.
+        """
+        if extent.holds(lo, hi):
+            return self
+        index = extent.mirrored(lo, hi)
+        z, y, x = (int(b) for b in lo)
+        first, last = list(self.codes_begin), [b + n for b, n in zip(self.codes_begin, self.codes.shape, strict=True)]
+        if not extent.holds(first, last):  # labels beyond the raw: of these arrays only what was asked for
+            low = [max(a, b) for a, b in zip(extent.low, lo, strict=True)]
+            high = [min(a, b) for a, b in zip(extent.high, hi, strict=True)]
+            first = [min(max(b, f), e) for b, f, e in zip(first, low, last, strict=True)]
+            last = [max(f, min(e, h)) for f, e, h in zip(first, last, high, strict=True)]
+        kept = tuple(slice(f - b, e - b) for f, e, b in zip(first, last, self.codes_begin, strict=True))
+        return replace(
+            self,
+            raw=take(self.raw, self.raw_begin, index),
+            raw_begin=(z, y, x),
+            inside=None if self.inside is None else take(self.inside, self.raw_begin, index),
+            codes=self.codes[kept],
+            codes_begin=(first[0], first[1], first[2]),
+        )

@@ -352,6 +352,12 @@ def _build(
     if cls is None or not kind.endswith("d"):
         known = [n for n in dir(monai.transforms) if n.endswith("d") and n[:1].isupper()]
         raise unknown_name("transform", kind, known, "data.augmentations")
+    if not issubclass(cls, monai.transforms.Randomizable) and not kind.startswith("Rand"):
+        raise ConfigError(
+            f"data.augmentations.{name}: {kind} is not random, and would change training only, not validation and "
+            "prediction. Normalization belongs to the model: remove the transform, and set data.intensity_range to "
+            "auto, table or [low, high]"
+        )
     allowed = inspect.signature(cls).parameters
     for key in arguments:
         if key not in allowed:

@@ -16,9 +16,10 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import EPOCH_PATCHES, RunConfig
 from connectomics.data.cache import Progress, cache_folder, prepare
 from connectomics.data.contents import LabelCounter
-from connectomics.data.dataset.build import cache_mode, run_dataset
+from connectomics.data.dataset.build import cache_mode, patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
+from connectomics.data.normalization import Chosen, of_crops
 from connectomics.data.patches import collate
 from connectomics.data.run_split import check_known, run_split
 from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling, foreground_points
@@ -61,6 +62,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self.run_dir = run_dir
         self.progress = progress
         self.split: Split | None = None
+        self.normalization: dict[str, Chosen] = {}  # of each data set, after `setup`
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
 
@@ -87,8 +89,11 @@ class CellMapDataModule(pl.LightningDataModule):
         self.split, train, val = run_split(cfg, crops, file, self._counter())
         if file is not None and not file.is_file() and _is_first_process():
             self.split.save(file)
-        self._train = run_dataset(cfg, train, "train")
-        self._val = run_dataset(cfg, self._looked_at(val), "val")
+        self.normalization = of_crops(cfg, [*train, *val])
+        normalizations = {name: chosen.normalization for name, chosen in self.normalization.items()}
+        options = replace(patch_options(cfg), normalizations=normalizations)
+        self._train = run_dataset(cfg, train, "train", options)
+        self._val = run_dataset(cfg, self._looked_at(val), "val", options)
         volumes = (*self._train.all_volumes, *self._val.all_volumes)
         prepare(
             volumes,

@@ -90,6 +90,7 @@ class PatchReader:
             crop=request.index,
             seed=int(rng.integers(_SEED)),
             drawn_by=request.drawn_by,
+            normalization=volume.normalized,
             augmentation=moved.parameters,
             instances=arrays.states.instances,
             ids=ids,
@@ -97,15 +98,21 @@ class PatchReader:
         return patch if self.augmentor is None else self.augmentor.finish(patch, int(rng.integers(2**31)))
 
     def _place(self, volume: CropVolume, request: PatchRequest, rng: np.random.Generator) -> VoxelGrid:
+        """Where the patch is: as the sampler has it, and shifted inside the raw."""
+
+        def inside(grid: VoxelGrid) -> VoxelGrid:
+            begin = volume.grid.index_range(grid.box)[0]
+            return volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)
+
         if self.min_known <= 0:
-            return place_patch(volume.grid, self.shape.voxels, request.point, rng)
+            return inside(place_patch(volume.grid, self.shape.voxels, request.point, rng))
 
         def known_share(grid: VoxelGrid) -> float:
             codes = volume.label_codes(grid)
             known = codes.states.known.any(axis=1)
             return float(np.take(known, codes.codes).mean())
 
-        return place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
+        return inside(place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known))
 
 
 def _sample(

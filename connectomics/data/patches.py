@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.label_codes import LabelStates
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.normalization import Normalization
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,15 @@ class PackedPatch:
     """One training patch.
 
     Attributes:
-        images: float32 (1, D, H, W) in [0, 1], first the run's own view, then those of ``data.inputs``.
+        images: float32 (1, D, H, W) on the unit scale, 0 to 1, first the run's own view, then those of
+            ``data.inputs``.
         codes: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 is "nothing is known".
         states: what the codes mean.
         grid: where the patch was before augmentation, nm.
         crop: number of the crop in its data set.
         seed: of what is still random about it (augmentation on the device).
         drawn_by: what the sampler drew it for. augmentation: what was done to it in space, for people.
+        normalization: of the raw that it was read from; the images are centered after augmentation.
         instances: classes whose objects are told apart.
         ids: int32 (I, D, H, W), for each of ``instances`` the object that a voxel belongs to: 1 to 2^24, 0 where the
             class is known absent, -1 where it is unknown or nobody said which object it is. Ids tell the objects of one
@@ -44,13 +47,15 @@ class PackedPatch:
     crop: int
     seed: int
     drawn_by: str = ""
+    normalization: Normalization = Normalization()  # noqa: RUF009 (frozen)
     augmentation: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     instances: tuple[str, ...] = ()
     ids: NDArray[np.int32] | None = None
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
-        """``image`` (1, D, H, W) float32, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in the order of
-        ``classes``; further views as ``image_1``, ``image_2``...; ``ids`` (I, D, H, W) int32 where there are some."""
+        """``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in
+        the order of ``classes``; further views as ``image_1``, ``image_2``...; ``ids`` (I, D, H, W) int32 if there are
+        any."""
         label, known = self.states.dense(self.codes, classes)
         objects = {} if self.ids is None else {"ids": self.ids}
         return {**_named(self.images), "label": label, "known": known, **objects}
@@ -60,7 +65,8 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     """A batch of patches.
 
     Returns:
-        ``image`` (B, 1, D, H, W) float32, and ``image_1``... for further views; ``codes`` (B, D, H, W) uint8, int16 or
+        ``image`` (B, 1, D, H, W) float32 on the unit scale, and ``image_1``... for further views; ``mean`` and ``std``
+        (B,) float32, with which `centered` makes the network's input of them; ``codes`` (B, D, H, W) uint8, int16 or
         int32; ``present`` and ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code
         k of sample b; ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 where patches have them.
     """
@@ -85,9 +91,25 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     ids = [p.ids for p in patches if p.ids is not None]
     if ids:
         batch["ids"] = torch.from_numpy(np.stack(ids))
+    for name in ("mean", "std"):
+        batch[name] = torch.tensor([getattr(p.normalization, name) for p in patches], dtype=torch.float32)
     batch["seed"] = torch.tensor([p.seed for p in patches], dtype=torch.int64)
     batch["crop"] = torch.tensor([p.crop for p in patches], dtype=torch.int64)
     return batch
+
+
+def centered(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch of `collate` with its images centered, as `Normalization.centered` does it; without ``mean`` and ``std``.
+
+    A batch without these is as the network gets it already.
+    """
+    changed = {name: value for name, value in batch.items() if name not in ("mean", "std")}
+    if {"mean", "std"} <= batch.keys():
+        for name in changed:
+            if name == "image" or name.startswith("image_"):
+                mean, std = (batch[key].to(batch[name].device)[:, None, None, None, None] for key in ("mean", "std"))
+                changed[name] = (batch[name] - mean) / std
+    return changed
 
 
 def view_names(n_views: int) -> list[str]:

@@ -7,7 +7,7 @@ whether it is read from Zarr each time or from the crop cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,36 +24,22 @@ from connectomics.data.cache.entry import CachedCrop
 from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid
-from connectomics.io import resample
+from connectomics.io.mirror import Extent, hull, read_mirrored
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.normalization import Normalization
+
+RawBlock = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # values, and where there are any
 
 
-@dataclass(frozen=True)
-class Intensity:
-    """How raw values become network input: ``low`` maps to 0 and ``high`` to 1, linearly, and beyond is cut off."""
-
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, source: Multiscale, value_range: Sequence[float] | None) -> Intensity:
-        """The given range, else 0..255 for uint8; `InputError` for other types, which seldom fill their range."""
-        if value_range is not None:
-            if len(value_range) != 2 or not value_range[0] < value_range[1]:
-                raise InputError(f"data.intensity_range must be [low, high] with low < high, found {list(value_range)}")
-            return cls(float(value_range[0]), float(value_range[1]))
-        dtype = source.levels[0].dtype
-        if dtype != np.uint8:
-            raise InputError(
-                f"{source.location} holds {dtype} values, whose range says nothing; "
-                "set data.intensity_range=[low,high] to the values that become 0 and 1"
-            )
-        return cls(0.0, 255.0)
-
-    def quantize(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Raw values as uint8 0..255, rounded: what the cache keeps, and what streaming gives too."""
-        scaled = (values - np.float32(self.low)) * np.float32(255.0 / (self.high - self.low))
-        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
+def plain_range(source: Multiscale) -> Normalization:
+    """0 to 255 for uint8 raw, without centering; `InputError` for other types, which seldom fill their range."""
+    dtype = source.levels[0].dtype
+    if dtype != np.uint8:
+        raise InputError(
+            f"{source.location} holds {dtype} values, whose range says nothing; "
+            "set data.intensity_range=auto, or [low,high] to the values that become 0 and 1"
+        )
+    return Normalization()
 
 
 @dataclass(frozen=True)
@@ -64,7 +50,7 @@ class CropVolume:
         crop: what is read.
         classes: the classes, in channel order.
         voxel_size: the run's, nm, z y x.
-        intensity_range: see `Intensity`.
+        normalization: how raw becomes the network's input; None: `plain_range`.
         cache: where decoded crops are kept, or None to read from Zarr each time.
         context: voxels of raw that the cache keeps around the crop.
         allow_missing_raw: whether `check` passes crops of which some raw chunks are not stored.
@@ -74,7 +60,7 @@ class CropVolume:
     crop: Crop
     classes: tuple[str, ...]
     voxel_size: Triple
-    intensity_range: tuple[float, float] | None = None
+    normalization: Normalization | None = None
     cache: Path | None = None
     context: Index = field(default=(0, 0, 0))
     allow_missing_raw: bool = False
@@ -96,9 +82,14 @@ class CropVolume:
         return VoxelGrid.covering(self.crop.box, self.voxel_size)
 
     @cached_property
-    def intensity(self) -> Intensity:
+    def normalized(self) -> Normalization:
         """The mapping of raw values."""
-        return Intensity.of(self.crop.raw_source, self.intensity_range)
+        return self.normalization or plain_range(self.crop.raw_source)
+
+    @property
+    def intensity_range(self) -> tuple[float, float] | None:
+        """What decides the stored raw: the values that become 0 and 255; None for `plain_range`."""
+        return None if self.normalization is None else self.normalization.range
 
     @cached_property
     def cached_raw_grid(self) -> VoxelGrid:
@@ -109,23 +100,20 @@ class CropVolume:
         return self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)])
 
     @cached_property
-    def _raw_range(self) -> tuple[list[int], list[int]]:
-        """Lattice indices (begin, exclusive end) of the voxels whose centres lie in the raw volume; 0, 0 where none."""
+    def raw_extent(self) -> Extent:
+        """Where the raw volume has voxels, in voxels of ``grid``."""
+        return Extent.of(self._raw_grid(self.voxel_size), self.grid)
+
+    def _raw_grid(self, voxel_size: Triple) -> VoxelGrid:
+        """The stored voxels that grids of a voxel size are read from."""
         source = self.crop.raw_source
-        level = source.levels[source.level_for(self.voxel_size)].grid
-        low, high = self.grid.index_range(level.box)
-        around = self.grid.crop([b - 1 for b in low], [h - b + 2 for b, h in zip(low, high, strict=True)])
-        runs = [np.flatnonzero(axis) for axis in resample.inside_axes(level, around)]
-        if not all(len(run) for run in runs):
-            return [0, 0, 0], [0, 0, 0]
-        begin = [b - 1 + int(run[0]) for b, run in zip(low, runs, strict=True)]
-        return begin, [b - 1 + int(run[-1]) + 1 for b, run in zip(low, runs, strict=True)]
+        return source.levels[source.level_for(voxel_size)].grid
 
     def _where_raw_is(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[list[int], list[int]]:
         """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centres lie in the raw volume; empty (end
         equal to begin, on every axis) where there is none."""
-        low = [max(int(b), r) for b, r in zip(lo, self._raw_range[0], strict=True)]
-        high = [min(int(h), r) for h, r in zip(hi, self._raw_range[1], strict=True)]
+        low = [max(int(b), r) for b, r in zip(lo, self.raw_extent.low, strict=True)]
+        high = [min(int(h), r) for h, r in zip(hi, self.raw_extent.high, strict=True)]
         if any(h <= b for b, h in zip(low, high, strict=True)):
             return [int(b) for b in lo], [int(b) for b in lo]
         return low, high
@@ -169,6 +157,15 @@ class CropVolume:
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
+        """As `plain_arrays`, with raw mirrored where the volume ends (see `connectomics.io.mirror`)."""
+        extent = self.raw_extent
+        if extent.is_empty or extent.holds(lo, hi):
+            return self.plain_arrays(lo, hi)
+        low, high = hull(extent.mirrored(lo, hi))
+        whole = [min(a, b) for a, b in zip(lo, low, strict=True)], [max(a, b) for a, b in zip(hi, high, strict=True)]
+        return self.plain_arrays(*whole).mirrored(extent, lo, hi)
+
+    def plain_arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
         """Raw and label codes that cover lattice indices ``lo`` to ``hi`` (exclusive; they may lie beyond the crop and
         beyond raw); index 0 is the first voxel of ``grid``.
 
@@ -178,6 +175,8 @@ class CropVolume:
         low, high = self._where_raw_is(lo, hi)
         cached = self._cached
         kept = None if cached is None else cached.arrays()
+        fill = self.normalized.mean
+        kept = None if kept is None else replace(kept, fill=fill)
         if kept is not None and _covers(kept.raw_begin, kept.raw.shape, low, high):
             return kept
         raw, inside = self.decode_raw(self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)]))
@@ -188,7 +187,7 @@ class CropVolume:
         first = [min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True)]
         last = [max(b, min(int(h), n)) for b, h, n in zip(first, hi, self.grid.shape, strict=True)]
         labels = self._decode_codes(self.grid.crop(first, [e - b for b, e in zip(first, last, strict=True)]))
-        return CropArrays(raw, begin, whole, labels.codes, (first[0], first[1], first[2]), labels.states)
+        return CropArrays(raw, begin, whole, labels.codes, (first[0], first[1], first[2]), labels.states, fill)
 
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Raw as uint8 0..255 on a grid of this lattice, and where there is raw at all (0 elsewhere)."""
@@ -214,13 +213,14 @@ class CropVolume:
     def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """As `read_raw`, always from Zarr: the plain way, and what the cache is filled from."""
         values, inside = self.crop.raw_source.read_raw(grid)
-        quantized = self.intensity.quantize(values)
+        quantized = self.normalized.quantized(values)
         quantized[~inside] = 0
         return quantized, inside
 
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Network input: float32 in [0, 1], (d, h, w), 0 where there is no raw."""
-        return self.read_raw(grid)[0].astype(np.float32) / np.float32(255.0)
+        """The network's input on a grid of this lattice: float32 (d, h, w), mean of tissue 0, mirrored beyond the
+        volume, 0 where chunks are missing (see `Normalization`)."""
+        return self._input(self.read_raw, grid)
 
     def label_codes(self, grid: VoxelGrid) -> LabelCodes:
         """Three-state labels on a grid of this lattice, as codes; unknown beyond the crop."""
@@ -245,7 +245,11 @@ class CropVolume:
 
     def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """As `read_image`, on a grid of any voxel size, from Zarr."""
-        return self.decode_raw(grid)[0].astype(np.float32) / np.float32(255.0)
+        return self._input(self.decode_raw, grid)
+
+    def _input(self, read: Callable[[VoxelGrid], RawBlock], grid: VoxelGrid) -> NDArray[np.float32]:
+        values, inside = read_mirrored(read, self._raw_grid(grid.voxel_size), grid)
+        return self.normalized.centered(values.astype(np.float32) / np.float32(255.0), inside)
 
     def label_volume(self, grid: VoxelGrid) -> LabelVolume:
         """Three-state labels on a grid of this lattice; unknown beyond the crop."""
@@ -301,7 +305,7 @@ class CropVolume:
         chunks of raw under it are not stored."""
         if self.grid.size == 0:
             raise InputError(f"{self.crop.key} is empty: its labels have shape {self.crop.grid.shape}")
-        _ = self.intensity  # refuses raw of a type whose range says nothing
+        _ = self.normalized  # refuses raw of a type whose range says nothing
         raw_box = self.crop.raw_source.levels[0].grid.box
         if raw_box.intersect(self.crop.box).is_empty:
             raise InputError(

@@ -16,6 +16,7 @@ from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.rows import Region
 from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import WindowLattice
+from connectomics.io.mirror import Extent
 
 _CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
 _LEAST_CHUNK = 8
@@ -39,6 +40,7 @@ class Layout:
         voxel_size: of the network, nm, z y x.
         window, overlap, context: see `WindowLattice.over`.
         block_size: at most so many voxels of the network's lattice at once, z y x.
+        volume: the stored voxels of raw, where windows are to stay; None: raw is everywhere.
     """
 
     target: VoxelGrid
@@ -48,6 +50,7 @@ class Layout:
     overlap: float
     context: Index | None
     block_size: Index
+    volume: VoxelGrid | None = None
 
     @cached_property
     def same_voxels(self) -> bool:
@@ -70,7 +73,8 @@ class Layout:
     @cached_property
     def lattice(self) -> WindowLattice:
         """The windows over `model`."""
-        return WindowLattice.over(self.model, self.window, self.overlap, self.context)
+        extent = None if self.volume is None else Extent.of(self.volume, self.model)
+        return WindowLattice.over(self.model, self.window, self.overlap, self.context, extent)
 
     @cached_property
     def chunks(self) -> Index:

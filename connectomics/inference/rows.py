@@ -26,6 +26,8 @@ from connectomics.inference.windows import WindowLattice
 if TYPE_CHECKING:
     import torch
 
+    from connectomics.io.mirror import Extent
+
 Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
@@ -42,6 +44,7 @@ def planned_reads(
     lattice: WindowLattice, regions: Sequence[Region], inside: Inside | None = None
 ) -> Iterator[VoxelGrid]:
     """The grids of raw that `predict_regions` over ``regions`` asks for, in its order."""
+    inside = where_wanted(lattice, inside)
     row, next_column, read = None, 0, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
@@ -54,6 +57,13 @@ def planned_reads(
             end = start + lattice.window[2]
             yield from _slabs(lattice, z, y, max(read, start), end, inside)
             read = end
+
+
+def where_wanted(lattice: WindowLattice, inside: Inside | None) -> Inside | None:
+    """``inside``, and no window without any raw; None if every window is to be run."""
+    if not lattice.leaves_raw:
+        return inside
+    return lambda window: lattice.sees_raw(window) and (inside is None or inside(window))
 
 
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -275,6 +285,8 @@ class Row:
             sums[-1:].masked_fill_(sums[-1:] == 0, 1)
         # an array of its own: a view would keep all sums while the caller holds the block
         values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
+        if self._lattice.leaves_raw:
+            self._clear_beyond(values, (*self._begin, x0))
         if not math.isfinite(float(values.sum())):
             begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
             raise NotFiniteError(
@@ -282,6 +294,17 @@ class Row:
                 f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
             )
         return cast("NDArray[np.float32]", values.cpu().numpy())
+
+    def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
+        """Set values (C, d, h, w) from voxel ``begin`` on to 0 where there is no raw. One voxel beyond the raw is kept:
+        interpolation at the volume's faces looks at it."""
+        extent = cast("Extent", self._lattice.extent)
+        for axis, (first, low, high) in enumerate(zip(begin, extent.low, extent.high, strict=True), start=1):
+            n = values.shape[axis]
+            before = min(n, max(0, low - 1 - first))
+            after = min(n, max(0, high + 1 - first))
+            values.narrow(axis, 0, before).zero_()
+            values.narrow(axis, after, n - after).zero_()
 
 
 def _is_constant(values: NDArray[np.float32]) -> bool:

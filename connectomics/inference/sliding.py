@@ -15,10 +15,10 @@ B = 4w, 1 where a block spans the grid). `plan` gives the numbers for a case bef
 Windows go through the network in batches that depend on the lattice, the block and the raw alone, never on what was
 done before, so a run that was killed and resumed repeats the same arithmetic to the bit.
 
-**Windows can be left out**: those whose raw has one value everywhere (padding, or zeros where there is no raw), and
-those outside of a mask. A voxel is then the weighted mean of what the other windows over it say, and 0 where there are
-none: a left out window says nothing, rather than 0, so tissue beside padding does not fade. Further views of a window
-do not count: they show other places, and what is to be labelled lies in the window.
+**Windows can be left out**: those whose raw has one value everywhere (padding, missing chunks), those outside of a
+mask, and those that lie wholly where there is no raw. A voxel is then the weighted mean of what the other windows over
+it say, and 0 where there are none: a left out window says nothing, rather than 0, so tissue beside padding does not
+fade. Further views of a window do not count: they show other places, and what is to be labelled lies in the window.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.rows import SLAB, Forward, Inside, Read, Region, Row, hull
+from connectomics.inference.rows import SLAB, Forward, Inside, Read, Region, Row, hull, where_wanted
 from connectomics.inference.threads import AHEAD
 from connectomics.inference.views import View
 from connectomics.inference.windows import WindowLattice, importance_map, whole_index
 
 if TYPE_CHECKING:
     import torch
+
+    from connectomics.io.mirror import Extent
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,13 @@ def predict_blocks(
     autocast: torch.dtype | None = None,
     blocks: Collection[int] | None = None,
     views: Sequence[View] = (),
+    extent: Extent | None = None,
 ) -> Iterator[tuple[VoxelGrid, NDArray[np.float32]]]:
     """Predict ``grid`` block by block.
 
     Args:
-        read: gives the network's input, float32 (d, h, w), for any grid of ``grid``'s lattice, also beyond it; zeros
-            where there is no raw.
+        read: gives the network's input, float32 (d, h, w), for any grid of ``grid``'s lattice, also beyond it, and
+            something like tissue where there is no raw (see `connectomics.io.mirror`).
         grid: what is predicted, at the network's voxel size.
         network: takes (B, 1, d, h, w) float32 on ``device``, gives (B, channels, d, h, w): one tensor, for instance
             probabilities. It is called without gradients; put it into evaluation mode yourself. With ``views`` it takes
@@ -153,6 +156,8 @@ def predict_blocks(
         autocast: dtype of automatic mixed precision (``torch.bfloat16``), None for none.
         blocks: numbers of the blocks to compute, in the order of ``grid.blocks(block_size)``; None for all.
         views: further inputs of the network, read anew for every window.
+        extent: where there is raw, in voxels of ``grid``: windows stay inside wherever it is large enough, and values
+            beyond it are 0. None: there is raw everywhere.
 
     Yields:
         Grid and values (channels, d, h, w), float32, of each block, in order.
@@ -160,7 +165,7 @@ def predict_blocks(
     Raises:
         InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
-    lattice = WindowLattice.over(grid, window, overlap, context)
+    lattice = WindowLattice.over(grid, window, overlap, context, extent)
     regions = [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
     if blocks is not None:
         wrong = [b for b in blocks if not 0 <= b < len(regions)]
@@ -207,6 +212,7 @@ def predict_regions(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, found {batch_size}")
     weights = importance_map(lattice.window, blending).to(device)
+    inside = where_wanted(lattice, inside)
     forward = Forward(network, channels, batch_size, device, autocast, tuple(views), skip_empty, inside)
     row: Row | None = None
     for number, (begin, shape) in enumerate(regions):

@@ -43,6 +43,7 @@ from connectomics.inference.worker import PredictWorker
 from connectomics.io.artifacts import Provenance, about, is_complete, put_aside, require_complete
 from connectomics.io.fingerprint import content_identity
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.normalization import Normalization
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.tasks import BlockTask, Cost, Worker, run_task
 from connectomics.tasks.lattice import Lattice
@@ -69,7 +70,7 @@ class PredictTask(BlockTask):
         window: voxels that the network sees at once, z y x.
         checkpoint: hash of the networks' weights.
         checkpoints: files of the networks; none where they were given in memory.
-        intensity_range: raw values that become 0 and 1 at the network's input (values beyond are clipped).
+        normalization: how raw values become the network's input.
         overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`.
         batch_size: windows that go through the network together; ``auto``: found by trial, in each worker.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
@@ -101,7 +102,7 @@ class PredictTask(BlockTask):
     window: Index
     checkpoint: str
     checkpoints: tuple[str, ...] = ()
-    intensity_range: tuple[float, float] = (0.0, 255.0)
+    normalization: Normalization = Normalization()  # noqa: RUF009 (frozen)
     overlap: float = 0.25
     blending: str = "gaussian"
     context: Index | None = None
@@ -133,10 +134,6 @@ class PredictTask(BlockTask):
                 object.__setattr__(self, name, (z, y, x))
         views = tuple((triple(size, "views"), (int(n[0]), int(n[1]), int(n[2]))) for size, n in self.views)
         object.__setattr__(self, "views", views)
-        low, high = (float(v) for v in self.intensity_range)
-        object.__setattr__(self, "intensity_range", (low, high))
-        if not high > low:
-            raise InputError(f"intensity_range must be two ascending values, found {self.intensity_range}")
         if not self.targets:
             raise InputError(f"nothing to predict for {self.output}: no target grid is given")
         for name, grid in self.targets.items():
@@ -180,6 +177,7 @@ class PredictTask(BlockTask):
         data["targets"] = {name: grid.to_dict() for name, grid in self.targets.items()}
         data["views"] = [[list(size), list(shape)] for size, shape in self.views]
         data["about"] = {name: dict(about) for name, about in self.about.items()}
+        data["normalization"] = self.normalization.to_dict()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in data.items()}
 
     @classmethod
@@ -188,7 +186,8 @@ class PredictTask(BlockTask):
         if wrong := sorted(set(data) ^ known):
             raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
         targets = {name: VoxelGrid.from_dict(grid) for name, grid in data["targets"].items()}
-        return cls(**{**data, "targets": targets})
+        normalization = Normalization.from_dict(data["normalization"], where)
+        return cls(**{**data, "targets": targets, "normalization": normalization})
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # without what is worked out from them
@@ -198,7 +197,7 @@ class PredictTask(BlockTask):
         """What the artefact says of its origin."""
         names = (
             "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-            "symmetries", "dropout_samples", "skip_empty",
+            "symmetries", "dropout_samples", "skip_empty", "normalization",
         )  # fmt: skip
         data = self.to_dict()
         return {name: data[name] for name in names}
@@ -236,7 +235,8 @@ class PredictTask(BlockTask):
         for name in self.classes:
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
-        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size)
+        volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
+        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size, volume)
         return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
@@ -352,7 +352,7 @@ class PredictTask(BlockTask):
             return Cost(read=size, written=size // 7, memory=size + _BESIDE)
         stored = len(self.groups) * np.dtype(self.dtype).itemsize
         written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
-        source = RawSource(self.raw, self.intensity_range)
+        source = RawSource(self.raw, self.normalization)
         read = max(source.bytes_behind(layout.seen) for layout, _ in self.layouts)
         return Cost(read=read, written=written, memory=max(plan.bytes for plan in self.plan()) + _BESIDE)
 

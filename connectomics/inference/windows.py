@@ -11,6 +11,7 @@ import numpy as np
 
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
+from connectomics.io.mirror import Extent
 
 if TYPE_CHECKING:
     import torch
@@ -37,11 +38,13 @@ class WindowLattice:
         window: window shape in voxels, z y x.
         starts: per axis the first voxels of the windows, ascending, in voxels of ``grid``; negative where a window
             begins in the context before the grid.
+        extent: where there is raw, in voxels of ``grid``; None: everywhere.
     """
 
     grid: VoxelGrid
     window: Index
     starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    extent: Extent | None = None
 
     @classmethod
     def over(
@@ -50,12 +53,15 @@ class WindowLattice:
         window: Sequence[int] | int,
         overlap: float = 0.25,
         context: Sequence[int] | int | None = None,
+        extent: Extent | None = None,
     ) -> WindowLattice:
-        """The windows over ``grid`` and ``context`` voxels on every side of it.
+        """The windows over ``grid`` and ``context`` voxels on every side of it, as far as there is raw (``extent``).
 
         ``context=None``: half the overlap, at least 8 and at most a quarter of the window, so that a voxel at a face of
         the grid is no nearer to a window's face than one in the middle of the volume; less, down to half of that, on an
-        axis where the grid then fits into one window. An extent below the window's takes one window, centred.
+        axis where the grid then fits into one window. What is smaller than a window takes one window, centered, and
+        shifted inside the raw. A window lies beyond the raw only where the raw is smaller than the window, or where the
+        grid itself lies beyond the raw.
         Raises `InputError` for an empty grid, ``overlap`` outside [0, 1) or a negative context.
         """
         size = whole_index(window, "window", 1)
@@ -67,13 +73,24 @@ class WindowLattice:
         starts = []
         for axis, (n, w) in enumerate(zip(grid.shape, size, strict=True)):
             margin = _default_context(n, w, overlap) if given is None else given[axis]
-            starts.append(_scan(n, w, overlap, margin))
-        return cls(grid, size, (starts[0], starts[1], starts[2]))
+            raw = None if extent is None or extent.is_empty else (extent.low[axis], extent.high[axis])
+            starts.append(_scan(n, w, overlap, margin, raw))
+        return cls(grid, size, (starts[0], starts[1], starts[2]), extent)
 
     @property
     def count(self) -> int:
         """Number of windows."""
         return math.prod(len(s) for s in self.starts)
+
+    @property
+    def leaves_raw(self) -> bool:
+        """Whether the grid lies, at least in part, where there is no raw."""
+        return self.extent is not None and not self.extent.holds((0, 0, 0), self.grid.shape)
+
+    def sees_raw(self, window: VoxelGrid) -> bool:
+        """Whether any voxel of a window lies where there is raw."""
+        begin = self.grid.index_range(window.box)[0]
+        return self.extent is None or self.extent.meets(begin, [b + n for b, n in zip(begin, self.window, strict=True)])
 
     def touching(self, axis: int, begin: int, end: int) -> range:
         """Numbers of the windows along ``axis`` that hold any of the voxels ``begin`` to ``end`` (exclusive)."""
@@ -88,13 +105,21 @@ def _default_context(n: int, window: int, overlap: float) -> int:
     return spare if wanted / 2 <= spare < wanted else wanted
 
 
-def _scan(n: int, window: int, overlap: float, margin: int) -> tuple[int, ...]:
-    """Window starts along one axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`."""
-    extent = max(window, n + 2 * margin)
-    step = max(1, int(window * (1 - overlap)))
-    before = (extent - n) // 2
-    starts = [*range(0, extent - window, step), extent - window]
-    return tuple(s - before for s in starts)
+def _scan(n: int, window: int, overlap: float, margin: int, raw: tuple[int, int] | None) -> tuple[int, ...]:
+    """Window starts along one axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`, over the voxels
+    and a margin, as far as there is raw (from ``raw[0]`` to ``raw[1]``, exclusive; None: everywhere)."""
+    begin, end = -margin, n + margin
+    if raw is not None:
+        begin, end = min(0, max(begin, raw[0])), max(n, min(end, raw[1]))
+    spare = window - (end - begin)
+    if spare < 0:
+        step = max(1, int(window * (1 - overlap)))
+        return *range(begin, end - window, step), end - window
+    start = begin - spare // 2
+    if raw is not None:
+        low, high = min(begin, raw[0]), max(end, raw[1])
+        start = min(max(start, low), high - window) if high - low >= window else low - (window - (high - low)) // 2
+    return (start,)
 
 
 def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.Tensor:

@@ -53,7 +53,7 @@ class PredictWorker:
         use_one_heap()
         self._task, self._device = task, device
         self._averaged = task.averaged(networks)
-        self._source = RawSource(task.raw, task.intensity_range)
+        self._source = RawSource(task.raw, task.normalization)
         self._mask = None if task.mask is None else Mask(task.mask, task.voxel_size)
         self._views = [View(self._source.read, size, shape) for size, shape in task.views]
         self._presences = gaps.presences(task)

@@ -14,8 +14,13 @@ import torch
 
 from connectomics.config import RunConfig, config_from_dict
 from connectomics.config.heads import heads_of
+from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
-from connectomics.lightning.module import CHECKPOINT_FORMAT, CHECKPOINT_KEY, ConnectomicsModule
+from connectomics.lightning.module import (
+    CHECKPOINT_FORMAT,
+    CHECKPOINT_KEY,
+    ConnectomicsModule,
+)
 from connectomics.lightning.package import check_test, is_package, open_package, package_weights
 
 log = logging.getLogger(__name__)
@@ -37,8 +42,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise MissingError(f"no checkpoint at {file}{hint}")
     if is_package(file):
         package = open_package(file)
-        ours = {name: package.about[name] for name in ("version", "classes", "voxel_size", "config")}
-        return {"state_dict": package_weights(package), CHECKPOINT_KEY: {"format": CHECKPOINT_FORMAT, **ours}}
+        ours = {name: package.about[name] for name in ("format", "version", "classes", "voxel_size", "config")}
+        return {"state_dict": package_weights(package), CHECKPOINT_KEY: ours}
     if not zipfile.is_zipfile(file):
         raise CorruptDataError(
             f"{file} ({file.stat().st_size} bytes) is no PyTorch checkpoint, or a truncated one; take another, for "
@@ -67,7 +72,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def checkpoint_config(content: dict[str, Any], path: str | Path) -> RunConfig:
     """The configuration that a checkpoint was trained with; `ConfigError` where this version does not know it."""
     try:
-        return config_from_dict(content[CHECKPOINT_KEY]["config"])
+        config = config_from_dict(content[CHECKPOINT_KEY]["config"])
+        if content[CHECKPOINT_KEY]["format"] < 2:
+            config = with_normalization(config, before_it_was_kept(config))
+        return config
     except ConfigError as error:
         version = content[CHECKPOINT_KEY]["version"]
         raise ConfigError(f"the configuration in checkpoint {path} (written by version {version}): {error}") from error
@@ -157,7 +165,8 @@ def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
         return trained
     # the same heads, of which the configuration at hand says whether they are written
     plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
-    return replace(config, model=replace(trained.model, heads=config.model.heads), plugins=plugins)
+    merged = replace(config, model=replace(trained.model, heads=config.model.heads), plugins=plugins)
+    return with_normalization(merged, trained.data.normalization)  # which belongs to the model
 
 
 def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:

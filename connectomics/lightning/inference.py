@@ -18,8 +18,8 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.dataset.build import views_of
+from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import kept_out
-from connectomics.data.volumes import Intensity
 from connectomics.errors import BlocksFailedError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.augmented import dropout_on
@@ -28,7 +28,7 @@ from connectomics.inference.symmetry import symmetries
 from connectomics.inference.task import TASK_FILE, PredictTask, given
 from connectomics.io import store
 from connectomics.io.location import local_path
-from connectomics.io.multiscale import Multiscale
+from connectomics.io.normalization import Normalization
 from connectomics.lightning.predict_task import NetworkPredictTask, channels_of, common_hash, ready, weights_hash
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.failures import Accepted, accepted_of
@@ -329,12 +329,13 @@ def _tasks(
                 pass
     channels, about = channels_of(module), channel_attributes(module.config)
     options = config.inference
+    chosen_targets = list(targets) if targets is not None else targets_of(config)
+    used = _normalizations(config, [module.config for module in modules.values()], catalog, chosen_targets)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out = local_path(output_dir)
     tasks = []
-    for target in targets if targets is not None else targets_of(config):
+    for target in chosen_targets:
         raw = catalog.raw_location(target.dataset)
-        intensity = Intensity.of(Multiscale.open(raw), config.data.intensity_range)
         grids = _grids(target, channels, about, triple(config.dataset.resolution, "dataset.resolution"))
         tasks.append(
             NetworkPredictTask(
@@ -346,7 +347,7 @@ def _tasks(
                 window=(window[0], window[1], window[2]),
                 checkpoint=common_hash(list(modules)),
                 checkpoints=checkpoints,
-                intensity_range=(intensity.low, intensity.high),
+                normalization=used[target.dataset],
                 overlap=options.overlap,
                 blending=options.blending,
                 context=None if options.context is None else (options.context,) * 3,
@@ -368,6 +369,16 @@ def _tasks(
             )
         )
     return tasks
+
+
+def _normalizations(
+    config: RunConfig, trained: Sequence[RunConfig], catalog: Catalog, targets: Sequence[Target]
+) -> dict[str, Normalization]:
+    """The normalization of each data set that is predicted."""
+    boxes: dict[str, list[Box]] = {}
+    for target in targets:
+        boxes.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
+    return {name: for_prediction(config, trained, name, catalog.raw_location(name), of) for name, of in boxes.items()}
 
 
 def _grids(

@@ -18,11 +18,14 @@ from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.dataset.build import views_of
 from connectomics.data.intensity import BatchAugmentor
-from connectomics.data.patches import view_names
-from connectomics.errors import ConfigError
+from connectomics.data.normalization import kept, with_normalization
+from connectomics.data.patches import centered, view_names
+from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
+from connectomics.io.mirror import Extent
+from connectomics.io.normalization import Normalization
 from connectomics.lightning.class_counts import ClassCounts
 from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.from_checkpoint import FromCheckpoint
@@ -40,7 +43,7 @@ from connectomics.models.losses import build_loss
 log = logging.getLogger(__name__)
 
 CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # 1: without normalization, nothing was centered
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
@@ -109,6 +112,13 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
             logits = torch.cat([classes, *written], dim=1)
         return torch.sigmoid(logits.float())
+
+    def normalization(self, dataset: str) -> Normalization:
+        """How raw of a data set becomes the network's input: as in training; `UnknownNameError` for any other."""
+        found = kept(self.config, dataset, None)
+        if found is None:
+            raise unknown_name("data set", dataset, self.config.data.normalization, "the model's normalization")
+        return found.normalization
 
     def _all_probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
         """As `probabilities`, of all channels."""
@@ -194,10 +204,20 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment the image of a packed training batch; kinds that move the image against its labels move both."""
-        if self.intensity is None or not self.trainer.training or not {"codes", "seed"} <= batch.keys():
+        """Augment the image of a packed training batch, then center it; kinds of augmentation that move the image
+        against its labels move both."""
+        if not isinstance(batch, Mapping):
             return batch
-        return self.intensity(batch)
+        if self.intensity is not None and self.trainer.training and {"codes", "seed"} <= batch.keys():
+            batch = self.intensity(batch)
+        return centered(batch)
+
+    def setup(self, stage: str) -> None:
+        """Keep the normalization of the data that the network is trained on: it belongs to the model."""
+        found = getattr(getattr(self.trainer, "datamodule", None), "normalization", None) if stage == "fit" else None
+        if found:
+            entries = {name: chosen.to_dict() for name, chosen in found.items()}
+            self.config = with_normalization(self.config, entries)
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new count."""
@@ -231,6 +251,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
             block_size=validation_block(self.config, grid, sum(self._groups), self.window),
             context=settings.context,
+            extent=_extent_of(crop, grid),
             device=str(self.device),
             views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
@@ -342,6 +363,12 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         counted = checkpoint[CHECKPOINT_KEY].get("seen")  # older checkpoints are of the end of an epoch
         if counted is not None and self.trainer.is_global_zero:
             self.seen.load(counted)
+
+
+def _extent_of(crop: ValidationCrop, grid: VoxelGrid) -> Extent | None:
+    """Where there is raw, in voxels of a part of the crop's grid."""
+    extent = crop.raw_extent
+    return None if extent is None else extent.seen_from(crop.grid.index_range(grid.box)[0])
 
 
 def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:

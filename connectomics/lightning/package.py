@@ -2,7 +2,7 @@
 
 The file is a plain zip::
 
-    model.json            format, version, configuration, classes, channels, voxel size (nm), normalisation, scores,
+    model.json            format, version, configuration, classes, channels, voxel size (nm), normalization, scores,
                           licence, description, data it was trained on, SHA-256 of the other members
     weights.safetensors   weights and buffers
     test.safetensors      an input and the probabilities that the network gave for it, float32 on the CPU
@@ -27,7 +27,7 @@ from connectomics.errors import ConfigError, CorruptDataError, InputError, Missi
 if TYPE_CHECKING:
     from connectomics.lightning.module import ConnectomicsModule
 
-FORMAT = 1
+FORMAT = 2  # as of checkpoints
 SUFFIX = ".pytc"
 ABOUT, WEIGHTS, TEST = "model.json", "weights.safetensors", "test.safetensors"
 _LARGEST_JSON = 1 << 24

@@ -69,7 +69,7 @@ def write_package(
         "classes": list(config.dataset.classes),
         "channels": list(channel_names(config)),
         "voxel_size": [float(v) for v in config.dataset.resolution],
-        "normalisation": {"intensity_range": config.data.intensity_range or [0, 255], "output": "sigmoid"},
+        "normalization": config.data.normalization,
         "window": list(config.inference.window or config.data.patch_size),
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(scores or {}),

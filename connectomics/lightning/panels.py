@@ -20,7 +20,7 @@ class Plane:
 
     Attributes:
         name: data set and crop, for the title.
-        raw: (H, W) float32 in [0, 1].
+        raw: (H, W) float32, of any range; shown from its smallest value to its largest.
         label, known, probability: (C, H, W); float32 0/1, bool, float32 in [0, 1].
     """
 
@@ -39,7 +39,9 @@ def panel(plane: Plane) -> NDArray[np.uint8]:
     """
     step = max(1, -(-max(plane.raw.shape) // _LARGEST))
     thin = (slice(None, None, step), slice(None, None, step))
-    gray = np.clip(plane.raw[thin], 0, 1)[..., None].repeat(3, axis=-1)
+    low, high = float(plane.raw.min()), float(plane.raw.max())
+    shown = (plane.raw[thin] - low) / (high - low) if high > low else np.full_like(plane.raw[thin], 0.5)
+    gray = shown[..., None].repeat(3, axis=-1)
     rows = []
     for channel in range(min(len(plane.label), _ROWS)):
         label, known, probability = (a[channel][thin] for a in (plane.label, plane.known, plane.probability))

@@ -192,11 +192,6 @@ def _plan(
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of what is known")
-    if data.raw_dtype != "uint8":
-        low, _, high = data.grey
-        plan.choose(
-            "data.intensity_range", [low, high], f"raw is {data.raw_dtype}; 1st and 99th percentile of its values"
-        )
     plan.choose(
         "data.patches_per_epoch",
         EPOCH_PATCHES if machine.gpu else _CPU_PATCHES,

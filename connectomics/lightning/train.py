@@ -127,7 +127,8 @@ def train(
         if machine.accelerator == "gpu":
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
         pl.seed_everything(config.system.seed, workers=True, verbose=False)
-        module = ConnectomicsModule(config)
+        module = ConnectomicsModule(config if checkpoint is None else _continued(config, checkpoint))
+        config = module.config
         module.only_a_look = fast_dev_run
         if checkpoint is not None:
             check_resumable(checkpoint, module)
@@ -142,6 +143,15 @@ def train(
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
             trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
     return _result(config, folder, trainer, time.perf_counter() - started)
+
+
+def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
+    """The configuration with the normalization that the checkpoint keeps: a resumed run measures nothing again."""
+    from connectomics.data.normalization import with_normalization
+    from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
+
+    trained = checkpoint_config(read_checkpoint(checkpoint), checkpoint)
+    return with_normalization(config, trained.data.normalization)
 
 
 def _describe(config: RunConfig, folder: Path) -> None:
@@ -163,10 +173,16 @@ def _fit(
     fast_dev_run: bool,
 ) -> pl.Trainer:
     """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    from connectomics.data.normalization import with_normalization
+    from connectomics.lightning.machine import is_first_process
     from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")
+    found = getattr(data, "normalization", None)
+    if found and not fast_dev_run and is_first_process():  # known from here on, and part of what the run is
+        entries = {name: chosen.to_dict() for name, chosen in found.items()}
+        save_config(with_normalization(config, entries), folder / "config.yaml")
     crops = data.val_dataloader().dataset
     validate = len(crops) > 0
     if validate and not fast_dev_run:

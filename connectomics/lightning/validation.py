@@ -14,6 +14,7 @@ from connectomics.cellmap.label_codes import LabelCodes
 from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import plan
+from connectomics.io.mirror import Extent
 
 _PREDICTION = 3 << 30  # bytes of a block's prediction, where blocks of at least 32 voxels a side allow it
 _SLAB = 1 << 24  # labels (classes times voxels) that are unpacked at a time: 5 bytes each
@@ -35,8 +36,12 @@ class ValidationCrop(Protocol):
     def grid(self) -> VoxelGrid:
         """The crop's voxels, at the run's voxel size."""
 
+    @property
+    def raw_extent(self) -> Extent | None:
+        """Where there is raw, in voxels of ``grid``; None: everywhere."""
+
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Raw (d, h, w), float32 in [0, 1], also beyond the crop; 0 where there is none."""
+        """The network's input (d, h, w), float32, also beyond the crop (see `connectomics.io.mirror`)."""
 
     def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""

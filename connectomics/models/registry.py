@@ -2,7 +2,7 @@
 
 `list_models` and `required_multiple` answer without importing torch or MONAI; `build_model` imports them.
 
-Every network maps an image (B, in_channels, D, H, W), float32 in [0, 1], to logits (B, out_channels, D, H, W). While
+Every network maps an image (B, in_channels, D, H, W), float32, centered, to logits (B, out_channels, D, H, W). While
 training with deep supervision it returns a list of logits instead, the full size first, each next one coarser.
 """
 

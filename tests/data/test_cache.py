@@ -28,6 +28,7 @@ from connectomics.data.cache.workers import BUSY, WorkerDiedError, run_in_proces
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.normalization import Normalization
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
 from tests.s3_server import FolderServer
@@ -108,14 +109,14 @@ def test_arrays_hold_the_same_with_and_without_cache(fractional_root: Path, tmp_
         raw, inside = plain.decode_raw(plain.grid.crop(lo, hi - lo))
         label = plain.decode_labels(plain.grid.crop(lo, hi - lo))
         for volume in (plain, cached):
-            found = laid_out(volume.arrays(lo, hi), lo, hi)
+            found = laid_out(volume.plain_arrays(lo, hi), lo, hi)
             for a, b in zip(found, (raw, inside, label.present_of("mito"), label.known_of("mito")), strict=True):
                 np.testing.assert_array_equal(a, b)
 
 
 def test_whole_raw_takes_no_mask_and_no_copy(tmp_path: Path) -> None:
     volume = volume_of(plain_root(tmp_path), cache=tmp_path / "cache", context=(5, 5, 5))
-    arrays = volume.arrays((0, 0, 0), (16, 16, 16))
+    arrays = volume.plain_arrays((0, 0, 0), (16, 16, 16))
     assert arrays.inside is None
     assert arrays.raw.shape == (16, 16, 16)  # the raw volume ends where the crop does: no context to keep
     assert not arrays.raw.flags.owndata
@@ -135,11 +136,11 @@ def test_the_cache_suffices_where_raw_ends(tmp_path: Path, monkeypatch: pytest.M
         raise AssertionError(f"read {grid} from Zarr")
 
     monkeypatch.setattr(CropVolume, "decode_raw", unexpected)
-    assert volume.arrays((-50, -20, -20), (18, 60, 60)).raw.shape == (18, 40, 40)
+    assert volume.plain_arrays((-50, -20, -20), (18, 60, 60)).raw.shape == (18, 40, 40)
     volume.read_raw(volume.grid.crop((-50, -20, -20), (68, 80, 80)))
-    volume.arrays((100, 0, 0), (110, 10, 10))  # all of it beyond raw
+    volume.plain_arrays((100, 0, 0), (110, 10, 10))  # all of it beyond raw
     with pytest.raises(AssertionError):
-        volume.arrays((0, 0, 0), (19, 40, 40))
+        volume.plain_arrays((0, 0, 0), (19, 40, 40))
 
 
 def test_a_view_without_classes_holds_raw_alone(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_the_key_changes_with_options_metadata_and_chunks(fractional_root: Path)
         return cache_key(volume_of(fractional_root, **options))  # type: ignore[arg-type]
 
     crop = Catalog.open(str(fractional_root)).crops()[0]
-    keys = [key(), key(context=(1, 1, 1)), key(classes=("mito",)), key(intensity_range=(0.0, 200.0))]
+    keys = [key(), key(context=(1, 1, 1)), key(classes=("mito",)), key(normalization=Normalization(0, 200))]
     keys.append(cache_key(CropVolume(crop, ("mito", "ld"), (8.0, 8.0, 16.0))))
     recon = zarr_of(fractional_root, "set-a") / "recon-1"
     chunk = recon / "labels/groundtruth/crop1/mito/s0/0/0/0"

@@ -18,7 +18,7 @@ from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import EngineConfig, RunConfig
 from connectomics.errors import InputError, MissingError
-from connectomics.inference.task import require_complete
+from connectomics.inference.task import PredictTask, require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.inference import prediction_tasks
 from connectomics.lightning.predict_task import NetworkPredictTask
@@ -55,7 +55,9 @@ def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_pat
     (there,) = predict(root, checkpoint, tmp_path / "b", replace(config, engine=TWO), targets=targets)
     assert bytes_of(here) == bytes_of(there)
     raw = Multiscale.open(root / "set-a" / "set-a.zarr" / "recon-1" / "em" / "fibsem-uint8")
-    values = torch.from_numpy(raw.read_raw(targets[0].grids["mito"])[0] / 255)[None, None]
+    normalization = PredictTask.load(here / "task.json").normalization
+    values, inside = raw.read_raw(targets[0].grids["mito"])
+    values = torch.from_numpy(normalization.centered(normalization.unit(values), inside))[None, None]
     inferer = SlidingWindowInferer((16, 16, 16), 1, 0.25, mode="gaussian")
     with torch.inference_mode():
         expected = inferer(values, load_module(checkpoint).probabilities)[0].numpy()

@@ -89,16 +89,18 @@ def test_crops_of_the_catalog_on_the_grids_of_their_labels(root, checkpoint, tmp
 
 
 def test_equals_the_network_on_the_raw_itself(root, checkpoint, tmp_path):
-    """The crop lies in one window: the stored probability is that of one forward pass on the raw around it."""
+    """The crop lies in one window: the stored probability is that of one forward pass on the raw around it. Centered,
+    the window would begin one voxel before the raw, so it is shifted."""
     from connectomics.lightning.checkpoints import load_module
 
     (folder,) = predict(root, checkpoint, tmp_path, config_of(root, crops=["crop2"]))
-    window = grid_of((10, 10, 10), 8, 16).grow(3)
+    window = grid_of((16, 16, 16))
     values, inside = Multiscale.open(root / "set-a" / "set-a.zarr" / "recon-1" / "em" / "fibsem-uint8").read_raw(window)
-    values[~inside] = 0
+    normalization = PredictTask.load(folder / "task.json").normalization
+    values = normalization.centered(normalization.unit(values), inside)
     module = load_module(checkpoint)
     with torch.inference_mode():
-        expected = module.probabilities(torch.from_numpy(values / 255)[None, None])[0, 1, 3:-3, 3:-3, 3:-3].numpy()
+        expected = module.probabilities(torch.from_numpy(values)[None, None])[0, 1, 2:12, 2:12, 2:12].numpy()
     found, _ = Multiscale.open(folder / "mito").read_level(0, (0, 0, 0), (10, 10, 10))
     assert np.abs(found - expected * 255).max() <= 0.51
 
@@ -248,9 +250,12 @@ def test_raw_of_other_ranges(root, checkpoint, tmp_path):
     config = config_of(root, crops=["crop3"])
     config = replace(config, data=replace(config.data, intensity_range=[1000, 3000]))
     (folder,) = predict(root, checkpoint, tmp_path, config)
-    assert PredictTask.load(folder / "task.json").intensity_range == (1000, 3000)
-    with pytest.raises(InputError, match="holds uint16 values, whose range says nothing"):
-        predict(root, checkpoint, tmp_path / "b", config_of(root, crops=["crop3"]))
+    assert PredictTask.load(folder / "task.json").normalization.range == (1000, 3000)
+    (folder,) = predict(root, checkpoint, tmp_path / "b", config_of(root, crops=["crop3"]))
+    low, high = PredictTask.load(folder / "task.json").normalization.range
+    source = Multiscale.open(PredictTask.load(folder / "task.json").raw)
+    raw = source.read_raw(source.grid)[0]
+    assert [low, high] == pytest.approx(np.percentile(raw, (0.5, 99.5)).tolist(), rel=0.02)
 
 
 def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):

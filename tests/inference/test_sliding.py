@@ -13,6 +13,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.inference.rows import planned_reads
 from connectomics.inference.sliding import plan, predict_blocks
 from connectomics.inference.windows import WindowLattice, importance_map
+from connectomics.io.mirror import Extent
 
 
 def grid_of(shape: tuple[int, int, int]) -> VoxelGrid:
@@ -129,6 +130,46 @@ def test_any_subset_of_blocks_gives_the_same_bits():
     for blocks in [[3], [0, 1, 5, 6], [2, 4, 6, 8, 13], [12, 3, 3]]:
         some = [v.copy() for _, v in predict_blocks(volume.read, volume.grid, network, blocks=blocks, **options)]
         for number, values in zip(sorted(set(blocks)), some, strict=True):
+            np.testing.assert_array_equal(values, every[number])
+
+
+@pytest.mark.parametrize("context", [None, 0, 5])
+@pytest.mark.parametrize(("grid", "low", "shape"), [
+    ((30, 25, 44), (-6, 0, -40), (60, 40, 90)),  # raw goes on, not everywhere
+    ((30, 25, 44), (0, 0, 0), (30, 25, 44)),  # and nowhere
+    ((9, 30, 12), (0, 0, -2), (9, 30, 16)),  # thinner than a window; just as wide as one
+    ((30, 25, 44), (5, 0, 0), (100, 10, 44)),  # the grid lies beyond the raw
+])  # fmt: skip
+def test_windows_stay_inside_the_raw(grid, low, shape, context):
+    extent = Extent(low, tuple(b + n for b, n in zip(low, shape, strict=True)))
+    lattice = WindowLattice.over(grid_of(grid), 16, 0.3, context, extent)
+    for axis, starts in enumerate(lattice.starts):
+        begin, end = min(0, extent.low[axis]), max(grid[axis], extent.high[axis])
+        assert starts[0] <= 0, "the whole grid is covered"
+        assert starts[-1] + 16 >= grid[axis]
+        assert all(b - a <= 16 for a, b in itertools.pairwise(starts))
+        if end - begin >= 16:
+            assert begin <= starts[0]
+            assert starts[-1] + 16 <= end
+        else:
+            assert len(starts) == 1, "one window holds everything"
+            assert starts[0] <= begin
+            assert starts[0] + 16 >= end
+
+
+def test_any_blocks_give_the_same_where_raw_ends():
+    """Windows at the faces are the same for every block; beyond the raw there is nothing."""
+    volume, network = Volume((30, 25, 44)), Net()
+    extent = Extent((0, 0, 10), (30, 25, 60))
+    options = dict(channels=3, window=(16, 16, 16), overlap=0.3, extent=extent)
+    whole = assemble(volume, network, block_size=256, **options)
+    assert (whole[..., :9] == 0).all()
+    assert (whole[..., 9:] > 0).all()
+    np.testing.assert_allclose(assemble(volume, network, block_size=(30, 13, 23), **options), whole, atol=2e-6, rtol=0)
+    every = [v.copy() for _, v in predict_blocks(volume.read, volume.grid, network, block_size=(30, 16, 8), **options)]
+    for blocks in ([5], [0, 3, 4], [1, 2, 8, 11]):
+        some = predict_blocks(volume.read, volume.grid, network, block_size=(30, 16, 8), blocks=blocks, **options)
+        for number, (_, values) in zip(blocks, some, strict=True):
             np.testing.assert_array_equal(values, every[number])
 
 

@@ -20,6 +20,7 @@ from connectomics.errors import IncompleteError, InputError, MetadataError, Miss
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.task import PredictTask, require_complete, run_predict_task
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
 from tests.trees import contents
 
@@ -273,7 +274,9 @@ def test_a_folder_that_is_not_ours_is_never_touched(raw, tmp_path):
 
 # -- the task itself, bad input ----------------------------------------------------------------------------------------
 def test_json_there_and_back(raw, tmp_path):
-    task = task_of(raw, tmp_path, TARGETS["finer, fractional"], context=(3, 4, 5), intensity_range=(3, 700))
+    task = task_of(
+        raw, tmp_path, TARGETS["finer, fractional"], context=(3, 4, 5), normalization=Normalization(700, 3, 0.4, 0.2)
+    )
     task.save(tmp_path / "task.json")
     assert PredictTask.load(tmp_path / "task.json") == task
     data = json.loads((tmp_path / "task.json").read_text())
@@ -299,7 +302,6 @@ def test_what_makes_no_task_is_refused(raw, tmp_path):
         ({"precision": "16"}, InputError, "precision must be one of"),
         ({"dtype": "float32"}, InputError, "dtype must be one of"),
         ({"batch_size": 0}, InputError, "batch_size must be at least 1, or auto"),
-        ({"intensity_range": (5, 5)}, InputError, "two ascending values"),
     ]:
         with pytest.raises(error, match=message):
             task_of(raw, tmp_path, grid, **options)

@@ -16,6 +16,7 @@ from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.task import PredictTask, run_predict_task
 from connectomics.inference.threads import ReadAhead, WriteBehind
+from connectomics.io.mirror import Extent
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 
@@ -128,9 +129,17 @@ def test_equals_to_the_bit_the_same_without_threads(tmp_path):
     task = task_of(tmp_path)
     run_predict_task(task, smooth)
     stored, _ = Multiscale.open(f"{task.output}/mito").read_level(0, (0, 0, 0), GRID.shape)
-    read = RawSource(task.raw, task.intensity_range).read
+    read = RawSource(task.raw, task.normalization).read
+    extent = Extent.of(GRID, GRID)
     for block, values in predict_blocks(
-        read, GRID, smooth, channels=1, window=16, block_size=task.layouts[0][0].block_shape, batch_size=3
+        read,
+        GRID,
+        smooth,
+        channels=1,
+        window=16,
+        block_size=task.layouts[0][0].block_shape,
+        batch_size=3,
+        extent=extent,
     ):
         at = tuple(slice(b, b + n) for b, n in zip(GRID.index_range(block.box)[0], block.shape, strict=True))
         np.testing.assert_array_equal(stored[at], np.rint(values[0] * np.float32(255)).astype(np.uint8))

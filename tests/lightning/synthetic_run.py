@@ -108,6 +108,10 @@ class MadeUpCrop:
     grid: VoxelGrid
     dataset: str = "made_up"
 
+    @property
+    def raw_extent(self) -> None:
+        return None
+
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         return world_image(grid)
 

@@ -54,6 +54,10 @@ class Annotated:
         begin = np.rint(self.grid.to_index(grid.translation)).astype(int)
         return tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
 
+    @property
+    def raw_extent(self) -> None:
+        return None
+
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         begin = np.rint(self.grid.to_index(grid.translation)).astype(int)
         index = [

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
-from connectomics.cellmap.catalog import Crop
+from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes
 from connectomics.data.augment import PatchAugmentor
@@ -17,17 +18,18 @@ from connectomics.data.dataset.dataset_cellmap import (
     Mode,
     PatchOptions,
 )
+from connectomics.data.normalization import of_crops
 from connectomics.errors import unknown_name
 from connectomics.geometry import Index, Triple, triple
+from connectomics.io.normalization import Normalization
+from connectomics.io.store import StoreOptions
 
 
 def patch_options(cfg: RunConfig) -> PatchOptions:
     """The `PatchOptions` of a run."""
     data = cfg.data
-    span = data.intensity_range
     return PatchOptions(
         seed=cfg.system.seed,
-        intensity_range=None if span is None else (span[0], span[1]),
         cache=cache_mode(cfg),
         cache_dir=data.cache_dir,
         cache_context=data.cache_context,
@@ -45,6 +47,8 @@ def run_dataset(
     """The patches of a run in these crops; for training with its augmentation, which moves all views alike and so reads
     as far as the widest of them does. ``options``: None for the run's own (`patch_options`)."""
     chosen = patch_options(cfg) if options is None else options
+    if not chosen.normalizations:
+        chosen = replace(chosen, normalizations=normalizations(cfg, crops))
     augmentor = None
     if mode == "train":
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
@@ -56,6 +60,11 @@ def run_dataset(
     return CellMapMultiClassDataset.of_crops(
         crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, chosen
     )
+
+
+def normalizations(cfg: RunConfig, crops: Sequence[Crop]) -> dict[str, Normalization]:
+    """The normalization of each data set of a run, see `connectomics.data.normalization`."""
+    return {name: chosen.normalization for name, chosen in of_crops(cfg, crops).items()}
 
 
 def instance_classes(cfg: RunConfig) -> tuple[str, ...]:
@@ -82,12 +91,17 @@ def cache_mode(cfg: RunConfig) -> Literal["none", "memory", "disk"]:
 def get_dataset(
     cfg: RunConfig, augmentor: Callable[[dict[str, Any]], dict[str, Any]] | None, mode: Mode = "train"
 ) -> CellMapDataset | CellMapMultiClassDataset:
-    """``dataset.name: cellmap`` gives all classes a sample, ``cellmap_single`` one class a sample."""
+    """``dataset.name: cellmap`` gives all classes a sample, ``cellmap_single`` one class a sample. Images are as the
+    run's network gets them, centered."""
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}
     if cfg.dataset.name not in kinds:
         raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
     options = patch_options(cfg)
+    crops = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes)).crops(
+        cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
+    )
+    options = replace(options, normalizations=normalizations(cfg, crops))
     return kinds[cfg.dataset.name](
         data_root=cfg.dataset.data_root,
         datasets=cfg.dataset.datasets,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from connectomics.data.spatial import SpatialAugmentor
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.io.normalization import Normalization
 from connectomics.io.store import StoreOptions
 
 _MOST_POINTS = 2**22  # positions that a data set keeps: 100 MB
@@ -35,7 +36,8 @@ class PatchOptions:
     Attributes:
         seed: of the positions.
         balance: share of the patches of plain indices that go through a voxel of a class (else uniform).
-        intensity_range: raw values that become 0 and 1; None for uint8 raw.
+        normalizations: by data set, how raw becomes the image; for one that is not there 0 to 255 become 0 to 1 (uint8
+            raw only).
         cache: none | memory | disk: whether each crop is decoded once, and where that is kept.
         cache_dir: where it is kept on disk; None for the user's cache folder.
         cache_context: voxels of raw kept around each crop, one number; None: as far as patches can reach.
@@ -48,7 +50,7 @@ class PatchOptions:
 
     seed: int = 42
     balance: float = 0.7
-    intensity_range: tuple[float, float] | None = None
+    normalizations: Mapping[str, Normalization] = field(default_factory=dict)
     cache: Literal["none", "memory", "disk"] = "none"
     cache_dir: str | None = None
     cache_context: int | None = None
@@ -158,7 +160,7 @@ class CropPatches(BaseDataset):
             crop=crop,
             classes=classes,
             voxel_size=view.voxel_size,
-            intensity_range=options.intensity_range,
+            normalization=options.normalizations.get(crop.dataset),
             cache=cache_folder(options.cache, options.cache_dir),
             context=context if margin is None else (margin, margin, margin),
             allow_missing_raw=options.allow_missing_raw,
@@ -202,16 +204,17 @@ class CropPatches(BaseDataset):
         seed = tuple(int(s) for s in rng.integers(2**31, size=2))
         patch = self.reader.read(PatchRequest(volume, point, seed))
         sample = patch.dense(classes)
-        if self._augment is None:
-            return sample
         if isinstance(self._augment, GivenAugmentor):
-            given: Sample = self._augment(sample, patch.instances, classes)
-            return given
-        self._augment.seed(patch.seed % 2**31)
-        moved = self._augment(sample)
-        if "ids" in moved:
-            moved["ids"] = agree(moved["ids"], patch.instances, moved["label"], moved["known"], classes)
-        return moved
+            sample = self._augment(sample, patch.instances, classes)
+        elif self._augment is not None:
+            self._augment.seed(patch.seed % 2**31)
+            sample = self._augment(sample)
+            if "ids" in sample:
+                sample["ids"] = agree(sample["ids"], patch.instances, sample["label"], sample["known"], classes)
+        mean, std = np.float32(patch.normalization.mean), np.float32(patch.normalization.std)
+        if (mean, std) == (0, 1):
+            return sample
+        return {k: (v - mean) / std if k == "image" or k.startswith("image_") else v for k, v in sample.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader worker starts its own random stream, and the positions are the sampler's business
@@ -219,8 +222,9 @@ class CropPatches(BaseDataset):
 
 
 class CellMapDataset(CropPatches):
-    """One sample for each (data set, crop, class): ``image`` (1, D, H, W) float32 in [0, 1], ``label`` (1, D, H, W)
-    float32 0/1 and ``known`` (1, D, H, W) bool. A label counts only where ``known``.
+    """One sample for each (data set, crop, class): ``image`` (1, D, H, W) float32 (see `PatchOptions.normalizations`;
+    in [0, 1] without), ``label`` (1, D, H, W) float32 0/1 and ``known`` (1, D, H, W) bool. A label counts only where
+    ``known``.
 
     ``data_samples`` lists the samples: ``dataset``, ``crop``, ``class``, ``raw_path``, ``label_path`` (None where the
     class is known through others only) and ``scale_level``, the pyramid level that raw is read from.
@@ -260,7 +264,8 @@ class CellMapDataset(CropPatches):
 
 
 class CellMapMultiClassDataset(CropPatches):
-    """One sample for each crop: ``image`` (1, D, H, W) float32 in [0, 1], ``label`` (C, D, H, W) float32 0/1 and
+    """One sample for each crop: ``image`` (1, D, H, W) float32 (see `PatchOptions.normalizations`; in [0, 1] without),
+    ``label`` (C, D, H, W) float32 0/1 and
     ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody annotated is unknown, not absent.
 
     ``crop_groups`` lists the crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from connectomics.config import RunConfig
@@ -20,7 +21,8 @@ class BatchAugmentor:
         own: of the run's own view. views: of the further views in their order, each with its own voxel size.
 
     Further views have the draws of their patch, but for kinds that move an image against its labels; ids of objects
-    move with the labels. Voxels without raw stay 0, as the network meets them in prediction.
+    move with the labels. Voxels without raw keep the mean of tissue, as the network meets them in prediction. Images
+    are on the unit scale; they are centered afterwards (`connectomics.data.patches.centered`).
     """
 
     own: IntensityAugmentor
@@ -41,12 +43,13 @@ class BatchAugmentor:
         before = batch["image"]
         image, codes = self.own(before, batch["codes"], batch["seed"])
         assert codes is not None  # it was given codes
-        # where nothing is known and raw is exactly 0 there is none, or it is as good as none
-        blank = (before == 0) & (batch["codes"] == 0)[:, None] & (codes == 0)[:, None]
-        changed = {"image": image.masked_fill_(blank, 0.0), "codes": codes}
+        # where nothing is known and raw is exactly the mean there is none, or it is as good as none
+        mean = batch["mean"].to(before.device)[:, None, None, None, None] if "mean" in batch else before.new_zeros(())
+        blank = (before == mean) & (batch["codes"] == 0)[:, None] & (codes == 0)[:, None]
+        changed = {"image": torch.where(blank, mean, image), "codes": codes}
         if "ids" in batch:
             changed["ids"] = self.own.moved_ids(batch["ids"], batch["seed"])
         for number, augmentor in enumerate(self.views, start=1):
             view = batch[f"image_{number}"]
-            changed[f"image_{number}"] = augmentor(view, None, batch["seed"])[0].masked_fill_(view == 0, 0.0)
+            changed[f"image_{number}"] = torch.where(view == mean, mean, augmentor(view, None, batch["seed"])[0])
         return {**batch, **changed}

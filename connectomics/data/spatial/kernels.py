@@ -74,26 +74,26 @@ def copy_codes(source: Array, base: int, strides: Array, low: Array, high: Array
 
 @numba.njit(cache=True, nogil=True)
 def clear_outside(
-    inside: Array, base: int, strides: Array, low: Array, high: Array, image: Array, codes: Array
+    inside: Array, base: int, strides: Array, low: Array, high: Array, fill: float, image: Array, codes: Array
 ) -> None:
-    """Image and code 0 where ``inside[base + i . strides]`` is False, for low <= i < high."""
+    """Image ``fill`` and code 0 where ``inside[base + i . strides]`` is False, for low <= i < high."""
     for z in range(low[0], high[0]):
         for y in range(low[1], high[1]):
             row = base + z * strides[0] + y * strides[1]
             for x in range(low[2], high[2]):
                 if not inside[np.uint64(row + x * strides[2])]:
-                    image[np.uint64(z), np.uint64(y), np.uint64(x)] = 0.0
+                    image[np.uint64(z), np.uint64(y), np.uint64(x)] = fill
                     codes[np.uint64(z), np.uint64(y), np.uint64(x)] = 0
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _careful(raw, shape, inside, codes, codes_shape, shift, z, y, x):  # type: ignore[no-untyped-def]
+def _careful(raw, shape, inside, codes, codes_shape, shift, fill, z, y, x):  # type: ignore[no-untyped-def]
     """Value (0..1) and code at one position, with every check: the neighbours that hold raw, weights normalised."""
     near_z, near_y, near_x = math.floor(z + 0.5), math.floor(y + 0.5), math.floor(x + 0.5)
     if near_z < 0 or near_y < 0 or near_x < 0 or near_z >= shape[0] or near_y >= shape[1] or near_x >= shape[2]:
-        return np.float32(0.0), np.uint32(0)
+        return fill, np.uint32(0)
     if inside.size > 0 and not inside[np.uint64((near_z * shape[1] + near_y) * shape[2] + near_x)]:
-        return np.float32(0.0), np.uint32(0)
+        return fill, np.uint32(0)
     low_z, low_y, low_x = math.floor(z), math.floor(y), math.floor(x)
     total = np.float32(0.0)
     weights = np.float32(0.0)
@@ -269,7 +269,7 @@ def _codes_anywhere(source, shape, base, at, n, codes):  # type: ignore[no-untyp
 
 @numba.njit(cache=True, nogil=True)
 def _fill(  # type: ignore[no-untyped-def]
-    raw, shape, inside, source, codes_shape, shift, at, n, base, low, high, index, share, four, pixels, labels
+    raw, shape, inside, source, codes_shape, shift, fill, at, n, base, low, high, index, share, four, pixels, labels
 ):
     """Image and codes of a chunk: ``at`` float32 (3, n), positions off the raw index ``base``, from low to high."""
     clear, void, coded, unknown = True, False, True, False
@@ -280,7 +280,7 @@ def _fill(  # type: ignore[no-untyped-def]
         coded &= base[k] + shift[k] >= 0 and math.floor(last + 0.5) + shift[k] < codes_shape[k]
         unknown |= last + shift[k] < -0.5 or first - _NEAR + shift[k] > codes_shape[k] - 0.5
     if void:
-        pixels[:] = 0.0
+        pixels[:] = fill
         labels[:] = 0
         return
     plane, width = shape[1] * shape[2], shape[2]
@@ -298,7 +298,7 @@ def _fill(  # type: ignore[no-untyped-def]
         return
     for i in range(n):
         z, y, x = base[0] + float(at[0, i]), base[1] + float(at[1, i]), base[2] + float(at[2, i])
-        value, code = _careful(raw, shape, inside, source, codes_shape, shift, z, y, x)
+        value, code = _careful(raw, shape, inside, source, codes_shape, shift, fill, z, y, x)
         pixels[i] = value
         labels[i] = code
 
@@ -306,7 +306,7 @@ def _fill(  # type: ignore[no-untyped-def]
 @numba.njit(cache=True, nogil=True)
 def interpolate(
     raw: Array, shape: Array, inside: Array, source: Array, codes_shape: Array, shift: Array, start: Array, rise: Array,
-    control: Array, limit: Array, field_start: Array, field_rise: Array, image: Array, codes: Array,
+    control: Array, limit: Array, field_start: Array, field_rise: Array, fill: float, image: Array, codes: Array,
 ) -> None:  # fmt: skip
     """One pass over the patch: trilinear raw and nearest codes.
 
@@ -314,7 +314,7 @@ def interpolate(
     ``codes_shape``; shift: what makes a raw index an index of source. Voxel (i, j, k) of the patch lies at
     ``start + rise @ (i, j, k)`` in raw, plus the field at ``field_start + field_rise @ (i, j, k)`` in control
     points: ``control`` float32 (3, nz, ny, nx), or of size 0. ``limit``: float64 (3,), the last control points.
-    Writes image float32 and codes (D, H, W).
+    Writes image float32, ``fill`` where there is no raw, and codes (D, H, W).
     """
     moved = control.size > 0
     straight = moved and field_rise[0, 2] == 0 and field_rise[1, 2] == 0
@@ -358,8 +358,8 @@ def interpolate(
                         _rebase(at, n, base, low, high)
                     pixels, labels = image[z, y, x : x + n], codes[z, y, x : x + n]
                     _fill(
-                        raw, shape, inside, source, codes_shape, shift, at, n, base, low, high, index, share, four,
-                        pixels, labels,
+                        raw, shape, inside, source, codes_shape, shift, fill, at, n, base, low, high, index, share,
+                        four, pixels, labels,
                     )  # fmt: skip
 
 

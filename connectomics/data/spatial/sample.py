@@ -37,8 +37,8 @@ def sample(
         shape: of the patch, voxels. step: lattice voxels from one voxel of the patch to the next.
 
     Raw is interpolated trilinearly over those of the eight neighbours that hold raw; the code is the nearest voxel's (a
-    half goes up). Where the nearest voxel holds no raw, image and code are 0. A map that only permutes, flips and
-    shifts by whole voxels gives exact copies. Raises `InputError` for a shape or step that is none.
+    half goes up). Where the nearest voxel holds no raw, the image is ``arrays.fill`` and the code 0. A map that only
+    permutes, flips and shifts by whole voxels gives exact copies. Raises `InputError` for a shape or step that is none.
     """
     size, rate = _size(shape), np.array(triple(step, "step"))
     if rate.min() <= 0:
@@ -79,7 +79,7 @@ def sample_reference(
         weight = np.prod(np.where(corner, share, 1 - share), axis=-1) * _look_up(inside, below + corner)
         total += weight * _look_up(arrays.raw, below + corner)
         weights += weight
-    image = np.where(there, total / np.where(there, weights, 1) / 255, 0)
+    image = np.where(there, total / np.where(there, weights, 1) / 255, np.float32(arrays.fill))
     at = nearest + np.subtract(arrays.raw_begin, arrays.codes_begin)
     return image.astype(np.float32), np.where(there, _look_up(arrays.codes, at), 0).astype(arrays.codes.dtype)
 
@@ -121,7 +121,7 @@ def _copy(
     tiles = _tiles(rise, image.shape)
     low, high = _part(start, rise, arrays.raw.shape, image.shape)
     if low != [0, 0, 0] or high != list(image.shape):
-        image.fill(0)
+        image.fill(arrays.fill)
     base, strides = _strides(start, rise, arrays.raw.shape)
     ends = np.array(low), np.array(high)
     kernels.copy_image(_flat(arrays.raw), base, strides, *ends, tiles, image)
@@ -145,7 +145,8 @@ def _copy(
             _flat(arrays.codes), code_base, code_strides, np.array(code_low), np.array(code_high), tiles, codes
         )
     if arrays.inside is not None:
-        kernels.clear_outside(_flat(arrays.inside), base, strides, *ends, image, codes)
+        fill: Any = np.float32(arrays.fill)
+        kernels.clear_outside(_flat(arrays.inside), base, strides, *ends, fill, image, codes)
 
 
 def _strides(start: list[int], rise: list[list[int]], block: Sequence[int]) -> tuple[int, NDArray[np.int64]]:
@@ -212,8 +213,9 @@ def _interpolate(
         single = [(0, int(n == 1)) for n in vectors.shape[1:]]  # the kernel reads pairs of control points
         control = np.ascontiguousarray(np.pad(vectors, [(0, 0), *single], mode="edge"))
     inside = np.empty(0, bool) if arrays.inside is None else _flat(arrays.inside)
+    fill: Any = np.float32(arrays.fill)
     kernels.interpolate(
         _flat(arrays.raw), np.array(arrays.raw.shape), inside, _flat(arrays.codes), np.array(arrays.codes.shape),
         np.subtract(arrays.raw_begin, arrays.codes_begin).astype(np.int64), start, rise,
-        control, limit, field_start, field_rise, image, codes,
+        control, limit, field_start, field_rise, fill, image, codes,
     )  # fmt: skip

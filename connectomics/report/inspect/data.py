@@ -24,6 +24,7 @@ from connectomics.data.cache import CropCache, cache_folder
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.intensity import BatchAugmentor
+from connectomics.data.normalization import with_normalization
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
@@ -53,7 +54,8 @@ class SeenPatch:
         crop: ``dataset/crop``. grid: where the patch was before augmentation, nm.
         drawn_by: what the sampler drew it for. seed: of its augmentation on the device.
         spatial, intensity: what was done to it in space, and to its values.
-        images: float32 (D, H, W), the run's view first. voxel_sizes: of each, nm, z y x.
+        images: float32 (D, H, W) on the unit scale, before they are centered, the run's view first.
+        voxel_sizes: of each, nm, z y x.
         codes: (D, H, W). present, known: bool (C, K): what the codes mean.
         values: of each image. labels: the patch in numbers.
         raw: of each image, where there is raw; None where a transform after the reading moved it.
@@ -233,7 +235,9 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
         crops=len(dataset.volumes),
         cache=dataset.options.cache,
         cache_bytes=cache_bytes(dataset),
-        configuration=data_keys(config),
+        configuration=data_keys(
+            with_normalization(config, {name: found.to_dict() for name, found in module.normalization.items()})
+        ),
     )
 
 

@@ -98,9 +98,10 @@ def _patches(inspection: Inspection) -> str:
         'aria-label="overlay opacity"></label></div>'
     )
     about = page.hint(
-        "After every augmentation, as the network gets them: black is 0 and white is 1. Slices are those of the turned "
-        "and deformed patch; z is counted from its first voxel, and places are those before augmentation. The list of "
-        "classes says how much of what is known is present."
+        "After every augmentation: black is 0 and white is 1. The network gets (value - mean) / std, with the numbers "
+        "of data.normalization below. Slices are those of the turned and deformed patch; z is counted from its first "
+        "voxel, and places are those before augmentation. The list of classes says how much of what is known is "
+        "present."
     )
     articles = "".join(_patch(patch, inspection.classes) for patch in shown)
     return "".join(lines) + about + legend() + tools + articles

@@ -42,7 +42,8 @@ class MissingRaw:
 
 
 class RawPresence(CropVolume):
-    """A crop that is white wherever it has raw: a patch of it is 0 exactly where there is none."""
+    """A crop that is white wherever it has raw, and neither mirrored nor filled in: a patch of it is 0 exactly where
+    there is none."""
 
     @classmethod
     def of(cls, volume: CropVolume) -> RawPresence:
@@ -53,7 +54,7 @@ class RawPresence(CropVolume):
 
     def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
         """As the crop's own, of that part alone, with white for raw."""
-        whole = super().arrays(lo, hi)
+        whole = self.plain_arrays(lo, hi)
         low = np.clip(np.subtract(lo, whole.raw_begin), 0, whole.raw.shape)
         high = np.clip(np.subtract(hi, whole.raw_begin), low, whole.raw.shape)
         part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
@@ -62,6 +63,7 @@ class RawPresence(CropVolume):
             whole,
             raw=np.full([s.stop - s.start for s in part], 255, np.uint8),
             raw_begin=(z, y, x),
+            fill=0.0,
             inside=None if whole.inside is None else np.ascontiguousarray(whole.inside[part]),
         )
 
