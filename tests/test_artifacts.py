@@ -25,6 +25,7 @@ from connectomics.errors import BlocksFailedError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
+from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
 from connectomics.submission import export_submission
 from connectomics.tasks import run_task
@@ -134,7 +135,7 @@ def test_what_was_made_from_another_prediction_is_not_taken_for_current(tmp_path
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"intensity_range": (0, 128)}, "intensity_range"), ({"checkpoint": "def"}, "checkpoint")],
+    [({"normalization": Normalization(0, 128)}, r"normalization\.high"), ({"checkpoint": "def"}, "checkpoint")],
     ids=str,
 )
 def test_a_prediction_with_other_settings_makes_labels_outdated(

@@ -41,7 +41,7 @@ def task_of(raw: Path | str, out: Path, **options) -> PredictTask:
     defaults = dict(
         raw=str(raw), output=str(out / "a.zarr" / "crop1"), classes=("mito",), targets={"mito": GRID},
         voxel_size=(8, 8, 8), window=(16, 16, 16), checkpoint="", block_size=(16, 16, 16), context=(0, 0, 0),
-        overlap=0.0, intensity_range=(0, 255),
+        overlap=0.0, 
     )  # fmt: skip
     return PredictTask(**{**defaults, **options})
 
