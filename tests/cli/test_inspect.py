@@ -59,13 +59,20 @@ def test_json_is_the_summary_alone(root: Path, tmp_path: Path, capsys: pytest.Ca
     assert summary["configuration"]["data.patch_size"] == [16, 16, 16]
 
 
-def test_a_page_that_is_there_is_not_replaced(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "page.html"
-    out.write_text("mine")
+def test_a_page_that_is_there_is_replaced_on_demand_and_a_foreign_file_never(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, mine = tmp_path / "page.html", tmp_path / "mine.html"
+    assert run(root, out) == 0
+    capsys.readouterr()
     assert run(root, out) == 1
     assert "--overwrite" in failure(capsys)
     assert run(root, out, "--overwrite") == 0
-    assert out.read_text() != "mine"
+    capsys.readouterr()
+    mine.write_text("mine")
+    assert run(root, mine, "--overwrite") == 1
+    assert "was not written by inspect" in failure(capsys)
+    assert mine.read_text() == "mine"
 
 
 def test_mistakes_are_one_line(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
