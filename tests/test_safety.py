@@ -248,7 +248,8 @@ def test_the_page_of_inspect_shows_a_hostile_name_as_text(tmp_path: Path) -> Non
     evil = "<b onclick=alert(1)>set"
     rng = np.random.default_rng(0)
     write_raw(tmp_path / "root", evil, rng.integers(0, 255, (16, 16, 16), dtype=np.uint8), grid_of((16, 16, 16)))
-    write_label(tmp_path / "root", evil, "crop1", "mito", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    label = np.eye(16, dtype=np.uint8)[None].repeat(16, 0)
+    write_label(tmp_path / "root", evil, "crop1", "mito", label, grid_of((16, 16, 16)))
     out = tmp_path / "page.html"
     assert main(["inspect", "phantom", f"dataset.data_root={tmp_path / 'root'}", "dataset.classes=[mito]",
                  "data.use_cache=false", "dataset.train_val_split=1.0", "data.patch_size=[16,16,16]",

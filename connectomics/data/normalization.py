@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.config.intensity_range import KEY, check_intensity_range, of_dataset, pair_of
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import CorruptDataError, InputError, unknown_name
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
@@ -216,7 +216,11 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
         grid = VoxelGrid.covering(Box(triple(face), triple(face + size)), voxel_size)
         if not source.stored_chunks(grid.crop([k // 2 for k in grid.shape], (1, 1, 1))).any():
             continue
-        values, inside = source.read_raw(grid)
+        try:
+            values, inside = source.read_raw(grid)
+        except CorruptDataError as error:  # those who need that place say so
+            log.warning("%s takes no part in measuring the gray range", error)
+            continue
         found.append(values[inside])
         number += len(found[-1])
         if number >= _VOXELS:

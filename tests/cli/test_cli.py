@@ -119,7 +119,9 @@ def test_nan_in_raw_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
     values = np.full((16, 16, 16), 0.5, np.float32)
     values[3, 4, 5] = np.nan
     write_raw(tmp_path, "set-a", values, grid_of((16, 16, 16)))
-    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    write_label(
+        tmp_path, "set-a", "crop1", "mito", np.eye(16, dtype=np.uint8)[None].repeat(16, 0), grid_of((16, 16, 16))
+    )
     assert "NaN" in failure(capsys, *fast(tmp_path))
 
 
@@ -136,7 +138,8 @@ def test_missing_attributes_and_raw_are_one_line(tmp_path: Path, capsys: pytest.
     assert "not valid JSON" in failure(capsys, "describe", root)
     root = tmp_path / "b"
     write_raw(root, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
-    write_label(root, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8), start=5000.0))
+    label = np.eye(8, dtype=np.uint8)[None].repeat(8, 0)
+    write_label(root, "set-a", "crop1", "mito", label, grid_of((8, 8, 8), start=5000.0))
     assert "no raw to see" in failure(capsys, *fast(root))
 
 

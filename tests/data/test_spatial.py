@@ -155,7 +155,8 @@ def test_beyond_raw_there_is_nothing_and_beyond_labels_nothing_is_known() -> Non
         image, codes = sample(arrays_of(raw, np.ones_like(raw), hole), (29.5,) * 3, map, (24,) * 3)
         place = map(offsets_of((24,) * 3))[..., 0] + 29.5
         sure = np.abs(place - 29.5) > 1e-3
-        np.testing.assert_allclose(image[sure], (place < 29.5)[sure], atol=1e-6)  # never mixed with the hole's zeros
+        expected = np.where(place < 29.5, 1, 0.4)  # tissue's mean in the hole, and never mixed with its zeros
+        np.testing.assert_allclose(image[sure], expected[sure], atol=1e-6)
         np.testing.assert_array_equal(codes[sure], (place < 29.5)[sure])
 
 
