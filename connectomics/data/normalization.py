@@ -124,6 +124,13 @@ def for_prediction(
         size = triple(config.dataset.resolution, "dataset.resolution")
         chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], size)
     log.info("%s: %s", dataset, chosen)
+    own = next((one for one in (kept(of, dataset, None) for of in trained) if one is not None), None)
+    if own is not None and own.normalization.range != chosen.normalization.range:
+        log.warning(
+            "%s: %s asks for raw %g to %g, but the network was trained with %g to %g: expect worse results; leave it "
+            "out to use the network's own",
+            dataset, KEY, *chosen.normalization.range, *own.normalization.range,
+        )  # fmt: skip
     return chosen.normalization
 
 

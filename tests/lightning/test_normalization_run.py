@@ -99,7 +99,10 @@ def test_prediction_uses_what_the_model_knows_and_says_so(
     assert any("set-b: raw 200 to 229" in line and "from the model (its raw: percentiles" in line for line in said)
     assert any(line.startswith("set-c: raw 20 to 89") and "from its raw" in line for line in said)
     other = replace(config, data=replace(config.data, intensity_range=[0, 255]))
+    caplog.clear()
     assert predict(other, run.checkpoint, tmp_path / "pair", "set-b")[0].range == (0, 255)
+    (warned,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
+    assert "set-b: data.intensity_range asks for raw 0 to 255, but the network was trained with 200 to 229" in warned
 
 
 def test_a_resumed_run_measures_nothing_again(
