@@ -21,6 +21,7 @@ from connectomics.errors import CorruptDataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import Multiscale, StoreError, StoreOptions, exists, list_groups, read_json, s3, write_multiscale
 from connectomics.io.array import StoredArray
+from connectomics.io.fingerprint import content_identity, same_content
 from connectomics.io.store import read_bytes
 from tests.s3_server import FAULTS, Fault, FaultyProxy, FolderServer
 
@@ -240,3 +241,17 @@ def test_kept_chunks_stay_within_their_bytes(tmp_path: Path, method: str) -> Non
         args = [textwrap.dedent(program), "s3://public/big.zarr/em", server.endpoint, method]
         done = subprocess.run([sys.executable, "-c", *args], capture_output=True, text=True, timeout=120, check=True)
     assert float(done.stdout) < 40, done.stdout
+
+
+def test_the_content_of_a_volume_is_known_wherever_it_lies(server: FolderServer, folder: Path) -> None:
+    def identity(place: str = "x.zarr") -> str:
+        return content_identity(Multiscale.open(f"s3://public/{place}/em", StoreOptions(endpoint=server.endpoint)))
+
+    first = identity()
+    assert "...." not in first, "every sampled chunk is found"
+    subprocess.run(["cp", "-a", folder / "x.zarr", folder / "copy.zarr"], check=True)
+    assert identity("copy.zarr") == first
+    (folder / CHUNK).unlink()
+    assert same_content(first, identity()), "a chunk that is not there yet does not make another volume"
+    write_multiscale(folder / "x.zarr" / "em", DATA[::-1].copy(), GRID, chunks=(16, 16, 16), overwrite=True)
+    assert not same_content(first, identity())
