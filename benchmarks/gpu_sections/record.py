@@ -54,7 +54,7 @@ class Record:
         self.save()
 
     def add(self, section: str, row: Mapping[str, Any]) -> None:
-        """Add a row: ``table``, ``name``, ``values``, and where there are any ``goals``, ``error``, ``left_out``,
+        """Add a row: ``table``, ``name``, ``values``, and, if there are any, ``goals``, ``error``, ``left_out``,
         ``quiet`` (a word to count it by: the table does not show it)."""
         self.content["sections"][section]["rows"].append(dict(row))
         self.save()

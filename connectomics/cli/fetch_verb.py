@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def fetch(
-    root: Annotated[Path, OutArgument(help="Local data root; made where it is not there.")],
+    root: Annotated[Path, OutArgument(help="Local data root; made if it does not exist.")],
     source: Annotated[
         str | None, typer.Option("--from", help="s3://bucket or s3://bucket/folder; default: the public CellMap data.")
     ] = None,

@@ -147,11 +147,7 @@ def export_submission(
         raise MissingError(f"no predictions folder at {root}")
     if probabilities_dir is not None and not Path(probabilities_dir).is_dir():
         raise MissingError(f"no folder of probabilities at {probabilities_dir}")
-    table = CropTable.challenge() if crops is None else CropTable.resolve(crops)
-    untested: tuple[str, ...] = ()
-    if crops is None and datasets is not None and not {e.dataset for e in table} & set(datasets):
-        own = own_table(root, datasets, data_root)
-        table, untested = (table, ()) if own is None else (own, tuple(datasets))
+    table, untested = _table(root, crops, datasets, data_root)
     table = table.select(classes=classes, datasets=datasets)
     _check_target(target, [root, *([Path(probabilities_dir)] if probabilities_dir is not None else [])])
     jobs, missing = _jobs(root, probabilities_dir, table, thresholds or {})
@@ -187,6 +183,20 @@ def export_submission(
         kept=kept,
         untested=untested,
     )
+
+
+def _table(
+    root: Path, crops: CropTable | str | Path | None, datasets: Collection[str] | None, data_root: str | None
+) -> tuple[CropTable, tuple[str, ...]]:
+    """The crop table to pack for, and the data sets of which the challenge has no test crop."""
+    if crops is not None:
+        return CropTable.resolve(crops), ()
+    table = CropTable.challenge()
+    if datasets is not None and not {entry.dataset for entry in table} & set(datasets):
+        own = own_table(root, datasets, data_root)
+        if own is not None:
+            return own, tuple(datasets)
+    return table, ()
 
 
 def _validated(made: Path, table: CropTable, progress: Progress | None) -> list[Finding]:
