@@ -158,7 +158,7 @@ def library(source: str) -> dict[str, Any]:
 
 def blocks(source: str, out: str, method: str, block: int) -> dict[str, Any]:
     """The task, from Zarr to Zarr."""
-    from connectomics.decoding.affinities.task import AffinitiesTask
+    from connectomics.decoding.affinities.affinity_task import AffinitiesTask
     from connectomics.decoding.blocks.labels_task import objects_of
     from connectomics.decoding.parameters import DecodeParameters
     from connectomics.tasks import run_task

@@ -28,7 +28,6 @@ from pathlib import Path
 from data_roots import FOURTEEN, THREE, one_large_crop
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.cellmap.phantom import PHANTOM_CLASSES
 from connectomics.data.augment import PatchAugmentor
 from connectomics.data.bench import ensure_environment
 from connectomics.data.bench.meter import median_ratio
@@ -37,6 +36,7 @@ from connectomics.data.bench.run import one_torch_thread, ours_for_peer, work_on
 from connectomics.data.bench.stages import PatchWork
 from connectomics.data.cache import prepare
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
+from connectomics.phantom import PHANTOM_CLASSES
 
 
 @dataclass(frozen=True)

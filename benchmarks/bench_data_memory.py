@@ -22,7 +22,6 @@ from data_roots import forty_crops
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.cellmap.phantom import PHANTOM_CLASSES
 from connectomics.data.augment import PatchAugmentor
 from connectomics.data.bench.loader_run import worker_pids
 from connectomics.data.bench.meter import private_mb
@@ -31,6 +30,7 @@ from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, 
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
 from connectomics.data.sampling import PatchSampler, SampledCrop
+from connectomics.phantom import PHANTOM_CLASSES
 
 LIMIT_MB = 700.0
 FLAT = 0.03

@@ -128,7 +128,7 @@ def main() -> None:
     parser.set_defaults(options={})  # of MedNeXt
     options = parser.parse_args()
 
-    from connectomics.inference.task import PredictTask, run_predict_task
+    from connectomics.inference.predict_task import PredictTask, run_predict_task
 
     network = network_of(options)
     with tempfile.TemporaryDirectory() as name:

@@ -24,7 +24,7 @@ _CHUNK = 128
 _SCRIPT = """
 import json, resource, sys, time
 import psutil, torch, numba
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 
 weights = torch.linspace(0.5, 1, 3).reshape(1, 3, 1, 1, 1)
 task = PredictTask.load(sys.argv[1])
@@ -40,7 +40,7 @@ print(json.dumps({"growth": peak - baseline, "baseline": baseline, "seconds": se
 def measure(folder: Path, shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, float]:
     """Bytes and seconds that a volume of ``shape`` takes."""
     from connectomics.geometry import VoxelGrid
-    from connectomics.inference.task import PredictTask
+    from connectomics.inference.predict_task import PredictTask
     from connectomics.io.write import create_multiscale
 
     grid = VoxelGrid((8, 8, 8), (4, 4, 4), shape)

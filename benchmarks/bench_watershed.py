@@ -135,7 +135,7 @@ def measure(way: str, source: str, out: str, block: int, boundary: bool) -> dict
     from connectomics.decoding.blocks import ComponentsTask
     from connectomics.decoding.decode import decode_predictions
     from connectomics.decoding.parameters import DecodeParameters
-    from connectomics.decoding.watershed.task import WatershedTask
+    from connectomics.decoding.watershed.watershed_task import WatershedTask
     from connectomics.decoding.watershed.whole import split
     from connectomics.tasks import run_task
 

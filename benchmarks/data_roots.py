@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.cellmap.phantom import PHANTOM_CLASSES, write
-from connectomics.cellmap.phantom.layout import CropPlan, DatasetPlan
-from connectomics.cellmap.phantom.scene import Tone
 from connectomics.geometry import Box, VoxelGrid
+from connectomics.phantom import PHANTOM_CLASSES, write
+from connectomics.phantom.layout import CropPlan, DatasetPlan
+from connectomics.phantom.scene import Tone
 
 #: Fourteen classes as a run would have them: instances, groups, membranes and lumina.
 FOURTEEN = (

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from connectomics.tasks import BlockTask
-from connectomics.tasks.task import TASK_FILE
+from connectomics.tasks.block_task import TASK_FILE
 
 
 @dataclass(frozen=True)

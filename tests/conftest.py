@@ -58,7 +58,7 @@ def shared_facts() -> Path:
 @pytest.fixture(scope="session")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny phantom: data root, ``test_crops.csv`` and ``truth.zarr`` (read it, do not change it)."""
-    from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+    from connectomics.phantom import PhantomOptions, make_phantom
 
     out = tmp_path_factory.mktemp("phantom") / "root"
     make_phantom(out, PhantomOptions(preset="tiny"))

@@ -17,16 +17,16 @@ import torch
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.decoding.decode import decode_jobs, decode_predictions
-from connectomics.decoding.labels import partial_of
-from connectomics.decoding.measure.run import measure_labels
-from connectomics.decoding.mesh.run import mesh_labels, mesh_tasks
+from connectomics.decoding.label_artifact import partial_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
+from connectomics.morphology.measure import measure_labels
+from connectomics.morphology.mesh import mesh_labels, mesh_tasks
 from connectomics.submission import export_submission
 from connectomics.tasks import run_task
 from connectomics.tasks.lock import leading
@@ -185,7 +185,7 @@ def test_labels_are_packed_with_their_own_probabilities_only(tmp_path: Path) -> 
 
 
 def test_classes_tuned_on_another_prediction_are_dropped(tmp_path: Path) -> None:
-    from connectomics.lightning.tuning import tune
+    from connectomics.pipeline.tune import tune
     from tests.cellmap.roots import write_label
     from tests.cellmap.roots import write_raw as write_em
 

@@ -70,8 +70,8 @@ def test_no_block_is_left_out(blocks: list[tuple[str, str, str]]) -> None:
         ("tutorials/cellmap_mito.yaml", "yaml"),
         ("scripts/train_cellmap.py", "python"),
         ("scripts/train_cellmap.py", "bash"),
-        ("connectomics/lightning/inference.py", "python"),
-        ("connectomics/lightning/inference.py", "bash"),
+        ("connectomics/pipeline/predict.py", "python"),
+        ("connectomics/pipeline/predict.py", "bash"),
         ("connectomics/decoding/cellmap_postprocess.py", "python"),
         ("connectomics/metrics/cellmap_metrics.py", "python"),
         ("scripts/export_cellmap_submission.py", "python"),
@@ -162,7 +162,7 @@ def test_scripts(blocks: list[tuple[str, str, str]], tmp_path: Path) -> None:
         export_cellmap_submission.export_submission(
             **dict(zip(names, (tmp_path / "predictions", tmp_path / "s.zip", ["mito"], ["jrc_cos7-1a"]), strict=True))
         )
-    executed(of(blocks, "connectomics/lightning/inference.py")[0], "connectomics.lightning")
+    executed(of(blocks, "connectomics/pipeline/predict.py")[0], "connectomics.lightning")
 
 
 def test_the_plan_s_own_tests(blocks: list[tuple[str, str, str]], root: Path) -> None:

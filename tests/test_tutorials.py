@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from connectomics.config import load_config
-from connectomics.lightning.train import train
+from connectomics.pipeline.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = {"fib25_medulla", "lucchi", "vnc_larva"}

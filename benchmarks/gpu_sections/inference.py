@@ -13,7 +13,7 @@ from bench_inference import PeakMemory
 from bench_predict import CLASSES, make_raw, network_of, seconds_of_forwards, seconds_of_monai
 
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.multiscale import Multiscale
 from gpu_sections.device import Busy, Timed, peak_gb, reset_peak
 from gpu_sections.record import Section

@@ -23,11 +23,11 @@ from connectomics.data.splits import Split
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.lightning.inference import crop_target, predict_cellmap_crops
 from connectomics.lightning.machine import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.trainer import build_trainer
 from connectomics.metrics.cellmap_metrics import evaluate_semantic
+from connectomics.pipeline.predict import crop_target, predict_cellmap_crops
 from gpu_sections.record import LeftOutError, Section
 from gpu_sections.steps import Turns, measure
 
@@ -154,7 +154,7 @@ class Curve(pl.Callback):
 
 
 def _train(section: Section, config: RunConfig, rate: float) -> ConnectomicsModule:
-    """As `connectomics.lightning.train.train`, for as many steps as the time allows at ``rate`` patches per second."""
+    """As `connectomics.pipeline.train.train`, for as many steps as the time allows at ``rate`` patches per second."""
     reserve = 25.0
     time_left = max(1.0, section.left - reserve - 3.0 * _EPOCHS)
     epochs = 2 if section.tiny else _EPOCHS

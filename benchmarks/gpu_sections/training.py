@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from data_roots import FOURTEEN, one_large_crop
 
-from connectomics.cellmap.phantom import PHANTOM_CLASSES
 from connectomics.config import RunConfig
 from connectomics.data.bench.peer import OUR_AUGMENTED
 from connectomics.models.labels import PackedLabels
 from connectomics.models.losses import build_loss
+from connectomics.phantom import PHANTOM_CLASSES
 from gpu_sections.device import peak_gb, reset_peak, wait
 from gpu_sections.record import LeftOutError, Section
 from gpu_sections.steps import WAITING, Turns, measure

@@ -27,7 +27,7 @@ def phantom(
 
       pytc phantom /scratch/phantom --preset tiny --seed 7
     """
-    from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+    from connectomics.phantom import PhantomOptions, make_phantom
 
     with show.stage(f"making the phantom {out}"):
         info = make_phantom(out, PhantomOptions(seed=seed, preset=preset, size_nm=size, overwrite=overwrite))

@@ -100,7 +100,7 @@ class Way:
     def train(self) -> Path:
         """Train; the checkpoint to predict with."""
         from connectomics.errors import InputError
-        from connectomics.lightning.train import train
+        from connectomics.pipeline.train import train
 
         with show.stage("training", self.timings):
             result = train(self.config, self.out / "run")
@@ -116,7 +116,7 @@ class Way:
 
     def predict(self, checkpoint: Path) -> None:
         """Probabilities of the test crops."""
-        from connectomics.lightning.inference import predict_cellmap_crops, targets_of
+        from connectomics.pipeline.predict import predict_cellmap_crops, targets_of
 
         with show.stage("predicting", self.timings):
             targets = targets_of(self.config, crop_table=self.selected())
@@ -242,7 +242,7 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
     from connectomics.errors import MissingError
 
     if data is None:
-        from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+        from connectomics.phantom import PhantomOptions, make_phantom
 
         root = out / "data"
         timings: dict[str, float] = {}

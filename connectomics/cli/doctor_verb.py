@@ -29,7 +29,7 @@ def doctor(
     from connectomics.cellmap.fetch import PUBLIC
     from connectomics.errors import InputError
     from connectomics.io.store import is_s3
-    from connectomics.lightning.doctor import examine
+    from connectomics.pipeline.doctor import examine
 
     if at.is_file():
         raise InputError(f"--at takes a folder, found the file {at}")

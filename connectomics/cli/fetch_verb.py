@@ -62,7 +62,7 @@ def fetch(
     from connectomics.errors import InputError
     from connectomics.geometry import triple
     from connectomics.io.store import StoreOptions
-    from connectomics.lightning.fetching import Needs, boxes_of_crops, boxes_of_table, needs_of_config
+    from connectomics.pipeline.fetch import Needs, boxes_of_crops, boxes_of_table, needs_of_config
 
     given = (dataset, crop, class_name, voxel_size)
     if config is not None and any(given):

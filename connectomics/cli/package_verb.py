@@ -30,8 +30,8 @@ def package(
     """
     from connectomics.errors import InputError, MissingError
     from connectomics.io.store import read_json
-    from connectomics.lightning.package import SUFFIX
-    from connectomics.lightning.packing import write_package
+    from connectomics.lightning.model_package import SUFFIX
+    from connectomics.pipeline.package import write_package
 
     checkpoint = source
     if source.is_dir():

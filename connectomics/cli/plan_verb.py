@@ -33,8 +33,8 @@ def plan(
     from connectomics.io.replacing import contains, require_own
     from connectomics.io.store import is_s3
     from connectomics.io.write import write_file
-    from connectomics.lightning.data_facts import data_facts
-    from connectomics.lightning.planning import MARK, hours, machine_facts, propose, try_step
+    from connectomics.pipeline.data_facts import data_facts
+    from connectomics.pipeline.plan import MARK, hours, machine_facts, propose, try_step
 
     with progress.counted("measuring classes") as advance:
         data = data_facts(root, class_name, dataset, advance)

@@ -56,7 +56,7 @@ def when_needed(what: str) -> Advance:
 
 @contextmanager
 def stages(what: str) -> Iterator[Callable[[str, int, int], None]]:
-    """The progress of a task (`connectomics.tasks.run.Progress`): each stage that leaves something to do is shown as
+    """The progress of a task (`connectomics.tasks.runner.Progress`): each stage that leaves something to do is shown as
     `counted` does."""
     with ExitStack() as shown:
         running: dict[str, Advance] = {}

@@ -204,7 +204,7 @@ def _check_places(runs: Sequence[Path], crops: Path | None, folders: Sequence[Pa
     from connectomics.cellmap.crop_table import CropTable
     from connectomics.decoding.decode import find_arrays
     from connectomics.errors import MissingError
-    from connectomics.lightning.runs import open_run
+    from connectomics.pipeline.runs import open_run
 
     for run in runs:
         open_run(run)

@@ -49,8 +49,8 @@ def run_task(
     task = load_task(file)
 
     from connectomics.tasks import run_task as run
+    from connectomics.tasks.block_task import TASK_FILE
     from connectomics.tasks.failures import accepted_of, parse_accepted
-    from connectomics.tasks.task import TASK_FILE
 
     (accepted,) = accepted_of([task], parse_accepted(accept_failed or ()))
     must_be_begun = resume and not overwrite
@@ -63,7 +63,7 @@ def run_task(
     if device is None:
         chosen = default_device()
     else:  # before anything is replaced
-        from connectomics.lightning.inference import chosen_device
+        from connectomics.pipeline.predict import chosen_device
 
         chosen = chosen_device(composed, device)
     if dry_run:

@@ -70,8 +70,8 @@ def train(
     if resume:
         checkpoint = _resumed(run_dir, checkpoint)
     composed = load_config(config, overrides or [])
-    from connectomics.lightning.train import choose_run_dir
-    from connectomics.lightning.train import train as run
+    from connectomics.pipeline.train import choose_run_dir
+    from connectomics.pipeline.train import train as run
 
     folder = run_dir or choose_run_dir(composed, checkpoint)
     if checkpoint is None and not fast_dev_run:
@@ -190,7 +190,7 @@ def predict(
     if crops is not None and box is not None:
         raise ConfigError("--crops and --box each say what to predict: give one of them")
     composed, checkpoint = _network_of(config, overrides, checkpoint, model)
-    from connectomics.lightning.inference import (
+    from connectomics.pipeline.predict import (
         chosen_device,
         kept_out_targets,
         predict_cellmap_crops,
@@ -240,7 +240,7 @@ def _network_of(
 
     given = list(overrides or [])
     if model is not None:
-        from connectomics.lightning.package import open_package, package_config
+        from connectomics.lightning.model_package import open_package, package_config
 
         if checkpoint:
             raise ConfigError(
@@ -352,7 +352,7 @@ def evaluate(
 
       pytc evaluate outputs/labels data/phantom --class mito --out outputs/evaluation.json score.rules=pq
     """
-    from connectomics.lightning.evaluation import evaluate_labels
+    from connectomics.pipeline.evaluate import evaluate_labels
 
     chosen = rules_of(config, overrides, rules)
     if out is not None:  # before the work

@@ -12,7 +12,7 @@ from connectomics.cli import show
 from connectomics.cli.paths import InArgument
 
 if TYPE_CHECKING:
-    from connectomics.lightning.runs import Run
+    from connectomics.pipeline.runs import Run
 
 
 def runs(
@@ -30,7 +30,7 @@ def runs(
 
       pytc runs --compare outputs/cellmap_mito/version_0 outputs/cellmap_mito/version_1
     """
-    from connectomics.lightning.runs import differences, find_runs, open_run
+    from connectomics.pipeline.runs import differences, find_runs, open_run
 
     places = folders or [Path("outputs")]
     found = [open_run(place) for place in places] if compare else [run for p in places for run in find_runs(p)]

@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 #: `BlockTask.kind` -> where its class is
 TASK_KINDS: dict[str, str] = {
-    "predict": "connectomics.lightning.predict_task:NetworkPredictTask",
-    "measure": "connectomics.decoding.measure.task:MeasureTask",
+    "predict": "connectomics.pipeline.network_task:NetworkPredictTask",
+    "measure": "connectomics.morphology.measure_tasks:MeasureTask",
     "mask": "connectomics.decoding.blocks.mask:MaskTask",
-    "watershed": "connectomics.decoding.watershed.task:WatershedTask",
+    "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",
     "components": "connectomics.decoding.blocks.components:ComponentsTask",
-    "affinities": "connectomics.decoding.affinities.task:AffinitiesTask",
-    "contacts": "connectomics.decoding.measure.task:ContactsTask",
-    "mesh": "connectomics.decoding.mesh.task:MeshTask",
+    "affinities": "connectomics.decoding.affinities.affinity_task:AffinitiesTask",
+    "contacts": "connectomics.morphology.measure_tasks:ContactsTask",
+    "mesh": "connectomics.morphology.mesh_task:MeshTask",
 }
 
 
 def load_task(path: Path) -> BlockTask:
     """The task that is stored in a file (JSON or YAML), of whatever kind; `MissingError`, `MetadataError`,
     `UnknownNameError`."""
-    from connectomics.tasks.task import fields_of, read_task
+    from connectomics.tasks.block_task import fields_of, read_task
 
     data = read_task(path)
     kind = data["kind"]

@@ -41,8 +41,8 @@ def tune(
     from connectomics.config import load_config
     from connectomics.decoding.decode import find_arrays
     from connectomics.decoding.parameters import decode_parameters
-    from connectomics.lightning.tuning import tune as search
     from connectomics.metrics.challenge.rules import get_rules, trust
+    from connectomics.pipeline.tune import tune as search
 
     composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.decoding.decode import DecodedArray, Progress, decode_mask
-from connectomics.decoding.labels import BLOCK, label_array, standing_labels, write_whole
+from connectomics.decoding.label_artifact import BLOCK, label_array, standing_labels, write_whole
 from connectomics.decoding.parameters import DecodeParameters, default_parameters
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid

@@ -26,13 +26,13 @@ from connectomics.decoding.cellmap_postprocess import (
     finished,
     semantic_to_instance,
 )
-from connectomics.decoding.labels import BLOCK, inputs_of, label_array, partial_of, standing_labels, write_whole
+from connectomics.decoding.label_artifact import BLOCK, inputs_of, label_array, partial_of, standing_labels, write_whole
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.probabilities import DTYPES, OnGrid, above, read_block
 from connectomics.decoding.unknown import blank, unknown_of, unknown_share
 from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance, StoredHead
-from connectomics.decoding.watershed.task import BLOCK as WATERSHED_BLOCK
-from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.decoding.watershed.whole import flood, grow
 from connectomics.errors import (
     BlocksFailedError,
@@ -50,9 +50,9 @@ from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
 from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.block_task import TASK_FILE
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
-from connectomics.tasks.task import TASK_FILE
 
 log = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | Non
     Affinities always go block by block; other methods for large arrays.
     """
     if parameters.method in AFFINITY_METHODS:
-        from connectomics.decoding.affinities.task import AffinitiesTask
+        from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 
         return AffinitiesTask
     if not large:

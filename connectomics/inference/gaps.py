@@ -33,7 +33,7 @@ from connectomics.io.write import write_file
 from connectomics.tasks.done import DoneMap
 
 if TYPE_CHECKING:
-    from connectomics.inference.task import PredictTask
+    from connectomics.inference.predict_task import PredictTask
 
 log = logging.getLogger(__name__)
 

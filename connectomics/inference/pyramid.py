@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from connectomics.inference.artefact import Group
+from connectomics.inference.artifact import Group
 from connectomics.io.levels import halve_raw
+from connectomics.tasks.block_task import BlockWorker
 from connectomics.tasks.lattice import Lattice
-from connectomics.tasks.task import BlockWorker
 
 LEVELS_AT_ONCE = 3
 _CHUNK = 64  # voxels; chunks of a prediction divide it

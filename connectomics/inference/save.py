@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.artefact import marks
+from connectomics.inference.artifact import marks
 from connectomics.inference.output import UNITS, require_probabilities
 from connectomics.io.artifacts import Provenance
 from connectomics.io.write import ensure_group, write_multiscale

@@ -51,7 +51,7 @@ def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
 def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
     """The value of most of each 2x2x2 voxels (of those that exist, at an odd end), the largest on a tie; shapes as for
     `halve_raw`, same dtype."""
-    from connectomics.io.kernels import majority_of_eight
+    from connectomics.io.resample_kernels import majority_of_eight
 
     out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
     majority_of_eight(np.ascontiguousarray(data), out)

@@ -149,7 +149,7 @@ def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[N
 
 def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
     """The target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer."""
-    from connectomics.io.kernels import weighted_sums
+    from connectomics.io.resample_kernels import weighted_sums
 
     z, y, x = tables
     out = np.zeros((len(z.first), len(y.first), len(x.first)), dtype=np.float32)

@@ -16,12 +16,12 @@ from connectomics.config import RunConfig, config_from_dict
 from connectomics.config.heads import heads_of
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
+from connectomics.lightning.model_package import check_test, is_package, open_package, package_weights
 from connectomics.lightning.module import (
     CHECKPOINT_FORMAT,
     CHECKPOINT_KEY,
     ConnectomicsModule,
 )
-from connectomics.lightning.package import check_test, is_package, open_package, package_weights
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.phantom import PhantomOptions, make_phantom
 from connectomics.data.intensity import KINDS, IntensityAugmentor
 from connectomics.geometry.grid import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
+from connectomics.phantom import PhantomOptions, make_phantom
 from connectomics.report import figures
 
 EDGE = 128  # voxels and pixels of a picture's edge

@@ -10,7 +10,8 @@ from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
-from connectomics.report import analysis, compare, crops, data, page, run, scores
+from connectomics.report import analysis, compare, crops, data, page, scores
+from connectomics.report import training as run
 from connectomics.report.library import Library
 from connectomics.report.scores import Scores
 from connectomics.report.sources import ReportOptions, ReportSources

@@ -12,8 +12,8 @@ import numpy as np
 
 from connectomics.errors import ConnectomicsError
 from connectomics.report import charts, page
-from connectomics.report.run import Columns, epoch_rows, read_config, read_metrics, timing_of, unfinished_state
 from connectomics.report.scores import Scores
+from connectomics.report.training import Columns, epoch_rows, read_config, read_metrics, timing_of, unfinished_state
 
 _MOST_CLASSES = 60
 #: What may differ between any two runs without telling anything.

@@ -13,7 +13,7 @@ import yaml
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.errors import ConnectomicsError
 from connectomics.report import charts, page
-from connectomics.report.run import read_metrics, timing_of
+from connectomics.report.training import read_metrics, timing_of
 
 _MOST_ROWS = 60
 _MOST_NAMES = 24

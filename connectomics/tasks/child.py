@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from queue import SimpleQueue
 
-    from connectomics.tasks.task import Worker
+    from connectomics.tasks.block_task import Worker
 
 
 @dataclass(frozen=True)

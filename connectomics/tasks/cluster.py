@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
+from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import Job
 from connectomics.tasks.done import sync
 from connectomics.tasks.pool import Batch, Engine, Pool, gpu_count, one_line
 from connectomics.tasks.scheduler import client_of
 from connectomics.tasks.supervise import TICK_S, Child, make_job
-from connectomics.tasks.task import BlockTask
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError
+from connectomics.tasks.block_task import BlockTask, Cost
 from connectomics.tasks.done import DoneMap
 from connectomics.tasks.pool import gpu_count
 from connectomics.tasks.supervise import Child, make_job
-from connectomics.tasks.task import BlockTask, Cost
 
 _TWICE_S = 10.0  # a block that takes less is timed when it is done again: the first one loads and compiles
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from connectomics.errors import BlocksFailedError, ConfigError, InputError
 from connectomics.io.store import StoreError
+from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.pool import Batch, one_line
-from connectomics.tasks.task import BlockTask
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from typing import Self
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError, EngineError, OutOfMemoryError, WriteError
 from connectomics.io.store import StoreError
+from connectomics.tasks.block_task import BlockTask, Worker
 from connectomics.tasks.memory import is_out_of_memory
-from connectomics.tasks.task import BlockTask, Worker
 
 #: Errors of a block that the next block would meet as well: of the disk, of the store, of memory.
 SYSTEMATIC = (WriteError, StoreError, OutOfMemoryError)

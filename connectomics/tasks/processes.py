@@ -9,10 +9,10 @@ from multiprocessing.connection import wait
 from types import TracebackType
 
 from connectomics.config.schema import EngineConfig
+from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import Job
 from connectomics.tasks.pool import Batch, Engine, Pool
 from connectomics.tasks.supervise import TICK_S, Child, make_job
-from connectomics.tasks.task import BlockTask
 
 
 class Processes(Engine):

@@ -24,9 +24,9 @@ import psutil
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
+from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import Ended, Job, Opened, Told
 from connectomics.tasks.pool import REPORT_S, Batch
-from connectomics.tasks.task import BlockTask
 
 TICK_S = 0.25  # between two looks at how long a block takes and how much memory is held
 _OPENING = 10  # loading a network may take so many times as long as a block may

@@ -329,7 +329,7 @@ def test_what_a_run_needs_is_what_its_data_module_reads(phantom: Path) -> None:
     from connectomics.config import load_config
     from connectomics.config.compose import tutorial
     from connectomics.data.datamodule import CellMapDataModule
-    from connectomics.lightning.fetching import needs_of_config
+    from connectomics.pipeline.fetch import needs_of_config
 
     composed = load_config(
         tutorial("cellmap_mito_affinities"),

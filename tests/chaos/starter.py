@@ -17,12 +17,11 @@ from tests.reader import answer
 def main() -> None:
     import connectomics.cellmap.fetch
     import connectomics.cellmap.ingest
-    import connectomics.decoding.measure
-    import connectomics.decoding.mesh
-    import connectomics.lightning.inference
     import connectomics.lightning.module
     import connectomics.lightning.trainer
     import connectomics.models.networks
+    import connectomics.morphology
+    import connectomics.pipeline.predict
     import connectomics.submission  # noqa: F401
 
     gc.freeze()

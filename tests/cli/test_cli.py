@@ -14,7 +14,7 @@ import pytest
 
 from connectomics.cli import main, run_guarded
 from connectomics.errors import CorruptDataError, InputError
-from connectomics.lightning.inference import _known_device
+from connectomics.pipeline.predict import _known_device
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
 
 ROOT = Path(__file__).resolve().parents[2]

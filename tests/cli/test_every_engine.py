@@ -19,22 +19,21 @@ from connectomics.config.schema import (
     ModelConfig,
     RunConfig,
 )
+from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.affinities.segment import affinities_of
-from connectomics.decoding.affinities.task import AffinitiesTask
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.blocks.mask import MaskTask
 from connectomics.decoding.blocks.stitched import StitchedTask
-from connectomics.decoding.measure import ContactSpec
-from connectomics.decoding.measure.run import measure_tasks
-from connectomics.decoding.mesh import mesh_tasks
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.watershed.task import WatershedTask
-from connectomics.lightning.inference import prediction_tasks
+from connectomics.decoding.watershed.watershed_task import WatershedTask
+from connectomics.morphology import ContactSpec, mesh_tasks
+from connectomics.morphology.measure import measure_tasks
+from connectomics.pipeline.predict import prediction_tasks
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.task import BlockTask
+from connectomics.tasks.block_task import BlockTask
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.decoding.affinity_kit import OFFSETS, cells, write_prediction
-from tests.inference.test_predict_crops import save_checkpoint
+from tests.pipeline.test_predict_crops import save_checkpoint
 
 BLOCK = (24, 32, 40)
 ENGINES = {

@@ -15,7 +15,7 @@ from connectomics.cli import main
 from connectomics.cli.interrupts import GOES_ON, what_is_kept
 from connectomics.lightning import trainer as trainer_module
 from connectomics.lightning.checkpoints import read_checkpoint
-from connectomics.lightning.runs import open_run
+from connectomics.pipeline.runs import open_run
 from tests.cellmap.roots import plain_root
 from tests.cli.test_cli import fast
 
@@ -103,7 +103,7 @@ def test_what_is_said_is_true_for_the_verb() -> None:
 
 
 def test_a_verb_ends_with_its_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from connectomics.lightning import evaluation
+    from connectomics.pipeline import evaluate as evaluation
 
     def pressed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from connectomics.cellmap.phantom import PhantomOptions, make_phantom
+from connectomics.phantom import PhantomOptions, make_phantom
 
 ROOT = Path(__file__).resolve().parents[2]
 

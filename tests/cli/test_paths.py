@@ -12,21 +12,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.cellmap.phantom import make_phantom
 from connectomics.cli import main, plan_script
 from connectomics.config import load_config
 from connectomics.config.schema import RunConfig
 from connectomics.data.cache import CropCache
 from connectomics.decoding.decode import decode_predictions
-from connectomics.decoding.measure import measure_tasks
-from connectomics.decoding.mesh import mesh_tasks
 from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
-from connectomics.lightning.packing import write_package
-from connectomics.lightning.train import choose_run_dir, train
-from connectomics.lightning.tuning import tune
 from connectomics.metrics.tables import write_csv, write_json
+from connectomics.morphology import measure_tasks, mesh_tasks
+from connectomics.phantom import make_phantom
+from connectomics.pipeline.package import write_package
+from connectomics.pipeline.train import choose_run_dir, train
+from connectomics.pipeline.tune import tune
 from connectomics.report import ReportSources, build_report
 from connectomics.submission import export_submission
 from tests.cli.small_way import Way, pytc
@@ -163,13 +162,13 @@ def test_a_root_on_s3_may_stand_where_a_configuration_would(
 ) -> None:
     """The first override stands in the place of the configuration that --model makes needless; its URL stays whole."""
     seen: list[str] = []
-    monkeypatch.setattr("connectomics.lightning.package.open_package", lambda model: None)
+    monkeypatch.setattr("connectomics.lightning.model_package.open_package", lambda model: None)
 
     def config(model: Path, overrides: list[str]) -> RunConfig:
         seen.extend(overrides)
         raise WriteError("seen")
 
-    monkeypatch.setattr("connectomics.lightning.package.package_config", config)
+    monkeypatch.setattr("connectomics.lightning.model_package.package_config", config)
     assert main(["predict", "--model", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
     assert seen == ["dataset.data_root=s3://bucket/x"]
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from connectomics.cli.task_kinds import load_task
+from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
 from connectomics.decoding.affinities.compare import difference
 from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances
 from connectomics.decoding.affinities.stored import StoredAffinities
-from connectomics.decoding.affinities.task import AffinitiesTask, agreement, stitched
 from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.probabilities import open_probabilities

@@ -17,7 +17,7 @@ from connectomics.cli.task_kinds import load_task
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale

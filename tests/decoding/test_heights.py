@@ -13,7 +13,7 @@ from scipy import ndimage
 from connectomics.decoding.decode import decode_between, decode_mask, decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance
-from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import ConfigError, IncompleteError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale

@@ -18,11 +18,11 @@ from tests.decoding.affinity_kit import OFFSETS, write_prediction
 # Resident memory at its peak is read from /proc, as ru_maxrss would count the parent.
 MEASURE = """
 import re, sys
-from connectomics.decoding.affinities.task import AffinitiesTask
+from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.tasks import run_task
 
 method, *places = sys.argv[1:]

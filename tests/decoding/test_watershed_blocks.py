@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.watershed.task import WatershedTask
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import create_multiscale

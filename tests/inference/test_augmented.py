@@ -21,8 +21,8 @@ from connectomics.inference.augmented import (
     dropout_on,
     entropy,
 )
+from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
 from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry, symmetries
-from connectomics.inference.task import PredictTask, require_complete, run_predict_task
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw
@@ -299,7 +299,7 @@ import os, signal, sys
 from connectomics.tasks import pool, run
 pool.REPORT_S, run._MARK_S, run._MARK_SHARE = 0.0, 0.0, 1e9  # every block is marked at once
 from connectomics.inference.augmented import dropout_on
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from tests.inference.test_augmented import Dropping
 class Killed(Dropping):
     passes = 0

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.sliding import predict_regions
-from connectomics.inference.task import PredictTask, run_predict_task
 from connectomics.inference.windows import WindowLattice, importance_map
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale

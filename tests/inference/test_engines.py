@@ -18,12 +18,12 @@ from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import EngineConfig, RunConfig
 from connectomics.errors import InputError, MissingError
-from connectomics.inference.task import PredictTask, require_complete
+from connectomics.inference.predict_task import PredictTask, require_complete
 from connectomics.io.multiscale import Multiscale
-from connectomics.lightning.inference import prediction_tasks
-from connectomics.lightning.predict_task import NetworkPredictTask
+from connectomics.pipeline.network_task import NetworkPredictTask
+from connectomics.pipeline.predict import prediction_tasks
 from connectomics.tasks import run_task
-from tests.inference.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
+from tests.pipeline.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
 from tests.trees import contents
 
 TWO = EngineConfig(workers=2)
@@ -46,7 +46,7 @@ def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_pat
     from monai.inferers import SlidingWindowInferer
 
     from connectomics.lightning.checkpoints import load_module
-    from connectomics.lightning.inference import targets_of
+    from connectomics.pipeline.predict import targets_of
 
     config = box_config(root)
     config = replace(config, inference=replace(config.inference, dtype="float16", context=0))
@@ -73,7 +73,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     tmp_path: Path,
     kills: int,
 ) -> None:
-    from connectomics.lightning.inference import targets_of
+    from connectomics.pipeline.predict import targets_of
 
     config = box_config(root)
     targets = targets_of(config, box=BOX)
@@ -131,7 +131,7 @@ def test_another_checkpoint_in_its_place_is_refused(root: Path, checkpoint: Path
 
 def test_a_model_in_memory_stays_in_its_process(root: Path, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
     from connectomics.lightning.checkpoints import load_module
-    from connectomics.lightning.inference import predict_cellmap_crops
+    from connectomics.pipeline.predict import predict_cellmap_crops
 
     config = config_of(root, crops=["crop2"])
     with pytest.raises(InputError, match="can only predict in this process"):

@@ -15,7 +15,7 @@ from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, OutOfMemoryError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
 from connectomics.inference.threads import ReadAhead
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask
+from connectomics.inference.predict_task import PredictTask
 from connectomics.io.write import create_multiscale
 
 _SCRIPT = """
 import json, re, sys, threading, time
 import psutil, torch, numba
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 
 weights = torch.linspace(0.5, 1, 3).reshape(1, 3, 1, 1, 1)
 baseline = psutil.Process().memory_info().rss

@@ -18,7 +18,7 @@ import torch
 
 from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
@@ -194,7 +194,7 @@ def test_a_run_that_failed_goes_on_where_it_stopped(raw, tmp_path, monkeypatch):
 
 _SCRIPT = """
 import sys, time, torch
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 torch.set_num_threads(1)
 def slow(x):
     time.sleep(float(sys.argv[2]))

@@ -12,9 +12,9 @@ import torch
 
 from connectomics.errors import BlocksFailedError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import predict_blocks
-from connectomics.inference.task import PredictTask, run_predict_task
 from connectomics.inference.threads import ReadAhead, WriteBehind
 from connectomics.io.mirror import Extent
 from connectomics.io.multiscale import Multiscale

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.sliding import predict_blocks
-from connectomics.inference.task import PredictTask, run_predict_task
 from connectomics.inference.views import View
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw

@@ -17,7 +17,7 @@ from connectomics.data.normalization import of_crops
 from connectomics.data.patches import centered, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.module import ConnectomicsModule

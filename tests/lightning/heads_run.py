@@ -70,7 +70,7 @@ class HeadData(MadeUpData):
 
 def main(folder: str) -> None:
     """Two processes on the CPU: rank 1 sees patches of which nothing is known, and there is one crop for both."""
-    from connectomics.lightning.train import choose_run_dir, train
+    from connectomics.pipeline.train import choose_run_dir, train
 
     config = head_config(system__cpu_processes=2)
     config.output_dir = folder

@@ -90,7 +90,7 @@ def config_of(**changes: Any) -> RunConfig:
 def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: str = "raise", **changes: Any) -> None:
     """Train in ``folder``, from its last checkpoint where there is one."""
     from connectomics.lightning import trainer as trainer_module
-    from connectomics.lightning.train import train
+    from connectomics.pipeline.train import train
 
     build = trainer_module.build_trainer
     diary = Diary(folder / "diary.txt", die_at, how)

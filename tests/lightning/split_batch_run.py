@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from connectomics.lightning.checkpoints import read_checkpoint
-from connectomics.lightning.train import train
+from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 

@@ -153,7 +153,7 @@ class MadeUpData(pl.LightningDataModule):
 
 def main(folder: str, resume: str) -> None:
     """Two processes on the CPU: rank 1 sees patches of which nothing is known, and there is one crop for both."""
-    from connectomics.lightning.train import choose_run_dir, train
+    from connectomics.pipeline.train import choose_run_dir, train
 
     config = tiny_config(system__cpu_processes=2, training__max_epochs=2 if resume == "no" else 3)
     config.output_dir = folder

@@ -10,7 +10,7 @@ import torch
 from connectomics.errors import InputError, MissingError
 from connectomics.lightning.fine_tuning import _output_axes, begin_with, output_names
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.train import TrainResult, train
+from connectomics.pipeline.train import TrainResult, train
 from tests.lightning.heads_run import head_config
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 

@@ -20,11 +20,11 @@ from connectomics.geometry import VoxelGrid
 from connectomics.lightning.checkpoints import check_resumable, load_module
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.train import TrainResult, train
 from connectomics.lightning.val_score import ChallengeScore
 from connectomics.models.heads import HeadLosses, split_channels
 from connectomics.models.losses import build_loss
 from connectomics.models.targets import head_labels
+from connectomics.pipeline.train import TrainResult, train
 from tests.lightning.heads_run import KINDS, HeadCrop, HeadData, HeadPatches, head_config, world_ids
 from tests.lightning.synthetic_run import MadeUpData
 

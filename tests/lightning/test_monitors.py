@@ -15,7 +15,7 @@ from connectomics.errors import ConfigError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.monitors import logged_names
-from connectomics.lightning.train import train
+from connectomics.pipeline.train import train
 from tests.lightning.heads_run import HeadCrop, HeadData, head_config
 from tests.lightning.synthetic_run import MadeUpCrop, MadeUpData, tiny_config
 

@@ -13,13 +13,13 @@ import torch
 from connectomics import load_model
 from connectomics.config import RunConfig, load_config
 from connectomics.errors import InputError, UnknownNameError
-from connectomics.inference.task import PredictTask
+from connectomics.inference.predict_task import PredictTask
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.checkpoints import checkpoint_config, load_module, read_checkpoint
-from connectomics.lightning.inference import predict_cellmap_crops
 from connectomics.lightning.module import CHECKPOINT_KEY
-from connectomics.lightning.packing import write_package
-from connectomics.lightning.train import TrainResult, train
+from connectomics.pipeline.package import write_package
+from connectomics.pipeline.predict import predict_cellmap_crops
+from connectomics.pipeline.train import TrainResult, train
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 SHAPE = (24, 32, 40)

@@ -14,9 +14,9 @@ import connectomics
 from connectomics.cli import main
 from connectomics.errors import CorruptDataError, InputError, MissingError, WriteError
 from connectomics.lightning.checkpoints import load_module
-from connectomics.lightning.package import open_package
-from connectomics.lightning.packing import write_package
-from tests.inference.test_predict_crops import config_of, root, save_checkpoint  # noqa: F401  (root is a fixture)
+from connectomics.lightning.model_package import open_package
+from connectomics.pipeline.package import write_package
+from tests.pipeline.test_predict_crops import config_of, root, save_checkpoint  # noqa: F401  (root is a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_predicting_with_it_gives_what_the_checkpoint_gives(
     checkpoint: Path,
     tmp_path: Path,
 ) -> None:
-    from connectomics.lightning.inference import predict_cellmap_crops
+    from connectomics.pipeline.predict import predict_cellmap_crops
 
     config = config_of(root)
     for name, model in (("a", checkpoint), ("b", packed)):

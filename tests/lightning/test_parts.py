@@ -28,7 +28,7 @@ from tests.lightning.synthetic_run import tiny_config
 
 def test_the_package_and_train_import_no_torch() -> None:
     code = (
-        "import sys; import connectomics.lightning, connectomics.lightning.train; "
+        "import sys; import connectomics.lightning, connectomics.pipeline.train; "
         "assert not {'torch', 'pytorch_lightning', 'monai'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

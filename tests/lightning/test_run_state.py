@@ -15,8 +15,8 @@ import pytest
 from connectomics.cli import main
 from connectomics.errors import MetadataError, MissingError, WriteError
 from connectomics.lightning.run_state import STATE_FILE, RunState, keep_state, latest_checkpoint, state_of
-from connectomics.lightning.runs import find_runs
-from connectomics.lightning.train import train
+from connectomics.pipeline.runs import find_runs
+from connectomics.pipeline.train import train
 from tests.cellmap.roots import plain_root
 from tests.cli.test_cli import fast
 from tests.lightning.synthetic_run import MadeUpData, tiny_config

@@ -19,7 +19,7 @@ import torch
 from connectomics.config import load_config
 from connectomics.errors import InputError, WriteError
 from connectomics.lightning.checkpoints import read_checkpoint
-from connectomics.lightning.train import TrainResult, choose_run_dir, train
+from connectomics.pipeline.train import TrainResult, choose_run_dir, train
 from tests.lightning.split_batch_run import step
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 

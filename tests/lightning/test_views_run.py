@@ -9,10 +9,10 @@ import torch
 
 from connectomics.config import RunConfig, load_config, tutorial
 from connectomics.errors import InputError
-from connectomics.inference.task import PredictTask, require_complete
-from connectomics.lightning.inference import predict_cellmap_crops, targets_of
+from connectomics.inference.predict_task import PredictTask, require_complete
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.train import train
+from connectomics.pipeline.predict import predict_cellmap_crops, targets_of
+from connectomics.pipeline.train import train
 
 
 def config_of(root: Path, out: Path, *more: str) -> RunConfig:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from connectomics.errors import MetadataError
-from connectomics.report import charts, gallery, page, run, scores
+from connectomics.report import charts, gallery, page, scores
+from connectomics.report import training as run
 from connectomics.report.crops import Wanted, choose, ranked
 from connectomics.report.scores import Scores
 

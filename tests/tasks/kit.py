@@ -19,7 +19,7 @@ from connectomics.errors import CorruptDataError, MetadataError, MissingError, W
 from connectomics.geometry import Box
 from connectomics.io.store import StoreError
 from connectomics.tasks import BlockTask, Cost
-from connectomics.tasks.task import TASK_FILE
+from connectomics.tasks.block_task import TASK_FILE
 
 
 @dataclass(frozen=True)

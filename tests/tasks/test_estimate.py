@@ -10,8 +10,8 @@ import pytest
 
 from connectomics.config.schema import EngineConfig
 from connectomics.tasks import run_task
+from connectomics.tasks.block_task import BlockTask, Cost
 from connectomics.tasks.estimate import estimate
-from connectomics.tasks.task import BlockTask, Cost
 from tests.tasks.kit import CubeTask
 
 

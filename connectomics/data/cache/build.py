@@ -60,7 +60,7 @@ def _build_labels(
     volume: Decodable, folder: Path
 ) -> tuple[LabelStates, dict[str, dict[str, int]], dict[str, NDArray[np.int32]]]:
     """Write the codes; returns what they mean, counts by class, and lattice indices of voxels of each class."""
-    from connectomics.data.cache.kernels import scan_codes
+    from connectomics.data.cache.packing_kernels import scan_codes
 
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
     table = StateTable(classes, volume.instances)

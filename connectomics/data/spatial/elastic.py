@@ -47,7 +47,7 @@ def largest(sigma: float, magnitude: float) -> float:
 
 def draw_field(rng: np.random.Generator, sigma: float, magnitude: float, half: Floats) -> Displacement:
     """A field for offsets up to ``half`` (3,) voxels from the centre; ``sigma`` and ``magnitude`` as MONAI's."""
-    from connectomics.data.spatial.kernels import smooth
+    from connectomics.data.spatial.warp_kernels import smooth
 
     spacing = max(1.0, sigma / 2)
     kernel = gaussian_kernel(sigma / spacing)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.affinities.mutex import _EMPTY, pair_key, slot_of
-from connectomics.decoding.kernels import root_of, unite
+from connectomics.decoding.union_find import root_of, unite
 
 
 @numba.njit(cache=True, nogil=True)

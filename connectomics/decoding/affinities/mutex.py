@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.kernels import root_of
+from connectomics.decoding.union_find import root_of
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SHIFT = np.uint64(32)

@@ -81,7 +81,7 @@ def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], c
 
     Memory: 16 bytes a part of all blocks, about 150 bytes a part of the volume and 16 bytes for each contact of two.
     """
-    from connectomics.decoding.blocks.kernels import fill_cavities, gather
+    from connectomics.decoding.blocks.component_kernels import fill_cavities, gather
 
     offsets, lattice = blocks.offsets, blocks.lattice
     object_of = np.empty(offsets[-1], np.int64)  # of the parts of blocks
@@ -118,7 +118,7 @@ def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], c
 
 
 def _gather_known(nodes: Pieces, owner: NDArray[np.int64], objects: Pieces) -> None:
-    from connectomics.decoding.blocks.kernels import gather
+    from connectomics.decoding.blocks.component_kernels import gather
 
     known = owner >= 0
     gather(owner[known], *nodes.take(known).columns.values(), *objects.columns.values())

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE
-from connectomics.decoding.labels import BLOCK, inputs_of, label_attrs, partial_of, standing_labels
+from connectomics.decoding.label_artifact import BLOCK, inputs_of, label_attrs, partial_of, standing_labels
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.decoding.unknown import blank_stored
@@ -38,9 +38,9 @@ from connectomics.io.write import (
     multiscales_attrs,
     update_attrs,
 )
+from connectomics.tasks.block_task import TASK_FILE, BlockTask
 from connectomics.tasks.done import sync
 from connectomics.tasks.lattice import Lattice
-from connectomics.tasks.task import TASK_FILE, BlockTask
 
 TABLES = ("csv", "parquet")
 

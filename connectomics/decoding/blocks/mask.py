@@ -12,7 +12,7 @@ from connectomics.decoding.blocks.labels_task import LabelsTask
 from connectomics.decoding.probabilities import above, open_probabilities, read_block
 from connectomics.errors import ConfigError
 from connectomics.io.write import ArrayWriter, write_file
-from connectomics.tasks.task import BlockWorker, Cost, Worker
+from connectomics.tasks.block_task import BlockWorker, Cost, Worker
 
 _PRESENT = "present"  # a file that is there once a block held any foreground
 

@@ -20,7 +20,7 @@ def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]
         (nodes,) the union-find forest over the nodes of `StoredBlocks.offsets`: the parent of each, whose number is at
         most its own; a root is its own parent.
     """
-    from connectomics.decoding.blocks.kernels import join
+    from connectomics.decoding.blocks.component_kernels import join
 
     offsets = blocks.offsets
     forest = np.arange(offsets[-1])
@@ -38,21 +38,21 @@ def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]
 
 def unite_pairs(forest: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
     """Unite the nodes ``pairs`` (n, 2) in a forest (as `unite_touching` gives it), in place."""
-    from connectomics.decoding.blocks.kernels import join_pairs
+    from connectomics.decoding.blocks.component_kernels import join_pairs
 
     join_pairs(forest, np.ascontiguousarray(pairs, np.int64))
 
 
 def number_trees(forest: NDArray[np.int64]) -> int:
     """Turn a forest, in place, into the number 0..n-1 of every node's tree; returns n."""
-    from connectomics.decoding.blocks.kernels import number_roots
+    from connectomics.decoding.blocks.component_kernels import number_roots
 
     return int(number_roots(forest))
 
 
 def gathered(blocks: StoredBlocks, trees: NDArray[np.int64], n: int) -> Pieces:
     """The table of the objects 0..n-1 from those of the blocks' pieces; ``trees`` (nodes,): the object of each."""
-    from connectomics.decoding.blocks.kernels import gather
+    from connectomics.decoding.blocks.component_kernels import gather
 
     found = Pieces.empty(n)
     for block in range(len(blocks.lattice)):

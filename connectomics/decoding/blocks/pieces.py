@@ -45,7 +45,7 @@ class Pieces:
     @classmethod
     def measured(cls, labels: NDArray[Any], n: int, begin: Sequence[int], shape: Sequence[int]) -> Pieces:
         """The labels 1..n of a block (d, h, w) that starts at voxel ``begin`` of a volume of ``shape``."""
-        from connectomics.decoding.blocks.kernels import measure
+        from connectomics.decoding.blocks.component_kernels import measure
 
         found = cls.empty(n)
         where = np.asarray(begin, np.int64), np.asarray(shape, np.int64)

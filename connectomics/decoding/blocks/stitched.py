@@ -40,7 +40,7 @@ from connectomics.decoding.blocks.table import write_tables
 from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
 from connectomics.errors import ConfigError, WriteError
 from connectomics.io.write import ArrayWriter, create_array
-from connectomics.tasks.task import BlockWorker, Cost, Worker
+from connectomics.tasks.block_task import BlockWorker, Cost, Worker
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.watershed.kernels import slot
+from connectomics.decoding.watershed.forest_kernels import slot
 
 
 @numba.njit(cache=True, nogil=True)

@@ -115,7 +115,7 @@ def fragments(
         cores: labels (0 none) of ``part.grown()``, every one a seed; in the place of ``radius``, and without a floor.
         floor: edges between voxels that are no higher join whatever they join, seeds too.
     """
-    from connectomics.decoding.watershed import kernels
+    from connectomics.decoding.watershed import forest_kernels as kernels
 
     shape = np.asarray(height.shape, np.int64)
     start, size = part.grown()

@@ -37,7 +37,7 @@ def join(
         seeded: (nodes,) takes whether the tree of a root holds a seed; zeros.
         cores: how many there are: fragments that hold a voxel of the same one (stored as ``core``) are one at once.
     """
-    from connectomics.decoding.watershed.kernels import join_seeded
+    from connectomics.decoding.watershed.forest_kernels import join_seeded
 
     faces = lru_cache(maxsize=FACES_KEPT)(partial(_faces, blocks))
     parts = []

@@ -1,0 +1,203 @@
+"""Instances from affinities over volumes of any size: blocks with a halo, stitched by a graph over their faces.
+
+Every block is segmented together with the voxels around it, so what lies near its faces is seen from both sides. Two
+pieces, a of one block and b of its neighbour, are scored by how far both blocks agree about them: of the two planes of
+voxels at the face, the voxels that one block gives to a and the other to b, over the voxels of the smaller of the two.
+Pairs whose score is not below ``stitch_threshold`` are united, the best first; but two objects that hold pieces which
+their block keeps apart (`connectomics.decoding.affinities.segment.Segments.apart`) are not united. This is a mutex
+watershed on the graph of the pieces, in which a block's word comes before that of a face.
+
+The result is near that of the whole array and not the same: `connectomics.decoding.affinities.compare` says how near.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.affinities.segment import rule_of, segment
+from connectomics.decoding.affinities.stored import StoredAffinities
+from connectomics.decoding.blocks.merge import FACES_KEPT
+from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
+from connectomics.decoding.blocks.stored import SIDES, StoredBlocks
+from connectomics.decoding.parameters import AFFINITY_METHODS
+from connectomics.decoding.probabilities import above, open_probabilities, read_block
+from connectomics.errors import ConfigError, InputError
+from connectomics.geometry import Index
+from connectomics.tasks.block_task import Cost
+
+BLOCK = (192, 192, 192)  # voxels of a block: a block and its halo take about 1 GB where everything is foreground
+_CONTEXT = 16  # voxels of a halo beyond the longest offset
+
+
+@dataclass(frozen=True)
+class AffinitiesTask(StitchedTask):
+    """Instances of one class from the affinities beside its probabilities; methods mutex_watershed, agglomeration.
+
+    Raises:
+        ConfigError: another method.
+    """
+
+    kind: ClassVar[str] = "affinities"
+
+    block_shape: Index = BLOCK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parameters.method not in AFFINITY_METHODS:
+            raise ConfigError(
+                f"decoding {self.class_name} from affinities: method must be one of {', '.join(AFFINITY_METHODS)}, "
+                f"found {self.parameters.method!r}"
+            )
+
+    def check_input(self) -> None:
+        affinities = StoredAffinities.open(open_probabilities(self.input))
+        segment(np.zeros((len(affinities.offsets), 1, 1, 1), np.uint8), affinities.offsets)  # are the offsets usable?
+
+    def open_labeller(self) -> Callable[[int], Labelled]:
+        source, lattice = open_probabilities(self.input), self.lattice
+        affinities = StoredAffinities.open(source)
+        rule, halo = rule_of(self.parameters), self.halo
+
+        def label(number: int) -> Labelled:
+            begin, shape = lattice.region(number)
+            low = [max(0, b - h) for b, h in zip(begin, halo, strict=True)]
+            high = [min(n, b + s + h) for b, s, h, n in zip(begin, shape, halo, lattice.shape, strict=True)]
+            size = [b - a for a, b in zip(low, high, strict=True)]
+            core = tuple(slice(b - a, b - a + s) for a, b, s in zip(low, begin, shape, strict=True))
+            mask = above(read_block(source, low, size), self.parameters.threshold)
+            if not mask[core].any():
+                return _cut_out(np.zeros(size, np.int32), 0, np.empty((0, 2), np.int64), core)
+            found = segment(affinities.read(low, size), affinities.offsets, mask, rule)
+            return _cut_out(found.labels, found.count, found.apart, core)
+
+        return label
+
+    @property
+    def halo(self) -> Index:
+        """Voxels around a block that are segmented with it, z y x."""
+        source = open_probabilities(self.input)
+        if self.parameters.halo_nm > 0:
+            size = source.levels[0].grid.voxel_size
+            z, y, x = (max(1, math.ceil(self.parameters.halo_nm / s - 1e-9)) for s in size)
+        else:
+            z, y, x = (n + _CONTEXT for n in StoredAffinities.open(source).reach)
+        return z, y, x
+
+    def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
+        if blocks.offsets[-1] >= 1 << 31:
+            raise InputError(f"{self.name}: {blocks.offsets[-1]} pieces are too many; choose larger blocks")
+        found = list(_agreeing(blocks, self.parameters.stitch_threshold))
+        pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
+        scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
+        return stitched(int(blocks.offsets[-1]), pairs, scores, _apart(blocks))
+
+    def cost(self, stage: str) -> Cost:
+        if stage != "label":
+            return super().cost(stage)
+        affinities = StoredAffinities.open(open_probabilities(self.input))
+        shapes = zip(self.lattice.shape, self.block_shape, self.halo, strict=True)
+        around = int(np.prod([min(n, b + 2 * h) for n, b, h in shapes]))
+        channels = len(affinities.channels)
+        read = (1 + channels) * affinities.channels[0].levels[0].dtype.itemsize * around
+        return Cost(read=read, written=4 * self.largest_block, memory=read + (4 * channels + 60) * around)
+
+
+def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], core: tuple[slice, ...]) -> Labelled:
+    """The block within its halo, its labels closed up; with it the labels of the six planes around it (``beyond0-``),
+    as far as they are also in the block, and the pairs that are apart, as far as both come to a face."""
+    inside = np.zeros(count + 1, np.bool_)
+    inside[labels[core].ravel()] = True
+    inside[0] = False
+    table = np.zeros(count + 1, np.uint32)
+    table[inside] = np.arange(1, int(inside.sum()) + 1)
+    extra: dict[str, NDArray[Any]] = {}
+    at_face = np.zeros(int(inside.sum()) + 1, np.bool_)
+    for side in SIDES:
+        axis, before = int(side[0]), side[1] == "-"
+        at = core[axis].start - 1 if before else core[axis].stop
+        part = tuple(s for i, s in enumerate(core) if i != axis)
+        if 0 <= at < labels.shape[axis]:
+            plane = table[np.take(labels, at, axis=axis)[part]]
+        else:  # the volume ends here
+            plane = np.zeros((0, 0), np.uint32)
+        extra[f"beyond{side}"] = plane
+        at_face[plane.ravel()] = True
+        at_face[table[np.take(labels[core], 0 if before else -1, axis=axis)].ravel()] = True
+    named = table[apart]
+    extra["apart"] = named[(named > 0).all(axis=1) & at_face[named].all(axis=1)]
+    return Labelled(table[labels[core]], len(at_face) - 1, extra)
+
+
+def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Of the faces between blocks, one after the other: pairs of nodes (m, 2) and their scores (m,), those only whose
+    score is not below the threshold."""
+    load = lru_cache(maxsize=FACES_KEPT)(lambda n: blocks.load(n, *SIDES, *(f"beyond{side}" for side in SIDES)))
+    for block in range(len(blocks.lattice)):
+        if not blocks.count(block):
+            continue
+        for step, other in blocks.lattice.neighbours(block, 6):
+            if blocks.count(other):
+                axis = step.index(1)
+                low, high = load(block), load(other)
+                first = np.concatenate([low[f"{axis}+"].ravel(), low[f"beyond{axis}+"].ravel()])
+                second = np.concatenate([high[f"beyond{axis}-"].ravel(), high[f"{axis}-"].ravel()])
+                pairs, scores = agreement(first, second)
+                good = scores >= threshold
+                yield pairs[good] + [blocks.offsets[block] - 1, blocks.offsets[other] - 1], scores[good]
+
+
+def agreement(first: NDArray[Any], second: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """How far two segmentations of the same voxels agree.
+
+    Args:
+        first, second: (n,) labels, 0 background.
+
+    Returns:
+        pairs (m, 2) of labels that share a voxel, and (m,) the voxels that they share over those of the smaller one.
+    """
+    both = (first > 0) & (second > 0)
+    width = int(second.max(initial=0)) + 1
+    keys, counts = np.unique(first[both].astype(np.int64) * width + second[both], return_counts=True)
+    pairs = np.stack([keys // width, keys % width], axis=1)
+    sizes = np.minimum(np.bincount(first)[pairs[:, 0]], np.bincount(second)[pairs[:, 1]])
+    return pairs, counts / sizes
+
+
+def stitched(
+    nodes: int, pairs: NDArray[np.int64], scores: NDArray[np.float64], apart: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Unite pairs of nodes, the best first, unless that would bring together two that are apart.
+
+    Args:
+        nodes: how many.
+        pairs, scores: (m, 2) and (m,); of equal scores the pair of the smaller nodes goes first.
+        apart: (n, 2).
+
+    Returns:
+        (nodes,) the first node of what each belongs to.
+    """
+    from connectomics.decoding.affinities import mutex
+
+    order = np.lexsort((pairs[:, 1], pairs[:, 0], -scores))
+    ends = np.concatenate([apart, pairs[order]]).astype(np.int32)
+    # the kernel's edges are pairs of places in an array of nodes: here all first ends, and then all second ones
+    edges, places = np.arange(len(ends), dtype=np.uint32), ends.T.ravel()
+    bins, steps = np.array([0, len(apart), len(ends)]), np.full(2, len(ends))
+    forest, _ = mutex.cluster(edges, bins, steps, np.array([False, True]), places, nodes)
+    numbers = np.empty(nodes, np.int32)
+    mutex.number_trees(forest, numbers)
+    first = np.unique(numbers, return_index=True)[1]
+    return np.asarray(first[numbers - 1], np.int64)
+
+
+def _apart(blocks: StoredBlocks) -> NDArray[np.int64]:
+    """(n, 2) the nodes that their blocks keep apart."""
+    found = [blocks.load(n, "apart")["apart"] + blocks.offsets[n] - 1 for n in range(len(blocks.lattice))]
+    return np.concatenate(found)

@@ -1,0 +1,192 @@
+"""The numba kernels of this package (apart, so that importing the package does not import numba)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.union_find import add_voxel, unite
+
+
+@numba.njit(cache=True, nogil=True)
+def measure(
+    labels: NDArray[Any],
+    begin: NDArray[np.int64],
+    shape: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    first: NDArray[np.int64],
+    boxes: NDArray[np.int32],
+    sums: NDArray[np.int64],
+) -> None:
+    """Measure the objects 1..n of a block that starts at voxel ``begin`` of a volume of ``shape``; row i is object i+1.
+
+    sizes (n,): voxels. first (n,): number of its first voxel in z-y-x order of the volume. boxes (n, 6): smallest z y x
+    and largest z y x, both inside. sums (n, 3): sums of z, y and x. All must come as zeros.
+    """
+    for z in range(labels.shape[0]):
+        gz = z + begin[0]
+        for y in range(labels.shape[1]):
+            gy = y + begin[1]
+            row = (gz * shape[1] + gy) * shape[2] + begin[2]
+            for x in range(labels.shape[2]):
+                label = labels[z, y, x]
+                if label == 0:
+                    continue
+                k = np.int64(label) - 1
+                if sizes[k] == 0:
+                    first[k] = row + x
+                add_voxel(k, gz, gy, x + begin[2], sizes, boxes, sums)
+
+
+@numba.njit(cache=True, nogil=True)
+def join(
+    parent: NDArray[np.int64],
+    low: NDArray[np.uint32],
+    high: NDArray[np.uint32],
+    low_offset: int,
+    high_offset: int,
+    reach: int,
+) -> None:
+    """Unite the pieces that touch across a border, in the union-find forest ``parent``.
+
+    Args:
+        low, high: (h, w) labels on both sides of the border (an edge: one row; a corner: one voxel), 0 background;
+            label i of ``low`` is node ``low_offset + i - 1``.
+        reach: largest sum of the steps along both axes between voxels that hold together.
+    """
+    rows, columns = low.shape
+    side = min(reach, 1)
+    for y in range(rows):
+        for x in range(columns):
+            a = low[y, x]
+            if a == 0:
+                continue
+            previous = np.uint32(0)
+            for dy in range(-side, side + 1):
+                v = y + dy
+                if v < 0 or v >= rows:
+                    continue
+                for dx in range(-side, side + 1):
+                    u = x + dx
+                    if u < 0 or u >= columns or abs(dy) + abs(dx) > reach:
+                        continue
+                    b = high[v, u]
+                    if b == 0 or b == previous:
+                        continue
+                    previous = b
+                    unite(parent, low_offset + np.int64(a) - 1, high_offset + np.int64(b) - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def join_pairs(parent: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+    """Unite the nodes of each row of ``pairs`` (n, 2) in the forest ``parent``."""
+    for i in range(len(pairs)):
+        unite(parent, pairs[i, 0], pairs[i, 1])
+
+
+@numba.njit(cache=True, nogil=True)
+def number_roots(parent: NDArray[np.int64]) -> int:
+    """Turn the forest, in place, into the number 0..n-1 of every node's tree, in the order of the roots; returns n."""
+    n = 0
+    for node in range(len(parent)):
+        above = parent[node]
+        if above == node:
+            parent[node] = n
+            n += 1
+        else:  # has its tree's number already, since its own is smaller
+            parent[node] = parent[above]
+    return n
+
+
+@numba.njit(cache=True, nogil=True)
+def gather(
+    trees: NDArray[np.int64],
+    piece_sizes: NDArray[np.int64],
+    piece_first: NDArray[np.int64],
+    piece_boxes: NDArray[np.int32],
+    piece_sums: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    first: NDArray[np.int64],
+    boxes: NDArray[np.int32],
+    sums: NDArray[np.int64],
+) -> None:
+    """Add a block's pieces to the objects: ``trees[i]`` is the object of piece i; sizes must begin as zeros."""
+    for i in range(len(trees)):
+        k = trees[i]
+        if sizes[k] == 0:
+            first[k] = piece_first[i]
+            boxes[k] = piece_boxes[i]
+        else:
+            first[k] = min(first[k], piece_first[i])
+            for axis in range(3):
+                boxes[k, axis] = min(boxes[k, axis], piece_boxes[i, axis])
+                boxes[k, axis + 3] = max(boxes[k, axis + 3], piece_boxes[i, axis + 3])
+        sizes[k] += piece_sizes[i]
+        for axis in range(3):
+            sums[k, axis] += piece_sums[i, axis]
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_cavities(
+    order: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    boxes: NDArray[np.int32],
+    object_boxes: NDArray[np.int32],
+    member_begin: NDArray[np.int64],
+    members: NDArray[np.int64],
+    neighbour_begin: NDArray[np.int64],
+    neighbours: NDArray[np.int64],
+) -> NDArray[np.int64]:
+    """Which object fills each node of the graph of a volume's parts: (n,) -1 where none does.
+
+    Args:
+        order: the objects, the one that fills first in front.
+        owner: (n,) object of every node, -1 for background. boxes: (n, 6), object_boxes: smallest and largest z y x.
+        member_begin, members: the nodes of every object. neighbour_begin, neighbours: those that touch every node.
+
+    From each neighbour of an object the graph without that object is searched. A piece of it is a hole where every
+    node lies inside the object's box without touching its faces; the search ends at the first node that does not.
+    """
+    holder = np.full(len(owner), -1, np.int64)
+    seen = np.full(len(owner), -1, np.int64)  # the search that has come upon a node
+    stack = np.empty(len(owner), np.int64)
+    search = np.int64(0)
+    for k in order:
+        first_search = search
+        for i in range(member_begin[k], member_begin[k + 1]):
+            for j in range(neighbour_begin[members[i]], neighbour_begin[members[i] + 1]):
+                start = neighbours[j]
+                if owner[start] == k or seen[start] >= first_search:
+                    continue
+                # nodes wait in stack[done:waiting]; those in front of them are the piece so far
+                seen[start], stack[0] = search, start
+                done, waiting, closed = 0, 1, True
+                while done < waiting and closed:
+                    node = stack[done]
+                    done += 1
+                    for axis in range(3):
+                        if (
+                            boxes[node, axis] <= object_boxes[k, axis]
+                            or boxes[node, axis + 3] >= object_boxes[k, axis + 3]
+                        ):
+                            closed = False
+                    if not closed:
+                        break
+                    for m in range(neighbour_begin[node], neighbour_begin[node + 1]):
+                        other = neighbours[m]
+                        if owner[other] == k or seen[other] == search:
+                            continue
+                        if seen[other] >= first_search:  # by an earlier search, which found its piece open
+                            closed = False
+                            break
+                        seen[other], stack[waiting] = search, other
+                        waiting += 1
+                search += 1
+                if closed:
+                    for m in range(waiting):
+                        if holder[stack[m]] < 0:
+                            holder[stack[m]] = k
+    return holder

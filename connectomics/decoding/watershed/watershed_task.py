@@ -1,0 +1,112 @@
+"""The watershed on distances block by block: one frozen value, saved beside its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.blocks.foreground import Foreground
+from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
+from connectomics.decoding.blocks.stored import StoredBlocks
+from connectomics.decoding.watershed.distance import DepthRule, heights
+from connectomics.decoding.watershed.forest import Part, fragments
+from connectomics.decoding.watershed.heads import StoredHead
+from connectomics.decoding.watershed.stitch import join, to_store
+from connectomics.decoding.watershed.whole import seed_radius
+from connectomics.errors import ConfigError
+from connectomics.geometry import Index
+from connectomics.tasks.block_task import Cost
+
+# Voxels of a block. A block is read with a halo (45 to 51 voxels at 8 nm), which the edge of the volume cuts off: of
+# blocks of 256, 512^3 has none with a whole one, and a larger volume would take 1.5 times the memory.
+BLOCK = (192, 192, 192)
+
+
+@dataclass(frozen=True)
+class WatershedTask(StitchedTask):
+    """One class's objects, cut where they are narrow, or where a head sees a border (``parameters.height``).
+
+    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary class) on the
+    whole array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and so far
+    beyond a block (and the seeds' reach) its probabilities are read.
+
+    Raises:
+        ConfigError: another method.
+    """
+
+    kind: ClassVar[str] = "watershed"
+
+    block_shape: Index = BLOCK
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parameters.method != "watershed":
+            raise ConfigError(
+                f"a watershed of {self.class_name}: expected method watershed, found {self.parameters.method}"
+            )
+
+    def check_input(self) -> None:
+        foreground = self.open_foreground()
+        if self.parameters.height == "distance":
+            StoredHead.open(foreground.source, self.parameters.height)
+
+    def open_labeller(self) -> Callable[[int], Labelled]:
+        foreground, lattice, radius = self.open_foreground(), self.lattice, self._radius
+        height_of, floor = self._open_heights(foreground)
+        connectivity = self.parameters.connectivity
+
+        def label(number: int) -> Labelled:
+            part = Part(*lattice.region(number), lattice.shape, radius)
+            start, _ = part.grown()
+            height = height_of(part)
+            found = fragments(height, part, connectivity, radius=radius, floor=floor)
+            own = tuple(slice(b - s + 1, b - s + 1 + n) for b, s, n in zip(part.begin, start, part.shape, strict=True))
+            return Labelled(found.labels, found.count, to_store(found, height[own]))
+
+        return label
+
+    def _open_heights(self, foreground: Foreground) -> tuple[Callable[[Part], NDArray[np.int32]], int]:
+        """What gives the heights of a part with what is around it, and the height at which pieces are one."""
+        if self.parameters.height == "distance":
+            head = StoredHead.open(foreground.source, self.parameters.height)
+            learned = head.rule(self.parameters.max_depth_nm)
+
+            def of_head(part: Part) -> NDArray[np.int32]:
+                return learned.heights(foreground.cores(*part.grown()), head.read(*part.grown()))
+
+            return of_head, learned.floor
+        rule = self._rule
+
+        def of_mask(part: Part) -> NDArray[np.int32]:
+            begin, shape = part.grown(rule.halo)
+            mask = foreground.cores(begin, shape)
+            start, size = part.grown()
+            return heights(mask, rule, [a - b for a, b in zip(start, begin, strict=True)], size)
+
+        return of_mask, -rule.cap
+
+    def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
+        seeded = np.zeros(int(blocks.offsets[-1]), np.bool_)
+        _, floor = self._open_heights(self.open_foreground())
+        return join(blocks, self.parameters.connectivity, floor, seeded)
+
+    def cost(self, stage: str) -> Cost:
+        if stage != "label":
+            return super().cost(stage)
+        halo = np.zeros(3, int) if self.parameters.height == "distance" else np.asarray(self._rule.halo)
+        block, near = np.asarray(self.block_shape), np.asarray(self.block_shape) + 2 * np.asarray(self._radius)
+        read, part = int(np.prod(near + 2 * halo)), int(np.prod(near))
+        rows = int(near[0] * np.prod((near + 2 * halo)[1:]))  # distances along z, before those along y and x
+        return Cost(read=read, written=4 * int(np.prod(block)), memory=2 * read + max(4 * rows, 12 * part))
+
+    @property
+    def _radius(self) -> Index:
+        return seed_radius(self.parameters.min_distance_nm, self.grid.voxel_size)
+
+    @property
+    def _rule(self) -> DepthRule:
+        return DepthRule.of(self.grid.voxel_size, self.parameters.max_depth_nm, self.grid.shape)

@@ -1,0 +1,306 @@
+"""Meshing the instances of one class of one crop: a block an object, a file an object.
+
+On disk, under ``output``::
+
+    {id}.ply             a mesh, whole or not there (or {id}.obj, or {id} and {id}:0 with an info file)
+    meshes.csv           `COLUMNS`, a row a mesh; it is there when all meshes are
+    task.json            the task
+    .done-*, .boxes, .meshes   while it is made: done-maps, and what the stages leave each other
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.label_artifact import BLOCK
+from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.io.artifacts import put_aside
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_file
+from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_mesh
+from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
+from connectomics.morphology.partial import NO_PAIRS, Partial, compact, united
+from connectomics.morphology.table_task import Labels
+from connectomics.morphology.tables import Column, read_columns, remove_unfinished, table
+from connectomics.tasks import BlockTask, Cost
+from connectomics.tasks.block_task import TASK_FILE, BlockWorker
+from connectomics.tasks.lattice import Lattice
+
+BOXES, MESHES = "boxes", "meshes"
+TABLE_FILE = "meshes.csv"
+COLUMNS = (
+    Column("id", "id"),
+    Column("vertices", "count"),
+    Column("faces", "count"),
+    Column("volume_nm3", "number", "nm3"),
+    Column("area_nm2", "number", "nm2"),
+    Column("stride_voxels", "count", "voxels"),
+    Column("file", "text"),
+)
+_EDGES = tuple(f"{end}_{axis}_nm" for end in ("begin", "end") for axis in "zyx")
+_ROWS = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshTask(BlockTask):
+    """Meshes of the objects of one label volume.
+
+    Attributes:
+        labels: the volume. class_name: of it.
+        output: local folder of the meshes.
+        table: CSV or Parquet with the columns ``id`` and ``begin_z_nm .. end_x_nm``, that says where the objects are;
+            or "": a first pass over the labels, ``block_shape`` voxels (z y x) at once, finds out.
+        ids: only these objects; () all.
+        file_format: see `connectomics.morphology.mesh_files.FORMATS`.
+        simplify, max_error_nm, max_vertices: see `connectomics.morphology.mesh_surface.mesh_object`.
+    """
+
+    kind: ClassVar[str] = "mesh"
+    places: ClassVar[frozenset[str]] = frozenset({"labels", "output", "table"})
+
+    labels: Labels
+    class_name: str
+    output: str
+    table: str = ""
+    ids: tuple[int, ...] = ()
+    file_format: str = "ply"
+    simplify: int = 1
+    max_error_nm: float | None = None
+    max_vertices: int = 20_000_000
+    block_shape: Index = BLOCK
+
+    def __post_init__(self) -> None:
+        check_format(self.file_format)
+        if self.simplify < 1 or not (self.max_error_nm is None or self.max_error_nm > 0):
+            raise InputError(
+                f"simplify must be 1 or more and the error above 0 nm, found {self.simplify} and {self.max_error_nm}"
+            )
+        if self.max_vertices < LEAST_VERTICES:
+            raise InputError(f"a mesh must be allowed {LEAST_VERTICES} vertices at least, found {self.max_vertices}")
+
+    # -- as a task ---------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
+        known = {field.name for field in fields(cls)}
+        if wrong := sorted(set(data) ^ known):
+            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
+        try:
+            z, y, x = data["block_shape"]
+            labels, ids = Labels.from_dict(data["labels"]), tuple(int(i) for i in data["ids"])
+            return cls(**{**data, "labels": labels, "ids": ids, "block_shape": (z, y, x)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise MetadataError(f"{where} is no task of the kind {cls.kind}: {error}") from error
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "volume": self.labels.name}
+
+    def made_from(self) -> dict[str, str]:
+        return {"labels": self.labels.stamp}
+
+    @property
+    def name(self) -> str:
+        return f"{self.labels.dataset}/{self.labels.crop}/{self.class_name}"
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (MESHES,) if self.table or self.labels.semantic else (BOXES, MESHES)
+
+    def check(self, *, overwrite: bool = False) -> bool:
+        try:
+            import zmesh  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "meshes need zmesh, which is not installed; run pip install 'connectomics[mesh]'"
+            ) from error
+        if self.ids and BOXES not in self.stages:
+            self._objects()  # an id that is not there is said before anything is written
+        file = self.folder / TASK_FILE
+        if not file.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise WriteError(
+                    f"{self.output} was not written by mesh and is left alone; choose another output folder, or move "
+                    "it away"
+                )
+            return True
+        if overwrite:
+            return True
+        if difference := self.difference(file):
+            raise WriteError(
+                f"{self.output} holds meshes {difference}; overwrite them (--overwrite), or choose another output "
+                "folder"
+            )
+        return not (self.folder / TABLE_FILE).exists()
+
+    def claim(self, *, overwrite: bool = False) -> None:
+        if overwrite and self.folder.exists():
+            put_aside(self.folder)
+        if not (self.folder / TASK_FILE).exists():
+            self.begin()
+
+    def prepare(self, stage: str) -> None:
+        self.labels.check_unchanged()
+        if stage == MESHES:
+            write_info(self.folder, self.file_format)
+            if not self._objects_file.exists():
+                ids, boxes = self._objects()
+                write_file(self._objects_file, _packed(ids, boxes))
+
+    def blocks(self, stage: str) -> int:
+        return len(self.lattice) if stage == BOXES else len(self.objects()[0])
+
+    def open_worker(self, stage: str, device: str) -> AbstractContextManager[_Boxes | _Meshes]:
+        return nullcontext(_Boxes(self) if stage == BOXES else _Meshes(self))
+
+    def finish(self) -> None:
+        ids, _ = self.objects()
+        with table(self.folder / TABLE_FILE, COLUMNS) as out:
+            for begin in range(0, len(ids), _ROWS):
+                rows = [json.loads(self.note_file(n).read_text()) for n in range(begin, min(begin + _ROWS, len(ids)))]
+                columns: dict[str, Any] = {c.name: [row[c.name] for row in rows] for c in COLUMNS}
+                files = columns.pop("file")
+                out.write({**{name: np.asarray(column) for name, column in columns.items()}, "file": files})
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what is only needed while the meshes are made; after a run that was killed as it did so, again."""
+        remove_unfinished(self.folder)
+        for folder in (".boxes", ".meshes"):
+            shutil.rmtree(self.folder / folder, ignore_errors=True)
+        for stage in self.stages:
+            (self.folder / f".done-{stage}").unlink(missing_ok=True)
+
+    def relocated(self, folder: Path) -> Self:
+        return replace(self, output=str(folder / self.folder.name))
+
+    def cost(self, stage: str) -> Cost | None:
+        if stage == BOXES:
+            voxels = int(np.prod([min(n, b) for n, b in zip(self.labels.shape, self.block_shape, strict=True)]))
+            return Cost(read=8 * voxels, written=1 << 20, memory=20 * voxels)
+        span = (SPAN + 1) ** 3
+        return Cost(read=8 * span, written=24 * self.max_vertices, memory=12 * span + 150 * self.max_vertices)
+
+    # -- what the stages leave each other ----------------------------------------------------------------------------
+    def objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Ids (n,) and boxes (n, 6; voxels, both ends inside) of the objects to mesh, in the order of the blocks."""
+        stored = np.frombuffer(self._objects_file.read_bytes(), "<i8").reshape(-1, 7)
+        return stored[:, 0].view(np.uint64), stored[:, 1:]
+
+    def box_file(self, number: int) -> Path:
+        """Where a block's boxes are."""
+        return self.folder / ".boxes" / str(number)
+
+    def note_file(self, number: int) -> Path:
+        """Where an object's row of the table is."""
+        return self.folder / ".meshes" / str(number)
+
+    @property
+    def lattice(self) -> Lattice:
+        """The blocks of the first pass."""
+        return Lattice(self.labels.shape, self.block_shape)
+
+    @property
+    def _objects_file(self) -> Path:
+        return self.folder / ".meshes" / "objects"
+
+    def _objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        if self.labels.semantic:
+            whole = [*(0, 0, 0), *(n - 1 for n in self.labels.shape)]
+            ids, boxes = np.ones(1, np.uint64), np.array([whole], np.int64)
+        elif self.table:
+            ids, boxes = _boxes_of_table(Path(self.table), Multiscale.open(self.labels.location).levels[0].grid)
+        else:
+            parts = list(united(len(self.lattice), lambda n: Partial.load(self.box_file(n)), {"boxes": 6}))
+            ids = np.concatenate([np.zeros(0, np.uint64), *(part.ids for part in parts)])
+            boxes = np.concatenate([np.zeros((0, 6), np.int64), *(part.tables["boxes"] for part in parts)])
+        if not self.ids:
+            return ids, boxes
+        order = np.argsort(ids)
+        asked = np.unique(np.asarray(self.ids, np.uint64))
+        rows = order[np.minimum(np.searchsorted(ids[order], asked), max(0, len(ids) - 1))] if len(ids) else order
+        for label, row in zip(asked.tolist(), [*rows.tolist(), *([-1] * (len(asked) - len(rows)))], strict=True):
+            if row < 0 or int(ids[row]) != label:
+                raise unknown_name("object", str(label), map(str, ids[:1000].tolist()), self.labels.location)
+        return ids[rows], boxes[rows]
+
+
+def _packed(ids: NDArray[np.uint64], boxes: NDArray[np.int64]) -> bytes:
+    return np.column_stack([ids.view(np.int64), boxes]).astype("<i8").tobytes()
+
+
+def _boxes_of_table(path: Path, grid: VoxelGrid) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Ids and boxes (voxels, both ends inside) that a table of instances says in nm; `InputError` where they are not in
+    the volume."""
+    columns = read_columns(path, ("id", *_EDGES))
+    edges = np.column_stack([columns[name] for name in _EDGES]).astype(np.float64)
+    low = np.rint(grid.to_index(edges[:, :3]) + 0.5).astype(np.int64)
+    high = np.rint(grid.to_index(edges[:, 3:]) - 0.5).astype(np.int64)
+    if (low < 0).any() or (high >= grid.shape).any() or (high < low).any():
+        raise InputError(f"{path} has boxes outside the labels ({grid}); it is of other labels: decode them again")
+    return columns["id"].astype(np.uint64), np.hstack([low, high])
+
+
+class _Boxes(BlockWorker):
+    """Finds the boxes of what is in a block."""
+
+    def __init__(self, task: MeshTask) -> None:
+        self._task, self._source = task, Multiscale.open(task.labels.location)
+
+    def do(self, number: int) -> None:
+        from scipy.ndimage import find_objects
+
+        begin, shape = self._task.lattice.region(number)
+        stored, _ = self._source.read_level(0, begin, shape, absent_is_missing=False)
+        labels, ids = compact(stored, semantic=False)
+        found = find_objects(labels.view(np.int32), len(ids))
+        inner = [[*(s.start for s in box), *(s.stop - 1 for s in box)] for box in found]
+        boxes = np.array(inner, np.int64).reshape(-1, 6) + np.array([*begin, *begin])
+        Partial(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
+
+
+class _Meshes(BlockWorker):
+    """Makes the meshes of objects."""
+
+    def __init__(self, task: MeshTask) -> None:
+        self._task, self._source = task, Multiscale.open(task.labels.location)
+        self._ids, self._boxes = task.objects()
+
+    def do(self, number: int) -> None:
+        task, label = self._task, int(self._ids[number])
+        mesh = mesh_object(
+            self._source,
+            label,
+            self._boxes[number].tolist(),
+            semantic=task.labels.semantic,
+            simplify=task.simplify,
+            max_error_nm=task.max_error_nm,
+            max_vertices=task.max_vertices,
+        )
+        write_mesh(task.folder, label, mesh, task.file_format)
+        note = {
+            "id": label,
+            "vertices": len(mesh.vertices),
+            "faces": len(mesh.faces),
+            "volume_nm3": mesh.volume,
+            "area_nm2": mesh.area,
+            "stride_voxels": mesh.stride,
+            "file": file_name(label, task.file_format),
+        }
+        write_file(task.note_file(number), json.dumps(note).encode())

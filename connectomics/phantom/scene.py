@@ -1,0 +1,165 @@
+"""A phantom's world: what is where, on any grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.cellmap.classes import CLASSES, get_class
+from connectomics.errors import InputError
+from connectomics.geometry import Box, VoxelGrid
+from connectomics.geometry.grid import Index
+from connectomics.phantom import kinds, shapes
+from connectomics.phantom.place import Objects, place
+from connectomics.phantom.render import BOWL_MARGIN, MARGIN, render_block
+
+_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Tone:
+    """How a data set's detector sees: contrast about grey 140, shift and noise (deviation) in grey values."""
+
+    gain: float = 1.0
+    shift: float = 0.0
+    noise: float = 10.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rendered grid.
+
+    Attributes:
+        atoms: uint8 (z, y, x), the challenge's id of the atomic class of every voxel.
+        owner: int32 (z, y, x), index of the primitive that the voxel is in, -1 where it is in none.
+        raw: uint8 (z, y, x) grey values, or an empty array where they were not asked for.
+    """
+
+    atoms: NDArray[np.uint8]
+    owner: NDArray[np.int32]
+    raw: NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A cell in a box of the world, as functions of world position (nm, z y x), evaluated at voxel centres.
+
+    ``lattice`` is the grid whose voxels the detector's noise belongs to: the data set's finest raw level.
+    """
+
+    seed: int
+    box: Box
+    objects: Objects
+    tone: Tone
+    lattice: VoxelGrid
+    _bounds: NDArray[np.float64] = field(repr=False)
+
+    @classmethod
+    def build(cls, seed: int, box: Box, *, tone: Tone | None = None, lattice: VoxelGrid | None = None) -> Scene:
+        """Place a cell in ``box``; without a ``lattice`` the noise has one of 4 nm that starts at the box's face.
+
+        Raises `InputError` for a box too small to hold anything (below 200 nm on some axis).
+        """
+        if min(box.extent) < 200:
+            raise InputError(f"a phantom needs at least 200 nm on every axis, found {box}")
+        objects = place(seed, box)
+        bounds = np.empty((len(objects.shape), 6), np.float64)
+        for i, (shape, row) in enumerate(zip(objects.shape, objects.parameters, strict=True)):
+            begin, end = shapes.bounds(int(shape), row)
+            margin = BOWL_MARGIN if shape == shapes.BOWL else MARGIN
+            bounds[i, :3], bounds[i, 3:] = begin - margin, end + margin
+        grid = lattice if lattice is not None else VoxelGrid.covering(box, (4.0, 4.0, 4.0))
+        return cls(seed, box, objects, tone or Tone(), grid, bounds)
+
+    def render(self, grid: VoxelGrid, *, raw: bool = True) -> Part:
+        """Everything about ``grid``'s voxels; memory grows with the grid, so cut large ones into blocks."""
+        atoms = np.empty(grid.shape, np.uint8)
+        owner = np.empty(grid.shape, np.int32)
+        grey = np.empty(grid.shape if raw else (0, 0, 0), np.uint8)
+        lattice = np.array([*self.lattice.translation, *self.lattice.voxel_size])
+        tone = np.array([self.tone.gain, self.tone.shift, self.tone.noise])
+        things = self.objects
+        arrays = (
+            things.cell,
+            things.nucleus,
+            things.parameters,
+            things.shape,
+            things.kind,
+            things.number,
+            self._bounds,
+        )
+        seed = (self.seed + 1) * 1_000_003
+        zs, ys, xs = grid.axes()
+
+        def block(place: tuple[slice, slice, slice]) -> None:
+            z, y, x = zs[place[0]], ys[place[1]], xs[place[2]]
+            size = (z.size, y.size, x.size)
+            # whole arrays of their own: one memory layout, so one compiled kernel
+            out = (np.empty(size, np.uint8), np.empty(size, np.int32), np.empty(size if raw else (0, 0, 0), np.uint8))
+            render_block(z, y, x, *arrays, lattice, tone, seed, *out)
+            atoms[place], owner[place] = out[:2]
+            if raw:
+                grey[place] = out[2]
+
+        for_each_block(grid.shape, block)
+        return Part(atoms, owner, grey)
+
+    def atoms(self, grid: VoxelGrid) -> NDArray[np.uint8]:
+        """The challenge's id of the atomic class at every voxel centre, uint8 (z, y, x); every voxel has one."""
+        return self.render(grid, raw=False).atoms
+
+    def raw(self, grid: VoxelGrid) -> NDArray[np.uint8]:
+        """Grey values, uint8 (z, y, x)."""
+        return self.render(grid).raw
+
+    def instances(self, grid: VoxelGrid, class_name: str) -> NDArray[np.uint32]:
+        """Ids of the objects of an instance class, uint32 (z, y, x), 0 where there is none; the same in all grids."""
+        return self.instances_of(self.render(grid, raw=False), class_name)
+
+    def instances_of(self, part: Part, class_name: str) -> NDArray[np.uint32]:
+        """As `instances`, of what was rendered already. Raises `InputError` for a class without instances."""
+        if not get_class(class_name).instance:
+            raise InputError(f"class {class_name!r} has no instances; ask for its voxels instead")
+        inside = class_mask(part.atoms, class_name)
+        if class_name == "nuc":
+            return inside.astype(np.uint32)
+        numbers = np.zeros(len(self.objects.kind) + 1, np.uint32)  # the last one is for owner -1
+        for index, kind in enumerate(kinds.KINDS):
+            if kind.instances == class_name:
+                numbers[:-1][self.objects.kind == index] = self.objects.number[self.objects.kind == index]
+        if class_name == "cell":  # processes are other cells; all the rest is the first
+            numbers += 1
+        return np.where(inside, numbers[part.owner], np.uint32(0))
+
+
+def class_mask(atoms: NDArray[np.uint8], class_name: str) -> NDArray[np.bool_]:
+    """Where a class is, group classes by the challenge's table: bool, of the shape of ``atoms`` (class ids)."""
+    found = get_class(class_name)
+    members = np.zeros(256, bool)
+    members[[CLASSES[a].id for a in found.atoms] or [found.id]] = True
+    return members[atoms]
+
+
+def for_each_block(shape: Index, work: Callable[[tuple[slice, slice, slice]], None]) -> None:
+    """Call ``work`` with the slices of every block of a volume, in two threads (the kernels release the lock)."""
+    blocks = list(_blocks(shape))
+    if len(blocks) == 1:
+        work(blocks[0])
+    elif blocks:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, blocks))
+
+
+def _blocks(shape: Index) -> Iterator[tuple[slice, slice, slice]]:
+    for z in range(0, shape[0], _BLOCK):
+        for y in range(0, shape[1], _BLOCK):
+            for x in range(0, shape[2], _BLOCK):
+                yield (
+                    slice(z, min(z + _BLOCK, shape[0])),
+                    slice(y, min(y + _BLOCK, shape[1])),
+                    slice(x, min(x + _BLOCK, shape[2])),
+                )

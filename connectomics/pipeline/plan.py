@@ -1,0 +1,268 @@
+"""From a data root and a machine to configurations that train, with the reason for each choice.
+
+The data are measured by `connectomics.pipeline.data_facts`; of the machine: cores, memory, GPU memory, free disk, and
+the seconds of one training step.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from connectomics.config import EPOCH_PATCHES, RunConfig, config_from_dict
+from connectomics.errors import InputError
+from connectomics.pipeline.data_facts import ClassFacts, DataFacts
+
+#: Voxel sizes to choose from, nm: those at which most EM is stored.
+#: First line of the configurations that are written.
+MARK = "# written by pytc plan"
+SIZES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+#: Voxels that a mean chord should span: fewer and thin parts break, more and the patch sees too little around.
+CHORD_VOXELS = 4.0
+_CPU_PATCHES = 200  # of an epoch without a GPU
+_EPOCHS = 300
+_VIEW_NM = 1000.0  # that a patch should see, so that large organelles are recognised
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What there is to compute with; bytes."""
+
+    cores: int
+    memory: int
+    gpu: str | None
+    gpu_memory: int
+    disk: int
+
+
+@dataclass
+class Plan:
+    """One run for classes that go together.
+
+    Attributes:
+        voxel_nm: of the run. settings: dotted keys of the configuration. reasons: a sentence for each choice.
+        step_seconds, step_memory: of one training step with them, where it was tried (bytes).
+    """
+
+    voxel_nm: float
+    classes: tuple[str, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+    step_seconds: float | None = None
+    step_memory: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file: ``plan_8nm``."""
+        return f"plan_{self.voxel_nm:g}nm"
+
+    def choose(self, key: str, value: Any, reason: str) -> None:
+        """Set a key, and say why."""
+        self.settings[key] = value
+        self.reasons.append(f"{key} = {value}: {reason}")
+
+    def config(self) -> RunConfig:
+        """The configuration, checked against the schema."""
+        nested: dict[str, Any] = {}
+        for key, value in self.settings.items():
+            group, _, name = key.partition(".")
+            nested.setdefault(group, {})[name] = value
+        return config_from_dict({**nested, "name": self.name})
+
+    def to_yaml(self) -> str:
+        """The configuration file, the reasons above it as comments."""
+        import yaml
+
+        nested: dict[str, Any] = {}
+        for key, value in self.settings.items():
+            group, _, name = key.partition(".")
+            nested.setdefault(group, {})[name] = value
+        head = "".join(f"# {reason}\n" for reason in self.reasons)
+        return f"{MARK}\n{head}" + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
+
+
+def machine_facts(folder: Path) -> MachineFacts:
+    """Measure this machine; ``folder``: where runs and the cache go."""
+    import psutil
+    import torch
+
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    gpu, gpu_memory = None, 0
+    if torch.cuda.is_available():
+        gpu, gpu_memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return MachineFacts(cores, psutil.virtual_memory().available, gpu, gpu_memory, shutil.disk_usage(there).free)
+
+
+def propose(data: DataFacts, machine: MachineFacts, root: str) -> list[Plan]:
+    """One plan for each voxel size that classes need, coarsest first. Raises `InputError` where no class is present."""
+    groups: dict[float, list[tuple[ClassFacts, str]]] = {}
+    for facts in data.classes:
+        if facts.chord_nm is not None:
+            size, why = _voxel_size(facts, data.raw_nm)
+            groups.setdefault(size, []).append((facts, why))
+    if not groups:
+        raise InputError("none of the classes is present in any crop: there is nothing to learn; see `pytc describe`")
+    return [_plan(size, group, data, machine, root) for size, group in sorted(groups.items(), reverse=True)]
+
+
+def try_step(plan: Plan, machine: MachineFacts) -> None:
+    """Find the largest batch (on a GPU: doubling, then bisection, until memory runs out; on the CPU that of the plan)
+    and measure one training step of it; the plan gets batch, seconds and memory."""
+    batch = int(plan.settings["data.batch_size"])
+    if machine.gpu is None:
+        plan.step_seconds, plan.step_memory = _step(plan, batch)
+        return
+    low, high = 0, 0
+    while high == 0 and batch <= 64:
+        if (measured := _step_or_none(plan, batch)) is None:
+            high = batch
+        else:
+            low, (plan.step_seconds, plan.step_memory) = batch, measured
+            batch *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (measured := _step_or_none(plan, middle)) is None:
+            high = middle
+        else:
+            low, (plan.step_seconds, plan.step_memory) = middle, measured
+    if low == 0:
+        raise InputError(
+            f"{plan.name}: not even one patch of {plan.settings['data.patch_size']} fits into the GPU's memory"
+        )
+    plan.choose("data.batch_size", low, "the largest that a training step of this network left room for, by trial")
+
+
+def hours(plan: Plan) -> float | None:
+    """Of the whole training, from the measured step; None where none was measured."""
+    if plan.step_seconds is None:
+        return None
+    patches = plan.settings["data.patches_per_epoch"]
+    return plan.settings["training.max_epochs"] * patches / plan.settings["data.batch_size"] * plan.step_seconds / 3600
+
+
+# -- the choices -----------------------------------------------------------------------------------------------------
+def _voxel_size(facts: ClassFacts, raw_nm: float) -> tuple[float, str]:
+    assert facts.chord_nm is not None
+    wanted = facts.chord_nm / CHORD_VOXELS
+    finest = max(raw_nm, min(SIZES))
+    fitting = [size for size in SIZES if finest * 0.99 <= size <= max(wanted, finest) * 1.001] or [finest]
+    size = max(fitting)
+    across = facts.chord_nm / size
+    why = f"{facts.name} is {facts.chord_nm:.0f} nm thick on average, so {size:g} nm puts {across:.1f} voxels across"
+    if facts.test_nm is not None and size > 2 * facts.test_nm:
+        size = max(s for s in SIZES if s <= max(2 * facts.test_nm, finest))
+        why += f"; the challenge asks for it at {facts.test_nm:g} nm, and {size:g} nm stays within twice that"
+    return size, why
+
+
+def _plan(
+    size: float, group: Sequence[tuple[ClassFacts, str]], data: DataFacts, machine: MachineFacts, root: str
+) -> Plan:
+    classes = tuple(facts.name for facts, _ in group)
+    plan = Plan(size, classes)
+    plan.settings["dataset.data_root"] = root
+    plan.settings["dataset.classes"] = list(classes)
+    plan.choose("dataset.resolution", [size] * 3, "; ".join(why for _, why in group))
+    _choose_network(plan, machine)
+    edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
+    if edge * size < _VIEW_NM / 2 and machine.gpu is not None:
+        plan.reasons.append(f"a patch sees {edge * size:.0f} nm; for more around it add a coarser view (data.inputs)")
+    plan.choose(
+        "data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {_nm(data.extents_nm)} nm (median)"
+    )
+    plan.choose("data.batch_size", 2 if machine.gpu is None else 1, "to begin with")
+    voxels = data.volume_um3 * 1e9 / size**3
+    disk = voxels * 3 * 8  # raw and labels, with as much context again on each side
+    if disk < machine.disk / 2:
+        reason = f"crops take about {disk / 1e9:.1f} GB decoded, {machine.disk / 1e9:.0f} GB are free"
+        plan.choose("data.cache", "disk", reason)
+    else:
+        plan.choose(
+            "data.cache", "none", f"decoded crops would take about {disk / 1e9:.0f} GB of {machine.disk / 1e9:.0f}"
+        )
+    workers = max(1, min(8, machine.cores - 1))
+    plan.choose("data.num_workers", workers, f"{machine.cores} cores, one left for the network's process")
+    rare = [facts.name for facts, _ in group if facts.share < 0.01]
+    if rare:
+        plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of what is known")
+    plan.choose(
+        "data.patches_per_epoch",
+        EPOCH_PATCHES if machine.gpu else _CPU_PATCHES,
+        "a validation after about as much training as pays for it" if machine.gpu else "there is no GPU: short epochs",
+    )
+    plan.choose("training.max_epochs", _EPOCHS, "early stopping ends it sooner where the score stands still")
+    plan.choose(
+        "data.augmentations",
+        {
+            "RandFlipd": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": [0, 1, 2]},
+            "RandRotate90d": {"keys": ["image", "label"], "prob": 0.5, "spatial_axes": [[0, 1], [0, 2], [1, 2]]},
+        },
+        "cells have no up or down, and right angles cost nothing",
+    )
+    return plan
+
+
+def _choose_network(plan: Plan, machine: MachineFacts) -> None:
+    gb = machine.gpu_memory / 1e9
+    if machine.gpu is None:
+        plan.choose("model.architecture", "unet", "there is no GPU: a small network that a CPU trains")
+        plan.choose("model.options", {"channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1}, "likewise")
+        plan.choose("training.precision", "32", "the CPU's own")
+        return
+    letter = "B" if gb >= 24 else "S"
+    plan.choose("model.architecture", "mednext", f"{machine.gpu} with {gb:.0f} GB")
+    plan.choose("model.mednext_size", letter, "10.5 M weights" if letter == "B" else "5.6 M weights, for less memory")
+    plan.choose("training.precision", "bf16-mixed", "half the memory of float32, with its range")
+
+
+def _step_or_none(plan: Plan, batch: int) -> tuple[float, int] | None:
+    import torch
+
+    try:
+        return _step(plan, batch)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+
+
+def _step(plan: Plan, batch: int) -> tuple[float, int]:
+    """Seconds of a training step on random patches, and the memory it took: of the GPU, or of this process."""
+    import psutil
+    import torch
+
+    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.models.labels import DenseLabels
+
+    config = plan.config()
+    device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet" else "cpu"
+    module = ConnectomicsModule(config).to(device).train()
+    optimizer = torch.optim.AdamW(module.parameters(), config.optimizer.lr)
+    shape = (batch, len(plan.classes), *config.data.patch_size)
+    image = torch.rand(batch, 1, *config.data.patch_size, device=device)
+    labels = DenseLabels(torch.rand(shape, device=device).round(), torch.ones(shape, dtype=torch.bool, device=device))
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = math.inf
+    for _ in range(2):  # the first makes buffers and chooses algorithms
+        begin = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16-mixed"):
+            loss = module.loss(module.network(image), labels).total
+        loss.backward()
+        optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = min(seconds, time.perf_counter() - begin)
+    memory = torch.cuda.max_memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    return seconds, int(memory)
+
+
+def _nm(values: Sequence[float]) -> str:
+    return "x".join(f"{v:.0f}" for v in values)

@@ -1,0 +1,1 @@
+"""Kits for tests, ours and yours: volumes whose truth is known in closed form, and conformance tests."""

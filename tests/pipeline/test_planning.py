@@ -1,0 +1,105 @@
+"""Planning: what is measured is right, each choice follows from it, and what is written trains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cli import main
+from connectomics.config import load_config
+from connectomics.errors import InputError
+from connectomics.pipeline import data_facts as facts_module
+from connectomics.pipeline.data_facts import across_datasets, data_facts
+from connectomics.pipeline.plan import MachineFacts, hours, propose
+from tests.cellmap.roots import grid_of, write_label, write_raw
+
+CPU = MachineFacts(cores=4, memory=16 << 30, gpu=None, gpu_memory=0, disk=100 << 30)
+H200 = MachineFacts(cores=16, memory=128 << 30, gpu="H200", gpu_memory=139 << 30, disk=500 << 30)
+
+
+@pytest.fixture(scope="module")
+def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Raw at 4 nm; nuc: a ball of 400 nm; pm: plates 16 nm thick; er: annotated and absent."""
+    root = tmp_path_factory.mktemp("balls")
+    grid = grid_of((112, 112, 112), 4.0)
+    z, y, x = np.meshgrid(*grid.axes(), indexing="ij")
+    ball = (z - 224) ** 2 + (y - 224) ** 2 + (x - 224) ** 2 <= 200**2
+    plates = (np.floor(x / 16).astype(int) % 4 == 1) & np.ones(grid.shape, bool)
+    write_raw(root, "set", (40 + 100 * ball).astype(np.uint8), grid, levels=3)
+    write_label(root, "set", "crop1", "nuc", ball.astype(np.uint8), grid)
+    write_label(root, "set", "crop1", "pm", plates.astype(np.uint8), grid)
+    write_label(root, "set", "crop1", "er", np.zeros(grid.shape, np.uint8), grid)
+    return root
+
+
+def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(facts_module, "_SLAB", 5 * 112**2)  # blocks of five planes change nothing
+    (facts,) = data_facts(str(balls), ["nuc"]).classes
+    assert facts.chord_nm == pytest.approx(2 / 3 * 400, rel=0.03)
+    assert facts.share == pytest.approx(4 / 3 * np.pi * 200**3 / 448**3, rel=0.01)
+
+
+def test_a_class_of_the_last_data_set_is_found(tmp_path: Path) -> None:
+    """13 crops without ld come first; their counts say so, and what is read is spread over data sets."""
+    grid = grid_of((8, 8, 8), 4.0)
+    there = np.zeros(grid.shape, np.uint8)
+    there[2:6, 2:6, 2:6] = 1
+    for dataset, crops in (("a", 13), ("z", 2)):
+        write_raw(tmp_path, dataset, np.zeros(grid.shape, np.uint8), grid)
+        for number in range(crops):
+            counts = {} if number == 1 else None  # one that must be read
+            values = there if dataset == "z" else np.zeros(grid.shape, np.uint8)
+            write_label(tmp_path, dataset, f"crop{number}", "ld", values, grid, counts=counts)
+    (facts,) = data_facts(str(tmp_path), ["ld"]).classes
+    assert facts.crops == 15
+    assert facts.chord_nm == pytest.approx(16.0)
+    assert facts.present_um3 == pytest.approx(2 * 64 * 64 / 1e9)
+    assert facts.share == pytest.approx(2 * 64 / (15 * 512))
+    crops = Catalog.open(str(tmp_path)).crops()
+    order = [crops[number].dataset for number in across_datasets(crops)]
+    assert sorted(across_datasets(crops)) == list(range(15))
+    assert order[:4] == ["a", "z", "a", "z"]
+
+
+def test_thin_classes_are_fine_and_large_ones_coarse(balls: Path) -> None:
+    data = data_facts(str(balls), ["nuc", "pm", "er"])
+    plans = {plan.voxel_nm: plan for plan in propose(data, H200, str(balls))}
+    assert [plan.classes for plan in plans.values()] == [("nuc",), ("pm",)]
+    assert min(plans) < max(plans)
+    assert all("er" not in plan.classes for plan in plans.values())
+    for plan in plans.values():
+        assert len(plan.reasons) >= 8
+        assert plan.config().dataset.classes == list(plan.classes)
+
+
+def test_the_machine_decides_the_network(balls: Path) -> None:
+    data = data_facts(str(balls), ["nuc"])
+    (large,), (small,) = propose(data, H200, "r"), propose(data, CPU, "r")
+    assert large.settings["model.mednext_size"] == "B"
+    assert large.settings["data.patch_size"] == [128] * 3
+    assert (small.settings["model.architecture"], small.settings["training.precision"]) == ("unet", "32")
+    (full,) = propose(data, replace(CPU, disk=1000), "r")
+    assert full.settings["data.cache"] == "none"
+    small.step_seconds = 1.0
+    assert hours(small) == pytest.approx(300 * 200 / 2 / 3600)
+    with pytest.raises(InputError, match="nothing to learn"):
+        propose(data_facts(str(balls), ["er"]), CPU, "r")
+
+
+def test_what_is_written_trains(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", str(balls), "--class", "nuc", "--out", str(tmp_path)]
+    assert main([*arguments, "--no-trial"]) == 0
+    (file,) = tmp_path.glob("plan_*.yaml")
+    assert f"pytc train {file}" in capsys.readouterr().out
+    assert load_config(file).dataset.classes == ["nuc"]
+    small = ["data.patch_size=[32,32,32]", "inference.window=[32,32,32]", "data.cache=none", "data.num_workers=0"]
+    assert main(["train", str(file), "--fast-dev-run", *small]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--no-trial"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["plan", str(balls), "--class", "nuk"]) == 1
+    assert "did you mean 'nuc'" in capsys.readouterr().err
