@@ -80,7 +80,7 @@ def against_peer(python: Path, ours: PatchWork, augmented: bool, rounds: int, li
     """Limits (a) and (b)."""
     data = ours.dataset
     crops = [volume.crop for volume in data.volumes]
-    where = (crops, data.classes, data.patch_size, data.resolution)
+    where = (crops, data.classes, data.patch_size, data.voxel_size)
     with Peer(python, *where, augmented=augmented) as peer:
         found = compare(peer, ours_for_peer(ours), augmented=augmented, rounds=rounds, patches=3)
     with Peer(python, *where, augmented=augmented, threads=None) as peer:

@@ -18,7 +18,7 @@ def load_model(path: str | PathLike[str]) -> ConnectomicsModule:
 
     A package is checked first: its sums, and its answer to the input that lies in it. ``model.config`` says how it was
     trained, ``model.classes`` what its channels are, ``model.probabilities(image)`` gives (B, C, D, H, W) float32 for
-    images (B, 1, D, H, W) at ``model.config.dataset.resolution`` nm, and ``model.normalization(dataset).input(raw)``
+    images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
     makes the image, float32, of raw values.
 
     Raises `MissingError`, `CorruptDataError`, `InputError`, `ConfigError`.

@@ -94,7 +94,7 @@ def test_attributes_of_a_data_set(kind: type, root: Path) -> None:
                 patch_size=(16, 16, 16), augmentor=augmentor)  # fmt: skip
     assert isinstance(made, BaseDataset)
     assert (made.data_root, made.datasets, made.augmentor) == (str(root), ["jrc_cos7-1a"], augmentor)
-    assert (made.mode, made.patch_size, made.resolution) == ("val", (16, 16, 16), (8.0, 8.0, 8.0))
+    assert (made.mode, made.patch_size, made.voxel_size) == ("val", (16, 16, 16), (8.0, 8.0, 8.0))
     with pytest.raises(UnknownNameError, match="did you mean 'train'"):
         BaseDataset(None, "trian")  # type: ignore[arg-type]
 

@@ -252,7 +252,7 @@ def test_the_page_of_inspect_shows_a_hostile_name_as_text(tmp_path: Path) -> Non
     write_label(tmp_path / "root", evil, "crop1", "mito", label, grid_of((16, 16, 16)))
     out = tmp_path / "page.html"
     assert main(["inspect", "phantom", f"dataset.data_root={tmp_path / 'root'}", "dataset.classes=[mito]",
-                 "data.use_cache=false", "dataset.train_val_split=1.0", "data.patch_size=[16,16,16]",
+                 "data.cache=none", "dataset.train_val_split=1.0", "data.patch_size=[16,16,16]",
                  "data.patches_per_epoch=2", "--batches", "1", "--out", str(out)]) == 0  # fmt: skip
     page = out.read_text(encoding="utf-8")
     assert evil not in page
@@ -301,7 +301,7 @@ def test_local_work_connects_to_nobody(tmp_path: Path) -> None:
         "assert main(['describe', sys.argv[1]]) == 0\n"
         "assert main(['train', 'tutorials/phantom.yaml', '--fast-dev-run', 'dataset.data_root=' + sys.argv[1],\n"
         "    'dataset.classes=[mito]', 'data.patch_size=[16,16,16]', 'inference.window=[16,16,16]',\n"
-        "    'data.use_cache=false', 'dataset.train_val_split=1.0', 'model.options.channels=[4,8]',\n"
+        "    'data.cache=none', 'dataset.train_val_split=1.0', 'model.options.channels=[4,8]',\n"
         "    'model.options.strides=[2]', 'training.precision=32']) == 0\n"
     )
     done = offline(code, str(root))

@@ -27,7 +27,7 @@ def test_one_step(file: Path, request: pytest.FixtureRequest, tmp_path: Path) ->
     if file.stem == "lucchi":  # its network is for a GPU
         small += ["data.patch_size=[16,32,32]", "inference.window=null"]
     if file.stem != "phantom":  # one configuration looks at validation too; for large networks it takes too long here
-        small += ["dataset.train_val_split=1.0", "data.use_cache=false"]
+        small += ["dataset.train_val_split=1.0", "data.cache=none"]
     if file.stem.startswith("cellmap"):  # its planes are not as long on both sides then
         small += ["~data.augmentations.RandRotate90d"]
     config = load_config(file, small)

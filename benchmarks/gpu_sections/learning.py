@@ -56,7 +56,7 @@ def write_root(data: Path, out: Path, edge: int | None = None) -> Path:
     if (data / "split.yaml").is_file():  # written by this function
         return data
     (crop,) = Catalog.open(str(data)).crops([DATASET], ["crop1"], [CLASS])
-    size = load_config(RECIPE, []).dataset.resolution
+    size = load_config(RECIPE, []).dataset.voxel_size
     label = crop.labels[CLASS].source
     level = label.level_for(size)
     whole = label.levels[level].grid

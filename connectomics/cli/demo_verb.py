@@ -160,7 +160,7 @@ class Way:
 
         cfg = self.config.dataset
         catalog = Catalog.open(str(self.root))
-        size = triple(cfg.resolution, "dataset.resolution")
+        size = triple(cfg.voxel_size, "dataset.voxel_size")
         histograms: dict[str, Any] = {}
         for crop in catalog.crops(cfg.datasets, cfg.crops, cfg.classes):
             volume = CropVolume(crop, tuple(cfg.classes), size)

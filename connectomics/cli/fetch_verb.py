@@ -85,7 +85,7 @@ def fetch(
             classes: list[str] | None = composed.dataset.classes
             wanted: list[Crop] = []
             needs = needs_of_config(composed, catalog)
-            sizes = [triple(composed.dataset.resolution)]
+            sizes = [triple(composed.dataset.voxel_size)]
         else:
             classes = class_name
             wanted = catalog.crops(dataset, crop, class_name) if labels or dataset or crop or table is None else []

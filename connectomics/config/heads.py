@@ -168,7 +168,7 @@ def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
         raise unknown_name("class", given.class_name, config.dataset.classes, f"{where}: dataset.classes")
     if not given.weight > 0:
         raise ConfigError(f"{where}.weight must be above 0, found {given.weight}")
-    z, y, x = (float(v) for v in config.dataset.resolution)
+    z, y, x = (float(v) for v in config.dataset.voxel_size)
     affinities = given.kind == "affinities"
     if affinities and given.scale_nm is not None:
         raise ConfigError(f"{where}.scale_nm means nothing for affinities: give offsets_nm")
@@ -210,7 +210,7 @@ def _offsets(given: Sequence[Any], voxel_size: Triple, where: str) -> tuple[Inde
         nearest = [n * v for n, v in zip((z, y, x), voxel_size, strict=True)]
         if any(abs(n - o) > 1e-3 * v for n, o, v in zip(nearest, offset, voxel_size, strict=True)):
             raise ConfigError(
-                f"{where}.offsets_nm: {list(offset)} is no whole number of voxels at dataset.resolution "
+                f"{where}.offsets_nm: {list(offset)} is no whole number of voxels at dataset.voxel_size "
                 f"{list(voxel_size)} nm; the nearest that is: {nearest}"
             )
         if (z, y, x) == (0, 0, 0) or (z, y, x) in found or (-z, -y, -x) in found:

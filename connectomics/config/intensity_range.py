@@ -12,13 +12,14 @@ KEY = "data.intensity_range"
 WORDS = ("auto", "table")
 
 
-def check_intensity_range(spec: Any) -> None:
-    """Raise `ConfigError` unless it is null, ``auto``, ``table``, ``[low, high]``, or one of these by data set."""
+def check_intensity_range(spec: Any) -> Any:
+    """Return it; raise `ConfigError` unless it is null, ``auto``, ``table``, ``[low, high]``, or one by data set."""
     for name, one in spec.items() if isinstance(spec, Mapping) else ((None, spec),):
         if one is None or (isinstance(one, str) and one in WORDS) or pair_of(one) is not None:
             continue
         where = KEY if name is None else f"{KEY} of {name}"
         raise ConfigError(f"{where} must be auto, table, or [low, high] with two different numbers, got {one!r}")
+    return spec
 
 
 def pair_of(spec: Any) -> tuple[float, float] | None:

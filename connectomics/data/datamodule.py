@@ -119,7 +119,7 @@ class CellMapDataModule(pl.LightningDataModule):
         every validation of the run looks at."""
         cfg = self.config
         parts = validation_parts(
-            [VoxelGrid.covering(crop.box, cfg.dataset.resolution) for crop in crops],
+            [VoxelGrid.covering(crop.box, cfg.dataset.voxel_size) for crop in crops],
             validation_shape(cfg),
             cfg.data.validation_windows,
             lambda number, name: foreground_points(crops[number], name, cfg.system.seed),

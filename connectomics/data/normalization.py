@@ -89,7 +89,7 @@ def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
     for crop in crops:
         boxes.setdefault(crop.dataset, []).append(crop.box)
         sources.setdefault(crop.dataset, crop.raw_source)
-    size = triple(config.dataset.resolution, "dataset.resolution")
+    size = triple(config.dataset.voxel_size, "dataset.voxel_size")
     found = {}
     for name, source in sources.items():
         chosen = kept(config, name, spec)
@@ -121,7 +121,7 @@ def for_prediction(
     if known:
         chosen = replace(known[0], origin=f"the model ({known[0].origin})")
     else:
-        size = triple(config.dataset.resolution, "dataset.resolution")
+        size = triple(config.dataset.voxel_size, "dataset.voxel_size")
         chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], size)
     log.info("%s: %s", dataset, chosen)
     own = next((one for one in (kept(of, dataset, None) for of in trained) if one is not None), None)

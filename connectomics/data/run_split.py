@@ -67,7 +67,7 @@ def run_split(
 
 def half_patch(config: RunConfig) -> Triple:
     """Half a patch in nm (z, y, x): the least distance between training and validation."""
-    patch, size = config.data.patch_size, config.dataset.resolution
+    patch, size = config.data.patch_size, config.dataset.voxel_size
     return triple([p / 2 * s for p, s in zip(patch, size, strict=True)])
 
 
@@ -85,7 +85,7 @@ def check_known(volumes: Sequence[CropVolume]) -> None:
                 return
     raise InputError(
         f"nothing is known of {', '.join(volumes[0].classes)} at voxels of {list(volumes[0].voxel_size)} nm: fewer "
-        "than half of the label voxels under each of them were annotated; set dataset.resolution to the voxel size of "
+        "than half of the label voxels under each of them were annotated; set dataset.voxel_size to the voxel size of "
         "the labels"
     )
 
@@ -130,7 +130,7 @@ def _fine_labels(crop: Crop, config: RunConfig) -> Crop | None:
 def _is_coarse(crop: Crop, label: LabelArray, config: RunConfig) -> bool:
     """Whether labels have more than twice the run's voxel size on some axis, and more than the raw has: annotation as
     fine as the raw is as fine as it can be."""
-    limits = [_COARSEST * size * (1 + 1e-6) for size in config.dataset.resolution]
+    limits = [_COARSEST * size * (1 + 1e-6) for size in config.dataset.voxel_size]
     sizes = label.grid.voxel_size
     if all(size <= limit for size, limit in zip(sizes, limits, strict=True)):
         return False
@@ -146,10 +146,10 @@ def _say_what_is_coarse(crops: Sequence[Crop], usable: Sequence[Crop], config: R
     if not arrays:
         return
     what = (
-        f"{arrays} label arrays are stored at more than twice dataset.resolution ({config.dataset.resolution} nm) and "
+        f"{arrays} label arrays are stored at more than twice dataset.voxel_size ({config.dataset.voxel_size} nm) and "
         f"are left out, and with them {len(gone)} of {len(crops)} crops"
     )
     if not usable:
-        raise InputError(f"{what}: nothing is left; set dataset.coarse_labels=true, or a coarser dataset.resolution")
+        raise InputError(f"{what}: nothing is left; set dataset.coarse_labels=true, or a coarser dataset.voxel_size")
     names = f" ({', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''})" if gone else ""
     log.warning("%s%s; dataset.coarse_labels=true takes them", what, names)

@@ -113,7 +113,7 @@ def _heads(heads: Sequence[Mapping[str, Any]]) -> str:
 
 def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
     """Raises `InputError` where a checkpoint's network takes further inputs at other voxel sizes than asked for."""
-    found, asked = ([list(view.resolution) for view in of.data.inputs] for of in (trained, config))
+    found, asked = ([list(view.voxel_size) for view in of.data.inputs] for of in (trained, config))
     if found != asked:
         raise InputError(
             f"checkpoint {path} was trained with further inputs (data.inputs) at {found} nm, the configuration has "
@@ -140,12 +140,12 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
         check_classes(path, trained.dataset.classes, config.dataset.classes)
         check_heads(path, trained, config)
         check_inputs(path, trained, config)
-        if list(trained.dataset.resolution) != list(config.dataset.resolution):
+        if list(trained.dataset.voxel_size) != list(config.dataset.voxel_size):
             log.warning(
                 "checkpoint %s was trained at %s nm, the configuration asks for %s nm: expect worse results",
                 path,
-                trained.dataset.resolution,
-                config.dataset.resolution,
+                trained.dataset.voxel_size,
+                config.dataset.voxel_size,
             )
     module = ConnectomicsModule(_merged(trained, config))
     try:

@@ -352,7 +352,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             "format": CHECKPOINT_FORMAT,
             "version": connectomics.__version__,
             "classes": list(self.classes),
-            "voxel_size": [float(v) for v in self.config.dataset.resolution],  # nm, z y x
+            "voxel_size": [float(v) for v in self.config.dataset.voxel_size],  # nm, z y x
             "config": config_to_dict(self.config),
             "seen": self._of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
         }

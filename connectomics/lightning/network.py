@@ -25,7 +25,7 @@ def build_network(config: RunConfig, channels: int) -> nn.Module:
         deep_supervision=config.model.deep_supervision,
         options=model_options(config),
     )
-    ratios = [np.divide(size, config.dataset.resolution).tolist() for size, _ in views]
+    ratios = [np.divide(size, config.dataset.voxel_size).tolist() for size, _ in views]
     return with_views(network, config.model.fusion, ratios)
 
 

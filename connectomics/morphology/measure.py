@@ -21,10 +21,10 @@ from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.tables import FORMATS, check_format
 from connectomics.morphology.contacts import ContactSpec, halo_of
 from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask
 from connectomics.morphology.table_task import Labels, TableTask
-from connectomics.morphology.tables import FORMATS, check_format
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 

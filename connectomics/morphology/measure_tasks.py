@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.tables import Column, Ragged, Values
 from connectomics.morphology import contacts, instances
 from connectomics.morphology.contacts import Contacts, ContactSpec, contacts_of_block, halo_of
 from connectomics.morphology.instances import Instances, instances_of_block
 from connectomics.morphology.partial import Partial
 from connectomics.morphology.table_task import Labels, TableTask, Totals
-from connectomics.morphology.tables import Column, Ragged, Values
 
 _AXES = "zyx"
 

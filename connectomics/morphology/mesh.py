@@ -16,9 +16,9 @@ from connectomics.config.schema import EngineConfig
 from connectomics.decoding.blocks.table import TABLE_FILE as INSTANCES
 from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.io.location import local_path
+from connectomics.io.tables import read_columns
 from connectomics.morphology.measure import Progress, nothing_begun, open_labels, select, tell
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
-from connectomics.morphology.tables import read_columns
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 

@@ -26,12 +26,12 @@ from connectomics.errors import InputError, MetadataError, WriteError, unknown_n
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.tables import Column, read_columns, remove_unfinished, table
 from connectomics.io.write import write_file
 from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_mesh
 from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
 from connectomics.morphology.partial import NO_PAIRS, Partial, compact, united
 from connectomics.morphology.table_task import Labels
-from connectomics.morphology.tables import Column, read_columns, remove_unfinished, table
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.lattice import Lattice

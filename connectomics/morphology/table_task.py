@@ -29,9 +29,9 @@ from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.tables import ROWS, Column, Table, Values, check_format, remove_unfinished, table
 from connectomics.io.write import write_file
 from connectomics.morphology.partial import Partial, united
-from connectomics.morphology.tables import ROWS, Column, Table, Values, check_format, remove_unfinished, table
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.lattice import Lattice
@@ -112,7 +112,7 @@ class TableTask(BlockTask):
 
     Attributes:
         inputs: the labels whose instances are the rows, in the order of the rows.
-        output: path of the table; its ending says the format, see `connectomics.morphology.tables`.
+        output: path of the table; its ending says the format, see `connectomics.io.tables`.
         block_shape: voxels that are read at once, z y x.
     """
 

@@ -169,7 +169,7 @@ def _plan(
     plan = Plan(size, classes)
     plan.settings["dataset.data_root"] = root
     plan.settings["dataset.classes"] = list(classes)
-    plan.choose("dataset.resolution", [size] * 3, "; ".join(why for _, why in group))
+    plan.choose("dataset.voxel_size", [size] * 3, "; ".join(why for _, why in group))
     _choose_network(plan, machine)
     edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
     if edge * size < _VIEW_NM / 2 and machine.gpu is not None:

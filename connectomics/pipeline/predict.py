@@ -145,7 +145,7 @@ def box_target(config: RunConfig, text: str) -> Target:
     box = Box(begin, end)
     if not dataset or box.is_empty:
         raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, found {text!r}")
-    grid = VoxelGrid.covering(box, config.dataset.resolution)
+    grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exactly, or two boxes could share a name
     name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
     return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
@@ -336,14 +336,14 @@ def _tasks(
     tasks = []
     for target in chosen_targets:
         raw = catalog.raw_location(target.dataset)
-        grids = _grids(target, channels, about, triple(config.dataset.resolution, "dataset.resolution"))
+        grids = _grids(target, channels, about, triple(config.dataset.voxel_size, "dataset.voxel_size"))
         tasks.append(
             NetworkPredictTask(
                 raw=_absolute(raw),
                 output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
                 classes=channels,
                 targets=grids,
-                voxel_size=triple(config.dataset.resolution, "dataset.resolution"),
+                voxel_size=triple(config.dataset.voxel_size, "dataset.voxel_size"),
                 window=(window[0], window[1], window[2]),
                 checkpoint=common_hash(list(modules)),
                 checkpoints=checkpoints,

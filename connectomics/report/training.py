@@ -164,7 +164,7 @@ def _config_facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "configuration": "name",
         "network": "model.architecture",
         "classes": "dataset.classes",
-        "voxel size": "dataset.resolution",
+        "voxel size": "dataset.voxel_size",
         "patch": "data.patch_size",
         "batch size": "data.batch_size",
         "losses": "model.loss_functions",

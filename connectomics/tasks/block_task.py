@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+from connectomics.config.values import plain, read
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Box
 from connectomics.io import store
@@ -91,14 +92,14 @@ class BlockTask(ABC):
     places: ClassVar[frozenset[str]] = frozenset()
 
     # -- what it is --------------------------------------------------------------------------------------------------
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON, without the kind."""
+        """Return all fields as JSON gives them, without the kind."""
+        return plain(self)
 
     @classmethod
-    @abstractmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
-        """The inverse of `to_dict`; raises `MetadataError` naming ``where`` for keys that are unknown or absent."""
+        """Invert `to_dict`; raises `MetadataError` naming ``where`` and the key that is unknown, missing or wrong."""
+        return read(cls, data, where)
 
     @property
     @abstractmethod

@@ -335,8 +335,8 @@ def test_what_a_run_needs_is_what_its_data_module_reads(phantom: Path) -> None:
         tutorial("cellmap_mito_affinities"),
         [
             f"dataset.data_root='{phantom}'", "dataset.classes=[mito]", "dataset.datasets=null", "dataset.crops=null",
-            "data.patch_size=[16,16,16]", "data.inputs=[{resolution: [32, 32, 32], patch_size: [16, 16, 16]}]",
-            "data.use_cache=false", "data.allow_missing_raw=true",
+            "data.patch_size=[16,16,16]", "data.inputs=[{voxel_size: [32, 32, 32], patch_size: [16, 16, 16]}]",
+            "data.cache=none", "data.allow_missing_raw=true",
         ],
     )  # fmt: skip
     needs = needs_of_config(composed, Catalog.open(str(phantom)))

@@ -77,7 +77,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def fast(root: Path) -> list[str]:
     return ["train", str(ROOT / "tutorials/phantom.yaml"), "--fast-dev-run", f"dataset.data_root={root}",
             "dataset.classes=[mito]", "data.patch_size=[32,32,32]", "inference.window=[32,32,32]",
-            "data.use_cache=false", "dataset.train_val_split=1.0"]  # fmt: skip
+            "data.cache=none", "dataset.train_val_split=1.0"]  # fmt: skip
 
 
 def test_bad_data_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(root: Path, out: Path, *more: str) -> int:
-    return main(["inspect", "phantom", f"dataset.data_root={root}", "dataset.classes=[mito]", "data.use_cache=false",
+    return main(["inspect", "phantom", f"dataset.data_root={root}", "dataset.classes=[mito]", "data.cache=none",
                  "dataset.train_val_split=1.0", "data.patch_size=[16,16,16]", "data.patches_per_epoch=8",
                  "--batches", "1", "--out", str(out), *more])  # fmt: skip
 

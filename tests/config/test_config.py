@@ -35,7 +35,7 @@ def test_the_plans_values() -> None:
 def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
     config = load_config(
         ROOT / "tutorials/cellmap_cos7.yaml",
-        ["training.max_epochs=3", "data.use_cache=true", "dataset.crops=[crop234,'crop236']",
+        ["training.max_epochs=3", "data.cache=disk", "dataset.crops=[crop234,'crop236']",
          "data.augmentations.RandFlipd.prob=0.1", "+model.loss_options.FocalLoss={gamma: 3}",
          "data.intensity.noise={prob: 0.4}", "data.sampling={dataset: 1.0}", "data.class_weights.mito=3"],
     )  # fmt: skip
@@ -52,7 +52,7 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("training.max_epoch=3", "unknown key 'training.max_epoch'.*did you mean 'training.max_epochs'"),
         ("data.lr=3", "did you mean 'optimizer.lr'"),
         ("training.max_epochs=many", "could not be converted to Integer"),
-        ("dataset.resolution=[8,8]", "three positive numbers"),
+        ("dataset.voxel_size=[8,8]", "three positive numbers"),
         ("dataset.classes=[]", "at least one class"),
         ("dataset.classes=[nuc,nuc]", "twice"),
         ("model.out_channels=3", "5 classes"),
@@ -74,7 +74,7 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("data.min_known=3", "from 0 to 1"),
         ("data.cache=ram", "none, memory, disk"),
         ("data.worker_start=thread", "forkserver, spawn, fork"),
-        ("data.inputs=[{resolution:[8,8]}]", r"data.inputs\[0\].resolution must be three"),
+        ("data.inputs=[{voxel_size:[8,8]}]", r"data.inputs\[0\].resolution must be three"),
         ("data.inputs=[{voxel_size:[8,8,8]}]", "voxel_size"),
         ("data.intensity_range=[1]", r"auto, table, or \[low, high\]"),
         ("data.intensity_range=[1,2,3]", r"two different numbers, got \[1, 2, 3\]"),

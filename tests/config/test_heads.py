@@ -16,7 +16,7 @@ from connectomics.config.heads import (
 )
 from connectomics.errors import ConfigError
 
-BASE = ["dataset.classes=[er,mito,nuc]", "dataset.resolution=[8,8,8]"]
+BASE = ["dataset.classes=[er,mito,nuc]", "dataset.voxel_size=[8,8,8]"]
 JOINT = (
     "model.heads=[{kind: affinities, offsets_nm: [[-8,0,0],[0,16,-24]]}, {kind: lsd}, "
     "{kind: distance, class_name: nuc}]"

@@ -140,7 +140,7 @@ def test_the_official_loader_is_measured_on_the_same_data(phantom: Path, cache: 
         pytest.skip(f"no environment for cellmap-data: {error}")
     dataset = dataset_of(phantom, cache, True)
     crops = [v.crop for v in dataset.volumes]
-    with Peer(python, crops, dataset.classes, dataset.patch_size, dataset.resolution, augmented=True) as peer:
+    with Peer(python, crops, dataset.classes, dataset.patch_size, dataset.voxel_size, augmented=True) as peer:
         shapes = peer.load(1)["shapes"]
         found = compare(peer, ours_for_peer(work_on(dataset)), augmented=True, rounds=2, patches=1)
     assert shapes["input"] == [1, 1, 16, 24, 24]

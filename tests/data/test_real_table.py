@@ -93,7 +93,7 @@ def test_no_crop_has_more_than_a_twentieth_of_the_patches(run: str) -> None:
     config = config_of(run)
     train, _ = sides_of(run, 1.0, 42)
     classes = config.dataset.classes
-    volumes = [float(VoxelGrid.covering(crop.box, config.dataset.resolution).size) for crop in train]
+    volumes = [float(VoxelGrid.covering(crop.box, config.dataset.voxel_size).size) for crop in train]
     points = [{c: np.zeros((1, 3)) for c in with_positives(run, [crop])} for crop in train]
     crops = [SampledCrop(c.dataset, v, p) for c, v, p in zip(train, volumes, points, strict=True)]
     sampler = PatchSampler(crops, 20_000, classes=classes, seed=1)
@@ -112,7 +112,7 @@ def test_one_validation_stays_below_2000_windows(run: str) -> None:
     config = config_of(run)
     _, val = sides_of(run, 1.0, 42)
     classes = config.dataset.classes
-    grids = [VoxelGrid.covering(crop.box, config.dataset.resolution) for crop in val]
+    grids = [VoxelGrid.covering(crop.box, config.dataset.voxel_size) for crop in val]
     shape = validation_shape(config)
 
     def points(number: int, name: str) -> np.ndarray:

@@ -192,12 +192,12 @@ def test_sections_too_sparse_for_the_voxel_size_are_refused(tmp_path: Path) -> N
     values[::3] = labels_with_blobs(LONG)[::3]
     config = root_with(tmp_path, mito=(values, 255))
     CellMapDataModule(config).setup()
-    config.dataset.resolution = [16.0, 8.0, 8.0]
+    config.dataset.voxel_size = [16.0, 8.0, 8.0]
     values[::3] = 255
     values[::4] = labels_with_blobs(LONG)[::4]
     shutil.rmtree(tmp_path / "mine")
     config = root_with(tmp_path, mito=(values, 255))
-    config.dataset.resolution = [32.0, 8.0, 8.0]
+    config.dataset.voxel_size = [32.0, 8.0, 8.0]
     with pytest.raises(InputError, match=r"nothing is known of mito at voxels of \[32"):
         CellMapDataModule(config).setup()
 

@@ -43,7 +43,7 @@ def test_plan_finds_the_largest_batch(
 def test_a_trial_run_of_training(device: str, phantom: Path, tmp_path: Path) -> None:
     accelerator = "gpu" if device == "cuda" else "cpu"
     small = [
-        f"dataset.data_root={phantom}", "dataset.datasets=[phantom-iso]", "data.use_cache=false",
+        f"dataset.data_root={phantom}", "dataset.datasets=[phantom-iso]", "data.cache=none",
         "data.patch_size=[16,16,16]", "inference.window=[16,16,16]", "data.patches_per_epoch=2", "system.num_gpus=1",
         "model.options={channels: [4, 8], strides: [2], num_res_units: 1}", f"system.accelerator={accelerator}",
         "training.precision=16-mixed", "data.intensity={noise: {prob: 1}, blur: {prob: 1}}",

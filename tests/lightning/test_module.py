@@ -381,7 +381,7 @@ class TestCheckpoints:
 
     def test_another_configuration_keeps_the_model(self, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
         config = tiny_config(model__architecture="segresnet", model__options={}, inference__overlap=0.5)
-        config.dataset.resolution = [4.0, 4.0, 4.0]
+        config.dataset.voxel_size = [4.0, 4.0, 4.0]
         module = load_module(checkpoint, config)
         assert module.config.model.architecture == "unet"
         assert module.config.inference.overlap == 0.5

@@ -56,7 +56,7 @@ def test_it_is_the_network_of_the_checkpoint(packed: Path, checkpoint: Path) -> 
 def test_it_says_what_it_is(packed: Path, checkpoint: Path) -> None:
     about = open_package(packed)
     config = load_module(checkpoint).config
-    assert (about.classes, list(about.voxel_size)) == (config.dataset.classes, config.dataset.resolution)
+    assert (about.classes, list(about.voxel_size)) == (config.dataset.classes, config.dataset.voxel_size)
     assert about.about["licence"] == "CC-BY-4.0"
     assert about.about["scores"] == {"overall": 0.5}
     assert about.config.model == config.model

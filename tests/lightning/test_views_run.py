@@ -29,7 +29,7 @@ def config_of(root: Path, out: Path, *more: str) -> RunConfig:
 @pytest.mark.parametrize("fusion", ["encoder", "channels"])
 def test_a_run_with_views(fusion: str, phantom: Path, tmp_path: Path) -> None:
     shape = "[12,16,16]" if fusion == "encoder" else "[16,16,16]"
-    view = f"data.inputs=[{{resolution:[32,32,32],patch_size:{shape}}}]"
+    view = f"data.inputs=[{{voxel_size:[32,32,32],patch_size:{shape}}}]"
     config = config_of(phantom, tmp_path, view, f"model.fusion={fusion}", "data.intensity={noise:{prob:1}}")
     result = train(config, tmp_path / "run")
     assert result.checkpoint is not None
@@ -41,7 +41,7 @@ def test_a_run_with_views(fusion: str, phantom: Path, tmp_path: Path) -> None:
 
 
 def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path) -> None:
-    view = "data.inputs=[{resolution:[32,32,32],patch_size:[8,8,8]}]"
+    view = "data.inputs=[{voxel_size:[32,32,32],patch_size:[8,8,8]}]"
     module = ConnectomicsModule(config_of(phantom, tmp_path, view))
     batch = {
         "image": torch.rand(1, 1, 16, 16, 16), "image_1": torch.rand(1, 1, 8, 8, 8),
@@ -55,6 +55,6 @@ def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path) -> None:
 
 
 def test_stacked_views_must_be_as_large_as_the_patch(phantom: Path, tmp_path: Path) -> None:
-    view = "data.inputs=[{resolution:[32,32,32],patch_size:[8,8,8]}]"
+    view = "data.inputs=[{voxel_size:[32,32,32],patch_size:[8,8,8]}]"
     with pytest.raises(InputError, match=r"data\.inputs\[0\]\.patch_size .*must be alike"):
         ConnectomicsModule(config_of(phantom, tmp_path, view, "model.fusion=channels"))

@@ -36,7 +36,7 @@ BOTH = ["image", "label"]
 FLIPS = {"RandFlipd": {"keys": BOTH, "prob": 0.5, "spatial_axis": 0}}
 DEFORMED = {"Rand3DElasticd": {"keys": BOTH, "prob": 1.0, "sigma_range": [3, 4], "magnitude_range": [30, 40]}}
 NOISE = {"noise": {"prob": 1.0}}
-VIEWS = "data.inputs=[{resolution: [16, 16, 16], patch_size: [16, 16, 16]}]"
+VIEWS = "data.inputs=[{voxel_size: [16, 16, 16], patch_size: [16, 16, 16]}]"
 
 
 @pytest.fixture(scope="module")

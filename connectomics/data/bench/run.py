@@ -173,7 +173,7 @@ def _setup(config: RunConfig, module: CellMapDataModule, device: str) -> dict[st
         "crops": len(dataset.volumes),
         "classes": len(dataset.classes),
         "patch_size": list(dataset.patch_size),
-        "resolution": list(dataset.resolution),
+        "resolution": list(dataset.voxel_size),
         "batch_size": config.data.batch_size,
         "cache": cache_mode(config),
         "device": device,
@@ -240,13 +240,13 @@ def against_peer(
     for augmented in (False, True):
         augmentor = PatchAugmentor.of(OUR_AUGMENTED, dataset.patch_size) if augmented else None
         own = CellMapMultiClassDataset.of_crops(
-            crops, dataset.classes, "train", dataset.patch_size, dataset.resolution, augmentor, options
+            crops, dataset.classes, "train", dataset.patch_size, dataset.voxel_size, augmentor, options
         )
         prepare(own.all_volumes, None, processes=1)
         work = work_on(own, config.data.sampling, config.system.seed)
         with (
             one_torch_thread(),
-            Peer(python, crops, dataset.classes, dataset.patch_size, dataset.resolution, augmented=augmented) as peer,
+            Peer(python, crops, dataset.classes, dataset.patch_size, dataset.voxel_size, augmented=augmented) as peer,
         ):
             tell = partial(_tell, progress, "cellmap-data, " + ("augmented" if augmented else "plain"))
             found.append(compare(peer, ours_for_peer(work), augmented=augmented, say=tell))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -52,13 +52,13 @@ def run_dataset(
     augmentor = None
     if mode == "train":
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
-        extents += [np.multiply(shape, np.divide(size, cfg.dataset.resolution)) for size, shape in views_of(cfg)]
+        extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in views_of(cfg)]
         widest = np.max(extents, axis=0).tolist()
         augmentor = PatchAugmentor.of(
-            cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances), cfg.dataset.resolution
+            cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances), cfg.dataset.voxel_size
         )
     return CellMapMultiClassDataset.of_crops(
-        crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.resolution, augmentor, chosen
+        crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.voxel_size, augmentor, chosen
     )
 
 
@@ -75,17 +75,14 @@ def instance_classes(cfg: RunConfig) -> tuple[str, ...]:
 def views_of(cfg: RunConfig) -> tuple[tuple[Triple, Index], ...]:
     """``data.inputs`` as (voxel size in nm, shape in voxels), z y x."""
     return tuple(
-        (triple(view.resolution), (view.patch_size[0], view.patch_size[1], view.patch_size[2]))
+        (triple(view.voxel_size), (view.patch_size[0], view.patch_size[1], view.patch_size[2]))
         for view in cfg.data.inputs
     )
 
 
 def cache_mode(cfg: RunConfig) -> Literal["none", "memory", "disk"]:
-    """``data.cache``, and where that is not given what ``data.use_cache`` means."""
-    chosen = cfg.data.cache or ("disk" if cfg.data.use_cache else "none")
-    if chosen == "none":
-        return "none"
-    return "memory" if chosen == "memory" else "disk"
+    """Return ``data.cache``."""
+    return cast('Literal["none", "memory", "disk"]', cfg.data.cache)
 
 
 def get_dataset(
@@ -109,7 +106,7 @@ def get_dataset(
         classes=cfg.dataset.classes,
         mode=mode,
         patch_size=cfg.data.patch_size,
-        resolution=cfg.dataset.resolution,
+        resolution=cfg.dataset.voxel_size,
         augmentor=augmentor,
         mode_kwargs=vars(options),
     )

@@ -121,7 +121,7 @@ class CropPatches(BaseDataset):
             raise InputError(f"patch_size must be three positive whole numbers (z, y, x), found {list(patch_size)}")
         self.classes = tuple(classes)
         self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
-        self.resolution = triple(resolution, "resolution")
+        self.voxel_size = triple(resolution, "resolution")
         self.options = options
         for name in options.instances:
             if name not in self.classes:
@@ -130,7 +130,7 @@ class CropPatches(BaseDataset):
         self._augment: Augmentor | GivenAugmentor | None = None
         if augmentor is not None and not isinstance(augmentor, PatchAugmentor):
             self._augment = augmentor if isinstance(augmentor, Augmentor) else GivenAugmentor(augmentor)
-        own = PatchShape(self.patch_size, self.resolution)
+        own = PatchShape(self.patch_size, self.voxel_size)
         views = [PatchShape(shape, size) for size, shape in options.inputs]
         spatial = None if in_reading is None else in_reading.spatial
         self.volumes = [self._volume(crop, own, self.classes, spatial) for crop in crops]
@@ -148,12 +148,12 @@ class CropPatches(BaseDataset):
     ) -> CropVolume:
         """A crop at a view's voxel size, with as much context as patches can look at."""
         options = self.options
-        ratio = np.divide(view.voxel_size, self.resolution)
+        ratio = np.divide(view.voxel_size, self.voxel_size)
         extent = np.multiply(view.voxels, ratio)  # in voxels of the run
         # validation slides windows that look beyond the crop by up to a quarter of a window
         plain = extent / 2 if self.mode == "train" else 0.75 * extent
         reach = (plain if spatial is None else np.asarray(spatial.reach(extent.tolist()))) / ratio
-        grid = VoxelGrid.covering(crop.box, self.resolution)
+        grid = VoxelGrid.covering(crop.box, self.voxel_size)
         margin = options.cache_context
         context = context_needed(grid.shape, self.patch_size, reach.tolist(), (1 / ratio).tolist())
         return CropVolume(
@@ -249,7 +249,7 @@ class CellMapDataset(CropPatches):
             "class": name,
             "raw_path": crop.raw,
             "label_path": label.location if label else None,
-            "scale_level": crop.raw_source.level_for(self.resolution),
+            "scale_level": crop.raw_source.level_for(self.voxel_size),
             "volume": volume,
         }
 

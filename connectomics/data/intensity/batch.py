@@ -34,7 +34,7 @@ class BatchAugmentor:
         where there is nothing to do. Errors as `IntensityAugmentor.from_config`."""
         recognised, _ = recognise(config.data.augmentations)
         kinds = {**recognised, **config.data.intensity}
-        sizes = [config.dataset.resolution, *(view.resolution for view in config.data.inputs)]
+        sizes = [config.dataset.voxel_size, *(view.voxel_size for view in config.data.inputs)]
         own, *views = (IntensityAugmentor.from_config(kinds, size) for size in sizes)
         return None if own is None else cls(own, tuple(view for view in views if view is not None))
 

@@ -33,7 +33,7 @@ def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
     Raises:
         WriteError: the disk is full. InputError: Parquet without pyarrow.
     """
-    from connectomics.morphology.tables import ROWS, Column, table
+    from connectomics.io.tables import ROWS, Column, table
 
     columns = [
         Column("id", "id"),

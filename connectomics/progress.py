@@ -1,0 +1,16 @@
+"""How a long step reports how far it is: one protocol for every function that takes ``progress=``."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Called after each unit of work. The command line draws a bar; a notebook or a test passes its own function."""
+
+    def __call__(self, done: int, total: int, what: str = "", /) -> None:
+        """``done`` of ``total`` units are finished; ``what`` names the step or the item (``jrc_cos7-1a/crop234``)."""
+
+
+def silent(done: int, total: int, what: str = "", /) -> None:
+    """Report nothing."""
