@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from connectomics.config.schema import RunConfig
 from connectomics.config.values import read
@@ -45,9 +45,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in overrides])
         # interpolations (${dataset.voxel_size}) may point to defaults of the schema
-        given = _renamed(OmegaConf.to_container(composed, resolve=False))
+        given = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
         merged = OmegaConf.merge(OmegaConf.create(asdict(RunConfig())), given)
-        values = OmegaConf.to_container(merged, resolve=True)
+        values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{where}: {reason}") from error

@@ -73,7 +73,8 @@ def read(
     """
     _refuse_unknown(kind, data, where, error, prefix)
     try:
-        return _adapter(kind).validate_python(data)
+        value: T = _adapter(kind).validate_python(data)  # type: ignore[arg-type]  # a class is hashable
+        return value
     except ValidationError as found:
         raise error(f"{where}: {_one_line(found, prefix)}") from found
 
