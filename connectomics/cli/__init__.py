@@ -1,4 +1,4 @@
-"""The command ``pytc``: each verb parses, composes the configuration, and calls one stage.
+"""The command ``pytc``: each verb parses its options and calls one function of `connectomics.pipeline`.
 
 Nothing heavy is imported here: a verb imports what it needs when it runs, so that ``--help`` is quick.
 """
@@ -16,36 +16,59 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from connectomics.cli.interrupts import GOES_ON, InterruptError, what_is_kept
-
-#: Errors of the file system that a path, a permission or a quota causes, and not a mistake of ours.
-_USERS_TO_MEND = frozenset(
+#: Errors of the file system that a path, a permission or a quota causes, and not a bug of ours.
+_USER_ERRORS = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT}
     | {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 )
 
-# else the interpreter goes through all objects of torch and MONAI once more before it ends, which takes a second
+# otherwise the interpreter visits all objects of torch and MONAI once more before it exits, which takes a second
 atexit.register(gc.freeze)
 
 _INTERRUPTED = 130
 _LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
 
 
+_RESUMES = "interrupted; rerun the same command to resume"
+#: What is said after Ctrl-C, by verb; other verbs keep nothing.
+_INTERRUPTED_VERBS = {
+    **dict.fromkeys(("fetch", "predict", "decode", "measure", "mesh", "run-task", "tune", "export"), _RESUMES),
+    "ingest": (
+        "interrupted; the volume in progress was dropped, finished ones are kept: leave those out of the command, or "
+        "add --overwrite"
+    ),
+    "demo": "interrupted; rerun it with --overwrite, which starts over",
+    "train": "interrupted before training started: rerun the same command",
+}
+
+
+class InterruptError(Exception):
+    """Ctrl-C, with the message for the user; "" prints nothing."""
+
+
+def _after_interrupt(arguments: Sequence[str]) -> str:
+    """The message for a command, by its verb; a verb that knows more raises `InterruptError` itself."""
+    verb = next((word for word in arguments if not word.startswith("-")), "")
+    message = _INTERRUPTED_VERBS.get(verb, "interrupted; nothing unfinished was kept: rerun the same command")
+    return message + (" (add --resume to --overwrite)" if message == _RESUMES and "--overwrite" in arguments else "")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (0 well, 1 bad input, 2 bad usage, 130 interrupted). Without
-    arguments it shows the way through."""
+    """Run the command line and return the exit status: 0 success, 1 bad input, 2 bad usage, 130 interrupted.
+
+    Without arguments, print the help.
+    """
     from connectomics.cli.app import app
 
     given = join_lists(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    loudness = [word for word in given if word in _LOUDNESS]  # also behind the verb, where one thinks of it
+    loudness = [word for word in given if word in _LOUDNESS]  # also after the verb
     given = [*loudness, *[word for word in given if word not in _LOUDNESS]]
-    return run_guarded(lambda: app(args=given, standalone_mode=False), what_is_kept(given))
+    return run_guarded(lambda: app(args=given, standalone_mode=False), _after_interrupt(given))
 
 
 def join_lists(words: Sequence[str]) -> list[str]:
-    """Command-line words, with an override's list put together again that a shell took apart at its spaces:
-    ``dataset.crops=['crop234', 'crop236']`` without quotes arrives as two words. Words whose brackets do not balance
-    before the next option or override stay as they are."""
+    """Return the words with lists joined that the shell split at spaces: ``dataset.crops=['crop234', 'crop236']``
+    without quotes arrives as two words. Words whose brackets do not balance before the next option stay as they are."""
     joined: list[str] = []
     left = list(words)
     while left:
@@ -64,14 +87,14 @@ def _open_brackets(text: str) -> int:
     return sum(text.count(bracket) for bracket in "[{") - sum(text.count(bracket) for bracket in "]}")
 
 
-def run_guarded(work: Callable[[], object], interrupted: str = GOES_ON) -> int:
-    """Call ``work()``; an error that the user can mend becomes one line on stderr and a non-zero status.
+def run_guarded(work: Callable[[], object], interrupted: str = _RESUMES) -> int:
+    """Call ``work()`` and return the exit status; an error of the user's becomes one line on stderr.
 
-    ``interrupted`` is said after Ctrl-C, unless ``work`` raises `InterruptError` with what is to be said.
+    ``interrupted`` is printed after Ctrl-C, unless ``work`` raises `InterruptError` with a message of its own.
     """
     import typer
 
-    # ClickException: typer ships its own click, and does not export this one
+    # ClickException, which typer does not export
     usage_error: Any = typer.BadParameter.__mro__[2]
     from connectomics.errors import ConnectomicsError
 
@@ -94,13 +117,13 @@ def run_guarded(work: Callable[[], object], interrupted: str = GOES_ON) -> int:
         if logging.getLogger("connectomics").isEnabledFor(logging.DEBUG):  # pytc -v
             traceback.print_exc()
         return _say(str(error))
-    except BrokenPipeError:  # the reader of our output went away (`pytc describe | head`)
+    except BrokenPipeError:  # the reader of our output has closed (`pytc describe | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            return _say(f"no space left on the disk ({error.filename or 'while writing'}); free some and run again")
-        if error.errno in _USERS_TO_MEND and error.filename is not None:
+            return _say(f"no space left on the disk ({error.filename or 'while writing'}); free some and rerun")
+        if error.errno in _USER_ERRORS and error.filename is not None:
             return _say(f"{error.filename}: {error.strerror}; check the path and its permissions")
         raise
     return status if isinstance(status, int) else 0
@@ -112,11 +135,11 @@ def _say(message: str) -> int:
 
 
 def _of_worker(message: str) -> str:
-    """What a loader worker's error says: torch hands it over as the worker's whole traceback, in text."""
+    """The message of a loader worker's error, which torch passes on as the worker's whole traceback."""
     if not (message.startswith("Caught ") and "Original Traceback" in message):
         return message
     raised = re.findall(r"^[\w.]+(?:Error|Exception): (.*)", message, flags=re.MULTILINE)
     return str(raised[-1]) if raised else message
 
 
-__all__ = ["join_lists", "main", "run_guarded"]
+__all__ = ["InterruptError", "join_lists", "main", "run_guarded"]

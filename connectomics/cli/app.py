@@ -1,4 +1,4 @@
-"""All verbs, in the order in which one uses them."""
+"""All verbs, in the order of use."""
 
 from __future__ import annotations
 
@@ -7,43 +7,25 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import (
-    bench_verb,
-    cache_verb,
-    data_verbs,
-    demo_verb,
-    doctor_verb,
-    fetch_verb,
-    ingest_verb,
-    inspect_verb,
-    measure_verb,
-    mesh_verb,
-    package_verb,
-    plan_verb,
-    result_verbs,
-    run_task_verb,
-    run_verbs,
-    runs_verb,
-    tune_verb,
-    view_verb,
-)
+from connectomics.cli import data_verbs, demo_verb, look_verbs, predict_verbs, score_verbs, train_verbs
 
-WAY = """CellMap volumes from disk to a scored submission.
+WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
-The way through:
+The usual order:
 
 \b
-  pytc doctor                            what this machine has, and what to change
-  pytc fetch data --for FILE.yaml        bring what a configuration reads (or: pytc phantom data/phantom)
+  pytc doctor                            check this machine
+  pytc fetch data --for FILE.yaml        fetch what a configuration reads (or: pytc phantom data/phantom)
   pytc describe data                     data sets, crops, classes, what is annotated
-  pytc train FILE.yaml                   a network
-  pytc predict FILE.yaml --checkpoint X  probabilities of whole crops or boxes
-  pytc decode PREDICTIONS LABELS         labels and instances
-  pytc evaluate LABELS data              the challenge's score on annotated crops
-  pytc export LABELS submission.zip      what the portal takes; pytc validate says what it would refuse
-  pytc report                            one page with all of it
+  pytc train FILE.yaml                   train a network
+  pytc predict FILE.yaml --checkpoint X  predict probabilities of whole crops or boxes
+  pytc decode PREDICTIONS LABELS         turn them into labels and instances
+  pytc evaluate LABELS data              compare with annotated crops
+  pytc export LABELS submission.zip      pack a submission; pytc validate checks one
+  pytc report                            write one page with all of it
 
-`pytc demo` goes all the way on made data. Files to begin with: tutorials/*.yaml; every verb has --help with examples.
+`pytc demo` runs all of it on synthetic data. Example configurations: tutorials/*.yaml. Every verb has --help with
+examples.
 """
 
 app = typer.Typer(
@@ -57,38 +39,40 @@ app = typer.Typer(
 
 @app.callback()
 def loudness(
-    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also show where an error comes from.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also print the traceback of an error.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only results, warnings and errors.")] = False,
 ) -> None:
-    """Set how much all verbs say."""
+    """Set how much all verbs print."""
     if verbose and quiet:
-        raise typer.BadParameter("-v says more and -q says less: give one of them")
+        raise typer.BadParameter("-v and -q exclude each other; give one of them")
     level = logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
     logging.getLogger("connectomics").setLevel(level)
 
 
-app.command("doctor", short_help="What this machine has, and what to change.")(doctor_verb.doctor)
-app.command("demo", short_help="All the way on made data, with a score and a report.")(demo_verb.demo)
-app.command("phantom", short_help="Make a synthetic data root whose truth is known.")(data_verbs.phantom)
-app.command("fetch", short_help="Bring public challenge data: labels, and raw around them.")(fetch_verb.fetch)
-app.command("ingest", short_help="Bring your own: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr.")(ingest_verb.ingest)
-app.command("describe", short_help="Data sets, crops, voxel sizes, classes, what is annotated.")(data_verbs.describe)
-app.command("inspect", short_help="Show training batches as the network gets them.")(inspect_verb.inspect)
-app.command("cache", short_help="List the crops decoded for training, check or clear them.")(cache_verb.cache)
-app.command("plan", short_help="Measure data and machine, and write configurations that fit.")(plan_verb.plan)
-app.command("train", short_help="Train a network.")(run_verbs.train)
-app.command("runs", short_help="List runs with their state and score, or compare some.")(runs_verb.runs)
-app.command("package", short_help="Make one file of a trained network.")(package_verb.package)
-app.command("predict", short_help="Probabilities of whole crops or boxes, block by block.")(run_verbs.predict)
-app.command("decode", short_help="Turn probabilities into labels and instances.")(run_verbs.decode)
-app.command("measure", short_help="Volume, surface, contacts of every instance, as a table.")(measure_verb.measure)
-app.command("mesh", short_help="Write a closed surface of every instance.")(mesh_verb.mesh)
-app.command("run-task", short_help="Run a stored task: what is missing of its output is done.")(run_task_verb.run_task)
-app.command("evaluate", short_help="Measure labels against annotated crops.")(run_verbs.evaluate)
-app.command("tune", short_help="Choose decoding parameters by the challenge's own score.")(tune_verb.tune)
-app.command("export", short_help="Pack labels into the zip that the portal takes.")(result_verbs.export)
-app.command("validate", short_help="Say beforehand what the portal would refuse.")(result_verbs.validate)
-app.command("score", short_help="Score a submission exactly as the challenge does.")(result_verbs.score)
-app.command("report", short_help="One self-contained page of a run and its results.")(result_verbs.report)
-app.command("view", short_help="Look at volumes in neuroglancer or napari.")(view_verb.view)
-app.add_typer(bench_verb.bench, name="bench")
+for name, verb, text in (
+    ("doctor", train_verbs.doctor, "Check this machine, and advise."),
+    ("demo", demo_verb.demo, "Run everything on synthetic data, with a score and a report."),
+    ("phantom", data_verbs.phantom, "Make a synthetic data root with known ground truth."),
+    ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
+    ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),
+    ("describe", data_verbs.describe, "Print data sets, crops, voxel sizes, classes, what is annotated."),
+    ("inspect", look_verbs.inspect, "Show training batches as the network gets them."),
+    ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
+    ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),
+    ("train", train_verbs.train, "Train a network."),
+    ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
+    ("package", train_verbs.package, "Pack a trained network into one file."),
+    ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
+    ("decode", predict_verbs.decode, "Turn probabilities into labels and instances."),
+    ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
+    ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
+    ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
+    ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
+    ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
+    ("export", score_verbs.export, "Pack labels into the zip that the portal takes."),
+    ("validate", score_verbs.validate, "Check a submission before uploading it."),
+    ("score", score_verbs.score, "Score a submission exactly as the challenge does."),
+    ("report", score_verbs.report, "Write one self-contained page of a run and its results."),
+    ("view", look_verbs.view, "View volumes in neuroglancer or napari."),
+):
+    app.command(name, short_help=text)(verb)

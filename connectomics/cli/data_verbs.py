@@ -1,25 +1,39 @@
-"""Verbs that make or look at data: phantom, describe."""
+"""Verbs that make, bring or look at data: phantom, fetch, ingest, describe."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from connectomics.cli import show
-from connectomics.cli.paths import OutArgument
+from connectomics.cli import terminal
+from connectomics.cli.options import (
+    AsJson,
+    Classes,
+    Crops,
+    Datasets,
+    InOption,
+    OutArgument,
+    Overwrite,
+    numbers_of,
+    voxel_size_of,
+)
+
+if TYPE_CHECKING:
+    from connectomics.cellmap.fetch import Missing
 
 
 def phantom(
     out: Annotated[Path, OutArgument(help="Folder to make: a data root, test_crops.csv and truth.zarr.")],
     preset: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
     size: Annotated[float | None, typer.Option(help="Extent of each data set, nm; default: the preset's.")] = None,
-    seed: Annotated[int, typer.Option(help="Another seed is another cell.")] = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT where it exists.")] = False,
+    seed: Annotated[int, typer.Option(help="Random seed; another seed gives another cell.")] = 0,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Make a synthetic data root in the CellMap layout, whose truth is a function of position.
+    """Make a synthetic data root in the CellMap layout whose ground truth is a function of position.
 
     Examples:
 
@@ -29,7 +43,7 @@ def phantom(
     """
     from connectomics.phantom import PhantomOptions, make_phantom
 
-    with show.stage(f"making the phantom {out}"):
+    with terminal.stage(f"making the phantom {out}"):
         info = make_phantom(out, PhantomOptions(seed=seed, preset=preset, size_nm=size, overwrite=overwrite))
     for crop in info.crops:
         part = "test    " if crop.test else "training"
@@ -37,19 +51,173 @@ def phantom(
     print(f"data root {info.root}, crop table {info.crop_table}, truth {info.truth}")
 
 
+def fetch(
+    root: Annotated[Path, OutArgument(help="Local data root; created if it does not exist.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="s3://bucket or s3://bucket/folder; default: the public CellMap data.")
+    ] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Another S3 server; default: AWS_ENDPOINT_URL, else Amazon.")
+    ] = None,
+    config: Annotated[
+        Path | None, InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context.")
+    ] = None,
+    dataset: Datasets = None,
+    crop: Crops = None,
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Only arrays that inform this class; may be repeated.")
+    ] = None,
+    voxel_size: Annotated[
+        list[str] | None, typer.Option(help="Raw for this voxel size, nm: 8 or 16,8,8; may be repeated.")
+    ] = None,
+    context: Annotated[float, typer.Option(help="Raw around each crop, nm.")] = 512.0,
+    crops: Annotated[
+        str | None,
+        typer.Option(help="Also raw under the crops of this table: 'challenge', a file or a URL (kept in the root)."),
+    ] = None,
+    labels: Annotated[bool, typer.Option("--labels/--no-labels", help="Fetch labels.")] = True,
+    threads: Annotated[int, typer.Option(help="Objects to transfer at a time.", min=1, max=256)] = 16,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print files and bytes; transfer nothing.")] = False,
+) -> None:
+    """Fetch public challenge data: labels, and the raw chunks under and around their crops.
+
+    Existing files are kept, and rerunning the same command resumes a fetch that was interrupted.
+
+    Examples:
+
+      pytc fetch data --for tutorials/cellmap_cos7.yaml --dry-run
+
+      pytc fetch data --dataset jrc_cos7-1a --class mito --class er --voxel-size 8 --context 1000
+
+      pytc fetch data --no-labels --crops challenge --voxel-size 8
+    """
+    from connectomics.pipeline.fetch import plan_fetch, transfer_missing
+
+    sizes = None if voxel_size is None else [voxel_size_of(text) for text in voxel_size]
+    with terminal.counted("listing objects") as advance:
+        missing, options = plan_fetch(
+            root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
+            voxel_sizes=sizes, context_nm=context, crop_table=crops, labels=labels, dry_run=dry_run, progress=advance,
+        )  # fmt: skip
+    _print_missing(missing)
+    if dry_run:
+        return
+    begin = time.perf_counter()
+    with terminal.counted("fetching") as advance:
+        number = transfer_missing(missing, root, options, threads=threads, progress=advance)
+    rate = f", {missing.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if number else ""
+    print(f"{root}: {number} objects fetched, {missing.plan.number - missing.number} were already there{rate}")
+
+
+def _print_missing(missing: Missing) -> None:
+    rows = [
+        [
+            item.name, str(len(item.files)), terminal.size(item.size), terminal.size(sum(f.size for f in files)),
+            str(item.absent) if item.absent else "",
+        ]
+        for item, files in zip(missing.plan.items, missing.items, strict=True)
+    ]  # fmt: skip
+    plan = missing.plan
+    rows.append(["all", str(plan.number), terminal.size(plan.size), terminal.size(missing.size), ""])
+    terminal.table(["item", "objects", "size", "to fetch", "chunks not stored"], rows)
+
+
+def ingest(
+    root: Annotated[Path, OutArgument(help="Data root; created if it does not exist.")],
+    dataset: Annotated[str, typer.Option(help="Name of the data set in the root.")],
+    raw: Annotated[str | None, typer.Option(help="Raw volume.", metavar="FILE")] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CLASS=FILE",
+            help="Labels of one class (CLASS:instance=FILE, CLASS:semantic=FILE); may be repeated.",
+        ),
+    ] = None,
+    label_map: Annotated[
+        str | None, typer.Option(metavar="FILE", help="One volume with the labels of all classes.")
+    ] = None,
+    values: Annotated[
+        Path | None, InOption(metavar="CSV", help="What the values of --label-map mean: value,class[,kind].")
+    ] = None,
+    crop: Annotated[str, typer.Option(help="Crop for the labels: crop1, crop2, ...")] = "crop1",
+    voxel_size: Annotated[
+        str | None, typer.Option(help="nm, 8 or z,y,x; default: the file's (labels: else the raw's).")
+    ] = None,
+    begin: Annotated[
+        str | None, typer.Option(help="Labels: offset from the raw's first face, nm z,y,x; default: the file's, or 0.")
+    ] = None,
+    value_range: Annotated[
+        str | None, typer.Option("--range", metavar="LOW,HIGH", help="Raw values that become 0 and 255 of uint8.")
+    ] = None,
+    unknown: Annotated[int | None, typer.Option(help="Labels: the value of voxels that nobody annotated.")] = None,
+    known: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Labels: a mask, nonzero where voxels are annotated.")
+    ] = None,
+    slices: Annotated[
+        str | None, typer.Option(metavar="0,5,10-12", help="Labels: the annotated sections; all others are unknown.")
+    ] = None,
+    format_name: Annotated[str | None, typer.Option("--format", help="Format, if the file name does not tell.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Import your own volumes (TIFF pages or a folder of sections, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into
+    the CellMap layout, with pyramids, in bounded memory. All other verbs then work on them.
+
+    Examples:
+
+      pytc ingest data --dataset my-cell --raw stack.tif --voxel-size 8
+
+      pytc ingest data --dataset my-cell --labels mito=mito.h5:/labels --labels er=er.tif --begin 400,0,0
+
+      pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
+    """
+    from connectomics.errors import InputError
+    from connectomics.pipeline.ingest import ingest_files
+
+    files: dict[str, str] = {}
+    for text in labels or ():
+        name, equals, place = text.partition("=")
+        if not equals or not name:
+            raise InputError(f"--labels: expected CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE, got {text!r}")
+        files[name] = place
+    low_high = None if value_range is None else numbers_of(value_range, "--range", (2,), "LOW,HIGH")
+    start = None if begin is None else numbers_of(begin, "--begin", (3,), "z,y,x in nm")
+    for written in ingest_files(
+        root, dataset, raw=raw, labels=files, label_map=label_map, values=values, crop=crop,
+        voxel_size=None if voxel_size is None else voxel_size_of(voxel_size), begin=start,
+        value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
+        slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
+        shown=terminal.counted,
+    ):  # fmt: skip
+        print(written)
+
+
+def _sections(text: str) -> frozenset[int]:
+    """``0,5,10-12`` as numbers."""
+    from connectomics.errors import InputError
+
+    found: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            found |= set(range(int(first), int(last) + 1)) if dash else {int(first)}
+    except ValueError as error:
+        raise InputError(f"--slices: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
+    return frozenset(found)
+
+
 def describe(
     root: Annotated[str, typer.Argument(help="Data root: holds {dataset}/{dataset}.zarr; a folder or s3:// URL.")],
-    dataset: Annotated[list[str] | None, typer.Option(help="Only this data set; may be repeated.")] = None,
-    crop: Annotated[list[str] | None, typer.Option(help="Only this crop (crop234); may be repeated.")] = None,
-    class_name: Annotated[list[str] | None, typer.Option("--class", help="Only this class; may be repeated.")] = None,
+    dataset: Datasets = None,
+    crop: Crops = None,
+    class_name: Classes = None,
     voxel_size: Annotated[
         str | None, typer.Option(help="Voxel size of a run, nm: 8 or 16,8,8; default: the raw's finest.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Print data sets, crops, voxel sizes, extents, classes, and how much of each is present, absent and unknown.
 
-    Raw chunks that are not stored under a crop (a partial download) are counted, for the level that a run reads.
+    Counts raw chunks that are missing under a crop (a partial download), for the level that a run reads.
 
     Examples:
 
@@ -65,49 +233,29 @@ def describe(
     if as_json:
         print(json.dumps(summary, indent=1))
         return
-    _print_summary(summary)
-
-
-def _print_summary(summary: dict[str, Any]) -> None:
     for item in summary["datasets"]:
         raw = item["raw"]
-        levels = ", ".join(show.triple(level["voxel_size"]) for level in raw["levels"])
-        print(f"{item['name']}: raw {show.shape(raw['levels'][0]['shape'])} {raw['dtype']}, levels of {levels} nm")
-        for crop in item["crops"]:
-            extent = show.triple(crop["extent_nm"])
-            place = f"{extent} nm from {show.triple(crop['begin_nm'])} nm"
-            print(f"  {crop['name']}: {place}, {len(crop['classes'])} classes, {_stored(crop['raw_chunks'])}")
+        levels = ", ".join(terminal.triple(level["voxel_size"]) for level in raw["levels"])
+        shape = terminal.triple(raw["levels"][0]["shape"])
+        print(f"{item['name']}: raw {shape} {raw['dtype']}, levels of {levels} nm")
+        for row in item["crops"]:
+            place = f"{terminal.triple(row['extent_nm'])} nm from {terminal.triple(row['begin_nm'])} nm"
+            print(f"  {row['name']}: {place}, {len(row['classes'])} classes, {_stored(row['raw_chunks'])}")
         if item["raw_chunks"]["missing"]:
             print(f"  in all: {_stored(item['raw_chunks'])}")
-    if not summary["classes"]:
-        return
     rows = []
     for name, c in summary["classes"].items():
         total = max(1e-9, c["present_um3"] + c["absent_um3"] + c["unknown_um3"])
         shares = [f"{100 * c[k] / total:.1f} %" for k in ("present_um3", "absent_um3", "unknown_um3")]
         rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
-    header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
-    show.table(header, rows, title=f"classes over {summary['n_crops']} crops")
+    if rows:
+        header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
+        terminal.table(header, rows, title=f"classes over {summary['n_crops']} crops")
     for name, number in summary["not_annotated"].items():
-        print(f"{name}: a group without annotation in {number} crop(s), no class")
+        print(f"{name}: a group without annotation in {number} crop(s), not a class")
 
 
 def _stored(chunks: dict[str, Any]) -> str:
     first = chunks.get("first_missing")
     hint = f" (first missing: {first})" if first else ""
     return f"raw chunks stored {chunks['total'] - chunks['missing']} of {chunks['total']}{hint}"
-
-
-def voxel_size_of(text: str) -> tuple[float, float, float]:
-    """``8`` or ``16,8,8`` as three sizes."""
-    from connectomics.errors import InputError
-    from connectomics.geometry import triple
-
-    try:
-        sizes = [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise InputError(f"--voxel-size must be one number or three (z,y,x) in nm, found {text!r}") from error
-    size = triple(sizes * 3 if len(sizes) == 1 else sizes, "--voxel-size")
-    if not min(size) > 0:
-        raise InputError(f"--voxel-size must be above 0 nm, found {text}")
-    return size

@@ -16,11 +16,13 @@ from connectomics.errors import ConfigError, MissingError, UnknownNameError, nea
 _PRIMARY = "connectomics_run"
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Compose ``path`` (with the files in its ``defaults:`` list) and ``overrides`` onto the schema.
+def load_config(path: str | Path | None = None, *overrides: str | Sequence[str]) -> RunConfig:
+    """Compose a configuration file (with the files in its ``defaults:`` list) and overrides onto the schema.
 
-    Later values win: schema defaults, the files of the defaults list, the file itself, the overrides (Hydra's grammar:
-    ``a.b=3``, ``a.list=[1,2]``). Without a path, the schema's defaults.
+    Args:
+        path: the file; None: the schema's defaults.
+        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list. Later
+            values win: schema, defaults list, file, overrides.
 
     Raises:
         MissingError: no such file. ConfigError: an unknown key (the nearest known key is named), or a value of the
@@ -33,6 +35,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
     file = None if path is None else Path(path).expanduser()
     where = str(file or "the configuration")
     if file is not None:
@@ -44,10 +47,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
-            composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in overrides])
+            composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in given])
         # interpolations (${dataset.voxel_size}) may point to defaults of the schema
-        given = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
-        merged = OmegaConf.merge(OmegaConf.create(asdict(RunConfig())), given)
+        renamed = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
+        merged = OmegaConf.merge(OmegaConf.create(asdict(RunConfig())), renamed)
         values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -59,7 +62,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         config = read(RunConfig, values, where, ConfigError)
         _check_parts(config, where)
     except ConfigError as error:
-        raise _refusal(error, overrides) from error
+        raise _refusal(error, given) from error
     if file is not None and config.name == RunConfig.name:
         config.name = file.stem
     return config

@@ -16,6 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from connectomics.cellmap.fetch import PUBLIC
+from connectomics.errors import InputError
+from connectomics.io.store import is_s3
+from connectomics.machine import usable_cores
+
 Level = Literal["ok", "note", "problem"]
 
 #: what the program stands on; without one of them it does not run
@@ -29,7 +34,6 @@ _EXTRAS = {
     "cluster": ("dask", "distributed", "dask-jobqueue"),
     "affinities": ("mwatershed",),
     "mesh": ("zmesh",),
-    "tables": ("pyarrow",),
     "view": ("neuroglancer",),
     "formats": ("tifffile", "h5py", "mrcfile", "pynrrd"),
     "mlflow": ("mlflow-skinny",),
@@ -66,8 +70,17 @@ def examine(folder: Path, *, s3: str | None = None) -> Iterator[Finding]:
 
     Args:
         folder: where runs and the crop cache will lie; its disk is measured with a file of 128 MiB.
-        s3: ``s3://bucket`` to ask for one listing; None asks nobody.
+        s3: ``s3://bucket`` to ask for one listing, or "public" for the CellMap data; None asks nobody.
+
+    Raises:
+        InputError: ``folder`` is a file, or ``s3`` is no bucket.
     """
+    folder = folder.expanduser()
+    if folder.is_file():
+        raise InputError(f"--at: expected a folder, got the file {folder}")
+    if s3 is not None and s3 != "public" and not is_s3(s3):
+        raise InputError(f"--s3: expected s3://BUCKET or public, got {s3}")
+    s3 = PUBLIC if s3 == "public" else s3
     yield from _versions()
     yield from _gpus()
     yield from _processor()
@@ -143,7 +156,7 @@ def _nvidia_card() -> str | None:
 
 
 def _processor() -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = usable_cores()
     quota = _cgroup_cores()
     text = f"{usable} cores usable of {os.cpu_count()}"
     if quota is not None and quota < usable:

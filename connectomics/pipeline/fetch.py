@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.config.schema import RunConfig
+from connectomics.cellmap.fetch import PUBLIC, Missing, open_source, resolve_table, transfer
+from connectomics.cellmap.fetch import plan_fetch as plan_objects
+from connectomics.config import RunConfig, load_config
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import Mode
-from connectomics.geometry import Box, Triple, VoxelGrid
+from connectomics.errors import InputError
+from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.io.store import StoreOptions
+from connectomics.progress import Progress
 
 _MODES: tuple[Mode, ...] = ("train", "val")
 
@@ -59,3 +67,111 @@ def boxes_of_table(catalog: Catalog, table: CropTable) -> list[tuple[str, Box]]:
         (catalog.raw_location(rows[0].dataset), reduce(Box.hull, [row.grid.box for row in rows]))
         for rows in table.crops().values()
     ]
+
+
+def plan_fetch(
+    root: str | Path,
+    *,
+    source: str | None = None,
+    endpoint: str | None = None,
+    config: RunConfig | str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+    crops: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    voxel_sizes: Sequence[Triple] | None = None,
+    context_nm: float = 512.0,
+    crop_table: str | None = None,
+    labels: bool = True,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Missing, StoreOptions]:
+    """Return what `fetch` would transfer, and how the source is read; arguments as for `fetch`.
+
+    Lists objects; with ``dry_run`` nothing is written (else the crop table is kept in the root).
+    """
+    if config is not None and any((datasets, crops, classes, voxel_sizes)):
+        raise InputError("--for determines what is fetched; leave out --dataset, --crop, --class and --voxel-size")
+    if context_nm < 0:
+        raise InputError(f"--context: expected nm, at least 0, got {context_nm:g}")
+    if not labels and config is None and crop_table is None and not voxel_sizes:
+        raise InputError("nothing to fetch: --no-labels leaves raw only, so give --voxel-size, --crops or --for")
+    options = StoreOptions(endpoint=endpoint).resolved()
+    if endpoint is not None:  # the reader of chunks takes it from the environment
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+    place = Path(root).expanduser()
+    catalog = open_source(source or PUBLIC, options)
+    table = None if crop_table is None else resolve_table(crop_table, None if dry_run else place)
+    boxes = [] if table is None else boxes_of_table(catalog, table)
+    if config is not None:
+        composed = config if isinstance(config, RunConfig) else load_config(config)
+        needs, sizes = needs_of_config(composed, catalog), [triple(composed.dataset.voxel_size)]
+        classes = composed.dataset.classes
+    else:
+        wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []
+        needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
+        boxes = boxes_of_crops(wanted) + boxes
+    needs.add_around(boxes, sizes, context_nm)
+    plan = plan_objects(catalog.root, needs.crops if labels else [], classes, needs.raw, options, progress)
+    return Missing.below(place, plan), options
+
+
+def transfer_missing(
+    missing: Missing,
+    root: str | Path,
+    options: StoreOptions,
+    *,
+    threads: int = 16,
+    progress: Progress | None = None,
+) -> int:
+    """Transfer what `plan_fetch` found to be missing; return the number of objects."""
+    begin = time.perf_counter()
+
+    def tell(done: int, number: int, size: int, total: int) -> None:
+        if progress is not None:
+            rate = size / 1e6 / max(time.perf_counter() - begin, 1e-9)
+            progress(done, number, f"{size / 1e6:.1f} of {total / 1e6:.1f} MB, {rate:.1f} MB/s")
+
+    return transfer(missing, Path(root).expanduser(), options, threads=threads, progress=tell)
+
+
+def fetch(
+    root: str | Path,
+    *,
+    source: str | None = None,
+    endpoint: str | None = None,
+    config: RunConfig | str | Path | None = None,
+    datasets: Sequence[str] | None = None,
+    crops: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    voxel_sizes: Sequence[Triple] | None = None,
+    context_nm: float = 512.0,
+    crop_table: str | None = None,
+    labels: bool = True,
+    threads: int = 16,
+    progress: Progress | None = None,
+) -> Catalog:
+    """Fetch public challenge data: labels, and the raw chunks under and around their crops.
+
+    Existing files are kept; calling it again resumes a fetch that was interrupted.
+
+    Args:
+        root: local data root.
+        source: ``s3://bucket`` or ``s3://bucket/folder``; None: the public CellMap data. endpoint: another S3 server.
+        config: only what this configuration reads; excludes the next four.
+        datasets, crops, classes: only these. voxel_sizes: raw for these voxel sizes (nm, z y x); None: 8 nm.
+        context_nm: raw around each crop, nm.
+        crop_table: also raw under the crops of this table: "challenge", a file or a URL.
+        labels: whether to fetch labels. threads: objects to transfer at a time.
+
+    Returns:
+        The catalog of the root.
+
+    Raises:
+        InputError, UnknownNameError, MissingError: the request. StoreError, WriteError: the transfer.
+    """
+    missing, options = plan_fetch(
+        root, source=source, endpoint=endpoint, config=config, datasets=datasets, crops=crops, classes=classes,
+        voxel_sizes=voxel_sizes, context_nm=context_nm, crop_table=crop_table, labels=labels, progress=progress,
+    )  # fmt: skip
+    transfer_missing(missing, root, options, threads=threads, progress=progress)
+    return Catalog.open(str(root))

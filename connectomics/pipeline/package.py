@@ -10,7 +10,7 @@ import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,13 +18,75 @@ import connectomics
 from connectomics.config import RunConfig, config_to_dict
 from connectomics.config.heads import channel_names
 from connectomics.data.splits import Split
-from connectomics.errors import WriteError
+from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import not_ours
+from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_module
-from connectomics.lightning.model_package import ABOUT, FORMAT, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.pipeline.runs import Run
+
+if TYPE_CHECKING:
+    from connectomics.lightning.module import ConnectomicsModule
 
 _EDGE = 32  # voxels of the test input along each axis, where the patch is a multiple of it
+
+
+def load_model(path: str | Path) -> ConnectomicsModule:
+    """Return the network of a model package or a checkpoint, on the CPU, in evaluation mode.
+
+    A package is verified first: its checksums, and its answer to the input it contains. ``model.config`` says how it
+    was trained, ``model.classes`` what its channels are. ``model.probabilities(image)`` gives (B, C, D, H, W) float32 for
+    images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
+    makes the image, float32, from raw values.
+
+    Raises:
+        MissingError, CorruptDataError, InputError, ConfigError: the file is absent, damaged, or of another kind.
+    """
+    return load_module(str(path))
+
+
+def package(
+    source: str | Path | Run,
+    out: str | Path | None = None,
+    *,
+    scores: str | Path | None = None,
+    license_name: str = "",
+    description: str = "",
+    overwrite: bool = False,
+) -> tuple[Package, Path]:
+    """Pack a trained network into one file; return what it says of itself, and its path.
+
+    Args:
+        source: a run, its folder (then its best checkpoint), or a checkpoint.
+        out: the file; default ``{run}.pytc``.
+        scores: ``scores.json`` to store in it.
+
+    Raises:
+        MissingError, InputError: a path. WriteError: the file exists, or is not a package.
+    """
+    run = source.folder if isinstance(source, Run) else Path(source)
+    checkpoint: Path | None = run
+    if run.is_dir():
+        checkpoint = next((p for n in ("best", "last") if (p := run / f"checkpoints/{n}.ckpt").is_file()), None)
+        if checkpoint is None:
+            raise MissingError(
+                f"{run}: expected checkpoints/best.ckpt or checkpoints/last.ckpt; give a run folder or a checkpoint"
+            )
+    elif not run.exists():
+        raise MissingError(f"nothing at {run}; give a run folder or a checkpoint")
+    known = None if scores is None else read_json(scores)
+    if scores is not None and known is None:
+        raise MissingError(f"no scores at {scores}; make them with `pytc score`, or leave --scores out")
+    name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
+    target = Path(out) if out is not None else Path(f"{name}{SUFFIX}")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give the file's name, such as {target / (name + SUFFIX)}")
+    assert checkpoint is not None
+    made = write_package(
+        checkpoint, target, scores=known, license_name=license_name, description=description, overwrite=overwrite
+    )
+    return made, target
 
 
 def write_package(
@@ -32,7 +94,7 @@ def write_package(
     out: str | Path,
     *,
     scores: Mapping[str, Any] | None = None,
-    licence: str = "",
+    license_name: str = "",
     description: str = "",
     overwrite: bool = False,
 ) -> Package:
@@ -75,7 +137,7 @@ def write_package(
         "scores": dict(scores or {}),
         "validation": _validation(Path(checkpoint)),
         "trained_on": _trained_on(Path(checkpoint)),
-        "licence": licence,
+        "license": license_name,
         "description": description,
         "config": config_to_dict(config),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},

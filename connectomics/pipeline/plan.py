@@ -7,17 +7,21 @@ the seconds of one training step.
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from connectomics.config import EPOCH_PATCHES, RunConfig, config_from_dict
-from connectomics.errors import InputError
-from connectomics.pipeline.data_facts import ClassFacts, DataFacts
+from connectomics.errors import InputError, WriteError
+from connectomics.io.replacing import contains, require_own
+from connectomics.io.store import is_s3
+from connectomics.io.write import write_file
+from connectomics.machine import usable_cores
+from connectomics.pipeline.data_facts import ClassFacts, DataFacts, data_facts
+from connectomics.progress import Progress
 
 #: Voxel sizes to choose from, nm: those at which most EM is stored.
 #: First line of the configurations that are written.
@@ -87,6 +91,61 @@ class Plan:
         return f"{MARK}\n{head}" + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
 
 
+@dataclass(frozen=True, repr=False)
+class Plans:
+    """What `plan` found and wrote.
+
+    Attributes:
+        data, machine: what was measured. plans: by name, ``plan_8nm``, coarsest first. files: the configurations.
+    """
+
+    data: DataFacts
+    machine: MachineFacts
+    plans: Mapping[str, Plan]
+    files: Mapping[str, Path]
+
+    def __repr__(self) -> str:
+        rows = "; ".join(f"{file}: {', '.join(self.plans[name].classes)}" for name, file in self.files.items())
+        return f"Plans({rows})"
+
+
+def plan(
+    root: str,
+    classes: Sequence[str],
+    *,
+    out: str | Path = ".",
+    datasets: Sequence[str] | None = None,
+    trial: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Plans:
+    """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
+
+    Args:
+        root: data root, a folder or an ``s3://`` URL. classes: to segment. datasets: only these.
+        out: folder for ``plan_{N}nm.yaml``.
+        trial: run a training step of each, which measures batch size, memory and hours.
+
+    Raises:
+        InputError: no class is present anywhere. WriteError: a file exists (without ``overwrite``), or is not a plan.
+    """
+    folder = Path(out)
+    data, machine = data_facts(root, list(classes), datasets, progress), machine_facts(folder)
+    found = propose(data, machine, root if is_s3(root) else str(Path(root).expanduser().resolve()))
+    files = {item.name: folder / f"{item.name}.yaml" for item in found}
+    for file in files.values():
+        if file.exists() and not overwrite:
+            raise WriteError(f"{file} exists; add --overwrite, or give another --out")
+        require_own(file, contains(MARK), "plan")
+    for number, item in enumerate(found):
+        if trial:
+            if progress is not None:
+                progress(number, len(found), f"trying a step of {item.name}")
+            try_step(item, machine)
+        write_file(files[item.name], item.to_yaml().encode())
+    return Plans(data, machine, {item.name: item for item in found}, files)
+
+
 def machine_facts(folder: Path) -> MachineFacts:
     """Measure this machine; ``folder``: where runs and the cache go."""
     import psutil
@@ -96,8 +155,9 @@ def machine_facts(folder: Path) -> MachineFacts:
     gpu, gpu_memory = None, 0
     if torch.cuda.is_available():
         gpu, gpu_memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return MachineFacts(cores, psutil.virtual_memory().available, gpu, gpu_memory, shutil.disk_usage(there).free)
+    return MachineFacts(
+        usable_cores(), psutil.virtual_memory().available, gpu, gpu_memory, shutil.disk_usage(there).free
+    )
 
 
 def propose(data: DataFacts, machine: MachineFacts, root: str) -> list[Plan]:

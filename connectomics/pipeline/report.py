@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from connectomics.errors import InputError
+from connectomics.errors import InputError, MissingError
 from connectomics.pipeline.results import Labels, Probabilities, Scores
 from connectomics.pipeline.runs import Run
 from connectomics.progress import Progress
@@ -50,3 +51,47 @@ def report(
     if set(given) == {"title"}:
         raise InputError("nothing to report; give a run, labels, probabilities or scores")
     return build_report(out, ReportSources(**given), options, progress)
+
+
+def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path | None) -> dict[str, Any]:
+    """Return the fields of `ReportSources` for paths that were given by name, each checked: the page itself would only
+    note what is missing.
+
+    Args:
+        runs: run folders; all but the first are compared with it. scores: ``scores.json`` of each run, in order.
+        paths: further fields.
+
+    Raises:
+        MissingError: a path does not exist, or a folder holds nothing of its kind. InputError: more scores than runs.
+    """
+    from connectomics.cellmap.crop_table import CropTable
+    from connectomics.pipeline.results import ArrayFolder
+    from connectomics.pipeline.runs import open_run
+    from connectomics.report import OtherRun
+    from connectomics.report.scores import Scores as ScoresFile
+    from connectomics.report.scores import evaluation_section
+
+    if len(scores) > max(1, len(runs)):
+        raise InputError(f"{len(scores)} --scores for {len(runs)} --run; give each run its own scores.json, in order")
+    given = {name: path for name, path in paths.items() if path is not None}
+    if not (runs or scores or given):
+        raise InputError("nothing to report: give --run, --scores, --root, --labels or other results; see --help")
+    for path in (*runs, *scores, *given.values()):
+        if not path.exists():
+            raise MissingError(f"nothing at {path}; give an existing path, or leave that option out")
+    for run in runs:
+        open_run(run)
+    if "crop_table" in given:
+        CropTable.load(given["crop_table"])
+    for name in ("labels", "probabilities"):
+        if name in given and not ArrayFolder.open(given[name]).arrays:
+            raise MissingError(f"nothing that predict or decode wrote in {given[name]}; give such a folder")
+    for path in (*scores, *([given["baseline_scores"]] if "baseline_scores" in given else [])):
+        ScoresFile.load(path)
+    if "evaluation" in given:
+        evaluation_section(given["evaluation"])
+    others = tuple(
+        OtherRun(run, scores[number] if number < len(scores) else None) for number, run in enumerate(runs) if number
+    )
+    first = {"run": runs[0] if runs else None, "scores": scores[0] if scores else None, "others": others}
+    return {**given, **{name: value for name, value in first.items() if value}}

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, save_config
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
 from connectomics.pipeline.runs import Run, open_run
+from connectomics.progress import Progress
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -61,26 +62,33 @@ def _next_version(config: RunConfig) -> Path:
 
 def train(
     config: RunConfig,
-    run_dir: str | Path,
+    out: str | Path | None = None,
     *,
     checkpoint: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
     fast_dev_run: bool = False,
     datamodule: pl.LightningDataModule | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Run:
-    """Train what a configuration describes.
+    """Train the network of a configuration.
 
     Args:
         config: the run.
-        run_dir: where everything is written, see `Run` and `choose_run_dir`.
-        checkpoint: go on from here: weights, optimizer, epoch, random state.
-        fast_dev_run: one batch of training and one look at a validation crop, to see whether it runs; writes no file.
-        progress: told (done, all, name) while crops are decoded into the cache; None logs a line now and then.
+        out: run folder, see `Run` for its files; None: `choose_run_dir`.
+        checkpoint: resume from it: weights, optimizer, epoch, random state.
+        resume: resume from the run folder's last checkpoint; start if there is none.
+        overwrite: train in a folder that holds a run, and replace its checkpoints.
+        fast_dev_run: train one batch and validate one crop, to see whether it runs; writes no file.
         datamodule: gives the batches that `ConnectomicsModule` takes; None: `CellMapDataModule` of the configuration.
+        progress: called while crops are decoded into the cache; None logs a line now and then.
+
+    Returns:
+        The run.
 
     Raises:
-        ConnectomicsError: of the configuration, the data or the checkpoint; before training begins where it can be.
-        WriteError: the disk is full, the folder cannot be written, or another process trains in it.
+        ConnectomicsError: the configuration, the data or the checkpoint; before training starts if possible.
+        WriteError: the folder holds another run or cannot be written, the disk is full, or another process trains there.
     """
     import pytorch_lightning as pl
     import torch
@@ -91,12 +99,13 @@ def train(
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state, require_run_folder
 
-    folder = local_path(run_dir)
+    folder = local_path(out) if out is not None else choose_run_dir(config, checkpoint)
+    checkpoint = _start(folder, checkpoint, resume, overwrite or fast_dev_run)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
         machine = this_machine(config)
         set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)
         if machine.accelerator == "gpu":
-            torch.set_float32_matmul_precision("high")  # TF32, as convolutions have it by default
+            torch.set_float32_matmul_precision("high")  # TF32, as convolutions use by default
         pl.seed_everything(config.system.seed, workers=True, verbose=False)
         module = ConnectomicsModule(config if checkpoint is None else _continued(config, checkpoint))
         config = module.config
@@ -114,6 +123,26 @@ def train(
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
             trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
     return _result(config, folder, trainer, fast_dev_run)
+
+
+def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite: bool) -> str | Path | None:
+    """The checkpoint to resume from, None to start; refuses to replace the checkpoints of another run."""
+    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.run_state import latest_checkpoint
+
+    if checkpoint is not None and resume:
+        raise ConfigError(
+            "--resume takes the run folder's last checkpoint and --checkpoint names one; give one of them"
+        )
+    last = latest_checkpoint(folder)
+    if resume:
+        log.info("starting in %s: it has no checkpoint", folder) if last is None else log.info("resuming %s", last)
+        return last
+    if last is not None and checkpoint is None and not overwrite and is_first_process():
+        raise WriteError(
+            f"{folder} holds a run; resume it with --resume (or --checkpoint {last}), or give another --run-dir"
+        )
+    return checkpoint
 
 
 def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
@@ -172,9 +201,7 @@ def _fit(
     return trainer
 
 
-def _cellmap_data(
-    config: RunConfig, folder: Path | None, progress: Callable[[int, int, str], None] | None
-) -> pl.LightningDataModule:
+def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:
     """The data module of the configuration, set up; leaves its split in the run's folder wherever it came from."""
     from connectomics.data.datamodule import CellMapDataModule
     from connectomics.lightning.machine import is_first_process

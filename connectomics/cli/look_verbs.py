@@ -1,0 +1,248 @@
+"""Verbs that look at data and results: inspect, cache, view."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from connectomics.cli import terminal
+from connectomics.cli.options import AsJson, Classes, Crops, InOption, OutOption, Overrides, Overwrite
+
+if TYPE_CHECKING:
+    from connectomics.data.cache import CropCache, EntryInfo
+    from connectomics.report.inspect.data import Inspection
+
+
+def inspect(
+    config: Annotated[str, typer.Argument(help="Configuration: a file, or a tutorial's name (phantom, cellmap_cos7).")],
+    overrides: Overrides = None,
+    out: Annotated[Path, OutOption(help="The page to write.")] = Path("inspect.html"),
+    batches: Annotated[int, typer.Option(help="Number of batches.")] = 2,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show training batches as the network gets them, after every augmentation: slices with labels and unknown voxels,
+    where each patch comes from, what is known and present, missing raw, loader speed and memory. Warns of what looks
+    wrong. Nothing is trained; crops are decoded into the cache as for training.
+
+    Examples:
+
+      pytc inspect phantom --out inspect.html
+
+      pytc inspect tutorials/cellmap_cos7.yaml --batches 4 data.num_workers=8 data.patch_size=[96,96,96]
+    """
+    from connectomics.config import load_config, tutorial
+    from connectomics.report.inspect import inspect_data, write_page
+    from connectomics.report.inspect.page import check_out
+
+    file = Path(config)
+    if not file.suffix and len(file.parts) == 1:
+        file = tutorial(config)
+    check_out(out, overwrite=overwrite)  # before the work
+    composed = load_config(file, overrides or [])
+    with terminal.counted("taking batches") as advance:
+        found = inspect_data(composed, batches, advance)
+    page = write_page(out, found, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({**found.to_dict(), "page": str(page)}, indent=1))
+        return
+    _print_inspection(found)
+    print(page)
+
+
+def _print_inspection(found: Inspection) -> None:
+    from connectomics.report.inspect.data import pooled_known
+    from connectomics.report.inspect.numbers import by_class
+
+    rows = [
+        [
+            row.name,
+            f"{row.known:.1%}",
+            "-" if row.present is None else f"{row.present:.1%}",
+            f"{row.patches_present} of {len(found.patches)}",
+        ]
+        for row in by_class([p.labels for p in found.patches])
+    ]
+    terminal.table(["class", "known", "present where known", "patches with it"], rows)
+    known, values, speed = pooled_known(found.patches), found.values[0], found.speed
+    print(f"\nknown: {known['labels']:.1%} of all labels; any class at {known['anything']:.1%} of the voxels")
+    print(
+        f"image: {values.low:.3f} to {values.high:.3f}, mean {values.mean:.3f}; exactly 0 {values.zero:.1%}, "
+        f"exactly 1 {values.one:.1%}"
+    )
+    rate, flow = speed.patches_per_s, speed.bytes_per_s
+    if rate is not None and flow is not None:
+        print(
+            f"loader: {rate:.3g} patches/s, {terminal.size(flow)}/s with {speed.workers} "
+            f"worker{'s' * (speed.workers != 1)} (first batch {speed.first_s:.1f} s)"
+        )
+    if speed.memory:
+        held = terminal.size(sum(m.proportional for m in speed.memory))
+        print(f"memory: {held} in {len(speed.memory)} processes")
+    for warning in found.warnings():
+        print(f"warning: {warning}")
+
+
+def cache(
+    folder: Annotated[
+        Path | None, OutOption("--dir", help="Cache folder (data.cache_dir); default: the user's.")
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove entries that no running process uses.")] = False,
+    older_than: Annotated[
+        float | None, typer.Option("--older-than", metavar="DAYS", help="Only entries not used for so many days.")
+    ] = None,
+    crop: Annotated[
+        list[str] | None, typer.Option(metavar="DATASET/CROP", help="Only entries of this crop; may be repeated.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """List the crops that were decoded for training, verify them, or remove them.
+
+    Examples:
+
+      pytc cache
+
+      pytc cache --dir /scratch/crops --clear --older-than 30
+    """
+    from connectomics.data.cache import CropCache, default_cache_dir
+    from connectomics.errors import InputError, unknown_name
+
+    if clear and verify:
+        raise InputError("--clear and --verify exclude each other; give one of them")
+    if older_than is not None and older_than < 0:
+        raise InputError(f"--older-than: expected days, at least 0, got {older_than:g}")
+    cached = CropCache(folder.expanduser() if folder is not None else default_cache_dir())
+    entries = cached.entries()
+    for name in crop or ():
+        if entries and name not in {entry.crop for entry in entries}:
+            raise unknown_name("crop", name, {entry.crop for entry in entries if entry.crop}, str(cached.folder))
+    limit = 0.0 if older_than is None else older_than
+    chosen = [e for e in entries if (time.time() - e.used) / 86400 >= limit and (not crop or e.crop in crop)]
+    if clear:
+        return _clear(cached, chosen, as_json)
+    damage = _damage(chosen) if verify else {}
+    total = sum(entry.size for entry in entries)
+    if as_json:
+        data = [{**_described(entry), **({"damage": damage.get(entry.name)} if verify else {})} for entry in chosen]
+        content = {"folder": str(cached.folder), "bytes": total, "budget": cached.budget, "entries": data}
+        print(json.dumps(content, indent=1))
+        return 1 if damage else 0
+    if chosen:
+        header = ["crop", "classes", "voxel nm", "size", "last used", "in use"]
+        terminal.table(header, [_cells(entry) for entry in chosen])
+    budget = "" if cached.budget is None else f" of {terminal.size(cached.budget)} (data.cache_gb of the last run)"
+    print(f"{cached.folder}: {len(chosen)} entries, {terminal.size(total)}{budget}")
+    for text in damage.values():
+        print(f"error: {text}")
+    if verify and not damage:
+        print(f"all {len(chosen)} entries are intact")
+    return 1 if damage else 0
+
+
+def _clear(cached: CropCache, chosen: Sequence[EntryInfo], as_json: bool) -> int:
+    removed = cached.remove([entry.name for entry in chosen])
+    cached.sweep()
+    kept = {entry.name for entry in chosen} - {entry.name for entry in removed}
+    size = sum(entry.size for entry in removed)
+    if as_json:
+        print(json.dumps({"removed": [_described(entry) for entry in removed], "bytes": size, "in_use": sorted(kept)}))
+        return 0
+    used = f"; kept {len(kept)} that are in use" if kept else ""
+    print(f"removed {len(removed)} entries ({terminal.size(size)}) from {cached.folder}{used}")
+    return 0
+
+
+def _damage(entries: Sequence[EntryInfo]) -> dict[str, str]:
+    """What is wrong, by entry."""
+    from connectomics.data.cache import open_entry
+    from connectomics.errors import CorruptDataError
+
+    found = {}
+    with terminal.counted("checking entries") as advance:
+        for number, entry in enumerate(entries):
+            advance(number, len(entries), entry.crop or entry.name)
+            if entry.crop is not None and not entry.current:
+                continue  # an older format, without checksums, that is never read again
+            try:
+                open_entry(entry.folder, "all")
+            except CorruptDataError as error:
+                found[entry.name] = str(error)
+    return found
+
+
+def _cells(entry: EntryInfo) -> list[str]:
+    days = max(0.0, time.time() - entry.used) / 86400
+    ago = f"{days:.0f} days" if days >= 2 else f"{24 * days:.0f} h" if days >= 1 / 12 else f"{1440 * days:.0f} min"
+    state = "old format" if entry.crop is not None and not entry.current else "yes" if entry.processes else ""
+    name = entry.crop or f"damaged: {entry.name}"
+    size = terminal.size(entry.size)
+    return [name, str(entry.classes), terminal.triple(entry.voxel_size), size, f"{ago} ago", state]
+
+
+def _described(entry: EntryInfo) -> dict[str, Any]:
+    names = ("name", "crop", "classes", "used", "processes", "current")
+    return {**{n: getattr(entry, n) for n in names}, "voxel_size": list(entry.voxel_size), "bytes": entry.size}
+
+
+def view(
+    root: Annotated[str | None, typer.Argument(help="Data root: raw, and the ground truth of its crops.")] = None,
+    predictions: Annotated[Path | None, InOption(help="Folder that predict wrote.")] = None,
+    labels: Annotated[Path | None, InOption(help="Folder that decode wrote.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set; default: the only one.")] = None,
+    crop: Crops = None,
+    class_name: Classes = None,
+    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
+    bind: Annotated[
+        str, typer.Option(help="Address to listen on; the default serves this machine only.")
+    ] = "127.0.0.1",
+    state: Annotated[Path | None, OutOption(help="Write the page's state here, as JSON, to share it.")] = None,
+    browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+    napari: Annotated[bool, typer.Option("--napari", help="Use napari instead, if it is installed.")] = False,
+) -> None:
+    """View raw, ground truth, known voxels, probabilities, labels and uncertainty in world coordinates.
+
+    Prints a link; the page is served to this machine only, until Ctrl-C. On a cluster, forward its port with ssh.
+
+    Examples:
+
+      pytc view data/phantom --dataset phantom-iso --class mito
+
+      pytc view data/phantom --predictions outputs/predictions --labels outputs/labels --open
+    """
+    from connectomics.io.replacing import has_keys, require_own
+    from connectomics.io.write import write_file
+    from connectomics.report.view import ViewSources, collect_layers, open_viewer
+
+    if state is not None:
+        require_own(state, has_keys("dimensions", "layers"), "view")
+    chosen = (None if crop is None else tuple(crop), None if class_name is None else tuple(class_name))
+    found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen))
+    if napari:
+        from connectomics.report.view.in_napari import show_in_napari
+
+        show_in_napari(found)
+        return
+    viewing = open_viewer(found, bind, port)
+    if state is not None:
+        write_file(state, json.dumps(viewing.state, indent=1).encode())
+        print(f"state: {state}")
+    for layer in found.layers:
+        print(f"  {layer.name}{'' if layer.visible else ' (off)'}")
+    print(viewing.url, flush=True)
+    if browser:
+        import webbrowser
+
+        webbrowser.open(viewing.url)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print("closed")
+    finally:
+        viewing.close()

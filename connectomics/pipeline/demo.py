@@ -1,0 +1,160 @@
+"""Every stage in one call: data, training, prediction, decoding, score, submission, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.config import RunConfig, load_config, tutorial
+from connectomics.errors import InputError, MissingError
+from connectomics.io.artifacts import put_aside
+from connectomics.io.replacing import not_ours
+from connectomics.io.write import write_file
+from connectomics.metrics.challenge.results import SubmissionScore
+from connectomics.progress import Progress
+
+MARK = "demo.json"  # marks a folder that `demo` made
+#: Everything that `demo` writes into its folder.
+PARTS = frozenset(
+    {MARK, "data", "cache", "run", "predictions", "labels", "baseline", "crops.csv", "split.yaml", "scores.json"}
+    | {"scores_per_class.csv", "scores_per_crop.csv", "scores_per_instance.csv", "submission.zip", "report.html"}
+    | {"timings.json"}
+)
+
+#: Shows a stage: (what, timings, name) as a context manager.
+Stage = Callable[[str, dict[str, float], str], AbstractContextManager[None]]
+
+
+@dataclass
+class Demo:
+    """One run through all stages; each reads what the stage before it wrote.
+
+    Attributes:
+        out: folder for everything. config: the run. root: data root. table, truth: test crops and their ground truth.
+        stage: shows a stage. shown: shows the progress of a prediction task. timings: seconds by stage.
+    """
+
+    out: Path
+    config: RunConfig
+    root: Path
+    table: Path
+    truth: Path
+    stage: Stage
+    shown: Callable[[str], AbstractContextManager[Progress]]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> tuple[SubmissionScore, SubmissionScore]:
+        """Run every stage; return the scores of the network and of the intensity threshold."""
+        from connectomics.pipeline.decode import decode
+        from connectomics.pipeline.demo_baseline import write_baseline
+        from connectomics.pipeline.predict import predict
+        from connectomics.pipeline.report import report
+        from connectomics.pipeline.train import train
+
+        out, selected = self.out, CropTable.load(self.table).select(classes=self.config.dataset.classes)
+        selected.save(out / "crops.csv")
+        with self.stage("training", self.timings, "training"):
+            run = train(self.config, out / "run")
+        if run.checkpoint is None:
+            raise InputError("training left no checkpoint; set checkpoint.save_last=true or checkpoint.save_top_k=1")
+        with self.stage("predicting", self.timings, "predicting"):
+            probabilities = predict(
+                run, out=out / "predictions", config=self.config, crops=selected, progress=self.shown
+            )
+        with self.stage("decoding", self.timings, "decoding"):
+            labels = decode(probabilities, out=out / "labels", config=self.config)
+        scores = self._export_and_score(labels.folder, out, probabilities.folder)
+        with self.stage("comparing with an intensity threshold", self.timings, "baseline"):
+            write_baseline(self.config, self.root, selected, out / "baseline/labels")
+            baseline = self._export_and_score(out / "baseline/labels", out / "baseline", None)
+        with self.stage("writing the report", self.timings, "report"):
+            report(
+                run, probabilities, labels, out=out / "report.html", title=f"{self.config.name}: from data to score",
+                data_root=str(self.root), crop_table=out / "crops.csv", truth=self.truth,
+                submission=out / "submission.zip", scores=out / "scores.json",
+                baseline_scores=out / "baseline/scores.json", baseline_name="intensity threshold",
+                stages=dict(self.timings),
+            )  # fmt: skip
+        write_file(out / "timings.json", json.dumps(self.timings, indent=1).encode())
+        return scores, baseline
+
+    def _export_and_score(self, labels: Path, folder: Path, probabilities: Path | None) -> SubmissionScore:
+        """Pack and score; errors that the check of the submission finds end the demo."""
+        from connectomics.pipeline.export import export
+        from connectomics.pipeline.score import score
+
+        table, submission = self.out / "crops.csv", folder / "submission.zip"
+        with self.stage(f"packing {submission}", self.timings, f"packing {folder.name}"):
+            packed = export(labels, submission, crops=table, probabilities=probabilities)
+        if packed.has_errors:
+            raise InputError(f"the portal would refuse the submission {submission}: {packed.summary()}")
+        with self.stage(f"scoring {submission}", self.timings, f"scoring {folder.name}"):
+            scores = score(
+                submission, self.truth, out=folder, crops=table, classes=self.config.dataset.classes,
+                rules=self.config.score.rules,
+            )  # fmt: skip
+        assert scores.result is not None
+        return scores.result
+
+
+def prepare_demo(
+    out: Path,
+    *,
+    data: Path | None,
+    config: Path | None,
+    overrides: Sequence[str],
+    preset: str,
+    overwrite: bool,
+    stage: Stage,
+    shown: Callable[[str], AbstractContextManager[Progress]],
+) -> Demo:
+    """Make the data (or cut those of ``data``) and compose the configuration that fits them.
+
+    Raises:
+        InputError: ``out`` is not empty (without ``overwrite``). WriteError: it holds files of something else.
+        MissingError: ``data`` is not a data set.
+    """
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(f"{out} is not empty; give another --out, or --overwrite to start over")
+        own = PARTS if (out / MARK).is_file() else frozenset()
+        foreign = next((path for path in sorted(out.iterdir()) if path.name not in own), None)
+        if foreign is not None:
+            raise not_ours(foreign, "demo")
+    cache = f"data.cache_dir={out / 'cache'}"  # decoded crops belong to the demo's folder
+    timings: dict[str, float] = {}
+    if data is None:
+        from connectomics.phantom import PhantomOptions, make_phantom
+
+        root = out / "data"
+        composed = load_config(config or tutorial("phantom"), cache, overrides, f"dataset.data_root={root}")
+        _start(out)
+        with stage("making the phantom", timings, "making the phantom"):
+            make_phantom(root, PhantomOptions(preset=preset))
+        return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, shown, timings)
+
+    from connectomics.pipeline.demo_split import split_crops
+
+    data = data.resolve()
+    if not (data / f"{data.name}.zarr").is_dir():
+        raise MissingError(f"{data} is not a data set: expected {data.name}.zarr in it (recon-1/em, recon-1/labels)")
+    file = config or tutorial(data.name.replace("-", "_"))
+    base = load_config(file, overrides)
+    _start(out)
+    parts = split_crops(data.parent, out / "data", [data.name], base.dataset.classes)
+    split = out / "split.yaml"
+    write_file(split, f"train: [{', '.join(parts.train)}]\nval: [{', '.join(parts.val)}]\n".encode())
+    fixed = [f"dataset.data_root={parts.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
+    composed = load_config(file, cache, overrides, fixed)
+    return Demo(out, composed, parts.root, parts.crop_table, parts.truth, stage, shown, timings)
+
+
+def _start(out: Path) -> None:
+    """Make an empty folder that is marked as the demo's."""
+    if out.exists():
+        put_aside(out)
+    write_file(out / MARK, b"{}\n")

@@ -1,0 +1,119 @@
+"""Import volumes of other formats into a data root."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw
+from connectomics.errors import InputError
+from connectomics.geometry import Triple
+from connectomics.io.formats import open_volume
+from connectomics.progress import Progress, silent
+
+_KINDS = ("", "semantic", "instance")
+
+
+def ingest(
+    root: str | Path,
+    dataset: str,
+    *,
+    raw: str | None = None,
+    labels: Mapping[str, str] | None = None,
+    label_map: str | None = None,
+    values: str | Path | None = None,
+    crop: str = "crop1",
+    voxel_size: Triple | None = None,
+    begin: Sequence[float] | None = None,
+    value_range: tuple[float, float] | None = None,
+    unknown: int | None = None,
+    known: str | None = None,
+    slices: frozenset[int] | None = None,
+    format_name: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Catalog:
+    """Import raw and labels (TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into the CellMap layout, with pyramids.
+
+    Args:
+        root: data root, created if it does not exist. dataset: name of the data set in it.
+        raw: raw volume, such as ``stack.tif`` or ``raw.h5:/volume``.
+        labels: class -> volume; ``mito:instance`` or ``mito:semantic`` states the kind.
+        label_map: one volume with the labels of all classes. values: CSV that says what its values mean.
+        crop: crop for the labels, ``crop1``.
+        voxel_size: nm, z y x; None: the file's (labels: else the raw's).
+        begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
+        value_range: raw values that become 0 and 255 of uint8; None keeps values and dtype.
+        unknown: the label value of voxels that nobody annotated. known: a mask volume, nonzero where annotated.
+        slices: annotated sections (z); all others are unknown.
+        format_name: the format, if the file name does not tell.
+
+    Returns:
+        The catalog of the root.
+
+    Raises:
+        InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
+    """
+    for _ in ingest_files(
+        root, dataset, raw=raw, labels=labels or {}, label_map=label_map, values=values, crop=crop,
+        voxel_size=voxel_size, begin=begin, value_range=value_range, unknown=unknown, known=known, slices=slices,
+        format_name=format_name, overwrite=overwrite, shown=lambda what: nullcontext(progress or silent),
+    ):  # fmt: skip
+        pass
+    return Catalog.open(str(root))
+
+
+def ingest_files(
+    root: str | Path,
+    dataset: str,
+    *,
+    raw: str | None,
+    labels: Mapping[str, str],
+    label_map: str | None,
+    values: str | Path | None,
+    crop: str,
+    voxel_size: Triple | None,
+    begin: Sequence[float] | None,
+    value_range: tuple[float, float] | None,
+    unknown: int | None,
+    known: str | None,
+    slices: frozenset[int] | None,
+    format_name: str | None,
+    overwrite: bool,
+    shown: Callable[[str], AbstractContextManager[Progress]],
+) -> Iterator[Path]:
+    """Do what `ingest` says, and yield the location of each volume once it is written.
+
+    ``shown`` shows the progress of a volume, by its name.
+    """
+    if raw is None and not labels and label_map is None:
+        raise InputError("nothing to ingest: give --raw, --labels CLASS=FILE or --label-map")
+    if (label_map is None) != (values is None):
+        raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
+    place = Path(root).expanduser()
+    with ExitStack() as stack:
+        if raw is not None:
+            source = stack.enter_context(open_volume(raw, format_name))
+            with shown(f"raw {source.location}") as progress:
+                yield ingest_raw(
+                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=progress
+                )
+        drawn = []
+        for head, file in labels.items():
+            name, _, kind = head.partition(":")
+            if kind not in _KINDS:
+                raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
+            volume = stack.enter_context(open_volume(file, format_name))
+            drawn.append(Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic"))
+        if label_map is not None and values is not None:
+            drawn += drawn_by_table(stack.enter_context(open_volume(label_map, format_name)), Path(values))
+        mask = None if known is None else stack.enter_context(open_volume(known, format_name))
+        annotated = Known(unknown, mask, slices)
+        start = None if begin is None else (begin[0], begin[1], begin[2])
+        for item in drawn:
+            with shown(f"labels of {item.class_name}") as progress:
+                yield ingest_labels(
+                    place, dataset, crop, item, voxel_size, start, annotated, overwrite=overwrite, progress=progress
+                )

@@ -1,0 +1,96 @@
+"""Run a task that is stored beside its output, of whatever kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from connectomics.config.schema import EngineConfig
+from connectomics.errors import MissingError, unknown_name
+from connectomics.progress import Progress
+from connectomics.tasks import BlockTask, run_task
+from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task
+from connectomics.tasks.failures import accepted_of
+
+if TYPE_CHECKING:
+    from connectomics.tasks.estimate import Estimate
+
+#: `BlockTask.kind` -> its class, which is imported when a task of the kind is run.
+TASK_KINDS: dict[str, str] = {
+    "predict": "connectomics.pipeline.network_task:NetworkPredictTask",
+    "measure": "connectomics.morphology.measure_tasks:MeasureTask",
+    "mask": "connectomics.decoding.blocks.mask:MaskTask",
+    "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",
+    "components": "connectomics.decoding.blocks.components:ComponentsTask",
+    "affinities": "connectomics.decoding.affinities.affinity_task:AffinitiesTask",
+    "contacts": "connectomics.morphology.measure_tasks:ContactsTask",
+    "mesh": "connectomics.morphology.mesh_task:MeshTask",
+}
+
+
+def load_task(path: Path) -> BlockTask:
+    """Return the task that is stored in a file (JSON or YAML).
+
+    Raises:
+        MissingError: no such file. MetadataError: it holds no task. UnknownNameError: no such kind of task.
+    """
+    data = read_task(path)
+    kind = data["kind"]
+    if kind not in TASK_KINDS:
+        raise unknown_name("kind of task", kind, TASK_KINDS, str(path))
+    module, _, name = TASK_KINDS[kind].partition(":")
+    task: BlockTask = getattr(import_module(module), name).from_dict(fields_of(data), str(path))
+    return task
+
+
+def run_stored_task(
+    file: Path,
+    engine: EngineConfig,
+    *,
+    device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    accept: Mapping[str, Collection[int]] | None = None,
+    shown: Callable[[str], AbstractContextManager[Progress]],
+) -> str:
+    """Do the missing blocks of a stored task on an engine; return a line about the result.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one.
+        overwrite: start over, and replace the output of another task. resume: fail if nothing was started.
+        accept: blocks that may fail. shown: shows the progress of the task, by its name.
+    """
+    task, chosen = load_task(file), _device(device)
+    (accepted,) = accepted_of([task], accept or {})
+    replaces = task.begins_anew(overwrite=overwrite, resume=resume)
+    if not task.check(overwrite=replaces):
+        return f"nothing to do: {task.name} is complete"
+    if resume and not overwrite and not (task.folder / TASK_FILE).exists():
+        raise MissingError(f"--resume: {task.name} was not started at {task.folder}; leave --resume out to start")
+    with shown(task.name) as advance:
+        run_task(task, engine, advance, device=chosen, overwrite=replaces, accept=accepted)
+    return f"{task.name}: complete"
+
+
+def estimate_stored_task(
+    file: Path, engine: EngineConfig, *, device: str | None = None, overwrite: bool = False, resume: bool = False
+) -> Estimate:
+    """Return the cost of what is missing of a stored task, from one block that is tried."""
+    from connectomics.tasks.estimate import estimate
+
+    task = load_task(file)
+    replaces = task.begins_anew(overwrite=overwrite, resume=resume)
+    return estimate([task], engine, _device(device), overwrite=replaces)
+
+
+def _device(name: str | None) -> str:
+    from connectomics.tasks.pool import gpu_count
+
+    if name is None:
+        return "cuda" if gpu_count() else "cpu"
+    from connectomics.pipeline.predict import known_device
+
+    return known_device(name)
