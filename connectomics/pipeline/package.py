@@ -36,8 +36,8 @@ def load_model(path: str | Path) -> ConnectomicsModule:
     """Return the network of a model package or a checkpoint, on the CPU, in evaluation mode.
 
     A package is verified first: its checksums, and its answer to the input it contains. ``model.config`` says how it
-    was trained, ``model.classes`` what its channels are. ``model.probabilities(image)`` gives (B, C, D, H, W) float32 for
-    images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
+    was trained, ``model.classes`` what its channels are. ``model.probabilities(image)`` gives (B, C, D, H, W) float32
+    for images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
     makes the image, float32, from raw values.
 
     Raises:

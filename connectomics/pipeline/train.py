@@ -88,7 +88,7 @@ def train(
 
     Raises:
         ConnectomicsError: the configuration, the data or the checkpoint; before training starts if possible.
-        WriteError: the folder holds another run or cannot be written, the disk is full, or another process trains there.
+        WriteError: the folder holds another run, cannot be written or is in use, or the disk is full.
     """
     import pytorch_lightning as pl
     import torch
