@@ -23,7 +23,7 @@ from connectomics.data.splits import Split
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.lightning.machine import set_threads, this_machine
+from connectomics.lightning.devices import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.trainer import build_trainer
 from connectomics.metrics.cellmap_metrics import evaluate_semantic

@@ -14,7 +14,7 @@ import torch
 from connectomics.config import RunConfig
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.loader import PatchLoader
-from connectomics.lightning.machine import set_threads, this_machine
+from connectomics.lightning.devices import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.trainer import build_trainer
 from gpu_sections.device import Clock, peak_gb, reset_peak, wait

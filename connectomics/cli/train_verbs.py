@@ -175,7 +175,7 @@ def train(
 def _explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool) -> Iterator[None]:
     """After Ctrl-C, print the command that resumes this very run."""
     from connectomics.cli import InterruptError
-    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
 
     try:

@@ -26,15 +26,15 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.views import View
 from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
+from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.class_counts import ClassCounts
-from connectomics.lightning.counts import PooledCounts, Scores
 from connectomics.lightning.from_checkpoint import FromCheckpoint
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, inference_window
 from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
 from connectomics.lightning.panels import Plane
-from connectomics.lightning.val_score import ChallengeScore
+from connectomics.lightning.pooled_counts import PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
 from connectomics.models.labels import labels_of

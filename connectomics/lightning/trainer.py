@@ -13,20 +13,11 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from connectomics.config import RunConfig
 from connectomics.errors import ConfigError
-from connectomics.lightning.callbacks import (
-    BestCheckpoint,
-    EndWorkers,
-    EpochSums,
-    LatestState,
-    PicturePanel,
-    PlainProgress,
-    RandomState,
-    ResumeTable,
-    StepLimit,
-    Timing,
-)
-from connectomics.lightning.loggers import MetricsTable
-from connectomics.lightning.machine import Machine, this_machine
+from connectomics.lightning.callbacks import BestCheckpoint, EndWorkers, PicturePanel, StepLimit
+from connectomics.lightning.devices import Machine, this_machine
+from connectomics.lightning.metrics_table import MetricsTable
+from connectomics.lightning.resuming import EpochSums, LatestState, RandomState, ResumeTable
+from connectomics.lightning.timing import PlainProgress, Timing
 
 
 def build_trainer(
@@ -38,14 +29,14 @@ def build_trainer(
     machine: Machine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> pl.Trainer:
-    """The trainer of a run; its files go below ``run_dir``.
+    """Return the trainer of a run; its files go below ``run_dir``.
 
     Args:
         config: the run.
         run_dir: gets ``checkpoints/``, ``metrics.csv``, ``tensorboard/`` and ``timing.json``.
-        fast_dev_run: one training batch, one look at a validation crop, and no file.
-        validate: whether there is anything to validate on; without, the latest state is kept and nothing is monitored.
-        machine: devices and precision; None: what the configuration asks for, as far as it is here.
+        fast_dev_run: train one batch, validate a part of one crop, write no file.
+        validate: whether there is a crop to validate on; else the latest state is kept and nothing is monitored.
+        machine: devices and precision; None: those of the configuration, as far as this machine has them.
         callbacks: more callbacks.
     """
     folder = Path(run_dir)
@@ -53,7 +44,7 @@ def build_trainer(
     training = config.training
     if training.accumulate_grad_batches < 1 or training.val_every_n_epochs < 1:
         raise ConfigError(
-            "training.accumulate_grad_batches and training.val_every_n_epochs must be at least 1, found "
+            "training.accumulate_grad_batches and training.val_every_n_epochs must be at least 1, got "
             f"{training.accumulate_grad_batches} and {training.val_every_n_epochs}"
         )
     bar = sys.stdout.isatty()
@@ -63,7 +54,7 @@ def build_trainer(
         strategy=chosen.strategy,
         precision="32-true" if chosen.precision == "32" else chosen.precision,  # type: ignore[arg-type]
         max_epochs=training.max_epochs,
-        max_steps=-1,  # `StepLimit` does it; with a limit of its own Lightning restores its loops wrongly
+        max_steps=-1,  # `StepLimit` does it; with its own limit Lightning restores its loops wrongly
         gradient_clip_val=training.gradient_clip_val or None,
         accumulate_grad_batches=training.accumulate_grad_batches,
         check_val_every_n_epoch=training.val_every_n_epochs,
@@ -103,12 +94,12 @@ def _loggers(config: RunConfig, folder: Path) -> list[Logger]:
 
 
 def _mlflow(config: RunConfig, folder: Path) -> Logger:
-    """MLflow's logger; without an address runs go to a folder of files beside the runs."""
+    """MLflow's logger; without an address it writes files beside the runs."""
     from pytorch_lightning.loggers import MLFlowLogger
 
     uri = config.logging.mlflow_uri or f"file:{Path(config.output_dir).resolve() / 'mlruns'}"
     if uri.startswith("file:"):
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 asks for this; it works as before
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow 3 requires it
     try:
         return MLFlowLogger(experiment_name=config.name, run_name=folder.name, tracking_uri=uri)
     except ModuleNotFoundError as error:
@@ -139,7 +130,7 @@ def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bo
                 monitor=stopping.monitor,
                 mode=stopping.mode,
                 patience=stopping.patience,
-                # at the end of a validation, which comes before the end of its epoch, no mean over the epoch is known
+                # the means over an epoch are known after its validation only
                 check_on_train_epoch_end=True if stopping.monitor.startswith("train/") else None,
             )
         )
@@ -152,7 +143,7 @@ def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bo
 
 
 def _scored_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
-    """The best ``save_top_k`` states, named by epoch and score: ``epoch0012-dice0.7311.ckpt``."""
+    """Keep the best ``save_top_k`` states, named by epoch and score: ``epoch0012-dice0.7311.ckpt``."""
     monitor = config.checkpoint.monitor
     name = monitor.rsplit("/", 1)[-1]
     return ModelCheckpoint(
@@ -170,4 +161,4 @@ def _scored_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
 
 def _one_mode(group: str, mode: str) -> None:
     if mode not in ("min", "max"):
-        raise ConfigError(f"{group}.mode must be min or max, found {mode!r}")
+        raise ConfigError(f"{group}.mode must be min or max, got {mode!r}")

@@ -37,7 +37,7 @@ def load_model(path: str | Path) -> ConnectomicsModule:
 
     A package is verified first: its checksums, and its answer to the input it contains. ``model.config`` says how it
     was trained, ``model.classes`` what its channels are. ``model.probabilities(image)`` gives (B, C, D, H, W) float32
-    for images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
+    for images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm; ``model.normalization(dataset).input(raw)``
     makes the image, float32, from raw values.
 
     Raises:

@@ -110,40 +110,36 @@ class Scores(Mapping[str, Any]):
     """Scores of a submission or of labels; a mapping with the keys of the JSON file.
 
     Attributes:
-        values: what the JSON file holds.
+        content: what the JSON file holds.
         file: where it was written; None if it was not.
         result: the scores as values of `connectomics.metrics`, with every crop and instance; None for `evaluate`.
     """
 
-    values: Mapping[str, Any] = field(hash=False)
+    content: Mapping[str, Any] = field(hash=False)
     file: Path | None = None
     result: SubmissionScore | None = None
 
     def __getitem__(self, key: str) -> Any:
-        return self.values[key]
+        return self.content[key]
 
     def __iter__(self) -> Any:
-        return iter(self.values)
+        return iter(self.content)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.content)
 
     @property
     def overall(self) -> float | None:
         """The challenge's overall score; None if nothing was scored."""
-        value: float | None = self._totals.get("overall")
+        totals = self.content.get("totals", {})
+        value: float | None = totals["overall"] if "overall" in totals else self.content.get("overall_score")
         return value
 
     @cached_property
     def classes(self) -> dict[str, Mapping[str, Any]]:
         """Measures by class."""
-        found: dict[str, Mapping[str, Any]] = dict(self.values.get("classes") or self.values.get("label_scores") or {})
+        found: dict[str, Mapping[str, Any]] = dict(self.content.get("classes") or self.content.get("label_scores") or {})
         return found
-
-    @property
-    def _totals(self) -> Mapping[str, Any]:
-        totals: Mapping[str, Any] = self.values.get("totals", self.values)
-        return totals
 
     def __repr__(self) -> str:
         overall = "-" if self.overall is None else f"{self.overall:.4f}"

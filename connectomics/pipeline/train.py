@@ -24,7 +24,7 @@ from connectomics.progress import Progress
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-    from connectomics.lightning.machine import Machine
+    from connectomics.lightning.devices import Machine
     from connectomics.lightning.module import ConnectomicsModule
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ def train(
     import torch
 
     from connectomics.lightning.checkpoints import check_resumable
+    from connectomics.lightning.devices import is_first_process, set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
-    from connectomics.lightning.machine import is_first_process, set_threads, this_machine
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state, require_run_folder
 
@@ -127,7 +127,7 @@ def train(
 
 def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite: bool) -> str | Path | None:
     """The checkpoint to resume from, None to start; refuses to replace the checkpoints of another run."""
-    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
 
     if checkpoint is not None and resume:
@@ -174,7 +174,7 @@ def _fit(
 ) -> pl.Trainer:
     """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
-    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.trainer import build_trainer
 
@@ -204,7 +204,7 @@ def _fit(
 def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:
     """The data module of the configuration, set up; leaves its split in the run's folder wherever it came from."""
     from connectomics.data.datamodule import CellMapDataModule
-    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.devices import is_first_process
 
     data = CellMapDataModule(config, folder, progress)
     data.setup("fit")
@@ -254,7 +254,7 @@ class _LateFile(logging.FileHandler):
 @contextmanager
 def _log_file(path: Path | None) -> Iterator[None]:
     """Also write what is logged (and warned of) to a file, line by line, of the first process."""
-    from connectomics.lightning.machine import is_first_process
+    from connectomics.lightning.devices import is_first_process
 
     if path is None or not is_first_process():
         yield

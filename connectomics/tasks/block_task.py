@@ -80,7 +80,7 @@ class BlockWorker(ABC):
 class BlockTask(ABC):
     """A frozen dataclass of plain values (JSON) that says everything its output depends on.
 
-    A subclass has a ``kind`` of its own and is told to `connectomics.cli.task_kinds`, so that a stored task can be run
+    A subclass has a ``kind`` of its own and is told to `connectomics.pipeline.run_task`, so that a stored task can be run
     again by ``pytc run-task``.
     """
 

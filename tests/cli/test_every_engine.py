@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.cli.task_kinds import TASK_KINDS
+from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.config.schema import (
     DataConfig,
     DatasetConfig,

@@ -1,4 +1,4 @@
-"""Ctrl-C: what is said is true for each verb, and what is said of a training goes on with it."""
+"""Ctrl-C: the message is true for each verb, and the command it names for a training resumes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 
-from connectomics.cli import main
-from connectomics.cli.interrupts import GOES_ON, what_is_kept
+from connectomics.cli import _after_interrupt, main
 from connectomics.lightning import trainer as trainer_module
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.pipeline.runs import open_run
@@ -55,12 +54,12 @@ def test_the_command_that_is_named_goes_on_with_the_run(
     run, last = tmp_path / "my run", tmp_path / "my run/checkpoints/last.ckpt"
     with ctrl_c_in(epoch=0):
         assert main(command) == 130
-    assert last_line(capsys) == "interrupted; nothing is kept yet: run the same command again"
+    assert last_line(capsys) == "interrupted before the first checkpoint: rerun the same command"
     with ctrl_c_in(epoch=1):
         assert main(command) == 130
     assert open_run(run).state.name == "interrupted"
     said = last_line(capsys)
-    again = shlex.split(said.removeprefix("interrupted; to go on: pytc "))
+    again = shlex.split(said.removeprefix("interrupted; to resume: pytc "))
     assert again[-4:] == ["--run-dir", str(run), "--checkpoint", str(last)]
     assert read_checkpoint(last)["epoch"] == 0
     assert main(again) == 0
@@ -77,29 +76,29 @@ def test_one_command_begins_goes_on_and_has_nothing_left_to_do(
         assert main([*command, "--resume"]) == 130
     said = capsys.readouterr().err
     assert "it has no checkpoint" in said
-    assert said.splitlines()[-1] == f"interrupted; run the same command again: it goes on from {last}"
+    assert said.splitlines()[-1] == f"interrupted; rerun the same command to resume from {last}"
     for _ in range(2):
         assert main([*command, "--resume"]) == 0
-        assert f"going on from {last}" in capsys.readouterr().err
+        assert f"resuming {last}" in capsys.readouterr().err
         assert read_checkpoint(last)["epoch"] == 1
     assert open_run(tmp_path / "my run").epochs == 2
     assert main(command) == 1  # without --resume another run would take its place
-    assert "holds a run; go on with it by --resume" in last_line(capsys)
+    assert "holds a run; resume it with --resume" in last_line(capsys)
     for wrong in (["--checkpoint", str(last)], []):
         where = command if wrong else command[:-2]
         assert main([*where, "--resume", *wrong]) == 1
-        assert "--resume goes on" in last_line(capsys)
+        assert "--resume" in last_line(capsys)
 
 
 def test_what_is_said_is_true_for_the_verb() -> None:
     """Which verbs go on is shown by the tests of each; ingest and demo refuse what they find."""
     for verb in ("fetch", "predict", "decode", "measure", "mesh", "run-task", "tune", "export"):
-        assert what_is_kept(["-v", verb, "x"]) == GOES_ON
-    assert "with --resume beside --overwrite" in what_is_kept(["predict", "a.yaml", "--overwrite"])
+        assert _after_interrupt(["-v", verb, "x"]) == "interrupted; rerun the same command to resume"
+    assert "add --resume to --overwrite" in _after_interrupt(["predict", "a.yaml", "--overwrite"])
     for verb in ("evaluate", "score", "report", "plan", "describe"):
-        assert "nothing half-done is kept" in what_is_kept([verb])
-    assert "leave those out" in what_is_kept(["ingest"])
-    assert "--overwrite" in what_is_kept(["demo"])
+        assert "nothing unfinished was kept" in _after_interrupt([verb])
+    assert "leave those out" in _after_interrupt(["ingest"])
+    assert "--overwrite" in _after_interrupt(["demo"])
 
 
 def test_a_verb_ends_with_its_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,9 +107,9 @@ def test_a_verb_ends_with_its_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     def pressed(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluation, "evaluate_labels", pressed)
+    monkeypatch.setattr(evaluation, "evaluate", pressed)
     assert main(["evaluate", "labels", "root"]) == 130
-    assert last_line(capsys) == "interrupted; nothing half-done is kept: run the same command again"
+    assert last_line(capsys) == "interrupted; nothing unfinished was kept: rerun the same command"
 
 
 def test_an_interrupted_ingest_keeps_what_was_finished(

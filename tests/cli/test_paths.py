@@ -189,7 +189,7 @@ def test_files_that_the_documents_name_are_written_there(way: Way, tmp_path: Pat
 
 @pytest.mark.parametrize("file", sorted(CLI.glob("*.py")), ids=lambda file: file.stem)
 def test_every_path_of_the_command_line_is_made_in_one_place(file: Path) -> None:
-    """An option that is a `Path` and not made by `connectomics.cli.paths` would take a URL for a folder."""
+    """An option that is a `Path` and not made by `connectomics.cli.options` would take a URL for a folder."""
     kinds = {"OutOption", "OutArgument", "InOption", "InArgument"}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated":

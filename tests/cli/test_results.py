@@ -15,7 +15,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_instances, read_labels
-from connectomics.cli import main, progress
+from connectomics.cli import main, terminal
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import create_multiscale, ensure_group
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, ZarrArray
@@ -302,8 +302,8 @@ def test_half_written_labels_and_probabilities_are_refused(
 def test_progress_in_a_log_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_EVERY", 0.0)
-    with progress.counted("scoring") as advance:
+    monkeypatch.setattr(terminal, "_EVERY", 0.0)
+    with terminal.counted("scoring") as advance:
         advance(1, 3, "crop1/mito")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "scoring ..."
@@ -313,6 +313,6 @@ def test_progress_in_a_log_is_a_line_now_and_then(
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    with progress.counted("scoring") as advance:
+    with terminal.counted("scoring") as advance:
         advance(2, 3, "crop1/mito")
     assert "scoring: " in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.cli.task_kinds import load_task
+from connectomics.pipeline.run_task import load_task
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
 from connectomics.decoding.affinities.compare import difference
 from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
-from connectomics.cli.task_kinds import load_task
+from connectomics.pipeline.run_task import load_task
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
 from connectomics.decoding.parameters import DecodeParameters

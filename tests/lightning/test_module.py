@@ -21,8 +21,8 @@ from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
 from connectomics.lightning.checkpoints import load_module, read_checkpoint
 from connectomics.lightning.class_counts import ClassCounts
-from connectomics.lightning.counts import PooledCounts
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.pooled_counts import PooledCounts
 from connectomics.lightning.trainer import build_trainer
 from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import MadeUpCrop, MadeUpData, Patches, tiny_config

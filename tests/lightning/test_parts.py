@@ -17,11 +17,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 
 from connectomics.config.schema import OptimizerConfig, SchedulerConfig
 from connectomics.errors import ConfigError
-from connectomics.lightning.callbacks import BestCheckpoint, PlainProgress, RandomState, random_state, set_random_state
-from connectomics.lightning.loggers import MetricsTable
-from connectomics.lightning.machine import Machine, choose_machine, cpu_has_bfloat16, is_first_process, set_threads
+from connectomics.lightning.callbacks import BestCheckpoint
+from connectomics.lightning.devices import Machine, choose_machine, cpu_has_bfloat16, is_first_process, set_threads
+from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane, panel
+from connectomics.lightning.resuming import RandomState, random_state, set_random_state
+from connectomics.lightning.timing import PlainProgress
 from connectomics.lightning.trainer import build_trainer
 from tests.lightning.synthetic_run import tiny_config
 

@@ -23,8 +23,8 @@ from connectomics.decoding.watershed.heads import HeadValues
 from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
+from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.val_score import ChallengeScore
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
 from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import VOXEL, MadeUpData, label_codes, tiny_config

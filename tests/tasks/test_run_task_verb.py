@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from connectomics.cli.app import app
-from connectomics.cli.task_kinds import TASK_KINDS, load_task
+from connectomics.pipeline.run_task import TASK_KINDS, load_task
 from connectomics.errors import BlocksFailedError, ConnectomicsError
 from tests.tasks.kit import CubeTask
 
