@@ -8,6 +8,7 @@ The rooms and arrows are read from the code, so that the picture is true for the
 from __future__ import annotations
 
 import ast
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -81,7 +82,7 @@ def draw(axes: Axes) -> None:
                     rows.append("")
                 rows[-1] += f"{word} "
             axes.text(x + 0.15, y + height - 0.48, "\n".join(rows[:2]), fontsize=8, va="top", color="#333")
-    for number, ((one, _), (other, _)) in enumerate(zip(WAY, WAY[1:], strict=False)):
+    for number, ((one, _), (other, _)) in enumerate(pairwise(WAY)):
         start, end = places[one], places[other]
         axes.annotate(
             "",
