@@ -37,7 +37,7 @@ def requirements() -> list[str]:
 
 
 def resolve(python: str, platform: str, wheels: Path) -> str:
-    """Return what pip finds for a Python and a platform: "N packages", or the line that says why there is no solution."""
+    """Return "N packages", or the line in which pip says why there is no solution."""
     tags = [word for tag in PLATFORMS[platform] for word in ("--platform", tag)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
