@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ def resolve(python: str, platform: str, wheels: Path) -> str:
         done = subprocess.run(
             [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--quiet",
              "--only-binary=:all:", "--python-version", python, *tags, "--target", folder, "--report", str(report),
-             "--find-links", str(wheels), "--constraint", str(ROOT / "constraints.txt"), *requirements()],
-            capture_output=True, text=True, check=False,
+             "--find-links", str(wheels), *requirements()],
+            capture_output=True, text=True, check=False, env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")},
         )  # fmt: skip
         if done.returncode == 0:
             return f"{len(json.loads(report.read_text(encoding='utf-8'))['install'])} packages"

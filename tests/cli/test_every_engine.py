@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.config.schema import (
     DataConfig,
     DatasetConfig,
@@ -29,6 +28,7 @@ from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.morphology import ContactSpec, mesh_tasks
 from connectomics.morphology.measure import measure_tasks
 from connectomics.pipeline.predict import prediction_tasks
+from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import BlockTask
 from tests.cellmap.roots import grid_of, write_label, write_raw

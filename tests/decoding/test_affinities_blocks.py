@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.pipeline.run_task import load_task
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
 from connectomics.decoding.affinities.compare import difference
 from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances
@@ -22,6 +21,7 @@ from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, IncompleteError, InputError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.write import update_attrs
+from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 from tests.decoding.affinity_kit import OFFSETS, SIZE, cells, noisy, read_labels, write_prediction
 from tests.trees import contents

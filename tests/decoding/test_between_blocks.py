@@ -13,7 +13,6 @@ from scipy import ndimage
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
-from connectomics.pipeline.run_task import load_task
 from connectomics.decoding.blocks.components import ComponentsTask
 from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
 from connectomics.decoding.parameters import DecodeParameters
@@ -22,6 +21,7 @@ from connectomics.errors import BlocksFailedError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 
 KINDS = {"cc3d": ComponentsTask, "watershed": WatershedTask}

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from connectomics.cli.app import app
-from connectomics.pipeline.run_task import TASK_KINDS, load_task
 from connectomics.errors import BlocksFailedError, ConnectomicsError
+from connectomics.pipeline.run_task import TASK_KINDS, load_task
 from tests.tasks.kit import CubeTask
 
 
