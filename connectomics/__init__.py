@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.train import train
     from connectomics.pipeline.validate import validate
 
-__version__ = "0.1.0"
+    __version__: str
 
 #: Name -> module that defines it.
 _FRONT_DOOR = {
@@ -95,6 +95,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("connectomics-cellmap")
+        except PackageNotFoundError:  # imported from a folder that is not installed
+            return "0+unknown"
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module 'connectomics' has no attribute {name!r}")
     value = getattr(import_module(f"connectomics.{_FRONT_DOOR[name]}"), name)

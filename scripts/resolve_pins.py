@@ -4,20 +4,23 @@
     python scripts/resolve_pins.py                       # all
     python scripts/resolve_pins.py --python 3.13 --platform linux-x86_64
 
-pip resolves the dependencies of pyproject.toml under constraints.txt with wheels only, and installs nothing. The exit
-status is 1 if a combination has no solution.
+pip looks for a wheel of every pinned package that the dependencies of pyproject.toml lead to, and installs nothing. The
+exit status is 1 if a combination lacks one. Run it in the project's environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import tomllib
+from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
@@ -31,10 +34,32 @@ PLATFORMS = {
 SOURCE_ONLY = ("antlr4-python3-runtime==4.9.3",)
 
 
-def requirements() -> list[str]:
-    """Return the dependencies of the package, without extras."""
+def pinned(python: str, platform: str) -> list[str]:
+    """Return the pins of everything that the package needs, without extras: its dependencies, theirs, and so on.
+
+    Dependencies are those of the installed packages, with markers evaluated for the target. CUDA packages, which torch
+    adds on Linux, belong to the build of torch and not to our pins.
+    """
+    system = "Darwin" if platform.startswith("macos") else "Linux"
+    environment = {
+        "python_version": python, "python_full_version": f"{python}.0", "platform_system": system, "extra": "",
+        "sys_platform": system.lower(), "platform_machine": platform.partition("-")[2],
+    }  # fmt: skip
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        name, equals, _ = line.partition("==")
+        if equals:
+            pins[canonicalize_name(name)] = line.strip()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return list(project["dependencies"])
+    left, found = [Requirement(text) for text in project["dependencies"]], set()
+    while left:
+        requirement = left.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or name not in pins or (requirement.marker and not requirement.marker.evaluate(environment)):
+            continue
+        found.add(name)
+        left += [Requirement(text) for text in metadata.requires(name) or ()]
+    return [pins[name] for name in sorted(found)]
 
 
 def resolve(python: str, platform: str, wheels: Path) -> str:
@@ -43,14 +68,14 @@ def resolve(python: str, platform: str, wheels: Path) -> str:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         done = subprocess.run(
-            [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--quiet",
+            [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "-qq", "--no-deps",
              "--only-binary=:all:", "--python-version", python, *tags, "--target", folder, "--report", str(report),
-             "--find-links", str(wheels), *requirements()],
-            capture_output=True, text=True, check=False, env={**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")},
+             "--find-links", str(wheels), *pinned(python, platform)],
+            capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode == 0:
             return f"{len(json.loads(report.read_text(encoding='utf-8'))['install'])} packages"
-    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR: No matching")]
     return f"no solution: {lines[-1] if lines else done.stderr[-200:]}"
 
 

@@ -146,8 +146,8 @@ def test_troubleshooting_has_the_messages_of_the_code() -> None:
 @pytest.mark.slow
 def test_the_site_is_built_of_itself(tmp_path: Path) -> None:
     """Strictly: no page without a place, no link or anchor into nothing; and nothing is loaded from elsewhere."""
-    pytest.importorskip("material", reason="the site needs pip install 'connectomics[docs]'")
-    pytest.importorskip("mkdocstrings", reason="the site needs pip install 'connectomics[docs]'")
+    pytest.importorskip("material", reason="the site needs pip install 'connectomics-cellmap[docs]'")
+    pytest.importorskip("mkdocstrings", reason="the site needs pip install 'connectomics-cellmap[docs]'")
     built = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path / "site")],
         capture_output=True,

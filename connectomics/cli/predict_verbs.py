@@ -255,7 +255,7 @@ def mesh(
     dry_run: DryRun = False,
 ) -> None:
     """Write a closed surface of every instance (world coordinates in nm, x y z), in bounded memory. Rerun the same
-    command to resume. Needs pip install 'connectomics[mesh]'.
+    command to resume. Needs pip install 'connectomics-cellmap[mesh]'.
 
     Examples:
 

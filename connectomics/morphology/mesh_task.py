@@ -128,7 +128,7 @@ class MeshTask(BlockTask):
             import zmesh  # noqa: F401
         except ImportError as error:
             raise InputError(
-                "meshes need zmesh, which is not installed; run pip install 'connectomics[mesh]'"
+                "meshes need zmesh, which is not installed; run pip install 'connectomics-cellmap[mesh]'"
             ) from error
         if self.ids and BOXES not in self.stages:
             self._objects()  # an id that is not there is said before anything is written

@@ -92,9 +92,13 @@ def examine(folder: Path, *, s3: str | None = None) -> Iterator[Finding]:
 
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
-    good = (3, 11) <= tuple(int(v) for v in python.split(".")[:2]) <= (3, 12)
-    advice = "" if good else "make an environment with Python 3.11 or 3.12"
+    good = (3, 11) <= tuple(int(v) for v in python.split(".")[:2]) <= (3, 14)
+    advice = "" if good else "create an environment with Python 3.11 to 3.14"
     yield Finding("Python", python, "ok" if good else "problem", advice)
+    if _version("connectomics") is not None:
+        advice = "pip uninstall connectomics, then install connectomics-cellmap again"
+        found = "another package of the same import name is installed: connectomics"
+        yield Finding("name", found, "problem", advice)
     there = {name: _version(name) for name in _CORE}
     lacking = [name for name, version in there.items() if version is None]
     if lacking:
@@ -103,7 +107,7 @@ def _versions() -> Iterator[Finding]:
     for extra, names in _EXTRAS.items():
         absent = [name for name in names if _version(name) is None]
         found = f"missing: {', '.join(absent)}" if absent else "installed"
-        yield Finding(f"extra {extra}", found, "ok", f"pip install 'connectomics[{extra}]' to use it" if absent else "")
+        yield Finding(f"extra {extra}", found, "ok", f"pip install 'connectomics-cellmap[{extra}]' to use it" if absent else "")
 
 
 def _version(name: str) -> str | None:

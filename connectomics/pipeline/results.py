@@ -138,8 +138,8 @@ class Scores(Mapping[str, Any]):
     @cached_property
     def classes(self) -> dict[str, Mapping[str, Any]]:
         """Measures by class."""
-        found: dict[str, Mapping[str, Any]] = dict(self.content.get("classes") or self.content.get("label_scores") or {})
-        return found
+        rows: Mapping[str, Any] = self.content.get("classes") or self.content.get("label_scores") or {}
+        return dict(rows)
 
     def __repr__(self) -> str:
         overall = "-" if self.overall is None else f"{self.overall:.4f}"

@@ -299,7 +299,7 @@ def _optuna() -> Any:
         import optuna
     except ImportError as error:
         raise MissingError(
-            "tuning needs Optuna, which is not installed; run pip install 'connectomics[tune]'"
+            "tuning needs Optuna, which is not installed; run pip install 'connectomics-cellmap[tune]'"
         ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -80,8 +80,8 @@ class BlockWorker(ABC):
 class BlockTask(ABC):
     """A frozen dataclass of plain values (JSON) that says everything its output depends on.
 
-    A subclass has a ``kind`` of its own and is told to `connectomics.pipeline.run_task`, so that a stored task can be run
-    again by ``pytc run-task``.
+    A subclass has its own ``kind``, which `connectomics.pipeline.run_task` lists, so that ``pytc run-task`` can run a
+    stored task again.
     """
 
     kind: ClassVar[str]

@@ -49,7 +49,7 @@ class DaskEngine(Engine):
             import distributed  # noqa: F401
         except ImportError as error:
             raise EngineError(
-                "engine.name=dask needs Dask, which is not installed: pip install 'connectomics[cluster]'"
+                "engine.name=dask needs Dask, which is not installed: pip install 'connectomics-cellmap[cluster]'"
             ) from error
         self._config, self._device, self.attempts = config, device, config.attempts
         self._stack = contextlib.ExitStack()
@@ -103,7 +103,7 @@ def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
         import dask_jobqueue
     except ImportError as error:
         raise EngineError(
-            f"engine.cluster={config.cluster} needs dask-jobqueue: pip install 'connectomics[cluster]'"
+            f"engine.cluster={config.cluster} needs dask-jobqueue: pip install 'connectomics-cellmap[cluster]'"
         ) from error
     command = _QUEUES[config.cluster]
     if shutil.which(command) is None:

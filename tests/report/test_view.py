@@ -150,7 +150,7 @@ def test_labels_are_not_shown_as_probabilities_nor_these_as_labels(
 
 
 def test_a_port_that_is_taken_is_one_line(cube: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics[view]'")
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

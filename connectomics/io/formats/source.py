@@ -140,7 +140,7 @@ def optional(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingError(
-            f"reading this format needs {package}, which is not installed: pip install 'connectomics[formats]'"
+            f"reading this format needs {package}, which is not installed: pip install 'connectomics-cellmap[formats]'"
         ) from error
 
 

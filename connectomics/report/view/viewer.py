@@ -69,7 +69,7 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
     try:
         import neuroglancer
     except ImportError as error:
-        raise MissingError("neuroglancer is not installed: pip install 'connectomics[view]'") from error
+        raise MissingError("neuroglancer is not installed: pip install 'connectomics-cellmap[view]'") from error
     try:
         server = VolumeServer(layers.roots, layers.made, address)
     except OSError as error:  # a name that is none, an address of another machine
