@@ -107,7 +107,9 @@ def _versions() -> Iterator[Finding]:
     for extra, names in _EXTRAS.items():
         absent = [name for name in names if _version(name) is None]
         found = f"missing: {', '.join(absent)}" if absent else "installed"
-        yield Finding(f"extra {extra}", found, "ok", f"pip install 'connectomics-cellmap[{extra}]' to use it" if absent else "")
+        yield Finding(
+            f"extra {extra}", found, "ok", f"pip install 'connectomics-cellmap[{extra}]' to use it" if absent else ""
+        )
 
 
 def _version(name: str) -> str | None:

@@ -58,3 +58,13 @@ def test_problems_make_the_exit_status(
     monkeypatch.setattr(doctor, "_memory", lambda: Finding("memory", "none", "problem", "buy some"))
     assert main(["doctor", "--at", str(tmp_path)]) == 1
     assert "X memory: none\n    -> buy some" in capsys.readouterr().out
+
+
+def test_another_package_of_the_same_import_name_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "name" not in {f.what for f in doctor._versions()}
+    about = tmp_path / "connectomics-0.5.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: connectomics\nVersion: 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = [f for f in doctor._versions() if f.what == "name"]
+    assert (found.level, "pip uninstall connectomics" in found.advice) == ("problem", True)
