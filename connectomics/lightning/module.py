@@ -16,8 +16,8 @@ from torch import Tensor
 import connectomics
 from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
+from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import views_of
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, view_names
 from connectomics.errors import ConfigError, unknown_name

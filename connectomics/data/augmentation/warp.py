@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.spatial.mapping import CoordinateMap, Floats
+from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
 from connectomics.errors import InputError
 from connectomics.geometry import triple
 
@@ -116,7 +116,7 @@ def _copy(
     codes: NDArray[np.unsignedinteger],
 ) -> None:
     """Whole voxels: strided copies of what lies in the blocks. Image voxel i is raw voxel ``start + rise @ i``."""
-    from connectomics.data.spatial import warp_kernels as kernels
+    from connectomics.data.augmentation import warp_kernels as kernels
 
     tiles = _tiles(rise, image.shape)
     low, high = _part(start, rise, arrays.raw.shape, image.shape)
@@ -196,7 +196,7 @@ def _interpolate(
     image: NDArray[np.float32],
     codes: NDArray[np.unsignedinteger],
 ) -> None:
-    from connectomics.data.spatial import warp_kernels as kernels
+    from connectomics.data.augmentation import warp_kernels as kernels
 
     matrix = map.outer @ map.inner
     rise = matrix * step
