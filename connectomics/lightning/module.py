@@ -36,8 +36,8 @@ from connectomics.lightning.optim import build_optimizer, check_schedule, learni
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.val_score import ChallengeScore
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
+from connectomics.models.batch_labels import labels_of
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
-from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
 
 log = logging.getLogger(__name__)

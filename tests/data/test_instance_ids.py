@@ -32,7 +32,7 @@ from connectomics.data.sampling import PatchRequest, place_patch
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import UnknownNameError
 from connectomics.geometry import VoxelGrid
-from connectomics.models.labels import labels_of
+from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import write_label, write_raw
 from tests.data.test_patch_reader import SPATIAL
 

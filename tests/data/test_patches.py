@@ -19,7 +19,7 @@ from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.normalization import Normalization
-from connectomics.models.labels import labels_of
+from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
 
