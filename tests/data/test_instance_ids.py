@@ -20,7 +20,6 @@ from connectomics.data.augmentation import (
     IntensityAugmentor,
     PatchAugmentor,
     build_augmentor,
-    sample_reference,
 )
 from connectomics.data.cache import cache_key, forecast, prepare
 from connectomics.data.datamodule import CellMapDataModule
@@ -35,6 +34,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import write_label, write_raw
 from tests.data.test_patch_reader import SPATIAL
+from tests.data.warp_reference import sample_reference
 
 CLASSES = ["mito", "er", "cell"]
 INSTANCES = ("cell", "mito")

@@ -337,7 +337,7 @@ def test_stripes_stay_over_the_sections_they_should() -> None:
 def test_charging_is_a_spot_of_the_radius_asked_for() -> None:
     flat = torch.full((1, 61, 61, 61), 0.2)
     numbers: dict[str, Any] = {"radii": [[2.0, 5.0, 5.0]], "halo": [1.0], "heights": [0.5], "centers": [[30, 30, 30]]}
-    added = (operations.charging(flat.clone(), **numbers) - flat)[0].double()
+    added = (KINDS["charging"].apply(flat.clone(), **numbers) - flat)[0].double()
     assert float(added.max()) == pytest.approx(0.5, abs=1e-6) == float(added[30, 30, 30])
     position = torch.arange(61) - 30.0
     for axis, radius in enumerate((2.0, 5.0, 5.0)):
@@ -372,7 +372,7 @@ def test_missing_sections_are_as_many_as_drawn_and_whole() -> None:
 
 def test_missing_sections_may_be_copies_of_the_nearest_left() -> None:
     image = texture()
-    result = operations.missing_sections(image.clone(), [0, 5, 6, 7], "copy")
+    result = KINDS["missing_sections"].apply(image.clone(), [0, 5, 6, 7], "copy")
     for at, source in ((0, 1), (5, 4), (6, 4), (7, 8)):
         assert torch.equal(result[:, at], image[:, source])
     kept = [z for z in range(24) if z not in (0, 5, 6, 7)]
@@ -411,7 +411,7 @@ def test_shifted_sections_keep_image_and_codes_registered() -> None:
 
 def test_vacated_voxels_repeat_the_edge() -> None:
     image = texture()
-    result = operations.shift_image(image.clone(), 3, 2, (4, -5))
+    result = KINDS["shifted_sections"].apply(image.clone(), 3, 2, (4, -5))
     assert torch.equal(result[0, 3, :4, 0], image[0, 3, 0, 5].expand(4))
     assert torch.equal(result[0, 4, 10, -5:], image[0, 4, 6, -1].expand(5))
 

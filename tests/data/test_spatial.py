@@ -18,10 +18,10 @@ from connectomics.data.augmentation import (
     PatchAugmentor,
     SpatialAugmentor,
     sample,
-    sample_reference,
 )
 from connectomics.data.augmentation.elastic_field import draw_field, gaussian_kernel, standard_deviation
 from connectomics.errors import ConfigError, InputError
+from tests.data.warp_reference import sample_reference
 
 STATES = LabelStates(("a",), np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.uint64))
 BOTH = {"keys": ["image", "label"]}

@@ -12,7 +12,7 @@ from connectomics.data.augmentation.intensity_kinds import KINDS
 from connectomics.data.augmentation.monai_transforms import Augmentor, GivenAugmentor, agree, build_augmentor
 from connectomics.data.augmentation.patch_augmentor import PatchAugmentor
 from connectomics.data.augmentation.spatial_augmentor import SpatialAugmentor
-from connectomics.data.augmentation.warp import sample, sample_reference
+from connectomics.data.augmentation.warp import sample
 
 __all__ = [
     "KINDS",
@@ -28,5 +28,4 @@ __all__ = [
     "build_augmentor",
     "recognize",
     "sample",
-    "sample_reference",
 ]
