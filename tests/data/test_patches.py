@@ -103,7 +103,7 @@ def test_augmentation_is_reproducible() -> None:
         ({"RandFlipd": {"keys": ["imagge"]}}, UnknownNameError, "did you mean 'image'"),
         ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is missing"),
         ({"RandFlipd": 0.5}, ConfigError, "RandFlipd: the arguments must be keys and values"),
-        ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "as long on both"),
+        ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "same length on both"),
         ({"RandGaussianSmoothd": {"keys": ["image"], "prob": "x"}}, ConfigError, "RandGaussianSmoothd"),
     ],
 )

@@ -679,7 +679,7 @@ class TestInNanometers:
             return SpatialAugmentor.split(config, (16, 16, 16), voxel_size=(30.0, 8.0, 8.0))[0]
 
         assert split([[1, 2]]) is not None
-        with pytest.raises(ConfigError, match=r"turns axes \(0, 1\), whose voxels are 30 and 8 nm long"):
+        with pytest.raises(ConfigError, match=r"rotates axes \(0, 1\), whose voxels are 30 and 8 nm long"):
             split([[1, 2], [0, 1]])
 
     @pytest.mark.parametrize(

@@ -32,6 +32,17 @@ def test_listing_names_every_network_and_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_monai_is_imported_for_monai_networks_only() -> None:
+    code = (
+        "import sys, torch, connectomics.models.fusion, connectomics.models.heads; "
+        "from connectomics.models import build_model, register_model; "
+        "register_model('own', lambda in_channels, out_channels: torch.nn.Conv3d(in_channels, out_channels, 1), 'x'); "
+        "build_model('own', 1, 2); assert 'monai' not in sys.modules; "
+        "build_model('unet', 1, 2); assert 'monai' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("name", sorted(TINY))
 def test_each_network_takes_a_training_step(name: str) -> None:
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -188,6 +189,8 @@ def _follow_label(transform: Any) -> bool:
 
     Returns False if it is not a MONAI transform. It stays the same object, with the same random state.
     """
+    if "monai.transforms" not in sys.modules:  # a MONAI transform would have imported it
+        return False
     from monai.transforms import Compose, MapTransform, Transform
 
     if isinstance(transform, Compose):
@@ -270,12 +273,13 @@ def _build(name: str, arguments: dict[str, Any], patch_size: Sequence[int]) -> l
     variants = [_with_modes(kind, {**arguments, "keys": keys}, allowed)]
     if kind == "RandRotate90d":
         given = list(arguments["spatial_axes"]) if arguments.get("spatial_axes") is not None else [0, 1]
-        planes = [tuple(plane) for plane in (given if is_sequence(given[0]) else [given])]
+        pairs: list[Any] = given if is_sequence(given[0]) else [given]
+        planes = [tuple(pair) for pair in pairs]
         for a, b in planes:
             if patch_size[a] != patch_size[b]:
                 raise ConfigError(
-                    f"data.augmentations.{name} turns axes {(a, b)}, which needs a patch as long on both; "
-                    f"data.patch_size is {list(patch_size)}: leave that plane out of spatial_axes"
+                    f"data.augmentations.{name} rotates axes {(a, b)}, which needs a patch of the same length on both, "
+                    f"got data.patch_size {list(patch_size)}; remove that plane from spatial_axes"
                 )
         variants = [{**variants[0], "spatial_axes": plane} for plane in planes]
     try:

@@ -169,7 +169,7 @@ class RightAngle(SpatialTransform):
             first, second = frame.voxel_size[a], frame.voxel_size[b]
             if first != second:
                 raise ConfigError(
-                    f"turns axes ({a}, {b}), whose voxels are {first:g} and {second:g} nm long, which would stretch "
+                    f"rotates axes ({a}, {b}), whose voxels are {first:g} and {second:g} nm long, which would stretch "
                     "the tissue; remove that plane from spatial_axes"
                 )
 
