@@ -28,7 +28,7 @@ from pathlib import Path
 from data_roots import FOURTEEN, THREE, one_large_crop
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.bench import ensure_environment
 from connectomics.data.bench.meter import median_ratio
 from connectomics.data.bench.peer import OUR_AUGMENTED, Peer, compare

@@ -22,7 +22,7 @@ from data_roots import forty_crops
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.bench.loader_run import worker_pids
 from connectomics.data.bench.meter import private_mb
 from connectomics.data.cache import prepare

@@ -33,7 +33,7 @@ def answer(words: list[str], cwd: str, said: str) -> None:
 
 def main() -> None:
     import connectomics.lightning.module
-    import connectomics.models.networks  # noqa: F401
+    import connectomics.models.monai_networks  # noqa: F401
 
     gc.freeze()  # no collection in a fork has to go through (and so copy) what was imported here
     for line in iter(sys.stdin.readline, ""):

@@ -16,7 +16,7 @@ from data_roots import FOURTEEN, one_large_crop
 
 from connectomics.config import RunConfig
 from connectomics.data.bench.peer import OUR_AUGMENTED
-from connectomics.models.labels import PackedLabels
+from connectomics.models.batch_labels import PackedLabels
 from connectomics.models.losses import build_loss
 from connectomics.phantom import PHANTOM_CLASSES
 from gpu_sections.device import peak_gb, reset_peak, wait

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from connectomics.models.labels import DenseLabels
+from connectomics.models.batch_labels import DenseLabels
 from connectomics.models.losses import build_loss
 from connectomics.models.registry import build_model
 

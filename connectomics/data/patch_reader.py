@@ -10,10 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, sample
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, place_known, place_patch, tilings
-from connectomics.data.spatial import CoordinateMap, sample
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
 

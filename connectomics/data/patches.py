@@ -1,7 +1,7 @@
 """A patch as it travels from a loader worker to the device, and batches of them.
 
 Labels travel packed: one small code a voxel and a table of what the codes mean, a byte or two a voxel however many
-classes there are. They are unpacked on the device, class by class, where the loss needs them (`models.labels`).
+classes there are. They are unpacked on the device, class by class, where the loss needs them (`models.batch_labels`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where things are: boxes and voxel grids in nanometres, z y x, float64."""
+"""Where things are: boxes and voxel grids in nanometers, z y x, float64."""
 
 from connectomics.geometry.grid import Box, Index, Triple, VoxelGrid, triple
 

@@ -1,9 +1,9 @@
-"""`Box` and `VoxelGrid`: the two value types in which the whole program speaks of places.
+"""`Box` and `VoxelGrid`: the two value types for places in the world.
 
-Conventions, everywhere and without exception:
+Conventions, without exception:
 
-- axes are z, y, x; lengths and positions are nanometres in float64, never rounded;
-- a grid's ``translation`` is the **centre** of its first voxel (as in OME-NGFF and the challenge's crop table), so
+- axes are z, y, x; lengths and positions are nanometers in float64, never rounded;
+- a grid's ``translation`` is the **center** of its first voxel (as in OME-NGFF and the challenge's crop table), so
   voxel i covers ``[translation + (i - 1/2) * voxel_size, translation + (i + 1/2) * voxel_size)``;
 - a box's ``begin`` and ``end`` are faces, so a grid's box starts half a voxel before its translation.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,23 +23,22 @@ from connectomics.errors import InputError
 Triple = tuple[float, float, float]
 Index = tuple[int, int, int]
 
-# Positions of nominally equal faces differ by rounding of decimal voxel sizes (2.62, 1.74); a thousandth of a voxel is
-# far above that rounding and far below anything that matters.
+# voxels: faces that are nominally equal differ by the rounding of decimal voxel sizes (2.62, 1.74), which is far less
 _TOLERANCE = 1e-3
 
 
 def triple(values: ArrayLike, what: str = "value") -> Triple:
-    """Three finite floats, z y x; raises `InputError` naming ``what`` otherwise."""
-    if type(values) is tuple and len(values) == 3:  # what grids and boxes hold; a patch makes a dozen of them
+    """Return three finite floats, z y x; `InputError` naming ``what`` if the values are something else."""
+    if type(values) is tuple and len(values) == 3:  # fast path: reading one patch creates a dozen grids and boxes
         z, y, x = values
         if type(z) is type(y) is type(x) is float and math.isfinite(z) and math.isfinite(y) and math.isfinite(x):
             return z, y, x
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{what} must be three numbers (z, y, x), found {values!r}") from error
+        raise InputError(f"{what} must be three numbers (z, y, x), got {values!r}") from error
     if array.shape != (3,) or not np.all(np.isfinite(array)):
-        raise InputError(f"{what} must be three finite numbers (z, y, x), found {values!r}")
+        raise InputError(f"{what} must be three finite numbers (z, y, x), got {values!r}")
     return (float(array[0]), float(array[1]), float(array[2]))
 
 
@@ -47,7 +46,7 @@ def triple(values: ArrayLike, what: str = "value") -> Triple:
 class Box:
     """An axis-aligned box in the world, nm, z y x, from the face ``begin`` to the face ``end``.
 
-    Total: a box whose end does not exceed its begin on some axis is empty, not an error.
+    A box whose end does not exceed its begin on some axis is empty, not an error.
     """
 
     begin: Triple
@@ -64,7 +63,7 @@ class Box:
 
     @property
     def center(self) -> Triple:
-        """The middle, nm."""
+        """The center, nm."""
         return triple([(b + e) / 2 for b, e in zip(self.begin, self.end, strict=True)])
 
     @property
@@ -73,26 +72,26 @@ class Box:
         return any(e <= b for b, e in zip(self.begin, self.end, strict=True))
 
     def intersect(self, other: Box) -> Box:
-        """The part in both boxes (maybe empty)."""
+        """Return the intersection of both boxes (may be empty)."""
         return Box(
             triple([max(a, b) for a, b in zip(self.begin, other.begin, strict=True)]),
             triple([min(a, b) for a, b in zip(self.end, other.end, strict=True)]),
         )
 
     def hull(self, other: Box) -> Box:
-        """The smallest box that holds both."""
+        """Return the smallest box that contains both."""
         return Box(
             triple([min(a, b) for a, b in zip(self.begin, other.begin, strict=True)]),
             triple([max(a, b) for a, b in zip(self.end, other.end, strict=True)]),
         )
 
     def grow(self, margin: ArrayLike) -> Box:
-        """Every face moved outwards by ``margin`` nm (one number or z y x; negative shrinks)."""
+        """Return the box with every face moved outwards by ``margin`` nm (one number or z y x; negative shrinks)."""
         m = np.broadcast_to(np.asarray(margin, dtype=np.float64), (3,))
         return Box(triple(np.subtract(self.begin, m)), triple(np.add(self.end, m)))
 
     def contains(self, other: Box, tolerance: float = 0.0) -> bool:
-        """Whether ``other`` lies inside, give or take ``tolerance`` nm."""
+        """Return whether ``other`` lies inside, within ``tolerance`` nm."""
         return all(b <= o + tolerance for b, o in zip(self.begin, other.begin, strict=True)) and all(
             e >= o - tolerance for e, o in zip(self.end, other.end, strict=True)
         )
@@ -107,7 +106,7 @@ class VoxelGrid:
 
     Attributes:
         voxel_size: edge lengths of a voxel, nm, z y x, positive.
-        translation: **centre** of voxel (0, 0, 0), nm, z y x.
+        translation: **center** of voxel (0, 0, 0), nm, z y x.
         shape: number of voxels, z y x; zero is allowed (an empty grid).
     """
 
@@ -118,18 +117,17 @@ class VoxelGrid:
     def __post_init__(self) -> None:
         size = triple(self.voxel_size, "VoxelGrid.voxel_size")
         if min(size) <= 0:
-            raise InputError(f"VoxelGrid.voxel_size must be positive, found {size}")
+            raise InputError(f"VoxelGrid.voxel_size must be positive, got {size}")
         shape = tuple(int(n) for n in self.shape)
         if len(shape) != 3 or min(shape) < 0 or any(int(n) != float(n) for n in self.shape):
-            raise InputError(f"VoxelGrid.shape must be three whole numbers >= 0, found {self.shape!r}")
+            raise InputError(f"VoxelGrid.shape must be three whole numbers >= 0, got {self.shape!r}")
         object.__setattr__(self, "voxel_size", size)
         object.__setattr__(self, "translation", triple(self.translation, "VoxelGrid.translation"))
         object.__setattr__(self, "shape", shape)
 
-    # -- construction ------------------------------------------------------------------------------------------------
     @classmethod
     def covering(cls, box: Box, voxel_size: ArrayLike) -> VoxelGrid:
-        """The smallest grid of ``voxel_size`` whose first face is the box's and that covers the whole box."""
+        """Return the smallest grid of ``voxel_size`` that starts at the box's first face and covers the whole box."""
         size = triple(voxel_size, "voxel_size")
         shape = [max(0, math.ceil((e - b) / s - _TOLERANCE)) for b, e, s in zip(box.begin, box.end, size, strict=True)]
         first = triple([b + s / 2 for b, s in zip(box.begin, size, strict=True)])
@@ -137,13 +135,12 @@ class VoxelGrid:
 
     @classmethod
     def centered(cls, center: ArrayLike, voxel_size: ArrayLike, shape: Sequence[int]) -> VoxelGrid:
-        """The grid of ``shape`` voxels whose box has its middle at ``center`` (nm)."""
+        """Return the grid of ``shape`` voxels whose box has its center at ``center`` (nm)."""
         size = triple(voxel_size, "voxel_size")
         mid = triple(center, "center")
         first = triple([c - (n - 1) / 2 * s for c, n, s in zip(mid, shape, size, strict=True)])
         return cls(size, first, (int(shape[0]), int(shape[1]), int(shape[2])))
 
-    # -- properties --------------------------------------------------------------------------------------------------
     @property
     def box(self) -> Box:
         """The world box that the voxels cover, from face to face."""
@@ -156,84 +153,77 @@ class VoxelGrid:
         """Number of voxels."""
         return self.shape[0] * self.shape[1] * self.shape[2]
 
-    # -- conversion --------------------------------------------------------------------------------------------------
     def to_index(self, points: ArrayLike) -> NDArray[np.float64]:
-        """World points (..., 3) in nm as fractional voxel indices (..., 3); voxel centres give whole numbers."""
+        """Return world points (..., 3) in nm as fractional voxel indices (..., 3); voxel centers give whole numbers."""
         return (np.asarray(points, dtype=np.float64) - self.translation) / self.voxel_size
 
     def to_world(self, index: ArrayLike) -> NDArray[np.float64]:
-        """Voxel indices (..., 3), whole or fractional, as world points (..., 3) in nm."""
+        """Return voxel indices (..., 3), whole or fractional, as world points (..., 3) in nm."""
         return np.asarray(index, dtype=np.float64) * self.voxel_size + self.translation
 
     def axes(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """The world positions (nm) of the voxel centres along z, y and x."""
+        """Return the world positions (nm) of the voxel centers along z, y and x."""
         z, y, x = (
             t + s * np.arange(n, dtype=np.float64)
             for t, s, n in zip(self.translation, self.voxel_size, self.shape, strict=True)
         )
         return z, y, x
 
-    # -- algebra -----------------------------------------------------------------------------------------------------
     def crop(self, begin: Sequence[int], shape: Sequence[int]) -> VoxelGrid:
-        """The grid of ``shape`` voxels that starts at voxel ``begin`` of this one (which may lie outside)."""
+        """Return the grid of ``shape`` voxels that starts at voxel ``begin`` of this one (which may lie outside)."""
         first = triple(self.to_world(np.asarray(begin)))
         return VoxelGrid(self.voxel_size, first, (int(shape[0]), int(shape[1]), int(shape[2])))
 
     def grow(self, voxels: Sequence[int] | int) -> VoxelGrid:
-        """This grid with ``voxels`` more voxels on both sides of every axis (one number or z y x)."""
+        """Return this grid with ``voxels`` more voxels on both sides of every axis (one number or z y x)."""
         v = np.broadcast_to(np.asarray(voxels, dtype=np.int64), (3,))
         shape = [max(0, int(n + 2 * k)) for n, k in zip(self.shape, v, strict=True)]
         return self.crop([-int(k) for k in v], shape)
 
     def at_voxel_size(self, voxel_size: ArrayLike) -> VoxelGrid:
-        """The grid of another voxel size that starts at the same **face** and covers the same box."""
+        """Return the grid of another voxel size that starts at the same **face** and covers the same box."""
         return VoxelGrid.covering(self.box, voxel_size)
 
     def index_range(self, box: Box) -> tuple[Index, Index]:
-        """Begin and end (exclusive) of the voxels of this lattice that touch ``box``, not clipped to the shape."""
+        """Return begin and end (exclusive) of the lattice voxels that touch ``box``, not clipped to the shape."""
         begin = np.floor((np.asarray(box.begin) - self.box.begin) / self.voxel_size + _TOLERANCE).astype(int)
         end = np.ceil((np.asarray(box.end) - self.box.begin) / self.voxel_size - _TOLERANCE).astype(int)
         return (int(begin[0]), int(begin[1]), int(begin[2])), (int(end[0]), int(end[1]), int(end[2]))
 
     def slices(self, box: Box) -> tuple[slice, slice, slice]:
-        """The slices of this grid's voxels that touch ``box``, clipped to the grid (maybe empty)."""
+        """Return the slices of the voxels that touch ``box``, clipped to the grid (may be empty)."""
         begin, end = self.index_range(box)
         lo = [min(max(0, b), n) for b, n in zip(begin, self.shape, strict=True)]
         hi = [max(low, min(e, n)) for low, e, n in zip(lo, end, self.shape, strict=True)]
         return slice(lo[0], hi[0]), slice(lo[1], hi[1]), slice(lo[2], hi[2])
 
     def blocks(self, block_shape: Sequence[int]) -> Iterator[tuple[Index, VoxelGrid]]:
-        """This grid cut into blocks, in z-y-x order: (begin index, grid of the block); border blocks are smaller."""
+        """Yield (begin index, grid) of the blocks of this grid in z-y-x order; border blocks are smaller."""
         step = [max(1, int(b)) for b in block_shape]
         for z in range(0, self.shape[0], step[0]):
             for y in range(0, self.shape[1], step[1]):
                 for x in range(0, self.shape[2], step[2]):
-                    begin = (z, y, x)
-                    shape = [min(s, n - b) for s, n, b in zip(step, self.shape, begin, strict=True)]
-                    yield begin, self.crop(begin, shape)
+                    shape = [min(s, n - b) for s, n, b in zip(step, self.shape, (z, y, x), strict=True)]
+                    yield (z, y, x), self.crop((z, y, x), shape)
 
     def same_lattice(self, other: VoxelGrid, tolerance: float = _TOLERANCE) -> bool:
-        """Whether both grids' voxels coincide where they meet (equal size, offset by whole voxels)."""
+        """Return whether the voxels of both grids coincide: the same voxel size, offset by whole voxels."""
         if not np.allclose(self.voxel_size, other.voxel_size, rtol=1e-6):
             return False
         offset = self.to_index(other.translation)
         return bool(np.all(np.abs(offset - np.round(offset)) <= tolerance))
 
     def to_dict(self) -> dict[str, list[float] | list[int]]:
-        """For JSON and array attributes: ``voxel_size``, ``translation`` (nm, z y x) and ``shape``."""
-        return {
-            "voxel_size": list(self.voxel_size),
-            "translation": list(self.translation),
-            "shape": list(self.shape),
-        }
+        """Return ``voxel_size``, ``translation`` (nm, z y x) and ``shape`` for JSON and array attributes."""
+        return {field.name: list(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> VoxelGrid:
-        """The inverse of `to_dict`; raises `InputError` where a key is absent."""
+        """Return the grid of `to_dict`; `InputError` if a key is missing."""
         try:
             return cls(data["voxel_size"], data["translation"], data["shape"])
         except KeyError as error:
-            raise InputError(f"a voxel grid needs voxel_size, translation and shape, found {sorted(data)}") from error
+            raise InputError(f"a voxel grid needs voxel_size, translation and shape, got {sorted(data)}") from error
 
     def __str__(self) -> str:
         shape = "x".join(str(n) for n in self.shape)

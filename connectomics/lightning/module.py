@@ -16,8 +16,8 @@ from torch import Tensor
 import connectomics
 from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
+from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import views_of
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, view_names
 from connectomics.errors import ConfigError, unknown_name
@@ -36,8 +36,8 @@ from connectomics.lightning.optim import build_optimizer, check_schedule, learni
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_counts import PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
+from connectomics.models.batch_labels import labels_of
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
-from connectomics.models.labels import labels_of
 from connectomics.models.losses import build_loss
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from torch import nn
 from connectomics.config import RunConfig
 from connectomics.data.dataset.build import views_of
 from connectomics.errors import InputError
-from connectomics.models.fusion import channels_for, with_views
+from connectomics.models.fusion import channels_for, with_inputs
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
 
 
@@ -26,7 +26,7 @@ def build_network(config: RunConfig, channels: int) -> nn.Module:
         options=model_options(config),
     )
     ratios = [np.divide(size, config.dataset.voxel_size).tolist() for size, _ in views]
-    return with_views(network, config.model.fusion, ratios)
+    return with_inputs(network, config.model.fusion, ratios)
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Networks by name and losses that look at known voxels only.
+"""Networks by name, losses over known voxels, and the targets of heads.
 
-Importing this package is cheap: torch and MONAI are imported when a network is built, and the losses live in
-`connectomics.models.losses`, which imports torch.
+Importing this package imports neither torch nor MONAI; `connectomics.models.losses` imports torch.
 """
 
 from connectomics.models.registry import (

@@ -1,4 +1,4 @@
-"""The losses of heads: each head's channels against the targets that are made from the ids of its class."""
+"""The losses of heads: the channels of a head against the targets computed from the instance ids of its class."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from connectomics.models.targets import head_labels
 
 
 class HeadLosses(nn.Module):
-    """Losses of all heads of a run, over known voxels only, each the mean over the channels of its head.
+    """Losses of all heads of a run over known voxels, each the mean over the channels of its head.
 
-    With deep supervision the coarser outputs learn too: from the mean of the fine voxels' targets, where all of these
-    are known, and with the weights that they have for classes (`connectomics.models.losses.MaskedLoss`).
+    With deep supervision the coarser outputs are trained on the mean of the fine targets, where all of these are
+    known, with the weights that they have for classes (`connectomics.models.losses.MaskedLoss`).
     """
 
     def __init__(self, heads: Sequence[Head]) -> None:
-        """Raises `UnknownNameError` for a loss that there is not."""
+        """Raises `UnknownNameError` if a head names an unknown loss."""
         super().__init__()
         self.heads = tuple(heads)
         self.classes = tuple(dict.fromkeys(head.class_name for head in heads))
         self.losses = nn.ModuleList(build_loss(head.losses) for head in heads)
 
     def forward(self, outputs: Sequence[Sequence[Tensor]], ids: Tensor) -> LossResult:
-        """The weighted sum, and by head's name its own loss.
+        """Return the weighted sum, and the loss of each head by its name.
 
         Args:
             outputs: for each head its logits (B, channels, D, H, W), full size first, then coarser ones.
-            ids: int32 (B, I, D, H, W), one channel for each of ``classes``.
+            ids: int32 (B, I, D, H, W), one channel per class of ``classes``.
         """
         if ids.ndim != 5 or ids.shape[1] != len(self.classes):
             raise InputError(
-                f"the heads need ids (B, {len(self.classes)}, D, H, W) of {', '.join(self.classes)}, found "
+                f"the heads need ids (B, {len(self.classes)}, D, H, W) of {', '.join(self.classes)}, got "
                 f"{tuple(ids.shape)}"
             )
         total = torch.zeros((), device=ids.device)
@@ -51,19 +51,19 @@ class HeadLosses(nn.Module):
 
 
 def split_channels(outputs: Tensor | Sequence[Tensor], sizes: Sequence[int]) -> list[list[Tensor]]:
-    """Outputs (B, C, D, H, W), one or several sizes, as lists by group of channels, each with all sizes.
+    """Split outputs (B, C, D, H, W) of one or more sizes into groups of channels, each a list of all sizes.
 
-    Split at once, so that backward joins the groups' gradients instead of adding up as many of the whole.
+    One split per size lets the backward pass join the groups' gradients instead of summing full-size ones.
     """
     levels = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     return [list(group) for group in zip(*(level.split(list(sizes), dim=1) for level in levels), strict=True)]
 
 
 def ids_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """The ids of a batch of a loader; `InputError` where it has none."""
+    """Return the instance ids of a batch of a loader; `InputError` if it has none."""
     if "ids" not in batch:
         raise InputError(
-            "a batch must have instance ids (ids: int32 (B, I, D, H, W)) to train model.heads, found "
+            "a batch must have instance ids (ids: int32 (B, I, D, H, W)) to train model.heads, got "
             f"{', '.join(map(str, batch)) or 'nothing'}"
         )
     return batch["ids"]

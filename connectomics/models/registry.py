@@ -1,9 +1,10 @@
-"""The networks that can be named in a configuration.
+"""The networks that a configuration can name: `ARCHITECTURES`, and what `register_model` adds.
 
-`list_models` and `required_multiple` answer without importing torch or MONAI; `build_model` imports them.
+`list_models` and `required_multiple` import neither torch nor MONAI; `build_model` imports torch, and MONAI only for a
+MONAI network.
 
-Every network maps an image (B, in_channels, D, H, W), float32, centered, to logits (B, out_channels, D, H, W). While
-training with deep supervision it returns a list of logits instead, the full size first, each next one coarser.
+Every network maps a centered image (B, in_channels, D, H, W), float32, to logits (B, out_channels, D, H, W). In
+training with deep supervision it returns a list of logits instead, full size first, each next one coarser.
 """
 
 from __future__ import annotations
@@ -21,49 +22,22 @@ if TYPE_CHECKING:
 
 Multiple = tuple[int, int, int]
 
-# What `build_model` itself hands to a constructor; a configuration sets these elsewhere (model.in_channels, ...).
+# arguments that `build_model` passes itself; a configuration sets these elsewhere (model.in_channels, ...)
 _RESERVED = frozenset({"self", "spatial_dims", "in_channels", "out_channels", "img_size", "deep_supervision"})
 
-# MedNeXt, table 1 of arXiv:2303.09975; expansion ratios and blocks of every stage from the top down and up again.
-MEDNEXT_SIZES: dict[str, dict[str, Any]] = {
-    "S": {
-        "encoder_expansion_ratio": (2, 2, 2, 2),
-        "decoder_expansion_ratio": (2, 2, 2, 2),
-        "bottleneck_expansion_ratio": 2,
-        "blocks_down": (2, 2, 2, 2),
-        "blocks_bottleneck": 2,
-        "blocks_up": (2, 2, 2, 2),
-    },
-    "B": {
-        "encoder_expansion_ratio": (2, 3, 4, 4),
-        "decoder_expansion_ratio": (4, 4, 3, 2),
-        "bottleneck_expansion_ratio": 4,
-        "blocks_down": (2, 2, 2, 2),
-        "blocks_bottleneck": 2,
-        "blocks_up": (2, 2, 2, 2),
-    },
-    "M": {
-        "encoder_expansion_ratio": (2, 3, 4, 4),
-        "decoder_expansion_ratio": (4, 4, 3, 2),
-        "bottleneck_expansion_ratio": 4,
-        "blocks_down": (3, 4, 4, 4),
-        "blocks_bottleneck": 4,
-        "blocks_up": (4, 4, 4, 3),
-    },
-    "L": {
-        "encoder_expansion_ratio": (3, 4, 8, 8),
-        "decoder_expansion_ratio": (8, 8, 4, 3),
-        "bottleneck_expansion_ratio": 8,
-        "blocks_down": (3, 4, 8, 8),
-        "blocks_bottleneck": 8,
-        "blocks_up": (8, 8, 4, 3),
-    },
+# MedNeXt, table 1 of arXiv:2303.09975: expansion ratios and number of blocks of the encoder stages and the bottleneck;
+# the decoder mirrors the encoder
+_MEDNEXT_SIZES = {
+    "S": ((2, 2, 2, 2, 2), (2, 2, 2, 2, 2)),
+    "B": ((2, 3, 4, 4, 4), (2, 2, 2, 2, 2)),
+    "M": ((2, 3, 4, 4, 4), (3, 4, 4, 4, 4)),
+    "L": ((3, 4, 8, 8, 8), (3, 4, 8, 8, 8)),
 }
-MEDNEXT_KERNELS = (3, 5, 7)
+_MEDNEXT_KERNELS = (3, 5, 7)
 
 
 def _per_axis(factor: Any) -> Multiple:
-    """One number, or three (z, y, x), as three."""
+    """Return one number, or three (z, y, x), as three."""
     if isinstance(factor, Sequence):
         z, y, x = (int(f) for f in factor)
         return z, y, x
@@ -85,16 +59,16 @@ class Architecture:
 
     Attributes:
         description: one line for `pytc train --list-models`.
-        constructor: name of the class in ``monai.networks.nets``, or what to call (see `register_model`); its signature
-            says which options there are.
-        defaults: options that we set otherwise than MONAI, or that MONAI leaves to the caller.
-        multiple: from all options to what a patch must be divisible by on z, y and x.
-        own_options: options that our wrapper reads, beside the constructor's.
-        hidden: options of the constructor that make no sense here.
-        deep_supervision: whether it can return coarser logits too.
-        fixed_size: whether it takes patches of one size only, that it is built for.
-        idle: parts of names of parameters that MONAI makes and never uses; frozen, since data-parallel training waits
-            for the gradient of every parameter that could have one.
+        constructor: name of a class in ``monai.networks.nets``, or a function (see `register_model`). Its signature
+            gives the options.
+        defaults: options whose default differs from MONAI's, or that MONAI requires.
+        multiple: from all options to what the sides of a patch must be divisible by, z, y, x.
+        own_options: options that our wrapper reads in addition to the constructor's.
+        hidden: options of the constructor that have no use here.
+        deep_supervision: whether it can also return coarser logits.
+        fixed_size: whether it is built for one patch size.
+        idle: parts of the names of parameters that MONAI creates and never uses. They are frozen, because data-parallel
+            training waits for the gradient of every trainable parameter.
     """
 
     description: str
@@ -204,18 +178,22 @@ def register_model(
     deep_supervision: bool = False,
     fixed_size: bool = False,
 ) -> None:
-    """Make a network of one's own known by name; a module named in the configuration's ``plugins`` calls this.
+    """Register a network under a name; call this in a module that the configuration names in ``plugins``.
+
+    A network registered before under the same name is replaced.
 
     Args:
         name: for ``model.architecture``.
-        constructor: a class or function that gives the network (module docstring: what a network maps to what). It is
-            called with ``in_channels``, ``out_channels`` and its options by name (``defaults``, ``model.options``).
+        constructor: a class or function that returns the network (see the module docstring). It is called with
+            ``in_channels``, ``out_channels`` and its options (``defaults``, ``model.options``) as keywords.
         description: one line for `pytc train --list-models`.
         multiple: what the sides of a patch must be divisible by, voxels, z y x.
-        deep_supervision: it takes ``deep_supervision`` too: whether to return a list of logits in training.
-        fixed_size: it takes ``patch_size`` (z y x) too, and then patches of that size only.
+        deep_supervision: the constructor also takes ``deep_supervision``: whether to return a list of logits in
+            training.
+        fixed_size: the constructor also takes ``patch_size`` (z y x), and the network takes only this size.
 
-    Raises `InputError` where the name is another network's. What was registered before is replaced.
+    Raises:
+        InputError: the name is that of a network of this package.
     """
     there = ARCHITECTURES.get(name)
     if there is not None and isinstance(there.constructor, str):
@@ -226,7 +204,7 @@ def register_model(
 
 
 def list_models() -> dict[str, str]:
-    """Names of the networks with a one-line description each; imports neither torch nor MONAI."""
+    """Return the names of the networks with a one-line description each."""
     return {name: architecture.description for name, architecture in ARCHITECTURES.items()}
 
 
@@ -237,19 +215,20 @@ def _architecture(name: str) -> Architecture:
 
 
 def has_deep_supervision(architecture: str) -> bool:
-    """Whether the network can be trained with ``deep_supervision=True``; raises `UnknownNameError`."""
+    """Return whether the network can be trained with ``deep_supervision=True``; raises `UnknownNameError`."""
     return _architecture(architecture).deep_supervision
 
 
 def fixed_patch_size(architecture: str) -> bool:
-    """Whether the network takes patches of the one size only that it was built for; raises `UnknownNameError`."""
+    """Return whether the network takes only the patch size that it was built for; raises `UnknownNameError`."""
     return _architecture(architecture).fixed_size
 
 
 def required_multiple(architecture: str, options: Mapping[str, Any] | None = None) -> Multiple:
-    """What the sides of a patch must be divisible by, voxels, z y x.
+    """Return what the sides of a patch must be divisible by, voxels, z y x. ``options`` are those of `build_model`.
 
-    ``options`` are those of `build_model`. Raises `UnknownNameError` for an unknown architecture.
+    Raises:
+        UnknownNameError: the architecture is unknown. InputError: the options do not describe its stages.
     """
     known = _architecture(architecture)
     given = {**known.defaults, **(options or {})}
@@ -257,32 +236,32 @@ def required_multiple(architecture: str, options: Mapping[str, Any] | None = Non
         return known.multiple(given)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"model options of {architecture!r} do not describe its stages: {dict(given)} ({error})"
+            f"model options of {architecture!r} do not describe its stages, got {dict(given)} ({error})"
         ) from error
 
 
 def check_patch_size(architecture: str, patch_size: Sequence[int], options: Mapping[str, Any] | None = None) -> None:
-    """Raises `InputError` where a patch of ``patch_size`` voxels (z, y, x) cannot go through the network.
+    """Raise `InputError` if a patch of ``patch_size`` voxels (z, y, x) does not fit the network.
 
-    Every side must be a multiple of `required_multiple`, and the coarsest level must keep more than one voxel: there
-    is nothing to normalise over in a single one.
+    Every side must be a multiple of `required_multiple`, and the coarsest level must keep more than one voxel, because
+    normalization needs more than one.
     """
     size = [int(n) for n in patch_size]
     if len(size) != 3 or min(size) < 1:
-        raise InputError(f"patch_size must be three positive numbers of voxels (z, y, x), found {list(patch_size)}")
-    multiple = required_multiple(architecture, options)
+        raise InputError(f"patch_size must be three positive numbers of voxels (z, y, x), got {list(patch_size)}")
+    multiple = list(required_multiple(architecture, options))
     fitting = [max(m, round(n / m) * m) for n, m in zip(size, multiple, strict=True)]
-    if fitting == list(multiple):
+    if fitting == multiple:
         fitting = [2 * m for m in multiple]
     if any(n % m for n, m in zip(size, multiple, strict=True)):
         raise InputError(
-            f"patch_size {size} does not fit model {architecture!r}: every side must be a multiple of "
-            f"{list(multiple)} voxels (z, y, x); {fitting} would do"
+            f"patch_size {size} does not fit model {architecture!r}: every side must be a multiple of {multiple} "
+            f"voxels (z, y, x); use {fitting}, for example"
         )
-    if size == list(multiple):
+    if size == multiple:
         raise InputError(
             f"patch_size {size} is too small for model {architecture!r}: its coarsest level would hold a single voxel; "
-            f"{fitting} would do"
+            f"use {fitting}, for example"
         )
 
 
@@ -295,19 +274,19 @@ def build_model(
     deep_supervision: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network by name, with fresh weights (from torch's global random state).
+    """Return a network with new weights (from torch's global random state).
 
     Args:
         architecture: a name of `list_models`.
         in_channels: channels of the image (1 for EM).
-        out_channels: number of classes; each is its own sigmoid channel.
-        patch_size: training patch, voxels, z y x; checked, and what a network of fixed size is built for.
-        deep_supervision: return a list of logits in training; only some networks can.
+        out_channels: output channels, one sigmoid each.
+        patch_size: training patch, voxels, z y x.
+        deep_supervision: return a list of logits in training, if the network supports it.
         options: keywords of the network's constructor in MONAI, and for ``mednext`` also ``mednext_size``,
             ``mednext_kernel_size`` and ``gradient_checkpointing``.
 
     Raises:
-        UnknownNameError: no such architecture or option.
+        UnknownNameError: the architecture or an option is unknown.
         InputError: the patch does not fit, or the constructor refuses the options.
     """
     from torch import nn
@@ -315,11 +294,11 @@ def build_model(
     known = _architecture(architecture)
     given = dict(options or {})
     if in_channels < 1 or out_channels < 1:
-        raise InputError(f"a model needs at least one channel in and out, found {in_channels} in, {out_channels} out")
+        raise InputError(f"a model needs at least one channel in and out, got {in_channels} in, {out_channels} out")
     if deep_supervision and not known.deep_supervision:
         able = ", ".join(name for name, a in ARCHITECTURES.items() if a.deep_supervision)
         raise InputError(
-            f"model {architecture!r} has no deep supervision (these have: {able}): set model.deep_supervision=false"
+            f"model {architecture!r} has no deep supervision (these have: {able}); set model.deep_supervision=false"
         )
     constructor = _constructor(known)
     allowed = _options(known, constructor)
@@ -331,10 +310,12 @@ def build_model(
     try:
         network = _construct(architecture, constructor, keywords, tuple(int(n) for n in patch_size), deep_supervision)
         if not isinstance(network, nn.Module):
-            raise InputError(f"model {architecture!r}: its constructor gave {network!r}, expected a torch.nn.Module")
+            raise InputError(
+                f"the constructor of model {architecture!r} must return a torch.nn.Module, got {network!r}"
+            )
     except ConnectomicsError:
         raise
-    # MONAI refuses bad values with whatever its parts happen to raise; all of it is the options' fault.
+    # MONAI reports bad options with whatever error its parts raise
     except (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError, AttributeError) as error:
         raise InputError(f"model {architecture!r} cannot be built with options {given}: {error}") from error
     for name, parameter in network.named_parameters():
@@ -353,7 +334,7 @@ def _constructor(known: Architecture) -> Callable[..., nn.Module]:
 
 
 def _options(known: Architecture, constructor: Callable[..., nn.Module]) -> set[str] | None:
-    """Options that the configuration may set; None where the constructor takes any."""
+    """Return the options that the configuration may set; None if the constructor takes any."""
     parameters = inspect.signature(constructor).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return None
@@ -368,28 +349,37 @@ def _construct(
     patch_size: tuple[int, ...],
     deep_supervision: bool,
 ) -> nn.Module:
-    from connectomics.models import networks
-
     known = _architecture(architecture)
     if not isinstance(known.constructor, str):
         more: dict[str, Any] = {"deep_supervision": deep_supervision} if known.deep_supervision else {}
         return constructor(**keywords, **more, **({"patch_size": patch_size} if known.fixed_size else {}))
-    if architecture == "mednext":
-        return networks.MedNeXtNetwork(deep_supervision=deep_supervision, **_mednext_keywords(keywords))
-    if architecture == "dynunet":
-        return networks.DynUNetNetwork(deep_supervision=deep_supervision, **keywords)
     if architecture == "unetr":
         return constructor(img_size=patch_size, **keywords)
-    return constructor(spatial_dims=3, **keywords)
+    if architecture not in ("mednext", "dynunet"):
+        return constructor(spatial_dims=3, **keywords)
+    from connectomics.models import monai_networks
+
+    if architecture == "dynunet":
+        return monai_networks.DynUNetNetwork(deep_supervision=deep_supervision, **keywords)
+    return monai_networks.MedNeXtNetwork(deep_supervision=deep_supervision, **_mednext_keywords(keywords))
 
 
 def _mednext_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """MedNeXt's own keywords: those of its size, with what the configuration sets instead."""
+    """Return MONAI's keywords for a MedNeXt size; the configuration may override each of them."""
     rest = dict(keywords)
     size = str(rest.pop("mednext_size"))
     kernel = rest.pop("mednext_kernel_size")
-    if size.upper() not in MEDNEXT_SIZES:
-        raise unknown_name("MedNeXt size", size, MEDNEXT_SIZES, "model.mednext_size")
-    if kernel not in MEDNEXT_KERNELS:
-        raise InputError(f"model.mednext_kernel_size must be one of {list(MEDNEXT_KERNELS)}, found {kernel!r}")
-    return {**MEDNEXT_SIZES[size.upper()], "kernel_size": int(kernel), **rest}
+    if size.upper() not in _MEDNEXT_SIZES:
+        raise unknown_name("MedNeXt size", size, _MEDNEXT_SIZES, "model.mednext_size")
+    if kernel not in _MEDNEXT_KERNELS:
+        raise InputError(f"model.mednext_kernel_size must be one of {list(_MEDNEXT_KERNELS)}, got {kernel!r}")
+    ratios, blocks = _MEDNEXT_SIZES[size.upper()]
+    named = {
+        "encoder_expansion_ratio": ratios[:-1],
+        "bottleneck_expansion_ratio": ratios[-1],
+        "decoder_expansion_ratio": ratios[-2::-1],
+        "blocks_down": blocks[:-1],
+        "blocks_bottleneck": blocks[-1],
+        "blocks_up": blocks[-2::-1],
+    }
+    return {**named, "kernel_size": int(kernel), **rest}

@@ -1,12 +1,12 @@
-"""What heads learn: affinities, boundaries, distances and shape descriptors, made from instance ids on the device.
+"""Targets of heads: affinities, boundaries, distances and shape descriptors, computed from instance ids on the device.
 
 Every function takes ``ids``, int32 (B, D, H, W): 0 is known background, -1 unknown, a positive number an object. It
-gives targets, float32 from 0 to 1, and where they are known, bool. What lies beyond the patch is unknown. A target is
-known only where nothing that is unknown could change it, so that an object cut by a face teaches nothing wrong.
+returns targets, float32 from 0 to 1, and where they are known, bool. What lies beyond the patch is unknown. A target
+is known only if nothing unknown could change it, so an object cut by a face of the patch gives no wrong target.
 
-Ids must have gone through every augmentation in space before: a flip turns an affinity along with its offset.
+Apply spatial augmentations to the ids first: a flip changes an affinity along with its offset.
 
-Lengths are nm, axes z, y, x. Nothing here is differentiated.
+Lengths are nm, axes z, y, x. The targets are not differentiable.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch.nn import functional
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple
-from connectomics.models.labels import DenseLabels, Labels
+from connectomics.models.batch_labels import DenseLabels, Labels
 
-DISTANCE_REACH = 3.0  # scales, beyond which a distance counts as this one: tanh(3) is 0.995
-_UNIT = 1 << 26  # the square of the largest distance, in fixed point; three such doubled still fit 32 bits
-_WINDOW = 3.0  # standard deviations at which the Gaussian of descriptors ends
+DISTANCE_REACH = 3.0  # scales at which distances are clipped: tanh(3) is 0.995
+_UNIT = 1 << 26  # square of the largest distance in fixed point; the sum of three, doubled, fits 32 bits
+_WINDOW = 3.0  # standard deviations at which the Gaussian of descriptors is truncated
 _UNSEEN = 0.01  # share of a Gaussian's weight that may lie on unknown voxels
-_THIN = 1e-4  # of sigma^2, added to variances: a sheet of one voxel has none, and a correlation divides by it
+_THIN = 1e-4  # of sigma^2, added to variances, which are divisors and 0 for a sheet of one voxel
 
 
 def head_labels(head: Head, ids: Tensor) -> Labels:
-    """The targets of a head for the ids (B, D, H, W) of its class, as the losses take them."""
+    """Return the targets of a head for the ids (B, D, H, W) of its class, as the losses take them."""
     _check(ids)
     if head.kind == "affinities":
         return AffinityLabels(ids, head.offsets)
@@ -47,7 +47,7 @@ def head_labels(head: Head, ids: Tensor) -> Labels:
 
 
 def reach(head: Head) -> Index:
-    """Voxels (z, y, x) around a voxel on which its target can depend: the margin that makes it known there."""
+    """Return how far (voxels, z y x) around a voxel its target depends on ids: the margin in which it is unknown."""
     if head.kind == "affinities":
         z, y, x = (max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
         return z, y, x
@@ -58,9 +58,9 @@ def reach(head: Head) -> Index:
 
 # -- affinities ------------------------------------------------------------------------------------------------------
 def affinity(ids: Tensor, offset: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """1 at p where ``ids`` at p and at p + ``offset`` (voxels, z y x) are the same object, else 0.
+    """Return 1 at p if ``ids`` at p and at p + ``offset`` (voxels, z y x) are the same object, else 0.
 
-    Known where both lie in the patch and are known. Returns two (B, D, H, W), float32 and bool.
+    Known if both lie in the patch and are known. Returns two (B, D, H, W), float32 and bool.
     """
     target = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
     known = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
@@ -74,17 +74,17 @@ def affinity(ids: Tensor, offset: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 def affinities(ids: Tensor, offsets: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """`affinity` for each of K ``offsets``: float32 and bool (B, K, D, H, W)."""
+    """Return `affinity` for each of K ``offsets``: float32 and bool (B, K, D, H, W)."""
     dense = AffinityLabels(ids, tuple((int(z), int(y), int(x)) for z, y, x in offsets)).dense()
     return dense.label, dense.known
 
 
 @dataclass(frozen=True, eq=False)
 class AffinityLabels(Labels):
-    """Affinities that are made one offset at a time, when a loss looks at them: 5 bytes a voxel instead of 5 K.
+    """Affinities computed one offset at a time, when a loss reads them: 5 bytes per voxel instead of 5 K.
 
     Attributes:
-        ids: int32 (B, D, H, W). offsets: voxels, z y x, one a channel.
+        ids: int32 (B, D, H, W). offsets: voxels, z y x, one per channel.
     """
 
     ids: Tensor
@@ -96,36 +96,27 @@ class AffinityLabels(Labels):
         b, d, h, w = self.ids.shape
         return b, len(self.offsets), d, h, w
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return self.ids.device
-
     def of(self, channel: int) -> tuple[Tensor, Tensor]:
-        """Target and known for one offset, (B, D, H, W)."""
+        """Return target and known for one offset, (B, D, H, W)."""
         return affinity(self.ids, self.offsets[channel])
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> AffinityLabels:
-        """The same labels on a device."""
-        return AffinityLabels(self.ids.to(device, non_blocking=non_blocking), self.offsets)
 
 
 # -- distances -------------------------------------------------------------------------------------------------------
 def boundary(ids: Tensor, voxel_size: Triple, width_nm: float) -> tuple[Tensor, Tensor]:
-    """1 where the centre of a voxel lies within ``width_nm`` of a border of an object, on either side of it, else 0.
+    """Return 1 if the center of a voxel lies within ``width_nm`` of an object border, on either side, else 0.
 
-    A border lies between two objects or an object and background. Known where nothing unknown is nearer than the
-    border, or within the width. Returns two (B, D, H, W), float32 and bool.
+    A border lies between two objects or an object and background. Known if nothing unknown is nearer than the border,
+    or within the width. Returns two (B, D, H, W), float32 and bool.
     """
     nearest, known = border_distance(ids, voxel_size, width_nm * (1 + 1e-6))  # a border at the width is within it
     return (nearest <= width_nm * (1 + 1e-7)).float(), known
 
 
 def distance(ids: Tensor, voxel_size: Triple, scale_nm: float) -> tuple[Tensor, Tensor]:
-    """1/2 + tanh(d / ``scale_nm``) / 2 of the signed distance d from a voxel's centre to the nearest border.
+    """Return 1/2 + tanh(d / ``scale_nm``) / 2 for the signed distance d from a voxel center to the nearest border.
 
-    d is positive in an object, whose border may be that to another object, and negative in the background; it is
-    exact up to three scales, and held there. Known where nothing unknown is nearer than the border. Returns two
+    d is positive in an object (its border may be that to another object) and negative in the background; it is exact
+    up to three scales, and clipped there. Known if nothing unknown is nearer than the border. Returns two
     (B, D, H, W), float32 and bool.
     """
     nearest, known = border_distance(ids, voxel_size, DISTANCE_REACH * scale_nm)
@@ -134,15 +125,15 @@ def distance(ids: Tensor, voxel_size: Triple, scale_nm: float) -> tuple[Tensor, 
 
 
 def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[Tensor, Tensor]:
-    """Euclidean distance in nm from each voxel's centre to the nearest voxel (its box) with another id, up to a reach.
+    """Return the distance (nm) from each voxel center to the nearest voxel box with another id, up to a reach.
 
-    Known where no unknown voxel, nor what is beyond the patch, is nearer. Returns two (B, D, H, W), float32 and bool.
+    Known if neither an unknown voxel nor a face of the patch is nearer. Returns two (B, D, H, W), float32 and bool.
 
-    The squared distance is a sum over axes, so it is found axis by axis, as in Felzenszwalb and Huttenlocher (Theory of
-    Computing 8, 2012), but with ids instead of two sets: of a voxel s steps along the axis with the same id the best
-    found so far counts, of one with another id the s steps alone. That is right because the first voxel on the way
-    with another id is itself at least as near. Numbers are integers in fixed point, doubled, odd where the nearest is
-    an unknown voxel: at the same distance the known one wins.
+    The squared distance is a sum over axes, so it is computed axis by axis, as in Felzenszwalb and Huttenlocher (Theory
+    of Computing 8, 2012), but with ids instead of two sets: a voxel s steps along the axis with the same id adds the
+    s steps to its best distance so far, and one with another id counts the s steps only. This is correct because the
+    first voxel on the way with another id is at least as near. Numbers are integers in fixed point, doubled, and odd
+    if the nearest voxel is unknown, so that at the same distance the known voxel wins.
     """
     unknown = (ids < 0).int()
     best = torch.full_like(ids, 2 * _UNIT)
@@ -155,12 +146,12 @@ def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[T
 
 
 def _fixed(gap_nm: float, reach_nm: float) -> int:
-    """The square of a distance along one axis, doubled, in fixed point; more than the reach is all alike."""
+    """Return the square of a distance along one axis, doubled, in fixed point, clipped at the reach."""
     return 2 * min(_UNIT, round((gap_nm / reach_nm) ** 2 * _UNIT))
 
 
 def _along(best: Tensor, ids: Tensor, unknown: Tensor, axis: int, side: float, reach_nm: float) -> Tensor:
-    """Let voxels along one axis count, both ways, and the two faces at its ends: what is beyond is unknown."""
+    """Update the best distances along one axis, in both directions, with its two faces as unknown voxels."""
     n = ids.shape[1 + axis]
     ends = [_fixed((min(i, n - 1 - i) + 0.5) * side, reach_nm) + 1 for i in range(n)]
     faces = torch.tensor(ends, dtype=torch.int32, device=ids.device).view([-1 if a == axis else 1 for a in range(3)])
@@ -178,15 +169,15 @@ def _along(best: Tensor, ids: Tensor, unknown: Tensor, axis: int, side: float, r
 
 # -- shape descriptors -----------------------------------------------------------------------------------------------
 def shape_descriptors(ids: Tensor, voxel_size: Triple, sigma_nm: float) -> tuple[Tensor, Tensor]:
-    """Local shape descriptors (Sheridan et al., Nature Methods 20, 2023): statistics of an object around a voxel.
+    """Return local shape descriptors (Sheridan et al., Nature Methods 20, 2023): object statistics around a voxel.
 
-    With weights of a Gaussian around the voxel (up to three sigma), over the voxels of its own object: the mean offset
-    from the voxel, the covariance of the offsets, and the share of all weight that the object has. Channels, from 0 to
-    1: offset z, y, x (as 1/2 + offset / (2 sigma)); variance zz, yy, xx (over sigma^2); correlation zy, zx, yx (1/2
-    stands for none); size. What is more or less is cut off there.
+    Weighted by a Gaussian around the voxel (up to three sigma), over the voxels of its own object: the mean offset
+    from the voxel, the covariance of the offsets, and the object's share of the total weight. Channels, clipped to
+    0..1: offset z, y, x (1/2 + offset / (2 sigma)); variance zz, yy, xx (over sigma^2); correlation zy, zx, yx (1/2 is
+    no correlation); size.
 
-    Known within objects that are whole, and elsewhere in objects where at most 1 % of the weight lies on what is
-    unknown. Returns float32 (B, 10, D, H, W), 0 outside of objects, and bool (B, D, H, W).
+    Known in whole objects, and in other objects where at most 1 % of the weight lies on unknown voxels. Returns
+    float32 (B, 10, D, H, W), 0 outside of objects, and bool (B, D, H, W).
     """
     result = torch.zeros((ids.shape[0], 10, *ids.shape[1:]), dtype=torch.float32, device=ids.device)
     kernels = [_moments(n, side, sigma_nm, ids.device) for n, side in zip(ids.shape[1:], voxel_size, strict=True)]
@@ -195,7 +186,7 @@ def shape_descriptors(ids: Tensor, voxel_size: Triple, sigma_nm: float) -> tuple
         seen = _apply(seen, kernels[axis][0], axis)
     known = seen >= 1 - _UNSEEN
     edge = functional.pad((ids < 0).float()[:, None], (1,) * 6, value=1.0)
-    cut = functional.max_pool3d(edge, 3, 1)[:, 0] > 0  # beside something unknown
+    cut = functional.max_pool3d(edge, 3, 1)[:, 0] > 0  # next to something unknown
     for sample in range(ids.shape[0]):
         for number, box in _objects(ids[sample]):
             mask = ids[sample][box] == number
@@ -207,9 +198,9 @@ def shape_descriptors(ids: Tensor, voxel_size: Triple, sigma_nm: float) -> tuple
 
 
 def _moments(n: int, side: float, sigma_nm: float, device: torch.device) -> Tensor:
-    """(3, n, n): sums over a row weighted by a Gaussian around each voxel, times the offset (nm) to the power 0, 1, 2.
+    """Return (3, n, n): Gaussian weights around each voxel of a row, times the offset (nm) to the power 0, 1, 2.
 
-    As matrices: a product is quicker than a convolution with a kernel that is as long as the row.
+    A matrix product is faster than a convolution with a kernel that is as long as the row.
     """
     place = torch.arange(n, dtype=torch.float64) * side
     offset = place[None] - place[:, None]
@@ -220,13 +211,13 @@ def _moments(n: int, side: float, sigma_nm: float, device: torch.device) -> Tens
 
 
 def _apply(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
-    """(..., d, h, w) with ``matrix`` (n, n) applied along one of the last three axes."""
-    rows = values.movedim(axis - 3, -1).contiguous()  # one large product; as it is, torch would make many small ones
+    """Apply ``matrix`` (n, n) along one of the last three axes of (..., d, h, w)."""
+    rows = values.movedim(axis - 3, -1).contiguous()  # one large product instead of many small ones
     return functional.linear(rows, matrix).movedim(-1, axis - 3)
 
 
 def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
-    """The objects of a sample (D, H, W), each with the box around it."""
+    """Return the objects of a sample (D, H, W) with their bounding boxes."""
     at = (ids > 0).nonzero()
     numbers, which = ids[tuple(at.T)].unique(return_inverse=True)
     which = which[:, None].expand(-1, 3)
@@ -241,7 +232,7 @@ def _objects(ids: Tensor) -> list[tuple[int, tuple[slice, slice, slice]]]:
 
 
 def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tensor:
-    """Descriptors (10, d, h, w) of one object, float32 (d, h, w), in its box; they say something in the object only."""
+    """Return the descriptors (10, d, h, w) of one object, float32 (d, h, w), in its box; valid only in the object."""
     moments: dict[tuple[int, ...], Tensor] = {(): mask}
     for axis in (2, 1, 0):
         n = mask.shape[axis]
@@ -269,4 +260,4 @@ def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tenso
 
 def _check(ids: Tensor) -> None:
     if ids.ndim != 4 or ids.dtype != torch.int32:
-        raise InputError(f"ids of a class must be int32 (B, D, H, W), found {ids.dtype} {tuple(ids.shape)}")
+        raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")

@@ -298,7 +298,7 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
     import torch
 
     from connectomics.lightning.module import ConnectomicsModule
-    from connectomics.models.labels import DenseLabels
+    from connectomics.models.batch_labels import DenseLabels
 
     config = plan.config()
     device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet" else "cpu"

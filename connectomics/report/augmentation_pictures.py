@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.data.intensity import KINDS, IntensityAugmentor
+from connectomics.data.augmentation import KINDS, IntensityAugmentor
 from connectomics.geometry.grid import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file

@@ -19,7 +19,7 @@ def main() -> None:
     import connectomics.cellmap.ingest
     import connectomics.lightning.module
     import connectomics.lightning.trainer
-    import connectomics.models.networks
+    import connectomics.models.monai_networks
     import connectomics.morphology
     import connectomics.pipeline.predict
     import connectomics.submission  # noqa: F401

@@ -12,7 +12,7 @@ import pytest
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig, config_from_dict
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.bench import PeerError, bench_data, ensure_environment
 from connectomics.data.bench.meter import Meter, can_measure_peaks, median_ratio, medians
 from connectomics.data.bench.peer import OUR_AUGMENTED, Peer, compare

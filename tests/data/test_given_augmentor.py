@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from monai import transforms as monai
 
-from connectomics.data.augment import GivenAugmentor
+from connectomics.data.augmentation import GivenAugmentor
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset
 from connectomics.errors import InputError
 from tests.cellmap.roots import grid_of, write_label, write_raw

@@ -14,22 +14,27 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
-from connectomics.data.augment import PatchAugmentor, build_augmentor
+from connectomics.data.augmentation import (
+    BatchAugmentor,
+    CoordinateMap,
+    IntensityAugmentor,
+    PatchAugmentor,
+    build_augmentor,
+)
 from connectomics.data.cache import cache_key, forecast, prepare
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset import build
 from connectomics.data.dataset.build import instance_classes
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, PatchOptions
-from connectomics.data.intensity import BatchAugmentor, IntensityAugmentor
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest, place_patch
-from connectomics.data.spatial import CoordinateMap, sample_reference
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import InputError, UnknownNameError
+from connectomics.errors import UnknownNameError
 from connectomics.geometry import VoxelGrid
-from connectomics.models.labels import labels_of
+from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import write_label, write_raw
 from tests.data.test_patch_reader import SPATIAL
+from tests.data.warp_reference import sample_reference
 
 CLASSES = ["mito", "er", "cell"]
 INSTANCES = ("cell", "mito")
@@ -72,7 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dataset_of(root: Path, augmentations: dict[str, Any] | None = None, **options: Any) -> CellMapMultiClassDataset:
     shape, size = options.pop("patch_size", (24, 24, 24)), options.pop("resolution", (8.0, 8.0, 8.0))
     options.setdefault("instances", INSTANCES)
-    augmentor = PatchAugmentor.of(augmentations or {}, shape, ids=bool(options["instances"]))
+    augmentor = PatchAugmentor.of(augmentations or {}, shape)
     crops = Catalog.open(str(root)).crops()
     return CellMapMultiClassDataset.of_crops(crops, CLASSES, "train", shape, size, augmentor, PatchOptions(**options))
 
@@ -348,7 +353,7 @@ def test_plain_samples_carry_ids(root: Path) -> None:
     one = CellMapDataset(**made, mode_kwargs=options)
     assert one[0]["label"].shape == (1, 16, 16, 16)
     assert one[0]["ids"].shape == (2, 16, 16, 16)
-    chain = build_augmentor({"RandFlipd": {**BOTH, "spatial_axis": 0}}, (16, 16, 16), ids=True)
+    chain = build_augmentor({"RandFlipd": {**BOTH, "spatial_axis": 0}}, (16, 16, 16))
     turned = CellMapMultiClassDataset(**made, mode_kwargs=options, augmentor=chain)[0]
     np.testing.assert_array_equal(turned["ids"], plain["ids"][:, ::-1])
     np.testing.assert_array_equal(turned["label"], plain["label"][:, ::-1])
@@ -358,10 +363,6 @@ def test_plain_samples_carry_ids(root: Path) -> None:
 def test_what_does_not_fit_is_refused(root: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"unknown instance class 'mitto'.*did you mean 'mito'"):
         dataset_of(root, instances=("mitto",))
-    made = {"data_root": str(root), "datasets": None, "classes": CLASSES, "patch_size": (16, 16, 16)}
-    chain = build_augmentor({"RandFlipd": {**BOTH, "spatial_axis": 0}}, (16, 16, 16))
-    with pytest.raises(InputError, match="build it with ids=True"):
-        CellMapMultiClassDataset(**made, mode_kwargs={"instances": ("cell",)}, augmentor=chain)[0]
 
 
 def test_a_run_without_heads_asks_for_no_ids() -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from connectomics.config import RunConfig
 from connectomics.config.schema import InputConfig
-from connectomics.data.intensity import KINDS, BatchAugmentor, IntensityAugmentor, operations, recognise
-from connectomics.data.intensity.kinds import OPERATIONS
+from connectomics.data.augmentation import KINDS, BatchAugmentor, IntensityAugmentor, recognize
+from connectomics.data.augmentation import intensity_operations as operations
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.report.augmentation_pictures import EDGE, SHEETS, draw
 
@@ -337,7 +337,7 @@ def test_stripes_stay_over_the_sections_they_should() -> None:
 def test_charging_is_a_spot_of_the_radius_asked_for() -> None:
     flat = torch.full((1, 61, 61, 61), 0.2)
     numbers: dict[str, Any] = {"radii": [[2.0, 5.0, 5.0]], "halo": [1.0], "heights": [0.5], "centers": [[30, 30, 30]]}
-    added = (operations.charging(flat.clone(), **numbers) - flat)[0].double()
+    added = (KINDS["charging"].apply(flat.clone(), **numbers) - flat)[0].double()
     assert float(added.max()) == pytest.approx(0.5, abs=1e-6) == float(added[30, 30, 30])
     position = torch.arange(61) - 30.0
     for axis, radius in enumerate((2.0, 5.0, 5.0)):
@@ -372,7 +372,7 @@ def test_missing_sections_are_as_many_as_drawn_and_whole() -> None:
 
 def test_missing_sections_may_be_copies_of_the_nearest_left() -> None:
     image = texture()
-    result = operations.missing_sections(image.clone(), [0, 5, 6, 7], "copy")
+    result = KINDS["missing_sections"].apply(image.clone(), [0, 5, 6, 7], "copy")
     for at, source in ((0, 1), (5, 4), (6, 4), (7, 8)):
         assert torch.equal(result[:, at], image[:, source])
     kept = [z for z in range(24) if z not in (0, 5, 6, 7)]
@@ -411,7 +411,7 @@ def test_shifted_sections_keep_image_and_codes_registered() -> None:
 
 def test_vacated_voxels_repeat_the_edge() -> None:
     image = texture()
-    result = operations.shift_image(image.clone(), 3, 2, (4, -5))
+    result = KINDS["shifted_sections"].apply(image.clone(), 3, 2, (4, -5))
     assert torch.equal(result[0, 3, :4, 0], image[0, 3, 0, 5].expand(4))
     assert torch.equal(result[0, 4, 10, -5:], image[0, 4, 6, -1].expand(5))
 
@@ -463,7 +463,7 @@ def test_every_kind_s_defaults_are_instantiated(name: str) -> None:
     assert found == name
     assert 0 < kind.prob < 1
     numbers = kind.draw(np.random.default_rng(0), (16, 16, 16), NM)
-    assert set(numbers) == set(inspect.signature(OPERATIONS[type(kind)]).parameters) - {"image"}
+    assert set(numbers) == set(inspect.signature(kind.apply).parameters) - {"image"}
 
 
 def test_a_kind_may_be_named_twice() -> None:
@@ -479,13 +479,17 @@ def test_a_kind_may_be_named_twice() -> None:
     [
         ({"nois": {}}, "unknown augmentation 'nois' in data.intensity; did you mean 'noise'?"),
         ({"noise_x": {}}, "unknown augmentation 'noise_x'"),
-        ({"blur": {"sigmas": 1}}, "unknown argument of blur 'sigmas' in data.intensity.blur; did you mean 'sigma'?"),
     ],
 )
 def test_an_unknown_name_has_its_nearest(intensity: dict[str, Any], message: str) -> None:
     with pytest.raises(UnknownNameError, match="unknown") as error:
         IntensityAugmentor.from_config(intensity, NM)
     assert str(error.value).startswith(message)
+
+
+def test_an_unknown_argument_has_its_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"data\.intensity\.blur: unknown key 'sigmas'; did you mean 'sigma'?"):
+        IntensityAugmentor.from_config({"blur": {"sigmas": 1}}, NM)
 
 
 @pytest.mark.parametrize(
@@ -516,13 +520,13 @@ def test_an_unknown_name_has_its_nearest(intensity: dict[str, Any], message: str
 def test_a_bad_value_is_named_in_one_line(name: str, argument: str, value: Any) -> None:
     with pytest.raises(ConfigError) as error:
         IntensityAugmentor.from_config({name: {argument: value}}, NM)
-    assert str(error.value).startswith(f"data.intensity.{name}.{argument} must be")
+    assert str(error.value).startswith(f"data.intensity.{name}: {argument} must be")
     assert "\n" not in str(error.value)
-    assert "found" in str(error.value)
+    assert ", got " in str(error.value)
 
 
 def test_arguments_must_be_a_mapping() -> None:
-    with pytest.raises(ConfigError, match=r"data\.intensity\.noise must map arguments"):
+    with pytest.raises(ConfigError, match=r"data\.intensity\.noise: .* must be keys and values"):
         IntensityAugmentor.from_config({"noise": 0.1}, NM)
 
 
@@ -538,7 +542,7 @@ def test_shapes_must_fit() -> None:
 
 
 def test_no_monai_is_needed() -> None:
-    code = "import sys, connectomics.data.intensity; print([m for m in ('monai', 'matplotlib') if m in sys.modules])"
+    code = "import sys, connectomics.data.augmentation; print([m for m in ('monai', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
@@ -588,7 +592,7 @@ FLIP = {"keys": ["image", "label"], "prob": 0.5}
 
 
 def test_monai_transforms_of_the_image_alone_are_recognised() -> None:
-    additions, remaining = recognise(
+    additions, remaining = recognize(
         {
             "RandFlipd": FLIP,
             "RandGaussianNoised": {"keys": ["image"], "prob": 0.2, "mean": 0.0, "std": 0.1},
@@ -635,16 +639,16 @@ def test_monai_transforms_of_the_image_alone_are_recognised() -> None:
     ],
 )
 def test_what_has_no_exact_counterpart_stays_with_monai(name: str, arguments: dict[str, Any]) -> None:
-    assert recognise({name: arguments}) == ({}, {name: arguments})
+    assert recognize({name: arguments}) == ({}, {name: arguments})
 
 
 def test_only_what_comes_last_is_taken_and_only_where_values_stay_in_bounds() -> None:
     noise = {"keys": ["image"]}
     before = {"RandGaussianNoised": noise, "RandFlipd": FLIP}  # MONAI moves the noise with the image
-    assert recognise(before) == ({}, before)
+    assert recognize(before) == ({}, before)
     normalised = {"NormalizeIntensityd": noise, "RandGaussianNoised": noise}  # must not be clamped to [0, 1]
-    assert recognise(normalised) == ({}, normalised)
-    additions, remaining = recognise({"NormalizeIntensityd": None, "RandGaussianNoised": noise})
+    assert recognize(normalised) == ({}, normalised)
+    additions, remaining = recognize({"NormalizeIntensityd": None, "RandGaussianNoised": noise})
     assert list(additions) == ["noise_monai"]
     assert remaining == {"NormalizeIntensityd": None}
 
@@ -656,8 +660,8 @@ def test_what_the_fused_pass_takes_first_changes_nothing() -> None:
         n: both for n in ("RandFlipd", "RandRotate90d", "RandAffined", "RandZoomd", "Rand3DElasticd", "RandFlipd_2")
     }
     rest = {"RandGaussianNoised": {"keys": ["image"]}, "RandAdjustContrastd": {"keys": ["image"]}}
-    assert recognise({**fused, **rest})[0] == recognise(rest)[0]
-    assert set(recognise(rest)[0]) == {"noise_monai", "gamma_monai"}
+    assert recognize({**fused, **rest})[0] == recognize(rest)[0]
+    assert set(recognize(rest)[0]) == {"noise_monai", "gamma_monai"}
 
 
 def test_smoothing_is_monai_s_away_from_the_border() -> None:
@@ -703,7 +707,7 @@ def test_random_draws_are_distributed_as_monai_s(name: str, arguments: dict[str,
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     theirs = getattr(monai.transforms, name)(keys=["image"], **given)
     theirs.set_random_state(0)
-    additions, remaining = recognise({name: {"keys": ["image"], **arguments}})
+    additions, remaining = recognize({name: {"keys": ["image"], **arguments}})
     assert not remaining
     ours = augmentor(**additions)
     n = 200
@@ -750,4 +754,4 @@ class TestBatches:
     def test_lengths_in_nm_are_those_of_each_view(self) -> None:
         augmentor = BatchAugmentor.of(self.config(charging={}))
         assert augmentor is not None
-        assert [a.voxel_size for a in (augmentor.own, *augmentor.views)] == [(8.0,) * 3, (32.0,) * 3]
+        assert [a.voxel_size for a in (augmentor.own, *augmentor.inputs)] == [(8.0,) * 3, (32.0,) * 3]

@@ -12,8 +12,8 @@ import pytest
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
 from connectomics.config.intensity_range import check_intensity_range
+from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import get_dataset, run_dataset
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.normalization import ALL, choose, kept, of_crops, table
 from connectomics.data.patches import centered, collate
 from connectomics.data.sampling import PatchRequest

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.cache import prepare
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
 from connectomics.data.patch_reader import context_needed

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from connectomics.config import RunConfig
-from connectomics.data.augment import build_augmentor
+from connectomics.data.augmentation import build_augmentor
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.build import get_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
@@ -19,7 +19,7 @@ from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.normalization import Normalization
-from connectomics.models.labels import labels_of
+from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
 
@@ -101,9 +101,9 @@ def test_augmentation_is_reproducible() -> None:
         ({"RandFlipp": {"keys": ["image"]}}, UnknownNameError, "did you mean 'RandFlipd'"),
         ({"RandFlipd": {"keys": ["image"], "probb": 0.1}}, UnknownNameError, "did you mean 'prob'"),
         ({"RandFlipd": {"keys": ["imagge"]}}, UnknownNameError, "did you mean 'image'"),
-        ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is absent"),
-        ({"RandFlipd": 0.5}, ConfigError, "RandFlipd must map arguments to values"),
-        ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "as long on both"),
+        ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is missing"),
+        ({"RandFlipd": 0.5}, ConfigError, "RandFlipd: the arguments must be keys and values"),
+        ({"RandRotate90d": {"keys": ["image"], "spatial_axes": [0, 1]}}, ConfigError, "same length on both"),
         ({"RandGaussianSmoothd": {"keys": ["image"], "prob": "x"}}, ConfigError, "RandGaussianSmoothd"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
-from connectomics.data.augment import build_augmentor
+from connectomics.data.augmentation import build_augmentor
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import VoxelGrid
 from tests.cellmap.roots import write_label, write_raw

@@ -12,10 +12,16 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augment import PatchAugmentor
-from connectomics.data.spatial import CoordinateMap, Displacement, SpatialAugmentor, sample, sample_reference
-from connectomics.data.spatial.elastic import draw_field, gaussian_kernel, standard_deviation
-from connectomics.errors import ConfigError, InputError, UnknownNameError
+from connectomics.data.augmentation import (
+    CoordinateMap,
+    Displacement,
+    PatchAugmentor,
+    SpatialAugmentor,
+    sample,
+)
+from connectomics.data.augmentation.elastic_field import draw_field, gaussian_kernel, standard_deviation
+from connectomics.errors import ConfigError, InputError
+from tests.data.warp_reference import sample_reference
 
 STATES = LabelStates(("a",), np.zeros((1, 1), np.uint64), np.zeros((1, 1), np.uint64))
 BOTH = {"keys": ["image", "label"]}
@@ -514,7 +520,7 @@ def test_what_is_fused_and_what_is_left_to_monai() -> None:
         "RandGaussianSmoothd": None, "RandRotated": moving, "RandZoomd": moving,
     }, (8, 8, 8))  # fmt: skip
     assert augmentor is not None
-    assert [t.name for t in augmentor.transforms] == ["RandFlipd", "RandFlipd_2"]
+    assert [name for name, _ in augmentor.transforms] == ["RandFlipd", "RandFlipd_2"]
     # the zoom comes after a rotation that MONAI makes, so it must wait for it
     assert list(remaining) == ["RandGaussianNoised", "RandRotated", "RandZoomd"]
     assert SpatialAugmentor.split({"RandGaussianNoised": noise}, (8, 8, 8)) == (None, {"RandGaussianNoised": noise})
@@ -541,7 +547,7 @@ def test_arguments_that_cannot_matter_are_taken() -> None:
     }
     augmentor, remaining = SpatialAugmentor.split(config, (8, 9, 8))
     assert augmentor is not None
-    assert [t.name for t in augmentor.transforms] == ["RandAffined", "RandZoomd", "Rand3DElasticd"] + 3 * [
+    assert [name for name, _ in augmentor.transforms] == ["RandAffined", "RandZoomd", "Rand3DElasticd"] + 3 * [
         "RandRotate90d"
     ]
     assert remaining == {}
@@ -551,34 +557,34 @@ def test_a_second_elastic_field_is_left_to_monai() -> None:
     elastic = {**BOTH, "sigma_range": [2, 3], "magnitude_range": [1, 2]}
     augmentor, remaining = SpatialAugmentor.split({"Rand3DElasticd": elastic, "Rand3DElasticd_2": elastic}, (8, 8, 8))
     assert augmentor is not None
-    assert [t.name for t in augmentor.transforms] == ["Rand3DElasticd"]
+    assert [name for name, _ in augmentor.transforms] == ["Rand3DElasticd"]
     assert list(remaining) == ["Rand3DElasticd_2"]
 
 
 @pytest.mark.parametrize(("config", "error", "message"), [
-    ({"RandFlipd": {**BOTH, "probb": 0.1}}, UnknownNameError, "argument of RandFlipd 'probb' .*did you mean 'prob'"),
-    ({"RandFlipd": {"keys": ["image", "lable"]}}, UnknownNameError, r"RandFlipd\.keys; did you mean 'label'"),
-    ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is absent"),
-    ({"RandFlipd_2": 0.5}, ConfigError, r"data\.augmentations\.RandFlipd_2 must map arguments to values"),
-    ({"RandFlipd": {"keys": ["image"]}}, ConfigError, "moves only image: .*give keys"),
-    ({"RandAffined": {"keys": "label"}}, ConfigError, "moves only label"),
-    ({"RandFlipd": {**BOTH, "prob": 1.5}}, ConfigError, r"RandFlipd: prob must be a probability .*found 1\.5"),
+    ({"RandFlipd": {**BOTH, "probb": 0.1}}, ConfigError, "unknown key 'probb'; did you mean 'prob'"),
+    ({"RandFlipd": {"keys": ["image", "lable"]}}, ConfigError, r"RandFlipd: keys\[1\] .* did you mean 'label'"),
+    ({"RandFlipd": {"prob": 0.1}}, ConfigError, "keys is missing"),
+    ({"RandFlipd_2": 0.5}, ConfigError, r"data\.augmentations\.RandFlipd_2: .* must be keys and values, got 0\.5"),
+    ({"RandFlipd": {"keys": ["image"]}}, ConfigError, r"keys must be \[image, label\], .* got \['image'\]"),
+    ({"RandAffined": {"keys": "label"}}, ConfigError, r"got \['label'\]"),
+    ({"RandFlipd": {**BOTH, "prob": 1.5}}, ConfigError, r"RandFlipd: prob must be at most 1\.0, got 1\.5"),
     ({"RandFlipd": {**BOTH, "spatial_axis": 7}}, ConfigError, "spatial_axis must be axes from 0"),
     ({"RandFlipd": {**BOTH, "spatial_axis": [0, -3]}}, ConfigError, "different axes"),
     ({"RandRotate90d": {**BOTH, "spatial_axes": [0, 0]}}, ConfigError, "pair of different axes"),
     ({"RandRotate90d": {**BOTH, "spatial_axes": [0, 1, 2]}}, ConfigError, "pair of different axes"),
-    ({"RandRotate90d": {**BOTH, "max_k": 0}}, ConfigError, "max_k must be a whole number of at least 1"),
+    ({"RandRotate90d": {**BOTH, "max_k": 0}}, ConfigError, "max_k must be at least 1, got 0"),
     ({"RandAffined": {**BOTH, "rotate_range": [1, 2, 3, 4]}}, ConfigError, "rotate_range must be at most 3"),
     ({"RandAffined": {**BOTH, "scale_range": "x"}}, ConfigError, "scale_range must be numbers or pairs"),
-    ({"RandAffined": {**BOTH, "shear_range": [[0.2, 0.1]]}}, ConfigError, "the lower first"),
+    ({"RandAffined": {**BOTH, "shear_range": [[0.2, 0.1]]}}, ConfigError, r"shear_range\[0\] .* low <= high"),
     ({"RandAffined": {**BOTH, "mode": "bilinar"}}, ConfigError, "mode must be one for all keys"),
     ({"RandAffined": {**BOTH, "spatial_size": [4, 4]}}, ConfigError, "spatial_size must be one or three"),
-    ({"RandZoomd": {**BOTH, "min_zoom": [0.5, 0.6], "max_zoom": 1.0}}, ConfigError, "as many"),
-    ({"RandZoomd": {**BOTH, "min_zoom": 1.2, "max_zoom": 0.9}}, ConfigError, "no range of factors"),
+    ({"RandZoomd": {**BOTH, "min_zoom": [0.5, 0.6], "max_zoom": 1.0}}, ConfigError, "must have the same length"),
+    ({"RandZoomd": {**BOTH, "min_zoom": 1.2, "max_zoom": 0.9}}, ConfigError, "min_zoom must be at most max_zoom"),
     ({"RandZoomd": {**BOTH, "min_zoom": 0.01}}, ConfigError, r"at least one of 8 voxels"),
     ({"RandZoomd": {**BOTH, "align_corners": [True, False]}}, ConfigError, "the same for image and label"),
-    ({"RandZoomd": {**BOTH, "keep_size": "yes"}}, ConfigError, "keep_size must be true or false"),
-    ({"Rand3DElasticd": {**BOTH, "sigma_range": [2, 3]}}, ConfigError, "magnitude_range must be two numbers"),
+    ({"RandZoomd": {**BOTH, "keep_size": "yes"}}, ConfigError, "keep_size must be a valid boolean"),
+    ({"Rand3DElasticd": {**BOTH, "sigma_range": [2, 3]}}, ConfigError, "magnitude_range is missing"),
     ({"Rand3DElasticd": {**BOTH, "sigma_range": [0, 3], "magnitude_range": [1, 2]}}, ConfigError, "must be positive"),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(config: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -673,7 +679,7 @@ class TestInNanometers:
             return SpatialAugmentor.split(config, (16, 16, 16), voxel_size=(30.0, 8.0, 8.0))[0]
 
         assert split([[1, 2]]) is not None
-        with pytest.raises(ConfigError, match=r"turns axes \(0, 1\), whose voxels are 30 and 8 nm long"):
+        with pytest.raises(ConfigError, match=r"rotates axes \(0, 1\), whose voxels are 30 and 8 nm long"):
             split([[1, 2], [0, 1]])
 
     @pytest.mark.parametrize(
@@ -683,5 +689,5 @@ class TestInNanometers:
     def test_transforms_that_turn_in_voxels_are_refused(self, name: str, arguments: dict[str, Any]) -> None:
         config = {name: {**BOTH, "prob": 1.0, **arguments}}
         assert PatchAugmentor.of(config, (16, 16, 16), voxel_size=(8.0, 8.0, 8.0)) is not None
-        with pytest.raises(ConfigError, match=r"turns or shears in voxels, .* it turns in nm"):
+        with pytest.raises(ConfigError, match=r"rotates or shears in voxels, .* it rotates in nm"):
             PatchAugmentor.of(config, (16, 16, 16), voxel_size=(30.0, 8.0, 8.0))

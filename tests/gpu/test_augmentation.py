@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from connectomics.data.intensity import KINDS, IntensityAugmentor
+from connectomics.data.augmentation import KINDS, IntensityAugmentor
 
 #: their voxels come from the device's own random generator
 FROM_THE_DEVICE = ("noise", "poisson", "cutout")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from connectomics.models import build_model
-from connectomics.models.labels import DenseLabels, PackedLabels
+from connectomics.models.batch_labels import DenseLabels, PackedLabels
 from connectomics.models.losses import LOSSES, build_loss
 from tests.models.small_networks import TINY
 

@@ -10,7 +10,7 @@ import torch
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.models.labels import DenseLabels
+from connectomics.models.batch_labels import DenseLabels
 from connectomics.models.losses import build_loss
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train

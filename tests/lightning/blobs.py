@@ -21,7 +21,7 @@ from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.models.labels import labels_of
+from connectomics.models.batch_labels import labels_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 Index = tuple[int, int, int]

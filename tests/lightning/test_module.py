@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 
 import connectomics
-from connectomics.data.intensity import IntensityAugmentor
+from connectomics.data.augmentation import IntensityAugmentor
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks

@@ -130,7 +130,7 @@ def test_registering() -> None:
         build_model("mine", 1, 2, patch_size=(9, 16, 16))
     with pytest.raises(UnknownNameError, match="Known: depth"):
         build_model("mine", 1, 2, patch_size=(8, 16, 16), options={"patch_size": 3})
-    with pytest.raises(InputError, match="expected a torch"):
+    with pytest.raises(InputError, match="must return a torch"):
         build_model("mine", 1, 2, patch_size=(8, 16, 16), options={"depth": 0})
     with pytest.raises(InputError, match="'unet' is a network of this package"):
         register_model("unet", network, "mine")

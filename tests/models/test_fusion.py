@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from connectomics.errors import InputError, UnknownNameError
-from connectomics.models.fusion import EncodedViews, StackedViews, channels_for, onto, with_views
+from connectomics.models.fusion import EncodedInputs, StackedInputs, channels_for, onto, with_inputs
 
 
 def world(shape: tuple[int, int, int], voxel: tuple[float, float, float]) -> list[torch.Tensor]:
@@ -44,7 +44,7 @@ def test_a_view_wider_than_its_box_repeats_its_edge() -> None:
 
 def test_encoded_views_reach_output_and_gradients() -> None:
     torch.manual_seed(0)
-    network = with_views(nn.Conv3d(channels_for("encoder", 1, 2), 3, 1), "encoder", [(4.0,) * 3, (2.0,) * 3])
+    network = with_inputs(nn.Conv3d(channels_for("encoder", 1, 2), 3, 1), "encoder", [(4.0,) * 3, (2.0,) * 3])
     image = torch.rand(2, 1, 8, 8, 8)
     views = [torch.rand(2, 1, 6, 6, 6), torch.rand(2, 1, 8, 4, 4)]
     out = network(image, *views)
@@ -52,24 +52,24 @@ def test_encoded_views_reach_output_and_gradients() -> None:
     out.sum().backward()
     assert all(p.grad is not None for p in network.parameters())
     assert not torch.equal(network(image, views[0], views[1] * 0), out)
-    assert isinstance(network, EncodedViews)
+    assert isinstance(network, EncodedInputs)
 
 
 def test_stacked_views_are_channels() -> None:
     inner = nn.Conv3d(channels_for("channels", 1, 1), 1, 1, bias=False)
     nn.init.constant_(inner.weight, 2.0)
-    network = with_views(inner, "channels", [(4.0,) * 3])
-    assert isinstance(network, StackedViews)
+    network = with_inputs(inner, "channels", [(4.0,) * 3])
+    assert isinstance(network, StackedInputs)
     image, view = torch.rand(1, 1, 4, 4, 4), torch.rand(1, 1, 4, 4, 4)
     torch.testing.assert_close(network(image, view), 2 * image + 2 * view)
     with pytest.raises(InputError, match="as large as the patch"):
         network(image, torch.rand(1, 1, 2, 4, 4))
-    with pytest.raises(InputError, match="1 further views"):
+    with pytest.raises(InputError, match="1 further inputs"):
         network(image)
 
 
 def test_no_view_no_wrapper_and_names() -> None:
     inner = nn.Conv3d(1, 1, 1)
-    assert with_views(inner, "encoder", []) is inner
+    assert with_inputs(inner, "encoder", []) is inner
     with pytest.raises(UnknownNameError, match=r"model\.fusion"):
         channels_for("encode", 1, 1)

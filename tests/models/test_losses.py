@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from connectomics.errors import InputError, UnknownNameError
-from connectomics.models.labels import DenseLabels, PackedLabels
+from connectomics.models.batch_labels import DenseLabels, PackedLabels
 from connectomics.models.losses import LOSSES, build_loss, downsample
 
 ALL = sorted(LOSSES)
@@ -444,7 +444,7 @@ class TestRefusals:
             build_loss(["DiceLos"])
 
     def test_an_unknown_argument_names_the_nearest(self) -> None:
-        with pytest.raises(UnknownNameError, match="did you mean 'gamma'"):
+        with pytest.raises(InputError, match="unknown key 'gama'; did you mean 'gamma'"):
             build_loss(["FocalLoss"], options={"FocalLoss": {"gama": 1}})
 
     def test_arguments_for_a_loss_that_is_not_used(self) -> None:

@@ -18,7 +18,7 @@ from connectomics.models import (
     list_models,
     required_multiple,
 )
-from connectomics.models.labels import DenseLabels
+from connectomics.models.batch_labels import DenseLabels
 from connectomics.models.losses import build_loss
 from tests.models.small_networks import TINY
 
@@ -28,6 +28,17 @@ def test_listing_names_every_network_and_imports_no_torch() -> None:
     code = (
         "import sys; from connectomics.models import list_models, required_multiple; list_models(); "
         "required_multiple('unet'); assert not {'torch', 'monai'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_monai_is_imported_for_monai_networks_only() -> None:
+    code = (
+        "import sys, torch, connectomics.models.fusion, connectomics.models.heads; "
+        "from connectomics.models import build_model, register_model; "
+        "register_model('own', lambda in_channels, out_channels: torch.nn.Conv3d(in_channels, out_channels, 1), 'x'); "
+        "build_model('own', 1, 2); assert 'monai' not in sys.modules; "
+        "build_model('unet', 1, 2); assert 'monai' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -125,7 +136,7 @@ class TestRefusals:
     def test_an_unknown_mednext_size_or_kernel(self) -> None:
         with pytest.raises(UnknownNameError, match="MedNeXt size 'XL'"):
             build_model("mednext", 1, 1, options={"mednext_size": "XL"})
-        with pytest.raises(InputError, match=r"mednext_kernel_size must be one of \[3, 5, 7\], found 4"):
+        with pytest.raises(InputError, match=r"mednext_kernel_size must be one of \[3, 5, 7\], got 4"):
             build_model("mednext", 1, 1, options={"mednext_kernel_size": 4})
 
     def test_a_value_that_the_constructor_refuses(self) -> None:
@@ -158,11 +169,11 @@ class TestPatchSize:
         assert required_multiple(name, options) == expected
 
     def test_an_odd_side_is_refused_with_one_that_fits(self) -> None:
-        with pytest.raises(InputError, match=r"patch_size \[128, 100, 65\].*\[16, 16, 16\].*\[128, 96, 64\] would do"):
+        with pytest.raises(InputError, match=r"patch_size \[128, 100, 65\].*\[16, 16, 16\].*use \[128, 96, 64\]"):
             check_patch_size("mednext", (128, 100, 65))
 
     def test_a_patch_that_ends_in_one_voxel_is_refused(self) -> None:
-        with pytest.raises(InputError, match=r"single voxel; \[64, 64, 64\] would do"):
+        with pytest.raises(InputError, match=r"single voxel; use \[64, 64, 64\]"):
             check_patch_size("swin_unetr", (32, 32, 32))
         check_patch_size("swin_unetr", (32, 32, 64))
 

@@ -18,8 +18,8 @@ import torch
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig, load_config
+from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.datamodule import CellMapDataModule
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patches import centered
 from connectomics.errors import InputError, WriteError
 from connectomics.report.inspect import inspect_data, write_page

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from connectomics.config import RunConfig
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import BatchAugmentor, PatchAugmentor
 from connectomics.data.bench.chunks import can_decompress
 from connectomics.data.bench.loader_run import LoaderSpeed, run_loader
 from connectomics.data.bench.meter import can_measure_peaks, median_ratio, medians
@@ -24,7 +24,6 @@ from connectomics.data.cache import prepare
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.build import cache_mode, patch_options
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.sampling import PatchRequest, PatchSampler, SampledCrop
 from connectomics.errors import InputError
 

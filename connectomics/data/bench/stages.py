@@ -16,15 +16,13 @@ import numpy as np
 import torch
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import BatchAugmentor, CoordinateMap, PatchAugmentor, SpatialAugmentor, sample
 from connectomics.data.bench.chunks import decompress
 from connectomics.data.bench.meter import Meter
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
-from connectomics.data.spatial import CoordinateMap, SpatialAugmentor, sample
 from connectomics.data.volumes import CropVolume
 
 #: In the order in which a patch goes through them.

@@ -11,7 +11,7 @@ import numpy as np
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.dataset.dataset_cellmap import (
     CellMapDataset,
     CellMapMultiClassDataset,
@@ -54,9 +54,7 @@ def run_dataset(
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
         extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in views_of(cfg)]
         widest = np.max(extents, axis=0).tolist()
-        augmentor = PatchAugmentor.of(
-            cfg.data.augmentations, cfg.data.patch_size, widest, bool(chosen.instances), cfg.dataset.voxel_size
-        )
+        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, widest, cfg.dataset.voxel_size)
     return CellMapMultiClassDataset.of_crops(
         crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.voxel_size, augmentor, chosen
     )

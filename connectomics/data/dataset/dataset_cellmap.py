@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
 from connectomics.cellmap.catalog import Catalog, Crop, informs
-from connectomics.data.augment import Augmentor, GivenAugmentor, PatchAugmentor, agree
+from connectomics.data.augmentation import Augmentor, GivenAugmentor, PatchAugmentor, SpatialAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, foreground_points
-from connectomics.data.spatial import SpatialAugmentor
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple

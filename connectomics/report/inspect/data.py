@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from connectomics.config import RunConfig, config_to_dict
+from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.cache import CropCache, cache_folder
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
-from connectomics.data.intensity import BatchAugmentor
 from connectomics.data.normalization import with_normalization
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augment import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor
 from connectomics.data.patch_reader import PatchReader
 from connectomics.data.sampling import PatchRequest
 from connectomics.data.volumes import CropVolume

@@ -1,7 +1,7 @@
 """`CoordinateMap`: where in the source each voxel of a patch comes from.
 
-Offsets are voxels from the patch's centre, z y x: voxel i of an axis with n voxels is at ``i - (n - 1) / 2``. A map
-takes an offset in the patch to an offset in the source, so it is the *inverse* of what a viewer sees the content do.
+Offsets are voxels from the patch center, z y x: voxel i of an axis with n voxels is at ``i - (n - 1) / 2``. A map takes
+an offset in the patch to an offset in the source, so it is the *inverse* of the transform that a viewer sees.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """A displacement field on a control grid that is centred on offset 0.
+    """A displacement field on a control grid that is centered on offset 0.
 
     Attributes:
-        vectors: float32 (3, nz, ny, nx), voxels: what is added to an offset's z, y, x at each control point.
+        vectors: float32 (3, nz, ny, nx), voxels, added to the z, y, x of an offset at each control point.
         spacing: voxels between control points, z y x. Control point k of an axis with n is at
             ``(k - (n - 1) / 2) * spacing``.
 
-    Between control points the field is trilinear; beyond them it keeps the value of its border.
+    The field is trilinear between control points and constant beyond them.
     """
 
     vectors: NDArray[np.float32]
@@ -40,12 +40,12 @@ class Displacement:
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 4 or self.vectors.shape[0] != 3 or 0 in self.vectors.shape:
-            raise InputError(f"displacement vectors must be (3, nz, ny, nx), found {self.vectors.shape}")
+            raise InputError(f"displacement vectors must be (3, nz, ny, nx), got {self.vectors.shape}")
         if min(triple(self.spacing, "spacing")) <= 0:
-            raise InputError(f"spacing of a displacement must be positive, found {self.spacing}")
+            raise InputError(f"displacement spacing must be positive, got {self.spacing}")
 
     def at(self, offsets: ArrayLike) -> Floats:
-        """The displacement (..., 3) at offsets (..., 3), in float64."""
+        """Return the displacement (..., 3) at offsets (..., 3), in float64."""
         offsets = np.asarray(offsets, np.float64)
         count = np.array(self.vectors.shape[1:])
         place = np.clip(offsets / np.array(self.spacing) + (count - 1) / 2, 0, count - 1)
@@ -59,7 +59,7 @@ class Displacement:
         return found
 
     def span(self) -> tuple[Floats, Floats]:
-        """Smallest and largest displacement along each axis, (3,) each."""
+        """Return the smallest and largest displacement along each axis, (3,) each."""
         flat = self.vectors.reshape(3, -1)
         return flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
 
@@ -71,8 +71,8 @@ class CoordinateMap:
     Attributes:
         outer, inner: float64 (3, 3); outer_shift, inner_shift: float64 (3,), voxels.
         field: None for an affine map, whose ``inner`` part is then the identity.
-        parameters: what was drawn to make the map, (name of the transform, values) in the order in which the transforms
-            are applied to the patch. For people; nothing is computed from it.
+        parameters: (transform name, drawn values) in the order in which the transforms are applied to the patch. For
+            reports; nothing is computed from it.
     """
 
     outer: Floats = made_by(default_factory=lambda: np.eye(3))
@@ -84,49 +84,41 @@ class CoordinateMap:
 
     @classmethod
     def identity(cls) -> CoordinateMap:
-        """Every voxel from where it is."""
+        """Return the map that changes nothing."""
         return cls()
 
     @classmethod
     def affine(
         cls, matrix: ArrayLike, shift: ArrayLike = (0.0, 0.0, 0.0), parameters: Parameters = ()
     ) -> CoordinateMap:
-        """``source = matrix @ offset + shift``."""
+        """Return the map ``source = matrix @ offset + shift``."""
         matrix = np.array(matrix, np.float64)
         if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
-            raise InputError(f"an affine map needs a finite matrix (3, 3), found {matrix.tolist()}")
+            raise InputError(f"an affine map needs a finite matrix (3, 3), got {matrix.tolist()}")
         return cls(matrix, np.array(triple(shift, "shift")), parameters=parameters)
 
     @classmethod
     def with_displacement(cls, displacement: Displacement, parameters: Parameters = ()) -> CoordinateMap:
-        """``source = offset + field(offset)``."""
+        """Return the map ``source = offset + field(offset)``."""
         return cls(field=displacement, parameters=parameters)
 
     def then(self, following: CoordinateMap) -> CoordinateMap:
-        """The map of applying this one's transform to the patch first and ``following`` to the result.
+        """Return the map that applies this transform to the patch first and then ``following``.
 
-        The patch that comes out is looked up in the reverse order: an offset goes through ``following``, then through
-        this map into the source. Raises `InputError` where both have a displacement field.
+        The look-up runs in the reverse order: an offset goes through ``following``, then through this map into the
+        source. Raises `InputError` if both have a displacement field.
         """
+        if self.field is not None and following.field is not None:
+            raise InputError("a coordinate map holds one displacement field: two elastic transforms cannot be combined")
         parameters = self.parameters + following.parameters
-        if following.field is None:
-            if self.field is None:
-                matrix = self.outer @ following.outer
-                return CoordinateMap(
-                    matrix, self.outer @ following.outer_shift + self.outer_shift, parameters=parameters
-                )
-            inner_shift = self.inner @ following.outer_shift + self.inner_shift
-            return CoordinateMap(
-                self.outer, self.outer_shift, self.field, self.inner @ following.outer, inner_shift, parameters
-            )
-        if self.field is not None:
-            raise InputError("a coordinate map holds one displacement field; two elastic transforms cannot be one map")
-        shift = self.outer @ following.outer_shift + self.outer_shift
-        inner, inner_shift = following.inner, following.inner_shift
-        return CoordinateMap(self.outer @ following.outer, shift, following.field, inner, inner_shift, parameters)
+        if self.field is None:
+            shift = self.outer @ following.outer_shift + self.outer_shift
+            return replace(following, outer=self.outer @ following.outer, outer_shift=shift, parameters=parameters)
+        shift = self.inner @ following.outer_shift + self.inner_shift
+        return replace(self, inner=self.inner @ following.outer, inner_shift=shift, parameters=parameters)
 
     def scaled(self, ratio: ArrayLike) -> CoordinateMap:
-        """The same map for offsets in voxels that are ``ratio`` (z, y, x) times as large, in patch and source."""
+        """Return the same map for offsets in voxels that are ``ratio`` (z, y, x) times as large."""
         size = np.broadcast_to(np.asarray(ratio, np.float64), (3,))
         if self.field is None:
             return replace(self, outer=self.outer * size / size[:, None], outer_shift=self.outer_shift / size)
@@ -135,28 +127,23 @@ class CoordinateMap:
         )
 
     def __call__(self, offsets: ArrayLike) -> Floats:
-        """Source offsets (..., 3) of offsets (..., 3), in float64."""
+        """Return the source offsets (..., 3) of offsets (..., 3), in float64."""
         place = np.asarray(offsets, np.float64) @ self.inner.T + self.inner_shift
         if self.field is not None:
             place = place + self.field.at(place)
         return place @ self.outer.T + self.outer_shift
 
     @cached_property
-    def is_identity(self) -> bool:
-        """Whether every offset is taken to itself, exactly."""
-        return self.field is None and bool((self.outer == np.eye(3)).all() and (self.outer_shift == 0).all())
-
-    @cached_property
     def right_angles(self) -> bool:
-        """Whether it only permutes and flips axes (and shifts): whole voxels stay whole voxels up to the shift."""
+        """Whether the map only permutes, flips and shifts axes, so that voxels keep their size and orientation."""
         size = np.abs(self.outer)
         permutes = (size.sum(0) == 1).all() and (size.sum(1) == 1).all() and (size.max(0) == 1).all()
         return self.field is None and bool(permutes)
 
     def bounds(self, shape: Sequence[float], step: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Floats, Floats]:
-        """Smallest and largest source offset (3,) that any voxel centre of a patch of ``shape`` comes from.
+        """Return the smallest and largest source offset (3,) of the voxel centers of a patch of ``shape``.
 
-        Tight for affine maps; with a displacement field no less than needed.
+        Tight for affine maps; may be too large with a displacement field.
         """
         half = (np.asarray(shape, np.float64) - 1) / 2 * np.asarray(step, np.float64)
         reach = np.abs(self.inner) @ half

@@ -1,4 +1,4 @@
-"""MONAI networks that need a wrapper to return what every network here returns (see `connectomics.models.registry`)."""
+"""Wrappers of MONAI networks, so that they return what every network returns (see `connectomics.models.registry`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from torch.utils.checkpoint import checkpoint
 class MedNeXtNetwork(nn.Module):
     """MONAI's MedNeXt with deep supervision as a list, and with gradient checkpointing.
 
-    With ``gradient_checkpointing`` the activations inside a stage are computed again in the backward pass instead of
-    being kept: about a third more time for a fraction of the memory. Parameters and their names are the same with and
-    without, so checkpoints fit both.
+    With ``gradient_checkpointing`` the activations inside a stage are recomputed in the backward pass: about a third
+    more time for a fraction of the memory. Parameter names do not depend on it, so checkpoints fit both.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class MedNeXtNetwork(nn.Module):
         return stage(x)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Logits (B, C, D, H, W), or in training with deep supervision five of them, each half the one before."""
+        """Return logits (B, C, D, H, W), or in training with deep supervision five, each half the size of the last."""
         net = self.net
         x = net.stem(image)
         skips: list[Tensor] = []
@@ -53,25 +52,25 @@ class MedNeXtNetwork(nn.Module):
 
 
 class DynUNetNetwork(nn.Module):
-    """MONAI's DynUNet, whose coarser logits are returned at their own size.
+    """MONAI's DynUNet with coarser logits at their own size.
 
-    MONAI enlarges them to the full size and stacks them, which costs the memory of as many full-size outputs.
+    MONAI enlarges them to full size and stacks them, which needs the memory of as many full-size outputs.
     """
 
     def __init__(self, *, deep_supervision: bool = False, **keywords: Any) -> None:
         super().__init__()
         if deep_supervision:
-            # MONAI allows heads on all levels but the top and the two coarsest ones.
+            # MONAI allows heads on all levels except the top and the two coarsest ones
             keywords.setdefault("deep_supr_num", max(1, min(3, len(keywords["strides"]) - 2)))
         self.net = DynUNet(spatial_dims=3, deep_supervision=deep_supervision, **keywords)
         self.deep_supervision = deep_supervision
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Logits (B, C, D, H, W), or in training with deep supervision a list, full size first."""
+        """Return logits (B, C, D, H, W), or in training with deep supervision a list, full size first."""
         logits = self.net.output_block(self.net.skip_layers(image))
         if not self.deep_supervision:
             return logits
-        # The skip layers leave their outputs in this list; kept there, they would keep the whole graph alive.
+        # the skip layers store their outputs in this list, which would keep the whole graph alive
         coarse = list(self.net.heads)
         self.net.heads[:] = [torch.empty(0) for _ in coarse]
         return [logits, *coarse] if self.training else logits

@@ -1,8 +1,7 @@
-"""The numba kernels of this package (apart, so that importing the package does not import numba).
+"""Numba kernels of `warp` and `elastic_field`, in a module that is imported only when they run.
 
-Arrays come flat and C-contiguous: an index is then one unsigned number, which numba uses as it is instead of looking
-for negative ones first. Positions are raw-array indices, z y x. All kernels run on one core without the interpreter
-lock.
+Arrays are flat and C-contiguous, so that an index is one unsigned number, which numba does not check for negative
+values. Positions are raw-array indices, z y x. All kernels run on one core without the interpreter lock.
 """
 
 from __future__ import annotations
@@ -18,19 +17,24 @@ Array = NDArray[Any]
 
 CHUNK = 64
 TILE = 8
-"""``TILE`` by ``TILE`` rows of ``CHUNK`` voxels are handled one after the other: neighbours share most of their source,
+"""``TILE`` by ``TILE`` rows of ``CHUNK`` voxels are processed one after another: neighbors share most of their source,
 which then stays in the first-level cache."""
 
-_NEAR = 1e-3  # voxels: float32 positions of a chunk are exact to far less; nearer a border the careful path decides
+_NEAR = 1e-3  # voxels: nearer to a border, `_careful` decides; float32 positions in a chunk are far more exact
+
+
+@numba.njit(inline="always")
+def _value(value, divisor):  # type: ignore[no-untyped-def]
+    return value if divisor is None else np.float32(value) / divisor
 
 
 @numba.njit(cache=True, nogil=True)
-def copy_image(raw: Array, base: int, strides: Array, low: Array, high: Array, tiles: Array, image: Array) -> None:
-    """``image[i] = raw[base + i . strides] / 255`` for low <= i < high, tile by tile.
+def copy_strided(source, base, strides, low, high, tiles, divisor, target):  # type: ignore[no-untyped-def]
+    """``target[i] = source[base + i . strides] / divisor`` for low <= i < high, tile by tile.
 
-    raw: uint8, flat; strides: int64 (3,), elements a voxel of each image axis; tiles: int64 (3,), voxels.
+    source: flat; strides: int64 (3,), elements per voxel of each target axis; tiles: int64 (3,), voxels; divisor:
+    float32, or None for exact copies (numba then compiles the kernel without the division).
     """
-    scale = np.float32(255.0)
     for z0 in range(low[0], high[0], tiles[0]):
         for y0 in range(low[1], high[1], tiles[1]):
             for x0 in range(low[2], high[2], tiles[2]):
@@ -38,45 +42,23 @@ def copy_image(raw: Array, base: int, strides: Array, low: Array, high: Array, t
                 for z in range(z0, min(z0 + tiles[0], high[0])):
                     for y in range(y0, min(y0 + tiles[1], high[1])):
                         row = base + z * strides[0] + y * strides[1]
-                        into = image[np.uint64(z), np.uint64(y)]
+                        into = target[np.uint64(z), np.uint64(y)]
                         if strides[2] == 1:
                             for x in range(x0, x1):
-                                into[np.uint64(x)] = np.float32(raw[np.uint64(row + x)]) / scale
+                                into[np.uint64(x)] = _value(source[np.uint64(row + x)], divisor)
                         elif strides[2] == -1:
                             for x in range(x0, x1):
-                                into[np.uint64(x)] = np.float32(raw[np.uint64(row - x)]) / scale
+                                into[np.uint64(x)] = _value(source[np.uint64(row - x)], divisor)
                         else:
                             for x in range(x0, x1):
-                                into[np.uint64(x)] = np.float32(raw[np.uint64(row + x * strides[2])]) / scale
-
-
-@numba.njit(cache=True, nogil=True)
-def copy_codes(source: Array, base: int, strides: Array, low: Array, high: Array, tiles: Array, codes: Array) -> None:
-    """``codes[i] = source[base + i . strides]``, as `copy_image`."""
-    for z0 in range(low[0], high[0], tiles[0]):
-        for y0 in range(low[1], high[1], tiles[1]):
-            for x0 in range(low[2], high[2], tiles[2]):
-                x1 = min(x0 + tiles[2], high[2])
-                for z in range(z0, min(z0 + tiles[0], high[0])):
-                    for y in range(y0, min(y0 + tiles[1], high[1])):
-                        row = base + z * strides[0] + y * strides[1]
-                        into = codes[np.uint64(z), np.uint64(y)]
-                        if strides[2] == 1:
-                            for x in range(x0, x1):
-                                into[np.uint64(x)] = source[np.uint64(row + x)]
-                        elif strides[2] == -1:
-                            for x in range(x0, x1):
-                                into[np.uint64(x)] = source[np.uint64(row - x)]
-                        else:
-                            for x in range(x0, x1):
-                                into[np.uint64(x)] = source[np.uint64(row + x * strides[2])]
+                                into[np.uint64(x)] = _value(source[np.uint64(row + x * strides[2])], divisor)
 
 
 @numba.njit(cache=True, nogil=True)
 def clear_outside(
     inside: Array, base: int, strides: Array, low: Array, high: Array, fill: float, image: Array, codes: Array
 ) -> None:
-    """Image ``fill`` and code 0 where ``inside[base + i . strides]`` is False, for low <= i < high."""
+    """Set image to ``fill`` and codes to 0 where ``inside[base + i . strides]`` is False, for low <= i < high."""
     for z in range(low[0], high[0]):
         for y in range(low[1], high[1]):
             row = base + z * strides[0] + y * strides[1]
@@ -88,7 +70,7 @@ def clear_outside(
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _careful(raw, shape, inside, codes, codes_shape, shift, fill, z, y, x):  # type: ignore[no-untyped-def]
-    """Value (0..1) and code at one position, with every check: the neighbours that hold raw, weights normalised."""
+    """Value (0..1) and code at one position with every check: only neighbors with raw, weights normalized."""
     near_z, near_y, near_x = math.floor(z + 0.5), math.floor(y + 0.5), math.floor(x + 0.5)
     if near_z < 0 or near_y < 0 or near_x < 0 or near_z >= shape[0] or near_y >= shape[1] or near_x >= shape[2]:
         return fill, np.uint32(0)
@@ -125,7 +107,7 @@ def _careful(raw, shape, inside, codes, codes_shape, shift, fill, z, y, x):  # t
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _blend_row(control: Array, count: Array, limit: Array, z: float, y: float, line: Array) -> None:
-    """The field along x at control row (z, y): ``line`` float32 (3, nx) from ``control`` float32 (3, nz, ny, nx)."""
+    """Write the field along x at control row (z, y) to ``line`` (3, nx); ``control`` (3, nz, ny, nx), float32."""
     z, y = min(max(z, 0.0), limit[0]), min(max(y, 0.0), limit[1])
     low_z, low_y = min(int(z), count[0] - 2), min(int(y), count[1] - 2)
     up_z, up_y = np.float32(z - low_z), np.float32(y - low_y)
@@ -143,7 +125,7 @@ def _blend_row(control: Array, count: Array, limit: Array, z: float, y: float, l
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _displace_line(line: Array, last: int, limit: float, start: float, rise: float, n: int, at: Array) -> None:
-    """Adds the field of `_blend_row` to positions ``at`` float32 (3, n); control x of voxel i is start + i * rise."""
+    """Add the field of `_blend_row` to positions ``at`` float32 (3, n); control x of voxel i is start + i * rise."""
     first, slope, top = np.float32(start), np.float32(rise), np.float32(limit)
     for i in range(n):
         place = min(max(first + np.float32(i) * slope, np.float32(0)), top)
@@ -156,7 +138,7 @@ def _displace_line(line: Array, last: int, limit: float, start: float, rise: flo
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _displace(control: Array, count: Array, limit: Array, start: Array, rise: Array, n: int, at: Array) -> None:
-    """As `_displace_line` where a row of the patch runs any way through the control grid."""
+    """As `_displace_line`, for a row of the patch in any direction through the control grid."""
     one = np.float32(1)
     step_z, step_y, step_x = np.float32(rise[0]), np.float32(rise[1]), np.float32(rise[2])
     for i in range(n):
@@ -188,14 +170,14 @@ def _byte(packed, shift):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _image_inside(raw, plane, width, first, at, n, index, share, four, image):  # type: ignore[no-untyped-def]
-    """Trilinear values of a chunk whose whole neighbourhood holds raw; ``first`` is the index of position 0."""
-    for i in range(n):  # apart from the loads, so that it runs many voxels at a time
+    """Trilinear values of a chunk whose neighbors all hold raw; ``first`` is the index of position 0."""
+    for i in range(n):  # separate from the loads, so that it is vectorized
         low_z, low_y, low_x = np.int32(at[0, i]), np.int32(at[1, i]), np.int32(at[2, i])
         share[0, i] = at[0, i] - np.float32(low_z)
         share[1, i] = at[1, i] - np.float32(low_y)
         share[2, i] = at[2, i] - np.float32(low_x)
         index[i] = np.int64(low_z) * plane + np.int64(low_y) * width + np.int64(low_x)
-    # four neighbours in one number: turning bytes into floats one by one would cost more than all the rest
+    # four neighbors in one number: converting bytes to floats one by one would cost more than the rest
     following, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
     for i in range(n):
         j = np.uint64(first + index[i])
@@ -215,12 +197,12 @@ def _image_inside(raw, plane, width, first, at, n, index, share, four, image):  
         g += x * (h - g)
         a += y * (c - a)
         e += y * (g - e)
-        image[i] = min((a + z * (e - a)) * unit, one)  # rounding may pass 1
+        image[i] = min((a + z * (e - a)) * unit, one)  # rounding may exceed 1
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _codes_inside(source, plane, width, first, at, n, index, codes):  # type: ignore[no-untyped-def]
-    """Nearest codes of a chunk that lies inside the block of codes."""
+    """Nearest codes of a chunk inside the block of codes."""
     half = np.float32(0.5)
     for i in range(n):
         z, y, x = np.int32(at[0, i] + half), np.int32(at[1, i] + half), np.int32(at[2, i] + half)
@@ -231,7 +213,7 @@ def _codes_inside(source, plane, width, first, at, n, index, codes):  # type: ig
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _rebase(at: Array, n: int, base: Array, low: Array, high: Array) -> None:
-    """Finds the span of displaced positions, and moves ``base`` so that none is negative."""
+    """Find the range of displaced positions, and move ``base`` so that none is negative."""
     for k in range(3):
         least, most = at[k, 0], at[k, 0]
         for i in range(n):
@@ -245,7 +227,7 @@ def _rebase(at: Array, n: int, base: Array, low: Array, high: Array) -> None:
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _whole(inside: Array, plane: int, width: int, first: int, at: Array, n: int) -> bool:
-    """Whether all neighbours of a chunk that lies in the block hold raw."""
+    """Whether all neighbors of a chunk in the block hold raw."""
     following, right, down = np.uint64(1), np.uint64(width), np.uint64(plane)
     missing = 0
     for i in range(n):
@@ -259,7 +241,7 @@ def _whole(inside: Array, plane: int, width: int, first: int, at: Array, n: int)
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def _codes_anywhere(source, shape, base, at, n, codes):  # type: ignore[no-untyped-def]
-    """Nearest codes of a chunk, 0 beyond the block of codes; ``base`` is an index of that."""
+    """Nearest codes of a chunk, 0 beyond the block of codes; ``base`` is an index of this block."""
     half = np.float32(0.5)
     for i in range(n):
         z, y, x = base[0] + int(at[0, i] + half), base[1] + int(at[1, i] + half), base[2] + int(at[2, i] + half)
@@ -308,13 +290,12 @@ def interpolate(
     raw: Array, shape: Array, inside: Array, source: Array, codes_shape: Array, shift: Array, start: Array, rise: Array,
     control: Array, limit: Array, field_start: Array, field_rise: Array, fill: float, image: Array, codes: Array,
 ) -> None:  # fmt: skip
-    """One pass over the patch: trilinear raw and nearest codes.
+    """Write trilinear raw to image float32 (``fill`` where there is no raw) and nearest codes to codes, (D, H, W).
 
     raw uint8 and inside bool (or of size 0: raw everywhere), flat, of ``shape``; source: codes, flat, of
-    ``codes_shape``; shift: what makes a raw index an index of source. Voxel (i, j, k) of the patch lies at
+    ``codes_shape``; shift: added to a raw index, gives an index of source. Voxel (i, j, k) of the patch lies at
     ``start + rise @ (i, j, k)`` in raw, plus the field at ``field_start + field_rise @ (i, j, k)`` in control
     points: ``control`` float32 (3, nz, ny, nx), or of size 0. ``limit``: float64 (3,), the last control points.
-    Writes image float32, ``fill`` where there is no raw, and codes (D, H, W).
     """
     moved = control.size > 0
     straight = moved and field_rise[0, 2] == 0 and field_rise[1, 2] == 0

@@ -1,24 +1,23 @@
-"""One patch out of a crop's arrays in one pass: image and label codes through a `CoordinateMap`."""
+"""Sample one patch from the arrays of a crop in one pass: image and label codes through a `CoordinateMap`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.spatial.mapping import CoordinateMap, Floats
+from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
 from connectomics.errors import InputError
 from connectomics.geometry import triple
 
 Patch = tuple[NDArray[np.float32], NDArray[np.unsignedinteger]]
 
-# Where positions are this close to whole voxels in all of a patch, they are whole voxels (rounding of float64 sums).
+# voxels: positions this close to whole voxels are whole voxels (rounding of float64 sums)
 _WHOLE = 1e-6
-# Voxels: a tile of the axis along which the source is contiguous and the image's own x, so that both stay in the cache.
+# voxels: tile of the axis along which the source is contiguous and of the image's x, so that both stay in the cache
 _TILE = 64
 
 
@@ -29,73 +28,42 @@ def sample(
     shape: Sequence[int],
     step: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Patch:
-    """Image float32 (D, H, W) in [0, 1] and codes (D, H, W) in the dtype of ``arrays.codes``.
+    """Return image float32 (D, H, W) in [0, 1] and codes (D, H, W) in the dtype of ``arrays.codes``.
+
+    Raw is interpolated trilinearly over those of the eight neighbors that hold raw; the code is that of the nearest
+    voxel (a half is rounded up). If the nearest voxel holds no raw, the image is ``arrays.fill`` and the code 0. A map
+    that only permutes, flips and shifts by whole voxels gives exact copies.
 
     Args:
-        center: lattice index (z y x, may be fractional) of the patch's centre.
-        map: from voxels off the patch's centre to voxels off ``center``.
+        arrays: raw and label codes of the crop.
+        center: lattice index (z y x, may be fractional) of the patch center.
+        map: from offsets in the patch to offsets from ``center``, voxels.
         shape: of the patch, voxels. step: lattice voxels from one voxel of the patch to the next.
 
-    Raw is interpolated trilinearly over those of the eight neighbours that hold raw; the code is the nearest voxel's (a
-    half goes up). Where the nearest voxel holds no raw, the image is ``arrays.fill`` and the code 0. A map that only
-    permutes, flips and shifts by whole voxels gives exact copies. Raises `InputError` for a shape or step that is none.
+    Raises:
+        InputError: ``shape`` or ``step`` are not three positive numbers.
     """
     size, rate = _size(shape), np.array(triple(step, "step"))
     if rate.min() <= 0:
-        raise InputError(f"step must be positive, found {rate.tolist()}")
+        raise InputError(f"step must be positive, got {rate.tolist()}")
     half = (np.array(size) - 1) / 2 * rate
-    middle = np.array(triple(center, "center")) - arrays.raw_begin  # of the patch, in raw's indices
+    middle = np.array(triple(center, "center")) - arrays.raw_begin  # raw index of the patch center
     image = np.empty(size, np.float32)
     codes = np.empty(size, arrays.codes.dtype)
     if map.field is None:
         rise = map.outer * rate
         start = middle + map.outer_shift - map.outer @ half
         if map.right_angles and _whole(start) and _whole(rise):
-            first, turns = np.rint(start).astype(np.int64).tolist(), np.rint(rise).astype(np.int64).tolist()
-            _copy(arrays, first, turns, image, codes)
+            first, whole_rise = np.rint(start).astype(np.int64).tolist(), np.rint(rise).astype(np.int64).tolist()
+            _copy(arrays, first, whole_rise, image, codes)
             return image, codes
     _interpolate(arrays, middle, map, half, rate, image, codes)
     return image, codes
 
 
-def sample_reference(
-    arrays: CropArrays,
-    center: ArrayLike,
-    map: CoordinateMap,
-    shape: Sequence[int],
-    step: Sequence[float] = (1.0, 1.0, 1.0),
-) -> Patch:
-    """What `sample` must give, in float64 with no short cut: its specification, and what tests hold it against."""
-    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, step, strict=True)]
-    place = map(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)) + np.asarray(center, np.float64)
-    in_raw = place - arrays.raw_begin
-    inside = np.ones(arrays.raw.shape, bool) if arrays.inside is None else arrays.inside
-    nearest = np.floor(in_raw + 0.5).astype(np.int64)
-    there = _look_up(inside, nearest)
-    below = np.floor(in_raw).astype(np.int64)
-    share = in_raw - below
-    total, weights = np.zeros(place.shape[:-1]), np.zeros(place.shape[:-1])
-    for corner in product((0, 1), repeat=3):
-        weight = np.prod(np.where(corner, share, 1 - share), axis=-1) * _look_up(inside, below + corner)
-        total += weight * _look_up(arrays.raw, below + corner)
-        weights += weight
-    image = np.where(there, total / np.where(there, weights, 1) / 255, np.float32(arrays.fill))
-    at = nearest + np.subtract(arrays.raw_begin, arrays.codes_begin)
-    return image.astype(np.float32), np.where(there, _look_up(arrays.codes, at), 0).astype(arrays.codes.dtype)
-
-
-def _look_up(values: NDArray[Any], index: NDArray[np.int64]) -> NDArray[Any]:
-    """Values (...) at indices (..., 3), 0 beyond the array."""
-    there = np.asarray(((index >= 0) & (index < values.shape)).all(-1))
-    z, y, x = np.moveaxis(np.where(there[..., None], index, 0), -1, 0)
-    if 0 in values.shape:
-        return np.zeros(there.shape, values.dtype)
-    return np.where(there, values[z, y, x], values.dtype.type(0))
-
-
 def _size(shape: Sequence[int]) -> tuple[int, int, int]:
     if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"shape must be three positive whole numbers (z, y, x), found {list(shape)}")
+        raise InputError(f"shape must be three positive whole numbers (z, y, x), got {list(shape)}")
     return (int(shape[0]), int(shape[1]), int(shape[2]))
 
 
@@ -104,7 +72,7 @@ def _whole(values: Floats) -> bool:
 
 
 def _flat(values: NDArray[Any]) -> NDArray[Any]:
-    """A plain flat array over the same memory (a copy where it is not contiguous)."""
+    """Return a plain flat array over the same memory (a copy if it is not contiguous)."""
     return np.ascontiguousarray(np.asarray(values)).reshape(-1)
 
 
@@ -115,8 +83,8 @@ def _copy(
     image: NDArray[np.float32],
     codes: NDArray[np.unsignedinteger],
 ) -> None:
-    """Whole voxels: strided copies of what lies in the blocks. Image voxel i is raw voxel ``start + rise @ i``."""
-    from connectomics.data.spatial import warp_kernels as kernels
+    """Copy whole voxels: image voxel i is raw voxel ``start + rise @ i``."""
+    from connectomics.data.augmentation import warp_kernels as kernels
 
     tiles = _tiles(rise, image.shape)
     low, high = _part(start, rise, arrays.raw.shape, image.shape)
@@ -124,14 +92,15 @@ def _copy(
         image.fill(arrays.fill)
     base, strides = _strides(start, rise, arrays.raw.shape)
     ends = np.array(low), np.array(high)
-    kernels.copy_image(_flat(arrays.raw), base, strides, *ends, tiles, image)
+    divisor: Any = np.float32(255.0)
+    kernels.copy_strided(_flat(arrays.raw), base, strides, *ends, tiles, divisor, image)
     begin = [s + a - b for s, a, b in zip(start, arrays.raw_begin, arrays.codes_begin, strict=True)]
     code_low, code_high = _part(begin, rise, arrays.codes.shape, image.shape)
     code_low = [max(a, b) for a, b in zip(code_low, low, strict=True)]
     code_high = [max(a, min(b, c)) for a, b, c in zip(code_low, code_high, high, strict=True)]
     if code_low != [0, 0, 0] or code_high != list(image.shape):
         codes.fill(0)
-    if all(rise[axis][axis] > 0 for axis in range(3)):  # numpy copies unturned rows fastest
+    if all(rise[axis][axis] > 0 for axis in range(3)):  # numpy is fastest if no axis is flipped or permuted
         into = tuple(slice(a, b) for a, b in zip(code_low, code_high, strict=True))
         steps = [rise[axis][axis] for axis in range(3)]
         first = [b + a * s for b, a, s in zip(begin, code_low, steps, strict=True)]
@@ -140,31 +109,30 @@ def _copy(
         )
         codes[into] = arrays.codes[block] if codes[into].size else 0
     else:
-        code_base, code_strides = _strides(begin, rise, arrays.codes.shape)
-        kernels.copy_codes(
-            _flat(arrays.codes), code_base, code_strides, np.array(code_low), np.array(code_high), tiles, codes
-        )
+        code_ends = np.array(code_low), np.array(code_high)
+        base_and_strides = _strides(begin, rise, arrays.codes.shape)
+        kernels.copy_strided(_flat(arrays.codes), *base_and_strides, *code_ends, tiles, None, codes)
     if arrays.inside is not None:
         fill: Any = np.float32(arrays.fill)
         kernels.clear_outside(_flat(arrays.inside), base, strides, *ends, fill, image, codes)
 
 
 def _strides(start: list[int], rise: list[list[int]], block: Sequence[int]) -> tuple[int, NDArray[np.int64]]:
-    """Flat index of patch voxel 0 in a block, and what each patch axis adds to it."""
+    """Return the flat index of patch voxel 0 in a block, and what each patch axis adds to it."""
     plane, width = block[1] * block[2], block[2]
     strides = [rise[0][k] * plane + rise[1][k] * width + rise[2][k] for k in range(3)]
     return start[0] * plane + start[1] * width + start[2], np.array(strides, np.int64)
 
 
 def _along(row: list[int]) -> int:
-    """The patch axis that a source axis follows."""
+    """Return the patch axis that a source axis follows."""
     return next(k for k in range(3) if row[k])
 
 
 def _part(
     start: list[int], rise: list[list[int]], block: Sequence[int], shape: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """The patch voxels [low, high) whose source lies in a block: a box, as each patch axis follows one source axis."""
+    """Return the box [low, high) of patch voxels whose source lies in a block."""
     low, high = [0, 0, 0], list(shape)
     for axis, n in enumerate(block):
         along, first = _along(rise[axis]), start[axis]
@@ -178,7 +146,7 @@ def _part(
 
 
 def _tiles(rise: list[list[int]], shape: Sequence[int]) -> NDArray[np.int64]:
-    """Tiles in which patch and source are both walked along their contiguous axis (source's x: the last row)."""
+    """Return tiles in which patch and source are both read along their contiguous axis."""
     along = _along(rise[2])
     if along == 2:
         return np.array(shape)
@@ -196,7 +164,7 @@ def _interpolate(
     image: NDArray[np.float32],
     codes: NDArray[np.unsignedinteger],
 ) -> None:
-    from connectomics.data.spatial import warp_kernels as kernels
+    from connectomics.data.augmentation import warp_kernels as kernels
 
     matrix = map.outer @ map.inner
     rise = matrix * step
@@ -204,7 +172,7 @@ def _interpolate(
     control = np.empty((3, 0, 0, 0), np.float32)
     limit, field_start, field_rise = np.zeros(3), np.zeros(3), np.zeros((3, 3))
     if map.field is not None:
-        # the outer matrix is linear: applied to the control points, it need not be applied to every voxel
+        # apply the linear outer matrix to the control points instead of to every voxel
         vectors = np.einsum("ij,jzyx->izyx", map.outer.astype(np.float32), map.field.vectors)
         limit = np.array(vectors.shape[1:]) - 1.0
         spacing = np.array(map.field.spacing)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.errors import InputError
-from connectomics.models.labels import DenseLabels, PackedLabels, labels_of
+from connectomics.models.batch_labels import DenseLabels, PackedLabels, labels_of
 
 
 def some_codes(seed: int, states: int, batch: int = 3, channels: int = 4) -> PackedLabels:
@@ -116,28 +116,28 @@ class TestBatches:
 
     @pytest.mark.parametrize("keys", [(), ("image",), ("image", "label"), ("codes", "present")])
     def test_those_without_labels_are_refused(self, keys: tuple[str, ...]) -> None:
-        with pytest.raises(InputError, match=f"a batch must have labels, .* found {', '.join(keys) or 'nothing'}$"):
+        with pytest.raises(InputError, match=f"a batch must have labels, .* got {', '.join(keys) or 'nothing'}$"):
             labels_of(dict.fromkeys(keys, torch.zeros(1)))
 
 
 class TestRefusals:
     def test_codes_beyond_the_tables(self) -> None:
         labels = some_codes(3, 9)
-        with pytest.raises(InputError, match=r"codes must be from 0 to 7, .* found 0 to 8"):
+        with pytest.raises(InputError, match=r"codes must be from 0 to 7, .* got 0 to 8"):
             PackedLabels(labels.codes, labels.present[:, :, :8], labels.known[:, :, :8])
-        with pytest.raises(InputError, match="found -1 to 7"):
+        with pytest.raises(InputError, match="got -1 to 7"):
             PackedLabels(labels.codes.short() - 1, labels.present, labels.known)
 
     def test_codes_of_another_type_or_shape(self) -> None:
         labels = some_codes(4, 9)
-        with pytest.raises(InputError, match=r"uint8, int16 or int32 .* found torch\.int64"):
+        with pytest.raises(InputError, match=r"uint8, int16 or int32 .* got torch\.int64"):
             PackedLabels(labels.codes.long(), labels.present, labels.known)
-        with pytest.raises(InputError, match=r"found torch\.uint8 \(4, 5, 6\)"):
+        with pytest.raises(InputError, match=r"got torch\.uint8 \(4, 5, 6\)"):
             PackedLabels(labels.codes[0], labels.present, labels.known)
 
     def test_tables_that_do_not_fit(self) -> None:
         labels = some_codes(5, 9)
-        with pytest.raises(InputError, match=r"tables of 3 samples must be two bool \(B, C, K\), found present \(2, 4"):
+        with pytest.raises(InputError, match=r"tables of 3 samples must be two bool \(B, C, K\), got present \(2, 4"):
             PackedLabels(labels.codes, labels.present[:2], labels.known[:2])
         with pytest.raises(InputError, match=r"known \(3, 4, 8\)"):
             PackedLabels(labels.codes, labels.present, labels.known[:, :, :8])

@@ -1,0 +1,67 @@
+"""Random displacement fields with the statistics of MONAI's `Rand3DElastic`, drawn on a coarse control grid.
+
+MONAI draws independent noise u, uniform in [-1, 1), for every voxel and axis, smooths it with a separable Gaussian
+kernel k of standard deviation sigma voxels (the Gaussian integrated over each voxel, truncated at three sigma, not
+normalized) and multiplies it by a magnitude. Such a field is nearly normal, with
+
+    standard deviation = magnitude * sqrt(1/3) * (sum_i k_i^2)^(3/2)     (1/3: the variance of u; one k per axis)
+    correlation over r voxels = exp(-r^2 / (4 sigma^2))                  (a Gaussian convolved with itself)
+
+Such a smooth field does not need noise at every voxel. It is drawn on control points every h = sigma / 2 voxels (at
+least one voxel), smoothed with the same kernel of sigma / h control points, which gives the same correlation, and
+scaled to the same standard deviation. Linear interpolation at a share t between two control points of correlation rho
+lowers the variance to t^2 + (1 - t)^2 + 2 t (1 - t) rho, on average over t to 2/3 + rho/3 per axis; the scale
+corrects for that. Unlike MONAI's field, this one does not fade towards the patch border, where MONAI pads with zeros.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from connectomics.data.augmentation.coordinate_map import Displacement, Floats
+
+#: standard deviations: displacements are clipped here, so that the reach of a patch is known (1 in 5e8 is clipped)
+LIMIT = 6.0
+_TRUNCATED = 3.0  # sigmas, as in MONAI
+_UNIFORM_VARIANCE = 1 / 3
+
+
+def gaussian_kernel(sigma: float) -> Floats:
+    """Return MONAI's kernel (`gaussian_1d`, "erf", truncated at three sigma); float64 (2 tail + 1,)."""
+    tail = int(max(sigma * _TRUNCATED, 0.5) + 0.5)
+    edges = [math.erf((i - 0.5) / (sigma * math.sqrt(2))) for i in range(-tail, tail + 2)]
+    return np.diff(edges) / 2
+
+
+def standard_deviation(sigma: float, magnitude: float) -> float:
+    """Return the standard deviation of one component of the displacement, voxels."""
+    return abs(magnitude) * math.sqrt(_UNIFORM_VARIANCE) * float((gaussian_kernel(sigma) ** 2).sum()) ** 1.5
+
+
+def largest_displacement(sigma: float, magnitude: float) -> float:
+    """Return the largest displacement along an axis that `draw_field` gives, voxels."""
+    return min(abs(magnitude), LIMIT * standard_deviation(sigma, magnitude))
+
+
+def draw_field(rng: np.random.Generator, sigma: float, magnitude: float, half: Floats) -> Displacement:
+    """Draw a field for offsets up to ``half`` (3,) voxels from the center; ``sigma``, ``magnitude`` as in MONAI."""
+    from connectomics.data.augmentation.warp_kernels import smooth
+
+    spacing = max(1.0, sigma / 2)
+    kernel = gaussian_kernel(sigma / spacing)
+    count = np.maximum(2, np.ceil(2 * half / spacing - 1e-9).astype(int) + 1)
+    field = rng.random((3, *(count + len(kernel) - 1)), np.float32) * np.float32(2) - np.float32(1)
+    power = float((kernel**2).sum())
+    between = 2 / 3 + float((kernel[1:] * kernel[:-1]).sum()) / power / 3 if spacing > 1 else 1.0
+    scale = standard_deviation(sigma, magnitude) / (math.sqrt(_UNIFORM_VARIANCE) * (power * between) ** 1.5)
+    for axis in (1, 2, 3):
+        shape = list(field.shape)
+        shape[axis] = count[axis - 1]
+        before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        smoothed = np.empty((before, shape[axis] * after), np.float32)
+        smooth(field.reshape(before, -1), kernel.astype(np.float32), after, smoothed)
+        field = smoothed.reshape(shape)
+    limit = np.float32(largest_displacement(sigma, magnitude))
+    return Displacement(np.clip(field * np.float32(scale), -limit, limit), (spacing, spacing, spacing))

@@ -1,0 +1,176 @@
+"""`IntensityAugmentor` applies kinds of `intensity_kinds` to a batch, on the device (CPU or GPU) that holds it."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from connectomics.config import RunConfig
+from connectomics.config.values import read
+from connectomics.data.augmentation.intensity_from_monai import recognize
+from connectomics.data.augmentation.intensity_kinds import KINDS, Drawn, Kind
+from connectomics.data.augmentation.intensity_operations import shift_codes
+from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.geometry import Index, Triple
+
+#: ``noise``, ``noise_2`` (a second one), ``noise_monai`` (replaces a MONAI transform)
+_NAME = re.compile(rf"({'|'.join(KINDS)})(_monai)?(_\d+)?")
+_ORDER = {kind: place for place, kind in enumerate(KINDS.values())}
+
+
+@dataclass(frozen=True)
+class IntensityAugmentor:
+    """Named kinds of augmentation, applied in the order of `KINDS` whatever their order in the configuration.
+
+    The result for a sample depends only on its seed: not on the batch, on other samples, or on the other kinds.
+    Global random state is neither read nor changed. On the CPU results are bit-identical for the same number of
+    threads (means and powers may differ in the last bit otherwise); a GPU draws other noise from the same seed, and
+    everything else is the same.
+
+    Attributes:
+        kinds: (name, kind), sorted by the order of application, then by name.
+        voxel_size: nm, z y x, of the images.
+    """
+
+    kinds: tuple[tuple[str, Kind], ...]
+    voxel_size: Triple
+
+    def __post_init__(self) -> None:
+        if len(self.voxel_size) != 3 or not all(v > 0 for v in self.voxel_size):
+            raise InputError(f"voxel_size must be three positive lengths in nm (z, y, x), got {self.voxel_size}")
+        ordered = sorted(self.kinds, key=lambda named: (_ORDER[type(named[1])], named[0]))
+        object.__setattr__(self, "kinds", tuple(ordered))
+        object.__setattr__(self, "voxel_size", tuple(float(v) for v in self.voxel_size))
+
+    @classmethod
+    def from_config(cls, intensity: Mapping[str, Any], voxel_size: Sequence[float]) -> IntensityAugmentor | None:
+        """Return the augmentor of ``data.intensity`` (name -> arguments), or None if it is empty.
+
+        A name is a key of `KINDS`; a suffix ``_2``, ``_3``... repeats a kind. Missing arguments take their defaults
+        (``noise: {}``); null instead of arguments disables a kind. ``voxel_size``: nm, z y x.
+
+        Raises:
+            UnknownNameError: the kind is unknown. ConfigError: an argument is unknown or its value is not allowed.
+        """
+        kinds = []
+        for name, given in intensity.items():
+            found = _NAME.fullmatch(str(name))
+            if found is None:
+                raise unknown_name("augmentation", str(name), KINDS, "data.intensity")
+            if given is not None:
+                kinds.append((str(name), read(KINDS[found[1]], given, f"data.intensity.{name}", ConfigError)))
+        z, y, x = voxel_size
+        return cls(tuple(kinds), (z, y, x)) if kinds else None
+
+    def drawn(self, seed: int, shape: Index, *, moving: bool = True) -> Iterator[tuple[str, Kind, Drawn]]:
+        """Yield what a sample with this seed gets, in order: name, kind, numbers drawn. ``shape``: voxels z y x.
+
+        ``moving=False`` leaves out the kinds that move image and labels.
+        """
+        for name, kind in self.kinds:
+            # each name has its own stream, so that adding a kind does not change the others
+            rng = np.random.default_rng([seed & (2**64 - 1), zlib.crc32(name.encode())])
+            if rng.random() < kind.prob and (moving or not kind.moves):
+                yield name, kind, kind.draw(rng, shape, self.voxel_size)
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor, codes: Tensor | None, seeds: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the augmented batch; the given tensors are not changed.
+
+        Args:
+            image: (B, C, D, H, W), values in [0, 1]; channels of a sample share its draws (noise differs per voxel).
+            codes: (B, D, H, W) integer, 0 where everything is unknown. None leaves out the kinds that move the image.
+            seeds: int64 (B,), preferably on the host.
+
+        Returns:
+            image float32 in [0, 1] and codes of the given dtype, on the same device.
+
+        Raises:
+            InputError: the shapes do not fit each other.
+        """
+        if image.ndim != 5 or seeds.shape != image.shape[:1]:
+            raise InputError(
+                f"expected image (B, C, D, H, W) and seeds (B,), got {tuple(image.shape)} and {tuple(seeds.shape)}"
+            )
+        if codes is not None and codes.shape != (image.shape[0], *image.shape[2:]):
+            raise InputError(f"codes must have the voxels of the image {tuple(image.shape)}, got {tuple(codes.shape)}")
+        shape = (image.shape[2], image.shape[3], image.shape[4])
+        images: list[Tensor] = []
+        moved = codes
+        with torch.autocast(image.device.type, enabled=False):
+            for number, seed in enumerate(seeds.tolist()):
+                patch = image[number].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+                for _, kind, numbers in self.drawn(seed, shape, moving=codes is not None):
+                    patch = kind.apply(patch, **numbers)
+                    if kind.moves and moved is not None:
+                        moved = moved.clone() if moved is codes else moved
+                        shift_codes(moved[number], **numbers)
+                images.append(patch)
+            return torch.stack(images).clamp_(0.0, 1.0), moved
+
+    @torch.no_grad()
+    def moved_ids(self, ids: Tensor, seeds: Tensor) -> Tensor:
+        """Return instance ids (B, I, D, H, W), signed integers, moved as the codes of the same batch are.
+
+        Voxels that come into view are -1 (unknown). If nothing moves, ``ids`` itself is returned; it is not changed.
+        """
+        moved = ids
+        shape = (ids.shape[2], ids.shape[3], ids.shape[4])
+        for number, seed in enumerate(seeds.tolist() if any(kind.moves for _, kind in self.kinds) else ()):
+            for _, kind, numbers in self.drawn(seed, shape):
+                if kind.moves:
+                    moved = moved.clone() if moved is ids else moved
+                    for channel in moved[number]:
+                        shift_codes(channel, **numbers, vacated=-1)
+        return moved
+
+
+@dataclass(frozen=True)
+class BatchAugmentor:
+    """The intensity augmentation of packed training batches (see `connectomics.data.patches.collate`).
+
+    Attributes:
+        own: for the image. inputs: for the further inputs in their order, each with its own voxel size.
+
+    Further inputs get the draws of their patch, except kinds that move an image against its labels; instance ids move
+    with the labels. Voxels without raw keep the tissue mean, as in prediction. Images are on the unit scale; they are
+    centered afterwards (`connectomics.data.patches.centered`).
+    """
+
+    own: IntensityAugmentor
+    inputs: tuple[IntensityAugmentor, ...] = ()
+
+    @classmethod
+    def of(cls, config: RunConfig) -> BatchAugmentor | None:
+        """Return the augmentor for ``data.intensity`` and for the MONAI transforms that run on the device.
+
+        None if there are none. Errors are those of `IntensityAugmentor.from_config`.
+        """
+        recognized, _ = recognize(config.data.augmentations)
+        kinds = {**recognized, **config.data.intensity}
+        sizes = [config.dataset.voxel_size, *(given.voxel_size for given in config.data.inputs)]
+        own, *inputs = (IntensityAugmentor.from_config(kinds, size) for size in sizes)
+        return None if own is None else cls(own, tuple(augmentor for augmentor in inputs if augmentor is not None))
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the batch with new images and codes; the given tensors are not changed."""
+        before = batch["image"]
+        image, codes = self.own(before, batch["codes"], batch["seed"])
+        assert codes is not None  # codes were given
+        # a voxel where nothing is known and raw is exactly the mean has no raw, or looks as if it had none
+        mean = batch["mean"].to(before.device)[:, None, None, None, None] if "mean" in batch else before.new_zeros(())
+        blank = (before == mean) & (batch["codes"] == 0)[:, None] & (codes == 0)[:, None]
+        changed = {"image": torch.where(blank, mean, image), "codes": codes}
+        if "ids" in batch:
+            changed["ids"] = self.own.moved_ids(batch["ids"], batch["seed"])
+        for number, augmentor in enumerate(self.inputs, start=1):
+            given = batch[f"image_{number}"]
+            changed[f"image_{number}"] = torch.where(given == mean, mean, augmentor(given, None, batch["seed"])[0])
+        return {**batch, **changed}
