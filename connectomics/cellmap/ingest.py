@@ -25,12 +25,10 @@ from connectomics.errors import InputError, MetadataError, MissingError, WriteEr
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
 from connectomics.io.artifacts import ATTRIBUTE, Provenance, about, publish
 from connectomics.io.formats import VolumeSource
-from connectomics.io.leftovers import remove_left, unfinished
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.pyramid import build_levels
-from connectomics.io.replacing import not_ours
-from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs
+from connectomics.io.replacing import not_ours, remove_abandoned, unfinished
+from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
 
 _BLOCK = (64, 512, 512)  # voxels held at once: whole chunks
 _PLANES = 1 << 28  # bytes of planes decoded at a time, where a block costs as much as its planes
@@ -269,7 +267,7 @@ def _appearing(place: Path, overwrite: bool) -> _Part:
     _check_place(place, overwrite)
     ensure_group(place.parent)
     prefix = f".{place.name}.partial-"
-    remove_left(place.parent, prefix)
+    remove_abandoned(place.parent, prefix)
     return _Part(unfinished(place.parent, prefix), place, overwrite)
 
 

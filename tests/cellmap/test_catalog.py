@@ -309,7 +309,7 @@ def test_options_go_down_and_are_no_part_of_what_a_crop_is(tmp_path: Path) -> No
         label = each.labels["mito"]
         for read_by in (each.options, label.options):
             assert (read_by.cache_bytes, read_by.threads) == (1 << 20, 2)
-        for array in (*each.raw_source._arrays, *label.source._arrays):
+        for array in (*each.raw_source.arrays, *label.source.arrays):
             assert array.options.cache_bytes == 1 << 20
 
 

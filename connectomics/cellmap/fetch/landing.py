@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from connectomics.errors import WriteError
-from connectomics.io.leftovers import remove_left, unfinished
+from connectomics.io.replacing import remove_abandoned, unfinished
 from connectomics.io.write import write_file
 
 _PREFIX = ".fetching-"
@@ -27,7 +27,7 @@ class Landing:
         self._folder = unfinished(root, _PREFIX)
 
     def __enter__(self) -> Self:
-        remove_left(self._root, _PREFIX)
+        remove_abandoned(self._root, _PREFIX)
         try:
             self._folder.mkdir()
         except OSError as error:
