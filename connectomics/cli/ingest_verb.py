@@ -13,7 +13,7 @@ from connectomics.cli import progress
 from connectomics.cli.paths import InOption, OutArgument
 
 if TYPE_CHECKING:
-    from connectomics.cellmap.ingest import Drawn, Known, Progress
+    from connectomics.cellmap.ingest import Drawn, Known
     from connectomics.io.formats import VolumeSource
 
 
@@ -79,7 +79,7 @@ def ingest(
             source = stack.enter_context(open_volume(raw, format_name))
             chosen = None if value_range is None else _pair(value_range)
             with progress.counted(f"raw {source.location}") as advance:
-                written = ingest_raw(place, dataset, source, size, chosen, overwrite=overwrite, progress=_told(advance))
+                written = ingest_raw(place, dataset, source, size, chosen, overwrite=overwrite, progress=advance)
             print(written)
         drawn = [d for d in _drawn(labels or [], label_map, values, format_name, stack)]
         looked = _known(unknown, known, slices, format_name, stack)
@@ -87,7 +87,7 @@ def ingest(
         for item in drawn:
             with progress.counted(f"labels of {item.class_name}") as advance:
                 written = ingest_labels(
-                    *(place, dataset, crop, item, size, start, looked), overwrite=overwrite, progress=_told(advance)
+                    *(place, dataset, crop, item, size, start, looked), overwrite=overwrite, progress=advance
                 )
             print(written)
 
@@ -157,7 +157,3 @@ def _pair(text: str) -> tuple[float, float]:
     except ValueError as error:
         raise InputError(f"--range takes LOW,HIGH, found {text!r}") from error
     return low, high
-
-
-def _told(advance: progress.Advance) -> Progress:
-    return lambda done, number: advance(done, number, "blocks")

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
+from connectomics.progress import Progress as Advance
+from connectomics.progress import silent
+
 log = logging.getLogger(__name__)
 
-#: Told (done, all, name of what was done last).
-Advance = Callable[[int, int, str], None]
 #: Seconds between two lines in a log.
 _EVERY = 10.0
 
@@ -28,7 +29,7 @@ def counted(what: str) -> Iterator[Advance]:
     begin = time.perf_counter()
     say(f"{what} ...")
     if not log.isEnabledFor(logging.INFO):
-        yield lambda done, number, name: None
+        yield silent
     elif sys.stderr.isatty():
         with _bar() as advance:
             yield advance
@@ -42,7 +43,7 @@ def when_needed(what: str) -> Advance:
     ends with the one that leaves nothing."""
     running: list[tuple[AbstractContextManager[Advance], Advance]] = []
 
-    def advance(done: int, number: int, name: str) -> None:
+    def advance(done: int, number: int, name: str = "", /) -> None:
         if not running and done < number:
             shown = counted(what)
             running.append((shown, shown.__enter__()))
@@ -80,13 +81,17 @@ def _bar() -> Iterator[Advance]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
-        yield lambda done, number, name: bar.update(task, completed=done, total=number, description=name)
+
+        def advance(done: int, number: int, name: str = "", /) -> None:
+            bar.update(task, completed=done, total=number, description=name)
+
+        yield advance
 
 
 def _lines(what: str, begin: float) -> Advance:
     last = begin
 
-    def advance(done: int, number: int, name: str) -> None:
+    def advance(done: int, number: int, name: str = "", /) -> None:
         nonlocal last
         if time.perf_counter() - last >= _EVERY:
             last = time.perf_counter()
