@@ -58,6 +58,10 @@ class StoredArray:
         MissingError: there is no array. MetadataError: its metadata is broken or not supported.
     """
 
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
+
     def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS, leading: int = 0) -> None:
         self.location = normalize(location)
         self.leading = leading
@@ -74,19 +78,21 @@ class StoredArray:
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, MetadataError):
-                raise
-            reason = f"{type(error).__name__}: {error}"
+            file, reason = join(self.location, self._metadata_name), f"{type(error).__name__}: {error}"
+            raise MetadataError(f"cannot read {file} ({reason}); restore the file") from error
+        if any(n != 1 for n in self.shape[:leading]):
             raise MetadataError(
-                f"cannot read {join(self.location, self._metadata_name)} ({reason}); restore the file"
-            ) from error
+                f"{self.location} has shape {self.shape}, expected 1 on the {leading} axes before z, y, x; "
+                "write one time point and channel as a separate volume"
+            )
+        self.shape, self.chunks = self.shape[leading:], self.chunks[leading:]
         if self.dtype.kind not in "biuf":
             raise MetadataError(f"{self.location} holds {self.dtype}; expected bool, integers or floats")
 
     def _parse(self, meta: dict[str, Any]) -> None:
-        self.shape: tuple[int, ...] = tuple(int(n) for n in meta["shape"])
+        self.shape = tuple(int(n) for n in meta["shape"])
         if self.zarr_format == 2:
-            self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
+            self.chunks = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
         else:
@@ -98,12 +104,6 @@ class StoredArray:
             self._key_prefix = f"c{self._separator}" if default else ""
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
-        if any(n != 1 for n in self.shape[: self.leading]):
-            raise MetadataError(
-                f"{self.location} has shape {self.shape}, expected 1 on the {self.leading} axes before z, y, x; "
-                "write one time point and channel as a separate volume"
-            )
-        self.shape, self.chunks = self.shape[self.leading :], self.chunks[self.leading :]
         fill = meta.get("fill_value")
         self.fill_value = np.asarray(0 if fill is None else fill).astype(self.dtype)[()]
 
@@ -310,16 +310,13 @@ class StoredArray:
     def _read_error(self, error: Exception) -> Exception:
         text = one_line(error)
         named = re.search(r'Error reading (?:local file )?"([^"]+)"', text)
-        if not is_s3(self.location):
-            bucket, key, found = "", "", named.group(1) if named else self.location
-        else:
-            bucket, key = split_s3(self.location)
-            key = named.group(1) if named else key
-            found = f"s3://{bucket}/{key}"
+        bucket, key = split_s3(self.location) if is_s3(self.location) else ("", self.location)
+        key = named.group(1) if named else key
+        found = f"s3://{bucket}/{key}" if bucket else key
         of_transfer = any(code in text for code in ("http_response_code", "curl_code", "os_error_code"))
         if not of_transfer and re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
             return _corrupt(found, text)
-        if is_s3(self.location):
+        if bucket:
             reason = re.sub(r" \[(http_response_body|x-amzn)[^]]*\]", "", text)  # the code says as much
             return StoreError(s3.message(bucket, key, reason, denied=text.startswith("PERMISSION_DENIED")))
         return _unreadable(found, re.sub(r"^.*: | \[os_error_code=.*", "", text) if "os_error_code" in text else text)

@@ -112,8 +112,8 @@ def local_path(location: Location) -> Path:
     """Return an output path with ``~`` expanded; raise `WriteError` for a URL (``s3://``, ...)."""
     if is_url(location):
         raise WriteError(
-            f"cannot write to {location}: expected a local path, got a URL; write to a local folder and copy it from "
-            "there"
+            f"cannot write to {location}: output must be on a local disk; expected a path, got a URL; write to a local "
+            "folder and copy it from there"
         )
     return Path(normalize(location))
 

@@ -136,7 +136,7 @@ class Multiscale:
 
         Returns:
             values: float32 of ``grid.shape``, in the array's own range (uint8: 0..255), 0 where not inside.
-            inside: bool, True where the voxel's centre lies in the array's box and every chunk it needs is stored.
+            inside: bool, True where the voxel's center lies in the array's box and every chunk it needs is stored.
 
         Raises:
             CorruptDataError: a chunk cannot be decoded, or float raw that is NaN or infinite. StoreError.

@@ -1,4 +1,4 @@
-"""What output may replace, and putting it in place in one step.
+"""Put files and folders in place in one step, and decide what they may replace.
 
 A file may be replaced only by the verb that wrote it. The content shows which one: JSON by its keys, a table by its
 first column, a page or configuration by a line. Folders and Zarr groups say it in their attributes
@@ -7,6 +7,7 @@ first column, a page or configuration by a line. Folders and Zarr groups say it 
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -14,12 +15,14 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 
-from connectomics.errors import WriteError
+from connectomics.errors import InputError, WriteError
 from connectomics.io.location import Location, local_path
 
 #: Whether the content of a file is what a verb writes.
@@ -90,6 +93,48 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
         # hidden: metadata, and leftovers of a killed writer
         if not (inner.name == "zarr.json" or inner.name.startswith(".") or _is_level(inner)):
             raise WriteError(f"{path} is not replaced: {inner} is no part of a multiscale; move it away")
+
+
+def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file in one step (temporary name, then rename); missing folders are created. Raises `WriteError`."""
+    local_path(path)  # refuses URLs
+    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            handle = part.open("wb")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = part.open("wb")
+        with handle:
+            handle.write(data)
+        part.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # if even its folder is no folder
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(
+                f"cannot write {path}: {error.strerror or error}; free space or choose a folder you may write to"
+            ) from error
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step; numpy values and paths are converted. Raises `InputError`, `WriteError`."""
+    try:
+        text = json.dumps(value, indent=2, default=_json_value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot store these attributes in {path}: {error}") from error
+    write_file(path, text.encode())
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot be stored in JSON")
 
 
 def publish(finished: Path, location: Path) -> None:

@@ -7,8 +7,6 @@ Every written chunk is stored, also one of zeros, because an absent chunk of raw
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 import uuid
@@ -23,8 +21,9 @@ from numpy.typing import DTypeLike, NDArray
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
-from connectomics.io.location import Location, is_url, local_path
-from connectomics.io.replacing import publish, put_aside, require_replaceable
+from connectomics.io.location import Location, local_path
+from connectomics.io.replacing import publish, put_aside, require_replaceable, write_json
+from connectomics.io.replacing import write_file as write_file  # re-exported
 from connectomics.io.store import read_json
 
 Kind = Literal["raw", "label"]
@@ -199,8 +198,8 @@ def create_array(
     if grid is not None:
         attributes |= {"voxel_size": list(grid.voxel_size), "translation": list(grid.translation)}
     if attributes:
-        _write_json(path / ".zattrs", attributes)
-    _write_json(path / ".zarray", meta)
+        write_json(path / ".zattrs", attributes)
+    write_json(path / ".zarray", meta)
     return ArrayWriter(path)
 
 
@@ -235,7 +234,7 @@ def create_multiscale(
         for k, grid in enumerate(grids)
     ]
     # the group's attributes come last: a group that names its levels has them all
-    _write_json(path / ".zattrs", {**dict(attrs or {}), **multiscales_attrs(grids, name or path.name)})
+    write_json(path / ".zattrs", {**dict(attrs or {}), **multiscales_attrs(grids, name or path.name)})
     return writers
 
 
@@ -346,7 +345,7 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None) -> 
     folder = path
     while True:
         if not (folder / ".zgroup").exists() and not (folder / "zarr.json").exists():
-            _write_json(folder / ".zgroup", {"zarr_format": 2})
+            write_json(folder / ".zgroup", {"zarr_format": 2})
         if folder == root:
             break
         folder = folder.parent
@@ -360,49 +359,7 @@ def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
     if not (path / ".zgroup").exists() and not (path / ".zarray").exists():
         raise MissingError(f"no Zarr v2 group or array at {path}; make it first (ensure_group, create_array)")
     old = read_json(path / ".zattrs") or {}
-    _write_json(path / ".zattrs", {**old, **attrs})
-
-
-def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write a file in one step (temporary name, then rename); missing folders are created. Raises `WriteError`."""
-    if is_url(path):
-        local_path(path)  # raises
-    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    try:
-        try:
-            handle = part.open("wb")
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = part.open("wb")
-        with handle:
-            handle.write(data)
-        part.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # if even its folder is no folder
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise WriteError(
-                f"cannot write {path}: {error.strerror or error}; free space or choose a folder you may write to"
-            ) from error
-        raise
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    try:
-        text = json.dumps(value, indent=2, default=_json_value, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"cannot store these attributes in {path}: {error}") from error
-    write_file(path, text.encode())
-
-
-def _json_value(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} cannot be stored in JSON")
+    write_json(path / ".zattrs", {**old, **attrs})
 
 
 def _local(location: Location) -> str:
