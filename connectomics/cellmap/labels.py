@@ -95,9 +95,11 @@ class LabelVolume:
     def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return ``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
         names = self.classes if classes is None else tuple(classes)
-        shape = (len(names), *self.grid.shape)
-        label = np.array([self.present_of(name) for name in names], np.float32).reshape(shape)
-        return label, np.array([self.known_of(name) for name in names], bool).reshape(shape)
+        label = np.empty((len(names), *self.grid.shape), np.float32)
+        known = np.empty(label.shape, bool)
+        for channel, name in enumerate(names):
+            label[channel], known[channel] = self.present_of(name), self.known_of(name)
+        return label, known
 
     def counts(self, name: str) -> dict[str, int]:
         """Return the number of ``present``, ``absent`` and ``unknown`` voxels."""

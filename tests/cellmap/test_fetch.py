@@ -20,7 +20,7 @@ import pytest
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.fetch import FetchPlan, Missing, RemoteFile, plan_fetch, resolve_table, transfer
 from connectomics.cellmap.fetch.plan import FetchItem
-from connectomics.cellmap.fetch.transfer import PartialFolder
+from connectomics.cellmap.fetch.transfer import Destination
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
@@ -194,8 +194,8 @@ def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) ->
         (tmp_path / name / "half").write_bytes(b"ab")
     os.utime(tmp_path / ".fetching-node18-5-0f", (1e9, 1e9))  # nothing came for years
     (tmp_path / ".fetching-mine").touch()  # nothing of ours
-    with PartialFolder(tmp_path) as partial:
-        partial.put(tmp_path / "a/b", b"abc")
+    with Destination(tmp_path) as destination:
+        destination.put(tmp_path / "a/b", b"abc")
         assert (tmp_path / "a/b").read_bytes() == b"abc"
         assert {name: not (tmp_path / name / "half").exists() for name in left} == left
     assert {p.name for p in tmp_path.iterdir()} == {name for name, gone in left.items() if not gone} | {
@@ -213,9 +213,9 @@ def test_an_object_is_written_to_another_disk_too(tmp_path: Path, monkeypatch: p
             raise OSError(errno.EXDEV, "Invalid cross-device link")
         return rename(self, target)
 
-    with PartialFolder(tmp_path) as partial, monkeypatch.context() as patch:
+    with Destination(tmp_path) as destination, monkeypatch.context() as patch:
         patch.setattr(Path, "replace", onto_one_disk)
-        partial.put(tmp_path / "a/b", b"abc")
+        destination.put(tmp_path / "a/b", b"abc")
     assert files_below(tmp_path) == {"a/b": b"abc"}
 
 

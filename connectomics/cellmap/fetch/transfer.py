@@ -51,7 +51,7 @@ class Missing:
     @classmethod
     def below(cls, root: Path, plan: FetchPlan) -> Missing:
         """Compare with the root. If a chunk of a label array is missing, its metadata counts as missing, too."""
-        known = _read_log(root / LOG_FILE)
+        known = _read_log(root)
         found = []
         for item in plan.items:
             lacking = {file for file in item.files if not _is_fetched(file, root, known)}
@@ -103,7 +103,7 @@ def transfer(
     options: StoreOptions,
     *,
     threads: int = 16,
-    progress: Moved | None = None,
+    progress: Moved = lambda *_: None,
 ) -> int:
     """Download the missing objects below ``root``; return the number of downloaded objects.
 
@@ -130,16 +130,13 @@ def transfer(
         )
     failed: list[str] = []
     done = size = 0
-    if progress is not None:
-        progress(0, missing.number, 0, missing.size)
-    with (
-        PartialFolder(root) as partial,
-        _Log(root / LOG_FILE) as log,
-        ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool,
-    ):
+    progress(0, missing.number, 0, missing.size)
+    with Destination(root) as destination, ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
 
         def work(file: RemoteFile) -> None:
-            _fetch(file, bucket, root, options, log, partial)
+            place = _place(file, root)
+            destination.put(place, _download(file, bucket, options))
+            destination.record(file)
 
         def bring(files: Iterable[tuple[int, RemoteFile]]) -> set[int]:
             """Fetch (item number, file) pairs; return the numbers of the items with a failed file."""
@@ -151,8 +148,7 @@ def transfer(
                     broken.add(number)
                     continue
                 done, size = done + 1, size + file.size
-                if progress is not None:
-                    progress(done, missing.number, size, missing.size)
+                progress(done, missing.number, size, missing.size)
             return broken
 
         for item, files in zip(missing.plan.items, missing.items, strict=True):
@@ -178,7 +174,7 @@ def _refuse_foreign(missing: Missing, root: Path) -> None:
     Files in the log were fetched, even if they are damaged now or the store has a newer version. A file of the object's
     size can come from a fetch that was killed before it wrote the log.
     """
-    known = _read_log(root / LOG_FILE)
+    known = _read_log(root)
     for file in (file for files in missing.items for file in files):
         place = _place(file, root)
         if file.key not in known and place.exists() and (_is_md5(file.etag) or place.stat().st_size != file.size):
@@ -219,21 +215,17 @@ def _results(
             raise error
 
 
-def _fetch(file: RemoteFile, bucket: str, root: Path, options: StoreOptions, log: _Log, partial: PartialFolder) -> None:
-    place = _place(file, root)
-    for attempt in range(_ATTEMPTS):
+def _download(file: RemoteFile, bucket: str, options: StoreOptions) -> bytes:
+    wrong = ""
+    for _ in range(_ATTEMPTS):
         data = s3.get(bucket, file.key, options)
         if data is None:
             raise StoreError(f"s3://{bucket}/{file.key} was listed and is gone; run the same command again")
-        if wrong := _mismatch(file, data):
-            if attempt + 1 < _ATTEMPTS:
-                continue
-            raise CorruptDataError(
-                f"s3://{bucket}/{file.key}: {wrong}, in {_ATTEMPTS} attempts; it is being changed in the store"
-            )
-        partial.put(place, data)
-        log.add(file)
-        return
+        if not (wrong := _mismatch(file, data)):
+            return data
+    raise CorruptDataError(
+        f"s3://{bucket}/{file.key}: {wrong}, in {_ATTEMPTS} attempts; it is being changed in the store"
+    )
 
 
 def _mismatch(file: RemoteFile, data: bytes) -> str:
@@ -260,10 +252,9 @@ def _place(file: RemoteFile, root: Path) -> Path:
 def _is_fetched(file: RemoteFile, root: Path, known: dict[str, tuple[int, str]]) -> bool:
     place = _place(file, root)
     try:
-        size = place.stat().st_size
+        if place.stat().st_size != file.size:
+            return False
     except OSError:
-        return False
-    if size != file.size:
         return False
     logged = known.get(file.key)
     if logged is not None:
@@ -272,8 +263,9 @@ def _is_fetched(file: RemoteFile, root: Path, known: dict[str, tuple[int, str]])
     return _is_md5(file.etag) and not _mismatch(file, place.read_bytes())
 
 
-def _read_log(path: Path) -> dict[str, tuple[int, str]]:
+def _read_log(root: Path) -> dict[str, tuple[int, str]]:
     known = {}
+    path = root / LOG_FILE
     if path.exists():
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a line without its end was truncated by a kill
             key, _, rest = line.partition("\t")
@@ -283,40 +275,24 @@ def _read_log(path: Path) -> dict[str, tuple[int, str]]:
     return known
 
 
-class _Log:
-    """Appends lines to the log of fetched objects, from any thread."""
+class Destination:
+    """A root while objects are written to it, from any thread: a folder for partial files, and the log.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Log:
-        cut = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        self._file = self._path.open("a", encoding="utf-8")
-        if cut:
-            self._file.write("\n")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def add(self, file: RemoteFile) -> None:
-        with self._lock:
-            self._file.write(f"{file.key}\t{file.size}\t{file.etag}\n")
-            self._file.flush()
-
-
-class PartialFolder:
-    """A folder in ``root`` for objects that are being written; removed at the end, with those of killed fetches."""
+    At the end the folder is removed, with those of killed fetches.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._folder = unfinished(root, _PARTIAL)
+        self._root, self._folder = root, unfinished(root, _PARTIAL)
+        self._lock = threading.Lock()
 
-    def __enter__(self) -> PartialFolder:
+    def __enter__(self) -> Destination:
         remove_abandoned(self._root, _PARTIAL)
+        log = self._root / LOG_FILE
         try:
             self._folder.mkdir()
+            truncated = log.exists() and not log.read_bytes().endswith(b"\n")
+            if truncated:  # by a kill
+                self._append("\n")
         except OSError as error:
             raise WriteError(f"cannot write to {self._root}: {error.strerror}; choose another folder") from error
         return self
@@ -324,8 +300,12 @@ class PartialFolder:
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def record(self, file: RemoteFile) -> None:
+        """Add an object to the log."""
+        self._append(f"{file.key}\t{file.size}\t{file.etag}\n")
+
     def put(self, place: Path, data: bytes) -> None:
-        """Write a file below the root in one step, from any thread; folders are created. `WriteError`."""
+        """Write a file below the root in one step; folders are created. `WriteError`."""
         part = self._folder / uuid.uuid4().hex
         try:
             part.write_bytes(data)
@@ -340,3 +320,7 @@ class PartialFolder:
                 write_file(place, data)
                 return
             raise WriteError(f"cannot write {place}: {error.strerror}; free space, or choose another folder") from error
+
+    def _append(self, text: str) -> None:
+        with self._lock, (self._root / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(text)
