@@ -3,8 +3,7 @@
 A root of one data set (8 nm raw with texture in 64^3 chunks, four crops of three classes) is read from the disk and
 from a server on this machine: undisturbed, with 50 ms before each answer, and with one request in twenty failing as
 well (500, 503, connection reset, body cut short). No crop cache, a chunk cache of 64 MiB a worker. Workers start by
-forkserver; in the last case they are forked from a process that has read volumes, where they can use neither
-tensorstore nor obstore.
+forkserver.
 
 Patches of 64^3 in batches of 2, random places, in one order for all: every case must give the same bytes.
 
@@ -41,7 +40,6 @@ CASES: dict[str, dict[str, float] | None] = {
     "S3": {},
     "S3, 50 ms": {"latency": 0.05},
     "S3, 50 ms, 1 in 20 fails": {"latency": 0.05, "share": 1 / 20},
-    "the same, forked workers": {"latency": 0.05, "share": 1 / 20},
 }
 
 
@@ -74,7 +72,7 @@ def serve(folder: Path, faults: dict[str, float], pipe: Connection) -> None:
             proxy.reset()
 
 
-def measure(root: str, patches: int, workers: int, start: str) -> tuple[float, float, float, str]:
+def measure(root: str, patches: int, workers: int) -> tuple[float, float, float, str]:
     """Seconds to open the data set, until the first batch, and for the rest of an epoch; a hash of all its bytes."""
     from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
     from connectomics.data.loader import PatchLoader
@@ -85,11 +83,9 @@ def measure(root: str, patches: int, workers: int, start: str) -> tuple[float, f
     data = CellMapMultiClassDataset(root, None, None, CLASSES, "train", PATCH)
     crops = [SampledCrop(v.dataset, float(v.grid.size), {}) for v in data.volumes]
     sampler = PatchSampler(crops, patches, classes=CLASSES, sampling={"volume": 1.0})
-    if start == "fork":  # makes the plain readers necessary: see connectomics.io.plain
-        data.volumes[0].read_raw(data.volumes[0].grid.crop((0, 0, 0), (1, 1, 1)))
     opened = time.perf_counter()
     digest, first = hashlib.sha256(), 0.0
-    for batch in PatchLoader(data, sampler, batch_size=BATCH, collate=collate, workers=workers, start=start):
+    for batch in PatchLoader(data, sampler, batch_size=BATCH, collate=collate, workers=workers):
         first = first or time.perf_counter()
         for name in sorted(batch):
             digest.update(batch[name].numpy().tobytes())
@@ -106,20 +102,17 @@ def main() -> None:
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         make_root(Path(name))
-        measure(
-            f"{name}/root", 4, args.workers, "forkserver"
-        )  # compiled kernels and the page cache, for all cases alike
+        measure(f"{name}/root", 4, args.workers)  # compiled kernels and the page cache, for all cases alike
         for case, faults in CASES.items():
             requests = sent = failed = 0
-            start = "fork" if "forked" in case else "forkserver"
             if faults is None:
-                found = measure(f"{name}/root", args.patches, args.workers, start)
+                found = measure(f"{name}/root", args.patches, args.workers)
             else:
                 pipe, far = spawn.Pipe()
                 server = spawn.Process(target=serve, args=(Path(name), faults, far), daemon=True)
                 server.start()
                 os.environ["AWS_ENDPOINT_URL"] = pipe.recv()
-                found = measure("s3://public/root", args.patches, args.workers, start)
+                found = measure("s3://public/root", args.patches, args.workers)
                 pipe.send("count")
                 requests, sent, failed = pipe.recv()
                 pipe.send(None)

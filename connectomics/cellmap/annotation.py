@@ -1,8 +1,8 @@
-"""What the numbers in a label array mean: present, absent or unknown.
+"""The meaning of stored values in a label array: present, absent or unknown.
 
-CellMap label arrays carry ``attrs["cellmap"]["annotation"]``: the kind of annotation and its ``encoding``, which names
-the stored value of ``absent`` and ``unknown`` (and, for semantic arrays, ``present``) freely per array;
-``complement_counts`` counts the voxels of the states that are not objects.
+CellMap label arrays carry ``attrs["cellmap"]["annotation"]``: the annotation type and its ``encoding``, which names the
+stored value of ``absent`` and ``unknown`` (and, for semantic arrays, ``present``) separately for each array;
+``complement_counts`` counts the voxels that are not objects, by state.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _KINDS: dict[str, Kind] = {"semantic_segmentation": "semantic", "instance_segmen
 
 @dataclass(frozen=True)
 class Annotation:
-    """How one label array is to be read.
+    """How to read one label array.
 
     Attributes:
-        class_name: the class that was annotated.
+        class_name: the annotated class.
         kind: ``semantic`` (present or not) or ``instance`` (ids).
-        absent: the stored value that means "looked at, not there".
-        unknown: the stored value that means "not looked at", or None where no value does.
-        counts: voxels of the finest level by state, as far as the file says (``absent``, ``unknown``).
+        absent: stored value that means "annotated, not this class".
+        unknown: stored value that means "not annotated", or None if no value does.
+        counts: voxels of the finest level by state, as far as the file gives them (``absent``, ``unknown``).
     """
 
     class_name: str
@@ -40,7 +40,7 @@ class Annotation:
     counts: Mapping[str, int]
 
     def decode(self, values: NDArray[Any]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Stored values (any shape) as two masks of that shape: present, and known (present or absent)."""
+        """Return two masks of the shape of ``values``: present, and known (present or absent)."""
         known = np.ones(values.shape, bool) if self.unknown is None else values != self.unknown
         return (values != self.absent) & known, known
 
@@ -51,15 +51,14 @@ class Annotation:
 
     @classmethod
     def from_attrs(cls, group: Mapping[str, Any], array: Mapping[str, Any], where: str) -> Annotation:
-        """Read from the attributes of a class's group and of its finest array (which has the counts).
+        """Read the attributes of a class's group and of its finest array (which has the counts).
 
-        Raises `MetadataError` where the ``cellmap`` attributes are absent or make no sense: without them a zero could
-        mean absent or unknown, and guessing would train on it.
+        Raises `MetadataError` if the ``cellmap`` attributes are missing or invalid: without them a zero could mean
+        absent or unknown, and a wrong guess would become training data.
         """
-        found = [_annotation(attrs, where) for attrs in (group, array)]
         merged: dict[str, Any] = {}
-        for part in found:
-            merged.update({k: v for k, v in part.items() if v is not None})
+        for attrs in (group, array):
+            merged.update({k: v for k, v in _annotation(attrs, where).items() if v is not None})
         if not merged:
             raise MetadataError(
                 f"{where}: no attrs['cellmap']['annotation'], so 0 could mean absent or unknown; "
@@ -67,9 +66,7 @@ class Annotation:
             )
         annotation_type = merged.get("annotation_type")
         if not isinstance(annotation_type, Mapping):
-            raise MetadataError(
-                f"{where}: attrs['cellmap']['annotation'] has no annotation_type; found {sorted(merged)}"
-            )
+            raise MetadataError(f"{where}: attrs['cellmap']['annotation'] has no annotation_type; got {sorted(merged)}")
         kind = _KINDS.get(str(annotation_type.get("type")))
         if kind is None:
             raise MetadataError(
@@ -82,18 +79,13 @@ class Annotation:
             raise MetadataError(
                 f"{where}: the encoding {encoding} names no value for absent, so 0 could mean anything; add it"
             )
-        if kind == "instance" and merged.get("complement_counts") and counts.get("unknown", 0) == 0:
-            unknown = None  # nothing is unknown, so a voxel with that number is an object that happens to have it
-        return cls(
-            class_name=str(merged.get("class_name", where.rsplit("/", 1)[-1])),
-            kind=kind,
-            absent=encoding.get("absent", 0),
-            unknown=unknown,
-            counts=counts,
-        )
+        if kind == "instance" and counts and counts.get("unknown", 0) == 0:
+            unknown = None  # nothing is unknown, so a voxel with that value is an object that happens to have this id
+        class_name = str(merged.get("class_name", where.rsplit("/", 1)[-1]))
+        return cls(class_name, kind, encoding.get("absent", 0), unknown, counts)
 
     def to_attrs(self, *, with_counts: bool = True) -> dict[str, Any]:
-        """The ``cellmap`` attribute that `from_attrs` reads back."""
+        """Return the ``cellmap`` attribute that `from_attrs` reads."""
         encoding = {"absent": self.absent}
         if self.unknown is not None:
             encoding["unknown"] = self.unknown
@@ -109,21 +101,19 @@ class Annotation:
 
 
 def _annotation(attrs: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """The annotation part of ``attrs``; empty where there is none, an error where it is not a mapping."""
+    """The annotation part of ``attrs``; empty if there is none."""
     part: Any = attrs
     for key in ("cellmap", "annotation"):
         if key not in part:
             return {}
         part = part[key]
         if not isinstance(part, Mapping):
-            raise MetadataError(f"{where}: attrs[{key!r}] must be a mapping, found {type(part).__name__}")
+            raise MetadataError(f"{where}: attrs[{key!r}] must be a mapping, got {type(part).__name__}")
     return part
 
 
 def _numbers(part: Any, name: str, where: str) -> dict[str, int]:
-    if not isinstance(part, Mapping):
-        raise MetadataError(f"{where}: {name} must map states to numbers, found {part!r}")
     try:
         return {str(k): int(v) for k, v in part.items()}
-    except (TypeError, ValueError) as error:
-        raise MetadataError(f"{where}: {name} must map states to whole numbers, found {dict(part)!r}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise MetadataError(f"{where}: {name} must map states to whole numbers, got {part!r}") from error

@@ -1,8 +1,8 @@
 """What a data root holds: data sets, crops, and the label array of every class, found lazily.
 
-Nothing is read before it is asked for: opening a catalog lists the root, listing crops lists folders (and looks whether
-a group that is named like no class of the challenge is annotated), and the metadata of a label array is read when its
-grid or annotation is first used. Roots may be local folders or ``s3://`` URLs.
+Opening a catalog lists the root, listing crops lists folders (and checks groups whose name is not a class of the
+challenge for an annotation), and the metadata of a label array is read when its grid or annotation is first used. Roots
+may be local folders or ``s3://`` URLs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LabelArray:
 
     class_name: str
     location: str
-    options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)  # how, not what
+    options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
 
     @cached_property
     def source(self) -> Multiscale:
@@ -53,18 +53,20 @@ class LabelArray:
         return self.source.levels[0].grid
 
     def read_stored(self, begin: Sequence[int] | NDArray[Any], shape: Sequence[int], level: int = 0) -> NDArray[Any]:
-        """Stored values of a block of one level (voxels, z y x). A chunk that is not stored holds the fill value, which
-        may mean absent or unknown: writers leave such chunks out."""
+        """Return the stored values of a block of one level (voxels, z y x).
+
+        An absent chunk gives the fill value, which may mean absent or unknown: writers leave such chunks out.
+        """
         return self.source.read_level(level, begin, shape, absent_is_missing=False)[0]
 
     @cached_property
     def annotation(self) -> Annotation:
-        """How its values are to be read; raises `MetadataError` where the attributes are absent or broken."""
+        """The meaning of its values; raises `MetadataError` if the attributes are missing or broken."""
         return Annotation.from_attrs(self.source.attrs, self._finest_attrs(), self.location)
 
     @property
     def is_annotated(self) -> bool:
-        """Whether anything stored here says what the values mean. `StoreError` where the attributes cannot be read."""
+        """Whether the attributes say what the values mean; raises `StoreError` if they cannot be read."""
         try:
             group = store.read_attrs(self.location, self.options)
             return "cellmap" in group or "cellmap" in self._finest_attrs()
@@ -79,16 +81,16 @@ class LabelArray:
 
 @dataclass(frozen=True)
 class Crop:
-    """A labelled region of a data set.
+    """A labeled region of a data set.
 
     Attributes:
         dataset: the data set's name.
         name: ``crop234``.
         raw: location of the data set's raw multiscale group.
         labels: the label arrays by class name; a class without an array is unknown in this crop.
-        options: how the arrays are read (cache, threads, endpoint); no part of what the crop is.
-        not_annotated: names of groups beside them that are no class of the challenge and have no annotation (``all``).
-        region: the part of the crop that is meant (nm), such as one side of a split; None: all of it.
+        options: how the arrays are read (cache, threads, endpoint); not compared.
+        not_annotated: names of further groups that are no class of the challenge and have no annotation (``all``).
+        region: the part of the crop that is used (nm), such as one side of a split; None: all of it.
     """
 
     dataset: str
@@ -106,7 +108,7 @@ class Crop:
 
     @cached_property
     def grid(self) -> VoxelGrid:
-        """The finest grid among the crop's label arrays that have voxels (one without where none has), its region."""
+        """The finest grid among the crop's label arrays that have voxels, cut to the region."""
         there = [label.grid for label in self._readable()]
         grids = [grid for grid in there if grid.size] or there
         finest = min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
@@ -114,14 +116,13 @@ class Crop:
 
     @cached_property
     def box(self) -> Box:
-        """The world box that holds all of the crop's label arrays, within its region; one without voxels takes no
-        part."""
+        """The world box around all of the crop's label arrays that have voxels, cut to the region."""
         boxes = [label.grid.box for label in self._readable() if label.grid.size]
         box = reduce(Box.hull, boxes) if boxes else self.grid.box
         return box if self.region is None else box.intersect(self.region)
 
     def within(self, grid: VoxelGrid) -> VoxelGrid:
-        """The voxels of ``grid`` that touch the crop's region; all of them if it has none."""
+        """Return the voxels of ``grid`` that touch the crop's region; all of them if it has none."""
         if self.region is None:
             return grid
         part = grid.slices(self.region)
@@ -133,35 +134,32 @@ class Crop:
         return Multiscale.open(self.raw, self.options)
 
     def missing_raw(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
-        """How many raw chunks behind ``grid`` are not stored: (missing, total, the location of the first or None).
+        """Return (missing, total, location of the first missing one or None) for the raw chunks behind ``grid``.
 
         The chunks are those of the level that `Multiscale.read_raw` reads for the grid's voxel size.
         """
         return self.raw_source.missing_chunks(grid)
 
     def _readable(self) -> list[LabelArray]:
-        """The label arrays whose metadata can be read: one that is broken stops a run that reads it, and no other. An
-        error where none can. On S3 several are opened at a time, since each takes a few requests in turn."""
+        """The label arrays with readable metadata. A broken array stops only a run that reads it; raises if all are
+        broken. On S3 several are opened at a time, since each takes a few requests in sequence."""
         arrays = list(self.labels.values())
         closed = [label for label in arrays if "source" not in label.__dict__]
-        if closed and store.is_s3(self.raw):
-            errors = in_parallel(self._open, closed)
-        else:
-            errors = [self._open(label) for label in closed]
+        errors = in_parallel(self._open, closed) if store.is_s3(self.raw) else [self._open(label) for label in closed]
         broken = {label.class_name: error for label, error in zip(closed, errors, strict=True) if error is not None}
         if len(broken) == len(arrays):
             raise next(iter(broken.values()))
         for name, error in broken.items():
             log.warning(
-                "%s: the labels of %s cannot be read and take no part in the crop's box: %s", self.key, name, error
+                "%s: ignoring the labels of %s in the crop's box; they cannot be read: %s", self.key, name, error
             )
         return [label for label in arrays if label.class_name not in broken]
 
     @staticmethod
     def _open(label: LabelArray) -> Exception | None:
-        """Open a label array; what is wrong with its metadata, or None."""
+        """Open a label array; return the error in its metadata, or None."""
         try:
-            # not by the property: Python 3.11 holds one lock for all instances while it is worked out
+            # not by the property: Python 3.11 holds one lock for all instances while it is computed
             label.__dict__["source"] = Multiscale.open(label.location, label.options)
         except store.StoreError:
             raise
@@ -182,9 +180,9 @@ class Catalog:
 
     @classmethod
     def open(cls, root: str, options: StoreOptions = DEFAULT_OPTIONS) -> Catalog:
-        """The catalog of a root that holds ``{dataset}/{dataset}.zarr`` folders; `MissingError` where it does not.
+        """Open a root that holds ``{dataset}/{dataset}.zarr`` folders; `MissingError` if it does not.
 
-        ``options`` say how everything below it is read.
+        ``options`` apply to everything below it.
         """
         root = str(root).rstrip("/")
         if not store.exists(root, options):
@@ -193,7 +191,7 @@ class Catalog:
         if not catalog.datasets:
             raise MissingError(
                 f"{root} holds no data set: expected folders {{dataset}}/{{dataset}}.zarr/recon-1, "
-                f"found {', '.join(store.list_groups(root, options)[:5]) or 'nothing'}"
+                f"got {', '.join(store.list_groups(root, options)[:5]) or 'nothing'}"
             )
         return catalog
 
@@ -205,14 +203,16 @@ class Catalog:
         return sorted(name for name, found in zip(names, there, strict=True) if found)
 
     def location(self, dataset: str) -> str:
-        """The location of a data set's Zarr root; `UnknownNameError` with the nearest name where it is not there."""
+        """Return the location of a data set's Zarr root; `UnknownNameError` with the nearest name if there is none."""
         if dataset not in self.datasets:
             raise unknown_name("data set", dataset, self.datasets, self.root)
         return store.join(self.root, dataset, f"{dataset}.zarr")
 
     def raw_location(self, dataset: str) -> str:
-        """The location of the data set's raw multiscale group: ``em/fibsem-uint8`` where there is one, else the only
-        group below ``em``; `MissingError` where there is none or no telling which."""
+        """Return the location of the data set's raw multiscale group.
+
+        That is ``em/fibsem-uint8`` if it exists, else the only group below ``em``; `MissingError` for any other number.
+        """
         if dataset in self._raw:
             return self._raw[dataset]
         em = store.join(self.location(dataset), EM)
@@ -220,18 +220,19 @@ class Catalog:
         if "fibsem-uint8" in names or len(names) == 1:
             self._raw[dataset] = store.join(em, "fibsem-uint8" if "fibsem-uint8" in names else names[0])
             return self._raw[dataset]
-        raise MissingError(f"{em}: expected a raw volume fibsem-uint8, found {', '.join(names) or 'nothing'}")
+        raise MissingError(f"{em}: expected a raw volume fibsem-uint8, got {', '.join(names) or 'nothing'}")
 
     def crop_names(self, dataset: str) -> list[str]:
-        """Names of the data set's crops (``crop234``), by number; empty where nothing is labelled."""
+        """Return the names of the data set's crops (``crop234``), by number."""
         if dataset not in self._crop_names:
             truth = store.join(self.location(dataset), GROUND_TRUTH)
             names = store.list_groups(truth, self.options)
-            self._crop_names[dataset] = sorted((n for n in names if re.fullmatch(r"crop\d+", n)), key=_number)
+            crops = [n for n in names if re.fullmatch(r"crop\d+", n)]
+            self._crop_names[dataset] = sorted(crops, key=lambda name: int(name.removeprefix("crop")))
         return self._crop_names[dataset]
 
     def crop(self, dataset: str, name: str) -> Crop:
-        """One crop with all of its classes; groups that are none (``all``) are kept apart, `Crop.not_annotated`."""
+        """Return one crop with all of its classes; other groups (``all``) are listed in `Crop.not_annotated`."""
         names = self.crop_names(dataset)
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
@@ -239,13 +240,13 @@ class Catalog:
         found = [
             LabelArray(c, store.join(location, c), self.options) for c in store.list_groups(location, self.options)
         ]
-        # one that is named like a class is taken for it, so that a lost annotation is found by the run that reads it
-        apart = tuple(a.class_name for a in found if a.class_name not in CLASSES and not a.is_annotated)
-        labels = {a.class_name: a for a in found if a.class_name not in apart}
-        return Crop(dataset, name, self.raw_location(dataset), labels, self.options, apart)
+        # a group named like a class counts as one, so that the run that reads it finds a lost annotation
+        others = tuple(a.class_name for a in found if a.class_name not in CLASSES and not a.is_annotated)
+        labels = {a.class_name: a for a in found if a.class_name not in others}
+        return Crop(dataset, name, self.raw_location(dataset), labels, self.options, others)
 
     def _each(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """``ask`` of every item: one after the other on a disk, several at a time on S3, where answers take long."""
+        """Call ``ask`` for every item: in sequence on a disk, in several threads on S3, where answers take long."""
         return in_parallel(ask, items) if store.is_s3(self.root) else [ask(item) for item in items]
 
     def crops(
@@ -254,11 +255,11 @@ class Catalog:
         crops: Sequence[str] | None = None,
         classes: Sequence[str] | None = None,
     ) -> list[Crop]:
-        """The crops of these data sets and names in which at least one of ``classes`` can be known; None means all.
+        """Return the crops of these data sets and names that can tell about one of ``classes``; None means all.
 
-        A class can be known where it, one of its atoms, or a group that holds it has an array. Raises
-        `UnknownNameError` (nearest name) for a data set or crop that is not there, and for a class that the challenge
-        does not know and no crop has; `MissingError` where nothing is left.
+        A crop can tell about a class if the class, one of its atoms, or a group that contains it has an array. Raises
+        `UnknownNameError` (nearest name) for a data set or crop that does not exist, and for a class that neither the
+        challenge nor a crop has; `MissingError` if no crop is left.
         """
         chosen = list(datasets) if datasets is not None else self.datasets
         names = dict(zip(chosen, self._each(self.crop_names, chosen), strict=True))
@@ -269,38 +270,27 @@ class Catalog:
         wanted_crops = [(d, n) for d in chosen for n in names[d] if crops is None or n in crops]
         found = [c for c in self._each(lambda pair: self.crop(*pair), wanted_crops) if c.labels]
         if classes is not None:
-            self._check_classes(classes, found)
+            labeled = {name for crop in found for name in crop.labels}
+            for name in classes:
+                if name not in CLASSES and name not in labeled:
+                    raise unknown_name("class", name, labeled | set(CLASSES), "the data root and the challenge")
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]
         if not found:
             what = f"with a label of {', '.join(classes)}" if classes else "with labels"
             raise MissingError(f"no crop {what} in {', '.join(chosen) or 'no data set'} of {self.root}")
         return found
 
-    @staticmethod
-    def _check_classes(classes: Iterable[str], crops: Sequence[Crop]) -> None:
-        there = {name for crop in crops for name in crop.labels}
-        for name in classes:
-            if name not in CLASSES and name not in there:
-                raise unknown_name("class", name, there | set(CLASSES), "the data root and the challenge")
-
 
 def informs(class_name: str, available: Iterable[str]) -> bool:
-    """Whether arrays of the ``available`` classes can say anything of ``class_name``: itself, its atoms, or a group
-    that holds it (which makes it absent where the group is)."""
+    """Return whether arrays of the ``available`` classes can tell about ``class_name``.
+
+    They can if they contain the class itself, one of its atoms, or a group that contains it (a group that is absent
+    makes the class absent).
+    """
     there = set(available)
-    if class_name in there:
-        return True
-    try:
-        known = CLASSES[class_name]
-    except KeyError:
-        return False
+    known = CLASSES.get(class_name)
+    if class_name in there or known is None:
+        return class_name in there
     if known.is_group:
         return bool(there & set(known.atoms))
     return any(class_name in CLASSES[name].atoms for name in there if name in CLASSES)
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("crop"))
-
-
-__all__ = ["Catalog", "Crop", "LabelArray", "informs"]

@@ -1,9 +1,9 @@
-"""The challenge's classes: ids, the atoms of group classes, which are scored and which of those as instances."""
+"""The challenge's classes: ids, the atomic parts of group classes, which ones are scored, and how."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from types import MappingProxyType
@@ -19,8 +19,8 @@ class CellMapClass:
         name: as in paths and tables (``mito_mem``).
         id: the challenge's number.
         atoms: names of the atomic classes whose union this group class is; empty for an atomic class.
-        instance: whether it is scored by instances (else by voxels).
-        scored: whether the challenge scores it at all.
+        instance: whether the score compares instances (else voxels).
+        scored: whether the challenge scores the class.
     """
 
     name: str
@@ -31,7 +31,7 @@ class CellMapClass:
 
     @property
     def is_group(self) -> bool:
-        """Whether the class is a union of atomic ones."""
+        """Whether the class is a union of atomic classes."""
         return bool(self.atoms)
 
 
@@ -52,15 +52,15 @@ def _load() -> Mapping[str, CellMapClass]:
 
 CLASSES: Mapping[str, CellMapClass] = _load()
 
-#: Classes that the scorer treats as instances. ``vim`` is among them although it is not scored in the current table.
+#: Classes that the scorer treats as instances. ``vim`` is one of them although the current table does not score it.
 INSTANCE_CLASSES: frozenset[str] = frozenset(c.name for c in CLASSES.values() if c.instance)
 
-#: Classes that exclude each other: a point of the world belongs to at most one of them.
+#: Mutually exclusive classes: a point of the world belongs to at most one of them.
 ATOMIC_CLASSES: frozenset[str] = frozenset(c.name for c in CLASSES.values() if not c.is_group)
 
 
 def get_class(name: str) -> CellMapClass:
-    """The class of that name; raises `UnknownNameError` with the nearest known one."""
+    """Return the class of that name; raise `UnknownNameError` with the nearest known name."""
     try:
         return CLASSES[name]
     except KeyError:
@@ -68,17 +68,11 @@ def get_class(name: str) -> CellMapClass:
 
 
 def is_instance_class(name: str) -> bool:
-    """Whether a class is scored by instances. Names that the challenge does not know (your own) are semantic."""
+    """Return whether a class is scored by instances. Names unknown to the challenge (your own) are semantic."""
     return name in INSTANCE_CLASSES
 
 
 def atoms_of(name: str) -> tuple[str, ...]:
-    """The atomic classes that make up ``name``: itself where it is atomic or not one of the challenge's."""
+    """Return the atomic classes of ``name``: itself if it is atomic or not a class of the challenge."""
     known = CLASSES.get(name)
     return known.atoms if known is not None and known.atoms else (name,)
-
-
-def groups_with(atoms: Iterable[str]) -> frozenset[str]:
-    """The group classes that contain at least one of ``atoms``."""
-    wanted = set(atoms)
-    return frozenset(c.name for c in CLASSES.values() if wanted & set(c.atoms))

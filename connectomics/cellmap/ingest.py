@@ -1,19 +1,19 @@
-"""Bring your own: volumes of any known format into the CellMap layout, block by block.
+"""Write volumes of any known format into the CellMap layout, block by block.
 
-What is written is a data root like any other (`connectomics.cellmap.catalog`): raw as a pyramid below
-``recon-1/em``, each class's labels as one below ``recon-1/labels/groundtruth/crop{N}`` with the annotation that says
-what its numbers mean. An array appears in one step, whole. Memory: a few blocks, whatever the volume.
+The result is a data root like any other (`connectomics.cellmap.catalog`): raw as a pyramid below ``recon-1/em``, the
+labels of each class as one below ``recon-1/labels/groundtruth/crop{N}``, with the annotation that says what its values
+mean. Each volume appears in one step. Memory: a few blocks, whatever the volume's size.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,34 +21,34 @@ from numpy.typing import NDArray
 from connectomics.cellmap.annotation import Annotation, Kind
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog
 from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.crop_table import csv_rows
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
-from connectomics.io.artifacts import ATTRIBUTE, Provenance, about, publish
+from connectomics.io.artifacts import ATTRIBUTE, Provenance, about
 from connectomics.io.formats import VolumeSource
-from connectomics.io.leftovers import remove_left, unfinished
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.pyramid import build_levels
-from connectomics.io.replacing import not_ours
-from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group, update_attrs
+from connectomics.io.replacing import not_ours, publish, remove_abandoned, unfinished
+from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
+from connectomics.progress import Progress, silent
 
-_BLOCK = (64, 512, 512)  # voxels held at once: whole chunks
-_PLANES = 1 << 28  # bytes of planes decoded at a time, where a block costs as much as its planes
-_ARTEFACT = "ingested"  # what the attributes of a volume say that this module wrote
-_LEAST = 32  # voxels: a level whose longest side is below needs no coarser one
+_BLOCK = (64, 512, 512)  # voxels held at a time: whole chunks
+_PLANES = 1 << 28  # bytes of planes decoded at a time, if a block costs as much as its planes
+_INGESTED = "ingested"  # the artifact kind of volumes written here
+_LEAST = 32  # voxels: a level with a shorter longest side needs no coarser one
 
-#: Told (done, all) blocks.
-Progress = Callable[[int, int], None]
+#: Converts stored values of a block that starts at an index.
+Convert = Callable[[NDArray[Any], Sequence[int]], NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """Which voxels of drawn labels count; all others are unknown.
+    """Which voxels of drawn labels count as annotated; all others are unknown.
 
     Attributes:
-        unknown: a stored value that means "not looked at".
-        mask: a volume of the labels' shape, not 0 where somebody looked.
-        slices: sections (z) that were drawn, None: all.
+        unknown: stored value that means "not annotated".
+        mask: volume of the labels' shape, nonzero where voxels are annotated.
+        slices: annotated sections (z); None: all.
     """
 
     unknown: int | None = None
@@ -57,11 +57,11 @@ class Known:
 
     @property
     def is_partial(self) -> bool:
-        """Whether anything can be unknown."""
-        return self.unknown is not None or self.mask is not None or self.slices is not None
+        """Whether any voxel can be unknown."""
+        return self != Known()
 
     def of(self, values: NDArray[Any], begin: Sequence[int]) -> NDArray[np.bool_]:
-        """The known voxels of a block of stored values that starts at index ``begin``."""
+        """Return the known voxels of a block of stored values that starts at index ``begin``."""
         known = np.ones(values.shape, bool) if self.unknown is None else values != self.unknown
         if self.mask is not None:
             known &= self.mask.read(begin, values.shape) != 0
@@ -76,16 +76,20 @@ class Drawn:
     """The labels of one class in a volume.
 
     Attributes:
-        class_name: what it is called. source: the volume.
-        kind: ``semantic`` or ``instance``; None: instances where the class is one that the challenge scores so and
-            there is more than one id.
-        values: the stored values that are this class, None: all but 0. For instances the ids stay.
+        class_name: name of the class. source: the volume.
+        kind: ``semantic`` or ``instance``; None: ``instance`` if the challenge scores the class by instances and there
+            is more than one id.
+        values: stored values that are this class, None: all but 0. Instance ids are kept.
     """
 
     class_name: str
     source: VolumeSource = field(repr=False)
     kind: Kind | None = None
     values: frozenset[int] | None = None
+
+    def inside(self, values: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return where stored values are this class."""
+        return values != 0 if self.values is None else np.isin(values, np.fromiter(self.values, np.int64))
 
 
 def ingest_raw(
@@ -96,29 +100,31 @@ def ingest_raw(
     value_range: tuple[float, float] | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write raw as ``{root}/{dataset}/{dataset}.zarr/recon-1/em/fibsem-uint8`` with its pyramid.
 
     Args:
-        voxel_size: nm, z y x; None: what the file says. Where the file does not say where it lies, the first voxel's
-            centre is the origin of the data set's world.
-        value_range: values that become 0 and 255 of uint8, linearly (beyond is cut off); None: values stay as they are
-            (then the group is called ``fibsem-{dtype}``).
+        voxel_size: nm, z y x; None: as in the file. If the file gives no position, the first voxel's center is the
+            origin of the data set's world.
+        value_range: values mapped linearly to 0 and 255 of uint8, and clipped; None: values are kept, and the group is
+            called ``fibsem-{dtype}``.
 
     Raises:
-        InputError: no voxel size, a name that cannot be one. WriteError: it is there. Whatever reading raises.
+        InputError: no voxel size, or an invalid name. WriteError: it exists already. Errors of the reader.
     """
-    size = _voxel_size(source, voxel_size)
-    dtype = (
-        np.dtype(np.uint8) if value_range is not None or source.dtype == np.bool_ else source.dtype.newbyteorder("=")
-    )
-    first = (0.0, 0.0, 0.0) if source.begin is None else _centre(source.begin, size)
-    grid = VoxelGrid(size, first, _shape(source))
+    size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size
+    if size is None:
+        raise InputError(f"{source.location} does not contain its voxel size; give --voxel-size z,y,x in nm")
+    if value_range is not None and not value_range[0] < value_range[1]:
+        raise InputError(f"the range must be two ascending values, got {value_range}")
+    is_byte = value_range is not None or source.dtype == np.bool_
+    dtype = np.dtype(np.uint8) if is_byte else source.dtype.newbyteorder("=")
+    grid = VoxelGrid(size, (0.0, 0.0, 0.0) if source.begin is None else _center(source.begin, size), _shape(source))
     em = _data_set(root, dataset) / EM
     place = em / f"fibsem-{dtype.name}"
-    others = [p.name for p in em.iterdir() if p.is_dir()] if em.is_dir() else []
-    if [name for name in others if name != place.name and not name.startswith(".")]:
+    others = [p.name for p in em.iterdir() if p.is_dir() and not p.name.startswith(".")] if em.is_dir() else []
+    if set(others) - {place.name}:
         raise WriteError(f"{em} holds raw already ({', '.join(others)}); remove it, or give another --dataset name")
 
     def convert(values: NDArray[Any], begin: Sequence[int]) -> NDArray[Any]:
@@ -128,13 +134,10 @@ def ingest_raw(
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
-    if value_range is not None and not value_range[0] < value_range[1]:
-        raise InputError(f"the range must be two ascending values, found {value_range}")
-    with _appearing(place, overwrite) as part:
-        (writer,) = create_multiscale(part.folder, [grid], dtype, name=place.name)
+    with _placed(place, overwrite) as folder:
+        (writer,) = create_multiscale(folder, [grid], dtype, name=place.name)
         _copy(source, writer, convert, progress)
-        build_levels(part.folder, _levels(grid), "raw")
-        part.done = True
+        build_levels(folder, _levels(grid), "raw")
     return place
 
 
@@ -148,28 +151,28 @@ def ingest_labels(
     known: Known | None = None,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Path:
     """Write the labels of one class as ``.../labels/groundtruth/{crop}/{class}`` with pyramid and annotation.
 
     Args:
-        voxel_size: nm, z y x; None: what the file says, else the raw's.
-        begin: nm, z y x, from the first face of the raw to that of the labels; None: where in the world the file says
-            that it lies, else 0.
-        known: which voxels count; None: all.
+        voxel_size: nm, z y x; None: as in the file, else as the raw.
+        begin: nm, z y x, from the first face of the raw to that of the labels; None: the world position in the file,
+            else 0.
+        known: which voxels are annotated; None: all.
 
     Raises:
-        MissingError: the data set has no raw yet. InputError: shapes that do not fit, values that are no ids, a name
-        that cannot be one. WriteError: it is there.
+        MissingError: the data set has no raw yet. InputError: shapes that do not fit, values that are no ids, an
+        invalid name. WriteError: it exists already.
     """
     source, chosen = drawn.source, known or Known()
-    raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).levels[0].grid
+    raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).grid
     size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size or raw.voxel_size
     if begin is None and source.begin is not None:
         face = source.begin
     else:
-        face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")).tolist())
-    grid = VoxelGrid(size, _centre(face, size), _shape(source))
+        face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")))
+    grid = VoxelGrid(size, _center(face, size), _shape(source))
     _check_labels(drawn, chosen, crop)
     if grid.box.intersect(raw.box).is_empty:
         raise InputError(
@@ -184,121 +187,96 @@ def ingest_labels(
     counts = {"absent": 0, "unknown": 0}
 
     def convert(values: NDArray[Any], at: Sequence[int]) -> NDArray[Any]:
-        looked = chosen.of(values, at)
-        inside = _inside(drawn, values)
+        annotated, inside = chosen.of(values, at), drawn.inside(values)
         out = np.where(inside, values if kind == "instance" else 1, 0).astype(dtype)
-        counts["absent"] += int(np.count_nonzero(looked & ~inside))
-        counts["unknown"] += int(np.count_nonzero(~looked))
+        counts["absent"] += int(np.count_nonzero(annotated & ~inside))
+        counts["unknown"] += int(np.count_nonzero(~annotated))
         if unknown is not None:
-            out[~looked] = unknown
+            out[~annotated] = unknown
         return out
 
     place = _data_set(root, dataset) / GROUND_TRUTH / crop / drawn.class_name
-    with _appearing(place, overwrite) as part:
+    with _placed(place, overwrite) as folder:
         annotation = Annotation(drawn.class_name, kind, 0, unknown, counts)
         attrs = annotation.to_attrs(with_counts=False)
-        (writer,) = create_multiscale(part.folder, [grid], dtype, attrs=attrs, name=drawn.class_name)
+        (writer,) = create_multiscale(folder, [grid], dtype, attrs=attrs, name=drawn.class_name)
         _copy(source, writer, convert, progress)
-        build_levels(part.folder, _levels(grid), "label")
-        update_attrs(part.folder / "s0", annotation.to_attrs())
-        part.done = True
+        build_levels(folder, _levels(grid), "label")
+        update_attrs(folder / "s0", annotation.to_attrs())
     return place
 
 
 def drawn_by_table(source: VolumeSource, table: Path) -> list[Drawn]:
-    """One `Drawn` for each class of a table of values: a CSV file with the columns ``value`` and ``class`` and, where
-    wanted, ``kind`` (``semantic``, ``instance``). Several values may be one class.
+    """Return one `Drawn` for each class in a table of values.
 
-    Raises `MissingError` where there is no such file, `MetadataError` naming the row that cannot be read.
+    The table is a CSV file with the columns ``value`` and ``class`` and, optionally, ``kind`` (``semantic``,
+    ``instance``). Several values may be one class.
+
+    Raises `MissingError` if the file does not exist, `MetadataError` naming the row that cannot be read.
     """
     if not table.is_file():
         raise MissingError(f"no table of values at {table}; give a CSV file with the columns value and class")
     values: dict[str, set[int]] = {}
     kinds: dict[str, Kind | None] = {}
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            try:
-                value, name = int(row["value"]), row["class"].strip()
-                kind = (row.get("kind") or "").strip() or None
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise MetadataError(
-                    f"{table}, line {number}: expected a whole number in the column value and a name in the column "
-                    f"class, found {row}"
-                ) from error
-            if kind not in (None, "semantic", "instance"):
-                raise MetadataError(f"{table}, line {number}: kind must be semantic or instance, found {kind!r}")
-            values.setdefault(name, set()).add(value)
-            kinds[name] = kind  # type: ignore[assignment]
+    for place, row in csv_rows(table.read_text(encoding="utf-8-sig"), ("value", "class"), str(table)):
+        name, kind = row["class"].strip(), (row.get("kind") or "").strip() or None
+        try:
+            values.setdefault(name, set()).add(int(row["value"]))
+        except ValueError as error:
+            raise MetadataError(f"{place}: value must be a whole number, got {row['value']!r}") from error
+        if kind not in (None, "semantic", "instance"):
+            raise MetadataError(f"{place}: kind must be semantic or instance, got {kind!r}")
+        kinds[name] = cast(Kind | None, kind)
     if not values:
         raise MetadataError(f"{table} has no rows; expected value,class")
     return [Drawn(name, source, kinds[name], frozenset(found)) for name, found in values.items()]
 
 
-# -- parts -----------------------------------------------------------------------------------------------------------
-@dataclass
-class _Part:
-    """A hidden folder that takes its place when it is done."""
-
-    folder: Path
-    place: Path
-    overwrite: bool
-    done: bool = False
-
-    def __enter__(self) -> _Part:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        try:
-            if self.done:
-                provenance = Provenance().to_dict()
-                update_attrs(self.folder, {ATTRIBUTE: {"artefact": _ARTEFACT, "complete": True, **provenance}})
-                _check_place(self.place, self.overwrite)  # another process may have been quicker
-                if self.overwrite:
-                    publish(self.folder, self.place)
-                else:
-                    self.folder.rename(self.place)
-        except OSError as problem:
-            if isinstance(problem, WriteError):
-                raise
-            raise WriteError(f"cannot put the volume at {self.place}: {problem.strerror or problem}") from problem
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _appearing(place: Path, overwrite: bool) -> _Part:
+@contextmanager
+def _placed(place: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder that is renamed to ``place`` if the block completes."""
     _check_place(place, overwrite)
     ensure_group(place.parent)
     prefix = f".{place.name}.partial-"
-    remove_left(place.parent, prefix)
-    return _Part(unfinished(place.parent, prefix), place, overwrite)
+    remove_abandoned(place.parent, prefix)
+    folder = unfinished(place.parent, prefix)
+    try:
+        yield folder
+        try:
+            attribute = {"artefact": _INGESTED, "complete": True, **Provenance().to_dict()}
+            update_attrs(folder, {ATTRIBUTE: attribute})
+            _check_place(place, overwrite)  # another process may have been faster
+            if overwrite:
+                publish(folder, place)
+            else:
+                folder.rename(place)
+        except WriteError:
+            raise
+        except OSError as error:
+            raise WriteError(f"cannot move the volume to {place}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_place(place: Path, overwrite: bool) -> None:
-    """`WriteError` if something is there that may not be replaced."""
+    """Raise `WriteError` if something is there that may not be replaced."""
     if not place.exists():
         return
     if not overwrite:
         raise WriteError(f"{place} is there already; give --overwrite to replace it, or another name")
-    if about(place).get("artefact") != _ARTEFACT:
+    if about(place).get("artefact") != _INGESTED:
         raise not_ours(place, "ingest")
 
 
 def _data_set(root: Path, name: str) -> Path:
     if not re.fullmatch(r"[\w.+-]+", name) or name.startswith("."):
-        raise InputError(f"a data set's name is letters, digits, - _ . +, found {name!r}")
+        raise InputError(f"a data set's name is letters, digits, - _ . +, got {name!r}")
     return local_path(root) / name / f"{name}.zarr"
 
 
-def _voxel_size(source: VolumeSource, given: Sequence[float] | None) -> Triple:
-    size = triple(given, "voxel_size") if given is not None else source.voxel_size
-    if size is None:
-        raise InputError(f"{source.location} does not say how large its voxels are; give --voxel-size z,y,x in nm")
-    return size
-
-
-def _centre(face: Triple, size: Triple) -> Triple:
-    """The centre of the first voxel of a volume that begins at ``face``."""
-    return triple([f + s / 2 for f, s in zip(face, size, strict=True)])
+def _center(face: Triple, size: Triple) -> Triple:
+    """The center of the first voxel of a volume that begins at ``face``."""
+    return triple(np.add(face, np.divide(size, 2)))
 
 
 def _shape(source: VolumeSource) -> Index:
@@ -307,38 +285,28 @@ def _shape(source: VolumeSource) -> Index:
 
 
 def _levels(grid: VoxelGrid) -> int:
-    """Levels until the longest side is short."""
+    """Number of levels until the longest side is short."""
     levels, longest = 1, max(grid.shape)
     while longest > 2 * _LEAST and levels < 12:
         longest, levels = -(-longest // 2), levels + 1
     return levels
 
 
-def _blocks(source: VolumeSource) -> Iterator[tuple[Index, Index]]:
-    """(begin, shape) of the blocks in which a source is read: whole chunks, or of planes as many rows as fit."""
+def _blocks(source: VolumeSource) -> list[tuple[Index, Index]]:
+    """(begin, shape) of the blocks in which a source is read: whole chunks, or as many rows of planes as fit."""
     depth, height, width = _BLOCK
     if source.by_plane:
         width = source.shape[2]
-        rows = _PLANES // max(1, depth * width * source.dtype.itemsize)
-        height = max(64, rows // 64 * 64)
-    shape = _shape(source)
-    for z in range(0, shape[0], depth):
-        for y in range(0, shape[1], height):
-            for x in range(0, shape[2], width):
-                yield (z, y, x), (min(depth, shape[0] - z), min(height, shape[1] - y), min(width, shape[2] - x))
+        height = max(64, _PLANES // max(1, depth * width * source.dtype.itemsize) // 64 * 64)
+    grid = VoxelGrid((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), _shape(source))
+    return [(begin, block.shape) for begin, block in grid.blocks((depth, height, width))]
 
 
-def _copy(
-    source: VolumeSource,
-    writer: ArrayWriter,
-    convert: Callable[[NDArray[Any], Sequence[int]], NDArray[Any]],
-    progress: Progress | None,
-) -> None:
-    blocks = list(_blocks(source))
+def _copy(source: VolumeSource, writer: ArrayWriter, convert: Convert, progress: Progress) -> None:
+    blocks = _blocks(source)
     for done, (begin, shape) in enumerate(blocks, start=1):
         writer.write(begin, convert(source.read(begin, shape), begin))
-        if progress is not None:
-            progress(done, len(blocks))
+        progress(done, len(blocks), "blocks")
 
 
 def _check_labels(drawn: Drawn, known: Known, crop: str) -> None:
@@ -346,48 +314,40 @@ def _check_labels(drawn: Drawn, known: Known, crop: str) -> None:
     if source.dtype.kind == "f":
         raise InputError(f"{source.location} holds {source.dtype}, labels must be whole numbers; round them first")
     if not re.fullmatch(r"crop\d+", crop):
-        raise InputError(f"a crop's name is crop and a number, as crop1, found {crop!r}")
+        raise InputError(f"a crop's name is crop and a number, as crop1, got {crop!r}")
     if not re.fullmatch(r"[\w+-]+", drawn.class_name):
-        raise InputError(f"a class's name is letters, digits, - _ +, found {drawn.class_name!r}")
+        raise InputError(f"a class's name is letters, digits, - _ +, got {drawn.class_name!r}")
     if known.mask is not None and known.mask.shape != source.shape:
         raise InputError(
-            f"{known.mask.location} has shape {known.mask.shape}, the labels {source.shape}; a mask of what is known "
+            f"{known.mask.location} has shape {known.mask.shape}, the labels {source.shape}; a mask of known voxels "
             f"must have the labels' shape"
         )
     if known.slices is not None and (wrong := [z for z in sorted(known.slices) if not 0 <= z < source.shape[0]]):
-        raise InputError(f"slices {wrong} are not there: {source.location} has sections 0 to {source.shape[0] - 1}")
+        raise InputError(f"slices {wrong} do not exist: {source.location} has sections 0 to {source.shape[0] - 1}")
 
 
 def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
-    """The largest id of the class, and whether there are several; one pass over the volume."""
-    largest, first, several = 0, 0, False
+    """The largest id of the class, and whether there is more than one; one pass over the volume."""
+    smallest, largest = 0, 0  # 0: no id found
     for begin, shape in _blocks(drawn.source):
         values = drawn.source.read(begin, shape)
         if values.dtype.kind == "i" and int(values.min(initial=0)) < 0 and known.unknown is None:
             raise InputError(
-                f"{drawn.source.location} holds negative values, labels are 0 and above; name the value that means "
+                f"{drawn.source.location} holds negative values, labels are 0 and above; give the value that means "
                 f"unknown (--unknown), or convert it"
             )
-        ids = values[_inside(drawn, values) & known.of(values, begin)]
+        ids = values[drawn.inside(values) & known.of(values, begin)]
         if ids.size:
-            low, high = int(ids.min()), int(ids.max())
-            several = several or low != high or (first not in (0, low))
-            first, largest = first or low, max(largest, high)
-    return largest, several
-
-
-def _inside(drawn: Drawn, values: NDArray[Any]) -> NDArray[np.bool_]:
-    if drawn.values is None:
-        return values != 0
-    return np.isin(values, np.fromiter(drawn.values, np.int64))
+            smallest, largest = min(smallest or int(ids.min()), int(ids.min())), max(largest, int(ids.max()))
+    return largest, smallest != largest
 
 
 def _unknown_value(largest: int) -> int:
-    """255, or where ids reach that the largest number of the next type."""
+    """255, or if ids reach that the largest number of the next type."""
     for bits in (8, 16, 32):
         if largest < 2**bits - 1:
             return 2**bits - 1
-    raise InputError(f"ids up to {largest} leave no room for unknown; renumber them to 1..n")
+    raise InputError(f"ids up to {largest} leave no value for unknown; renumber them to 1..n")
 
 
 def _nm(values: Sequence[float]) -> str:

@@ -1,13 +1,13 @@
-"""Labels of many classes as one small number a voxel.
+"""Labels of many classes as one small number per voxel.
 
-A `LabelVolume` spends two 64-bit words on each voxel, one bit a class and state. Yet in a crop few combinations occur:
-atomic classes exclude each other and a group follows from its atoms. So the combinations are listed once, in
-`LabelStates`, and a voxel holds the number of its combination, one byte for up to 256 of them, whatever the number of
-classes. What is known alike everywhere costs nothing. State 0 is always "nothing is known".
+A `LabelVolume` spends two 64-bit words per voxel, one bit per class and state. Yet few combinations occur in a crop:
+atomic classes exclude each other, and a group follows from its atoms. So `LabelStates` lists the combinations once, and
+a voxel holds the number of its combination: one byte for up to 256 of them, whatever the number of classes. State 0
+always means "nothing is known".
 
-Where objects are told apart, their ids are part of the combination: a crop has as many states more as it has objects
-(and pairs of objects that overlap), a voxel still holds one number, now of two bytes as a rule, and whatever moves
-codes moves ids with them. `LabelStates.split` takes the two apart again.
+With instance ids, the ids are part of the combination: a crop has one more state per object (and per pair of
+overlapping objects), a voxel still holds one number (usually two bytes), and whatever moves codes moves ids with them.
+`LabelStates.split` separates the two again.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 
 _WORD = 64
-_EXACT = 2**24 - 1  # ids below it are exact in float32, in which they may be resampled, with two numbers to spare
+_EXACT = 2**24 - 1  # ids below it are exact in float32, in which they may be resampled
 
 
 @dataclass(frozen=True)
 class LabelStates:
-    """The combinations that occur: row k is state k.
+    """The combinations that occur; row k is state k.
 
     Attributes:
         classes: the class of each bit, as in `LabelVolume`.
-        present, known: uint64 (K, W): what is present and what is known in a voxel of the state. Row 0 is all zero.
-        instances: those of ``classes`` whose objects are told apart.
-        ids: uint64 (K, I), the object of each of ``instances``, as stored; 0 for none, or none that is known. None
-            where there are no ``instances``.
+        present, known: uint64 (K, words): the present and the known classes of each state. Row 0 is zero.
+        instances: the ``classes`` with per-object instance ids.
+        ids: uint64 (K, I), the stored instance id of each of ``instances``; 0 for none or unknown. None if there are no
+            ``instances``.
     """
 
     classes: tuple[str, ...]
@@ -49,39 +49,36 @@ class LabelStates:
         words = words_for(len(self.classes))
         if self.present.shape != self.known.shape or self.present.ndim != 2 or self.present.shape[1] != words:
             raise InputError(
-                f"states of {len(self.classes)} classes need two arrays (K, {words}), found {self.present.shape} and "
+                f"states of {len(self.classes)} classes need two arrays (K, {words}), got {self.present.shape} and "
                 f"{self.known.shape}"
             )
         if not len(self.present) or self.present[0].any() or self.known[0].any():
-            raise InputError("state 0 must be there, with nothing known")
+            raise InputError("state 0 must exist, with nothing known")
         found = (len(self.present), 0) if self.ids is None else self.ids.shape
         if found != (len(self.present), len(self.instances)):
-            raise InputError(
-                f"{len(self.present)} states of objects of {self.instances} need as many ids, found {found}"
-            )
+            raise InputError(f"{len(self.present)} states of objects of {self.instances} need as many ids, got {found}")
 
     def __len__(self) -> int:
         return len(self.present)
 
     def tables(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Present and known by class and state, both bool (C, K), in the order of ``classes``."""
+        """Return present and known by class and state, both bool (C, K), in the order of ``classes``."""
         names = self.classes if classes is None else tuple(classes)
-        for name in names:
+        tables = np.empty((2, len(names), len(self)), bool)
+        for channel, name in enumerate(names):
             if name not in self.classes:
                 raise unknown_name("class", name, self.classes, "these labels")
-        bits = [divmod(self.classes.index(name), _WORD) for name in names]
-        tables = []
-        for words in (self.present, self.known):
-            rows = [(words[:, word] >> np.uint64(bit)) & np.uint64(1) for word, bit in bits]
-            tables.append(np.array(rows, dtype=bool).reshape(len(names), len(self)))
+            word, bit = divmod(self.classes.index(name), _WORD)
+            for table, words in zip(tables, (self.present, self.known), strict=True):
+                table[channel] = (words[:, word] >> np.uint64(bit)) & np.uint64(1)
         return tables[0], tables[1]
 
     def dense(
         self, codes: NDArray[np.unsignedinteger], classes: Sequence[str] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``label`` float32 0/1 and ``known`` bool, (C, D, H, W), of codes (D, H, W); in the order of ``classes``."""
+        """Return ``label`` float32 0/1 and ``known`` bool, (C, D, H, W), of codes (D, H, W); ordered as ``classes``."""
         present, known = self.tables(classes)
-        # take() into place: fancy indexing with (C, D, H, W) results makes a temporary of eight bytes an index
+        # take() with out=: fancy indexing would allocate a temporary of eight bytes per index
         label = np.empty((len(present), *codes.shape), np.float32)
         is_known = np.empty(label.shape, bool)
         for channel in range(len(present)):
@@ -89,14 +86,13 @@ class LabelStates:
             np.take(known[channel], codes, out=is_known[channel], mode="clip")
         return label, is_known
 
-    # -- objects -----------------------------------------------------------------------------------------------------
     @cached_property
     def numbers(self) -> NDArray[np.int32]:
-        """What a voxel of each state says of the objects of each of ``instances``, (I, K): the object's id (> 0), 0
-        where the class is known absent, -1 where it is unknown, or present and nobody said which object it is.
+        """Instance number per state for each of ``instances``, (I, K).
 
-        Ids are those stored, but for a class with ids of 2^24 - 1 and more, which float32 does not hold exactly: those
-        of such a class are renumbered 1..n in their order.
+        It is the instance id (> 0), 0 if the class is known absent, -1 if it is unknown or present without a known id.
+        Ids are the stored ones; if a class has ids of 2^24 - 1 and more, which float32 does not represent exactly, its
+        ids are renumbered 1..n in their order.
         """
         present, known = self.tables(self.instances)
         numbers = np.where(known & ~present, 0, -1).astype(np.int32)
@@ -111,12 +107,12 @@ class LabelStates:
 
     @cached_property
     def plain(self) -> LabelStates:
-        """The states without objects, numbered in the order in which they occur here."""
+        """The states without instance ids, numbered in order of first occurrence."""
         return self._plain[0]
 
     @cached_property
     def _plain(self) -> tuple[LabelStates, NDArray[np.unsignedinteger]]:
-        """`plain`, and for each state its number there, (K,)."""
+        """`plain`, and the number there of each state, (K,)."""
         rows = np.concatenate([self.present, self.known], axis=1)
         _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
         order = np.argsort(first)
@@ -126,7 +122,7 @@ class LabelStates:
         return LabelStates(self.classes, self.present[kept], self.known[kept]), place[number.reshape(-1)]
 
     def split(self, codes: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int32]]:
-        """Codes (D, H, W) as codes of `plain` and ``ids`` int32 (I, D, H, W), see `numbers`."""
+        """Split codes (D, H, W) into codes of `plain` and instance numbers int32 (I, D, H, W), see `numbers`."""
         from connectomics.cellmap.label_kernels import look_up
 
         flat = np.ascontiguousarray(codes).reshape(-1)
@@ -137,9 +133,8 @@ class LabelStates:
             look_up(flat, numbers, row.reshape(-1))
         return states, ids
 
-    # -- as a file ---------------------------------------------------------------------------------------------------
     def to_array(self) -> NDArray[np.uint64]:
-        """For a file: present and known words of every state, (K, 2, W), or with ids, (K, 2 W + I)."""
+        """Return the array stored in files: (K, 2, words), or with instance ids (K, 2 words + I)."""
         words = np.stack([self.present, self.known], axis=1)
         return words if self.ids is None else np.concatenate([words.reshape(len(self), -1), self.ids], axis=1)
 
@@ -147,7 +142,7 @@ class LabelStates:
     def from_array(
         cls, classes: Sequence[str], array: NDArray[np.uint64], instances: Sequence[str] = ()
     ) -> LabelStates:
-        """The inverse of `to_array`."""
+        """Build the states from the array of `to_array`."""
         words = words_for(len(classes))
         rows = np.ascontiguousarray(array).reshape(len(array), -1)
         ids = rows[:, 2 * words :].copy() if instances else None
@@ -156,13 +151,7 @@ class LabelStates:
 
 @dataclass(frozen=True)
 class LabelCodes:
-    """Three-state labels on one grid, as numbers of states.
-
-    Attributes:
-        grid: where the voxels are.
-        codes: uint8, uint16 or uint32 (D, H, W).
-        states: what they mean.
-    """
+    """Three-state labels on one grid: ``codes`` (uint8, uint16 or uint32, D H W) are numbers of ``states``."""
 
     grid: VoxelGrid
     codes: NDArray[np.unsignedinteger]
@@ -170,35 +159,36 @@ class LabelCodes:
 
     @classmethod
     def of(cls, volume: LabelVolume) -> LabelCodes:
-        """The same labels as codes."""
+        """Encode a label volume."""
         table = StateTable(volume.classes, volume.instances)
         codes = table.encode(volume)
         return cls(volume.grid, codes.astype(code_dtype(len(table))), table.states)
 
     def volume(self) -> LabelVolume:
-        """The same labels as two words a voxel."""
+        """Decode to two words per voxel."""
         states = self.states
-        present, known = (
-            np.ascontiguousarray(np.moveaxis(w[self.codes], -1, 0)) for w in (states.present, states.known)
-        )
-        ids = None if states.ids is None else np.ascontiguousarray(np.moveaxis(states.ids[self.codes], -1, 0))
-        return LabelVolume(self.grid, states.classes, present, known, states.instances, ids)
+
+        def words(table: NDArray[np.uint64]) -> NDArray[np.uint64]:
+            return np.ascontiguousarray(np.moveaxis(table[self.codes], -1, 0))
+
+        ids = None if states.ids is None else words(states.ids)
+        return LabelVolume(self.grid, states.classes, words(states.present), words(states.known), states.instances, ids)
 
     def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
+        """Return ``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
         return self.states.dense(self.codes, classes)
 
     def ids(self) -> NDArray[np.int32]:
-        """Ids of objects, int32 (I, D, H, W): 0 where known absent, -1 where unknown; see `LabelStates.numbers`."""
+        """Return instance numbers, int32 (I, D, H, W): 0 if known absent, -1 if unknown; see `LabelStates.numbers`."""
         return self.states.split(self.codes)[1]
 
     def restricted(self, where: NDArray[np.bool_]) -> LabelCodes:
-        """The same labels, unknown outside the mask ``where`` (D, H, W)."""
+        """Return the same labels, unknown outside the mask ``where`` (D, H, W)."""
         return LabelCodes(self.grid, np.where(where, self.codes, self.codes.dtype.type(0)), self.states)
 
 
 class StateTable:
-    """The states met so far, while a volume is encoded block by block."""
+    """The states found so far while a volume is encoded block by block."""
 
     def __init__(self, classes: Sequence[str], instances: Sequence[str] = ()) -> None:
         self.classes, self.instances = tuple(classes), tuple(instances)
@@ -209,15 +199,15 @@ class StateTable:
 
     @property
     def states(self) -> LabelStates:
-        """The states as numbered so far."""
+        """The states found so far."""
         return LabelStates.from_array(self.classes, self._rows, self.instances)
 
     def encode(self, volume: LabelVolume) -> NDArray[np.uint32]:
-        """The codes of a block, uint32 (D, H, W); states that are new get the next numbers, in order of voxels."""
+        """Return the codes of a block, uint32 (D, H, W); new states get the next numbers, in order of voxels."""
         if (volume.classes, volume.instances) != (self.classes, self.instances):
             raise InputError(
-                f"the block has classes {volume.classes} with objects of {volume.instances}, the table {self.classes} "
-                f"with objects of {self.instances}"
+                f"the block has classes {volume.classes} with ids of {volume.instances}, the table {self.classes} "
+                f"with ids of {self.instances}"
             )
         from connectomics.cellmap.label_kernels import encode_rows
 
@@ -226,7 +216,7 @@ class StateTable:
         codes = np.empty(words.shape[1], np.uint32)
         done = 0
         while done < codes.size:
-            # the kernel stops where its table is full; grown, it goes on from there
+            # the kernel stops when its table is full, and continues there with a larger one
             rows = np.zeros((2 * len(self._rows) + 64, len(words)), np.uint64)
             rows[: len(self._rows)] = self._rows
             done, used = encode_rows(words, done, rows, len(self._rows), codes)
@@ -235,5 +225,5 @@ class StateTable:
 
 
 def code_dtype(n_states: int) -> np.dtype[np.unsignedinteger]:
-    """The narrowest unsigned integer that numbers ``n_states`` states."""
+    """Return the narrowest unsigned integer type that numbers ``n_states`` states."""
     return np.dtype(np.min_scalar_type(max(0, n_states - 1)))

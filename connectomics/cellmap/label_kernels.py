@@ -1,4 +1,4 @@
-"""The numba kernels of this package (apart, so that importing the package does not import numba)."""
+"""Numba kernels for labels, in a separate module so that importing the package does not import numba."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_MORE = np.float32(1.0 + 1e-4)  # weights that add up to the same are told from larger ones only by more than rounding
+_MORE = np.float32(1.0 + 1e-4)  # a larger weight wins only if it exceeds rounding
 
 
 @numba.njit(cache=True, nogil=True)
@@ -17,9 +17,9 @@ def encode_rows(
 ) -> tuple[int, int]:
     """Number the columns of ``words`` (n words, voxels) by equal rows of the table ``rows`` (capacity, n words).
 
-    Begins at voxel ``start`` with ``used`` rows taken and adds rows for what is new. Returns the voxel it came to (less
-    than all where the table is full) and the number of rows in use. Neighbours are alike as a rule, so the last row is
-    tried first; then a hash table with open addressing.
+    Starts at voxel ``start`` with ``used`` rows and adds a row for every new column. Returns the voxel it reached (not
+    the last one if the table is full) and the number of rows in use. Neighbors are usually equal, so the last row is
+    tried first, then a hash table with open addressing.
     """
     n_words, n_voxels = words.shape
     capacity = rows.shape[0]
@@ -74,10 +74,10 @@ def vote(
     x_first: NDArray[np.int64], x_count: NDArray[np.int64], x_weights: NDArray[np.float32],
     out: NDArray[np.uint64],
 ) -> None:  # fmt: skip
-    """The value with the largest weight of every target voxel, of the source voxels that are ``present``; 0 where none.
+    """The value with the largest weight in every target voxel among the ``present`` source voxels; 0 if there is none.
 
     values, present: the source (d, h, w). The tables of the three axes are those of `io.resample.AxisTable`. Writes
-    ``out`` (D, H, W). Few values meet in a voxel, and neighbours are alike, so those met are a list.
+    ``out`` (D, H, W). Few values meet in a voxel, and neighbors are usually equal, so a short list holds them.
     """
     most = z_count.max() * y_count.max() * x_count.max()
     met, weights = np.empty(most, np.uint64), np.empty(most, np.float32)
@@ -111,8 +111,8 @@ def vote(
 
 @numba.njit(cache=True, nogil=True)
 def look_up(codes: NDArray[Any], table: NDArray[Any], out: NDArray[Any]) -> None:
-    """``out = table[codes]`` of flat arrays; ``numpy.take`` would turn the codes into indices of eight bytes first."""
-    for v in range(codes.size):  # unsigned indices: numba need not look for negative ones
+    """``out = table[codes]`` of flat arrays; ``numpy.take`` would convert the codes to eight-byte indices first."""
+    for v in range(codes.size):  # unsigned indices: numba need not handle negative ones
         out[np.uint64(v)] = table[np.uint64(codes[np.uint64(v)])]
 
 

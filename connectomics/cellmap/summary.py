@@ -13,7 +13,7 @@ from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
-_SLAB = 2**24  # voxels of one label array read at once
+_SLAB = 2**24  # voxels of a label array read at a time
 
 
 def summarize(
@@ -23,20 +23,19 @@ def summarize(
     classes: Sequence[str] | None = None,
     voxel_size: Triple | None = None,
 ) -> dict[str, Any]:
-    """Data sets with raw levels and crops, and for each class the annotated volume by state, in cubic micrometres.
+    """Return data sets with raw levels and crops, and the annotated volume of each class by state (cubic micrometers).
 
-    Counts are of the classes' own arrays: what other classes imply is not counted. A crop without an array of the class
-    counts as unknown with its whole box. ``not_annotated`` names the groups without an annotation, which are no classes
-    or cannot be used as such, with the number of crops that have them. ``raw_chunks`` counts the raw chunks under each
-    crop, of the level that a run at ``voxel_size`` (nm, z y x; None: the finest) reads, and how many of them are not
-    stored.
+    Only the classes' own arrays are counted, not what other classes imply. A crop without an array of the class counts
+    as unknown with its whole box. ``not_annotated`` maps groups without an annotation, which cannot be used as classes,
+    to the number of crops that have them. ``raw_chunks`` counts all and the missing raw chunks under each crop, on the
+    level that a run at ``voxel_size`` (nm, z y x; None: the finest) reads.
     """
     catalog = Catalog.open(root)
     found = catalog.crops(datasets, crops, classes)
     there = [_annotated(crop) for crop in found]
     names = sorted({n for labels in there for n in labels if classes is None or n in classes})
-    apart = Counter(n for crop in found for n in crop.not_annotated)
-    apart.update(n for crop, labels in zip(found, there, strict=True) for n in crop.labels if n not in labels)
+    others = Counter(n for crop in found for n in crop.not_annotated)
+    others.update(n for crop, labels in zip(found, there, strict=True) for n in crop.labels if n not in labels)
     return {
         "root": catalog.root,
         "n_crops": len(found),
@@ -46,12 +45,12 @@ def summarize(
             if any(c.dataset == name for c in found)
         ],
         "classes": {name: _class(name, found, there) for name in names},
-        "not_annotated": dict(sorted(apart.items())),
+        "not_annotated": dict(sorted(others.items())),
     }
 
 
 def _annotated(crop: Crop) -> dict[str, LabelArray]:
-    """The crop's label arrays that have an annotation; one that is broken raises `MetadataError`."""
+    """The crop's label arrays with an annotation; a broken annotation raises `MetadataError`."""
     found = {}
     for name, label in crop.labels.items():
         try:
@@ -121,10 +120,10 @@ def _class(name: str, crops: Sequence[Crop], labels: Sequence[Mapping[str, Label
 
 
 def label_counts(label: LabelArray, part: VoxelGrid | None = None, level: int = 0) -> dict[str, int]:
-    """Voxels of a level that are ``present``, ``absent`` and ``unknown``, counted in bounded memory.
+    """Count the ``present``, ``absent`` and ``unknown`` voxels of a level, in bounded memory.
 
     Args:
-        part: a part of the level's grid to count; None: all of it.
+        part: the part of the level's grid to count; None: all of it.
     """
     whole = label.source.levels[level].grid
     grid = whole if part is None else part

@@ -1,11 +1,11 @@
-"""Volumes on disk and on S3: OME-Zarr multiscales, plain Zarr arrays, resampling between voxel grids."""
+"""Read and write volumes on disk and S3: OME-Zarr multiscales, Zarr arrays, other formats, resampling between grids."""
 
 from connectomics.io.levels import level_grids
 from connectomics.io.multiscale import Level, Multiscale, PlainArray
-from connectomics.io.pyramid import build_levels
 from connectomics.io.store import Location, StoreError, StoreOptions, exists, join, list_groups, read_attrs, read_json
 from connectomics.io.write import (
     ArrayWriter,
+    build_levels,
     create_array,
     create_multiscale,
     ensure_group,

@@ -1,8 +1,7 @@
-"""One stored Zarr array, v2 or v3, local or on S3: its metadata, and reading blocks of it with a mask of what is there.
+"""`StoredArray`: one Zarr array, v2 or v3, local or on S3. Reads its metadata, and blocks with a mask of stored chunks.
 
-Bulk reading goes through tensorstore, which is opened on first use in each process (a `StoredArray` pickles as its
-location and metadata). tensorstore aborts a process that was forked after its parent had used it; in such a process,
-and for codecs that tensorstore lacks, arrays are read by `connectomics.io.plain`, more slowly, with the same result.
+tensorstore reads the chunks. It is opened on first use in each process; a `StoredArray` pickles as its location and
+metadata.
 """
 
 from __future__ import annotations
@@ -12,31 +11,28 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.io import plain, s3
-from connectomics.io.plain import corrupt, one_line
-from connectomics.io.store import (
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
+from connectomics.io import s3
+from connectomics.io.location import (
     DEFAULT_OPTIONS,
     Location,
     StoreError,
     StoreOptions,
-    exists,
     is_s3,
     join,
-    list_objects,
     normalize,
-    object_exists,
-    read_attrs,
-    read_json,
+    refuse_forked_process,
     split_s3,
 )
+from connectomics.io.store import exists, list_objects, object_exists, read_attrs, read_json
 
-# What tensorstore knows of each numcodecs compressor; it refuses metadata with any further key ("checksum").
+# The keys of each numcodecs compressor that tensorstore accepts; it refuses any other ("checksum").
 _COMPRESSOR_KEYS = {
     "zstd": ("id", "level"),
     "blosc": ("id", "cname", "clevel", "shuffle", "blocksize"),
@@ -45,55 +41,60 @@ _COMPRESSOR_KEYS = {
     "bz2": ("id", "level"),
 }
 
-# A row of so many chunks is listed rather than asked for one by one: on S3 if the whole row fits one page of a listing.
+# A row of at least so many chunks is listed, not asked for one by one; on S3 if the whole row fits one listing page.
 _LISTED, _LISTED_S3, _PAGE = 16, 4, 1000
-
-# The process that first used tensorstore. Its children by fork must not use it: see the module's docstring.
-_tensorstore_process: int | None = None
 
 
 class StoredArray:
-    """A Zarr array that is there, opened for reading.
+    """An existing Zarr array, open for reading.
 
     Attributes:
         location: path or URL. options: how it is read.
         zarr_format: 2 or 3. shape: voxels. dtype: native numpy dtype (bool, integer or float).
-        leading: how many axes of length 1 (t, c) are stored before those of ``shape``, and left away.
-        chunks: voxels of one stored file (for a sharded array: of a shard). fill_value: value of absent chunks.
+        leading: number of stored axes of length 1 (t, c) before those of ``shape``, which leaves them out.
+        chunks: voxels of one stored file (of a sharded array: of a shard). fill_value: value of absent chunks.
 
     Raises:
-        MissingError: there is no array. MetadataError: its metadata is broken or of a kind that cannot be read.
+        MissingError: there is no array. MetadataError: its metadata is broken or not supported.
     """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype[Any]
 
     def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS, leading: int = 0) -> None:
         self.location = normalize(location)
         self.leading = leading
         self.options = options.resolved()
-        self._opened: tuple[int, Any, Any] | None = None
+        self._opened: tuple[Any, Any] | None = None
+        self.zarr_format, self._metadata_name = 2, ".zarray"
         meta = read_json(join(self.location, ".zarray"), options)
-        self.zarr_format = 2
         if meta is None:
+            self.zarr_format, self._metadata_name = 3, "zarr.json"
             meta = read_json(join(self.location, "zarr.json"), options)
-            self.zarr_format = 3
             if meta is None or meta.get("node_type") != "array":
                 raise _no_array(self.location, meta, options)
         self.metadata = meta
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            name = ".zarray" if self.zarr_format == 2 else "zarr.json"
-            reason = f"{type(error).__name__}: {error}"
-            raise MetadataError(f"cannot read {join(self.location, name)} ({reason}); restore the file") from error
+            file, reason = join(self.location, self._metadata_name), f"{type(error).__name__}: {error}"
+            raise MetadataError(f"cannot read {file} ({reason}); restore the file") from error
+        if any(n != 1 for n in self.shape[:leading]):
+            raise MetadataError(
+                f"{self.location} has shape {self.shape}, expected 1 on the {leading} axes before z, y, x; "
+                "write one time point and channel as a separate volume"
+            )
+        self.shape, self.chunks = self.shape[leading:], self.chunks[leading:]
         if self.dtype.kind not in "biuf":
             raise MetadataError(f"{self.location} holds {self.dtype}; expected bool, integers or floats")
 
     def _parse(self, meta: dict[str, Any]) -> None:
-        self.shape: tuple[int, ...] = tuple(int(n) for n in meta["shape"])
+        self.shape = tuple(int(n) for n in meta["shape"])
         if self.zarr_format == 2:
-            self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
+            self.chunks = tuple(int(n) for n in meta["chunks"])
             self.dtype = np.dtype(meta["dtype"]).newbyteorder("=")
             self._key_prefix, self._separator = "", str(meta.get("dimension_separator", "."))
-            self.is_blosc = (meta.get("compressor") or {}).get("id") == "blosc"
         else:
             self.chunks = tuple(int(n) for n in meta["chunk_grid"]["configuration"]["chunk_shape"])
             self.dtype = np.dtype(str(meta["data_type"]))
@@ -101,21 +102,14 @@ class StoredArray:
             default = encoding["name"] == "default"
             self._separator = str(encoding.get("configuration", {}).get("separator", "/" if default else "."))
             self._key_prefix = f"c{self._separator}" if default else ""
-            self.is_blosc = meta["codecs"][-1].get("name") == "blosc"
         if len(self.chunks) != len(self.shape) or min(self.chunks, default=1) < 1 or min(self.shape, default=0) < 0:
             raise ValueError(f"shape {self.shape} and chunks {self.chunks} do not fit")
-        if any(n != 1 for n in self.shape[: self.leading]):
-            raise MetadataError(
-                f"{self.location} has shape {self.shape}, expected 1 on the {self.leading} axes before z, y, x; "
-                "write one time point and channel as a volume of its own"
-            )
-        self.shape, self.chunks = self.shape[self.leading :], self.chunks[self.leading :]
         fill = meta.get("fill_value")
         self.fill_value = np.asarray(0 if fill is None else fill).astype(self.dtype)[()]
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The array's attributes (read anew)."""
+        """The array's attributes (v2: read at every access)."""
         if self.zarr_format == 3:
             return dict(self.metadata.get("attributes", {}))
         return read_attrs(self.location, self.options)
@@ -123,11 +117,11 @@ class StoredArray:
     def read(
         self, begin: Sequence[int], shape: Sequence[int], *, absent_is_missing: bool = True
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """A block of ``shape`` voxels from index ``begin``; it may lie partly or wholly outside the array.
+        """Read a block of ``shape`` voxels from index ``begin``; it may lie partly or wholly outside the array.
 
         Args:
             absent_is_missing: True (raw): a voxel of an absent chunk is 0 and not inside. False (labels, whose writers
-                leave out chunks of fill value): it is the fill value and inside.
+                leave out chunks of the fill value): it has the fill value and is inside.
 
         Returns:
             The values (array's dtype; 0 outside) and a bool mask of the same shape, True where there is data.
@@ -151,14 +145,14 @@ class StoredArray:
         return values, inside
 
     def present_chunks(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.bool_]:
-        """Whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool.
+        """Return whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool.
 
         A long row of chunks is listed. A short one is asked for chunk by chunk, on S3 16 at a time.
 
-        Raises `StoreError` if that cannot be said: a chunk that cannot be looked at, or an array that is gone.
+        Raises `StoreError` if that is unknown: a chunk cannot be looked up, or the whole array is gone.
         """
         shape = [int(e) - int(b) for b, e in zip(begin, end, strict=True)]
-        locations = [self.chunk_location([b + o for b, o in zip(begin, i, strict=True)]) for i in np.ndindex(*shape)]
+        locations = [self.chunk_location(i) for i in product(*map(range, map(int, begin), map(int, end)))]
         row = -(-self.shape[-1] // self.chunks[-1])
         least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])
         if self._separator == "/" and shape[-1] >= least and row <= most:
@@ -175,40 +169,41 @@ class StoredArray:
         return np.array(found, dtype=bool).reshape(shape)
 
     def chunk_location(self, index: Sequence[int]) -> str:
-        """Path or URL of the file that holds chunk ``index``."""
+        """Return the path or URL of the file that holds chunk ``index``."""
         whole = [*[0] * self.leading, *index]
         return f"{self.location}/{self._key_prefix}{self._separator.join(str(int(i)) for i in whole)}"
 
     def chunk_range(self, low: Sequence[int], high: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Begin and end (exclusive) of the chunks that hold voxels ``low`` to ``high`` (exclusive)."""
+        """Return begin and end (exclusive) of the chunks that hold voxels ``low`` to ``high`` (exclusive)."""
         first = [int(lo) // c for lo, c in zip(low, self.chunks, strict=True)]
         last = [(int(h) - 1) // c + 1 for h, c in zip(high, self.chunks, strict=True)]
         return first, last
 
-    def window(self, low: Sequence[int], high: Sequence[int]) -> tuple[int | slice, ...]:
-        """What to index the array as it is stored with, for voxels ``low`` to ``high`` (exclusive)."""
-        return *[0] * self.leading, *[slice(lo, h) for lo, h in zip(low, high, strict=True)]
+    def check_still_there(self) -> None:
+        """Raise `StoreError` if the array's metadata is gone.
+
+        A chunk counts as absent only while the metadata exists: below an unmounted folder nothing exists, and a
+        deleted bucket or another endpoint answers 404 to everything.
+        """
+        if not object_exists(join(self.location, self._metadata_name), self.options):
+            remedy = "check the bucket and the endpoint" if is_s3(self.location) else "check that its disk is mounted"
+            raise StoreError(f"{self.location} was there and is no longer ({self._metadata_name} is gone); {remedy}")
 
     def _read_inside(
         self, low: list[int], high: list[int], absent_is_missing: bool
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         shape = [h - lo for lo, h in zip(low, high, strict=True)]
         first, last = self.chunk_range(low, high)
-        values = None
-        if not is_s3(self.location):
-            present = self.present_chunks(first, last)
-        elif self._handles() is None:
-            values, present = plain.fetch(self, low, high)
-        else:  # asking for every chunk would double the requests; read, and ask if that fails
-            values = self._decode_if_whole(low, high)
+        if is_s3(self.location):  # asking for every chunk would double the requests: read, and ask only if that fails
+            values = self._decode(low, high, absent_is_error=True)
             if values is not None:
                 return values, np.ones(shape, bool)
-            present = self.present_chunks(first, last)
+        present = self.present_chunks(first, last)
         if absent_is_missing and not present.any():
             return np.zeros(shape, self.dtype), np.zeros(shape, bool)
-        if values is None:
-            values = self._decode(low, high)
-            self.check_still_there()  # or what vanished meanwhile was read as absent chunks
+        values = self._decode(low, high)
+        assert values is not None
+        self.check_still_there()  # else chunks that vanished meanwhile would count as absent
         if present.all() or not absent_is_missing:
             return values, np.ones(shape, bool)
         chunk_of = [np.arange(lo, h) // c - f for lo, h, c, f in zip(low, high, self.chunks, first, strict=True)]
@@ -216,66 +211,72 @@ class StoredArray:
         values[~inside] = 0
         return values, inside
 
-    def _decode(self, low: list[int], high: list[int]) -> NDArray[Any]:
-        """Voxels ``low`` to ``high``, which are inside the array; absent chunks give the fill value."""
-        handles = self._handles()
-        if handles is None:
-            return plain.fetch(self, low, high)[0] if is_s3(self.location) else plain.read(self, low, high)
+    def _decode(self, low: list[int], high: list[int], absent_is_error: bool = False) -> NDArray[Any] | None:
+        """Voxels ``low`` to ``high``, all inside the array; absent chunks give the fill value, or None for the whole
+        block with ``absent_is_error``."""
+        tolerant, strict = self._handles()
+        if strict is None:
+            return self._decode_with_zarr(tolerant, low, high)
+        window = *[0] * self.leading, *map(slice, low, high)
         try:
-            return np.asarray(handles[0][self.window(low, high)].read(order="C").result())
+            return np.asarray((strict if absent_is_error else tolerant)[window].read(order="C").result())
         except (ValueError, OSError) as error:
-            raise self._read_error(error) from error
-
-    def _decode_if_whole(self, low: list[int], high: list[int]) -> NDArray[Any] | None:
-        """The same by tensorstore, but None where a chunk is absent."""
-        handles = self._handles()
-        assert handles is not None
-        try:
-            return np.asarray(handles[1][self.window(low, high)].read(order="C").result())
-        except (ValueError, OSError) as error:
-            if re.match(r"NOT_FOUND: chunk .* is missing", str(error)):
+            if absent_is_error and re.match(r"NOT_FOUND: chunk .* is missing", str(error)):
                 return None
             raise self._read_error(error) from error
 
-    def check_still_there(self) -> None:
-        """Raise `StoreError` if the array's own metadata is gone. A chunk is absent only while that is there: below an
-        unmounted folder nothing exists, and a bucket that is gone or another endpoint answers 404 to everything."""
-        name = ".zarray" if self.zarr_format == 2 else "zarr.json"
-        if not object_exists(join(self.location, name), self.options):
-            remedy = "check the bucket and the endpoint" if is_s3(self.location) else "check that its disk is mounted"
-            raise StoreError(f"{self.location} was there and is no longer ({name} is gone); {remedy}")
-
-    def _handles(self) -> tuple[Any, Any] | None:
-        """The array in tensorstore, tolerant of absent chunks and strict, for this process; None: read it plainly."""
-        global _tensorstore_process
-        pid = os.getpid()
-        if self._opened is not None and self._opened[0] == pid:
-            return self._opened[1], self._opened[2]
-        if _tensorstore_process not in (None, pid):
-            return None
+    def _handles(self) -> tuple[Any, Any]:
+        """The array in tensorstore, tolerant of absent chunks and strict; for a codec that tensorstore lacks (LZ4,
+        filters), the zarr-python array and None."""
+        if self._opened is not None:
+            return self._opened
+        refuse_forked_process()
         import tensorstore
 
-        _tensorstore_process = pid
+        settings = {"context": _context(self.options.cache_bytes, self.options.threads, self.options.retries)}
+        settings |= {"open": True, "read": True, "assume_metadata": True}
         spec = self._spec()
-        context = _context(pid, self.options.cache_bytes, self.options.threads, self.options.retries)
         try:
             with _http_timeouts(self.options):
-                opened = [
-                    tensorstore.open(
-                        {**spec, "fill_missing_data_reads": fill},
-                        context=context,
-                        open=True,
-                        read=True,
-                        assume_metadata=True,
-                    ).result()
+                tolerant, strict = (
+                    tensorstore.open({**spec, "fill_missing_data_reads": fill}, **settings).result()
                     for fill in (True, False)
-                ]
+                )
         except ValueError as error:
-            if is_s3(self.location):
-                raise MetadataError(f"cannot open {self.location}: {one_line(error)}") from error
-            return None
-        self._opened = (pid, opened[0], opened[1])
-        return opened[0], opened[1]
+            tolerant, strict = self._zarr_array(error), None
+        self._opened = tolerant, strict
+        return self._opened
+
+    def _zarr_array(self, reason: ValueError) -> Any:
+        """The array in zarr-python; `MetadataError` with tensorstore's ``reason`` if that cannot open it either."""
+        import zarr
+
+        try:
+            if not is_s3(self.location):
+                return zarr.open_array(self.location, mode="r", zarr_format=2 if self.zarr_format == 2 else 3)
+        except Exception as error:  # whatever a codec's constructor raises
+            self.check_still_there()
+            raise MetadataError(f"cannot open {self.location}: {one_line(error)}") from error
+        raise MetadataError(f"cannot open {self.location}: {one_line(reason)}") from reason
+
+    def _decode_with_zarr(self, array: Any, low: list[int], high: list[int]) -> NDArray[Any]:
+        out = np.empty([h - lo for lo, h in zip(low, high, strict=True)], self.dtype)
+        for index in product(*(range(a, b) for a, b in zip(*self.chunk_range(low, high), strict=True))):
+            where = self.chunk_location(index)
+            begin = [max(lo, i * c) for lo, i, c in zip(low, index, self.chunks, strict=True)]
+            end = [min(h, (i + 1) * c) for h, i, c in zip(high, index, self.chunks, strict=True)]
+            try:
+                if os.path.exists(where):
+                    _check_blosc(where, self.metadata)
+                values = array[(*[0] * self.leading, *map(slice, begin, end))]
+            except CorruptDataError:
+                raise
+            except Exception as error:  # codecs raise anything
+                if isinstance(error, OSError) and error.errno is not None:  # of the system, not of a codec
+                    raise _unreadable(where, error.strerror or one_line(error)) from error
+                raise _corrupt(where, one_line(error)) from error
+            out[tuple(slice(b - lo, e - lo) for b, e, lo in zip(begin, end, low, strict=True))] = values
+        return out
 
     def _spec(self) -> dict[str, Any]:
         kvstore: dict[str, Any]
@@ -302,30 +303,23 @@ class StoredArray:
             "kvstore": kvstore,
             "metadata": meta,
             "recheck_cached_metadata": False,
-            # asking S3 whether a kept chunk is still the same takes as long as fetching it; a local file costs nothing
+            # asking S3 whether a cached chunk has changed takes as long as fetching it; for a local file it is cheap
             "recheck_cached_data": "open" if is_s3(self.location) else True,
         }
 
     def _read_error(self, error: Exception) -> Exception:
         text = one_line(error)
         named = re.search(r'Error reading (?:local file )?"([^"]+)"', text)
-        if not is_s3(self.location):
-            key, found = "", named.group(1) if named else self.location
-        else:
-            bucket, key = split_s3(self.location)
-            key = named.group(1) if named else key
-            found = f"s3://{bucket}/{key}"
+        bucket, key = split_s3(self.location) if is_s3(self.location) else ("", self.location)
+        key = named.group(1) if named else key
+        found = f"s3://{bucket}/{key}" if bucket else key
         of_transfer = any(code in text for code in ("http_response_code", "curl_code", "os_error_code"))
         if not of_transfer and re.match(r"FAILED_PRECONDITION|DATA_LOSS|INVALID_ARGUMENT|OUT_OF_RANGE", text):
-            return corrupt(found, text)
-        if is_s3(self.location):
-            # the answer's XML says nothing that its code does not
-            reason = re.sub(r" \[(http_response_body|x-amzn)[^]]*\]", "", text)
+            return _corrupt(found, text)
+        if bucket:
+            reason = re.sub(r" \[(http_response_body|x-amzn)[^]]*\]", "", text)  # the code says as much
             return StoreError(s3.message(bucket, key, reason, denied=text.startswith("PERMISSION_DENIED")))
-        reason = re.sub(r"^.*: | \[os_error_code=.*", "", text) if "os_error_code" in text else text
-        return StoreError(
-            f"cannot read {found}: {reason}; check the file, its permissions and that its disk is mounted"
-        )
+        return _unreadable(found, re.sub(r"^.*: | \[os_error_code=.*", "", text) if "os_error_code" in text else text)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -335,8 +329,8 @@ class StoredArray:
 
 
 @lru_cache(maxsize=16)
-def _context(pid: int, cache_bytes: int, threads: int, retries: int) -> Any:
-    """The tensorstore context (thread pool, cache of decoded chunks) of a process."""
+def _context(cache_bytes: int, threads: int, retries: int) -> Any:
+    """The tensorstore context (thread pool, cache of decoded chunks) of this process."""
     import tensorstore
 
     delays = {"initial_delay": f"{s3.FIRST_DELAY:g}s", "max_delay": f"{s3.LONGEST_DELAY:g}s"}
@@ -353,9 +347,9 @@ def _context(pid: int, cache_bytes: int, threads: int, retries: int) -> Any:
 
 @contextlib.contextmanager
 def _http_timeouts(options: StoreOptions) -> Iterator[None]:
-    """Make tensorstore give up on a silent server, which it else waits for without end.
+    """Make tensorstore give up on a silent server; by default it waits forever.
 
-    It takes these limits from the environment only, when it opens its first S3 array; what the user set stays.
+    It reads these limits only from the environment, when it opens its first S3 array. Values the user set are kept.
     """
     seconds = str(max(1, int(options.attempt_timeout)))
     wanted = {
@@ -375,4 +369,32 @@ def _http_timeouts(options: StoreOptions) -> Iterator[None]:
 def _no_array(location: str, meta: dict[str, Any] | None, options: StoreOptions) -> Exception:
     if meta is not None or exists(join(location, ".zgroup"), options):
         return MetadataError(f"{location} is a Zarr group, expected an array; name one of its arrays (s0, ...)")
-    return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json is there")
+    return MissingError(f"no Zarr array at {location}: neither .zarray nor zarr.json exists")
+
+
+def _check_blosc(path: str, metadata: dict[str, Any]) -> None:
+    """Raise `CorruptDataError` for a truncated Blosc chunk of a Zarr v2 array.
+
+    numcodecs trusts the length in the header and would read beyond the bytes.
+    """
+    with open(path, "rb") as handle:
+        header = handle.read(16)
+        stored = os.fstat(handle.fileno()).st_size
+    if (metadata.get("compressor") or {}).get("id") != "blosc":
+        return
+    if len(header) < 16 or int.from_bytes(header[12:16], "little") != stored:
+        raise _corrupt(path, f"{stored} bytes are not a whole Blosc chunk")
+
+
+def _corrupt(where: str, reason: str) -> CorruptDataError:
+    return CorruptDataError(f"cannot decode a chunk of {where}: {reason}; fetch or write that chunk again")
+
+
+def _unreadable(where: str, reason: str) -> StoreError:
+    return StoreError(f"cannot read {where}: {reason}; check the file, its permissions and that its disk is mounted")
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message in one line, without the spec and source lines that tensorstore appends."""
+    text = str(error).split(" [tensorstore_spec=")[0].split(" [source locations=")[0]
+    return " ".join(text.split())[:500]

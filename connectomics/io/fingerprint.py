@@ -1,8 +1,8 @@
-"""Short hashes of what is stored, without decoding anything.
+"""Short hashes of stored volumes, without decoding anything.
 
 `fingerprint` changes when the metadata or any chunk behind a read is written, fetched or removed: a local chunk counts
-by its size and time of change, an S3 object by its size and ETag. `content_identity` looks at few chunks and says
-whether two volumes hold the same, wherever they lie and whenever they were written.
+by its size and modification time, an S3 object by its size and ETag. `content_identity` looks at a few chunks and tells
+whether two volumes hold the same data, wherever and whenever they were written.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from itertools import product
+from math import prod
 from typing import Any
 
 from connectomics.geometry import VoxelGrid
 from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.store import StoreError, is_s3, split_s3
+from connectomics.io.store import is_s3, split_s3, unreadable
 
-_SAMPLES_PER_AXIS = 3  # chunks that stand for a volume in `content_identity`: 27
+_SAMPLES_PER_AXIS = 3  # chunks per axis in `content_identity`: 27 in all
 _SAMPLE_BYTES = 1 << 16  # of each: a whole chunk of a Zarr v2 array, the beginning of a shard
 _CONTENT, _ABSENT = "content", "...."
 
 
 def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
-    """What stands for the content of a volume: ``content-{metadata}-{samples}``, hexadecimal.
+    """Return an identity of a volume's content: ``content-{metadata}-{samples}``, hexadecimal.
 
-    ``metadata`` is a hash of the levels' grids, types and chunks; ``samples`` are four digits for each of 27 chunks,
-    spread evenly over what is read: a hash of the stored bytes (of an S3 object: size and ETag), dots for a chunk that
-    is not stored. It contains neither the location nor any time, so a copy is the same volume; compare two of them with
-    `same_content`.
+    ``metadata`` is a hash of the levels' grids, types and chunks. ``samples`` has four digits for each of 27 chunks
+    spread evenly over what is read: a hash of the stored bytes (of an S3 object: size and ETag), or dots for an absent
+    chunk. Location and time do not enter, so a copy is the same volume; compare two identities with `same_content`.
 
     Args:
         grid: what is read (`Multiscale.read_raw`); None: all of the finest level.
@@ -40,10 +40,10 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
     Raises:
         StoreError: the store cannot be reached.
     """
-    array, begin, end = source._chunks_behind(source.levels[0].grid if grid is None else grid)
+    array, begin, end = source.chunks_behind(source.grid if grid is None else grid)
     levels = [
         (level.grid.to_dict(), str(level.dtype), list(level.chunks), stored.metadata.get("compressor"))
-        for level, stored in zip(source.levels, source._arrays, strict=True)
+        for level, stored in zip(source.levels, source.arrays, strict=True)
     ]
     spans = list(zip(begin, end, strict=True))
     axes = [sorted({low + (high - 1 - low) * n // 2 for n in range(_SAMPLES_PER_AXIS)}) for low, high in spans]
@@ -52,14 +52,15 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
     remote = is_s3(array.location)
     samples = s3.in_parallel(lambda at: _remote_sample(array, at), places) if remote else map(_local_sample, places)
     marks = "".join(_ABSENT if s is None else hashlib.sha256(repr(s).encode()).hexdigest()[:4] for s in samples)
-    return f"{_CONTENT}-{_digest([levels, spans])}-{marks}"
+    metadata = hashlib.sha256(json.dumps([levels, spans], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return f"{_CONTENT}-{metadata}-{marks}"
 
 
 def same_content(one: str, other: str) -> bool:
-    """Whether two of `content_identity` (or any two identities) stand for the same volume.
+    """Return whether two identities stand for the same volume.
 
-    The metadata must be equal, and more than half of the samples: a chunk that was corrupt or missing and has been
-    repaired does not make another volume.
+    For `content_identity`, the metadata must be equal, and more than half of the samples: repairing a corrupt or
+    missing chunk does not make another volume.
     """
     if one == other:
         return True
@@ -71,94 +72,77 @@ def same_content(one: str, other: str) -> bool:
     return len(mine) == len(theirs) and 2 * equal > len(mine)
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _local_sample(path: str) -> Any:
-    """Size and first bytes of a chunk, None if it is not stored."""
-    try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size, file.read(_SAMPLE_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}; check the file and its permissions") from error
-
-
-def _remote_sample(array: StoredArray, location: str) -> Any:
-    """Size and ETag of a chunk, None if it is not stored."""
-    bucket, key = split_s3(location)
-    beside = s3.files(bucket, key.rpartition("/")[0], array.options)
-    return next((mark[1:] for mark in beside if mark[0] == key), None)
-
-
 def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_location: bool = True) -> str:
-    """A hash (hexadecimal) of the volume's location, its metadata, and of the chunks that a read would look at.
+    """Return a hash (hexadecimal) of the volume's location, its metadata, and the chunks behind a read.
 
     Args:
-        grid: what would be read (`Multiscale.read_raw`): the chunks of the level that serves it, and those that touch
-            it; None: all chunks of the finest level.
+        grid: what would be read (`Multiscale.read_raw`): the chunks of the level used, and their neighbors; None: all
+            chunks of the finest level.
         with_location: False: a volume that was moved (with its times) has the same fingerprint.
 
     Raises:
         StoreError: the store cannot be reached.
     """
     level = 0 if grid is None else source.level_for(grid.voxel_size)
-    array = source._arrays[level]
+    array = source.arrays[level]
     low, high = [0, 0, 0], list(array.shape)
     if grid is not None:
         own = source.levels[level].grid
-        spans = own.slices(grid.box.grow(own.voxel_size))  # linear interpolation looks at the next centre
+        spans = own.slices(grid.box.grow(own.voxel_size))  # linear interpolation uses the next center, too
         low, high = [s.start for s in spans], [s.stop for s in spans]
-    digest = hashlib.sha256()
-    levels = [(kept.path, stored.metadata) for kept, stored in zip(source.levels, source._arrays, strict=True)]
-    digest.update(
-        json.dumps(
-            [source.location if with_location else "", source.attrs, levels], sort_keys=True, default=str
-        ).encode()
-    )
+    levels = [(kept.path, stored.metadata) for kept, stored in zip(source.levels, source.arrays, strict=True)]
+    place = source.location if with_location else ""
+    digest = hashlib.sha256(json.dumps([place, source.attrs, levels], sort_keys=True, default=str).encode())
     if all(h > lo for lo, h in zip(low, high, strict=True)):
         first, last = array.chunk_range(low, high)
         digest.update(repr((level, first, last)).encode())
-        marks = _remote_marks(array, first, last) if is_s3(array.location) else _local_marks(array, first, last)
-        for mark in marks:
+        for mark in _remote_marks(array, first, last) if is_s3(array.location) else _local_marks(array, first, last):
             digest.update(repr(mark).encode())
     return digest.hexdigest()
 
 
+def _local_sample(path: str) -> Any:
+    """Size and first bytes of a chunk, None if it is absent."""
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, file.read(_SAMPLE_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def _remote_sample(array: StoredArray, location: str) -> Any:
+    """Size and ETag of a chunk, None if it is absent."""
+    bucket, key = split_s3(location)
+    listed = s3.files(bucket, key.rpartition("/")[0], array.options)
+    return next((mark[1:] for mark in listed if mark[0] == key), None)
+
+
+def _chunk_locations(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[str]:
+    return map(array.chunk_location, product(*map(range, first, last)))
+
+
 def _local_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
-    """(size, time) of each chunk in order, None where it is not stored."""
-    for index in product(*(range(a, b) for a, b in zip(first, last, strict=True))):
+    """(size, time) of each chunk in order, None if it is absent."""
+    for location in _chunk_locations(array, first, last):
         try:
-            stat = os.stat(array.chunk_location(index))
+            stat = os.stat(location)
         except (FileNotFoundError, NotADirectoryError):
             yield None
             continue
         except OSError as error:
-            raise StoreError(
-                f"cannot look at {array.chunk_location(index)}: {error.strerror}; check its permissions"
-            ) from error
+            raise unreadable(location, error) from error
         yield stat.st_size, stat.st_mtime_ns
 
 
 def _remote_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
-    """(key, size, ETag) of each chunk that is stored, in order. A small array is listed at once, of a large one only
-    the rows that are needed."""
+    """(key, size, ETag) of each stored chunk, in order. A small array is listed whole, a large one row by row."""
     bucket, _ = split_s3(array.location)
-    wanted = {
-        split_s3(array.chunk_location(index))[1]
-        for index in product(*(range(a, b) for a, b in zip(first, last, strict=True)))
-    }
-    chunks = 1
-    for n, c in zip(array.shape, array.chunks, strict=True):
-        chunks *= -(-n // c)
-    if chunks <= 4 * len(wanted):
+    wanted = {split_s3(location)[1] for location in _chunk_locations(array, first, last)}
+    if prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)) <= 4 * len(wanted):
         prefixes = [split_s3(array.location)[1]]
     else:
         prefixes = sorted({key.rpartition("/")[0] for key in wanted})
     listed = s3.in_parallel(lambda prefix: s3.objects(bucket, prefix, array.options), prefixes)
     return sorted(mark for marks in listed for mark in marks if mark[0] in wanted)
-
-
-__all__ = ["content_identity", "fingerprint", "same_content"]

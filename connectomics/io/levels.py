@@ -1,10 +1,10 @@
-"""Pyramids: the coarser levels of a multiscale.
+"""Downsampling by two: the coarser levels of a multiscale.
 
-Level k has voxels of 2^k v, its first centre at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so that all levels start at
-the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of those that exist, at an odd end), rounded to
-nearest for integers; a label voxel is what most of the 2x2x2 voxels below it are, the largest value on a tie. Taking
-one of the eight instead would shift labels by a quarter of a voxel against the raw, level by level; on a tie the
-largest keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
+Level k has voxels of size 2^k v, its first center at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so all levels start at
+the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of the existing ones, at an odd end), rounded for
+integers. A label voxel is the most frequent value of the 2x2x2 voxels below it, the largest on a tie. Taking one of
+the eight instead would shift labels by a quarter of a voxel against the raw at every level. The largest value keeps
+thin objects and, with the usual encoding of 255, keeps unknown unknown.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 
-# planes of the shrunken volume made at a time, so that the float sums stay small beside the volume
+# Planes of the output computed at a time, so that the float sums stay small.
 _PLANES = 16
 
 
 def level_grids(grid: VoxelGrid, levels: int) -> list[VoxelGrid]:
-    """The grids of levels 0 .. levels - 1 of a pyramid on ``grid``."""
+    """Return the grids of levels 0 .. levels - 1 of a pyramid on ``grid``."""
     if levels < 1:
-        raise InputError(f"a pyramid needs at least one level, found levels={levels}")
+        raise InputError(f"a pyramid needs at least one level, got levels={levels}")
     grids = []
     for k in range(levels):
         factor = 2**k
@@ -36,7 +36,7 @@ def level_grids(grid: VoxelGrid, levels: int) -> list[VoxelGrid]:
 
 
 def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
-    """Mean over 2x2x2 voxels, (D, H, W) to (ceil(D/2), ceil(H/2), ceil(W/2)), same dtype, integers rounded."""
+    """Return the mean over 2x2x2 voxels, (D, H, W) to (ceil(D/2), ...), same dtype, integers rounded."""
     exact: type[np.floating[Any]] = np.float64 if data.dtype.itemsize > 2 else np.float32
     out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
     for z in range(0, out.shape[0], _PLANES):
@@ -49,8 +49,7 @@ def halve_raw(data: NDArray[Any]) -> NDArray[Any]:
 
 
 def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
-    """The value of most of each 2x2x2 voxels (of those that exist, at an odd end), the largest on a tie; shapes as for
-    `halve_raw`, same dtype."""
+    """Return the most frequent value of each 2x2x2 voxels, the largest on a tie; shapes as `halve_raw`, same dtype."""
     from connectomics.io.resample_kernels import majority_of_eight
 
     out = np.empty([-(-n // 2) for n in data.shape], dtype=data.dtype)
@@ -59,7 +58,7 @@ def halve_labels(data: NDArray[Any]) -> NDArray[Any]:
 
 
 def _pair_sum(data: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Sums of neighbours along ``axis``; a last voxel without a partner counts twice, which leaves it its own mean."""
+    """Sums of neighbors along ``axis``; a last voxel without a partner counts twice, so its mean is itself."""
     data = np.moveaxis(data, axis, 0)
     sums = data[0::2].copy()
     partners = data[1::2]

@@ -1,8 +1,8 @@
-"""The OME-NGFF ``multiscales`` attribute: from JSON to one `VoxelGrid` per level, in nanometres.
+"""The OME-NGFF ``multiscales`` attribute: from JSON to voxel size and translation of each level, in nanometers.
 
-Version 0.4 keeps it in the group's attributes, 0.5 (Zarr v3) under ``ome``. The transformations of a dataset and then
-those of the whole multiscale are applied in order; only scales and translations, only the space axes z, y, x. Axes t, c
-may stand before them, as most writers have them, where the arrays are of length 1 there.
+Version 0.4 stores it in the group's attributes, 0.5 (Zarr v3) under ``ome``. The transformations of a dataset, then
+those of the whole multiscale, are applied in order. Supported are scales and translations of the space axes z, y, x;
+axes t and c may precede them if the arrays have length 1 there.
 """
 
 from __future__ import annotations
@@ -16,33 +16,32 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import triple
 
-# nanometres per unit of length; a missing unit means nanometres, as in all CellMap data
-_UNITS = {
-    None: 1.0,
-    "nanometer": 1.0,
-    "nanometre": 1.0,
-    "nm": 1.0,
-    "micrometer": 1e3,
-    "micrometre": 1e3,
-    "um": 1e3,
-    "µm": 1e3,
-    "angstrom": 0.1,
-}
-
-# axes that may stand before z, y, x, and their types
+# Axes that may precede z, y, x, and their types.
 _KINDS = {"t": "time", "c": "channel"}
+
+
+def in_nm(unit: str | None) -> float | None:
+    """Return the nanometers in a unit of length; None for pixels and unknown units."""
+    factors = {
+        "nm": 1.0, "nanometer": 1.0, "nanometers": 1.0, "nanometre": 1.0,
+        "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3,
+        "micrometer": 1e3, "micrometers": 1e3, "micrometre": 1e3,
+        "mm": 1e6, "millimeter": 1e6, "m": 1e9, "meter": 1e9, "cm": 1e7, "inch": 2.54e7,
+        "å": 0.1, "a": 0.1, "angstrom": 0.1, "angstroms": 0.1, "pm": 1e-3,
+    }  # fmt: skip
+    return None if unit is None else factors.get(unit.strip().replace("\\u00B5m", "µm").lower())
 
 
 def parse_multiscales(
     attrs: Mapping[str, Any], where: str
 ) -> list[tuple[str, NDArray[np.float64], NDArray[np.float64]]]:
-    """Per listed dataset: its path, voxel size and translation (centre of voxel 0), both nm, z y x.
+    """Return, for each listed dataset, its path, voxel size and translation (center of voxel 0), both nm, z y x.
 
     Args:
         attrs: attributes of the group. where: its location, for messages.
 
     Raises:
-        MetadataError: the attribute is absent, broken, or says something other than scaled and moved z, y, x axes.
+        MetadataError: the attribute is missing, broken, or describes more than scaled and translated z, y, x axes.
     """
     multiscale = _multiscale(attrs, where)
     leading, unit = _axes(multiscale.get("axes"), where)
@@ -66,7 +65,7 @@ def parse_multiscales(
 
 
 def leading_axes(attrs: Mapping[str, Any], where: str) -> int:
-    """How many axes (t, c) the arrays have before z, y, x. `MetadataError` as `parse_multiscales`."""
+    """Return the number of axes (t, c) before z, y, x; raises as `parse_multiscales`."""
     return _axes(_multiscale(attrs, where).get("axes"), where)[0]
 
 
@@ -81,7 +80,7 @@ def _multiscale(attrs: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _axes(axes: Any, where: str) -> tuple[int, NDArray[np.float64]]:
-    """The number of axes before z, y, x, and nanometres per unit along these."""
+    """The number of axes before z, y, x, and nanometers per unit along these (CellMap data may omit the unit: nm)."""
     if not isinstance(axes, list) or not all(isinstance(axis, (dict, str)) for axis in axes):
         raise MetadataError(f"{where}: multiscales[0].axes must list the axes z, y, x, found {axes!r}")
     described = [axis if isinstance(axis, dict) else {"name": axis} for axis in axes]
@@ -94,11 +93,13 @@ def _axes(axes: Any, where: str) -> tuple[int, NDArray[np.float64]]:
             f"{where}: expected three space axes z, y, x, and before them at most t (time) and c (channel), "
             f"found {names} of types {kinds}"
         )
-    units = [axis.get("unit") for axis in described[leading:]]
-    unknown = [unit for unit in units if unit not in _UNITS]
-    if unknown:
-        raise MetadataError(f"{where}: unit {unknown[0]!r} is not known; expected nanometer, micrometer or angstrom")
-    return leading, np.array([_UNITS[unit] for unit in units])
+    factors = []
+    for unit in (axis.get("unit", "nanometer") for axis in described[leading:]):
+        factor = 1.0 if unit is None else in_nm(str(unit))
+        if factor is None:
+            raise MetadataError(f"{where}: unknown unit {unit!r}; expected nanometer, micrometer or angstrom")
+        factors.append(factor)
+    return leading, np.array(factors)
 
 
 def _transformed(

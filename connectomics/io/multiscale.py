@@ -1,15 +1,16 @@
 """`Multiscale`: an OME-NGFF volume that can be read on any voxel grid; `PlainArray`: a single Zarr array.
 
-Raw is read from the coarsest level that is still as fine as what is asked for, and resampled (never by nearest);
-labels are read by nearest, or level by level for the exact rules of `connectomics.cellmap.labels`. Every read says
-voxel by voxel what was there: False outside the array, and for raw also where a contributing chunk is not stored,
-since a missing raw chunk is a hole in the download and not black tissue.
+Raw is read from the coarsest level that is still as fine as the requested grid, and resampled (never by nearest).
+Labels are read by nearest, or level by level for the exact rules of `connectomics.cellmap.labels`. Every read returns
+a mask: False outside the array, and for raw also where a contributing chunk is absent, because a missing raw chunk is
+missing data and not black tissue.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,13 @@ from connectomics.io.store import (
     read_attrs,
 )
 
-# The finest level that is called "as fine as" what is asked may be coarser by this share (rounded metadata).
+# A level counts as "as fine as" the requested grid if it is coarser by at most this share (rounded metadata).
 _AS_FINE = 1e-3
-# Source voxels per axis that are held at a time while resampling: 24 MB of uint8 whatever the target's size.
+# Source voxels per axis held at a time while resampling: 24 MB of uint8, whatever the target's size.
 _SOURCE_SPAN = 288
-# Chunks whose presence is asked for at a time.
+# Chunks looked up at a time.
 _ASKED = 2**14
-# Target voxels per axis that are resampled at a time: 67 MB of float32.
+# Target voxels per axis resampled at a time: 67 MB of float32.
 _TARGET_SPAN = 256
 
 
@@ -56,8 +57,9 @@ class Multiscale:
     """An OME-NGFF multiscale group, Zarr v2 or v3, local or s3://. Opened lazily, picklable.
 
     Attributes:
-        location: path or URL. levels: the levels that are stored, finest first. attrs: the group's attributes.
-        absent: paths of levels that the metadata lists but that are not stored (partial downloads leave them out).
+        location: path or URL. levels: the stored levels, finest first. attrs: the group's attributes.
+        arrays: the arrays of the levels. absent: paths of levels that the metadata lists but that are not stored
+            (partial downloads leave them out).
     """
 
     def __init__(
@@ -72,14 +74,14 @@ class Multiscale:
         self.attrs = attrs
         self.levels = tuple(levels)
         self.absent = tuple(absent)
-        self._arrays = tuple(arrays)
+        self.arrays = tuple(arrays)
 
     @classmethod
     def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> Multiscale:
         """Open the group at ``location``.
 
         Raises:
-            MissingError: nothing is there, or none of the levels. MetadataError: not a multiscale of z, y, x.
+            MissingError: the group or all of its levels are missing. MetadataError: not a multiscale of z, y, x.
         """
         where = normalize(location)
         try:
@@ -120,21 +122,21 @@ class Multiscale:
         return self.levels[0].grid
 
     def level_for(self, voxel_size: ArrayLike) -> int:
-        """The coarsest level that is on every axis at least as fine as ``voxel_size`` (nm), else the finest."""
+        """Return the coarsest level at least as fine as ``voxel_size`` (nm) on every axis, else the finest."""
         asked = np.array(triple(voxel_size, "voxel_size"))
         fine = [k for k, level in enumerate(self.levels) if np.all(level.grid.voxel_size <= asked * (1 + _AS_FINE))]
         return fine[-1] if fine else 0
 
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Raw values at the voxels of any ``grid``, which may lie partly or wholly outside.
+        """Read raw values at the voxels of any ``grid``, which may lie partly or wholly outside.
 
-        Per axis linear interpolation where ``grid`` is as fine as the level read or finer, box average where it is
-        coarser (see `connectomics.io.resample`); plain copies where the two coincide. At the array's faces its edge
-        values are repeated, and boxes that stick out are averaged over their inner part.
+        Per axis linear interpolation if ``grid`` is at least as fine as the level read, box average if it is coarser
+        (see `connectomics.io.resample`); plain copies if the two coincide. At the array's faces its edge values are
+        repeated, and boxes that cross a face are averaged over their inner part.
 
         Returns:
             values: float32 of ``grid.shape``, in the array's own range (uint8: 0..255), 0 where not inside.
-            inside: bool, True where the voxel's centre lies in the array's box and every chunk it needs is stored.
+            inside: bool, True where the voxel's center lies in the array's box and every chunk it needs is stored.
 
         Raises:
             CorruptDataError: a chunk cannot be decoded, or float raw that is NaN or infinite. StoreError.
@@ -149,7 +151,7 @@ class Multiscale:
         out, mask = np.zeros(grid.shape, np.float32), np.zeros(grid.shape, bool)
         tables = resample.raw_tables(source, grid)
         in_box = resample.inside_axes(source, grid)
-        # what lies inside is one run per axis, so the windows hold nothing else
+        # the inside is one run per axis, so the windows contain nothing else
         for window in _windows([_pieces(t, axis) for t, axis in zip(tables, in_box, strict=True)]):
             part = tuple(t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True))
             values, present = self._resampled(index, (part[0], part[1], part[2]))
@@ -160,14 +162,14 @@ class Multiscale:
         return out, mask
 
     def read_nearest(self, grid: VoxelGrid, level: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """Label values, as stored, at the centres of ``grid`` (any); absent chunks hold the fill value.
+        """Read label values, as stored, at the centers of any ``grid``; absent chunks give the fill value.
 
         Args:
-            level: which level to read; by default `level_for` the grid's voxel size.
+            level: level to read; by default `level_for` the grid's voxel size.
 
         Returns:
-            values: the array's dtype, the voxel whose cell contains the target centre (begin face included).
-            inside: bool, False (and value 0) where the centre lies outside the array's box.
+            values: the array's dtype, the voxel whose cell contains the target center (begin face included).
+            inside: bool, False (and value 0) where the center lies outside the array's box.
         """
         index = self.level_for(grid.voxel_size) if level is None else self._index(level)
         source = self.levels[index].grid
@@ -189,28 +191,26 @@ class Multiscale:
     def read_level(
         self, level: int, begin: Sequence[int] | NDArray[Any], shape: Sequence[int], absent_is_missing: bool = True
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        """A plain block of one level: ``shape`` voxels from index ``begin`` (may lie outside), and what was there.
+        """Read a block of one level: ``shape`` voxels from index ``begin`` (may lie outside), and its mask.
 
         Args:
             absent_is_missing: True for raw (absent chunk: 0, not inside); False for labels (fill value, inside).
         """
-        array = self._arrays[self._index(level)]
+        array = self.arrays[self._index(level)]
         return array.read([int(b) for b in begin], [int(n) for n in shape], absent_is_missing=absent_is_missing)
 
     def stored_chunks(self, grid: VoxelGrid) -> NDArray[np.bool_]:
-        """Whether each chunk that `read_raw` of ``grid`` reads is stored: bool, one value a chunk of the level read."""
-        array, begin, end = self._chunks_behind(grid)
+        """Return whether each chunk that `read_raw` of ``grid`` reads is stored: bool, one value per chunk."""
+        array, begin, end = self.chunks_behind(grid)
         return array.present_chunks(begin, end)
 
     def missing_chunks(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
-        """How many of the chunks that `read_raw` of ``grid`` reads are not stored.
-
-        Asked for in slabs, so memory is bounded whatever the grid.
+        """Count the chunks that `read_raw` of ``grid`` reads and that are not stored, in bounded memory.
 
         Returns:
-            missing, total: chunks of the level read. first: location of the first missing one, None where none is.
+            missing, total: chunks of the level read. first: location of the first missing one, None if there is none.
         """
-        array, begin, end = self._chunks_behind(grid)
+        array, begin, end = self.chunks_behind(grid)
         missing, first = 0, None
         depth = max(1, _ASKED // max(1, (end[1] - begin[1]) * (end[2] - begin[2])))
         for z in range(begin[0], end[0], depth):
@@ -222,17 +222,16 @@ class Multiscale:
         return missing, int(np.prod(np.subtract(end, begin))), first
 
     def chunk_locations(self, grid: VoxelGrid) -> tuple[str, list[str]]:
-        """The path of the level that `read_raw` of ``grid`` reads, and the locations of the chunks that it needs there,
+        """Return the path of the level that `read_raw` of ``grid`` reads, and the locations of the chunks it needs,
         stored or not."""
-        array, begin, end = self._chunks_behind(grid)
-        shape = [e - b for b, e in zip(begin, end, strict=True)]
-        chunks = [array.chunk_location([b + o for b, o in zip(begin, i, strict=True)]) for i in np.ndindex(*shape)]
+        array, begin, end = self.chunks_behind(grid)
+        chunks = [array.chunk_location(index) for index in product(*map(range, begin, end))]
         return self.levels[self.level_for(grid.voxel_size)].path, chunks
 
-    def _chunks_behind(self, grid: VoxelGrid) -> tuple[StoredArray, list[int], list[int]]:
-        """The array that `read_raw` of ``grid`` reads, and begin and end (exclusive) of the chunks that it needs."""
+    def chunks_behind(self, grid: VoxelGrid) -> tuple[StoredArray, list[int], list[int]]:
+        """Return the array that `read_raw` of ``grid`` reads, and begin and end (exclusive) of the chunks it needs."""
         index = self.level_for(grid.voxel_size)
-        source, array = self.levels[index].grid, self._arrays[index]
+        source, array = self.levels[index].grid, self.arrays[index]
         if source.same_lattice(grid):
             spans = [(s.start, s.stop) for s in source.slices(grid.box)]
         else:
@@ -246,11 +245,11 @@ class Multiscale:
 
     def _index(self, level: int) -> int:
         if not 0 <= level < len(self.levels):
-            raise InputError(f"{self.location} has levels 0 to {len(self.levels) - 1}, asked for {level}")
+            raise InputError(f"{self.location} has levels 0 to {len(self.levels) - 1}, got level {level}")
         return level
 
     def _resampled(self, index: int, tables: resample.Tables) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
-        """Target values of one window, and where all their chunks are stored (None: everywhere)."""
+        """Target values of one window, and the mask of those whose chunks are all stored (None: all of them)."""
         spans = [t.span for t in tables]
         begin, end = [s[0] for s in spans], [s[1] for s in spans]
         block, inside = self.read_level(index, begin, [e - b for b, e in zip(begin, end, strict=True)])
@@ -264,7 +263,7 @@ class Multiscale:
     ) -> NDArray[np.bool_]:
         """Whether all chunks behind each target voxel are stored; the tables refer to a block that starts at ``begin``.
 
-        Worked out on chunks, of which ``inside`` (per voxel of the block) shows one voxel each.
+        Computed on chunks: ``inside`` (per voxel of the block) is sampled at one voxel of each.
         """
         shown, of_chunks = [], []
         for axis, table in enumerate(tables):
@@ -290,7 +289,7 @@ class Multiscale:
         raise CorruptDataError(
             f"{self.location}/{level.path} holds {value} at voxel {tuple(voxel.tolist())} (z y x, at "
             f"{world} nm), {int((~finite).sum())} such voxels in the block read; expected finite raw: replace them or "
-            "leave that region out"
+            "exclude that region"
         )
 
     def __repr__(self) -> str:
@@ -298,13 +297,13 @@ class Multiscale:
 
 
 class PlainArray:
-    """A single Zarr array (a scorer's truth, a submission), v2 or v3, local or s3://. Picklable.
+    """A single Zarr array (ground truth, a submission), v2 or v3, local or s3://. Picklable.
 
     Attributes:
         location, shape, dtype, chunks: as stored. attrs: its attributes.
         grid: from the attributes ``voxel_size`` (or ``resolution``, ``scale``) and ``translation`` (or ``offset``), nm
-            z y x, the translation being the centre of voxel 0 (origin where absent); None where there is no voxel size
-            or the array has not three axes.
+            z y x; the translation is the center of voxel 0 (default: origin). None if there is no voxel size or the
+            array does not have three axes.
     """
 
     def __init__(self, array: StoredArray, attrs: dict[str, Any]) -> None:
@@ -314,16 +313,16 @@ class PlainArray:
         self.dtype = array.dtype
         self.chunks = array.chunks
         self.attrs = attrs
-        self.grid = grid_of_attrs(attrs, array.shape, array.location)
+        self.grid = _grid_of_attrs(attrs, array.shape, array.location)
 
     @classmethod
     def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> PlainArray:
-        """Open the array at ``location``; `MissingError`, or `MetadataError` (a group, broken attributes)."""
+        """Open the array at ``location``. Raises `MissingError`, or `MetadataError` (a group, broken attributes)."""
         array = StoredArray(location, options)
         return cls(array, array.attrs)
 
     def read(self, begin: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> NDArray[Any]:
-        """A block of ``shape`` voxels from index ``begin``, by default all; absent chunks hold the fill value.
+        """Read a block of ``shape`` voxels from index ``begin``, by default all; absent chunks give the fill value.
 
         Raises:
             InputError: the block is not inside the array. CorruptDataError: a chunk cannot be decoded.
@@ -338,8 +337,8 @@ class PlainArray:
         return f"PlainArray({self.location!r}, shape={self.shape}, dtype={self.dtype})"
 
 
-def grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> VoxelGrid | None:
-    """The grid that an array's own attributes describe (see `PlainArray`), or None; `MetadataError` where broken."""
+def _grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> VoxelGrid | None:
+    """Return the grid in an array's own attributes (see `PlainArray`), or None; `MetadataError` if it is broken."""
     size = next((attrs[key] for key in ("voxel_size", "resolution", "scale") if key in attrs), None)
     first = next((attrs[key] for key in ("translation", "offset") if key in attrs), (0.0, 0.0, 0.0))
     if size is None or len(shape) != 3:
@@ -351,7 +350,7 @@ def grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> Vo
 
 
 def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]:
-    """Runs of target voxels along an axis, from the first wanted to the last, short enough to hold at a time."""
+    """Runs of target voxels along an axis, from the first wanted one to the last, short enough to hold at a time."""
     kept = np.flatnonzero(wanted)
     if len(kept) == 0:
         return []
@@ -359,7 +358,7 @@ def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]
     start, stop = int(kept[0]), int(kept[-1]) + 1
     while start < stop:
         limit = int(table.first[start]) + _SOURCE_SPAN
-        # ends never fall from one target to the next, so the last that fits can be searched for
+        # ends never decrease, so the last one that fits can be found by bisection
         ends = table.first[start:stop] + table.count[start:stop]
         fits = min(_TARGET_SPAN, max(1, int(np.searchsorted(ends, limit, side="right"))))
         pieces.append(slice(start, start + fits))

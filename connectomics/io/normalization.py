@@ -1,15 +1,16 @@
-"""`Normalization`: how the raw values of one data set become a network's input, in training and prediction alike."""
+"""`Normalization`: how raw values of one data set become the network's input, in training and prediction alike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from connectomics.config.values import plain, read
 from connectomics.errors import InputError, MetadataError
 
 _CLOSE = 0.02
@@ -20,7 +21,7 @@ class Normalization:
     """Input = (clip((v - low) / (high - low), 0, 1) - mean) / std, so that tissue has mean 0.
 
     Attributes:
-        low, high: raw values that become 0 and 1 on the unit scale. ``low`` above ``high`` inverts the contrast.
+        low, high: raw values mapped to 0 and 1 on the unit scale. ``low`` above ``high`` inverts the contrast.
         mean, std: mean and standard deviation of tissue on the unit scale.
 
     Raises:
@@ -47,10 +48,10 @@ class Normalization:
             raise InputError(f"normalization: std must be above 0, got {self.std:g}")
 
     def is_close(self, other: Normalization) -> bool:
-        """Whether both make the same of raw to within two percent of the unit scale."""
+        """Return whether both give the same input to within two percent of the unit scale."""
         gray = self.high - self.low
-        apart = ((other.low - self.low) / gray, (other.high - self.high) / gray, other.mean - self.mean)
-        return all(abs(d) < _CLOSE for d in (*apart, other.std - self.std))
+        differences = ((other.low - self.low) / gray, (other.high - self.high) / gray, other.mean - self.mean)
+        return all(abs(d) < _CLOSE for d in (*differences, other.std - self.std))
 
     @property
     def range(self) -> tuple[float, float]:
@@ -58,37 +59,37 @@ class Normalization:
         return self.low, self.high
 
     def unit(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raw values on the unit scale, 0 to 1, in the memory of ``values`` (float32)."""
+        """Return raw values on the unit scale, 0 to 1, in the memory of ``values`` (float32)."""
         values -= np.float32(self.low)
         values /= np.float32(self.high - self.low)
         return np.clip(values, 0, 1, out=values)
 
     def quantized(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Raw values on the unit scale as uint8, rounded: 255 stands for 1."""
+        """Return raw values on the unit scale as uint8, rounded: 255 stands for 1."""
         scaled = (values - np.float32(self.low)) * np.float32(255.0 / (self.high - self.low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
     def centered(self, unit: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """The network's input from values on the unit scale, in their memory: 0, the mean of tissue, where there is no
-        raw (``inside`` is False)."""
+        """Return the network's input from values on the unit scale, in their memory: 0, the mean of tissue, where
+        ``inside`` is False (no raw)."""
         unit -= np.float32(self.mean)
         unit /= np.float32(self.std)
         unit[~inside] = 0
         return unit
 
     def input(self, values: ArrayLike) -> NDArray[np.float32]:
-        """The network's input from raw values of any shape and type, as a new array."""
+        """Return the network's input from raw values of any shape and type, as a new array."""
         unit = self.unit(np.array(values, np.float32))
         return self.centered(unit, np.ones(unit.shape, bool))
 
     def to_dict(self) -> dict[str, float]:
-        """The four numbers by name."""
-        return asdict(self)
+        """Return the four numbers by name."""
+        return plain(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "a normalization") -> Self:
-        """The inverse of `to_dict`; other keys are left out. Raises `MetadataError` if a key is missing."""
-        try:
-            return cls(*(data[name] for name in ("low", "high", "mean", "std")))
-        except (KeyError, TypeError) as error:
-            raise MetadataError(f"{where} needs low, high, mean and std, got {data!r}") from error
+        """Read the four numbers; other keys are ignored. Raises `MetadataError` if one is missing."""
+        names = ("low", "high", "mean", "std")
+        if any(name not in data for name in names):
+            raise MetadataError(f"{where} needs low, high, mean and std, got {data!r}")
+        return read(cls, {name: data[name] for name in names}, where)

@@ -1,25 +1,38 @@
-"""Replacing a single file: only one that the same verb wrote.
+"""Put files and folders in place in one step, and decide what they may replace.
 
-What a verb writes shows by its content what it is: JSON by its keys, a table by its first column, a page or a
-configuration by a line. Anything else at that place is of somebody else and is left alone. Folders and Zarr groups say
-what they are by their attributes (`connectomics.io.artifacts`).
+A file may be replaced only by the verb that wrote it. The content shows which one: JSON by its keys, a table by its
+first column, a page or configuration by a line. Folders and Zarr groups say it in their attributes
+(`connectomics.io.artifacts`). Everything else is left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
-from collections.abc import Callable
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from connectomics.errors import WriteError
+import numpy as np
+import psutil
+
+from connectomics.errors import InputError, WriteError
 from connectomics.io.location import Location, local_path
 
 #: Whether the content of a file is what a verb writes.
 IsOwn = Callable[[bytes], bool]
 
+_ABANDONED_S = 86400.0  # an unfinished folder of another machine that did not change for so long has lost its process
+
 
 def has_keys(*keys: str) -> IsOwn:
-    """A JSON object with these keys."""
+    """Accept a JSON object with these keys."""
 
     def is_own(data: bytes) -> bool:
         try:
@@ -32,19 +45,19 @@ def has_keys(*keys: str) -> IsOwn:
 
 
 def has_column(first: str) -> IsOwn:
-    """A CSV table with this first column."""
+    """Accept a CSV table with this first column."""
     return lambda data: data.split(b"\n", 1)[0].decode(errors="replace").strip().split(",")[0] == first
 
 
 def contains(text: str) -> IsOwn:
-    """Text or markup with these words in it."""
+    """Accept text or markup that contains these words."""
     return lambda data: text.encode() in data
 
 
 def require_own(location: Location, is_own: IsOwn, verb: str) -> Path:
-    """The path of a file that ``verb`` is about to write: free, empty, or an earlier file of that verb.
+    """Return the path of a file that ``verb`` is about to write: a free one, an empty file, or one it wrote earlier.
 
-    Raises `WriteError` for anything else; ask before the work, and again when the file is written.
+    Raises `WriteError` for anything else. Call it before the work, and again when the file is written.
     """
     path = local_path(location)
     try:
@@ -52,7 +65,7 @@ def require_own(location: Location, is_own: IsOwn, verb: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return path
     except IsADirectoryError:
-        raise WriteError(f"{path} is a folder; expected a file's name, as {path / 'name'}{path.suffix}") from None
+        raise WriteError(f"{path} is a folder; expected a file name, as {path / 'name'}{path.suffix}") from None
     except OSError as error:
         raise WriteError(f"cannot replace {path}: {error.strerror}; choose another output") from error
     if found.strip() and not is_own(found):
@@ -61,5 +74,135 @@ def require_own(location: Location, is_own: IsOwn, verb: str) -> Path:
 
 
 def not_ours(path: Path, verb: str) -> WriteError:
-    """The error for something at ``path`` that ``verb`` did not write."""
+    """Return the error for something at ``path`` that ``verb`` did not write."""
     return WriteError(f"{path} was not written by {verb} and is left alone; choose another output, or move it away")
+
+
+def require_replaceable(path: Path, overwrite: bool) -> None:
+    """Raise `WriteError` unless ``path`` is free, or (with ``overwrite``) holds only one array or one multiscale.
+
+    A group that holds other arrays or files is more than what would replace it.
+    """
+    if not path.exists():
+        return
+    if not overwrite:
+        raise WriteError(f"{path} is already there; pass overwrite=True to replace it, or choose another place")
+    if (path / ".zarray").exists():
+        return
+    for inner in sorted(path.iterdir()) if path.is_dir() else [path]:
+        # hidden: metadata, and leftovers of a killed writer
+        if not (inner.name == "zarr.json" or inner.name.startswith(".") or _is_level(inner)):
+            raise WriteError(f"{path} is not replaced: {inner} is no part of a multiscale; move it away")
+
+
+def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
+    """Write a file in one step (temporary name, then rename); missing folders are created. Raises `WriteError`."""
+    local_path(path)  # refuses URLs
+    part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            handle = part.open("wb")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = part.open("wb")
+        with handle:
+            handle.write(data)
+        part.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # if even its folder is no folder
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise WriteError(
+                f"cannot write {path}: {error.strerror or error}; free space or choose a folder you may write to"
+            ) from error
+        raise
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step; numpy values and paths are converted. Raises `InputError`, `WriteError`."""
+    try:
+        text = json.dumps(value, indent=2, default=_json_value, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"cannot store these attributes in {path}: {error}") from error
+    write_file(path, text.encode())
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot be stored in JSON")
+
+
+def publish(finished: Path, location: Path) -> None:
+    """Rename a finished folder to ``location``; what was there is removed after the new folder is in place.
+
+    The caller decides whether it may be replaced. If this raises `WriteError`, the old content is unchanged.
+    """
+    old = _aside(location)
+    try:
+        if location.exists():
+            location.rename(old)
+        try:
+            finished.rename(location)
+        except OSError:
+            if old.exists():
+                old.rename(location)
+            raise
+    except OSError as error:
+        raise WriteError(f"cannot move {finished} to {location}: {error.strerror or error}") from error
+    _remove_aside(location)
+
+
+def put_aside(location: Path) -> None:
+    """Remove the folder at ``location``, which disappears in one step; raise `WriteError` if that fails."""
+    try:
+        location.rename(_aside(location))
+    except OSError as error:
+        raise WriteError(f"cannot replace {location}: {error.strerror or error}") from error
+    _remove_aside(location)
+
+
+def unfinished(parent: Path, prefix: str) -> Path:
+    """Return a new name in ``parent`` that starts with ``prefix`` and contains this host and process."""
+    return parent / f"{prefix}{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the folders named by `unfinished` with this ``prefix`` whose process has ended."""
+    for folder in parent.glob(f"{glob.escape(prefix)}*"):
+        host, _, pid = folder.name.removeprefix(prefix).rpartition("-")[0].rpartition("-")
+        try:
+            if host == _host() and pid.isdigit():
+                abandoned = not psutil.pid_exists(int(pid))
+            else:
+                abandoned = time.time() - folder.stat().st_mtime > _ABANDONED_S
+        except FileNotFoundError:  # its process just finished
+            continue
+        if abandoned:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _host() -> str:
+    return platform.node() or "localhost"
+
+
+def _aside(location: Path) -> Path:
+    return location.with_name(f".{location.name}.old-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _remove_aside(location: Path) -> None:
+    """Remove what was replaced at ``location``, also by a run that was killed while doing so."""
+    for old in location.parent.glob(f".{glob.escape(location.name)}.old-*"):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_level(path: Path) -> bool:
+    """Whether a folder holds an array, or the beginning of one: attributes but no chunk."""
+    if not path.is_dir() or (path / ".zgroup").exists():
+        return False
+    made = (path / ".zarray").exists() or (path / "zarr.json").exists()
+    return made or all(inner.name.startswith(".") for inner in path.iterdir())

@@ -1,14 +1,14 @@
-"""From one voxel grid to another: linear and area-averaged values for raw, nearest for labels, exact fractions.
+"""Resample between voxel grids: linear or area-averaged values for raw, nearest for labels, exact fractions.
 
-All of it is separable. A table per axis says which source voxels make up each target voxel and with what weights
-(`AxisTable`); one numba kernel applies the three tables. Source voxel j covers [j, j + 1) in face coordinates.
+All methods are separable. A table per axis (`AxisTable`) gives the source voxels of each target voxel and their
+weights; one numba kernel applies the three tables. Source voxel j covers [j, j + 1) in face coordinates.
 
-Raw (`linear`) per axis: where the target voxel is as fine as the source's or finer, linear interpolation at the target
-centre; where it is coarser, the average over the target voxel's box. Never the nearest value. Where the voxel sizes do
-not divide each other, the box average of a staircase lies up to 1/8 source voxel beside the target centre; the two end
-weights are balanced so that the centre of mass is the target centre, so both cases reproduce a linear ramp exactly.
+Raw (`linear`), per axis: linear interpolation at the target center if the target voxel is at most as large as the
+source voxel, else the average over the target voxel's box; never the nearest value. If the voxel sizes do not divide
+each other, the box average of a staircase is off by up to 1/8 source voxel; the two end weights are balanced so that
+the center of mass is the target center. So both cases reproduce a linear ramp exactly.
 
-Fractions (`area_fraction`): the exact share of the target voxel's volume, no balancing.
+Fractions (`area_fraction`): the exact share of the target voxel's volume, without balancing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 
-# Overlaps and offsets below a millionth of a source voxel are rounding of nanometres, not tissue.
+# Overlaps and offsets below a millionth of a source voxel are rounding errors of nanometers.
 _SLIVER = 1e-6
 # Nominally equal positions and voxel sizes differ by the rounding of decimal metadata (as in geometry.grid).
 _TOLERANCE = 1e-3
@@ -30,7 +30,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class AxisTable:
-    """Along one axis: target voxel i is the sum over k < count[i] of weights[i, k] * source[first[i] + k].
+    """Along one axis, target voxel i is the sum over k < count[i] of weights[i, k] * source[first[i] + k].
 
     ``first`` and ``count`` are int64 (n,), ``weights`` float32 (n, K); a count of 0 means that no source overlaps.
     """
@@ -41,18 +41,18 @@ class AxisTable:
 
     @property
     def span(self) -> tuple[int, int]:
-        """Begin and end (exclusive) of the source voxels that take part; (0, 0) where none does."""
+        """Begin and end (exclusive) of the source voxels used; (0, 0) if there are none."""
         used = self.count > 0
         if not used.any():
             return 0, 0
         return int(self.first[used].min()), int((self.first + self.count)[used].max())
 
     def part(self, begin: int, end: int) -> AxisTable:
-        """The table of target voxels ``begin`` to ``end``."""
+        """Return the table of target voxels ``begin`` to ``end``."""
         return AxisTable(self.first[begin:end], self.count[begin:end], self.weights[begin:end])
 
     def shifted(self, begin: int) -> AxisTable:
-        """The same for a source block that starts at source voxel ``begin``."""
+        """Return the table for a source block that starts at source voxel ``begin``."""
         return AxisTable(np.where(self.count > 0, self.first - begin, 0), self.count, self.weights)
 
 
@@ -60,20 +60,20 @@ Tables = tuple[AxisTable, AxisTable, AxisTable]
 
 
 def linear(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
-    """Raw values of ``block`` (D, H, W), which lies on ``block_grid``, at the voxels of ``target_grid``; float32.
+    """Return raw values of ``block`` (D, H, W) on ``block_grid`` at the voxels of ``target_grid``; float32.
 
-    Per axis linear interpolation, or the box average where the target is coarser (see the module). Beyond the block
-    its edge values are repeated; a target voxel partly beyond it is the average over the part inside.
+    Per axis linear interpolation, or the box average if the target is coarser (see the module). Beyond the block its
+    edge values are repeated; a target voxel partly beyond it is the average over the part inside.
     """
     _check(block, block_grid)
     return apply(block, raw_tables(block_grid, target_grid))
 
 
 def area_fraction(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
-    """Exact mean of ``block`` (bool, integer or float; D, H, W) over the box of every target voxel; float32.
+    """Return the exact mean of ``block`` (bool, integer or float; D, H, W) over each target voxel's box; float32.
 
-    For a mask that is the share of the target voxel which the mask fills. What lies beyond the block is left out of
-    the mean (see `area_coverage`); a target voxel wholly beyond it is 0.
+    For a mask that is the share of the target voxel that the mask fills. Parts beyond the block do not count (see
+    `area_coverage`); a target voxel wholly beyond it is 0.
     """
     _check(block, block_grid)
     if block.dtype.kind in "bu" and not block.any():
@@ -82,15 +82,15 @@ def area_fraction(block: NDArray[Any], block_grid: VoxelGrid, target_grid: Voxel
 
 
 def area_coverage(block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
-    """The share of every target voxel's box that lies inside the block's box, 0 to 1; float32, target shape."""
+    """Return the share of each target voxel's box inside the block's box, 0 to 1; float32, target shape."""
     z, y, x = overlap_tables(block_grid, target_grid)[1]
     return (z[:, None, None] * y[:, None] * x).astype(np.float32)
 
 
 def nearest(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[Any]:
-    """For every target centre the value of the block voxel whose cell contains it, dtype kept; 0 beyond the block.
+    """Return, for each target center, the value of the block voxel whose cell contains it; 0 beyond the block.
 
-    On a tie (the centre lies on a face) the voxel that begins there: floor(index + 1/2).
+    On a tie (the center lies on a face) it is the voxel that begins there: floor(index + 1/2).
     """
     _check(block, block_grid)
     out = np.zeros(target_grid.shape, dtype=block.dtype)
@@ -104,7 +104,7 @@ def nearest(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) 
 
 
 def take(block: NDArray[Any], z: NDArray[np.int64], y: NDArray[np.int64], x: NDArray[np.int64]) -> NDArray[Any]:
-    """``block`` at the product of three index lists; runs of consecutive indices are sliced, not gathered."""
+    """Return ``block`` at the product of three index lists; runs of consecutive indices are sliced, not gathered."""
     out = block
     for axis, index in enumerate((z, y, x)):
         if len(index) > 0 and index[-1] - index[0] == len(index) - 1 and bool(np.all(np.diff(index) == 1)):
@@ -116,21 +116,17 @@ def take(block: NDArray[Any], z: NDArray[np.int64], y: NDArray[np.int64], x: NDA
 
 
 def nearest_indices(source: VoxelGrid, target: VoxelGrid) -> list[NDArray[np.int64]]:
-    """Per axis, the source voxel whose cell contains each target centre, not clipped to the source."""
-    indices = []
-    for axis in range(3):
-        centers = _centers(source, target, axis)
-        indices.append(np.floor(centers + 0.5 + _TOLERANCE).astype(np.int64))
-    return indices
+    """Return, per axis, the source voxel whose cell contains each target center, not clipped to the source."""
+    return [np.floor(_centers(source, target, axis) + 0.5 + _TOLERANCE).astype(np.int64) for axis in range(3)]
 
 
 def inside_axes(source: VoxelGrid, target: VoxelGrid) -> list[NDArray[np.bool_]]:
-    """Per axis, whether each target centre lies in the source's box (begin face included, end face not)."""
+    """Return, per axis, whether each target center lies in the source's box (begin face included, end face not)."""
     return [(i >= 0) & (i < n) for i, n in zip(nearest_indices(source, target), source.shape, strict=True)]
 
 
 def raw_tables(source: VoxelGrid, target: VoxelGrid) -> Tables:
-    """The tables of `linear` from the whole ``source`` grid to ``target``."""
+    """Return the tables of `linear` from the whole ``source`` grid to ``target``."""
     z, y, x = (
         _balanced_area(source, target, axis)
         if target.voxel_size[axis] > source.voxel_size[axis] * (1 + _TOLERANCE)
@@ -141,14 +137,19 @@ def raw_tables(source: VoxelGrid, target: VoxelGrid) -> Tables:
 
 
 def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[NDArray[np.float64]]]:
-    """The tables of `area_fraction`, and per axis the covered share of each target voxel (float64, 0 to 1)."""
-    pairs = [_overlap(source, target, axis) for axis in range(3)]
-    (z, _), (y, _), (x, _) = pairs
-    return (z, y, x), [coverage for _, coverage in pairs]
+    """Return the tables of `area_fraction`, and per axis the covered share of each target voxel (float64, 0 to 1)."""
+    tables, shares = [], []
+    for axis in range(3):
+        first, count, weights = _overlap_weights(source, target, axis)
+        covered = weights.sum(axis=1)
+        mean = weights / np.where(count > 0, covered, 1)[:, None]
+        tables.append(AxisTable(first, count, mean.astype(np.float32)))
+        shares.append(np.clip(covered / (target.voxel_size[axis] / source.voxel_size[axis]), 0, 1))
+    return (tables[0], tables[1], tables[2]), shares
 
 
 def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
-    """The target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer."""
+    """Return the target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer."""
     from connectomics.io.resample_kernels import weighted_sums
 
     z, y, x = tables
@@ -169,7 +170,7 @@ def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
 
 
 def all_present(present: NDArray[np.bool_], tables: Tables) -> NDArray[np.bool_]:
-    """Whether every source voxel that a target voxel is made of is ``present`` (bool block, D H W); target shape."""
+    """Return whether all source voxels of each target voxel are ``present`` (bool block, D H W); target shape."""
     missing = ~present
     for axis, table in enumerate(tables):
         totals = np.cumsum(np.insert(missing, 0, False, axis=axis), axis=axis, dtype=np.int32)
@@ -178,7 +179,7 @@ def all_present(present: NDArray[np.bool_], tables: Tables) -> NDArray[np.bool_]
 
 
 def _centers(source: VoxelGrid, target: VoxelGrid, axis: int) -> NDArray[np.float64]:
-    """Target centres along ``axis`` as fractional source indices."""
+    """Target centers along ``axis`` as fractional source indices."""
     world = target.translation[axis] + target.voxel_size[axis] * np.arange(target.shape[axis], dtype=np.float64)
     return (world - source.translation[axis]) / source.voxel_size[axis]
 
@@ -191,14 +192,6 @@ def _interpolation(source: VoxelGrid, target: VoxelGrid, axis: int) -> AxisTable
     fraction[fraction < _SLIVER] = 0
     count = np.where(fraction > 0, 2, 1) if n else np.zeros_like(first)
     return AxisTable(first, count.astype(np.int64), np.stack([1 - fraction, fraction], axis=1).astype(np.float32))
-
-
-def _overlap(source: VoxelGrid, target: VoxelGrid, axis: int) -> tuple[AxisTable, NDArray[np.float64]]:
-    first, count, weights = _overlap_weights(source, target, axis)
-    covered = weights.sum(axis=1)
-    norm = np.where(count > 0, covered, 1)[:, None]
-    size = target.voxel_size[axis] / source.voxel_size[axis]
-    return AxisTable(first, count, (weights / norm).astype(np.float32)), np.clip(covered / size, 0, 1)
 
 
 def _overlap_weights(
@@ -229,13 +222,13 @@ def _balanced_area(source: VoxelGrid, target: VoxelGrid, axis: int) -> AxisTable
     centers = _centers(source, target, axis)
     size = target.voxel_size[axis] / source.voxel_size[axis]
     covered = weights.sum(axis=1)
-    beyond = count == 0  # wholly outside: repeat the edge
+    beyond = count == 0  # wholly outside: repeat the edge value
     first[beyond] = np.clip(np.floor(centers[beyond] + 0.5), 0, n - 1).astype(np.int64)
     count[beyond] = 1
     weights[beyond, 0] = 1
     weights /= weights.sum(axis=1, keepdims=True)
-    # Balance: move weight between the two end voxels until the centre of mass is the target centre. The weight that
-    # gives is never driven below 0 (it is at least 1 - 1/(2 span) of what it was); only for boxes wholly inside.
+    # Balance: move weight between the two end voxels until the center of mass is the target center, only for boxes
+    # wholly inside. No weight becomes negative: it keeps at least 1 - 1/(2 span) of its value.
     rows = np.flatnonzero((covered > size - _TOLERANCE) & (count > 1))
     last = count[rows] - 1
     mass = (weights[rows] * np.arange(weights.shape[1])).sum(axis=1) + first[rows]

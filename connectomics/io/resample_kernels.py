@@ -1,4 +1,4 @@
-"""The numba kernels of this package (apart, so that importing the package does not import numba)."""
+"""Numba kernels for resampling, in a separate module so that importing the package does not import numba."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from numpy.typing import NDArray
 @numba.njit(cache=True, nogil=True)
 def weighted_sums(
     block: NDArray[Any],
-    z_first: NDArray[np.int64],
-    z_count: NDArray[np.int64],
-    z_weight: NDArray[np.float32],
-    y_first: NDArray[np.int64],
-    y_count: NDArray[np.int64],
-    y_weight: NDArray[np.float32],
-    x_first: NDArray[np.int64],
-    x_count: NDArray[np.int64],
-    x_weight: NDArray[np.float32],
+    z_first: NDArray[np.int64], z_count: NDArray[np.int64], z_weight: NDArray[np.float32],
+    y_first: NDArray[np.int64], y_count: NDArray[np.int64], y_weight: NDArray[np.float32],
+    x_first: NDArray[np.int64], x_count: NDArray[np.int64], x_weight: NDArray[np.float32],
     out: NDArray[np.float32],
-) -> None:
+) -> None:  # fmt: skip
     """out[t, u, v] = sum over k, l, m of z_weight[t, k] y_weight[u, l] x_weight[v, m] block[z_first[t] + k, ...].
 
-    Per output row the source rows are summed first (contiguous, vectorised), then the row is resampled along x, so
-    there is no temporary beyond one row.
+    For each output row the source rows are summed first (contiguous, vectorized), then the row is resampled along x:
+    the only temporary is one row.
     """
     depth, height, width = out.shape
     x_low = block.shape[2]
@@ -62,7 +56,7 @@ def weighted_sums(
 
 @numba.njit(cache=True, nogil=True)
 def majority_of_eight(data: NDArray[Any], out: NDArray[Any]) -> None:
-    """out[z, y, x] = the commonest of data[2z:2z+2, 2y:2y+2, 2x:2x+2], the largest of the commonest."""
+    """out[z, y, x] = the most frequent value of data[2z:2z+2, 2y:2y+2, 2x:2x+2], the largest on a tie."""
     depth, height, width = data.shape
     for z in range(out.shape[0]):
         for y in range(out.shape[1]):

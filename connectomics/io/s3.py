@@ -1,30 +1,22 @@
-"""Anonymous requests to S3: one object, whether it is there, what is below a prefix.
+"""Anonymous S3 requests through obstore: read one object, ask whether it exists, list a prefix.
 
-They go through obstore. Its client lives on threads that a child made by fork does not have: there it hangs, even a
-new one (measured with obstore 0.12). So a process forked after its parent used obstore sends the same requests with
-urllib. Both retry what may pass (5xx, broken connections, bodies cut short, silence) with exponential back-off and
-jitter within `StoreOptions.timeout`, and both end in the same errors. 404 means "not there"; every other refusal is a
-`StoreError` that names the object.
+Requests that can succeed later (5xx, broken connection, truncated body, silence) are retried with exponential backoff
+and jitter within `StoreOptions.timeout`. 404 means "absent"; every other refusal is a `StoreError` that names the
+object.
 """
 
 from __future__ import annotations
 
-import http.client
-import os
 import random
 import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
-from urllib.parse import quote, urlencode
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from connectomics.io.location import StoreError, StoreOptions
+from connectomics.io.location import StoreError, StoreOptions, refuse_forked_process
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -32,69 +24,44 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 
-# seconds before the first repetition, and at most: tensorstore is told the same
+# Seconds before the first retry, and at most between retries; tensorstore gets the same values.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
-_DENIED = "access is denied; a bucket that may not be listed says so of objects that are not there, too"
-
-# The process that first used obstore. Its children by fork must not: see the module's docstring.
-_obstore_process: int | None = None
+_DENIED = "access is denied; a bucket that does not allow listing also answers this for objects that do not exist"
 
 
 def get(bucket: str, key: str, options: StoreOptions) -> bytes | None:
-    """The content of one object, None where there is none."""
+    """Return the content of one object, None if it does not exist."""
     store = _store(bucket, options)
-    if store is None:
-        return _plain("GET", bucket, key, options)
     return _asked(lambda: bytes(store.get(key).bytes()), bucket, key, options)
 
 
 def head(bucket: str, key: str, options: StoreOptions) -> bool:
-    """Whether the object is there."""
+    """Return whether the object exists."""
     store = _store(bucket, options)
-    if store is None:
-        return _plain("HEAD", bucket, key, options) is not None
     return _asked(lambda: store.head(key), bucket, key, options) is not None
 
 
 def children(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], list[str]]:
-    """Names of the prefixes ("folders") and of the objects right below ``key``; ``([], [])`` where nothing is."""
-    prefix = f"{key}/" if key else ""
-    store = _store(bucket, options)
-    if store is None:
-        return _plain_children(bucket, prefix, options)
-    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key, options)
-    if listed is None:
-        return [], []
-    prefixes = [str(name) for name in listed["common_prefixes"]]
-    return [_last(name) for name in prefixes], [_last(str(item["path"])) for item in listed["objects"]]
+    """Return the names of the prefixes ("folders") and of the objects directly below ``key``."""
+    prefixes, found = _listed(bucket, key, options)
+    return [_last(name) for name in prefixes], [_last(name) for name, _, _ in found]
 
 
 def files(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, str]]:
-    """Key, bytes and ETag of every object right below ``key`` (not deeper), by key."""
-    prefix = f"{key}/" if key else ""
-    store = _store(bucket, options)
-    if store is None:
-        pages = _plain_pages(bucket, prefix, "/", options)
-        return sorted(item for page in pages for item in _contents(page) if item[0] != prefix)
-    listed = _asked(lambda: store.list_with_delimiter(prefix or None), bucket, key, options)
-    found = [] if listed is None else listed["objects"]
-    return sorted((str(o["path"]), int(o["size"]), str(o["e_tag"])) for o in found)
+    """Return key, bytes and ETag of every object directly below ``key`` (not deeper), sorted by key."""
+    return sorted(_listed(bucket, key, options)[1])
 
 
 def objects(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, str]]:
-    """Key, bytes and ETag of every object below ``key``, however deep, by key."""
-    prefix = f"{key}/" if key else ""
+    """Return key, bytes and ETag of every object below ``key``, at any depth, sorted by key."""
+    prefix = f"{key}/" if key else None
     store = _store(bucket, options)
-    if store is None:
-        return sorted(item for page in _plain_pages(bucket, prefix, "", options) for item in _contents(page))
-    listed = _asked(
-        lambda: [o for page in store.list(prefix or None, chunk_size=1000) for o in page], bucket, key, options
-    )
-    return sorted((str(o["path"]), int(o["size"]), str(o["e_tag"])) for o in listed or [])
+    listed = _asked(lambda: [o for page in store.list(prefix, chunk_size=1000) for o in page], bucket, key, options)
+    return sorted(_described(item) for item in listed or [])
 
 
 def in_parallel(ask: Callable[[T], R], items: Sequence[T], threads: int = 16) -> list[R]:
-    """``ask`` of every item, several at a time; the first error that comes up is raised and the rest is given up."""
+    """Call ``ask`` for every item in several threads; raise the first error and cancel the rest."""
     if len(items) < 2:
         return [ask(item) for item in items]
     pool = ThreadPoolExecutor(max_workers=min(threads, len(items)))
@@ -105,21 +72,32 @@ def in_parallel(ask: Callable[[T], R], items: Sequence[T], threads: int = 16) ->
 
 
 def message(bucket: str, key: str, reason: str, denied: bool = False) -> str:
-    """What is said when an object cannot be had."""
-    # of the answer's XML only the code says something
+    """Return the error message for an object that cannot be read."""
+    # the answer's XML says nothing beyond its code
     reason = re.sub(r"<\?xml.*", lambda xml: "".join(re.findall(r"<Code>(\w+)", xml.group())), reason, flags=re.S)
     advice = _DENIED if denied else "check the address, the endpoint and public access"
     return f"cannot read s3://{bucket}/{key}: {' '.join(reason.split())[:300]}; {advice}"
 
 
-# -- obstore ---------------------------------------------------------------------------------------------------------
-def _store(bucket: str, options: StoreOptions) -> S3Store | None:
-    """The bucket's client in this process; None in a child that must not have one."""
-    global _obstore_process
-    pid = os.getpid()
-    if _obstore_process not in (None, pid):
-        return None
-    _obstore_process = pid
+def _listed(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], list[tuple[str, int, str]]]:
+    """Prefixes, and key, bytes and ETag of the objects, directly below ``key``."""
+    store = _store(bucket, options)
+    listed = _asked(lambda: store.list_with_delimiter(f"{key}/" if key else None), bucket, key, options)
+    if listed is None:
+        return [], []
+    return [str(name) for name in listed["common_prefixes"]], [_described(item) for item in listed["objects"]]
+
+
+def _described(item: Any) -> tuple[str, int, str]:
+    return str(item["path"]), int(item["size"]), str(item["e_tag"])
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _store(bucket: str, options: StoreOptions) -> S3Store:
+    refuse_forked_process()
     return _open(
         bucket, options.s3_endpoint, options.s3_region, options.retries, options.timeout, options.attempt_timeout
     )
@@ -152,7 +130,7 @@ def _open(
 
 
 def _asked(ask: Callable[[], T], bucket: str, key: str, options: StoreOptions) -> T | None:
-    """The answer; asked again if a listing was cut short, which obstore itself does not do."""
+    """The answer, None for "absent". Retries truncated listings, which obstore itself does not do."""
     from obstore.exceptions import BaseError
 
     delay = FIRST_DELAY
@@ -168,73 +146,3 @@ def _asked(ask: Callable[[], T], bucket: str, key: str, options: StoreOptions) -
         time.sleep(delay * random.uniform(0.5, 1.0))
         delay = min(2 * delay, LONGEST_DELAY)
     return None
-
-
-# -- urllib, in forked children --------------------------------------------------------------------------------------
-def _plain(method: str, bucket: str, key: str, options: StoreOptions, query: str = "") -> bytes | None:
-    """The body of one answer; None for 404 (for a bucket that is not there: `StoreError`)."""
-    endpoint = options.s3_endpoint or f"https://s3.{options.s3_region}.amazonaws.com"
-    url = f"{endpoint.rstrip('/')}/{bucket}/{quote(key)}{query}"
-    until = time.monotonic() + options.timeout
-    delay = FIRST_DELAY
-    for attempt in range(options.retries + 1):
-        try:
-            request = urllib.request.Request(url, method=method)
-            with urllib.request.urlopen(request, timeout=options.attempt_timeout) as response:
-                return bytes(response.read())
-        except urllib.error.HTTPError as error:
-            body = error.read().decode(errors="replace")
-            if error.code == 404 and "NoSuchBucket" not in body:
-                return None
-            reason = f"{error.code} {error.reason} {body}"
-            if error.code < 500 and error.code not in (408, 429):
-                raise StoreError(message(bucket, key, reason, denied=error.code == 403)) from error
-            cause: Exception = error
-        except (OSError, http.client.HTTPException) as error:
-            reason, cause = f"{type(error).__name__}: {error}", error
-        if time.monotonic() + delay > until:
-            break
-        if attempt < options.retries:
-            time.sleep(delay * random.uniform(0.5, 1.0))
-            delay = min(2 * delay, LONGEST_DELAY)
-    raise StoreError(message(bucket, key, f"{reason} (after {attempt + 1} attempts)")) from cause
-
-
-def _plain_children(bucket: str, prefix: str, options: StoreOptions) -> tuple[list[str], list[str]]:
-    folders: list[str] = []
-    found: list[str] = []
-    for page in _plain_pages(bucket, prefix, "/", options):
-        folders += [_last(item.findtext("{*}Prefix") or "") for item in page.findall("{*}CommonPrefixes")]
-        found += [_last(key) for key, _, _ in _contents(page) if key != prefix]
-    return folders, found
-
-
-def _plain_pages(bucket: str, prefix: str, delimiter: str, options: StoreOptions) -> Iterator[ElementTree.Element]:
-    query = {"list-type": "2", "prefix": prefix, "delimiter": delimiter}
-    while True:
-        body = _plain("GET", bucket, "", options, f"?{urlencode(query)}")
-        page = _parsed(body, bucket, prefix)
-        yield page
-        token = page.findtext("{*}NextContinuationToken")
-        if not token:
-            return
-        query["continuation-token"] = token
-
-
-def _contents(page: ElementTree.Element) -> list[tuple[str, int, str]]:
-    items = page.findall("{*}Contents")
-    return [(i.findtext("{*}Key") or "", int(i.findtext("{*}Size") or 0), i.findtext("{*}ETag") or "") for i in items]
-
-
-def _parsed(body: bytes | None, bucket: str, prefix: str) -> ElementTree.Element:
-    try:
-        return ElementTree.fromstring(body or b"")
-    except ElementTree.ParseError as error:
-        raise StoreError(message(bucket, prefix, f"the listing is no XML ({error})")) from error
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
-
-
-__all__ = ["FIRST_DELAY", "LONGEST_DELAY", "children", "files", "get", "head", "in_parallel", "message", "objects"]

@@ -1,7 +1,7 @@
-"""The small things read from locations: JSON, attributes, listings.
+"""Read JSON, attributes and listings from local paths and S3. Chunks are read by `connectomics.io.array`.
 
-Bulk data goes through `connectomics.io.array`; nothing here reads chunks. S3 is read anonymously; another server than
-Amazon's is named by `StoreOptions.endpoint` or the environment variable ``AWS_ENDPOINT_URL``.
+S3 is read anonymously. `StoreOptions.endpoint` or the environment variable ``AWS_ENDPOINT_URL`` selects a server other
+than Amazon's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ from connectomics.io.location import (
     StoreOptions,
     is_s3,
     join,
-    name_of,
     normalize,
     split_s3,
 )
 
 
 def read_bytes(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bytes | None:
-    """The whole content of one small file or object, None where there is none. `StoreError` where refused."""
+    """Return the content of one small file or object, None if it does not exist; `StoreError` if it is unreadable."""
     if is_s3(location):
         return s3.get(*split_s3(location), options)
     try:
@@ -36,11 +36,11 @@ def read_bytes(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> b
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
+        raise unreadable(location, error) from error
 
 
 def read_json(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> dict[str, Any] | None:
-    """The JSON object stored at ``location``, None where there is none; `MetadataError` where it is no JSON object."""
+    """Return the JSON object stored at ``location``, None if there is none; `MetadataError` for any other content."""
     data = read_bytes(location, options)
     if data is None:
         return None
@@ -49,12 +49,12 @@ def read_json(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> di
     except ValueError as error:
         raise MetadataError(f"{location} is not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict):
-        raise MetadataError(f"{location} must hold a JSON object, found {type(value).__name__}; restore the file")
+        raise MetadataError(f"{location} must hold a JSON object, got {type(value).__name__}; restore the file")
     return value
 
 
 def exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
-    """Whether a file, folder, object or S3 prefix is there."""
+    """Return whether a file, folder, object or S3 prefix exists."""
     if not is_s3(location):
         return _mode(location) is not None
     bucket, key = split_s3(location)
@@ -62,59 +62,39 @@ def exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
 
 
 def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
-    """Whether one file or S3 object is there (S3 prefixes do not count); `StoreError` for a folder in its place, and if
-    nobody can say: no permission, an I/O error."""
+    """Return whether one file or S3 object exists (S3 prefixes do not count).
+
+    Raises `StoreError` if that is unknown (no permission, an I/O error), and for a folder in its place.
+    """
     if is_s3(location):
         return s3.head(*split_s3(location), options)
     mode = _mode(location)
     if mode is not None and not stat.S_ISREG(mode):
-        raise StoreError(f"{location} is no file, expected one; remove what is in its place, or restore the file")
+        raise StoreError(f"{location}: expected a file, found a folder or special file; remove it or restore the file")
     return mode is not None
 
 
 def list_objects(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> list[str]:
-    """Names of the files right below a local folder, or of the objects right below an S3 prefix; [] if there is none.
-    `StoreError` if it cannot be listed."""
+    """Return the names of the files in a local folder, or of the objects directly below an S3 prefix; [] if absent.
+
+    Raises `StoreError` if it cannot be listed.
+    """
     if is_s3(location):
         return s3.children(*split_s3(location), options)[1]
-    try:
-        with os.scandir(normalize(location)) as entries:
-            return [e.name for e in entries if e.is_file(follow_symlinks=False) or (e.is_symlink() and exists(e.path))]
-    except StoreError:
-        raise
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
-
-
-def _mode(location: Location) -> int | None:
-    """The mode of a local file or folder, None if it is not there."""
-    try:
-        return os.stat(normalize(location)).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
+    return _names(location, lambda e: e.is_file(follow_symlinks=False) or (e.is_symlink() and exists(e.path)))
 
 
 def list_groups(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> list[str]:
-    """Names of the child folders (groups, arrays) of ``location``, sorted; hidden ones left out, [] where none."""
+    """Return the sorted names of the child folders (groups, arrays) of ``location``, hidden ones left out."""
     if is_s3(location):
         names = s3.children(*split_s3(location), options)[0]
     else:
-        try:
-            with os.scandir(normalize(location)) as entries:
-                names = [entry.name for entry in entries if entry.is_dir()]
-        except (FileNotFoundError, NotADirectoryError):
-            names = []
-        except OSError as error:
-            raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
+        names = _names(location, lambda entry: entry.is_dir())
     return sorted(name for name in names if not name.startswith("."))
 
 
 def read_attrs(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> dict[str, Any]:
-    """Attributes of a Zarr group or array, v2 or v3; {} where it has none. `MissingError` where no node is there."""
+    """Return the attributes of a Zarr group or array, v2 or v3; `MissingError` if there is neither."""
     attrs = read_json(join(location, ".zattrs"), options)
     if attrs is not None:
         return attrs
@@ -122,12 +102,40 @@ def read_attrs(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> d
         if object_exists(join(location, name), options):
             return {}
     node = read_json(join(location, "zarr.json"), options)
-    if node is not None:
-        attributes = node.get("attributes", {})
-        if not isinstance(attributes, dict):
-            raise MetadataError(f"attributes in {join(location, 'zarr.json')} must be an object; restore the file")
-        return attributes
-    raise MissingError(f"no Zarr group or array at {location}: neither .zgroup, .zarray nor zarr.json is there")
+    if node is None:
+        raise MissingError(f"no Zarr group or array at {location}: neither .zgroup, .zarray nor zarr.json exists")
+    attributes = node.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise MetadataError(f"attributes in {join(location, 'zarr.json')} must be an object; restore the file")
+    return attributes
+
+
+def unreadable(location: Location, error: OSError) -> StoreError:
+    """Return the error for a local file that exists and cannot be read."""
+    return StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions")
+
+
+def _mode(location: Location) -> int | None:
+    """The mode of a local file or folder, None if it does not exist."""
+    try:
+        return os.stat(normalize(location)).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(location, error) from error
+
+
+def _names(location: Location, keep: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """Names in a local folder, [] if it does not exist."""
+    try:
+        with os.scandir(normalize(location)) as entries:
+            return [entry.name for entry in entries if keep(entry)]
+    except StoreError:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
 
 
 __all__ = [
@@ -140,11 +148,11 @@ __all__ = [
     "join",
     "list_groups",
     "list_objects",
-    "name_of",
     "normalize",
     "object_exists",
     "read_attrs",
     "read_bytes",
     "read_json",
     "split_s3",
+    "unreadable",
 ]

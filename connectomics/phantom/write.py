@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.geometry import VoxelGrid
-from connectomics.io.pyramid import build_levels
 from connectomics.io.write import (
     ArrayWriter,
+    build_levels,
     create_array,
     create_multiscale,
     ensure_group,

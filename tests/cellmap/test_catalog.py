@@ -164,7 +164,7 @@ def test_only_labels_that_a_run_reads_must_be_readable(tmp_path: Path, caplog: p
     volume = CropVolume(crop, ("mito",), (8.0, 8.0, 8.0), cache=tmp_path / "cache")
     prepare([volume])
     assert volume.decode_labels(crop.grid).known_of("mito").all()
-    assert "the labels of nuc cannot be read" in caplog.text
+    assert "ignoring the labels of nuc" in caplog.text
     assert summarize(str(root))["not_annotated"] == {"cell": 1, "nuc": 1}
     for name in ("nuc", "cell"):
         with pytest.raises(MetadataError, match=f"crop1/{name}"):
@@ -239,7 +239,7 @@ def test_official_manifest_is_read(shared_reference: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a,b\n1,2\n", "columns .* are absent"),
+        ("a,b\n1,2\n", "columns .* are missing"),
         (
             "crop_name,dataset,class_label,voxel_size,translation,shape\n1,d,mito,[8;8],[0;0;0],[4;4;4]\n",
             "line 2.*voxel_size",
@@ -309,7 +309,7 @@ def test_options_go_down_and_are_no_part_of_what_a_crop_is(tmp_path: Path) -> No
         label = each.labels["mito"]
         for read_by in (each.options, label.options):
             assert (read_by.cache_bytes, read_by.threads) == (1 << 20, 2)
-        for array in (*each.raw_source._arrays, *label.source._arrays):
+        for array in (*each.raw_source.arrays, *label.source.arrays):
             assert array.options.cache_bytes == 1 << 20
 
 

@@ -19,8 +19,8 @@ import pytest
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.fetch import FetchPlan, Missing, RemoteFile, plan_fetch, resolve_table, transfer
-from connectomics.cellmap.fetch.landing import Landing
 from connectomics.cellmap.fetch.plan import FetchItem
+from connectomics.cellmap.fetch.transfer import Destination
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
@@ -139,7 +139,7 @@ def test_failures_are_tried_again_and_what_never_comes_is_named_and_its_array_st
         FetchItem(i.name, tuple(lost if f == gone else f for f in i.files), i.absent, i.whole) for i in plan.items
     )
     broken = FetchPlan(plan.source, items)
-    with pytest.raises(StoreError, match=r"1 of \d+ objects did not come .*is gone.*run the same command again"):
+    with pytest.raises(StoreError, match=r"1 of \d+ objects failed .*is gone.*run the same command again"):
         transfer(Missing.below(tmp_path / "b", broken), tmp_path / "b", options_of(server))
     assert not (tmp_path / "b" / gone.path.split("/s0/")[0] / "s0/.zarray").exists()
     here = Catalog.open(str(tmp_path / "b")).crops()[0]
@@ -194,8 +194,8 @@ def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) ->
         (tmp_path / name / "half").write_bytes(b"ab")
     os.utime(tmp_path / ".fetching-node18-5-0f", (1e9, 1e9))  # nothing came for years
     (tmp_path / ".fetching-mine").touch()  # nothing of ours
-    with Landing(tmp_path) as landing:
-        landing.put(tmp_path / "a/b", b"abc")
+    with Destination(tmp_path) as destination:
+        destination.put(tmp_path / "a/b", b"abc")
         assert (tmp_path / "a/b").read_bytes() == b"abc"
         assert {name: not (tmp_path / name / "half").exists() for name in left} == left
     assert {p.name for p in tmp_path.iterdir()} == {name for name, gone in left.items() if not gone} | {
@@ -204,7 +204,7 @@ def test_what_killed_fetches_left_is_removed_by_any_later_one(tmp_path: Path) ->
     }
 
 
-def test_an_object_lands_on_another_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_object_is_written_to_another_disk_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a data set of the root is a link to another disk, files cannot be renamed onto it."""
     rename = Path.replace
 
@@ -213,9 +213,9 @@ def test_an_object_lands_on_another_disk_too(tmp_path: Path, monkeypatch: pytest
             raise OSError(errno.EXDEV, "Invalid cross-device link")
         return rename(self, target)
 
-    with Landing(tmp_path) as landing, monkeypatch.context() as patch:
+    with Destination(tmp_path) as destination, monkeypatch.context() as patch:
         patch.setattr(Path, "replace", onto_one_disk)
-        landing.put(tmp_path / "a/b", b"abc")
+        destination.put(tmp_path / "a/b", b"abc")
     assert files_below(tmp_path) == {"a/b": b"abc"}
 
 
@@ -255,7 +255,7 @@ def test_bad_input_is_one_line(
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
     dataset = Catalog.open("s3://public", options_of(server)).datasets[0]
     cases: list[tuple[list[str], str]] = [
-        (["--from", str(tmp_path)], "data is fetched from S3"),
+        (["--from", str(tmp_path)], "expected an S3 URL"),
         (["--from", "s3://public", "--dataset", dataset + "x"], "did you mean"),
         (["--from", "s3://public", "--class", "mitoo"], "did you mean 'mito'"),
         (["--from", "s3://public", "--crop", "crop99999"], "unknown crop"),

@@ -297,7 +297,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     label = ["ingest", str(root), "--dataset", "mine"]
     cases: list[tuple[list[str], str]] = [
         ([*raw, str(tmp_path / "nowhere.tif")], "nothing at"),
-        ([*raw, str(tmp_path / "a.xyz")], "no known format"),
+        ([*raw, str(tmp_path / "a.xyz")], "unknown format"),
         ([*raw, str(tmp_path / "cut.tif")], "cannot be read as TIFF"),
         ([*raw, str(tmp_path / "four.npy"), "--voxel-size", "8"], "expected three axes"),
         ([*raw, str(tmp_path / "small.npy")], "--voxel-size"),
@@ -334,7 +334,7 @@ def test_a_volume_that_cannot_be_read_to_its_end_leaves_nothing(tmp_path: Path) 
     packed = Path(as_nrrd(tmp_path, data, "gzip"))
     whole = packed.read_bytes()
     packed.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CorruptDataError, match="cut off"):
+    with pytest.raises(CorruptDataError, match="truncated"):
         open_volume(packed)
     with pytest.raises(MissingError):
         open_volume(tmp_path / "nowhere.npy")

@@ -10,9 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
-from connectomics.cellmap.instance_ids import vote_ids
 from connectomics.cellmap.label_codes import LabelCodes, LabelStates, StateTable
-from connectomics.cellmap.labels import read_labels
+from connectomics.cellmap.labels import read_labels, vote_ids
 from connectomics.errors import InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw
@@ -195,7 +194,7 @@ def test_ids_that_do_not_fit_are_refused() -> None:
         LabelStates(("a",), words, words, ("a",), np.zeros((2, 1), np.uint64))
     grid = grid_of((2, 2, 2))
     volume = volume_without_ids(grid)
-    with pytest.raises(InputError, match="objects of"):
+    with pytest.raises(InputError, match="ids of"):
         StateTable(("a",), ("a",)).encode(volume)
 
 

@@ -23,7 +23,7 @@ from connectomics.io import (
     read_json,
     write_multiscale,
 )
-from connectomics.io.store import name_of, normalize, split_s3
+from connectomics.io.store import normalize, split_s3
 from tests.s3_server import MotoServer
 
 GRID = VoxelGrid((5.24, 4.0, 4.0), (100.0, 200.0, 300.0), (24, 20, 28))
@@ -36,7 +36,6 @@ def test_locations():
     assert join("s3://bucket/x.zarr/", "/em/") == "s3://bucket/x.zarr/em"
     assert join("s3://bucket", "em") == "s3://bucket/em"
     assert split_s3("s3://bucket/a//b/") == ("bucket", "a/b")
-    assert name_of("s3://bucket/a/b/") == "b"
     assert normalize("file:///tmp/x") == "/tmp/x"
     assert normalize("~/x") == str(Path.home() / "x")
     for wrong in ("s3://", "/local"):

@@ -12,7 +12,7 @@ import pytest
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import Multiscale, StoreError, write_multiscale
-from connectomics.io import array as array_module
+from connectomics.io.array import StoredArray
 
 GRID = VoxelGrid((8, 8, 8), (4, 4, 4), (16, 16, 64))
 DATA = np.random.default_rng(0).integers(1, 255, GRID.shape, dtype=np.uint8)
@@ -26,10 +26,15 @@ def raw(tmp_path: Path) -> Path:
     return tmp_path / "raw"
 
 
-@pytest.fixture(params=["tensorstore", "plain"])
+@pytest.fixture(params=["tensorstore", "zarr-python"])
 def reader(request, monkeypatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(array_module.StoredArray, "_handles", lambda self: None)
+    """zarr-python decodes what tensorstore cannot (LZ4, filters); errors are the same."""
+    if request.param == "zarr-python":
+
+        def handles(self: StoredArray) -> tuple[object, None]:
+            return self._zarr_array(ValueError("no codec")), None
+
+        monkeypatch.setattr(StoredArray, "_handles", handles)
     return request.param
 
 

@@ -1,8 +1,7 @@
-"""Public data to a local root: exactly the objects that a run reads, verified, and resumed where it was killed."""
+"""Download public data to a local root: exactly the objects a run reads, verified, and resumed after a kill."""
 
 from connectomics.cellmap.fetch.plan import PUBLIC, FetchItem, FetchPlan, RemoteFile, open_source, plan_fetch
-from connectomics.cellmap.fetch.table import resolve_table
-from connectomics.cellmap.fetch.transfer import Missing, transfer
+from connectomics.cellmap.fetch.transfer import Missing, resolve_table, transfer
 
 __all__ = [
     "PUBLIC",

@@ -1,9 +1,9 @@
-"""What to fetch: the objects behind some crops' labels and raw grids, with their sizes, before any of them moves.
+"""What to fetch: the objects behind the labels and raw grids of some crops, with their sizes, before any is downloaded.
 
-Of a label array its finest level is taken, since labels are read from there only; of raw the chunks behind the given
-grids, on the level that a read of such a grid takes (`Multiscale.read_raw`). Every group above them comes with its
-metadata. What a store does not hold is no error: an absent chunk is "fill value" in labels and "no raw" in raw, here as
-there.
+Of a label array only the finest level is needed, since labels are read from there. Of raw, the chunks behind the given
+grids are needed, on the level that `Multiscale.read_raw` reads for them. All groups above them are fetched with their
+metadata. An object that the store does not have is no error: an absent chunk means "fill value" in labels and "no raw"
+in raw.
 """
 
 from __future__ import annotations
@@ -20,21 +20,19 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import s3
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreOptions, is_s3, join, split_s3
+from connectomics.progress import Progress, silent
 
-#: The bucket of the public CellMap data: read without credentials.
+#: The bucket of the public CellMap data; it needs no credentials.
 PUBLIC = "s3://janelia-cosem-datasets"
 
 _METADATA = (".zgroup", ".zattrs", ".zarray", "zarr.json")
-_AT_ONCE = 64  # items that are listed between two reports
-_WITHOUT_ROWS = 4096  # chunks of one array that are asked for one by one, where keys do not group into rows
-
-#: Told (done, all, what was listed last).
-Advance = Callable[[int, int, str], None]
+_AT_ONCE = 64  # items listed between two progress reports
+_WITHOUT_ROWS = 4096  # chunks requested one by one if their keys do not group into rows
 
 
 @dataclass(frozen=True, order=True)
 class RemoteFile:
-    """One object: its key in the bucket, its bytes, its ETag, and its path below the local root."""
+    """One object: key in the bucket, bytes, ETag, and path below the local root."""
 
     key: str
     size: int
@@ -43,19 +41,19 @@ class RemoteFile:
 
     @property
     def is_metadata(self) -> bool:
-        """Whether it says what an array or a group is."""
+        """Whether it is the metadata of an array or group."""
         return PurePosixPath(self.key).name in _METADATA
 
 
 @dataclass(frozen=True)
 class FetchItem:
-    """Objects that belong together.
+    """Objects that are listed and fetched together.
 
     Attributes:
         name: ``jrc_cos7-1a/crop234/mito``, ``jrc_cos7-1a/raw/s1``, ``jrc_cos7-1a/metadata``.
         files: sorted by key.
-        absent: chunks that the store does not hold.
-        whole: a label array: with some of its chunks only it would be taken for what it is not.
+        absent: number of chunks that the store does not have.
+        whole: a label array, which reads wrongly if some of its chunks are missing.
     """
 
     name: str
@@ -88,9 +86,9 @@ class FetchPlan:
 
 
 def open_source(source: str, options: StoreOptions) -> Catalog:
-    """The catalog of a source; `InputError` where it is not on S3, and what `Catalog.open` raises."""
+    """Open the catalog of a source; `InputError` if it is not on S3, and the errors of `Catalog.open`."""
     if not is_s3(source):
-        raise InputError(f"data is fetched from S3, found {source}; a local folder needs no fetching: use it as it is")
+        raise InputError(f"cannot fetch from {source}: expected an S3 URL; a local data root needs no fetching")
     return Catalog.open(source, options)
 
 
@@ -100,19 +98,18 @@ def plan_fetch(
     classes: Sequence[str] | None,
     raw: Mapping[str, Sequence[VoxelGrid]],
     options: StoreOptions,
-    progress: Advance | None = None,
+    progress: Progress = silent,
 ) -> FetchPlan:
-    """List what is behind ``crops`` and ``raw``.
+    """List the objects behind ``crops`` and ``raw``.
 
     Args:
         source: ``s3://bucket`` or ``s3://bucket/folder`` that holds ``{dataset}/{dataset}.zarr``.
-        crops: crops of the source's catalog whose labels are wanted.
-        classes: the arrays that can say something of these; None: all arrays.
+        crops: crops of the source's catalog whose labels are needed.
+        classes: fetch the arrays that hold information about these classes; None: all arrays.
         raw: location of a raw group -> grids (nm) that must be readable on it.
-        progress: called after each listed item.
 
     Raises:
-        InputError: too many chunks without folders. StoreError: the store refuses or cannot be reached.
+        InputError: too many chunks in one folder. StoreError: the store refuses or cannot be reached.
     """
     lister = _Lister(source, options)
     tasks: list[tuple[str, Callable[[], FetchItem]]] = []
@@ -125,23 +122,18 @@ def plan_fetch(
             groups.add(label.location)
             tasks.append((at, partial(lister.labels, at, label)))
     for location, grids in raw.items():
-        at = f"{_dataset_of(source, location)}/raw"
+        at = f"{location.removeprefix(source.rstrip('/') + '/').split('/')[0]}/raw"
         tasks.append((at, partial(lister.raw, at, location, grids)))
     tasks.append(("metadata", partial(lister.metadata, sorted(groups))))
     items = []
     for begin in range(0, len(tasks), _AT_ONCE):
         items += s3.in_parallel(lambda task: task[1](), tasks[begin : begin + _AT_ONCE])
-        if progress is not None:
-            progress(len(items), len(tasks), tasks[len(items) - 1][0])
+        progress(len(items), len(tasks), tasks[len(items) - 1][0])
     return FetchPlan(source, tuple(item for item in items if item.files or item.absent))
 
 
-def _dataset_of(source: str, location: str) -> str:
-    return location.removeprefix(source.rstrip("/") + "/").split("/")[0]
-
-
 class _Lister:
-    """Lists objects below a source."""
+    """Lists the objects below a source."""
 
     def __init__(self, source: str, options: StoreOptions) -> None:
         self.options = options
@@ -156,18 +148,13 @@ class _Lister:
     def raw(self, name: str, location: str, grids: Sequence[VoxelGrid]) -> FetchItem:
         """The chunks behind some grids, and the metadata of their levels."""
         source = Multiscale.open(location, self.options)
-        wanted: dict[str, None] = {}
-        levels: dict[str, None] = {}
-        for grid in grids:
-            level, chunks = source.chunk_locations(grid)
-            wanted |= dict.fromkeys(chunks)
-            levels[level] = None
-        keys = {split_s3(chunk)[1] for chunk in wanted}
+        found_on = [source.chunk_locations(grid) for grid in grids]
+        keys = {split_s3(chunk)[1] for _, chunks in found_on for chunk in chunks}
         folders = sorted({key.rpartition("/")[0] for key in keys})
-        level_keys = [split_s3(join(location, level))[1] for level in levels]
+        level_keys = [split_s3(join(location, level))[1] for level in dict.fromkeys(level for level, _ in found_on)]
         if set(folders) <= set(level_keys) and len(keys) > _WITHOUT_ROWS:
             raise InputError(
-                f"{location} keeps all chunks in one folder (keys z.y.x) and {len(keys)} of them are wanted; "
+                f"{location} keeps all chunks in one folder (keys z.y.x) and {len(keys)} of them are needed; "
                 f"fetch fewer crops at a time"
             )
         found: list[tuple[str, int, str]] = []
@@ -179,12 +166,12 @@ class _Lister:
         return FetchItem(name, tuple(sorted(self._file(*item) for item in set(found))), len(keys - there))
 
     def metadata(self, groups: Sequence[str]) -> FetchItem:
-        """The metadata of these groups and of all above them."""
-        places: dict[str, None] = {}
+        """The metadata of these groups and of all groups above them."""
+        places: set[str] = set()
         for group in groups:
             path = PurePosixPath(split_s3(group)[1])
             for folder in (path, *path.parents):
-                places[str(folder)] = None
+                places.add(str(folder))
                 if folder.suffix == ".zarr":
                     break
         found = s3.in_parallel(self._metadata_at, sorted(places))

@@ -1,41 +1,48 @@
-"""Moving objects: several at a time, each checked and put in its place in one step."""
+"""Download objects: several at a time, each verified and written in one step."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
+import tempfile
 import threading
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.cellmap.fetch.landing import Landing
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.fetch.plan import FetchPlan, RemoteFile
-from connectomics.errors import CorruptDataError, InputError, WriteError
+from connectomics.errors import CorruptDataError, InputError, MissingError, WriteError
 from connectomics.io import s3
 from connectomics.io.location import local_path
-from connectomics.io.replacing import not_ours
+from connectomics.io.replacing import not_ours, remove_abandoned, require_own, unfinished
 from connectomics.io.store import StoreError, StoreOptions, split_s3
+from connectomics.io.write import write_file
 
-#: In the root: one line for each object that is there and checked: key, bytes, ETag, with tabs between.
+#: In the root: one line per fetched and verified object: key, bytes, ETag, separated by tabs.
 LOG_FILE = ".fetched.tsv"
-_ATTEMPTS = 3  # times that an object is asked for whose bytes are not those that were listed
-_SPARE = 1.02  # bytes that must be free, beside those that come
-_NAMED = 3  # objects that failed which the error names
+_PARTIAL = ".fetching-"  # prefix of the folder with the objects that are being written
+_ATTEMPTS = 3  # downloads of an object whose bytes do not match the listing
+_SPARE = 1.02  # free bytes needed per byte to download
+_NAMED = 3  # failed objects named in the error
+_MOST = 1 << 26  # bytes of a crop table
 
-#: Told (objects done, all, bytes done, all bytes).
+#: Called with (objects done, all objects, bytes done, all bytes).
 Moved = Callable[[int, int, int, int], None]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What of a plan is not below a root, or is there in another version.
+    """The objects of a plan that are missing below a root, or exist there in another version.
 
     Attributes:
-        items: for each item of the plan, in its order, the objects that are missing.
+        items: for each item of the plan, in its order, the missing objects.
     """
 
     plan: FetchPlan
@@ -43,11 +50,11 @@ class Missing:
 
     @classmethod
     def below(cls, root: Path, plan: FetchPlan) -> Missing:
-        """Compare with what is there. A label array of which a chunk is missing also lacks its metadata then."""
-        known = _read_log(root / LOG_FILE)
+        """Compare with the root. If a chunk of a label array is missing, its metadata counts as missing, too."""
+        known = _read_log(root)
         found = []
         for item in plan.items:
-            lacking = {file for file in item.files if not _is_there(file, root, known)}
+            lacking = {file for file in item.files if not _is_fetched(file, root, known)}
             if item.whole and lacking:
                 lacking |= {file for file in item.files if file.is_metadata}
             found.append(tuple(sorted(lacking)))
@@ -64,29 +71,53 @@ class Missing:
         return sum(file.size for files in self.items for file in files)
 
 
+def resolve_table(where: str, keep_in: Path | None = None) -> CropTable:
+    """Return the crop table "challenge" (the one shipped with the package), of a file, or of a URL.
+
+    Args:
+        keep_in: folder that stores a table read from a URL, as ``crop_table.csv`` or ``.json``.
+
+    Raises:
+        MissingError: nothing exists there, or the server cannot be reached. MetadataError: it is no crop table.
+    """
+    if not where.startswith(("http://", "https://")):
+        return CropTable.resolve(where)
+    name = "crop_table.json" if where.split("?")[0].endswith(".json") else "crop_table.csv"
+    try:
+        with urllib.request.urlopen(where, timeout=60) as answer:
+            data = answer.read(_MOST)
+    except OSError as error:
+        raise MissingError(f"cannot read the crop table {where}: {error}; check the address") from error
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / name
+        file.write_bytes(data)
+        table = CropTable.load(file)
+    if keep_in is not None:
+        write_file(require_own(keep_in / name, lambda there: there == data, "fetch"), data)
+    return table
+
+
 def transfer(
     missing: Missing,
     root: Path,
     options: StoreOptions,
     *,
     threads: int = 16,
-    progress: Moved | None = None,
+    progress: Moved = lambda *_: None,
 ) -> int:
-    """Bring what is missing below ``root``; returns the number of objects that came.
+    """Download the missing objects below ``root``; return the number of downloaded objects.
 
-    An object appears in one step. Sizes are compared with the listing, and bytes with the ETag where that is an MD5 sum
-    (objects that were uploaded in parts have another). One that cannot be had does not keep others from coming. The
-    metadata of an array comes after all of its chunks, and not where one failed: a label array that is only half there
-    cannot be opened, and never reads as "absent". Memory: one object a thread. What a fetch that was killed had half
-    written is removed.
+    Each object appears in one step. Its size is compared with the listing, and its bytes with the ETag if that is an
+    MD5 sum (objects uploaded in parts have another one). An object that fails does not stop the others. The metadata of
+    an array is written after all of its chunks, and only if none failed: an incomplete label array cannot be opened, so
+    it never reads as "absent". Memory: one object per thread. Partial files of a killed fetch are removed.
 
     Args:
         progress: called after each object, in this thread.
 
     Raises:
-        WriteError: not enough space, no permission, a file that was not fetched is in the way. StoreError: objects that
-        cannot be had, or are never what was listed, after all others came. InputError: a key that leads out of the
-        root.
+        WriteError: not enough space, no permission, or a file that was not fetched is in the way. StoreError: some
+        objects failed; all others were downloaded. InputError: a key leads out of the root.
     """
     root = local_path(root)
     bucket, _ = split_s3(missing.plan.source)
@@ -94,24 +125,21 @@ def transfer(
     free = _free(root)
     if missing.size * _SPARE > free:
         raise WriteError(
-            f"{root} has {free / 1e9:.2f} GB free, {missing.size / 1e9:.2f} GB are to come; free some, or fetch fewer "
-            f"crops, classes or a coarser voxel size"
+            f"{root} has {free / 1e9:.2f} GB free, the download needs {missing.size / 1e9:.2f} GB; free space, or "
+            "fetch fewer crops, fewer classes or a coarser voxel size"
         )
     failed: list[str] = []
     done = size = 0
-    if progress is not None:
-        progress(0, missing.number, 0, missing.size)
-    with (
-        Landing(root) as landing,
-        _Log(root / LOG_FILE) as log,
-        ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool,
-    ):
+    progress(0, missing.number, 0, missing.size)
+    with Destination(root) as destination, ThreadPoolExecutor(threads, thread_name_prefix="fetch") as pool:
 
         def work(file: RemoteFile) -> None:
-            _fetch(file, bucket, root, options, log, landing)
+            place = _place(file, root)
+            destination.put(place, _download(file, bucket, options))
+            destination.record(file)
 
         def bring(files: Iterable[tuple[int, RemoteFile]]) -> set[int]:
-            """Fetch files of items; returns the numbers of the items of which one failed."""
+            """Fetch (item number, file) pairs; return the numbers of the items with a failed file."""
             nonlocal done, size
             broken = set()
             for number, file, error in _results(pool, files, threads, work):
@@ -120,8 +148,7 @@ def transfer(
                     broken.add(number)
                     continue
                 done, size = done + 1, size + file.size
-                if progress is not None:
-                    progress(done, missing.number, size, missing.size)
+                progress(done, missing.number, size, missing.size)
             return broken
 
         for item, files in zip(missing.plan.items, missing.items, strict=True):
@@ -135,19 +162,19 @@ def transfer(
     if failed:
         more = f"; and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         raise StoreError(
-            f"{len(failed)} of {missing.number} objects did not come ({'; '.join(failed[:_NAMED])}{more}); "
-            f"run the same command again: what came is kept"
+            f"{len(failed)} of {missing.number} objects failed ({'; '.join(failed[:_NAMED])}{more}); "
+            "run the same command again: fetched objects are kept"
         )
     return done
 
 
 def _refuse_foreign(missing: Missing, root: Path) -> None:
-    """`WriteError` if a file that did not come by a fetch lies where an object goes.
+    """Raise `WriteError` if a file that was not fetched is in the place of an object.
 
-    What the log names came by a fetch, also if it is damaged now or the store has a newer version. A file that has the
-    object's size may be of a fetch that was killed before it could write the log.
+    Files in the log were fetched, even if they are damaged now or the store has a newer version. A file of the object's
+    size can come from a fetch that was killed before it wrote the log.
     """
-    known = _read_log(root / LOG_FILE)
+    known = _read_log(root)
     for file in (file for files in missing.items for file in files):
         place = _place(file, root)
         if file.key not in known and place.exists() and (_is_md5(file.etag) or place.stat().st_size != file.size):
@@ -155,7 +182,7 @@ def _refuse_foreign(missing: Missing, root: Path) -> None:
 
 
 def _free(root: Path) -> int:
-    """Bytes that are free where ``root`` is; the folder is made."""
+    """Free bytes on the disk of ``root``; the folder is created."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         return shutil.disk_usage(root).free
@@ -169,7 +196,7 @@ def _results(
     threads: int,
     work: Callable[[RemoteFile], None],
 ) -> Iterator[tuple[int, RemoteFile, Exception | None]]:
-    """Each file as its work ends, with what went wrong; few are handed out ahead, so that an interrupt ends it soon."""
+    """Each file when its work ends, with its error. Few are submitted ahead, so an interrupt stops the work soon."""
     todo = iter(files)
     running: dict[Future[None], tuple[int, RemoteFile]] = {}
     while True:
@@ -188,27 +215,25 @@ def _results(
             raise error
 
 
-def _fetch(file: RemoteFile, bucket: str, root: Path, options: StoreOptions, log: _Log, landing: Landing) -> None:
-    place = _place(file, root)
-    for attempt in range(_ATTEMPTS):
+def _download(file: RemoteFile, bucket: str, options: StoreOptions) -> bytes:
+    wrong = ""
+    for _ in range(_ATTEMPTS):
         data = s3.get(bucket, file.key, options)
         if data is None:
             raise StoreError(f"s3://{bucket}/{file.key} was listed and is gone; run the same command again")
-        if wrong := _mismatch(file, data):
-            if attempt + 1 < _ATTEMPTS:
-                continue
-            raise CorruptDataError(f"s3://{bucket}/{file.key}: {wrong}, {_ATTEMPTS} times; it is being changed there")
-        landing.put(place, data)
-        log.add(file)
-        return
+        if not (wrong := _mismatch(file, data)):
+            return data
+    raise CorruptDataError(
+        f"s3://{bucket}/{file.key}: {wrong}, in {_ATTEMPTS} attempts; it is being changed in the store"
+    )
 
 
 def _mismatch(file: RemoteFile, data: bytes) -> str:
-    """What is wrong with an object's bytes, or ""."""
+    """How an object's bytes differ from the listing, or ""."""
     if len(data) != file.size:
-        return f"expected {file.size} bytes, found {len(data)}"
+        return f"expected {file.size} bytes, got {len(data)}"
     if _is_md5(file.etag) and (found := hashlib.md5(data, usedforsecurity=False).hexdigest()) != file.etag:
-        return f"expected the MD5 sum {file.etag}, found {found}"
+        return f"expected the MD5 sum {file.etag}, got {found}"
     return ""
 
 
@@ -217,32 +242,32 @@ def _is_md5(etag: str) -> bool:
 
 
 def _place(file: RemoteFile, root: Path) -> Path:
-    """Where an object goes; a key that leads out of the root is refused."""
+    """The local path of an object; a key that leads out of the root is refused."""
     parts = file.path.split("/")
     if any(part in ("", ".", "..") for part in parts) or os.path.isabs(file.path) or "\\" in file.path:
         raise InputError(f"the store lists an object {file.key!r}, whose path leads out of {root}; it is not fetched")
     return root.joinpath(*parts)
 
 
-def _is_there(file: RemoteFile, root: Path, known: dict[str, tuple[int, str]]) -> bool:
+def _is_fetched(file: RemoteFile, root: Path, known: dict[str, tuple[int, str]]) -> bool:
     place = _place(file, root)
     try:
-        size = place.stat().st_size
+        if place.stat().st_size != file.size:
+            return False
     except OSError:
-        return False
-    if size != file.size:
         return False
     logged = known.get(file.key)
     if logged is not None:
         return logged == (file.size, file.etag)
-    # written, and the run was killed before the log said so; or it came by other means
+    # written by a run that was killed before it wrote the log, or copied here
     return _is_md5(file.etag) and not _mismatch(file, place.read_bytes())
 
 
-def _read_log(path: Path) -> dict[str, tuple[int, str]]:
+def _read_log(root: Path) -> dict[str, tuple[int, str]]:
     known = {}
+    path = root / LOG_FILE
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a line without its end was cut off by a kill
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:  # a line without its end was truncated by a kill
             key, _, rest = line.partition("\t")
             size, _, etag = rest.partition("\t")
             if size.isdigit():
@@ -250,24 +275,52 @@ def _read_log(path: Path) -> dict[str, tuple[int, str]]:
     return known
 
 
-class _Log:
-    """Appends lines to the log of fetched objects; from any thread."""
+class Destination:
+    """A root while objects are written to it, from any thread: a folder for partial files, and the log.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    At the end the folder is removed, with those of killed fetches.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._folder = root, unfinished(root, _PARTIAL)
         self._lock = threading.Lock()
 
-    def __enter__(self) -> _Log:
-        cut = self._path.exists() and not self._path.read_bytes().endswith(b"\n")
-        self._file = self._path.open("a", encoding="utf-8")
-        if cut:
-            self._file.write("\n")
+    def __enter__(self) -> Destination:
+        remove_abandoned(self._root, _PARTIAL)
+        log = self._root / LOG_FILE
+        try:
+            self._folder.mkdir()
+            truncated = log.exists() and not log.read_bytes().endswith(b"\n")
+            if truncated:  # by a kill
+                self._append("\n")
+        except OSError as error:
+            raise WriteError(f"cannot write to {self._root}: {error.strerror}; choose another folder") from error
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
-    def add(self, file: RemoteFile) -> None:
-        with self._lock:
-            self._file.write(f"{file.key}\t{file.size}\t{file.etag}\n")
-            self._file.flush()
+    def record(self, file: RemoteFile) -> None:
+        """Add an object to the log."""
+        self._append(f"{file.key}\t{file.size}\t{file.etag}\n")
+
+    def put(self, place: Path, data: bytes) -> None:
+        """Write a file below the root in one step; folders are created. `WriteError`."""
+        part = self._folder / uuid.uuid4().hex
+        try:
+            part.write_bytes(data)
+            try:
+                part.replace(place)
+            except FileNotFoundError:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                part.replace(place)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            if error.errno == errno.EXDEV:  # a data set of the root is a link to another disk
+                write_file(place, data)
+                return
+            raise WriteError(f"cannot write {place}: {error.strerror}; free space, or choose another folder") from error
+
+    def _append(self, text: str) -> None:
+        with self._lock, (self._root / LOG_FILE).open("a", encoding="utf-8") as log:
+            log.write(text)

@@ -1,4 +1,4 @@
-"""Volumes in other people's formats, read block by block: TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr."""
+"""Volumes in other formats, read block by block. `connectomics.io.formats.source.FORMATS` says how to add one."""
 
 from connectomics.io.formats.source import FORMATS, VolumeSource, open_volume
 

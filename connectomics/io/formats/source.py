@@ -1,4 +1,7 @@
-"""What every format gives: a three-dimensional array that is read by blocks, and where it lies, as far as it says."""
+"""`open_volume`: a volume in any known format as a three-dimensional array that is read by blocks.
+
+To add a format, add a line to `FORMATS` and write its ``open_{name}(path, inner)`` in the module named there.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,20 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError, MissingError, nearest
 from connectomics.geometry import Triple
 
-#: Reads ``shape`` voxels from index ``begin`` (z y x), which lie inside.
+#: Reads ``shape`` voxels from index ``begin`` (z y x); the block must lie inside the volume.
 Reader = Callable[[Sequence[int], Sequence[int]], NDArray[Any]]
+
+#: Name of a format -> module of this package with ``open_{name}(path, inner)``, and the file endings.
+FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "tiff": ("tiff", (".tif", ".tiff")),
+    "mrc": ("image_files", (".mrc", ".rec", ".map")),
+    "nrrd": ("image_files", (".nrrd", ".nhdr")),
+    "npy": ("image_files", (".npy", ".npz")),
+    "hdf5": ("chunked", (".h5", ".hdf5", ".hdf")),
+    "n5": ("chunked", (".n5",)),
+    "zarr": ("chunked", (".zarr",)),
+    "precomputed": ("chunked", (".precomputed",)),
+}
 
 
 @dataclass(frozen=True)
@@ -23,12 +38,12 @@ class VolumeSource:
     """A volume that is open for reading.
 
     Attributes:
-        location: path, for people. shape: voxels, z y x. dtype: as stored.
-        read: reads a block that lies inside; see `Reader`.
-        voxel_size: nm, z y x; None where the file does not say, or says it in pixels.
-        begin: nm, z y x: where the first voxel's outer face lies; None where the file does not say.
-        by_plane: whether a block costs as much as all of its planes, so that reading few planes at a time is cheap.
-        close: ends it.
+        location: path, for messages. shape: voxels, z y x. dtype: as stored.
+        read: reads a block inside the volume; see `Reader`.
+        voxel_size: nm, z y x; None if the file does not give it, or gives it in pixels.
+        begin: nm, z y x: outer face of the first voxel; None if the file does not give it.
+        by_plane: reading a block costs as much as reading all of its planes, so callers should read few planes at once.
+        close: closes the file.
     """
 
     location: str
@@ -49,6 +64,15 @@ class VolumeSource:
         if self.dtype.kind not in "biuf":
             raise InputError(f"{self.location} holds {self.dtype}, expected bool, integers or floats")
 
+    @classmethod
+    def of(cls, location: str, array: Any, **known: Any) -> VolumeSource:
+        """Return a source for anything that slices like a numpy array (memory maps, HDF5 data sets)."""
+
+        def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+            return np.asarray(array[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))])
+
+        return cls(location, tuple(int(n) for n in array.shape), np.dtype(array.dtype), read, **known)
+
     def __enter__(self) -> VolumeSource:
         return self
 
@@ -56,30 +80,17 @@ class VolumeSource:
         self.close()
 
 
-#: How formats are recognised, by name; the module of the same name in this package has ``open(path, inner)``.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "tiff": (".tif", ".tiff"),
-    "hdf5": (".h5", ".hdf5", ".hdf"),
-    "mrc": (".mrc", ".rec", ".map"),
-    "nrrd": (".nrrd", ".nhdr"),
-    "npy": (".npy", ".npz"),
-    "n5": (".n5",),
-    "zarr": (".zarr",),
-    "precomputed": (".precomputed",),
-}
-
-
 def open_volume(location: str | Path, format_name: str | None = None) -> VolumeSource:
     """Open a volume of any known format.
 
     Args:
-        location: a file, or a folder (a stack of TIFF sections, N5, Zarr, precomputed); an array within a container is
-            named behind it: ``labels.h5:/volumes/mito``, ``raw.n5:/s0`` (or as a path: ``raw.n5/s0``).
-        format_name: one of `FORMATS`, where the name does not say it.
+        location: a file, or a folder (a stack of TIFF sections, N5, Zarr, precomputed). Name an array within a
+            container after a colon: ``labels.h5:/volumes/mito``, ``raw.n5:/s0`` (or as a path: ``raw.n5/s0``).
+        format_name: one of `FORMATS`; needed if the name does not tell.
 
     Raises:
-        MissingError: nothing is there, or an optional library is not installed. InputError: no known format, or not
-            three axes. MetadataError, CorruptDataError: what the format's reader finds.
+        MissingError: nothing exists there, or an optional library is not installed. InputError: unknown format, or not
+            three axes. MetadataError, CorruptDataError: raised by the format's reader.
     """
     path, inner = _split(str(location))
     if format_name is not None and format_name not in FORMATS:
@@ -89,13 +100,23 @@ def open_volume(location: str | Path, format_name: str | None = None) -> VolumeS
     if not path.exists():
         raise MissingError(f"nothing at {path}; give the file or folder that holds the volume")
     name = format_name or _guess(path)
-    module = importlib.import_module(f"connectomics.io.formats.{name}_format")
-    opened: VolumeSource = module.open_source(path, inner)
+    module = importlib.import_module(f"connectomics.io.formats.{FORMATS[name][0]}")
+    opened: VolumeSource = getattr(module, f"open_{name}")(path, inner)
     return opened
 
 
+def optional(module: str, package: str) -> Any:
+    """Import an optional library; raise a `MissingError` with the install command if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingError(
+            f"reading this format needs {package}, which is not installed: pip install 'connectomics-cellmap[formats]'"
+        ) from error
+
+
 def _split(location: str) -> tuple[Path, str | None]:
-    """A container and what is named behind a colon, ``a.h5:/raw``; a colon in a file's own name stays."""
+    """A container and the array named after a colon, ``a.h5:/raw``; a colon in a file's own name stays."""
     if Path(location).exists():
         return Path(location).expanduser(), None
     head, colon, inner = location.rpartition(":")
@@ -110,44 +131,10 @@ def _guess(path: Path) -> str:
             return "zarr"
         if any((p / "attributes.json").is_file() for p in (path, *path.parents)):
             return "n5"
-        if any(p.suffix.lower() in FORMATS["tiff"] for p in path.iterdir()):
+        if any(p.suffix.lower() in FORMATS["tiff"][1] for p in path.iterdir()):
             return "tiff"
-    for name, endings in FORMATS.items():
+    for name, (_, endings) in FORMATS.items():
         if path.suffix.lower() in endings:
             return name
-    known = " ".join(ending for endings in FORMATS.values() for ending in endings)
-    raise InputError(
-        f"{path}: no known format; expected one of {known} or a folder of TIFF sections (or give --format)"
-    )
-
-
-def in_nm(unit: str | None) -> float | None:
-    """Nanometres in a unit of length; None for pixels and for what is not known."""
-    if unit is None:
-        return None
-    factors = {
-        "nm": 1.0, "nanometer": 1.0, "nanometers": 1.0, "nanometre": 1.0,
-        "um": 1e3, "µm": 1e3, "μm": 1e3, "micron": 1e3, "microns": 1e3, "micrometer": 1e3, "micrometers": 1e3,
-        "mm": 1e6, "millimeter": 1e6, "m": 1e9, "meter": 1e9, "cm": 1e7, "inch": 2.54e7,
-        "å": 0.1, "a": 0.1, "angstrom": 0.1, "angstroms": 0.1, "pm": 1e-3,
-    }  # fmt: skip
-    return factors.get(unit.strip().replace("\\u00B5m", "µm").lower())
-
-
-def optional(module: str, package: str) -> Any:
-    """An optional library; `MissingError` that says how to get it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingError(
-            f"reading this format needs {package}, which is not installed: pip install 'connectomics-cellmap[formats]'"
-        ) from error
-
-
-def array_source(location: str, array: Any, **known: Any) -> VolumeSource:
-    """A source over anything that is sliced like a numpy array (memory maps, HDF5 data sets)."""
-
-    def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-        return np.asarray(array[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))])
-
-    return VolumeSource(location, tuple(int(n) for n in array.shape), np.dtype(array.dtype), read, **known)
+    known = " ".join(ending for _, endings in FORMATS.values() for ending in endings)
+    raise InputError(f"{path}: unknown format; expected one of {known} or a folder of TIFF sections (or give --format)")

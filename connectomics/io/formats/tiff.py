@@ -1,11 +1,10 @@
-"""TIFF: a file of many pages, in one series or page by page, or a folder of sections (sorted by the numbers in their
-names)."""
+"""Reader for TIFF: a multi-page file, or a folder of sections sorted by the numbers in their names."""
 
 from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +13,18 @@ from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MissingError
 from connectomics.geometry import Triple
-from connectomics.io.formats.source import Reader, VolumeSource, array_source, in_nm, optional
+from connectomics.io.formats.source import FORMATS, Reader, VolumeSource, optional
+from connectomics.io.metadata import in_nm
 
-_ENDINGS = (".tif", ".tiff")
 
-
-def open_source(path: Path, inner: str | None) -> VolumeSource:
-    """A multi-page file (pages are z) or a folder of files of one section each."""
+def open_tiff(path: Path, inner: str | None) -> VolumeSource:
+    """Open a multi-page file (pages are z), or a folder of files with one section each."""
     tifffile = optional("tifffile", "tifffile")
     return _folder(path, tifffile) if path.is_dir() else _file(path, tifffile)
 
 
 def _file(path: Path, tifffile: Any) -> VolumeSource:
-    """One series of pages, or several that are alike, one behind the other: a volume written page by page has one
-    series a page."""
+    """One series of pages, or several equal ones in order: a volume written page by page has one series per page."""
     file = _opened(path, tifffile)
     parts = list(file.series)
     kinds = {(tuple(part.shape), np.dtype(part.dtype)) for part in parts}
@@ -37,7 +34,7 @@ def _file(path: Path, tifffile: Any) -> VolumeSource:
         file.close()
         raise InputError(
             f"{path} holds {len(parts)} images ({found}), expected one volume, or sections of one shape and type; "
-            "save the volume alone, in a file of its own"
+            "save the volume in a separate file"
         )
     shape = _volume_shape(parts[0].axes, parts[0].shape, path)
     readers = [_reader(part, shape, path, file.byteorder) for part in parts]
@@ -54,38 +51,38 @@ def _file(path: Path, tifffile: Any) -> VolumeSource:
 
     size = _imagej_size(file) or _ome_size(file)
     by_plane = any(_mapped_from(part) is None for part in parts)
-    whole = (len(parts) * shape[0], shape[1], shape[2])
-    return VolumeSource(
-        str(path), whole, np.dtype(parts[0].dtype), read, voxel_size=size, by_plane=by_plane, close=file.close
-    )
+    whole, dtype = (len(parts) * shape[0], shape[1], shape[2]), np.dtype(parts[0].dtype)
+    return VolumeSource(str(path), whole, dtype, read, voxel_size=size, by_plane=by_plane, close=file.close)
 
 
 def _mapped_from(series: Any) -> int | None:
-    """Where the series lies in the file as a plain array, None where it has to be decoded."""
+    """Offset of the series in the file if it is stored as a plain array, None if it must be decoded."""
     offset: int | None = None if series.keyframe.is_tiled else series.dataoffset
     return offset
 
 
 def _reader(series: Any, shape: Sequence[int], path: Path, byteorder: str) -> Reader:
-    """Reads blocks of one series."""
     offset = _mapped_from(series)
     if offset is not None:
         mapped = np.memmap(path, series.dtype.newbyteorder(byteorder), "r", offset, tuple(shape))
-        return array_source(str(path), mapped).read
-    pages = series.pages
+        return VolumeSource.of(str(path), mapped).read
+    return _by_plane(lambda z: _decoded(series.pages[z], path, z), series.dtype)
+
+
+def _by_plane(plane: Callable[[int], NDArray[Any]], dtype: np.dtype[Any]) -> Reader:
+    """A reader that decodes whole planes (y, x)."""
 
     def read(begin: Sequence[int], wanted: Sequence[int]) -> NDArray[Any]:
-        out = np.empty(tuple(wanted), series.dtype)
+        out = np.empty(tuple(wanted), dtype)
         for k in range(wanted[0]):
-            plane = _decoded(pages[begin[0] + k], path, begin[0] + k)
-            out[k] = plane[begin[1] : begin[1] + wanted[1], begin[2] : begin[2] + wanted[2]]
+            out[k] = plane(begin[0] + k)[begin[1] : begin[1] + wanted[1], begin[2] : begin[2] + wanted[2]]
         return out
 
     return read
 
 
 def _folder(path: Path, tifffile: Any) -> VolumeSource:
-    files = sorted((p for p in path.iterdir() if p.suffix.lower() in _ENDINGS), key=_natural)
+    files = sorted((p for p in path.iterdir() if p.suffix.lower() in FORMATS["tiff"][1]), key=_natural)
     if not files:
         raise MissingError(f"{path} holds no TIFF files (.tif, .tiff)")
     first = _opened(files[0], tifffile)
@@ -94,33 +91,29 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
         plane, dtype, size = tuple(page.shape), np.dtype(page.dtype), _imagej_size(first)
         _check_single(first, files[0])
     if len(plane) != 2:
-        raise InputError(f"{files[0]} has shape {plane}, expected one grey section (y, x)")
+        raise InputError(f"{files[0]} has shape {plane}, expected one gray section (y, x)")
 
-    def read(begin: Sequence[int], wanted: Sequence[int]) -> NDArray[Any]:
-        out = np.empty(tuple(wanted), dtype)
-        for k in range(wanted[0]):
-            place = files[begin[0] + k]
-            with _opened(place, tifffile) as file:
-                found = file.pages[0]
-                if tuple(found.shape) != plane or np.dtype(found.dtype) != dtype:
-                    raise InputError(
-                        f"{place} holds {found.dtype} of shape {tuple(found.shape)}, {files[0].name} {dtype} of shape "
-                        f"{plane}; sections of a stack must be alike"
-                    )
-                _check_single(file, place)
-                section = _decoded(found, place, 0)
-            out[k] = section[begin[1] : begin[1] + wanted[1], begin[2] : begin[2] + wanted[2]]
-        return out
+    def section(z: int) -> NDArray[Any]:
+        with _opened(files[z], tifffile) as file:
+            found = file.pages[0]
+            if tuple(found.shape) != plane or np.dtype(found.dtype) != dtype:
+                raise InputError(
+                    f"{files[z]} holds {found.dtype} of shape {tuple(found.shape)}, {files[0].name} {dtype} of shape "
+                    f"{plane}; the sections of a stack must be alike"
+                )
+            _check_single(file, files[z])
+            return _decoded(found, files[z], 0)
 
-    return VolumeSource(str(path), (len(files), plane[0], plane[1]), dtype, read, voxel_size=size, by_plane=True)
+    shape, read = (len(files), plane[0], plane[1]), _by_plane(section, dtype)
+    return VolumeSource(str(path), shape, dtype, read, voxel_size=size, by_plane=True)
 
 
 def _check_single(file: Any, path: Path) -> None:
-    """A file of a stack is one section; a smaller page behind it (a preview) does not matter."""
+    """Refuse a stack's file with several sections; a smaller second page is a preview and does not count."""
     pages = file.pages
     if len(pages) > 1 and pages[1].shape == pages[0].shape:
         raise InputError(
-            f"{path} holds {len(pages)} sections, expected one, as in a folder of sections; give that file by itself"
+            f"{path} holds {len(pages)} sections, expected one per file in a folder of sections; open that file alone"
         )
 
 
@@ -143,18 +136,18 @@ def _decoded(page: Any, path: Path, number: int) -> NDArray[Any]:
 
 
 def _volume_shape(axes: str, shape: Sequence[int], path: Path) -> tuple[int, ...]:
-    """The axes that are longer than 1 must be pages, rows and columns."""
+    """(z, y, x); axes longer than 1 must be pages, rows and columns."""
     kept = [(a, n) for a, n in zip(axes, shape, strict=True) if n > 1 or a in "YX"]
     if len(kept) == 2:
         kept.insert(0, ("Z", 1))
     names = "".join(a for a, _ in kept)
     if len(kept) != 3 or names[1:] != "YX" or names[0] in "SC":
-        raise InputError(f"{path} has the axes {axes} of {tuple(shape)}; expected one grey volume (z, y, x)")
+        raise InputError(f"{path} has the axes {axes} of {tuple(shape)}; expected one gray volume (z, y, x)")
     return tuple(n for _, n in kept)
 
 
 def _imagej_size(file: Any) -> Triple | None:
-    """Fiji: pixels per unit in x and y, ``spacing`` and ``unit`` in its own text."""
+    """From Fiji's pixels per unit in x and y, and ``spacing`` and ``unit`` in its own metadata."""
     about = file.imagej_metadata
     if not about:
         return None
@@ -172,7 +165,7 @@ def _imagej_size(file: Any) -> Triple | None:
 
 
 def _ome_size(file: Any) -> Triple | None:
-    """OME-XML: PhysicalSizeX and its unit (µm where none is given), likewise y and z."""
+    """From OME-XML: PhysicalSizeX and its unit (default µm), likewise y and z."""
     if not file.ome_metadata:
         return None
     try:
@@ -191,6 +184,6 @@ def _ome_size(file: Any) -> Triple | None:
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
-    """Numbers in a name count as numbers: section 2 stands before section 10."""
+    """Sort key that compares numbers by value: section 2 comes before section 10."""
     parts = re.split(r"(\d+)", path.name)
     return [(0, int(p)) if p.isdigit() else (1, p) for p in parts]

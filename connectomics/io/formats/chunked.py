@@ -1,0 +1,146 @@
+"""Readers for HDF5, N5, Zarr and neuroglancer precomputed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import CorruptDataError, InputError, MetadataError
+from connectomics.geometry import Triple, VoxelGrid
+from connectomics.io.array import one_line
+from connectomics.io.formats.source import VolumeSource, optional
+from connectomics.io.metadata import in_nm
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.store import read_json
+
+
+def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
+    """Open ``a.h5:/name``; the name is optional if there is only one three-dimensional data set.
+
+    Voxel sizes are read as ilastik, Fiji, CREMI and MorphoGraphX write them.
+    """
+    h5py = optional("h5py", "h5py")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise CorruptDataError(f"{path} cannot be read as HDF5: {error}") from error
+    volumes: list[str] = []
+    file.visititems(lambda name, node: volumes.append(name) if getattr(node, "ndim", 0) == 3 else None)
+    if (inner is None and len(volumes) != 1) or (inner is not None and inner not in volumes):
+        file.close()
+        raise InputError(f"{path} holds {', '.join(volumes) or 'no volume of three axes'}; name one: {path}:/NAME")
+    data = file[inner or volumes[0]]
+    size, begin = _hdf5_voxel_size(data.attrs), _three(data.attrs.get("offset"))
+    return VolumeSource.of(f"{path}:/{inner or volumes[0]}", data, voxel_size=size, begin=begin, close=file.close)
+
+
+def open_n5(path: Path, inner: str | None) -> VolumeSource:
+    """Open an N5 data set, or the finest level ``s0`` of a group; the axes are stored x y z."""
+    place = path / inner if inner else path
+    attrs = read_json(place / "attributes.json") or {}
+    group: dict[str, Any] = {}
+    if "dimensions" not in attrs and (place / "s0").is_dir():
+        group, place = attrs, place / "s0"
+        attrs = read_json(place / "attributes.json") or {}
+    if "dimensions" not in attrs:
+        there = sorted(p.name for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+        raise InputError(f"{place} is no N5 data set; name one: {path}:/NAME (found {', '.join(there) or 'none'})")
+    spec = {"driver": "n5", "kvstore": {"driver": "file", "path": f"{place}/"}}
+    return _tensorstore_source(spec, str(place), voxel_size=_n5_voxel_size({**group, **attrs}))
+
+
+def open_precomputed(path: Path, inner: str | None) -> VolumeSource:
+    """Open the finest scale of a local precomputed folder, or the scale with the key ``inner``."""
+    try:
+        scales = json.loads((path / "info").read_text(encoding="utf-8"))["scales"]
+        names = [scale["key"] for scale in scales]
+        index = names.index(inner) if inner else 0
+        x, y, z = (float(v) for v in scales[index]["resolution"])
+        bx, by, bz = (float(v) for v in scales[index].get("voxel_offset", (0, 0, 0)))
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CorruptDataError(f"{path}/info does not describe a precomputed volume: {error!r}") from error
+    kvstore = {"driver": "file", "path": f"{path}/"}
+    spec = {"driver": "neuroglancer_precomputed", "kvstore": kvstore, "scale_index": index}
+    return _tensorstore_source(spec, str(path), voxel_size=(z, y, x), begin=(bz * z, by * y, bx * x))
+
+
+def open_zarr(path: Path, inner: str | None) -> VolumeSource:
+    """Open the finest level of an OME-NGFF group, or a plain array."""
+    place = str(path / inner) if inner else str(path)
+    try:
+        group = Multiscale.open(place)
+    except MetadataError:
+        array = PlainArray.open(place)
+        return VolumeSource(place, array.shape, array.dtype, array.read, **_place(array.grid))
+    level = group.levels[0]
+
+    def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        return group.read_level(0, begin, shape, absent_is_missing=False)[0]
+
+    return VolumeSource(place, level.grid.shape, level.dtype, read, **_place(level.grid))
+
+
+def _place(grid: VoxelGrid | None) -> dict[str, Any]:
+    return {} if grid is None else {"voxel_size": grid.voxel_size, "begin": grid.box.begin}
+
+
+def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> VolumeSource:
+    """A tensorstore array with axes x y z, and at most one channel."""
+    import tensorstore
+
+    try:
+        array = tensorstore.open(spec, read=True, open=True).result()
+    except (ValueError, OSError) as error:
+        raise CorruptDataError(f"{location} cannot be opened: {one_line(error)[:300]}") from error
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.ndim != 3:
+        raise InputError(f"{location} has {array.ndim} axes, expected three (x, y, z) and one channel at most")
+    array = array[tensorstore.d[:].translate_to[0]].T  # to z y x
+
+    def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        part = tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))
+        try:
+            return np.asarray(array[part].read().result())
+        except (ValueError, OSError) as error:
+            raise CorruptDataError(f"{location} cannot be read: {one_line(error)[:300]}") from error
+
+    return VolumeSource(location, tuple(array.shape), np.dtype(array.dtype.numpy_dtype), read, **known)
+
+
+def _hdf5_voxel_size(attrs: Any) -> Triple | None:
+    """``element_size_um`` (µm), or ``resolution`` or ``voxel_size`` (nm unless a unit says otherwise); all z y x."""
+    if (size := _three(attrs.get("element_size_um"))) is not None:
+        return size[0] * 1e3, size[1] * 1e3, size[2] * 1e3
+    for name in ("resolution", "voxel_size"):
+        if (size := _three(attrs.get(name))) is not None:
+            unit = attrs.get("unit", attrs.get("units", "nm"))
+            factor = in_nm(unit.decode() if isinstance(unit, bytes) else str(np.ravel(unit)[0]))
+            return None if factor is None else (size[0] * factor, size[1] * factor, size[2] * factor)
+    return None
+
+
+def _three(value: Any) -> Triple | None:
+    if value is None or np.size(value) != 3:
+        return None
+    z, y, x = (float(v) for v in np.ravel(value))
+    return z, y, x
+
+
+def _n5_voxel_size(attrs: dict[str, Any]) -> Triple | None:
+    """``pixelResolution`` {dimensions, unit}, or ``resolution`` with ``units`` (default nm); x y z."""
+    about = attrs.get("pixelResolution")
+    if isinstance(about, dict):
+        sizes, factor = about.get("dimensions"), in_nm(str(about.get("unit", "nm")))
+    else:
+        units = attrs.get("units", ["nm"])
+        sizes, factor = about or attrs.get("resolution"), in_nm(str(units[0] if isinstance(units, list) else units))
+    if not isinstance(sizes, list) or len(sizes) != 3 or factor is None:
+        return None
+    x, y, z = (float(v) * factor for v in sizes)
+    return z, y, x

@@ -1,0 +1,119 @@
+"""Readers for single-file image formats that are memory-mapped: MRC, NRRD, NumPy."""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from connectomics.errors import CorruptDataError, InputError
+from connectomics.geometry import Triple
+from connectomics.io.formats.source import VolumeSource, optional
+from connectomics.io.metadata import in_nm
+
+_PIECE = 1 << 22  # bytes decompressed at a time
+_NRRD_TYPES = {
+    "i1": ("signed char", "int8", "int8_t"),
+    "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
+    "i2": ("short", "short int", "signed short", "signed short int", "int16", "int16_t"),
+    "u2": ("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"),
+    "i4": ("int", "signed int", "int32", "int32_t"),
+    "u4": ("uint", "unsigned int", "uint32", "uint32_t"),
+    "i8": ("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"),
+    "u8": ("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"),
+    "f4": ("float",),
+    "f8": ("double",),
+}
+
+
+def open_mrc(path: Path, inner: str | None) -> VolumeSource:
+    """Open an MRC or CCP4 file (axes z y x, voxel size in angstrom, 0 if not given)."""
+    mrcfile = optional("mrcfile", "mrcfile")
+    try:
+        file = mrcfile.mmap(path, mode="r", permissive=False)
+    except (ValueError, OSError) as error:
+        raise CorruptDataError(f"{path} cannot be read as MRC: {error}; decompress a compressed file first") from error
+    size = [float(file.voxel_size[axis]) / 10 for axis in "zyx"]
+    return VolumeSource.of(str(path), file.data, voxel_size=tuple(size) if min(size) > 0 else None, close=file.close)
+
+
+def open_npy(path: Path, inner: str | None) -> VolumeSource:
+    """Open ``a.npy``, or ``a.npz:name`` (read whole; the name is optional if there is only one array)."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptDataError(f"{path} cannot be read as a NumPy file: {error}") from error
+    if isinstance(found, np.ndarray):
+        return VolumeSource.of(str(path), found)
+    with found:
+        if (inner is None and len(found.files) != 1) or (inner is not None and inner not in found.files):
+            raise InputError(f"{path} holds {', '.join(found.files) or 'nothing'}; name one: {path}:NAME")
+        return VolumeSource.of(str(path), found[inner or found.files[0]])
+
+
+def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
+    """Open a NRRD file (axes stored x y z) with its data inside or, for ``.nhdr``, in the file that it names.
+
+    gzip data is decompressed to a temporary file first, piece by piece, so memory does not grow with the volume.
+    """
+    nrrd = optional("nrrd", "pynrrd")
+    try:
+        with path.open("rb") as file:
+            header: dict[str, Any] = nrrd.read_header(file)
+            offset = file.tell()
+    except (OSError, ValueError, RuntimeError, nrrd.NRRDError) as error:
+        raise CorruptDataError(f"{path} cannot be read as NRRD: {error}") from error
+    data_file = path
+    if "data file" in header or "datafile" in header:
+        data_file, offset = path.parent / str(header.get("data file", header.get("datafile"))), 0
+    shape = tuple(int(n) for n in reversed(header["sizes"]))
+    dtype = _nrrd_dtype(header, path)
+    encoding = str(header.get("encoding", "raw")).lower()
+    expected = int(np.prod(shape)) * dtype.itemsize
+    if encoding == "raw":
+        if data_file.stat().st_size < offset + expected:
+            raise CorruptDataError(f"{data_file} is truncated: expected {expected} bytes of data after its header")
+        array = np.memmap(data_file, dtype, "r", offset, shape)
+    elif encoding in ("gzip", "gz"):
+        array = _decompressed(data_file, offset, expected, dtype, shape)
+    else:
+        raise InputError(f"{path} has encoding {encoding!r}; expected raw or gzip: save it again with one of them")
+    return VolumeSource.of(str(path), array, voxel_size=_nrrd_voxel_size(header))
+
+
+def _nrrd_dtype(header: dict[str, Any], path: Path) -> np.dtype[Any]:
+    name = " ".join(str(header.get("type", "")).lower().split())
+    letter = next((letter for letter, names in _NRRD_TYPES.items() if name in names), None)
+    if letter is None:
+        raise InputError(f"{path} holds voxels of type {name!r}; expected whole numbers or floats")
+    return np.dtype(letter).newbyteorder(">" if str(header.get("endian", "little")).lower() == "big" else "<")
+
+
+def _decompressed(path: Path, offset: int, expected: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    decompressor = zlib.decompressobj(wbits=47)  # detects gzip or zlib from the header
+    with path.open("rb") as packed, tempfile.TemporaryFile() as out:
+        packed.seek(offset)
+        try:
+            while piece := packed.read(_PIECE):
+                out.write(decompressor.decompress(piece))
+        except zlib.error as error:
+            raise CorruptDataError(f"{path}: the compressed data is damaged ({error})") from error
+        out.write(decompressor.flush())
+        if out.tell() < expected:
+            raise CorruptDataError(f"{path} is truncated: expected {expected} bytes of data, got {out.tell()}")
+        return np.memmap(out, dtype, "r", 0, shape)  # the map keeps the unnamed file
+
+
+def _nrrd_voxel_size(header: dict[str, Any]) -> Triple | None:
+    """From ``space directions`` or ``spacings`` with ``space units``; None if one of them is missing."""
+    directions = header.get("space directions")
+    sizes = header.get("spacings") if directions is None else np.linalg.norm(np.asarray(directions, float), axis=1)
+    units = header.get("space units", header.get("units"))
+    factor = in_nm(str(units[0]).strip('"')) if units is not None and len(units) else None
+    if sizes is None or factor is None or not np.all(np.isfinite(sizes)) or len(sizes) != 3 or min(sizes) <= 0:
+        return None
+    z, y, x = (float(v) * factor for v in reversed(list(sizes)))
+    return z, y, x
