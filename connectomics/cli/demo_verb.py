@@ -237,7 +237,7 @@ def _own_cache(out: Path) -> list[str]:
 
 
 def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[str], preset: str) -> Way:
-    """Data, table and truth (made or carved), and the configuration that fits them."""
+    """Data, table and truth (a phantom, or held out of the given data), and the configuration that fits them."""
     from connectomics.config import load_config, tutorial
     from connectomics.errors import MissingError
 
@@ -255,7 +255,7 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
             make_phantom(root, options)
         return Way(out, composed, root, root / "test_crops.csv", root / "truth.zarr", timings)
 
-    from connectomics.cellmap.carve import carve
+    from connectomics.pipeline.hold_out import hold_out
 
     data = data.resolve()
     if not (data / f"{data.name}.zarr").is_dir():
@@ -265,10 +265,10 @@ def _prepare(out: Path, data: Path | None, config: Path | None, overrides: list[
     file = config or tutorial(data.name.replace("-", "_"))
     base = load_config(file, overrides)
     _begin(out)
-    carved = carve(data.parent, out / "data", [data.name], base.dataset.classes)
+    held = hold_out(data, out / "data", base.dataset.classes)
     split = out / "split.yaml"
-    lines = [f"train: [{', '.join(carved.train)}]", f"val: [{', '.join(carved.val)}]"]
+    lines = [f"train: [{', '.join(held.train)}]", f"val: [{', '.join(held.val)}]"]
     split.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fixed = [f"dataset.data_root={carved.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
+    fixed = [f"dataset.data_root={held.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
     composed = load_config(file, [*_own_cache(out), *overrides, *fixed])
-    return Way(out, composed, carved.root, carved.crop_table, carved.truth)
+    return Way(out, composed, held.root, held.crop_table, held.truth)
