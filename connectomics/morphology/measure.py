@@ -17,11 +17,11 @@ from typing import Any
 from connectomics.config.schema import EngineConfig
 from connectomics.decoding.decode import find_arrays
 from connectomics.decoding.label_artifact import BLOCK
-from connectomics.errors import InputError, MissingError, unknown_name
+from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.tables import FORMATS, check_format
+from connectomics.io.tables import check_format
 from connectomics.morphology.contacts import ContactSpec, halo_of
 from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask
 from connectomics.morphology.table_task import Labels, TableTask
@@ -130,8 +130,6 @@ def measure_tasks(
 ) -> list[TableTask]:
     """The tasks of `measure_labels`, one a table; arguments and errors are the same. Writes nothing."""
     root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
-    if table_format not in FORMATS:
-        raise InputError(f"the format of a table is {' or '.join(FORMATS)}, found {table_format!r}")
     check_format(f"table.{table_format}")
     places = select(root, datasets, crops)
     known = {name for _, _, name in places}
