@@ -53,7 +53,8 @@ def measure(
 
       pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
-    from connectomics.morphology import ContactSpec, measure_tables, measure_tasks
+    from connectomics.morphology import ContactSpec
+    from connectomics.pipeline.measure import measure_tables, measure_tasks
 
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]

@@ -42,7 +42,7 @@ def mesh(
 
       pytc mesh outputs/labels outputs/meshes --class mito --crop crop234 --id 3 --id 7 --format precomputed
     """
-    from connectomics.morphology import mesh_labels, mesh_tasks
+    from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 
     engine = engine_config(overrides)
     tasks = mesh_tasks(

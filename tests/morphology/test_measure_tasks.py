@@ -20,16 +20,10 @@ from connectomics.cli import main
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import InputError, MetadataError, WriteError
 from connectomics.io import tables
-from connectomics.morphology import (
-    ContactSpec,
-    ContactsTask,
-    MeasureTask,
-    measure_labels,
-    measure_tasks,
-    mesh_labels,
-    mesh_tasks,
-)
-from connectomics.morphology.partial import Partial, rows, united
+from connectomics.morphology import ContactSpec, ContactsTask, MeasureTask
+from connectomics.morphology.block_sums import BlockSums, empty_tables, sum_blocks
+from connectomics.pipeline.measure import measure_labels, measure_tasks
+from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.tasks import BlockTask, run_task
 from connectomics.tasks.block_task import TASK_FILE
 from tests.morphology.test_measure import BLOCK, noise, stored
@@ -115,14 +109,14 @@ def test_a_sum_over_blocks_does_not_depend_on_how_many_ids_are_summed_at_a_time(
     parts = []
     for _ in range(9):
         ids = rng.permutation(rng.choice(40, 12, replace=False)).astype(np.uint64)
-        made = rows(columns, len(ids))
+        made = empty_tables(columns, len(ids))
         made["sizes"] += rng.integers(1, 9, (len(ids), 1))
         made["boxes"] = rng.integers(0, 50, (len(ids), 6))
         pairs = np.column_stack([ids, rng.integers(0, 3, len(ids)).astype(np.uint64)])
-        parts.append(Partial(ids, made, pairs))
-    parts.append(Partial(np.zeros(0, np.uint64), rows(columns, 0), np.zeros((0, 2), np.uint64)))
-    (whole,) = united(len(parts), parts.__getitem__, columns)
-    few = list(united(len(parts), parts.__getitem__, columns, at_once=7))
+        parts.append(BlockSums(ids, made, pairs))
+    parts.append(BlockSums(np.zeros(0, np.uint64), empty_tables(columns, 0), np.zeros((0, 2), np.uint64)))
+    (whole,) = sum_blocks(len(parts), parts.__getitem__, columns)
+    few = list(sum_blocks(len(parts), parts.__getitem__, columns, at_once=7))
     assert len(few) == -(-len(whole.ids) // 7)
     assert np.array_equal(np.concatenate([part.ids for part in few]), whole.ids)
     assert np.array_equal(np.concatenate([part.pairs for part in few]), whole.pairs)
@@ -218,7 +212,10 @@ def test_resume_only_goes_on(labels: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     words = [verb, str(labels), *(["--out"] if verb == "measure" else []), str(out), "--class", "mito"]
     assert main([*words, "--resume"]) == 1
-    assert f"--resume: nothing of this was begun below {out}; leave it out to begin" in capsys.readouterr().err
+    assert (
+        f"--resume: no unfinished output of this command in {out}; leave --resume out to start"
+        in capsys.readouterr().err
+    )
     assert not out.exists()
     task = (measure_tasks(labels, out, classes=["mito"]) if verb == "measure" else mesh_tasks(labels, out, "mito"))[0]
     task.claim()  # and killed then
