@@ -52,7 +52,9 @@ def write_balls(location: Path, name: str, shape: tuple[int, int, int], balls: i
 
 def measure(way: str, labels: str, out: str, nm: float) -> dict[str, Any]:
     """One of the ways (instances, contacts, meshes), in this process."""
-    from connectomics.morphology import ContactSpec, measure_tasks, mesh_labels, mesh_tasks
+    from connectomics.morphology import ContactSpec
+    from connectomics.pipeline.measure import measure_tasks
+    from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
     from connectomics.tasks import run_task
 
     tasks = measure_tasks(labels, out, classes=["mito"], contacts=[ContactSpec("mito", "er", nm)])

@@ -25,8 +25,8 @@ from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
-from connectomics.morphology.measure import measure_labels
-from connectomics.morphology.mesh import mesh_labels, mesh_tasks
+from connectomics.pipeline.measure import measure_labels
+from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.submission import export_submission
 from connectomics.tasks import run_task
 from connectomics.tasks.lock import leading

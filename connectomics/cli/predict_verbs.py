@@ -186,7 +186,8 @@ def measure(
 
       pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
-    from connectomics.morphology import ContactSpec, measure_tables, measure_tasks
+    from connectomics.morphology import ContactSpec
+    from connectomics.pipeline.measure import measure_tables, measure_tasks
 
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
@@ -263,7 +264,7 @@ def mesh(
 
       pytc mesh outputs/labels outputs/meshes --class mito --crop crop234 --id 3 --id 7 --format precomputed
     """
-    from connectomics.morphology import mesh_labels, mesh_tasks
+    from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 
     engine = engine_config(overrides)
     tasks = mesh_tasks(

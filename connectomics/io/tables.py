@@ -1,40 +1,34 @@
-"""Tables that grow part by part on the disk, as CSV or Parquet, and take their place when they are whole.
+"""Tables that are written part by part, as CSV or Parquet, and appear under their name once they are complete.
 
-The unit of a column ends its name (``volume_nm3``). In Parquet it is also the field's metadata (``unit``), every part
-is a row group, and a number that is not known is null; in CSV it is empty.
+A column name ends with its unit (``volume_nm3``); in Parquet the unit is also metadata of the field (``unit``) and each
+part is a row group. A number that is not known is null in Parquet and empty in CSV.
 """
 
 from __future__ import annotations
 
-import csv
-import itertools
-import math
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, WriteError
 
-if TYPE_CHECKING:
-    import pyarrow
-
 FORMATS = ("csv", "parquet")
-#: Rows that are written at a time, and those of a row group.
+#: Rows to write at a time, and rows of a Parquet row group.
 ROWS = 100_000
-_DOCUMENT = "connectomics"
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its name, what it holds, in which unit (nm, nm2, voxels, ... or none) and with how many decimals in
-    CSV. ``ids`` is a list of ids a row: in CSV with a space between them."""
+    """A column: name, kind of values, unit (nm, nm2, voxels or none), and decimals that CSV keeps of a ``number``.
+
+    ``ids`` is a list of IDs per row; CSV puts spaces between them.
+    """
 
     name: str
     kind: Literal["text", "id", "count", "number", "flag", "ids"]
@@ -44,7 +38,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of ids, one a row: row i is ``values[offsets[i]:offsets[i + 1]]`` (uint64; offsets (n + 1,) int64)."""
+    """Lists of IDs, one per row: row i is ``values[offsets[i]:offsets[i + 1]]`` (uint64; offsets (n + 1,) int64)."""
 
     values: NDArray[np.uint64]
     offsets: NDArray[np.int64]
@@ -53,198 +47,143 @@ class Ragged:
 Values = NDArray[Any] | Sequence[str] | Ragged
 
 
-class Table(ABC):
-    """A table that is being written."""
+class Table:
+    """A table that is being written; see `table`."""
 
-    @abstractmethod
+    def __init__(self, temporary: Path, path: Path, columns: Sequence[Column], about: str) -> None:
+        import pyarrow as pa
+        import pyarrow.csv
+        import pyarrow.parquet
+
+        self._columns, self._path, self._is_csv = columns, path, path.suffix == ".csv"
+        kinds = {"text": pa.string(), "id": pa.uint64(), "count": pa.int64(), "number": pa.float64()}
+        kinds["flag"] = pa.int8() if self._is_csv else pa.bool_()
+        kinds["ids"] = pa.large_string() if self._is_csv else pa.large_list(pa.uint64())
+        fields = [pa.field(c.name, kinds[c.kind], metadata={"unit": c.unit} if c.unit else None) for c in columns]
+        self._schema = pa.schema(fields, metadata={"connectomics": about} if about else None)
+        self._file = temporary.open("wb")
+        if self._is_csv:
+            self._file.write((",".join(column.name for column in columns) + "\n").encode())  # pyarrow would quote it
+            options = pa.csv.WriteOptions(include_header=False)
+            self._writer: Any = pa.csv.CSVWriter(self._file, self._schema, write_options=options)
+        else:
+            self._writer = pa.parquet.ParquetWriter(self._file, self._schema, compression="zstd")
+
     def write(self, values: Mapping[str, Values]) -> None:
-        """Add rows, given by column: at most `ROWS` should come at a time."""
+        """Add rows, given by column; at most `ROWS` at a time."""
+        import pyarrow as pa
 
-    @abstractmethod
+        made = [self._array(column, values[column.name]) for column in self._columns]
+        with _naming(self._path):
+            self._writer.write_table(pa.Table.from_arrays(made, schema=self._schema))
+
+    def _array(self, column: Column, values: Any) -> Any:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        if isinstance(values, Ragged):
+            ids = pa.array(values.values)
+            if not self._is_csv:
+                return pa.LargeListArray.from_arrays(values.offsets, ids)
+            lists = pa.LargeListArray.from_arrays(values.offsets, ids.cast(pa.large_string()))
+            return pc.binary_join(lists, pa.scalar(" ", pa.large_string()))
+        if self._is_csv and column.kind == "number":
+            values = np.round(np.asarray(values, np.float64), column.digits) + 0.0  # no -0
+        kind = self._schema.field(column.name).type
+        return pa.array(
+            np.asarray(values, np.int8) if kind == pa.int8() else values, kind, from_pandas=True
+        )  # NaN: null
+
     def close(self) -> None:
         """Finish the file."""
+        try:
+            self._writer.close()
+        finally:
+            self._file.close()
 
 
 def check_format(path: str | Path) -> None:
-    """That a table can be written to such a path: its ending names a format, whose library is installed.
-
-    Raises `InputError`.
-    """
-    ending = Path(path).suffix.lstrip(".")
-    if ending not in FORMATS:
-        raise InputError(f"a table is {' or '.join(FORMATS)}, found {ending!r} ({path})")
-    if ending == "parquet":
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "tables as Parquet need pyarrow, which is not installed; "
-                "run pip install 'connectomics[tables]', or write CSV"
-            ) from error
+    """Raise `InputError` unless the suffix of ``path`` names a table format."""
+    if (suffix := Path(path).suffix.lstrip(".")) not in FORMATS:
+        raise InputError(f"unknown table format {suffix!r} ({path}); expected {' or '.join(FORMATS)}")
 
 
 @contextmanager
 def table(path: Path, columns: Sequence[Column], about: str = "") -> Iterator[Table]:
-    """A table at ``path`` (its ending says the format), in its place when the block ends without an error, and removed
-    otherwise.
+    """Write a table to ``path``, in the format of its suffix; yields the `Table` to fill.
+
+    The file appears when the block ends without an error; otherwise nothing is kept.
 
     Args:
-        about: JSON, kept in the metadata of Parquet under ``connectomics``.
+        about: JSON for the metadata of Parquet, under the key ``connectomics``.
 
-    Raises `WriteError` where it cannot be written, and what `check_format` does.
+    Raises:
+        WriteError: the file cannot be written. InputError: the suffix names no format.
     """
     check_format(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    make = _Csv if path.suffix == ".csv" else _Parquet
     try:
-        with _writing(path):
+        with _naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            made = make(temporary, path, columns, about)
+            made = Table(temporary, path, columns, about)
         try:
             yield made
         finally:
-            with _writing(path):
+            with _naming(path):
                 made.close()
-        with _writing(path):
+        with _naming(path):
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn an `OSError` into a `WriteError` that names the table."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        why = error.strerror or error
+        raise WriteError(f"cannot write {path}: {why}; check the folder and its free space") from error
+
+
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Remove what killed runs left of files that they were writing into ``folder`` (`table`, `write_file`), by the
-    name of the file; only where no other run writes there."""
+    """Remove unfinished files that killed runs left in ``folder`` (by `table` and `write_file`), by file name.
+
+    Only safe while no other run writes there.
+    """
     for pattern in (f".{name}.*.part", f".{name}.part-*"):
         for path in folder.glob(pattern):
             if path.is_file():
                 path.unlink(missing_ok=True)
 
 
-class _Csv(Table):
-    def __init__(self, temporary: Path, path: Path, columns: Sequence[Column], about: str) -> None:
-        self._columns, self._path = columns, path
-        self._file = temporary.open("w", encoding="utf-8", newline="")
-        self._writer = csv.writer(self._file, lineterminator="\n")
-        self._writer.writerow([column.name for column in columns])
-
-    def write(self, values: Mapping[str, Values]) -> None:
-        made = [_TEXT[column.kind](values[column.name], column) for column in self._columns]
-        with _writing(self._path):
-            self._writer.writerows(zip(*made, strict=True))
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _numbers(values: Any, column: Column) -> list[str]:
-    return ["" if math.isnan(v) else f"{v:.{column.digits}f}" for v in np.asarray(values).tolist()]
-
-
-def _lists(values: Any, column: Column) -> list[str]:
-    plain, offsets = values.values.tolist(), values.offsets.tolist()
-    return [" ".join(map(str, plain[a:b])) for a, b in itertools.pairwise(offsets)]
-
-
-_TEXT: dict[str, Callable[[Any, Column], list[Any]]] = {
-    "text": lambda values, _: list(values),
-    "id": lambda values, _: values.tolist(),
-    "count": lambda values, _: values.tolist(),
-    "number": _numbers,
-    "flag": lambda values, _: values.astype(np.int8).tolist(),
-    "ids": _lists,
-}
-
-
-class _Parquet(Table):
-    def __init__(self, temporary: Path, path: Path, columns: Sequence[Column], about: str) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        kinds: dict[str, pyarrow.DataType] = {
-            "text": pa.string(),
-            "id": pa.uint64(),
-            "count": pa.int64(),
-            "number": pa.float64(),
-            "flag": pa.bool_(),
-            "ids": pa.large_list(pa.uint64()),
-        }
-        fields = [pa.field(c.name, kinds[c.kind], metadata={"unit": c.unit} if c.unit else None) for c in columns]
-        self._schema = pa.schema(fields, metadata={_DOCUMENT: about} if about else None)
-        self._path = path
-        self._writer = pq.ParquetWriter(temporary, self._schema, compression="zstd")
-
-    def write(self, values: Mapping[str, Values]) -> None:
-        import pyarrow as pa
-
-        made = []
-        for field in self._schema:
-            given = values[field.name]
-            if isinstance(given, Ragged):
-                made.append(pa.LargeListArray.from_arrays(given.offsets, pa.array(given.values)))
-            else:
-                made.append(pa.array(given, type=field.type, from_pandas=True))  # NaN is null
-        with _writing(self._path):
-            self._writer.write_table(pa.Table.from_arrays(made, schema=self._schema))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Where the disk refuses, a `WriteError` that names the table."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; check the folder and its free space"
-        ) from error
-
-
 def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Columns of numbers of a table that was written as CSV or Parquet; the column ``id`` as uint64, others float64.
+    """Read columns of numbers of a CSV or Parquet table: ``id`` as uint64, others as float64 (NaN where not known).
 
-    Memory: 8 bytes a number, twice while they are read. Raises `InputError` where a column is absent or holds no
-    numbers, and what `check_format` does.
+    Raises:
+        InputError: a column is missing or holds no numbers, or the suffix names no format.
     """
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
     check_format(path)
-    parts: dict[str, list[NDArray[Any]]] = {name: [np.zeros(0, _number_type(name))] for name in names}
+    types = {name: pa.uint64() if name == "id" else pa.float64() for name in names}
     try:
-        for part in (_parquet_parts if path.suffix == ".parquet" else _csv_parts)(path, names):
-            for name, values in zip(names, part, strict=True):
-                whole = name == "id" and isinstance(values, list | tuple)
-                parts[name].append(np.asarray([int(v) for v in values] if whole else values, _number_type(name)))
-    except InputError:
-        raise
-    except (ValueError, IndexError) as error:
+        if path.suffix == ".csv":
+            wanted = pa.csv.ConvertOptions(include_columns=list(names), column_types=types)
+            found = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=wanted)
+        else:
+            with pa.parquet.ParquetFile(path) as file:
+                found = file.read(columns=list(names), use_threads=False)
+        columns = {name: found[name].to_numpy() for name in names}
+        if "id" in columns and columns["id"].dtype.kind not in "ui":
+            raise ValueError("its ids must be whole numbers")
+        return {name: values.astype(np.uint64 if name == "id" else np.float64) for name, values in columns.items()}
+    except KeyError as error:
+        raise InputError(f"{path} is no instance table; expected the columns {', '.join(names)}") from error
+    except ValueError as error:
         raise InputError(f"{path} is no table of numbers: {error}; write it again") from error
-    return {name: np.concatenate(found) for name, found in parts.items()}
-
-
-def _number_type(name: str) -> type:
-    return np.uint64 if name == "id" else np.float64
-
-
-def _csv_parts(path: Path, names: Sequence[str]) -> Iterator[list[Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        lines = csv.reader(file)
-        places = _places(path, next(lines, []), names)
-        while rows := list(itertools.islice(lines, ROWS)):
-            yield [[row[i] for row in rows] for i in places]
-
-
-def _parquet_parts(path: Path, names: Sequence[str]) -> Iterator[list[Any]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        _places(path, file.schema_arrow.names, names)
-        for part in file.iter_batches(ROWS, columns=list(names)):
-            yield [part[name].to_numpy(zero_copy_only=False) for name in names]
-
-
-def _places(path: Path, there: Sequence[str], names: Sequence[str]) -> list[int]:
-    if missing := [name for name in names if name not in there]:
-        raise InputError(f"{path} has no column {', '.join(missing)}; it is no table of instances")
-    return [list(there).index(name) for name in names]

@@ -1,9 +1,9 @@
 """Contacts: how much of the surface of every instance of one class lies near another class, and near which instances.
 
-The distance between two voxels is the gap between their boxes: 0 where they share a face, an edge or a corner, and
-``g * voxel size`` where g voxels lie between them along an axis. It is the distance from the one's centre to the
-nearest centre of the other and its 26 neighbours, so a distance transform of the other class grown by one voxel gives
-it. Surface counts by whole voxels: all of a voxel's, where the voxel lies near.
+The distance between two voxels is the gap between their boxes: 0 if they share a face, an edge or a corner, and
+``g * voxel size`` if g voxels lie between them along an axis. It equals the distance from the center of one to the
+nearest center of the other and its 26 neighbors, so a distance transform of the other class, dilated by one voxel,
+gives it. Surface counts by whole voxels: if a voxel lies near, all of its surface does.
 """
 
 from __future__ import annotations
@@ -16,23 +16,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.label_artifact import BLOCK
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.morphology.partial import NO_PAIRS, Partial, compact, margins, rows, united_whole
-from connectomics.morphology.surface_area import step_areas
+from connectomics.morphology.block_sums import (
+    BLOCK,
+    NO_PAIRS,
+    BlockSums,
+    compact,
+    empty_tables,
+    sum_in_memory,
+    with_margin,
+)
+from connectomics.morphology.instances import step_areas
 
 DEFAULT_NM = 30.0
-#: The widest halo, voxels of an axis: a block of 256 with it on both sides is eight times as large.
+#: Tables of `contacts_of_block` and their widths.
+TABLES = {"steps": 7, "near": 7}
+#: Largest halo in voxels along an axis: a block of 256 with it on both sides is eight times as large.
 MOST_HALO = 128
-# A distance is float32 and its limit a decimal: sums that mean the same must compare as equal.
+# Distances are float32 and the limit is a decimal: equal sums must compare as equal.
 _ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
 class ContactSpec:
-    """Contacts of the instances of class ``of`` with class ``to`` within ``nm`` nanometres (0: voxels that touch)."""
+    """Contacts of the instances of class ``of`` with class ``to`` within ``nm`` nanometers (0: voxels that touch)."""
 
     of: str
     to: str
@@ -40,14 +49,14 @@ class ContactSpec:
 
     @classmethod
     def parse(cls, text: str) -> ContactSpec:
-        """``A:B`` or ``A:B:NM``; `InputError`."""
+        """Read ``A:B`` or ``A:B:NM``; raises `InputError`."""
         parts = [part.strip() for part in text.split(":")]
         try:
             nm = float(parts[2]) if len(parts) == 3 else DEFAULT_NM
         except ValueError:
             nm = math.nan
         if len(parts) not in (2, 3) or not all(parts[:2]) or not (math.isfinite(nm) and nm >= 0):
-            raise InputError(f"a contact is CLASS:CLASS:NM with NM >= 0, as in mito:er:30; found {text!r}")
+            raise InputError(f"a contact must be CLASS:CLASS:NM with NM >= 0, such as mito:er:30; got {text!r}")
         return cls(parts[0], parts[1], nm)
 
     def __str__(self) -> str:
@@ -56,13 +65,14 @@ class ContactSpec:
 
 @dataclass(frozen=True)
 class Contacts:
-    """Contacts of n instances of one class, sorted by id.
+    """Contacts of n instances of one class, sorted by ID.
 
     Attributes:
-        grid: of the first class, nm.
-        ids: (n,) uint64. steps, near: (n, 7) pairs of a voxel and a neighbour with another label, by kind: all, and
-            those whose voxel lies near the other class.
-        pairs: (m, 2) uint64 id and id of an instance of the other class that lies near its surface, sorted.
+        grid: grid of the first class, nm.
+        ids: (n,) uint64.
+        steps, near: (n, 7) pairs of a voxel and a neighbor with another label, by kind of step: all of them, and those
+            whose voxel lies near the other class.
+        pairs: (m, 2) uint64, sorted: ID, and ID of an instance of the other class that lies near its surface.
     """
 
     grid: VoxelGrid
@@ -72,8 +82,8 @@ class Contacts:
     pairs: NDArray[np.uint64]
 
     @classmethod
-    def of(cls, grid: VoxelGrid, found: Partial) -> Contacts:
-        """From the sums over all blocks."""
+    def of(cls, grid: VoxelGrid, found: BlockSums) -> Contacts:
+        """Return the contacts that the sums over all blocks give."""
         return cls(grid, found.ids, found.tables["steps"], found.tables["near"], found.pairs)
 
     def __len__(self) -> int:
@@ -81,29 +91,25 @@ class Contacts:
 
     @property
     def surface(self) -> NDArray[np.float64]:
-        """(n,) nm2, as `connectomics.morphology.instances.Instances.surface`."""
+        """(n,) nm2, as in `Instances.surface`."""
         return self.steps @ step_areas(self.grid.voxel_size)
 
     @property
     def area(self) -> NDArray[np.float64]:
-        """(n,) nm2 of that surface whose voxels lie near the other class."""
+        """(n,) nm2 of surface whose voxels lie near the other class."""
         return self.near @ step_areas(self.grid.voxel_size)
 
     @property
     def offsets(self) -> NDArray[np.int64]:
-        """(n + 1,) the pairs of row i are ``pairs[offsets[i]:offsets[i + 1]]``."""
+        """(n + 1,) The pairs of row i are ``pairs[offsets[i]:offsets[i + 1]]``."""
         begin = np.searchsorted(self.pairs[:, 0], self.ids)
         return np.append(begin, len(self.pairs)).astype(np.int64)
 
     @property
     def partners(self) -> tuple[tuple[int, ...], ...]:
-        """For each instance the sorted ids of the other class's instances that lie near its surface."""
+        """For each instance, the sorted IDs of the other class's instances that lie near its surface."""
         parts = np.split(self.pairs[:, 1], self.offsets[1:-1])
         return tuple(tuple(part.tolist()) for part in parts[: len(self)])
-
-
-#: Tables of a block's part, and their widths.
-TABLES = {"steps": 7, "near": 7}
 
 
 def contacts_of_block(
@@ -114,19 +120,21 @@ def contacts_of_block(
     shape: Sequence[int],
     *,
     semantic: tuple[bool, bool] = (False, False),
-) -> Partial:
-    """The part of one block, that of ``shape`` voxels from ``begin`` of ``of``, in the contacts; see
-    `measure_contacts`. Memory: about 30 bytes a voxel of the block with its halo."""
-    from connectomics.morphology.measure_kernels import add_near, rim
+) -> BlockSums:
+    """Measure the contacts of the block of ``shape`` voxels from ``begin`` of ``of``; see `measure_contacts`.
+
+    Memory: about 30 bytes per voxel of the block with its halo.
+    """
+    from connectomics.morphology.measure_kernels import add_near, surface_labels
 
     grid = of.levels[0].grid
     halo = halo_of(grid, nm)
-    first, size, low = margins(grid, begin, shape)
+    first, size, low = with_margin(grid, begin, shape)
     stored, _ = of.read_level(0, first, size.tolist(), absent_is_missing=False)
     labels, ids = compact(stored, semantic=semantic[0])
-    found, pairs = rows(TABLES, len(ids)), NO_PAIRS
+    found, pairs = empty_tables(TABLES, len(ids)), NO_PAIRS
     if len(ids):
-        surface = rim(labels, low, low + shape, found["steps"])
+        surface = surface_labels(labels, low, low + shape, found["steps"])
         if surface.any():
             around = grid.crop(begin, shape).grow(halo.tolist())
             others, other_ids = compact(to.read_nearest(around, 0)[0], semantic=semantic[1])
@@ -138,7 +146,7 @@ def contacts_of_block(
                 pairs = np.column_stack([ids[where[:, 0]], other_ids[where[:, 1]]])
     own = np.zeros(len(ids) + 1, np.bool_)
     own[np.unique(labels[tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))])] = True
-    return Partial(ids[own[1:]], {name: table[own[1:]] for name, table in found.items()}, pairs)
+    return BlockSums(ids, found, pairs).select(own[1:])
 
 
 def measure_contacts(
@@ -151,34 +159,39 @@ def measure_contacts(
 ) -> Contacts:
     """Measure where the surfaces of one class's instances lie within a distance of another class, in this process.
 
-    A voxel of an instance is of its surface where one of its 26 neighbours within the volume has another label. Where
-    both are the same volume, an instance has contact with the others only. The other class is taken on the grid of the
-    first, by nearest voxel; the result does not depend on the blocks. Memory: about 30 bytes a voxel of a block with
-    halo, 150 bytes for every block that an instance lies in, 16 bytes a contact
-    (`ContactsTask` keeps both on disk).
+    A voxel belongs to the surface if one of its 26 neighbors within the volume has another label. If both volumes are
+    the same, an instance has contact with other instances only. The other class is resampled to the grid of the first,
+    by nearest voxel; the result does not depend on the blocks. Memory: about 30 bytes per voxel of a block with halo,
+    150 bytes for every block that an instance lies in, 16 bytes per contact (`ContactsTask` keeps both on disk).
 
     Args:
-        of, to: label volumes, see `connectomics.morphology.instances.measure_instances`.
+        of, to: label volumes, see `measure_instances`.
         nm: largest gap between the boxes of two voxels that counts as near.
         semantic: whether everything above 0 of ``of`` and of ``to`` is one instance.
-        block: voxels of ``of``, z y x, without the halo.
+        block: voxels of ``of`` to read at once, z y x, without the halo.
 
     Raises:
-        InputError: a distance of more than `MOST_HALO` voxels.
+        InputError: the distance is more than `MOST_HALO` voxels.
     """
     grid = of.levels[0].grid
     halo_of(grid, nm)
     parts = [contacts_of_block(of, to, nm, begin, part.shape, semantic=semantic) for begin, part in grid.blocks(block)]
-    return Contacts.of(grid, united_whole(parts, TABLES))
+    return Contacts.of(grid, sum_in_memory(parts, TABLES))
 
 
 def halo_of(grid: VoxelGrid, nm: float) -> NDArray[np.int64]:
-    """Voxels (3,) beyond a block that can lie within ``nm`` of it: one more than fit into the gap. `InputError`."""
+    """Return the voxels (3,) around a block that can lie within ``nm`` of it: one more than fit into the gap.
+
+    Raises:
+        InputError: the halo is larger than `MOST_HALO`.
+    """
     size = np.asarray(grid.voxel_size)
     halo = np.floor(nm * (1 + _ROUNDING) / size).astype(np.int64) + 1
     if halo.max() > MOST_HALO:
         most = (MOST_HALO - 1) * size.min()
-        raise InputError(f"contacts within {nm:g} nm are too far for voxels of {size.tolist()} nm; at most {most:g} nm")
+        raise InputError(
+            f"a contact distance of {nm:g} nm is too far for voxels of {size.tolist()} nm; use at most {most:g} nm"
+        )
     return halo
 
 
@@ -194,8 +207,8 @@ def _near(
     """Where the surface of a block lies near any other instance, and the pairs (row of the label, row of the other).
 
     Args:
-        surface: (d, h, w) labels of the surface's voxels, else 0. others: the block with halo on all sides.
-        skip: ids of the labels where the other volume is the same: an instance is not near itself.
+        surface: (d, h, w) labels of surface voxels, else 0. others: the block with a halo on all sides.
+        skip: IDs of the labels if both volumes are the same, because an instance is not near itself.
     """
     from scipy.ndimage import find_objects
 
@@ -206,7 +219,6 @@ def _near(
             continue
         begin = np.maximum([s.start for s in box] - halo, 0)
         end = np.minimum([s.stop for s in box] + halo, others.shape)
-        # that part of the block's own voxels, and the same part within the distances
         low, high = np.maximum(begin - halo, 0), np.minimum(end - halo, surface.shape)
         if np.any(high <= low):
             continue
@@ -225,7 +237,7 @@ def _near(
 
 
 def _gaps(mask: NDArray[np.bool_], voxel_size: Sequence[float]) -> NDArray[Any]:
-    """The gap (nm) between every voxel and the mask, see the top of this file."""
+    """The gap (nm) between every voxel and the mask, as the module's docstring defines it."""
     import edt
 
     grown = mask.copy()

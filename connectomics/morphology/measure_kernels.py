@@ -1,7 +1,7 @@
-"""The numba kernels of this package (apart, so that importing the package does not import numba).
+"""Numba kernels of measuring, in a module of their own so that importing the package does not import Numba.
 
-Labels of a block come as 0 (background) and 1..n, with a margin around the block's own voxels as far as the volume
-goes: ``low`` and ``high`` (3,) are the begin and the end (exclusive) of its own voxels.
+Labels of a block are 0 (background) and 1..n, with a margin around the block's own voxels as far as the volume goes:
+``low`` and ``high`` (3,) are begin and end (exclusive) of its own voxels.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from connectomics.decoding.union_find import add_voxel
 
-#: Kinds of steps to one of the 26 neighbours, by the axes that they run along: 4 z + 2 y + x - 1.
+#: Kinds of steps to one of the 26 neighbors, by the axes they run along: 4 z + 2 y + x - 1.
 KINDS = 7
 
 
 @numba.njit(cache=True, nogil=True)
 def _steps_out(labels: NDArray[np.uint32], z: int, y: int, x: int, found: NDArray[np.int64]) -> bool:
-    """Count, by kind, the neighbours of a voxel that hold another label; True where there is any."""
+    """Count, by kind, the neighbors of a voxel with another label; return whether there are any."""
     label = labels[z, y, x]
     depth, height, width = labels.shape
     some = False
@@ -44,9 +44,9 @@ def measure(
 ) -> None:
     """Add a block to the measures of its labels; row i is label i + 1.
 
-    origin (3,): the volume's voxel at index (0, 0, 0) of ``labels``. sizes (n,): voxels. sums (n, 3): of z, y and x in
-    voxels of the volume. boxes (n, 6): smallest and largest z y x.
-    steps (n, KINDS): pairs of a voxel of the label and a neighbour (26) with another, by kind.
+    Args:
+        origin: (3,) the volume's voxel at index (0, 0, 0) of ``labels``.
+        sizes, sums, boxes, steps: (n,), (n, 3), (n, 6), (n, KINDS), see `Instances`.
     """
     for z in range(low[0], high[0]):
         for y in range(low[1], high[1]):
@@ -59,11 +59,10 @@ def measure(
 
 
 @numba.njit(cache=True, nogil=True)
-def rim(
+def surface_labels(
     labels: NDArray[np.uint32], low: NDArray[np.int64], high: NDArray[np.int64], steps: NDArray[np.int64]
 ) -> NDArray[np.uint32]:
-    """The block's own voxels: the label where a neighbour (26) holds another one, else 0. Adds to ``steps`` (n, KINDS)
-    as `measure` does."""
+    """Return the block's own voxels: the label if one of 26 neighbors has another one, else 0; adds to ``steps``."""
     found = np.zeros((high[0] - low[0], high[1] - low[1], high[2] - low[2]), np.uint32)
     for z in range(low[0], high[0]):
         for y in range(low[1], high[1]):
@@ -78,7 +77,7 @@ def rim(
 def add_near(
     labels: NDArray[np.uint32], low: NDArray[np.int64], near: NDArray[np.bool_], steps: NDArray[np.int64]
 ) -> None:
-    """Add to ``steps`` (n, KINDS) those of the block's own voxels where ``near`` (the shape of `rim`) holds."""
+    """Add the steps of the block's own voxels that are ``near`` (shape as `surface_labels`) to ``steps`` (n, KINDS)."""
     for z in range(near.shape[0]):
         for y in range(near.shape[1]):
             for x in range(near.shape[2]):

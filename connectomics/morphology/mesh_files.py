@@ -1,6 +1,6 @@
-"""Meshes as files: PLY (binary), OBJ (text), and Neuroglancer's precomputed meshes of one resolution.
+"""Meshes as files: PLY (binary), OBJ (text), and Neuroglancer's single-resolution precomputed meshes.
 
-Vertices are nanometres of the world as x, y, z; float32 but in OBJ, so within 0.06 nm at a distance of a millimetre.
+Vertices are world positions in nm, order x, y, z; float32 except in OBJ, so exact to 0.06 nm at a distance of 1 mm.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ FORMATS = ("ply", "obj", "precomputed")
 
 
 def check_format(name: str) -> None:
-    """`InputError` for a format that is none."""
+    """Raise `InputError` unless ``name`` is a mesh format."""
     if name not in FORMATS:
-        raise InputError(f"the format of a mesh is {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, found {name!r}")
+        raise InputError(f"unknown mesh format {name!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
 
 
 def file_name(label: int, form: str) -> str:
-    """Of an object's mesh; the precomputed one has beside it the manifest ``{id}:0``."""
+    """Return the file name of an object's mesh; a precomputed mesh also has the manifest ``{id}:0``."""
     return str(label) if form == "precomputed" else f"{label}.{form}"
 
 
 def write_info(folder: Path, form: str) -> None:
-    """What a folder of meshes needs besides them: Neuroglancer's ``info``."""
+    """Write what a folder of precomputed meshes also needs: Neuroglancer's ``info``."""
     if form == "precomputed":
         write_file(folder / "info", json.dumps({"@type": "neuroglancer_legacy_mesh"}).encode())
 
 
 def write_mesh(folder: Path, label: int, mesh: Mesh, form: str) -> Path:
-    """Write an object's mesh into ``folder``, in one step; the path. `WriteError`."""
+    """Write an object's mesh into ``folder``, in one step, and return its path; raises `WriteError`."""
     path = folder / file_name(label, form)
     write_file(path, {"ply": _ply, "obj": _obj, "precomputed": _precomputed}[form](mesh))
     if form == "precomputed":
@@ -68,13 +68,13 @@ def _precomputed(mesh: Mesh) -> bytes:
 
 
 def read_ply(path: Path) -> Mesh:
-    """A mesh that `write_mesh` wrote as PLY; `InputError` for any other file."""
+    """Read a mesh that `write_mesh` wrote as PLY; raises `InputError` for any other file."""
     data = path.read_bytes()
     end = data.find(b"end_header\n")
     counts = [_count(data[:end], what) for what in (b"element vertex ", b"element face ")]
     body = data[end + len(b"end_header\n") :]
     if end < 0 or len(body) != 12 * counts[0] + 13 * counts[1]:
-        raise InputError(f"{path} is no mesh that this program wrote as PLY")
+        raise InputError(f"{path} is not a PLY mesh written by connectomics")
     faces = np.frombuffer(body, np.dtype([("n", "u1"), ("corners", "<i4", 3)]), offset=12 * counts[0])
     vertices: Sequence[float] = np.frombuffer(body, "<f4", count=3 * counts[0])  # type: ignore[assignment]
     return Mesh(np.asarray(vertices, np.float64).reshape(-1, 3), faces["corners"].astype(np.uint32))

@@ -1,15 +1,14 @@
 """The surface of one object as triangles, read piece by piece.
 
-Marching cubes (zmesh) between the centres of neighbouring voxels, with vertices half way between a voxel of the object
-and one that is not. So the surface passes where the voxels' faces are, give or take half a voxel, and its volume is
-that of the voxels within 1 % for a ball with a radius of 8 voxels; its area is about 9 % too large on smooth objects
-(13 % for voxels of 2:1), since its facets have a few orientations only: take areas from
-`connectomics.morphology`, which counts differently. Outside the volume there is no object: what its border cuts
-is closed there, half a voxel beyond the last voxel's centre, that is on the volume's face.
+Marching cubes (zmesh) run between the centers of neighboring voxels, with vertices halfway between a voxel of the
+object and one outside. So the surface lies within half a voxel of the voxel faces, and for a ball with a radius of 8
+voxels its volume is right within 1 %. Its area is about 9 % too large on smooth objects (13 % for voxels of 2:1)
+because facets have few orientations; `measure_instances` gives better areas. An object that the volume's border cuts
+is closed at the volume's face.
 
-Pieces meet at planes of voxel centres and their vertices lie at multiples of half a voxel, so they are joined exactly:
-the mesh does not depend on the pieces. Where it would have more than ``max_vertices`` vertices, it is made again of
-voxels twice as large (of which at least half must be the object's).
+Pieces meet at planes of voxel centers and vertices lie at multiples of half a voxel, so pieces join exactly and the
+mesh does not depend on them. If a mesh would have more than ``max_vertices`` vertices, it is made from voxels twice as
+large, of which at least half must belong to the object.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
-#: Voxels along each axis that are read at a time.
+#: Voxels to read at a time along each axis.
 SPAN = 256
 LEAST_VERTICES = 1000
-_FARTHEST = 1 << 20  # half voxels (joining) and nm (the simplifier's numbers) that an object may reach
+_FARTHEST = 1 << 20  # largest extent of an object, in half voxels (joining) and nm (the simplifier's float32)
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Triangles in the world.
+    """Triangles in world coordinates.
 
     Attributes:
-        vertices: (n, 3) float64 nm in the order **x, y, z**, that of mesh formats and viewers.
+        vertices: (n, 3) float64 nm in the order **x, y, z** of mesh formats and viewers.
         faces: (m, 3) uint32 rows of ``vertices``, counterclockwise seen from outside.
-        stride: voxels of the labels, along each axis, in one of those that the mesh was made of.
+        stride: edge, in voxels of the labels, of the voxels that the mesh was made from.
     """
 
     vertices: NDArray[np.float64]
@@ -59,14 +58,14 @@ class Mesh:
 
     @property
     def is_closed(self) -> bool:
-        """Whether every edge of a triangle is met by one in the other direction, so that there is an inside."""
+        """Whether every edge of a triangle occurs once in each direction, so that the mesh has an inside."""
         edges = np.concatenate([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).astype(np.int64)
         n = max(1, len(self.vertices))
         there, back = np.sort(edges[:, 0] * n + edges[:, 1]), np.sort(edges[:, 1] * n + edges[:, 0])
         return bool(np.array_equal(there, back))
 
     def _corners(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        near = self.vertices - (self.vertices[0] if len(self.vertices) else 0)  # or digits are lost far from the origin
+        near = self.vertices - (self.vertices[0] if len(self.vertices) else 0)  # keeps digits far from the origin
         return near[self.faces[:, 0]], near[self.faces[:, 1]], near[self.faces[:, 2]]
 
 
@@ -81,25 +80,25 @@ def mesh_object(
     max_vertices: int = 20_000_000,
     span: int = SPAN,
 ) -> Mesh:
-    """The closed surface of one object of the finest level of a label volume.
+    """Return the closed surface of one object of the finest level of a label volume.
 
-    Memory: about 12 bytes a voxel of a piece (``span`` cubed), and 150 bytes a vertex before it is simplified.
+    Memory: about 12 bytes per voxel of a piece (``span`` cubed), and 150 bytes per vertex before simplification.
 
     Args:
-        label: its id. box: (6,) voxels that hold it: smallest z y x, largest z y x, both inside.
-        semantic: everything above 0 is the object.
-        simplify: leave one triangle of so many, by collapsing edges, as far as the error allows; 1: all.
-        max_error_nm: how far simplifying may move the surface, nm; None: the longest edge of a voxel.
-        max_vertices: of more, larger voxels are taken, see `Mesh.stride`.
-        span: voxels along each axis that are read at a time.
+        label: ID of the object. box: (6,) voxels that hold it: smallest z y x, largest z y x, both inside.
+        semantic: treat everything above 0 as the object.
+        simplify: keep one of this many triangles, by collapsing edges, as far as the error allows; 1: keep all.
+        max_error_nm: how far simplification may move the surface, nm; None: the longest edge of a voxel.
+        max_vertices: use larger voxels for meshes with more vertices, see `Mesh.stride`.
+        span: voxels to read at a time along each axis.
 
     Raises:
-        InputError: an object that is not in its box, or reaches too far.
+        InputError: the object is not in its box, or is too long.
     """
     grid = source.levels[0].grid
     low, high = np.asarray(box[:3], np.int64), np.asarray(box[3:], np.int64)
     if (high - low + 2).max() * 2 > _FARTHEST or ((high - low + 2) * grid.voxel_size).max() > _FARTHEST:
-        raise InputError(f"object {label} of {source.location} is too long: {(high - low + 1).tolist()} voxels")
+        raise InputError(f"object {label} of {source.location} is too long to mesh: {(high - low + 1).tolist()} voxels")
     stride, filled = 1, 0.5
     while True:
         found = _joined(source, label, low, high, stride, filled, semantic, max_vertices, span)
@@ -108,17 +107,17 @@ def mesh_object(
         elif len(found[1]) or not filled:
             break
         else:
-            filled = 0.0  # thinner than those voxels: they hold what they touch
+            filled = 0.0  # thinner than these voxels: then count every voxel that the object touches
     corners, faces = found
     if not len(faces):
-        raise InputError(f"no object {label} in {source.location} where its table says; decode again, or measure anew")
-    # half steps from the first sample, one before the object's first
+        raise InputError(f"object {label} of {source.location} is not where its table says; decode or measure again")
+    # corners count half samples from the sample before the object's first
     samples = corners / 2 + (low // stride - 1)
     vertices = grid.to_world(samples * stride + (stride - 1) / 2)
     if simplify > 1:
         limit = max(grid.voxel_size) * stride if max_error_nm is None else max_error_nm
         vertices, faces = _simplified(vertices, faces, simplify, limit)
-    # z y x to x y z is a reflection: turned round, the triangles look outwards again
+    # z y x to x y z is a reflection: reversed triangles face outward again
     return Mesh(np.ascontiguousarray(vertices[:, ::-1]), np.ascontiguousarray(faces[:, ::-1]), stride)
 
 
@@ -133,8 +132,10 @@ def _joined(
     most: int,
     span: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.uint32]] | None:
-    """Vertices (n, 3) in half samples of ``stride`` voxels, z y x from the sample before the object's first, and faces;
-    None where there are more than ``most`` vertices. ``filled``: part of a sample that must be the object's."""
+    """Vertices (n, 3) in half samples of ``stride`` voxels, z y x from the sample before the object's first, and faces.
+
+    None if there are more than ``most`` vertices. ``filled``: share of a sample that must belong to the object.
+    """
     import zmesh
 
     first = low // stride - 1
@@ -160,7 +161,7 @@ def _joined(
 
 
 def _pieces(cells: NDArray[np.int64], step: int) -> Iterator[tuple[Index, Index]]:
-    """Begin and shape of the pieces of so many cells."""
+    """Yield begin and shape of the pieces of a number of cells."""
     z, y, x = (int(n) for n in cells)
     for begin, part in VoxelGrid((1, 1, 1), (0, 0, 0), (z, y, x)).blocks((step,) * 3):
         yield begin, part.shape
@@ -177,7 +178,7 @@ def _samples(
     semantic: bool,
     filled: float,
 ) -> NDArray[np.bool_]:
-    """Whether the samples from ``begin`` (each ``stride`` cubed voxels) are of the object; none outside its box."""
+    """Whether the samples from ``begin`` (``stride`` cubed voxels each) belong to the object; none outside its box."""
     start, stop = np.maximum(begin * stride, low), np.minimum((begin + shape) * stride, high + 1)
     whole = np.zeros(tuple(shape * stride), np.bool_)
     if np.all(start < stop):
@@ -195,8 +196,7 @@ def _samples(
 def _simplified(
     vertices: NDArray[np.float64], faces: NDArray[np.uint32], factor: int, max_error: float
 ) -> tuple[NDArray[np.float64], NDArray[np.uint32]]:
-    """Fewer triangles, by collapsing edges where that moves the surface least; coordinates are kept near zero, since
-    the library works in float32."""
+    """Collapse the edges that move the surface least; coordinates stay near zero because zmesh works in float32."""
     import zmesh
 
     origin = vertices.min(axis=0)

@@ -1,37 +1,35 @@
-"""Meshing the instances of one class of one crop: a block an object, a file an object.
+"""Meshing the instances of one class of one crop: one block and one file per object.
 
 On disk, under ``output``::
 
-    {id}.ply             a mesh, whole or not there (or {id}.obj, or {id} and {id}:0 with an info file)
-    meshes.csv           `COLUMNS`, a row a mesh; it is there when all meshes are
+    {id}.ply             a mesh, written in one step (or {id}.obj, or {id} and {id}:0 with an info file)
+    meshes.csv           `COLUMNS`, one row per mesh; written when all meshes are complete
     task.json            the task
-    .done-*, .boxes, .meshes   while it is made: done-maps, and what the stages leave each other
+    .done-*, .boxes, .meshes   while it is made: done-maps, and results that later stages read
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.label_artifact import BLOCK
-from connectomics.errors import InputError, MetadataError, WriteError, unknown_name
+from connectomics.errors import InputError, WriteError, unknown_name
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.tables import Column, read_columns, remove_unfinished, table
+from connectomics.io.tables import ROWS, Column, read_columns, remove_unfinished, table
 from connectomics.io.write import write_file
+from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, sum_blocks
+from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_mesh
 from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
-from connectomics.morphology.partial import NO_PAIRS, Partial, compact, united
-from connectomics.morphology.table_task import Labels
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.lattice import Lattice
@@ -48,7 +46,6 @@ COLUMNS = (
     Column("file", "text"),
 )
 _EDGES = tuple(f"{end}_{axis}_nm" for end in ("begin", "end") for axis in "zyx")
-_ROWS = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +53,11 @@ class MeshTask(BlockTask):
     """Meshes of the objects of one label volume.
 
     Attributes:
-        labels: the volume. class_name: of it.
+        labels: the label volume. class_name: its class.
         output: local folder of the meshes.
-        table: CSV or Parquet with the columns ``id`` and ``begin_z_nm .. end_x_nm``, that says where the objects are;
-            or "": a first pass over the labels, ``block_shape`` voxels (z y x) at once, finds out.
-        ids: only these objects; () all.
+        table: CSV or Parquet with the columns ``id`` and ``begin_z_nm .. end_x_nm``, the boxes of the objects. If it
+            is "", a first pass over the labels finds them, ``block_shape`` voxels (z y x) at once.
+        ids: only these objects; (): all.
         file_format: see `connectomics.morphology.mesh_files.FORMATS`.
         simplify, max_error_nm, max_vertices: see `connectomics.morphology.mesh_surface.mesh_object`.
     """
@@ -68,7 +65,7 @@ class MeshTask(BlockTask):
     kind: ClassVar[str] = "mesh"
     places: ClassVar[frozenset[str]] = frozenset({"labels", "output", "table"})
 
-    labels: Labels
+    labels: LabelVolume
     class_name: str
     output: str
     table: str = ""
@@ -83,27 +80,10 @@ class MeshTask(BlockTask):
         check_format(self.file_format)
         if self.simplify < 1 or not (self.max_error_nm is None or self.max_error_nm > 0):
             raise InputError(
-                f"simplify must be 1 or more and the error above 0 nm, found {self.simplify} and {self.max_error_nm}"
+                f"simplify must be 1 or more and max_error_nm above 0, got {self.simplify} and {self.max_error_nm}"
             )
         if self.max_vertices < LEAST_VERTICES:
-            raise InputError(f"a mesh must be allowed {LEAST_VERTICES} vertices at least, found {self.max_vertices}")
-
-    # -- as a task ---------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return found
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
-        known = {field.name for field in fields(cls)}
-        if wrong := sorted(set(data) ^ known):
-            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
-        try:
-            z, y, x = data["block_shape"]
-            labels, ids = Labels.from_dict(data["labels"]), tuple(int(i) for i in data["ids"])
-            return cls(**{**data, "labels": labels, "ids": ids, "block_shape": (z, y, x)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise MetadataError(f"{where} is no task of the kind {cls.kind}: {error}") from error
+            raise InputError(f"max_vertices must be at least {LEAST_VERTICES}, got {self.max_vertices}")
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "volume": self.labels.name}
@@ -131,7 +111,7 @@ class MeshTask(BlockTask):
                 "meshes need zmesh, which is not installed; run pip install 'connectomics-cellmap[mesh]'"
             ) from error
         if self.ids and BOXES not in self.stages:
-            self._objects()  # an id that is not there is said before anything is written
+            self._objects()  # an unknown ID is reported before anything is written
         file = self.folder / TASK_FILE
         if not file.exists():
             if self.folder.exists() and any(self.folder.iterdir()):
@@ -140,14 +120,12 @@ class MeshTask(BlockTask):
                     "it away"
                 )
             return True
-        if overwrite:
-            return True
-        if difference := self.difference(file):
+        if not overwrite and (difference := self.difference(file)):
             raise WriteError(
                 f"{self.output} holds meshes {difference}; overwrite them (--overwrite), or choose another output "
                 "folder"
             )
-        return not (self.folder / TABLE_FILE).exists()
+        return overwrite or not (self.folder / TABLE_FILE).exists()
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite and self.folder.exists():
@@ -161,7 +139,8 @@ class MeshTask(BlockTask):
             write_info(self.folder, self.file_format)
             if not self._objects_file.exists():
                 ids, boxes = self._objects()
-                write_file(self._objects_file, _packed(ids, boxes))
+                rows = np.column_stack([ids.view(np.int64), boxes])
+                write_file(self._objects_file, rows.astype("<i8").tobytes())
 
     def blocks(self, stage: str) -> int:
         return len(self.lattice) if stage == BOXES else len(self.objects()[0])
@@ -172,15 +151,15 @@ class MeshTask(BlockTask):
     def finish(self) -> None:
         ids, _ = self.objects()
         with table(self.folder / TABLE_FILE, COLUMNS) as out:
-            for begin in range(0, len(ids), _ROWS):
-                rows = [json.loads(self.note_file(n).read_text()) for n in range(begin, min(begin + _ROWS, len(ids)))]
+            for begin in range(0, len(ids), ROWS):
+                rows = [json.loads(self.row_file(n).read_text()) for n in range(begin, min(begin + ROWS, len(ids)))]
                 columns: dict[str, Any] = {c.name: [row[c.name] for row in rows] for c in COLUMNS}
                 files = columns.pop("file")
                 out.write({**{name: np.asarray(column) for name, column in columns.items()}, "file": files})
         self.clean()
 
     def clean(self) -> None:
-        """Remove what is only needed while the meshes are made; after a run that was killed as it did so, again."""
+        """Remove what is only needed while the meshes are made; safe to repeat after a run was killed."""
         remove_unfinished(self.folder)
         for folder in (".boxes", ".meshes"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
@@ -197,18 +176,17 @@ class MeshTask(BlockTask):
         span = (SPAN + 1) ** 3
         return Cost(read=8 * span, written=24 * self.max_vertices, memory=12 * span + 150 * self.max_vertices)
 
-    # -- what the stages leave each other ----------------------------------------------------------------------------
     def objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Ids (n,) and boxes (n, 6; voxels, both ends inside) of the objects to mesh, in the order of the blocks."""
+        """Return IDs (n,) and boxes (n, 6; voxels, both ends inside) of the objects to mesh, in block order."""
         stored = np.frombuffer(self._objects_file.read_bytes(), "<i8").reshape(-1, 7)
         return stored[:, 0].view(np.uint64), stored[:, 1:]
 
     def box_file(self, number: int) -> Path:
-        """Where a block's boxes are."""
+        """Return where the boxes of a block are stored."""
         return self.folder / ".boxes" / str(number)
 
-    def note_file(self, number: int) -> Path:
-        """Where an object's row of the table is."""
+    def row_file(self, number: int) -> Path:
+        """Return where an object's row of the table is stored."""
         return self.folder / ".meshes" / str(number)
 
     @property
@@ -222,43 +200,36 @@ class MeshTask(BlockTask):
 
     def _objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self.labels.semantic:
-            whole = [*(0, 0, 0), *(n - 1 for n in self.labels.shape)]
+            whole = [0, 0, 0, *(n - 1 for n in self.labels.shape)]
             ids, boxes = np.ones(1, np.uint64), np.array([whole], np.int64)
         elif self.table:
             ids, boxes = _boxes_of_table(Path(self.table), Multiscale.open(self.labels.location).levels[0].grid)
         else:
-            parts = list(united(len(self.lattice), lambda n: Partial.load(self.box_file(n)), {"boxes": 6}))
+            parts = list(sum_blocks(len(self.lattice), lambda n: BlockSums.load(self.box_file(n)), {"boxes": 6}))
             ids = np.concatenate([np.zeros(0, np.uint64), *(part.ids for part in parts)])
             boxes = np.concatenate([np.zeros((0, 6), np.int64), *(part.tables["boxes"] for part in parts)])
         if not self.ids:
             return ids, boxes
-        order = np.argsort(ids)
-        asked = np.unique(np.asarray(self.ids, np.uint64))
-        rows = order[np.minimum(np.searchsorted(ids[order], asked), max(0, len(ids) - 1))] if len(ids) else order
-        for label, row in zip(asked.tolist(), [*rows.tolist(), *([-1] * (len(asked) - len(rows)))], strict=True):
-            if row < 0 or int(ids[row]) != label:
+        chosen, rows, _ = np.intersect1d(ids, np.asarray(self.ids, np.uint64), return_indices=True)
+        for label in self.ids:
+            if label not in chosen:
                 raise unknown_name("object", str(label), map(str, ids[:1000].tolist()), self.labels.location)
         return ids[rows], boxes[rows]
 
 
-def _packed(ids: NDArray[np.uint64], boxes: NDArray[np.int64]) -> bytes:
-    return np.column_stack([ids.view(np.int64), boxes]).astype("<i8").tobytes()
-
-
 def _boxes_of_table(path: Path, grid: VoxelGrid) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Ids and boxes (voxels, both ends inside) that a table of instances says in nm; `InputError` where they are not in
-    the volume."""
+    """IDs and boxes (voxels, both ends inside) from an instance table in nm; `InputError` if outside the volume."""
     columns = read_columns(path, ("id", *_EDGES))
     edges = np.column_stack([columns[name] for name in _EDGES]).astype(np.float64)
     low = np.rint(grid.to_index(edges[:, :3]) + 0.5).astype(np.int64)
     high = np.rint(grid.to_index(edges[:, 3:]) - 0.5).astype(np.int64)
     if (low < 0).any() or (high >= grid.shape).any() or (high < low).any():
-        raise InputError(f"{path} has boxes outside the labels ({grid}); it is of other labels: decode them again")
+        raise InputError(f"{path} has boxes outside the labels ({grid}): it is of other labels; decode them again")
     return columns["id"].astype(np.uint64), np.hstack([low, high])
 
 
 class _Boxes(BlockWorker):
-    """Finds the boxes of what is in a block."""
+    """Finds the bounding boxes of the objects in a block."""
 
     def __init__(self, task: MeshTask) -> None:
         self._task, self._source = task, Multiscale.open(task.labels.location)
@@ -272,7 +243,7 @@ class _Boxes(BlockWorker):
         found = find_objects(labels.view(np.int32), len(ids))
         inner = [[*(s.start for s in box), *(s.stop - 1 for s in box)] for box in found]
         boxes = np.array(inner, np.int64).reshape(-1, 6) + np.array([*begin, *begin])
-        Partial(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
+        BlockSums(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
 
 
 class _Meshes(BlockWorker):
@@ -294,7 +265,7 @@ class _Meshes(BlockWorker):
             max_vertices=task.max_vertices,
         )
         write_mesh(task.folder, label, mesh, task.file_format)
-        note = {
+        row = {
             "id": label,
             "vertices": len(mesh.vertices),
             "faces": len(mesh.faces),
@@ -303,4 +274,4 @@ class _Meshes(BlockWorker):
             "stride_voxels": mesh.stride,
             "file": file_name(label, task.file_format),
         }
-        write_file(task.note_file(number), json.dumps(note).encode())
+        write_file(task.row_file(number), json.dumps(row).encode())

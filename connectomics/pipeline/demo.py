@@ -137,7 +137,7 @@ def prepare_demo(
             make_phantom(root, PhantomOptions(preset=preset))
         return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, shown, timings)
 
-    from connectomics.pipeline.demo_split import split_crops
+    from connectomics.pipeline.hold_out import hold_out
 
     data = data.resolve()
     if not (data / f"{data.name}.zarr").is_dir():
@@ -145,7 +145,7 @@ def prepare_demo(
     file = config or tutorial(data.name.replace("-", "_"))
     base = load_config(file, overrides)
     _start(out)
-    parts = split_crops(data.parent, out / "data", [data.name], base.dataset.classes)
+    parts = hold_out(data, out / "data", base.dataset.classes)
     split = out / "split.yaml"
     write_file(split, f"train: [{', '.join(parts.train)}]\nval: [{', '.join(parts.val)}]\n".encode())
     fixed = [f"dataset.data_root={parts.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]

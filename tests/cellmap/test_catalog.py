@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from connectomics.cellmap.annotation import Annotation
-from connectomics.cellmap.carve import carve
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, INSTANCE_CLASSES, get_class
 from connectomics.cellmap.crop_table import CropTable
@@ -29,6 +28,7 @@ from connectomics.errors import (
 )
 from connectomics.io import StoreOptions
 from connectomics.io.write import ensure_group
+from connectomics.pipeline.hold_out import hold_out
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.s3_server import FaultyProxy, FolderServer
 
@@ -266,8 +266,8 @@ def test_held_out_masks_of_instance_classes_become_instances(tmp_path: Path) -> 
     mask = np.zeros(shape, np.uint8)
     mask[2:4, 2:4, 64:66] = mask[5:7, 5:7, 72:75] = mask[2:6, 2:6, 5:9] = 1
     write_label(tmp_path / "root", "set-a", "crop1", "mito", mask, grid_of(shape))
-    carved = carve(tmp_path / "root", tmp_path / "out", ["set-a"], ["mito"])
-    truth = np.asarray(zarr.open_array(carved.truth / "crop13" / "mito", mode="r")[...])
+    held = hold_out(tmp_path / "root" / "set-a", tmp_path / "out", ["mito"])
+    truth = np.asarray(zarr.open_array(held.truth / "crop13" / "mito", mode="r")[...])
     assert truth.shape == (8, 8, 20)
     assert set(np.unique(truth)) == {0, 1, 2}
     np.testing.assert_array_equal(truth > 0, mask[:, :, 60:] > 0)

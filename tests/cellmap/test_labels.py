@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.cellmap.annotation import Annotation
-from connectomics.cellmap.carve import carve
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.cellmap.labels import read_instances, read_labels
@@ -20,6 +19,7 @@ from connectomics.cellmap.summary import label_counts
 from connectomics.data.sampling import foreground_points
 from connectomics.errors import InputError, MetadataError, UnknownNameError
 from connectomics.geometry import VoxelGrid
+from connectomics.pipeline.hold_out import hold_out
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 NAMES = ("mito_mem", "mito_lum", "mito_ribo", "mito", "er_mem", "er_lum", "er", "np_out", "np", "cyto")
@@ -158,7 +158,7 @@ def test_a_chunk_that_is_not_stored_is_the_fill_value_everywhere(tmp_path: Path)
     assert label_counts(crop.labels["mito"]) == {"present": 0, "absent": 0, "unknown": 512}
     assert len(foreground_points(crop, "mito", 0)) == 0
     with pytest.raises(InputError, match="unknown voxels"):
-        carve(tmp_path, tmp_path / "cut", ["set-a"], ["mito"])
+        hold_out(tmp_path / "set-a", tmp_path / "cut", ["mito"])
 
 
 def test_an_array_without_voxels_does_not_move_its_crop(tmp_path: Path) -> None:

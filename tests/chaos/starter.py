@@ -20,7 +20,7 @@ def main() -> None:
     import connectomics.lightning.module
     import connectomics.lightning.trainer
     import connectomics.models.monai_networks
-    import connectomics.morphology
+    import connectomics.pipeline.mesh
     import connectomics.pipeline.predict
     import connectomics.submission  # noqa: F401
 

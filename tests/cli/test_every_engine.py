@@ -25,8 +25,9 @@ from connectomics.decoding.blocks.mask import MaskTask
 from connectomics.decoding.blocks.stitched import StitchedTask
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask
-from connectomics.morphology import ContactSpec, mesh_tasks
-from connectomics.morphology.measure import measure_tasks
+from connectomics.morphology import ContactSpec
+from connectomics.pipeline.measure import measure_tasks
+from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.predict import prediction_tasks
 from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.tasks import open_engine, run_task

@@ -21,8 +21,9 @@ from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
-from connectomics.morphology import measure_tasks, mesh_tasks
 from connectomics.phantom import make_phantom
+from connectomics.pipeline.measure import measure_tasks
+from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.train import choose_run_dir, train
 from connectomics.pipeline.tune import tune

@@ -15,8 +15,9 @@ from connectomics.errors import IncompleteError, InputError, MetadataError, Miss
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.morphology import ContactSpec, measure_contacts, measure_instances, measure_labels
-from connectomics.morphology.surface_area import direction_shares
+from connectomics.morphology import ContactSpec, measure_contacts, measure_instances
+from connectomics.morphology.instances import direction_shares
+from connectomics.pipeline.measure import measure_labels
 
 START = (804.0, -102.5, 404.0)
 BLOCK = (5, 7, 6)

@@ -14,8 +14,9 @@ from connectomics.errors import InputError, MissingError, UnknownNameError, Writ
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.morphology import Mesh, MeshTask, mesh_labels, mesh_object, mesh_tasks
+from connectomics.morphology import Mesh, MeshTask, mesh_object
 from connectomics.morphology.mesh_files import read_ply
+from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 
 START = (804.25, -102.5, 404.13)
 

@@ -1,4 +1,4 @@
-"""Holding out a part of labelled crops."""
+"""Holding out test parts of labeled crops."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.cellmap.carve import carve
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_labels
 from connectomics.errors import InputError
 from connectomics.io.multiscale import PlainArray
+from connectomics.pipeline.hold_out import hold_out
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -24,13 +24,13 @@ def root_with(folder: Path, values: np.ndarray, *, unknown: int | None = 255) ->
 
 
 def test_the_parts_are_the_crop_in_states_and_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("connectomics.cellmap.carve._BLOCK", (8, 8, 8))  # several blocks a part
+    monkeypatch.setattr("connectomics.pipeline.hold_out._BLOCK", (8, 8, 8))  # several blocks a part
     rng = np.random.default_rng(0)
     values = rng.choice([0, 1, 255], (10, 10, 40)).astype(np.uint8)
     values[:, :, 30:] = rng.choice([0, 1], (10, 10, 10))  # the test part has nothing unknown
-    carved = carve(root_with(tmp_path / "all", values), tmp_path / "cut", ["set-a"], ["mito", "ld"])
-    assert (carved.train, carved.val) == (("set-a/crop71",), ("set-a/crop72",))
-    catalog = Catalog.open(str(carved.root))
+    held = hold_out(root_with(tmp_path / "all", values) / "set-a", tmp_path / "cut", ["mito", "ld"])
+    assert (held.train, held.val) == (("set-a/crop71",), ("set-a/crop72",))
+    catalog = Catalog.open(str(held.root))
     whole = read_labels(Catalog.open(str(tmp_path / "all")).crop("set-a", "crop7"), ["mito"], grid_of((10, 10, 40)))
     for name, where in (("crop71", slice(0, 24)), ("crop72", slice(24, 30))):
         crop = catalog.crop("set-a", name)
@@ -39,8 +39,8 @@ def test_the_parts_are_the_crop_in_states_and_places(tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(part.present, whole.present[..., where])
         counts = crop.labels["mito"].annotation.counts
         assert counts == {k: v for k, v in part.counts("mito").items() if k != "present"}
-    (entry,) = CropTable.load(carved.crop_table)
-    truth = PlainArray.open(carved.truth / "crop73/mito")
+    (entry,) = CropTable.load(held.crop_table)
+    truth = PlainArray.open(held.truth / "crop73/mito")
     assert truth.grid == entry.grid
     np.testing.assert_array_equal(truth.read(), values[:, :, 30:])
 
@@ -48,22 +48,13 @@ def test_the_parts_are_the_crop_in_states_and_places(tmp_path: Path, monkeypatch
 def test_nothing_is_left_of_what_cannot_be_cut(tmp_path: Path) -> None:
     values = np.full((4, 4, 20), 255, np.uint8)
     with pytest.raises(InputError, match="unknown voxels"):
-        carve(root_with(tmp_path / "all", values), tmp_path / "cut", ["set-a"], ["mito"])
+        hold_out(root_with(tmp_path / "all", values) / "set-a", tmp_path / "cut", ["mito"])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all"]
 
 
 def test_a_class_that_covers_only_a_part_makes_no_empty_arrays(tmp_path: Path) -> None:
     root = root_with(tmp_path / "all", np.ones((4, 4, 40), np.uint8))
     write_label(root, "set-a", "crop7", "ld", np.ones((4, 4, 8), np.uint8), grid_of((4, 4, 8)))
-    carved = carve(root, tmp_path / "cut", ["set-a"], ["mito", "ld"])
-    assert sorted(Catalog.open(str(carved.root)).crop("set-a", "crop72").labels) == ["mito"]
-    assert [e.class_name for e in CropTable.load(carved.crop_table)] == ["mito"]
-
-
-def test_crops_of_one_number_in_two_data_sets_are_refused(tmp_path: Path) -> None:
-    root = root_with(tmp_path / "all", np.ones((4, 4, 20), np.uint8))
-    grid = grid_of((4, 4, 20))
-    write_raw(root, "set-b", np.zeros(grid.shape, np.uint8), grid)
-    write_label(root, "set-b", "crop7", "mito", np.ones(grid.shape, np.uint8), grid)
-    with pytest.raises(InputError, match="crop7 is in several"):
-        carve(root, tmp_path / "cut", ["set-a", "set-b"], ["mito"])
+    held = hold_out(root / "set-a", tmp_path / "cut", ["mito", "ld"])
+    assert sorted(Catalog.open(str(held.root)).crop("set-a", "crop72").labels) == ["mito"]
+    assert [e.class_name for e in CropTable.load(held.crop_table)] == ["mito"]

@@ -1,0 +1,151 @@
+"""Hold out test data from a labeled data set: cut each crop into a training, a validation and a test part.
+
+For data that comes without test crops, as in ``pytc demo --data``. The result is a data root (raw is linked, labels are
+copied) with a crop table and ground truth in the challenge's layout, so the later steps work as for the challenge.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelArray
+from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.crop_table import CropTable, TableEntry
+from connectomics.errors import InputError
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.io.write import create_array, create_multiscale, ensure_group
+
+_SHARES = (0.6, 0.15, 0.25)  # training, validation, test
+_BLOCK = (256, 256, 256)  # voxels in memory at once
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Where the parts are: data root, crop table and ground truth of the test parts, keys of the other crops."""
+
+    root: Path
+    crop_table: Path
+    truth: Path
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+
+
+def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> HeldOut:
+    """Cut every crop of a data set along its longest side and write the parts to the new data root ``out``.
+
+    Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``.
+
+    Args:
+        dataset: local folder ``{root}/{dataset}``. classes: only these are copied; a crop needs at least one of them.
+
+    Raises:
+        InputError: ``out`` exists, or a test part has unknown voxels of a class, which the score cannot handle.
+    """
+    if out.exists():
+        raise InputError(f"{out} exists; delete it or choose another folder")
+    crops = Catalog.open(str(dataset.parent)).crops([dataset.name], None, classes)
+    part = out.with_name(out.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        train, val = _write(dataset.name, crops, part, classes)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return HeldOut(out, out / "test_crops.csv", out / "truth.zarr", train, val)
+
+
+def _write(
+    dataset: str, crops: Sequence[Crop], out: Path, classes: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write all parts; return the keys of the training and of the validation crops."""
+    zarr = out / dataset / f"{dataset}.zarr"
+    ensure_group(zarr / GROUND_TRUTH)
+    (zarr / EM).mkdir(parents=True)
+    (zarr / EM / "fibsem-uint8").symlink_to(Path(crops[0].raw).resolve(), target_is_directory=True)
+    entries: list[TableEntry] = []
+    written: set[int] = set()
+    for crop in crops:
+        number = 10 * int(crop.name.removeprefix("crop"))
+        for name in (name for name in classes if name in crop.labels):
+            for part, grid in enumerate(_parts(crop, crop.labels[name]), start=1):
+                if grid.size == 0:
+                    continue  # the class's array does not reach this part of the crop
+                written.add(number + part)
+                if part < 3:
+                    _copy(crop.labels[name], grid, zarr / GROUND_TRUTH / f"crop{number + part}" / name)
+                else:
+                    entries.append(TableEntry(number + part, dataset, name, grid))
+                    _copy_truth(crop.labels[name], entries[-1], out / "truth.zarr" / f"crop{number + part}" / name)
+    CropTable(tuple(entries)).save(out / "test_crops.csv")
+    train, val = (tuple(f"{dataset}/crop{n}" for n in sorted(written) if n % 10 == part) for part in (1, 2))
+    return train, val
+
+
+def _parts(crop: Crop, label: LabelArray) -> list[VoxelGrid]:
+    """Cut a label's grid at the world positions that are the same for every class of the crop."""
+    axis = int(np.argmax(crop.box.extent))
+    grid, length = label.grid, crop.box.extent[axis]
+    faces = [crop.box.begin[axis] + share * length for share in np.cumsum(_SHARES)[:-1]]
+    cuts = [round((face - grid.box.begin[axis]) / grid.voxel_size[axis]) for face in faces]
+    parts = []
+    for low, high in pairwise([0, *np.clip(cuts, 0, grid.shape[axis]).tolist(), grid.shape[axis]]):
+        first, shape = [0, 0, 0], list(grid.shape)
+        first[axis], shape[axis] = low, high - low
+        parts.append(grid.crop(first, shape))
+    return parts
+
+
+def _copy(label: LabelArray, part: VoxelGrid, location: Path) -> None:
+    counts = {"absent": 0, "unknown": 0}
+    for _, values in _blocks(label, part):
+        present, known = label.annotation.decode(values)
+        counts["absent"] += int((known & ~present).sum())
+        counts["unknown"] += int((~known).sum())
+    attrs = replace(label.annotation, counts=counts).to_attrs()
+    ensure_group(location.parent)
+    (writer,) = create_multiscale(location, [part], label.source.levels[0].dtype, attrs=attrs)
+    for begin, values in _blocks(label, part):
+        writer.write(begin, values)
+
+
+def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
+    """Write a test part in the scorer's layout.
+
+    If a class is scored by instances but was annotated as a mask, its 26-connected components are the instances; mask
+    and IDs of the part are then held in memory.
+    """
+    split = is_instance_class(entry.class_name) and label.annotation.kind == "semantic"
+    attrs = {"voxel_size": list(entry.grid.voxel_size), "translation": list(entry.grid.translation)}
+    ensure_group(location.parent)
+    dtype = np.dtype(np.uint32) if split else label.source.levels[0].dtype
+    writer = create_array(location, entry.grid.shape, dtype, attrs=attrs)
+    mask = np.zeros(entry.grid.shape if split else (0, 0, 0), bool)
+    for begin, values in _blocks(label, entry.grid):
+        present, known = label.annotation.decode(values)
+        if not known.all():
+            raise InputError(
+                f"{label.location}: the part to hold out for testing has unknown voxels, which the score cannot "
+                "handle; leave this class out"
+            )
+        if split:
+            mask[tuple(slice(b, b + n) for b, n in zip(begin, values.shape, strict=True))] = present
+        else:
+            writer.write(begin, np.where(present, values, 0).astype(values.dtype))
+    if split:
+        import cc3d
+
+        writer.write((0, 0, 0), cc3d.connected_components(mask, connectivity=26).astype(np.uint32))
+
+
+def _blocks(label: LabelArray, part: VoxelGrid) -> Iterator[tuple[Index, NDArray[Any]]]:
+    """Yield the stored values of a part of the label's grid: (begin in the part, values)."""
+    for begin, block in part.blocks(_BLOCK):
+        yield begin, label.read_stored(np.round(label.grid.to_index(block.translation)).astype(int), block.shape)

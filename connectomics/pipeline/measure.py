@@ -1,0 +1,206 @@
+"""Measure the labels of a folder: one table per class and one per contact, over all crops, with a summary.
+
+``{out}/{class}.csv`` (or ``.parquet``) has one row per instance, ``{out}/contacts_{A}_{B}_{NM}nm.csv`` one per instance
+of A, with or without contact. Each appears in one step when its last crop is measured; see
+`connectomics.morphology.MeasureTask` and `ContactsTask` for the columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from connectomics.config.schema import EngineConfig
+from connectomics.decoding.decode import find_arrays
+from connectomics.errors import MissingError, unknown_name
+from connectomics.geometry import Index
+from connectomics.io.location import local_path
+from connectomics.io.tables import check_format
+from connectomics.morphology.block_sums import BLOCK
+from connectomics.morphology.contacts import ContactSpec, halo_of
+from connectomics.morphology.label_volume import LabelVolume
+from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask, TableTask
+from connectomics.progress import Progress, silent
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.block_task import TASK_FILE
+
+#: Data set, crop and class of a label array.
+Place = tuple[str, str, str]
+
+
+def measure_labels(
+    labels_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    classes: Collection[str] | None = None,
+    datasets: Collection[str] | None = None,
+    crops: Collection[str] | None = None,
+    contacts: Sequence[ContactSpec] = (),
+    table_format: str = "csv",
+    block: Sequence[int] = BLOCK,
+    engine: EngineConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure the instances of a folder of labels, ``{dataset}.zarr/{crop}/{class}``, and write the tables.
+
+    A semantic class (attribute ``connectomics.kind``) is measured as one instance with ID 1. Arrays without that
+    attribute hold IDs. Unfinished tables of a killed run are completed; finished tables of the same labels are kept.
+    Memory: 20 bytes per voxel of a block (contacts: 30, with the halo), and 50 bytes per instance of a crop.
+
+    Args:
+        classes, datasets, crops: only these; by default all. Contacts may name other classes than ``classes``.
+        contacts: contacts to measure in every crop that has both classes.
+        table_format: ``csv`` or ``parquet``.
+        block: voxels to read at once, z y x; choose smaller blocks for contacts over a large distance.
+        engine: the processes that work; None: this process.
+        overwrite: replace tables of other labels, and start over.
+
+    Returns:
+        For JSON: ``labels``, and lists ``classes`` and ``contacts`` with the totals of each table and its ``file``.
+
+    Raises:
+        MissingError: no labels there, or no crop has both classes of a contact. UnknownNameError: a class, data set or
+            crop does not exist. IncompleteError: labels are half written. MetadataError: not labels. InputError: the
+            contact distance is too far, or the format is unknown. WriteError: the output holds something else. All of
+            these are raised before anything is measured. BlocksFailedError, EngineError.
+    """
+    tasks = measure_tasks(
+        labels_dir,
+        output_dir,
+        classes=classes,
+        datasets=datasets,
+        crops=crops,
+        contacts=contacts,
+        table_format=table_format,
+        block=block,
+    )
+    return {"labels": str(labels_dir), **measure_tables(tasks, engine=engine, overwrite=overwrite, progress=progress)}
+
+
+def measure_tables(
+    tasks: Sequence[TableTask],
+    *,
+    engine: EngineConfig | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Run what is missing of the tasks of `measure_tasks`; arguments, result and errors as in `measure_labels`.
+
+    Args:
+        resume: raise `MissingError` if none of the tasks was started. With ``overwrite``: keep their output.
+    """
+    if resume and not overwrite and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
+        raise nothing_to_resume(tasks[0].path.parent)
+    for task in tasks:
+        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
+    with open_engine(engine) as workers:
+        for task in tasks:
+            if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):
+                task.clean()
+    found = [(task, json.loads(task.summary_file.read_text()) | {"file": str(task.path)}) for task in tasks]
+    return {
+        "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],
+        "contacts": [summary for task, summary in found if isinstance(task, ContactsTask)],
+    }
+
+
+def measure_tasks(
+    labels_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    classes: Collection[str] | None = None,
+    datasets: Collection[str] | None = None,
+    crops: Collection[str] | None = None,
+    contacts: Sequence[ContactSpec] = (),
+    table_format: str = "csv",
+    block: Sequence[int] = BLOCK,
+) -> list[TableTask]:
+    """Return the tasks of `measure_labels`, one per table; same arguments and errors. Writes nothing."""
+    root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
+    check_format(f"table.{table_format}")
+    places = find_labels(root, datasets, crops)
+    known = {name for _, _, name in places}
+    for name in [*(classes or ()), *(n for spec in contacts for n in (spec.of, spec.to))]:
+        if name not in known:
+            raise unknown_name("class", name, known, str(root))
+    opened: dict[Place, LabelVolume] = {}
+
+    def volumes(some: Sequence[Place]) -> tuple[LabelVolume, ...]:
+        for place in some:
+            opened[place] = opened.get(place) or open_labels(root, place)
+        return tuple(opened[place] for place in some)
+
+    z, y, x = (int(n) for n in block)
+    tasks: list[TableTask] = [
+        MeasureTask(
+            class_name=name,
+            inputs=volumes([place for place in places if place[2] == name]),
+            output=str(out / f"{name}.{table_format}"),
+            block_shape=(z, y, x),
+        )
+        for name in sorted(known)
+        if not classes or name in classes
+    ]
+    for spec in contacts:
+        both = [place for place in places if place[2] == spec.of and (*place[:2], spec.to) in places]
+        if not both:
+            raise MissingError(f"contact {spec}: no crop in {root} holds both classes")
+        inputs = volumes(both)
+        tasks.append(
+            ContactsTask(
+                of=spec.of,
+                to=spec.to,
+                nm=spec.nm,
+                inputs=inputs,
+                others=volumes([(*place[:2], spec.to) for place in both]),
+                output=str(out / f"contacts_{spec.of}_{spec.to}_{spec.nm:g}nm.{table_format}"),
+                block_shape=_contact_block((z, y, x), inputs, spec.nm),
+            )
+        )
+    return tasks
+
+
+def find_labels(root: Path, datasets: Collection[str] | None, crops: Collection[str] | None) -> list[Place]:
+    """Return the label arrays of a folder, only of these data sets and crops (by default all).
+
+    Raises:
+        MissingError: no labels there. UnknownNameError: a data set or crop does not exist.
+    """
+    places = list(find_arrays(root))
+    if not places:
+        raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
+    for what, index, wanted in (("data set", 0, datasets), ("crop", 1, crops)):
+        existing = {place[index] for place in places}
+        for name in wanted or ():
+            if name not in existing:
+                raise unknown_name(what, name, existing, str(root))
+        places = [place for place in places if not wanted or place[index] in wanted]
+    return places
+
+
+def open_labels(root: Path, place: Place) -> LabelVolume:
+    """Return one label volume of a folder; errors as `LabelVolume.open`."""
+    dataset, crop, name = place
+    return LabelVolume.open(dataset, crop, os.path.abspath(root / f"{dataset}.zarr" / crop / name))
+
+
+def nothing_to_resume(folder: Path) -> MissingError:
+    """Return the error of ``--resume`` if no output was started."""
+    return MissingError(f"--resume: no unfinished output of this command in {folder}; leave --resume out to start")
+
+
+def named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
+    """Return a progress for `run_task` that reports the blocks of every stage under the name of the task."""
+    return lambda stage, done, total: progress(done, total, name)
+
+
+def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:
+    """Halve the block where its halo would be wider than a quarter of it: then 3.4 times as much is read at most."""
+    halos = [halo_of(labels.grid, nm).tolist() for labels in inputs]
+    z, y, x = (b // 2 if b > 64 and 4 * max(h) > b else b for b, h in zip(block, zip(*halos, strict=True), strict=True))
+    return z, y, x
