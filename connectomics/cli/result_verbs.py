@@ -117,7 +117,7 @@ def score(
             classes=class_name,
             crop_names=crop,
             rules=chosen,
-            progress=lambda done, number, crop, name: advance(done, number, f"{crop}/{name}"),
+            progress=advance,
         )
     for warning in result.warnings:
         print(f"warning: {warning}", file=sys.stderr)
