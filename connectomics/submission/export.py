@@ -9,12 +9,11 @@ with errors does not replace another.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,14 @@ from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
+from connectomics.machine import usable_cores
+from connectomics.progress import Progress
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
 from connectomics.submission.sources import Source, find_source, list_sources, own_table
 from connectomics.tasks.lock import leading
 
-#: Told after each array that is written, and again after each that is checked: how many are done, how many there are,
-#: and which one it was.
-Progress = Callable[[int, int, str], None]
 _MISSING = ("missing-crop", "missing-class")
 _WORK = ("data", "state.json", "submission.zip")  # what the working folder holds
 
@@ -165,7 +163,7 @@ def export_submission(
     ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
     work = target.with_name(target.name + ".partial")
     with leading(work):
-        resumed = _write_arrays(work, jobs, workers or min(8, os.cpu_count() or 1), progress)
+        resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
         findings = _validated(made, table, progress) if validate else []
         path, kept = _put(made, work, target, findings)

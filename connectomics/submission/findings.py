@@ -1,25 +1,26 @@
-"""What a check of a submission says: one finding, one line."""
+"""Results of a submission check: one finding, one line."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from connectomics.config.values import plain
 
 Severity = Literal["error", "warning", "info"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check found.
+    """One problem that a check found.
 
     Attributes:
-        severity: ``error``: refused, or scored as if nothing were there; ``warning``: probably not what is meant;
+        severity: ``error``: refused, or scored as if nothing were there; ``warning``: probably a mistake;
             ``info``: worth knowing.
         rule: short name of the check (``missing-class``), for filtering.
         path: in the archive; ``.`` is the archive itself.
         found, expected: what is there and what should be.
-        what_to_do: how to mend it.
+        what_to_do: how to fix it.
     """
 
     severity: Severity
@@ -30,8 +31,18 @@ class Finding:
     what_to_do: str
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.path}: found {self.found}, expected {self.expected}; {self.what_to_do}"
+        return f"{self.severity}: {self.path}: expected {self.expected}, got {self.found}; {self.what_to_do}"
 
-    def to_dict(self) -> dict[str, str]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, for JSON."""
+        return plain(self)
+
+
+def error(rule: str, path: str, found: str, expected: str, what_to_do: str) -> Finding:
+    """Return a finding of severity ``error``."""
+    return Finding("error", rule, path, found, expected, what_to_do)
+
+
+def warning(rule: str, path: str, found: str, expected: str, what_to_do: str) -> Finding:
+    """Return a finding of severity ``warning``."""
+    return Finding("warning", rule, path, found, expected, what_to_do)

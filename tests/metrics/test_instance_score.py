@@ -137,7 +137,7 @@ def test_nan_is_background_counted_and_warned_of() -> None:
         (np.zeros((4, 4, 4)), np.zeros((4, 4, 5), int), r"\(4, 4, 4\) and \(4, 4, 5\)"),
         (np.zeros((0, 4, 4)), np.zeros((0, 4, 4), int), "empty"),
         (np.zeros((2, 2, 2), complex), np.zeros((2, 2, 2), int), "complex128"),
-        (np.zeros((2, 2, 2)), np.full((2, 2, 2), -1), "positive, found -1"),
+        (np.zeros((2, 2, 2)), np.full((2, 2, 2), -1), "positive, got -1"),
         (np.zeros((2, 2, 2)), np.full((2, 2, 2), 0.5), "fractions"),
         (np.zeros((2, 2, 2)), np.full((2, 2, 2), 1 << 63, np.uint64), "below 2"),
         (np.zeros((2, 2, 2)), np.array(["a"] * 8).reshape(2, 2, 2), "dtype"),
@@ -228,9 +228,9 @@ def test_the_memory_budget_lets_a_large_task_run_alone() -> None:
 
 
 def test_matching_without_a_node_for_every_absent_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    from connectomics.metrics.challenge import matching
+    from connectomics.metrics.challenge import scoring
 
     pred, truth = volumes(5, (14, 14, 14), 8, "uint8")
     expected = score_instance(pred, truth, (8, 8, 8))
-    monkeypatch.setattr(matching, "_MAX_NODES", 0)
+    monkeypatch.setattr(scoring, "_MAX_NODES", 0)
     assert score_instance(pred, truth, (8, 8, 8)).to_dict() == expected.to_dict()

@@ -1,7 +1,7 @@
-"""A submitted array onto the truth's grid, exactly as the official scorer does it, float rounding included.
+"""Put a submitted array onto the ground truth's grid exactly as the official scorer does, float rounding included.
 
-The rule (RULES.md, "Onto the truth's grid") compares translations of first voxels on a floored lattice, not centres, so
-it can shift by a voxel at sizes such as 1.74 nm. It is reproduced here and used nowhere else in this project.
+The official rule compares translations of first voxels on a floored lattice, not centers, so it can shift by a voxel at
+sizes such as 1.74 nm. Nothing else in this project uses it.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from connectomics.errors import InputError, MetadataError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.metrics.challenge.rules import Rules
 
+#: Attributes in which the official scorer looks for a grid, in this order; the last three entries count.
+VOXEL_SIZE_NAMES = ("voxel_size", "resolution", "scale")
+TRANSLATION_NAMES = ("translation", "offset")
 _SEMANTIC_THRESHOLD = 0.5
 
 
 class Readable(Protocol):
-    """An array on disk that is read by blocks."""
+    """An array that is read block by block; ``where`` names it in messages."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     where: str
 
     def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
-        """A block, or everything."""
+        """Return a block (all of it by default)."""
         ...
 
 
 @dataclass(frozen=True)
 class Source:
-    """A submitted label: its array and what its attributes say of where it lies (nm, z y x; None where they do not)."""
+    """A submitted label: its array and its position (nm, z y x) as its attributes state it, None if they do not."""
 
     array: Readable
     voxel_size: Triple | None
@@ -43,14 +46,14 @@ class Source:
 
 
 def source_of(array: Readable, attrs: Mapping[str, Any]) -> Source:
-    """A label by the attributes ``voxel_size`` / ``resolution`` / ``scale`` and ``translation`` / ``offset``.
+    """Return a label with the position that its attributes state.
 
-    The last three entries count. Raises `MetadataError` where they are not three finite (positive) numbers.
+    Raises `MetadataError` if an attribute is not three finite numbers, or a voxel size is not positive.
     """
-    size = _last_three(attrs, ("voxel_size", "resolution", "scale"), array.where)
+    size = _last_three(attrs, VOXEL_SIZE_NAMES, array.where)
     if size is not None and min(size) <= 0:
-        raise MetadataError(f"{array.where}: voxel_size must be positive, found {list(size)}")
-    return Source(array, size, _last_three(attrs, ("translation", "offset"), array.where))
+        raise MetadataError(f"{array.where}: voxel_size must be positive, got {list(size)}")
+    return Source(array, size, _last_three(attrs, TRANSLATION_NAMES, array.where))
 
 
 def _last_three(attrs: Mapping[str, Any], names: tuple[str, ...], where: str) -> Triple | None:
@@ -62,15 +65,15 @@ def _last_three(attrs: Mapping[str, Any], names: tuple[str, ...], where: str) ->
     except (TypeError, ValueError):
         values = ()
     if len(values) != 3 or not all(map(math.isfinite, values)):
-        raise MetadataError(f"{where}: attribute {name!r} must be three numbers (z y x, nm), found {attrs[name]!r}")
+        raise MetadataError(f"{where}: attribute {name!r} must be three numbers (z y x, nm), got {attrs[name]!r}")
     return values[0], values[1], values[2]
 
 
 class Aligned:
-    """A submitted label seen on the truth's grid; outside the submission it is 0.
+    """A submitted label on the ground truth's grid, a `Readable`; outside the submission it is 0.
 
-    ``is_direct`` tells whether blocks come straight from the stored array (same voxel size), so that they can be read
-    one by one; otherwise the whole array is resampled at the first `read`.
+    With the same voxel size, blocks come directly from the stored array; otherwise the first `read` resamples the whole
+    array. ``resample_bytes`` is the memory that this takes.
 
     Raises `InputError` for another rank than three and for more than 16^3 times the target's voxels.
     """
@@ -78,40 +81,39 @@ class Aligned:
     def __init__(self, source: Source, grid: VoxelGrid, is_instance: bool, rules: Rules) -> None:
         array = source.array
         if len(array.shape) != 3:
-            raise InputError(f"{array.where}: expected three dimensions (z y x), found shape {array.shape}")
+            raise InputError(f"{array.where}: expected three dimensions (z y x), got shape {array.shape}")
         if math.prod(array.shape) > rules.max_size_ratio * grid.size:
             raise InputError(
                 f"{array.where}: {array.shape} voxels are more than {rules.max_size_ratio} times the {grid.shape} of "
                 f"the crop; write it at a voxel size nearer to {list(grid.voxel_size)} nm"
             )
-        self._array, self._grid, self._is_instance = array, grid, is_instance
+        self._array, self._is_instance, self.where = array, is_instance, array.where
         self._scale: NDArray[np.float64] | None = None
         own, target = np.asarray(source.voxel_size or (), dtype=float), np.asarray(grid.voxel_size)
         if own.size and not np.allclose(own, target):
             self._scale = own / target
-        self.shape = grid.shape
+        self.shape: tuple[int, ...] = grid.shape
         self.dtype = array.dtype if self._scale is None or is_instance else np.dtype(bool)
-        self.is_direct = self._scale is None
-        #: Bytes that resampling takes at once, 0 where there is none: the finer of both volumes, in float64 where
-        #: scikit-image interpolates (its input, its smoothing and its result), else twice as it is stored.
+        # The finer of both volumes: in float64 if scikit-image interpolates (input, smoothing, result), else twice as
+        # stored.
         self.resample_bytes = 0
         if self._scale is not None:
             each = 2 * array.dtype.itemsize if is_instance and array.dtype.kind != "f" else 24
             self.resample_bytes = each * max(math.prod(array.shape), grid.size)
         self._whole: NDArray[Any] | None = None
         shape = self._resampled_shape()
-        # Where image voxel 0 lies on the target's grid: centred where nothing says otherwise, then the offset.
-        centred = [0, 0, 0]
+        # Place voxel 0 of the image on the target's grid: centered if there is no voxel size, then moved by the offset.
+        centered = [0, 0, 0]
         visible = list(shape)
         if source.voxel_size is None:
-            centred = [_centred(own_n, n) for own_n, n in zip(shape, grid.shape, strict=True)]
+            centered = [_centered(own_n, n) for own_n, n in zip(shape, grid.shape, strict=True)]
             visible = list(grid.shape)
         offset = [0, 0, 0] if source.translation is None else _offset(source.translation, grid)
-        self._first = [c + o for c, o in zip(centred, offset, strict=True)]
-        # A centred image is cut to the target's shape before the offset moves it.
+        self._first = [c + o for c, o in zip(centered, offset, strict=True)]
+        # A centered image is cut to the target's shape before the offset moves it.
         self._window = [
             (max(o, o + c, 0), min(o + v, o + c + s, n))
-            for o, c, v, s, n in zip(offset, centred, visible, shape, grid.shape, strict=True)
+            for o, c, v, s, n in zip(offset, centered, visible, shape, grid.shape, strict=True)
         ]
 
     def _resampled_shape(self) -> tuple[int, ...]:
@@ -119,9 +121,9 @@ class Aligned:
             return self._array.shape
         return tuple(int(n) for n in np.maximum(np.round(self._scale * np.asarray(self._array.shape)), 1))
 
-    def read(self, begin: tuple[int, int, int] = (0, 0, 0), shape: tuple[int, int, int] | None = None) -> NDArray[Any]:
-        """A block of the target's grid (all of it by default), in the type ``dtype``."""
-        size = self.shape if shape is None else shape
+    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
+        """Return a block of the target's grid (all of it by default), of type ``dtype``."""
+        begin, size = begin or (0, 0, 0), shape or self.shape
         lo = [max(b, w[0]) for b, w in zip(begin, self._window, strict=True)]
         hi = [min(b + n, w[1]) for b, n, w in zip(begin, size, self._window, strict=True)]
         if any(h <= low for low, h in zip(lo, hi, strict=True)):
@@ -136,8 +138,8 @@ class Aligned:
         return out
 
     def _block(self, first: list[int], length: list[int]) -> NDArray[Any]:
-        """A block of the (resampled) submission itself."""
-        if self.is_direct:
+        """Return a block of the (resampled) submission itself."""
+        if self._scale is None:
             return self._array.read(first, length)
         if self._whole is None:
             self._whole = self._resample(self._array.read())
@@ -155,7 +157,7 @@ class Aligned:
             return np.asarray(rescale(image, self._scale, order=0, mode="constant", preserve_range=True)).astype(
                 image.dtype
             )
-        # Nearest neighbours are separable: one index per axis from skimage itself instead of float64 volumes.
+        # Nearest neighbors are separable: one index per axis from skimage itself instead of float64 volumes.
         for axis, n in enumerate(self._resampled_shape()):
             places = np.arange(1, image.shape[axis] + 1, dtype=np.float64)
             index = resize(places, (n,), order=0, mode="constant", preserve_range=True, anti_aliasing=False)
@@ -165,13 +167,13 @@ class Aligned:
         return image
 
 
-def _centred(own: int, target: int) -> int:
-    """Where the first voxel comes to lie when an axis is cropped or padded about its middle."""
+def _centered(own: int, target: int) -> int:
+    """Return the position of the first voxel if an axis is cropped or padded around its middle."""
     return (target - own) // 2 if own < target else -((own - target) // 2)
 
 
 def _offset(translation: Triple, grid: VoxelGrid) -> list[int]:
-    """The official offset in voxels: own translation floored to multiples of the voxel size, difference truncated."""
+    """Return the official offset in voxels: own translation floored to whole voxels, difference truncated."""
     size = np.asarray(grid.voxel_size, dtype=float)
     difference = (np.asarray(translation, dtype=float) // size) * size - np.asarray(grid.translation, dtype=float)
     return [int(v) for v in (np.abs(difference) // size) * np.sign(difference)]

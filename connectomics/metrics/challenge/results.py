@@ -1,14 +1,15 @@
-"""What a score is: per crop and class, per class, and in all. Frozen values that turn into plain dictionaries."""
+"""Score values: per crop and class, per class, and in total, and how they pool."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.config.values import plain
 from connectomics.geometry import Triple
 from connectomics.metrics.challenge.rules import RULES, Rules
 
@@ -20,8 +21,7 @@ FAILED = "matching_failed"
 
 @dataclass(frozen=True)
 class Panoptic:
-    """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs of IoU above 1/2. An extra output, but
-    where the rules say that it is the score."""
+    """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs with IoU above 1/2."""
 
     tp: int = 0
     fp: int = 0
@@ -33,28 +33,28 @@ class Panoptic:
 
     @classmethod
     def of_segment(cls, tp: int, fp: int, fn: int) -> Panoptic:
-        """Of voxel counts of one segment: a semantic class in a crop."""
+        """Return the counts of one segment (a semantic class in a crop) from its voxel counts."""
         iou = tp / (tp + fp + fn) if tp else 0.0
         return cls(1, iou_sum=iou) if iou > 0.5 else cls(fp=int(tp + fp > 0), fn=int(tp + fn > 0))
 
     @property
     def quality(self) -> float:
-        """Sum of IoU / (tp + fp/2 + fn/2); 1 where nothing is anywhere."""
+        """Sum of IoU / (tp + fp/2 + fn/2); 1 if both are empty."""
         weight = self.tp + (self.fp + self.fn) / 2
         return self.iou_sum / weight if weight else 1.0
 
     def to_dict(self) -> dict[str, float | int]:
-        """``pq``, ``tp``, ``fp``, ``fn``, ``iou_sum``."""
-        return {"pq": self.quality, "tp": self.tp, "fp": self.fp, "fn": self.fn, "iou_sum": self.iou_sum}
+        """Return ``pq``, ``tp``, ``fp``, ``fn``, ``iou_sum``."""
+        return {"pq": self.quality, **plain(self)}
 
 
 @dataclass(frozen=True)
 class InstanceTable:
-    """What became of every truth instance, in order of its id; arrays of one length (T,).
+    """Every ground-truth instance and its match, in order of its id; arrays of one length (T,).
 
-    ``prediction`` is the prediction's own value under the matched component ``component`` (both 0 where unmatched),
-    ``iou`` their intersection over union (0 where unmatched), ``distance`` the rule's Hausdorff distance in nm
-    (float32, capped), ``voxels`` the truth's size.
+    ``prediction`` is the predicted value of the matched component ``component`` (both 0 if unmatched), ``iou`` their
+    intersection over union (0 if unmatched), ``distance`` the rules' Hausdorff distance (nm, float32, capped),
+    ``voxels`` the size of the ground-truth instance.
     """
 
     truth: NDArray[np.int64]
@@ -65,7 +65,7 @@ class InstanceTable:
     voxels: NDArray[np.int64]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per truth instance: truth, prediction, component, iou, distance_nm, voxels."""
+        """Return one dictionary per instance: truth, prediction, component, iou, distance_nm, voxels."""
         columns = (self.truth, self.prediction, self.component, self.iou, self.distance, self.voxels)
         names = ("truth", "prediction", "component", "iou", "distance_nm", "voxels")
         return [dict(zip(names, row, strict=True)) for row in zip(*(c.tolist() for c in columns), strict=True)]
@@ -75,10 +75,9 @@ class InstanceTable:
 class InstanceScore:
     """The score of one class scored as instances in one crop, before pooling.
 
-    ``hausdorff_norm_sum`` is the sum of ``n_hausdorff`` mapped distances in [0, 1]: one per truth instance and one per
-    unmatched prediction. ``instances`` and ``panoptic`` are additional outputs; ``nan_voxels`` counts NaN in the
-    prediction, which were taken for background. ``sums`` has ``hausdorff_norm_sum`` by other rules too, where asked
-    for; all else is the same for them.
+    ``hausdorff_norm_sum`` is the sum of ``n_hausdorff`` mapped distances in [0, 1]: one per ground-truth instance and
+    one per unmatched prediction. ``nan_voxels`` counts NaN in the prediction, which count as background. ``sums`` has
+    ``hausdorff_norm_sum`` by the version of the rules, if other rules were compared; nothing else differs.
     """
 
     tp: int
@@ -95,26 +94,17 @@ class InstanceScore:
     sums: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official scorer's entries; with more than those under ``panoptic`` and, where not 0, ``nan_voxels``."""
-        entries: dict[str, Any] = {
-            "tp": self.tp,
-            "fp": self.fp,
-            "fn": self.fn,
-            "hausdorff_norm_sum": self.hausdorff_norm_sum,
-            "n_hausdorff": self.n_hausdorff,
-            "status": self.status,
-        }
-        if self.panoptic is not None:
-            entries["panoptic"] = self.panoptic.to_dict()
-        if self.nan_voxels:
-            entries["nan_voxels"] = self.nan_voxels
-        return entries
+        """Return the official scorer's entries, ``panoptic``, and ``nan_voxels`` if not 0."""
+        return _entries(self, "tp", "fp", "fn", "hausdorff_norm_sum", "n_hausdorff", "status")
 
 
 @dataclass(frozen=True)
 class SemanticScore:
-    """Voxel counts of one class in one crop; ``nan_voxels`` counts NaN in the prediction (background). Where nothing
-    was submitted the counts do not tell whether the truth has a voxel of the class: ``annotated`` does."""
+    """Voxel counts of one class in one crop.
+
+    ``nan_voxels`` counts NaN in the prediction, which count as background. ``annotated`` says whether the ground truth
+    has a voxel of the class; for a missing label the counts do not tell.
+    """
 
     tp: int
     fp: int
@@ -125,23 +115,28 @@ class SemanticScore:
 
     @property
     def panoptic(self) -> Panoptic:
-        """The crop as one segment."""
+        """Return the counts of the crop as one segment."""
         if self.status == MISSING:
             return Panoptic(fn=int(self.annotated))
         return Panoptic.of_segment(self.tp, self.fp, self.fn)
 
     def to_dict(self) -> dict[str, Any]:
-        """The official scorer's entries, ``panoptic``, and ``nan_voxels`` where not 0."""
-        entries: dict[str, Any] = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "status": self.status}
-        entries["panoptic"] = self.panoptic.to_dict()
-        if self.nan_voxels:
-            entries["nan_voxels"] = self.nan_voxels
-        return entries
+        """Return the official scorer's entries, ``panoptic``, and ``nan_voxels`` if not 0."""
+        return _entries(self, "tp", "fp", "fn", "status")
+
+
+def _entries(score: InstanceScore | SemanticScore, *names: str) -> dict[str, Any]:
+    entries = {name: getattr(score, name) for name in names}
+    if score.panoptic is not None:
+        entries["panoptic"] = score.panoptic.to_dict()
+    if score.nan_voxels:
+        entries["nan_voxels"] = score.nan_voxels
+    return entries
 
 
 @dataclass(frozen=True)
 class LabelResult:
-    """The score of one class in one crop, and what it belongs to; ``by_quality`` as in `Rules`."""
+    """The score of one class in one crop, with its place; ``by_quality`` as in `Rules`."""
 
     crop: str
     class_name: str
@@ -153,7 +148,7 @@ class LabelResult:
     by_quality: bool = False
 
     def by_rules(self, rules: Rules) -> LabelResult:
-        """The same by other rules, of which ``sums`` says what differs."""
+        """Return the same result by other rules; ``sums`` holds what differs."""
         score = self.score
         if isinstance(score, InstanceScore):
             total = score.sums.get(rules.version, score.hausdorff_norm_sum)
@@ -161,7 +156,7 @@ class LabelResult:
         return replace(self, score=score, by_quality=rules.by_quality)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in the official results file."""
+        """Return the entries of the official results file."""
         return {
             **self.score.to_dict(),
             "num_voxels": self.num_voxels,
@@ -174,10 +169,9 @@ class LabelResult:
 class ClassScore:
     """One class pooled over crops.
 
-    For classes scored as instances: ``f1``, ``hausdorff`` (mean mapped distance) and ``combined`` (their geometric
-    mean); for the others ``iou``; for all ``panoptic``, which is the score where ``by_quality``. What does not belong
-    to the kind is None. ``n_missing`` and ``n_skipped`` of the ``n_crops`` were not submitted, or dropped for too many
-    instances.
+    Classes scored as instances have ``f1``, ``hausdorff`` (mean mapped distance) and ``combined`` (their geometric
+    mean), others ``iou``; the rest is None. All have ``panoptic``, which is the score if ``by_quality``. Of the
+    ``n_crops``, ``n_missing`` were not submitted and ``n_skipped`` were dropped for too many instances.
     """
 
     class_name: str
@@ -196,12 +190,12 @@ class ClassScore:
 
     @property
     def is_instance(self) -> bool:
-        """Whether the class is scored as instances."""
+        """Return whether the class is scored as instances."""
         return self.combined is not None
 
     @property
     def score(self) -> float:
-        """What enters the overall score: ``combined`` or ``iou``, or by rules of quality that of ``panoptic``."""
+        """Return what enters the overall score: ``combined`` or ``iou``, or the quality of ``panoptic``."""
         if self.by_quality and self.panoptic is not None:
             return self.panoptic.quality
         value = self.combined if self.combined is not None else self.iou
@@ -209,16 +203,12 @@ class ClassScore:
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """The official entries of ``label_scores``, and ``score`` and ``panoptic_quality``."""
-        counts = {"tp": self.tp, "fp": self.fp, "fn": self.fn, "score": self.score}
-        entries = {"iou": self.iou, **counts}
+        """Return the official entries of ``label_scores``, ``score`` and ``panoptic_quality``."""
+        entries: dict[str, Any] = {"iou": self.iou}
         if self.is_instance:
-            entries = {
-                "f1": self.f1,
-                "normalized_hausdorff_distance": self.hausdorff,
-                "combined_score": self.combined,
-                **counts,
-            }
+            ratios = (self.f1, self.hausdorff, self.combined)
+            entries = dict(zip(("f1", "normalized_hausdorff_distance", "combined_score"), ratios, strict=True))
+        entries |= {"tp": self.tp, "fp": self.fp, "fn": self.fn, "score": self.score}
         if self.panoptic is not None:
             entries["panoptic_quality"] = self.panoptic.quality
         return entries
@@ -226,11 +216,11 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Totals:
-    """Scores pooled per class, and the overall numbers made of them.
+    """Scores pooled per class, and the overall numbers.
 
-    ``instance`` and ``semantic`` are plain means over classes of their kind, ``overall`` their geometric mean, or by
-    rules of quality the plain mean over all classes. A kind of which no class was asked for has None (and ``overall``
-    then too, by rules of another kind); one of which nothing was submitted has 0.
+    ``instance`` and ``semantic`` are plain means over the classes of their kind, ``overall`` their geometric mean (by
+    Panoptic Quality the plain mean over all classes). A kind without a requested class is None, and ``overall`` too
+    unless it is by Panoptic Quality; a kind of which nothing was submitted is 0.
     """
 
     classes: dict[str, ClassScore]
@@ -239,7 +229,7 @@ class Totals:
     overall: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """``label_scores``, ``overall_instance_score``, ``overall_semantic_score``, ``overall_score``."""
+        """Return ``label_scores``, ``overall_instance_score``, ``overall_semantic_score``, ``overall_score``."""
         return {
             "label_scores": {name: score.to_dict() for name, score in self.classes.items()},
             "overall_instance_score": self.instance,
@@ -250,8 +240,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class SubmissionScore:
-    """A whole submission's score: every crop and class, and both totals (missing labels counted; submitted only).
-    ``by_rules`` has the totals by all rules, missing labels counted, where they were compared."""
+    """The score of a submission: every crop and class, and both totals (with missing labels, and without).
+
+    ``by_rules`` has the totals by all rules, missing labels counted, if they were compared.
+    """
 
     results: tuple[LabelResult, ...]
     totals: Totals
@@ -264,32 +256,11 @@ class SubmissionScore:
 
     @property
     def overall_score(self) -> float | None:
-        """Overall score with missing labels counted."""
+        """Return the overall score with missing labels counted."""
         return self.totals.overall
 
-    @property
-    def overall_instance_score(self) -> float | None:
-        """Mean of the combined scores with missing labels counted."""
-        return self.totals.instance
-
-    @property
-    def overall_semantic_score(self) -> float | None:
-        """Mean IoU with missing labels counted."""
-        return self.totals.semantic
-
-    @property
-    def label_scores(self) -> dict[str, ClassScore]:
-        """Per-class scores with missing labels counted."""
-        return self.totals.classes
-
-    @property
-    def num_evals_done(self) -> int:
-        """Number of (crop, class) results."""
-        return len(self.results)
-
     def to_dict(self) -> dict[str, Any]:
-        """The official results file's layout, and ``submitted_only``, ``rules``, ``verified``, ``by_rules``,
-        ``warnings``."""
+        """Return the official results file, and what this project adds: both totals, rules and warnings."""
         crops: dict[str, Any] = {}
         for result in self.results:
             crops.setdefault(result.crop, {})[result.class_name] = result.to_dict()
@@ -297,7 +268,7 @@ class SubmissionScore:
             **crops,
             **self.totals.to_dict(),
             "total_evals": self.total_evals,
-            "num_evals_done": self.num_evals_done,
+            "num_evals_done": len(self.results),
             "submitted_only": self.submitted_only.to_dict(),
             "rules": self.rules,
             "verified": self.verified,
@@ -306,14 +277,29 @@ class SubmissionScore:
         }
 
     @property
+    def overall_instance_score(self) -> float | None:
+        """Return the mean of the combined scores with missing labels counted."""
+        return self.totals.instance
+
+    @property
+    def overall_semantic_score(self) -> float | None:
+        """Return the mean IoU with missing labels counted."""
+        return self.totals.semantic
+
+    @property
+    def label_scores(self) -> dict[str, ClassScore]:
+        """Return the scores per class with missing labels counted."""
+        return self.totals.classes
+
+    @property
     def moves(self) -> list[RulesRow]:
-        """The overall score by each of the rules that were compared, and how far it moves."""
+        """Return the overall score by each of the compared rules, and how far it moves."""
         return moves({name: totals.overall for name, totals in self.by_rules.items()}, self.totals.overall)
 
 
 @dataclass(frozen=True)
 class RulesRow:
-    """An overall score by some rules; ``moves``: less that by the rules that were asked for."""
+    """An overall score by some rules; ``moves`` is its difference to the score by the requested rules."""
 
     rules: str
     verified: bool
@@ -322,12 +308,12 @@ class RulesRow:
     moves: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+        """Return the fields, for JSON."""
+        return plain(self)
 
 
 def moves(overall: Mapping[str, float | None], asked: float | None) -> list[RulesRow]:
-    """Overall scores by the names of their rules, as rows."""
+    """Return one row per version of the rules, from its overall score; ``asked``: by the requested rules."""
     rows = []
     for name, value in overall.items():
         by = None if value is None or asked is None else value - asked
@@ -337,10 +323,10 @@ def moves(overall: Mapping[str, float | None], asked: float | None) -> list[Rule
 
 # -- pooling -----------------------------------------------------------------------------------------------------------
 def pool(results: Iterable[LabelResult], rules: Rules, kinds: Iterable[str] | None = None) -> Totals:
-    """Pools results per class over crops and averages the classes, as the rules say.
+    """Pool results per class over crops, and average the classes as the rules say.
 
-    ``kinds`` are the class names that were asked for, where they are more than those of ``results`` (a kind of which
-    nothing was submitted scores 0, one that was not asked for None).
+    ``kinds``: the requested class names, if there are more than in ``results``. A kind of which nothing was submitted
+    scores 0, a kind that was not requested None.
     """
     groups: dict[str, list[LabelResult]] = {}
     for result in results:
@@ -357,7 +343,7 @@ def pool(results: Iterable[LabelResult], rules: Rules, kinds: Iterable[str] | No
 
 
 def pool_class(class_name: str, results: Sequence[LabelResult]) -> ClassScore:
-    """One class over its crops: counts added, then the ratios; 1 where nothing is anywhere."""
+    """Pool one class over its crops: add the counts, then take the ratios; 1 if both volumes are empty everywhere."""
     tp, fp, fn = (sum(getattr(r.score, key) for r in results) for key in ("tp", "fp", "fn"))
     missing = sum(r.is_missing for r in results)
     skipped = sum(r.score.status in (TOO_MANY, FAILED) for r in results)

@@ -1,8 +1,7 @@
-"""The score of one class in one crop: `score_instance` and `score_semantic` on arrays."""
+"""The score of one class in one crop, from arrays: `score_instance` and `score_semantic`."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +12,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, triple
+from connectomics.machine import usable_cores
 from connectomics.metrics.challenge.instance_distances import Box, Distances
-from connectomics.metrics.challenge.matching import MatchingFailedError, match
 from connectomics.metrics.challenge.results import (
     FAILED,
     MISSING,
@@ -39,23 +38,24 @@ def score_instance(
     workers: int | None = None,
     compare: bool = False,
 ) -> InstanceScore:
-    """The challenge's score of an instance segmentation of one crop (RULES: instance classes 1 to 7).
+    """Return the challenge's score of an instance segmentation of one crop.
 
     Args:
-        pred: predicted instances (D, H, W), bool, integer or float, 0 background. Split into 26-connected components of
-            equal value first. NaN is background, counted and warned of (cc3d itself would make an instance of each).
-        truth: true instances (D, H, W), whole numbers >= 0, 0 background, taken as they are.
+        pred: predicted instances (D, H, W), bool, integer or float, 0 background. It is first split into
+            26-connected components of equal value. NaN counts as background, with a warning.
+        truth: true instances (D, H, W), whole numbers >= 0, 0 background, not split.
         voxel_size: nm, z y x.
         rules: version of the rules, or a `Rules` object.
         workers: threads for the distances (default: one per available core).
-        compare: also the sums by all other rules, which costs further distances where they differ.
+        compare: also compute the sums by all other rules, which costs more distances if they differ.
 
     Returns:
-        Counts and sums to be pooled over crops, with `Panoptic` counts and an `InstanceTable` besides. With nothing in
-        either volume everything is 0 and the status ``scored``; a crop with too many predicted instances has all
-        counts 0 and the status ``skipped_too_many_instances``.
+        Counts and sums to pool over crops, `Panoptic` counts and an `InstanceTable`. If both volumes are background,
+        everything is 0 and the status ``scored``; a crop with too many predicted instances has all counts 0 and the
+        status ``skipped_too_many_instances``.
 
-    Raises `InputError` for volumes of another rank, of different shapes, empty, or of unusable types.
+    Raises:
+        InputError: the volumes have another rank, different shapes, no voxel, or unusable types.
     """
     rules = get_rules(rules)
     spacing = triple(voxel_size, "voxel_size")
@@ -66,13 +66,13 @@ def score_instance(
     check_shapes(parts_input, labels)
     pair = InMemoryPair(parts_input, labels)
     others = tuple(RULES.values()) if compare else ()
-    return score_pair(pair, spacing, rules, workers or available_cores(), nan_voxels, others)
+    return score_pair(pair, spacing, rules, workers or usable_cores(), nan_voxels, others)
 
 
 def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
-    """Voxel counts of ``pred > 0`` against ``truth > 0`` (D, H, W of one shape, any number type).
+    """Return the voxel counts of ``pred > 0`` against ``truth > 0`` (D, H, W of one shape, any number type).
 
-    NaN in the prediction is background, counted and warned of. Raises `InputError` where shapes differ.
+    NaN in the prediction counts as background, with a warning. Raises `InputError` if shapes differ.
     """
     a, b = np.asarray(pred), np.asarray(truth)
     check_shapes(a, b)
@@ -88,10 +88,10 @@ def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
 
 # -- input -------------------------------------------------------------------------------------------------------------
 def prediction_array(pred: ArrayLike) -> tuple[NDArray[Any], int]:
-    """A prediction as cc3d takes it (native, C order) and the number of its NaN voxels, which are set to 0."""
+    """Return a prediction in native byte order and C order, and the number of its NaN voxels, which become 0."""
     array = np.asarray(pred)
     if array.dtype.kind not in "biuf":
-        raise InputError(f"a prediction must be bool, integer or float, found dtype {array.dtype}")
+        raise InputError(f"a prediction must be bool, integer or float, got dtype {array.dtype}")
     array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
     if array.dtype.kind != "f":
         return array, 0
@@ -101,40 +101,32 @@ def prediction_array(pred: ArrayLike) -> tuple[NDArray[Any], int]:
 
 
 def truth_array(truth: ArrayLike) -> NDArray[Any]:
-    """A truth as unsigned labels; raises `InputError` for negative ones."""
+    """Return a ground truth as unsigned labels; `InputError` for negative ones."""
     array = np.asarray(truth)
     if array.dtype.kind in "if" and array.size and array.min() < 0:
-        raise InputError(f"truth labels must be 0 (background) or positive, found {array.min()}")
-    return np.ascontiguousarray(label_array(array, "the truth"))
+        raise InputError(f"ground-truth labels must be 0 (background) or positive, got {array.min()}")
+    return np.ascontiguousarray(label_array(array, "the ground truth"))
 
 
 def check_shapes(pred: NDArray[Any], truth: NDArray[Any]) -> None:
-    """Both must be three-dimensional, of one shape and not empty."""
+    """Raise `InputError` unless both are three-dimensional, of one shape and not empty."""
     if pred.ndim != 3 or pred.shape != truth.shape:
         raise InputError(
-            f"prediction and truth must be three-dimensional (z y x) and of one shape, "
-            f"found {pred.shape} and {truth.shape}"
+            f"prediction and ground truth must be three-dimensional (z y x) and of one shape, "
+            f"got {pred.shape} and {truth.shape}"
         )
     if pred.size == 0:
         raise InputError(f"nothing to score: the volumes are empty, shape {pred.shape}")
 
 
 def nan_message(voxels: int) -> str:
-    """What is said about NaN in a prediction."""
+    """Return the warning about NaN in a prediction."""
     return f"{voxels} voxels of the prediction are NaN and count as background"
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-# -- the common way ----------------------------------------------------------------------------------------------------
+# -- volumes -----------------------------------------------------------------------------------------------------------
 class VolumePair:
-    """A truth and the components of a prediction, wherever they are kept.
-
-    A subclass says how many components there are, counts the overlaps, and cuts masks out of them.
-    """
+    """A ground truth and the components of a prediction, in memory or on disk."""
 
     shape: tuple[int, int, int]
     max_truth: int
@@ -142,28 +134,28 @@ class VolumePair:
     scratch_bytes: int
 
     def overlaps(self) -> Overlaps:
-        """Sizes, boxes and overlapping pairs, by the truth's own labels."""
+        """Return sizes, boxes and overlapping pairs, by the ground truth's own labels."""
         raise NotImplementedError
 
     def count_truth(self) -> int:
-        """Number of labels other than 0 in the truth."""
+        """Return the number of labels other than 0 in the ground truth."""
         raise NotImplementedError
 
     def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
-        """Inside ``box``, where the truth is ``truth_id``."""
+        """Return, inside ``box``, where the ground truth is ``truth_id``."""
         raise NotImplementedError
 
     def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
-        """Inside ``box``, where the components are one of two numbers, of which the second may be 0 for none."""
+        """Return, inside ``box``, where the component is one of two numbers; the second may be 0 for none."""
         raise NotImplementedError
 
     def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
-        """The prediction's own values (N,) under components (N,) whose first voxels are ``first`` (N, 3), z y x."""
+        """Return the predicted values (N,) of components (N,) whose first voxels are ``first`` (N, 3), z y x."""
         raise NotImplementedError
 
 
 class InMemoryPair(VolumePair):
-    """Two whole volumes (D, H, W) in memory, the prediction cut into 26-connected components of one value."""
+    """Two volumes (D, H, W) in memory; the prediction is split into 26-connected components of equal value."""
 
     def __init__(self, pred: NDArray[Any], truth: NDArray[Any]) -> None:
         import cc3d
@@ -173,12 +165,12 @@ class InMemoryPair(VolumePair):
         self.scratch_bytes = max(pred.nbytes + truth.nbytes, 1 << 26)
         self.max_truth = int(truth.max())
         if self.max_truth >= 1 << 63:
-            raise InputError(f"truth labels must be below 2^63, found {self.max_truth}")
+            raise InputError(f"ground-truth labels must be below 2^63, got {self.max_truth}")
         self._parts, self.n_parts = cc3d.connected_components(pred, return_N=True, out_dtype=np.uint32)
         self._rank: dict[int, int] | None = None
 
     def overlaps(self) -> Overlaps:
-        # Tables are kept for every label up to the largest, so labels that are sparse are renumbered, in order.
+        # Tables have an entry for every label up to the largest, so sparse labels are renumbered, in order.
         if self.max_truth > max(1 << 16, self._truth.size // 16):
             import fastremap
 
@@ -186,7 +178,8 @@ class InMemoryPair(VolumePair):
             values = values[values != 0]
             self._rank = {int(v): i + 1 for i, v in enumerate(values)}
             self._truth = fastremap.remap(self._truth, {0: 0, **self._rank})
-            return _with_labels(self._count(len(values)), values.astype(np.int64))
+            found, labels = self._count(len(values)), values.astype(np.int64)
+            return replace(found, truth_ids=labels[found.truth_ids - 1], pair_truth=labels[found.pair_truth - 1])
         return self._count(self.max_truth)
 
     def count_truth(self) -> int:
@@ -210,18 +203,65 @@ class InMemoryPair(VolumePair):
         return self._pred[tuple(first.T)]
 
 
-def _with_labels(overlaps: Overlaps, values: NDArray[np.int64]) -> Overlaps:
-    """Ranks 1..N put back to the labels they stand for."""
-    return replace(overlaps, truth_ids=values[overlaps.truth_ids - 1], pair_truth=values[overlaps.pair_truth - 1])
-
-
 def where_parts(components: NDArray[Any], parts: tuple[int, int]) -> NDArray[np.bool_]:
-    """Where components are one of two numbers, of which the second may be 0 for none."""
+    """Return where components are one of two numbers; the second may be 0 for none."""
     first, second = parts
     mask: NDArray[np.bool_] = components == first
     if second not in (0, first):
         mask |= components == second
     return mask
+
+
+# -- matching and scoring ----------------------------------------------------------------------------------------------
+# Absent ground-truth labels get a node too, since the solver breaks ties by node and arc numbers. Beyond this many, the
+# labels are renumbered in order, which can only change a tie.
+_MAX_NODES = 2_000_000
+
+
+class MatchingFailedError(Exception):
+    """The solver found no optimum; as in the official scorer, the crop is then dropped from the class."""
+
+
+def match(overlaps: Overlaps, max_truth: int, rules: Rules) -> NDArray[np.int64]:
+    """Return the component matched to each label of ``overlaps.truth_ids``, 0 for none, (T,).
+
+    This is the minimum-cost flow of the official scorer, from a source through ground-truth labels and components to a
+    sink. Leaving a label unmatched costs more than any overlap, so as many as possible are matched. The order of the
+    arcs is part of the rule, because OR-tools breaks ties by it. ``max_truth`` is the largest ground-truth label.
+    """
+    matched = np.zeros(overlaps.truth_ids.size, np.int64)
+    iou = overlaps.pair_iou().astype(np.float32)
+    keep = iou > 0
+    if not keep.any():
+        return matched
+    from ortools.graph.python import min_cost_flow
+
+    compact = max_truth > _MAX_NODES
+    pair_row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth[keep])
+    n_truth = overlaps.truth_ids.size if compact else max_truth
+    truth_node = (pair_row + 1) if compact else overlaps.pair_truth[keep]
+    part = overlaps.pair_part[keep]
+    n_parts = overlaps.n_parts
+    sink = n_truth + n_parts + 1
+
+    truths = np.arange(1, n_truth + 1)
+    parts = np.arange(n_truth + 1, sink)
+    ones, sinks = np.ones(n_truth, np.int64), np.full(max(n_truth, n_parts), sink)
+    cost = ((1.0 - iou[keep].astype(np.float64)) * rules.cost_scale).astype(np.int64)
+    solver = min_cost_flow.SimpleMinCostFlow()
+    arcs = solver.add_arcs_with_capacity_and_unit_cost(
+        np.concatenate([np.zeros(n_truth, np.int64), truths, truth_node, parts]).astype(np.int32),
+        np.concatenate([truths, sinks[:n_truth], part + n_truth, sinks[:n_parts]]).astype(np.int32),
+        np.ones(2 * n_truth + part.size + n_parts, np.int64),
+        np.concatenate([0 * ones, (rules.cost_scale + 1) * ones, cost, np.zeros(n_parts, np.int64)]),
+    )
+    solver.set_node_supply(0, n_truth)
+    solver.set_node_supply(sink, -n_truth)
+    if solver.solve() != solver.OPTIMAL:
+        raise MatchingFailedError
+    flows = np.asarray(solver.flows(arcs[2 * n_truth : 2 * n_truth + part.size]))
+    matched[pair_row[flows > 0]] = part[flows > 0]
+    return matched
 
 
 def score_pair(
@@ -232,7 +272,7 @@ def score_pair(
     nan_voxels: int = 0,
     others: Sequence[Rules] = (),
 ) -> InstanceScore:
-    """The instance score of a `VolumePair`; see `score_instance`. ``others``: rules that are in ``sums`` too."""
+    """Return the instance score of a `VolumePair`; see `score_instance`. ``others``: further rules for ``sums``."""
 
     def dropped(status: str, truths: int) -> InstanceScore:
         counted = Panoptic(fp=pair.n_parts, fn=truths)
@@ -274,7 +314,7 @@ def score_pair(
 
 
 def _panoptic(overlaps: Overlaps) -> Panoptic:
-    """Pairs above IoU 1/2 are one to one by themselves."""
+    """Count pairs above IoU 1/2, which are one to one by themselves."""
     iou = overlaps.pair_iou()
     good = iou > 0.5
     tp = int(np.count_nonzero(good))
@@ -294,8 +334,10 @@ def _table(
 
 
 def missing_score(rules: Rules, is_instance: bool, truth_ids: int, voxels: int) -> InstanceScore | SemanticScore:
-    """The score of a label that was not submitted: all truth instances, or all voxels, are false negatives. Of a
-    semantic class ``truth_ids`` says whether the truth has a voxel of it (not 0)."""
+    """Return the score of a label that was not submitted: all true instances, or all voxels, are false negatives.
+
+    For a semantic class, ``truth_ids`` is not 0 if the ground truth has a voxel of it.
+    """
     if not is_instance:
         return SemanticScore(0, 0, voxels, MISSING, annotated=truth_ids > 0)
     return InstanceScore(

@@ -1,4 +1,4 @@
-"""Where labels come from: a submission (zip, folder, or folder of predictions) and a truth."""
+"""Open a submission (a zip, a folder, or a folder of decoded labels) and the ground truth."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ _MASK = "_mask"
 
 # -- submissions -------------------------------------------------------------------------------------------------------
 class Submission:
-    """Labels by crop and class, as the scorer sees them."""
+    """Labels by crop and class, as the official scorer sees them."""
 
     location: str
 
     def crops(self) -> list[str]:
-        """Folder names of the crops."""
+        """Return the folder names of the crops."""
         raise NotImplementedError
 
     def classes(self, crop: str) -> list[str]:
-        """Classes of a crop that the scorer sees."""
+        """Return the classes of a crop."""
         raise NotImplementedError
 
     def unseen(self, crop: str) -> list[str]:
-        """Folders of a crop that hold no plain array, so that the scorer does not see them."""
+        """Return the folders of a crop that the scorer does not see, because they are not plain arrays."""
         return []
 
     def label(self, crop: str, class_name: str) -> Source:
-        """One label, opened."""
+        """Open one label."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Lets go of open files."""
+        """Close open files."""
 
 
 class GroupSubmission(Submission):
-    """A Zarr v2 group in a zip or a folder: only plain arrays directly under a crop are seen."""
+    """A Zarr v2 group in a zip or a folder; only plain arrays directly under a crop count."""
 
     def __init__(self, store: Store) -> None:
         self._store, self.location = store, store.location
@@ -72,9 +72,9 @@ class GroupSubmission(Submission):
 
 
 class PredictionFolder(Submission):
-    """Labels as ``decode`` writes them, ``{dataset}.zarr/{crop}/{class}/s0``, scored as if they had been packed.
+    """Labels as ``decode`` writes them, ``{dataset}.zarr/{crop}/{class}/s0``, scored as if they were packed.
 
-    Raises `InputError` for probabilities and `IncompleteError` for half-written labels when they are opened.
+    `label` raises `InputError` for probabilities and `IncompleteError` for incomplete labels.
     """
 
     def __init__(self, root: Path) -> None:
@@ -101,9 +101,9 @@ class PredictionFolder(Submission):
         image = Multiscale.open(str(location))
         about = image.attrs.get("connectomics", {})
         if about.get("artefact") == "probability":
-            raise InputError(f"{location} holds probabilities, not labels; run decode first and score its output")
+            raise InputError(f"{location} holds probabilities, not labels; run decode first, then score its output")
         if about.get("complete") is False:
-            raise IncompleteError(f"{location} is only half written; run decode again to finish it")
+            raise IncompleteError(f"{location} is only half written; rerun decode to finish it")
         grid = image.levels[0].grid
         return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation)
 
@@ -122,7 +122,7 @@ class _FinestLevel:
 
 
 def open_submission(location: str | Path) -> Submission:
-    """A zip, the folder of a Zarr v2 group, or a folder of decoded labels. `MissingError`, `InputError` otherwise."""
+    """Open a zip, the folder of a Zarr v2 group, or a folder of decoded labels; `MissingError`, `InputError`."""
     path = Path(location)
     if path.is_file():
         return GroupSubmission(ZipStore(path))
@@ -137,28 +137,25 @@ def open_submission(location: str | Path) -> Submission:
 
 
 def names_in_truth(submission: Submission, truth_crops: Sequence[str]) -> dict[str, str]:
-    """The submission's folder for each crop name of the truth that it has.
+    """Return the submission's folder for each crop of the ground truth that it has.
 
-    If no name matches, ``crop`` is put before every name and tried again; `InputError` if still none does.
+    If no name matches, every name is tried with the prefix ``crop``; `InputError` if still none matches.
     """
     found = submission.crops()
-    direct = {name: name for name in found if name in set(truth_crops)}
-    if direct:
-        return direct
-    prefixed = {f"crop{name}": name for name in found if f"crop{name}" in set(truth_crops)}
-    if not prefixed:
-        shown = ", ".join(found[:5]) or "no folders"
-        raise InputError(
-            f"{submission.location}: no crop of the truth ({', '.join(list(truth_crops)[:5])}, ...) is in it, found "
-            f"{shown}; a submission is one Zarr v2 group with arrays crop<N>/<class>"
-        )
-    return prefixed
+    for prefix in ("", "crop"):
+        names = {f"{prefix}{name}": name for name in found if f"{prefix}{name}" in truth_crops}
+        if names:
+            return names
+    raise InputError(
+        f"{submission.location}: expected crops of the ground truth ({', '.join(list(truth_crops)[:5])}, ...), got "
+        f"{', '.join(found[:5]) or 'no folders'}; a submission is one Zarr v2 group with arrays crop<N>/<class>"
+    )
 
 
 # -- the truth ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Target:
-    """One (crop, class) to score: its truth, the optional mask of what counts, and its grid."""
+    """One (crop, class) to score: its ground truth, the optional mask of what counts, and its grid."""
 
     crop: str
     class_name: str
@@ -174,11 +171,11 @@ def read_targets(
     crop_names: Sequence[str] | None,
     classes: Sequence[str] | None,
 ) -> tuple[list[Target], list[str]]:
-    """What is to be scored, in the table's order (or sorted), and the names of all crops of the truth.
+    """Return what to score, in the table's order (or sorted), and the names of all crops of the ground truth.
 
-    Without a table every plain array of the truth counts, on the grid of its own attributes. ``crop_names`` (``crop7``
-    or ``7``) and ``classes`` narrow it down. Raises `MissingError` for a row of the table whose truth is not there,
-    `InputError` for another shape, `UnknownNameError` for a name that nothing has.
+    Without a table every plain array of the ground truth counts, on the grid of its own attributes. ``crop_names``
+    (``crop7`` or ``7``) and ``classes`` select some. Raises `MissingError` for an entry of the table without ground
+    truth, `InputError` for another shape, `UnknownNameError` for an unknown name.
     """
     store = FolderStore(truth)
     if table is None:
@@ -189,27 +186,20 @@ def read_targets(
         rows = CropTable.resolve(table).select(crops=crop_names, classes=classes)
         targets = [_target(store, e.crop_name, e.class_name, e.dataset, e.grid) for e in rows]
     if not targets:
-        raise MissingError(f"{truth}: no truth found; expected a Zarr v2 group with arrays crop<N>/<class>")
+        raise MissingError(f"{truth}: no ground truth found; expected a Zarr v2 group with arrays crop<N>/<class>")
     crops = {t.crop for t in targets}
-    wanted = (
-        None
-        if crop_names is None
-        else {c if c in crops or c.startswith("crop") else f"crop{c}" for c in map(str, crop_names)}
-    )
-    _check_known("crop", wanted, crops, str(truth))
-    _check_known("class", classes, {t.class_name for t in targets}, str(truth))
-    chosen = [
-        t for t in targets if (wanted is None or t.crop in wanted) and (classes is None or t.class_name in set(classes))
-    ]
+    known = {t.class_name for t in targets}
+    asked = crops
+    if crop_names is not None:
+        asked = {c if c in crops or c.startswith("crop") else f"crop{c}" for c in map(str, crop_names)}
+    asked_classes = known if classes is None else set(classes)
+    for what, names, there in (("crop", asked, crops), ("class", asked_classes, known)):
+        for name in sorted(names - there):
+            raise unknown_name(what, name, there, str(truth))
+    chosen = [t for t in targets if t.crop in asked and t.class_name in asked_classes]
     if not chosen:
-        raise InputError(f"{truth}: none of the crops {sorted(wanted or crops)} has the classes {list(classes or ())}")
+        raise InputError(f"{truth}: none of the crops {sorted(asked)} has the classes {sorted(asked_classes)}")
     return chosen, store.folders()
-
-
-def _check_known(what: str, wanted: Sequence[str] | set[str] | None, known: set[str], where: str) -> None:
-    for name in wanted or ():
-        if name not in known:
-            raise unknown_name(what, name, known, where)
 
 
 def _targets_of_truth(store: Store) -> list[Target]:
@@ -226,10 +216,10 @@ def _targets_of_truth(store: Store) -> list[Target]:
 def _target(store: Store, crop: str, class_name: str, dataset: str, grid: VoxelGrid | None) -> Target:
     path = f"{crop}/{class_name}"
     if not is_array(store, path):
-        raise MissingError(f"no truth at {store.where(path)}, though the crop table lists it")
+        raise MissingError(f"no ground truth at {store.where(path)}, although the crop table lists it")
     array = ZarrArray(store, path)
     if len(array.shape) != 3 or math.prod(array.shape) == 0:
-        raise InputError(f"{array.where}: a truth has three dimensions (z y x), found shape {array.shape}")
+        raise InputError(f"{array.where}: expected three dimensions (z y x), got shape {array.shape}")
     shape = (array.shape[0], array.shape[1], array.shape[2])
     if grid is None:
         own = source_of(array, array.attrs)
@@ -237,13 +227,13 @@ def _target(store: Store, crop: str, class_name: str, dataset: str, grid: VoxelG
             raise MetadataError(f"{array.where}: attribute voxel_size is absent; give a crop table")
         grid = VoxelGrid(own.voxel_size, own.translation or (0.0, 0.0, 0.0), shape)
     elif grid.shape != shape:
-        raise InputError(f"{array.where}: the truth has shape {shape}, the crop table says {grid.shape}")
+        raise InputError(f"{array.where}: the crop table expects shape {grid.shape}, got {shape}")
     mask = ZarrArray(store, path + _MASK) if is_array(store, path + _MASK) else None
     return Target(crop, class_name, dataset, grid, array, mask)
 
 
 class Masked:
-    """A `Readable` that is 0 where a mask is 0 (regions of the truth that are not to be scored)."""
+    """A `Readable` that is 0 where a mask is 0 (regions that are not scored)."""
 
     def __init__(self, array: Readable, mask: Readable) -> None:
         self._array, self._mask = array, mask

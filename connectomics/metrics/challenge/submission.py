@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from connectomics.errors import InputError
+from connectomics.machine import usable_cores
 from connectomics.metrics.challenge.align import Aligned, Readable
 from connectomics.metrics.challenge.blocks import BlockPair
 from connectomics.metrics.challenge.instance_distances import MemoryBudget
@@ -25,7 +25,6 @@ from connectomics.metrics.challenge.results import (
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import (
     InMemoryPair,
-    available_cores,
     check_shapes,
     missing_score,
     nan_message,
@@ -41,11 +40,11 @@ from connectomics.metrics.challenge.sources import (
     open_submission,
     read_targets,
 )
+from connectomics.progress import Progress, silent
 
 if TYPE_CHECKING:
     from connectomics.cellmap.crop_table import CropTable
 
-Progress = Callable[[int, int, str, str], None]
 _SLAB_VOXELS = 1 << 25
 
 
@@ -62,25 +61,26 @@ def score_submission(
     progress: Progress | None = None,
     compare: bool = True,
 ) -> SubmissionScore:
-    """The challenge's score of a submission, every crop and class and both totals.
+    """Return the challenge's score of a submission: every crop and class, and both totals.
 
     Args:
         submission: a zip, the folder of a Zarr v2 group (``crop{N}/{class}`` plain arrays), or a folder of decoded
-            labels (``{dataset}.zarr/{crop}/{class}/s0``). A zip is read in place, after its table of contents passed.
-        truth: folder of a Zarr v2 group with arrays ``crop{N}/{class}``; an array ``{class}_mask`` beside a class
-            leaves out, in truth and prediction, where it is 0.
-        crops: what to score and on which grids: a `CropTable`, the path of one, or ``"challenge"``. By default every
-            array of the truth, on the grid that its attributes ``voxel_size`` and ``translation`` state.
+            labels (``{dataset}.zarr/{crop}/{class}/s0``). A zip is read in place, after a check of its directory.
+        truth: folder of a Zarr v2 group with arrays ``crop{N}/{class}``. Where an array ``{class}_mask`` next to a
+            class is 0, neither ground truth nor prediction counts.
+        crops: what to score and on which grids: a `CropTable`, its path, or ``"challenge"``. By default every array of
+            the ground truth, on the grid that its attributes ``voxel_size`` and ``translation`` state.
         classes, crop_names: only these (``crop7`` or ``7``).
         rules: version of the rules, or a `Rules` object.
         workers: threads (default: one per available core).
-        memory_bytes: what may be held at once (default: half of what is free now). Instance volumes that need more go
-            slab by slab over scratch files.
-        progress: called after every label with (done, all, crop, class).
-        compare: also the totals by all other rules, ``by_rules``; they need further distances where they differ.
+        memory_bytes: memory limit (default: half of the free memory). Larger instance volumes are scored slab by slab
+            with scratch files.
+        progress: called after every label; its item is ``crop/class``.
+        compare: also compute the totals by all other rules, ``by_rules``, which costs more distances if they differ.
 
-    Raises `MissingError`, `InputError`, `MetadataError`, `CorruptDataError` or `UnknownNameError`, each with one line
-    that says where and what. Labels that only the submission has are ignored, and named in ``warnings``.
+    Raises:
+        MissingError, InputError, MetadataError, CorruptDataError, UnknownNameError: the submission or the ground truth
+        cannot be scored. Labels that only the submission has are ignored and named in ``warnings``.
     """
     rules = get_rules(rules)
     targets, truth_crops = read_targets(truth, crops, crop_names, classes)
@@ -89,12 +89,11 @@ def score_submission(
         folders = names_in_truth(source, truth_crops)
         others = tuple(RULES.values()) if compare else ()
         memory = memory_bytes or _half_of_free()
-        scorer = _Scorer(source, folders, rules, workers or available_cores(), memory, others)
+        scorer = _Scorer(source, folders, rules, workers or usable_cores(), memory, others)
         results = []
         for done, result in enumerate(scorer.run(targets), start=1):
             results.append(result)
-            if progress is not None:
-                progress(done, len(targets), result.crop, result.class_name)
+            (progress or silent)(done, len(targets), f"{result.crop}/{result.class_name}")
         warnings = [*_ignored(source, folders, targets, classes), *_remarks(results)]
     finally:
         source.close()
@@ -129,7 +128,7 @@ class _Scorer:
         self._budget = MemoryBudget(memory_bytes)
 
     def run(self, targets: list[Target]) -> Iterator[LabelResult]:
-        """The results in the order of the targets."""
+        """Yield the results in the order of the targets."""
         outer = min(self._workers, len(targets))
         self._inner = max(1, self._workers // outer)
         if outer == 1:
@@ -158,9 +157,9 @@ class _Scorer:
             if aligned.resample_bytes > 2 * self._memory:
                 raise InputError(
                     f"{label.array.where}: resampling {label.array.shape} voxels to the crop's {target.grid.shape} "
-                    f"takes {aligned.resample_bytes / 1024**3:.1f} GB, more than there is; write it on the crop's grid"
+                    f"needs {aligned.resample_bytes / 1024**3:.1f} GB, more than is free; write it on the crop's grid"
                 )
-            pred: Readable = _Named(aligned, label.array.where)
+            pred: Readable = aligned
             if target.mask is not None:
                 pred, truth = Masked(pred, target.mask), Masked(truth, target.mask)
             score = (self._instance if is_instance else self._semantic)(pred, truth, target, aligned.resample_bytes)
@@ -190,12 +189,9 @@ class _Scorer:
             return score_pair(pair, voxel_size, self._rules, self._inner, nan_voxels, self._others)
 
     def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
-        planes = max(1, _SLAB_VOXELS // (target.grid.shape[1] * target.grid.shape[2]))
         tp = positive = true = nan_voxels = 0
-        with self._budget.held(resampling):  # reading slabs takes next to nothing
-            for first in range(0, target.grid.shape[0], planes):
-                begin = (first, 0, 0)
-                shape = (min(planes, target.grid.shape[0] - first), *target.grid.shape[1:])
+        with self._budget.held(resampling):  # the slabs themselves need little memory
+            for begin, shape in _slabs(target.grid.shape):
                 a, b = pred.read(begin, shape), truth.read(begin, shape) > 0
                 nan_voxels += int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
                 a = a > 0
@@ -205,35 +201,30 @@ class _Scorer:
         return SemanticScore(tp, positive - tp, true - tp, nan_voxels=nan_voxels)
 
 
-class _Named:
-    """An `Aligned` label with the name of where it comes from."""
+Block = tuple[tuple[int, int, int], tuple[int, int, int]]
 
-    def __init__(self, aligned: Aligned, where: str) -> None:
-        self._aligned, self.where = aligned, where
-        self.shape: tuple[int, ...] = aligned.shape
-        self.dtype = aligned.dtype
 
-    def read(self, begin: Any = None, shape: Any = None) -> NDArray[Any]:
-        return self._aligned.read(begin or (0, 0, 0), shape)
+def _slabs(shape: tuple[int, ...]) -> Iterator[Block]:
+    """Yield the first voxel and shape of slabs along z that together cover a volume."""
+    n_z, n_y, n_x = shape
+    planes = max(1, _SLAB_VOXELS // (n_y * n_x))
+    for first in range(0, n_z, planes):
+        yield (first, 0, 0), (min(planes, n_z - first), n_y, n_x)
 
 
 def _count_ids(truth: Readable) -> int:
-    """Number of labels other than 0 in a truth, slab by slab."""
+    """Return the number of labels other than 0, slab by slab."""
     import fastremap
 
-    planes = max(1, _SLAB_VOXELS // (truth.shape[1] * truth.shape[2]))
     found: set[int] = set()
-    for first in range(0, truth.shape[0], planes):
-        shape = (min(planes, truth.shape[0] - first), *truth.shape[1:])
-        found.update(fastremap.unique(truth_array(truth.read((first, 0, 0), shape))).tolist())
+    for begin, shape in _slabs(truth.shape):
+        found.update(fastremap.unique(truth_array(truth.read(begin, shape))).tolist())
     return len(found - {0})
 
 
 def _any(truth: Readable) -> bool:
-    """Whether a truth has a voxel above 0, slab by slab."""
-    planes = max(1, _SLAB_VOXELS // (truth.shape[1] * truth.shape[2]))
-    shapes = ((first, min(planes, truth.shape[0] - first)) for first in range(0, truth.shape[0], planes))
-    return any(bool((truth.read((first, 0, 0), (n, *truth.shape[1:])) > 0).any()) for first, n in shapes)
+    """Return whether a voxel is above 0, slab by slab."""
+    return any(bool((truth.read(*block) > 0).any()) for block in _slabs(truth.shape))
 
 
 def _half_of_free() -> int:
@@ -245,17 +236,17 @@ def _half_of_free() -> int:
 def _ignored(
     source: Submission, folders: dict[str, str], targets: list[Target], classes: Sequence[str] | None
 ) -> Iterator[str]:
-    """What the submission has and the score does not: classes without a truth, and arrays the scorer does not see."""
+    """Name what is not scored: classes without ground truth, and what is not a plain array."""
     for crop, folder in folders.items():
         known = {t.class_name for t in targets if t.crop == crop}
         extra = sorted(set(source.classes(folder)) - known)
         if known and extra and classes is None:
-            yield f"{crop}: {', '.join(extra)} not in the truth, ignored"
+            yield f"{crop}: {', '.join(extra)} not in the ground truth, ignored"
         unseen = sorted(known & set(source.unseen(folder)))
         if unseen:
             yield (
-                f"{crop}: {', '.join(unseen)} are groups or not Zarr v2; the scorer sees plain Zarr v2 arrays only, so "
-                f"these count as missing"
+                f"{crop}: {', '.join(unseen)} are groups or not Zarr v2; only plain Zarr v2 arrays count, so these "
+                f"count as missing"
             )
 
 
