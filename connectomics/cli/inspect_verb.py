@@ -38,8 +38,8 @@ def inspect(
     """
     from connectomics.config import load_config
     from connectomics.config.compose import tutorial
-    from connectomics.report.inspect import inspect_data, write_page
-    from connectomics.report.inspect.page import check_out
+    from connectomics.report.inspect.data import inspect_data
+    from connectomics.report.inspect.page import check_out, write_page
 
     file = Path(config)
     if not file.suffix and len(file.parts) == 1:

@@ -161,7 +161,8 @@ def report(
     from connectomics.errors import InputError, MissingError
     from connectomics.report import OtherRun, ReportOptions, ReportSources, build_report
     from connectomics.report.page import size
-    from connectomics.report.scores import Scores, evaluation_section
+    from connectomics.report.pages.score_sections import evaluation_section
+    from connectomics.report.pages.scores import Scores
 
     runs, tables = run_dir or [], scores or []
     if len(tables) > max(1, len(runs)):
