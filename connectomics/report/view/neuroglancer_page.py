@@ -1,4 +1,4 @@
-"""The page: neuroglancer with the layers, its state as a file."""
+"""Neuroglancer with the layers, and its state as JSON."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from connectomics.errors import InputError, MissingError
 from connectomics.io.store import is_s3
 from connectomics.report.view.layers import Layer, Layers
-from connectomics.report.view.server import LOOPBACK, VolumeServer
+from connectomics.report.view.volume_server import LOOPBACK, VolumeServer
 
-_PIXELS = 600  # of the window, on which what is looked at first should fit
+_PIXELS = 600  # of the window that the first view should fit into
 
 _RAW = "#uicontrol invlerp normalized\nvoid main() { emitGrayscale(normalized()); }\n"
-_COLOURED = """#uicontrol vec3 colour color(default="{colour}")
+_COLORED = """#uicontrol vec3 color color(default="{color}")
 #uicontrol float opacity slider(min=0, max=1, default=0.6)
-void main() {{ float p = toNormalized(getDataValue()){scale}; emitRGBA(vec4(colour, opacity * p)); }}
+void main() {{ float p = toNormalized(getDataValue()){scale}; emitRGBA(vec4(color, opacity * p)); }}
 """
 
 
@@ -24,7 +24,7 @@ class Viewing:
     """A page that is being served.
 
     Attributes:
-        url: to open in a browser. state: of the page when it opened, JSON. viewer: neuroglancer's own object.
+        url: of the page. state: of the page when it opened, JSON. viewer: neuroglancer's own object.
     """
 
     url: str
@@ -38,7 +38,7 @@ class Viewing:
 
 
 def state_of(layers: Layers, url: str) -> dict[str, Any]:
-    """Neuroglancer's state as JSON: units nm, axes z y x as in the files, each layer with its colour.
+    """Return neuroglancer's state as JSON: units nm, axes z y x as in the files, each layer with its color.
 
     Args:
         url: address of the `VolumeServer` that serves the layers.
@@ -62,28 +62,27 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
     """Serve the layers and neuroglancer's page.
 
     Args:
-        address: who may connect: the loopback, unless someone else should. port: of the page; 0: any that is free.
+        address: who may connect; default: only this machine. port: of the page; 0: any free port.
 
-    Raises `MissingError` where neuroglancer is not installed, `InputError` for an address or a port that cannot be had.
+    Raises:
+        MissingError: neuroglancer is not installed. InputError: the address or the port is not available.
     """
     try:
         import neuroglancer
     except ImportError as error:
-        raise MissingError("neuroglancer is not installed: pip install 'connectomics[view]'") from error
+        raise MissingError("neuroglancer is not installed: run pip install 'connectomics[view]'") from error
     try:
         server = VolumeServer(layers.roots, layers.made, address)
-    except OSError as error:  # a name that is none, an address of another machine
+    except OSError as error:  # an unknown name, an address of another machine
         raise InputError(f"cannot serve at {address}: {error.strerror}; give an address of this machine") from error
     state = state_of(layers, server.url)
     neuroglancer.set_server_bind_address(address, port)
     try:
         viewer = neuroglancer.Viewer()
-    except OSError as error:  # a port that another program has, or that is the system's
+    except OSError as error:  # a port that another program or the system uses
         server.close()
-        raise InputError(
-            f"cannot serve the page at port {port} of {address}: {error.strerror}; give another --port, or 0 for any "
-            f"that is free"
-        ) from error
+        wrong = f"cannot serve the page at port {port} of {address}: {error.strerror}"
+        raise InputError(f"{wrong}; give another --port, or 0 for any free port") from error
     viewer.set_state(state)
     return Viewing(viewer.get_viewer_url(), state, viewer, server)
 
@@ -96,4 +95,4 @@ def _layer(layer: Layer, url: str) -> dict[str, Any]:
     if layer.kind == "raw":
         return {**common, "type": "image", "shader": _RAW}
     scale = " * 255.0" if layer.kind == "mask" else ""
-    return {**common, "type": "image", "blend": "default", "shader": _COLOURED.format(colour=layer.colour, scale=scale)}
+    return {**common, "type": "image", "blend": "default", "shader": _COLORED.format(color=layer.color, scale=scale)}

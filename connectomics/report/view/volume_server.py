@@ -1,12 +1,12 @@
-"""Files of the given roots, and volumes that are worked out as they are looked at, over HTTP on the loopback.
+"""Files of the given roots, and volumes that are computed chunk by chunk, over HTTP on this machine.
 
 Two kinds of addresses::
 
-    /files/{name}/...     a file below the root of that name; nothing else of the machine
-    /made/{name}/...      a Zarr v2 multiscale whose chunks a function gives: labels in three states, for instance
+    /{secret}/files/{name}/...   a file below the root of that name, and nothing else of the machine
+    /{secret}/made/{name}/...    a Zarr v2 multiscale group whose chunks a function computes, such as three-state labels
 
-Reading only: GET and HEAD. Any page may read (CORS), since neuroglancer's page comes from another port; so the server
-listens on the loopback unless it is told otherwise, and its addresses hold a secret that other pages do not know.
+Only GET and HEAD are answered. Neuroglancer's page comes from another port, so any page may read (CORS); therefore the
+server listens on the loopback by default, and its addresses hold a secret that other pages do not know.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.write import multiscales_attrs
 
 LOOPBACK = "127.0.0.1"
-_EDGE = 64  # voxels of a made chunk along each axis
-_KEPT = 256  # made chunks that are kept, up to 1 MB each
+_EDGE = 64  # voxels of a computed chunk along each axis
+_KEPT = 256  # computed chunks in memory, up to 1 MB each
 
 
 @dataclass(frozen=True)
 class MadeVolume:
-    """A volume that is worked out chunk by chunk.
+    """A volume that is computed chunk by chunk.
 
     Attributes:
-        grid: where it lies. dtype: of its voxels.
-        values: the voxels of a part of the grid, (D, H, W) of ``dtype``.
+        grid: of the volume. dtype: of its voxels. values: returns a part of the grid as (D, H, W) of ``dtype``.
     """
 
     grid: VoxelGrid
@@ -49,7 +48,7 @@ class MadeVolume:
     values: Callable[[VoxelGrid], NDArray[Any]]
 
     def document(self, path: str) -> bytes | None:
-        """What lies at a path of the multiscale group, None where nothing does."""
+        """Return the file at a path of the multiscale group, None if there is none."""
         if path == ".zgroup":
             return b'{"zarr_format": 2}'
         if path == ".zattrs":
@@ -88,13 +87,13 @@ class VolumeServer:
     """Serves roots and made volumes until it is closed; a context manager.
 
     Attributes:
-        url: the address that all others begin with, with its secret, no slash at the end.
+        url: the start of all addresses, with the secret, without a slash at the end.
     """
 
     def __init__(
         self, roots: Mapping[str, Path], made: Mapping[str, MadeVolume], address: str = LOOPBACK, port: int = 0
     ) -> None:
-        """``roots`` and ``made`` by the names under which they are served; ``port`` 0: any that is free."""
+        """Start to serve ``roots`` and ``made`` under their names; ``port`` 0: any free port."""
         secret = secrets.token_urlsafe(16)
         places = {name: Path(root).resolve() for name, root in roots.items()}
         document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name].document(path))
@@ -145,13 +144,13 @@ class VolumeServer:
                     self.wfile.write(data)
 
             def log_message(self, format: str, *args: Any) -> None:
-                """Requests are no news."""
+                """Log no requests."""
 
         class Server(ThreadingHTTPServer):
             daemon_threads = True
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """The page may go away at any time."""
+                """Ignore that the page has closed the connection."""
 
         self._server = Server((address, port), Handler)
         self.url = f"http://{address}:{self._server.server_address[1]}/{secret}"
@@ -171,10 +170,7 @@ class VolumeServer:
 
 
 def _file_below(root: Path, path: str) -> bytes | None:
-    """The content of a file whose real place, links followed, is below ``root``; None for anything else.
-
-    A link inside a root that leads out of it is not followed: a root says what is shown.
-    """
+    """Return the content of a file whose real path, with links resolved, is below ``root``; None for anything else."""
     if "\x00" in path or "\\" in path:
         return None
     place = (root / path.lstrip("/")).resolve()
