@@ -7,8 +7,11 @@ as the report does.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from connectomics.errors import InputError, unknown_name
 from connectomics.io.write import write_file
@@ -43,9 +46,8 @@ def write_panel(
         library.close()
     if plane.raw is None:
         raise InputError(f"{crop}/{class_name}: no raw to show ({'; '.join(library.problems) or 'give a data root'})")
-    rows, columns = (a for a in range(3) if a != axis)
-    pixel = (plane.grid.voxel_size[rows], plane.grid.voxel_size[columns])
-    shape = figures.true_shape(plane.truth.shape, pixel, longest)
+    scale = longest / max(plane.extent)  # pixels per nm
+    shape = (max(1, round(plane.extent[0] * scale)), max(1, round(plane.extent[1] * scale)))
     gray = figures.resize(figures.to_gray(plane.raw), shape, "linear")
     shown = {"raw": figures.scale_bar(gray, plane.extent[1] / shape[1])}
     for kind, layer in pictures.layers(item, plane, found).items():
@@ -53,7 +55,9 @@ def write_panel(
             shown[kind] = figures.overlay(gray, figures.resize(layer, shape, "nearest"))
     size = max(10, longest // 20)
     panel = figures.side_by_side([figures.letter(picture, kind, (5, 3), size) for kind, picture in shown.items()])
-    write_file(Path(out), figures.png(panel))
+    stream = io.BytesIO()
+    Image.fromarray(panel).save(stream, "PNG", optimize=True)
+    write_file(Path(out), stream.getvalue())
     return Path(out)
 
 

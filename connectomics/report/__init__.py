@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from connectomics.progress import Progress, silent
+from connectomics.progress import Progress
 from connectomics.report.pages.sources import OtherRun, ReportOptions, ReportSources
 
 __all__ = ["OtherRun", "ReportOptions", "ReportSources", "build_report"]
 
 
 def build_report(
-    out: str | Path, sources: ReportSources, options: ReportOptions | None = None, progress: Progress = silent
+    out: str | Path, sources: ReportSources, options: ReportOptions | None = None, progress: Progress | None = None
 ) -> Path:
     """Write a self-contained page; see `connectomics.report.pages.build.build_report`."""
     from connectomics.report.pages.build import build_report as build

@@ -1,14 +1,14 @@
-"""Pictures of slices, as plain numpy: contrast, overlays, error maps, scale bars, panels, three-plane figures.
+"""Pictures of slices, as plain numpy: contrast, overlays, error maps, scale bars, three-plane figures.
 
 A slice is (H, W); pictures are uint8 (H, W, 3) RGB or (H, W, 4) RGBA. The colors are those of
-`connectomics.report.colors`. Nothing here reads files. Encoding and lettering use Pillow, which is imported on use.
+`connectomics.report.colors`. Nothing here reads files. Pillow and matplotlib are imported on use.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,9 +24,12 @@ from connectomics.report.colors import (
     OUTLINE,
     PREDICTION,
     TP,
-    TRUTH,
     WRONG,
 )
+from connectomics.report.colors import TRUTH as TRUTH
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Picture = NDArray[np.uint8]
 
@@ -214,54 +217,6 @@ def resize(picture: NDArray[Any], shape: tuple[int, int], how: Literal["linear",
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
-def true_shape(shape: Sequence[int], pixel_nm: Sequence[float], longest: int) -> tuple[int, int]:
-    """Return height and width in square pixels of a slice of oblong pixels, its longer side ``longest`` pixels.
-
-    Args:
-        shape: (H, W) of the slice. pixel_nm: height and width of its pixels, nm.
-    """
-    height, width = shape[0] * pixel_nm[0], shape[1] * pixel_nm[1]
-    scale = longest / max(height, width)
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def panel(
-    raw: NDArray[Any],
-    truth: NDArray[Any],
-    prediction: NDArray[Any],
-    pixel_nm: Sequence[float],
-    *,
-    known: NDArray[np.bool_] | None = None,
-    instances: bool = False,
-    longest: int = 256,
-    titles: bool = True,
-) -> Picture:
-    """Return raw, truth, prediction and error map of one slice side by side, RGB.
-
-    Args:
-        raw: (H, W), any range. truth, prediction: (H, W) labels, 0 background.
-        pixel_nm: height and width of a pixel, nm; the pictures keep the true proportions.
-        known: where the ground truth is annotated. instances: color objects by ID (else truth blue, prediction orange).
-        longest: pixels of the longer side of each picture. titles: write a title into each.
-    """
-    shape = true_shape(raw.shape, pixel_nm, longest)
-    gray = resize(to_gray(raw), shape, "linear")
-    true, found = (resize(np.asarray(v), shape, "nearest") for v in (truth, prediction))
-    mask = None if known is None else resize(np.asarray(known), shape, "nearest")
-    true_colors, found_colors = (object_colors(true), object_colors(found)) if instances else (TRUTH, PREDICTION)
-    pictures = [
-        scale_bar(gray, raw.shape[1] * pixel_nm[1] / shape[1]),
-        overlay(gray, label_layer(true, true_colors)),
-        overlay(gray, label_layer(found, found_colors)),
-        overlay(gray, error_layer(error_map(true, found, mask))),
-    ]
-    if titles:
-        names = ("raw", "truth", "prediction", "errors")
-        size = max(10, longest // 20)
-        pictures = [letter(p, name, (5, 3), size) for p, name in zip(pictures, names, strict=True)]
-    return side_by_side(pictures)
-
-
 def side_by_side(pictures: Sequence[NDArray[Any]], gap: int = 4) -> Picture:
     """Return pictures of one height in a row with white gaps between them, RGB."""
     space = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
@@ -274,36 +229,62 @@ def overlay_figure(
     labels: ArrayLike | None = None,
     voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
     *,
-    position: Sequence[int] | None = None,
-    instances: bool | None = None,
+    at: Sequence[int] | None = None,
+    title: str = "",
     known: ArrayLike | None = None,
+    instances: bool | None = None,
     longest: int = 320,
-) -> bytes:
-    """Return a PNG of three slices of a volume (xy, xz, yz) with labels over raw and a scale bar in each.
+) -> Figure:
+    """Return a matplotlib figure of `overlay_picture`, which a notebook shows; see there for the arguments."""
+    import matplotlib.pyplot as plt  # also loads the backend by which notebooks show figures
+    from matplotlib.figure import Figure
+
+    picture = overlay_picture(raw, labels, voxel_size, at=at, known=known, instances=instances, longest=longest)
+    height, width = picture.shape[:2]
+    dpi, top = plt.rcParams["figure.dpi"], 28 if title else 0  # pixels
+    figure = Figure(figsize=(width / dpi, (height + top) / dpi))
+    axes = figure.add_axes((0, 0, 1, height / (height + top)))
+    axes.imshow(picture)
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def overlay_picture(
+    raw: ArrayLike,
+    labels: ArrayLike | None = None,
+    voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
+    *,
+    at: Sequence[int] | None = None,
+    known: ArrayLike | None = None,
+    instances: bool | None = None,
+    longest: int = 320,
+) -> Picture:
+    """Return three slices of a volume (xy, xz, yz) with labels over raw and a scale bar in each, side by side, RGB.
 
     Args:
         raw: (D, H, W), any range; the contrast is stretched over all three slices.
         labels: (D, H, W), bool or integer, 0 background; None: raw alone.
         voxel_size: nm, z y x. Slices keep their true proportions.
-        position: voxel (z, y, x) that the slices cross; None: the middle.
-        instances: color objects by ID, or all labels in one color; None: by ID if there are several IDs.
+        at: voxel (z, y, x) that the slices cross; None: the middle of the labels, or of the volume without labels.
         known: (D, H, W), where the labels are annotated; the rest is veiled in gray. None: everywhere.
+        instances: color objects by ID, or all labels in one color; None: by ID if there are several IDs.
         longest: pixels of the longest side of a slice.
 
     Raises:
-        InputError: the shapes differ or are not three-dimensional, or the position is outside.
+        InputError: the shapes differ or are not three-dimensional, or ``at`` is outside the volume.
     """
     volume = np.asarray(raw)
-    parts = [None if part is None else np.asarray(part) for part in (labels, known)]
-    for part in (volume, *(part for part in parts if part is not None)):
-        if part.ndim != 3 or part.shape != volume.shape or not part.size:
+    found, sure = (None if part is None else np.asarray(part) for part in (labels, known))
+    for part in (volume, found, sure):
+        if part is not None and (part.ndim != 3 or part.shape != volume.shape or not part.size):
             raise InputError(f"expected raw, labels and known of one shape (D, H, W), got {volume.shape}, {part.shape}")
-    at = [n // 2 for n in volume.shape] if position is None else [int(p) for p in position]
-    if len(at) != 3 or any(not 0 <= p < n for p, n in zip(at, volume.shape, strict=True)):
-        raise InputError(f"expected a position (z, y, x) within {volume.shape}, got {tuple(at)}")
+    position = _middle(volume.shape if found is None else found != 0) if at is None else [int(p) for p in at]
+    if len(position) != 3 or any(not 0 <= p < n for p, n in zip(position, volume.shape, strict=True)):
+        raise InputError(f"expected a position (z, y, x) within {volume.shape}, got {tuple(position)}")
     if instances is None:
-        instances = parts[0] is not None and int(parts[0].max(initial=0)) > 1
-    slices = [volume.take(at[axis], axis) for axis in range(3)]
+        instances = found is not None and int(found.max(initial=0)) > 1
+    slices = [volume.take(position[axis], axis) for axis in range(3)]
     limits = contrast_limits(np.concatenate([s.ravel() for s in slices]))
     scale = longest / max(n * size for n, size in zip(volume.shape, voxel_size, strict=True))  # pixels per nm
     pictures = []
@@ -311,28 +292,27 @@ def overlay_figure(
         rows, columns = (a for a in range(3) if a != axis)
         height, width = (max(1, round(volume.shape[a] * voxel_size[a] * scale)) for a in (rows, columns))
         picture: Picture = resize(to_gray(slices[axis], limits), (height, width), "linear")
-        shown, sure = (None if p is None else resize(p.take(at[axis], axis), (height, width), "nearest") for p in parts)
-        if shown is not None:
-            shown = shown if sure is None else np.where(sure, shown, 0)
+        mask = None if sure is None else resize(sure.take(position[axis], axis), (height, width), "nearest")
+        if found is not None:
+            shown = resize(found.take(position[axis], axis), (height, width), "nearest")
+            shown = shown if mask is None else np.where(mask, shown, 0)
             picture = overlay(picture, label_layer(shown, object_colors(shown) if instances else PREDICTION))
-        if sure is not None:
-            picture = overlay(picture, error_layer(np.where(sure, 0, NOT_KNOWN)))
+        if mask is not None:
+            picture = overlay(picture, error_layer(np.where(mask, 0, NOT_KNOWN)))
         pictures.append(letter(scale_bar(picture, 1 / scale), name, (5, 3), max(10, longest // 20)))
     tallest = max(len(picture) for picture in pictures)
-    filled = [np.pad(p, ((0, tallest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures]
-    return png(side_by_side(filled))
+    return side_by_side([np.pad(p, ((0, tallest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures])
+
+
+def _middle(labels: NDArray[np.bool_] | tuple[int, ...]) -> list[int]:
+    """Return the median position of foreground along each axis, or the middle of a shape."""
+    if not isinstance(labels, tuple) and labels.any():
+        counts = (np.cumsum(labels.sum(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
+        return [int(np.searchsorted(count, count[-1] / 2)) for count in counts]
+    return [n // 2 for n in (labels if isinstance(labels, tuple) else labels.shape)]
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------
-def png(picture: NDArray[np.uint8]) -> bytes:
-    """Return a picture as PNG."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG", optimize=True)
-    return stream.getvalue()
-
-
 def encode(picture: NDArray[np.uint8], quality: int = 85) -> tuple[str, bytes]:
     """Return (MIME type, bytes): opaque pictures as JPEG, transparent ones as PNG (a palette if 256 colors suffice)."""
     from PIL import Image

@@ -91,26 +91,11 @@ def test_grey_values_are_stretched_between_percentiles_of_what_is_there() -> Non
     assert np.all(figures.to_gray(np.full((3, 3), 7.0)) < 255)
 
 
-def test_a_panel_keeps_true_proportions() -> None:
-    raw = np.random.default_rng(0).random((20, 40))
-    labels = np.zeros((20, 40), np.uint8)
-    labels[5:15, 10:30] = 1
-    made = figures.panel(raw, labels, labels, pixel_nm=(50.0, 4.6), longest=100)
-    height, width = made.shape[:2]
-    assert height == 100
-    assert width == 4 * round(40 * 4.6 / (20 * 50) * 100) + 3 * 4
-    assert made.dtype == np.uint8
-
-
-def opened(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-
-def test_an_overlay_figure_shows_three_middle_slices_in_true_proportions() -> None:
+def test_an_overlay_shows_three_slices_in_true_proportions() -> None:
     raw = np.random.default_rng(0).random((10, 40, 60), dtype=np.float32)
     labels = np.zeros(raw.shape, np.uint16)
     labels[4:6, 10:30, 20:40] = 7
-    shown = opened(figures.overlay_figure(raw, labels, (24.0, 8.0, 8.0), longest=120))
+    shown = figures.overlay_picture(raw, labels, (24.0, 8.0, 8.0), longest=120).astype(int)
     assert shown.shape == (80, 120 + 4 + 120 + 4 + 80, 3)  # xy 40 x 60, xz and yz 30 pixels of 8 nm high
     colored = np.abs(shown - shown.mean(axis=2, keepdims=True)).max(axis=2) > 20
     rows, columns = np.flatnonzero(colored[:, :120].any(1)), np.flatnonzero(colored[:, :120].any(0))
@@ -118,19 +103,30 @@ def test_an_overlay_figure_shows_three_middle_slices_in_true_proportions() -> No
     assert (shown[60:, 124:] == 255).all()  # xz and yz are 60 pixels high
 
 
-def test_an_overlay_figure_takes_masks_positions_and_unknown_voxels() -> None:
+def test_an_overlay_takes_masks_positions_and_unknown_voxels() -> None:
     raw = np.zeros((8, 64, 64), np.uint8)
     mask = np.zeros(raw.shape, bool)
     mask[2] = True
-    plain = figures.overlay_figure(raw)
-    assert figures.overlay_figure(raw, mask) != plain
-    crossed = opened(figures.overlay_figure(raw, mask, position=(2, 32, 32)))
+    plain = figures.overlay_picture(raw)
+    crossed = figures.overlay_picture(raw, mask)  # through the middle of the mask
+    assert np.array_equal(crossed, figures.overlay_picture(raw, mask, at=(2, 32, 32)))
     assert crossed[200, 160].tolist() == pytest.approx([c * colors.FILL / 255 for c in colors.PREDICTION], abs=1)
-    assert figures.overlay_figure(raw, mask, known=np.zeros_like(mask), position=(2, 32, 32)) != plain
+    unknown = figures.overlay_picture(raw, mask, known=np.zeros_like(mask))
+    assert not np.array_equal(unknown, plain)
+    assert not np.array_equal(unknown, crossed)
     with pytest.raises(InputError, match="one shape"):
-        figures.overlay_figure(raw, mask[:4])
+        figures.overlay_picture(raw, mask[:4])
     with pytest.raises(InputError, match="position"):
-        figures.overlay_figure(raw, position=(8, 0, 0))
+        figures.overlay_picture(raw, at=(8, 0, 0))
+
+
+def test_an_overlay_figure_can_be_saved_with_its_title() -> None:
+    stream = io.BytesIO()
+    raw = np.random.default_rng(0).random((8, 20, 30))
+    figure = figures.overlay_figure(raw, raw > 0.9, title="mito")
+    figure.savefig(stream, format="png")
+    height, width = figures.overlay_picture(raw).shape[:2]
+    assert Image.open(stream).size == (width, height + 28)
 
 
 @pytest.mark.parametrize("kind", ["labels", "probability"])

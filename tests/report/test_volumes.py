@@ -12,7 +12,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.report.pages import pictures, slice_viewer
-from connectomics.report.pages.volumes import Findings, Item, Labels, PlainLabels, examine, plane_grid, read_plane
+from connectomics.report.pages.volumes import Findings, Item, Labels, examine, plain_labels, plane_grid, read_plane
 
 from .conftest import GRIDS, Made, balls
 
@@ -20,7 +20,7 @@ from .conftest import GRIDS, Made, balls
 def item_of(made: Made, crop: str, name: str = "mito") -> Item:
     """Truth and raw of a crop, no prediction."""
     dataset, grid = GRIDS[crop]
-    truth = PlainLabels.open(store.join(str(made.root / "truth.zarr"), crop, name), name)
+    truth = plain_labels(store.join(str(made.root / "truth.zarr"), crop, name), name)
     raw = Multiscale.open(made.root / "data" / dataset / f"{dataset}.zarr/recon-1/em/fibsem-uint8")
     return Item(dataset, crop, name, grid, truth=truth, raw=raw)
 

@@ -150,41 +150,30 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as plain data, without pictures."""
+        speed = self.speed
         return {
             "name": self.name,
             "batches": self.batches,
             "same_as_loader": self.same,
             "warnings": self.warnings(),
             "known": pooled_known(self.patches),
-            "classes": [asdict(row) for row in by_class([p.labels for p in self.patches])],
-            "values": [asdict(v) for v in self.values],
+            "classes": plain(by_class([p.labels for p in self.patches])),
+            "values": plain(self.values),
             "patches": [_patch_summary(patch) for patch in self.patches],
-            "loader": {
-                **asdict(self.speed),
-                "patches_per_s": self.speed.patches_per_s,
-                "bytes_per_s": self.speed.bytes_per_s,
-            },
-            "missing_raw": [asdict(m) for m in self.missing],
+            "loader": {**plain(speed), "patches_per_s": speed.patches_per_s, "bytes_per_s": speed.bytes_per_s},
+            "missing_raw": plain(self.missing),
             "cache": {"kind": self.cache, "bytes": self.cache_bytes},
             "configuration": self.configuration,
         }
 
 
 def _patch_summary(patch: SeenPatch) -> dict[str, Any]:
-    numbers = {"batch": patch.batch, "patch": patch.number, "seed": patch.seed}
-    values = {"values": patch.values, "labels": patch.labels, "raw": patch.raw}
-    return {
-        **numbers,
-        "crop": patch.crop,
-        "grid": patch.grid.to_dict(),
-        "drawn_by": patch.drawn_by,
-        "spatial": plain(patch.spatial),
-        "intensity": plain(patch.intensity),
-        **{name: plain(value) for name, value in values.items()},
-    }
+    names = ("crop", "drawn_by", "seed", "spatial", "intensity", "values", "labels", "raw")
+    shown = {name: plain(getattr(patch, name)) for name in names}
+    return {"batch": patch.batch, "patch": patch.number, "grid": patch.grid.to_dict(), **shown}
 
 
-def inspect_data(config: RunConfig, batches: int = 2, progress: Progress = silent) -> Inspection:
+def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None = None) -> Inspection:
     """Take the first batches of a run's first epoch from its own loader and measure them.
 
     Crops are decoded into the run's cache as in training. The batches stay in memory. ``progress`` is called after
@@ -193,6 +182,7 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress = silen
     Raises:
         InputError: ``batches`` is below 1. Errors of the data module pass through.
     """
+    progress = progress or silent
     if batches < 1:
         raise InputError(f"batches must be at least 1, got {batches}")
     if config.dataset.split_file is not None and not Path(config.dataset.split_file).is_file():

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from connectomics.geometry import Triple
 from connectomics.report import colors, figures, page
 from connectomics.report.inspect.data import SeenPatch
+from connectomics.report.pages.slice_viewer import slice_positions
 
 _MOST_SLICES = 24
 _LONGEST = 256  # pixels a side of a slice
@@ -23,14 +24,14 @@ _FINE = _LONGEST  # pixels that a hatched slice has at least: stripes of one vox
 def viewers(patch: SeenPatch, classes: Sequence[str], anchor: str) -> Markup:
     """Return the images of a patch side by side, each with a slider; labels are over the first. ``anchor``: for IDs."""
     chosen = chosen_class(patch, classes)
-    layers = slice_positions(patch.codes.shape[0])
+    layers = slice_positions(patch.codes.shape[0], _MOST_SLICES)
     first = _first_slice(patch, layers, chosen)
     defs, uses = _label_layers(patch, layers, anchor)
     # all images have one center: the others open at the slice nearest to that of the first
     above = (layers[first] - (patch.codes.shape[0] - 1) / 2) * patch.voxel_sizes[0][0]
     panes = [_pane(patch, 0, layers, first)]
     for number, image in enumerate(patch.images[1:], start=1):
-        there = slice_positions(image.shape[0])
+        there = slice_positions(image.shape[0], _MOST_SLICES)
         wanted = above / patch.voxel_sizes[number][0] + (image.shape[0] - 1) / 2
         panes.append(_pane(patch, number, there, int(np.argmin(np.abs(np.subtract(there, wanted))))))
     options = [_option(patch, name) for name in classes]
@@ -86,12 +87,6 @@ def chosen_class(patch: SeenPatch, classes: Sequence[str]) -> int:
         if patch.drawn_by == f"class {name}":
             return number
     return int(np.argmax([patch.labels.present[name] for name in classes]))
-
-
-def slice_positions(n: int) -> list[int]:
-    """Return at most 24 of ``n`` layers, in the middle of equal parts."""
-    wanted = min(n, _MOST_SLICES)
-    return [int((k + 0.5) * n / wanted) for k in range(wanted)]
 
 
 def _first_slice(patch: SeenPatch, layers: Sequence[int], number: int) -> int:

@@ -38,7 +38,7 @@ def build_report(
     out: str | Path,
     sources: ReportSources,
     options: ReportOptions | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the page and return its path.
 
@@ -66,7 +66,7 @@ def build_report(
     try:
         pictures = crops.planned(library, table, options)
         counted = voxel_counts.crops_of(library)
-        steps = Steps(progress, 1 + counted + pictures)
+        steps = Steps(progress or silent, 1 + counted + pictures)
         sections = [
             _part("what", "What was run", lambda: training.provenance(sources, table)),
             *_compared(sources),

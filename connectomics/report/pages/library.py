@@ -20,9 +20,9 @@ from connectomics.report.pages.sources import ReportSources
 from connectomics.report.pages.volumes import (
     Item,
     LabelReader,
-    PlainLabels,
     annotated_labels,
     open_prediction,
+    plain_labels,
     stored_labels,
     submitted_labels,
 )
@@ -110,7 +110,7 @@ class Library:
         truth: LabelReader | None = None
         try:
             if self.sources.truth is not None:
-                truth = PlainLabels.open(store.join(str(self.sources.truth), crop, name), name, grid)
+                truth = plain_labels(store.join(str(self.sources.truth), crop, name), name, grid)
                 grid = truth.grid
             elif self.catalog is not None:
                 truth = annotated_labels(self.catalog, dataset, crop, name, grid)

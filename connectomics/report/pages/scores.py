@@ -36,7 +36,7 @@ class Scores:
 
     Attributes:
         overall, instance, semantic: missing labels count as 0; None if no class of the kind was asked for.
-        submitted: the same three over the submitted labels alone.
+        submitted: the overall score over the submitted labels alone.
         classes: entries of ``label_scores`` by class. results: every crop and class.
         rules: their version; verified: whether our numbers for it were compared with the official ones.
         warnings: of the scorer.
@@ -45,7 +45,7 @@ class Scores:
     overall: float | None
     instance: float | None
     semantic: float | None
-    submitted: tuple[float | None, float | None, float | None]
+    submitted: float | None
     classes: Mapping[str, Mapping[str, Any]]
     results: tuple[LabelResult, ...]
     rules: str
@@ -64,16 +64,11 @@ class Scores:
                 if _is_crop(entries)
                 for name, entry in entries.items()
             )
-            submitted = data.get("submitted_only") or {}
             return cls(
                 overall=optional(data["overall_score"]),
                 instance=optional(data["overall_instance_score"]),
                 semantic=optional(data["overall_semantic_score"]),
-                submitted=(
-                    optional(submitted.get("overall_score")),
-                    optional(submitted.get("overall_instance_score")),
-                    optional(submitted.get("overall_semantic_score")),
-                ),
+                submitted=optional((data.get("submitted_only") or {}).get("overall_score")),
                 classes=data["label_scores"],
                 results=results,
                 rules=str(data.get("rules", "not said")),

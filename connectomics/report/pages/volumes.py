@@ -7,15 +7,16 @@ Everything is read on a grid in nm, so that all parts of a picture are registere
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.probabilities import unit_of
@@ -32,102 +33,85 @@ _THRESHOLD = 0.5  # of a probability that stands in for missing labels
 Labels = tuple[NDArray[Any], NDArray[np.bool_]]
 
 
-class LabelReader(Protocol):
+@dataclass(frozen=True)
+class LabelReader:
     """Labels that can be read on any grid.
 
     Attributes:
         grid: of the labels, nm. instance: whether the values are object IDs.
+        read: returns the values (0 background) and where they are known, bool, both of the shape of the given grid.
     """
 
-    @property
-    def grid(self) -> VoxelGrid: ...
-
-    @property
-    def instance(self) -> bool: ...
-
-    def read(self, grid: VoxelGrid) -> Labels:
-        """Return the values (0 background) and where they are known, bool, both of ``grid``'s shape."""
-
-
-# -- truth -------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class PlainLabels:
-    """A plain array, as in the scorer's ground truth: everything inside is known."""
-
-    array: PlainArray
     grid: VoxelGrid
     instance: bool
-
-    @classmethod
-    def open(cls, location: str, class_name: str, grid: VoxelGrid | None = None) -> PlainLabels:
-        """Open the array at ``location``; ``grid`` (from a crop table) is used if its attributes have none."""
-        array = PlainArray.open(location)
-        found = array.grid or grid
-        if found is None or found.shape != array.shape:
-            raise MetadataError(
-                f"{location}: expected voxel_size and translation for shape {array.shape}; add them to its attributes"
-            )
-        return cls(array, found, is_instance_class(class_name))
-
-    def read(self, grid: VoxelGrid) -> Labels:
-        """Read the nearest voxels; voxels outside the array are unknown."""
-        return _read_nearest(self.array, self.grid, grid)
+    read: Callable[[VoxelGrid], Labels]
 
 
-@dataclass(frozen=True)
-class AnnotatedLabels:
-    """A class of an annotated crop of a data root, in three states."""
+def plain_labels(location: str, class_name: str, grid: VoxelGrid | None = None) -> LabelReader:
+    """Open a plain array, as in the scorer's ground truth: all its voxels are known.
 
-    crop: Crop
-    class_name: str
-    grid: VoxelGrid
-    instance: bool
-
-    def read(self, grid: VoxelGrid) -> Labels:
-        """Read the IDs at the voxel centers for an instance array, else the class as `read_labels` combines it."""
-        if self.instance:
-            return read_instances(self.crop, self.class_name, grid)
-        volume = read_labels(self.crop, [self.class_name], grid)
-        return volume.present_of(self.class_name).view(np.uint8), volume.known_of(self.class_name)
+    ``grid`` (from a crop table) is used if the attributes of the array have none.
+    """
+    array = PlainArray.open(location)
+    found = array.grid or grid
+    if found is None or found.shape != array.shape:
+        raise MetadataError(
+            f"{location}: expected voxel_size and translation for shape {array.shape}; add them to its attributes"
+        )
+    return LabelReader(found, is_instance_class(class_name), partial(_read_nearest, array, found))
 
 
-# -- predictions -------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class StoredLabels:
-    """Decoded labels, or probabilities with a threshold if there are no labels."""
+def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
+    """Return the data root's own labels of a class, in three states; None if the root has no such crop.
 
-    source: Multiscale
-    instance: bool
-    threshold: float | None = None
+    An instance array gives the IDs at the voxel centers, other classes are combined as `read_labels` does.
+    """
+    if dataset not in catalog.datasets or crop not in catalog.crop_names(dataset):
+        return None
+    found = catalog.crop(dataset, crop)
 
-    @property
-    def grid(self) -> VoxelGrid:
-        """The grid of the finest level."""
-        return self.source.grid
+    def read(part: VoxelGrid) -> Labels:
+        volume = read_labels(found, [class_name], part)
+        return volume.present_of(class_name).view(np.uint8), volume.known_of(class_name)
 
-    def read(self, grid: VoxelGrid) -> Labels:
-        """Read the nearest voxels of the finest level."""
-        values, inside = self.source.read_nearest(grid, level=0)
-        if self.threshold is not None:
-            return (values.astype(np.float32) > self.threshold * unit_of(values.dtype)).view(np.uint8), inside
-        return values, inside
+    if is_instance_class(class_name) and class_name in found.labels:
+        return LabelReader(grid, True, partial(read_instances, found, class_name))
+    return LabelReader(grid, False, read)
 
 
-@dataclass(frozen=True)
-class SubmittedLabels:
-    """An array of a submission, zip or folder; only the chunks that a grid overlaps are unpacked."""
+def stored_labels(source: Multiscale, class_name: str) -> LabelReader:
+    """Return decoded labels, or probabilities cut at one half, depending on what the array says about itself."""
+    about = source.attrs.get("connectomics", {})
 
-    array: ZarrArray
-    grid: VoxelGrid
-    instance: bool
+    def read(grid: VoxelGrid) -> Labels:
+        return source.read_nearest(grid, level=0)
 
-    def read(self, grid: VoxelGrid) -> Labels:
-        """Read the nearest voxels; voxels outside the array are unknown."""
-        return _read_nearest(self.array, self.grid, grid)
+    def read_cut(grid: VoxelGrid) -> Labels:
+        values, inside = read(grid)
+        return (values.astype(np.float32) > _THRESHOLD * unit_of(values.dtype)).view(np.uint8), inside
+
+    if about.get("artefact") == "probability":
+        return LabelReader(source.grid, False, read_cut)
+    kind = about.get("kind")
+    return LabelReader(source.grid, is_instance_class(class_name) if kind is None else kind == "instance", read)
+
+
+def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
+    """Return an array of a submission, None if it is missing; ``grid`` fills in for missing attributes."""
+    path = f"{crop}/{class_name}"
+    if not is_array(archive, path):
+        return None
+    array = ZarrArray(archive, path)
+    size = array.attrs.get("voxel_size", list(grid.voxel_size))
+    first = array.attrs.get("translation", list(grid.translation))
+    if len(array.shape) != 3:
+        raise MetadataError(f"{archive.location}: {path}: expected three axes, got shape {array.shape}")
+    place = VoxelGrid(size, first, (array.shape[0], array.shape[1], array.shape[2]))
+    return LabelReader(place, is_instance_class(class_name), partial(_read_nearest, array, place))
 
 
 def _read_nearest(array: PlainArray | ZarrArray, place: VoxelGrid, grid: VoxelGrid) -> Labels:
-    """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``, and where it has any."""
+    """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``; outside is unknown."""
     part = place.slices(grid.box)
     begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
     inside = resample.inside_axes(place, grid)
@@ -168,38 +152,6 @@ def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> M
     if source.attrs.get("connectomics", {}).get("complete", True) is not True:
         raise IncompleteError(f"{location} is incomplete; rerun the command that writes it to resume")
     return source
-
-
-def stored_labels(source: Multiscale, class_name: str) -> StoredLabels:
-    """Return labels, or probabilities with a threshold, depending on what the array says about itself."""
-    about = source.attrs.get("connectomics", {})
-    if about.get("artefact") == "probability":
-        return StoredLabels(source, False, _THRESHOLD)
-    kind = about.get("kind")
-    return StoredLabels(source, is_instance_class(class_name) if kind is None else kind == "instance")
-
-
-def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid) -> SubmittedLabels | None:
-    """Return an array of a submission, None if it is missing; ``grid`` fills in for missing attributes."""
-    path = f"{crop}/{class_name}"
-    if not is_array(archive, path):
-        return None
-    array = ZarrArray(archive, path)
-    size = array.attrs.get("voxel_size", list(grid.voxel_size))
-    first = array.attrs.get("translation", list(grid.translation))
-    if len(array.shape) != 3:
-        raise MetadataError(f"{archive.location}: {path}: expected three axes, got shape {array.shape}")
-    place = VoxelGrid(size, first, (array.shape[0], array.shape[1], array.shape[2]))
-    return SubmittedLabels(array, place, is_instance_class(class_name))
-
-
-def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
-    """Return the data root's own labels of a class on the prediction's grid, None if the root has no such crop."""
-    if dataset not in catalog.datasets or crop not in catalog.crop_names(dataset):
-        return None
-    found = catalog.crop(dataset, crop)
-    is_instance = is_instance_class(class_name) and class_name in found.labels
-    return AnnotatedLabels(found, class_name, grid, is_instance)
 
 
 # -- choosing slices ---------------------------------------------------------------------------------------------------
