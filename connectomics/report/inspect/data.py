@@ -91,7 +91,7 @@ class Inspection:
     Attributes:
         name: of the run. classes: in channel order.
         patches: of all batches, in order. same: whether workers and this process read the same patches bit for bit.
-        asked: number of batches that were requested; an epoch may have fewer.
+        requested: number of batches to take; an epoch may have fewer.
         speed: of the loader. values: of each image over all patches.
         missing: crops with missing raw chunks. crops: number of training crops.
         cache: which crop cache (none, memory, disk); cache_bytes: size of the training crops in it.
@@ -102,7 +102,7 @@ class Inspection:
     classes: tuple[str, ...]
     patches: tuple[SeenPatch, ...]
     same: bool
-    asked: int
+    requested: int
     speed: LoaderSpeed
     values: tuple[ValueRange, ...]
     missing: tuple[MissingRaw, ...]
@@ -118,35 +118,35 @@ class Inspection:
 
     def warnings(self) -> list[str]:
         """Return a sentence for each thing that looks wrong."""
-        said = []
+        warnings: list[str] = []
         if not self.same:
-            said.append(
+            warnings.append(
                 "The loader's workers gave other patches than this process for the same requests, which is a bug. The "
                 "patches shown are the loader's; their positions and augmentations may be wrong."
             )
-        if self.batches < self.asked:
-            said.append(
-                f"Requested {self.asked} batches, but an epoch has only {self.batches} batches; all of them are shown."
+        if self.batches < self.requested:
+            warnings.append(
+                f"Requested {self.requested} batches, but an epoch has only {self.batches} batches; all are shown."
             )
-        said += label_warnings([p.labels for p in self.patches])
+        warnings += label_warnings([p.labels for p in self.patches])
         of_images: list[str] = []
         for patch in self.patches:
             for number, values in enumerate(patch.values):
                 name = patch.name + (f", image_{number}" if number else "")
                 raw = None if patch.raw is None else patch.raw[number]
                 of_images += image_warnings(name, values, raw)
-        said += of_images[:_MOST_WARNINGS]
+        warnings += of_images[:_MOST_WARNINGS]
         if len(of_images) > _MOST_WARNINGS:
-            said.append(f"{len(of_images) - _MOST_WARNINGS} more warnings about images.")
+            warnings.append(f"{len(of_images) - _MOST_WARNINGS} more warnings about images.")
         if self.missing:
             first = self.missing[0]
             chunks = sum(m.missing for m in self.missing)
-            said.append(
+            warnings.append(
                 f"{chunks} chunks of raw are missing in {len(self.missing)} of {self.crops} crops; labels count as "
                 f"unknown there. The first: {first.first} ({first.crop}). Fetch the chunks, or remove those crops from "
                 "the configuration."
             )
-        return said
+        return warnings
 
     def to_dict(self) -> dict[str, Any]:
         """Return the summary as plain data, without pictures."""
@@ -207,18 +207,18 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
     patches: list[SeenPatch] = []
     same = True
     for number, batch in enumerate(taken):
-        asked = requests[number * config.data.batch_size : (number + 1) * config.data.batch_size]
-        read = [dataset[request] for request in asked]
+        wanted = requests[number * config.data.batch_size : (number + 1) * config.data.batch_size]
+        read = [dataset[request] for request in wanted]
         packed = [patch for patch in read if isinstance(patch, PackedPatch)]  # always, for requests
         same &= equal(batch, collate(packed))
-        patches += look_at(number, batch, packed, asked, dataset, augmentor)
+        patches += look_at(number, batch, packed, wanted, dataset, augmentor)
         progress(len(dataset.volumes) + len(patches), total, f"batch {number + 1}")
     return Inspection(
         name=config.name,
         classes=dataset.classes,
         patches=tuple(patches),
         same=same,
-        asked=batches,
+        requested=batches,
         speed=speed,
         values=tuple(ValueRange.of(np.stack(images)) for images in zip(*(p.images for p in patches), strict=True)),
         missing=tuple(missing),

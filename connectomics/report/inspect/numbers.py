@@ -114,30 +114,30 @@ def by_class(patches: Sequence[LabelNumbers]) -> list[ClassNumbers]:
 def label_warnings(patches: Sequence[LabelNumbers]) -> list[str]:
     """Return what looks wrong about the labels."""
     rows = by_class(patches)
-    said = []
+    warnings: list[str] = []
     never_known = [r.name for r in rows if r.patches_known == 0]
     never_present = [r.name for r in rows if r.patches_known and not r.patches_present]
     few = [r.name for r in rows if 0 < r.known < _FEW_KNOWN]
     n = len(patches)
     if never_known:
-        said.append(
+        warnings.append(
             f"Known in none of the {n} patches: {', '.join(never_known)}. No training crop annotates them, or none "
             "was drawn; the network learns nothing about them from such patches."
         )
     if never_present:
-        said.append(
+        warnings.append(
             f"Known but never present in {n} patches: {', '.join(never_present)}. Take more --batches to be sure; "
             "raise their weight in data.class_weights or data.sampling if they stay rare."
         )
     if few:
-        said.append(f"Known in less than 1 % of the voxels: {', '.join(few)}.")
+        warnings.append(f"Known in less than 1 % of the voxels: {', '.join(few)}.")
     share = sum(p.anything for p in patches) / max(1, sum(p.voxels for p in patches))
     if share < _FEW_KNOWN:
-        said.append(
+        warnings.append(
             f"Some class is known in only {100 * share:.2g} % of all voxels: patches are much larger than crops, or "
             "raw is missing there. Set a smaller data.patch_size, or data.min_known."
         )
-    return said
+    return warnings
 
 
 def image_warnings(name: str, values: ValueRange, raw: RawShare | None) -> list[str]:

@@ -118,29 +118,29 @@ def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 def _summary(runs: Sequence[Compared]) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Return rows of (name, a cell for each run): text, and whether it is the best of several values."""
 
-    def value_of(
-        shown: Callable[[Compared], float | None], text: Callable[[float], str], highest: bool = False
-    ) -> list:
-        values = [shown(run) for run in runs]
+    def row_of(
+        value: Callable[[Compared], float | None], text: Callable[[float], str], highest: bool = False
+    ) -> list[tuple[str, bool]]:
+        values = [value(run) for run in runs]
         there = [v for v in values if v is not None]
         best = max(there) if highest and len(set(there)) > 1 else None
         cells = [("–" if v is None else text(v), v is not None and v == best) for v in values]
         return cells if there else []
 
     rows = {
-        f"{kind} score": value_of(lambda r, k=kind: getattr(r.scores, k, None), page.score, True)  # type: ignore[misc]
+        f"{kind} score": row_of(lambda r, k=kind: getattr(r.scores, k, None), page.score, True)  # type: ignore[misc]
         for kind in ("overall", "instance", "semantic")
     } | {
-        "best validation score": value_of(lambda r: r.best("val/score"), page.score, True),
-        "best validation Dice": value_of(lambda r: r.best("val/dice"), page.score, True),
-        "last validation Dice": value_of(lambda r: r.last("val/dice"), page.score, True),
-        "last training loss": value_of(lambda r: r.last("train/loss"), lambda v: f"{v:.4g}"),
-        "epochs": value_of(lambda r: r.timed("epochs"), page.count),
-        "patches": value_of(lambda r: r.timed("samples"), page.count),
-        "training time": value_of(lambda r: r.timed("total_s"), page.seconds),
-        "patches a second": value_of(lambda r: r.timed("samples_per_s"), lambda v: f"{v:.3g}"),
-        "most memory": value_of(lambda r: r.highest("memory_bytes"), page.size),
-        "most GPU memory": value_of(lambda r: r.highest("gpu_memory_bytes"), page.size),
+        "best validation score": row_of(lambda r: r.best("val/score"), page.score, True),
+        "best validation Dice": row_of(lambda r: r.best("val/dice"), page.score, True),
+        "last validation Dice": row_of(lambda r: r.last("val/dice"), page.score, True),
+        "last training loss": row_of(lambda r: r.last("train/loss"), lambda v: f"{v:.4g}"),
+        "epochs": row_of(lambda r: r.timed("epochs"), page.count),
+        "patches": row_of(lambda r: r.timed("samples"), page.count),
+        "training time": row_of(lambda r: r.timed("total_s"), page.seconds),
+        "patches a second": row_of(lambda r: r.timed("samples_per_s"), lambda v: f"{v:.3g}"),
+        "most memory": row_of(lambda r: r.highest("memory_bytes"), page.size),
+        "most GPU memory": row_of(lambda r: r.highest("gpu_memory_bytes"), page.size),
     }
     return [(name, cells) for name, cells in rows.items() if cells]
 

@@ -66,14 +66,14 @@ class Confusion:
             nothing = np.asarray(~p.any(axis=0, keepdims=True))
             self.empty_known += int(np.count_nonzero(background))
             there, called, none, empty = (_bits(v) for v in (t, p, nothing, background))
-            unsaid, knows = _bits(p & k & ~t), _bits(k)
+            wrongly, annotated = _bits(p & k & ~t), _bits(k)
             self.right += _ones(there & called)
             self.there += _ones(there)
             self.lost += _ones(there & none)
             self.empty += _ones(called & empty)
             for row, mine in enumerate(there):
-                self.wrong[row] += _ones(mine & unsaid)
-                self.known[row] += _ones(mine & knows)
+                self.wrong[row] += _ones(mine & wrongly)
+                self.known[row] += _ones(mine & annotated)
 
     def add_crop(self, items: Sequence[Item], most_voxels: int) -> float:
         """Count the items of one crop that have truth and prediction, on the finest of their grids.

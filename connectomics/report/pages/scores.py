@@ -71,7 +71,7 @@ class Scores:
                 submitted=optional((data.get("submitted_only") or {}).get("overall_score")),
                 classes=data["label_scores"],
                 results=results,
-                rules=str(data.get("rules", "not said")),
+                rules=str(data.get("rules", "unknown")),
                 verified=bool(data.get("verified", False)),
                 warnings=tuple(str(w) for w in data.get("warnings", ())),
             )

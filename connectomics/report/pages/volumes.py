@@ -180,28 +180,31 @@ class Findings:
 
 def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
     """Read an item in blocks; beyond ``most_voxels`` only evenly spread slabs along z."""
-    found = Findings()
-    sums = [[np.zeros(n, np.float64) for n in item.grid.shape] for _ in range(2)]  # errors; truth
-    objects = Objects() if item.instance else None
+    found = Findings(objects=Objects() if item.instance else None)
+    errors, truths = ([np.zeros(n) for n in item.grid.shape] for _ in range(2))  # voxels by plane of each axis
     looked = 0
     for begin, block in spread_blocks(item.grid, most_voxels):
         looked += block.size
-        true, found_ids, known = read_pair(item, block)
-        errors = ((true != 0) != (found_ids != 0)) & known
-        there = (true != 0) & known
-        _count(found, true, found_ids, known)
-        for mask, target in zip((errors, there), sums, strict=True):
-            for axis in range(3):
+        true, predicted, known = read_pair(item, block)
+        t, p = (true != 0) & known, (predicted != 0) & known
+        both = np.count_nonzero(t & p)
+        found.tp += both
+        found.fp += np.count_nonzero(p) - both
+        found.fn += np.count_nonzero(t) - both
+        found.unknown += known.size - np.count_nonzero(known)
+        for mask, profiles in ((t != p, errors), (t, truths)):
+            for axis, profile in enumerate(profiles):
                 others = tuple(a for a in range(3) if a != axis)
-                target[axis][begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
-        if objects is not None:
-            objects.add(begin, true, found_ids, known)
+                profile[begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
+        if found.objects is not None:
+            found.objects.add(begin, true, predicted, known)
     found.share = looked / item.grid.size if item.grid.size else 1.0
-    position = [_peak(_share(e) + _share(t)) for e, t in zip(*sums, strict=True)]
-    found.position = (position[0], position[1], position[2])
-    if objects is not None:
-        found.objects = objects
-        found.partner, found.matched = objects.match()
+    z, y, x = (
+        _peak(e / max(e.max(initial=0), 1) + t / max(t.max(initial=0), 1)) for e, t in zip(errors, truths, strict=True)
+    )
+    found.position = (z, y, x)
+    if found.objects is not None:
+        found.partner, found.matched = found.objects.match()
     return found
 
 
@@ -225,19 +228,6 @@ def spread_blocks(
     for begin, block in grid.blocks(shape):
         if chosen is None or begin[0] // shape[0] in chosen:
             yield begin, block
-
-
-def _count(found: Findings, true: NDArray[Any], predicted: NDArray[Any], known: NDArray[np.bool_]) -> None:
-    t, p = (true != 0) & known, (predicted != 0) & known
-    both = int(np.count_nonzero(t & p))
-    found.tp += both
-    found.fp += int(np.count_nonzero(p)) - both
-    found.fn += int(np.count_nonzero(t)) - both
-    found.unknown += known.size - int(np.count_nonzero(known))
-
-
-def _share(profile: NDArray[np.float64]) -> NDArray[np.float64]:
-    return profile / max(float(profile.max(initial=0.0)), 1.0)
 
 
 def _peak(profile: NDArray[np.float64]) -> int:
