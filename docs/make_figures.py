@@ -23,9 +23,9 @@ from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.metrics.challenge import score_instance
-from connectomics.report import figures
+from connectomics.report import colors, figures
 
-RAW, LABEL, WRONG = (tuple(c / 255 for c in rgb) for rgb in (figures.TRUTH, figures.PREDICTION, figures.WRONG_OBJECT))
+RAW, LABEL, WRONG = (tuple(c / 255 for c in rgb) for rgb in (colors.TRUTH, colors.PREDICTION, colors.WRONG_OBJECT))
 
 
 def voxels(axis: Axes, grid: VoxelGrid, height: float, color: tuple[float, ...], name: str) -> None:

@@ -21,7 +21,6 @@ from connectomics.config.schema import InputConfig
 from connectomics.data.augmentation import KINDS, BatchAugmentor, IntensityAugmentor, recognize
 from connectomics.data.augmentation import intensity_operations as operations
 from connectomics.errors import ConfigError, InputError, UnknownNameError
-from connectomics.report.augmentation_pictures import EDGE, SHEETS, draw
 
 NM = (8.0, 8.0, 8.0)
 ALL = {name: {"prob": 1} for name in KINDS}
@@ -574,16 +573,6 @@ def test_the_page_s_example_is_a_configuration() -> None:
     page = (DOCS / "augmentations.md").read_text(encoding="utf-8")
     for example in re.findall(r"```yaml\n(.*?)```", page, re.S):
         assert len(augmentor(**yaml.safe_load(example)["data"]["intensity"]).kinds) == 4
-
-
-def test_a_picture_shows_the_patch_and_three_strengths() -> None:
-    patch = texture((EDGE,) * 3)[0].numpy()
-    assert list(SHEETS) == list(KINDS)
-    for kind in ("missing_sections", "cutout"):
-        row = draw(kind, patch, NM)
-        assert row.shape[1] == 4 * EDGE + 3 * 4
-        columns = [row[16:, at : at + EDGE] for at in range(0, row.shape[1], EDGE + 4)]
-        assert all((columns[0][: EDGE // 2] != later[: EDGE // 2]).any() for later in columns[1:])
 
 
 # --- MONAI -------------------------------------------------------------------------------------------------------

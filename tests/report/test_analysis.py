@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import create_multiscale
-from connectomics.report import calibration, confusion
-from connectomics.report.calibration import Reliability
-from connectomics.report.confusion import Confusion
-from connectomics.report.volumes import Item
+from connectomics.report.pages import calibration, confusion
+from connectomics.report.pages.calibration import Reliability
+from connectomics.report.pages.confusion import Confusion
+from connectomics.report.pages.volumes import Item
 
 from .test_volumes import Fixed
 
@@ -142,8 +142,8 @@ def test_the_section_draws_a_line_a_class_and_the_ideal() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, 20000, dtype=np.uint8)
     r.add(values, rng.random(20000) < values / 255, np.ones(20000, bool))
-    body = calibration.section({"er": r, "nothing": Reliability()}, [], 1.0).body
+    body = calibration.section({"er": r, "nothing": Reliability()}, 1.0).body
     assert body.count('<polyline class="line') == 1
     assert '<line class="ideal"' in body
     assert r.error() < 0.03
-    assert "No calibration" in calibration.section({}, [], 1.0).body
+    assert "No calibration" in calibration.section({}, 1.0).body

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from connectomics.cli import main
-from connectomics.report import OtherRun, ReportOptions, ReportSources, build_report, compare
+from connectomics.report import OtherRun, ReportOptions, ReportSources, build_report
+from connectomics.report.pages import compare
 
 from .conftest import Made
 from .test_report import Reader
@@ -90,17 +91,17 @@ def test_a_run_that_is_not_whole_is_said(tmp_path: Path) -> None:
     for run, state in zip(runs, ("finished", "failed"), strict=True):
         (run / "state.json").write_text(json.dumps({"state": state, "note": "no <data> root", **about}))
     page = Reader(build_report(tmp_path, ReportSources(run=runs[0], others=(OtherRun(runs[1]),))))
-    assert [note for note in page.notes if "not whole" in note] == [
-        "two is not whole: it is failed (no &lt;data&gt; root)."
+    assert [note for note in page.notes if "not complete" in note] == [
+        "two is not complete: it is failed (no &lt;data&gt; root)."
     ]
     page = Reader(build_report(tmp_path, ReportSources(run=runs[1])))
-    assert "This run is not whole: it is failed (no &lt;data&gt; root)." in page.notes
+    assert "This run is not complete: it is failed (no &lt;data&gt; root)." in page.notes
 
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)]).body
-    assert "is no run of train" in body
+    assert "is not a run folder" in body
 
 
 def test_hostile_names_are_shown_as_text(made: Made, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from connectomics.errors import InputError
-from connectomics.report import figures
+from connectomics.report import colors, figures
 
 SQUARE = np.zeros((8, 10), np.uint8)
 SQUARE[2:6, 3:8] = 1
@@ -23,7 +23,7 @@ def test_an_error_map_says_of_every_voxel_what_became_of_it() -> None:
     known = np.array([[True, True, True, True, True, False]])
     wrong = np.array([[True, True, True, False, True, True]])
     assert figures.error_map(truth, found, known, wrong).tolist() == [
-        [figures.NEITHER, figures.FP, figures.FN, figures.TP, figures.WRONG, figures.NOT_KNOWN]
+        [colors.NEITHER, colors.FP, colors.FN, colors.TP, colors.WRONG, colors.NOT_KNOWN]
     ]
     with pytest.raises(InputError, match="one shape"):
         figures.error_map(truth, found[:, 1:])
@@ -33,13 +33,13 @@ def test_nothing_unknown_is_ever_an_error() -> None:
     rng = np.random.default_rng(0)
     truth, found, known = (rng.integers(0, 2, (20, 20)) for _ in range(3))
     errors = figures.error_map(truth, found, known)
-    assert set(np.unique(errors[known == 0])) == {figures.NOT_KNOWN}
-    assert not np.any(errors[known == 1] == figures.NOT_KNOWN)
+    assert set(np.unique(errors[known == 0])) == {colors.NOT_KNOWN}
+    assert not np.any(errors[known == 1] == colors.NOT_KNOWN)
 
 
 def test_truth_prediction_agreement_and_wrong_objects_have_different_colours() -> None:
-    colors = {tuple(c) for c in figures.ERROR_COLORS[:, :3].tolist()}
-    assert len(colors) == len(figures.ERROR_COLORS) == len(figures.ERROR_NAMES)
+    different = {tuple(c) for c in colors.ERROR_COLORS[:, :3].tolist()}
+    assert len(different) == len(colors.ERROR_COLORS) == len(colors.ERROR_NAMES)
 
 
 def test_regions_are_filled_faintly_and_edged_opaquely() -> None:
@@ -52,9 +52,9 @@ def test_regions_are_filled_faintly_and_edged_opaquely() -> None:
 
 
 def test_objects_next_to_each_other_in_number_differ_in_colour() -> None:
-    colors = figures.object_colors(np.arange(30))
-    assert colors[0].tolist() == [0, 0, 0]
-    assert all((colors[i] != colors[i + 1]).any() for i in range(1, 29))
+    table = figures.object_colors(np.arange(30))
+    assert table[0].tolist() == [0, 0, 0]
+    assert all((table[i] != table[i + 1]).any() for i in range(1, 29))
 
 
 def test_an_overlay_of_full_opacity_shows_the_layer_and_of_none_the_picture() -> None:
@@ -91,15 +91,42 @@ def test_grey_values_are_stretched_between_percentiles_of_what_is_there() -> Non
     assert np.all(figures.to_gray(np.full((3, 3), 7.0)) < 255)
 
 
-def test_a_panel_keeps_true_proportions() -> None:
-    raw = np.random.default_rng(0).random((20, 40))
-    labels = np.zeros((20, 40), np.uint8)
-    labels[5:15, 10:30] = 1
-    made = figures.panel(raw, labels, labels, pixel_nm=(50.0, 4.6), longest=100)
-    height, width = made.shape[:2]
-    assert height == 100
-    assert width == 4 * round(40 * 4.6 / (20 * 50) * 100) + 3 * 4
-    assert made.dtype == np.uint8
+def test_an_overlay_shows_three_slices_in_true_proportions() -> None:
+    raw = np.random.default_rng(0).random((10, 40, 60), dtype=np.float32)
+    labels = np.zeros(raw.shape, np.uint16)
+    labels[4:6, 10:30, 20:40] = 7
+    shown = figures.overlay_picture(raw, labels, (24.0, 8.0, 8.0), longest=120).astype(int)
+    assert shown.shape == (80, 120 + 4 + 120 + 4 + 80, 3)  # xy 40 x 60, xz and yz 30 pixels of 8 nm high
+    colored = np.abs(shown - shown.mean(axis=2, keepdims=True)).max(axis=2) > 20
+    rows, columns = np.flatnonzero(colored[:, :120].any(1)), np.flatnonzero(colored[:, :120].any(0))
+    assert (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1) == (20, 60, 40, 80)
+    assert (shown[60:, 124:] == 255).all()  # xz and yz are 60 pixels high
+
+
+def test_an_overlay_takes_masks_positions_and_unknown_voxels() -> None:
+    raw = np.zeros((8, 64, 64), np.uint8)
+    mask = np.zeros(raw.shape, bool)
+    mask[2] = True
+    plain = figures.overlay_picture(raw)
+    crossed = figures.overlay_picture(raw, mask)  # through the middle of the mask
+    assert np.array_equal(crossed, figures.overlay_picture(raw, mask, at=(2, 32, 32)))
+    assert crossed[200, 160].tolist() == pytest.approx([c * colors.FILL / 255 for c in colors.PREDICTION], abs=1)
+    unknown = figures.overlay_picture(raw, mask, known=np.zeros_like(mask))
+    assert not np.array_equal(unknown, plain)
+    assert not np.array_equal(unknown, crossed)
+    with pytest.raises(InputError, match="one shape"):
+        figures.overlay_picture(raw, mask[:4])
+    with pytest.raises(InputError, match="position"):
+        figures.overlay_picture(raw, at=(8, 0, 0))
+
+
+def test_an_overlay_figure_can_be_saved_with_its_title() -> None:
+    stream = io.BytesIO()
+    raw = np.random.default_rng(0).random((8, 20, 30))
+    figure = figures.overlay_figure(raw, raw > 0.9, title="mito")
+    figure.savefig(stream, format="png")
+    height, width = figures.overlay_picture(raw).shape[:2]
+    assert Image.open(stream).size == (width, height + 28)
 
 
 @pytest.mark.parametrize("kind", ["labels", "probability"])

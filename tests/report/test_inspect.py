@@ -22,12 +22,11 @@ from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.patches import centered
 from connectomics.errors import InputError, WriteError
-from connectomics.report.inspect import inspect_data, write_page
-from connectomics.report.inspect.data import Inspection, as_text, equal
-from connectomics.report.inspect.loader import LoaderSpeed, memory_of, take
+from connectomics.report.inspect.data import Inspection, as_text, equal, inspect_data
+from connectomics.report.inspect.loader_speed import LoaderSpeed, memory_of, take
 from connectomics.report.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
-from connectomics.report.inspect.raw import RawShare
-from connectomics.report.inspect.views import slice_positions
+from connectomics.report.inspect.page import write_page
+from connectomics.report.inspect.raw_presence import RawShare
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 from .test_report import CHROMIUM, Reader, browse, needs_browser
@@ -250,13 +249,13 @@ def test_raw_that_is_not_stored_is_counted_by_crop(tmp_path: Path) -> None:
     ((missing,),) = [seen.missing]
     assert (missing.crop, missing.missing) == ("set-a/crop1", 1)
     assert missing.first is not None
-    assert any("1 chunks of raw are not stored" in w and missing.first in w for w in seen.warnings())
+    assert any("1 chunks of raw are missing" in w and missing.first in w for w in seen.warnings())
 
 
 def test_an_epoch_with_fewer_batches_gives_them_all_and_says_so(root: Path) -> None:
     seen = inspect_data(configured(root, "data.patches_per_epoch=2"), batches=3)
     assert (seen.batches, len(seen.patches)) == (1, 2)
-    assert any("only 1 batches, 3 were asked for" in w for w in seen.warnings())
+    assert any("Requested 3 batches, but an epoch has only 1 batches" in w for w in seen.warnings())
     assert seen.speed.patches_per_s is None
 
 
@@ -306,7 +305,7 @@ def test_every_patch_has_its_slices_facts_and_classes(page: Reader, found: Inspe
         assert patch.drawn_by in page.text
         assert f"slices of {patch.name}, image" in page.source
         assert "noise" in [name for name, _ in patch.intensity]
-    for words in ("What looks wrong", "data.patch_size", "[24, 20, 16]", "patches a second", "every chunk of raw"):
+    for words in ("What looks wrong", "data.patch_size", "[24, 20, 16]", "patches per second", "every chunk of raw"):
         assert words in page.text, words
 
 
@@ -323,8 +322,6 @@ def test_layers_are_switched_by_class_and_kind_and_refer_to_one_picture_each(pag
 def test_pictures_are_bounded(page: Reader, found: Inspection) -> None:
     from PIL import Image
 
-    assert len(slice_positions(1000)) == 24
-    assert slice_positions(3) == [0, 1, 2]
     for tag, attributes in page.tags:
         if tag == "image":
             picture = Image.open(BytesIO(b64decode(attributes["href"].split(",")[1])))
@@ -382,12 +379,12 @@ def test_parameters_are_short_text() -> None:
 def test_a_browser_draws_the_page_with_its_labels(found: Inspection, tmp_path: Path) -> None:
     from PIL import Image
 
-    from connectomics.report import figures
+    from connectomics.report import colors
 
     assert CHROMIUM.exists()
     path = write_page(tmp_path / "inspect.html", found)
     shot = tmp_path / "shot.png"
     browse(path.as_uri(), tmp_path, f"--screenshot={shot}", "--window-size=1000,3000")
     picture = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    blue = np.abs(picture - figures.TRUTH).max(axis=2) < 60
+    blue = np.abs(picture - colors.TRUTH).max(axis=2) < 60
     assert blue.sum() > 500

@@ -7,9 +7,8 @@ import pytest
 from numpy.typing import NDArray
 
 from connectomics.geometry import VoxelGrid
-from connectomics.report.mistakes import listed, tables
-from connectomics.report.objects import Mistake, Objects
-from connectomics.report.volumes import Findings, Item, examine
+from connectomics.report.pages.objects import Mistake, Objects, listed, tables
+from connectomics.report.pages.volumes import Findings, Item, examine
 
 from .test_volumes import Fixed
 

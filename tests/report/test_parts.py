@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from connectomics.errors import MetadataError
-from connectomics.report import charts, gallery, page, scores
-from connectomics.report import training as run
-from connectomics.report.crops import Wanted, choose, ranked
-from connectomics.report.scores import Scores
+from connectomics.report import charts, page
+from connectomics.report.pages import run_folder, score_sections, scores, training
+from connectomics.report.pages.crops import choose, extremes, ranked
+from connectomics.report.pages.library import Wanted
+from connectomics.report.pages.scores import Scores
 
 from .conftest import Made
 
@@ -43,9 +44,9 @@ def test_a_line_chart_holds_every_series_by_name_within_its_frame() -> None:
     chart = charts.line_chart(made, "Dice", "epoch", (0.0, 1.0))
     assert all(f">class {k}</text>" in chart for k in range(12))
     heights = [float(y) for y in re.findall(r'class="end[^"]*" x="[\d.]+" y="([\d.-]+)"', chart)]
-    assert all(b - a >= charts._LINE - 0.2 for a, b in itertools.pairwise(heights))
+    assert all(b - a >= charts.LINE - 0.2 for a, b in itertools.pairwise(heights))
     points = re.findall(r"([\d.-]+),([\d.-]+)", " ".join(re.findall(r'points="([^"]*)"', chart)))
-    assert all(0 <= float(x) <= charts._WIDTH and 0 <= float(y) <= charts._HEIGHT for x, y in points)
+    assert all(0 <= float(x) <= charts.WIDTH and 0 <= float(y) <= charts.HEIGHT for x, y in points)
 
 
 def test_a_chart_of_one_point_is_drawn() -> None:
@@ -81,21 +82,21 @@ def test_numbers_are_written_for_people() -> None:
 def test_metrics_are_read_column_by_column_without_gaps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("epoch,step,train/loss,val/dice\n0,4,0.9,\n0,4,,0.5\n1,9,nan,\n,12,0.4,\n1,9,,0.75,surplus\n")
-    columns = run.read_metrics(path)
+    columns = run_folder.read_metrics(path)
     assert columns == {"train/loss": [(0, 4, 0.9), (1, 12, 0.4)], "val/dice": [(0, 4, 0.5), (1, 9, 0.75)]}
 
 
 def test_metrics_with_nothing_in_them_are_said(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,step,something\n0,1,3\n")
-    assert "holds no losses or scores" in run.training(tmp_path).body
+    assert "holds no losses or scores" in training.curves(tmp_path).body
     (tmp_path / "metrics.csv").write_text("")
-    assert "holds no losses or scores" in run.training(tmp_path).body
+    assert "holds no losses or scores" in training.curves(tmp_path).body
 
 
 def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("a: [1,\n")
     with pytest.raises(MetadataError, match=r"config\.yaml"):
-        run.read_config(tmp_path)
+        run_folder.read_config(tmp_path)
 
 
 def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Path, tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Pa
         table = Scores.load(path)
         assert table.overall == content["overall_score"]
         assert len(table.results) == content["num_evals_done"]
-        body = scores.section(table, None, {}).body
+        body = score_sections.section(table, None, {}).body
         for entry in content["label_scores"].values():
             assert repr(float(entry.get("combined_score", entry.get("iou")))) in body
 
@@ -137,7 +138,7 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     classes = {"mito": {"dice": 0.8, "iou": 0.67, "crops": 2, "dice_interval": [0.7, 0.9]}, "er": {"dice": None}}
     rows = [{"dataset": "d", "crop": f"crop{k}", "class": "mito", "dice": k / 10} for k in (9, 3)]
     path.write_text(json.dumps({"classes": classes, "crops": rows}))
-    body = scores.evaluation_section(path).body
+    body = score_sections.evaluation_section(path).body
     assert body.index("crop3") < body.index("crop9")
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
     assert "bootstrap over crops" in body
@@ -149,14 +150,14 @@ def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) ->
     path = tmp_path / "evaluation.json"
     both = {"dice_interval": [0.8, 0.8], "score_interval": [0.7, 0.7]}
     path.write_text(json.dumps({"classes": {"mito": {"dice": 0.8, "crops": 1, **both}}, "crops": []}))
-    body = scores.evaluation_section(path).body
+    body = score_sections.evaluation_section(path).body
     assert " to <data" not in body
     assert "<u" not in body
 
 
 def test_intervals_are_explained_where_there_are_scores(made: Made) -> None:
     table = Scores.load(made.root / "scores/scores.json")
-    assert "1000 times" in scores.section(table, None, {}, "baseline").body
+    assert "1000 times" in score_sections.section(table, None, {}, "baseline").body
 
 
 def test_epochs_have_whole_ticks() -> None:
@@ -170,8 +171,9 @@ def test_long_names_beside_a_chart_keep_their_end() -> None:
 
 
 def test_a_bar_has_its_interval_as_a_whisker() -> None:
-    assert "left:20.0%;width:30.0%" in charts.bar(0.4, None, (0.2, 0.5))
-    assert "<u" not in charts.bar(0.4)
+    bar = page.environment().get_template("parts.html.j2").module.bar
+    assert "left:20.0%;width:30.0%" in bar(0.4, None, (0.2, 0.5))
+    assert "<u" not in bar(0.4)
 
 
 def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
@@ -190,13 +192,13 @@ def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
 def test_the_worst_and_the_best_share_nothing(made: Made) -> None:
     table = Scores.load(made.root / "scores/scores.json")
     wanted = [Wanted("d", crop, name, None) for crop in ("crop7", "crop9") for name in ("er", "mito", "unscored")]
-    worst, best = gallery.extremes(wanted, table)
+    worst, best = extremes(wanted, table)
     assert len(worst) == len(best) == 2
     assert not set(worst) & set(best)
     values = {(r.crop, r.class_name): scores.rank_value(r) for r in table.results}
     order = [values[w.crop, w.class_name] for w in [*worst, *reversed(best)]]
     assert order == sorted(order)
-    assert gallery.extremes(wanted, None) == ([], [])
+    assert extremes(wanted, None) == ([], [])
 
 
 def test_a_quarter_of_the_pictures_is_for_the_best() -> None:

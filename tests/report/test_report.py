@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from connectomics.errors import InputError, UnknownNameError
+from connectomics.errors import InputError
 from connectomics.report import ReportOptions, ReportSources, build_report
-from connectomics.report.panels import write_panel
 
 from .conftest import GRIDS, Made, balls
 
@@ -184,7 +183,7 @@ def test_half_written_labels_are_not_shown_as_whole(made: Made, tmp_path: Path) 
     content["connectomics"]["complete"] = False
     attrs.write_text(json.dumps(content))
     page = Reader(build_report(tmp_path, replace(made.sources, labels=labels), ReportOptions(viewers=0)))
-    assert sum("only half written" in note for note in page.notes) == 1
+    assert sum("is incomplete" in note for note in page.notes) == 1
     shown = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
     assert not any(s.startswith("prediction: crop7 mito") for s in shown)
     assert any(s.startswith("truth: crop7 mito") for s in shown)
@@ -437,18 +436,3 @@ def test_a_click_on_a_missed_object_shows_its_slices(made: Made, tmp_path: Path)
     middle = balls(grid)[1][0]
     shown = [float(v) for v in re.findall(r"<output>[zyx] = ([\d.-]+) nm", dom)[:3]]
     assert np.abs(np.subtract(shown, middle)).max() <= 2 * max(grid.voxel_size)
-
-
-def test_a_panel_for_the_documentation_is_a_row_of_four(made: Made, tmp_path: Path) -> None:
-    from PIL import Image
-
-    path = write_panel(tmp_path / "panel.png", made.sources, "crop9", "mito", axis=1, longest=120)
-    _, grid = GRIDS["crop9"]
-    width, height = grid.shape[2] * grid.voxel_size[2], grid.shape[0] * grid.voxel_size[0]
-    shown = Image.open(path)
-    assert shown.size[1] == 120
-    assert shown.size[0] == 4 * round(width / height * 120) + 3 * 4
-    with pytest.raises(UnknownNameError, match="crop9/mito"):
-        write_panel(tmp_path / "panel.png", made.sources, "crop9", "mitos")
-    with pytest.raises(InputError, match="no raw"):
-        write_panel(tmp_path / "panel.png", replace(made.sources, data_root=None), "crop9", "mito")

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
-from connectomics.report import pictures, viewer
-from connectomics.report.volumes import Findings, Item, Labels, PlainLabels, examine, plane_grid, read_plane
+from connectomics.report.pages import pictures, slice_viewer
+from connectomics.report.pages.volumes import Findings, Item, Labels, examine, plain_labels, plane_grid, read_plane
 
 from .conftest import GRIDS, Made, balls
 
@@ -20,7 +20,7 @@ from .conftest import GRIDS, Made, balls
 def item_of(made: Made, crop: str, name: str = "mito") -> Item:
     """Truth and raw of a crop, no prediction."""
     dataset, grid = GRIDS[crop]
-    truth = PlainLabels.open(store.join(str(made.root / "truth.zarr"), crop, name), name)
+    truth = plain_labels(store.join(str(made.root / "truth.zarr"), crop, name), name)
     raw = Multiscale.open(made.root / "data" / dataset / f"{dataset}.zarr/recon-1/em/fibsem-uint8")
     return Item(dataset, crop, name, grid, truth=truth, raw=raw)
 
@@ -53,7 +53,7 @@ def test_a_slice_keeps_the_true_proportions_of_oblong_voxels(made: Made) -> None
     xz = read_plane(item, 1, 10, longest=512)
     assert xz.truth.shape == (12, 28)
     assert xz.extent == pytest.approx((12 * 20.96, 28 * 8.0))
-    row = pictures.plane_row(item, xz, Findings(), pictures.Ids.fresh()).html
+    row = pictures.draw_plane(item, xz, Findings(), pictures.Ids()).html
     assert f'viewBox="0 0 {28 * 8.0:g} {12 * 20.96:g}"' in row
     assert 'preserveAspectRatio="none"' in row
 
@@ -162,13 +162,13 @@ def test_raw_that_is_not_there_is_left_transparent(made: Made) -> None:
 
 
 def test_the_viewer_has_evenly_spread_slices_of_all_classes_on_one_grid(made: Made) -> None:
-    assert viewer.slice_positions(16, 16) == list(range(16))
-    assert viewer.slice_positions(64, 16) == list(range(2, 64, 4))
-    assert viewer.slice_positions(0, 16) == []
+    assert slice_viewer.slice_positions(16, 16) == list(range(16))
+    assert slice_viewer.slice_positions(64, 16) == list(range(2, 64, 4))
+    assert slice_viewer.slice_positions(0, 16) == []
     items = [item_of(made, "crop9", name) for name in ("mito", "er")]
-    grid = viewer.common_grid(items)
+    grid = slice_viewer.common_grid(items)
     assert grid.box.contains(items[0].grid.box, tolerance=1e-6)
-    html = viewer.viewer(items, 1, (200.0, 200.0, 200.0))
+    html = slice_viewer.viewer(items, 1, (200.0, 200.0, 200.0))
     assert html.count('class="over truth"') == 2 * 3
     assert '<option value="1" selected>er</option>' in html
     assert f'max="{items[0].grid.shape[0] - 1}"' in html
@@ -177,11 +177,11 @@ def test_the_viewer_has_evenly_spread_slices_of_all_classes_on_one_grid(made: Ma
 def test_a_single_layer_has_no_viewer(made: Made) -> None:
     item = item_of(made, "crop7")
     flat = Item("d", "crop7", "mito", item.grid.crop((3, 0, 0), (1, 30, 36)), truth=item.truth, raw=item.raw)
-    assert viewer.viewer([flat], 0, (0.0, 0.0, 0.0)) == ""
+    assert slice_viewer.viewer([flat], 0, (0.0, 0.0, 0.0)) == ""
 
 
 def test_half_of_a_viewers_slices_are_those_that_someone_wants_to_see() -> None:
-    positions = viewer.slice_positions(1000, 8, [17, 17, 990, 3000, 5, 600, 700])
+    positions = slice_viewer.slice_positions(1000, 8, [17, 17, 990, 3000, 5, 600, 700])
     assert {17, 990, 999, 5} <= set(positions)
     assert len(positions) == 8
     assert positions == sorted(positions)

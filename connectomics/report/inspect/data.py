@@ -1,15 +1,15 @@
-"""Batches of a run as its network gets them: taken from the run's own loader, and explained.
+"""Batches of a run as its network gets them, with an explanation of each patch.
 
-What is shown comes from the loader's batches themselves. What a batch does not say (where its patches are, what they
-were drawn for, what was done to them) comes from reading the same requests once more in this process; both must be the
-same bit for bit, and the page says so where they are not.
+The images and labels are those of the loader's batches. What a batch does not say (where its patches are, what they
+were drawn for, how they were augmented) comes from reading the same requests again in this process. Both must be the
+same bit for bit; if they are not, the page warns.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
-from connectomics.report.inspect.loader import LoaderSpeed, take
+from connectomics.progress import Progress, silent
+from connectomics.report.inspect.loader_speed import LoaderSpeed, take
 from connectomics.report.inspect.numbers import (
     LabelNumbers,
     ValueRange,
@@ -37,12 +38,11 @@ from connectomics.report.inspect.numbers import (
     image_warnings,
     label_warnings,
 )
-from connectomics.report.inspect.raw import MissingRaw, RawShare, missing_raw, where_raw_is
-from connectomics.report.steps import Progress
+from connectomics.report.inspect.raw_presence import MissingRaw, RawShare, missing_raw, where_raw_is
 
-_MOST_WARNINGS = 12  # about images, one by one
+_MOST_WARNINGS = 12  # about single images
 
-Done = tuple[tuple[str, Mapping[str, Any]], ...]  # what was done to a patch: name, parameters
+Augmentations = tuple[tuple[str, Mapping[str, Any]], ...]  # of a patch: name, parameters
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class SeenPatch:
     """One patch as the network gets it.
 
     Attributes:
-        batch, number: which batch, and which patch of it, from 0.
-        crop: ``dataset/crop``. grid: where the patch was before augmentation, nm.
+        batch, number: index of the batch, and of the patch in it.
+        crop: ``dataset/crop``. grid: of the patch before augmentation, nm.
         drawn_by: what the sampler drew it for. seed: of its augmentation on the device.
-        spatial, intensity: what was done to it in space, and to its values.
-        images: float32 (D, H, W) on the unit scale, before they are centered, the run's view first.
-        voxel_sizes: of each, nm, z y x.
-        codes: (D, H, W). present, known: bool (C, K): what the codes mean.
-        values: of each image. labels: the patch in numbers.
-        raw: of each image, where there is raw; None where a transform after the reading moved it.
+        spatial, intensity: augmentations of its shape and of its values.
+        images: float32 (D, H, W) in [0, 1] before normalization, one per input of the network.
+        voxel_sizes: of each image, nm, z y x.
+        codes: (D, H, W). present, known: bool (C, K) by class and code.
+        values: of each image. labels: the labels in numbers.
+        raw: of each image, the share with raw; None if a MONAI transform moved the patch after reading.
     """
 
     batch: int
@@ -67,8 +67,8 @@ class SeenPatch:
     grid: VoxelGrid
     drawn_by: str
     seed: int
-    spatial: Done
-    intensity: Done
+    spatial: Augmentations
+    intensity: Augmentations
     images: tuple[NDArray[np.float32], ...]
     voxel_sizes: tuple[Triple, ...]
     codes: NDArray[np.integer]
@@ -86,15 +86,15 @@ class SeenPatch:
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that was found.
+    """Batches and what was measured about them.
 
     Attributes:
         name: of the run. classes: in channel order.
-        patches: of all batches, in order. same: whether workers and this process gave the same patches bit for bit.
-        asked: batches asked for; an epoch may have fewer.
+        patches: of all batches, in order. same: whether workers and this process read the same patches bit for bit.
+        requested: number of batches to take; an epoch may have fewer.
         speed: of the loader. values: of each image over all patches.
-        missing: crops with raw chunks that are not stored. crops: how many crops there are.
-        cache: which (none, memory, disk); cache_bytes: what the training crops take in it.
+        missing: crops with missing raw chunks. crops: number of training crops.
+        cache: which crop cache (none, memory, disk); cache_bytes: size of the training crops in it.
         configuration: the keys that decide the data, dotted, and their values.
     """
 
@@ -102,7 +102,7 @@ class Inspection:
     classes: tuple[str, ...]
     patches: tuple[SeenPatch, ...]
     same: bool
-    asked: int
+    requested: int
     speed: LoaderSpeed
     values: tuple[ValueRange, ...]
     missing: tuple[MissingRaw, ...]
@@ -113,88 +113,80 @@ class Inspection:
 
     @property
     def batches(self) -> int:
-        """How many batches were taken."""
+        """The number of batches."""
         return self.patches[-1].batch + 1 if self.patches else 0
 
     def warnings(self) -> list[str]:
-        """What looks wrong, in words."""
-        said = []
+        """Return a sentence for each thing that looks wrong."""
+        warnings: list[str] = []
         if not self.same:
-            said.append(
-                "The loader's workers gave other patches than this process for the same requests. That must not be: "
-                "what is shown is the loader's; places and augmentations may be wrong."
+            warnings.append(
+                "The loader's workers gave other patches than this process for the same requests, which is a bug. The "
+                "patches shown are the loader's; their positions and augmentations may be wrong."
             )
-        if self.batches < self.asked:
-            said.append(f"An epoch has only {self.batches} batches, {self.asked} were asked for: all of them are here.")
-        said += label_warnings([p.labels for p in self.patches])
+        if self.batches < self.requested:
+            warnings.append(
+                f"Requested {self.requested} batches, but an epoch has only {self.batches} batches; all are shown."
+            )
+        warnings += label_warnings([p.labels for p in self.patches])
         of_images: list[str] = []
         for patch in self.patches:
             for number, values in enumerate(patch.values):
-                view = f", image_{number}" if number else ""
+                name = patch.name + (f", image_{number}" if number else "")
                 raw = None if patch.raw is None else patch.raw[number]
-                of_images += image_warnings(f"{patch.name}{view}", values, raw)
-        said += of_images[:_MOST_WARNINGS]
+                of_images += image_warnings(name, values, raw)
+        warnings += of_images[:_MOST_WARNINGS]
         if len(of_images) > _MOST_WARNINGS:
-            said.append(f"{len(of_images) - _MOST_WARNINGS} more of that kind.")
+            warnings.append(f"{len(of_images) - _MOST_WARNINGS} more warnings about images.")
         if self.missing:
             first = self.missing[0]
             chunks = sum(m.missing for m in self.missing)
-            said.append(
-                f"{chunks} chunks of raw are not stored, in {len(self.missing)} of {self.crops} crops; labels count as "
-                f"unknown there. The first: {first.first} ({first.crop}). Fetch them, or leave those crops out."
+            warnings.append(
+                f"{chunks} chunks of raw are missing in {len(self.missing)} of {self.crops} crops; labels count as "
+                f"unknown there. The first: {first.first} ({first.crop}). Fetch the chunks, or remove those crops from "
+                "the configuration."
             )
-        return said
+        return warnings
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain data, without pictures."""
+        """Return the summary as plain data, without pictures."""
+        speed = self.speed
         return {
             "name": self.name,
             "batches": self.batches,
             "same_as_loader": self.same,
             "warnings": self.warnings(),
             "known": pooled_known(self.patches),
-            "classes": [asdict(row) for row in by_class([p.labels for p in self.patches])],
-            "values": [asdict(v) for v in self.values],
-            "patches": [
-                {
-                    "batch": p.batch,
-                    "patch": p.number,
-                    "crop": p.crop,
-                    "grid": p.grid.to_dict(),
-                    "drawn_by": p.drawn_by,
-                    "seed": p.seed,
-                    "spatial": [[name, plain(given)] for name, given in p.spatial],
-                    "intensity": [[name, plain(given)] for name, given in p.intensity],
-                    "values": [asdict(v) for v in p.values],
-                    "labels": asdict(p.labels),
-                    "raw": None if p.raw is None else [asdict(share) for share in p.raw],
-                }
-                for p in self.patches
-            ],
-            "loader": {
-                **asdict(self.speed),
-                "patches_per_s": self.speed.patches_per_s,
-                "bytes_per_s": self.speed.bytes_per_s,
-            },
-            "missing_raw": [asdict(m) for m in self.missing],
+            "classes": plain(by_class([p.labels for p in self.patches])),
+            "values": plain(self.values),
+            "patches": [_patch_summary(patch) for patch in self.patches],
+            "loader": {**plain(speed), "patches_per_s": speed.patches_per_s, "bytes_per_s": speed.bytes_per_s},
+            "missing_raw": plain(self.missing),
             "cache": {"kind": self.cache, "bytes": self.cache_bytes},
             "configuration": self.configuration,
         }
 
 
-def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None = None) -> Inspection:
-    """Take the first batches of a run's first epoch from its own loader and look at them.
+def _patch_summary(patch: SeenPatch) -> dict[str, Any]:
+    names = ("crop", "drawn_by", "seed", "spatial", "intensity", "values", "labels", "raw")
+    shown = {name: plain(getattr(patch, name)) for name in names}
+    return {"batch": patch.batch, "patch": patch.number, "grid": patch.grid.to_dict(), **shown}
 
-    Decodes crops into the run's cache as training would. The batches stay in memory. ``progress``: told after each
-    crop whose raw was looked at and each patch: done, of how many, which.
+
+def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None = None) -> Inspection:
+    """Take the first batches of a run's first epoch from its own loader and measure them.
+
+    Crops are decoded into the run's cache as in training. The batches stay in memory. ``progress`` is called after
+    each crop whose raw was checked and after each batch.
 
     Raises:
-        InputError: ``batches`` below 1. Whatever setting up the data of a training run raises.
+        InputError: ``batches`` is below 1. Errors of the data module pass through.
     """
+    progress = progress or silent
     if batches < 1:
-        raise InputError(f"batches must be at least 1, found {batches}")
+        raise InputError(f"batches must be at least 1, got {batches}")
     if config.dataset.split_file is not None and not Path(config.dataset.split_file).is_file():
-        # training would write it; to look at data should leave nothing behind
+        # training would write the file; inspecting must not change anything
         config = replace(config, dataset=replace(config.dataset, split_file=None))
     module = CellMapDataModule(config)
     module.setup("fit")
@@ -203,34 +195,32 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
     try:
         taken, speed = take(loader, batches, loader.num_workers)
     finally:
-        loader.stop()  # persistent workers wait for an epoch that does not come
+        loader.stop()  # persistent workers would wait for the next epoch
     requests = list(islice(module.sampler(), len(taken) * config.data.batch_size))
-    tell = progress or (lambda done, of, what: None)
     total = len(dataset.volumes) + len(requests)
     missing = []
     for number, volume in enumerate(dataset.volumes, start=1):
         found = missing_raw(volume)
         missing += [found] if found.missing else []
-        tell(number, total, volume.crop.key)
+        progress(number, total, volume.crop.key)
     augmentor = BatchAugmentor.of(config)
     patches: list[SeenPatch] = []
     same = True
     for number, batch in enumerate(taken):
-        asked = requests[number * config.data.batch_size : (number + 1) * config.data.batch_size]
-        read = [dataset[request] for request in asked]
-        packed = [patch for patch in read if isinstance(patch, PackedPatch)]  # requests give no others
+        wanted = requests[number * config.data.batch_size : (number + 1) * config.data.batch_size]
+        read = [dataset[request] for request in wanted]
+        packed = [patch for patch in read if isinstance(patch, PackedPatch)]  # always, for requests
         same &= equal(batch, collate(packed))
-        patches += look_at(number, batch, packed, asked, dataset, augmentor)
-        tell(len(dataset.volumes) + len(patches), total, f"batch {number + 1}")
-    views = range(len(patches[0].images))
+        patches += look_at(number, batch, packed, wanted, dataset, augmentor)
+        progress(len(dataset.volumes) + len(patches), total, f"batch {number + 1}")
     return Inspection(
         name=config.name,
         classes=dataset.classes,
         patches=tuple(patches),
         same=same,
-        asked=batches,
+        requested=batches,
         speed=speed,
-        values=tuple(ValueRange.of(np.concatenate([p.images[v].ravel() for p in patches])) for v in views),
+        values=tuple(ValueRange.of(np.stack(images)) for images in zip(*(p.images for p in patches), strict=True)),
         missing=tuple(missing),
         crops=len(dataset.volumes),
         cache=dataset.options.cache,
@@ -249,14 +239,14 @@ def look_at(
     dataset: CellMapMultiClassDataset,
     augmentor: BatchAugmentor | None,
 ) -> list[SeenPatch]:
-    """The patches of one batch of the loader, after the augmentation on the device (here: the CPU)."""
+    """Return the patches of one batch of the loader, after the augmentation on the device (here: the CPU)."""
     batch = batch if augmentor is None else augmentor(batch)
-    views = [name for name in ("image", *(f"image_{n}" for n in range(1, len(batch)))) if name in batch]
-    sizes = (dataset.voxel_size, *(view.voxel_size for view, _ in dataset.reader.views))
+    names = [name for name in ("image", *(f"image_{n}" for n in range(1, len(batch)))) if name in batch]
+    sizes = (dataset.voxel_size, *(further.voxel_size for further, _ in dataset.reader.views))
     present, known = batch["present"].numpy(), batch["known_states"].numpy()
     seen = []
     for n, (patch, request) in enumerate(zip(packed, requests, strict=True)):
-        images = tuple(batch[name][n, 0].numpy() for name in views)
+        images = tuple(batch[name][n, 0].numpy() for name in names)
         codes = batch["codes"][n].numpy()
         shape = (codes.shape[0], codes.shape[1], codes.shape[2])
         there = where_raw_is(dataset.reader, request)
@@ -285,14 +275,14 @@ def look_at(
 
 
 def equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    """Whether two batches are the same, bit for bit."""
+    """Return whether two batches are the same, bit for bit."""
     return first.keys() == second.keys() and all(
         first[k].dtype == second[k].dtype and torch.equal(first[k], second[k]) for k in first
     )
 
 
 def cache_bytes(dataset: CellMapMultiClassDataset) -> int:
-    """Bytes of the entries of the crop cache that are in use, of the crops of a data set; 0 without a cache."""
+    """Return the size of a data set's crops in the crop cache, bytes; 0 without a cache."""
     folder = cache_folder(dataset.options.cache, dataset.options.cache_dir)
     if folder is None:
         return 0
@@ -302,7 +292,7 @@ def cache_bytes(dataset: CellMapMultiClassDataset) -> int:
 
 # -- plain values ------------------------------------------------------------------------------------------------------
 def pooled_known(patches: Sequence[SeenPatch]) -> dict[str, float]:
-    """``labels``: share of (class, voxel) pairs that are known; ``anything``: of voxels at which some class is."""
+    """Return ``labels``: share of (class, voxel) pairs that are known; ``anything``: of voxels where some class is."""
     labels = [p.labels for p in patches]
     voxels = sum(n.voxels for n in labels)
     return {
@@ -312,14 +302,16 @@ def pooled_known(patches: Sequence[SeenPatch]) -> dict[str, float]:
 
 
 def data_keys(config: RunConfig) -> dict[str, Any]:
-    """Every key of ``dataset`` and ``data``, and the seed, dotted."""
+    """Return every key of ``dataset`` and ``data``, and the seed, dotted."""
     values = config_to_dict(config)
     keys = {f"{group}.{key}": value for group in ("dataset", "data") for key, value in values[group].items()}
     return {**keys, "system.seed": config.system.seed}
 
 
 def plain(value: Any) -> Any:
-    """Numbers and containers as JSON has them; large arrays by their shape."""
+    """Return dataclasses, numbers and containers as JSON has them; large arrays as their shape."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, np.ndarray) and value.size > 16:
@@ -332,13 +324,13 @@ def plain(value: Any) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A value for people: JSON on one line, numbers with at most four digits."""
-    return json.dumps(_rounded(plain(value)), ensure_ascii=False)
+    """Return a value as JSON on one line, numbers with at most four digits."""
 
+    def rounded(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: rounded(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [rounded(v) for v in value]
+        return float(f"{value:.4g}") if isinstance(value, float) else value
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return json.dumps(rounded(plain(value)), ensure_ascii=False)

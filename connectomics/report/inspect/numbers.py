@@ -1,4 +1,4 @@
-"""Batches in numbers: values of images, what is known, what is present; and in words where something looks wrong."""
+"""Batches in numbers: values of images, known and present voxels; and warnings if something looks wrong."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.report.inspect.raw import RawShare
+from connectomics.report.inspect.raw_presence import RawShare
 
-_FEW_KNOWN = 0.01  # a share of known voxels below this is worth a word
-_CLIPPED = 0.05  # and a share of voxels with raw at exactly 0 or 1 above this
-_NO_RAW = 0.5  # and a share of voxels without raw above this
+# Shares that give a warning: of known voxels below, of raw at exactly 0 or 1 above, of voxels without raw above.
+_FEW_KNOWN, _CLIPPED, _NO_RAW = 0.01, 0.05, 0.5
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class ValueRange:
 
     @classmethod
     def of(cls, image: NDArray[np.float32]) -> ValueRange:
-        """The values of an array of any shape."""
+        """Measure an array of any shape."""
         p1, p50, p99 = (float(v) for v in np.percentile(image, [1, 50, 99]))
         return cls(
             low=float(image.min()),
@@ -51,9 +50,9 @@ class ValueRange:
 
 @dataclass(frozen=True)
 class LabelNumbers:
-    """What labels of ``voxels`` voxels say: by class, voxels that are known and that are known and present.
+    """Labels of ``voxels`` voxels: by class, the number of ``known`` voxels and of known and ``present`` ones.
 
-    ``anything``: voxels at which some class is known. ``states``: how many combinations occur.
+    ``anything``: voxels where some class is known. ``states``: number of combinations of classes that occur.
     """
 
     voxels: int
@@ -70,7 +69,7 @@ class LabelNumbers:
         known: NDArray[np.bool_],
         classes: Sequence[str],
     ) -> LabelNumbers:
-        """From codes of any shape and the tables (C, K) of present and known by class and code."""
+        """Count codes of any shape, with the tables (C, K) of present and known by class and code."""
         often = np.bincount(codes.ravel(), minlength=known.shape[1])
         n_known = (known * often).sum(axis=1)
         n_present = ((present & known) * often).sum(axis=1)
@@ -84,14 +83,14 @@ class LabelNumbers:
 
     @property
     def known_share(self) -> float:
-        """Share of (class, voxel) pairs that are known: what the loss counts."""
+        """Share of (class, voxel) pairs that are known, which the loss counts."""
         return sum(self.known.values()) / max(1, self.voxels * len(self.known))
 
 
 @dataclass(frozen=True)
 class ClassNumbers:
-    """One class over all patches: share of voxels ``known``, share ``present`` among those (None: none is known), and
-    in how many patches it is known and present anywhere."""
+    """One class over all patches: share of voxels ``known``, share ``present`` among those (None if none is known),
+    and the number of patches in which it is known and present."""
 
     name: str
     known: float
@@ -101,64 +100,57 @@ class ClassNumbers:
 
 
 def by_class(patches: Sequence[LabelNumbers]) -> list[ClassNumbers]:
-    """Every class, pooled over patches."""
+    """Return every class, pooled over patches."""
     rows = []
     voxels = sum(p.voxels for p in patches)
     for name in patches[0].known if patches else ():
         known = sum(p.known[name] for p in patches)
         present = sum(p.present[name] for p in patches)
-        rows.append(
-            ClassNumbers(
-                name=name,
-                known=known / voxels,
-                present=present / known if known else None,
-                patches_known=sum(p.known[name] > 0 for p in patches),
-                patches_present=sum(p.present[name] > 0 for p in patches),
-            )
-        )
+        n_known, n_present = (sum(getattr(p, of)[name] > 0 for p in patches) for of in ("known", "present"))
+        rows.append(ClassNumbers(name, known / voxels, present / known if known else None, n_known, n_present))
     return rows
 
 
 def label_warnings(patches: Sequence[LabelNumbers]) -> list[str]:
-    """What looks wrong about the labels, in words."""
+    """Return what looks wrong about the labels."""
     rows = by_class(patches)
-    said = []
+    warnings: list[str] = []
     never_known = [r.name for r in rows if r.patches_known == 0]
     never_present = [r.name for r in rows if r.patches_known and not r.patches_present]
     few = [r.name for r in rows if 0 < r.known < _FEW_KNOWN]
     n = len(patches)
     if never_known:
-        said.append(
-            f"Known in none of the {n} patches: {', '.join(never_known)}. No crop here annotates them, or chance did "
-            "not bring one; the network learns nothing about them from such patches."
+        warnings.append(
+            f"Known in none of the {n} patches: {', '.join(never_known)}. No training crop annotates them, or none "
+            "was drawn; the network learns nothing about them from such patches."
         )
     if never_present:
-        said.append(
+        warnings.append(
             f"Known but never present in {n} patches: {', '.join(never_present)}. Take more --batches to be sure; "
-            "weigh them in data.class_weights or data.sampling if they stay rare."
+            "raise their weight in data.class_weights or data.sampling if they stay rare."
         )
     if few:
-        said.append(f"Known in less than 1 % of the voxels: {', '.join(few)}.")
+        warnings.append(f"Known in less than 1 % of the voxels: {', '.join(few)}.")
     share = sum(p.anything for p in patches) / max(1, sum(p.voxels for p in patches))
     if share < _FEW_KNOWN:
-        said.append(
-            f"Something is known in only {100 * share:.2g} % of all voxels: patches are much larger than the crops, or "
-            "raw is missing there. A smaller data.patch_size or data.min_known helps."
+        warnings.append(
+            f"Some class is known in only {100 * share:.2g} % of all voxels: patches are much larger than crops, or "
+            "raw is missing there. Set a smaller data.patch_size, or data.min_known."
         )
-    return said
+    return warnings
 
 
 def image_warnings(name: str, values: ValueRange, raw: RawShare | None) -> list[str]:
-    """What looks wrong about one image of a patch; ``raw``: None where that cannot be told."""
+    """Return what looks wrong about one image of a patch; ``raw``: None if it is not measured."""
     if raw is not None and raw.none > _NO_RAW:
         return [f"{name}: {100 * raw.none:.0f} % of the voxels have no raw."]
     if values.low == values.high:
         return [f"{name}: the image is constant ({values.low:g})."]
-    # what has no raw is 0, so where that cannot be told zeros say nothing
+    # voxels without raw are 0, so without a measure of raw the zeros say nothing
     ends = ((1, values.one),) if raw is None else ((0, raw.zero), (1, raw.one))
     return [
         f"{name}: {100 * share:.0f} % of the values are exactly {end}: data.intensity_range or an intensity "
-        "augmentation cuts them off."
+        "augmentation clips them."
         for end, share in ends
         if share > _CLIPPED
     ]

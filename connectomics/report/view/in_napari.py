@@ -17,7 +17,7 @@ from connectomics.report.view.layers import Layer, Layers
 
 
 class LazyVolume:
-    """A volume that is read where it is sliced, with all that napari asks of an array (its LayerDataProtocol)."""
+    """A volume that is read when it is sliced, with the attributes of napari's LayerDataProtocol."""
 
     def __init__(self, grid: VoxelGrid, dtype: np.dtype[Any], read: Any) -> None:
         self.grid, self.dtype, self.shape, self.ndim = grid, dtype, grid.shape, 3
@@ -43,7 +43,7 @@ class LazyVolume:
 
 
 def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
-    """The pyramid of a layer, finest first."""
+    """Return the resolution levels of a layer, finest first."""
     kind, _, rest = layer.address.partition("/")
     name, _, below = rest.partition("/")
     if kind == "made":
@@ -80,15 +80,15 @@ def add_layers(viewer: Any, layers: Layers) -> None:
             plain = layer.kind == "raw"
             viewer.add_image(
                 data, contrast_limits=limits, blending="translucent" if plain else "additive",
-                colormap="gray" if plain else layer.colour, **common,
+                colormap="gray" if plain else layer.color, **common,
             )  # fmt: skip
 
 
 def show_in_napari(layers: Layers) -> None:
-    """Open napari and wait until it is closed; `MissingError` where it is not installed."""
+    """Open napari and wait until it is closed; `MissingError` if it is not installed."""
     try:
         import napari
     except ImportError as error:
-        raise MissingError("napari is not installed: pip install 'napari[all]', or leave --napari out") from error
+        raise MissingError("napari is not installed: run pip install 'napari[all]', or omit --napari") from error
     add_layers(napari.Viewer(title=layers.dataset), layers)
     napari.run()

@@ -1,10 +1,11 @@
-"""Which layers there are: raw, truth, what is known, probabilities, labels, uncertainty."""
+"""The layers of the viewer: raw, truth, known voxels, probabilities, labels, uncertainty."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +18,10 @@ from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.store import is_s3
-from connectomics.report.view.server import MadeVolume
+from connectomics.report.colors import CLASS_COLORS, KNOWN_COLOR
+from connectomics.report.view.volume_server import MadeVolume
 
-#: Okabe and Ito's colours, told apart by colour-blind people, without the black.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-
-
-_MAKES = {"predictions": "predict", "labels": "decode"}
+_WRITERS = {"predictions": "predict", "labels": "decode"}  # command that writes the folder of an option
 
 
 @dataclass(frozen=True)
@@ -33,25 +31,24 @@ class Layer:
     Attributes:
         name: ``mito truth crop234``. kind: ``raw``, ``probability`` (0 to 255), ``mask`` (0 and 1), ``ids``.
         address: ``files/{name}/...`` or ``made/{name}/...`` of a `VolumeServer`, or an s3:// URL.
-        colour: of a probability or a mask. visible: when the page opens.
+        color: of a probability or a mask. visible: whether it is shown when the page opens.
     """
 
     name: str
     kind: Literal["raw", "probability", "mask", "ids"]
     address: str
-    colour: str = "#ffffff"
+    color: str = "#ffffff"
     visible: bool = True
 
 
 @dataclass(frozen=True)
 class ViewSources:
-    """What is to be looked at; at least one of the places.
+    """What to show; at least one of data root, predictions and labels.
 
     Attributes:
         data_root: in CellMap's layout, local or s3://: raw, and the truth of its crops.
-        predictions, labels: folders as predict and as decode write them.
-        dataset: which data set (one has one world); None: the only one that there is.
-        crops, classes: only these; None: all.
+        predictions, labels: folders as predict and decode write them.
+        dataset: the data set to show; None: the only one. crops, classes: only these; None: all.
     """
 
     data_root: str | None = None
@@ -64,10 +61,10 @@ class ViewSources:
 
 @dataclass
 class Layers:
-    """Layers with what a server needs to serve them.
+    """The layers of one data set.
 
     Attributes:
-        position: nm, z y x: where to look first. roots, made: for `VolumeServer`.
+        position: center of the first view, nm, z y x; extent: its size, nm. roots, made: for `VolumeServer`.
     """
 
     dataset: str
@@ -82,9 +79,8 @@ def collect_layers(sources: ViewSources) -> Layers:
     """Find the layers of one data set.
 
     Raises:
-        InputError: no place given, labels given as predictions (or the other way round), or several data sets and none
-        named. MissingError, UnknownNameError: a place, a data
-        set, a crop or a class that is not there.
+        InputError: no source is given, labels are given as predictions (or the reverse), or there are several data
+        sets and ``dataset`` is None. MissingError, UnknownNameError: a folder, data set, crop or class is missing.
     """
     places = {"predictions": sources.predictions, "labels": sources.labels}
     if sources.data_root is None and not any(places.values()):
@@ -98,7 +94,7 @@ def collect_layers(sources: ViewSources) -> Layers:
         if place is not None:
             boxes += _of_folder(found, name, place, sources)
     if not found.layers:
-        raise MissingError(f"nothing of {found.dataset} to look at: no raw, no labels and no predictions are there")
+        raise MissingError(f"nothing of {found.dataset} to look at: found no raw, no labels and no predictions")
     if boxes:
         box = min(boxes, key=lambda grid: grid.size).box
         found.position = box.center
@@ -119,46 +115,44 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
         if sources.dataset not in of_root | of_results:
             raise unknown_name("data set", sources.dataset, of_root | of_results)
         return sources.dataset
-    names = sorted(of_results or of_root)  # what was predicted says which of a root's many data sets is meant
+    names = sorted(of_results or of_root)  # of the many data sets of a root, the predicted ones are meant
     if not names:
         places = [str(place) for place in (sources.data_root, sources.predictions, sources.labels) if place is not None]
         raise MissingError(
             f"no data set in {', '.join(places)}: expected folders NAME.zarr, as predict and decode write"
         )
     if len(names) != 1:
-        raise InputError(f"there are several data sets ({', '.join(names[:8])}): name one with --dataset")
+        raise InputError(f"found several data sets ({', '.join(names[:8])}): name one with --dataset")
     return names[0]
 
 
 def _of_root(found: Layers, catalog: Catalog, sources: ViewSources) -> list[VoxelGrid]:
+    """Add raw and the truth of the crops; return the grids of the crops."""
     location = catalog.raw_location(found.dataset)
     if is_s3(location):
         found.layers.append(Layer("raw", "raw", location))
     else:
-        folder = Path(location)
-        found.roots["raw"] = folder
+        found.roots["raw"] = Path(location)
         found.layers.append(Layer("raw", "raw", "files/raw"))
-    names = catalog.crop_names(found.dataset)
-    wanted = _chosen("crop", sources.crops, names)
+    wanted = _chosen("crop", sources.crops, catalog.crop_names(found.dataset))
     grids, there = [], set[str]()
     for name in wanted:
         crop = catalog.crop(found.dataset, name)
         there |= set(crop.labels)
-        classes = _chosen("class", sources.classes, sorted(crop.labels), missing_is_fine=len(wanted) > 1)
+        classes = _chosen("class", sources.classes, sorted(crop.labels), may_be_missing=len(wanted) > 1)
         grids.append(crop.grid)
-        for number, class_name in enumerate(classes):
-            _add_truth(found, crop, class_name, COLOURS[number % len(COLOURS)], visible=name == wanted[0])
-    if sources.predictions is None and sources.labels is None:  # in which a class may be that has no truth
+        for class_name, color in zip(classes, cycle(CLASS_COLORS), strict=False):
+            _add_truth(found, crop, class_name, color, visible=name == wanted[0])
+    if sources.predictions is None and sources.labels is None:  # predictions may have classes without truth
         _chosen("class", sources.classes, sorted(there))
     return grids
 
 
-def _add_truth(found: Layers, crop: Crop, class_name: str, colour: str, *, visible: bool) -> None:
+def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visible: bool) -> None:
+    """Add the truth of a class (IDs or a mask) and the mask of known voxels."""
     label = crop.labels[class_name]
-    grid = label.grid
-    if grid.size == 0:
+    if label.grid.size == 0:
         return
-    key = f"{crop.name}-{class_name}"
 
     def known(part: VoxelGrid) -> NDArray[Any]:
         return read_labels(crop, [class_name], part).known_of(class_name).astype(np.uint8)
@@ -169,78 +163,78 @@ def _add_truth(found: Layers, crop: Crop, class_name: str, colour: str, *, visib
     def ids(part: VoxelGrid) -> NDArray[Any]:
         return read_instances(crop, class_name, part)[0].astype(np.uint32)
 
+    def add(what: str, key: str, volume: MadeVolume, color: str, visible: bool) -> None:
+        address = f"{crop.name}-{class_name}-{key}"
+        found.made[address] = volume
+        kind: Literal["ids", "mask"] = "ids" if key == "ids" else "mask"
+        found.layers.append(Layer(f"{class_name} {what} {crop.name}", kind, f"made/{address}", color, visible))
+
     if label.annotation.kind == "instance":
-        found.made[f"{key}-ids"] = MadeVolume(grid, np.uint32, ids)
-        found.layers.append(Layer(f"{class_name} truth {crop.name}", "ids", f"made/{key}-ids", colour, visible))
+        add("truth", "ids", MadeVolume(label.grid, np.uint32, ids), color, visible)
     else:
-        found.made[f"{key}-present"] = MadeVolume(grid, np.uint8, present)
-        found.layers.append(Layer(f"{class_name} truth {crop.name}", "mask", f"made/{key}-present", colour, visible))
-    found.made[f"{key}-known"] = MadeVolume(grid, np.uint8, known)
-    found.layers.append(Layer(f"{class_name} known {crop.name}", "mask", f"made/{key}-known", "#888888", False))
+        add("truth", "present", MadeVolume(label.grid, np.uint8, present), color, visible)
+    add("known", "known", MadeVolume(label.grid, np.uint8, known), KNOWN_COLOR, False)
 
 
 def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> list[VoxelGrid]:
-    """Layers of predictions or labels, by what the arrays say of themselves."""
+    """Add predictions or labels, as the arrays describe themselves; return the grids of the classes."""
     root = folder / f"{found.dataset}.zarr"
     if not root.is_dir():
         return []
     found.roots[name] = root
-    crops = store.list_groups(str(root))
-    wanted = [c for c in crops if sources.crops is None or c in sources.crops]
     grids = []
-    for crop in wanted:
+    for crop in store.list_groups(str(root)):
+        if sources.crops is not None and crop not in sources.crops:
+            continue
         classes = store.list_groups(str(root / crop))
         chosen = [c for c in classes if sources.classes is None or c in sources.classes]
-        for number, class_name in enumerate(chosen):
-            colour = COLOURS[number % len(COLOURS)]
-            for path, about in _artefacts(root / crop / class_name):
+        for class_name, color in zip(chosen, cycle(CLASS_COLORS), strict=False):
+            for path, about in _artifacts(root / crop / class_name):
                 _refuse_other(name, about, path, folder)
-                below = os.path.relpath(path, root)
-                layer = _layer_of(f"{class_name} {{}} {crop}", about, f"files/{name}/{below}", colour)
-                if layer is not None:
-                    found.layers.append(layer)
+                title, address = f"{class_name} {{}} {crop}", f"files/{name}/{os.path.relpath(path, root)}"
+                found.layers.append(_layer_of(title, about, address, color))
             if grid := store.read_attrs(str(root / crop / class_name)).get("connectomics", {}).get("grid"):
                 grids.append(VoxelGrid.from_dict(grid))
     return grids
 
 
 def _refuse_other(name: str, about: dict[str, Any], path: Path, folder: Path) -> None:
-    """Labels shown as probabilities, or these as labels, would look like a bad result."""
+    """Refuse labels given as probabilities and the reverse, which would look like a bad result."""
     found = str(about.get("artefact"))
     if (found == "labels") != (name == "labels"):
         other = "labels" if found == "labels" else "predictions"
-        raise InputError(f"{path} holds {found}: give {folder} by --{other}, and by --{name} what {_MAKES[name]} wrote")
+        raise InputError(
+            f"{path} holds {found}: give {folder} by --{other}, and by --{name} a folder of 'pytc {_WRITERS[name]}'"
+        )
 
 
-def _artefacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A class's group and those below it (uncertainty, affinities) with what they say of themselves."""
+def _artifacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield a class's group and those below it (uncertainty, affinities) with their attributes."""
     attrs = store.read_attrs(str(place))
     about = attrs.get("connectomics")
     if isinstance(about, dict) and "multiscales" in attrs:
         yield place, about
     for name in store.list_groups(str(place)):
         if (place / name / ".zgroup").exists():
-            yield from _artefacts(place / name)
+            yield from _artifacts(place / name)
 
 
-def _layer_of(title: str, about: dict[str, Any], address: str, colour: str) -> Layer | None:
-    artefact = str(about.get("artefact"))
-    if artefact == "labels":
-        kind: Literal["ids", "mask"] = "ids" if about.get("kind") == "instance" else "mask"
-        return Layer(title.format("labels"), kind, address, colour)
-    if artefact == "probability":
-        return Layer(title.format("probability"), "probability", address, colour, visible=False)
-    if artefact == "affinity":
-        return Layer(title.format(f"affinity {tuple(about.get('offset', ()))}"), "probability", address, colour, False)
-    return Layer(title.format(artefact), "probability", address, colour, visible=False)
+def _layer_of(title: str, about: dict[str, Any], address: str, color: str) -> Layer:
+    artifact = str(about.get("artefact"))
+    if artifact == "labels":
+        return Layer(title.format("labels"), "ids" if about.get("kind") == "instance" else "mask", address, color)
+    if artifact == "affinity":
+        artifact = f"affinity {tuple(about.get('offset', ()))}"
+    return Layer(title.format(artifact), "probability", address, color, visible=False)
 
 
 def _chosen(
-    what: str, wanted: Sequence[str] | None, there: Sequence[str], *, missing_is_fine: bool = False
+    what: str, wanted: Sequence[str] | None, there: Sequence[str], *, may_be_missing: bool = False
 ) -> list[str]:
+    """Return the wanted names that exist, None for all; `UnknownNameError` for one that does not."""
     if wanted is None:
         return list(there)
     for name in wanted:
-        if name not in there and not missing_is_fine:
+        if name not in there and not may_be_missing:
             raise unknown_name(what, name, there)
     return [name for name in there if name in wanted]

@@ -1,0 +1,194 @@
+"""Reading ``scores.json``, as ``SubmissionScore.to_dict`` gives it: scores by class and by crop, ranked from the worst.
+
+Per-crop scores are the challenge's own formulas applied to one crop's counts, pooled by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.errors import MetadataError, MissingError
+from connectomics.geometry import triple
+from connectomics.metrics.challenge.results import (
+    FAILED,
+    TOO_MANY,
+    ClassScore,
+    InstanceScore,
+    LabelResult,
+    Panoptic,
+    SemanticScore,
+    pool_class,
+)
+from connectomics.metrics.challenge.rules import RULES
+from connectomics.metrics.counts import Counts
+from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
+
+DROPPED = (TOO_MANY, FAILED)  #: statuses of crops that are dropped from a class
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The content of one ``scores.json``.
+
+    Attributes:
+        overall, instance, semantic: missing labels count as 0; None if no class of the kind was asked for.
+        submitted: the overall score over the submitted labels alone.
+        classes: entries of ``label_scores`` by class. results: every crop and class.
+        rules: their version; verified: whether our numbers for it were compared with the official ones.
+        warnings: of the scorer.
+    """
+
+    overall: float | None
+    instance: float | None
+    semantic: float | None
+    submitted: float | None
+    classes: Mapping[str, Mapping[str, Any]]
+    results: tuple[LabelResult, ...]
+    rules: str
+    verified: bool
+    warnings: tuple[str, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read ``scores.json``; `MissingError` if it is missing, `MetadataError` if its content is something else."""
+        data = load_json(path)
+        by_quality = data.get("rules") in RULES and RULES[data["rules"]].by_quality
+        try:
+            results = tuple(
+                _result(crop, name, entry, by_quality)
+                for crop, entries in data.items()
+                if _is_crop(entries)
+                for name, entry in entries.items()
+            )
+            return cls(
+                overall=optional(data["overall_score"]),
+                instance=optional(data["overall_instance_score"]),
+                semantic=optional(data["overall_semantic_score"]),
+                submitted=optional((data.get("submitted_only") or {}).get("overall_score")),
+                classes=data["label_scores"],
+                results=results,
+                rules=str(data.get("rules", "unknown")),
+                verified=bool(data.get("verified", False)),
+                warnings=tuple(str(w) for w in data.get("warnings", ())),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MetadataError(
+                f"{path}: expected a scores.json of 'pytc score' ({reason}); run 'pytc score' again"
+            ) from error
+
+    def of(self, crop: str, class_name: str) -> LabelResult | None:
+        """Return one result, None if there is none."""
+        return next((r for r in self.results if r.crop == crop and r.class_name == class_name), None)
+
+    def by_crop(self) -> dict[str, list[LabelResult]]:
+        """Return the results by crop, worst crop first, and within a crop the worst class first."""
+        crops: dict[str, list[LabelResult]] = {}
+        for result in self.results:
+            crops.setdefault(result.crop, []).append(result)
+        ranked = sorted(crops.items(), key=lambda item: (mean_score(item[1]), item[0]))
+        return {crop: sorted(found, key=lambda r: (rank_value(r), r.class_name)) for crop, found in ranked}
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; `MissingError` or `MetadataError` if there is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingError(f"no file {path}; give an existing one") from error
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"cannot read {path} as JSON: {error}; write it again") from error
+    if not isinstance(data, dict):
+        raise MetadataError(f"{path}: expected a JSON object, got {type(data).__name__}; write it again")
+    return data
+
+
+def crop_class(result: LabelResult) -> ClassScore:
+    """Return the class's score from this crop alone."""
+    return pool_class(result.class_name, [result])
+
+
+def shown_value(result: LabelResult) -> float | None:
+    """Return the score of one class in one crop, None if the crop was dropped from the class."""
+    return None if result.score.status in DROPPED and not result.by_quality else crop_class(result).score
+
+
+def rank_value(result: LabelResult) -> float:
+    """Return the same for ranking: a dropped crop counts as 0."""
+    value = shown_value(result)
+    return 0.0 if value is None else value
+
+
+def mean_score(results: Sequence[LabelResult]) -> float:
+    """Return the mean over the classes of a crop."""
+    return sum(map(rank_value, results)) / len(results)
+
+
+def _is_crop(entries: Any) -> bool:
+    return (
+        isinstance(entries, dict)
+        and bool(entries)
+        and all(isinstance(e, dict) and "is_missing" in e and "num_voxels" in e for e in entries.values())
+    )
+
+
+def _result(crop: str, name: str, entry: Mapping[str, Any], by_quality: bool) -> LabelResult:
+    counts = (int(entry["tp"]), int(entry["fp"]), int(entry["fn"]))
+    score: InstanceScore | SemanticScore
+    if "n_hausdorff" in entry:
+        distances = (float(entry["hausdorff_norm_sum"]), int(entry["n_hausdorff"]))
+        status, kept = str(entry["status"]), entry.get("panoptic")
+        panoptic = Panoptic(*(kept[key] for key in ("tp", "fp", "fn", "iou_sum"))) if kept else None
+        score = InstanceScore(*counts, *distances, status=status, rules="", verified=False, panoptic=panoptic)
+    else:
+        annotated = bool(entry.get("panoptic", {}).get("fn", 1))
+        score = SemanticScore(*counts, status=str(entry["status"]), annotated=annotated)
+    voxels, size, missing = int(entry["num_voxels"]), triple(entry["voxel_size"]), bool(entry["is_missing"])
+    return LabelResult(crop, name, score, voxels, size, missing, by_quality=by_quality)
+
+
+def optional(value: Any) -> float | None:
+    """Return a number that may be missing."""
+    return None if value is None else float(value)
+
+
+def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
+    """Return 95 % bootstrap intervals over crops of each class's pooled score, for classes of two or more crops.
+
+    They tell how much a score depends on which crops happened to be annotated; with few crops they are rough.
+    """
+    groups: dict[str, list[LabelResult]] = {}
+    for result in scores.results:
+        groups.setdefault(result.class_name, []).append(result)
+    found = {}
+    for name, results in groups.items():
+        if len(results) < 2:
+            continue
+        if results[0].by_quality:
+            parts = [r.score.panoptic for r in results if r.score.panoptic is not None]
+            found[name] = bootstrap_interval(parts, lambda p: p.quality)
+        elif isinstance(results[0].score, InstanceScore):
+            sums = [
+                InstanceSums(r.score.tp, r.score.fp, r.score.fn, r.score.hausdorff_norm_sum, r.score.n_hausdorff)
+                for r in results
+                if isinstance(r.score, InstanceScore)
+            ]
+            found[name] = bootstrap_interval(sums, lambda s: s.combined)
+        else:
+            counts = [Counts(r.score.tp, r.score.fp, r.score.fn) for r in results]
+            found[name] = bootstrap_interval(counts, lambda c: c.iou)
+    return found
+
+
+def plain_id(name: str) -> str:
+    """Return a name with only the characters that an HTML ID may have."""
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def crop_anchor(crop: str) -> str:
+    """Return the ID of a crop's part of the page."""
+    return f"crop-{plain_id(crop)}"
