@@ -104,8 +104,7 @@ def _mlflow(config: RunConfig, folder: Path) -> Logger:
         return MLFlowLogger(experiment_name=config.name, run_name=folder.name, tracking_uri=uri)
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "logging.use_mlflow=true needs MLflow: pip install 'connectomics-cellmap[mlflow]', or set "
-            "it to false"
+            "logging.use_mlflow=true needs MLflow: pip install 'connectomics-cellmap[mlflow]', or set it to false"
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,51 +13,93 @@ from connectomics.decoding.decode import find_arrays
 from connectomics.decoding.unknown import unknown_share
 from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
+from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.metrics.challenge.results import moves
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
+from connectomics.metrics.tables import write_csv, write_json
+from connectomics.pipeline.open_root import open_root
+from connectomics.pipeline.results import Labels, Scores
+from connectomics.progress import Progress
 
-#: Told after each array: how many are done, how many there are, and which one it was.
-Progress = Callable[[int, int, str], None]
 _BLOCK = (128, 128, 128)
 
 
-def evaluate_labels(
-    labels: str | Path,
-    root: str,
-    classes: Sequence[str] | None = None,
+def evaluate(
+    labels: Labels | str | Path,
+    root: str | Path | Catalog,
     *,
+    out: str | Path | None = None,
+    classes: Sequence[str] | None = None,
     crops: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
     rules: str = DEFAULT_RULES,
     samples: int = 1000,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Compare every label array below ``labels`` that has annotated truth in the data root, on the label's own grid.
+) -> Scores:
+    """Compare labels with annotated crops, each array on its own grid, over known voxels only.
 
     Args:
-        labels: folder that ``decode`` wrote. root: data root with the crops' annotation.
+        labels: what `decode` returned, or its folder. root: data root with the annotation of those crops.
+        out: JSON file to write; CSV tables by class, data set and crop go beside it. None writes nothing.
         classes, crops (``crop7`` or ``7``), datasets: only these.
-        rules: version of the challenge's rules, for the instance measures.
+        rules: version of the challenge's rules (``score.rules``).
         samples: draws of the bootstrap over crops.
-        progress: called after every array.
 
     Returns:
-        ``classes``: class -> pooled measures (`connectomics.metrics.evaluate.summarize`) with ``dice_interval`` and
-        ``score_interval`` (95 %, over crops); ``datasets``: such rows by data set and class; ``crops``: one row a crop
-        and class; ``totals``: the challenge's totals over these crops (`connectomics.metrics.evaluate.totals`);
-        ``left_out``: arrays without annotated truth, ``dataset/crop/class``; ``unknown``: the share of such an array
-        that was not predicted (accepted failed blocks), which counts as predicted absent; ``rules`` and whether they
-        are ``verified``; ``by_rules``: the overall score by each of the rules, and how far it ``moves``. What cannot be
-        compared (no truth, nothing known) is left out.
+        Scores with the keys ``classes``: class -> pooled measures (`connectomics.metrics.evaluate.summarize`) with
+        ``dice_interval`` and ``score_interval`` (95 %, over crops); ``datasets``: such rows by data set and class;
+        ``crops``: a row per crop and class; ``totals``: the challenge's totals over these crops; ``left_out``: arrays
+        without annotation, ``dataset/crop/class``; ``unknown``: the share of an array that was not predicted (accepted
+        failed blocks), which counts as predicted absent; ``rules``, and whether they are ``verified``; ``by_rules``:
+        the overall score by each version of the rules.
 
-    Raises `MissingError` where nothing can be compared, `IncompleteError` for half-written labels, `MetadataError` for
-    probabilities, `UnknownNameError` for a class, crop or data set that no label has.
+    Raises:
+        MissingError: nothing can be compared. IncompleteError: half-written labels. MetadataError: probabilities
+        instead of labels. UnknownNameError: no label has this class, crop or data set. WriteError: ``out`` holds
+        something else.
     """
+    files = None if out is None else evaluation_files(out)  # before the work
+    content = _compare_all(
+        Labels.open(labels).folder, open_root(root), classes, crops, datasets, rules, samples, progress
+    )
+    if files is None:
+        return Scores(content)
+    trust = {"rules": content["rules"], "verified": content["verified"]}
+    tables = {
+        "class": [{"class": name, **row} for name, row in content["classes"].items()],
+        "dataset": content["datasets"],
+        "crop": content["crops"],
+    }
+    write_json(files["json"], content)
+    for name, rows in tables.items():
+        write_csv(files[name], [{k: v for k, v in row.items() if not k.endswith("_interval")} | trust for row in rows])
+    return Scores(content, files["json"])
+
+
+def evaluation_files(out: str | Path) -> dict[str, Path]:
+    """Return the files that `evaluate` writes: ``json`` and the tables by name; `WriteError` if one holds something else."""
+    path = local_path(out)
+    files = {"json": require_own(path, has_keys("rules", "classes", "totals"), "evaluate")}
+    for name, column in {"class": "class", "dataset": "dataset", "crop": "dataset"}.items():  # and their first columns
+        files[name] = require_own(path.with_name(f"{path.stem}_per_{name}.csv"), has_column(column), "evaluate")
+    return files
+
+
+def _compare_all(
+    labels: Path,
+    catalog: Catalog,
+    classes: Sequence[str] | None,
+    crops: Sequence[str] | None,
+    datasets: Sequence[str] | None,
+    rules: str,
+    samples: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
     version = get_rules(rules)
-    catalog = Catalog.open(root)
     found = _chosen(labels, datasets, crops, classes)
     rows: list[LabelEvaluation] = []
     left_out: list[str] = []
@@ -77,7 +119,9 @@ def evaluate_labels(
         if progress is not None:
             progress(done, len(found), f"{dataset}/{crop}/{name}")
     if not rows:
-        raise MissingError(f"none of the labels in {labels} has annotated truth in {root}; nothing to compare")
+        raise MissingError(
+            f"none of the labels in {labels} is of an annotated crop of {catalog.root}; nothing to compare"
+        )
     options: dict[str, Any] = {"samples": samples, "rules": rules}
     total = totals(rows, **options)
     overall = {name: totals(rows, samples=1, rules=other)["overall"] for name, other in RULES.items()}

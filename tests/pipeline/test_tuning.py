@@ -19,7 +19,7 @@ from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.evaluate import evaluate_labels
+from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.tune import TunedClass, tune
 from connectomics.pipeline.tune_space import threshold_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
@@ -94,7 +94,7 @@ def test_decode_reads_what_was_chosen_and_evaluate_finds_the_same_score(
     read = decode_parameters(["mito", "er"], config.decoding.default, config.decoding.classes)
     assert read == {name: tuned[name].best for name in ("mito", "er")}
     decode_predictions(made / "predictions", made / "labels", read)
-    rows = evaluate_labels(made / "labels", str(made / "root"), samples=10)["classes"]
+    rows = evaluate(made / "labels", str(made / "root"), samples=10)["classes"]
     for name in ("mito", "er"):
         assert rows[name]["score"] == pytest.approx(tuned[name].best_score)
 
@@ -105,7 +105,7 @@ def test_other_rules_are_what_evaluate_finds_by_them(made: Path, tmp_path: Path,
     expected = {"mito": "pq", "er": "pq"} if rules == "pq" else {"mito": "combined", "er": "iou"}
     assert {name: t.measure for name, t in found.items()} == expected
     decode_predictions(made / "predictions", tmp_path / "labels", {name: t.best for name, t in found.items()})
-    result = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10, rules=rules)
+    result = evaluate(tmp_path / "labels", str(made / "root"), samples=10, rules=rules)
     for name, tuned in found.items():
         assert result["classes"][name]["score"] == pytest.approx(tuned.best_score)
     written = json.loads((tmp_path / "tuning.json").read_text())
@@ -161,7 +161,7 @@ def test_objects_between_walls_are_scored_as_decode_makes_them(made: Path, tmp_p
     found = tune(*arguments, tmp_path, classes=["mito"], trials=2, base={"mito": base})["mito"]
     assert found.best.boundary == "er"
     decode_predictions(made / "predictions", tmp_path / "labels", {"mito": found.best}, classes=["mito"])
-    row = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
+    row = evaluate(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
     assert row["score"] == pytest.approx(found.best_score)
 
 
@@ -181,7 +181,7 @@ def test_heads_are_scored_as_decode_reads_them(made: Path, tmp_path: Path, heigh
     found = tune(*arguments, tmp_path / "out", classes=["mito"], trials=3, base={"mito": base})["mito"]
     assert {(t["parameters"]["method"], t["parameters"]["height"]) for t in found.trials} == {("watershed", height)}
     decode_predictions(tmp_path / "predictions", tmp_path / "labels", {"mito": found.best}, classes=["mito"])
-    row = evaluate_labels(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
+    row = evaluate(tmp_path / "labels", str(made / "root"), samples=10)["classes"]["mito"]
     assert row["score"] == pytest.approx(found.best_score)
     assert found.best_score > 0.5
 
