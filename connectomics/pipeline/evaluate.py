@@ -81,7 +81,7 @@ def evaluate(
 
 
 def evaluation_files(out: str | Path) -> dict[str, Path]:
-    """Return the files that `evaluate` writes: ``json`` and the tables by name; `WriteError` if one holds something else."""
+    """Return the files that `evaluate` writes, ``json`` and tables; `WriteError` if one holds something else."""
     path = local_path(out)
     files = {"json": require_own(path, has_keys("rules", "classes", "totals"), "evaluate")}
     for name, column in {"class": "class", "dataset": "dataset", "crop": "dataset"}.items():  # and their first columns
