@@ -228,9 +228,9 @@ class StoredArray:
     def _handles(self) -> tuple[Any, Any]:
         """The array in tensorstore, tolerant of absent chunks and strict; for a codec that tensorstore lacks (LZ4,
         filters), the zarr-python array and None."""
+        refuse_forked_process()
         if self._opened is not None:
             return self._opened
-        refuse_forked_process()
         import tensorstore
 
         settings = {"context": _context(self.options.cache_bytes, self.options.threads, self.options.retries)}

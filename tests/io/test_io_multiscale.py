@@ -6,13 +6,14 @@ import json
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numcodecs
 import numpy as np
 import pytest
 import zarr
 
-from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
+from connectomics.errors import CorruptDataError, EngineError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import Multiscale, PlainArray, StoreOptions, list_groups, write_multiscale
 from connectomics.io.array import StoredArray
@@ -437,6 +438,24 @@ def test_it_pickles_after_use_and_reads_in_other_processes(raw):
     assert read_sum(pickle.loads(pickle.dumps(volume))) == data.sum()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply_async(read_sum, (volume,)).get(timeout=60) == data.sum()
+
+
+def test_a_forked_child_gets_an_error_and_no_abort(raw):
+    volume = Multiscale.open(raw[0])
+    read_sum(volume)
+    theirs, ours = multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=send_error, args=(volume, theirs))
+    child.start()
+    assert ours.poll(60)
+    assert "forkserver" in ours.recv()
+    child.join()
+    assert child.exitcode == 0
+
+
+def send_error(volume: Multiscale, pipe: Any) -> None:
+    with pytest.raises(EngineError) as error:
+        read_sum(volume)  # opened by the parent: it is not pickled on the way
+    pipe.send(str(error.value))
 
 
 def test_reading_agrees_with_zarr_python(raw):
