@@ -83,7 +83,7 @@ class Way:
         decoding = decode_parameters(
             self.config.dataset.classes, self.config.decoding.default, self.config.decoding.classes
         )
-        from connectomics.decoding.decode import decode_predictions
+        from connectomics.pipeline.decode import decode_predictions
 
         with show.stage("decoding", self.timings):
             above = self.config.decoding.blockwise_above
@@ -155,8 +155,8 @@ class Way:
 
         from connectomics.cellmap.catalog import Catalog
         from connectomics.data.volumes import CropVolume
-        from connectomics.decoding.baseline import best_rule, intensity_histogram, write_baseline
         from connectomics.geometry import triple
+        from connectomics.pipeline.demo_baseline import best_interval, intensity_histogram, write_baseline
 
         cfg = self.config.dataset
         catalog = Catalog.open(str(self.root))
@@ -170,10 +170,10 @@ class Way:
                 for channel, name in enumerate(cfg.classes):
                     found = intensity_histogram(raw, label[channel], known[channel])
                     histograms[name] = np.add(histograms[name], found) if name in histograms else found
-        rules = {name: best_rule(histogram) for name, histogram in histograms.items()}
+        intervals = {name: best_interval(histogram) for name, histogram in histograms.items()}
         table = self.selected()
         raws = {name: catalog.raw_location(name) for name in sorted({e.dataset for e in table})}
-        write_baseline(table, raws, rules, self.out / "baseline/labels", decoding)
+        write_baseline(table, raws, intervals, self.out / "baseline/labels", decoding)
 
     def report(self) -> None:
         """The page."""

@@ -202,7 +202,7 @@ def report(
 def _check_places(runs: Sequence[Path], crops: Path | None, folders: Sequence[Path | None]) -> None:
     """What was asked for by name must be that; the page itself would only note that there is nothing."""
     from connectomics.cellmap.crop_table import CropTable
-    from connectomics.decoding.decode import find_arrays
+    from connectomics.decoding.prediction import find_arrays
     from connectomics.errors import MissingError
     from connectomics.pipeline.runs import open_run
 

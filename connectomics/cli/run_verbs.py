@@ -15,7 +15,7 @@ from connectomics.cli.paths import InArgument, InOption, OutArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig, RunConfig
-    from connectomics.decoding.decode import DecodeJob
+    from connectomics.pipeline.decode import DecodeJob
 
 # text, since without a configuration an override stands in its place, which may hold a URL
 Config = Annotated[
@@ -278,8 +278,9 @@ def decode(
       pytc decode outputs/predictions outputs/labels engine.workers=8 --dry-run
     """
     from connectomics.config import load_config
-    from connectomics.decoding.decode import decode_jobs, decode_predictions, find_arrays
     from connectomics.decoding.parameters import decode_parameters
+    from connectomics.decoding.prediction import find_arrays
+    from connectomics.pipeline.decode import decode_jobs, decode_predictions
 
     composed = load_config(config, overrides or ())
     there = sorted({name for _, _, name in find_arrays(predictions)})
@@ -311,7 +312,7 @@ def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: b
     from connectomics.cli.run_task_verb import show_estimate
     from connectomics.tasks.estimate import estimate
 
-    anew = [job.begins_anew(overwrite=overwrite, resume=resume) for job in jobs]
+    anew = [job.replaces(overwrite=overwrite, resume=resume) for job in jobs]
     left = [job for job, again in zip(jobs, anew, strict=True) if job.finished(overwrite=again) is None]
     tasks = [job.task for job in left if job.task is not None]
     finished, whole = len(jobs) - len(left), len(left) - len(tasks)

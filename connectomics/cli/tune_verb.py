@@ -39,8 +39,8 @@ def tune(
       pytc tune outputs/val data/phantom --class mito --trials 200 --minutes 30 decoding.classes.mito.connectivity=6
     """
     from connectomics.config import load_config
-    from connectomics.decoding.decode import find_arrays
     from connectomics.decoding.parameters import decode_parameters
+    from connectomics.decoding.prediction import find_arrays
     from connectomics.metrics.challenge.rules import get_rules, trust
     from connectomics.pipeline.tune import tune as search
 

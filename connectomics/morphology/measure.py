@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config.schema import EngineConfig
-from connectomics.decoding.decode import find_arrays
 from connectomics.decoding.label_artifact import BLOCK
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.location import local_path

@@ -16,13 +16,13 @@ from connectomics.cli import main, plan_script
 from connectomics.config import load_config
 from connectomics.config.schema import RunConfig
 from connectomics.data.cache import CropCache
-from connectomics.decoding.decode import decode_predictions
 from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.morphology import measure_tasks, mesh_tasks
 from connectomics.phantom import make_phantom
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.train import choose_run_dir, train
 from connectomics.pipeline.tune import tune

@@ -14,14 +14,17 @@ from scipy import ndimage
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli.task_kinds import load_task
-from connectomics.decoding.blocks.components import ComponentsTask
-from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
+from connectomics.decoding.decode import decode_between
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.prediction import read_on
+from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.tasks import run_task
 
 KINDS = {"cc3d": ComponentsTask, "watershed": WatershedTask}
