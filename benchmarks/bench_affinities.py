@@ -120,7 +120,7 @@ def rule(method: str) -> dict[str, Any]:
 def whole(source: str, out: str, method: str) -> dict[str, Any]:
     """In memory; the labels go to a file."""
     from connectomics.decoding.affinities.segment import affinities_to_instances
-    from connectomics.decoding.affinities.stored import StoredAffinities
+    from connectomics.decoding.prediction import StoredAffinities
     from connectomics.decoding.probabilities import above, open_probabilities, read_block
 
     tiny = np.ones((len(OFFSETS), 12, 12, 12), np.uint8)
@@ -146,7 +146,7 @@ def library(source: str) -> dict[str, Any]:
     """mwatershed on the whole array: float64, no mask (the background repels by all its affinities)."""
     import mwatershed
 
-    from connectomics.decoding.affinities.stored import StoredAffinities
+    from connectomics.decoding.prediction import StoredAffinities
     from connectomics.decoding.probabilities import open_probabilities
 
     probability = open_probabilities(source)
@@ -185,7 +185,7 @@ def compare(labels: str, file: str) -> list[dict[str, float]]:
     """Blocks against the whole array, and both against the truth."""
     from dataclasses import asdict
 
-    from connectomics.decoding.affinities.compare import difference
+    from connectomics.decoding.affinities.segment import difference
     from connectomics.io.multiscale import Multiscale
 
     volume, one = Multiscale.open(labels), np.load(file)

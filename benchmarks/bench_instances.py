@@ -91,8 +91,8 @@ def _paint(values: np.ndarray, low: np.ndarray, center: np.ndarray, radius: floa
 def measure(source: str, out: str, block: int, workers: int, fill_holes: bool) -> dict[str, Any]:
     """Decode in this process (one worker) or from it."""
     from connectomics.config.schema import EngineConfig
-    from connectomics.decoding.blocks import ComponentsTask
     from connectomics.decoding.blocks.labels_task import objects_of
+    from connectomics.decoding.blocks.stitched_task import ComponentsTask
     from connectomics.tasks import run_task
 
     stages: dict[str, float] = {}

@@ -104,7 +104,7 @@ def boxes_of_skimage(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
 def in_memory(shape: tuple[int, int, int], balls: int) -> None:
     from skimage.metrics import variation_of_information
 
-    from connectomics.decoding.watershed.whole import split
+    from connectomics.decoding.watershed.forest import split
 
     random = np.random.default_rng(0)
     truth, nearest = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -132,11 +132,11 @@ def in_memory(shape: tuple[int, int, int], balls: int) -> None:
 
 def measure(way: str, source: str, out: str, block: int, boundary: bool) -> dict[str, Any]:
     """One of the two ways from Zarr to Zarr, in this process."""
-    from connectomics.decoding.blocks import ComponentsTask
-    from connectomics.decoding.decode import decode_predictions
+    from connectomics.decoding.blocks.stitched_task import ComponentsTask
     from connectomics.decoding.parameters import DecodeParameters
+    from connectomics.decoding.watershed.forest import split
     from connectomics.decoding.watershed.watershed_task import WatershedTask
-    from connectomics.decoding.watershed.whole import split
+    from connectomics.pipeline.decode import decode_predictions
     from connectomics.tasks import run_task
 
     chosen, kind = DecodeParameters(method="watershed", min_size_nm3=1e4, min_distance_nm=8 * REACH), WatershedTask

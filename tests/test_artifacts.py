@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.decoding.decode import decode_jobs, decode_predictions
 from connectomics.decoding.label_artifact import partial_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, WriteError
@@ -25,6 +24,7 @@ from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import decode_jobs, decode_predictions
 from connectomics.pipeline.measure import measure_labels
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.submission import export_submission
@@ -305,7 +305,7 @@ def test_a_second_decode_or_export_at_the_same_place_is_refused(tmp_path: Path) 
 _RACE = """
 import sys, time
 from pathlib import Path
-from connectomics.decoding.decode import decode_predictions
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])

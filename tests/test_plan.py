@@ -20,7 +20,6 @@ from connectomics.config import load_config
 from connectomics.data.dataset.build import get_dataset
 from connectomics.data.dataset.dataset_base import BaseDataset
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset
-from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError
 from connectomics.geometry import VoxelGrid
@@ -28,6 +27,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.metrics.cellmap_metrics import evaluate_semantic
 from connectomics.metrics.metrics_seg import get_dice, get_iou
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.predict import predict_cellmap_crops, save_cellmap_predictions
 from connectomics.submission import export_submission
 from scripts.export_cellmap_submission import main as export_main

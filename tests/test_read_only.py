@@ -20,7 +20,7 @@ def test_kernels_compile_without_a_cache_folder(tmp_path: Path) -> None:
     temporary.mkdir()
     variables = {k: v for k, v in os.environ.items() if k not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
     code = (
-        "import connectomics, numpy as np; from connectomics.decoding.union_find import add_voxel\n"
+        "import connectomics, numpy as np; from connectomics.decoding.blocks.component_kernels import add_voxel\n"
         f"assert connectomics.__file__.startswith({str(tmp_path)!r})\n"
         "sizes, boxes, sums = np.zeros(1, np.int64), np.zeros((1, 6), np.int64), np.zeros((1, 3), np.int64)\n"
         "add_voxel(0, 1, 2, 3, sizes, boxes, sums)\n"

@@ -14,13 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import triple
+from connectomics.geometry import Index, triple
+from connectomics.tasks.lattice import RANK
 
 METHODS = ("cc3d", "watershed")
-# Background that leaks through where the foreground does not hold together: the complement of a 26-connected object
-# is 6-connected and the other way round (Kong & Rosenfeld 1989, "Digital topology").
-_DUAL = {6: 26, 18: 6, 26: 6}
-_DEFAULT_MIN_DISTANCE = 10  # voxels of the smallest edge, as in the plan's sketch
+#: Connectivity of the background: the complement of a 26-connected object is 6-connected and the other way round
+#: (Kong & Rosenfeld 1989, "Digital topology").
+DUAL = {6: 26, 18: 6, 26: 6}
+_DEFAULT_MIN_DISTANCE = 10  # edges of the smallest voxel axis
 
 
 def semantic_to_instance(
@@ -36,22 +37,20 @@ def semantic_to_instance(
 ) -> NDArray[Any]:
     """Separate the objects of a binary mask.
 
-    ``cc3d`` takes every connected component as an object. ``watershed`` cuts each component further: the distance to
-    the nearest voxel outside the component is flooded from its peaks (`connectomics.decoding.watershed`). A voxel is a
-    peak where none is deeper of what holds together with it within ``min_distance`` along each axis (a box). Of voxels
-    equally deep the first in z-y-x order counts as the deepest, for peaks and for the flood; so the result depends on
-    the mask only, and the watershed by blocks gives the same.
+    ``cc3d`` takes every connected component as an object. ``watershed`` splits components further: the distance to the
+    nearest voxel outside the component is flooded from its peaks (`connectomics.decoding.watershed`). A voxel is a peak
+    if no voxel connected to it within ``min_distance`` along each axis (a box) is deeper. Of equally deep voxels the
+    first in z-y-x order counts as the deepest, so the result depends on the mask only.
 
     Args:
-        mask: (D, H, W), foreground where it is above 0 (bool, integer or float; NaN is background).
-        min_size: objects of fewer voxels are removed, after the cut and after filling.
+        mask: (D, H, W), foreground where above 0 (bool, integer or float; NaN is background).
+        min_size: objects of fewer voxels are removed, after splitting and filling.
         method: ``"cc3d"`` or ``"watershed"``.
-        connectivity: 6 (faces), 18 (edges) or 26 (corners; what the challenge uses) neighbours hold together.
+        connectivity: 6 (faces), 18 (edges) or 26 (corners; what the challenge uses) neighbors are connected.
         fill_holes: give cavities to the object that encloses them (`fill_holes`).
-        min_distance: watershed only: how far a seed reaches, in the unit of ``voxel_size``; None is ten voxels of the
+        min_distance: watershed only: reach of a seed, in the unit of ``voxel_size``; None is ten voxels of the
             smallest edge.
-        max_depth: watershed only: what is deeper, in the same unit, counts as so deep and is not cut apart; None: no
-            limit.
+        max_depth: watershed only: depths are cut off here, in the same unit; None: no limit.
         voxel_size: nm, z y x; None measures distances in voxels.
 
     Returns:
@@ -59,30 +58,30 @@ def semantic_to_instance(
         uint32, uint64 that holds n.
 
     Raises:
-        InputError: wrong rank, unknown method or connectivity, a size or distance that is negative.
+        InputError: wrong rank, unknown method or connectivity, a negative size or distance.
     """
     volume = np.asarray(mask)
     if volume.ndim != 3:
-        raise InputError(f"semantic_to_instance needs a (D, H, W) mask, found shape {volume.shape}")
+        raise InputError(f"semantic_to_instance needs a (D, H, W) mask, got shape {volume.shape}")
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    if connectivity not in _DUAL:
-        raise InputError(f"connectivity must be 6, 18 or 26, found {connectivity!r}")
+    if connectivity not in DUAL:
+        raise InputError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
     if min_size < 0:
-        raise InputError(f"min_size must be at least 0 voxels, found {min_size}")
+        raise InputError(f"min_size must be at least 0 voxels, got {min_size}")
     spacing = triple((1.0, 1.0, 1.0) if voxel_size is None else voxel_size, "voxel_size")
     deepest = math.inf if max_depth is None else float(max_depth)
     reach = _DEFAULT_MIN_DISTANCE * min(spacing) if min_distance is None else float(min_distance)
     if reach <= 0 or min(spacing) <= 0:
-        raise InputError(f"min_distance and voxel_size must be positive, found {min_distance} and {voxel_size}")
+        raise InputError(f"min_distance and voxel_size must be positive, got {min_distance} and {voxel_size}")
     if not deepest > 0:
-        raise InputError(f"max_depth must be positive, found {max_depth}")
+        raise InputError(f"max_depth must be positive, got {max_depth}")
     if volume.size == 0:
         return np.zeros(volume.shape, np.uint8)
 
     foreground = volume if volume.dtype == np.bool_ else volume > 0
     if method == "watershed":
-        from connectomics.decoding.watershed.whole import split
+        from connectomics.decoding.watershed.forest import split
 
         instances = split(foreground, connectivity, spacing, reach, deepest)
     else:
@@ -111,7 +110,7 @@ def filter_by_size(instances: NDArray[Any], min_size: int) -> NDArray[Any]:
 
     volume = np.asarray(instances)
     if volume.dtype.kind not in "biu":
-        raise InputError(f"filter_by_size needs integer ids, found {volume.dtype}; round them first")
+        raise InputError(f"filter_by_size needs integer ids, got {volume.dtype}; round them first")
     if min_size <= 1 or volume.size == 0:
         return volume.copy()
     ids = volume.view(np.uint8) if volume.dtype == np.bool_ else volume
@@ -138,11 +137,11 @@ def fill_holes(instances: NDArray[Any], connectivity: int = 26) -> NDArray[Any]:
     Returns:
         A new array of the same type.
     """
-    if connectivity not in _DUAL:
-        raise InputError(f"connectivity must be 6, 18 or 26, found {connectivity!r}")
+    if connectivity not in DUAL:
+        raise InputError(f"connectivity must be 6, 18 or 26, got {connectivity!r}")
     volume = np.asarray(instances)
     if volume.ndim != 3 or volume.dtype.kind not in "biu":
-        raise InputError(f"fill_holes needs (D, H, W) integer ids, found {volume.dtype} of shape {volume.shape}")
+        raise InputError(f"fill_holes needs (D, H, W) integer ids, got {volume.dtype} of shape {volume.shape}")
     if volume.size == 0:
         return volume.copy()
     ids = volume.view(np.uint8) if volume.dtype == np.bool_ else volume
@@ -155,7 +154,13 @@ def narrowest_unsigned(largest: int) -> np.dtype[Any]:
     for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
         if 0 <= largest <= np.iinfo(dtype).max:
             return np.dtype(dtype)
-    raise InputError(f"ids must lie between 0 and 2^64 - 1, found {largest}")
+    raise InputError(f"ids must lie between 0 and 2^64 - 1, got {largest}")
+
+
+def neighbor_steps(connectivity: int) -> list[Index]:
+    """Return the steps (z, y, x) from a voxel to its neighbors."""
+    every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
+    return [s for s in every if 0 < sum(map(abs, s)) <= RANK[connectivity]]
 
 
 def components(mask: NDArray[np.bool_], connectivity: int) -> NDArray[Any]:
@@ -192,7 +197,7 @@ def _compact(instances: NDArray[Any]) -> NDArray[Any]:
 def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
     """`fill_holes` of checked input; always a new array."""
     out = instances.copy()
-    background = components(instances == 0, _DUAL[connectivity])
+    background = components(instances == 0, DUAL[connectivity])
     # Whatever an object encloses is a piece of background that does not reach the border of the volume.
     closed = np.ones(int(background.max(initial=0)) + 1, np.bool_)
     closed[0] = False
@@ -208,7 +213,7 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
         candidate = enclosed[box] & (out[box] == 0)
         if not candidate.any():
             continue
-        outside = components(instances[box] != identifier, _DUAL[connectivity])
+        outside = components(instances[box] != identifier, DUAL[connectivity])
         hole = np.ones(int(outside.max(initial=0)) + 1, np.bool_)
         hole[0] = False
         for face in _faces(outside):

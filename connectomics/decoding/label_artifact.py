@@ -1,4 +1,8 @@
-"""The label artefact: one class of one crop as a multiscale group that is there whole or not at all."""
+"""The label artifact: the labels of one class of one crop, their instance table and what they say of themselves.
+
+Labels are a multiscale group that appears whole or not at all. Where predict gave blocks up, the attribute ``unknown``
+lists their boxes; labels are 0 there.
+"""
 
 from __future__ import annotations
 
@@ -13,37 +17,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics import __version__
-from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE
+from connectomics.config.values import plain
+from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, about, changed_inputs, identity, publish
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.tables import ROWS, Column, table
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group
 from connectomics.tasks.block_task import TASK_FILE
 
-#: what decode writes into a class's folder
-_NAMES = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{re.escape(PARQUET_FILE)}")
 BLOCK = (256, 256, 256)  # voxels held at once; whole chunks of the arrays that are written
+TABLE_FILE, PARQUET_FILE = "instances.csv", "instances.parquet"
+COLUMNS = (
+    "id", "voxels", "volume_nm3",
+    "begin_z_nm", "begin_y_nm", "begin_x_nm", "end_z_nm", "end_y_nm", "end_x_nm",
+    "center_z_nm", "center_y_nm", "center_x_nm",
+)  # fmt: skip
+#: What decode writes into the folder of a class.
+_OURS = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{re.escape(PARQUET_FILE)}")
 
 
 @contextmanager
 def label_array(
     location: Path, grid: VoxelGrid, dtype: np.dtype[Any], *, class_name: str, kind: str, about: Mapping[str, Any]
 ) -> Iterator[ArrayWriter]:
-    """A writer for the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``), put there when the block ends.
+    """Open a writer for the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``).
 
-    Everything goes to a hidden folder beside it, which takes its place when the block ends without an error and is
-    removed otherwise; so a killed run never leaves labels that look finished. One process at a time: see
-    `connectomics.tasks.lock.leading`.
+    Everything goes to a hidden folder beside it. It replaces ``location`` when the block ends without an error, else it
+    is removed. Only one process at a time may do this (`connectomics.tasks.lock.leading`).
 
     Args:
-        location: local path of the class's group; what is there is replaced, see `standing_labels`.
-        grid: where the labels lie, nm.
+        location: local path of the group; see `existing_labels` for what may be replaced.
         dtype: unsigned integer that holds every id.
         kind: ``semantic`` (0/1) or ``instance`` (ids).
-        about: what else the ``connectomics`` attribute says (parameters, source, provenance).
+        about: more keys of the ``connectomics`` attribute (parameters, source, provenance).
     """
     partial = partial_of(location)
     attrs = label_attrs(grid, class_name=class_name, kind=kind, about=about)
@@ -57,12 +67,12 @@ def label_array(
 
 
 def partial_of(location: Path) -> Path:
-    """The hidden folder beside ``location`` that holds it while it is made."""
+    """Return the hidden folder beside ``location`` that holds unfinished labels."""
     return location.with_name(f".{location.name}.partial")
 
 
 def label_attrs(grid: VoxelGrid, *, class_name: str, kind: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``connectomics`` attribute of finished labels; the arguments are those of `label_array`."""
+    """Return the ``connectomics`` attribute of finished labels; arguments as for `label_array`."""
     return {
         "artefact": "labels",
         "class_name": class_name,
@@ -75,48 +85,45 @@ def label_attrs(grid: VoxelGrid, *, class_name: str, kind: str, about: Mapping[s
 
 
 def inputs_of(location: str, parameters: DecodeParameters) -> dict[str, str]:
-    """Role -> identity of what is decoded: the probabilities at ``location`` and the class that separates its objects.
+    """Return role -> identity of the probabilities at ``location`` and of the boundary class.
 
     Heads are written with the probabilities, by the same run, and have the same identity.
     """
     found = {"probabilities": identity(Multiscale.open(location))}
     if parameters.boundary:
-        found["boundary"] = identity(
-            Multiscale.open(store.join(location.rstrip("/").rpartition("/")[0], parameters.boundary))
-        )
+        crop = location.rstrip("/").rpartition("/")[0]
+        found["boundary"] = identity(Multiscale.open(store.join(crop, parameters.boundary)))
     return found
 
 
-def standing_labels(
+def existing_labels(
     location: Path, parameters: DecodeParameters, made_from: Mapping[str, str], *, overwrite: bool = False
 ) -> dict[str, Any] | None:
-    """The ``connectomics`` attribute of the labels at ``location`` if they are those of this very decoding, complete.
+    """Return the ``connectomics`` attribute of complete labels with these parameters and inputs at ``location``.
 
     Args:
         made_from: role -> identity of the inputs, `connectomics.io.artifacts`.
-        overwrite: whether labels of another decoding may be replaced: they count as none.
+        overwrite: labels may be replaced and count as absent.
 
     Returns:
-        None if labels are to be made: none are there, or they may be replaced.
+        None if there are no labels, or they may be replaced.
 
     Raises:
-        WriteError: labels of another decoding (without ``overwrite``), or something that decode did not write.
+        WriteError: other labels are there (without ``overwrite``), or files that decode did not write.
     """
     entries = list(location.iterdir()) if location.is_dir() else []
     if not entries and not location.exists():
         return None
     there = about(location)
-    foreign = [path for path in entries if not _NAMES.fullmatch(path.name)]
+    foreign = [path for path in entries if not _OURS.fullmatch(path.name)]
     if (entries or location.is_file()) and (there.get("artefact") != "labels" or foreign):
         what = foreign[0] if foreign and there.get("artefact") == "labels" else location
-        raise WriteError(
-            f"{what} was not written by decode and is left alone; choose another output folder, or move it away"
-        )
+        raise WriteError(f"{what} was not written by decode; choose another output folder, or move it away")
     if overwrite or not entries:
         return None
     if there.get("complete") is not True:
         raise WriteError(f"{location} holds labels that are only half written; overwrite them (--overwrite)")
-    mine = parameters.to_dict()
+    mine = plain(parameters)
     names = [name for name in mine if there.get("decode", {}).get(name) != mine[name]]
     difference = Difference(names, changed_inputs(there.get("made_from", {}), made_from))
     if difference:
@@ -126,12 +133,82 @@ def standing_labels(
     return there
 
 
+def has_tables(location: Path, kind: str, table: str) -> bool:
+    """Return whether the instance tables that ``decoding.table`` asks for are in the folder of labels of this kind."""
+    names = [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
+    return kind != "instance" or all((location / name).exists() for name in names)
+
+
 def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:
-    """Write an array that is in memory, block by block, so that no second copy of it is made."""
-    for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), _shape(labels)).blocks(BLOCK):
+    """Write an array that is in memory, block by block, to avoid a second copy."""
+    depth, height, width = labels.shape
+    for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(BLOCK):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         writer.write(begin, labels[z, y, x])
 
 
-def _shape(labels: NDArray[Any]) -> tuple[int, int, int]:
-    return labels.shape[0], labels.shape[1], labels.shape[2]
+# -- the instance table ------------------------------------------------------------------------------------------------
+def write_tables(folder: Path, objects: Pieces, grid: VoxelGrid, table: str = "csv") -> None:
+    """Write ``instances.csv`` and, with ``parquet``, ``instances.parquet`` to the folder of the labels."""
+    write_table(folder / TABLE_FILE, objects, grid)
+    if table == "parquet":
+        write_table(folder / PARQUET_FILE, objects, grid)
+
+
+def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
+    """Write the objects 1..n of a volume on ``grid``, one row each with `COLUMNS`, as CSV or (``.parquet``) Parquet.
+
+    ``begin`` and ``end`` are the outer faces of the bounding box, ``center`` is the mean of the voxel centers; world
+    coordinates in nm, in CSV rounded to a thousandth.
+    """
+    columns = [
+        Column("id", "id"),
+        Column("voxels", "count"),
+        Column("volume_nm3", "number", "nm3"),
+        *(Column(name, "number", "nm") for name in COLUMNS[3:]),
+    ]
+    size, first = np.asarray(grid.voxel_size), np.asarray(grid.translation)
+    with table(path, columns) as out:
+        for start in range(0, len(objects), ROWS):
+            part = objects.take(np.arange(start, min(start + ROWS, len(objects))))
+            low = first + (part.boxes[:, :3] - 0.5) * size
+            high = first + (part.boxes[:, 3:] + 0.5) * size
+            center = first + part.sums / part.sizes[:, None] * size
+            ids = np.arange(start + 1, start + len(part) + 1, dtype=np.uint64)
+            values = (ids, part.sizes, part.sizes * np.prod(size), *low.T, *high.T, *center.T)
+            out.write(dict(zip(COLUMNS, values, strict=True)))
+
+
+# -- parts that are unknown --------------------------------------------------------------------------------------------
+def unknown_of(*sources: Multiscale | None) -> dict[str, Any]:
+    """Return the attribute ``unknown`` of labels decoded from some probabilities; empty if all is known."""
+    found: list[Any] = []
+    for source in sources:
+        attrs = {} if source is None else source.attrs.get("connectomics", {})
+        found += [item for item in attrs.get("unknown", []) if item not in found]
+    return {"unknown": found} if found else {}
+
+
+def unknown_share(about: Mapping[str, Any]) -> float:
+    """Return the unknown share of the volume of an array with this ``connectomics`` attribute."""
+    grid = VoxelGrid.from_dict(about["grid"]) if about.get("unknown") else None
+    if grid is None or grid.size == 0:
+        return 0.0
+    return sum(int(np.prod([s.stop - s.start for s in part])) for part in _unknown_parts(about, grid)) / grid.size
+
+
+def clear_unknown(labels: NDArray[Any] | ArrayWriter, about: Mapping[str, Any], grid: VoxelGrid) -> None:
+    """Set labels on ``grid``, in memory or stored, to 0 where they are unknown."""
+    for part in _unknown_parts(about, grid):
+        if isinstance(labels, ArrayWriter):
+            labels.write([s.start for s in part], np.zeros([s.stop - s.start for s in part], labels.dtype))
+        else:
+            labels[part] = 0
+
+
+def _unknown_parts(about: Mapping[str, Any], grid: VoxelGrid) -> Iterator[tuple[slice, slice, slice]]:
+    for item in about.get("unknown", []):
+        begin, end = item["box"]
+        part = grid.slices(Box(begin, end))
+        if min(s.stop - s.start for s in part) > 0:
+            yield part

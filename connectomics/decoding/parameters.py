@@ -1,4 +1,4 @@
-"""What decoding needs to know about a class: one frozen value, in nanometres, with defaults by the class's kind."""
+"""The decoding parameters of a class: one frozen value, in nanometers, with defaults by the kind of the class."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import StrictBool, StrictFloat, StrictInt
 
 from connectomics.cellmap.classes import CLASSES, is_instance_class
+from connectomics.config.values import one_of, plain, read
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import triple
 
 METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
-#: methods that read the affinities beside a class's probabilities
+#: Methods that read the affinities predicted with the class.
 AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
-#: heads that a watershed can read; "" for none
-HEIGHTS = ("", "distance", "boundary")
-#: parameters that only some methods read; elsewhere they must keep their defaults
+_SHARES = ("threshold", "bias_short", "bias_long", "merge_threshold", "stitch_threshold")
+_POSITIVE = ("min_distance_nm", "max_depth_nm")
+#: Parameters that only some methods read; with other methods they must keep their defaults.
 _ONLY = {
     "max_depth_nm": ("watershed",),
     "height": ("watershed",),
@@ -31,7 +34,7 @@ _ONLY = {
 
 @dataclass(frozen=True)
 class DecodeParameters:
-    """How one class's probabilities become labels.
+    """How the probabilities of one class become labels.
 
     Sizes and distances are physical, so the same parameters mean the same at every voxel size.
 
@@ -41,104 +44,81 @@ class DecodeParameters:
             ``agglomeration`` give instance ids.
         min_size_nm3: smaller objects (of a mask: smaller components) are removed; nm^3.
         fill_holes: cavities go to the object around them.
-        connectivity: neighbours that hold together: 6, 18 or 26.
+        connectivity: 6 (faces), 18 (edges) or 26 (corners) neighbors are connected.
         min_distance_nm: watershed only: the reach of a seed along each axis, nm.
-        max_depth_nm: watershed only: what lies deeper in an object than this counts as so deep, and is not cut apart,
-            nm. So far beyond a block its probabilities are read. It must exceed half the thickness of necks to cut.
-        height: watershed only: a head of the class (`model.heads`) that it reads, or "" for none. ``distance``: its
-            values are flooded in the place of the distance to the background, cut off at ``max_depth_nm`` like that.
-            ``boundary``: it separates objects as a boundary class does.
+        max_depth_nm: watershed only: depths are cut off here, nm, and wider objects are not split. Probabilities are
+            read this far beyond a block. It must exceed half the thickness of the necks to cut.
+        height: watershed only: the head of the class (`model.heads`) that it reads, or "" for none. ``distance``
+            replaces the distance to the background. ``boundary`` separates objects as a boundary class does.
         boundary: a class that separates objects (``pm`` for ``cell``), or "" for none: objects are found where the
             probability of this class is not above the threshold, and then grown back over it.
         bias_short, bias_long: mutex_watershed only: the affinity above which two voxels attract and below which they
-            repel each other; of neighbours, and of voxels farther apart. Higher values split more.
-        merge_threshold: agglomeration only: the mean affinity above which two regions are united.
-        halo_nm: affinities only: how much of the volume around a block is segmented with it, nm; 0: the longest offset
-            and 16 voxels.
-        stitch_threshold: affinities only: how far two blocks must agree at a face, 0 to 1, for their pieces to be one.
+            repel each other; of neighbors, and of voxels farther apart. Higher values split more.
+        merge_threshold: agglomeration only: regions are merged while their mean affinity is above it.
+        halo_nm: affinities only: the halo that is segmented with a block, nm; 0: the longest offset and 16 voxels.
+        stitch_threshold: affinities only: how far two blocks must agree at a face to unite their pieces, 0 to 1.
     """
 
-    threshold: float = 0.5
-    method: str = "threshold"
-    min_size_nm3: float = 0.0
-    fill_holes: bool = False
-    connectivity: int = 26
-    min_distance_nm: float = 80.0
-    max_depth_nm: float = 320.0
-    height: str = ""
+    threshold: StrictFloat = 0.5
+    method: Annotated[str, one_of(*METHODS)] = "threshold"
+    min_size_nm3: StrictFloat = 0.0
+    fill_holes: StrictBool = False
+    connectivity: StrictInt = 26
+    min_distance_nm: StrictFloat = 80.0
+    max_depth_nm: StrictFloat = 320.0
+    height: Annotated[str, one_of("", "distance", "boundary")] = ""
     boundary: str = ""
-    bias_short: float = 0.5
-    bias_long: float = 0.5
-    merge_threshold: float = 0.5
-    halo_nm: float = 0.0
-    stitch_threshold: float = 0.5
+    bias_short: StrictFloat = 0.5
+    bias_long: StrictFloat = 0.5
+    merge_threshold: StrictFloat = 0.5
+    halo_nm: StrictFloat = 0.0
+    stitch_threshold: StrictFloat = 0.5
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise ConfigError(f"decoding: threshold must lie between 0 and 1, found {self.threshold}")
-        if self.method not in METHODS:
-            raise ConfigError(f"decoding: method must be one of {', '.join(METHODS)}, found {self.method!r}")
-        if not 0.0 <= self.min_size_nm3 < math.inf:
-            raise ConfigError(f"decoding: min_size_nm3 must be at least 0, found {self.min_size_nm3}")
-        if self.connectivity not in (6, 18, 26):
-            raise ConfigError(f"decoding: connectivity must be 6, 18 or 26, found {self.connectivity}")
+        def require(right: bool, name: str, rule: str) -> None:
+            if not right:
+                raise ConfigError(f"{name} must {rule}, got {getattr(self, name)!r}")
+
+        for name in _SHARES:
+            require(0.0 <= getattr(self, name) <= 1.0, name, "lie between 0 and 1")
+        for name in ("min_size_nm3", "halo_nm"):
+            require(0.0 <= getattr(self, name) < math.inf, name, "be at least 0 and finite")
+        for name in _POSITIVE:
+            require(0.0 < getattr(self, name) < math.inf, name, "be positive and finite")
+        require(self.method in METHODS, "method", f"be one of {', '.join(METHODS)}")
+        require(self.connectivity in (6, 18, 26), "connectivity", "be 6, 18 or 26")
+        require(self.height in ("", "distance", "boundary"), "height", "be distance or boundary")
         if self.boundary and self.method not in ("cc3d", "watershed"):
-            raise ConfigError("decoding: boundary separates objects, so it needs method cc3d or watershed")
-        if self.height not in HEIGHTS:
-            raise ConfigError(f"decoding: height must be distance or boundary, found {self.height!r}")
+            raise ConfigError(f"boundary separates objects and needs method cc3d or watershed, got {self.method}")
         if self.height and self.boundary:
-            raise ConfigError(
-                f"decoding: height ({self.height}) reads a head and boundary ({self.boundary}) another class to "
-                f"separate objects; give one of them"
-            )
-        if not 0.0 < self.min_distance_nm < math.inf:
-            raise ConfigError(f"decoding: min_distance_nm must be positive, found {self.min_distance_nm}")
-        if not 0.0 < self.max_depth_nm < math.inf:
-            raise ConfigError(f"decoding: max_depth_nm must be positive, found {self.max_depth_nm}")
-        for name in ("bias_short", "bias_long", "merge_threshold", "stitch_threshold"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"decoding: {name} must lie between 0 and 1, found {getattr(self, name)}")
-        if not 0.0 <= self.halo_nm < math.inf:
-            raise ConfigError(f"decoding: halo_nm must be at least 0, found {self.halo_nm}")
+            raise ConfigError(f"give either height or boundary, got height {self.height} and boundary {self.boundary}")
         for field in dataclasses.fields(self):
             methods = _ONLY.get(field.name, METHODS)
             if self.method not in methods and getattr(self, field.name) != field.default:
-                raise ConfigError(
-                    f"decoding: {field.name} belongs to method {' or '.join(methods)}, found method {self.method}"
-                )
+                raise ConfigError(f"{field.name} needs method {' or '.join(methods)}, got method {self.method}")
 
     @property
-    def kind(self) -> str:
-        """``semantic`` (0/1) or ``instance`` (ids): what the labels hold."""
+    def kind(self) -> Literal["semantic", "instance"]:
+        """What the labels hold: ``semantic`` 0/1, ``instance`` ids."""
         return "semantic" if self.method == "threshold" else "instance"
 
     @property
     def is_local(self) -> bool:
-        """Whether a voxel's label depends on its own probability only, so that blocks can be decoded alone."""
+        """Whether the label of a voxel depends on its own probability only."""
         return self.method == "threshold" and self.min_size_nm3 == 0 and not self.fill_holes
 
     @property
-    def has_walls(self) -> bool:
-        """Whether something predicted separates objects: another class, or the class's head of boundaries."""
+    def has_boundary(self) -> bool:
+        """Whether a predicted boundary separates objects: another class, or the boundary head of the class."""
         return bool(self.boundary) or self.height == "boundary"
 
     def min_voxels(self, voxel_size: Sequence[float]) -> int:
-        """The smallest whole number of voxels (nm, z y x) that is at least ``min_size_nm3``."""
-        size = triple(voxel_size, "voxel_size")
-        return math.ceil(self.min_size_nm3 / (size[0] * size[1] * size[2]) - 1e-9)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For attributes and YAML."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "decoding") -> DecodeParameters:
-        """The inverse of `to_dict`; absent keys keep their defaults, an unknown key is a `ConfigError`."""
-        return _with(cls(), values, where)
+        """Return the smallest number of voxels (nm, z y x) whose volume is at least ``min_size_nm3``."""
+        return math.ceil(self.min_size_nm3 / math.prod(triple(voxel_size, "voxel_size")) - 1e-9)
 
 
 def default_parameters(class_name: str) -> DecodeParameters:
-    """Connected components of at least 10,000 nm^3 (a cube of 21.5 nm) for instance classes, else a plain threshold."""
+    """Return components of at least 10,000 nm^3 (a cube of 21.5 nm) for instance classes, else a threshold."""
     if is_instance_class(class_name):
         return DecodeParameters(method="cc3d", min_size_nm3=1e4)
     return DecodeParameters()
@@ -149,32 +129,24 @@ def decode_parameters(
     default: Mapping[str, Any] | None = None,
     by_class: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, DecodeParameters]:
-    """The parameters of every class: its kind's, changed by ``default``, changed by its own entry in ``by_class``.
+    """Return the parameters of every class: its default, changed by ``default``, then by its entry in ``by_class``.
 
-    This is how the configuration's ``decoding.default`` and ``decoding.classes`` are read. An entry for a class that is
-    neither among ``classes`` nor one of the challenge's raises `UnknownNameError`; an unknown key `ConfigError`.
+    ``default`` and ``by_class`` are ``decoding.default`` and ``decoding.classes`` of the configuration.
+
+    Raises:
+        UnknownNameError: an entry is for a class that is neither in ``classes`` nor one of the challenge.
+        ConfigError: unknown key or wrong value.
     """
-    names = list(classes)
-    own = dict(by_class or {})
+    names, own = list(classes), dict(by_class or {})
     for name in own:
         if name not in names and name not in CLASSES:
             raise unknown_name("class", name, {*names, *CLASSES}, "decoding.classes")
     result = {}
     for name in names:
-        general = _with(default_parameters(name), default or {}, "decoding.default")
-        result[name] = _with(general, own.get(name, {}), f"decoding.classes.{name}")
+        result[name] = _changed(default_parameters(name), default or {}, "decoding.default")
+        result[name] = _changed(result[name], own.get(name, {}), f"decoding.classes.{name}")
     return result
 
 
-def _with(parameters: DecodeParameters, values: Mapping[str, Any], where: str) -> DecodeParameters:
-    fields = {f.name: type(getattr(parameters, f.name)) for f in dataclasses.fields(parameters)}
-    changes: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in fields:
-            raise ConfigError(str(unknown_name("key", str(key), fields, where)))
-        kind = fields[key]
-        right = isinstance(value, kind) or (kind is float and isinstance(value, int))
-        if not right or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{where}.{key} must be a {kind.__name__}, found {value!r}")
-        changes[str(key)] = kind(value)
-    return dataclasses.replace(parameters, **changes)
+def _changed(parameters: DecodeParameters, values: Mapping[str, Any], where: str) -> DecodeParameters:
+    return read(DecodeParameters, {**plain(parameters), **values}, where, ConfigError)

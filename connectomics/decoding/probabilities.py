@@ -41,10 +41,10 @@ def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
         # The small term keeps a threshold that was itself a stored value (128/255) from falling below it.
         return values > math.floor(threshold * 255 + 1e-9)
     if values.dtype.kind != "f":
-        raise InputError(f"probabilities must be uint8 (value/255) or floats in [0, 1], found {values.dtype}")
+        raise InputError(f"probabilities must be uint8 (value/255) or floats in [0, 1], got {values.dtype}")
     low, high = float(np.nanmin(values, initial=0.0)), float(np.nanmax(values, initial=0.0))
     if low < -1e-6 or high > 1 + 1e-6:
-        raise InputError(f"probabilities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
+        raise InputError(f"probabilities must lie in [0, 1], got {low:.4g} to {high:.4g}; apply the sigmoid first")
     missing = int(np.isnan(values).sum())
     if missing:
         warnings.warn(f"{missing} of {values.size} probabilities are NaN and count as background", stacklevel=2)
@@ -82,7 +82,7 @@ def open_probabilities(location: str) -> Multiscale:
     level = source.levels[0]
     if level.dtype not in DTYPES or level.grid.size == 0:
         raise InputError(
-            f"{location}: expected uint8 or float16 probabilities, found {level.dtype} of shape {level.grid.shape}"
+            f"{location}: expected uint8 or float16 probabilities, got {level.dtype} of shape {level.grid.shape}"
         )
     return source
 

@@ -13,9 +13,10 @@ from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
 from connectomics.decoding.affinities.segment import affinities_to_instances
 from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size
-from connectomics.decoding.decode import above, decode_between, decode_mask
+from connectomics.decoding.decode import decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
-from connectomics.decoding.watershed.heads import HeadValues
+from connectomics.decoding.probabilities import above
+from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
@@ -201,7 +202,7 @@ class CropScore:
             )
             found = fill_holes(found, chosen.connectivity) if chosen.fill_holes else found
             return filter_by_size(found, chosen.min_voxels(self.grid.voxel_size))
-        if chosen.has_walls:
+        if chosen.has_boundary:
             walls = self._kept[chosen.boundary] if chosen.boundary else self._heads[name]
             return decode_between(mask, walls, self.grid.voxel_size, chosen)
         head = HeadValues(self._heads[name], self.total.heads[name][1]) if chosen.height else None

@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.union_find import add_voxel
+from connectomics.decoding.blocks.component_kernels import add_voxel
 
 #: Kinds of steps to one of the 26 neighbors, by the axes they run along: 4 z + 2 y + x - 1.
 KINDS = 7

@@ -9,8 +9,8 @@ from typing import Any
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
-from connectomics.decoding.decode import find_arrays
-from connectomics.decoding.unknown import unknown_share
+from connectomics.decoding.label_artifact import unknown_share
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.location import local_path

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.config.schema import EngineConfig
-from connectomics.decoding.blocks.table import TABLE_FILE as INSTANCE_TABLE
+from connectomics.decoding.label_artifact import TABLE_FILE as INSTANCE_TABLE
 from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.io.location import local_path
 from connectomics.io.tables import read_columns

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 TASK_KINDS: dict[str, str] = {
     "predict": "connectomics.pipeline.network_task:NetworkPredictTask",
     "measure": "connectomics.morphology.measure_tasks:MeasureTask",
-    "mask": "connectomics.decoding.blocks.mask:MaskTask",
+    "mask": "connectomics.decoding.blocks.labels_task:MaskTask",
     "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",
-    "components": "connectomics.decoding.blocks.components:ComponentsTask",
+    "components": "connectomics.decoding.blocks.stitched_task:ComponentsTask",
     "affinities": "connectomics.decoding.affinities.affinity_task:AffinitiesTask",
     "contacts": "connectomics.morphology.measure_tasks:ContactsTask",
     "mesh": "connectomics.morphology.mesh_task:MeshTask",

@@ -1,33 +1,35 @@
-"""What tuning found, and the files that it leaves."""
+"""What tuning found for a class, and the files it leaves: decoding.yaml, tuning.json and tuning.png."""
 
 from __future__ import annotations
 
-import os
+import io
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from connectomics.config.values import plain
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.errors import WriteError
+from connectomics.io.write import write_file
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules
 from connectomics.metrics.tables import write_json
 
 
 @dataclass(frozen=True)
 class TunedClass:
-    """What tuning found for one class.
+    """What tuning found for one class; a row of ``tuning.json``.
 
     Attributes:
-        measure: ``combined`` (instances) or ``iou``, by rules of quality ``pq``, pooled over ``crops``
+        measure: ``combined`` (instances), ``iou``, or ``pq`` by rules of quality; pooled over ``crops``
             (``dataset/crop``), known voxels only.
         made_from: crop -> identity of its prediction.
-        base, best: parameters before and after; ``best`` is ``base`` where nothing scored higher.
+        base, best: parameters before and after; ``best`` is ``base`` if nothing scored higher.
         trials: of a search, in order: ``number``, ``state`` (``complete`` or ``pruned``), ``score``, ``parameters``.
-        thresholds: (threshold, IoU) of every stored value, where no search was needed.
+        thresholds: (threshold, IoU) of every stored value, if no search was needed.
     """
 
-    class_name: str
     measure: str
     crops: tuple[str, ...]
     made_from: dict[str, str]
@@ -38,20 +40,6 @@ class TunedClass:
     trials: list[dict[str, Any]] = field(default_factory=list)
     thresholds: list[tuple[float, float]] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "measure": self.measure,
-            "crops": list(self.crops),
-            "made_from": self.made_from,
-            "base": self.base.to_dict(),
-            "base_score": self.base_score,
-            "best": self.best.to_dict(),
-            "best_score": self.best_score,
-            "trials": self.trials,
-            "thresholds": [list(pair) for pair in self.thresholds],
-        }
-
 
 def write_results(
     folder: Path,
@@ -60,34 +48,73 @@ def write_results(
     result: Mapping[str, TunedClass],
     rules: Rules,
 ) -> None:
-    """Write what was tuned, with classes that an earlier run tuned on the same predictions (``current``: class -> crop
-    -> identity of its prediction); those tuned on others, or by other ``rules``, are left out."""
-    import json
+    """Write the tuned classes and those that an earlier run tuned on the same predictions by the same rules.
 
+    Args:
+        current: class -> crop -> identity of its prediction now.
+        base: parameters of classes that were not tuned.
+    """
     import yaml
-
-    from connectomics.pipeline.tune_plot import plot_tuning
 
     summary = folder / "tuning.json"
     rows: dict[str, Any] = {}
     if summary.is_file():
-        read = json.loads(summary.read_text(encoding="utf-8"))
-        before = read["classes"] if read.get("rules", DEFAULT_RULES) == rules.version else {}
-        rows = {
-            n: row for n, row in before.items() if row.get("made_from", {"": ""}).items() <= current.get(n, {}).items()
-        }
-    rows |= {name: tuned.to_dict() for name, tuned in result.items()}
-    best = {name: parameters.to_dict() for name, parameters in base.items()}
+        stored = json.loads(summary.read_text(encoding="utf-8"))
+        for name, row in stored["classes"].items() if stored.get("rules", DEFAULT_RULES) == rules.version else ():
+            if row.get("made_from", {"": ""}).items() <= current.get(name, {}).items():
+                rows[name] = row
+    rows |= {name: plain(tuned) for name, tuned in result.items()}
+    best = {name: plain(parameters) for name, parameters in base.items()}
     best |= {name: row["best"] for name, row in rows.items()}
     write_json(summary, {"rules": rules.version, "verified": rules.verified, "classes": rows})
     plot_tuning(rows, folder / "tuning.png")
     text = "# What tuning chose (tuning.json has the trials); pytc decode --config reads it.\n"
     text += yaml.safe_dump({"decoding": {"classes": best}}, sort_keys=True)
-    path = folder / "decoding.yaml"
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+    write_file(folder / "decoding.yaml", text.encode())
+
+
+def plot_tuning(classes: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write a PNG with one row for each class (its row of ``tuning.json``): score by trial, and score by threshold."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.6 * len(classes)), layout="constrained")
+    axes = figure.subplots(len(classes), 2, squeeze=False)
+    for (left, right), (name, row) in zip(axes, sorted(classes.items()), strict=True):
+        _by_trial(left, row)
+        _by_threshold(right, row)
+        left.set_ylabel(f"{name}: {row['measure']}")
+        left.set_title(f"{name}: {row['base_score']:.4f} to {row['best_score']:.4f}", fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_file(path, buffer.getvalue())
+
+
+def _by_trial(axis: Any, row: Mapping[str, Any]) -> None:
+    axis.set_xlabel("trial")
+    axis.axhline(row["base_score"], color="gray", linestyle="--", linewidth=1, label="base")
+    if not row["trials"]:
+        axis.axhline(row["best_score"], color="tab:blue", linewidth=1, label="best")
+        axis.text(0.5, 0.5, "all thresholds at once, no trials", ha="center", transform=axis.transAxes, fontsize=8)
+    for state, marker in (("complete", "o"), ("pruned", "x")):
+        there = [t for t in row["trials"] if t["state"] == state and t["score"] is not None]
+        if there:
+            axis.plot([t["number"] for t in there], [t["score"] for t in there], marker, markersize=3, label=state)
+    complete = [t for t in row["trials"] if t["state"] == "complete"]
+    if complete:
+        running = list(accumulate((t["score"] for t in complete), max))
+        axis.step([t["number"] for t in complete], running, where="post", linewidth=1, label="best so far")
+    axis.legend(fontsize=7)
+
+
+def _by_threshold(axis: Any, row: Mapping[str, Any]) -> None:
+    axis.set_xlabel("threshold")
+    axis.set_xlim(0, 1)
+    if row["thresholds"]:
+        axis.plot(*zip(*row["thresholds"], strict=True), linewidth=1)
+    for method in sorted({t["parameters"]["method"] for t in row["trials"]}):
+        there = [t for t in row["trials"] if t["parameters"]["method"] == method and t["state"] == "complete"]
+        thresholds = [t["parameters"]["threshold"] for t in there]
+        axis.plot(thresholds, [t["score"] for t in there], "o", markersize=3, label=method)
+    axis.plot([row["base"]["threshold"]], [row["base_score"]], "s", color="gray", label="base")
+    axis.plot([row["best"]["threshold"]], [row["best_score"]], "*", color="black", label="best")
+    axis.legend(fontsize=7)

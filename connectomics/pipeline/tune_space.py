@@ -1,4 +1,4 @@
-"""What a search of decoding parameters walks through, and what it measures there."""
+"""The search space of decoding parameters, and the score of a point in it."""
 
 from __future__ import annotations
 
@@ -11,32 +11,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.affinities.segment import decode_affinities
-from connectomics.decoding.decode import above, decode_between, decode_mask
+from connectomics.decoding.decode import decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
-from connectomics.decoding.watershed.heads import HeadValues
+from connectomics.decoding.probabilities import above
+from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
-#: Thresholds of a search: stored values 7, 15, ..., 247, of which 127 is one half.
+#: Thresholds of a search as stored values: 7, 15, ..., 247; 127 is one half.
 _LEVELS = (7, 247, 8)
-#: Seeds' reach of a watershed, in edges of the finest voxel.
+#: Reach of watershed seeds, in edges of the finest voxel.
 _REACHES = (4, 8, 16, 32, 64)
-#: Affinities that biases and the threshold of agglomeration are tried at.
+#: Values of the biases and of the threshold of agglomeration.
 _LIMITS = tuple(round(0.1 + 0.05 * n, 2) for n in range(17))
-#: Which of them a method has, in the order of a point's ``limits``.
+#: Which of these parameters a method has.
 _LIMITED = {"mutex_watershed": ("bias_short", "bias_long"), "agglomeration": ("merge_threshold",)}
 
 
 @dataclass(frozen=True)
 class Volume:
-    """One class of one crop in memory, (D, H, W) each; ``truth`` holds ids, or bool for a class scored by overlap;
-    ``affinities`` (K, D, H, W) and their ``offsets`` (K, 3), and the ``head`` of distances, where they are read."""
+    """One class of one crop in memory, (D, H, W) each.
+
+    Attributes:
+        probability: 0 to 255. boundary: probability of the boundary between objects, if the parameters read it.
+        truth: ids, or bool for a class scored by overlap. known: where the ground truth is known.
+        affinities, offsets: (K, D, H, W) and (K, 3), if the method reads them. head: of distances, if it is read.
+    """
 
     probability: NDArray[np.uint8]
-    walls: NDArray[np.uint8] | None
+    boundary: NDArray[np.uint8] | None
     truth: NDArray[Any]
     known: NDArray[np.bool_]
     voxel_size: tuple[float, float, float]
@@ -46,13 +52,13 @@ class Volume:
 
 
 def threshold_of(level: int) -> float:
-    """The threshold that stored values above ``level`` (0 to 255) pass: halfway to the next, safe from rounding."""
+    """Return the threshold that stored values above ``level`` (0 to 255) pass: halfway to the next value."""
     return min(1.0, round((level + 0.5) / 255, 4))
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The discrete points of a search; a point is a dictionary of whole numbers and, for ``method``, a name."""
+    """The discrete points of a search; a point maps names to integers and ``method`` to its name."""
 
     sizes: tuple[float, ...]
     reaches: tuple[float, ...]
@@ -116,7 +122,7 @@ class SearchSpace:
 def pooled_scores(
     volumes: list[Volume], parameters: DecodeParameters, rules: str | Rules = DEFAULT_RULES
 ) -> Iterator[float]:
-    """The score pooled over the first crop, the first two, and so on."""
+    """Yield the score pooled over the first crop, the first two, and so on."""
     rules = get_rules(rules)
     total: Any = None
     for volume in volumes:
@@ -125,8 +131,8 @@ def pooled_scores(
             labels = decode_affinities(
                 volume.probability, volume.affinities, volume.offsets, volume.voxel_size, parameters
             )
-        elif volume.walls is not None:
-            labels = decode_between(mask, volume.walls, volume.voxel_size, parameters)
+        elif volume.boundary is not None:
+            labels = decode_between(mask, volume.boundary, volume.voxel_size, parameters)
         else:
             labels = decode_mask(mask, volume.voxel_size, parameters, volume.head)
         item = _scored(labels, volume, rules)
@@ -135,7 +141,7 @@ def pooled_scores(
 
 
 def _scored(labels: NDArray[Any], volume: Volume, rules: Rules) -> Scored:
-    """What pools to the class's score."""
+    """Return what pools to the score of the class."""
     if volume.truth.dtype == np.bool_:
         counts = Counts.of(labels, volume.truth, volume.known)
         return Panoptic.of_segment(counts.tp, counts.fp, counts.fn) if rules.by_quality else counts
@@ -144,7 +150,7 @@ def _scored(labels: NDArray[Any], volume: Volume, rules: Rules) -> Scored:
     if rules.by_quality and score.panoptic is not None:
         return score.panoptic
     if score.status != "scored":
-        # The challenge counts nothing here; a search would be drawn to such crops, so all true objects are missed.
+        # The challenge does not count such crops; count all true objects as missed, or the search would favor them.
         missed = int(np.count_nonzero(np.unique(volume.truth)))
         return InstanceSums(fn=missed, distance_n=missed)
     return InstanceSums(score.tp, score.fp, score.fn, score.hausdorff_norm_sum, score.n_hausdorff)

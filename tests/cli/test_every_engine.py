@@ -20,9 +20,8 @@ from connectomics.config.schema import (
 )
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.affinities.segment import affinities_of
-from connectomics.decoding.blocks.components import ComponentsTask
-from connectomics.decoding.blocks.mask import MaskTask
-from connectomics.decoding.blocks.stitched import StitchedTask
+from connectomics.decoding.blocks.labels_task import MaskTask
+from connectomics.decoding.blocks.stitched_task import ComponentsTask, StitchedTask
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.morphology import ContactSpec

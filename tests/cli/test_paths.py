@@ -16,12 +16,12 @@ from connectomics.cli import main, plan_script
 from connectomics.config import load_config
 from connectomics.config.schema import RunConfig
 from connectomics.data.cache import CropCache
-from connectomics.decoding.decode import decode_predictions
 from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.phantom import make_phantom
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_tasks
 from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.package import write_package

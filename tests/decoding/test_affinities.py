@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from connectomics.decoding.affinities.segment import (
-    AffinityRule,
     affinities_of,
     affinities_to_instances,
     segment,
 )
+from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError
 
 OFFSETS = np.array(
@@ -117,7 +117,9 @@ def test_mutex_watershed_is_its_definition_also_where_weights_are_equal(levels, 
     rng = np.random.default_rng(seed)
     affinities = (rng.integers(0, levels, (6, 6, 7, 8)) * (255 // (levels - 1))).astype(np.uint8)
     mask = rng.random((6, 7, 8)) < (1.0 if seed == 0 else 0.7)
-    found = segment(affinities, OFFSETS, mask, AffinityRule("mutex_watershed", 0.35, 0.6))
+    found = segment(
+        affinities, OFFSETS, mask, DecodeParameters(method="mutex_watershed", bias_short=0.35, bias_long=0.6)
+    )
     labels, apart = plain_mutex_watershed(affinities, OFFSETS, mask, 0.35, 0.6)
     np.testing.assert_array_equal(found.labels, labels)
     assert found.count == labels.max()
@@ -132,7 +134,7 @@ def test_agglomeration_is_its_definition_also_where_means_are_equal(levels, seed
     rng = np.random.default_rng(seed)
     affinities = (rng.integers(0, levels, (3, 4, 5, 6)) * (255 // (levels - 1))).astype(np.uint8)
     mask = rng.random((4, 5, 6)) < (1.0 if seed == 0 else 0.8)
-    found = segment(affinities, UNITS, mask, AffinityRule("agglomeration", merge_threshold=0.55))
+    found = segment(affinities, UNITS, mask, DecodeParameters(method="agglomeration", merge_threshold=0.55))
     labels, touching = plain_agglomeration(affinities, UNITS, mask, 0.55)
     np.testing.assert_array_equal(found.labels, labels)
     assert len(found.apart) == touching
@@ -163,7 +165,8 @@ def test_mwatershed_finds_the_same():
 def test_waterz_unites_the_same_fragments():
     import waterz
 
-    from connectomics.decoding.affinities import agglomerate, mutex
+    from connectomics.decoding.affinities import agglomeration_kernels as agglomerate
+    from connectomics.decoding.affinities import mutex_kernels as mutex
 
     truth, affinities = noisy()
     values = np.rint(affinities[:3] * 65535).astype(np.uint16)
@@ -230,7 +233,7 @@ def test_small_instances_are_left_out_and_the_others_closed_up():
 @pytest.mark.parametrize("method", ["mutex_watershed", "agglomeration"])
 def test_nothing_to_segment(method):
     mask = np.zeros((3, 4, 5), bool)
-    found = segment(np.zeros((3, 3, 4, 5), np.uint8), UNITS, mask, AffinityRule(method))
+    found = segment(np.zeros((3, 3, 4, 5), np.uint8), UNITS, mask, DecodeParameters(method=method))
     assert found.count == 0
     assert not found.labels.any()
     assert found.apart.shape == (0, 2)
@@ -256,7 +259,7 @@ def test_bad_input_is_told_in_one_line(affinities, offsets, told):
 
 
 def test_bad_masks_and_methods():
-    with pytest.raises(InputError, match="the mask must be bool"):
+    with pytest.raises(InputError, match="expected a bool mask"):
         affinities_to_instances(np.zeros((3, 4, 4, 4)), UNITS, np.ones((4, 4, 4)))
     with pytest.raises(InputError, match="unknown method 'multicut'"):
         affinities_to_instances(np.zeros((3, 4, 4, 4)), UNITS, method="multicut")

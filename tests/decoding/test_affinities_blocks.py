@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
-from connectomics.decoding.affinities.compare import difference
-from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances
-from connectomics.decoding.affinities.stored import StoredAffinities
-from connectomics.decoding.decode import decode_predictions
+from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances, difference
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
+from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, IncompleteError, InputError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.write import update_attrs
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 from tests.decoding.affinity_kit import OFFSETS, SIZE, cells, noisy, read_labels, write_prediction
@@ -177,9 +176,9 @@ def test_decode_reads_the_method_from_the_configuration(perfect, truth, tmp_path
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"method": "mutex_watershed", "merge_threshold": 0.4}, "merge_threshold belongs to method agglomeration"),
-        ({"method": "agglomeration", "bias_long": 0.4}, "bias_long belongs to method mutex_watershed"),
-        ({"method": "cc3d", "stitch_threshold": 0.4}, "belongs to method mutex_watershed or agglomeration, found"),
+        ({"method": "mutex_watershed", "merge_threshold": 0.4}, "merge_threshold needs method agglomeration"),
+        ({"method": "agglomeration", "bias_long": 0.4}, "bias_long needs method mutex_watershed"),
+        ({"method": "cc3d", "stitch_threshold": 0.4}, "needs method mutex_watershed or agglomeration, got"),
         ({"method": "mutex_watershed", "bias_short": 1.5}, "bias_short must lie between 0 and 1"),
         ({"method": "mutex_watershed", "halo_nm": -8.0}, "halo_nm must be at least 0"),
         ({"method": "mutex_watershed", "boundary": "pm"}, "boundary separates objects"),
@@ -192,7 +191,7 @@ def test_parameters_of_another_method_are_refused(values, told):
 
 
 def test_a_task_needs_a_method_of_affinities(perfect, tmp_path):
-    with pytest.raises(ConfigError, match="method must be one of mutex_watershed, agglomeration, found 'cc3d'"):
+    with pytest.raises(ConfigError, match="expected method mutex_watershed or agglomeration, got cc3d"):
         task_of(perfect, tmp_path, method="cc3d")
 
 
@@ -220,7 +219,7 @@ def _change(location: str, channel: int, **changes: object) -> None:
     ("changes", "error", "told"),
     [
         ({"complete": False}, IncompleteError, "only half written"),
-        ({"artefact": "probability"}, MetadataError, "expected affinities written by predict, found probability"),
+        ({"artefact": "probability"}, MetadataError, "expected affinities written by predict, got probability"),
         ({"offset_nm": [4.0, 0.0, 0.0]}, MetadataError, "no whole number of voxels"),
         ({"offset_nm": None}, MetadataError, "expected the attribute offset_nm"),
         ({"offset_nm": [0.0, 4.0, 0.0]}, InputError, "differ from each other"),

@@ -13,14 +13,17 @@ from scipy import ndimage
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
-from connectomics.decoding.blocks.components import ComponentsTask
-from connectomics.decoding.decode import above, decode_between, decode_predictions, read_on
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
+from connectomics.decoding.decode import decode_between
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.prediction import read_on
+from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 
@@ -203,7 +206,7 @@ def test_walls_that_are_not_there_and_chunks_that_are_missing_are_named(tmp_path
     chunk.write_bytes(stored)
     run_task(task)
     lost = replace(task, parameters=replace(task.parameters, boundary="no"), output=str(tmp_path / "o/d.zarr/c/cell"))
-    with pytest.raises(MissingError, match=r"no multiscale volume at .*/c/no"):
+    with pytest.raises(MissingError, match=r"no Zarr group or array at .*/c/no"):
         run_task(lost)
 
 

@@ -16,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig
-from connectomics.decoding.blocks import ComponentsTask
+from connectomics.config.values import plain
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.blocks.pieces import Pieces
-from connectomics.decoding.blocks.table import write_table
-from connectomics.decoding.decode import BLOCKWISE_ABOVE, decode_class, decode_predictions
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
+from connectomics.decoding.decode import decode_class
+from connectomics.decoding.label_artifact import write_table
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
+from connectomics.pipeline.decode import BLOCKWISE_ABOVE, decode_predictions
 from connectomics.tasks import run_task
 from connectomics.tasks.lattice import Lattice
 from tests.trees import contents
@@ -258,7 +260,8 @@ def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monk
 @pytest.mark.parametrize(
     "function",
     [
-        *("stitched.unite_touching", "stitched.save_mapped", "stitched.create_array", "stitched.write_tables"),
+        *("stitched_task.unite_touching", "stitched_task.save_mapped", "stitched_task.create_array"),
+        "stitched_task.write_tables",
         *("labels_task.create_array", "labels_task.update_attrs", "labels_task.shutil.rmtree", "labels_task.publish"),
     ],
 )
@@ -311,21 +314,21 @@ def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
 
 
 def test_another_method_and_what_is_no_input_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="expected method cc3d or threshold, found watershed"):
+    with pytest.raises(ConfigError, match="expected method cc3d or threshold, got watershed"):
         ComponentsTask("in", "out", "mito", DecodeParameters(method="watershed"))
     with pytest.raises(ConfigError, match="three positive numbers"):
         ComponentsTask("in", "out", "mito", DecodeParameters(method="cc3d"), (0, 8, 8))
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     grid = VoxelGrid(SIZE, (0, 0, 0), (4, 4, 4))
     write_multiscale(task.input, np.zeros((4, 4, 4), np.float32), grid, overwrite=True)
-    with pytest.raises(InputError, match="expected uint8 or float16 probabilities, found float32"):
+    with pytest.raises(InputError, match="expected uint8 or float16 probabilities, got float32"):
         run(task)
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     (Path(task.input) / "s0" / "0" / "0" / "0").unlink()
     with pytest.raises(BlocksFailedError, match=r"of 60 blocks all failed .*lacks chunks"):
         run(task)
     (tmp_path / "task.json").write_text('{"kind": "components", "raw": 1}')
-    with pytest.raises(MetadataError, match=r"unknown or absent: .*raw"):
+    with pytest.raises(MetadataError, match=r"unknown key .raw."):
         ComponentsTask.load(tmp_path / "task.json")
 
 
@@ -362,7 +365,7 @@ def test_decode_keeps_in_memory_what_needs_the_whole_array(tmp_path):
     chosen = DecodeParameters(method="watershed", min_size_nm3=500.0)
     (done,) = decode_predictions(tmp_path, tmp_path / "out", {"mito": chosen}, blockwise_above=0)
     assert done.objects == decode_class(values, SIZE, chosen).max()
-    assert store.read_attrs(done.location)["connectomics"]["decode"] == chosen.to_dict()
+    assert store.read_attrs(done.location)["connectomics"]["decode"] == plain(chosen)
 
 
 def test_the_limit_is_the_configurations():
@@ -372,7 +375,7 @@ def test_the_limit_is_the_configurations():
 # -- memory ------------------------------------------------------------------------------------------------------------
 MEASURE = """
 import re, sys
-from connectomics.decoding.blocks import ComponentsTask
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.tasks import run_task

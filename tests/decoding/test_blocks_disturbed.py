@@ -18,13 +18,13 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from connectomics.decoding.blocks import ComponentsTask, MaskTask
-from connectomics.decoding.blocks.labels_task import LabelsTask, objects_of
-from connectomics.decoding.decode import task_of as task_kind
+from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import task_of as task_kind
 from connectomics.tasks import run_task
 from connectomics.tasks.done import DoneMap
 from tests import trees

@@ -96,7 +96,7 @@ def test_the_size_filter_takes_a_boolean_mask_and_refuses_floats():
     mask[0, 0, 0] = True
     assert not filter_by_size(mask, 2).any()
     assert filter_by_size(mask, 1).any()
-    with pytest.raises(InputError, match="integer ids, found float32"):
+    with pytest.raises(InputError, match="integer ids, got float32"):
         filter_by_size(mask.astype(np.float32), 2)
 
 
@@ -220,7 +220,7 @@ def test_filling_and_filtering_take_boolean_and_empty_volumes_and_refuse_the_res
     assert fill_holes(hollow).dtype == bool
     assert fill_holes(hollow).all()
     assert fill_holes(np.zeros((0, 3, 3), np.uint8)).shape == (0, 3, 3)
-    with pytest.raises(InputError, match="found float64 of shape"):
+    with pytest.raises(InputError, match="got float64 of shape"):
         fill_holes(np.zeros((3, 3, 3)))
     with pytest.raises(InputError, match="6, 18 or 26"):
         fill_holes(hollow, connectivity=4)
@@ -237,12 +237,12 @@ def test_nan_is_background():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mask": np.zeros((3, 3))}, r"\(D, H, W\) mask, found shape \(3, 3\)"),
+        ({"mask": np.zeros((3, 3))}, r"\(D, H, W\) mask, got shape \(3, 3\)"),
         ({"method": "graphcut"}, "unknown method 'graphcut'; use one of cc3d, watershed"),
-        ({"connectivity": 8}, "connectivity must be 6, 18 or 26, found 8"),
+        ({"connectivity": 8}, "connectivity must be 6, 18 or 26, got 8"),
         ({"min_size": -1}, "at least 0 voxels"),
         ({"min_distance": 0.0}, "must be positive"),
-        ({"max_depth": 0.0}, "max_depth must be positive, found 0.0"),
+        ({"max_depth": 0.0}, "max_depth must be positive, got 0.0"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):

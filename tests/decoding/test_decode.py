@@ -10,24 +10,12 @@ import cc3d
 import numpy as np
 import pytest
 
-from connectomics.cellmap.crop_table import TableEntry
 from connectomics.config.schema import EngineConfig
-from connectomics.decoding.baseline import (
-    IntensityRule,
-    best_rule,
-    fit_threshold,
-    intensity_histogram,
-    write_baseline,
-)
-from connectomics.decoding.decode import (
-    above,
-    decode_class,
-    decode_predictions,
-    find_arrays,
-    open_prediction,
-    read_on,
-)
+from connectomics.config.values import plain
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters
+from connectomics.decoding.prediction import find_arrays, open_prediction, read_on
+from connectomics.decoding.probabilities import above
 from connectomics.errors import (
     ConfigError,
     CorruptDataError,
@@ -42,6 +30,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs, write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 
 GRID = VoxelGrid((8, 8, 8), (804.0, 1604.0, 404.0), (70, 40, 33))
 SPECK = 4  # voxels
@@ -81,7 +70,7 @@ def test_instance_classes_are_components_and_others_masks_unless_told_otherwise(
     assert chosen["er"] == DecodeParameters(threshold=0.4)
     assert chosen["mito"].method == "watershed"
     assert chosen["mito"].threshold == 0.4
-    assert DecodeParameters.from_dict(chosen["mito"].to_dict()) == chosen["mito"]
+    assert DecodeParameters(**plain(chosen["mito"])) == chosen["mito"]
 
 
 def test_sizes_are_nanometres_so_they_mean_the_same_at_every_voxel_size():
@@ -95,11 +84,16 @@ def test_sizes_are_nanometres_so_they_mean_the_same_at_every_voxel_size():
 @pytest.mark.parametrize(
     ("default", "by_class", "error", "message"),
     [
-        ({"treshold": 0.5}, {}, ConfigError, "unknown key 'treshold' in decoding.default; did you mean 'threshold'"),
-        ({}, {"mito": {"method": "otsu"}}, ConfigError, "must be one of threshold, cc3d, .*, found 'otsu'"),
+        ({"treshold": 0.5}, {}, ConfigError, "decoding.default: unknown key 'treshold'; did you mean 'threshold'"),
+        ({}, {"mito": {"method": "otsu"}}, ConfigError, "must be one of threshold, cc3d, .*, got 'otsu'"),
         ({}, {"mito": {"threshold": 1.5}}, ConfigError, "between 0 and 1"),
-        ({}, {"mito": {"threshold": "high"}}, ConfigError, "decoding.classes.mito.threshold must be a float"),
-        ({}, {"mito": {"fill_holes": 1}}, ConfigError, "must be a bool"),
+        (
+            {},
+            {"mito": {"threshold": "high"}},
+            ConfigError,
+            "classes.mito: threshold must be a valid number, got 'high'",
+        ),
+        ({}, {"mito": {"fill_holes": 1}}, ConfigError, "fill_holes must be a valid boolean"),
         ({}, {"mitto": {}}, UnknownNameError, "did you mean 'mito'"),
         ({"connectivity": 8}, {}, ConfigError, "6, 18 or 26"),
         ({"min_size_nm3": -1.0}, {}, ConfigError, "at least 0"),
@@ -130,9 +124,9 @@ def test_thresholds_are_exact_for_stored_floats(dtype):
 
 
 def test_probabilities_that_are_none_are_refused():
-    with pytest.raises(InputError, match=r"found -3 to 5; apply the sigmoid first"):
+    with pytest.raises(InputError, match=r"got -3 to 5; apply the sigmoid first"):
         above(np.array([-3.0, 5.0]), 0.5)
-    with pytest.raises(InputError, match="found int64"):
+    with pytest.raises(InputError, match="got int64"):
         above(np.array([1, 2]), 0.5)
 
 
@@ -176,7 +170,7 @@ def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_pat
     assert about["kind"] == "instance"
     assert about["complete"] is True
     assert about["objects"] == 2
-    assert about["decode"] == default_parameters("mito").to_dict()
+    assert about["decode"] == plain(default_parameters("mito"))
     assert about["source"]["model"] == {"sha256": "abc"}
     mask, volume = read(tmp_path / "l/phantom.zarr/crop7/er")
     np.testing.assert_array_equal(mask, above(probabilities(), 0.5))
@@ -185,7 +179,7 @@ def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_pat
 
 
 def test_blocks_of_a_semantic_class_join_without_a_seam(tmp_path, monkeypatch):
-    monkeypatch.setattr("connectomics.decoding.decode.BLOCK", (64, 64, 64))
+    monkeypatch.setattr("connectomics.pipeline.decode.BLOCK", (64, 64, 64))
     write_prediction(tmp_path / "p", name="er")
     decode_predictions(tmp_path / "p", tmp_path / "l", {"er": DecodeParameters(threshold=0.2)})
     np.testing.assert_array_equal(read(tmp_path / "l/phantom.zarr/crop7/er")[0], above(probabilities(), 0.2))
@@ -313,12 +307,12 @@ def test_what_is_no_prediction_is_refused(tmp_path):
     with pytest.raises(MissingError, match="no predictions in"):
         decode_predictions(tmp_path, tmp_path / "l")
     write_prediction(tmp_path / "p", artefact="labels")
-    with pytest.raises(MetadataError, match="expected probabilities written by predict, found labels"):
+    with pytest.raises(MetadataError, match="expected probabilities written by predict, got labels"):
         decode_predictions(tmp_path / "p", tmp_path / "l")
     write_prediction(tmp_path / "q", values=probabilities().astype(np.uint16))
-    with pytest.raises(MetadataError, match="must be uint8 or float16"):
+    with pytest.raises(InputError, match="expected uint8 or float16 probabilities"):
         decode_predictions(tmp_path / "q", tmp_path / "l")
-    with pytest.raises(InputError, match="cannot be written into the predictions folder"):
+    with pytest.raises(InputError, match="cannot write labels into the predictions folder"):
         decode_predictions(tmp_path / "q", tmp_path / "q")
 
 
@@ -356,82 +350,6 @@ def test_more_than_255_objects_get_a_wider_type(tmp_path):
     labels, _ = read(tmp_path / "l/phantom.zarr/crop7/mito")
     assert labels.dtype == np.uint16
     assert labels.max() == done[0].objects == 24 * 14 * 11
-
-
-# -- the baseline ------------------------------------------------------------------------------------------------------
-def brute_force(raw, label, known):
-    best = (-1.0, 0, 0)
-    for low in range(256):
-        for high in range(low, 256):
-            found = (raw >= low) & (raw <= high) & known
-            dice = 2 * (found & label).sum() / max((found.sum() + (label & known).sum()), 1)
-            if dice > best[0]:
-                best = (dice, low, high)
-    return best
-
-
-def test_the_best_interval_is_the_best_of_all():
-    rng = np.random.default_rng(3)
-    label = rng.random(400) < 0.4
-    raw = np.where(label, rng.normal(90, 12, 400), rng.normal(130, 25, 400)).clip(0, 255).astype(np.uint8)
-    known = rng.random(400) < 0.8
-    rule = fit_threshold(raw, label, known)
-    dice, low, high = brute_force(raw, label, known)
-    assert (rule.low, rule.high) == (low, high)
-    assert rule.dice == pytest.approx(dice)
-
-
-def test_unknown_voxels_have_no_say():
-    rng = np.random.default_rng(4)
-    raw = rng.integers(0, 256, (8, 8, 8)).astype(np.float32)
-    label = raw < 60
-    known = rng.random(raw.shape) < 0.5
-    label_elsewhere = np.where(known, label, ~label)
-    assert fit_threshold(raw, label, known) == fit_threshold(raw, label_elsewhere, known)
-    rule = fit_threshold(raw, label, known)
-    assert rule.dice == 1.0
-    assert (rule.low, rule.high) == (0, 59)
-
-
-def test_histograms_of_crops_add_up():
-    rng = np.random.default_rng(5)
-    raw, label = rng.integers(0, 256, (2, 50)), rng.random((2, 50)) < 0.5
-    known = np.ones((2, 50), bool)
-    both = sum(intensity_histogram(r, m, k) for r, m, k in zip(raw, label, known, strict=True))
-    assert best_rule(both) == fit_threshold(raw, label, known)
-
-
-def test_a_class_that_is_nowhere_present_gives_a_rule_that_finds_nothing():
-    rule = fit_threshold(np.arange(10.0), np.zeros(10, bool), np.ones(10, bool))
-    assert rule.dice is None
-    assert not rule.apply(np.arange(256)).any()
-
-
-def test_raw_in_another_range_is_refused():
-    with pytest.raises(InputError, match="0 to 255, found 0 to 4000"):
-        fit_threshold(np.array([0.0, 4000.0]), np.array([True, False]), np.ones(2, bool))
-
-
-def test_the_baseline_writes_labels_like_decode_and_finds_nothing_where_there_is_no_raw(tmp_path):
-    raw = np.full(GRID.shape, 200, np.uint8)
-    raw[10:30, 10:30, 10:30] = 50
-    write_multiscale(tmp_path / "raw", raw, GRID)
-    beyond = GRID.crop((-10, 0, 0), GRID.shape)
-    entries = [TableEntry(7, "phantom", "mito", beyond), TableEntry(7, "phantom", "er", beyond)]
-    rules = {"mito": IntensityRule(0, 90, 0.9), "er": IntensityRule(150, 255, 0.8)}
-    done = write_baseline(entries, {"phantom": str(tmp_path / "raw")}, rules, tmp_path / "l")
-    assert [(d.class_name, d.objects) for d in done] == [("mito", 1), ("er", 1)]
-    labels, volume = read(tmp_path / "l/phantom.zarr/crop7/mito")
-    assert labels.sum() == 8000
-    assert labels[20:40, 10:30, 10:30].all()
-    assert volume.attrs["connectomics"]["source"] == {"baseline": {"low": 0, "high": 90}}
-    er = read(tmp_path / "l/phantom.zarr/crop7/er")[0]
-    assert not er[:10].any()
-    assert er.sum() == 60 * 40 * 33 - 8000
-    with pytest.raises(UnknownNameError, match="unknown class 'nuc'"):
-        write_baseline([TableEntry(7, "phantom", "nuc", GRID)], {"phantom": "x"}, rules, tmp_path / "l")
-    with pytest.raises(UnknownNameError, match="unknown data set 'phantom'"):
-        write_baseline(entries, {"phantom2": "x"}, rules, tmp_path / "l")
 
 
 def test_labels_are_valid_ome_ngff(tmp_path):

@@ -10,14 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from connectomics.decoding.decode import decode_between, decode_mask, decode_predictions
+from connectomics.decoding.decode import decode_between, decode_mask
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.watershed.heads import HeadValues, LearnedDistance
+from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import ConfigError, IncompleteError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs, write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.tasks import run_task
 from tests.decoding import watershed_reference as reference
 
@@ -153,8 +154,8 @@ def test_heads_that_cannot_be_read_are_named(tmp_path, limit):
     about = {"artefact": "distance", "class_name": "mito", "complete": True, "scale_nm": 40.0}
     for change, error, said in (
         ({"complete": False}, IncompleteError, "mito/distance is only half written; run predict to its end"),
-        ({"artefact": "boundary"}, MetadataError, "expected a distance head written by predict, found boundary"),
-        ({"scale_nm": None}, MetadataError, "expected the attribute scale_nm with a positive number, found None"),
+        ({"artefact": "boundary"}, MetadataError, "expected a distance head written by predict, got boundary"),
+        ({"scale_nm": None}, MetadataError, "expected the attribute scale_nm with a positive number, got None"),
     ):
         update_attrs(place, {"connectomics": about | change})
         with pytest.raises(error, match=said):
@@ -168,9 +169,9 @@ def test_heads_that_cannot_be_read_are_named(tmp_path, limit):
 
 def test_parameters_that_do_not_go_together_are_refused():
     for wrong, said in (
-        ({"height": "lsd"}, "height must be distance or boundary, found 'lsd'"),
-        ({"height": "distance", "method": "cc3d"}, "height belongs to method watershed, found method cc3d"),
-        ({"height": "distance", "boundary": "pm"}, r"height \(distance\) reads a head and boundary \(pm\) another"),
+        ({"height": "lsd"}, "height must be distance or boundary, got 'lsd'"),
+        ({"height": "distance", "method": "cc3d"}, "height needs method watershed, got method cc3d"),
+        ({"height": "distance", "boundary": "pm"}, r"either height or boundary, got height distance and boundary pm"),
     ):
         with pytest.raises(ConfigError, match=said):
             DecodeParameters(**{"method": "watershed", **wrong})

@@ -19,7 +19,7 @@ from tests.decoding.affinity_kit import OFFSETS, write_prediction
 MEASURE = """
 import re, sys
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
-from connectomics.decoding.blocks.components import ComponentsTask
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from connectomics.decoding.watershed.distance import OUTSIDE, DepthRule, heights
-from connectomics.decoding.watershed.whole import grow, seed_radius, split
+from connectomics.decoding.watershed.forest import grow, seed_radius, split
+from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, depth_heights
 from connectomics.errors import InputError
 
 from . import watershed_reference as reference
@@ -32,7 +32,7 @@ def some_mask(seed, shape):
 def test_depth_is_the_distance_to_the_nearest_background_voxel(seed, shape, spacing, cap):
     mask = some_mask(seed, shape)
     rule = DepthRule.of(spacing, cap, shape)
-    found = heights(mask, rule, (0, 0, 0), shape)
+    found = depth_heights(mask, rule, (0, 0, 0), shape)
     inner = found[1:-1, 1:-1, 1:-1]
     np.testing.assert_array_equal(-inner[mask], reference.squared_depths(mask, rule.weights, rule.cap)[mask])
     assert (inner[~mask] == OUTSIDE).all()
@@ -53,8 +53,8 @@ def test_depth_is_the_same_from_a_part_with_its_halo(seed, shape, spacing, cap):
     size = np.array([random.integers(1, n - b + 1) for n, b in zip(shape, begin, strict=True)])
     low, high = np.maximum(begin - rule.halo, 0), np.minimum(begin + size + rule.halo, shape)
     around = mask[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    part = heights(around, rule, begin - low, size)[1:-1, 1:-1, 1:-1]
-    whole = heights(mask, rule, (0, 0, 0), shape)[1:-1, 1:-1, 1:-1]
+    part = depth_heights(around, rule, begin - low, size)[1:-1, 1:-1, 1:-1]
+    whole = depth_heights(mask, rule, (0, 0, 0), shape)[1:-1, 1:-1, 1:-1]
     np.testing.assert_array_equal(part, whole[tuple(slice(b, b + n) for b, n in zip(begin, size, strict=True))])
 
 
@@ -62,7 +62,7 @@ def test_cubes_are_measured_in_voxels_and_too_long_distances_are_refused():
     assert DepthRule.of((8.0, 8.0, 8.0), 80.0, (512, 512, 512)) == DepthRule((1, 1, 1), 100)
     assert DepthRule.of((20.0, 4.0, 4.0), 40.0, (512, 512, 512)) == DepthRule((25, 1, 1), 100)
     assert DepthRule((25, 1, 1), 100).halo == (1, 9, 9)
-    with pytest.raises(InputError, match="longer whole numbers than 31 bits; give a smaller max_depth"):
+    with pytest.raises(InputError, match="do not fit into 31 bits; give a smaller max_depth"):
         DepthRule.of((5000.0, 1.0, 1.0), np.inf, (100, 100, 100))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.decoding.decode import find_arrays
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import InputError, UnknownNameError, WriteError
 from connectomics.inference.augmented import (
     Averaged,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, OutOfMemoryError
 from connectomics.geometry import VoxelGrid
@@ -21,6 +20,7 @@ from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 from tests.s3_server import FaultyProxy, FolderServer
 
 GRID = VoxelGrid((8, 8, 8), (4, 4, 4), (16, 16, 96))

@@ -18,8 +18,9 @@ from connectomics.config import RunConfig
 from connectomics.config.schema import HeadConfig
 from connectomics.data.volumes import CropVolume
 from connectomics.decoding import decode_class, decode_parameters
-from connectomics.decoding.decode import above, decode_between, decode_mask
-from connectomics.decoding.watershed.heads import HeadValues
+from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.probabilities import above
+from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks

@@ -13,13 +13,13 @@ from connectomics.cellmap.labels import read_instances
 from connectomics.config import RunConfig, load_config
 from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.decoding import decode_parameters
-from connectomics.decoding.decode import decode_predictions
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import require_complete
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import evaluate_instance
 from connectomics.metrics.challenge import score_instance
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.predict import Target, _grids, box_target, predict_cellmap_crops
 from connectomics.pipeline.train import train
 

@@ -13,12 +13,13 @@ from scipy import ndimage
 
 from connectomics.cli import main
 from connectomics.config import load_config
+from connectomics.config.values import plain
 from connectomics.decoding.affinities.segment import affinities_of
-from connectomics.decoding.decode import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
+from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.tune import TunedClass, tune
 from connectomics.pipeline.tune_space import threshold_of
@@ -84,7 +85,7 @@ def test_a_threshold_is_found_where_probabilities_are_too_low(made: Path, tuned:
     assert {t["state"] for t in mito.trials} == {"complete", "pruned"}
     assert mito.best_score == max(t["score"] for t in mito.trials if t["state"] == "complete")
     assert (made / "tuned/tuning.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((made / "tuned/tuning.json").read_text())["classes"]["mito"] == mito.to_dict()
+    assert json.loads((made / "tuned/tuning.json").read_text())["classes"]["mito"] == plain(mito)
 
 
 def test_decode_reads_what_was_chosen_and_evaluate_finds_the_same_score(

@@ -1,13 +1,14 @@
-"""Instances from affinities over volumes of any size: blocks with a halo, stitched by a graph over their faces.
+"""Instances from affinities block by block: blocks with a halo, stitched by a graph over their faces.
 
-Every block is segmented together with the voxels around it, so what lies near its faces is seen from both sides. Two
-pieces, a of one block and b of its neighbour, are scored by how far both blocks agree about them: of the two planes of
-voxels at the face, the voxels that one block gives to a and the other to b, over the voxels of the smaller of the two.
-Pairs whose score is not below ``stitch_threshold`` are united, the best first; but two objects that hold pieces which
-their block keeps apart (`connectomics.decoding.affinities.segment.Segments.apart`) are not united. This is a mutex
-watershed on the graph of the pieces, in which a block's word comes before that of a face.
+Every block is segmented together with its halo, so both blocks at a face see what lies near it. Two pieces, a of one
+block and b of its neighbor, are scored by the agreement of the blocks: of the two planes of voxels at the face, the
+voxels that one block gives to a and the other to b, divided by the voxels of the smaller of the two. Pairs whose score
+is at least ``stitch_threshold`` are united, the best first, unless they belong to objects with pieces that their block
+separates (`connectomics.decoding.affinities.segment.Segments.apart`). This is a mutex watershed on the graph of the
+pieces, in which the separations of blocks come before the agreements at faces.
 
-The result is near that of the whole array and not the same: `connectomics.decoding.affinities.compare` says how near.
+The result is close to that of the whole array but not equal: `connectomics.decoding.affinities.segment.difference`
+measures how close.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.segment import rule_of, segment
-from connectomics.decoding.affinities.stored import StoredAffinities
-from connectomics.decoding.blocks.merge import FACES_KEPT
-from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
-from connectomics.decoding.blocks.stored import SIDES, StoredBlocks
+from connectomics.decoding.affinities.segment import segment
+from connectomics.decoding.blocks.pieces import FACES_KEPT, SIDES, StoredBlocks
+from connectomics.decoding.blocks.stitched_task import Labeled, StitchedTask
 from connectomics.decoding.parameters import AFFINITY_METHODS
+from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import above, open_probabilities, read_block
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import InputError
 from connectomics.geometry import Index
 from connectomics.tasks.block_task import Cost
 
@@ -38,43 +38,32 @@ _CONTEXT = 16  # voxels of a halo beyond the longest offset
 
 @dataclass(frozen=True)
 class AffinitiesTask(StitchedTask):
-    """Instances of one class from the affinities beside its probabilities; methods mutex_watershed, agglomeration.
-
-    Raises:
-        ConfigError: another method.
-    """
+    """Instances of one class from its affinities; methods mutex_watershed and agglomeration."""
 
     kind: ClassVar[str] = "affinities"
+    methods: ClassVar[tuple[str, ...]] = AFFINITY_METHODS
 
     block_shape: Index = BLOCK
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parameters.method not in AFFINITY_METHODS:
-            raise ConfigError(
-                f"decoding {self.class_name} from affinities: method must be one of {', '.join(AFFINITY_METHODS)}, "
-                f"found {self.parameters.method!r}"
-            )
-
     def check_input(self) -> None:
         affinities = StoredAffinities.open(open_probabilities(self.input))
-        segment(np.zeros((len(affinities.offsets), 1, 1, 1), np.uint8), affinities.offsets)  # are the offsets usable?
+        segment(np.zeros((len(affinities.offsets), 1, 1, 1), np.uint8), affinities.offsets)  # checks the offsets
 
-    def open_labeller(self) -> Callable[[int], Labelled]:
+    def open_labeler(self) -> Callable[[int], Labeled]:
         source, lattice = open_probabilities(self.input), self.lattice
         affinities = StoredAffinities.open(source)
-        rule, halo = rule_of(self.parameters), self.halo
+        parameters, halo = self.parameters, self.halo
 
-        def label(number: int) -> Labelled:
+        def label(number: int) -> Labeled:
             begin, shape = lattice.region(number)
             low = [max(0, b - h) for b, h in zip(begin, halo, strict=True)]
             high = [min(n, b + s + h) for b, s, h, n in zip(begin, shape, halo, lattice.shape, strict=True)]
             size = [b - a for a, b in zip(low, high, strict=True)]
             core = tuple(slice(b - a, b - a + s) for a, b, s in zip(low, begin, shape, strict=True))
-            mask = above(read_block(source, low, size), self.parameters.threshold)
+            mask = above(read_block(source, low, size), parameters.threshold)
             if not mask[core].any():
                 return _cut_out(np.zeros(size, np.int32), 0, np.empty((0, 2), np.int64), core)
-            found = segment(affinities.read(low, size), affinities.offsets, mask, rule)
+            found = segment(affinities.read(low, size), affinities.offsets, mask, parameters)
             return _cut_out(found.labels, found.count, found.apart, core)
 
         return label
@@ -92,7 +81,9 @@ class AffinitiesTask(StitchedTask):
 
     def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
         if blocks.offsets[-1] >= 1 << 31:
-            raise InputError(f"{self.name}: {blocks.offsets[-1]} pieces are too many; choose larger blocks")
+            raise InputError(
+                f"{self.name}: {blocks.offsets[-1]} pieces are too many, expected fewer than 2^31; choose larger blocks"
+            )
         found = list(_agreeing(blocks, self.parameters.stitch_threshold))
         pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
         scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
@@ -109,9 +100,12 @@ class AffinitiesTask(StitchedTask):
         return Cost(read=read, written=4 * self.largest_block, memory=read + (4 * channels + 60) * around)
 
 
-def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], core: tuple[slice, ...]) -> Labelled:
-    """The block within its halo, its labels closed up; with it the labels of the six planes around it (``beyond0-``),
-    as far as they are also in the block, and the pairs that are apart, as far as both come to a face."""
+def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], core: tuple[slice, ...]) -> Labeled:
+    """Cut the block out of its halo and renumber its labels.
+
+    With it are stored the labels in the six planes around it (``beyond0-``) that also occur in the block, and the pairs
+    that are apart, if both reach a face.
+    """
     inside = np.zeros(count + 1, np.bool_)
     inside[labels[core].ravel()] = True
     inside[0] = False
@@ -132,12 +126,11 @@ def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], co
         at_face[table[np.take(labels[core], 0 if before else -1, axis=axis)].ravel()] = True
     named = table[apart]
     extra["apart"] = named[(named > 0).all(axis=1) & at_face[named].all(axis=1)]
-    return Labelled(table[labels[core]], len(at_face) - 1, extra)
+    return Labeled(table[labels[core]], len(at_face) - 1, extra)
 
 
 def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
-    """Of the faces between blocks, one after the other: pairs of nodes (m, 2) and their scores (m,), those only whose
-    score is not below the threshold."""
+    """Yield for each face between blocks the pairs of nodes (m, 2) that agree and their scores (m,)."""
     load = lru_cache(maxsize=FACES_KEPT)(lambda n: blocks.load(n, *SIDES, *(f"beyond{side}" for side in SIDES)))
     for block in range(len(blocks.lattice)):
         if not blocks.count(block):
@@ -154,13 +147,13 @@ def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[
 
 
 def agreement(first: NDArray[Any], second: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """How far two segmentations of the same voxels agree.
+    """Score how far two segmentations of the same voxels agree.
 
     Args:
         first, second: (n,) labels, 0 background.
 
     Returns:
-        pairs (m, 2) of labels that share a voxel, and (m,) the voxels that they share over those of the smaller one.
+        Pairs (m, 2) of labels that share a voxel, and (m,) the shared voxels divided by those of the smaller one.
     """
     both = (first > 0) & (second > 0)
     width = int(second.max(initial=0)) + 1
@@ -173,17 +166,17 @@ def agreement(first: NDArray[Any], second: NDArray[Any]) -> tuple[NDArray[np.int
 def stitched(
     nodes: int, pairs: NDArray[np.int64], scores: NDArray[np.float64], apart: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Unite pairs of nodes, the best first, unless that would bring together two that are apart.
+    """Unite pairs of nodes, the best first, unless that would unite two that are apart.
 
     Args:
-        nodes: how many.
+        nodes: their number.
         pairs, scores: (m, 2) and (m,); of equal scores the pair of the smaller nodes goes first.
-        apart: (n, 2).
+        apart: (n, 2) pairs of nodes.
 
     Returns:
-        (nodes,) the first node of what each belongs to.
+        (nodes,) the first node of the object of each.
     """
-    from connectomics.decoding.affinities import mutex
+    from connectomics.decoding.affinities import mutex_kernels as mutex
 
     order = np.lexsort((pairs[:, 1], pairs[:, 0], -scores))
     ends = np.concatenate([apart, pairs[order]]).astype(np.int32)
@@ -198,6 +191,6 @@ def stitched(
 
 
 def _apart(blocks: StoredBlocks) -> NDArray[np.int64]:
-    """(n, 2) the nodes that their blocks keep apart."""
+    """Return (n, 2) the nodes that their blocks separate."""
     found = [blocks.load(n, "apart")["apart"] + blocks.offsets[n] - 1 for n in range(len(blocks.lattice))]
     return np.concatenate(found)

@@ -1,9 +1,9 @@
 """Instances from affinities, in memory: mutex watershed, and agglomeration by mean affinity.
 
-An affinity says of a voxel p and an offset o whether p and p + o are of one object, 0 to 1. Both methods are our own,
-exact and without a compiler at run time: mwatershed gives the same partitions and takes 400 bytes a voxel and float64
-affinities; waterz gives the same ones from the same fragments and takes the three unit steps only. Ties are decided by
-position, so the result depends on the input alone.
+An affinity says how likely a voxel p and its neighbor p + o at an offset o belong to one object, 0 to 1. Both methods
+are exact and need no compiler at run time: mwatershed gives the same partitions but takes 400 bytes a voxel and float64
+affinities; waterz gives the same from the same fragments but takes the three unit steps only. Position decides ties,
+so the result depends on the input alone.
 """
 
 from __future__ import annotations
@@ -24,38 +24,14 @@ _FINE = 65535  # steps in [0, 1] to which affinities that are not uint8 are roun
 
 
 @dataclass(frozen=True)
-class AffinityRule:
-    """How affinities become instances.
-
-    Attributes:
-        method: ``mutex_watershed``: every pair of voxels attracts where its affinity is above a bias and repels where
-            it is below; the farthest from its bias has the first say. ``agglomeration``: what the strongest affinity of
-            each voxel links are fragments, and of two that touch those with the highest mean affinity are united first.
-        bias_short: mutex_watershed: of neighbours (offsets of one voxel along one axis).
-        bias_long: mutex_watershed: of all other offsets.
-        merge_threshold: agglomeration: nothing is united whose (mean) affinity is not above it. Long offsets have no
-            say.
-    """
-
-    method: str = "mutex_watershed"
-    bias_short: float = 0.5
-    bias_long: float = 0.5
-    merge_threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.method not in AFFINITY_METHODS:
-            raise InputError(f"unknown method {self.method!r}; use one of {', '.join(AFFINITY_METHODS)}")
-
-
-@dataclass(frozen=True)
 class Segments:
-    """Instances, and what is known of pairs of them.
+    """Instances, and the pairs of them that are apart.
 
     Attributes:
         labels: (D, H, W) int32, 0 background, 1..count by their first voxel in z-y-x order.
         count: how many.
-        apart: (m, 2) int64 labels of instances that affinities keep apart: mutex_watershed: those that repel each
-            other; agglomeration: those that touch.
+        apart: (m, 2) int64 labels of instances that affinities separate: with mutex_watershed those that repel each
+            other, with agglomeration those that touch.
     """
 
     labels: NDArray[np.int32]
@@ -74,23 +50,52 @@ def affinities_to_instances(
     merge_threshold: float = 0.5,
     min_size: int = 0,
 ) -> NDArray[Any]:
-    """Instances of a volume from its affinities; the arguments are those of `AffinityRule` and `segment`.
+    """Return the instances of a volume from its affinities.
 
     Args:
+        affinities, offsets, mask: as for `segment`.
+        method, bias_short, bias_long, merge_threshold: as in `DecodeParameters`.
         min_size: voxels; smaller instances are removed.
 
     Returns:
         (D, H, W) ids 1..n by their first voxel in z-y-x order, 0 background, in the narrowest unsigned type.
     """
-    rule = AffinityRule(method, bias_short, bias_long, merge_threshold)
-    found = segment(affinities, offsets, mask, rule)
+    if method not in AFFINITY_METHODS:
+        raise InputError(f"unknown method {method!r}; use one of {', '.join(AFFINITY_METHODS)}")
+    limits: dict[str, float] = {"merge_threshold": merge_threshold}
+    if method == "mutex_watershed":
+        limits = {"bias_short": bias_short, "bias_long": bias_long}
+    found = segment(affinities, offsets, mask, DecodeParameters(method=method, **limits))
     return without_small(found.labels, found.count, min_size)
 
 
-def without_small(labels: NDArray[Any], count: int, min_size: int) -> NDArray[Any]:
-    """Labels 1..count without those of fewer than ``min_size`` voxels, closed up, in the narrowest unsigned type."""
+def decode_affinities(
+    probabilities: NDArray[Any],
+    affinities: NDArray[Any],
+    offsets: ArrayLike,
+    voxel_size: Sequence[float],
+    parameters: DecodeParameters,
+) -> NDArray[Any]:
+    """Decode one class in memory with a method that reads affinities (`connectomics.decoding.decode.decode_class`).
+
+    Args:
+        probabilities: (D, H, W) of the class, see `connectomics.decoding.probabilities.above`.
+        affinities, offsets: as for `segment`.
+        voxel_size: nm, z y x.
+        parameters: what to do; those for blocks are ignored.
+
+    Returns:
+        (D, H, W) ids 1..n by their first voxel in z-y-x order, in the narrowest unsigned type.
+    """
+    found = segment(affinities, offsets, above(probabilities, parameters.threshold), parameters)
+    labels = fill_holes(found.labels, parameters.connectivity) if parameters.fill_holes else found.labels
+    return without_small(labels, found.count, parameters.min_voxels(voxel_size))
+
+
+def without_small(labels: NDArray[Any], count: int, min_voxels: int) -> NDArray[Any]:
+    """Drop the labels 1..count of fewer than ``min_voxels`` and renumber the rest, in the narrowest unsigned type."""
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    kept = sizes >= max(1, min_size)
+    kept = sizes >= max(1, min_voxels)
     kept[0] = False
     n = int(kept.sum())
     table = np.zeros(count + 1, narrowest_unsigned(n))
@@ -99,51 +104,58 @@ def without_small(labels: NDArray[Any], count: int, min_size: int) -> NDArray[An
 
 
 def segment(
-    affinities: ArrayLike, offsets: ArrayLike, mask: NDArray[np.bool_] | None = None, rule: AffinityRule | None = None
+    affinities: ArrayLike,
+    offsets: ArrayLike,
+    mask: NDArray[np.bool_] | None = None,
+    parameters: DecodeParameters | None = None,
 ) -> Segments:
     """Segment a volume that is in memory.
 
+    ``mutex_watershed``: pairs of voxels attract if their affinity is above a bias and repel if it is below; the
+    farthest from its bias decides first. ``agglomeration``: the strongest affinity of each voxel links voxels to
+    fragments; touching fragments with the highest mean affinity are merged first, while it is above the threshold.
+
     Args:
         affinities: (K, D, H, W); uint8 as value/255, or floats in [0, 1], which are rounded to 1/65535.
-        offsets: (K, 3) whole voxels, z y x: channel k says whether p and p + offsets[k] are of one object. Pairs that
-            reach out of the volume have no say. Some must be neighbours (a unit step).
-        mask: (D, H, W): only where it is true are instances, and only pairs with both ends there have a say; None:
-            everywhere.
-        rule: what to do.
+        offsets: (K, 3) whole voxels, z y x: channel k says whether p and p + offsets[k] belong to one object. Pairs
+            that reach out of the volume are ignored. Some must be unit steps; agglomeration uses only these.
+        mask: (D, H, W): instances, and both voxels of a pair, lie only where it is true; None: everywhere.
+        parameters: the method with its biases or threshold; None: mutex_watershed with its defaults.
 
     Memory, beside the arguments, for each voxel: 4 bytes and, where the mask is true, mutex_watershed 4 K + 20 and
-    what the clusters that repel each other need (measured: 20 to 60 bytes where objects touch everywhere),
-    agglomeration about 60 bytes a fragment and 60 a pair of them that touch.
+    what the clusters that repel each other need (measured: 20 to 60 bytes if objects touch everywhere), agglomeration
+    about 60 bytes for each fragment and 60 for each pair of touching ones.
 
     Raises:
         InputError: shapes or types that do not fit, values outside [0, 1], offsets that repeat or are zero.
     """
-    rule = AffinityRule() if rule is None else rule
+    chosen = DecodeParameters(method="mutex_watershed") if parameters is None else parameters
     values, steps = _checked(affinities, offsets)
     inside = np.ones(values.shape[1:], np.bool_) if mask is None else np.asarray(mask)
     if inside.shape != values.shape[1:] or inside.dtype != np.bool_:
         raise InputError(
-            f"the mask must be bool of the affinities' shape {values.shape[1:]}, found {inside.dtype} of {inside.shape}"
+            f"expected a bool mask of the shape of the affinities {values.shape[1:]}, got {inside.dtype} of "
+            f"{inside.shape}"
         )
     number = int(np.count_nonzero(inside))
     nodes = np.full(inside.shape, -1, np.int32)
     nodes[inside] = np.arange(number, dtype=np.int32)
-    short = is_neighbour(steps)
-    if rule.method == "agglomeration":
-        return _agglomerated(values[short], steps[short], nodes, number, rule.merge_threshold)
-    bias = np.where(short, rule.bias_short, rule.bias_long)
+    short = _unit_steps(steps)
+    if chosen.method == "agglomeration":
+        return _agglomerated(values[short], steps[short], nodes, number, chosen.merge_threshold)
+    bias = np.where(short, chosen.bias_short, chosen.bias_long)
     return _mutex_watershed(values, steps, nodes, number, bias)
 
 
-def is_neighbour(offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(K,) which of the offsets (K, 3) are one voxel along one axis."""
+def _unit_steps(offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return (K,) which offsets (K, 3) are one voxel along one axis."""
     return np.asarray(np.abs(offsets).sum(axis=1) == 1)
 
 
 def _mutex_watershed(
     values: NDArray[Any], offsets: NDArray[np.int64], nodes: NDArray[np.int32], number: int, bias: NDArray[np.float64]
 ) -> Segments:
-    from connectomics.decoding.affinities import mutex
+    from connectomics.decoding.affinities import mutex_kernels as mutex
 
     most = _most(values)
     counts = np.zeros((len(values), most + 1), np.int64)
@@ -171,14 +183,14 @@ def _mutex_watershed(
 def _agglomerated(
     values: NDArray[Any], offsets: NDArray[np.int64], nodes: NDArray[np.int32], number: int, threshold: float
 ) -> Segments:
-    from connectomics.decoding.affinities import agglomerate
+    from connectomics.decoding.affinities import agglomeration_kernels as kernels
 
     most = _most(values)
-    least = threshold * most
-    parent = agglomerate.strongest_links(values, nodes, offsets, int(np.floor(least + 1e-9)), number)
+    limit = threshold * most
+    parent = kernels.strongest_links(values, nodes, offsets, int(np.floor(limit + 1e-9)), number)
     fragments = _segments(parent, nodes, np.empty((0, 2), np.int64))
-    ends, sums, counts = agglomerate.region_graph(values, fragments.labels, offsets)
-    parent, alive = agglomerate.merge_regions(ends, sums, counts, fragments.count, least)
+    ends, sums, counts = kernels.region_graph(values, fragments.labels, offsets)
+    parent, alive = kernels.merge_regions(ends, sums, counts, fragments.count, limit)
     # node 0 is the background, which is united with nothing
     apart = ends[alive].astype(np.int64) - 1
     return _segments(parent[1:] - 1, fragments.labels - 1, apart)
@@ -186,7 +198,7 @@ def _agglomerated(
 
 def _segments(parent: NDArray[np.int32], nodes: NDArray[np.int32], apart: NDArray[np.int64]) -> Segments:
     """From a forest over the nodes of voxels; ``apart`` are pairs of nodes."""
-    from connectomics.decoding.affinities import mutex
+    from connectomics.decoding.affinities import mutex_kernels as mutex
 
     numbers = np.empty(len(parent) + 1, np.int32)
     count = int(mutex.number_trees(parent, numbers[:-1]))
@@ -204,63 +216,34 @@ def _checked(affinities: ArrayLike, offsets: ArrayLike) -> tuple[NDArray[Any], N
     values, steps = np.asarray(affinities), np.asarray(offsets)
     if values.ndim != 4 or steps.shape != (len(values), 3):
         raise InputError(
-            f"affinities must be (K, D, H, W) and offsets (K, 3), found shapes {values.shape} and {steps.shape}"
+            f"affinities must be (K, D, H, W) and offsets (K, 3), got shapes {values.shape} and {steps.shape}"
         )
     if steps.dtype.kind not in "iu":
-        raise InputError(f"offsets must be whole voxels, found {steps.dtype}")
+        raise InputError(f"offsets must be whole voxels, got {steps.dtype}")
     steps = steps.astype(np.int64)
-    if not is_neighbour(steps).any():
-        raise InputError(f"affinities need an offset to a neighbour, such as (1, 0, 0); found {steps.tolist()}")
+    if not _unit_steps(steps).any():
+        raise InputError(f"affinities need an offset to a neighbour, such as (1, 0, 0), got {steps.tolist()}")
     if not steps.any(axis=1).all() or len(np.unique(steps, axis=0)) < len(steps):
-        raise InputError(f"offsets must differ from each other and from zero, found {steps.tolist()}")
+        raise InputError(f"offsets must differ from each other and from zero, got {steps.tolist()}")
     if values[0].size >= 1 << 31:
-        raise InputError(f"{values[0].size} voxels are too many for one array; segment them block by block")
+        raise InputError(
+            f"{values[0].size} voxels are too many for one array, expected fewer than 2^31; segment them block by block"
+        )
     if values.dtype == np.uint8:
         return values, steps
     if values.dtype.kind != "f":
-        raise InputError(f"affinities must be uint8 (value/255) or floats in [0, 1], found {values.dtype}")
+        raise InputError(f"affinities must be uint8 (value/255) or floats in [0, 1], got {values.dtype}")
     fine = np.empty(values.shape, np.uint16)
     for channel, into in zip(values, fine, strict=True):
         low, high = float(np.min(channel, initial=0.0)), float(np.max(channel, initial=0.0))
         if not (low >= -1e-6 and high <= 1 + 1e-6):  # also where one is NaN
-            raise InputError(f"affinities must lie in [0, 1], found {low:.4g} to {high:.4g}; apply the sigmoid first")
+            raise InputError(f"affinities must lie in [0, 1], got {low:.4g} to {high:.4g}; apply the sigmoid first")
         into[:] = np.rint(np.clip(channel.astype(np.float32), 0, 1) * _FINE)
     return fine, steps
 
 
-def decode_affinities(
-    probabilities: NDArray[Any],
-    affinities: NDArray[Any],
-    offsets: ArrayLike,
-    voxel_size: Sequence[float],
-    parameters: DecodeParameters,
-) -> NDArray[Any]:
-    """`connectomics.decoding.decode.decode_class` for a method that reads affinities: the whole array in memory.
-
-    Args:
-        probabilities: (D, H, W) of the class, see `connectomics.decoding.probabilities.above`.
-        affinities, offsets: see `segment`.
-        voxel_size: nm, z y x.
-        parameters: what to do; those that speak of blocks say nothing here.
-
-    Returns:
-        (D, H, W) ids 1..n by their first voxel in z-y-x order, in the narrowest unsigned type.
-    """
-    least = parameters.min_voxels(voxel_size)
-    found = segment(affinities, offsets, above(probabilities, parameters.threshold), rule_of(parameters))
-    labels = found.labels
-    if parameters.fill_holes:
-        labels = fill_holes(labels, parameters.connectivity)
-    return without_small(labels, found.count, least)
-
-
-def rule_of(parameters: DecodeParameters) -> AffinityRule:
-    """What a class's parameters say about its affinities."""
-    return AffinityRule(parameters.method, parameters.bias_short, parameters.bias_long, parameters.merge_threshold)
-
-
 def affinities_of(ids: NDArray[Any], offsets: ArrayLike) -> NDArray[np.uint8]:
-    """The affinities that instance labels stand for; the plain definition.
+    """Return the affinities of instance labels; the plain definition.
 
     Args:
         ids: (D, H, W), 0 background.
@@ -276,3 +259,45 @@ def affinities_of(ids: NDArray[Any], offsets: ArrayLike) -> NDArray[np.uint8]:
         there = tuple(slice(max(0, o), max(0, min(n, n + o))) for o, n in zip(offset, ids.shape, strict=True))
         channel[here] = 255 * ((ids[here] == ids[there]) & (ids[here] != 0))
     return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Labels compared with reference labels of the same volume.
+
+    Attributes:
+        voi_split, voi_merge: bits; conditional entropies of the variation of information over the labeled voxels of
+            the reference: for split and for merged objects.
+        faces: share of the pairs of neighboring voxels, labeled in both, that are one object in only one of them.
+        objects, reference: numbers of objects.
+    """
+
+    voi_split: float
+    voi_merge: float
+    faces: float
+    objects: int
+    reference: int
+
+
+def difference(labels: NDArray[Any], reference: NDArray[Any]) -> Difference:
+    """Compare the ids (D, H, W) of a volume, 0 background, with reference ids; only the partition matters."""
+    from connectomics.metrics.cellmap_metrics import evaluate_instance
+
+    if labels.shape != reference.shape:
+        raise InputError(f"expected labels of one shape, got {labels.shape} and {reference.shape}")
+    voi = evaluate_instance(labels, reference)
+    differing = pairs = 0
+    both = (labels > 0) & (reference > 0)
+    for axis in range(labels.ndim):
+        first, last = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
+        inside = both[first] & both[last]
+        differs = (labels[first] == labels[last]) != (reference[first] == reference[last])
+        pairs += int(np.count_nonzero(inside))
+        differing += int(np.count_nonzero(inside & differs))
+    return Difference(
+        voi["voi_split"],
+        voi["voi_merge"],
+        differing / max(1, pairs),
+        len(np.unique(labels[labels > 0])),
+        len(np.unique(reference[reference > 0])),
+    )

@@ -1,4 +1,4 @@
-"""The numba kernels of this package (apart, so that importing the package does not import numba)."""
+"""Numba kernels for union-find forests, objects and holes; a separate module, since importing numba is expensive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,45 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.union_find import add_voxel, unite
+
+@numba.njit(cache=True, nogil=True)
+def add_voxel(row: Any, z: Any, y: Any, x: Any, sizes: NDArray[Any], boxes: NDArray[Any], sums: NDArray[Any]) -> None:
+    """Add a voxel to the size, box and sums of object ``row``; the voxels of an object must come in the order of z.
+
+    sizes (n,) and sums (n, 3) of z, y and x start as zeros; boxes (n, 6): smallest z y x, largest z y x, both inside.
+    """
+    if sizes[row] == 0:
+        boxes[row, 0], boxes[row, 1], boxes[row, 2] = z, y, x
+        boxes[row, 3], boxes[row, 4], boxes[row, 5] = z, y, x
+    else:
+        boxes[row, 1] = min(boxes[row, 1], y)
+        boxes[row, 2] = min(boxes[row, 2], x)
+        boxes[row, 3] = z  # it only grows
+        boxes[row, 4] = max(boxes[row, 4], y)
+        boxes[row, 5] = max(boxes[row, 5], x)
+    sizes[row] += 1
+    sums[row, 0] += z
+    sums[row, 1] += y
+    sums[row, 2] += x
+
+
+@numba.njit(cache=True, nogil=True)
+def root_of(parent: NDArray[Any], node: Any) -> Any:
+    """Return the root of a node in a union-find forest (a root is its own parent); halve the path to it."""
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@numba.njit(cache=True, nogil=True)
+def unite(parent: NDArray[Any], a: Any, b: Any) -> None:
+    """Join two trees; the smaller root becomes the parent, so no parent has a larger number than its child."""
+    one, two = root_of(parent, a), root_of(parent, b)
+    if one < two:
+        parent[two] = one
+    elif two < one:
+        parent[one] = two
 
 
 @numba.njit(cache=True, nogil=True)
@@ -137,17 +175,17 @@ def fill_cavities(
     object_boxes: NDArray[np.int32],
     member_begin: NDArray[np.int64],
     members: NDArray[np.int64],
-    neighbour_begin: NDArray[np.int64],
-    neighbours: NDArray[np.int64],
+    neighbor_begin: NDArray[np.int64],
+    neighbors: NDArray[np.int64],
 ) -> NDArray[np.int64]:
     """Which object fills each node of the graph of a volume's parts: (n,) -1 where none does.
 
     Args:
         order: the objects, the one that fills first in front.
         owner: (n,) object of every node, -1 for background. boxes: (n, 6), object_boxes: smallest and largest z y x.
-        member_begin, members: the nodes of every object. neighbour_begin, neighbours: those that touch every node.
+        member_begin, members: the nodes of every object. neighbor_begin, neighbors: those that touch every node.
 
-    From each neighbour of an object the graph without that object is searched. A piece of it is a hole where every
+    From each neighbor of an object the graph without that object is searched. A piece of it is a hole where every
     node lies inside the object's box without touching its faces; the search ends at the first node that does not.
     """
     holder = np.full(len(owner), -1, np.int64)
@@ -157,8 +195,8 @@ def fill_cavities(
     for k in order:
         first_search = search
         for i in range(member_begin[k], member_begin[k + 1]):
-            for j in range(neighbour_begin[members[i]], neighbour_begin[members[i] + 1]):
-                start = neighbours[j]
+            for j in range(neighbor_begin[members[i]], neighbor_begin[members[i] + 1]):
+                start = neighbors[j]
                 if owner[start] == k or seen[start] >= first_search:
                     continue
                 # nodes wait in stack[done:waiting]; those in front of them are the piece so far
@@ -175,8 +213,8 @@ def fill_cavities(
                             closed = False
                     if not closed:
                         break
-                    for m in range(neighbour_begin[node], neighbour_begin[node + 1]):
-                        other = neighbours[m]
+                    for m in range(neighbor_begin[node], neighbor_begin[node + 1]):
+                        other = neighbors[m]
                         if owner[other] == k or seen[other] == search:
                             continue
                         if seen[other] >= first_search:  # by an earlier search, which found its piece open

@@ -1,87 +1,72 @@
-"""Hole filling of a volume that is known block by block: the same as `fill_holes` of the whole array.
+"""Hole filling of a volume that is known block by block: equal to `fill_holes` of the whole array.
 
-A hole of an object is a piece of its complement, which is background and other objects, that reaches neither the
-object's box nor the border of the volume; only its background is filled, by the innermost of the objects around it.
-Whether such a piece is closed cannot be seen in a block, so every block is cut into parts: pieces of equal label that
-hold together as background does (`DUAL`). Parts of neighbouring blocks are united where they continue each other, and
-then what touches what is a small graph. Removing one object's parts from it leaves the pieces of its complement.
+A hole of an object is a piece of its complement (background and other objects) that reaches neither the box of the
+object nor the border of the volume; only its background is filled, by the innermost object around it. A block cannot
+show whether such a piece is closed. So every block is cut into parts: pieces of equal label, connected as background is
+(`DUAL`). Parts that continue in neighboring blocks are united, and the contacts of the united parts form a small graph.
+Removing the parts of one object from this graph leaves the pieces of its complement.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.merge import FACES_KEPT, number_trees, unite_pairs
-from connectomics.decoding.blocks.pieces import Pieces, border, faces_of, reach
-from connectomics.decoding.blocks.stored import StoredBlocks
-from connectomics.decoding.cellmap_postprocess import components
-from connectomics.geometry import Index
-from connectomics.tasks.lattice import RANK
+from connectomics.decoding.blocks.pieces import (
+    FACES_KEPT,
+    Pieces,
+    StoredBlocks,
+    border,
+    faces_of,
+    number_trees,
+    opposite,
+    reach,
+)
+from connectomics.decoding.cellmap_postprocess import DUAL, components, neighbor_steps
 
-#: Background holds together by faces where objects do by edges or corners, and the other way round.
-DUAL = {6: 26, 18: 6, 26: 6}
 
+def block_parts(labels: NDArray[np.uint32], connectivity: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+    """Cut a labeled block (0 background) of objects with this ``connectivity`` into parts.
 
-@dataclass(frozen=True)
-class Parts:
-    """A block, cut.
-
-    Attributes:
-        labels: (d, h, w) uint32 the parts 1..p; every voxel is in one.
-        of: (p,) uint32 the label in the block that each part belongs to, 0 for background.
+    Returns:
+        (d, h, w) uint32 the parts 1..p, one of which holds every voxel; and (p,) the label of each, 0 for background.
     """
-
-    labels: NDArray[np.uint32]
-    of: NDArray[np.uint32]
-
-
-def cut(labels: NDArray[np.uint32], connectivity: int) -> Parts:
-    """The parts of a labelled block (0 background) of objects that hold together by ``connectivity``."""
     shifted: Any = labels + np.uint32(1)  # background is a label like others
     parts = components(shifted, DUAL[connectivity]).astype(np.uint32, copy=False)
-    of = np.zeros(int(parts.max()) + 1, np.uint32)
-    of[parts] = labels
-    return Parts(parts, of[1:])
+    label_of = np.zeros(int(parts.max()) + 1, np.uint32)
+    label_of[parts] = labels
+    return parts, label_of[1:]
 
 
-def leave(blocks: StoredBlocks, number: int, parts: Parts, connectivity: int) -> None:
-    """Store what `fill` needs to know of a block's parts."""
-    lattice, n = blocks.lattice, len(parts.of)
-    table = Pieces.measured(parts.labels, n, lattice.region(number)[0], lattice.shape)
-    about = {"count": np.asarray(n), "of": parts.of, "touching": _touching(parts.labels, DUAL[connectivity])}
-    blocks.save(number, {**about, **table.columns, **faces_of(parts.labels)})
+def store_parts(blocks: StoredBlocks, number: int, labels: NDArray[np.uint32], connectivity: int) -> None:
+    """Store what `fill` needs to know of the parts of a labeled block."""
+    lattice = blocks.lattice
+    parts, label_of = block_parts(labels, connectivity)
+    table = Pieces.measured(parts, len(label_of), lattice.region(number)[0], lattice.shape)
+    about = {"count": np.asarray(len(label_of)), "of": label_of, "touching": _touching(parts, DUAL[connectivity])}
+    blocks.save(number, {**about, **table.columns, **faces_of(parts)})
 
 
-@dataclass(frozen=True)
-class Filled:
-    """What became of the objects.
-
-    Attributes:
-        objects: they, with what they were filled with.
-        object_of: (parts of all blocks,) int64 the object that each part belongs to now, -1 for background.
-    """
-
-    objects: Pieces
-    object_of: NDArray[np.int64]
-
-
-def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], connectivity: int, n: int) -> Filled:
+def fill(
+    blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], connectivity: int, n: int
+) -> tuple[Pieces, NDArray[np.int64]]:
     """Give every cavity to the innermost object around it.
 
     Args:
-        blocks: what `leave` stored.
-        objects_in: (labels of the block,) the object 0..n-1 of each of the labels 1.. of a block, by its number.
+        blocks: what `store_parts` stored.
+        objects_in: block number -> (labels of the block,) the object 0..n-1 of each of its labels 1...
         connectivity: of the objects. n: number of objects.
+
+    Returns:
+        The filled objects, and (parts of all blocks,) int64 the object of each part now, -1 for background.
 
     Memory: 16 bytes a part of all blocks, about 150 bytes a part of the volume and 16 bytes for each contact of two.
     """
-    from connectomics.decoding.blocks.component_kernels import fill_cavities, gather
+    from connectomics.decoding.blocks.component_kernels import fill_cavities, gather, join_pairs
 
     offsets, lattice = blocks.offsets, blocks.lattice
     object_of = np.empty(offsets[-1], np.int64)  # of the parts of blocks
@@ -91,7 +76,7 @@ def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], c
     forest, contacts = np.arange(len(object_of)), []
     for pairs in _across(blocks, connectivity):
         same = object_of[pairs[:, 0]] == object_of[pairs[:, 1]]
-        unite_pairs(forest, pairs[same])
+        join_pairs(forest, pairs[same])
         contacts.append(pairs[~same])
     nodes = Pieces.empty(number_trees(forest))  # the parts of the volume
     edges = [np.sort(forest[pairs], axis=1) for pairs in contacts]
@@ -102,26 +87,19 @@ def fill(blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], c
     owner = np.empty(len(nodes), np.int64)
     owner[forest] = object_of
     objects = Pieces.empty(n)
-    _gather_known(nodes, owner, objects)
-    size = np.prod(objects.boxes[:, 3:].astype(np.int64) - objects.boxes[:, :3] + 1, axis=1)
-    order = np.lexsort((objects.first, size))  # inner objects have smaller boxes
-    begin, neighbour = _adjacency(np.unique(np.concatenate(edges), axis=0), len(nodes))
-    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *_members(owner, n), begin, neighbour)
-    cavity = (owner < 0) & (holder >= 0)
-    inner = nodes.take(cavity)
-    np.add.at(
-        objects.sizes, holder[cavity], inner.sizes
-    )  # a cavity lies within its object's box, after its first voxel
-    np.add.at(objects.sums, holder[cavity], inner.sums)
-    owner[cavity] = holder[cavity]
-    return Filled(objects, owner[forest])
-
-
-def _gather_known(nodes: Pieces, owner: NDArray[np.int64], objects: Pieces) -> None:
-    from connectomics.decoding.blocks.component_kernels import gather
-
     known = owner >= 0
     gather(owner[known], *nodes.take(known).columns.values(), *objects.columns.values())
+    size = np.prod(objects.boxes[:, 3:].astype(np.int64) - objects.boxes[:, :3] + 1, axis=1)
+    order = np.lexsort((objects.first, size))  # inner objects have smaller boxes
+    begin, neighbors = _adjacency(np.unique(np.concatenate(edges), axis=0), len(nodes))
+    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *_members(owner, n), begin, neighbors)
+    cavity = (owner < 0) & (holder >= 0)
+    inner = nodes.take(cavity)
+    # a cavity lies within the box of its object, after its first voxel
+    np.add.at(objects.sizes, holder[cavity], inner.sizes)
+    np.add.at(objects.sums, holder[cavity], inner.sums)
+    owner[cavity] = holder[cavity]
+    return objects, owner[forest]
 
 
 def _members(owner: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -132,7 +110,7 @@ def _members(owner: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArr
 
 
 def _adjacency(edges: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The neighbours of every node, as begins (n + 1,) and a list of all; ``edges`` (m, 2), each once."""
+    """The neighbors of every node, as begins (n + 1,) and a list of all; ``edges`` (m, 2), each once."""
     both = np.concatenate((edges, edges[:, ::-1]))
     both = both[np.argsort(both[:, 0], kind="stable")]
     return np.searchsorted(both[:, 0], np.arange(n + 1)), np.ascontiguousarray(both[:, 1])
@@ -144,8 +122,8 @@ def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int6
     faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
     for block in range(len(blocks.lattice)):
         for step, other in blocks.lattice.neighbours(block, dual):
-            back = (-step[0], -step[1], -step[2])
-            pairs = _pairs(border(faces(block), step), border(faces(other), back), reach(step, dual))
+            low, high = border(faces(block), step), border(faces(other), opposite(step))
+            pairs = _pairs(low, high, reach(step, dual))
             yield pairs - 1 + blocks.offsets[[block, other]]
 
 
@@ -160,18 +138,13 @@ def _pairs(low: NDArray[np.uint32], high: NDArray[np.uint32], apart: int) -> NDA
 def _touching(parts: NDArray[np.uint32], connectivity: int) -> NDArray[np.uint32]:
     """(n, 2) which parts of a block touch, each pair once, the smaller first."""
     found = [np.zeros((0, 2), np.int64)]
-    for step in _steps(connectivity):
+    for step in (s for s in neighbor_steps(connectivity) if s > (0, 0, 0)):  # each pair once
         one, other = _shifted(parts, parts, step)
         differ = one != other
         if differ.any():
             a, b = one[differ], other[differ]
             found.append(_distinct(np.minimum(a, b), np.maximum(a, b)))
     return np.unique(np.concatenate(found), axis=0).astype(np.uint32)
-
-
-def _steps(connectivity: int) -> list[Index]:
-    every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    return [s for s in every if s > (0, 0, 0) and sum(map(abs, s)) <= RANK[connectivity]]
 
 
 def _shifted(

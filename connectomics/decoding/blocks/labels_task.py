@@ -1,6 +1,6 @@
-"""Labels that are made block by block: what all such tasks share.
+"""Labels that are made block by block: what all such tasks share, and the task for plain masks.
 
-Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
+Unfinished output lies in a hidden folder beside the labels, which it replaces at the end::
 
     .{class}.partial/task.json   the task; beside it the done-maps of the run
     .{class}.partial/.blocks     what stages leave for later ones
@@ -14,18 +14,26 @@ import os
 import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from connectomics.decoding.blocks.table import PARQUET_FILE, TABLE_FILE
-from connectomics.decoding.label_artifact import BLOCK, inputs_of, label_attrs, partial_of, standing_labels
+from connectomics.config.values import plain
+from connectomics.decoding.label_artifact import (
+    BLOCK,
+    clear_unknown,
+    existing_labels,
+    has_tables,
+    inputs_of,
+    label_attrs,
+    partial_of,
+)
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.probabilities import open_probabilities
-from connectomics.decoding.unknown import blank_stored
-from connectomics.errors import ConfigError, MetadataError, WriteError
+from connectomics.decoding.probabilities import above, open_probabilities, read_block
+from connectomics.errors import ConfigError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, publish
@@ -37,17 +45,11 @@ from connectomics.io.write import (
     ensure_group,
     multiscales_attrs,
     update_attrs,
+    write_file,
 )
-from connectomics.tasks.block_task import TASK_FILE, BlockTask
+from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
 from connectomics.tasks.done import sync
 from connectomics.tasks.lattice import Lattice
-
-TABLES = ("csv", "parquet")
-
-
-def tables(table: str) -> list[str]:
-    """Names of the files of the table of instances, for a value of ``decoding.table``."""
-    return [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
 
 
 @dataclass(frozen=True)
@@ -55,15 +57,17 @@ class LabelsTask(BlockTask):
     """The labels of one class, from its probabilities.
 
     Attributes:
-        input: location of the multiscale group of the class's probabilities; its finest level has the output's grid.
+        input: location of the multiscale group of the probabilities; its finest level has the grid of the output.
         output: local folder of the multiscale group of the labels.
-        class_name: which class it is, recorded with the output.
+        class_name: recorded with the output.
         parameters: how the probabilities become labels.
-        block_shape: voxels of a block, z y x; fastest in whole chunks of 64, right for any.
+        block_shape: voxels of a block, z y x; whole chunks of 64 are fastest.
         source: what the probabilities were made from, recorded with the output.
-        table: ``parquet``: the table of instances is written as Parquet too.
+        table: ``parquet``: the instance table is written as Parquet too.
     """
 
+    #: Methods that a subclass decodes.
+    methods: ClassVar[tuple[str, ...]]
     free: ClassVar[frozenset[str]] = frozenset({"source"})
     places: ClassVar[frozenset[str]] = frozenset({"input", "output"})
 
@@ -78,35 +82,29 @@ class LabelsTask(BlockTask):
     def __post_init__(self) -> None:
         z, y, x = (int(n) for n in self.block_shape)
         object.__setattr__(self, "block_shape", (z, y, x))
-        object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # as it comes back from the file
+        object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # equal to what a file gives
         object.__setattr__(self, "input", absolute(self.input))
         object.__setattr__(self, "output", absolute(self.output))
         if min(z, y, x) < 1:
-            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), found {(z, y, x)}")
-        if self.table not in TABLES:
-            raise ConfigError(f"table must be {' or '.join(TABLES)}, found {self.table!r}")
+            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {(z, y, x)}")
+        if self.table not in ("csv", "parquet"):
+            raise ConfigError(f"table must be csv or parquet, got {self.table!r}")
+        if self.parameters.method not in self.methods:
+            raise ConfigError(
+                f"{self.kind} of {self.class_name}: expected method {' or '.join(self.methods)}, got "
+                f"{self.parameters.method}"
+            )
 
-    # -- what a subclass says ----------------------------------------------------------------------------------------
+    # -- what a subclass defines -------------------------------------------------------------------------------------
     @abstractmethod
     def conclude(self) -> int:
-        """After the last stage: write what lies beside the labels; how many objects there are (a mask: 0 or 1)."""
+        """After the last stage, write what lies beside the labels; return the number of objects (a mask: 0 or 1)."""
 
     def check_input(self) -> None:
-        """Raise what is wrong with the input; by default it must hold probabilities."""
+        """Raise an error if the input cannot be decoded; by default it must hold probabilities."""
         open_probabilities(self.input)
 
     # -- what it is --------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(json.dumps({**asdict(self), "source": dict(self.source)}))
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "the task") -> Self:
-        known = {f.name for f in fields(cls)}
-        if wrong := sorted(set(data) ^ known):
-            raise MetadataError(f"{where} must have the keys {sorted(known)}; unknown or absent: {', '.join(wrong)}")
-        return cls(**{**data, "parameters": DecodeParameters.from_dict(data["parameters"], where)})
-
     def made_from(self) -> dict[str, str]:
         return inputs_of(self.input, self.parameters)
 
@@ -121,7 +119,7 @@ class LabelsTask(BlockTask):
 
     @property
     def scratch(self) -> Path:
-        """Where the stages leave what the output does not keep."""
+        """Folder for what stages leave and the output does not keep."""
         return self.folder / ".blocks"
 
     @property
@@ -149,8 +147,8 @@ class LabelsTask(BlockTask):
             )
         self.check_input()
         may_replace = overwrite or begun is not None  # begun by a run that was allowed to
-        there = standing_labels(Path(self.output), self.parameters, self.made_from(), overwrite=may_replace)
-        return there is None or not self._has_tables(there)
+        there = existing_labels(Path(self.output), self.parameters, self.made_from(), overwrite=may_replace)
+        return there is None or not has_tables(Path(self.output), there.get("kind", ""), self.table)
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite or not self.is_begun:
@@ -162,35 +160,29 @@ class LabelsTask(BlockTask):
 
     @property
     def is_begun(self) -> bool:
-        """Whether this very task was begun and not finished; it then may replace what is at its output."""
+        """Whether this very task was begun and not finished; it may then replace what is at its output."""
         begun = self._begun()
         return begun is not None and not begun
 
     def _begun(self) -> Difference | None:
-        """How what was begun and not finished differs from this task; None if nothing was."""
+        """How the task that was begun and not finished differs from this one; None if there is none."""
         file = self.folder / TASK_FILE
         return self.difference(file) if file.exists() else None
 
-    def _has_tables(self, there: Mapping[str, Any]) -> bool:
-        """Whether the tables that are asked for lie beside the finished labels with these attributes."""
-        return there.get("kind") != "instance" or all(
-            (Path(self.output) / name).exists() for name in tables(self.table)
-        )
-
     @property
     def is_complete(self) -> bool:
-        """Whether only the last renaming is missing (then there are attributes, which are written after all else)."""
+        """Whether only the last rename is missing: the attributes are written after all else."""
         return (self.folder / ".zattrs").exists()
 
     def blocks(self, stage: str) -> int:
         return 0 if self.is_complete else len(self.lattice)
 
     def create_labels(self, dtype: np.dtype[Any]) -> None:
-        """Make the array of the labels, where it is not there; what was written before is on the disk then."""
+        """Make the array of the labels if it is missing; all that was written before is then on the disk."""
         if not self.has_labels:
             sync(os.fspath(self.folder))
             grid = self.grid
-            # overwrite: a run that was killed may have left its attributes and no more
+            # overwrite: a killed run may have left the attributes only
             create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True)
 
     @property
@@ -200,7 +192,7 @@ class LabelsTask(BlockTask):
 
     @property
     def chunks(self) -> Index:
-        """Chunks that no two blocks share: the usual ones, or a whole block where it has no whole number of them."""
+        """Chunks that no two blocks share: the default ones, or a whole block if it is no multiple of them."""
         z, y, x = (
             c if b % c == 0 or b >= n else b
             for b, c, n in zip(self.block_shape, DEFAULT_CHUNKS, self.grid.shape, strict=True)
@@ -209,18 +201,18 @@ class LabelsTask(BlockTask):
 
     def finish(self) -> None:
         if not self.is_complete:
-            _remove_unfinished(self.folder / "s0")
+            _remove_unfinished_chunks(self.folder / "s0")
+            grid, origin = self.grid, dict(self.source)
             about = {
-                "decode": self.parameters.to_dict(),
-                "source": dict(self.source),
+                "decode": plain(self.parameters),
+                "source": origin,
                 **self.provenance.to_dict(),
                 "objects": self.conclude(),
             }
-            grid, kind = self.grid, self.parameters.kind
-            if "unknown" in self.source:
-                about["unknown"] = self.source["unknown"]
-                blank_stored(ArrayWriter.open(self.folder / "s0"), about, grid)
-            ours = label_attrs(grid, class_name=self.class_name, kind=kind, about=about)
+            if "unknown" in origin:
+                about["unknown"] = origin["unknown"]
+                clear_unknown(ArrayWriter.open(self.folder / "s0"), about, grid)
+            ours = label_attrs(grid, class_name=self.class_name, kind=self.parameters.kind, about=about)
             sync(os.fspath(self.folder))
             update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -228,29 +220,75 @@ class LabelsTask(BlockTask):
         publish(self.folder, Path(self.output))
 
     def relocated(self, folder: Path) -> Self:
-        output = Path(self.output)
-        return replace(self, output=str(Path(folder, *output.parts[-3:])))
+        return replace(self, output=str(Path(folder, *Path(self.output).parts[-3:])))
 
     def _remove_done_maps(self) -> None:
         for path in self.folder.glob(".done-*"):
             path.unlink(missing_ok=True)
 
 
-def _remove_unfinished(array: Path) -> None:
-    """Remove what processes that were killed left of chunks that they were writing (`connectomics.io.write`)."""
-    for folder, _, names in os.walk(array):
-        for name in names:
-            if name.startswith(".") and ".part-" in name:
-                Path(folder, name).unlink(missing_ok=True)
+def _remove_unfinished_chunks(array: Path) -> None:
+    """Remove temporary files of chunks that killed processes were writing (`connectomics.io.write`)."""
+    for path in array.rglob(".*.part-*"):
+        path.unlink(missing_ok=True)
 
 
-def objects_of(task: BlockTask) -> int:
-    """How many objects the finished labels of a task hold (a mask: 0 or 1)."""
-    output: str = task.to_dict()["output"]
-    return int(store.read_attrs(output)["connectomics"]["objects"])
+def objects_of(task: LabelsTask) -> int:
+    """Return the number of objects in the finished labels of a task (a mask: 0 or 1)."""
+    return int(store.read_attrs(task.output)["connectomics"]["objects"])
 
 
 def absolute(location: str) -> str:
-    """A location that means the same in every process: local paths absolute, URLs as they are."""
+    """Return a location that means the same in every process: local paths absolute, URLs unchanged."""
     where = store.normalize(location)
     return where if store.is_s3(where) else os.path.abspath(where)
+
+
+@dataclass(frozen=True)
+class MaskTask(LabelsTask):
+    """The mask of a class with local parameters: method ``threshold``, no minimum size, no hole filling."""
+
+    kind: ClassVar[str] = "mask"
+    methods: ClassVar[tuple[str, ...]] = ("threshold",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.parameters.is_local:
+            raise ConfigError(f"the mask of {self.class_name}: expected a threshold only, got {self.parameters}")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("write",)
+
+    def prepare(self, stage: str) -> None:
+        if not self.is_complete:
+            self.create_labels(np.dtype(np.uint8))
+
+    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
+        return nullcontext(_MaskWorker(self))
+
+    @property
+    def foreground_file(self) -> Path:
+        """A file that exists once a block held any foreground."""
+        return self.scratch / "present"
+
+    def conclude(self) -> int:
+        return int(self.foreground_file.exists())
+
+    def cost(self, stage: str) -> Cost:
+        voxels = self.largest_block
+        return Cost(read=2 * voxels, written=voxels, memory=6 * voxels)
+
+
+class _MaskWorker(BlockWorker):
+    def __init__(self, task: MaskTask) -> None:
+        self._source, self._lattice = open_probabilities(task.input), task.lattice
+        self._writer = ArrayWriter.open(task.folder / "s0")
+        self._threshold, self._foreground_file = task.parameters.threshold, task.foreground_file
+
+    def do(self, number: int) -> None:
+        begin, shape = self._lattice.region(number)
+        mask = above(read_block(self._source, begin, shape), self._threshold)
+        if mask.any() and not self._foreground_file.exists():
+            write_file(self._foreground_file, b"")
+        self._writer.write(begin, mask.view(np.uint8))

@@ -1,4 +1,8 @@
-"""What is kept of a labelled block: its pieces (a table) and the labels on its six faces."""
+"""What is kept of a labeled block: its pieces (a table) and the labels on its faces; and how pieces become objects.
+
+Every block leaves one file. The leading process unites the pieces that touch across the faces of blocks in a
+union-find forest, numbers its trees, and adds up their pieces to objects.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,9 +21,12 @@ from numpy.typing import NDArray
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
-from connectomics.tasks.lattice import RANK
+from connectomics.tasks.lattice import RANK, Lattice
 
 Number = TypeVar("Number", bound=np.generic)
+#: The faces of a block by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h).
+SIDES = tuple(f"{axis}{sign}" for axis in range(3) for sign in "-+")
+FACES_KEPT = 16  # blocks whose faces are cached; neighbors along x and y come again soon
 
 
 @dataclass(frozen=True)
@@ -39,48 +47,46 @@ class Pieces:
 
     @classmethod
     def empty(cls, n: int) -> Pieces:
-        """Rows of zeros."""
+        """Return rows of zeros."""
         return cls(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, 6), np.int32), np.zeros((n, 3), np.int64))
 
     @classmethod
     def measured(cls, labels: NDArray[Any], n: int, begin: Sequence[int], shape: Sequence[int]) -> Pieces:
-        """The labels 1..n of a block (d, h, w) that starts at voxel ``begin`` of a volume of ``shape``."""
+        """Measure the labels 1..n of a block (d, h, w) that starts at voxel ``begin`` of a volume of ``shape``."""
         from connectomics.decoding.blocks.component_kernels import measure
 
         found = cls.empty(n)
-        where = np.asarray(begin, np.int64), np.asarray(shape, np.int64)
-        measure(labels, *where, found.sizes, found.first, found.boxes, found.sums)
+        measure(labels, np.asarray(begin, np.int64), np.asarray(shape, np.int64), *found.columns.values())
         return found
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def take(self, rows: NDArray[Any]) -> Pieces:
-        """Some of the rows (indices or a mask)."""
+        """Return some of the rows (indices or a mask)."""
         return Pieces(self.sizes[rows], self.first[rows], self.boxes[rows], self.sums[rows])
 
     def inside(self, begin: Sequence[int], block: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
-        """(n,) which pieces reach no face that the block shares with another: they are whole."""
+        """Return (n,) which pieces are whole: they reach no face that the block shares with another."""
         low, high = np.asarray(begin), np.asarray(begin) + block - 1
         reaches = (self.boxes[:, :3] == low) & (low > 0)
         reaches |= (self.boxes[:, 3:] == high) & (high < np.asarray(shape) - 1)
-        found: NDArray[np.bool_] = ~reaches.any(axis=1)
-        return found
+        return np.asarray(~reaches.any(axis=1))
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The arrays by their names."""
+        """The arrays by name."""
         return {"sizes": self.sizes, "first": self.first, "boxes": self.boxes, "sums": self.sums}
 
 
+# -- faces -------------------------------------------------------------------------------------------------------------
 def faces_of(labels: NDArray[Number]) -> dict[str, NDArray[Number]]:
-    """The labels of a block's faces by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h)."""
-    sides = {"-": 0, "+": -1}
-    return {f"{axis}{sign}": np.take(labels, at, axis=axis) for axis in range(3) for sign, at in sides.items()}
+    """Return the labels on the faces of a block, by the names in `SIDES`."""
+    return {side: np.take(labels, 0 if side[1] == "-" else -1, axis=int(side[0])) for side in SIDES}
 
 
-def border(faces: dict[str, NDArray[Number]], step: Index) -> NDArray[Number]:
-    """The labels of a block next to its neighbour in direction ``step``: face (h, w), edge (1, n), corner (1, 1)."""
+def border(faces: Mapping[str, NDArray[Number]], step: Index) -> NDArray[Number]:
+    """Return the labels next to the neighbor block in direction ``step``: face (h, w), edge (1, n), corner (1, 1)."""
     axis = next(a for a in range(3) if step[a])
     plane = faces[f"{axis}{'+' if step[axis] > 0 else '-'}"]
     for other, direction in zip((0, 1), (s for a, s in enumerate(step) if a != axis), strict=True):
@@ -90,27 +96,124 @@ def border(faces: dict[str, NDArray[Number]], step: Index) -> NDArray[Number]:
     return np.ascontiguousarray(plane if plane.shape[1] != 1 else plane.T)
 
 
+def opposite(step: Index) -> Index:
+    """Return the step back."""
+    return -step[0], -step[1], -step[2]
+
+
 def reach(step: Index, connectivity: int) -> int:
-    """How far voxels on both sides of that border may be apart along it (sum over its axes) and hold together."""
+    """Return how far connected voxels on both sides of the border may be apart along it (sum over its axes)."""
     return RANK[connectivity] - sum(map(abs, step))
 
 
-def save_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Store named arrays in one step, compressed; the same arrays give the same bytes. `WriteError`."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-        for name, values in arrays.items():
-            about = zipfile.ZipInfo(f"{name}.npy")  # with a date that is always the same
-            about.compress_type = zipfile.ZIP_DEFLATED
-            with file.open(about, "w", force_zip64=True) as part:
-                np.lib.format.write_array(part, np.asanyarray(values), allow_pickle=False)
-    write_file(path, buffer.getbuffer())
+# -- files -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class StoredBlocks:
+    """The files ``folder/0``, ``folder/1``, ... that the blocks of a lattice leave for later stages: arrays by name.
+
+    Every block has ``count`` (its labels are 1..count), the columns of its `Pieces` and its six `SIDES`; a task may add
+    more.
+    """
+
+    lattice: Lattice
+    folder: Path
+
+    def save(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Store the arrays of a block in one step, compressed; the same arrays give the same bytes."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            for name, values in arrays.items():
+                about = zipfile.ZipInfo(f"{name}.npy")  # its date is constant
+                about.compress_type = zipfile.ZIP_DEFLATED
+                with file.open(about, "w", force_zip64=True) as part:
+                    np.lib.format.write_array(part, np.asanyarray(values), allow_pickle=False)
+        write_file(self.folder / str(number), buffer.getbuffer())
+
+    def load(self, number: int, *names: str) -> dict[str, NDArray[Any]]:
+        """Read some arrays of a block; `CorruptDataError` if that fails."""
+        path = self.folder / str(number)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in names}
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
+
+    def pieces(self, number: int) -> Pieces:
+        """Read the pieces of a block."""
+        return Pieces(**self.load(number, "sizes", "first", "boxes", "sums"))
+
+    def faces(self, number: int) -> dict[str, NDArray[np.uint32]]:
+        """Read the labels on the faces of a block."""
+        return self.load(number, *SIDES)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """(blocks + 1,): label i of block n is node ``offsets[n] + i - 1`` of all labels of all blocks."""
+        counts = (int(self.load(n, "count")["count"]) for n in range(len(self.lattice)))
+        return np.concatenate(([0], np.cumsum(np.fromiter(counts, np.int64, len(self.lattice)))))
+
+    def count(self, number: int) -> int:
+        """Return how many labels a block has."""
+        return int(self.offsets[number + 1] - self.offsets[number])
 
 
-def load_arrays(path: Path, names: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """What `save_arrays` stored, or some of it, by name; `CorruptDataError` where it cannot be read."""
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in (stored.files if names is None else names)}
-    except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise CorruptDataError(f"cannot read {path}: {error}; begin again with --overwrite") from error
+# -- from pieces to objects --------------------------------------------------------------------------------------------
+def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]:
+    """Unite all labels that touch across the borders of blocks.
+
+    Returns:
+        (nodes,) the union-find forest over the nodes of `StoredBlocks.offsets`: the parent of each, whose number is at
+        most its own; a root is its own parent.
+    """
+    from connectomics.decoding.blocks.component_kernels import join
+
+    offsets = blocks.offsets
+    forest = np.arange(offsets[-1])
+    faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
+    for block in range(len(blocks.lattice)):
+        if not blocks.count(block):
+            continue
+        for step, other in blocks.lattice.neighbours(block, connectivity):
+            if blocks.count(other):
+                low, high = border(faces(block), step), border(faces(other), opposite(step))
+                join(forest, low, high, int(offsets[block]), int(offsets[other]), reach(step, connectivity))
+    return forest
+
+
+def number_trees(forest: NDArray[np.int64]) -> int:
+    """Replace every node of a forest, in place, by the number 0..n-1 of its tree; return n."""
+    from connectomics.decoding.blocks.component_kernels import number_roots
+
+    return int(number_roots(forest))
+
+
+def gathered(blocks: StoredBlocks, trees: NDArray[np.int64], n: int) -> Pieces:
+    """Return the objects 0..n-1 of the pieces of all blocks; ``trees`` (nodes,): the object of each."""
+    from connectomics.decoding.blocks.component_kernels import gather
+
+    found = Pieces.empty(n)
+    for block in range(len(blocks.lattice)):
+        if blocks.count(block):
+            part, at = blocks.pieces(block), blocks.offsets[block : block + 2]
+            gather(trees[at[0] : at[1]], *part.columns.values(), *found.columns.values())
+    return found
+
+
+def numbered(objects: Pieces, min_voxels: int) -> tuple[Pieces, NDArray[np.int64]]:
+    """Keep the objects of at least ``min_voxels``, ordered by their first voxel in z-y-x order.
+
+    Returns:
+        These (row i: label i + 1), and (n,) the label of each of ``objects``, 0 for those that are too small.
+    """
+    chosen = np.flatnonzero(objects.sizes >= min_voxels)
+    chosen = chosen[np.argsort(objects.first[chosen], kind="stable")]
+    label = np.zeros(len(objects), np.int64)
+    label[chosen] = np.arange(1, len(chosen) + 1)
+    return objects.take(chosen), label
+
+
+def relabel(values: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ``table[values]``, computed in place to avoid a second array of all pieces."""
+    for begin in range(0, len(values), 1 << 20):
+        values[begin : begin + (1 << 20)] = table[values[begin : begin + (1 << 20)]]
+    return values

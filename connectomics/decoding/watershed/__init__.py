@@ -1,1 +1,0 @@
-"""Seeded watershed of volumes of any size, block by block, equal to that of the whole array."""

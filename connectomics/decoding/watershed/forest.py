@@ -1,22 +1,23 @@
-"""The seeded watershed as a minimum spanning forest, whole or from parts of a volume that are looked at one by one.
+"""The seeded watershed as a minimum spanning forest, of a whole array or of parts of a volume.
 
-The definition. Voxels have heights; a voxel comes before another one if it is lower, or as high and first in z-y-x
-order of the volume. Voxels are taken in that order, and each is joined to its neighbours that came before, the first
-of them first, unless both sides hold a seed already. What is joined to a seed is its object (Cousty et al. 2009,
-"Watershed cuts: minimum spanning forests and the drop of water principle"). As no two edges rank alike, the forest is
-one and only, whatever the order of work.
+Definition. Voxels have heights; a voxel comes before another one if it is lower, or as high and earlier in z-y-x order
+of the volume. Voxels are taken in that order. Each is joined to its neighbors that came before, the first of them
+first, unless both sides already hold a seed. All that is joined to a seed is its object (Cousty et al. 2009, "Watershed
+cuts: minimum spanning forests and the drop of water principle"). No two edges rank alike, so the forest is unique,
+whatever the order of work.
 
-Why parts suffice. (1) The first edge of a voxel, or of anything united that holds no seed, is in the forest; so every
-voxel belongs with its lowest neighbour, and water runs down to the bottom of a basin. (2) The last edge of a circle is
-in no forest, where all seeds count as joined from the start. (3) Taking two voxels of one tree for one from the start
-leaves every tree as it is: an edge on the way between them becomes superfluous, and no other. So a part is reduced to
-its basins, each edge between two of them that comes first, by (2) those of them that its own forest needs, and by (1)
-the basins that only have to do with others of the part are united at once. What is left are basins that hold a seed
-or drain into another part (`Fragments`), and joining these is the same algorithm over again.
+Why parts suffice. (1) The first edge of a voxel, or of any united set without a seed, is in the forest; so every voxel
+belongs with its lowest neighbor, and water runs down to the bottom of a basin. (2) The last edge of a cycle is in no
+forest, if all seeds count as joined from the start. (3) Contracting two voxels of one tree from the start leaves every
+tree unchanged: an edge on the way between them becomes superfluous, and no other. So a part is reduced to its basins;
+of the edges between two basins the first is kept; of these, by (2), those that the forest of the part needs; and by (1)
+basins that only touch others of the part are united at once. What is left are basins that hold a seed or drain into
+another part (`Fragments`). The same algorithm joins these.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,20 +25,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.watershed.distance import OUTSIDE
+from connectomics.decoding.blocks.pieces import number_trees
+from connectomics.decoding.cellmap_postprocess import neighbor_steps
+from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, boundary_heights, depth_heights
 from connectomics.geometry import Index
-from connectomics.tasks.lattice import RANK
 
-#: lower than any height: no edge joins two seeds
+#: Lower than any height: no edge joins two seeds.
 NO_FLOOR = int(np.iinfo(np.int32).min)
 
 
 @dataclass(frozen=True)
 class Edges:
-    """Edges between nodes, with what they rank by. 40 bytes each.
+    """Edges between nodes, with what they are ordered by. 40 bytes each.
 
     Attributes:
-        ones, twos: (m,) int64 nodes. worse, better: (m,) int64 number of the voxel in z-y-x order of the volume that
+        ones, twos: (m,) int64 nodes. worse, better: (m,) int64 number (in z-y-x order of the volume) of the voxel that
             comes later and earlier. worse_height, better_height: (m,) int32.
     """
 
@@ -56,14 +58,14 @@ class Edges:
 
 @dataclass(frozen=True)
 class Fragments:
-    """What is left of a part of a volume once everything is united that nothing beyond it can keep apart.
+    """What is left of a part of a volume once all is united that nothing beyond the part can separate.
 
     Attributes:
-        labels: (d, h, w) uint32 fragments 1..n, 0 where nothing is.
+        labels: (d, h, w) uint32 fragments 1..n, 0 background.
         count: n.
         seeded: (n,) bool whether fragment i + 1 holds a seed.
         edges: between fragments (numbers from 1) of this part.
-        cores: (n,) int64 the label of the core that fragment i + 1 holds a voxel of, 0 for none.
+        cores: (n,) int64 label of the core in fragment i + 1, 0 for none.
     """
 
     labels: NDArray[np.uint32]
@@ -75,22 +77,22 @@ class Fragments:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a volume (``begin`` and ``shape`` in voxels of the volume ``whole``) and what is known around it.
+    """A part of a volume with a halo.
 
     Attributes:
-        begin, shape: z y x.
+        begin, shape: voxels of the volume, z y x.
         whole: shape of the volume.
-        around: voxels beyond the part whose heights are known, z y x, at least 1 (fewer only where the volume ends).
+        halo: voxels beyond the part whose heights are known, z y x, at least 1 (fewer only where the volume ends).
     """
 
     begin: Index
     shape: Index
     whole: Index
-    around: Index
+    halo: Index
 
     def grown(self, more: Sequence[int] = (0, 0, 0)) -> tuple[Index, Index]:
-        """First voxel and shape of the part with what is around it and ``more`` voxels on every side."""
-        sides = [a + m for a, m in zip(self.around, more, strict=True)]
+        """Return first voxel and shape of the part with its halo and ``more`` voxels on every side."""
+        sides = [a + m for a, m in zip(self.halo, more, strict=True)]
         z, y, x = (max(0, b - s) for b, s in zip(self.begin, sides, strict=True))
         ends = (min(w, b + n + s) for w, b, n, s in zip(self.whole, self.begin, self.shape, sides, strict=True))
         d, h, w = (e - b for e, b in zip(ends, (z, y, x), strict=True))
@@ -106,16 +108,16 @@ def fragments(
     cores: NDArray[Any] | None = None,
     floor: int = NO_FLOOR,
 ) -> Fragments:
-    """The fragments of a part.
+    """Return the fragments of a part.
 
     Args:
-        height: int32 of ``part.grown()`` with a rim of one voxel of `OUTSIDE`, which also marks what is not flooded.
-        radius: seeds are the voxels that come first of what holds together with them within so many voxels along each
-            axis; at most ``part.around`` voxels.
-        cores: labels (0 none) of ``part.grown()``, every one a seed; in the place of ``radius``, and without a floor.
-        floor: edges between voxels that are no higher join whatever they join, seeds too.
+        height: int32 of ``part.grown()`` with a rim of one voxel of `OUTSIDE`, which marks all that is not flooded.
+        radius: a voxel is a seed if it comes first of all voxels connected to it within so many voxels along each
+            axis; at most the halo.
+        cores: labels (0 none) of ``part.grown()``, each a seed; instead of ``radius``, and without a floor.
+        floor: edges between voxels that are no higher join anything, also seeds.
     """
-    from connectomics.decoding.watershed import forest_kernels as kernels
+    from connectomics.decoding.watershed import basin_kernels, forest_kernels
 
     shape = np.asarray(height.shape, np.int64)
     start, size = part.grown()
@@ -123,37 +125,39 @@ def fragments(
     high = low + part.shape
     ends = zip(start, size, part.whole, strict=True)
     cut = np.asarray([side for b, n, w in ends for side in (b > 0, b + n < w)])
-    steps = np.asarray(_steps(connectivity), np.int64)
+    steps = np.asarray(neighbor_steps(connectivity), np.int64)
     offsets = np.sort(steps @ (shape[1] * shape[2], shape[2], 1))
     flat = height.reshape(-1)
     root = np.zeros(flat.size, np.int32 if flat.size < 1 << 31 else np.int64)
     if cores is not None:
         _plant(cores, root.reshape(height.shape), flat)
-    kernels.descend(flat, shape, offsets, cut, root, OUTSIDE)
-    lowest = kernels.number_basins(root, shape, low, high)
+    basin_kernels.descend(flat, shape, offsets, cut, root, OUTSIDE)
+    lowest = basin_kernels.number_basins(root, shape, low, high)
     n = len(lowest)
     seeded, core = np.zeros(n + 1, np.bool_), np.zeros(n + 1, np.int64)
     if cores is not None:
-        core[1:] = _at(cores, lowest, shape)
+        z, y, x = np.unravel_index(lowest, tuple(shape))
+        core[1:] = cores[z - 1, y - 1, x - 1]
         seeded[:] = core > 0
     elif radius is not None:
         inside = np.flatnonzero(_within(lowest, shape, low, high))
         found = np.zeros(len(inside), np.bool_)
-        kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
+        basin_kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
         seeded[1 + inside[found]] = True
     out_worse, out_better = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-    ones, twos, worse, better = kernels.basin_edges(
+    ones, twos, worse, better = basin_kernels.basin_edges(
         flat, root, shape, offsets, low, high, OUTSIDE, out_worse, out_better
     )
     order = np.lexsort((better, flat[better], worse, flat[worse]))
     parent, kept = np.empty(n + 1, np.int64), np.zeros(len(ones), np.bool_)
-    kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
+    forest_kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
     trees = np.flatnonzero(parent[1:] == np.arange(1, n + 1)) + 1
-    number = kernels.tree_numbers(parent)  # 0 stays 0; trees 1..k in the order of their first voxels
+    number_trees(parent)  # 0 stays 0; trees 1..k in the order of their first voxels
+    number = parent
     held, basins = np.zeros(len(trees) + 1, np.int64), np.flatnonzero(core)
     held[number[basins]] = core[basins]  # one at most: without a floor no edge joins two seeds
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    kernels.rename(root, number)
+    forest_kernels.rename(root, number)
     labels = root.reshape(height.shape)[box]
     labels = labels.view(np.uint32) if root.dtype == np.int32 else labels.astype(np.uint32)
     worse, better = worse[kept], better[kept]
@@ -169,19 +173,13 @@ def fragments(
 
 
 def _plant(cores: NDArray[Any], root: NDArray[Any], flat: NDArray[np.int32]) -> None:
-    """Give every voxel of a core the first voxel of it as its root."""
+    """Make the first voxel of a core the root of all its voxels."""
     where = np.flatnonzero(cores)
     places = np.ravel_multi_index([c + 1 for c in np.unravel_index(where, cores.shape)], root.shape)
     open_ = flat[places] != OUTSIDE
     places, ids = places[open_], cores.reshape(-1)[where[open_]]
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     root.reshape(-1)[places] = places[first][inverse]
-
-
-def _at(cores: NDArray[Any], voxels: NDArray[np.int64], shape: NDArray[np.int64]) -> NDArray[Any]:
-    z, y, x = np.unravel_index(voxels, tuple(shape))
-    found: NDArray[Any] = cores[z - 1, y - 1, x - 1]
-    return found
 
 
 def _within(
@@ -197,6 +195,69 @@ def _numbers(voxels: NDArray[np.int64], shape: NDArray[np.int64], start: Index, 
     return np.asarray((z * whole[1] + y) * whole[2] + x, np.int64)
 
 
-def _steps(connectivity: int) -> list[Index]:
-    every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
-    return [s for s in every if 0 < sum(map(abs, s)) <= RANK[connectivity]]
+# -- whole arrays ------------------------------------------------------------------------------------------------------
+def split(
+    mask: NDArray[np.bool_],
+    connectivity: int,
+    voxel_size: Sequence[float],
+    min_distance: float,
+    max_depth: float = math.inf,
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Split the objects of a mask where they are narrow: a watershed of the distance to the background.
+
+    Args:
+        mask: (D, H, W); what lies beyond the array is neither object nor background.
+        connectivity: 6, 18 or 26.
+        voxel_size: nm, z y x.
+        min_distance: nm; a seed is deepest of all voxels connected to it within this distance along each axis (of
+            equally deep voxels the first in z-y-x order).
+        max_depth: nm; depths are cut off here, and pieces that meet at this depth are one.
+
+    Returns:
+        (D, H, W) pieces 1..n by their first voxel in z-y-x order. Takes about 9 bytes a voxel.
+    """
+    rule = DepthRule.of(voxel_size, max_depth, mask.shape)
+    height = depth_heights(mask, rule, (0, 0, 0), mask.shape)
+    return flood(height, connectivity, voxel_size, min_distance, -rule.cap)
+
+
+def flood(
+    height: NDArray[np.int32], connectivity: int, voxel_size: Sequence[float], min_distance: float, floor: int
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Flood heights (D + 2, H + 2, W + 2) with a rim of `OUTSIDE`; pieces that meet at most at ``floor`` are one.
+
+    Other arguments and result as for `split`.
+    """
+    shape = [n - 2 for n in height.shape]
+    radius = seed_radius(min_distance, voxel_size)
+    return fragments(height, _all(shape), connectivity, radius=radius, floor=floor).labels
+
+
+def grow(
+    mask: NDArray[np.bool_], boundary: NDArray[Any], cores: NDArray[Any], connectivity: int
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Grow cores over a mask; they meet where the boundary probability is highest.
+
+    Args:
+        mask: (D, H, W). boundary: (D, H, W) uint8 or float16, not negative.
+        cores: (D, H, W) ids, 0 none; ignored outside the mask.
+
+    Returns:
+        (D, H, W) ids 1..n by the first voxel in z-y-x order; 0 where the mask is not connected to a core.
+    """
+    part = _all(mask.shape)
+    found = fragments(boundary_heights(mask, boundary), part, connectivity, cores=cores, floor=NO_FLOOR)
+    number = np.zeros(found.count + 1, np.uint32)
+    number[1:][found.seeded] = np.arange(1, int(found.seeded.sum()) + 1)
+    return number[found.labels]
+
+
+def seed_radius(min_distance: float, voxel_size: Sequence[float]) -> Index:
+    """Return the reach of a seed along each axis in voxels, at least 1."""
+    z, y, x = (max(1, math.floor(min_distance / s + 1e-9)) for s in voxel_size)
+    return z, y, x
+
+
+def _all(shape: Sequence[int]) -> Part:
+    z, y, x = (int(n) for n in shape)
+    return Part((0, 0, 0), (z, y, x), (z, y, x), (0, 0, 0))

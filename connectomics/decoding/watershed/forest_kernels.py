@@ -1,9 +1,4 @@
-"""The numba kernels of the seeded forest; see `connectomics.decoding.watershed.forest` for what they compute.
-
-A region's heights lie in one array with a rim of one voxel on every side, ``outside`` where a voxel belongs to nothing;
-voxels are named by their index in it (flat). That order is the z-y-x order of the volume, so comparing two indices
-compares the voxels' numbers there.
-"""
+"""Numba kernels that join basins and fragments to a seeded forest; see `connectomics.decoding.watershed.forest`."""
 
 from __future__ import annotations
 
@@ -13,256 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.union_find import root_of
-
-
-@numba.njit(cache=True, nogil=True)
-def descend(
-    height: NDArray[np.int32],
-    shape: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    cut: NDArray[np.bool_],
-    root: NDArray[Any],
-    outside: int,
-) -> None:
-    """Where a drop of water ends that goes from voxel to lowest neighbour: ``root[v]`` for every voxel v.
-
-    Args:
-        height: (D * H * W,) of the region with its rim. shape: D, H, W.
-        offsets: from a voxel to its neighbours.
-        cut: low z, high z, low y, ...: whether the region goes on there; the outermost voxels then stay where they are,
-            since not all of their neighbours are known.
-        root: (D * H * W,) takes the result; 0 where ``outside``. A voxel of a core must come with the first voxel of
-            its core; all others with 0.
-    """
-    depth, rows, columns = shape
-    for z in range(1, depth - 1):
-        for y in range(1, rows - 1):
-            edge = (
-                (z == 1 and cut[0]) or (z == depth - 2 and cut[1]) or (y == 1 and cut[2]) or (y == rows - 2 and cut[3])
-            )
-            for x in range(1, columns - 1):
-                v = (z * rows + y) * columns + x
-                lowest = height[v]
-                if lowest == outside or root[v] != 0:
-                    continue
-                best = v
-                if not (edge or (x == 1 and cut[4]) or (x == columns - 2 and cut[5])):
-                    for offset in offsets:
-                        n = v + offset
-                        h = height[n]
-                        if h < lowest or (h == lowest and n < best):
-                            lowest, best = h, n
-                root[v] = best
-    for v in range(len(root)):
-        end = root[v]
-        if end == 0:
-            continue
-        while root[end] != end:
-            end = root[end]
-        at = v
-        while root[at] != end:
-            root[at], at = end, root[at]
-
-
-@numba.njit(cache=True, nogil=True)
-def number_basins(
-    root: NDArray[Any], shape: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Turn roots, in place, into basins 1..n by their first voxel in the box from ``low`` to ``high`` (without).
-
-    0 for a basin that has no voxel there. Returns the lowest voxel of each basin (n,).
-    """
-    n = 0
-    _, rows, columns = shape
-    for z in range(low[0], high[0]):
-        for y in range(low[1], high[1]):
-            for x in range(low[2], high[2]):
-                at = root[(z * rows + y) * columns + x]
-                if at > 0 and root[at] > 0:
-                    n += 1
-                    root[at] = -n  # a root tells its number by its sign; all others still name their root
-    lowest = np.empty(n, np.int64)
-    for v in range(len(root)):
-        at = root[v]
-        if at < 0:
-            lowest[-at - 1] = v
-        elif at > 0:
-            root[v] = min(root[at], 0)
-    for v in range(len(root)):
-        root[v] = -root[v]
-    return lowest
-
-
-@numba.njit(cache=True, nogil=True)
-def peaks(
-    height: NDArray[np.int32],
-    shape: NDArray[np.int64],
-    steps: NDArray[np.int64],
-    radius: NDArray[np.int64],
-    candidates: NDArray[np.int64],
-    outside: int,
-    found: NDArray[np.bool_],
-) -> None:
-    """Which of some voxels are the lowest of what holds together with them in the box of ``radius`` around them.
-
-    Args:
-        steps: (k, 3) from a voxel to its neighbours, z y x. radius: voxels, z y x.
-        candidates: (n,) voxels; the volume ends where their boxes leave the region. found: (n,) takes the answer.
-    """
-    depth, rows, columns = shape
-    rz, ry, rx = radius
-    by, bx = 2 * ry + 1, 2 * rx + 1
-    size = (2 * rz + 1) * by * bx
-    seen = np.full(size, -1, np.int64)
-    queue = np.empty(size, np.int64)
-    for i in range(len(candidates)):
-        v = candidates[i]
-        z, y, x = v // (rows * columns), v // columns % rows, v % columns
-        own = height[v]
-        lower = False  # anywhere in the box? Most often that decides it
-        for nz in range(max(1, z - rz), min(depth - 1, z + rz + 1)):
-            for ny in range(max(1, y - ry), min(rows - 1, y + ry + 1)):
-                row = (nz * rows + ny) * columns
-                for n in range(row + max(1, x - rx), row + min(columns - 1, x + rx + 1)):
-                    if height[n] < own or (height[n] == own and n < v):
-                        lower = True
-                        break
-                if lower:
-                    break
-            if lower:
-                break
-        if not lower:
-            found[i] = True
-            continue
-        middle = (rz * by + ry) * bx + rx
-        seen[middle] = i
-        queue[0] = middle
-        first, last, reached = 0, 1, False
-        while first < last and not reached:
-            at = queue[first]
-            first += 1
-            dz, dy, dx = at // (by * bx), at // bx % by, at % bx
-            for k in range(len(steps)):
-                ez, ey, ex = dz + steps[k, 0], dy + steps[k, 1], dx + steps[k, 2]
-                if ez < 0 or ez > 2 * rz or ey < 0 or ey >= by or ex < 0 or ex >= bx:
-                    continue
-                nz, ny, nx = z + ez - rz, y + ey - ry, x + ex - rx
-                if nz < 1 or nz >= depth - 1 or ny < 1 or ny >= rows - 1 or nx < 1 or nx >= columns - 1:
-                    continue
-                n = (nz * rows + ny) * columns + nx
-                to = (ez * by + ey) * bx + ex
-                if height[n] == outside or seen[to] == i:
-                    continue
-                if height[n] < own or (height[n] == own and n < v):
-                    reached = True
-                    break
-                seen[to] = i
-                queue[last] = to
-                last += 1
-        found[i] = not reached
-
-
-@numba.njit(cache=True, nogil=True)
-def below(height: NDArray[np.int32], a: int, b: int) -> bool:
-    """Whether voxel a comes before voxel b: it is lower, or as high and first."""
-    return height[a] < height[b] or (height[a] == height[b] and a < b)
-
-
-@numba.njit(cache=True, nogil=True)
-def before(height: NDArray[np.int32], worse: int, better: int, worse2: int, better2: int) -> bool:
-    """Whether the edge between ``worse`` and ``better`` comes before the other one."""
-    if worse != worse2:
-        return below(height, worse, worse2)
-    return below(height, better, better2)
-
-
-@numba.njit(cache=True, nogil=True)
-def slot(keys: NDArray[np.int64], key: Any) -> Any:
-    """Where a key is in the table, or the free place for it."""
-    mask = len(keys) - 1
-    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    at = np.int64(mixed >> np.uint64(20)) & mask
-    while keys[at] != -1 and keys[at] != key:
-        at = (at + 1) & mask
-    return at
-
-
-@numba.njit(cache=True, nogil=True)
-def basin_edges(
-    height: NDArray[np.int32],
-    label: NDArray[Any],
-    shape: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    outside: int,
-    out_worse: NDArray[np.int64],
-    out_better: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """The first edge between every two basins that touch in the box from ``low`` to ``high`` (without).
-
-    Args:
-        out_worse, out_better: (n + 1,) zeros; take the first edge of every basin to a voxel beyond the box.
-
-    Returns:
-        The two basins, the worse and the better voxel of each edge (m,).
-    """
-    _, rows, columns = shape
-    keys = np.full(1 << 12, -1, np.int64)
-    worse, better = np.empty(1 << 12, np.int64), np.empty(1 << 12, np.int64)
-    count = 0
-    near, lowest = np.empty(len(offsets), np.int64), np.empty(len(offsets), np.int64)
-    for z in range(low[0], high[0]):
-        for y in range(low[1], high[1]):
-            rim = z == low[0] or z == high[0] - 1 or y == low[1] or y == high[1] - 1
-            for x in range(low[2], high[2]):
-                v = (z * rows + y) * columns + x
-                own = label[v]
-                if own == 0:
-                    continue
-                border = rim or x == low[2] or x == high[2] - 1
-                number = 0
-                for offset in offsets:
-                    n = v + offset
-                    if border:
-                        nz, ny, nx = n // (rows * columns), n // columns % rows, n % columns
-                        if nz < low[0] or nz >= high[0] or ny < low[1] or ny >= high[1] or nx < low[2] or nx >= high[2]:
-                            if height[n] != outside:
-                                w, b = (v, n) if below(height, n, v) else (n, v)
-                                if out_worse[own] == 0 or before(height, w, b, out_worse[own], out_better[own]):
-                                    out_worse[own], out_better[own] = w, b
-                            continue
-                    other = label[n]
-                    if other == own or other == 0 or not below(height, n, v):
-                        continue
-                    for i in range(number):
-                        if near[i] == other:
-                            if below(height, n, lowest[i]):
-                                lowest[i] = n
-                            break
-                    else:
-                        near[number], lowest[number] = other, n
-                        number += 1
-                for i in range(number):
-                    key = (np.int64(min(own, near[i])) << 32) | np.int64(max(own, near[i]))
-                    at = slot(keys, key)
-                    if keys[at] == -1:
-                        keys[at], worse[at], better[at] = key, v, lowest[i]
-                        count += 1
-                    elif before(height, v, lowest[i], worse[at], better[at]):
-                        worse[at], better[at] = v, lowest[i]
-                if 2 * count > len(keys):
-                    old_keys, old_worse, old_better = keys, worse, better
-                    keys = np.full(4 * len(keys), -1, np.int64)
-                    worse, better = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
-                    for k in range(len(old_keys)):
-                        if old_keys[k] != -1:
-                            at = slot(keys, old_keys[k])
-                            keys[at], worse[at], better[at] = old_keys[k], old_worse[k], old_better[k]
-    chosen = np.flatnonzero(keys != -1)
-    both = keys[chosen]
-    return both >> 32, both & 0xFFFFFFFF, worse[chosen], better[chosen]
+from connectomics.decoding.blocks.component_kernels import root_of
+from connectomics.decoding.watershed.basin_kernels import before, slot
 
 
 @numba.njit(cache=True, nogil=True)
@@ -345,23 +92,94 @@ def join_seeded(
 
 
 @numba.njit(cache=True, nogil=True)
-def tree_numbers(parent: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The number 0..k-1 of every node's tree, in the order of the roots, each of which has the least number of its
-    tree."""
-    number = np.empty(len(parent), np.int64)
-    k = 0
-    for node in range(len(parent)):
-        if parent[node] == node:
-            number[node] = k
-            k += 1
-        else:
-            number[node] = number[parent[node]]
-    return number
-
-
-@numba.njit(cache=True, nogil=True)
 def rename(values: NDArray[Any], table: NDArray[np.int64]) -> None:
     """``table[values]`` in place."""
     for i in range(len(values)):
         if values[i] != 0:
             values[i] = table[values[i]]
+
+
+@numba.njit(cache=True, nogil=True)
+def border_edges(
+    low: NDArray[np.uint32],
+    high: NDArray[np.uint32],
+    low_height: NDArray[np.int32],
+    high_height: NDArray[np.int32],
+    low_number: NDArray[np.int64],
+    high_number: NDArray[np.int64],
+    reach: int,
+) -> tuple[
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int64],
+    NDArray[np.int32],
+    NDArray[np.int32],
+]:
+    """The first edge between every two labels that touch across a border between blocks.
+
+    Args:
+        low, high: (h, w) labels on its two sides, 0 nothing; with the voxels' heights and numbers in the volume.
+        reach: largest sum of the steps along both axes between voxels that are neighbors.
+
+    Returns:
+        The labels on both sides, the number of the worse and of the better voxel, their heights; each (m,).
+    """
+    keys = np.full(1 << 10, -1, np.int64)
+    numbers = np.empty((1 << 10, 2), np.int64)
+    levels = np.empty((1 << 10, 2), np.int32)
+    count = 0
+    rows, columns = low.shape
+    side = min(reach, 1)
+    for y in range(rows):
+        for x in range(columns):
+            if low[y, x] == 0:
+                continue
+            here, h = low_number[y, x], low_height[y, x]
+            for v in range(max(0, y - side), min(rows, y + side + 1)):
+                for u in range(max(0, x - side), min(columns, x + side + 1)):
+                    if high[v, u] == 0 or abs(v - y) + abs(u - x) > reach:
+                        continue
+                    there, g = high_number[v, u], high_height[v, u]
+                    if h < g or (h == g and here < there):
+                        worse, better, worse_height, better_height = there, here, g, h
+                    else:
+                        worse, better, worse_height, better_height = here, there, h, g
+                    key = (np.int64(low[y, x]) << 32) | np.int64(high[v, u])
+                    at = slot(keys, key)
+                    if keys[at] == -1:
+                        keys[at] = key
+                        count += 1
+                    elif not (
+                        worse_height < levels[at, 0]
+                        or (worse_height == levels[at, 0] and worse < numbers[at, 0])
+                        or (
+                            worse == numbers[at, 0]
+                            and (
+                                better_height < levels[at, 1]
+                                or (better_height == levels[at, 1] and better < numbers[at, 1])
+                            )
+                        )
+                    ):
+                        continue
+                    numbers[at, 0], numbers[at, 1] = worse, better
+                    levels[at, 0], levels[at, 1] = worse_height, better_height
+            if 4 * count > len(keys):
+                old_keys, old_numbers, old_levels = keys, numbers, levels
+                keys = np.full(4 * len(keys), -1, np.int64)
+                numbers = np.empty((len(keys), 2), np.int64)
+                levels = np.empty((len(keys), 2), np.int32)
+                for k in range(len(old_keys)):
+                    if old_keys[k] != -1:
+                        at = slot(keys, old_keys[k])
+                        keys[at], numbers[at], levels[at] = old_keys[k], old_numbers[k], old_levels[k]
+    chosen = np.flatnonzero(keys != -1)
+    both = keys[chosen]
+    return (
+        both >> 32,
+        both & 0xFFFFFFFF,
+        numbers[chosen, 0],
+        numbers[chosen, 1],
+        levels[chosen, 0],
+        levels[chosen, 1],
+    )

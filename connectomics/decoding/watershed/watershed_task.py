@@ -1,4 +1,4 @@
-"""The watershed on distances block by block: one frozen value, saved beside its output."""
+"""The watershed block by block."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.foreground import Foreground
-from connectomics.decoding.blocks.stitched import Labelled, StitchedTask
-from connectomics.decoding.blocks.stored import StoredBlocks
-from connectomics.decoding.watershed.distance import DepthRule, heights
-from connectomics.decoding.watershed.forest import Part, fragments
-from connectomics.decoding.watershed.heads import StoredHead
+from connectomics.decoding.blocks.pieces import StoredBlocks
+from connectomics.decoding.blocks.stitched_task import Labeled, StitchedTask
+from connectomics.decoding.prediction import Foreground, StoredHead
+from connectomics.decoding.watershed.forest import Part, fragments, seed_radius
+from connectomics.decoding.watershed.heights import DepthRule, depth_heights
 from connectomics.decoding.watershed.stitch import join, to_store
-from connectomics.decoding.watershed.whole import seed_radius
-from connectomics.errors import ConfigError
 from connectomics.geometry import Index
 from connectomics.tasks.block_task import Cost
 
@@ -28,51 +25,40 @@ BLOCK = (192, 192, 192)
 
 @dataclass(frozen=True)
 class WatershedTask(StitchedTask):
-    """One class's objects, cut where they are narrow, or where a head sees a border (``parameters.height``).
+    """The objects of a class, split where they are narrow, or where a head sees a border (``parameters.height``).
 
-    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary class) on the
-    whole array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and so far
-    beyond a block (and the seeds' reach) its probabilities are read.
-
-    Raises:
-        ConfigError: another method.
+    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary) on the whole
+    array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and probabilities
+    are read this far (and the reach of the seeds) beyond a block.
     """
 
     kind: ClassVar[str] = "watershed"
+    methods: ClassVar[tuple[str, ...]] = ("watershed",)
 
     block_shape: Index = BLOCK
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.parameters.method != "watershed":
-            raise ConfigError(
-                f"a watershed of {self.class_name}: expected method watershed, found {self.parameters.method}"
-            )
 
     def check_input(self) -> None:
         foreground = self.open_foreground()
         if self.parameters.height == "distance":
-            StoredHead.open(foreground.source, self.parameters.height)
+            StoredHead.open(foreground.source, "distance")
 
-    def open_labeller(self) -> Callable[[int], Labelled]:
-        foreground, lattice, radius = self.open_foreground(), self.lattice, self._radius
-        height_of, floor = self._open_heights(foreground)
+    def open_labeler(self) -> Callable[[int], Labeled]:
+        lattice, radius = self.lattice, self._radius
+        height_of, floor = self._open_heights(self.open_foreground())
         connectivity = self.parameters.connectivity
 
-        def label(number: int) -> Labelled:
+        def label(number: int) -> Labeled:
             part = Part(*lattice.region(number), lattice.shape, radius)
-            start, _ = part.grown()
             height = height_of(part)
             found = fragments(height, part, connectivity, radius=radius, floor=floor)
-            own = tuple(slice(b - s + 1, b - s + 1 + n) for b, s, n in zip(part.begin, start, part.shape, strict=True))
-            return Labelled(found.labels, found.count, to_store(found, height[own]))
+            return Labeled(found.labels, found.count, to_store(found, height, part))
 
         return label
 
     def _open_heights(self, foreground: Foreground) -> tuple[Callable[[Part], NDArray[np.int32]], int]:
-        """What gives the heights of a part with what is around it, and the height at which pieces are one."""
+        """Return what gives the heights of a part with its halo, and the floor at which pieces are one."""
         if self.parameters.height == "distance":
-            head = StoredHead.open(foreground.source, self.parameters.height)
+            head = StoredHead.open(foreground.source, "distance")
             learned = head.rule(self.parameters.max_depth_nm)
 
             def of_head(part: Part) -> NDArray[np.int32]:
@@ -85,7 +71,7 @@ class WatershedTask(StitchedTask):
             begin, shape = part.grown(rule.halo)
             mask = foreground.cores(begin, shape)
             start, size = part.grown()
-            return heights(mask, rule, [a - b for a, b in zip(start, begin, strict=True)], size)
+            return depth_heights(mask, rule, [a - b for a, b in zip(start, begin, strict=True)], size)
 
         return of_mask, -rule.cap
 

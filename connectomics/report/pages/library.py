@@ -9,8 +9,8 @@ from typing import Any
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.decoding.decode import find_arrays
-from connectomics.decoding.unknown import unknown_share
+from connectomics.decoding.label_artifact import unknown_share
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import ConnectomicsError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store

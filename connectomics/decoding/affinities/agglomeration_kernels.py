@@ -1,6 +1,6 @@
-"""Mean-affinity agglomeration on one array: the numba kernels (apart, so that importing the package imports no numba).
+"""Numba kernels of mean-affinity agglomeration on one array.
 
-Fragments: of the edges to its six neighbours every voxel takes the strongest, and what is so linked is a fragment (the
+Fragments: of the edges to its six neighbors every voxel takes the strongest, and what is so linked is a fragment (the
 first step of O. Boruvka's minimum spanning tree; basins of an edge-weighted graph). Between fragments that touch, the
 mean of all affinities across their common face is the score, and the pair with the highest is united again and again
 until none is above the threshold; faces that come together by that are averaged as one. Source of the second step:
@@ -17,8 +17,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.mutex import _EMPTY, pair_key, slot_of
-from connectomics.decoding.union_find import root_of, unite
+from connectomics.decoding.affinities.mutex_kernels import _EMPTY, pair_key, slot_of
+from connectomics.decoding.blocks.component_kernels import root_of, unite
 
 
 @numba.njit(cache=True, nogil=True)
@@ -129,14 +129,14 @@ def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArr
 
 @numba.njit(cache=True, nogil=True)
 def merge_regions(
-    ends: NDArray[np.int32], sums: NDArray[np.int64], counts: NDArray[np.int64], number: int, least: float
+    ends: NDArray[np.int32], sums: NDArray[np.int64], counts: NDArray[np.int64], number: int, limit: float
 ) -> Any:
-    """Unite the pair of regions with the highest mean, again and again, as long as that is above ``least``.
+    """Unite the pair of regions with the highest mean, again and again, as long as that is above ``limit``.
 
     Args:
         ends: (m, 2) pairs of regions 1..number, each pair once.
         sums, counts: (m,) of the values across the pair's face; changed in place.
-        least: a mean of values.
+        limit: a mean of values.
 
     Returns:
         (parent, alive): the forest over 0..number (a root is its own parent), and (m,) whether a pair is still one:
@@ -162,7 +162,7 @@ def merge_regions(
         for side in range(2):
             _append(head, tail, after, ends[e, side], 2 * e + side)
             degree[ends[e, side]] += 1
-        if sums[e] > least * counts[e]:
+        if sums[e] > limit * counts[e]:
             heap.append((-sums[e] / counts[e], np.int64(e), np.int64(0)))
     heapq.heapify(heap)
     while len(heap) > 0:
@@ -198,7 +198,7 @@ def merge_regions(
                     counts[kept] += counts[f]
                     alive[f] = False
                     version[kept] += 1
-                    if sums[kept] > least * counts[kept]:
+                    if sums[kept] > limit * counts[kept]:
                         heapq.heappush(heap, (-sums[kept] / counts[kept], kept, np.int64(version[kept])))
                 else:
                     used += table[slot] != key

@@ -1,19 +1,19 @@
-"""The base of every segmentation that is made block by block and stitched.
+"""Segmentations that are made block by block and stitched; among them connected components.
 
-The blocks of the stage ``label`` are segmented each for itself; then the leading process unites the pieces of
-neighbouring blocks to objects (`StitchedTask.unite`), fills their holes where that is asked for, drops small ones, and
-numbers the rest 1..n by their first voxel in z-y-x order; the blocks of the stage ``write`` get the objects' labels.
-With walls (a boundary class, or a head of boundaries) these are cores, found where there is no wall: the stage
-``cores`` writes them, and the stage ``grow`` grows them back over the walls, as
-`connectomics.decoding.decode.decode_between` does.
-Until it is finished everything lies in a hidden folder beside the output, which takes the output's place at the end::
+In the stage ``label`` every block is segmented alone. The leading process then unites the pieces of neighboring blocks
+to objects (`StitchedTask.unite`), fills their holes if asked, drops small ones, and numbers the rest 1..n by their
+first voxel in z-y-x order. In the stage ``write`` the blocks get the labels of the objects. With a boundary (a class or
+a head) these objects are cores, found where there is no boundary: the stage ``cores`` writes them, and the stage
+``grow`` grows them back over the boundary, as `connectomics.decoding.decode.decode_between` does.
+
+The unfinished output::
 
     .{class}.partial/task.json            the task; beside it the done-maps of the run
-    .{class}.partial/.blocks/labels       labels 1..k of every block for itself, uint32 Zarr
+    .{class}.partial/.blocks/labels       labels 1..k of every block, uint32 Zarr
     .{class}.partial/.blocks/{stage}/N    what block N leaves for later stages (`StoredBlocks`)
-    .{class}.partial/.blocks/labels_of    the object's label of every piece, 0 where it is too small
+    .{class}.partial/.blocks/labels_of    the object label of every piece, 0 if it is too small
     .{class}.partial/.blocks/objects_of_labels   the table of the objects
-    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with walls: the cores' labels, and
+    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with a boundary: the labels of the cores, and
                                           what grows, as above
     .{class}.partial/s0, instances.csv    the output
 """
@@ -25,32 +25,40 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.foreground import Foreground
-from connectomics.decoding.blocks.holes import cut, fill, leave
+from connectomics.decoding.blocks.holes import block_parts, fill, store_parts
 from connectomics.decoding.blocks.labels_task import LabelsTask
-from connectomics.decoding.blocks.merge import gathered, number_trees, numbered, renamed, unite_touching
-from connectomics.decoding.blocks.pieces import Pieces, faces_of
-from connectomics.decoding.blocks.stored import StoredBlocks
-from connectomics.decoding.blocks.table import write_tables
-from connectomics.decoding.cellmap_postprocess import narrowest_unsigned
-from connectomics.errors import ConfigError, WriteError
+from connectomics.decoding.blocks.pieces import (
+    Pieces,
+    StoredBlocks,
+    faces_of,
+    gathered,
+    number_trees,
+    numbered,
+    relabel,
+    unite_touching,
+)
+from connectomics.decoding.cellmap_postprocess import components, narrowest_unsigned
+from connectomics.decoding.label_artifact import write_tables
+from connectomics.decoding.prediction import Foreground
+from connectomics.decoding.watershed.stitch import grown_block, grown_objects
+from connectomics.errors import WriteError
 from connectomics.io.write import ArrayWriter, create_array
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """One block, segmented.
+class Labeled:
+    """One segmented block.
 
     Attributes:
         labels: (d, h, w) uint32, 0 background, 1..count.
-        count: the largest label that there may be.
-        extra: further arrays that are stored with the block for later stages, by name (`StoredBlocks.load`).
+        count: the largest label that may occur.
+        extra: arrays that are stored with the block for later stages, by name (`StoredBlocks.load`).
     """
 
     labels: NDArray[np.uint32]
@@ -60,47 +68,41 @@ class Labelled:
 
 @dataclass(frozen=True)
 class StitchedTask(LabelsTask):
-    """A segmentation of one class: see the module. A subclass gives `open_labeller`, and `unite` where its pieces do
-    not simply belong together when they touch."""
+    """A segmentation of one class. A subclass defines `open_labeler`, and `unite` if touching pieces may be apart."""
 
-    # -- what a subclass says ----------------------------------------------------------------------------------------
+    # -- what a subclass defines -------------------------------------------------------------------------------------
     @abstractmethod
-    def open_labeller(self) -> Callable[[int], Labelled]:
-        """What segments a block, by its number; made once in each process that works on the stage ``label``."""
+    def open_labeler(self) -> Callable[[int], Labeled]:
+        """Return what segments a block, by its number; made once in each process of the stage ``label``."""
 
     def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
-        """Which pieces belong together, in the leading process, from what the stages before have stored.
+        """Find the pieces that belong together, in the leading process.
 
         Returns:
-            (nodes,) a forest as `connectomics.decoding.blocks.merge.unite_touching` gives it, which is what this does
-            with the connectivity of the parameters. Begin with ``np.arange(blocks.offsets[-1])`` and use `unite_pairs`.
+            (nodes,) a forest as `unite_touching` gives it.
         """
         return unite_touching(blocks, self.parameters.connectivity)
-
-    def open_stage(self, stage: str) -> Worker:
-        """A worker for a stage of the subclass's own (named in its `stages`)."""
-        raise ConfigError(f"{self.kind} has no stage {stage!r}")
 
     # -- its life ----------------------------------------------------------------------------------------------------
     def check_input(self) -> None:
         self.open_foreground()
 
     def open_foreground(self) -> Foreground:
-        """What is segmented, opened."""
+        """Open what is segmented."""
         return Foreground.open(self.input, self.parameters)
 
     def stored(self, stage: str = "label") -> StoredBlocks:
-        """What the blocks of a stage leave for later ones."""
+        """Return what the blocks of a stage leave for later ones."""
         return StoredBlocks(self.lattice, self.scratch / stage)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        return ("label", "cores", "grow", "write") if self.parameters.has_walls else ("label", "write")
+        return ("label", "cores", "grow", "write") if self.parameters.has_boundary else ("label", "write")
 
     def prepare(self, stage: str) -> None:
         if self.is_complete:
             return
-        # the array comes last: where it is there, so is all else
+        # each array is made last: if it exists, all else does
         if stage == "label":
             self._create("labels", np.dtype(np.uint32))
         if stage == "cores" and not self._is_there("cores"):
@@ -108,26 +110,24 @@ class StitchedTask(LabelsTask):
         if stage == "grow":
             self._create("parts", np.dtype(np.uint32))
         if stage == "write" and not self.has_labels:
-            objects = len(self._grown() if self.parameters.has_walls else self._united())
-            self.create_labels(
-                narrowest_unsigned(objects) if self.parameters.kind == "instance" else np.dtype(np.uint8)
-            )
+            objects = len(self._grown() if self.parameters.has_boundary else self._united())
+            instances = self.parameters.kind == "instance"
+            self.create_labels(narrowest_unsigned(objects) if instances else np.dtype(np.uint8))
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
+        fills = self.parameters.fill_holes
         if stage == "label":
-            return nullcontext(_LabelWorker(self, stage, self.open_labeller(), "labels", self.parameters.fill_holes))
+            return nullcontext(_LabelWorker(self, stage, self.open_labeler(), "labels", fills))
         if stage == "cores":
-            return nullcontext(_WriteWorker(self, "labels", self.scratch / "cores", self.parameters.fill_holes))
+            return nullcontext(_WriteWorker(self, "labels", self.scratch / "cores", fills))
         if stage == "grow":
             return nullcontext(_LabelWorker(self, stage, self._open_grower(), "parts", False))
-        if stage == "write" and self.parameters.has_walls:
+        if self.parameters.has_boundary:
             return nullcontext(_WriteWorker(self, "parts", self.folder / "s0", False))
-        if stage == "write":
-            return nullcontext(_WriteWorker(self, "labels", self.folder / "s0", self.parameters.fill_holes))
-        return nullcontext(self.open_stage(stage))
+        return nullcontext(_WriteWorker(self, "labels", self.folder / "s0", fills))
 
     def conclude(self) -> int:
-        array = "parts" if self.parameters.has_walls else "labels"
+        array = "parts" if self.parameters.has_boundary else "labels"
         objects = Pieces(**load_mapped(self.scratch / f"objects_of_{array}"))
         if self.parameters.kind == "semantic":
             return min(len(objects), 1)
@@ -139,7 +139,7 @@ class StitchedTask(LabelsTask):
         if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
         if stage == "grow":
-            return Cost(read=6 * voxels, written=4 * voxels, memory=75 * voxels)  # of walls that are all noise
+            return Cost(read=6 * voxels, written=4 * voxels, memory=75 * voxels)  # if the boundary is all noise
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
 
     # -- within ------------------------------------------------------------------------------------------------------
@@ -150,26 +150,38 @@ class StitchedTask(LabelsTask):
         if not self._is_there(array):
             create_array(self.scratch / array, self.grid.shape, dtype, chunks=self.chunks)
 
-    def _open_grower(self) -> Callable[[int], Labelled]:
-        from connectomics.decoding.watershed.grow import grown_block
-
+    def _open_grower(self) -> Callable[[int], Labeled]:
         foreground, lattice, connectivity = self.open_foreground(), self.lattice, self.parameters.connectivity
         cores = ArrayWriter.open(self.scratch / "cores")
 
-        def grow(number: int) -> Labelled:
+        def grow(number: int) -> Labeled:
             found, extra = grown_block(foreground, cores, lattice, number, connectivity)
-            return Labelled(found.labels, found.count, extra)
+            return Labeled(found.labels, found.count, extra)
 
         return grow
 
     def _grown(self) -> Pieces:
-        """Give what has grown its cores' objects, and number these; stores what the stage ``write`` needs."""
-        from connectomics.decoding.watershed.grow import grown_objects
-
+        """Unite what has grown from each core; store what the stage ``write`` needs."""
         blocks = self.stored("grow")
         cores = len(load_mapped(self.scratch / "objects_of_labels")["sizes"])
         kept, label_of = grown_objects(blocks, self.parameters.connectivity, cores)
         self._keep("parts", kept, label_of, blocks)
+        return kept
+
+    def _united(self) -> Pieces:
+        """Unite the pieces, fill the holes, number the objects; store what the next stage needs."""
+        blocks = self.stored()
+        trees = self.unite(blocks)
+        n = number_trees(trees)
+        if self.parameters.fill_holes:
+            parts, at = self.stored("holes"), blocks.offsets
+            objects, object_of = fill(parts, lambda k: trees[at[k] : at[k + 1]], self.parameters.connectivity, n)
+            blocks = parts
+        else:
+            objects, object_of = gathered(blocks, trees, n), trees
+        kept, label = numbered(objects, self.parameters.min_voxels(self.grid.voxel_size))
+        # the background, -1, reads the last entry
+        self._keep("labels", kept, relabel(object_of, np.concatenate((label, [0]))), blocks)
         return kept
 
     def _keep(self, array: str, objects: Pieces, label_of: NDArray[np.int64], blocks: StoredBlocks) -> None:
@@ -177,29 +189,12 @@ class StitchedTask(LabelsTask):
         save_mapped(self.scratch / f"{array}_of", label_of=label_of, offsets=blocks.offsets)
         save_mapped(self.scratch / f"objects_of_{array}", **objects.columns)
 
-    def _united(self) -> Pieces:
-        """Unite the pieces, fill the holes, number the objects; stores what the next stage needs."""
-        blocks = self.stored()
-        trees = self.unite(blocks)
-        n = number_trees(trees)
-        if self.parameters.fill_holes:
-            parts, at = self.stored("holes"), blocks.offsets
-            filled = fill(parts, lambda k: trees[at[k] : at[k + 1]], self.parameters.connectivity, n)
-            objects, object_of, blocks = filled.objects, filled.object_of, parts
-        else:
-            objects, object_of = gathered(blocks, trees, n), trees
-        kept, label = numbered(objects, self.parameters.min_voxels(self.grid.voxel_size))
-        # the last entry is where the background's -1 leads
-        label_of = renamed(object_of, np.concatenate((label, [0])))
-        self._keep("labels", kept, label_of, blocks)
-        return kept
-
 
 class _LabelWorker(BlockWorker):
-    """Segments blocks, each for itself."""
+    """Segments blocks, each alone."""
 
     def __init__(
-        self, task: StitchedTask, stage: str, label: Callable[[int], Labelled], array: str, fill_holes: bool
+        self, task: StitchedTask, stage: str, label: Callable[[int], Labeled], array: str, fill_holes: bool
     ) -> None:
         self._label = label
         self._stored, self._holes = task.stored(stage), task.stored("holes")
@@ -211,16 +206,16 @@ class _LabelWorker(BlockWorker):
         begin, _ = lattice.region(number)
         block = self._label(number)
         pieces = Pieces.measured(block.labels, block.count, begin, lattice.shape)
-        if block.count:  # or the fill value, zero, says the same
+        if block.count:  # else the fill value, zero, says the same
             self._labels.write(begin, block.labels)
         count = {"count": np.asarray(block.count)}
         self._stored.save(number, {**count, **pieces.columns, **faces_of(block.labels), **block.extra})
         if self._fill:
-            leave(self._holes, number, cut(block.labels, self._connectivity), self._connectivity)
+            store_parts(self._holes, number, block.labels, self._connectivity)
 
 
 class _WriteWorker(BlockWorker):
-    """Gives the pieces of an array of blocks the labels of their objects."""
+    """Gives the pieces in an array of blocks the labels of their objects."""
 
     def __init__(self, task: StitchedTask, array: str, into: Path, fill_holes: bool) -> None:
         self._lattice = task.lattice
@@ -238,8 +233,8 @@ class _WriteWorker(BlockWorker):
         table = np.concatenate(([0], found)).astype(self._writer.dtype)
         if table.any():
             labels = self._labels.read(begin, shape)
-            if self._fill:  # what holds is known of its parts
-                labels = cut(labels, self._parameters.connectivity).labels
+            if self._fill:  # the table is by parts then
+                labels, _ = block_parts(labels, self._parameters.connectivity)
             self._writer.write(begin, table[labels])
         else:
             self._writer.write(begin, np.zeros(shape, self._writer.dtype))
@@ -256,5 +251,40 @@ def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_mapped(folder: Path) -> dict[str, NDArray[Any]]:
-    """What `save_mapped` stored, mapped: only what is used is read, and all processes of a machine share it."""
+    """Memory-map what `save_mapped` stored: only what is used is read, and processes of a machine share it."""
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+@dataclass(frozen=True)
+class ComponentsTask(StitchedTask):
+    """Connected components of the probabilities of a class, or the mask of those kept (method ``threshold``).
+
+    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary) on the whole
+    array, number by number, whatever the blocks.
+    """
+
+    kind: ClassVar[str] = "components"
+    methods: ClassVar[tuple[str, ...]] = ("cc3d", "threshold")
+
+    def open_labeler(self) -> Callable[[int], Labeled]:
+        foreground, lattice = self.open_foreground(), self.lattice
+        min_voxels = self.parameters.min_voxels(foreground.source.levels[0].grid.voxel_size)
+
+        def label(number: int) -> Labeled:
+            begin, shape = lattice.region(number)
+            found = components(foreground.cores(begin, shape), self.parameters.connectivity)
+            labels = found.astype(np.uint32, copy=False)
+            n = int(labels.max())
+            if self.parameters.fill_holes:  # small ones may hold a cavity, or lie in one
+                return Labeled(labels, n)
+            pieces = Pieces.measured(labels, n, begin, lattice.shape)
+            small = pieces.inside(begin, shape, lattice.shape) & (pieces.sizes < min_voxels)
+            if small.any():  # whole and too small: no other block can change that
+                n -= int(small.sum())
+                table = np.zeros(len(small) + 1, np.uint32)
+                table[1:][~small] = np.arange(1, n + 1)
+                for plane in labels:  # in place
+                    plane[...] = table[plane]
+            return Labeled(labels, n)
+
+        return label

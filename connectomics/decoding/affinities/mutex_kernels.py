@@ -1,4 +1,4 @@
-"""Mutex watershed on one array: the numba kernel (apart, so that importing the package does not import numba).
+"""Numba kernels of the mutex watershed on one array.
 
 Every pair of voxels that an offset joins is an edge of signed weight. Edges are taken by falling magnitude: a positive
 one unites the clusters of its ends unless something stronger keeps them apart, a negative one keeps them apart from
@@ -18,7 +18,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.union_find import root_of
+from connectomics.decoding.blocks.component_kernels import root_of
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -36,7 +36,7 @@ def pair_key(a: Any, b: Any) -> Any:
 def slot_of(table: NDArray[np.uint64], key: Any) -> Any:
     """Where ``key`` is in a hash table whose length is a power of two, or the free place where it belongs."""
     mask = np.uint64(len(table) - 1)
-    # the finaliser of MurmurHash3 (A. Appleby, public domain): every bit of the key moves every bit of the place
+    # the finalizer of MurmurHash3 (A. Appleby, public domain): every bit of the key moves every bit of the place
     mixed = key
     mixed ^= mixed >> np.uint64(33)
     mixed *= np.uint64(0xFF51AFD7ED558CCD)

@@ -1,0 +1,210 @@
+"""What predict wrote for a class, opened and checked: probabilities, heads, affinities, and its boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
+from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
+from connectomics.errors import IncompleteError, MetadataError, MissingError
+from connectomics.geometry import Index, VoxelGrid
+from connectomics.io import store
+from connectomics.io.multiscale import Multiscale
+
+_BLOCK = (256, 256, 256)
+_OFFSET_ERROR = 0.01  # voxels: how far an offset may be from a whole number of them
+
+
+def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:
+    """Yield (data set, crop, class) of every array in a folder of predictions or labels, sorted."""
+    for dataset in store.list_groups(str(root)):
+        if not dataset.endswith(".zarr"):
+            continue
+        for crop in store.list_groups(store.join(str(root), dataset)):
+            for name in store.list_groups(store.join(str(root), dataset, crop)):
+                yield dataset.removesuffix(".zarr"), crop, name
+
+
+def open_prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
+    """Open the probabilities of one class of one crop.
+
+    Raises:
+        MetadataError: they are not a prediction. IncompleteError: they are half written.
+    """
+    return _open(str(root / f"{dataset}.zarr" / crop / name), "probability", "probabilities")
+
+
+def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:
+    """Open what separates the objects of a class, given its opened probabilities; None if nothing does."""
+    if parameters.boundary:
+        location = store.join(source.location.rstrip("/").rpartition("/")[0], parameters.boundary)
+        return _open(location, "probability", "probabilities")
+    return StoredHead.open(source, "boundary").source if parameters.has_boundary else None
+
+
+def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[Any]:
+    """Return stored values at the voxels of ``grid``, in their stored type, read block by block."""
+    other = OnGrid(source, grid)
+    values = np.zeros(grid.shape, other.dtype)
+    for begin, block in grid.blocks(_BLOCK):
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        values[z, y, x] = other.read(begin, block.shape)
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class StoredHead:
+    """A head of a class, ``{class}/distance`` or ``{class}/boundary``, on the grid of the class."""
+
+    source: Multiscale
+    scale_nm: float
+
+    @classmethod
+    def open(cls, probabilities: Multiscale, kind: str) -> Self:
+        """Open the head of the class with these probabilities.
+
+        Raises:
+            MissingError: there is none. IncompleteError: it is half written. MetadataError: it is another kind of
+            array, or lies on another grid.
+        """
+        location = store.join(probabilities.location, kind)
+        if kind not in store.list_groups(probabilities.location):
+            raise MissingError(
+                f"no {kind} head at {location}, which decoding with height: {kind} reads. Train with such a head "
+                "for this class (model.heads) and predict again, or leave height out"
+            )
+        source = _open(location, kind, f"a {kind} head", probabilities.levels[0].grid)
+        scale = source.attrs["connectomics"].get("scale_nm")
+        if not isinstance(scale, int | float) or not scale > 0:
+            raise MetadataError(f"{location}: expected the attribute scale_nm with a positive number, got {scale!r}")
+        return cls(source, float(scale))
+
+    def rule(self, max_depth_nm: float) -> LearnedDistance:
+        """Return how the values of a distance head become heights."""
+        return LearnedDistance.of(self.scale_nm, max_depth_nm, self.source.levels[0].dtype)
+
+    def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        """Read a block, as stored."""
+        return read_block(self.source, begin, shape)
+
+    def all(self) -> HeadValues:
+        """Read the whole head."""
+        return HeadValues(self.read((0, 0, 0), self.source.levels[0].grid.shape), self.scale_nm)
+
+
+@dataclass(frozen=True)
+class StoredAffinities:
+    """The affinities of a class, ``{class}/affinities/0``, ``1``, ... on the grid of the class.
+
+    Attributes:
+        channels: one array for each offset.
+        offsets: (K, 3) int64 voxels, z y x: channel k says whether p and p + offsets[k] belong to one object.
+    """
+
+    channels: tuple[Multiscale, ...]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def open(cls, probabilities: Multiscale) -> Self:
+        """Open the affinities of the class with these probabilities.
+
+        Raises:
+            MissingError: there are none. IncompleteError: one is half written. MetadataError: one is another kind of
+            array, has another grid or type, or an offset that is not a whole number of voxels.
+        """
+        folder = store.join(probabilities.location, "affinities")
+        names = sorted((n for n in store.list_groups(folder) if n.isdigit()), key=int)
+        if not names:
+            raise MissingError(
+                f"no affinities in {folder}; train with a head of the kind affinities for this class (model.heads) and "
+                "predict again, or decode with another method"
+            )
+        grid = probabilities.levels[0].grid
+        channels = tuple(_open(store.join(folder, name), "affinity", "affinities", grid) for name in names)
+        if len({channel.levels[0].dtype for channel in channels}) > 1:
+            raise MetadataError(f"the channels of {folder} are stored in different types; predict again")
+        return cls(channels, np.array([_offset(channel, grid) for channel in channels]))
+
+    @property
+    def reach(self) -> Index:
+        """The longest offset along each axis, voxels."""
+        z, y, x = (int(n) for n in np.abs(self.offsets).max(axis=0))
+        return z, y, x
+
+    def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        """Read a block: (K, *shape), as stored (uint8: value/255; or float16)."""
+        values = np.empty((len(self.channels), *shape), self.channels[0].levels[0].dtype)
+        for channel, into in zip(self.channels, values, strict=True):
+            into[:] = read_block(channel, begin, shape)
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class Foreground:
+    """The opened probabilities of a class and of the boundary between its objects, if any, at the same voxels."""
+
+    source: Multiscale
+    boundary: OnGrid | None
+    threshold: float
+
+    @classmethod
+    def open(cls, location: str, parameters: DecodeParameters) -> Self:
+        """Open the class at ``location``, ``.../{crop}/{class}``."""
+        source = open_probabilities(location)
+        boundary = open_boundary(source, parameters)
+        on_grid = None if boundary is None else OnGrid(boundary, source.levels[0].grid)
+        return cls(source, on_grid, parameters.threshold)
+
+    def mask(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Return where the class is, boundaries included."""
+        return above(read_block(self.source, begin, shape), self.threshold)
+
+    def boundaries(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
+        """Return the boundary probability, as stored; only if the parameters name a boundary."""
+        assert self.boundary is not None
+        return self.boundary.read(begin, shape)
+
+    def cores(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Return where the class is and no boundary."""
+        mask = self.mask(begin, shape)
+        if self.boundary is not None and mask.any():
+            mask &= ~above(self.boundary.read(begin, shape), self.threshold)
+        return mask
+
+
+def _open(location: str, kind: str, what: str, grid: VoxelGrid | None = None) -> Multiscale:
+    """Open an array that predict wrote; check its kind, its completeness and, if given, its grid."""
+    about = store.read_attrs(location).get("connectomics")
+    found = about.get("artefact") if isinstance(about, dict) else "no 'connectomics' attribute"
+    if not isinstance(about, dict) or found != kind:
+        raise MetadataError(f"{location}: expected {what} written by predict, got {found}")
+    if about.get("complete") is not True:
+        raise IncompleteError(f"{location} is only half written; run predict to its end first")
+    source = open_probabilities(location)
+    if grid is not None and source.levels[0].grid != grid:
+        raise MetadataError(f"{location} lies on another grid than its class; predict both again")
+    return source
+
+
+def _offset(channel: Multiscale, grid: VoxelGrid) -> list[int]:
+    """Return the offset of an affinity channel in voxels of ``grid``."""
+    given = channel.attrs["connectomics"].get("offset_nm")
+    if not isinstance(given, list) or len(given) != 3:
+        raise MetadataError(
+            f"{channel.location}: expected the attribute offset_nm with three numbers (z, y, x), got {given}"
+        )
+    exact = [float(nm) / size for nm, size in zip(given, grid.voxel_size, strict=True)]
+    whole = [round(o) for o in exact]
+    if max(abs(a - b) for a, b in zip(exact, whole, strict=True)) > _OFFSET_ERROR:
+        raise MetadataError(
+            f"{channel.location}: the offset {given} nm is no whole number of voxels of {tuple(grid.voxel_size)} nm; "
+            "predict at the voxel size of training"
+        )
+    return whole

@@ -1,0 +1,320 @@
+"""Decode a folder: the predictions of every class of every crop to labels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from connectomics.config.schema import EngineConfig
+from connectomics.config.values import plain
+from connectomics.decoding.affinities.affinity_task import AffinitiesTask
+from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
+from connectomics.decoding.blocks.pieces import Pieces
+from connectomics.decoding.blocks.stitched_task import ComponentsTask
+from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.label_artifact import (
+    BLOCK,
+    clear_unknown,
+    existing_labels,
+    has_tables,
+    inputs_of,
+    label_array,
+    partial_of,
+    unknown_of,
+    unknown_share,
+    write_tables,
+    write_whole,
+)
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
+from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
+from connectomics.decoding.probabilities import above, read_block
+from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
+from connectomics.decoding.watershed.watershed_task import WatershedTask
+from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
+from connectomics.io.artifacts import Provenance
+from connectomics.io.location import local_path
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import update_attrs
+from connectomics.progress import Progress, silent
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.block_task import TASK_FILE
+from connectomics.tasks.lock import leading
+from connectomics.tasks.pool import Engine
+
+log = logging.getLogger(__name__)
+
+#: Arrays of more voxels are decoded block by block: 512^3 then takes a fifth of the memory and no more time.
+BLOCKWISE_ABOVE = 256**3
+
+
+@dataclass(frozen=True)
+class DecodedArray:
+    """One label array: its location, number of objects (a mask: 0 or 1), and whether it existed already."""
+
+    dataset: str
+    crop: str
+    class_name: str
+    location: str
+    objects: int
+    skipped: bool
+
+
+def decode_predictions(
+    predictions_dir: str | Path,
+    output_dir: str | Path,
+    parameters: Mapping[str, DecodeParameters] | None = None,
+    *,
+    classes: Collection[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+    blockwise_above: int = BLOCKWISE_ABOVE,
+    block_progress: Progress = silent,
+    engine: EngineConfig | None = None,
+    table: str = "csv",
+) -> list[DecodedArray]:
+    """Decode every class of every crop in a predictions folder.
+
+    Reads ``{dataset}.zarr/{crop}/{class}`` (probabilities as uint8 or float16) and writes labels to the same places
+    below ``output_dir``, on the same grids, with a table ``instances.csv`` beside instances. Labels that were made from
+    the same prediction with the same parameters are kept, so a killed run can be resumed. Other labels are replaced
+    only with ``overwrite``, and files that decode did not write never. All of this is checked before the first array is
+    decoded. Large arrays are decoded block by block on the engine; others are decoded in memory (about 6 bytes a voxel;
+    watershed about 13).
+
+    Args:
+        parameters: by class; a class without an entry gets the defaults of its kind.
+        classes: decode only these.
+        overwrite: decode again what already exists, whatever it was made from.
+        resume: an error if nothing was begun. With ``overwrite``: replace labels of another decoding and keep those of
+            this one.
+        progress: called after each array.
+        blockwise_above: voxels; larger arrays are decoded block by block.
+        block_progress: called for the blocks of each stage of such an array.
+        engine: runs the blocks; None: this process.
+        table: ``parquet``: instance tables are written as Parquet too.
+
+    Raises:
+        MissingError: no predictions. IncompleteError: a prediction is half written. MetadataError: an array is not a
+        prediction. UnknownNameError: no crop has a class of ``classes``. BlocksFailedError: blocks of an array failed;
+        all other arrays are decoded. WriteError: labels of another decoding (without ``overwrite``) or foreign files
+        are in the way, another process works on the same labels, or the disk is full.
+    """
+    out = local_path(output_dir)
+    jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
+    if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
+        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    for job in jobs:
+        job.finished(overwrite=job.replaces(overwrite=overwrite, resume=resume))
+    results, failed = list[DecodedArray](), list[str]()
+    with ExitStack() as stack:
+        workers: Engine | None = None
+        for done, job in enumerate(jobs, start=1):
+            replaces = job.replaces(overwrite=overwrite, resume=resume)
+            result = job.finished(overwrite=replaces)
+            if result is None and job.task is None:
+                with leading(partial_of(job.location)):
+                    result = job.finished(overwrite=replaces) or _decode_whole(job)
+            if result is None and job.task is not None:
+                workers = workers or stack.enter_context(open_engine(engine))
+                try:
+                    run_task(job.task, workers, partial(_report_blocks, block_progress, job.name), overwrite=replaces)
+                    result = job.decoded(objects_of(job.task))
+                except BlocksFailedError as error:  # the other arrays can still be decoded
+                    failed.append(str(error))
+            if result is not None:
+                results.append(result)
+                _warn_of_unknown(job, result)
+            if done == len(jobs) or jobs[done].location.parent != job.location.parent:
+                complete = all((job.location.parent / name).exists() for name in job.siblings)
+                update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
+            progress(done, len(jobs), job.name)
+    if failed:
+        raise BlocksFailedError("; ".join(failed))
+    return results
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeJob:
+    """One class of one crop to decode.
+
+    Attributes:
+        source: its probabilities. boundary: what separates its objects, if anything. head: its distances, if needed.
+        location: where the labels go.
+        siblings: the predicted classes of this crop.
+        table: ``csv`` or ``parquet``.
+        task: how it is decoded block by block; None: whole, in this process.
+    """
+
+    dataset: str
+    crop: str
+    class_name: str
+    source: Multiscale
+    boundary: Multiscale | None
+    head: StoredHead | None
+    location: Path
+    siblings: tuple[str, ...]
+    parameters: DecodeParameters
+    table: str
+    task: LabelsTask | None
+
+    @property
+    def name(self) -> str:
+        """``{dataset}/{crop}/{class}``."""
+        return f"{self.dataset}/{self.crop}/{self.class_name}"
+
+    @property
+    def unknown(self) -> dict[str, Any]:
+        """The attribute ``unknown``, if parts of the prediction were given up."""
+        return unknown_of(self.source, self.boundary)
+
+    @property
+    def made_from(self) -> dict[str, str]:
+        """Role -> identity of what is decoded."""
+        return inputs_of(self.source.location, self.parameters)
+
+    def decoded(self, objects: int, skipped: bool = False) -> DecodedArray:
+        """Return the result, with its number of objects."""
+        return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
+
+    def replaces(self, *, overwrite: bool, resume: bool) -> bool:
+        """Return whether to overwrite what exists; with ``resume`` too, only the labels of another decoding."""
+        if overwrite and resume:
+            try:
+                self.finished()
+            except WriteError:
+                return True
+            return False
+        return overwrite
+
+    def finished(self, *, overwrite: bool = False) -> DecodedArray | None:
+        """Return the result if it exists, made from the same prediction with the same parameters.
+
+        Raises:
+            WriteError: unfinished labels, or something that may not be replaced (`existing_labels`), is in the way.
+        """
+        may_replace = overwrite or (self.task is not None and self.task.is_begun)
+        there = existing_labels(self.location, self.parameters, self.made_from, overwrite=may_replace)
+        partial = partial_of(self.location)
+        if not may_replace and there is None and (partial / TASK_FILE).exists():
+            if self.task is None:
+                raise WriteError(
+                    f"{partial} holds unfinished labels that are decoded block by block; finish them with the same "
+                    "decoding.blockwise_above, or overwrite them (--overwrite)"
+                )
+            self.task.check()
+        if there is None or not has_tables(self.location, self.parameters.kind, self.table):
+            return None
+        return self.decoded(int(there["objects"]), True)
+
+
+def decode_jobs(
+    predictions_dir: str | Path,
+    output_dir: str | Path,
+    parameters: Mapping[str, DecodeParameters] | None = None,
+    *,
+    classes: Collection[str] | None = None,
+    blockwise_above: int = BLOCKWISE_ABOVE,
+    table: str = "csv",
+) -> list[DecodeJob]:
+    """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
+    root, out = Path(predictions_dir), local_path(output_dir)
+    if root.resolve() == out.resolve():
+        raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")
+    found = list(find_arrays(root))
+    if not found:
+        raise MissingError(f"no predictions in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run predict first")
+    known = {name for _, _, name in found}
+    for name in classes or ():
+        if name not in known:
+            raise unknown_name("class", name, known, str(root))
+    jobs = []
+    for dataset, crop, name in found:
+        if classes is not None and name not in classes:
+            continue
+        source = open_prediction(root, dataset, crop, name)
+        chosen = (parameters or {}).get(name) or default_parameters(name)
+        boundary = open_boundary(source, chosen)
+        head = StoredHead.open(source, "distance") if chosen.height == "distance" else None
+        location = out / f"{dataset}.zarr" / crop / name
+        siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
+        kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
+        task = None
+        if kind is not None:
+            origin = {**_origin(source), **unknown_of(source, boundary)}
+            task = kind(source.location, str(location), name, chosen, source=origin, table=table)
+            if chosen.has_boundary:  # growing takes as much memory as a watershed
+                task = replace(task, block_shape=WATERSHED_BLOCK)
+        jobs.append(DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table, task))
+    return jobs
+
+
+def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | None:
+    """Return the task that decodes an array with these parameters; None if it is decoded whole.
+
+    Affinities are always decoded block by block; other methods only if the array is large.
+    """
+    if parameters.method in AFFINITY_METHODS:
+        return AffinitiesTask
+    if not large:
+        return None
+    if parameters.is_local:
+        return MaskTask
+    return ComponentsTask if parameters.method in ("cc3d", "threshold") else WatershedTask
+
+
+def _decode_whole(job: DecodeJob) -> DecodedArray:
+    """Decode one array in memory."""
+    grid, parameters = job.source.levels[0].grid, job.parameters
+    mask = np.zeros(grid.shape, np.bool_)
+    for begin, block in grid.blocks(BLOCK):
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        mask[z, y, x] = above(read_block(job.source, begin, block.shape), parameters.threshold)
+    if job.boundary is None:
+        labels = decode_mask(mask, grid.voxel_size, parameters, job.head.all() if job.head else None)
+    else:
+        labels = decode_between(mask, read_on(job.boundary, grid), grid.voxel_size, parameters)
+    del mask
+    objects = int(labels.max(initial=0))
+    about = {
+        "decode": plain(parameters),
+        "source": _origin(job.source),
+        **job.unknown,
+        **Provenance(made_from=job.made_from).to_dict(),
+        "objects": objects,
+    }
+    clear_unknown(labels, about, grid)
+    with label_array(
+        job.location, grid, labels.dtype, class_name=job.class_name, kind=parameters.kind, about=about
+    ) as writer:
+        write_whole(writer, labels)
+        if parameters.kind == "instance":
+            found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
+            write_tables(Path(writer.location).parent, found, grid, job.table)
+    return job.decoded(objects)
+
+
+def _origin(source: Multiscale) -> dict[str, Any]:
+    """Return what a prediction says of itself, for the labels made from it."""
+    return {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
+
+
+def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
+    if job.unknown and not result.skipped:
+        share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})
+        log.warning(
+            "%s: %.3g %% of the volume was not predicted (accepted failed blocks); it is unknown, and its labels are 0",
+            job.name,
+            100 * share,
+        )
+
+
+def _report_blocks(progress: Progress, name: str, stage: str, done: int, number: int) -> None:
+    progress(done, number, f"{name} ({stage})")
