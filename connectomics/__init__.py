@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from os import PathLike
 
-    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.inference.trained_network import TrainedNetwork
 
 __version__ = "0.1.0"
 
 
-def load_model(path: str | PathLike[str]) -> ConnectomicsModule:
+def load_model(path: str | PathLike[str]) -> TrainedNetwork:
     """The network of a model package (`pytc package`) or of a checkpoint, on the CPU, in evaluation mode.
 
     A package is checked first: its sums, and its answer to the input that lies in it. ``model.config`` says how it was
@@ -23,9 +23,9 @@ def load_model(path: str | PathLike[str]) -> ConnectomicsModule:
 
     Raises `MissingError`, `CorruptDataError`, `InputError`, `ConfigError`.
     """
-    from connectomics.lightning.checkpoints import load_module
+    from connectomics.lightning.checkpoints import load_network
 
-    return load_module(str(path))
+    return load_network(str(path))
 
 
 def _writable(folder: str) -> bool:

@@ -54,7 +54,7 @@ def run_task(
 
     (accepted,) = accepted_of([task], parse_accepted(accept_failed or ()))
     must_be_begun = resume and not overwrite
-    overwrite = task.begins_anew(overwrite=overwrite, resume=resume)
+    overwrite = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=overwrite):
         print(f"nothing to do: {task.name} is complete")
         return

@@ -311,7 +311,7 @@ def _show_decoding(jobs: Sequence[DecodeJob], engine: EngineConfig, overwrite: b
     from connectomics.cli.run_task_verb import show_estimate
     from connectomics.tasks.estimate import estimate
 
-    anew = [job.begins_anew(overwrite=overwrite, resume=resume) for job in jobs]
+    anew = [job.starts_over(overwrite=overwrite, resume=resume) for job in jobs]
     left = [job for job, again in zip(jobs, anew, strict=True) if job.finished(overwrite=again) is None]
     tasks = [job.task for job in left if job.task is not None]
     finished, whole = len(jobs) - len(left), len(left) - len(tasks)

@@ -196,12 +196,12 @@ def decode_predictions(
     if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
     for job in jobs:
-        job.finished(overwrite=job.begins_anew(overwrite=overwrite, resume=resume))
+        job.finished(overwrite=job.starts_over(overwrite=overwrite, resume=resume))
     results, failed = list[DecodedArray](), list[str]()
     with ExitStack() as stack:
         workers: Engine | None = None
         for done, job in enumerate(jobs, start=1):
-            anew = job.begins_anew(overwrite=overwrite, resume=resume)
+            anew = job.starts_over(overwrite=overwrite, resume=resume)
             result = job.finished(overwrite=anew)
             if result is None and job.task is None:
                 with leading(partial_of(job.location)):
@@ -278,8 +278,8 @@ class DecodeJob:
         """The result, with its number of objects."""
         return DecodedArray(self.dataset, self.crop, self.class_name, str(self.location), objects, skipped)
 
-    def begins_anew(self, *, overwrite: bool, resume: bool) -> bool:
-        """As `BlockTask.begins_anew`, also for labels that are decoded whole."""
+    def starts_over(self, *, overwrite: bool, resume: bool) -> bool:
+        """As `BlockTask.starts_over`, also for labels that are decoded whole."""
         if overwrite and resume:
             try:
                 self.finished()

@@ -99,7 +99,7 @@ def measure_tables(
     if resume and not overwrite and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
         raise nothing_begun(tasks[0].path.parent)
     for task in tasks:
-        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
+        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
     with open_engine(engine) as workers:
         for task in tasks:
             report = None if progress is None else partial(tell, progress, task.name)

@@ -34,7 +34,7 @@ from connectomics.morphology.partial import NO_PAIRS, Partial, compact, united
 from connectomics.morphology.table_task import Labels
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 BOXES, MESHES = "boxes", "meshes"
 TABLE_FILE = "meshes.csv"

@@ -34,7 +34,7 @@ from connectomics.io.write import write_file
 from connectomics.morphology.partial import Partial, united
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 STAGE = "blocks"
 PLACE = (Column("dataset", "text"), Column("crop", "text"))

@@ -21,7 +21,7 @@ from connectomics.data.splits import Split
 from connectomics.errors import WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import not_ours
-from connectomics.lightning.checkpoints import load_module
+from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, TEST, WEIGHTS, Package, answer, is_package
 
 _EDGE = 32  # voxels of the test input along each axis, where the patch is a multiple of it
@@ -55,7 +55,7 @@ def write_package(
         raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
     if target.exists() and not is_package(target):
         raise not_ours(target, "package")
-    module = load_module(checkpoint)
+    module = load_network(checkpoint)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     images = _test_images(module.config)
     result = answer(module, [torch.from_numpy(image) for image in images])

@@ -12,7 +12,7 @@ from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, OutOfMemoryError
 from connectomics.io.store import StoreError
 from connectomics.tasks import run_task
-from connectomics.tasks.done import DoneMap
+from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.failures import accepted_of, parse_accepted, spell
 from tests.tasks.kit import CubeTask, CubeWorker
 

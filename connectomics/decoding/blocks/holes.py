@@ -22,7 +22,7 @@ from connectomics.decoding.blocks.pieces import Pieces, border, faces_of, reach
 from connectomics.decoding.blocks.stored import StoredBlocks
 from connectomics.decoding.cellmap_postprocess import components
 from connectomics.geometry import Index
-from connectomics.tasks.lattice import RANK
+from connectomics.tasks.blocks import RANK
 
 #: Background holds together by faces where objects do by edges or corners, and the other way round.
 DUAL = {6: 26, 18: 6, 26: 6}
@@ -143,7 +143,7 @@ def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int6
     dual = DUAL[connectivity]
     faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
     for block in range(len(blocks.lattice)):
-        for step, other in blocks.lattice.neighbours(block, dual):
+        for step, other in blocks.lattice.neighbors(block, dual):
             back = (-step[0], -step[1], -step[2])
             pairs = _pairs(border(faces(block), step), border(faces(other), back), reach(step, dual))
             yield pairs - 1 + blocks.offsets[[block, other]]

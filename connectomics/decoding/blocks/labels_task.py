@@ -39,8 +39,7 @@ from connectomics.io.write import (
     update_attrs,
 )
 from connectomics.tasks.block_task import TASK_FILE, BlockTask
-from connectomics.tasks.done import sync
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice, sync
 
 TABLES = ("csv", "parquet")
 

@@ -28,7 +28,7 @@ def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]
     for block in range(len(blocks.lattice)):
         if not blocks.count(block):
             continue
-        for step, other in blocks.lattice.neighbours(block, connectivity):
+        for step, other in blocks.lattice.neighbors(block, connectivity):
             if blocks.count(other):
                 back = (-step[0], -step[1], -step[2])
                 low, high = border(faces(block), step), border(faces(other), back)

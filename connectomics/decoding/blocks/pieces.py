@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
-from connectomics.tasks.lattice import RANK
+from connectomics.tasks.blocks import RANK
 
 Number = TypeVar("Number", bound=np.generic)
 

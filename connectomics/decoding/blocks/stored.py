@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.blocks.pieces import Pieces, load_arrays, save_arrays
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 Faces = dict[str, NDArray[np.uint32]]
 SIDES = tuple(f"{axis}{sign}" for axis in range(3) for sign in "-+")

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from connectomics.decoding.watershed.distance import OUTSIDE
 from connectomics.geometry import Index
-from connectomics.tasks.lattice import RANK
+from connectomics.tasks.blocks import RANK
 
 #: lower than any height: no edge joins two seeds
 NO_FLOOR = int(np.iinfo(np.int32).min)

@@ -17,7 +17,7 @@ from connectomics.decoding.watershed.forest import NO_FLOOR, Fragments, Part, fr
 from connectomics.decoding.watershed.stitch import join, to_store
 from connectomics.decoding.watershed.whole import walls
 from connectomics.io.write import ArrayWriter
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 
 def grown_block(

@@ -75,7 +75,7 @@ def _across(blocks: StoredBlocks, block: int, connectivity: int, faces: Callable
     from connectomics.decoding.watershed.border_kernels import border_edges
 
     found = []
-    for step, other in blocks.lattice.neighbours(block, connectivity):
+    for step, other in blocks.lattice.neighbors(block, connectivity):
         if not blocks.count(other):
             continue
         back = (-step[0], -step[1], -step[2])
