@@ -25,7 +25,7 @@ def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
     """Return three whole numbers (one stands for all axes), each at least ``least``."""
     numbers = [values] * 3 if isinstance(values, int) else [int(v) for v in values]
     if len(numbers) != 3 or min(numbers) < least:
-        raise InputError(f"{what}: expected three whole numbers >= {least} (z, y, x), got {values!r}")
+        raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), got {values!r}")
     return numbers[0], numbers[1], numbers[2]
 
 

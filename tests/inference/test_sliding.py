@@ -279,11 +279,11 @@ def test_refuses_what_cannot_be():
 
     for options, message in [
         ({"channels": 2}, "one tensor of shape"),
-        ({"window": (8, 8)}, "window: expected three"),
-        ({"window": 0}, "window: expected three"),
+        ({"window": (8, 8)}, "window must be three"),
+        ({"window": 0}, "window must be three"),
         ({"overlap": 1.0}, "overlap must be"),
         ({"blending": "gausian"}, "gaussian, constant"),
-        ({"block_size": 0}, "block_size: expected"),
+        ({"block_size": 0}, "block_size must be"),
         ({"context": -1}, "context must be"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"blocks": [7]}, "block numbers must lie in 0 to 0"),
