@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Index, triple
-from connectomics.tasks.lattice import RANK
+from connectomics.tasks.blocks import RANK
 
 METHODS = ("cc3d", "watershed")
 #: Connectivity of the background: the complement of a 26-connected object is 6-connected and the other way round

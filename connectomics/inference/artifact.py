@@ -1,36 +1,40 @@
-"""What a prediction leaves on disk: its groups, what they say of themselves, and whether they are whole.
+"""What a prediction leaves on disk: its groups, how values are stored, and what the attributes say.
 
 Under the output folder::
 
     {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group; with a pyramid s1, s2, ... too
     {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, id, made_from, model,
                          scale, version
-    {class}/uncertainty  the class's uncertainty where it is asked for, a multiscale group like its parent; its
-                         attributes also say the kind
+    {class}/uncertainty  the class's uncertainty if requested, a multiscale group like its parent; its attributes also
+                         say the kind
     .zattrs              connectomics: artefact, complete, classes, id, made_from, model, version
     task.json            the task, with the same id and made_from (`connectomics.io.artifacts`)
-    .done-{stage}        one byte per block (`connectomics.tasks.done`)
+    .done-{stage}        one byte per block (`connectomics.tasks.DoneMap`)
 
 ``scale``: a stored value times it is the probability (the uncertainty). ``complete`` is false until the last block is
-written, and only then the coarser levels are named. Complete groups also say what they lack: ``missing_raw`` and
+written, and only then the coarser levels are named. Complete groups also say what is missing: ``missing_raw`` and
 ``unknown``, see `connectomics.inference.gaps`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 import connectomics
+from connectomics.errors import InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
-from connectomics.inference.output import UNITS
-from connectomics.io import store
-from connectomics.io.artifacts import Provenance
-from connectomics.io.levels import level_grids
+from connectomics.io import resample, store
+from connectomics.io.artifacts import Provenance, about
+from connectomics.io.levels import halve_raw, level_grids
 from connectomics.io.write import (
     ArrayWriter,
     create_array,
@@ -38,11 +42,18 @@ from connectomics.io.write import (
     ensure_group,
     multiscales_attrs,
     update_attrs,
+    write_multiscale,
 )
+from connectomics.tasks import TASK_FILE, BlockTask, BlockWorker, Lattice
 
-ARTEFACT = "probability"
-UNCERTAINTY = "uncertainty"  # the artefact, and its group below that of the class
-_SMALL = 64  # voxels: the coarsest level of a pyramid is no longer along any axis
+log = logging.getLogger(__name__)
+
+UNCERTAINTY = "uncertainty"  # the kind of artifact, and the name of its group below that of the class
+UNITS = {"uint8": 1 / 255, "float16": 1.0}  # value = stored * unit, by dtype
+LEVELS_AT_ONCE = 3  # of a pyramid, from one block
+_COARSEST = 64  # voxels: longest axis of a pyramid's coarsest level
+_PIECE = 128  # target voxels written at a time along each axis: float32 copies stay small beside a block
+_CHUNK = 64  # voxels; chunks of a prediction divide it
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class Group:
         place: its folder. layout: its grid, blocks and chunks.
         channel: of the network. uncertainty: the kind, or "" for probabilities.
         dtype: uint8 or float16. pyramid: whether there are levels beyond s0.
-        about: what its attributes say beside `artefact` and `complete`.
+        about: what its attributes say besides ``artefact`` and ``complete``.
     """
 
     place: Path
@@ -68,17 +79,17 @@ class Group:
     def grids(self) -> list[VoxelGrid]:
         """The grids of its levels, finest first."""
         longest, levels = max(self.layout.target.shape), 1
-        while self.pyramid and longest > _SMALL:
+        while self.pyramid and longest > _COARSEST:
             longest, levels = -(-longest // 2), levels + 1
         return level_grids(self.layout.target, levels)
 
     @property
     def is_made(self) -> bool:
-        """Whether its finest array was made to its end: the group's attributes are written last."""
+        """Whether its finest array is complete on disk: the group's attributes are written last."""
         return (self.place / ".zattrs").exists() and "multiscales" in store.read_attrs(str(self.place))
 
     def make(self) -> None:
-        """Make the group with its finest array, empty; what is in its place is removed."""
+        """Create the group with its finest array, empty; replaces what is there."""
         attrs, grid = {"connectomics": self.attributes(None)}, self.layout.target
         if self.place.parent.suffix != ".zarr":
             ensure_group(self.place.parent)
@@ -87,7 +98,7 @@ class Group:
         )
 
     def make_level(self, level: int) -> bool:
-        """Make the array of a coarser level where it is not there; whether it was not."""
+        """Create the array of a coarser level if it is missing; returns whether it was."""
         place = self.place / f"s{level}"
         if (place / ".zarray").exists():
             return False
@@ -96,23 +107,183 @@ class Group:
         return True
 
     def array(self, level: int = 0) -> ArrayWriter:
-        """One of its arrays."""
+        """Open one of its arrays."""
         return ArrayWriter.open(self.place / f"s{level}")
 
     def close(self, provenance: Provenance, gaps: Mapping[str, Any]) -> None:
-        """Say that it is whole but for its gaps (`connectomics.inference.gaps`), which output it is, and name all of
-        its levels."""
+        """Record that it is complete, with its provenance, its gaps (`connectomics.inference.gaps`) and all levels."""
         levels = multiscales_attrs(self.grids, self.place.name)
         update_attrs(self.place, {**levels, "connectomics": {**self.attributes(provenance), **gaps}})
 
     def attributes(self, provenance: Provenance | None) -> dict[str, Any]:
-        """The ``connectomics`` attribute; None: of a group that is not whole yet."""
+        """Return the ``connectomics`` attribute; None: of a group that is not complete yet."""
         largest = LARGEST.get(self.uncertainty, 1.0)
-        attrs = {**marks(provenance), **self.about, "scale": largest * UNITS[self.dtype]}
+        attrs = {**common_attributes(provenance), **self.about, "scale": largest * UNITS[self.dtype]}
         return {**attrs, "artefact": UNCERTAINTY, "kind": self.uncertainty} if self.uncertainty else attrs
 
 
-def marks(provenance: Provenance | None) -> dict[str, Any]:
-    """What the attributes of every group of a prediction begin with; None: it is not whole yet."""
-    about = {} if provenance is None else provenance.to_dict()
-    return {"artefact": ARTEFACT, "complete": bool(about), "version": connectomics.__version__, **about}
+def common_attributes(provenance: Provenance | None) -> dict[str, Any]:
+    """Return the attributes that every group of a prediction has; None: it is not complete yet."""
+    made = {} if provenance is None else provenance.to_dict()
+    return {"artefact": "probability", "complete": bool(made), "version": connectomics.__version__, **made}
+
+
+def require_own_output(task: BlockTask, overwrite: bool) -> bool:
+    """Return whether an output of this task (with ``overwrite``: of any) exists; `WriteError` for anything else."""
+    there = [] if not task.folder.exists() else [p for p in task.folder.iterdir() if ".part-" not in p.name]
+    if not there:
+        return False
+    if not (task.folder / TASK_FILE).exists():
+        raise WriteError(
+            f"{task.folder} exists and was not written by a prediction: remove it, or choose another output folder"
+        )
+    if overwrite:
+        foreign = [p for p in there if not p.name.startswith(".") and p.name != TASK_FILE and not _is_prediction(p)]
+        if foreign:
+            raise WriteError(
+                f"{foreign[0]} lies in the prediction to be replaced but was not written by predict; move it "
+                "elsewhere, or choose another output folder"
+            )
+        return True
+    try:
+        difference = task.difference(task.folder / TASK_FILE)
+    except MetadataError as error:
+        raise WriteError(
+            f"{task.folder} holds a prediction whose task cannot be read ({error}); overwrite it, or choose "
+            "another output folder"
+        ) from error
+    if difference:
+        raise WriteError(
+            f"{task.folder} holds a prediction {difference}; overwrite it, or choose another output folder"
+        )
+    return True
+
+
+def _is_prediction(path: Path) -> bool:
+    return about(path).get("artefact") not in (None, "labels")
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+def require_probabilities(low: float, high: float) -> None:
+    """Raise `InputError` if a network's smallest and largest value are not probabilities."""
+    if not np.isfinite([low, high]).all():
+        raise InputError(
+            "the network's output has values that are not finite (NaN or infinite); check the checkpoint, or use full "
+            "precision"
+        )
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise InputError(
+            f"the network must give probabilities, got values from {low:.4g} to {high:.4g}; apply a sigmoid to logits"
+        )
+
+
+def write_probability(
+    layout: Layout,
+    number: int,
+    probability: NDArray[np.float32],
+    writer: ArrayWriter,
+    absent: NDArray[np.bool_] | None = None,
+) -> None:
+    """Resample one class of a block (values on its region of the network's lattice) and store it in the array's dtype:
+    uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``."""
+    require_probabilities(float(probability.min()), float(probability.max()))
+    start, block = layout.blocks[number]
+    origin = layout.regions[number][0]
+    for offset, piece in block.blocks([max(c, _PIECE // c * c) for c in layout.chunks]):
+        begin, shape = layout.region(piece)
+        values = probability[tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))]
+        if not layout.same_voxels:
+            values = resample.linear(values, layout.model.crop(begin, shape), piece)
+        values = np.clip(values, 0, 1)
+        if absent is not None:
+            values[absent[tuple(slice(a, a + n) for a, n in zip(offset, piece.shape, strict=True))]] = 0
+        if writer.dtype == np.uint8:
+            values *= np.float32(255)
+            np.rint(values, out=values)
+        writer.write([a + b for a, b in zip(start, offset, strict=True)], values.astype(writer.dtype))
+
+
+def save_cellmap_predictions(
+    predictions: ArrayLike, output_path: str | Path, classes: Sequence[str], grid: VoxelGrid | None = None
+) -> list[Path]:
+    """Write the probabilities of a whole crop, for `pytc decode`: one group per class, uint8 ``round(255 p)``.
+
+    Args:
+        predictions: (C, D, H, W) or (1, C, D, H, W), in [0, 1], one channel per class.
+        output_path: ``{out}/{dataset}.zarr/{crop}``; existing groups of these classes are replaced.
+        classes: class names in channel order.
+        grid: where the voxels lie, nm; None: voxels of 1 nm from 0, with a warning.
+
+    Returns:
+        The groups written.
+
+    Raises:
+        InputError: number of channels or axes, or grid, do not fit, or values are not probabilities (apply a sigmoid).
+    """
+    values = np.asarray(predictions)
+    values = values[0] if values.ndim == 5 and len(values) == 1 else values
+    if values.ndim != 4 or len(values) != len(classes) or values.size == 0:
+        raise InputError(
+            f"predictions of {len(classes)} classes must have shape ({len(classes)}, D, H, W), got {values.shape}"
+        )
+    if grid is None:
+        log.warning("%s: no grid was given, so place and voxel size are unknown; writing 1 nm voxels", output_path)
+        grid = VoxelGrid((1.0, 1.0, 1.0), (0.5, 0.5, 0.5), values.shape[1:])
+    if tuple(grid.shape) != values.shape[1:]:
+        raise InputError(f"predictions have {values.shape[1:]} voxels, but the grid has {grid.shape}")
+    require_probabilities(float(values.min()), float(values.max()))
+    place = Path(output_path)
+    ensure_group(place)
+    for name, channel in zip(classes, values, strict=True):
+        stored = np.rint(np.clip(channel, 0, 1) * np.float32(255)).astype(np.uint8)
+        attrs = {"connectomics": {**common_attributes(Provenance()), "class_name": name, "scale": UNITS["uint8"]}}
+        write_multiscale(place / name, stored, grid, attrs=attrs, overwrite=True)
+    return [place / name for name in classes]
+
+
+# -- coarser levels --------------------------------------------------------------------------------------------------
+def pyramid_blocks(groups: Sequence[Group], stage: int) -> list[tuple[Group, int, Lattice]]:
+    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level.
+
+    A block is a cube of one level, from which the three next levels are averaged: it is read once. All blocks begin at
+    chunk borders, so no two write one chunk.
+    """
+    level = LEVELS_AT_ONCE * stage
+    return [
+        (group, level, Lattice(group.grids[level].shape, (_CHUNK << LEVELS_AT_ONCE,) * 3))
+        for group in groups
+        if level + 1 < len(group.grids)
+    ]
+
+
+@dataclass(frozen=True)
+class PyramidWorker(BlockWorker):
+    """Makes `pyramid_blocks`, numbered group by group."""
+
+    blocks: Sequence[tuple[Group, int, Lattice]]
+
+    def do(self, number: int) -> None:
+        for group, level, lattice in self.blocks:
+            if number < len(lattice):
+                _average(group, level, *lattice.region(number))
+                break
+            number -= len(lattice)
+
+
+def _average(group: Group, level: int, begin: Sequence[int], shape: Sequence[int]) -> None:
+    """Write the part of the levels after ``level`` that lies over a cube of it."""
+    source, target, *coarser = (
+        group.array(n) for n in range(level, min(level + LEVELS_AT_ONCE, len(group.grids) - 1) + 1)
+    )
+    origin = [b // 2 for b in begin]
+    values = np.empty([-(-n // 2) for n in shape], dtype=source.dtype)
+    pieces = Lattice((values.shape[0], values.shape[1], values.shape[2]), (_CHUNK,) * 3)
+    for first, size in map(pieces.region, range(len(pieces))):
+        low = [b + 2 * f for b, f in zip(begin, first, strict=True)]
+        high = [min(lo + 2 * n, m) for lo, n, m in zip(low, size, source.shape, strict=True)]
+        piece = halve_raw(source.read(low, [h - lo for h, lo in zip(high, low, strict=True)]))
+        values[tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))] = piece
+        target.write([o + f for o, f in zip(origin, first, strict=True)], piece)
+    for array in coarser:
+        origin, values = [o // 2 for o in origin], halve_raw(values)
+        array.write(origin, values)

@@ -1,7 +1,7 @@
-"""How a target grid is cut into blocks, and which part of the network's lattice each of them needs.
+"""How a target grid is divided into blocks, and which part of the network's lattice each of them needs.
 
-Everything follows from the grids and sizes alone, so a run that goes on where another was killed, or another machine,
-finds the same blocks and the same windows.
+Everything follows from the grids and sizes alone, so a resumed run, or another machine, finds the same blocks and the
+same windows.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from functools import cached_property
 import numpy as np
 
 from connectomics.geometry import Index, Triple, VoxelGrid
-from connectomics.inference.rows import Region
+from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import WindowLattice
 from connectomics.io.mirror import Extent
 
-_CHUNK = 64  # voxels; halved down to the least below where a chunk at the target's voxel size would exceed a block
-_LEAST_CHUNK = 8
-_SUMS = 1 << 28  # bytes; blocks get thinner along x until their sums take no more
+_CHUNK = 64  # voxels; halved down to the smallest below if a chunk would exceed a block
+_SMALLEST_CHUNK = 8
+_SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Layout:
     """One target grid of a prediction.
 
     The network works on ``model``: the grid at its own voxel size that starts at the target's first face and covers
-    it, with one voxel more on every side along the axes where the target is finer (linear interpolation at the
-    outermost target centres needs it). A block is a whole number of ``chunks`` of the target along each axis, and at
-    most ``block_size`` voxels of the network's lattice (more only where ``chunks`` cannot be made smaller), so no two
-    blocks write one chunk. With many channels blocks are thinner along x, where that costs nothing: neighbours along x
-    share their windows (see `connectomics.inference.sliding`).
+    it, with one more voxel on every side along the axes where the target is finer (linear interpolation at the
+    outermost target centers needs it). A block is a whole number of ``chunks`` of the target along each axis, and at
+    most ``block_size`` voxels of the network's lattice (more only if ``chunks`` cannot be made smaller), so no two
+    blocks write one chunk. With many channels blocks are thinner along x, which costs nothing: neighbors along x share
+    their windows (see `connectomics.inference.sliding`).
 
     Attributes:
-        target: the grid that is written.
+        target: the grid to write.
         channels: of the network's output.
         voxel_size: of the network, nm, z y x.
         window, overlap, context: see `WindowLattice.over`.
-        block_size: at most so many voxels of the network's lattice at once, z y x.
-        volume: the stored voxels of raw, where windows are to stay; None: raw is everywhere.
+        block_size: most voxels of the network's lattice at once, z y x.
+        volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
 
     target: VoxelGrid
@@ -66,9 +66,7 @@ class Layout:
     @cached_property
     def model(self) -> VoxelGrid:
         """The network's lattice over the target's box."""
-        if self.same_voxels:
-            return self.target
-        return self.target.at_voxel_size(self.voxel_size).grow(self._margin)
+        return self.target if self.same_voxels else self.target.at_voxel_size(self.voxel_size).grow(self._margin)
 
     @cached_property
     def lattice(self) -> WindowLattice:
@@ -84,12 +82,12 @@ class Layout:
 
     @cached_property
     def block_shape(self) -> Index:
-        """Shape of a block in voxels of the target, z y x (those at the end are smaller)."""
+        """Block shape in voxels of the target, z y x (the last blocks are smaller)."""
         z, y, x = (self._along(axis)[1] for axis in range(3))
         scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
         chunk = self.chunks[2]
-        while x > chunk and plane * (x * scale[2] + self.window[2]) > _SUMS:
+        while x > chunk and plane * (x * scale[2] + self.window[2]) > _SUMS_BYTES:
             x = math.ceil(x / (2 * chunk)) * chunk
         return z, y, x
 
@@ -98,7 +96,7 @@ class Layout:
         n, size = self.target.shape[axis], self.target.voxel_size[axis]
         most = int(self.block_size[axis] * self.voxel_size[axis] / size + 1e-6)
         chunk = _CHUNK
-        while chunk > most and chunk > _LEAST_CHUNK:
+        while chunk > most and chunk > _SMALLEST_CHUNK:
             chunk //= 2
         count = math.ceil(n / max(chunk, most // chunk * chunk))
         return chunk, math.ceil(n / (count * chunk)) * chunk  # blocks of about one size rather than a thin last one
@@ -114,7 +112,7 @@ class Layout:
         return [self.region(grid) for _, grid in self.blocks]
 
     def region(self, part: VoxelGrid) -> Region:
-        """The voxels of `model` that the part ``part`` of the target is made from."""
+        """Return the voxels of `model` that a part of the target is made from."""
         begin, end = self.model.index_range(part.box)
         low = [max(0, b - m) for b, m in zip(begin, self._margin, strict=True)]
         high = [min(n, e + m) for n, e, m in zip(self.model.shape, end, self._margin, strict=True)]
@@ -123,12 +121,12 @@ class Layout:
 
     @property
     def seen(self) -> VoxelGrid:
-        """As many voxels of `model` as the windows over a block see at most."""
+        """A grid of as many voxels of `model` as the windows over a block see at most."""
         extents = (s[-1] + w - s[0] for s, w in zip(self.lattice.starts, self.window, strict=True))
         block = self.regions[0][1]
         shape = [min(e, b + 2 * (w - 1)) for e, b, w in zip(extents, block, self.window, strict=True)]
         return self.model.crop((0, 0, 0), shape)
 
     def plan(self, batch_size: int) -> Plan:
-        """What it costs; see `Plan`."""
+        """Return what predicting it costs."""
         return plan_regions(self.lattice, self.regions, channels=self.channels, batch_size=batch_size)

@@ -2,23 +2,23 @@
 
 The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`): MONAI's scan
 rule (``int(window * (1 - overlap))`` voxels from window to window, the last one moved back to fit) on the grid and a
-margin of context around it. A voxel's value is the mean of what the windows over it say, weighted by MONAI's Gaussian
-importance map; so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on the whole array.
+margin of context around it. A voxel's value is the mean over its windows, weighted by MONAI's Gaussian importance map;
+so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on the whole array.
 
-**Blocks.** A block runs the windows that touch it and accumulates into memory of its own size; its values do not depend
-on which other blocks are asked for, so blocks can be left out (they are on disk already) or run elsewhere. The price is
-that a window across a border is run by every block that it touches: with windows of w voxels and blocks of B, about
+**Blocks.** A block runs the windows that touch it and accumulates into memory of its own size. Its values do not depend
+on which other blocks are computed, so blocks can be left out (they are on disk already) or run elsewhere. The price: a
+window across a border is run by every block that it touches. With windows of w voxels and blocks of B, that is about
 (1 + w/B)^3 times the forward passes. Blocks that follow each other along x therefore share: their common windows are
 run once and their weighted sums carried over, which leaves (1 + w/B)^2 along z and y (2.25 for B = 2w, 1.56 for
-B = 4w, 1 where a block spans the grid). `plan` gives the numbers for a case before it is run.
+B = 4w, 1 if a block spans the grid). `plan` gives the numbers for a case before it is run.
 
-Windows go through the network in batches that depend on the lattice, the block and the raw alone, never on what was
-done before, so a run that was killed and resumed repeats the same arithmetic to the bit.
+Batches of windows depend on the lattice, the block and the raw alone, never on what was done before, so a run that was
+killed and resumed repeats the same arithmetic to the bit.
 
-**Windows can be left out**: those whose raw has one value everywhere (padding, missing chunks), those outside of a
-mask, and those that lie wholly where there is no raw. A voxel is then the weighted mean of what the other windows over
-it say, and 0 where there are none: a left out window says nothing, rather than 0, so tissue beside padding does not
-fade. Further views of a window do not count: they show other places, and what is to be labelled lies in the window.
+**Windows can be left out**: those whose raw has one value everywhere (padding, missing chunks), those outside a mask,
+and those without any raw. A voxel is then the weighted mean over its other windows, and 0 if there are none: a window
+that is left out does not count as 0, so tissue beside padding does not fade. Further inputs of a window play no part in
+this decision: they show other places.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.rows import SLAB, Forward, Inside, Read, Region, Row, hull, where_wanted
-from connectomics.inference.threads import AHEAD
-from connectomics.inference.views import View
+from connectomics.inference.background_io import MAX_VOXELS_AHEAD
+from connectomics.inference.blending import SLAB_VOXELS, BlockRow, Forward, Read, Region, hull, windows_to_run
+from connectomics.inference.raw import FurtherInput
 from connectomics.inference.windows import WindowLattice, importance_map, whole_index
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class Plan:
     """What a prediction will cost, for dry runs.
 
     Attributes:
-        blocks: blocks that are computed one after the other.
-        windows: forward passes in all; at most so many where empty windows are left out.
-        distinct_windows: windows of the lattice: the forward passes that one block over everything would take.
+        blocks: number of blocks, computed one after the other.
+        windows: forward passes in all; an upper bound if empty windows are left out.
+        distinct_windows: windows of the lattice: the forward passes of one block over everything.
         voxels: voxels that go through the network (``windows`` times the window).
         bytes: largest working memory of a block: sums, weights, its values and those of the block before (which are
-            being written), raw and what is read ahead of it, one batch in and out; not the network's own.
+            being written), raw and what is read ahead, one batch in and out; not the network's own.
     """
 
     blocks: int
@@ -65,11 +65,11 @@ class Plan:
 
     @property
     def overhead(self) -> float:
-        """Forward passes per distinct window: 1 where nothing is computed twice."""
+        """Forward passes per distinct window: 1 if nothing is computed twice."""
         return self.windows / self.distinct_windows
 
     def times(self, passes: int) -> Plan:
-        """The plan where every window goes through the network ``passes`` times, one pass after the other."""
+        """Return the plan if every window goes through the network ``passes`` times, one pass after the other."""
         windows, distinct = self.windows * passes, self.distinct_windows * passes
         return replace(self, windows=windows, distinct_windows=distinct, voxels=self.voxels * passes)
 
@@ -84,14 +84,13 @@ def plan(
     block_size: Sequence[int] | int = 256,
     context: Sequence[int] | int | None = None,
 ) -> Plan:
-    """What `predict_blocks` with these arguments will cost."""
+    """Return what `predict_blocks` with these arguments will cost."""
     lattice = WindowLattice.over(grid, window, overlap, context)
-    regions = [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
-    return plan_regions(lattice, regions, channels=channels, batch_size=batch_size)
+    return plan_regions(lattice, _block_regions(grid, block_size), channels=channels, batch_size=batch_size)
 
 
 def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels: int, batch_size: int = 1) -> Plan:
-    """What `predict_regions` over ``regions`` will cost."""
+    """Return what `predict_regions` over ``regions`` will cost."""
     windows, most, row, ran = 0, 0, None, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
@@ -102,6 +101,10 @@ def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels:
         ran = x.stop
         most = max(most, _working_bytes(lattice, (begin, shape), channels, batch_size))
     return Plan(len(regions), windows, lattice.count, windows * math.prod(lattice.window), most)
+
+
+def _block_regions(grid: VoxelGrid, block_size: Sequence[int] | int) -> list[Region]:
+    return [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
 
 
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int) -> int:
@@ -115,7 +118,7 @@ def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
     raw = math.prod(end - start for start, end in extents[:2]) * lattice.window[2]  # of one column of windows
     results = 2 * channels * math.prod(shape)
-    return 4 * (sums + results + raw + 2 * min(raw, SLAB) + min(raw, AHEAD) + batch)
+    return 4 * (sums + results + raw + 2 * min(raw, SLAB_VOXELS) + min(raw, MAX_VOXELS_AHEAD) + batch)
 
 
 def predict_blocks(
@@ -133,30 +136,29 @@ def predict_blocks(
     device: str = "cpu",
     autocast: torch.dtype | None = None,
     blocks: Collection[int] | None = None,
-    views: Sequence[View] = (),
+    inputs: Sequence[FurtherInput] = (),
     extent: Extent | None = None,
 ) -> Iterator[tuple[VoxelGrid, NDArray[np.float32]]]:
     """Predict ``grid`` block by block.
 
     Args:
-        read: gives the network's input, float32 (d, h, w), for any grid of ``grid``'s lattice, also beyond it, and
+        read: returns the network's input, float32 (d, h, w), for any grid of ``grid``'s lattice, also beyond it, and
             something like tissue where there is no raw (see `connectomics.io.mirror`).
-        grid: what is predicted, at the network's voxel size.
-        network: takes (B, 1, d, h, w) float32 on ``device``, gives (B, channels, d, h, w): one tensor, for instance
-            probabilities. It is called without gradients; put it into evaluation mode yourself. With ``views`` it takes
-            these too, (B, 1, ...) each.
-        channels: channels of the network's output.
-        window: shape of a window, voxels z y x.
-        overlap: share of a window that its neighbour sees too, [0, 1).
+        grid: what to predict, at the network's voxel size.
+        network: takes (B, 1, d, h, w) float32 on ``device`` and, with ``inputs``, one (B, 1, ...) for each of them;
+            returns one tensor (B, channels, d, h, w). It is called without gradients and must be in evaluation mode.
+        channels: number of output channels.
+        window: window shape, voxels z y x.
+        overlap: share of a window that its neighbor sees too, [0, 1).
         blending: ``gaussian`` or ``constant`` weights.
         batch_size: windows that go through the network together.
-        block_size: shape of a block, voxels z y x; see the module for what it costs.
+        block_size: block shape, voxels z y x; see the module for what it costs.
         context: voxels of raw that windows may see beyond the grid; None: see `WindowLattice.over`.
-        device: where the network is, and where the sums are kept.
+        device: of the network and of the sums.
         autocast: dtype of automatic mixed precision (``torch.bfloat16``), None for none.
         blocks: numbers of the blocks to compute, in the order of ``grid.blocks(block_size)``; None for all.
-        views: further inputs of the network, read anew for every window.
-        extent: where there is raw, in voxels of ``grid``: windows stay inside wherever it is large enough, and values
+        inputs: further inputs of the network, read for every window.
+        extent: where there is raw, in voxels of ``grid``: windows stay inside if it is large enough, and values
             beyond it are 0. None: there is raw everywhere.
 
     Yields:
@@ -166,24 +168,14 @@ def predict_blocks(
         InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
     lattice = WindowLattice.over(grid, window, overlap, context, extent)
-    regions = [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
+    regions = _block_regions(grid, block_size)
     if blocks is not None:
         wrong = [b for b in blocks if not 0 <= b < len(regions)]
         if wrong:
-            raise InputError(f"block numbers must lie in 0 to {len(regions) - 1}, found {sorted(wrong)[:5]}")
+            raise InputError(f"block numbers must lie in 0 to {len(regions) - 1}, got {sorted(wrong)[:5]}")
         regions = [regions[b] for b in sorted(set(blocks))]
-    values = predict_regions(
-        read,
-        lattice,
-        network,
-        regions,
-        channels=channels,
-        blending=blending,
-        batch_size=batch_size,
-        device=device,
-        autocast=autocast,
-        views=views,
-    )
+    forward = Forward(network, channels, batch_size, device, autocast, tuple(inputs))
+    values = predict_regions(read, lattice, forward, regions, blending)
     for begin, shape in regions:
         yield grid.crop(begin, shape), next(values)
 
@@ -191,35 +183,25 @@ def predict_blocks(
 def predict_regions(
     read: Read,
     lattice: WindowLattice,
-    network: Callable[..., torch.Tensor],
+    forward: Forward,
     regions: Sequence[Region],
-    *,
-    channels: int,
     blending: str = "gaussian",
-    batch_size: int = 1,
-    device: str = "cpu",
-    autocast: torch.dtype | None = None,
-    views: Sequence[View] = (),
-    skip_empty: bool = False,
-    inside: Inside | None = None,
 ) -> Iterator[NDArray[np.float32]]:
-    """Predict parts of a lattice's grid, which may overlap: the values (channels, d, h, w), float32, of each in turn.
+    """Predict parts of a lattice's grid, which may overlap: yields (channels, d, h, w), float32, of each in turn.
 
-    Consecutive regions with the same extent along z and y and ascending begins along x share their windows. With
-    ``skip_empty`` windows of constant raw are left out, and with ``inside`` those for whose grid it gives False; raw
-    that only such windows see is not read. The other arguments and the errors are those of `predict_blocks`.
+    Consecutive regions with the same extent along z and y and ascending begins along x share their windows. Raw that no
+    window sees is not read. ``read``, ``blending`` and the errors are those of `predict_blocks`.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, found {batch_size}")
-    weights = importance_map(lattice.window, blending).to(device)
-    inside = where_wanted(lattice, inside)
-    forward = Forward(network, channels, batch_size, device, autocast, tuple(views), skip_empty, inside)
-    row: Row | None = None
+    if forward.batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {forward.batch_size}")
+    weights = importance_map(lattice.window, blending).to(forward.device)
+    forward = replace(forward, inside=windows_to_run(lattice, forward.inside))
+    row: BlockRow | None = None
     for number, (begin, shape) in enumerate(regions):
         if min(begin) < 0 or any(b + s > n for b, s, n in zip(begin, shape, lattice.grid.shape, strict=True)):
             raise InputError(f"a region from {begin} of {shape} voxels does not lie in {lattice.grid}")
-        if row is None or not row.goes_on_with(begin, shape):
-            row = Row(read, lattice, forward, weights, begin, shape)
+        if row is None or not row.continues_with(begin, shape):
+            row = BlockRow(read, lattice, forward, weights, begin, shape)
         following = regions[number + 1] if number + 1 < len(regions) else None
-        keep = following[0][2] if following is not None and row.goes_on_with(*following, after=begin[2]) else None
+        keep = following[0][2] if following is not None and row.continues_with(*following, after=begin[2]) else None
         yield row.advance(begin[2], begin[2] + shape[2], keep)

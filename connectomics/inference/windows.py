@@ -22,10 +22,10 @@ _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
 
 
 def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
-    """Three whole numbers (one stands for all axes), each at least ``least``."""
+    """Return three whole numbers (one stands for all axes), each at least ``least``."""
     numbers = [values] * 3 if isinstance(values, int) else [int(v) for v in values]
     if len(numbers) != 3 or min(numbers) < least:
-        raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), found {values!r}")
+        raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), got {values!r}")
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -34,10 +34,10 @@ class WindowLattice:
     """All windows of one prediction.
 
     Attributes:
-        grid: the voxels that are predicted.
+        grid: the voxels to predict.
         window: window shape in voxels, z y x.
-        starts: per axis the first voxels of the windows, ascending, in voxels of ``grid``; negative where a window
-            begins in the context before the grid.
+        starts: per axis the first voxels of the windows, ascending, in voxels of ``grid``; negative if a window begins
+            in the context outside the grid.
         extent: where there is raw, in voxels of ``grid``; None: everywhere.
     """
 
@@ -55,20 +55,20 @@ class WindowLattice:
         context: Sequence[int] | int | None = None,
         extent: Extent | None = None,
     ) -> WindowLattice:
-        """The windows over ``grid`` and ``context`` voxels on every side of it, as far as there is raw (``extent``).
+        """Return the windows over ``grid`` and ``context`` voxels on every side of it, as far as there is raw.
 
-        ``context=None``: half the overlap, at least 8 and at most a quarter of the window, so that a voxel at a face of
-        the grid is no nearer to a window's face than one in the middle of the volume; less, down to half of that, on an
-        axis where the grid then fits into one window. What is smaller than a window takes one window, centered, and
-        shifted inside the raw. A window lies beyond the raw only where the raw is smaller than the window, or where the
-        grid itself lies beyond the raw.
+        ``context=None`` takes half the overlap, at least 8 and at most a quarter of the window, so that a voxel at a
+        face of the grid is as far from a window's face as any other voxel; it takes less, down to half of that, on an
+        axis where the grid then fits into one window. A grid smaller than a window gets one centered window, shifted
+        inside the raw. A window leaves the raw only if the raw is smaller than the window, or if the grid leaves it.
+
         Raises `InputError` for an empty grid, ``overlap`` outside [0, 1) or a negative context.
         """
         size = whole_index(window, "window", 1)
         if grid.size == 0:
             raise InputError(f"nothing to predict in an empty grid ({grid})")
         if not 0 <= overlap < 1:
-            raise InputError(f"overlap must be at least 0 and below 1, found {overlap}")
+            raise InputError(f"overlap must be at least 0 and below 1, got {overlap}")
         given = None if context is None else whole_index(context, "context", 0)
         starts = []
         for axis, (n, w) in enumerate(zip(grid.shape, size, strict=True)):
@@ -84,19 +84,24 @@ class WindowLattice:
 
     @property
     def leaves_raw(self) -> bool:
-        """Whether the grid lies, at least in part, where there is no raw."""
+        """Whether any part of the grid lies outside the raw."""
         return self.extent is not None and not self.extent.holds((0, 0, 0), self.grid.shape)
 
     def sees_raw(self, window: VoxelGrid) -> bool:
-        """Whether any voxel of a window lies where there is raw."""
+        """Return whether any voxel of a window has raw."""
         begin = self.grid.index_range(window.box)[0]
         return self.extent is None or self.extent.meets(begin, [b + n for b, n in zip(begin, self.window, strict=True)])
 
     def touching(self, axis: int, begin: int, end: int) -> range:
-        """Numbers of the windows along ``axis`` that hold any of the voxels ``begin`` to ``end`` (exclusive)."""
+        """Return the numbers of the windows along ``axis`` that hold any of the voxels ``begin`` to ``end``."""
         starts = self.starts[axis]
         first = int(np.searchsorted(starts, begin - self.window[axis], side="right"))
         return range(first, int(np.searchsorted(starts, end, side="left")))
+
+    def grid_of(self, numbers: Index) -> VoxelGrid:
+        """Return the grid of the window with these numbers along z, y and x."""
+        z, y, x = (self.starts[axis][number] for axis, number in enumerate(numbers))
+        return self.grid.crop((z, y, x), self.window)
 
 
 def _default_context(n: int, window: int, overlap: float) -> int:
@@ -106,7 +111,7 @@ def _default_context(n: int, window: int, overlap: float) -> int:
 
 
 def _scan(n: int, window: int, overlap: float, margin: int, raw: tuple[int, int] | None) -> tuple[int, ...]:
-    """Window starts along one axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`, over the voxels
+    """Window starts along an axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`, over the voxels
     and a margin, as far as there is raw (from ``raw[0]`` to ``raw[1]``, exclusive; None: everywhere)."""
     begin, end = -margin, n + margin
     if raw is not None:
@@ -123,15 +128,15 @@ def _scan(n: int, window: int, overlap: float, margin: int, raw: tuple[int, int]
 
 
 def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.Tensor:
-    """Weight of a window's voxels, float32 (d, h, w).
+    """Return the weight of a window's voxels, float32 (d, h, w).
 
-    ``gaussian``: a product of Gaussians around the middle with sigma 1/8 of the width, never below the larger of 1e-3
-    and its own least value, as `monai.data.utils.compute_importance_map` computes it; ``constant``: ones.
+    ``gaussian``: a product of Gaussians around the center with sigma 1/8 of the width, never below the larger of 1e-3
+    and its own smallest value, as `monai.data.utils.compute_importance_map` computes it; ``constant``: ones.
     """
     import torch
 
     if blending not in BLENDINGS:
-        raise InputError(f"blending must be one of {', '.join(BLENDINGS)}, found {blending!r}")
+        raise InputError(f"blending must be one of {', '.join(BLENDINGS)}, got {blending!r}")
     size = whole_index(window, "window", 1)
     if blending == "constant":
         return torch.ones(size, dtype=torch.float32)

@@ -1,4 +1,7 @@
-"""Checkpoints: read with one clear line where that cannot be, and turned back into a module."""
+"""Read checkpoints, with one clear line if that fails, and build the network or the module that they hold.
+
+Nothing here imports PyTorch Lightning, except `load_module`.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,25 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from connectomics.config import RunConfig, config_from_dict
+from connectomics.config import RunConfig, config_from_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
+from connectomics.inference.trained_network import TrainedNetwork
 from connectomics.lightning.model_package import check_test, is_package, open_package, package_weights
-from connectomics.lightning.module import (
-    CHECKPOINT_FORMAT,
-    CHECKPOINT_KEY,
-    ConnectomicsModule,
-)
+from connectomics.lightning.network import build_network
+
+if TYPE_CHECKING:
+    from connectomics.lightning.module import ConnectomicsModule
 
 log = logging.getLogger(__name__)
+
+CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
+CHECKPOINT_FORMAT = 2  # 1: without normalization, nothing was centered
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -121,19 +127,39 @@ def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> Non
         )
 
 
-def load_module(path: str | Path, config: RunConfig | None = None) -> ConnectomicsModule:
-    """The module of a checkpoint, on the CPU, in evaluation mode.
+def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNetwork:
+    """Return the network of a checkpoint or a package, on the CPU, in evaluation mode.
 
     Args:
-        path: the checkpoint, self-contained.
+        path: the file; it holds its own configuration.
         config: a configuration to use with it: its `dataset.classes`, the channels of its `model.heads` and the voxel
             sizes of its `data.inputs` must be those of the checkpoint; the rest of its `model` is replaced by the
             checkpoint's, all else (data, inference, decoding) is kept. None: the checkpoint's own.
 
     Raises:
-        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also where classes or
-            inputs are others.
+        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also if classes or inputs
+            differ.
     """
+    chosen, weights = _configured(path, config)
+    import_plugins(chosen.plugins)
+    channels = chosen.channels + sum(head.channels for head in heads_of(chosen))
+    network = TrainedNetwork(chosen, build_network(chosen, channels))
+    _fill(network, {name: value for name, value in weights.items() if name.startswith("network.")}, path)
+    return network
+
+
+def load_module(path: str | Path, config: RunConfig | None = None) -> ConnectomicsModule:
+    """Return the Lightning module of a checkpoint or a package, to train or validate it; see `load_network`."""
+    from connectomics.lightning.module import ConnectomicsModule
+
+    chosen, weights = _configured(path, config)
+    module = ConnectomicsModule(chosen)
+    _fill(module, weights, path)
+    return module
+
+
+def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, dict[str, Any]]:
+    """Return the configuration to build the network with, and the state dictionary."""
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
     if config is not None:
@@ -147,9 +173,13 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
                 trained.dataset.voxel_size,
                 config.dataset.voxel_size,
             )
-    module = ConnectomicsModule(_merged(trained, config))
+    return _merged(trained, config), content["state_dict"]
+
+
+def _fill(module: TrainedNetwork | ConnectomicsModule, weights: Mapping[str, Any], path: str | Path) -> None:
+    """Load the weights, set evaluation mode, and compare the answer to a package's test input."""
     try:
-        module.load_state_dict(content["state_dict"])
+        module.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
         raise InputError(
             f"the weights in checkpoint {path} do not fit the network that its configuration names"
@@ -157,16 +187,15 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
     module.eval()
     if is_package(path):
         check_test(open_package(path), module)
-    return module
 
 
 def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
     if config is None:
         return trained
-    # the same heads, of which the configuration at hand says whether they are written
+    # the same heads; the given configuration decides whether they are written
     plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
     merged = replace(config, model=replace(trained.model, heads=config.model.heads), plugins=plugins)
-    return with_normalization(merged, trained.data.normalization)  # which belongs to the model
+    return with_normalization(merged, trained.data.normalization)  # it belongs to the model
 
 
 def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
@@ -192,3 +221,26 @@ def describe(config: RunConfig) -> str:
     size = f" {model.mednext_size}{model.mednext_kernel_size}" if model.architecture == "mednext" else ""
     deep = ", deep supervision" if model.deep_supervision else ""
     return f"{model.architecture}{size} network ({config.channels} classes{deep}, options {model.options})"
+
+
+class FromCheckpoint:
+    """`load_from_checkpoint` as Lightning's modules have it; checkpoints hold their own configuration."""
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        config: RunConfig | None = None,
+        cfg: RunConfig | None = None,
+    ) -> ConnectomicsModule:
+        """Return the module of a checkpoint or a package, in evaluation mode; see `load_module` for what it raises.
+
+        ``config`` (``cfg`` is the same) replaces the checkpoint's own as far as it fits; ``map_location`` is the device
+        of the module, by default the CPU.
+        """
+        if config is not None and cfg is not None:
+            raise InputError("load_from_checkpoint takes config or cfg, which are the same; got both")
+        module = load_module(checkpoint_path, config if config is not None else cfg)
+        return module if map_location is None else module.to(map_location)

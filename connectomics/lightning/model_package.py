@@ -25,6 +25,7 @@ from connectomics.config import RunConfig, config_from_dict
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError
 
 if TYPE_CHECKING:
+    from connectomics.inference.trained_network import TrainedNetwork
     from connectomics.lightning.module import ConnectomicsModule
 
 FORMAT = 2  # as of checkpoints
@@ -120,7 +121,7 @@ def package_weights(package: Package) -> dict[str, Any]:
     return _tensors(package, WEIGHTS)
 
 
-def check_test(package: Package, module: ConnectomicsModule) -> float:
+def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) -> float:
     """Run the test input; returns the largest difference of a probability.
 
     Raises `CorruptDataError` where it is above a thousandth: the network does not compute what it computed.
@@ -141,7 +142,7 @@ def check_test(package: Package, module: ConnectomicsModule) -> float:
     return difference
 
 
-def answer(module: ConnectomicsModule, images: Sequence[Any]) -> Any:
+def answer(module: TrainedNetwork | ConnectomicsModule, images: Sequence[Any]) -> Any:
     """What a network gives for images: probabilities of all channels, also of heads that a configuration does not have
     written, float32 on the CPU."""
     import torch

@@ -22,13 +22,13 @@ from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, view_names
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
-from connectomics.inference.views import View
 from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.challenge_score import ChallengeScore
+from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, FromCheckpoint
 from connectomics.lightning.class_counts import ClassCounts
-from connectomics.lightning.from_checkpoint import FromCheckpoint
 from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, inference_window
@@ -42,8 +42,6 @@ from connectomics.models.losses import build_loss
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
-CHECKPOINT_FORMAT = 2  # 1: without normalization, nothing was centered
 _PLANES = 4  # crops that are pictured at a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
@@ -253,7 +251,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             context=settings.context,
             extent=_extent_of(crop, grid),
             device=str(self.device),
-            views=[View(crop.read_view, size, shape) for size, shape in views_of(self.config)],
+            inputs=[FurtherInput(crop.read_view, size, shape) for size, shape in views_of(self.config)],
         ):
             for slab in slabs(crop.read_label_codes(block), everything, self.classes):
                 probability = slab.values[: len(self.classes)]

@@ -15,22 +15,22 @@ from connectomics.models.registry import build_model, check_patch_size, fixed_pa
 
 
 def build_network(config: RunConfig, channels: int) -> nn.Module:
-    """The network with ``channels`` output channels; raises `InputError` or `UnknownNameError` if that cannot be."""
-    views = views_of(config)
+    """Return the network with ``channels`` output channels; raises `InputError` or `UnknownNameError`."""
+    inputs = views_of(config)
     network = build_model(
         config.model.architecture,
-        channels_for(config.model.fusion, config.model.in_channels, len(views)),
+        channels_for(config.model.fusion, config.model.in_channels, len(inputs)),
         channels,
         patch_size=config.data.patch_size,
         deep_supervision=config.model.deep_supervision,
         options=model_options(config),
     )
-    ratios = [np.divide(size, config.dataset.voxel_size).tolist() for size, _ in views]
+    ratios = [np.divide(size, config.dataset.voxel_size).tolist() for size, _ in inputs]
     return with_inputs(network, config.model.fusion, ratios)
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
-    """The options of `build_model` that a configuration stands for."""
+    """Return the options of `build_model` in a configuration."""
     options = dict(config.model.options)
     if config.model.architecture == "mednext":
         options = {
@@ -42,7 +42,7 @@ def model_options(config: RunConfig) -> dict[str, Any]:
 
 
 def inference_window(config: RunConfig) -> list[int]:
-    """The window in voxels, z y x: `inference.window`, or the patch where that is null. Raises `InputError`."""
+    """Return the window in voxels, z y x: `inference.window`, or the patch if that is null. Raises `InputError`."""
     window = list(config.inference.window or config.data.patch_size)
     architecture = config.model.architecture
     try:
@@ -50,12 +50,12 @@ def inference_window(config: RunConfig) -> list[int]:
     except InputError as error:
         raise InputError(f"inference.window: {error}") from error
     if config.data.inputs and config.model.fusion == "channels":
-        for number, view in enumerate(config.data.inputs):
-            if not window == list(config.data.patch_size) == list(view.patch_size):
+        for number, given in enumerate(config.data.inputs):
+            if not window == list(config.data.patch_size) == list(given.patch_size):
                 raise InputError(
-                    f"model.fusion=channels stacks views voxel by voxel: data.patch_size {config.data.patch_size}, "
-                    f"inference.window {window} and data.inputs[{number}].patch_size {view.patch_size} must be alike; "
-                    "or take model.fusion=encoder"
+                    f"model.fusion=channels stacks inputs voxel by voxel: data.patch_size {config.data.patch_size}, "
+                    f"inference.window {window} and data.inputs[{number}].patch_size {given.patch_size} must be equal; "
+                    "or set model.fusion=encoder"
                 )
     if fixed_patch_size(architecture) and window != list(config.data.patch_size):
         raise InputError(

@@ -36,7 +36,7 @@ from connectomics.morphology.instances import Instances, instances_of_block
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 STAGE = "blocks"
 _PLACE = (Column("dataset", "text"), Column("crop", "text"))

@@ -32,7 +32,7 @@ from connectomics.morphology.mesh_files import check_format, file_name, write_in
 from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 BOXES, MESHES = "boxes", "meshes"
 TABLE_FILE = "meshes.csv"

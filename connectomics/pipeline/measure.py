@@ -97,7 +97,7 @@ def measure_tables(
     if resume and not overwrite and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
         raise nothing_to_resume(tasks[0].path.parent)
     for task in tasks:
-        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
+        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
     with open_engine(engine) as workers:
         for task in tasks:
             if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):

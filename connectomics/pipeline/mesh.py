@@ -52,7 +52,7 @@ def mesh_labels(
     if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise nothing_to_resume(tasks[0].folder.parents[2])
     for task in tasks:
-        task.check(overwrite=task.begins_anew(overwrite=overwrite, resume=resume))
+        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
     found = []
     with open_engine(engine) as workers:
         for task in tasks:

@@ -22,7 +22,7 @@ from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import not_ours
 from connectomics.io.store import read_json
-from connectomics.lightning.checkpoints import load_module
+from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
 from connectomics.pipeline.runs import Run
 
@@ -43,7 +43,7 @@ def load_model(path: str | Path) -> ConnectomicsModule:
     Raises:
         MissingError, CorruptDataError, InputError, ConfigError: the file is absent, damaged, or of another kind.
     """
-    return load_module(str(path))
+    return load_network(str(path))
 
 
 def package(
@@ -117,7 +117,7 @@ def write_package(
         raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
     if target.exists() and not is_package(target):
         raise not_ours(target, "package")
-    module = load_module(checkpoint)
+    module = load_network(checkpoint)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
     images = _test_images(module.config)
     result = answer(module, [torch.from_numpy(image) for image in images])

@@ -65,7 +65,7 @@ def run_stored_task(
     """
     task, chosen = load_task(file), _device(device)
     (accepted,) = accepted_of([task], accept or {})
-    replaces = task.begins_anew(overwrite=overwrite, resume=resume)
+    replaces = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=replaces):
         return f"nothing to do: {task.name} is complete"
     if resume and not overwrite and not (task.folder / TASK_FILE).exists():
@@ -82,7 +82,7 @@ def estimate_stored_task(
     from connectomics.tasks.estimate import estimate
 
     task = load_task(file)
-    replaces = task.begins_anew(overwrite=overwrite, resume=resume)
+    replaces = task.starts_over(overwrite=overwrite, resume=resume)
     return estimate([task], engine, _device(device), overwrite=replaces)
 
 

@@ -1,8 +1,7 @@
-"""A process that works on blocks for the one that started it, and ends when that one does.
+"""A process that does blocks for the process that started it, and ends with it.
 
-Started by `connectomics.tasks.supervise.Child` with one end of a socket. What comes in: `Job` (close the worker that
-is open, if any, and open this one's), a list of block numbers, or None (close the worker). What goes out, in the order
-in which it happens, are the messages below.
+`connectomics.tasks.supervise.Child` starts it with one end of a socket. It receives a `Job` (close the open worker, if
+any, and open this one), a list of block numbers, or None (close the worker). It sends the messages below.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ class Job:
     """What a worker is opened for.
 
     Attributes:
-        token: tells jobs apart. task: pickled `BlockTask`.
+        token: identifies the job. task: pickled `BlockTask`.
         device: torch device; for ``cuda`` the process takes one of the GPUs.
-        folder: of the task. path: where the leading process looks for modules.
+        folder: of the task. path: module search path of the leading process.
         timeout_s, memory_bytes: limits of a process for a block; None: no limit.
     """
 
@@ -44,13 +43,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Opened:
-    """The worker is there; or ``error`` says why it cannot be."""
+    """The worker is open, or ``error`` says why it cannot be opened."""
 
     error: Exception | None = None
 
 
 @dataclass(frozen=True)
-class Told:
+class BlockEnded:
     """A block is written, or failed with ``why``; ``stop``: none of the others can be done."""
 
     number: int
@@ -59,8 +58,8 @@ class Told:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """All blocks of the list have been told."""
+class ListEnded:
+    """All blocks of the list have ended."""
 
 
 def main(handle: int, number: int) -> None:
@@ -70,7 +69,7 @@ def main(handle: int, number: int) -> None:
     import threading
     from multiprocessing.connection import Connection
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the leader's: it ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader handles Ctrl-C: it ends this process
     connection = Connection(handle)
     inbox: SimpleQueue[Job | list[int] | None] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, inbox), daemon=True).start()
@@ -89,7 +88,7 @@ def main(handle: int, number: int) -> None:
 
 
 def _listen(connection: Connection, inbox: SimpleQueue[Job | list[int] | None]) -> None:
-    """Take in what is ordered, also while a block is worked on; a leader that is gone ends this process at once."""
+    """Receive orders, also while a block is being done; end this process at once when the leader is gone."""
     try:
         while True:
             inbox.put(connection.recv())
@@ -105,10 +104,10 @@ def _open(job: Job, number: int, held: ExitStack, connection: Connection) -> Wor
     try:
         task = pickle.loads(job.task)
         worker: Worker = held.enter_context(task.open_worker(job.stage, device_of(job.device, number)))
-    except Exception as error:  # told to the leader, who raises it
+    except Exception as error:  # sent to the leader, which raises it
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an error that does not travel
+        except Exception:  # an error that cannot be pickled
             error = EngineError(one_line(error))
         connection.send(Opened(error))
         return None
@@ -121,10 +120,10 @@ def _work(worker: Worker, blocks: list[int], connection: Connection) -> None:
 
     for number, error in outcomes(worker, blocks):
         if error is None:
-            connection.send(Told(number))
+            connection.send(BlockEnded(number))
         elif isinstance(error, SYSTEMATIC):
-            connection.send(Told(number, stop=error))
+            connection.send(BlockEnded(number, stop=error))
             return
         else:
-            connection.send(Told(number, one_line(error)))
-    connection.send(Ended())
+            connection.send(BlockEnded(number, one_line(error)))
+    connection.send(ListEnded())

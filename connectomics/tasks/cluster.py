@@ -1,11 +1,12 @@
-"""The engine of Dask: a scheduler that is there, processes of this machine, or jobs of SLURM or LSF.
+"""The Dask engine: an existing scheduler, processes of this machine, or jobs of SLURM or LSF.
 
-A Dask worker does no block itself: it keeps a process for that (`connectomics.tasks.supervise.Child`), long-lived as it
-is, and goes on answering the scheduler. One Dask task is one batch of blocks.
+A Dask worker does no block itself: it keeps a long-lived process for that (`connectomics.tasks.supervise.Child`) and
+keeps answering the scheduler. One Dask task is one batch of blocks.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import queue
@@ -16,33 +17,37 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import wait
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
+from connectomics.io import store
+from connectomics.machine import usable_cores
 from connectomics.tasks.block_task import BlockTask
+from connectomics.tasks.blocks import sync
 from connectomics.tasks.child import Job
-from connectomics.tasks.done import sync
-from connectomics.tasks.pool import Batch, Engine, Pool, gpu_count, one_line
-from connectomics.tasks.scheduler import client_of
+from connectomics.tasks.engines import number_of_workers
+from connectomics.tasks.pool import Batch, Engine, Pool, one_line
 from connectomics.tasks.supervise import TICK_S, Child, make_job
 
 if TYPE_CHECKING:
     from distributed import Client, Future, Worker
 
-_LOST_S = 20.0  # so long a scheduler may be away while blocks are done, and a scheduler of others without a worker
-_IDLE_S = 120.0  # so long a worker keeps a process, with what it has loaded, for which nobody asks
-_REPORT_SHARE = 0.05  # of a worker's time may go into waiting for the disk before it reports
-_LOOK_S = 2.0  # between two looks at how many workers there are
+_CONNECT_S = 10.0  # a scheduler that does not answer within this time counts as unreachable
+_LOST_S = 20.0  # how long a scheduler may be away, and how long an existing scheduler may have no worker
+_IDLE_S = 120.0  # how long a worker keeps an idle process with its loaded network
+_REPORT_SHARE = 0.05  # of a worker's time may be spent waiting for the disk before it reports
+_CHECK_S = 2.0  # between two checks of the number of workers
 _QUEUES = {"slurm": "sbatch", "lsf": "bsub"}  # the command that takes jobs
 
 
 class DaskEngine(Engine):
-    """Workers of a Dask scheduler; which, the configuration says."""
+    """Workers of the Dask scheduler that the configuration names."""
 
     def __init__(self, config: EngineConfig, device: str) -> None:
         try:
@@ -70,7 +75,7 @@ class DaskEngine(Engine):
         self._stack.close()
 
     def _connect(self) -> tuple[Client, str]:
-        """A client of the scheduler that is asked for, and what to say about it."""
+        """Return a client of the configured scheduler, and its description."""
         from distributed import Client
 
         if self._config.address is not None:
@@ -81,23 +86,22 @@ class DaskEngine(Engine):
         return client, f"Dask cluster {cluster}, dashboard {cluster.dashboard_link}"
 
     def _forget(self) -> None:
-        """End the processes that this engine has at workers that live on."""
+        """End the processes of this engine at workers that keep running."""
         if self._client.status == "running":  # a scheduler that is gone has none
-            with contextlib.suppress(OSError, TimeoutError):  # it goes now
+            with contextlib.suppress(OSError, TimeoutError):  # it is going away right now
                 self._client.unregister_worker_plugin(self._host)
 
 
 def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
-    """The Dask cluster of an engine that has no address: a LocalCluster, a SLURMCluster or an LSFCluster, of
-    ``engine.workers`` workers (not that many jobs: a job may hold several, ``engine.options.processes``)."""
+    """Return the Dask cluster of an engine without an address: a LocalCluster, a SLURMCluster or an LSFCluster with
+    ``engine.workers`` workers (a job may hold several workers, ``engine.options.processes``)."""
     if config.cluster == "local":
         from distributed import LocalCluster
 
-        workers = config.workers or (max(1, gpu_count()) if device == "cuda" else 1)
         with _without_ctrl_c():
             return LocalCluster(
-                n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", memory_limit=0,
-                dashboard_address="127.0.0.1:0", config={"logging": {"distributed": "error"}},
+                n_workers=number_of_workers(config, device), threads_per_worker=1, processes=True, memory_limit=0,
+                host="127.0.0.1", dashboard_address="127.0.0.1:0", config={"logging": {"distributed": "error"}},
             )  # fmt: skip
     try:
         import dask_jobqueue
@@ -108,23 +112,22 @@ def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
     command = _QUEUES[config.cluster]
     if shutil.which(command) is None:
         raise EngineError(
-            f"engine.cluster={config.cluster}: there is no {command} here; run it where jobs can be submitted"
+            f"engine.cluster={config.cluster}: there is no {command} here; run this where jobs can be submitted"
         )
     kind = {"slurm": dask_jobqueue.SLURMCluster, "lsf": dask_jobqueue.LSFCluster}[config.cluster]
     try:
         cluster = kind(n_workers=config.workers, **job_options(config))
-        cluster.adapt(minimum=config.workers, maximum=config.workers)  # a job that ends is followed by another
-    except Exception as error:  # of options, of submitting: whatever dask-jobqueue says
+        cluster.adapt(minimum=config.workers, maximum=config.workers)  # replaces jobs that end
+    except Exception as error:  # wrong options, failed submission: anything that dask-jobqueue raises
         raise EngineError(f"engine.cluster={config.cluster}: no job could be submitted: {one_line(error)}") from error
     return cluster
 
 
 @contextlib.contextmanager
 def _without_ctrl_c() -> Iterator[None]:
-    """Processes that are started meanwhile do not hear Ctrl-C: it is the leader's, who ends them, and not for each of
-    them to complain of."""
+    """Start processes that ignore Ctrl-C: the leader handles it and ends them."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only there can it be said
+        yield  # only the main thread may set signal handlers
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -134,33 +137,35 @@ def _without_ctrl_c() -> Iterator[None]:
 
 
 def job_options(config: EngineConfig) -> dict[str, Any]:
-    """What dask-jobqueue's cluster is made with: ``engine.options``, a core for each worker where they say nothing,
-    memory for the block limit, and one batch at a time a worker."""
+    """Return the arguments of dask-jobqueue's cluster: ``engine.options``, by default one core per worker and memory
+    for the block limit, and one batch at a time per worker."""
     options = {"cores": 1, "processes": 1, **config.options}
     if "memory" not in options and config.memory_gb is not None:
         options["memory"] = f"{config.memory_gb * options['processes'] + 1:g} GB"
     if "memory" not in options:
-        raise EngineError(f"engine.cluster={config.cluster} needs engine.options.memory, of a job, as in '32 GB'")
+        raise EngineError(
+            f"engine.cluster={config.cluster} needs engine.options.memory, the memory of a job, such as '32 GB'"
+        )
     more = list(options.get("worker_extra_args", []))
     return {**options, "worker_extra_args": [*more, "--nthreads", "1"]}
 
 
 def threads_of(config: EngineConfig) -> int | None:
-    """Threads of the numerical libraries in each working process; None: as its environment says."""
+    """Return the threads of the numerical libraries in each working process; None: leave it to its environment."""
     if config.address is not None:
         return None
     if config.cluster == "local":
-        return max(1, (os.cpu_count() or 1) // max(1, config.workers))
+        return max(1, usable_cores() // max(1, config.workers))
     options = {"cores": 1, "processes": 1, **config.options}
     return max(1, int(options["cores"]) // int(options["processes"]))
 
 
 def _host(name: str, threads: int | None) -> Any:
-    """The plugin that keeps the working processes of a Dask worker, from its start to its end."""
+    """Return the plugin that keeps the working processes of a Dask worker."""
     from distributed import WorkerPlugin
 
     class Host(WorkerPlugin):
-        """Working processes of one Dask worker: one, or where it has several threads, up to one for each."""
+        """Working processes of one Dask worker: at most one per thread."""
 
         def __init__(self) -> None:
             self.name = name
@@ -178,7 +183,7 @@ def _host(name: str, threads: int | None) -> Any:
                     child.end()
 
         def take(self) -> Child:
-            """A process that has nothing to do."""
+            """Return an idle process."""
             with self.lock:
                 while self.idle:
                     _, child = self.idle.pop()
@@ -190,7 +195,7 @@ def _host(name: str, threads: int | None) -> Any:
                 return child
 
         def put(self, child: Child) -> None:
-            """It has nothing to do any more."""
+            """Return a process that is idle again."""
             with self.lock:
                 self.busy.remove(child)
                 if child.alive and not self.over.is_set():
@@ -199,7 +204,7 @@ def _host(name: str, threads: int | None) -> Any:
                     child.end()
 
         def _sweep(self) -> None:
-            """End processes that nobody has wanted for a while: a leader that was killed cannot say that it is gone."""
+            """End processes that are idle for long: a leader that was killed cannot end them."""
             while not self.over.wait(_IDLE_S / 10):
                 with self.lock:
                     old = [child for since, child in self.idle if time.monotonic() - since > _IDLE_S]
@@ -211,73 +216,75 @@ def _host(name: str, threads: int | None) -> Any:
 
 
 def _number(name: object) -> int:
-    """The number at the end of a Dask worker's name, which decides on its GPU; 0 where there is none."""
+    """Return the number at the end of a Dask worker's name, which selects its GPU; 0 if there is none."""
     text = str(name)
     digits = text[len(text.rstrip("0123456789")) :]
     return int(digits or 0)
 
 
 def _do(host: str, job: Job, blocks: list[int]) -> Batch:
-    """The Dask task: have a working process of this worker do ``blocks``."""
+    """The Dask task: make a working process of this worker do ``blocks``."""
     from distributed import get_worker
 
     worker = get_worker()
     keeper: Any = worker.plugins[host]
     key = worker.get_current_task()
     child: Child = keeper.take()
-    told: list[Batch] = []
+    reports: list[Batch] = []
     next_report = 0.0
     try:
         child.give(job, blocks)
-        while not told or not told[-1].ended:
+        while not reports or not reports[-1].ended:
             wait([child.connection], TICK_S)
             if (batch := child.step()) is not None:
-                told.append(batch)
+                reports.append(batch)
                 if batch.done and not batch.ended and time.monotonic() >= next_report:
-                    next_report = _report(worker, host, key, job, told)
+                    next_report = _report(worker, host, key, job, reports)
             state = worker.state.tasks.get(key)
-            if state is None or state.state != "executing":  # the leader has gone, or given up
+            if state is None or state.state != "executing":  # the leader is gone, or has given up
                 child.end()
-                raise EngineError("nobody waits for these blocks any more")
+                raise EngineError("the leader no longer waits for these blocks")
     finally:
         keeper.put(child)
     sync(job.folder)
-    return _together(told)
+    return _together(reports)
 
 
-def _report(worker: Worker, host: str, key: Any, job: Job, told: list[Batch]) -> float:
-    """Tell the leader what is on disk by now, so that it is not done again should the leader be killed; returns when
-    it is worth doing again, since waiting for the disk is slow. What does not arrive comes with the result."""
+def _report(worker: Worker, host: str, key: Any, job: Job, reports: list[Batch]) -> float:
+    """Report to the leader what is on disk by now, so that it is not repeated if the leader is killed. Returns the time
+    of the next report: waiting for the disk is slow. Reports that get lost are part of the result."""
     begin = time.monotonic()
     sync(job.folder)
-    whole = _together(told)
+    whole = _together(reports)
     worker.log_event(host, {"key": str(key), "done": list(whole.done), "seconds": whole.seconds})
     end = time.monotonic()
     return end + (end - begin) / _REPORT_SHARE
 
 
-def _together(told: list[Batch]) -> Batch:
-    """All that was told of some blocks as one."""
-    last = told[-1]
-    done = tuple(number for batch in told for number in batch.done)
-    failed = {number: why for batch in told for number, why in batch.failed.items()}
-    seconds = sum(batch.seconds for batch in told)
+def _together(reports: list[Batch]) -> Batch:
+    """Return all reports on some blocks as one."""
+    last = reports[-1]
+    done = tuple(number for batch in reports for number in batch.done)
+    failed = {number: why for batch in reports for number, why in batch.failed.items()}
+    seconds = sum(batch.seconds for batch in reports)
     return Batch(done, failed, last.untouched, seconds, last.stop, last.unopened, stopped=last.stopped)
 
 
 class _DaskPool(Pool):
     def __init__(self, client: Client, host: str, job: Job, config: EngineConfig) -> None:
         self._client, self._host, self._job, self._config = client, host, job, config
-        self._heard: queue.SimpleQueue[Future | dict[str, Any]] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[Future | dict[str, Any]] = queue.SimpleQueue()
         self._blocks: dict[str, list[int]] = {}
-        self._reported: dict[str, tuple[set[int], float]] = {}  # of batches under way: done, and the seconds for them
-        client.subscribe_topic(host, lambda event: self._heard.put(event[1]))
+        self._reported: dict[
+            str, tuple[set[int], float]
+        ] = {}  # of running batches: done blocks, and the seconds for them
+        client.subscribe_topic(host, lambda event: self._messages.put(event[1]))
         self._futures: set[Future] = set()
-        self._slots, self._looked, self._alone, self._away = 1, -_LOOK_S, 0.0, 0.0
+        self._slots, self._checked, self._alone, self._away = 1, -_CHECK_S, 0.0, 0.0
 
     @property
     def slots(self) -> int:
-        self._look()
+        self._check()
         return self._slots
 
     def submit(self, blocks: Sequence[int]) -> None:
@@ -287,17 +294,17 @@ class _DaskPool(Pool):
         )
         self._blocks[str(future.key)] = numbers
         self._futures.add(future)
-        future.add_done_callback(self._heard.put)
+        future.add_done_callback(self._messages.put)
 
     def next(self) -> Batch:
         while True:
             with contextlib.suppress(queue.Empty):
-                heard = self._heard.get(timeout=TICK_S)
-                if not isinstance(heard, dict):
-                    return self._result(heard)
-                if heard["key"] in self._blocks:  # or it came after the result
-                    return self._report(heard)
-            self._look()
+                message = self._messages.get(timeout=TICK_S)
+                if not isinstance(message, dict):
+                    return self._result(message)
+                if message["key"] in self._blocks:  # else it came after the result
+                    return self._report(message)
+            self._check()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._futures and self._client.status == "running":
@@ -305,13 +312,13 @@ class _DaskPool(Pool):
         if self._client.status == "running":
             self._client.unsubscribe_topic(self._host)
 
-    def _report(self, heard: dict[str, Any]) -> Batch:
-        """What is new in a report, which says all that is done of a batch. One that was begun anew on another worker,
-        since the first has died, may say less than was known."""
-        known, seconds = self._reported.get(heard["key"], (set(), 0.0))
-        new = tuple(number for number in heard["done"] if number not in known)
-        self._reported[heard["key"]] = known | set(new), max(seconds, heard["seconds"])
-        return Batch(new, seconds=max(0.0, heard["seconds"] - seconds), ended=False)
+    def _report(self, message: dict[str, Any]) -> Batch:
+        """Return what is new in a report, which lists all done blocks of a batch. If its worker died and another one
+        started over, it may list fewer blocks than are known."""
+        known, seconds = self._reported.get(message["key"], (set(), 0.0))
+        new = tuple(number for number in message["done"] if number not in known)
+        self._reported[message["key"]] = known | set(new), max(seconds, message["seconds"])
+        return Batch(new, seconds=max(0.0, message["seconds"] - seconds), ended=False)
 
     def _result(self, future: Future) -> Batch:
         from distributed import KilledWorker
@@ -324,7 +331,7 @@ class _DaskPool(Pool):
         try:
             error = future.exception()
             batch: Batch | None = future.result() if error is None else None
-        except (OSError, CancelledError) as lost:  # not of the blocks: the scheduler went while they were brought
+        except (OSError, CancelledError) as lost:  # not from the blocks: the scheduler went away during the transfer
             raise self._gone() from lost
         if batch is not None:
             done, untouched = (tuple(n for n in some if n not in known) for some in (batch.done, batch.untouched))
@@ -332,17 +339,17 @@ class _DaskPool(Pool):
             seconds = max(0.0, batch.seconds - seconds)
             return replace(batch, done=done, failed=failed, untouched=untouched, seconds=seconds)
         blocks = [number for number in blocks if number not in known]
-        if isinstance(error, KilledWorker):  # with the working process: which block it was cannot be said
+        if isinstance(error, KilledWorker):  # with its process: it is unknown which block it was
             why = "the Dask worker died each time"
             return Batch(failed={blocks[0]: why}) if len(blocks) == 1 else Batch(untouched=tuple(blocks))
-        raise EngineError(f"a Dask worker could not begin with its blocks: {one_line(error)}") from error
+        raise EngineError(f"a Dask worker could not start its blocks: {one_line(error)}") from error
 
-    def _look(self) -> None:
-        """Every now and then: is the scheduler there, and how many workers has it?"""
+    def _check(self) -> None:
+        """Check every few seconds whether the scheduler answers, and how many workers it has."""
         now = time.monotonic()
-        if now - self._looked < _LOOK_S:
+        if now - self._checked < _CHECK_S:
             return
-        self._looked = now
+        self._checked = now
         if self._client.status != "running":
             self._away = self._away or now
             if now - self._away > _LOST_S:
@@ -363,11 +370,47 @@ class _DaskPool(Pool):
             if self._config.address is not None and now - self._alone > _LOST_S:
                 raise EngineError(
                     f"the Dask scheduler at {self._config.address} has had no worker for {_LOST_S:g} s; "
-                    f"start some with `dask worker {self._config.address}`, then run the same command again"
+                    f"start some with `dask worker {self._config.address}`, then rerun the same command"
                 )
 
     def _gone(self) -> EngineError:
         return EngineError(
-            "the connection to the Dask scheduler is lost; what is done is kept: "
-            "see that it runs, then run the same command again"
+            "the connection to the Dask scheduler is lost; finished blocks are kept: make sure that it runs, then "
+            "rerun the same command"
         )
+
+
+def client_of(given: str) -> Client:
+    """Return a client of a scheduler, by its address or its file; `EngineError` if none answers there."""
+    from distributed import Client
+
+    remedy = "start one with `dask scheduler`, or leave engine.address out"
+    file, address = Path(given), given
+    if "://" not in given and (file.suffix == ".json" or os.sep in given):
+        content = store.read_json(file)
+        if content is None:
+            raise EngineError(f"engine.address: there is no scheduler file {given}; {remedy}")
+        address = str(content.get("address"))
+    try:
+        with ThreadPoolExecutor(1) as thread:  # its own event loop, also if one runs here (in a notebook)
+            kind = thread.submit(asyncio.run, _kind(address)).result()
+    except Exception as error:  # from whatever answers there
+        raise EngineError(
+            f"engine.address: no Dask scheduler answers at {given} (waited up to {_CONNECT_S:g} s); {remedy}"
+        ) from error
+    if kind != "Scheduler":
+        raise EngineError(f"engine.address: {given} is a Dask {kind}, expected a scheduler; {remedy}")
+    return Client(address, timeout=_CONNECT_S, set_as_default=False)
+
+
+async def _kind(address: str) -> str:
+    """Return what answers at an address, as Dask calls it. A client itself would wait forever for a silent server, and
+    try to interpret the answer of any other server."""
+    from distributed.core import rpc
+    from distributed.security import Security
+
+    async def ask() -> str:
+        async with rpc(address, connection_args=Security().get_connection_args("client")) as server:
+            return str((await server.identity())["type"])
+
+    return await asyncio.wait_for(ask(), _CONNECT_S)

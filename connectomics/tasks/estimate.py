@@ -1,4 +1,4 @@
-"""What tasks will take, before they are run: blocks, bytes, memory, and the time of one block that is tried."""
+"""Estimate what tasks will take before they run: blocks, bytes, memory, and the measured time of one block."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError
 from connectomics.tasks.block_task import BlockTask, Cost
-from connectomics.tasks.done import DoneMap
-from connectomics.tasks.pool import gpu_count
+from connectomics.tasks.blocks import DoneMap
+from connectomics.tasks.engines import number_of_workers
 from connectomics.tasks.supervise import Child, make_job
 
-_TWICE_S = 10.0  # a block that takes less is timed when it is done again: the first one loads and compiles
+_TWICE_S = 10.0  # a faster block is timed again: the first run loads and compiles
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class StageEstimate:
     """A stage of one task, or of several together.
 
     Attributes:
-        blocks: how many there are; None: known once the stages before are done. left: of them, still to be done.
-        cost: of the largest block, in bytes; None: not known.
-        seconds: that a worker takes for a block; None: not timed. held: bytes that it held then, model and all.
+        blocks: number of blocks; None: unknown until the earlier stages are done. left: blocks not done yet.
+        cost: of the largest block, in bytes; None: unknown.
+        seconds: of a worker per block; None: not timed. held: bytes that the worker held, including the model.
     """
 
     stage: str
@@ -39,23 +39,23 @@ class StageEstimate:
 
     @property
     def read(self) -> int | None:
-        """Bytes that are read for the blocks that are left, at most."""
+        """Bytes read for the blocks that are left, at most."""
         return None if self.cost is None or self.left is None else self.cost.read * self.left
 
     @property
     def written(self) -> int | None:
-        """Bytes that they write, at most (uncompressed)."""
+        """Bytes written for the blocks that are left, at most (uncompressed)."""
         return None if self.cost is None or self.left is None else self.cost.written * self.left
 
     @property
     def worker_seconds(self) -> float | None:
-        """Time of one worker for the blocks that are left."""
+        """Seconds of one worker for the blocks that are left."""
         return None if self.seconds is None or self.left is None else self.seconds * self.left
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What tasks will take. ``workers`` work on them; None: as many as the scheduler has."""
+    """What tasks will take with ``workers`` workers; None: as many as the scheduler has."""
 
     tasks: int
     stages: tuple[StageEstimate, ...]
@@ -64,7 +64,7 @@ class Estimate:
 
     @property
     def worker_seconds(self) -> float | None:
-        """Time of one worker for all stages that were timed; None: none was."""
+        """Seconds of one worker for all timed stages; None if none was timed."""
         times = [stage.worker_seconds for stage in self.stages if stage.worker_seconds is not None]
         return sum(times) if times else None
 
@@ -78,17 +78,16 @@ def estimate(
     overwrite: bool = False,
     resume: bool = False,
 ) -> Estimate:
-    """What is left to do of ``tasks`` and how long that will take.
+    """Estimate what is left to do of ``tasks`` and how long it will take.
 
-    Blocks and bytes are added up over the tasks, stage by stage. For the time the middle block of each stage of the
-    largest task is done on this machine, into a hidden folder near the output (where the path to it ends that is there)
-    that is removed again (`BlockTask.relocated`); a stage that
-    cannot be prepared from the one block that was done of the stage before it is not timed. Writes nothing else.
+    Blocks and bytes are summed over the tasks, stage by stage. To measure the time, the middle block of each stage of
+    the largest task is done on this machine, in a hidden temporary folder near the output (`BlockTask.relocated`). A
+    stage that cannot be prepared from one block of the stage before is not timed. Writes nothing else.
 
     Raises:
-        what `BlockTask.check` raises; a block that fails is only not timed.
+        what `BlockTask.check` raises; a block that fails is just not timed.
     """
-    anew = [task.begins_anew(overwrite=overwrite, resume=resume) for task in tasks]
+    anew = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
     left = [(task, again) for task, again in zip(tasks, anew, strict=True) if task.check(overwrite=again)]
     todo = [task for task, _ in left]
     stages: dict[str, StageEstimate] = {}
@@ -102,13 +101,8 @@ def estimate(
         times, untimed = _time(largest, engine, device)
         for stage, (seconds, held) in times.items():
             stages[stage] = replace(stages[stage], seconds=seconds, held=held)
-    return Estimate(len(todo), tuple(stages.values()), _workers(engine, device), untimed)
-
-
-def _workers(engine: EngineConfig, device: str) -> int | None:
-    if engine.address is not None:
-        return None
-    return engine.workers or (max(1, gpu_count()) if device == "cuda" else 1)
+    workers = None if engine.address is not None else number_of_workers(engine, device)
+    return Estimate(len(todo), tuple(stages.values()), workers, untimed)
 
 
 def _stage(task: BlockTask, stage: str, overwrite: bool) -> StageEstimate:
@@ -120,7 +114,7 @@ def _stage(task: BlockTask, stage: str, overwrite: bool) -> StageEstimate:
 
 
 def _blocks(task: BlockTask, stage: str) -> int | None:
-    """How many blocks a stage has, where that can be said before it is prepared."""
+    """Return how many blocks a stage has, if known before it is prepared."""
     try:
         return task.blocks(stage)
     except (ConnectomicsError, OSError):
@@ -140,7 +134,7 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 
 def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str, tuple[float, int]], str]:
-    """Seconds and bytes held for a block of each stage that can be tried, and why the others cannot."""
+    """Return seconds and held bytes for a block of each stage that can be tried, and why the others cannot."""
     times: dict[str, tuple[float, int]] = {}
     beside = next(place for place in task.folder.absolute().parents if place.exists())  # on the disk of the output
     with ExitStack() as stack:
@@ -148,7 +142,7 @@ def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str,
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".dry-run-", dir=beside))
             copy = task.relocated(Path(folder) / "output")
             if copy is None:
-                return times, f"a task of the kind {task.kind} cannot be tried"
+                return times, f"a task of kind {task.kind} cannot be tried"
             copy.claim()
             child = Child(0, None)
             try:
@@ -175,7 +169,7 @@ def _time_block(child: Child, task: BlockTask, stage: str, engine: EngineConfig,
             wait([child.connection], 0.02)
             held = max(held, child.held)
             batch = child.step()
-            done |= batch is not None and bool(batch.done)  # it may say so before it has ended
+            done |= batch is not None and bool(batch.done)  # it may report the block before the list ends
         seconds = min(seconds, time.perf_counter() - begin)
         if batch.stop is not None:
             raise batch.stop

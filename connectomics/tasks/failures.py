@@ -1,4 +1,4 @@
-"""Blocks that fail: how often each is tried, when the run is given up, and which of them the user accepts."""
+"""Failed blocks: how often each is tried, when the run stops, and which failures the user accepts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from connectomics.tasks.pool import Batch, one_line
 log = logging.getLogger(__name__)
 
 _LOGGED = 5  # failures of a stage that are logged when they happen
-_HOPELESS = 16  # distinct blocks that failed, and none that was done: the others would fail as well
-_NAMED = 5  # failed blocks that an error describes
+_HOPELESS = 16  # distinct blocks that failed before any was done: the others would fail too
+_NAMED = 5  # failed blocks that an error message describes
 
-#: Blocks that may fail, by the name of a task (`BlockTask.accepts`, or what follows the slash in it); "": of the only
-#: task.
+#: Blocks that may fail, by task name (`BlockTask.accepts`, or its part after the slash); "": of the only task.
 Accepted = Mapping[str, Collection[int]]
 
 
 class Failures:
-    """What became of the failed blocks of one stage in this run."""
+    """The failed blocks of one stage in this run."""
 
     def __init__(self, task: BlockTask, stage: str, blocks: int, attempts: int, accept: Collection[int]) -> None:
         """``blocks``: of the stage. ``attempts``: how often a block is tried. ``accept``: blocks that may fail."""
@@ -31,7 +30,7 @@ class Failures:
         self._accept = frozenset(accept) if task.accepts(stage) else frozenset()
         if wrong := sorted(number for number in self._accept if not 0 <= number < blocks):
             raise InputError(
-                f"--accept-failed: {task.name} has blocks 0 to {blocks - 1}, found {spell(wrong)}; give the "
+                f"--accept-failed: {task.name} has blocks 0 to {blocks - 1}, got {spell(wrong)}; use the "
                 "numbers that the failed run named"
             )
         self._tries: dict[int, int] = {}
@@ -41,10 +40,10 @@ class Failures:
         self._logged = 0
 
     def take(self, batch: Batch) -> tuple[list[int], list[int]]:
-        """Take in what came of a batch.
+        """Process the failures of a batch.
 
         Returns:
-            again: failed blocks to try again. accepted: failed blocks that are stored as unknown and thereby done.
+            again: failed blocks to try again. accepted: failed blocks that are now stored as unknown, thus done.
 
         Raises:
             what stopped the batch; BlocksFailedError: all blocks so far have failed.
@@ -70,7 +69,7 @@ class Failures:
         return again, list(accepted)
 
     def close(self) -> None:
-        """Raise `BlocksFailedError` if blocks failed each time."""
+        """Raise `BlocksFailedError` if blocks failed in every attempt."""
         if not self._given_up:
             return
         numbers = sorted(self._given_up)
@@ -82,7 +81,7 @@ class Failures:
         )
 
     def _again(self, number: int, why: str) -> bool:
-        """Count a failure; whether the block is tried again."""
+        """Count a failure; return whether the block is tried again."""
         tries = self._tries[number] = self._tries.get(number, 0) + 1
         if self._logged < _LOGGED:
             self._logged += 1
@@ -94,7 +93,7 @@ class Failures:
         return tries < self.attempts
 
     def _stopped(self, error: Exception, number: int | None) -> Exception:
-        """The error that ends the run, with the block, if it is of one."""
+        """Return the error that ends the run, with the block that caused it, if any."""
         if number is None or not isinstance(error, StoreError) or not (remedy := self._remedy([number])):
             return error
         return StoreError(f"{error}. {self._named(number)} ended the run; what is done is kept{remedy}")
@@ -116,7 +115,7 @@ class Failures:
 
 
 def spell(numbers: Sequence[int]) -> str:
-    """Ascending numbers as ``--accept-failed`` takes them: ``3,11,20-35``."""
+    """Return ascending numbers as ``--accept-failed`` takes them: ``3,11,20-35``."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -127,22 +126,22 @@ def spell(numbers: Sequence[int]) -> str:
 
 
 def parse_accepted(texts: Iterable[str]) -> dict[str, set[int]]:
-    """The blocks that texts as ``crop1:3,11,20-35`` name, by task; ``3,11`` alone is of the only task."""
+    """Return the blocks in texts such as ``crop1:3,11,20-35``, by task; ``3,11`` belongs to the only task."""
     found: dict[str, set[int]] = {}
     for text in texts:
         name, _, numbers = text.rpartition(":")
         for part in numbers.split(","):
             run = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
             if run is None:
-                raise ConfigError(f"--accept-failed takes CROP:12,40 or 12,40 (ranges as 20-35), found {text!r}")
+                raise ConfigError(f"--accept-failed takes CROP:12,40 or 12,40 (ranges as 20-35), got {text!r}")
             found.setdefault(name, set()).update(range(int(run[1]), int(run[2] or run[1]) + 1))
     return found
 
 
 def accepted_of(tasks: Sequence[BlockTask], accepted: Accepted) -> list[frozenset[int]]:
-    """The accepted blocks of each task.
+    """Return the accepted blocks of each task.
 
-    Raises `InputError` for a name that no task has, or several, and for numbers without a name if there are several.
+    Raises `InputError` if a name fits no task or several, and for numbers without a name if there are several tasks.
     """
     names = [next((name for stage in task.stages if (name := task.accepts(stage))), "") for task in tasks]
     chosen: list[set[int]] = [set() for _ in tasks]
@@ -152,7 +151,7 @@ def accepted_of(tasks: Sequence[BlockTask], accepted: Accepted) -> list[frozense
             known = ", ".join(filter(None, names[:12])) or "none"
             raise InputError(
                 f"--accept-failed {f'{wanted}:' if wanted else ''}{spell(sorted(numbers))} must name one of the "
-                f"regions to predict, found {len(meant)} that it could mean; the regions are {known}"
+                f"regions to predict, but fits {len(meant)} of them; the regions are {known}"
             )
         chosen[meant[0]] |= set(numbers)
     return [frozenset(numbers) for numbers in chosen]

@@ -1,41 +1,39 @@
-"""Processes that work on a stage: what the run asks of them, and the engine that needs no other process."""
+"""What a run asks of the processes that work on a stage, whatever the engine."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError, EngineError, OutOfMemoryError, WriteError
 from connectomics.io.store import StoreError
 from connectomics.tasks.block_task import BlockTask, Worker
 from connectomics.tasks.memory import is_out_of_memory
 
-#: Errors of a block that the next block would meet as well: of the disk, of the store, of memory.
+#: Errors of a block that the next block would meet too: of the disk, of the store, of memory.
 SYSTEMATIC = (WriteError, StoreError, OutOfMemoryError)
 
-REPORT_S = 1.0  # a pool tells what is done at least so often, if blocks are that fast
+REPORT_S = 1.0  # seconds between two reports of what is done
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What came of blocks that went to a worker, since that was last told.
+    """What became of blocks that went to a worker, since the last report.
 
     Attributes:
-        done: numbers of the blocks whose output is written (and survives the worker's death; whether it is on disk
-            is the leading process's to see to, and on another machine that machine's).
+        done: numbers of the blocks whose output is written. It survives the worker's death; the leading process
+            (on another machine: that machine) still has to wait until it is on disk.
         failed: number -> one line that says why.
-        untouched: blocks that were not tried, since the worker ended before (its process died, or hung).
+        untouched: blocks that were not tried, because the worker ended before (its process died, or hung).
         seconds: that the worker took for them.
-        stop: why no further block can be done (the disk is full, the raw or the model is not there), or None.
-        stopped: the block at which that came up, or None.
-        unopened: why the worker did not come to work at all, though another may ("its worker died"), or "".
-        ended: whether this is the last that is told of these blocks: each of them is in one of the three above.
+        stop: why no further block can be done (the disk is full, the raw or the model is missing), or None.
+        stopped: the block at which that happened, or None.
+        unopened: why the worker could not start, though another one may ("its worker died"), or "".
+        ended: whether this is the last report: each block is now in one of the first three.
     """
 
     done: tuple[int, ...] = ()
@@ -49,20 +47,20 @@ class Batch:
 
 
 class Pool(ABC):
-    """Workers for one stage of one task; a context manager. Blocks go in by batches, in any number at a time."""
+    """Workers for one stage of one task; a context manager. Blocks are submitted in batches."""
 
     @property
     @abstractmethod
     def slots(self) -> int:
-        """How many batches can be worked on at once."""
+        """How many batches can run at once."""
 
     @abstractmethod
     def submit(self, blocks: Sequence[int]) -> None:
-        """Have a worker do these blocks, in their order."""
+        """Make a worker do these blocks, in order."""
 
     @abstractmethod
     def next(self) -> Batch:
-        """Wait for what is to be told next of any of the batches that were submitted."""
+        """Wait for the next report on any of the submitted batches."""
 
     def __enter__(self) -> Self:
         return self
@@ -74,14 +72,14 @@ class Pool(ABC):
 
 
 class Engine(ABC):
-    """Processes that wait for work: a context manager that gives a `Pool` for one stage after the other."""
+    """Processes that wait for work: a context manager that gives a `Pool` for each stage."""
 
-    #: times that a block is tried
+    #: how often a block is tried
     attempts: int
 
     @abstractmethod
     def pool(self, task: BlockTask, stage: str) -> Pool:
-        """Workers for a stage; one pool at a time."""
+        """Return the workers for a stage; one pool at a time."""
 
     def __enter__(self) -> Self:
         return self
@@ -92,45 +90,8 @@ class Engine(ABC):
     ) -> None: ...
 
 
-class Here(Engine):
-    """The engine that is this process itself."""
-
-    def __init__(self, config: EngineConfig, device: str) -> None:
-        self._device, self.attempts = device, config.attempts
-
-    def pool(self, task: BlockTask, stage: str) -> Pool:
-        return _HerePool(task, stage, device_of(self._device, 0))
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        pass
-
-
-class _HerePool(Pool):
-    slots = 1
-
-    def __init__(self, task: BlockTask, stage: str, device: str) -> None:
-        self._stack = ExitStack()
-        self._worker = self._stack.enter_context(task.open_worker(stage, device))
-        self._waiting: list[Sequence[int]] = []
-        self._running: Iterator[Batch] | None = None
-
-    def submit(self, blocks: Sequence[int]) -> None:
-        self._waiting.append(blocks)
-
-    def next(self) -> Batch:
-        if self._running is None:
-            self._running = _batches(self._worker, self._waiting.pop(0))
-        batch = next(self._running)
-        if batch.ended:
-            self._running = None
-        return batch
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, at)
-
-
-def _batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
-    """What comes of ``blocks``, told every `REPORT_S` and at their end."""
+def batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
+    """Do ``blocks`` and report every `REPORT_S` and at the end."""
     begin = time.perf_counter()
     left, done, failed = list(blocks), list[int](), dict[int, str]()
     for number, error in outcomes(worker, blocks):
@@ -149,10 +110,7 @@ def _batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
 
 
 def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Exception | None]]:
-    """Do ``blocks``: each comes with None once it is written, or with the error that it failed with; the others go on.
-
-    An error that is `SYSTEMATIC` is the last.
-    """
+    """Do ``blocks`` and yield each with None once written, or with its error; a `SYSTEMATIC` error is the last."""
     todo = list(blocks)
     while todo:
         finished = 0
@@ -161,13 +119,13 @@ def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Excep
                 finished += 1
                 yield number, None
             return
-        except Exception as error:  # whatever a block dies of, the others are done
+        except Exception as error:  # whatever the error, the other blocks are done
             if finished == len(todo):
                 raise
             told = error
             if is_out_of_memory(error) and not isinstance(error, OutOfMemoryError):
                 told = OutOfMemoryError(
-                    f"out of memory ({one_line(error)}); use fewer workers at a time, or a machine with more memory"
+                    f"out of memory ({one_line(error)}); use fewer workers, or a machine with more memory"
                 )
             yield todo[finished], told
             if isinstance(told, SYSTEMATIC):
@@ -176,24 +134,25 @@ def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Excep
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says: its message where it is ours, else with its type."""
+    """Return an error's message in one line, with its type if the error is not ours."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ConnectomicsError) else f"{type(error).__name__}: {text}"
 
 
 def device_of(device: str, number: int) -> str:
-    """The torch device of the worker ``number`` (from 0): for ``cuda`` one of the GPUs that this process sees, in turn;
-    any other stays what it is."""
+    """Return the torch device of the worker ``number`` (from 0): for ``cuda`` one of the visible GPUs, in turn."""
     if device != "cuda":
         return device
     gpus = gpu_count()
     if gpus == 0:
-        raise EngineError("device is cuda but no GPU is to be seen here; give --device cpu, or ask the queue for a GPU")
+        raise EngineError(
+            "device is cuda, but no GPU is visible here; set --device cpu, or request a GPU from the queue"
+        )
     return f"cuda:{number % gpus}"
 
 
 def gpu_count() -> int:
-    """How many GPUs this process sees."""
+    """Return how many GPUs this process sees."""
     import torch
 
     return torch.cuda.device_count()

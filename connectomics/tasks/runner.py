@@ -1,4 +1,4 @@
-"""Leading a task through its stages: which blocks go to whom, what is done, what failed."""
+"""Run a task: lead it through its stages, hand out blocks, and record what is done and what failed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
 from connectomics.tasks.block_task import BlockTask
-from connectomics.tasks.done import DoneMap, sync
-from connectomics.tasks.engine import open_engine
+from connectomics.tasks.blocks import DoneMap, sync
+from connectomics.tasks.engines import open_engine
 from connectomics.tasks.failures import Failures
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Batch, Engine, Pool
@@ -22,12 +22,12 @@ from connectomics.tasks.pool import Batch, Engine, Pool
 #: Told the stage, and how many of its blocks are done and how many there are.
 Progress = Callable[[str, int, int], None]
 
-_SECONDS = 1.0  # a batch should take about so long: then handing it over costs nothing
+_SECONDS = 1.0  # a batch should take about this long: then handing it over costs nothing
 _MOST = 256  # blocks in a batch
-_RECENT = 8  # batches whose slowest says how long a block takes
-_MARK_S = 1.0  # finished blocks are marked so often,
+_RECENT = 8  # batches, the slowest of which estimates the time of a block
+_MARK_S = 1.0  # finished blocks are marked this often,
 _MARK_SHARE = 0.05  # unless waiting for the disk took more than this share of the time
-_TELL_S = 0.2  # between two calls of the progress
+_PROGRESS_S = 0.2  # between two calls of progress
 
 
 def run_task(
@@ -40,99 +40,100 @@ def run_task(
     resume: bool = False,
     accept: Collection[int] = (),
 ) -> bool:
-    """Do what is still missing of a task. Returns whether anything was.
+    """Do the missing blocks of a task. Returns whether any were missing.
 
     Args:
-        engine: who works: one that is open (`open_engine`; for several tasks), or its configuration; None: this
-            process.
-        progress: called at the start and the end of every stage and some times a second in between.
+        task: what to do.
+        engine: an open engine (`open_engine`; for several tasks), or its configuration; None: this process.
+        progress: called at the start and the end of every stage and a few times a second in between.
         device: of the workers of an engine that is opened here: ``cpu``, ``cuda`` (each process one of the GPUs) or
             ``cuda:N``.
-        overwrite: begin anew where an output of another task (or a finished one) is there.
-        resume: with ``overwrite``, keep what is there of this very task.
-        accept: blocks that may fail, once: they are then stored as unknown (`BlockTask.accept`) rather than an error.
+        overwrite: start over if there is an output of another task (or a finished one).
+        resume: with ``overwrite``, keep existing output of this very task.
+        accept: blocks that may fail: after one failure they are stored as unknown (`BlockTask.accept`).
 
     Raises:
-        WriteError: an output of another task is there, another process works on it, or nothing can be written (the disk
-            is full).
-        StoreError, OutOfMemoryError: of a block, which the next ones would meet as well.
+        WriteError: there is an output of another task, another process works on it, or the disk is full.
+        StoreError, OutOfMemoryError: from a block; the next blocks would fail in the same way.
         BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done. Or the first
             blocks all failed, and the rest was not tried.
         InputError: ``accept`` names blocks that the task does not have.
-        EngineError: no worker can be had.
+        EngineError: no worker can start.
         what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
     """
-    overwrite = task.begins_anew(overwrite=overwrite, resume=resume)
+    overwrite = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=overwrite):
         return False
     with ExitStack() as stack:
         stack.enter_context(leading(task.folder))
-        if not task.check(overwrite=overwrite):  # another process has finished it just now
+        if not task.check(overwrite=overwrite):  # another process has just finished it
             return False
         chosen = engine if isinstance(engine, Engine) else stack.enter_context(open_engine(engine, device))
         task.claim(overwrite=overwrite)
         for stage in task.stages:
             task.prepare(stage)
             done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-            teller = _Teller(stage, done, progress)
-            teller.tell(now=True)
+            reporter = _Reporter(stage, done, progress)
+            reporter.report(now=True)
             if done.count < len(done):
                 failures = Failures(task, stage, len(done), chosen.attempts, accept)
                 with chosen.pool(task, stage) as pool:
-                    _run_stage(task, stage, pool, done, failures, teller)
+                    _run_stage(task, stage, pool, done, failures, reporter)
         task.finish()
     return True
 
 
-def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures: Failures, teller: _Teller) -> None:
+def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures: Failures, reporter: _Reporter) -> None:
     queue = _Queue(done.missing, task.run_length(stage), pool)
     marker = _Marker(done, os.fspath(task.folder))
-    under_way = unopened = 0
+    running = unopened = 0
     try:
         while True:
-            while under_way < 2 * pool.slots and (blocks := queue.take()):
+            while running < 2 * pool.slots and (blocks := queue.take()):
                 pool.submit(blocks)
-                under_way += 1
-            if not under_way:
+                running += 1
+            if not running:
                 break
             batch = pool.next()
-            under_way -= batch.ended
+            running -= batch.ended
             marker.add(batch.done)
             unopened = unopened + 1 if batch.unopened else 0
             if unopened == failures.attempts:
-                raise EngineError(f"{task.name}, {stage}: no worker came to work, the last: {batch.unopened}")
+                raise EngineError(f"{task.name}, {stage}: no worker could start; the last one: {batch.unopened}")
             again, accepted = failures.take(batch)
             marker.add(accepted)
             for number in (*again, *batch.untouched):
                 queue.again(number)
             queue.learn(batch)
-            teller.tell(more=marker.waiting)
+            reporter.report(more=marker.waiting)
     finally:
         marker.mark()  # also what was done before an error or Ctrl-C
-    teller.tell(now=True)
+    reporter.report(now=True)
     failures.close()
 
 
 class _Queue:
-    """Blocks that are to be done, handed out by batches of a length that suits how long blocks take."""
+    """Hands out missing blocks in batches whose length fits the time that blocks take."""
 
     def __init__(self, missing: np.ndarray, run: int, pool: Pool) -> None:
         self._missing, self._next, self._run, self._pool = missing, 0, run, pool
         self._again: deque[int] = deque()
-        self._seconds: deque[float] = deque(maxlen=_RECENT)  # that a block took, by batch
-        self._length = 1  # of the longest batch that has come back
+        self._seconds: deque[float] = deque(maxlen=_RECENT)  # per block, by batch
+        self._length = 1  # of the longest finished batch
 
     def take(self) -> list[int]:
-        """The next blocks; none when all are handed out. Blocks that failed go one by one, after the others."""
+        """Return the next blocks; none when all are handed out. Failed blocks go one by one, after the others."""
         left = len(self._missing) - self._next
         if left == 0:
             return [self._again.popleft()] if self._again else []
-        # the slowest counts, and it grows step by step: blocks in empty space say little about those in tissue
+        # use the slowest, and grow step by step: blocks in empty space say little about blocks in tissue
         slowest = max(self._seconds, default=_SECONDS)
         length = min(_MOST, 2 * self._length, int(_SECONDS / max(slowest, 1e-6)))
-        length = max(self._run, min(length, left // (4 * self._pool.slots)))  # shorter at the end: all finish together
+        length = max(
+            self._run, min(length, left // (4 * self._pool.slots))
+        )  # shorter at the end, so that all workers finish together
         length = min(max(length, 1), left)
-        if self._run > 1:  # not beyond the run that its first block is in
+        if self._run > 1:  # end with a run, counted from the run of the first block
             first = int(self._missing[self._next])
             runs = max(1, length // self._run)
             end = (first // self._run + runs) * self._run
@@ -142,11 +143,11 @@ class _Queue:
         return [int(n) for n in chosen]
 
     def again(self, block: int) -> None:
-        """Hand out this block once more."""
+        """Hand out this block again."""
         self._again.append(block)
 
     def learn(self, batch: Batch) -> None:
-        """From how long blocks took."""
+        """Use the time that blocks took."""
         number = len(batch.done) + len(batch.failed)
         if number:
             self._seconds.append(batch.seconds / number)
@@ -154,7 +155,7 @@ class _Queue:
 
 
 class _Marker:
-    """Marks finished blocks in the done-map once they are on disk: now and then, since waiting for the disk is slow."""
+    """Marks finished blocks in the done-map once they are on disk; not one by one, because waiting is slow."""
 
     def __init__(self, done: DoneMap, folder: str) -> None:
         self._done, self._folder = done, folder
@@ -163,17 +164,17 @@ class _Marker:
 
     @property
     def waiting(self) -> int:
-        """Blocks that are finished but not marked."""
+        """Number of finished blocks that are not marked yet."""
         return len(self._finished)
 
     def add(self, blocks: Iterable[int]) -> None:
-        """These are finished."""
+        """Add finished blocks."""
         self._finished += blocks
         if time.monotonic() >= self._next:
             self.mark()
 
     def mark(self) -> None:
-        """Wait for the disk and mark all of them."""
+        """Wait for the disk and mark all finished blocks."""
         begin = time.monotonic()
         if self._finished:
             sync(self._folder)
@@ -183,15 +184,15 @@ class _Marker:
         self._next = end + max(_MARK_S, (end - begin) / _MARK_SHARE)
 
 
-class _Teller:
-    """Calls the progress, but not too often."""
+class _Reporter:
+    """Calls progress, but not too often."""
 
     def __init__(self, stage: str, done: DoneMap, progress: Progress | None) -> None:
         self._stage, self._done, self._progress = stage, done, progress
         self._next = 0.0
 
-    def tell(self, more: int = 0, now: bool = False) -> None:
-        """How many blocks are done: those that are marked and ``more``."""
+    def report(self, more: int = 0, now: bool = False) -> None:
+        """Report how many blocks are done: the marked ones and ``more``."""
         if self._progress is not None and (now or time.monotonic() >= self._next):
             self._progress(self._stage, self._done.count + more, len(self._done))
-            self._next = time.monotonic() + _TELL_S
+            self._next = time.monotonic() + _PROGRESS_S

@@ -1,8 +1,8 @@
-"""A process that works on blocks, as the process sees it that started it: fed, timed, weighed, and ended.
+"""The parent's side of a working process: give it blocks, watch its time and memory, end it.
 
-Both engines have their blocks done in such processes, `local` in those of the leader, `dask` in one of each Dask
-worker: so a network that keeps Python busy for minutes does not make a Dask worker look dead, a hung block can be
-ended at all (no thread can), and what a process died of is known to the block.
+Both engines do blocks in such processes: the `local` engine in children of the leader, the `dask` engine in a child of
+each Dask worker. So a network that keeps Python busy for minutes does not make a Dask worker look dead, a hung block
+can be ended at all (a thread cannot), and the cause of a process's death is attributed to its block.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import psutil
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
 from connectomics.tasks.block_task import BlockTask
-from connectomics.tasks.child import Ended, Job, Opened, Told
+from connectomics.tasks.child import BlockEnded, Job, ListEnded, Opened
 from connectomics.tasks.pool import REPORT_S, Batch
 
-TICK_S = 0.25  # between two looks at how long a block takes and how much memory is held
-_OPENING = 10  # loading a network may take so many times as long as a block may
+TICK_S = 0.25  # between two checks of a block's time and memory
+_OPENING = 10  # loading a network may take this many times the limit of a block
 
 
 def make_job(task: BlockTask, stage: str, device: str, engine: EngineConfig) -> Job:
-    """What the workers for a stage are opened for."""
+    """Return the job for the workers of a stage."""
     try:
         pickled = pickle.dumps(task)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -44,12 +44,12 @@ def make_job(task: BlockTask, stage: str, device: str, engine: EngineConfig) -> 
 
 
 class Child:
-    """One working process. Give it blocks, then call `step` whenever `connection` has something, and every `TICK_S`."""
+    """One working process. Give it blocks, then call `step` when `connection` has a message, and every `TICK_S`."""
 
     def __init__(self, number: int, threads: int | None) -> None:
-        """Start the process as worker ``number`` (which decides on its GPU).
+        """Start the process as worker ``number`` (which selects its GPU).
 
-        threads: of the numerical libraries in it, where the environment does not say; None: as many as they take.
+        threads: of its numerical libraries, unless the environment sets them; None: their default.
         """
         ours, theirs = socket.socketpair()
         code = f"from connectomics.tasks.child import main; main({theirs.fileno()}, {number})"
@@ -68,30 +68,30 @@ class Child:
         self._left: deque[int] = deque()
         self._done: list[int] = []
         self._failed: dict[int, str] = {}
-        self._since = self._heard = 0.0  # when was last told what is done; when the process last said anything
+        self._since = self._last_message = 0.0  # time of the last report; time of the last message
 
     def give(self, job: Job, blocks: Sequence[int]) -> None:
-        """Have it do these blocks; only when the blocks before have ended."""
+        """Make it do these blocks; only after the blocks before have ended."""
         self._left, self._done, self._failed = deque(blocks), [], {}
-        self._since = self._heard = time.monotonic()
-        with contextlib.suppress(OSError):  # it has died: `step` says so
+        self._since = self._last_message = time.monotonic()
+        with contextlib.suppress(OSError):  # it has died: `step` reports that
             if self._job is None or self._job.token != job.token:
                 self._job, self._opening = job, True
                 self.connection.send(job)
             self.connection.send(list(blocks))
 
     def rest(self) -> None:
-        """Have it close its worker, until it is given blocks again."""
+        """Make it close its worker, until it is given blocks again."""
         self._job = None
-        with contextlib.suppress(OSError):  # it has died; `step` says so when it is given blocks
+        with contextlib.suppress(OSError):  # it has died; `step` reports that when it is given blocks
             self.connection.send(None)
 
     def step(self) -> Batch | None:
-        """What is new, if it is time to tell. After a batch with ``ended`` it waits for blocks, unless it is not
-        `alive`."""
+        """Return what is new, if it is time to report. After a batch with ``ended`` the process waits for blocks, if it
+        is still `alive`."""
         try:
             while self.connection.poll():
-                ended = self._hear(self.connection.recv())
+                ended = self._receive(self.connection.recv())
                 if ended is not None:
                     return ended
         except (EOFError, OSError):
@@ -101,17 +101,17 @@ class Child:
             self.end()
             return self._dead(over)
         if (self._done or self._failed) and time.monotonic() - self._since >= REPORT_S:
-            return self._tell(ended=False)
+            return self._report(ended=False)
         return None
 
     @property
     def alive(self) -> bool:
-        """Whether it can be given blocks."""
+        """Whether it can take blocks."""
         return not self.connection.closed and self._process.poll() is None
 
     @property
     def held(self) -> int:
-        """Bytes of memory that the process holds for itself now: not pages of mapped files, which can be dropped."""
+        """Bytes of memory that the process holds now, without pages of mapped files, which can be dropped."""
         try:
             info = psutil.Process(self._process.pid).memory_info()
         except psutil.NoSuchProcess:
@@ -119,32 +119,32 @@ class Child:
         return int(info.rss - (info.shared if hasattr(info, "shared") else 0))
 
     def end(self) -> None:
-        """Kill the process; it does not come back."""
+        """Kill the process."""
         self._process.kill()
         self._process.wait()
         self.connection.close()
 
-    def _hear(self, said: object) -> Batch | None:
-        """Take in a message; the batch where it is the last of it."""
-        self._heard = time.monotonic()
-        if isinstance(said, Opened):
+    def _receive(self, message: object) -> Batch | None:
+        """Process a message; return the batch if the message is its last one."""
+        self._last_message = time.monotonic()
+        if isinstance(message, Opened):
             self._opening = False
-            if said.error is not None:
+            if message.error is not None:
                 self._job = None
-                return self._tell(stop=said.error)
-        elif isinstance(said, Told):
-            self._left.remove(said.number)
-            if said.stop is not None:
-                return self._tell(stop=said.stop, stopped=said.number)
-            if said.why:
-                self._failed[said.number] = said.why
+                return self._report(stop=message.error)
+        elif isinstance(message, BlockEnded):
+            self._left.remove(message.number)
+            if message.stop is not None:
+                return self._report(stop=message.stop, stopped=message.number)
+            if message.why:
+                self._failed[message.number] = message.why
             else:
-                self._done.append(said.number)
-        elif isinstance(said, Ended):
-            return self._tell()
+                self._done.append(message.number)
+        elif isinstance(message, ListEnded):
+            return self._report()
         return None
 
-    def _tell(
+    def _report(
         self, stop: Exception | None = None, unopened: str = "", ended: bool = True, stopped: int | None = None
     ) -> Batch:
         now = time.monotonic()
@@ -154,19 +154,19 @@ class Child:
         return batch
 
     def _over(self) -> str:
-        """Which limit is passed, as a line, or ""."""
+        """Return which limit is exceeded, as a line, or ""."""
         job = self._job
         if job is None or not self._left:
             return ""
         limit = job.timeout_s
-        if limit is not None and time.monotonic() - self._heard > limit * (_OPENING if self._opening else 1):
+        if limit is not None and time.monotonic() - self._last_message > limit * (_OPENING if self._opening else 1):
             return f"took longer than {limit * _OPENING if self._opening else limit:g} s"
         if job.memory_bytes is not None and self.held > job.memory_bytes:
             return f"held more than {job.memory_bytes / 1e9:g} GB"
         return ""
 
     def _cause(self) -> str:
-        """Why the process is no more."""
+        """Return why the process ended."""
         self.connection.close()
         try:
             code = self._process.wait(5)
@@ -176,13 +176,13 @@ class Child:
         return f"its worker died ({_signal_name(-code)})" if code < 0 else f"its worker ended (exit code {code})"
 
     def _dead(self, why: str) -> Batch:
-        """The block under way has failed; but nothing is said about blocks by a process that had not begun."""
+        """Report a dead process: its current block has failed, unless it had not started yet."""
         if self._opening or not self._left:
-            return self._tell(unopened=why)
+            return self._report(unopened=why)
         self._failed[self._left.popleft()] = why
-        return self._tell()
+        return self._report()
 
 
 def _signal_name(number: int) -> str:
-    out_of_memory = ", perhaps since the machine ran out of memory" if number == signal.SIGKILL else ""
+    out_of_memory = ", perhaps because the machine ran out of memory" if number == signal.SIGKILL else ""
     return f"signal {number}{out_of_memory}"

@@ -30,7 +30,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pipeline.decode import BLOCKWISE_ABOVE, decode_predictions
 from connectomics.tasks import run_task
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 from tests.trees import contents
 
 SIZE = (8.0, 4.0, 5.24)
@@ -203,7 +203,7 @@ def test_masks_are_cleaned_as_in_the_whole_array(tmp_path, method, fill_holes):
 def test_each_contact_between_blocks_is_looked_at_once():
     lattice = Lattice((5, 5, 5), (2, 2, 2))
     for connectivity, expected in ((6, 54), (18, 126), (26, 158)):
-        pairs = [(n, m) for n in range(len(lattice)) for _, m in lattice.neighbours(n, connectivity)]
+        pairs = [(n, m) for n in range(len(lattice)) for _, m in lattice.neighbors(n, connectivity)]
         assert len(pairs) == len(set(pairs)) == expected  # of a 3x3x3 lattice
         assert all(n < m for n, m in pairs)
 

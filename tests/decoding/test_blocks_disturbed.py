@@ -26,7 +26,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.write import write_multiscale
 from connectomics.pipeline.decode import task_of as task_kind
 from connectomics.tasks import run_task
-from connectomics.tasks.done import DoneMap
+from connectomics.tasks.blocks import DoneMap
 from tests import trees
 
 ROOT = Path(__file__).resolve().parents[2]

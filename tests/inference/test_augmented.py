@@ -279,7 +279,7 @@ def test_tasks_that_cannot_be(raw, tmp_path):
     for options, message in [
         ({"symmetries": every, "window": (8, 16, 16)}, r"a window of \(8, 16, 16\)"),
         ({"symmetries": every, "voxel_size": (16, 8, 8)}, r"the voxel size \(16.0, 8.0, 8.0\)"),
-        ({"symmetries": every, "views": [((16, 16, 16), (4, 4, 8))]}, r"a further input of \(4, 4, 8\)"),
+        ({"symmetries": every, "inputs": [((16, 16, 16), (4, 4, 8))]}, r"a further input of \(4, 4, 8\)"),
         ({"symmetries": []}, "at least one"),
         ({"uncertainty": "variences"}, "uncertainty must be one of"),
         ({"uncertainty": "dropout"}, "dropout_samples must be at least 2"),
@@ -296,8 +296,8 @@ def test_tasks_that_cannot_be(raw, tmp_path):
 
 _KILLED = """
 import os, signal, sys
-from connectomics.tasks import pool, run
-pool.REPORT_S, run._MARK_S, run._MARK_SHARE = 0.0, 0.0, 1e9  # every block is marked at once
+from connectomics.tasks import pool, runner
+pool.REPORT_S, runner._MARK_S, runner._MARK_SHARE = 0.0, 0.0, 1e9  # every block is marked at once
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from tests.inference.test_augmented import Dropping

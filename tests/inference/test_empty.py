@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.blending import Forward
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.sliding import predict_regions
 from connectomics.inference.windows import WindowLattice, importance_map
@@ -40,7 +41,7 @@ def predicted(values: np.ndarray, skip: bool, batch: int = 1) -> tuple[np.ndarra
 
     regions = [(begin, block.shape) for begin, block in GRID.blocks((20, 40, 24))]
     lattice = WindowLattice.over(GRID, 16, 0.25, 0)
-    blocks = predict_regions(read, lattice, network, regions, channels=1, batch_size=batch, skip_empty=skip)
+    blocks = predict_regions(read, lattice, Forward(network, 1, batch, "cpu", skip_empty=skip), regions)
     return np.concatenate([block[0] for block in blocks], 2), sum(ran)
 
 

@@ -117,7 +117,7 @@ def test_another_checkpoint_in_its_place_is_refused(root: Path, checkpoint: Path
         with pytest.raises(InputError, match=r"best\.ckpt: the weights are not those .* expected " + task.checkpoint):
             run_task(task, engine)
     save_checkpoint(path, config_of(root, classes=["er", "ld"]), 7)
-    with pytest.raises(InputError, match=r"best\.ckpt: the network gives er, ld, the prediction .* er, mito"):
+    with pytest.raises(InputError, match=r"best\.ckpt: the network gives er, ld, but the prediction .* er, mito"):
         run_task(task)
     shutil.copy(checkpoint, path)
     run_task(task)
@@ -170,8 +170,8 @@ def test_dry_run_and_resume_on_the_command_line(
     assert "of one worker" in shown
     assert not Path(out).exists()
     assert main([*command, "--resume"]) != 0
-    assert "nothing was begun" in capsys.readouterr().err
-    with pytest.raises(MissingError, match="nothing was begun"):
+    assert "there is nothing to resume" in capsys.readouterr().err
+    with pytest.raises(MissingError, match="there is nothing to resume"):
         predict(root, checkpoint, Path(out), config_of(root, crops=["crop2"]), resume=True)
     assert main(command) == 0
     assert main([*command, "--resume"]) == 0

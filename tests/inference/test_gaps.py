@@ -14,8 +14,8 @@ import torch
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, OutOfMemoryError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.background_io import ReadAhead
 from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
-from connectomics.inference.threads import ReadAhead
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
@@ -340,7 +340,7 @@ def test_the_batch_is_halved_until_memory_suffices(tmp_path, error, caplog):
     run_predict_task(task, network)
     assert network.seen == [1, 16, 8, *[4] * 8], "each size is given up once, for all blocks"
     assert np.array_equal(stored(task), values)
-    assert "out of memory on cpu, going on with 4 windows at a time" in caplog.text
+    assert "out of memory on cpu, continuing with batches of 4" in caplog.text
 
 
 def test_memory_that_holds_not_even_one_window_ends_the_run_with_the_remedy(raw, tmp_path):

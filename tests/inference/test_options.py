@@ -12,8 +12,8 @@ import torch
 
 from connectomics.errors import InputError, MissingError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.batching import best_batch
 from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_worker import best_batch
 from connectomics.inference.raw import RawSource
 from connectomics.io.levels import halve_raw
 from connectomics.io.multiscale import Multiscale

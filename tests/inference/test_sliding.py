@@ -10,7 +10,7 @@ import torch
 
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.rows import planned_reads
+from connectomics.inference.blending import planned_reads
 from connectomics.inference.sliding import plan, predict_blocks
 from connectomics.inference.windows import WindowLattice, importance_map
 from connectomics.io.mirror import Extent

@@ -282,7 +282,7 @@ def test_json_there_and_back(raw, tmp_path):
     data = json.loads((tmp_path / "task.json").read_text())
     data["windows"] = data.pop("window")
     (tmp_path / "task.json").write_text(json.dumps(data))
-    with pytest.raises(MetadataError, match="unknown or absent: window, windows"):
+    with pytest.raises(MetadataError, match="unknown key 'windows'; did you mean 'window'"):
         PredictTask.load(tmp_path / "task.json")
     data.pop("kind")
     (tmp_path / "task.json").write_text(json.dumps(data))
@@ -337,7 +337,7 @@ def test_absent_chunks_are_no_raw(tmp_path):
 
 def test_logits_are_refused(raw, tmp_path):
     task = task_of(raw, tmp_path, TARGETS["one voxel"])
-    with pytest.raises(InputError, match=r"must give probabilities, found values from .* apply a sigmoid"):
+    with pytest.raises(InputError, match=r"must give probabilities, got values from .* apply a sigmoid"):
         run_predict_task(task, lambda x: torch.cat([x, x - 5], 1))
     with pytest.raises(InputError, match="not finite"):
         run_predict_task(task, lambda x: torch.cat([x, x / 0 * 0], 1))

@@ -16,8 +16,8 @@ from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfi
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask, require_complete
+from connectomics.inference.trained_network import weights_hash
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.network_task import weights_hash
 from connectomics.pipeline.predict import Target, predict_cellmap_crops, targets_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 

@@ -17,10 +17,10 @@ import pytest
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
+from connectomics.tasks import cluster as cluster_module
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks import scheduler as scheduler_module
+from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.cluster import job_options
-from connectomics.tasks.done import DoneMap
 from connectomics.tasks.pool import Engine
 from tests.tasks import lead
 from tests.tasks.kit import CubeTask, CubeWorker, outputs
@@ -150,7 +150,7 @@ def test_a_scheduler_that_runs_already_and_is_killed(tmp_path: Path, undisturbed
 
         killer = threading.Thread(target=kill)
         killer.start()
-        with pytest.raises(EngineError, match=r"connection to the Dask scheduler is lost.*run the same command again"):
+        with pytest.raises(EngineError, match=r"connection to the Dask scheduler is lost.*rerun the same command"):
             run_task(task, config)
         killer.join()
     finally:
@@ -198,7 +198,7 @@ def test_a_leader_that_is_killed_leaves_nothing_to_a_worker_that_lives_on(tmp_pa
     ],
 )
 def test_a_scheduler_that_is_not_there_is_one_line(address: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "_CONNECT_S", 2.0)
+    monkeypatch.setattr(cluster_module, "_CONNECT_S", 2.0)
     begin = time.monotonic()
     with pytest.raises(EngineError, match=message) as error:
         open_engine(EngineConfig(name="dask", address=address))
@@ -210,7 +210,7 @@ def test_a_scheduler_that_is_not_there_is_one_line(address: str, message: str, m
     "says", [b"", b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"], ids=["nothing", "http"]
 )
 def test_an_address_that_is_no_scheduler_is_one_line_in_time(says: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "_CONNECT_S", 2.0)
+    monkeypatch.setattr(cluster_module, "_CONNECT_S", 2.0)
     held: list[socket.socket] = []
 
     def serve() -> None:

@@ -12,7 +12,7 @@ from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, OutOfMemoryError
 from connectomics.io.store import StoreError
 from connectomics.tasks import run_task
-from connectomics.tasks.done import DoneMap
+from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.failures import accepted_of, parse_accepted, spell
 from tests.tasks.kit import CubeTask, CubeWorker
 
@@ -117,7 +117,7 @@ def test_an_accepted_block_that_is_well_is_done(tmp_path: Path) -> None:
 
 
 def test_accepted_blocks_must_exist(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has blocks 0 to 7, found 8,12"):
+    with pytest.raises(InputError, match="has blocks 0 to 7, got 8,12"):
         run_task(CubeTask(str(tmp_path / "out"), accepting=True, count=8), accept=[3, 8, 12])
 
 
@@ -133,7 +133,7 @@ def test_accepted_blocks_are_named_by_task() -> None:
     for wanted in ("", "third"):
         with pytest.raises(InputError, match="the regions are set/one, set/other"):
             accepted_of([one, other], {wanted: {1}})
-    with pytest.raises(InputError, match="found 2 that it could mean"):
+    with pytest.raises(InputError, match="fits 2 of them"):
         accepted_of([one, CubeTask("/y/one", accepting=True)], {"one": {1}})
 
 

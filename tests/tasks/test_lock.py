@@ -81,5 +81,5 @@ def test_where_nothing_can_be_locked_nothing_is_refused(tmp_path: Path, monkeypa
         run_task(task)
     assert CubeWorker.tried(task, "first") == list(range(5))
     (tmp_path / "file").touch()
-    with pytest.raises(WriteError, match=r"cannot write .*/file/.out.lock: /.*/file is no folder"):
+    with pytest.raises(WriteError, match=r"cannot write .*/file/.out.lock: /.*/file is not a folder"):
         run_task(CubeTask(str(tmp_path / "file" / "out")))

@@ -13,7 +13,7 @@ import pytest
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.done import DoneMap
+from connectomics.tasks.blocks import DoneMap
 from tests.tasks import lead
 from tests.tasks.kit import CubeTask, CubeWorker, outputs
 
@@ -93,7 +93,7 @@ def test_a_full_disk_and_a_failing_block_are_what_they_are_in_one_process(tmp_pa
 def test_workers_that_cannot_be_opened_end_the_run(tmp_path: Path) -> None:
     with pytest.raises(MissingError, match="no checkpoint at x"):
         run_task(CubeTask(str(tmp_path / "a"), opening="no checkpoint at x"), EngineConfig(workers=2))
-    with pytest.raises(EngineError, match=r"no worker came to work, the last: its worker died \(signal 9"):
+    with pytest.raises(EngineError, match=r"no worker could start; the last one: its worker died \(signal 9"):
         run_task(CubeTask(str(tmp_path / "b"), opening="kill"), EngineConfig(workers=2))
 
 

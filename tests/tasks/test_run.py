@@ -8,7 +8,7 @@ import pytest
 
 from connectomics.errors import BlocksFailedError, WriteError
 from connectomics.tasks import run_task
-from connectomics.tasks.done import DoneMap
+from connectomics.tasks.blocks import DoneMap
 from tests.tasks.kit import CubeTask, CubeWorker
 
 

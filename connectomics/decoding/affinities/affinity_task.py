@@ -135,7 +135,7 @@ def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[
     for block in range(len(blocks.lattice)):
         if not blocks.count(block):
             continue
-        for step, other in blocks.lattice.neighbours(block, 6):
+        for step, other in blocks.lattice.neighbors(block, 6):
             if blocks.count(other):
                 axis = step.index(1)
                 low, high = load(block), load(other)

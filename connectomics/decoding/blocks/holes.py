@@ -121,7 +121,7 @@ def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int6
     dual = DUAL[connectivity]
     faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
     for block in range(len(blocks.lattice)):
-        for step, other in blocks.lattice.neighbours(block, dual):
+        for step, other in blocks.lattice.neighbors(block, dual):
             low, high = border(faces(block), step), border(faces(other), opposite(step))
             pairs = _pairs(low, high, reach(step, dual))
             yield pairs - 1 + blocks.offsets[[block, other]]

@@ -48,8 +48,7 @@ from connectomics.io.write import (
     write_file,
 )
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
-from connectomics.tasks.done import sync
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice, sync
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
-from connectomics.tasks.lattice import RANK, Lattice
+from connectomics.tasks.blocks import RANK, Lattice
 
 Number = TypeVar("Number", bound=np.generic)
 #: The faces of a block by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h).
@@ -173,7 +173,7 @@ def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]
     for block in range(len(blocks.lattice)):
         if not blocks.count(block):
             continue
-        for step, other in blocks.lattice.neighbours(block, connectivity):
+        for step, other in blocks.lattice.neighbors(block, connectivity):
             if blocks.count(other):
                 low, high = border(faces(block), step), border(faces(other), opposite(step))
                 join(forest, low, high, int(offsets[block]), int(offsets[other]), reach(step, connectivity))

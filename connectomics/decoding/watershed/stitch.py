@@ -31,7 +31,7 @@ from connectomics.decoding.watershed.forest import NO_FLOOR, Edges, Fragments, P
 from connectomics.decoding.watershed.heights import boundary_heights
 from connectomics.geometry import Index
 from connectomics.io.write import ArrayWriter
-from connectomics.tasks.lattice import Lattice
+from connectomics.tasks.blocks import Lattice
 
 #: Labels and heights on the faces of a block.
 Faces = tuple[dict[str, NDArray[np.uint32]], dict[str, NDArray[np.int32]]]
@@ -128,7 +128,7 @@ def _across(blocks: StoredBlocks, block: int, connectivity: int, faces: Callable
     """Yield the edges to the blocks that come after this one."""
     from connectomics.decoding.watershed.forest_kernels import border_edges
 
-    for step, other in blocks.lattice.neighbours(block, connectivity):
+    for step, other in blocks.lattice.neighbors(block, connectivity):
         if not blocks.count(other):
             continue
         sides = []

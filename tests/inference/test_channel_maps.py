@@ -147,5 +147,5 @@ class TestWhatCannotBe:
 
     def test_a_network_with_another_number_of_channels_is_one_line(self) -> None:
         averaged = Averaged([lambda x: x], SYMMETRY_SETS["flips"], about=about(UNIT))
-        with pytest.raises(InputError, match="must give 5 channels, found 1"):
+        with pytest.raises(InputError, match="must give 5 channels, got 1"):
             averaged(grey_objects((6, 6, 6)))

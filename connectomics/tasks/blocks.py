@@ -1,29 +1,74 @@
-"""The done-map: which blocks of a stage are on disk."""
+"""The blocks that a volume is divided into, and which blocks of a stage are on disk."""
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import WriteError
+from connectomics.geometry import Index
 from connectomics.io.write import write_file
+
+RANK = {6: 1, 18: 2, 26: 3}  # connectivity -> along how many axes at once a neighbor may lie
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Blocks of ``block`` voxels that cover ``shape`` voxels (both z y x), numbered in z-y-x order; the last ones are
+    smaller."""
+
+    shape: Index
+    block: Index
+
+    @property
+    def counts(self) -> Index:
+        """Blocks along each axis."""
+        z, y, x = (-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
+        return z, y, x
+
+    def __len__(self) -> int:
+        z, y, x = self.counts
+        return z * y * x
+
+    def region(self, number: int) -> tuple[Index, Index]:
+        """Return the first voxel and the shape of a block."""
+        z, y, x = (i * b for i, b in zip(self._place(number), self.block, strict=True))
+        d, h, w = (min(b, n - s) for b, n, s in zip(self.block, self.shape, (z, y, x), strict=True))
+        return (z, y, x), (d, h, w)
+
+    def neighbors(self, number: int, connectivity: int) -> Iterator[tuple[Index, int]]:
+        """Yield the blocks that come after this one and touch it by a face (connectivity 6), an edge (18) or a corner
+        (26): the step (z, y, x; each -1, 0 or 1) and the number of the block there."""
+        place, counts = self._place(number), self.counts
+        for step in np.ndindex(3, 3, 3):
+            dz, dy, dx = (s - 1 for s in step)
+            if (dz, dy, dx) <= (0, 0, 0) or abs(dz) + abs(dy) + abs(dx) > RANK[connectivity]:
+                continue
+            z, y, x = place[0] + dz, place[1] + dy, place[2] + dx
+            if all(0 <= i < n for i, n in zip((z, y, x), counts, strict=True)):
+                yield (dz, dy, dx), (z * counts[1] + y) * counts[2] + x
+
+    def _place(self, number: int) -> Index:
+        _, y, x = self.counts
+        return number // (y * x), number // x % y, number % x
 
 
 class DoneMap:
     """A file beside the output: a line that names the task, then one byte per block, 1 once its data is written.
 
-    A block that was under way when a run was killed stays 0 and is done again. One process writes it: the one that
-    leads the run.
+    A block that was being computed when a run was killed stays 0 and is done again. Only the leading process writes it.
     """
 
     def __init__(self, path: Path, blocks: int, key: str) -> None:
-        """Open the map of the ``blocks`` blocks of the task ``key`` (`BlockTask.key`), or begin it.
+        """Open or create the map of the ``blocks`` blocks of the task ``key`` (`BlockTask.key`).
 
-        Raises `WriteError` for the map of another task, or of other blocks.
+        Raises `WriteError` for the map of another task, or of another number of blocks.
         """
         self.path = path
         self._head = f"connectomics done-map {key}\n".encode()
@@ -34,8 +79,8 @@ class DoneMap:
             return
         if not stored.startswith(self._head) or len(stored) != len(self._head) + blocks:
             raise WriteError(
-                f"the done-map {path} is of another task (expected {key} with {blocks} blocks); "
-                f"overwrite the output, or choose another place"
+                f"the done-map {path} is of another task (expected {key} with {blocks} blocks); overwrite the "
+                "output, or choose another output folder"
             )
         self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == 1
 
@@ -49,11 +94,11 @@ class DoneMap:
 
     @property
     def missing(self) -> NDArray[np.int64]:
-        """Numbers of the blocks that are still to be done, ascending."""
+        """Numbers of the blocks that are not done, ascending."""
         return np.flatnonzero(~self._done)
 
     def clear(self) -> None:
-        """Nothing is done."""
+        """Record that nothing is done."""
         self._done = np.zeros(len(self._done), dtype=bool)
         write_file(self.path, self._head + bytes(len(self._done)))
 
@@ -62,7 +107,7 @@ class DoneMap:
         self._set(blocks, True)
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Record that ``blocks`` are to be done again."""
+        """Record that ``blocks`` must be done again."""
         self._set(blocks, False)
 
     def _set(self, blocks: Iterable[int], done: bool) -> None:
@@ -85,8 +130,6 @@ class DoneMap:
 
 def sync(folder: str) -> None:
     """Wait until everything that this machine has written to the file system of ``folder`` is on its disk."""
-    import ctypes
-
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

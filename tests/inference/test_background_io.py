@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: the same results, bounded, errors as they are, no thread left."""
+"""Reading ahead and writing behind: the same results, bounded, unchanged errors, no thread left."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from connectomics.errors import BlocksFailedError, CorruptDataError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.background_io import ReadAhead, WriteBehind
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import predict_blocks
-from connectomics.inference.threads import ReadAhead, WriteBehind
 from connectomics.io.mirror import Extent
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
@@ -65,7 +65,7 @@ def test_an_error_of_reading_comes_with_the_grid_it_belongs_to():
         ahead(PARTS[0])
         with pytest.raises(CorruptDataError, match="the second"):
             ahead(PARTS[1])
-        with pytest.raises(RuntimeError, match="was asked for"):
+        with pytest.raises(RuntimeError, match="another order than planned"):
             ahead(PARTS[7])
 
 

@@ -1,7 +1,7 @@
-"""Blocks that follow each other along x: which raw they read, and the windows that they share.
+"""Blend windows into blocks that follow each other along x and share raw and windows.
 
-A `Row` holds what one block leaves for the next: raw, and the weighted sums of windows that reach into it. What is
-read, and in which order, follows from the lattice and the blocks (and a mask) alone, so that it can be read ahead
+A `BlockRow` keeps what one block leaves for the next: raw, and the weighted sums of windows that reach into it. What is
+read, and in which order, follows from the lattice, the blocks and a mask alone, so it can be read ahead
 (`planned_reads`).
 """
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
-from connectomics.inference.threads import ReadAhead
-from connectomics.inference.views import View
+from connectomics.inference.background_io import ReadAhead
+from connectomics.inference.raw import FurtherInput
 from connectomics.inference.windows import WindowLattice
 
 if TYPE_CHECKING:
@@ -32,19 +32,19 @@ Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
 
-SLAB = 1 << 22  # voxels of raw that are asked for at once: what `read` needs beside its result stays small
-_VIEWS_AHEAD = 2  # batches of windows whose further views are read while the network is at work
+SLAB_VOXELS = 1 << 22  # voxels of raw per read: keeps what `read` needs beside its result small
+_BATCHES_AHEAD = 2  # batches whose further inputs are read while the network computes
 
 
 class NotFiniteError(InputError):
-    """The network gives NaN or infinite values for a block."""
+    """The network returns NaN or infinite values for a block."""
 
 
 def planned_reads(
     lattice: WindowLattice, regions: Sequence[Region], inside: Inside | None = None
 ) -> Iterator[VoxelGrid]:
-    """The grids of raw that `predict_regions` over ``regions`` asks for, in its order."""
-    inside = where_wanted(lattice, inside)
+    """Yield the grids of raw that `predict_regions` over ``regions`` reads, in its order."""
+    inside = windows_to_run(lattice, inside)
     row, next_column, read = None, 0, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
@@ -59,15 +59,15 @@ def planned_reads(
             read = end
 
 
-def where_wanted(lattice: WindowLattice, inside: Inside | None) -> Inside | None:
-    """``inside``, and no window without any raw; None if every window is to be run."""
+def windows_to_run(lattice: WindowLattice, inside: Inside | None) -> Inside | None:
+    """Return ``inside`` with windows without any raw left out; None if every window is to be run."""
     if not lattice.leaves_raw:
         return inside
     return lambda window: lattice.sees_raw(window) and (inside is None or inside(window))
 
 
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """First and last (exclusive) voxel along z and y of the windows with these numbers, ascending."""
+    """Return first and last (exclusive) voxel along z and y of the windows with these ascending numbers."""
     (z0, z1), (y0, y1) = (
         (lattice.starts[axis][t[0]], lattice.starts[axis][t[-1]] + lattice.window[axis])
         for axis, t in enumerate((z, y))
@@ -78,67 +78,67 @@ def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tu
 def _slabs(
     lattice: WindowLattice, z: Sequence[int], y: Sequence[int], begin: int, end: int, inside: Inside | None
 ) -> Iterator[VoxelGrid]:
-    """The raw from ``begin`` to ``end`` along x of the windows with these numbers along z and y, in parts along z.
+    """Yield the raw from ``begin`` to ``end`` along x of the windows with these numbers along z and y, split along z.
 
-    With ``inside`` only the hull of those windows that are to be run and see any of it, also when it is the next
-    region that runs them.
+    With ``inside`` only the hull of the windows to run that see any of it, also if the next region runs them.
     """
     if begin >= end:
         return
     if inside is not None:
         columns = lattice.touching(2, begin, end)
-        wanted = [(i, j) for i in z for j in y if any(inside(_window_grid(lattice, (i, j, k))) for k in columns)]
+        wanted = [(i, j) for i in z for j in y if any(inside(lattice.grid_of((i, j, k))) for k in columns)]
         if not wanted:
             return
         z, y = sorted({i for i, _ in wanted}), sorted({j for _, j in wanted})
     (z0, z1), (y0, y1) = hull(lattice, z, y)
-    step = max(1, SLAB // ((y1 - y0) * (end - begin)))
+    step = max(1, SLAB_VOXELS // ((y1 - y0) * (end - begin)))
     for first in range(z0, z1, step):
         yield lattice.grid.crop((first, y0, begin), (min(step, z1 - first), y1 - y0, end - begin))
 
 
-def _window_grid(lattice: WindowLattice, numbers: Index) -> VoxelGrid:
-    z, y, x = (lattice.starts[axis][number] for axis, number in enumerate(numbers))
-    return lattice.grid.crop((z, y, x), lattice.window)
-
-
 @dataclass(frozen=True)
 class Forward:
-    """The network with everything around one call."""
+    """How windows go through a network.
+
+    Attributes:
+        network: see `connectomics.inference.sliding.predict_blocks`, as ``channels`` to ``inputs``.
+        skip_empty: whether windows of constant raw are left out.
+        inside: returns whether a window, by its grid, is run; None: every window.
+    """
 
     network: Callable[..., torch.Tensor]
     channels: int
     batch_size: int
     device: str
-    autocast: torch.dtype | None
-    views: tuple[View, ...]
-    skip_empty: bool
-    inside: Inside | None
+    autocast: torch.dtype | None = None
+    inputs: tuple[FurtherInput, ...] = ()
+    skip_empty: bool = False
+    inside: Inside | None = None
 
     @property
     def leaves_out(self) -> bool:
-        """Whether there may be windows that are not run."""
+        """Whether some windows may not be run."""
         return self.skip_empty or self.inside is not None
 
     def __call__(self, *inputs: list[NDArray[np.float32]]) -> torch.Tensor:
-        """(B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further view."""
+        """Return (B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further input."""
         import torch
 
-        batch, *views = (torch.from_numpy(np.stack(arrays)[:, None]).to(self.device) for arrays in inputs)
+        batch, *further = (torch.from_numpy(np.stack(arrays)[:, None]).to(self.device) for arrays in inputs)
         mixed: Any = contextlib.nullcontext()
         if self.autocast is not None:
             mixed = torch.autocast(torch.device(self.device).type, dtype=self.autocast)
         with torch.inference_mode(), mixed:
-            out = self.network(batch, *views)
+            out = self.network(batch, *further)
             wanted = (batch.shape[0], self.channels, *batch.shape[2:])
             found = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             if found != wanted:
-                raise InputError(f"the network must give one tensor of shape {wanted}, found {found}")
+                raise InputError(f"the network must give one tensor of shape {wanted}, got {found}")
             return out.float()
 
 
-class Row:
-    """Regions with the same z and y extent, in ascending x: windows and raw of one are used by the next."""
+class BlockRow:
+    """Regions with the same z and y extent, in ascending x, each of which uses windows and raw of the one before."""
 
     def __init__(
         self,
@@ -165,19 +165,19 @@ class Row:
         self._sums: torch.Tensor | None = None  # (channels + 1, dz, dy, x): weighted values, and last the weights
         self._sums_begin = begin[2]
 
-    def goes_on_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
-        """Whether a region can be the next of this row, after the latest or after one that begins at ``after``."""
+    def continues_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
+        """Return whether a region can follow in this row, after the latest one or one that begins at ``after``."""
         least = self._x if after is None else after
         return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= least
 
     def advance(self, x0: int, x1: int, keep: int | None) -> NDArray[np.float32]:
-        """Values of voxels ``x0`` to ``x1``; sums from ``keep`` on are kept for the next region (None: none)."""
+        """Return the values of voxels ``x0`` to ``x1``; keep sums from ``keep`` on for the next region (None: none)."""
         lattice, width = self._lattice, self._lattice.window[2]
         touching = lattice.touching(2, x0, x1)
         columns = range(max(touching.start, self._next_column), touching.stop)
         end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
         sums = self._extended(x0, end)
-        for start in (lattice.starts[2][c] for c in columns):  # raw of one window's width is held, however wide a block
+        for start in (lattice.starts[2][c] for c in columns):  # never holds more raw than one window's width
             self._fetch(start, start + width)
             self._run(start, sums, x0)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
@@ -189,10 +189,10 @@ class Row:
             self._raw, self._raw_begin = self._raw[..., cut:].copy(), self._raw_begin + cut
         if keep is not None:
             self._sums, self._sums_begin = sums[..., min(keep, end) - x0 :].clone(), keep
-        return self._normalised(sums, x0, x1)
+        return self._normalized(sums, x0, x1)
 
     def _extended(self, x0: int, end: int) -> torch.Tensor:
-        """Sums for voxels ``x0`` to ``end``: what was carried over, and zeros."""
+        """Return sums for voxels ``x0`` to ``end``: what was carried over, and zeros."""
         import torch
 
         sums = torch.zeros(
@@ -205,7 +205,7 @@ class Row:
         return sums
 
     def _fetch(self, begin: int, end: int) -> None:
-        """Make raw of voxels ``begin`` to ``end`` along x present; only what is not there yet is read."""
+        """Hold raw of voxels ``begin`` to ``end`` along x; read only what is not there yet."""
         (z0, z1), (y0, y1) = self._hull
         shape, have = (z1 - z0, y1 - y0, end - begin), 0
         before, self._raw = self._raw, None
@@ -214,18 +214,18 @@ class Row:
             kept = before[..., begin - self._raw_begin :].copy()
             have = kept.shape[2]
         if before is not None and before.shape == shape:
-            raw = before  # its memory once more: two of them would be a third of all that a prediction takes
+            raw = before  # reuse its memory: a second array would add a third to what a prediction takes
         else:
             del before
             raw = np.empty(shape, dtype=np.float32)
         raw[..., :have] = kept
         del kept
         if self._forward.inside is not None:
-            raw[..., have:] = 0  # a mask leaves parts unread, and unused
+            raw[..., have:] = 0  # parts outside a mask are neither read nor used
         for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
             block = self._read(grid)
             if block.shape != grid.shape:
-                raise InputError(f"read must give an array of shape {grid.shape} for {grid}, found {block.shape}")
+                raise InputError(f"read must give an array of shape {grid.shape} for {grid}, got {block.shape}")
             z, y, _ = self._lattice.grid.index_range(grid.box)[0]
             raw[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1], have:] = block
         self._raw = raw
@@ -237,18 +237,19 @@ class Row:
         windows = self._wanted(start)
         batches = [windows[n : n + forward.batch_size] for n in range(0, len(windows), forward.batch_size)]
         grids = [self._lattice.grid.crop(at, size) for at in windows]
-        ahead = _VIEWS_AHEAD * forward.batch_size * math.prod(size)
+        ahead = _BATCHES_AHEAD * forward.batch_size * math.prod(size)
         with ExitStack() as stack:
-            views = [stack.enter_context(ReadAhead(view.around, grids, ahead)) for view in forward.views]
+            readers = [stack.enter_context(ReadAhead(given.around, grids, ahead)) for given in forward.inputs]
             following = iter(grids)
             for batch in batches:
                 around = [next(following) for _ in batch]
-                out = forward([self._window(at) for at in batch], *([view(g) for g in around] for view in views))
+                further = ([read(grid) for grid in around] for read in readers)
+                out = forward([self._window(at) for at in batch], *further)
                 for values, at in zip(out, batch, strict=True):
                     self._add(values, at, sums, x0)
 
     def _wanted(self, x: int) -> list[Index]:
-        """First voxels of the windows that begin at ``x`` and are to be run."""
+        """Return the first voxels of the windows to run that begin at ``x``."""
         windows = [
             (self._lattice.starts[0][i], self._lattice.starts[1][j], x)
             for i in self._numbers[0]
@@ -262,13 +263,13 @@ class Row:
         return windows
 
     def _window(self, at: Index) -> NDArray[np.float32]:
-        """Raw of the window that begins at ``at``."""
+        """Return raw of the window that begins at ``at``."""
         corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
         part = tuple(slice(a - c, a - c + n) for a, c, n in zip(at, corner, self._lattice.window, strict=True))
         return cast("NDArray[np.float32]", self._raw)[part]
 
     def _add(self, values: torch.Tensor, at: Index, sums: torch.Tensor, x0: int) -> None:
-        """Add what the network says of the window that begins at ``at``."""
+        """Add the network's ``values`` of the window that begins at ``at``."""
         size = self._lattice.window
         into, of = zip(
             _overlap(at[0], size[0], self._begin[0], self._shape[0]),
@@ -280,10 +281,10 @@ class Row:
         sums[(slice(0, -1), *into)].addcmul_(values[(slice(None), *of)], weights)
         sums[(-1, *into)].add_(weights)
 
-    def _normalised(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
-        if self._forward.leaves_out:  # no window had anything to say of voxels without weight: 0 / 1
+    def _normalized(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
+        if self._forward.leaves_out:  # voxels that no window covers become 0 / 1
             sums[-1:].masked_fill_(sums[-1:] == 0, 1)
-        # an array of its own: a view would keep all sums while the caller holds the block
+        # a new array: a view would keep all sums alive while the caller holds the block
         values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
         if self._lattice.leaves_raw:
             self._clear_beyond(values, (*self._begin, x0))
@@ -296,8 +297,8 @@ class Row:
         return cast("NDArray[np.float32]", values.cpu().numpy())
 
     def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
-        """Set values (C, d, h, w) from voxel ``begin`` on to 0 where there is no raw. One voxel beyond the raw is kept:
-        interpolation at the volume's faces looks at it."""
+        """Set values (C, d, h, w), which start at voxel ``begin``, to 0 where there is no raw. One voxel beyond the raw
+        is kept: interpolation at the volume's faces reads it."""
         extent = cast("Extent", self._lattice.extent)
         for axis, (first, low, high) in enumerate(zip(begin, extent.low, extent.high, strict=True), start=1):
             n = values.shape[axis]
@@ -308,11 +309,11 @@ class Row:
 
 
 def _is_constant(values: NDArray[np.float32]) -> bool:
-    """Whether all values are equal; tissue shows in the first plane already."""
+    """Return whether all values are equal; with tissue, the first plane already decides."""
     return all(bool((plane == values[0, 0, 0]).all()) for plane in values)
 
 
 def _overlap(start: int, width: int, begin: int, length: int) -> tuple[slice, slice]:
-    """Slices of a block (from ``begin``, ``length`` long) and of a window (from ``start``) where they meet."""
+    """Return slices of a block (from ``begin``, ``length`` long) and of a window (from ``start``) where they meet."""
     lo, hi = max(start, begin), min(start + width, begin + length)
     return slice(lo - begin, hi - begin), slice(lo - start, hi - start)

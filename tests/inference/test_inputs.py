@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask, run_predict_task
+from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
-from connectomics.inference.views import View
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw
 
@@ -31,10 +31,10 @@ def mean_of_view(image: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
 
 def test_a_view_has_the_windows_middle() -> None:
     grid = VoxelGrid((5.24, 4.0, 4.0), (100.0, 7.0, -3.0), (24, 16, 32))
-    view = View(linear, (16.0, 18.0, 20.0), (6, 5, 4))
+    view = FurtherInput(linear, (16.0, 18.0, 20.0), (6, 5, 4))
     blocks = predict_blocks(
         linear, grid, mean_of_view, channels=1, window=8, overlap=0.0, blending="constant", context=0, batch_size=3,
-        block_size=16, views=[view],
+        block_size=16, inputs=[view],
     )  # fmt: skip
     for block, values in blocks:
         for begin, part in block.blocks((8, 8, 8)):
@@ -44,9 +44,9 @@ def test_a_view_has_the_windows_middle() -> None:
 
 
 def test_what_a_view_reads_must_fit() -> None:
-    view = View(lambda grid: np.zeros((1, 1, 1), np.float32), (8.0,) * 3, (2, 2, 2))
+    view = FurtherInput(lambda grid: np.zeros((1, 1, 1), np.float32), (8.0,) * 3, (2, 2, 2))
     with pytest.raises(InputError, match="must give an array of shape"):
-        list(predict_blocks(linear, grid_of((8, 8, 8)), mean_of_view, channels=1, window=8, views=[view]))
+        list(predict_blocks(linear, grid_of((8, 8, 8)), mean_of_view, channels=1, window=8, inputs=[view]))
 
 
 def test_a_task_with_views_says_so_and_reads_raw(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_task_with_views_says_so_and_reads_raw(tmp_path: Path) -> None:
     task = PredictTask(
         raw=str(location), output=str(tmp_path / "out.zarr/crop1"), classes=("mito",), targets={"mito": grid},
         voxel_size=(8.0,) * 3, window=(8, 8, 8), checkpoint="0", overlap=0.0, blending="constant", context=(0, 0, 0),
-        views=(((16.0, 16.0, 16.0), (4, 4, 4)),),
+        inputs=(((16.0, 16.0, 16.0), (4, 4, 4)),),
     )  # fmt: skip
     assert PredictTask.from_dict(task.to_dict()) == task
     run_predict_task(task, mean_of_view)

@@ -1,7 +1,7 @@
-"""Reading ahead of the network and writing behind it: one thread each, with a bounded number of blocks on the way.
+"""Read ahead of the network and write behind it, each in one thread with a bounded queue.
 
-Reading decodes and scales chunks, writing compresses them; both leave Python's lock for most of that, so they go on
-while the network computes. What is read and written, and in which order, is the same as without the threads.
+Decoding and compressing chunks release Python's lock for most of their time, so both run while the network computes.
+What is read and written, and in which order, is the same as without the threads.
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from connectomics.geometry import VoxelGrid
 
 Item = TypeVar("Item")
 
-AHEAD = 1 << 24  # voxels of raw that may lie read and not yet wanted (float32: 64 MiB)
+MAX_VOXELS_AHEAD = 1 << 24  # voxels of raw that wait to be used (float32: 64 MiB)
 
 
 class ReadAhead:
-    """Stands for ``read`` where the grids that it will be called with, and their order, are known beforehand.
+    """Replaces ``read`` if the grids of the calls and their order are known in advance.
 
-    A context manager; leaving it ends its thread, once the read that is under way is over. An error of ``read`` is
-    raised as it is by the call for the grid that it belongs to.
+    A context manager; it waits for the read that is running when it exits. The call for a grid raises the error that
+    ``read`` raised for this grid.
     """
 
     def __init__(
-        self, read: Callable[[VoxelGrid], NDArray[np.float32]], grids: Iterable[VoxelGrid], most: int = AHEAD
+        self,
+        read: Callable[[VoxelGrid], NDArray[np.float32]],
+        grids: Iterable[VoxelGrid],
+        most: int = MAX_VOXELS_AHEAD,
     ) -> None:
-        """Read ``grids`` in turn, at most ``most`` voxels ahead (but always one grid)."""
+        """Read ``grids`` in order, at most ``most`` voxels ahead (but always one grid)."""
         self._read = read
         self._grids = iter(grids)
         self._next = next(self._grids, None)
@@ -47,11 +50,11 @@ class ReadAhead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __call__(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """What ``read`` gives for ``grid``, which must be the next one."""
+        """Return what ``read`` gives for ``grid``, which must be the next one."""
         self._submit()
         expected, result = self._waiting.popleft() if self._waiting else (None, None)
         if result is None or expected != grid:
-            raise RuntimeError(f"raw is read ahead for {expected}, and was asked for at {grid}")
+            raise RuntimeError(f"raw is read in another order than planned: expected {expected}, got {grid}")
         self._submit()
         return result.result()
 
@@ -64,10 +67,9 @@ class ReadAhead:
 
 
 class WriteBehind(Generic[Item]):
-    """Hands items to ``write``, one after the other and in their order, in a thread of its own.
+    """Passes items to ``write`` in order, in its own thread; `put` first waits for the previous item.
 
-    At most one is on the way: `put` first waits for the one before. A context manager; it is left once everything is
-    written, or, where an error came up meanwhile, once the write that is under way is over.
+    A context manager; it exits once everything is written, or, after an error, once the running write has ended.
     """
 
     def __init__(self, write: Callable[[Item], None]) -> None:
@@ -76,12 +78,12 @@ class WriteBehind(Generic[Item]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
 
     def put(self, item: Item) -> None:
-        """Have ``item`` written. Raises as it is what writing the one before raised."""
+        """Start to write ``item``. Raises what writing the previous item raised."""
         self.wait()
         self._latest = self._pool.submit(self._write, item)
 
     def wait(self) -> None:
-        """Until everything is written; raises as `put` does."""
+        """Wait until everything is written; raises what `put` raises."""
         latest, self._latest = self._latest, None
         if latest is not None:
             latest.result()
