@@ -68,6 +68,11 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     return config
 
 
+def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
+    """Return a configuration as it is, or the one of a file; `load_config`."""
+    return config if isinstance(config, RunConfig) else load_config(config, *overrides)
+
+
 def _check_file(file: Path) -> None:
     """Raise what is wrong with the file itself: absent, a folder, not YAML."""
     if file.is_dir():
