@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from connectomics.cli import (
-    bench_verb,
     cache_verb,
     data_verbs,
     demo_verb,
@@ -91,4 +90,3 @@ app.command("validate", short_help="Say beforehand what the portal would refuse.
 app.command("score", short_help="Score a submission exactly as the challenge does.")(result_verbs.score)
 app.command("report", short_help="One self-contained page of a run and its results.")(result_verbs.report)
 app.command("view", short_help="Look at volumes in neuroglancer or napari.")(view_verb.view)
-app.add_typer(bench_verb.bench, name="bench")

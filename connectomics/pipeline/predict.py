@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import kept_out
 from connectomics.errors import BlocksFailedError, InputError, MissingError
@@ -358,7 +358,7 @@ def _tasks(
                 compile=options.compile,
                 dtype=options.dtype,
                 pyramid=options.pyramid,
-                views=views_of(trained),
+                views=inputs_of(trained),
                 symmetries=tuple(str(symmetry) for symmetry in symmetries(options.tta)),
                 uncertainty=options.uncertainty,
                 dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,

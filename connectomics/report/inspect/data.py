@@ -252,7 +252,7 @@ def look_at(
     """The patches of one batch of the loader, after the augmentation on the device (here: the CPU)."""
     batch = batch if augmentor is None else augmentor(batch)
     views = [name for name in ("image", *(f"image_{n}" for n in range(1, len(batch)))) if name in batch]
-    sizes = (dataset.voxel_size, *(view.voxel_size for view, _ in dataset.reader.views))
+    sizes = (dataset.voxel_size, *(view.voxel_size for view, _ in dataset.reader.inputs))
     present, known = batch["present"].numpy(), batch["known_states"].numpy()
     seen = []
     for n, (patch, request) in enumerate(zip(packed, requests, strict=True)):

@@ -78,7 +78,7 @@ def where_raw_is(reader: PatchReader, request: PatchRequest) -> list[NDArray[np.
     if augmentor is not None and augmentor.moves_labels:
         return None
     here = replace(request, index=0)
-    views = [(view, [RawPresence.of(at[request.index])]) for view, at in reader.views]
+    views = [(view, [RawPresence.of(at[request.index])]) for view, at in reader.inputs]
     spatial = None if augmentor is None else PatchAugmentor(augmentor.spatial, None)
     volume = RawPresence.of(reader.volumes[request.index])
     white = PatchReader([volume], reader.shape, views, spatial, reader.min_known).read(here)
