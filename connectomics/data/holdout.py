@@ -122,8 +122,8 @@ _MOST_GAP = 0.25  # of the length that is cut
 
 @dataclass(frozen=True)
 class _Profile:
-    """One class in one crop along one axis: begin of each plane (nm), plane thickness (nm), and the annotated and prese
-    volume of each plane (nm^3)."""
+    """One class in one crop along one axis: begin of each plane (nm), plane thickness (nm), and the annotated and
+    present volume of each plane (nm^3)."""
 
     begin: NDArray[np.float64]
     thickness: float
@@ -137,9 +137,9 @@ def cut(
     """Cut crops that belong together across the longest axis of their annotation; return (training, validation).
 
     The validation end holds about ``1 - train_share`` of what is annotated on both sides. It is the end that leaves
-    more classes with positives on both sides; ``rng`` decides a tie. Neither side uses the gap between them: the largest of
-    ``gap`` (nm) on any axis, since neighboring sections look alike, but at most a quarter of the axis. Crops that reach
-    across are on both sides, each with a region. If at most one plane is annotated, everything is for training.
+    more classes with positives on both sides; ``rng`` decides a tie. Neither side uses the gap between them: the
+    largest of ``gap`` (nm) on any axis, since neighboring sections look alike, but at most a quarter of the axis. Crops
+    that reach across are on both sides, each with a region. If at most one plane is annotated, everything is for training.
     """
     found = [profile for crop in crops for profile in _profiles(crop, classes)]
     extents = [_extent([profiles[axis] for _, profiles in found]) for axis in range(3)]
