@@ -138,8 +138,9 @@ def cut(
 
     The validation end holds about ``1 - train_share`` of what is annotated on both sides. It is the end that leaves
     more classes with positives on both sides; ``rng`` decides a tie. Neither side uses the gap between them: the
-    largest of ``gap`` (nm) on any axis, since neighboring sections look alike, but at most a quarter of the axis. Crops
-    that reach across are on both sides, each with a region. If at most one plane is annotated, everything is for training.
+    largest of ``gap`` (nm) on any axis, since neighboring sections look alike, but at most a quarter of the axis.
+    Crops that reach across are on both sides, each with a region. If at most one plane is annotated, everything is for
+    training.
     """
     found = [profile for crop in crops for profile in _profiles(crop, classes)]
     extents = [_extent([profiles[axis] for _, profiles in found]) for axis in range(3)]
