@@ -17,9 +17,9 @@ import connectomics
 from connectomics.config import RunConfig, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.augmentation import BatchAugmentor
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
-from connectomics.data.patches import centered, view_names
+from connectomics.data.patches import centered, input_names
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
@@ -147,7 +147,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a training batch, see `forward`."""
-        return self(batch["image"], *(batch[name] for name in view_names(len(self.config.data.inputs))))
+        return self(batch["image"], *(batch[name] for name in input_names(len(self.config.data.inputs))))
 
     def on_train_epoch_end(self) -> None:
         """Log what was counted, and begin a new count.
@@ -251,7 +251,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             context=settings.context,
             extent=_extent_of(crop, grid),
             device=str(self.device),
-            inputs=[FurtherInput(crop.read_view, size, shape) for size, shape in views_of(self.config)],
+            inputs=[FurtherInput(crop.read_input, size, shape) for size, shape in inputs_of(self.config)],
         ):
             for slab in slabs(crop.read_label_codes(block), everything, self.classes):
                 probability = slab.values[: len(self.classes)]
