@@ -1,4 +1,4 @@
-"""Decode a folder: the predictions of every class of every crop to labels."""
+"""Decode a folder of predictions, every class of every crop, to labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from connectomics.config import RunConfig, load_config
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
@@ -32,7 +33,7 @@ from connectomics.decoding.label_artifact import (
     write_tables,
     write_whole,
 )
-from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import above, read_block
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
@@ -42,6 +43,7 @@ from connectomics.io.artifacts import Provenance
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
+from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.progress import Progress, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
@@ -64,6 +66,43 @@ class DecodedArray:
     location: str
     objects: int
     skipped: bool
+
+
+def decode(
+    probabilities: Probabilities | str | Path,
+    out: str | Path,
+    *,
+    config: RunConfig | None = None,
+    classes: Collection[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> Labels:
+    """Turn probabilities into labels.
+
+    Args:
+        probabilities: what `predict` returned, or its folder.
+        out: folder for the labels, in the same layout.
+        config: its ``decoding`` and ``engine`` are used; None: the configuration of the prediction, else the defaults.
+        classes, overwrite, resume, progress, errors: as for `decode_predictions`.
+    """
+    source = Probabilities.open(probabilities)
+    chosen = config or source.config or load_config()
+    decoding = chosen.decoding
+    there = sorted({name for _, _, name in find_arrays(source.folder)})
+    decode_predictions(
+        source.folder,
+        out,
+        decode_parameters(there, decoding.default, decoding.classes),
+        classes=classes,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+        blockwise_above=decoding.blockwise_above,
+        engine=chosen.engine,
+        table=decoding.table,
+    )
+    return Labels(local_path(out), chosen, source.crops)
 
 
 def decode_predictions(

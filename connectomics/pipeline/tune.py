@@ -281,7 +281,9 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise MissingError("tuning needs Optuna, which is missing; run pip install 'connectomics[tune]'") from error
+        raise MissingError(
+            "tuning needs Optuna, which is missing; run pip install 'connectomics-cellmap[tune]'"
+        ) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
