@@ -14,9 +14,9 @@ from connectomics.decoding.unknown import unknown_share
 from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 
 #: Told after each array: how many are done, how many there are, and which one it was.

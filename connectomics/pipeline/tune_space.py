@@ -14,10 +14,10 @@ from connectomics.decoding.affinities.segment import decode_affinities
 from connectomics.decoding.decode import above, decode_between, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.decoding.watershed.heads import HeadValues
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
 #: Thresholds of a search: stored values 7, 15, ..., 247, of which 127 is one half.

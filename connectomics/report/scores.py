@@ -14,6 +14,7 @@ from typing import Any
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import triple
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import (
     FAILED,
     TOO_MANY,
@@ -25,7 +26,6 @@ from connectomics.metrics.challenge.results import (
     pool_class,
 )
 from connectomics.metrics.challenge.rules import RULES
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
 from connectomics.report import charts, page
 
