@@ -1,8 +1,8 @@
 """Score instance volumes that are larger than memory, slab by slab.
 
 cc3d finds the components of each slab; slabs are joined where equal values touch (26 neighbors). Components are
-numbered in reading order of their first voxels, as cc3d numbers a whole volume, so the score equals that in memory. Component
-numbers and ground truth are stored in two scratch files.
+numbered in reading order of their first voxels, as cc3d numbers a whole volume, so the score equals that in memory.
+Component numbers and ground truth are stored in two scratch files.
 """
 
 from __future__ import annotations
