@@ -19,10 +19,10 @@ from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
 from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
 
 _UNKNOWN = 2  # of the kept truth: 0 absent, 1 present
