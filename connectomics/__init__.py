@@ -1,61 +1,109 @@
-"""CellMap volumes from disk to a scored submission, on PyTorch Lightning, MONAI and Hydra."""
+"""Segment cells in volume electron microscopy: from OME-Zarr volumes to instances, scores and a submission.
+
+    import connectomics as cx
+
+    cell = cx.open_root("data/phantom")
+    config = cx.load_config("tutorials/phantom.yaml", "training.max_epochs=2")
+    run = cx.train(config, "runs/first")
+    probabilities = cx.predict(run, crops="test", out="out/probabilities")
+    labels = cx.decode(probabilities, out="out/labels")
+    scores = cx.evaluate(labels, cell)
+
+Importing this module imports nothing heavy; each name loads what it needs when it is first used. Functions take their
+inputs first and ``out=`` for what they write, return a `Run`, `Probabilities`, `Labels` or `Scores` that the next
+function takes, and share ``progress=`` (`connectomics.progress.Progress`), ``resume=`` and ``overwrite=``.
+"""
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from connectomics.machine import ensure_numba_cache
 
 if TYPE_CHECKING:
-    from os import PathLike
-
-    from connectomics.inference.trained_network import TrainedNetwork
+    from connectomics.config import load_config
+    from connectomics.geometry import Box, VoxelGrid
+    from connectomics.pipeline.decode import decode
+    from connectomics.pipeline.evaluate import evaluate
+    from connectomics.pipeline.export import export
+    from connectomics.pipeline.fetch import fetch
+    from connectomics.pipeline.ingest import ingest
+    from connectomics.pipeline.open_root import open_root
+    from connectomics.pipeline.package import load_model
+    from connectomics.pipeline.plan import plan
+    from connectomics.pipeline.predict import predict
+    from connectomics.pipeline.report import report
+    from connectomics.pipeline.results import Labels, Probabilities, Scores
+    from connectomics.pipeline.runs import Run
+    from connectomics.pipeline.score import score
+    from connectomics.pipeline.show import show
+    from connectomics.pipeline.train import train
+    from connectomics.pipeline.validate import validate
 
 __version__ = "0.1.0"
 
+#: Name -> module that defines it.
+_FRONT_DOOR = {
+    "Box": "geometry",
+    "VoxelGrid": "geometry",
+    "load_config": "config",
+    "Labels": "pipeline.results",
+    "Probabilities": "pipeline.results",
+    "Run": "pipeline.runs",
+    "Scores": "pipeline.results",
+    "decode": "pipeline.decode",
+    "evaluate": "pipeline.evaluate",
+    "export": "pipeline.export",
+    "fetch": "pipeline.fetch",
+    "ingest": "pipeline.ingest",
+    "load_model": "pipeline.package",
+    "open_root": "pipeline.open_root",
+    "plan": "pipeline.plan",
+    "predict": "pipeline.predict",
+    "report": "pipeline.report",
+    "score": "pipeline.score",
+    "show": "pipeline.show",
+    "train": "pipeline.train",
+    "validate": "pipeline.validate",
+}
 
-def load_model(path: str | PathLike[str]) -> TrainedNetwork:
-    """The network of a model package (`pytc package`) or of a checkpoint, on the CPU, in evaluation mode.
-
-    A package is checked first: its sums, and its answer to the input that lies in it. ``model.config`` says how it was
-    trained, ``model.classes`` what its channels are, ``model.probabilities(image)`` gives (B, C, D, H, W) float32 for
-    images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm, and ``model.normalization(dataset).input(raw)``
-    makes the image, float32, of raw values.
-
-    Raises `MissingError`, `CorruptDataError`, `InputError`, `ConfigError`.
-    """
-    from connectomics.lightning.checkpoints import load_network
-
-    return load_network(str(path))
-
-
-def _writable(folder: str) -> bool:
-    """Whether ``folder`` can be made and written to."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK | os.X_OK)
-
-
-def _ensure_numba_cache() -> None:
-    """Let numba keep its compiled kernels in the temporary folder if it can write neither beside the code nor to the
-    user's cache folder (a read-only installation without a home, as on some cluster nodes); it would refuse to work."""
-    user = os.path.expanduser(os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "numba"))
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__")
-    if "NUMBA_CACHE_DIR" in os.environ or _writable(beside) or _writable(user):
-        return
-    import tempfile
-
-    folder = os.path.join(tempfile.gettempdir(), f"connectomics-numba-{os.getuid()}")
-    try:
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        mine = os.stat(folder).st_uid == os.getuid() and not os.path.islink(folder)
-    except OSError:
-        mine = False
-    # numba runs what lies there, so the folder must be this user's own
-    os.environ["NUMBA_CACHE_DIR"] = folder if mine else tempfile.mkdtemp(prefix="connectomics-numba-")
+__all__ = [
+    "Box",
+    "Labels",
+    "Probabilities",
+    "Run",
+    "Scores",
+    "VoxelGrid",
+    "__version__",
+    "decode",
+    "evaluate",
+    "export",
+    "fetch",
+    "ingest",
+    "load_config",
+    "load_model",
+    "open_root",
+    "plan",
+    "predict",
+    "report",
+    "score",
+    "show",
+    "train",
+    "validate",
+]
 
 
-_ensure_numba_cache()  # before anything imports numba, which reads the variable once
+def __getattr__(name: str) -> Any:
+    if name not in _FRONT_DOOR:
+        raise AttributeError(f"module 'connectomics' has no attribute {name!r}")
+    value = getattr(import_module(f"connectomics.{_FRONT_DOOR[name]}"), name)
+    globals()[name] = value
+    return value
 
-__all__ = ["__version__", "load_model"]
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+ensure_numba_cache()  # before anything imports numba, which reads the variable once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 
 def usable_cores() -> int:
@@ -14,3 +15,28 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def ensure_numba_cache() -> None:
+    """Let numba keep compiled kernels in the temporary folder if neither the code's folder nor the user's cache can be
+    written, as in a read-only installation without a home on some cluster nodes; numba would refuse to work."""
+    user = os.path.expanduser(os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "numba"))
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__pycache__")
+    if "NUMBA_CACHE_DIR" in os.environ or _is_writable(beside) or _is_writable(user):
+        return
+    folder = os.path.join(tempfile.gettempdir(), f"connectomics-numba-{os.getuid()}")
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        mine = os.stat(folder).st_uid == os.getuid() and not os.path.islink(folder)
+    except OSError:
+        mine = False
+    # numba runs what is stored there, so the folder must belong to this user
+    os.environ["NUMBA_CACHE_DIR"] = folder if mine else tempfile.mkdtemp(prefix="connectomics-numba-")
+
+
+def _is_writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)

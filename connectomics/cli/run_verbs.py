@@ -84,7 +84,7 @@ def train(
         return
     print(f"run folder: {folder}")
     if result.best_checkpoint is not None:
-        print(f"best checkpoint: {result.best_checkpoint} ({composed.checkpoint.monitor} {result.best_score})")
+        print(f"best checkpoint: {result.best_checkpoint} ({composed.checkpoint.monitor} {result.best})")
     if result.last_checkpoint is not None:
         print(f"last checkpoint: {result.last_checkpoint}")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
@@ -138,6 +139,9 @@ def _check_parts(config: RunConfig, where: str) -> None:
     ):
         if wrong:
             raise ConfigError(f"{where}: {message}")
+    for key, value in _leaves(asdict(config)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{where}: {key} must be a finite number, got {value}")
     given = {"address": engine.address is not None, "cluster": queue, "options": bool(engine.options)}
     unused = next((key for key, is_given in given.items() if is_given and engine.name == "local"), None)
     if unused is not None:
@@ -146,6 +150,15 @@ def _check_parts(config: RunConfig, where: str) -> None:
         heads_of(config)
     except (ConfigError, UnknownNameError) as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dicts with its dotted key."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

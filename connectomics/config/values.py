@@ -120,6 +120,6 @@ def _one_line(found: ValidationError, prefix: str) -> str:
     about = first.get("ctx", {})
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     message = _RULES.get(first["type"], message).format(**about)
-    if ", got " in message:
+    if first["type"] == "value_error" and ", got " in message:
         return message if message.startswith(key) else f"{key}: {message}"
     return f"{key} {message}, got {first['input']!r}{about.get('hint', '')}"

@@ -17,21 +17,24 @@ from connectomics.lightning.run_state import RunState, state_of
 _DEEP = 4  # levels below the given folder at which runs are looked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One run's folder.
+    """A trained run: its folder and what the files in it say.
 
     Attributes:
-        folder: with ``config.yaml``. config: its content. epochs: finished. started: UTC.
-        best: the best value of the monitored metric; monitor: its name.
-        metrics: the last value of every metric.
-        environment: of its last start, {} where it was not kept.
-        state: how its last start ended.
+        folder: holds ``config.yaml``, ``split.yaml``, ``environment.json``, ``state.json``, ``run.log``,
+            ``metrics.csv``, ``timing.json``, ``tensorboard/``, ``checkpoints/``.
+        config: content of ``config.yaml``. epochs, steps: trained in all, also before a resume. started: UTC.
+        monitor: name of the metric that chose the best checkpoint. best: its best value.
+        metrics: last value of every metric.
+        environment: versions and machine of the last start; {} if they were not kept.
+        state: how the last start ended.
     """
 
     folder: Path
     config: Mapping[str, Any]
     epochs: int
+    steps: int
     started: datetime
     monitor: str
     best: float | None
@@ -40,10 +43,33 @@ class Run:
     state: RunState
 
     @property
+    def best_checkpoint(self) -> Path | None:
+        """The checkpoint with the best score; None if nothing was validated or kept."""
+        return self._kept("best.ckpt")
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The latest state, from which training can resume; None if it was not kept."""
+        return self._kept("last.ckpt")
+
+    @property
     def checkpoint(self) -> Path | None:
-        """The best, else the last; None where none is kept."""
-        found = [self.folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
-        return next((path for path in found if path.is_file()), None)
+        """The checkpoint to predict with: the best, else the last."""
+        return self.best_checkpoint or self.last_checkpoint
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes that the network predicts."""
+        return list(self.config.get("dataset", {}).get("classes", []))
+
+    def _kept(self, name: str) -> Path | None:
+        path = self.folder / "checkpoints" / name
+        return path if path.is_file() else None
+
+    def __repr__(self) -> str:
+        best = "not validated" if self.best is None else f"{self.monitor} {self.best:.4f}"
+        about = f"{self.epochs} epochs, {best}, classes {', '.join(self.classes)}"
+        return f"Run({str(self.folder)!r}: {self.state.name}, {about})"
 
 
 def find_runs(folder: str | Path) -> list[Run]:
@@ -75,11 +101,12 @@ def open_run(folder: str | Path) -> Run:
     metrics: dict[str, float] = {}
     for row in rows:
         metrics |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
-    epochs = [int(float(row["epoch"])) for row in rows if row.get("epoch")]
+    epochs, steps = ([int(float(row[name])) for row in rows if row.get(name)] for name in ("epoch", "step"))
     return Run(
         folder=place,
         config=config,
         epochs=max(epochs, default=-1) + 1,
+        steps=max(steps, default=-1) + 1,
         started=datetime.fromtimestamp(file.stat().st_mtime, UTC),
         monitor=monitor,
         best=(max if mode == "max" else min)(values, default=None),

@@ -6,17 +6,19 @@ import errno
 import logging
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, save_config
 from connectomics.errors import InputError, WriteError
 from connectomics.io.location import local_path
+from connectomics.lightning.run_state import RunState
+from connectomics.pipeline.runs import Run, open_run
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -27,36 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RUN_DIR_VARIABLE = "CONNECTOMICS_RUN_DIR"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run left behind.
-
-    Attributes:
-        run_dir: ``config.yaml``, ``split.yaml``, ``environment.json``, ``state.json``, ``run.log``, ``metrics.csv``,
-            ``timing.json``, ``tensorboard/``, ``checkpoints/``.
-        best_checkpoint: the one with the best score, None where nothing was validated (or kept).
-        last_checkpoint: the latest state, from which the run can go on; None where it is not kept.
-        monitor: name of the score.
-        best_score: of ``best_checkpoint``.
-        epochs, steps: trained in all, also before a resume.
-        seconds: this run took.
-    """
-
-    run_dir: Path
-    best_checkpoint: Path | None
-    last_checkpoint: Path | None
-    monitor: str
-    best_score: float | None
-    epochs: int
-    steps: int
-    seconds: float
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The one to predict with: the best, else the last."""
-        return self.best_checkpoint or self.last_checkpoint
 
 
 def choose_run_dir(config: RunConfig, checkpoint: str | Path | None = None) -> Path:
@@ -95,12 +67,12 @@ def train(
     fast_dev_run: bool = False,
     datamodule: pl.LightningDataModule | None = None,
     progress: Callable[[int, int, str], None] | None = None,
-) -> TrainResult:
+) -> Run:
     """Train what a configuration describes.
 
     Args:
         config: the run.
-        run_dir: where everything is written, see `TrainResult` and `choose_run_dir`.
+        run_dir: where everything is written, see `Run` and `choose_run_dir`.
         checkpoint: go on from here: weights, optimizer, epoch, random state.
         fast_dev_run: one batch of training and one look at a validation crop, to see whether it runs; writes no file.
         progress: told (done, all, name) while crops are decoded into the cache; None logs a line now and then.
@@ -119,7 +91,6 @@ def train(
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state, require_run_folder
 
-    started = time.perf_counter()
     folder = local_path(run_dir)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
         machine = this_machine(config)
@@ -142,7 +113,7 @@ def train(
                 _describe(config, folder)
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
             trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
-    return _result(config, folder, trainer, time.perf_counter() - started)
+    return _result(config, folder, trainer, fast_dev_run)
 
 
 def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
@@ -217,23 +188,12 @@ def _cellmap_data(
     return data
 
 
-def _result(config: RunConfig, folder: Path, trainer: pl.Trainer, seconds: float) -> TrainResult:
-    from pytorch_lightning.callbacks import ModelCheckpoint
-
-    best: Path | None = None
-    last: Path | None = None
-    score: float | None = None
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path:
-            if callback.monitor is None:
-                last = Path(callback.best_model_path)
-            else:
-                best = Path(callback.best_model_path)
-                score = None if callback.best_model_score is None else float(callback.best_model_score)
-    if best is not None and (best.parent / "best.ckpt").is_file():
-        best = best.parent / "best.ckpt"
-    monitor = config.checkpoint.monitor
-    return TrainResult(folder, best, last, monitor, score, trainer.current_epoch, trainer.global_step, seconds)
+def _result(config: RunConfig, folder: Path, trainer: pl.Trainer, fast_dev_run: bool) -> Run:
+    epochs, steps = trainer.current_epoch, trainer.global_step
+    if not fast_dev_run:
+        return replace(open_run(folder), epochs=epochs, steps=steps)
+    now, monitor = datetime.now(UTC), config.checkpoint.monitor
+    return Run(folder, asdict(config), epochs, steps, now, monitor, None, {}, {}, RunState("finished", "fast_dev_run"))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
          "data.intensity.noise={prob: 0.4}", "data.sampling={dataset: 1.0}", "data.class_weights.mito=3"],
     )  # fmt: skip
     assert config.training.max_epochs == 3
-    assert config.data.use_cache
+    assert config.data.cache == "disk"
     assert config.dataset.crops == ["crop234", "crop236"]
     assert config.data.augmentations["RandFlipd"]["prob"] == 0.1
     assert config.model.loss_options == {"FocalLoss": {"gamma": 3}}
@@ -51,7 +51,7 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
     [
         ("training.max_epoch=3", "unknown key 'training.max_epoch'.*did you mean 'training.max_epochs'"),
         ("data.lr=3", "did you mean 'optimizer.lr'"),
-        ("training.max_epochs=many", "could not be converted to Integer"),
+        ("training.max_epochs=many", "training.max_epochs must be a valid integer.*got 'many'"),
         ("dataset.voxel_size=[8,8]", "three positive numbers"),
         ("dataset.classes=[]", "at least one class"),
         ("dataset.classes=[nuc,nuc]", "twice"),
@@ -62,26 +62,26 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("nonsense", "nonsense"),
         ("++batch_size=3", "unknown key 'batch_size'.*did you mean 'data.batch_size'"),
         ("+data.lr=3", "unknown key 'data.lr'.*did you mean 'optimizer.lr'"),
-        ("data.patch_size=[16.5,16,16]", "data.patch_size: .*Integer"),
-        ("model.loss_weights=[1,nan]", r"model.loss_weights\[1\] must be a finite number, found nan"),
-        ("optimizer.lr=inf", "optimizer.lr must be a finite number, found inf"),
+        ("data.patch_size=[16.5,16,16]", r"data.patch_size\[0\] must be a valid integer, .*16.5"),
+        ("model.loss_weights=[1,nan]", r"model.loss_weights\[1\] must be a finite number, got nan"),
+        ("optimizer.lr=inf", "optimizer.lr must be a finite number, got inf"),
         ("training.gradient_clip_val=nan", "training.gradient_clip_val must be a finite number"),
         ("data.augmentations.RandFlipd.prob=nan", "data.augmentations.RandFlipd.prob must be a finite number"),
         ("data.batch_size=0", "data.batch_size must be at least 1"),
         ("data.patches_per_epoch=1", "less than one batch"),
         ("data.patches_per_epoch=-1", "at least 1"),
         ("data.num_workers=-1", "at least 0"),
-        ("data.min_known=3", "from 0 to 1"),
+        ("data.min_known=3", "data.min_known must be at most 1"),
         ("data.cache=ram", "none, memory, disk"),
-        ("data.worker_start=thread", "forkserver, spawn, fork"),
-        ("data.inputs=[{voxel_size:[8,8]}]", r"data.inputs\[0\].resolution must be three"),
-        ("data.inputs=[{voxel_size:[8,8,8]}]", "voxel_size"),
+        ("data.worker_start=thread", "must be one of forkserver, spawn"),
+        ("data.inputs=[{voxel_size:[8,8]}]", r"data.inputs\[0\].voxel_size must be three"),
+        ("data.inputs=[{spacing:[8,8,8]}]", "unknown key 'data.inputs\\[0\\].spacing'"),
         ("data.intensity_range=[1]", r"auto, table, or \[low, high\]"),
         ("data.intensity_range=[1,2,3]", r"two different numbers, got \[1, 2, 3\]"),
         ("data.intensity_range=autom", "got 'autom'"),
         ("data.intensity_range={jrc_hela-2: [5, 5]}", "data.intensity_range of jrc_hela-2 must be auto"),
         ("inference.window=[8,8]", "three positive numbers"),
-        ("inference.tta=flip", "did you mean 'flips'"),
+        ("inference.tta=flip", "inference.tta must be none, flips, section, all.*got 'flip'"),
         ("inference.tta=[zyx,-zzx]", "each z, y, x in some order"),
         ("inference.tta=[zyx,zyx]", "none twice"),
         ("inference.tta=[]", "inference.tta must be"),
@@ -94,14 +94,39 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("engine.attempts=0", "engine.attempts must be at least 1"),
         ("engine.block_timeout_s=0", "engine.block_timeout_s must be above 0"),
         ("engine.memory_gb=-2", "engine.memory_gb must be above 0"),
-        ("engine.address=tcp://10.0.0.1:8786", "engine.address is of engine.name=dask"),
-        ("engine.options.queue=short", "engine.options is of engine.name=dask"),
+        ("engine.address=tcp://10.0.0.1:8786", "engine.address needs engine.name=dask"),
+        ("engine.options.queue=short", "engine.options needs engine.name=dask"),
     ],
 )
 def test_bad_overrides_are_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         load_config(ROOT / "tutorials/cellmap_cos7.yaml", [override])
     assert "\n" not in str(error.value)
+
+
+def test_older_spellings_of_keys_are_taken_and_the_newer_one_counts(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(
+        "dataset: {resolution: [4, 4, 4]}\n"
+        "data: {use_cache: true, inputs: [{resolution: [16, 16, 16], patch_size: [8, 8, 8]}]}\n"
+    )
+    config = load_config(file)
+    assert (config.dataset.voxel_size, config.data.cache) == ([4, 4, 4], "disk")
+    assert config.data.inputs[0].voxel_size == [16, 16, 16]
+    for override, size, cache in (
+        ("dataset.resolution=[2,2,2]", [2, 2, 2], "disk"),
+        ("dataset.voxel_size=[2,2,2]", [2, 2, 2], "disk"),
+        ("data.use_cache=false", [4, 4, 4], "none"),
+        ("data.cache=memory", [4, 4, 4], "memory"),
+    ):
+        config = load_config(file, [override])
+        assert (config.dataset.voxel_size, config.data.cache) == (size, cache)
+    assert config_from_dict({"dataset": {"resolution": [3, 3, 3]}}).dataset.voxel_size == [3, 3, 3]
+
+
+def test_a_file_may_refer_to_defaults_of_the_schema(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("inference: {window: '${data.patch_size}'}\n")
+    assert load_config(tmp_path / "run.yaml").inference.window == [128, 128, 128]
 
 
 def test_bad_files_are_one_line(tmp_path: Path) -> None:

@@ -71,8 +71,8 @@ def test_heads_survive_files_and_checkpoints(tmp_path: Path) -> None:
         ("[{kind: distance, scale_nm: 1}]", "at least half a voxel"),
         ("[{kind: lsd, weight: 0}]", "weight must be above 0"),
         ("[{kind: lsd}, {kind: lsd}]", "mito/lsd twice"),
-        ("[{kind: lsd, scale: 3}]", "unknown key 'scale'"),
-        ("[{kind: lsd, scale_nm: wide}]", "scale_nm: Value 'wide'"),
+        ("[{kind: lsd, scale: 3}]", "unknown key 'model.heads[0].scale'"),
+        ("[{kind: lsd, scale_nm: wide}]", "model.heads[0].scale_nm must be a valid number"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(heads: str, said: str) -> None:

@@ -12,7 +12,8 @@ from connectomics.config import RunConfig
 from connectomics.errors import InputError
 from connectomics.models.labels import DenseLabels
 from connectomics.models.losses import build_loss
-from connectomics.pipeline.train import TrainResult, train
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 
@@ -67,12 +68,12 @@ def test_a_step_whose_gradients_overflow_is_left_out(device: str) -> None:
 def test_a_run_in_mixed_precision_learns(precision: str, device: str, tmp_path: Path) -> None:
     config = config_on(device, precision, training__max_epochs=4)
     result = train(config, tmp_path / "run", datamodule=MadeUpData(patches=12))
-    assert result.best_score is not None
-    assert result.best_score > 0.2
+    assert result.best is not None
+    assert result.best > 0.2
     assert result.steps == 24
 
 
-def random_state(result: TrainResult) -> dict[str, Any]:
+def random_state(result: Run) -> dict[str, Any]:
     assert result.last_checkpoint is not None
     content = torch.load(result.last_checkpoint, weights_only=True, map_location="cpu")
     (state,) = content["connectomics_random_state"]

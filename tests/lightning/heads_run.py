@@ -76,7 +76,7 @@ def main(folder: str) -> None:
     config.output_dir = folder
     run_dir = choose_run_dir(config)
     result = train(config, run_dir, datamodule=HeadData(patches=4, crops=1, batch_size=1, unknown=(1, 3)))
-    print(json.dumps({"run_dir": str(result.run_dir), "epochs": result.epochs}))
+    print(json.dumps({"run_dir": str(result.folder), "epochs": result.epochs}))
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def main(folder: str, resume: str) -> None:
     run_dir = choose_run_dir(config, checkpoint)
     data = MadeUpData(patches=4, crops=1, batch_size=1, unknown=(1, 3))
     result = train(config, run_dir, checkpoint=checkpoint, datamodule=data)
-    print(json.dumps({"run_dir": str(result.run_dir), "epochs": result.epochs, "score": result.best_score}))
+    print(json.dumps({"run_dir": str(result.folder), "epochs": result.epochs, "score": result.best}))
 
 
 if __name__ == "__main__":

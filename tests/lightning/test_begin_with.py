@@ -10,13 +10,14 @@ import torch
 from connectomics.errors import InputError, MissingError
 from connectomics.lightning.fine_tuning import _output_axes, begin_with, output_names
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.pipeline.train import TrainResult, train
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.train import train
 from tests.lightning.heads_run import head_config
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(tiny_config(training__max_epochs=1), tmp_path_factory.mktemp("run") / "first", datamodule=MadeUpData())
 
 
@@ -24,7 +25,7 @@ def weights(module: ConnectomicsModule) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.network.state_dict().items()}
 
 
-def test_all_weights_of_the_same_network(trained: TrainResult) -> None:
+def test_all_weights_of_the_same_network(trained: Run) -> None:
     module = ConnectomicsModule(tiny_config())
     stored = torch.load(trained.last_checkpoint, weights_only=True)["state_dict"]
     assert begin_with(trained.last_checkpoint, module) == len(weights(module))
@@ -79,7 +80,7 @@ def test_output_channels_are_copied_by_the_name_of_their_class(
                 assert f"anew: {', '.join(n for n in classes if n not in config.dataset.classes)}" in caplog.text
 
 
-def test_a_network_without_a_common_class_keeps_all_but_the_output(trained: TrainResult) -> None:
+def test_a_network_without_a_common_class_keeps_all_but_the_output(trained: Run) -> None:
     module = ConnectomicsModule(tiny_config(dataset__classes=["nuc", "ld"]))
     before = weights(module)
     taken = begin_with(trained.last_checkpoint, module)
@@ -109,13 +110,13 @@ def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
             assert torch.equal(value[:3], old[[0, 1, 3]])
 
 
-def test_another_network_is_refused(trained: TrainResult) -> None:
+def test_another_network_is_refused(trained: Run) -> None:
     wide = tiny_config(model__options={"channels": [8, 16], "strides": [2], "num_res_units": 1})
     with pytest.raises(InputError, match=r"only \d+ of \d+ weights fit"):
         begin_with(trained.last_checkpoint, ConnectomicsModule(wide))
 
 
-def test_the_key_is_read_when_a_run_begins(trained: TrainResult, tmp_path: Path) -> None:
+def test_the_key_is_read_when_a_run_begins(trained: Run, tmp_path: Path) -> None:
     config = tiny_config(model__weights=str(trained.last_checkpoint), training__max_epochs=1, optimizer__lr=1e-12)
     again = train(config, tmp_path / "tuned", datamodule=MadeUpData())
     old, new = (torch.load(run.last_checkpoint, weights_only=True)["state_dict"] for run in (trained, again))

@@ -24,7 +24,8 @@ from connectomics.lightning.val_score import ChallengeScore
 from connectomics.models.heads import HeadLosses, split_channels
 from connectomics.models.losses import build_loss
 from connectomics.models.targets import head_labels
-from connectomics.pipeline.train import TrainResult, train
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.train import train
 from tests.lightning.heads_run import KINDS, HeadCrop, HeadData, HeadPatches, head_config, world_ids
 from tests.lightning.synthetic_run import MadeUpData
 
@@ -38,26 +39,26 @@ def metrics(run_dir: Path, column: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = head_config(training__max_epochs=6, optimizer__lr=3e-2)
     return train(config, tmp_path_factory.mktemp("heads") / "run", datamodule=HeadData())
 
 
 class TestTraining:
-    def test_every_head_learns_and_is_scored(self, a_run: TrainResult) -> None:
+    def test_every_head_learns_and_is_scored(self, a_run: Run) -> None:
         for name in NAMES:
-            losses = metrics(a_run.run_dir, f"train/loss/{name}")
+            losses = metrics(a_run.folder, f"train/loss/{name}")
             assert losses[-1] < losses[0], name
         for name in NAMES[:2]:
-            assert 0 <= metrics(a_run.run_dir, f"val/{name}/dice")[-1] <= 1
+            assert 0 <= metrics(a_run.folder, f"val/{name}/dice")[-1] <= 1
         for name in NAMES[2:]:
-            assert 0 < metrics(a_run.run_dir, f"val/{name}/mae")[-1] < 0.5
-        assert metrics(a_run.run_dir, "val/mito/dice")  # classes as before
+            assert 0 < metrics(a_run.folder, f"val/{name}/mae")[-1] < 0.5
+        assert metrics(a_run.folder, "val/mito/dice")  # classes as before
 
-    def test_the_loss_is_the_sum_over_classes_and_weighted_heads(self, a_run: TrainResult) -> None:
+    def test_the_loss_is_the_sum_over_classes_and_weighted_heads(self, a_run: Run) -> None:
         parts = ["train/DiceLoss", "train/BCEWithLogitsLoss", *(f"train/loss/{name}" for name in NAMES)]
-        total = sum(np.array(metrics(a_run.run_dir, part)) for part in parts)
-        np.testing.assert_allclose(metrics(a_run.run_dir, "train/loss"), total, rtol=1e-4)
+        total = sum(np.array(metrics(a_run.folder, part)) for part in parts)
+        np.testing.assert_allclose(metrics(a_run.folder, "train/loss"), total, rtol=1e-4)
 
     @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
     def test_deep_supervision_precision_and_accumulation(self, tmp_path: Path, precision: str) -> None:
@@ -69,7 +70,7 @@ class TestTraining:
             "upsample_kernel_size": [2, 2, 2],
         }  # fmt: skip
         result = train(config, tmp_path / "run", datamodule=HeadData())
-        assert all(np.isfinite(metrics(result.run_dir, f"train/loss/{name}")).all() for name in NAMES)
+        assert all(np.isfinite(metrics(result.folder, f"train/loss/{name}")).all() for name in NAMES)
 
     def test_a_batch_without_ids_is_one_line(self) -> None:
         module = ConnectomicsModule(head_config())
@@ -202,7 +203,7 @@ class TestChallengeScore:
 
 
 class TestCheckpoints:
-    def test_a_prediction_has_the_channels_that_are_written(self, a_run: TrainResult) -> None:
+    def test_a_prediction_has_the_channels_that_are_written(self, a_run: Run) -> None:
         assert a_run.checkpoint is not None
         config = head_config()
         config.model.heads[1].write = False
@@ -215,7 +216,7 @@ class TestCheckpoints:
             kept = [0, 1, 2, 3, 4, 5, 7] if asked else [*range(8)]
             torch.testing.assert_close(found, everything[:, kept])
 
-    def test_other_heads_are_one_line(self, a_run: TrainResult) -> None:
+    def test_other_heads_are_one_line(self, a_run: Run) -> None:
         assert a_run.checkpoint is not None
         config = head_config("affinities")
         with pytest.raises(
@@ -230,7 +231,7 @@ class TestCheckpoints:
         with pytest.raises(InputError, match="mito/distance \\(16 nm\\)"):
             check_resumable(a_run.checkpoint, ConnectomicsModule(other))
 
-    def test_weights_of_losses_may_change_when_a_run_goes_on(self, a_run: TrainResult) -> None:
+    def test_weights_of_losses_may_change_when_a_run_goes_on(self, a_run: Run) -> None:
         assert a_run.checkpoint is not None
         config = head_config()
         config.model.heads[0].weight = 2.0

@@ -88,7 +88,7 @@ def test_a_class_is_logged_at_every_validation_and_chosen_by(lr: float, tmp_path
     with (tmp_path / "run" / "metrics.csv").open() as file:
         values = [float(row["val/er/dice"]) for row in csv.DictReader(file) if row["val/er/dice"]]
     assert len(values) == 3
-    assert result.best_score == pytest.approx(max(values))
+    assert result.best == pytest.approx(max(values))
 
 
 def test_training_metrics_can_be_monitored(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_training_metrics_can_be_monitored(tmp_path: Path) -> None:
         for key, value in (("monitor", "train/loss"), ("mode", "min"))
     }
     config = tiny_config(**changes, early_stopping__patience=2, training__val_every_n_epochs=2, training__max_epochs=4)
-    assert train(config, tmp_path / "run", datamodule=MadeUpData(patches=2)).best_score is not None
+    assert train(config, tmp_path / "run", datamodule=MadeUpData(patches=2)).best is not None
 
 
 def test_what_can_be_monitored_is_what_is_logged(tmp_path: Path) -> None:

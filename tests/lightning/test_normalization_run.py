@@ -19,7 +19,8 @@ from connectomics.lightning.checkpoints import checkpoint_config, load_module, r
 from connectomics.lightning.module import CHECKPOINT_KEY
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.predict import predict_cellmap_crops
-from connectomics.pipeline.train import TrainResult, train
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.train import train
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 SHAPE = (24, 32, 40)
@@ -54,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def run(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config, tmp_path_factory.mktemp("run"))
 
 
@@ -68,9 +69,9 @@ def predict(config: RunConfig, checkpoint: Path | list[Path], out: Path, *datase
     return [normalization_of(folder) for folder in found]
 
 
-def test_training_keeps_it_in_the_run_and_the_checkpoint(config: RunConfig, run: TrainResult) -> None:
+def test_training_keeps_it_in_the_run_and_the_checkpoint(config: RunConfig, run: Run) -> None:
     assert run.checkpoint is not None
-    kept = load_config(run.run_dir / "config.yaml").data.normalization
+    kept = load_config(run.folder / "config.yaml").data.normalization
     assert set(kept) == {"set-a", "set-b"}
     assert (kept["set-b"]["low"], kept["set-b"]["high"]) == pytest.approx((200, 229), abs=1)
     assert kept["set-a"]["origin"].startswith("its raw")
@@ -86,10 +87,10 @@ def test_training_keeps_it_in_the_run_and_the_checkpoint(config: RunConfig, run:
 
 
 def test_prediction_uses_what_the_model_knows_and_says_so(
-    config: RunConfig, run: TrainResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: RunConfig, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert run.checkpoint is not None
-    kept = load_config(run.run_dir / "config.yaml").data.normalization
+    kept = load_config(run.folder / "config.yaml").data.normalization
     add(Path(config.dataset.data_root), "set-c", 20, 90)
     with caplog.at_level(logging.INFO, "connectomics"):
         of_b, of_c = predict(config, run.checkpoint, tmp_path, "set-b", "set-c")
@@ -106,7 +107,7 @@ def test_prediction_uses_what_the_model_knows_and_says_so(
 
 
 def test_a_resumed_run_measures_nothing_again(
-    config: RunConfig, run: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from connectomics.data import normalization
 
@@ -115,21 +116,21 @@ def test_a_resumed_run_measures_nothing_again(
     longer = replace(config, training=replace(config.training, max_epochs=2))
     assert run.last_checkpoint is not None
     again = train(longer, tmp_path / "again", checkpoint=run.last_checkpoint)
-    assert load_config(again.run_dir / "config.yaml").data.normalization == load_config(
-        run.run_dir / "config.yaml"
+    assert load_config(again.folder / "config.yaml").data.normalization == load_config(
+        run.folder / "config.yaml"
     ).data.normalization  # fmt: skip
 
 
-def test_a_package_has_it(config: RunConfig, run: TrainResult, tmp_path: Path) -> None:
+def test_a_package_has_it(config: RunConfig, run: Run, tmp_path: Path) -> None:
     assert run.checkpoint is not None
     package = write_package(run.checkpoint, tmp_path / "model.pytc")
-    kept = load_config(run.run_dir / "config.yaml").data.normalization
+    kept = load_config(run.folder / "config.yaml").data.normalization
     assert package.about["normalization"] == kept
     (used,) = predict(config, package.path, tmp_path, "set-b")
     assert used == Normalization.from_dict(kept["set-b"])
 
 
-def test_a_checkpoint_of_before_is_used_as_it_was_trained(config: RunConfig, run: TrainResult, tmp_path: Path) -> None:
+def test_a_checkpoint_of_before_is_used_as_it_was_trained(config: RunConfig, run: Run, tmp_path: Path) -> None:
     assert run.checkpoint is not None
     content = torch.load(run.checkpoint, weights_only=True)
     content[CHECKPOINT_KEY]["format"] = 1
@@ -138,9 +139,7 @@ def test_a_checkpoint_of_before_is_used_as_it_was_trained(config: RunConfig, run
     assert predict(config, tmp_path / "old.ckpt", tmp_path, "set-b") == [Normalization(0, 255)]
 
 
-def test_networks_that_see_raw_differently_are_not_averaged(
-    config: RunConfig, run: TrainResult, tmp_path: Path
-) -> None:
+def test_networks_that_see_raw_differently_are_not_averaged(config: RunConfig, run: Run, tmp_path: Path) -> None:
     assert run.checkpoint is not None
     content = torch.load(run.checkpoint, weights_only=True)
     content[CHECKPOINT_KEY]["config"]["data"]["normalization"]["set-b"]["high"] = 250.0

@@ -19,7 +19,8 @@ import torch
 from connectomics.config import load_config
 from connectomics.errors import InputError, WriteError
 from connectomics.lightning.checkpoints import read_checkpoint
-from connectomics.pipeline.train import TrainResult, choose_run_dir, train
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.train import choose_run_dir, train
 from tests.lightning.split_batch_run import step
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
@@ -30,7 +31,7 @@ def table(run_dir: Path, column: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def four_epochs(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def four_epochs(tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = tiny_config(
         training__max_epochs=4,
         training__accumulate_grad_batches=3,
@@ -41,8 +42,8 @@ def four_epochs(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
 
 
 class TestWhatIsLeftBehind:
-    def test_files(self, four_epochs: TrainResult) -> None:
-        run = four_epochs.run_dir
+    def test_files(self, four_epochs: Run) -> None:
+        run = four_epochs.folder
         assert {p.name for p in run.iterdir()} == {
             "checkpoints",
             "config.yaml",
@@ -58,47 +59,45 @@ class TestWhatIsLeftBehind:
         assert all(re.fullmatch(r"epoch000\d-dice0\.\d{4}\.ckpt", name) for name in names[1:-1])  # the best three
         assert load_config(run / "config.yaml").training.max_epochs == 4
 
-    def test_the_result(self, four_epochs: TrainResult) -> None:
+    def test_the_result(self, four_epochs: Run) -> None:
         assert four_epochs.epochs == 4
         assert four_epochs.steps == 8  # 4 batches an epoch, 3 accumulated: the last step of an epoch takes 1
-        assert four_epochs.checkpoint == four_epochs.run_dir / "checkpoints" / "best.ckpt"
-        assert four_epochs.best_score == pytest.approx(max(table(four_epochs.run_dir, "val/dice")))
+        assert four_epochs.checkpoint == four_epochs.folder / "checkpoints" / "best.ckpt"
+        assert four_epochs.best == pytest.approx(max(table(four_epochs.folder, "val/dice")))
         best = read_checkpoint(four_epochs.checkpoint)
-        assert best["epoch"] == table(four_epochs.run_dir, "val/dice").index(
-            max(table(four_epochs.run_dir, "val/dice"))
-        )
-        assert read_checkpoint(four_epochs.run_dir / "checkpoints" / "last.ckpt")["epoch"] == 3
+        assert best["epoch"] == table(four_epochs.folder, "val/dice").index(max(table(four_epochs.folder, "val/dice")))
+        assert read_checkpoint(four_epochs.folder / "checkpoints" / "last.ckpt")["epoch"] == 3
 
-    def test_it_learns(self, four_epochs: TrainResult) -> None:
-        loss = table(four_epochs.run_dir, "train/loss")
+    def test_it_learns(self, four_epochs: Run) -> None:
+        loss = table(four_epochs.folder, "train/loss")
         assert len(loss) == 4
         assert loss[-1] < loss[0]
-        assert table(four_epochs.run_dir, "val/mito/dice")[-1] > 0.3
+        assert table(four_epochs.folder, "val/mito/dice")[-1] > 0.3
 
-    def test_the_learning_rate_is_that_of_the_progress(self, four_epochs: TrainResult) -> None:
-        rates = table(four_epochs.run_dir, "train/lr")
+    def test_the_learning_rate_is_that_of_the_progress(self, four_epochs: Run) -> None:
+        rates = table(four_epochs.folder, "train/lr")
         assert rates[0] == pytest.approx(0.01 * 0.5)  # the mean over the warm-up
         cosine = [sum((1 + math.cos(math.pi * (e + (b + 0.5) / 4) / 3)) / 2 for b in range(4)) / 4 for e in range(3)]
         assert rates[1:] == pytest.approx([0.01 * c for c in cosine], rel=1e-5)
 
-    def test_timing_adds_up(self, four_epochs: TrainResult) -> None:
-        times = json.loads((four_epochs.run_dir / "timing.json").read_text())
+    def test_timing_adds_up(self, four_epochs: Run) -> None:
+        times = json.loads((four_epochs.folder / "timing.json").read_text())
         parts = times["data_wait_s"] + times["step_s"] + times["validation_s"] + times["other_s"]
         assert parts == pytest.approx(times["total_s"], abs=0.01)
         assert (times["batches"], times["samples"], times["validations"], times["epochs"]) == (16, 32, 4, 4)
 
-    def test_every_epoch_has_its_speed_and_memory(self, four_epochs: TrainResult) -> None:
-        times = json.loads((four_epochs.run_dir / "timing.json").read_text())
+    def test_every_epoch_has_its_speed_and_memory(self, four_epochs: Run) -> None:
+        times = json.loads((four_epochs.folder / "timing.json").read_text())
         rows = times["by_epoch"]
         assert [(row["epoch"], row["step"]) for row in rows] == [(0, 2), (1, 4), (2, 6), (3, 8)]
         assert all(row["samples_per_s"] > 0 and row["memory_bytes"] > 50e6 for row in rows)
         assert sum(row["seconds"] for row in rows) <= times["total_s"]
         assert (rows[0]["gpu_memory_bytes"] is None) == (not torch.cuda.is_available())
 
-    def test_tensorboard_has_curves_and_pictures(self, four_epochs: TrainResult) -> None:
+    def test_tensorboard_has_curves_and_pictures(self, four_epochs: Run) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(four_epochs.run_dir / "tensorboard"))
+        events = EventAccumulator(str(four_epochs.folder / "tensorboard"))
         events.Reload()
         assert {"train/loss", "val/dice", "val/er/iou"} <= set(events.Tags()["scalars"])
         assert set(events.Tags()["images"]) == {"val/made_up_crop0", "val/made_up_crop1"}
@@ -116,12 +115,12 @@ class StopAfter(pl.Callback):
 
 
 def test_two_epochs_and_two_resumed_equal_four(
-    four_epochs: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    four_epochs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With shuffling, dropout, warm-up, cosine and accumulation, and killed in the middle of the third epoch."""
     from connectomics.lightning import trainer as trainer_module
 
-    config = load_config(four_epochs.run_dir / "config.yaml")
+    config = load_config(four_epochs.folder / "config.yaml")
     build = trainer_module.build_trainer
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **k, callbacks=[StopAfter(2)]))
@@ -131,21 +130,21 @@ def test_two_epochs_and_two_resumed_equal_four(
     assert choose_run_dir(config, tmp_path / "run" / "checkpoints" / "last.ckpt") == tmp_path / "run"
     result = train(config, tmp_path / "run", checkpoint=tmp_path / "run/checkpoints/last.ckpt", datamodule=MadeUpData())
     for column in ("train/loss_step", "train/loss", "train/lr", "val/dice", "val/er/iou"):
-        assert table(result.run_dir, column) == table(four_epochs.run_dir, column), column
-    weights = [read_checkpoint(r.run_dir / "checkpoints/last.ckpt")["state_dict"] for r in (result, four_epochs)]
+        assert table(result.folder, column) == table(four_epochs.folder, column), column
+    weights = [read_checkpoint(r.folder / "checkpoints/last.ckpt")["state_dict"] for r in (result, four_epochs)]
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name
-    timing = json.loads((result.run_dir / "timing.json").read_text())
+    timing = json.loads((result.folder / "timing.json").read_text())
     assert timing["epochs"] == 4
     assert [row["epoch"] for row in timing["by_epoch"]] == [0, 1, 2, 3]
-    assert result.best_score == four_epochs.best_score
+    assert result.best == four_epochs.best
 
 
 def test_max_steps_ends_with_a_validation(tmp_path: Path) -> None:
     config = tiny_config(training__max_steps=3, training__max_epochs=100)
     result = train(config, tmp_path / "run", datamodule=MadeUpData())
     assert result.steps == 3
-    assert result.best_score is not None
+    assert result.best is not None
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
@@ -156,7 +155,7 @@ def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
 
 def test_without_validation_crops_the_last_state_is_kept(tmp_path: Path) -> None:
     result = train(tiny_config(checkpoint__save_last=False), tmp_path / "run", datamodule=MadeUpData(crops=0))
-    assert result.best_score is None
+    assert result.best is None
     assert result.checkpoint == tmp_path / "run" / "checkpoints" / "last.ckpt"
 
 
@@ -169,10 +168,10 @@ def test_it_stops_early_when_the_score_stands_still(tmp_path: Path) -> None:
 def test_steps_of_which_nothing_is_known_do_no_harm(tmp_path: Path) -> None:
     data = MadeUpData(patches=2, batch_size=1, unknown=(0,))
     result = train(tiny_config(), tmp_path / "run", datamodule=data)
-    steps = table(result.run_dir, "train/loss_step")
+    steps = table(result.folder, "train/loss_step")
     assert sorted(s == 0 for s in steps) == [False, False, True, True]
     assert all(math.isfinite(s) for s in steps)
-    weights = read_checkpoint(result.run_dir / "checkpoints/last.ckpt")["state_dict"]
+    weights = read_checkpoint(result.folder / "checkpoints/last.ckpt")["state_dict"]
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
@@ -188,7 +187,7 @@ def test_deep_supervision_and_precision(tmp_path: Path, precision: str) -> None:
         training__max_epochs=1,
     )  # fmt: skip
     result = train(config, tmp_path / "run", datamodule=MadeUpData(patches=2))
-    assert math.isfinite(table(result.run_dir, "train/loss")[0])
+    assert math.isfinite(table(result.folder, "train/loss")[0])
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +202,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-def test_resuming_with_another_network_is_refused(four_epochs: TrainResult, tmp_path: Path) -> None:
+def test_resuming_with_another_network_is_refused(four_epochs: Run, tmp_path: Path) -> None:
     config = tiny_config(model__architecture="segresnet", model__options={})
     with pytest.raises(InputError, match=r"holds a unet network .* the configuration a segresnet network"):
         train(config, tmp_path, checkpoint=four_epochs.checkpoint, datamodule=MadeUpData())

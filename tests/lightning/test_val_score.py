@@ -310,7 +310,7 @@ def test_checkpoints_are_chosen_by_the_score(tmp_path: Path) -> None:
     crop = annotated("a", 0)
     data.crops = [replace(crop, label=crop.label[:2], known=crop.known[:2])]  # type: ignore[list-item]
     result = train(config, tmp_path / "run", datamodule=data)
-    assert result.best_score is not None
+    assert result.best is not None
     assert result.best_checkpoint is not None
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("epoch0000-score*.ckpt")]
 

@@ -1,0 +1,168 @@
+"""What the verbs return: folders on disk that know what they hold and that the next verb takes.
+
+`connectomics.pipeline.runs.Run` is the fourth one, of training.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.config import RunConfig
+from connectomics.errors import MissingError, unknown_name
+from connectomics.io.multiscale import Multiscale
+from connectomics.metrics.challenge.results import SubmissionScore
+
+#: Rows that a table in a notebook shows.
+_ROWS = 20
+
+
+@dataclass(frozen=True, repr=False)
+class ArrayFolder:
+    """A folder of arrays, ``{folder}/{dataset}.zarr/{crop}/{class}/s0``.
+
+    Attributes:
+        folder: where the arrays are.
+        config: configuration that made them, if it is known: `decode` takes its parameters from there.
+        crops: crop table whose grids the arrays have, if one was given: `export` packs its crops.
+    """
+
+    folder: Path
+    config: RunConfig | None = field(default=None, compare=False)
+    crops: CropTable | None = field(default=None, compare=False)
+
+    @classmethod
+    def open(cls, place: Any, config: RunConfig | None = None) -> Any:
+        """Return ``place`` if it is one of these, else the folder at that path; `MissingError` if there is none."""
+        if isinstance(place, cls):
+            return place
+        if isinstance(place, ArrayFolder):
+            raise MissingError(f"expected {cls.__name__}, got {place!r}")
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
+            raise MissingError(f"no folder {folder}; expected one with {{dataset}}.zarr/{{crop}}/{{class}} arrays")
+        return cls(folder, config)
+
+    @property
+    def arrays(self) -> list[tuple[str, str, str]]:
+        """Data set, crop and class of every array, sorted."""
+        found = self.folder.glob("*.zarr/*/*/.zattrs")
+        return sorted((f.parents[2].name.removesuffix(".zarr"), f.parents[1].name, f.parent.name) for f in found)
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes in the folder, sorted."""
+        return sorted({name for _, _, name in self.arrays})
+
+    def array(self, class_name: str, crop: str | None = None, dataset: str | None = None) -> Multiscale:
+        """Return one array, to read on any grid.
+
+        Args:
+            class_name: the class. crop, dataset: may be left out if only one has the class.
+
+        Raises:
+            UnknownNameError: no such array. MissingError: several arrays fit.
+        """
+        fits = [
+            (d, c, n)
+            for d, c, n in self.arrays
+            if n == class_name and crop in (None, c, c.removeprefix("crop")) and dataset in (None, d)
+        ]
+        if not fits:
+            there = ["/".join(item) for item in self.arrays]
+            raise unknown_name("array", "/".join(filter(None, (dataset, crop, class_name))), there, str(self.folder))
+        if len(fits) > 1:
+            names = ", ".join("/".join(item) for item in fits[:6])
+            raise MissingError(
+                f"{len(fits)} arrays in {self.folder} are of {class_name}: {names}; give crop= (dataset=)"
+            )
+        found, crop_name, name = fits[0]
+        return Multiscale.open(str(self.folder / f"{found}.zarr" / crop_name / name))
+
+    def __repr__(self) -> str:
+        arrays = self.arrays
+        crops = len({item[:2] for item in arrays})
+        classes = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
+        return f"{type(self).__name__}({str(self.folder)!r}: {len(arrays)} arrays, {crops} crops, classes {classes})"
+
+    def _repr_html_(self) -> str:
+        rows = [f"{d}/{c}: {n}" for d, c, n in self.arrays]
+        more = f"<li>... {len(rows) - _ROWS} more</li>" if len(rows) > _ROWS else ""
+        items = "".join(f"<li>{html.escape(row)}</li>" for row in rows[:_ROWS])
+        return f"<p>{type(self).__name__} in <code>{html.escape(str(self.folder))}</code></p><ul>{items}{more}</ul>"
+
+
+class Probabilities(ArrayFolder):
+    """What `predict` wrote: probabilities of every class (uint8, 255 for 1, or float16) and the channels of heads."""
+
+
+class Labels(ArrayFolder):
+    """What `decode` wrote: instance ids, or 0 and 1 for semantic classes."""
+
+
+@dataclass(frozen=True, repr=False)
+class Scores(Mapping[str, Any]):
+    """Scores of a submission or of labels; a mapping with the keys of the JSON file.
+
+    Attributes:
+        values: what the JSON file holds.
+        file: where it was written; None if it was not.
+        result: the scores as values of `connectomics.metrics`, with every crop and instance; None for `evaluate`.
+    """
+
+    values: Mapping[str, Any] = field(hash=False)
+    file: Path | None = None
+    result: SubmissionScore | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.values)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def overall(self) -> float | None:
+        """The challenge's overall score; None if nothing was scored."""
+        value: float | None = self._totals.get("overall")
+        return value
+
+    @cached_property
+    def classes(self) -> dict[str, Mapping[str, Any]]:
+        """Measures by class."""
+        found: dict[str, Mapping[str, Any]] = dict(self.values.get("classes") or self.values.get("label_scores") or {})
+        return found
+
+    @property
+    def _totals(self) -> Mapping[str, Any]:
+        totals: Mapping[str, Any] = self.values.get("totals", self.values)
+        return totals
+
+    def __repr__(self) -> str:
+        overall = "-" if self.overall is None else f"{self.overall:.4f}"
+        where = f", {str(self.file)!r}" if self.file else ""
+        return f"Scores(overall {overall}, {len(self.classes)} classes{where})"
+
+    def _repr_html_(self) -> str:
+        names = sorted({key for row in self.classes.values() for key, v in row.items() if isinstance(v, int | float)})
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in ("class", *names))
+        body = "".join(
+            f"<tr><td>{html.escape(name)}</td>"
+            + "".join(f"<td>{_number(row.get(key))}</td>" for key in names)
+            + "</tr>"
+            for name, row in self.classes.items()
+        )
+        return f"<p>{html.escape(repr(self))}</p><table><tr>{head}</tr>{body}</table>"
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else html.escape(str(value))
