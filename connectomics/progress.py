@@ -14,3 +14,12 @@ class Progress(Protocol):
 
 def silent(done: int, total: int, what: str = "", /) -> None:
     """Report nothing."""
+
+
+def named(progress: Progress, name: str) -> Progress:
+    """Return a progress that reports each step under a name: ``jrc_cos7-1a/crop234, predict``."""
+
+    def report(done: int, total: int, what: str = "", /) -> None:
+        progress(done, total, f"{name}, {what}" if what else name)
+
+    return report

@@ -27,7 +27,8 @@ from connectomics.lightning.devices import set_threads, this_machine
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.trainer import build_trainer
 from connectomics.metrics.cellmap_metrics import evaluate_semantic
-from connectomics.pipeline.predict import crop_target, predict_cellmap_crops
+from connectomics.pipeline.predict import predict_cellmap_crops
+from connectomics.pipeline.targets import crop_target
 from gpu_sections.record import LeftOutError, Section
 from gpu_sections.steps import Turns, measure
 

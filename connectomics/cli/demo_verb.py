@@ -36,11 +36,12 @@ def demo(
     """
     from connectomics.pipeline.demo import prepare_demo
 
-    made = prepare_demo(
-        out, data=data, config=config, overrides=overrides or [], preset=preset, overwrite=overwrite,
-        stage=terminal.stage, shown=terminal.stages,
-    )  # fmt: skip
-    scores, baseline = made.run()
+    with terminal.stages() as advance:
+        made = prepare_demo(
+            out, data=data, config=config, overrides=overrides or [], preset=preset, overwrite=overwrite,
+            stage=terminal.stage, progress=advance,
+        )  # fmt: skip
+        scores, baseline = made.run()
     rows = [
         [name, terminal.number(getattr(scores, key), 3), terminal.number(getattr(baseline, key), 3)]
         for name, key in (

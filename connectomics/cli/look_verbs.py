@@ -38,8 +38,8 @@ def inspect(
       pytc inspect tutorials/cellmap_cos7.yaml --batches 4 data.num_workers=8 data.patch_size=[96,96,96]
     """
     from connectomics.config import load_config, tutorial
-    from connectomics.report.inspect import inspect_data, write_page
-    from connectomics.report.inspect.page import check_out
+    from connectomics.report.inspect.data import inspect_data
+    from connectomics.report.inspect.page import check_out, write_page
 
     file = Path(config)
     if not file.suffix and len(file.parts) == 1:

@@ -83,8 +83,10 @@ def predict(
 
       pytc predict --checkpoint mito.pytc dataset.data_root=data --box jrc_cos7-1a:0,0,0:800,800,800
     """
+    words = list(overrides or [])
     if config is not None and "=" in config:  # without a configuration the first override takes its place
-        config, overrides = None, [config, *(overrides or [])]
+        words = [config, *words]
+        config = None
     if not checkpoint:
         raise typer.BadParameter("give --checkpoint: a checkpoint, a model package or a run folder")
     from connectomics.pipeline.predict import predict as run
@@ -97,15 +99,15 @@ def predict(
 
         with terminal.stage("trying a block"):
             tasks, engine, where = predict_tasks(
-                checkpoint, out=out, config=config, overrides=overrides or (), crops=crops, box=box, device=device
+                checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device
             )
             found = estimate(tasks, engine, where, overwrite=overwrite, resume=resume)
         show_estimate(found)
         return
-    with terminal.stage("predicting"):
+    with terminal.stage("predicting"), terminal.stages() as advance:
         made = run(
-            checkpoint, out=out, config=config, overrides=overrides or (), crops=crops, box=box, device=device,
-            overwrite=overwrite, resume=resume, accept_failed=accepted, progress=terminal.stages,
+            checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device,
+            overwrite=overwrite, resume=resume, accept_failed=accepted, progress=advance,
         )  # fmt: skip
     for folder in made.written:
         print(folder)
@@ -146,10 +148,10 @@ def decode(
         if found is not None:
             show_estimate(found)
         return
-    with terminal.stage("decoding"):
+    with terminal.stage("decoding"), terminal.stages() as advance:
         made = run(
             predictions, out=out, config=composed, classes=class_name, overwrite=overwrite, resume=resume,
-            progress=terminal.when_needed("block by block"),
+            progress=advance,
         )  # fmt: skip
     for location in made.written:
         print(location)
@@ -312,11 +314,11 @@ def run_task(
             found = estimate_stored_task(file, engine, device=device, overwrite=overwrite, resume=resume)
         show_estimate(found)
         return
-    print(
-        run_stored_task(
-            file, engine, device=device, overwrite=overwrite, resume=resume, accept=accepted, shown=terminal.stages
+    with terminal.stages() as advance:
+        said = run_stored_task(
+            file, engine, device=device, overwrite=overwrite, resume=resume, accept=accepted, progress=advance
         )
-    )
+    print(said)
 
 
 def _try(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool) -> None:

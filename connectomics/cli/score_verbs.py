@@ -148,16 +148,18 @@ def tune(
       pytc tune outputs/val data/phantom --class mito --trials 200 --minutes 30 decoding.classes.mito.connectivity=6
     """
     from connectomics.config import load_config
+    from connectomics.decoding.parameters import decode_parameters
     from connectomics.metrics.challenge.rules import get_rules, trust
     from connectomics.pipeline.results import Probabilities
     from connectomics.pipeline.tune import tune as run
 
-    composed = load_config(config, overrides or ())
+    composed, there = load_config(config, overrides or ()), Probabilities.open(predictions).classes
+    base = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     seconds = None if minutes is None else 60 * minutes
     with terminal.counted("tuning") as advance:
         result = run(
-            predictions, root, out, config=composed, classes=class_name, trials=trials, seconds=seconds, seed=seed,
-            progress=advance,
+            predictions, root, out, classes=class_name, trials=trials, seconds=seconds, seed=seed, base=base,
+            rules=composed.score.rules, progress=advance,
         )  # fmt: skip
     header = ("class", "measure", "crops", "trials", "base", "tuned", "threshold", "method", "min nm^3")
     rows = [
@@ -170,7 +172,7 @@ def tune(
     rules = get_rules(composed.score.rules)
     trusted = f"rules {rules.version}, {trust(rules.verified)}"
     terminal.table(header, rows, f"Tuned on these crops, known voxels only, {trusted}; other crops will score lower")
-    left_out = sorted(set(class_name or Probabilities.open(predictions).classes) - set(result))
+    left_out = sorted(set(class_name or there) - set(result))
     if left_out:
         print(f"no annotated voxel of {', '.join(left_out)}: parameters unchanged")
     for name in ("decoding.yaml", "tuning.json", "tuning.png"):

@@ -64,14 +64,15 @@ def when_needed(what: str) -> Progress:
 
 
 @contextmanager
-def stages(what: str) -> Iterator[Progress]:
-    """Show the progress of a blockwise task: each of its stages (``what`` of the progress) as `counted` does."""
+def stages() -> Iterator[Progress]:
+    """Yield a progress that shows each step (its ``what``) as `counted` does, if it leaves work when it starts."""
     with ExitStack() as shown:
         running: dict[str, Progress] = {}
 
         def advance(done: int, total: int, name: str = "", /) -> None:
             if name not in running and done < total:
-                running[name] = shown.enter_context(counted(f"{what}, {name}"))
+                shown.close()
+                running[name] = shown.enter_context(counted(name))
             if name in running:
                 running[name](done, total, "blocks")
                 if done >= total:

@@ -1,6 +1,7 @@
 """Run configuration: the typed schema, and its composition with Hydra."""
 
 from connectomics.config.compose import (
+    as_config,
     check_config,
     config_from_dict,
     config_to_dict,
@@ -15,6 +16,7 @@ from connectomics.config.schema import EPOCH_PATCHES, RunConfig
 __all__ = [
     "EPOCH_PATCHES",
     "RunConfig",
+    "as_config",
     "check_config",
     "config_from_dict",
     "config_to_dict",

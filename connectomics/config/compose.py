@@ -70,6 +70,11 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     return config
 
 
+def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
+    """Return a configuration unchanged, or `load_config` of a file."""
+    return config if isinstance(config, RunConfig) else load_config(config, *overrides)
+
+
 def _check_file(file: Path) -> None:
     """Check that the file exists and is YAML: Hydra's own message names neither the file nor the line."""
     import yaml

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from connectomics.config import RunConfig, as_config
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
@@ -32,7 +32,7 @@ from connectomics.decoding.label_artifact import (
     write_tables,
     write_whole,
 )
-from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
+from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import above, read_block
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
@@ -42,16 +42,88 @@ from connectomics.io.artifacts import Provenance
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
-from connectomics.progress import Progress, silent
+from connectomics.pipeline.results import Labels, Probabilities
+from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
 
+if TYPE_CHECKING:
+    from connectomics.tasks.estimate import Estimate
+
 log = logging.getLogger(__name__)
 
 #: Arrays of more voxels are decoded block by block: 512^3 then takes a fifth of the memory and no more time.
 BLOCKWISE_ABOVE = 256**3
+
+
+def decode(
+    probabilities: Probabilities | str | Path,
+    *,
+    out: str | Path,
+    config: RunConfig | str | Path | None = None,
+    classes: Collection[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Labels:
+    """Turn probabilities into labels: masks of semantic classes, instance IDs of the others.
+
+    Args:
+        probabilities: what `predict` returned, or its folder.
+        out: folder for the labels, in the same layout; a table of instances goes beside instance labels.
+        config: its ``decoding``, ``engine``; a file or a configuration; None: the one that was predicted with.
+        classes: only these.
+        overwrite: replace labels that were made from another prediction or with other parameters.
+        resume: fail if nothing was started; with ``overwrite``, keep labels made with these parameters.
+        progress: called for the blocks of large arrays.
+
+    Raises:
+        MissingError, IncompleteError, MetadataError, UnknownNameError: the probabilities. BlocksFailedError: some
+        blocks; all other arrays are decoded. WriteError: other labels or files are in the way, or the disk is full.
+    """
+    source = Probabilities.open(probabilities)
+    chosen = source.config or RunConfig() if config is None else as_config(config)
+    done = decode_predictions(
+        source.folder,
+        out,
+        decode_parameters(source.classes, chosen.decoding.default, chosen.decoding.classes),
+        classes=classes,
+        overwrite=overwrite,
+        resume=resume,
+        blockwise_above=chosen.decoding.blockwise_above,
+        block_progress=progress or silent,
+        engine=chosen.engine,
+        table=chosen.decoding.table,
+    )
+    return Labels(local_path(out), chosen, source.crops, tuple(Path(item.location) for item in done))
+
+
+def decode_estimate(
+    probabilities: str | Path,
+    out: str | Path,
+    config: RunConfig,
+    *,
+    classes: Collection[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> tuple[str, Estimate | None]:
+    """Return what `decode` would do: a line, and the cost of what is decoded block by block, if anything is."""
+    from connectomics.tasks.estimate import estimate
+
+    source, decoding = Probabilities.open(probabilities), config.decoding
+    parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
+    above, table = decoding.blockwise_above, decoding.table
+    jobs = decode_jobs(source.folder, out, parameters, classes=classes, blockwise_above=above, table=table)
+    left = [j for j in jobs if j.finished(overwrite=j.replaces(overwrite=overwrite, resume=resume)) is None]
+    tasks = [job.task for job in left if job.task is not None]
+    finished, whole = len(jobs) - len(left), len(left) - len(tasks)
+    line = f"{len(jobs)} array(s): {finished} decoded already, {whole} to decode whole, {len(tasks)} block by block"
+    if not tasks:
+        return line, None
+    replaces = overwrite or not all(task.is_begun for task in tasks)  # resumes what is begun, replaces other output
+    return line, estimate(tasks, config.engine, overwrite=replaces, resume=resume)
 
 
 @dataclass(frozen=True)
@@ -125,7 +197,7 @@ def decode_predictions(
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
                 try:
-                    run_task(job.task, workers, partial(_report_blocks, block_progress, job.name), overwrite=replaces)
+                    run_task(job.task, workers, named(block_progress, job.name), overwrite=replaces)
                     result = job.decoded(objects_of(job.task))
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
@@ -314,7 +386,3 @@ def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
             job.name,
             100 * share,
         )
-
-
-def _report_blocks(progress: Progress, name: str, stage: str, done: int, number: int) -> None:
-    progress(done, number, f"{name} ({stage})")

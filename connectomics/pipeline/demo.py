@@ -35,7 +35,7 @@ class Demo:
 
     Attributes:
         out: folder for everything. config: the run. root: data root. table, truth: test crops and their ground truth.
-        stage: shows a stage. shown: shows the progress of a prediction task. timings: seconds by stage.
+        stage: shows a stage. progress: called while predicting. timings: seconds by stage.
     """
 
     out: Path
@@ -44,7 +44,7 @@ class Demo:
     table: Path
     truth: Path
     stage: Stage
-    shown: Callable[[str], AbstractContextManager[Progress]]
+    progress: Progress
     timings: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> tuple[SubmissionScore, SubmissionScore]:
@@ -63,13 +63,13 @@ class Demo:
             raise InputError("training left no checkpoint; set checkpoint.save_last=true or checkpoint.save_top_k=1")
         with self.stage("predicting", self.timings, "predicting"):
             probabilities = predict(
-                run, out=out / "predictions", config=self.config, crops=selected, progress=self.shown
+                run, out=out / "predictions", config=self.config, crops=selected, progress=self.progress
             )
         with self.stage("decoding", self.timings, "decoding"):
             labels = decode(probabilities, out=out / "labels", config=self.config)
         scores = self._export_and_score(labels.folder, out, probabilities.folder)
         with self.stage("comparing with an intensity threshold", self.timings, "baseline"):
-            write_baseline(self.config, self.root, selected, out / "baseline/labels")
+            write_baseline(self.config, str(self.root), selected, out / "baseline/labels")
             baseline = self._export_and_score(out / "baseline/labels", out / "baseline", None)
         with self.stage("writing the report", self.timings, "report"):
             report(
@@ -110,7 +110,7 @@ def prepare_demo(
     preset: str,
     overwrite: bool,
     stage: Stage,
-    shown: Callable[[str], AbstractContextManager[Progress]],
+    progress: Progress,
 ) -> Demo:
     """Make the data (or cut those of ``data``) and compose the configuration that fits them.
 
@@ -135,7 +135,7 @@ def prepare_demo(
         _start(out)
         with stage("making the phantom", timings, "making the phantom"):
             make_phantom(root, PhantomOptions(preset=preset))
-        return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, shown, timings)
+        return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, progress, timings)
 
     from connectomics.pipeline.hold_out import hold_out
 
@@ -150,7 +150,7 @@ def prepare_demo(
     write_file(split, f"train: [{', '.join(parts.train)}]\nval: [{', '.join(parts.val)}]\n".encode())
     fixed = [f"dataset.data_root={parts.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
     composed = load_config(file, cache, overrides, fixed)
-    return Demo(out, composed, parts.root, parts.crop_table, parts.truth, stage, shown, timings)
+    return Demo(out, composed, parts.root, parts.crop_table, parts.truth, stage, progress, timings)
 
 
 def _start(out: Path) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import TableEntry
+from connectomics.config import RunConfig
 from connectomics.config.values import plain
+from connectomics.data.volumes import CropVolume
 from connectomics.decoding.decode import decode_mask
 from connectomics.decoding.label_artifact import existing_labels, label_array, write_whole
-from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError
+from connectomics.geometry import triple
 from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
@@ -47,17 +51,29 @@ def best_interval(histogram: NDArray[np.int64]) -> Interval:
     return int(low), int(high)
 
 
-def write_baseline(
-    entries: Iterable[TableEntry],
-    raw_locations: Mapping[str, str],
-    intervals: Mapping[str, Interval],
-    output_dir: Path,
-    parameters: Mapping[str, DecodeParameters],
-) -> None:
-    """Write the labels of a crop table, as decode does, from raw at ``raw_locations[dataset]``."""
+def fit_intervals(config: RunConfig, catalog: Catalog) -> dict[str, Interval]:
+    """Return the best interval of every class on the annotated crops of a configuration."""
+    data = config.dataset
+    size = triple(data.voxel_size, "dataset.voxel_size")
+    histograms = {name: np.zeros((2, BINS), np.int64) for name in data.classes}
+    for crop in catalog.crops(data.datasets, data.crops, data.classes):
+        volume = CropVolume(crop, tuple(data.classes), size)
+        for _, block in volume.grid.blocks((128, 128, 128)):
+            raw, _ = volume.read_raw(block)
+            label, known = volume.read_labels(block)
+            for channel, name in enumerate(data.classes):
+                histograms[name] += intensity_histogram(raw, label[channel], known[channel])
+    return {name: best_interval(histogram) for name, histogram in histograms.items()}
+
+
+def write_baseline(config: RunConfig, root: str, entries: Iterable[TableEntry], output_dir: Path) -> None:
+    """Fit the intervals on annotated crops, and write labels for the entries of a crop table as decode does."""
+    catalog = Catalog.open(root)
+    intervals, decoding = fit_intervals(config, catalog), config.decoding
+    parameters = decode_parameters(config.dataset.classes, decoding.default, decoding.classes)
     for entry in entries:
         (low, high), chosen, grid = intervals[entry.class_name], parameters[entry.class_name], entry.grid
-        raw, inside = Multiscale.open(raw_locations[entry.dataset]).read_raw(grid)
+        raw, inside = Multiscale.open(catalog.raw_location(entry.dataset)).read_raw(grid)
         values = np.rint(raw)
         labels = decode_mask((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
         about = {

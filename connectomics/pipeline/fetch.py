@@ -19,7 +19,7 @@ from connectomics.data.dataset.dataset_cellmap import Mode
 from connectomics.errors import InputError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.io.store import StoreOptions
-from connectomics.progress import Progress
+from connectomics.progress import Progress, silent
 
 
 @dataclass
@@ -113,7 +113,7 @@ def plan_fetch(
         needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
         boxes = boxes_of_crops(wanted) + boxes
     needs.add_around(boxes, sizes, context_nm)
-    plan = plan_objects(catalog.root, needs.crops if labels else [], classes, needs.raw, options, progress)
+    plan = plan_objects(catalog.root, needs.crops if labels else [], classes, needs.raw, options, progress or silent)
     return Missing.below(place, plan), options
 
 

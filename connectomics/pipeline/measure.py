@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from connectomics.config.schema import EngineConfig
-from connectomics.decoding.decode import find_arrays
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.location import local_path
@@ -23,7 +23,7 @@ from connectomics.morphology.block_sums import BLOCK
 from connectomics.morphology.contacts import ContactSpec, halo_of
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask, TableTask
-from connectomics.progress import Progress, silent
+from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 
@@ -192,11 +192,6 @@ def open_labels(root: Path, place: Place) -> LabelVolume:
 def nothing_to_resume(folder: Path) -> MissingError:
     """Return the error of ``--resume`` if no output was started."""
     return MissingError(f"--resume: no unfinished output of this command in {folder}; leave --resume out to start")
-
-
-def named(progress: Progress, name: str) -> Callable[[str, int, int], None]:
-    """Return a progress for `run_task` that reports the blocks of every stage under the name of the task."""
-    return lambda stage, done, total: progress(done, total, name)
 
 
 def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:

@@ -17,8 +17,8 @@ from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.io.location import local_path
 from connectomics.io.tables import read_columns
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
-from connectomics.pipeline.measure import find_labels, named, nothing_to_resume, open_labels
-from connectomics.progress import Progress, silent
+from connectomics.pipeline.measure import find_labels, nothing_to_resume, open_labels
+from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 

@@ -27,12 +27,12 @@ from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WE
 from connectomics.pipeline.runs import Run
 
 if TYPE_CHECKING:
-    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.inference.trained_network import TrainedNetwork
 
 _EDGE = 32  # voxels of the test input along each axis, where the patch is a multiple of it
 
 
-def load_model(path: str | Path) -> ConnectomicsModule:
+def load_model(path: str | Path) -> TrainedNetwork:
     """Return the network of a model package or a checkpoint, on the CPU, in evaluation mode.
 
     A package is verified first: its checksums, and its answer to the input it contains. ``model.config`` says how it

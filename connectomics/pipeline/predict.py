@@ -7,21 +7,20 @@ The regions to predict are a list of `Target`: crops of the catalog, rows of a c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
+from connectomics.config import RunConfig, as_config, load_config
 from connectomics.config.heads import channel_attributes, channel_names
-from connectomics.config.schema import RunConfig
+from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import views_of
 from connectomics.data.normalization import for_prediction
-from connectomics.data.splits import kept_out
-from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.errors import BlocksFailedError, ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
@@ -31,131 +30,134 @@ from connectomics.io import store
 from connectomics.io.location import local_path
 from connectomics.io.normalization import Normalization
 from connectomics.pipeline.network_task import NetworkPredictTask, ready
+from connectomics.pipeline.results import Probabilities
+from connectomics.pipeline.runs import Run, open_run
+from connectomics.pipeline.targets import Target, kept_out_targets, targets_of
+from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
 from connectomics.tasks.engines import Here
 from connectomics.tasks.failures import Accepted, accepted_of
-from connectomics.tasks.runner import Progress
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from connectomics.inference.trained_network import TrainedNetwork
     from connectomics.lightning.module import ConnectomicsModule
 
-#: Shows the progress of a task, by its name.
-Shown = Callable[[str], AbstractContextManager[Progress | None]]
 Checkpoints = str | Path | Sequence[str | Path] | None
 
 
-@dataclass(frozen=True)
-class Target:
-    """One region to predict.
-
-    Attributes:
-        dataset: name of the data set in the data root.
-        name: name of the region's folder in the output, ``crop557``.
-        grids: the grid to write for each class.
-    """
-
-    dataset: str
-    name: str
-    grids: Mapping[str, VoxelGrid] = field(hash=False)
-
-
-# -- what to predict -------------------------------------------------------------------------------------------------
-def targets_of(
-    config: RunConfig, *, crop_table: CropTable | str | Path | None = None, box: str | None = None
-) -> list[Target]:
-    """Return what a configuration says to predict.
+def predict(
+    network: Run | str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    config: RunConfig | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    crops: CropTable | str | Path | None = None,
+    box: str | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    accept_failed: Accepted | Collection[int] = (),
+    progress: Progress | None = None,
+) -> Probabilities:
+    """Predict crops or a box by sliding window, block by block.
 
     Args:
-        config: ``dataset`` names the data root, the classes, and (for the catalog) data sets and crops.
-        crop_table: predict these rows, as far as the network has their classes: a table, its path, or "challenge".
-        box: predict a box at the network's voxel size instead: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm.
+        network: a run, its folder, a checkpoint or a model package; several are averaged.
+        out: folder for ``{dataset}.zarr/{crop}/{class}/s0``.
+        config: a configuration or its file; None: the one of the run or package. overrides: ``key=value`` for it.
+        crops: a crop table or its path, "challenge", "test" (``test_crops.csv`` of the data root, else the
+            challenge's), or "val" (what the network was not trained on); None: all crops of the data root.
+        box: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm, instead of crops.
+        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one and ``system.accelerator`` allows it.
+        overwrite: replace predictions that were made with other settings or another checkpoint.
+        resume: fail if nothing was started; with ``overwrite``, keep predictions made with these settings.
+        accept_failed: numbers of blocks that may fail, by crop (`predict_cellmap_crops`).
+        progress: called for the blocks of each region.
 
     Returns:
-        Targets. Without table and box those of ``config.dataset.crop_table`` if set, else the catalog's crops
-        (``dataset.datasets``, ``dataset.crops``).
+        The probabilities.
 
     Raises:
-        InputError, UnknownNameError, MissingError: there is nothing to predict, or a name is unknown.
+        ConfigError, InputError, MissingError, UnknownNameError, WriteError, BlocksFailedError, StoreError,
+        OutOfMemoryError: see `predict_cellmap_crops`.
     """
-    if box is not None:
-        return [box_target(config, box)]
-    table = crop_table if crop_table is not None else config.dataset.crop_table
-    if table is not None:
-        return table_targets(CropTable.resolve(table), config.dataset.classes)
-    crops = Catalog.open(config.dataset.data_root).crops(
-        config.dataset.datasets, config.dataset.crops, config.dataset.classes
+    composed, paths = network_and_config(network, config, overrides)
+    targets, table = _chosen_targets(composed, paths, crops, box)
+    written = predict_cellmap_crops(
+        None,
+        composed,
+        paths,
+        out,
+        targets=targets,
+        device=device,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress,
+        accept_failed=accept_failed,
     )
-    return [crop_target(crop, config.dataset.classes) for crop in crops]
+    return Probabilities(local_path(out), composed, table, tuple(written))
 
 
-def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> list[Target]:
-    """Return the annotated crops, or parts of crops, that no network of ``checkpoints`` was trained on.
-
-    They are ``val`` of ``split.yaml`` in each run, without those that overlap a training crop of another network
-    (with a warning).
-
-    Raises:
-        MissingError: a checkpoint does not lie in a run's folder, ``RUN/checkpoints/x.ckpt``.
-        InputError: every crop was used to train one of the networks.
-    """
-    data = config.dataset
-    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
-    files = [Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints]
-    for path, file in zip(checkpoints, files, strict=True):
-        if not file.is_file():
-            raise MissingError(
-                f"{path}: the split.yaml of its run says which crops it was not trained on, but there is no {file}; "
-                "name the crops yourself: dataset.crops=[...]"
-            )
-    kept = kept_out(crops, files)
-    if not kept:
-        raise InputError(
-            f"no crop of {data.data_root} was kept out of the training of "
-            f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
-        )
-    return [crop_target(crop, data.classes) for crop in kept]
+def predict_tasks(
+    network: Run | str | Path | Sequence[str | Path],
+    *,
+    out: str | Path,
+    config: RunConfig | str | Path | None = None,
+    overrides: Sequence[str] = (),
+    crops: CropTable | str | Path | None = None,
+    box: str | None = None,
+    device: str | None = None,
+) -> tuple[list[NetworkPredictTask], EngineConfig, str]:
+    """Return what `predict` would run: the tasks, the engine and the device."""
+    composed, paths = network_and_config(network, config, overrides)
+    targets, _ = _chosen_targets(composed, paths, crops, box)
+    tasks = prediction_tasks(composed, paths, out, targets=targets, device=device)
+    return tasks, composed.engine, chosen_device(composed, device)
 
 
-def crop_target(crop: Crop, classes: Sequence[str]) -> Target:
-    """Return all ``classes`` of a catalog crop, each on the grid of its labels; without labels, on the finest grid."""
-    grids = {name: crop.within(crop.labels[name].grid) if name in crop.labels else crop.grid for name in classes}
-    return Target(crop.dataset, crop.name, grids)
+def network_and_config(
+    network: Run | str | Path | Sequence[str | Path], config: RunConfig | str | Path | None, overrides: Sequence[str]
+) -> tuple[RunConfig, list[Path]]:
+    """Return the configuration to predict with, and the checkpoint or package files."""
+    from connectomics.lightning.model_package import is_package, package_config
+
+    given = [network] if isinstance(network, Run | str | Path) else list(network)
+    folders = [item.folder if isinstance(item, Run) else Path(item) for item in given]
+    paths = [_checkpoint_of(folder) for folder in folders]
+    if config is not None:
+        return as_config(config, overrides), paths
+    if is_package(paths[0]):
+        return package_config(paths[0], overrides), paths
+    file = paths[0].resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        raise MissingError(f"{paths[0]} is not in a run folder (no {file}); give a configuration as well")
+    return load_config(file, overrides), paths
 
 
-def table_targets(table: CropTable, classes: Sequence[str]) -> list[Target]:
-    """Return the crops of a table with those of ``classes`` that the table asks for; leave out crops without any."""
-    targets = []
-    for rows in table.crops().values():
-        grids = {row.class_name: row.grid for row in rows if row.class_name in classes}
-        if grids:
-            targets.append(Target(rows[0].dataset, rows[0].crop_name, grids))
-    if not targets:
-        asked = sorted({row.class_name for row in table})
-        raise InputError(f"the crop table asks for {', '.join(asked[:12])}; the network gives {', '.join(classes)}")
-    return targets
+def _checkpoint_of(place: Path) -> Path:
+    if not place.is_dir():
+        return place
+    found = open_run(place).checkpoint
+    if found is None:
+        raise MissingError(f"{place} has no checkpoint; finish the training, or give a checkpoint")
+    return found
 
 
-def box_target(config: RunConfig, text: str) -> Target:
-    """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
-    parts = text.rsplit(":", 2)
-    try:
-        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
-        dataset = parts[0]
-    except ValueError as error:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
-    box = Box(begin, end)
-    if not dataset or box.is_empty:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
-    grid = VoxelGrid.covering(box, config.dataset.voxel_size)
-    # exact numbers, or two boxes could share a name
-    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
-    return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
+def _chosen_targets(
+    config: RunConfig, checkpoints: Sequence[Path], crops: CropTable | str | Path | None, box: str | None
+) -> tuple[list[Target], CropTable | None]:
+    """The regions to predict, and the crop table that they come from, if any."""
+    if crops is not None and box is not None:
+        raise ConfigError("--crops and --box exclude each other; give one of them")
+    if crops == "val":
+        return kept_out_targets(config, checkpoints), None
+    if crops == "test":
+        own = store.join(config.dataset.data_root, "test_crops.csv")
+        crops = own if store.exists(own) else "challenge"
+    table = None if crops is None else CropTable.resolve(crops)
+    return targets_of(config, crop_table=table, box=box), table
 
 
-# -- predicting ------------------------------------------------------------------------------------------------------
 def predict_cellmap_crops(
     model: TrainedNetwork | ConnectomicsModule | None,
     config: RunConfig,
@@ -166,7 +168,7 @@ def predict_cellmap_crops(
     device: str | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    progress: bool | Shown = True,
+    progress: Progress | None = None,
     accept_failed: Accepted | Collection[int] = (),
 ) -> list[Path]:
     """Predict crops by sliding window, block by block, into ``{output_dir}/{dataset}.zarr/{crop}/{class}/s0``.
@@ -186,7 +188,7 @@ def predict_cellmap_crops(
         overwrite: replace predictions that were made with other settings or another checkpoint.
         resume: only continue: an error if nothing was started. With ``overwrite``: replace predictions of other
             settings, and keep those of the present settings.
-        progress: show a bar on stderr; or a function that shows the progress of a task, by its name.
+        progress: called for the blocks of each stage of each target.
         accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
             attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
 
@@ -212,7 +214,7 @@ def predict_cellmap_crops(
     accepted = {task.output: numbers for task, numbers in zip(tasks, accepted_of(tasks, blocks), strict=True)}
     replaced = [task.starts_over(overwrite=overwrite, resume=resume) for task in tasks]
     todo = [task for task, again in zip(tasks, replaced, strict=True) if task.check(overwrite=again)]
-    run = partial(_run_all, overwrite=overwrite, resume=resume, progress=progress, accepted=accepted)
+    run = partial(_run_all, overwrite=overwrite, resume=resume, progress=progress or silent, accepted=accepted)
     with open_engine(config.engine, place) as engine:
         if not isinstance(engine, Here):
             if model is not None:
@@ -247,18 +249,17 @@ def _run_all(
     *,
     overwrite: bool,
     resume: bool,
-    progress: bool | Shown,
+    progress: Progress,
     accepted: Mapping[str, Collection[int]],
 ) -> None:
     """Run tasks one after the other; failed blocks of one do not stop the others."""
     failed = []
-    shown = partial(_bar, shown=progress) if isinstance(progress, bool) else progress
     for task in tasks:
-        with shown(task.name) as advance:
-            try:
-                run_task(task, engine, advance, overwrite=overwrite, resume=resume, accept=accepted[task.output])
-            except BlocksFailedError as error:
-                failed.append(str(error))
+        advance = named(progress, task.name)
+        try:
+            run_task(task, engine, advance, overwrite=overwrite, resume=resume, accept=accepted[task.output])
+        except BlocksFailedError as error:
+            failed.append(str(error))
     if failed:
         raise BlocksFailedError("; ".join(failed))
 
@@ -301,13 +302,13 @@ def chosen_device(config: RunConfig, name: str | None) -> str:
     if config.engine.name == "dask" and name is not None:
         return name
     if name is not None:
-        return _known_device(name)
+        return known_device(name)
     import torch
 
     return "cuda" if config.system.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
 
 
-def _known_device(name: str) -> str:
+def known_device(name: str) -> str:
     import torch
 
     there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
@@ -418,25 +419,3 @@ def _mask(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
 def _absolute(location: str) -> str:
     """Return a location that means the same in any process."""
     return location if store.is_s3(location) else os.path.abspath(store.normalize(location))
-
-
-@contextmanager
-def _bar(what: str, shown: bool) -> Iterator[Progress | None]:
-    """Show a progress bar on stderr for each stage of a task."""
-    if not shown:
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        numbers: dict[str, TaskID] = {}
-
-        def advance(stage: str, done: int, blocks: int) -> None:
-            if stage not in numbers:
-                numbers[stage] = bars.add_task(f"{what}, {stage}", total=blocks)
-            bars.update(numbers[stage], completed=done)
-
-        yield advance

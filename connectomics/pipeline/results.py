@@ -30,11 +30,13 @@ class ArrayFolder:
         folder: where the arrays are.
         config: configuration that made them, if it is known: `decode` takes its parameters from there.
         crops: crop table whose grids the arrays have, if one was given: `export` packs its crops.
+        written: what the call that returned it wrote or found finished.
     """
 
     folder: Path
     config: RunConfig | None = field(default=None, compare=False)
     crops: CropTable | None = field(default=None, compare=False)
+    written: tuple[Path, ...] = field(default=(), compare=False)
 
     @classmethod
     def open(cls, place: Any, config: RunConfig | None = None) -> Any:

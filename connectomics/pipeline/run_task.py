@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import MissingError, unknown_name
-from connectomics.progress import Progress
+from connectomics.progress import Progress, named, silent
 from connectomics.tasks import BlockTask, run_task
 from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task
 from connectomics.tasks.failures import accepted_of
@@ -54,14 +53,14 @@ def run_stored_task(
     overwrite: bool = False,
     resume: bool = False,
     accept: Mapping[str, Collection[int]] | None = None,
-    shown: Callable[[str], AbstractContextManager[Progress]],
+    progress: Progress | None = None,
 ) -> str:
     """Do the missing blocks of a stored task on an engine; return a line about the result.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one.
         overwrite: start over, and replace the output of another task. resume: fail if nothing was started.
-        accept: blocks that may fail. shown: shows the progress of the task, by its name.
+        accept: blocks that may fail.
     """
     task, chosen = load_task(file), _device(device)
     (accepted,) = accepted_of([task], accept or {})
@@ -70,8 +69,8 @@ def run_stored_task(
         return f"nothing to do: {task.name} is complete"
     if resume and not overwrite and not (task.folder / TASK_FILE).exists():
         raise MissingError(f"--resume: {task.name} was not started at {task.folder}; leave --resume out to start")
-    with shown(task.name) as advance:
-        run_task(task, engine, advance, device=chosen, overwrite=replaces, accept=accepted)
+    advance = named(progress or silent, task.name)
+    run_task(task, engine, advance, device=chosen, overwrite=replaces, accept=accepted)
     return f"{task.name}: complete"
 
 

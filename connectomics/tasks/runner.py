@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
 
 import numpy as np
 
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
+from connectomics.progress import Progress
 from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.blocks import DoneMap, sync
 from connectomics.tasks.engines import open_engine
 from connectomics.tasks.failures import Failures
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Batch, Engine, Pool
-
-#: Told the stage, and how many of its blocks are done and how many there are.
-Progress = Callable[[str, int, int], None]
 
 _SECONDS = 1.0  # a batch should take about this long: then handing it over costs nothing
 _MOST = 256  # blocks in a batch
@@ -45,7 +43,7 @@ def run_task(
     Args:
         task: what to do.
         engine: an open engine (`open_engine`; for several tasks), or its configuration; None: this process.
-        progress: called at the start and the end of every stage and a few times a second in between.
+        progress: called with the blocks and the name of a stage: at its start, at its end, and in between.
         device: of the workers of an engine that is opened here: ``cpu``, ``cuda`` (each process one of the GPUs) or
             ``cuda:N``.
         overwrite: start over if there is an output of another task (or a finished one).
@@ -194,5 +192,5 @@ class _Reporter:
     def report(self, more: int = 0, now: bool = False) -> None:
         """Report how many blocks are done: the marked ones and ``more``."""
         if self._progress is not None and (now or time.monotonic() >= self._next):
-            self._progress(self._stage, self._done.count + more, len(self._done))
+            self._progress(self._done.count + more, len(self._done), self._stage)
             self._next = time.monotonic() + _PROGRESS_S

@@ -14,7 +14,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.data.splits import Split
-from connectomics.pipeline.predict import kept_out_targets
+from connectomics.pipeline.targets import kept_out_targets
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "tutorials/phantom.yaml")

@@ -21,7 +21,7 @@ from connectomics.data.splits import Split, parse_entry
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.formats import open_volume
-from connectomics.pipeline.predict import kept_out_targets
+from connectomics.pipeline.targets import kept_out_targets
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 
 LONG = (16, 16, 96)  # voxels of 8 nm

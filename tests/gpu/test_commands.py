@@ -14,7 +14,8 @@ from connectomics.cli import main
 from connectomics.config.schema import EngineConfig, InferenceConfig
 from connectomics.errors import BlocksFailedError, InputError
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.predict import Target, predict_cellmap_crops, targets_of
+from connectomics.pipeline.predict import predict_cellmap_crops
+from connectomics.pipeline.targets import Target, targets_of
 from tests.pipeline.test_predict_crops import checkpoint, config_of, predict, root  # noqa: F401
 
 TUTORIALS = Path(__file__).resolve().parents[2] / "tutorials"

@@ -46,7 +46,7 @@ def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_pat
     from monai.inferers import SlidingWindowInferer
 
     from connectomics.lightning.checkpoints import load_module
-    from connectomics.pipeline.predict import targets_of
+    from connectomics.pipeline.targets import targets_of
 
     config = box_config(root)
     config = replace(config, inference=replace(config.inference, dtype="float16", context=0))
@@ -73,7 +73,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     tmp_path: Path,
     kills: int,
 ) -> None:
-    from connectomics.pipeline.predict import targets_of
+    from connectomics.pipeline.targets import targets_of
 
     config = box_config(root)
     targets = targets_of(config, box=BOX)

@@ -20,7 +20,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import evaluate_instance
 from connectomics.metrics.challenge import score_instance
 from connectomics.pipeline.decode import decode_predictions
-from connectomics.pipeline.predict import Target, _grids, box_target, predict_cellmap_crops
+from connectomics.pipeline.predict import _grids, predict_cellmap_crops
+from connectomics.pipeline.targets import Target, box_target
 from connectomics.pipeline.train import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,8 @@ from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask, require_complete
 from connectomics.inference.trained_network import weights_hash
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.predict import Target, predict_cellmap_crops, targets_of
+from connectomics.pipeline.predict import predict_cellmap_crops
+from connectomics.pipeline.targets import Target, targets_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 

@@ -187,11 +187,11 @@ def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
         looked += block.size
         true, predicted, known = read_pair(item, block)
         t, p = (true != 0) & known, (predicted != 0) & known
-        both = np.count_nonzero(t & p)
+        both = int(np.count_nonzero(t & p))
         found.tp += both
-        found.fp += np.count_nonzero(p) - both
-        found.fn += np.count_nonzero(t) - both
-        found.unknown += known.size - np.count_nonzero(known)
+        found.fp += int(np.count_nonzero(p)) - both
+        found.fn += int(np.count_nonzero(t)) - both
+        found.unknown += known.size - int(np.count_nonzero(known))
         for mask, profiles in ((t != p, errors), (t, truths)):
             for axis, profile in enumerate(profiles):
                 others = tuple(a for a in range(3) if a != axis)

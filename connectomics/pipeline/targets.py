@@ -1,0 +1,121 @@
+"""What to predict: crops of the data root, rows of a crop table, or a box of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.config.schema import RunConfig
+from connectomics.data.splits import kept_out
+from connectomics.errors import InputError, MissingError
+from connectomics.geometry import Box, VoxelGrid, triple
+
+
+@dataclass(frozen=True)
+class Target:
+    """One region to predict.
+
+    Attributes:
+        dataset: name of the data set in the data root.
+        name: name of the region's folder in the output, ``crop557``.
+        grids: the grid to write for each class.
+    """
+
+    dataset: str
+    name: str
+    grids: Mapping[str, VoxelGrid] = field(hash=False)
+
+
+def targets_of(
+    config: RunConfig, *, crop_table: CropTable | str | Path | None = None, box: str | None = None
+) -> list[Target]:
+    """Return what a configuration says to predict.
+
+    Args:
+        config: ``dataset`` names the data root, the classes, and (for the catalog) data sets and crops.
+        crop_table: predict these rows, as far as the network has their classes: a table, its path, or "challenge".
+        box: predict a box at the network's voxel size instead: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm.
+
+    Returns:
+        Targets. Without table and box those of ``config.dataset.crop_table`` if set, else the catalog's crops
+        (``dataset.datasets``, ``dataset.crops``).
+
+    Raises:
+        InputError, UnknownNameError, MissingError: there is nothing to predict, or a name is unknown.
+    """
+    if box is not None:
+        return [box_target(config, box)]
+    table = crop_table if crop_table is not None else config.dataset.crop_table
+    if table is not None:
+        return table_targets(CropTable.resolve(table), config.dataset.classes)
+    crops = Catalog.open(config.dataset.data_root).crops(
+        config.dataset.datasets, config.dataset.crops, config.dataset.classes
+    )
+    return [crop_target(crop, config.dataset.classes) for crop in crops]
+
+
+def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> list[Target]:
+    """Return the annotated crops, or parts of crops, that no network of ``checkpoints`` was trained on.
+
+    They are ``val`` of ``split.yaml`` in each run, without those that overlap a training crop of another network
+    (with a warning).
+
+    Raises:
+        MissingError: a checkpoint does not lie in a run's folder, ``RUN/checkpoints/x.ckpt``.
+        InputError: every crop was used to train one of the networks.
+    """
+    data = config.dataset
+    crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
+    files = [Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints]
+    for path, file in zip(checkpoints, files, strict=True):
+        if not file.is_file():
+            raise MissingError(
+                f"{path}: the split.yaml of its run says which crops it was not trained on, but there is no {file}; "
+                "name the crops yourself: dataset.crops=[...]"
+            )
+    kept = kept_out(crops, files)
+    if not kept:
+        raise InputError(
+            f"no crop of {data.data_root} was kept out of the training of "
+            f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
+        )
+    return [crop_target(crop, data.classes) for crop in kept]
+
+
+def crop_target(crop: Crop, classes: Sequence[str]) -> Target:
+    """Return all ``classes`` of a catalog crop, each on the grid of its labels; without labels, on the finest grid."""
+    grids = {name: crop.within(crop.labels[name].grid) if name in crop.labels else crop.grid for name in classes}
+    return Target(crop.dataset, crop.name, grids)
+
+
+def table_targets(table: CropTable, classes: Sequence[str]) -> list[Target]:
+    """Return the crops of a table with those of ``classes`` that the table asks for; leave out crops without any."""
+    targets = []
+    for rows in table.crops().values():
+        grids = {row.class_name: row.grid for row in rows if row.class_name in classes}
+        if grids:
+            targets.append(Target(rows[0].dataset, rows[0].crop_name, grids))
+    if not targets:
+        asked = sorted({row.class_name for row in table})
+        raise InputError(f"the crop table asks for {', '.join(asked[:12])}; the network gives {', '.join(classes)}")
+    return targets
+
+
+def box_target(config: RunConfig, text: str) -> Target:
+    """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
+    parts = text.rsplit(":", 2)
+    try:
+        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
+        dataset = parts[0]
+    except ValueError as error:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
+    box = Box(begin, end)
+    if not dataset or box.is_empty:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
+    grid = VoxelGrid.covering(box, config.dataset.voxel_size)
+    # exact numbers, or two boxes could share a name
+    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
+    return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
