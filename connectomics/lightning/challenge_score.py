@@ -21,6 +21,7 @@ from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.pooled_scores import Sums
 from connectomics.lightning.validation import ValidationCrop
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
 from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance

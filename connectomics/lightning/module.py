@@ -119,7 +119,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch over known voxels; zero, with a graph, if nothing is known."""
         labels = labels_of(batch)
-        inputs = (batch[name] for name in view_names(len(self.config.data.inputs)))
+        inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
         result = self.loss(logits, labels)
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}

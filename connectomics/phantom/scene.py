@@ -88,8 +88,8 @@ class Scene:
         axes = grid.axes()
 
         def block(place: tuple[slice, slice, slice]) -> None:
-            part = tuple(axis[some] for axis, some in zip(axes, place, strict=True))
-            out = render_block(part, bodies, things, self._bounds, lattice, tone, seed, raw)
+            z, y, x = (axis[some] for axis, some in zip(axes, place, strict=True))
+            out = render_block((z, y, x), bodies, things, self._bounds, lattice, tone, seed, raw)
             atoms[place], owner[place] = out[:2]
             if raw:
                 gray[place] = out[2]

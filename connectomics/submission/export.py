@@ -24,7 +24,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.machine import usable_cores
-from connectomics.progress import Progress
+from connectomics.progress import Progress, named, silent
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
@@ -199,8 +199,7 @@ def _table(
 def _validated(made: Path, table: CropTable, progress: Progress | None) -> list[Finding]:
     from connectomics.submission.validate import validate_submission
 
-    checking = None if progress is None else lambda done, number, name: progress(done, number, f"checking {name}")
-    return validate_submission(made, table, progress=checking)
+    return validate_submission(made, table, progress=named(progress or silent, "checking"))
 
 
 def _jobs(

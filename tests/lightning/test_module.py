@@ -339,7 +339,7 @@ class TestConfigurations:
             ({"early_stopping__mode": "up"}, ConfigError, "early_stopping.mode must be one of min, max"),
             ({"training__accumulate_grad_batches": 0}, ConfigError, "accumulate_grad_batches must be at least 1"),
             ({"training__val_every_n_epochs": 0}, ConfigError, "val_every_n_epochs must be at least 1"),
-            ({"scheduler__min_lr": 1.0}, ConfigError, r"scheduler.min_lr must be at most optimizer.lr \(0.01\), got 1.0"),
+            ({"scheduler__min_lr": 1.0}, ConfigError, r"min_lr must be at most optimizer.lr \(0.01\), got 1.0"),
             ({"scheduler__name": "cosine", "training__max_epochs": -1}, ConfigError, "needs an end"),
             ({"model__out_channels": 3}, ConfigError, "dataset.classes has 2 classes"),
             ({"data__patch_size": [15, 16, 16]}, InputError, "multiple of"),
