@@ -9,7 +9,7 @@ from connectomics.errors import ConfigError, MissingError
 
 
 def import_plugins(names: Sequence[str]) -> None:
-    """Import the modules, which register what they add (`connectomics.models.register_model`); again is no work.
+    """Import the modules, which register what they add (`register_model`, `register_loss`, ...); again is no work.
 
     They are found as Python finds modules: installed, or in a folder of PYTHONPATH. Nothing is added to where it looks,
     so that a checkpoint or package from elsewhere cannot name a file that happens to lie beside it.
