@@ -1,7 +1,8 @@
-"""From a YAML file and ``key=value`` overrides to a checked `RunConfig`, by Hydra's composition."""
+"""Compose a YAML file and ``key=value`` overrides to a checked `RunConfig` with Hydra."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
+from connectomics.config.heads import heads_of
 from connectomics.config.schema import RunConfig
 from connectomics.config.values import read
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
@@ -21,12 +23,12 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
 
     Args:
         path: the file; None: the schema's defaults.
-        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list. Later
-            values win: schema, defaults list, file, overrides.
+        overrides: ``key=value`` in Hydra's grammar (``a.b=3``, ``a.list=[1,2]``), each as text or in a list. They win
+            over the file, the file over its defaults list, and that over the schema.
 
     Raises:
-        MissingError: no such file. ConfigError: an unknown key (the nearest known key is named), or a value of the
-            wrong type or out of range, in one line.
+        MissingError: the file does not exist. ConfigError: a key is unknown (the message names the nearest key), or a
+            value has the wrong type or is out of range.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -40,7 +42,7 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     where = str(file or "the configuration")
     if file is not None:
         _check_file(file)
-    # the file is included by this one, so that its own defaults list needs no _self_
+    # include the file in a primary configuration, so that its own defaults list needs no _self_
     ConfigStore.instance().store(name=_PRIMARY, node={"defaults": [*([file.stem] if file else []), "_self_"]})
     folder = (file.parent if file else Path.cwd()).resolve()
     previous = GlobalHydra.instance().hydra
@@ -48,7 +50,7 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     try:
         with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
             composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in given])
-        # interpolations (${dataset.voxel_size}) may point to defaults of the schema
+        # interpolations (${dataset.voxel_size}) may refer to defaults of the schema
         renamed = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
         merged = OmegaConf.merge(OmegaConf.create(asdict(RunConfig())), renamed)
         values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
@@ -69,24 +71,38 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
 
 
 def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
-    """Return a configuration as it is, or the one of a file; `load_config`."""
+    """Return a configuration unchanged, or `load_config` of a file."""
     return config if isinstance(config, RunConfig) else load_config(config, *overrides)
 
 
 def _check_file(file: Path) -> None:
-    """Raise what is wrong with the file itself: absent, a folder, not YAML."""
+    """Check that the file exists and is YAML: Hydra's own message names neither the file nor the line."""
+    import yaml
+
     if file.is_dir():
         raise ConfigError(f"{file} is a folder; give a configuration, a .yaml file")
     if not file.is_file():
         near = nearest(file.stem, [p.stem for p in file.parent.glob("*.yaml")]) if file.parent.is_dir() else None
         hint = f"; did you mean {file.parent / (near + '.yaml')}?" if near else ""
         raise MissingError(f"no configuration file at {file}{hint}")
-    _check_yaml(file)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not a text file (UTF-8); give a YAML configuration") from error
+    except yaml.YAMLError as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        raise ConfigError(f"{file} is not valid YAML{line}: {problem}") from error
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold keys and values, got {type(content).__name__}")
 
 
 def tutorial(name: str) -> Path:
-    """The path of a configuration that comes with the program (``phantom``, ``cellmap_cos7``), from a checkout or an
-    installed package; `MissingError` with the nearest name where there is none."""
+    """Return the path of a configuration that comes with the package, such as ``phantom`` or ``cellmap_cos7``.
+
+    Raises `MissingError` with the nearest name if there is none.
+    """
     package = Path(__file__).resolve().parents[1]
     folders = [f for f in (package / "tutorials", package.parent / "tutorials") if f.is_dir()]
     for folder in folders:
@@ -95,27 +111,31 @@ def tutorial(name: str) -> Path:
     known = sorted(p.stem for folder in folders for p in folder.glob("*.yaml"))
     near = nearest(name, known)
     hint = f"; did you mean {near!r}?" if near else ""
-    raise MissingError(f"no tutorial configuration {name!r}{hint} There are: {', '.join(known)}; or give --config FILE")
+    raise MissingError(f"no tutorial configuration {name!r}{hint} Known: {', '.join(known)}; or give --config FILE")
 
 
-def check_config(config: RunConfig, where: str) -> None:
-    """Raise `ConfigError` if a value of the configuration is out of range, or its parts contradict each other."""
+def check_config(config: RunConfig, where: str = "the configuration") -> None:
+    """Raise `ConfigError` if a value of a configuration is out of range, or its parts contradict each other.
+
+    `load_config` does this; a configuration that a program builds or changes is checked before training.
+    """
     _check_parts(read(RunConfig, asdict(config), where, ConfigError), where)
 
 
 def _check_parts(config: RunConfig, where: str) -> None:
-    """Rules that concern several keys; those of one key stand in the schema."""
-    from connectomics.config.heads import heads_of  # which imports the schema, as this module does
-
+    """Check the rules that concern several keys; the schema has the rules of single keys."""
     classes, data, model, engine = config.dataset.classes, config.data, config.model, config.engine
+    scheduler, training = config.scheduler, config.training
     queue = engine.cluster != "local"
+    given = {"address": engine.address is not None, "cluster": queue, "options": bool(engine.options)}
+    unused = next((key for key, is_given in given.items() if is_given and engine.name == "local"), None)
     for wrong, message in (
         (not classes, "dataset.classes is empty; name at least one class"),
         (len(set(classes)) != len(classes), f"dataset.classes names a class twice: {classes}"),
         (
             config.dataset.name == "cellmap" and config.channels != len(classes),
-            f"model.out_channels is {config.channels} but dataset.classes has {len(classes)} classes; set them alike, "
-            "or model.out_channels=null to take one channel per class",
+            f"model.out_channels is {config.channels} but dataset.classes has {len(classes)} classes; set "
+            "model.out_channels=null to use one channel per class",
         ),
         (
             len(model.loss_functions) != len(model.loss_weights),
@@ -132,17 +152,27 @@ def _check_parts(config: RunConfig, where: str) -> None:
             f"{data.batch_size}): an epoch would have no step; increase the one or decrease the other",
         ),
         (
+            scheduler.min_lr > config.optimizer.lr,
+            f"scheduler.min_lr must be at most optimizer.lr ({config.optimizer.lr}), got {scheduler.min_lr}",
+        ),
+        (
+            training.max_epochs < 0 and training.max_steps < 0 and scheduler.name != "constant",
+            f"scheduler.name={scheduler.name} needs an end; set training.max_epochs or training.max_steps, or "
+            "scheduler.name=constant",
+        ),
+        (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
+        (
             queue and engine.workers < 1,
             f"engine.workers must be at least 1 with engine.cluster={engine.cluster}, got {engine.workers}",
         ),
         (
-            engine.address is not None and engine.name == "dask" and (queue or bool(engine.options)),
-            "engine.address names a scheduler that has its own workers; drop engine.cluster and engine.options, or "
+            engine.address is not None and (queue or bool(engine.options)),
+            "engine.address names a scheduler that has its own workers; remove engine.cluster and engine.options, or "
             "the address",
         ),
         (
-            bool(engine.options) and engine.name == "dask" and not queue,
-            "engine.options apply to a queue only; set engine.cluster=slurm or lsf, or drop them",
+            bool(engine.options) and not queue,
+            "engine.options apply to a queue only; set engine.cluster=slurm or lsf, or remove them",
         ),
     ):
         if wrong:
@@ -150,10 +180,6 @@ def _check_parts(config: RunConfig, where: str) -> None:
     for key, value in _leaves(asdict(config)):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {key} must be a finite number, got {value}")
-    given = {"address": engine.address is not None, "cluster": queue, "options": bool(engine.options)}
-    unused = next((key for key, is_given in given.items() if is_given and engine.name == "local"), None)
-    if unused is not None:
-        raise ConfigError(f"{where}: engine.{unused} needs engine.name=dask, got engine.name=local")
     try:
         heads_of(config)
     except (ConfigError, UnknownNameError) as error:
@@ -161,7 +187,7 @@ def _check_parts(config: RunConfig, where: str) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested dicts with its dotted key."""
+    """Yield every value of nested dicts with its dotted key."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(item, f"{key}.{name}" if key else str(name))
@@ -170,7 +196,7 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write the composed configuration as YAML that `load_config` reads back to the same values."""
+    """Write a configuration as YAML that `load_config` reads back to the same values."""
     from omegaconf import OmegaConf
 
     target = Path(path)
@@ -181,12 +207,12 @@ def save_config(config: RunConfig, path: str | Path) -> None:
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
-    """Return plain containers, for checkpoints and JSON."""
+    """Return a configuration as plain containers, for checkpoints and JSON."""
     return asdict(config)
 
 
 def config_from_dict(data: Mapping[str, Any]) -> RunConfig:
-    """Return the configuration of `config_to_dict`; raises `ConfigError` for keys that this version does not know."""
+    """Return the configuration from `config_to_dict`; raise `ConfigError` for keys that this version does not know."""
     return read(RunConfig, _renamed(data), "the configuration", ConfigError)
 
 
@@ -203,10 +229,7 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The values with the older spellings of keys (``resolution``, ``use_cache``) turned into those of the schema.
-
-    If both spellings are given, the schema's own counts.
-    """
+    """Replace the older keys ``resolution`` and ``use_cache`` by those of the schema, which win if both are given."""
     renamed = {key: dict(group) if isinstance(group, Mapping) else group for key, group in data.items()}
     dataset, values = renamed.get("dataset"), renamed.get("data")
     inputs = values.get("inputs") if isinstance(values, dict) else None
@@ -227,8 +250,8 @@ def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _override(text: str) -> str:
-    """The override in the schema's spelling, with Hydra's "add or override" (++), which does not ask whether a file
-    sets the key. A value that Hydra's grammar cannot parse, such as a path with umlauts, is taken as text."""
+    """Return the override with the schema's key and Hydra's ++ ("add or override"), which does not require that a file
+    sets the key. A value that Hydra's grammar cannot parse, such as a path with umlauts, becomes text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -252,25 +275,8 @@ def _override(text: str) -> str:
     return override
 
 
-def _check_yaml(file: Path) -> None:
-    """Syntax first, and by name: Hydra's own message for a broken file names neither the file nor the line."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is no text file (UTF-8); give a YAML configuration") from error
-    except yaml.YAMLError as error:
-        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
-        line = f" at line {mark.line + 1}" if mark else ""
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
-        raise ConfigError(f"{file} is not valid YAML{line}: {problem}") from error
-    if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{file} must hold keys and values, found {type(content).__name__}")
-
-
 def _refusal(error: ConfigError, overrides: Sequence[str]) -> ConfigError:
-    """The error with the override that caused it, and for an unknown key the nearest one in any group."""
+    """Add to an error the override that caused it, and for an unknown key the nearest key of any group."""
     text = str(error)
     unknown = re.search(r"unknown key '([^']+)'", text)
     if unknown:
@@ -282,3 +288,28 @@ def _refusal(error: ConfigError, overrides: Sequence[str]) -> ConfigError:
     key = unknown[1] if unknown else text.partition(": ")[2].split(" ")[0]
     blamed = [o for o in overrides if re.split(r"[=\[]", o.lstrip("+~"))[0] == re.split(r"[\[]", key)[0]]
     return ConfigError(f"override {blamed[-1]!r}: {text}" if blamed else text)
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Import the user's modules (``plugins``), which register what they add (`connectomics.models.register_model`).
+
+    Modules must be installed or in a folder of PYTHONPATH. No other folder is searched, so that a checkpoint or package
+    from elsewhere cannot run a file that happens to be next to it.
+
+    Raises:
+        MissingError: a module, or one that it imports, is not installed. ConfigError: its import fails.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            absent = str(error.name)
+            if name == absent or name.startswith(f"{absent}."):
+                raise MissingError(
+                    f"plugins: there is no module {name!r}; install it, or add its folder to PYTHONPATH "
+                    "(PYTHONPATH=FOLDER pytc ...)"
+                ) from error
+            raise MissingError(f"plugins: {name} needs {absent}, which is not installed; install it") from error
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"plugins: {name} cannot be imported: {type(error).__name__}: {reason}") from error

@@ -1,15 +1,15 @@
-"""What the network gives, channel by channel: the classes, then the heads that tell one object from the next.
+"""The output channels of the network: the classes, then the heads (``model.heads``), which separate objects.
 
-A head (``model.heads``) belongs to a class that is annotated with instance ids. Its channels are made from the ids
-(`connectomics.models.targets` has the definitions) and are named as where a prediction stores them::
+A head belongs to a class that is annotated with instance ids, from which its training targets are computed (see
+`connectomics.models.targets`). A channel is named like the array in which a prediction stores it::
 
     mito                 a class
-    mito/affinities/0    one a pair of voxels at an offset: 1 where both are of one object
-    mito/boundary        1 near a border of an object
+    mito/affinities/0    one per offset: 1 if both voxels belong to the same object
+    mito/boundary        1 near the border of an object
     mito/distance        signed distance to the border
-    mito/lsd/0           local shape descriptors, ten
+    mito/lsd/0           ten local shape descriptors
 
-This module needs neither torch nor numpy, so that a configuration can be checked, and a prediction planned, without.
+This module imports neither torch nor numpy, so that checking a configuration and planning a prediction stay fast.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from connectomics.errors import ConfigError, unknown_name
 Index = tuple[int, int, int]
 Triple = tuple[float, float, float]
 
-KINDS = ("affinities", "boundary", "distance", "lsd")
 # local shape descriptors, see `connectomics.models.targets.shape_descriptors`
 LSD_COMPONENTS = (
     "offset z", "offset y", "offset x", "variance z", "variance y", "variance x",
     "correlation zy", "correlation zx", "correlation yx", "size",
 )  # fmt: skip
-_REACHES = (1, 3, 9)  # of affinities unless told otherwise: voxels of the smallest side, along each axis
+_REACHES = (1, 3, 9)  # default affinity offsets along each axis, in units of the smallest voxel side
 _DEFAULT_LOSSES = {
     "affinities": ("DiceLoss", "BalancedBCELoss"),
     "boundary": ("DiceLoss", "BalancedBCELoss"),
@@ -41,16 +40,14 @@ _DEFAULT_LOSSES = {
 
 @dataclass(frozen=True)
 class Head:
-    """One head of a run, with everything that is left open in the configuration filled in.
+    """One head of a run, with the defaults filled in.
 
     Attributes:
-        kind: one of `KINDS`.
-        class_name: whose objects it is about.
+        kind: affinities, boundary, distance or lsd. class_name: the class whose objects it describes.
         voxel_size: of the run, nm, z y x.
-        offsets: affinities only: voxels of the run, z y x, one a channel.
-        scale_nm: of the other kinds: width of a boundary, scale of a distance, sigma of descriptors; 0 for affinities.
-        losses: names of `connectomics.models.losses.LOSSES`.
-        weight: of its loss beside that of the classes.
+        offsets: affinities only: voxels of the run, z y x, one per channel.
+        scale_nm: width of a boundary, scale of a distance, sigma of descriptors; 0 for affinities.
+        losses: names of `connectomics.models.losses.LOSSES`. weight: of its loss; the loss of the classes has 1.
         write: whether a prediction stores it.
     """
 
@@ -65,33 +62,32 @@ class Head:
 
     @property
     def name(self) -> str:
-        """``mito/affinities``: in logs, and before the numbers of the channels."""
+        """Name in logs, such as ``mito/affinities``."""
         return f"{self.class_name}/{self.kind}"
 
     @property
     def channels(self) -> int:
-        """How many channels it has."""
+        """Number of channels."""
         return {"affinities": len(self.offsets), "lsd": len(LSD_COMPONENTS)}.get(self.kind, 1)
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        """One a channel; numbered where the kind can have several."""
+        """One name per channel, numbered if the kind can have several."""
         if self.kind in ("boundary", "distance"):
             return (self.name,)
         return tuple(f"{self.name}/{number}" for number in range(self.channels))
 
     @property
     def predicts(self) -> dict[str, Any]:
-        """What its channels mean, as plain values: two heads that agree in this can stand in for each other."""
+        """What its channels mean, as plain values; heads with equal values are interchangeable."""
         what: dict[str, Any] = {"kind": self.kind, "class": self.class_name}
         if self.kind == "affinities":
             return {**what, "offsets": [list(offset) for offset in self.offsets]}
         return {**what, "scale_nm": self.scale_nm}
 
     def attributes(self) -> dict[str, dict[str, Any]]:
-        """Channel name -> what the artefact of a channel says of itself: ``artefact`` ("affinity", "boundary",
-        "distance" or "lsd"), and ``offset`` (voxels of the run) with ``offset_nm``, z y x, or ``scale_nm``, and which
-        ``component`` of the descriptors it is."""
+        """Return the attributes of each channel's stored array, by channel name: ``artefact`` (affinity, boundary,
+        distance or lsd), ``offset`` (voxels) with ``offset_nm``, z y x, or ``scale_nm``, and for lsd ``component``."""
         if self.kind == "affinities":
             about: list[dict[str, Any]] = [
                 {
@@ -109,11 +105,12 @@ class Head:
 
 
 def heads_of(config: RunConfig) -> tuple[Head, ...]:
-    """The heads of a run, in the order of their channels.
+    """Return the heads of a run, in the order of their channels.
 
     Raises:
-        ConfigError: a class that is not trained, a head twice, an offset that is not of whole voxels, a number out of
-            range, or an option that the kind does not have. UnknownNameError: no such kind.
+        UnknownNameError: ``class_name`` is not one of the trained classes.
+        ConfigError: a head is given twice, an offset is not a whole number of voxels, a number is out of range, or
+            the kind does not have an option.
     """
     heads: list[Head] = []
     for number, given in enumerate(config.model.heads):
@@ -125,18 +122,18 @@ def heads_of(config: RunConfig) -> tuple[Head, ...]:
 
 
 def head_classes(config: RunConfig) -> tuple[str, ...]:
-    """Classes whose instance ids the heads need, each once, in the order of first mention: the channels of ``ids``."""
+    """Return the classes whose instance ids the heads need, in the order of first mention: the channels of ``ids``."""
     return tuple(dict.fromkeys(head.class_name for head in config.model.heads))
 
 
 def channel_names(config: RunConfig) -> tuple[str, ...]:
-    """What a prediction of the run gives, in the order of its channels: the classes, then what is written of heads."""
+    """Return the channel names of a prediction: the classes, then the heads that are written."""
     written = (name for head in heads_of(config) if head.write for name in head.channel_names)
     return (*config.dataset.classes, *written)
 
 
 def channel_attributes(config: RunConfig) -> dict[str, dict[str, Any]]:
-    """Of the channels of `channel_names` that are no classes: ``class_name`` and `Head.attributes`."""
+    """Return ``class_name`` and `Head.attributes` of the channels of `channel_names` that belong to heads."""
     return {
         name: {"class_name": head.class_name, **about}
         for head in heads_of(config)
@@ -146,10 +143,10 @@ def channel_attributes(config: RunConfig) -> dict[str, dict[str, Any]]:
 
 
 def default_offsets(voxel_size: Sequence[float]) -> tuple[Index, ...]:
-    """Offsets in voxels for a voxel size (nm): one voxel back along each axis, then 3 and 9 times the smallest side.
+    """Return the default offsets in voxels: one voxel back along each axis, then 3 and 9 times the smallest side.
 
-    Where voxels are not cubes, a long offset is the nearest whole number of voxels, and left out where it would be a
-    shorter one again.
+    For anisotropic voxels (``voxel_size`` in nm), a long offset is rounded to whole voxels, and left out if it would
+    repeat a shorter one.
     """
     found: list[Index] = []
     for reach in _REACHES:
@@ -162,18 +159,14 @@ def default_offsets(voxel_size: Sequence[float]) -> tuple[Index, ...]:
 
 
 def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
-    if given.kind not in KINDS:
-        raise unknown_name("kind of head", given.kind, KINDS, where)
     if given.class_name not in config.dataset.classes:
         raise unknown_name("class", given.class_name, config.dataset.classes, f"{where}: dataset.classes")
-    if not given.weight > 0:
-        raise ConfigError(f"{where}.weight must be above 0, found {given.weight}")
     z, y, x = (float(v) for v in config.dataset.voxel_size)
     affinities = given.kind == "affinities"
     if affinities and given.scale_nm is not None:
-        raise ConfigError(f"{where}.scale_nm means nothing for affinities: give offsets_nm")
+        raise ConfigError(f"{where}.scale_nm does not apply to affinities; set offsets_nm")
     if not affinities and given.offsets_nm:
-        raise ConfigError(f"{where}.offsets_nm is for kind affinities only, found it for {given.kind}")
+        raise ConfigError(f"{where}.offsets_nm is for kind affinities only, got kind {given.kind}")
     return Head(
         kind=given.kind,
         class_name=given.class_name,
@@ -187,35 +180,35 @@ def _head(given: HeadConfig, config: RunConfig, where: str) -> Head:
 
 
 def _scale(given: HeadConfig, voxel_size: Triple, where: str) -> float:
-    """Of a boundary one voxel, of a distance 8, of descriptors 10, unless it is given; nm."""
+    """Return the scale in nm; by default 1 voxel for a boundary, 8 for a distance, 10 for descriptors."""
     least = min(voxel_size)
     default = {"boundary": max(voxel_size), "distance": 8 * least, "lsd": 10 * least}[given.kind]
     scale = default if given.scale_nm is None else float(given.scale_nm)
     if not least / 2 <= scale < float("inf"):
         raise ConfigError(
-            f"{where}.scale_nm must be at least half a voxel of {list(voxel_size)} nm, found {scale:g}; leave it out "
-            f"to take {default:g}"
+            f"{where}.scale_nm must be at least half a voxel of {list(voxel_size)} nm, got {scale:g}; remove it to use "
+            f"{default:g}"
         )
     return scale
 
 
 def _offsets(given: Sequence[Any], voxel_size: Triple, where: str) -> tuple[Index, ...]:
-    """Offsets in voxels of offsets in nm, z y x."""
+    """Convert offsets in nm (z, y, x) to voxels."""
     found: list[Index] = []
     for offset in given:
         fits = isinstance(offset, list | tuple) and len(offset) == 3
         if not fits or not all(isinstance(o, int | float) and abs(o) < float("inf") for o in offset):
-            raise ConfigError(f"{where}.offsets_nm must be lists of three numbers (z, y, x) each, found {offset!r}")
+            raise ConfigError(f"{where}.offsets_nm must be lists of three numbers (z, y, x) each, got {offset!r}")
         z, y, x = (round(o / v) for o, v in zip(offset, voxel_size, strict=True))
         nearest = [n * v for n, v in zip((z, y, x), voxel_size, strict=True)]
         if any(abs(n - o) > 1e-3 * v for n, o, v in zip(nearest, offset, voxel_size, strict=True)):
             raise ConfigError(
-                f"{where}.offsets_nm: {list(offset)} is no whole number of voxels at dataset.voxel_size "
-                f"{list(voxel_size)} nm; the nearest that is: {nearest}"
+                f"{where}.offsets_nm: {list(offset)} is not a whole number of voxels at dataset.voxel_size "
+                f"{list(voxel_size)} nm; the nearest valid offset is {nearest}"
             )
         if (z, y, x) == (0, 0, 0) or (z, y, x) in found or (-z, -y, -x) in found:
             raise ConfigError(
-                f"{where}.offsets_nm: {list(offset)} is zero, or there twice (an offset and its opposite are one pair)"
+                f"{where}.offsets_nm: {list(offset)} is zero or given twice (an offset and its opposite are one pair)"
             )
         found.append((z, y, x))
     return tuple(found) or default_offsets(voxel_size)

@@ -1,4 +1,4 @@
-"""What ``data.intensity_range`` may be: the rule, and how the choice for one data set is read from it."""
+"""Values of ``data.intensity_range``: the rule, and the value for one data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WORDS = ("auto", "table")
 
 
 def check_intensity_range(spec: Any) -> Any:
-    """Return it; raise `ConfigError` unless it is null, ``auto``, ``table``, ``[low, high]``, or one by data set."""
+    """Return ``spec`` if it is null, ``auto``, ``table``, ``[low, high]``, or one of these by data set, else raise."""
     for name, one in spec.items() if isinstance(spec, Mapping) else ((None, spec),):
         if one is None or (isinstance(one, str) and one in WORDS) or pair_of(one) is not None:
             continue
@@ -23,7 +23,7 @@ def check_intensity_range(spec: Any) -> Any:
 
 
 def pair_of(spec: Any) -> tuple[float, float] | None:
-    """``[low, high]`` as two numbers; None for anything else."""
+    """Return ``[low, high]`` as two numbers, None for anything else."""
     if not isinstance(spec, Sequence) or isinstance(spec, str) or len(spec) != 2:
         return None
     numbers = [v for v in spec if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)]
@@ -31,5 +31,5 @@ def pair_of(spec: Any) -> tuple[float, float] | None:
 
 
 def of_dataset(spec: Any, dataset: str) -> Any:
-    """The choice for one data set."""
+    """Return the value for one data set."""
     return spec.get(dataset) if isinstance(spec, Mapping) else spec

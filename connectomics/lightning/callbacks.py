@@ -1,4 +1,4 @@
-"""What a run does beside training: pictures, the best checkpoint, the step limit, ending its workers."""
+"""Callbacks of a run: pictures, the best checkpoint, the step limit, the end of the loader's workers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from connectomics.lightning.panels import panel
 
 
 class EndWorkers(Callback):
-    """Ends the loader's workers at once if training is interrupted; Lightning would wait for what they read."""
+    """Ends the loader's workers at once if training is interrupted; Lightning would wait for their reads."""
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ctrl-C, or an error."""
+    def on_exception(self, trainer: pl.Trainer, *args: Any) -> None:
+        """End the workers."""
         loader = trainer.train_dataloader
         if isinstance(loader, PatchLoader):
             loader.stop()
 
 
 class StepLimit(Callback):
-    """Ends training at ``training.max_steps`` with a validation. Lightning's own limit would end it without one, and a
-    run resumed from the end of an epoch would repeat that epoch's end."""
+    """Ends training at ``training.max_steps`` with a validation. Lightning's own limit would skip the validation, and a
+    run resumed from the end of an epoch would repeat that end."""
 
     def __init__(self, max_steps: int) -> None:
         self.max_steps = max_steps
 
     def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """A resumed run may have done all its steps."""
+        """Stop if a resumed run has done all its steps."""
         self.on_train_batch_end(trainer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -52,25 +52,24 @@ class PicturePanel(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 for plane in pl_module.planes:
-                    logger.experiment.add_image(
-                        f"val/{plane.name}", panel(plane), global_step=trainer.global_step, dataformats="HWC"
-                    )
+                    name, picture = f"val/{plane.name}", panel(plane)
+                    logger.experiment.add_image(name, picture, global_step=trainer.global_step, dataformats="HWC")
         pl_module.planes = []
 
 
 class BestCheckpoint(Callback):
-    """Keeps ``best.ckpt`` beside the numbered checkpoints: the one with the best score so far."""
+    """Keeps ``best.ckpt``, the checkpoint with the best score so far, next to the numbered checkpoints."""
 
     def __init__(self, scored: ModelCheckpoint) -> None:
         self.scored = scored
         self._linked = ""
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The checkpoints of the previous epoch are written."""
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Link the best checkpoint; those of the previous epoch are written."""
         self.link(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The checkpoints of the last epoch are written."""
+    def on_fit_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Link the best checkpoint; those of the last epoch are written."""
         self.link(trainer)
 
     def link(self, trainer: pl.Trainer) -> None:

@@ -1,8 +1,8 @@
-"""The challenge's score of validation crops while a run trains: decoded, compared, and pooled over crops."""
+"""The challenge's score on validation crops during training: decoded, compared, and pooled over crops."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,75 +19,58 @@ from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.lightning.pooled_scores import Sums
+from connectomics.lightning.validation import ValidationCrop
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
 from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
 
-_UNKNOWN = 2  # of the kept truth: 0 absent, 1 present
-_ROWS = 5  # true positives, false positives, false negatives, sum of distances, number of distances
+_UNKNOWN = 2  # in stored ground truth; 0 absent, 1 present
+_Affinities = dict[str, tuple[int, NDArray[np.int64]]]  # by class: first channel of its head, offsets (K, 3)
+_Heights = dict[str, tuple[int, float]]  # by class: channel of its head, scale in nm
 
 
-class InstanceTruth(Protocol):
-    """What is asked of a crop: its annotated objects."""
+class ChallengeScore(Sums):
+    """Sums over crops for the score of each class by ``score.rules``.
 
-    def read_instances(
-        self, class_name: str, grid: VoxelGrid
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Ids and known, both (d, h, w); None where the class is not annotated with ids in this crop."""
-
-
-class ChallengeScore:
-    """Sums over crops from which each class's score is made, by ``score.rules``; they add up over processes.
-
-    A class that the challenge scores as instances is compared in the crops that annotate it with ids, the others by
-    IoU; both after decoding the probabilities, rounded to uint8 as ``predict`` stores them, with the configuration's
-    ``decoding``. Only known voxels count: what is unknown is background in prediction and truth.
+    Probabilities are rounded to uint8, as ``predict`` stores them, and decoded with the configuration's ``decoding``. A
+    class that the challenge scores as instances is compared in the crops that annotate it with ids, the others by IoU.
+    Unknown voxels are background in prediction and ground truth.
 
     In one case this is stricter than the challenge: a crop with far too many predicted objects, which the challenge
-    drops, counts as if every true object had been missed. Else a network that gives noise would get the best score.
+    drops, counts as if every true object had been missed. Otherwise a network that predicts noise would score best.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        """Raises `ConfigError` or `UnknownNameError` where the decoding parameters cannot be."""
+        """Raise `ConfigError` or `UnknownNameError` if the decoding parameters are invalid."""
+        super().__init__(5, len(config.dataset.classes), torch.float64)  # tp, fp, fn, sum and number of distances
         self.classes = tuple(config.dataset.classes)
         self.parameters = decode_parameters(self.classes, config.decoding.default, config.decoding.classes)
         for name, chosen in self.parameters.items():
             if chosen.boundary and chosen.boundary not in self.classes:
-                where = f"dataset.classes (decoding of {name} asks for it as boundary)"
+                where = f"dataset.classes (decoding of {name} uses it as boundary)"
                 raise ConfigError(str(unknown_name("class", chosen.boundary, self.classes, where)))
-        self.affinities = _affinity_channels(config)
-        for name, chosen in self.parameters.items():
-            if chosen.method in AFFINITY_METHODS and name not in self.affinities:
-                raise ConfigError(
-                    f"decoding of {name} by {chosen.method} needs its affinities: add {{kind: affinities, class_name: "
-                    f"{name}}} to model.heads, or take method cc3d or watershed"
-                )
-        self.heads = _read_heads(config, self.parameters)
+        self.affinities, self.heads = _heads_for(config, self.parameters)
         self.rules = get_rules(config.score.rules)
         self.instances = tuple(name for name in self.classes if self.rules.is_instance(name))
-        self.values = torch.zeros((_ROWS, len(self.classes)), dtype=torch.float64)
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.values.zero_()
-
-    def begin(self, crop: InstanceTruth, grid: VoxelGrid) -> CropScore:
-        """The score of one crop: give it every block of ``grid``, then call its ``finish``."""
+    def begin(self, crop: ValidationCrop, grid: VoxelGrid) -> CropScore:
+        """Return the score of one crop: pass every block of ``grid`` to it, then call its ``finish``."""
         return CropScore(self, crop, grid)
 
     def add(self, name: str, tp: int, fp: int, fn: int, distances: tuple[float, int] = (0.0, 0)) -> None:
-        """Add what was counted of a class."""
+        """Add the counts of a class."""
         row = torch.tensor([tp, fp, fn, *distances], dtype=torch.float64)
         self.values[:, self.classes.index(name)] += row
 
     def scores(self, values: Tensor) -> dict[str, float]:
-        """``val/<class>/score`` of sums (5, C), and ``val/score`` (0 where no class could be scored).
+        """Return ``val/<class>/score`` of sums (5, C), and ``val/score`` (0 if no class could be scored).
 
-        ``val/score`` is the geometric mean of the mean over instance classes and the mean over the others, or the one
-        mean if all classes are of one kind, or by rules of quality. Classes without ground truth in the
-        validation crops are left out, whatever is predicted: the set is the same at every validation.
+        ``val/score`` is the geometric mean of the mean over instance classes and the mean over the others, or the only
+        mean if all classes are of one kind, or with the rules ``pq``. Classes without ground truth in the validation
+        crops are left out, whatever the network predicts: the set is the same at every validation.
         """
         found: dict[bool, dict[str, float]] = {True: {}, False: {}}
         for name, (tp, fp, fn, distance, number) in zip(self.classes, values.cpu().T.tolist(), strict=True):
@@ -104,42 +87,39 @@ class ChallengeScore:
         return result | {"val/score": float(np.prod(means) ** (1 / len(means))) if means else 0.0}
 
 
-def _affinity_channels(config: RunConfig) -> dict[str, tuple[int, NDArray[np.int64]]]:
-    """By class with a head of affinities: the first of its channels in the network's output, and its offsets (K, 3)."""
-    found = {}
+def _heads_for(config: RunConfig, parameters: Mapping[str, DecodeParameters]) -> tuple[_Affinities, _Heights]:
+    """Return the heads that decoding reads, by class: affinities and heights; raise `ConfigError` if one is missing."""
+    affinities: _Affinities = {}
+    heights: _Heights = {}
     first = config.channels
     for head in heads_of(config):
         if head.kind == "affinities":
-            found[head.class_name] = (first, np.array(head.offsets, np.int64))
-        first += head.channels
-    return found
-
-
-def _read_heads(config: RunConfig, parameters: dict[str, DecodeParameters]) -> dict[str, tuple[int, float]]:
-    """By class that is decoded with a height: the channel of that head in the network's output, and its scale."""
-    found = {}
-    first = config.channels
-    for head in heads_of(config):
+            affinities[head.class_name] = (first, np.array(head.offsets, np.int64))
         if head.class_name in parameters and head.kind == parameters[head.class_name].height:
-            found[head.class_name] = (first, head.scale_nm)
+            heights[head.class_name] = (first, head.scale_nm)
         first += head.channels
     for name, chosen in parameters.items():
-        if chosen.height and name not in found:
+        if chosen.method in AFFINITY_METHODS and name not in affinities:
+            raise ConfigError(
+                f"decoding of {name} with {chosen.method} needs affinities: add {{kind: affinities, class_name: "
+                f"{name}}} to model.heads, or set method cc3d or watershed"
+            )
+        if chosen.height and name not in heights:
             raise ConfigError(
                 f"decoding of {name} with height {chosen.height} needs that head: add {{kind: {chosen.height}, "
-                f"class_name: {name}}} to model.heads, or leave height out"
+                f"class_name: {name}}} to model.heads, or remove height"
             )
-    return found
+    return affinities, heights
 
 
 class CropScore:
-    """One crop while it is predicted, block by block.
+    """The score of one crop, which is predicted block by block.
 
-    Classes that are decoded as a whole keep a byte a voxel (two, where they are not scored as instances; one more for
-    each channel of heads that they are decoded from) until `finish`; of the others only counts are kept.
+    Classes that are decoded as a whole take one byte per voxel until `finish` (two if they are not scored as instances;
+    one more for each channel of heads that decoding reads); for the others only counts are kept.
     """
 
-    def __init__(self, total: ChallengeScore, crop: InstanceTruth, grid: VoxelGrid) -> None:
+    def __init__(self, total: ChallengeScore, crop: ValidationCrop, grid: VoxelGrid) -> None:
         self.total, self.crop, self.grid = total, crop, grid
         walls = {chosen.boundary for chosen in total.parameters.values()}
         whole = {n for n, chosen in total.parameters.items() if n in total.instances or not chosen.is_local}
@@ -156,8 +136,8 @@ class CropScore:
     def add(
         self, block: VoxelGrid, probability: NDArray[np.float32], label: NDArray[np.bool_], known: NDArray[np.bool_]
     ) -> None:
-        """Take a block: three arrays (C, d, h, w), ``probability`` with the channels of heads after those of classes;
-        ``label`` does not matter where not ``known``."""
+        """Add a block: arrays (C, d, h, w), ``probability`` with the channels of heads after those of the classes;
+        ``label`` is ignored where it is not ``known``."""
         begin = np.rint(self.grid.to_index(block.translation)).astype(int)
         at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         for name, kept in self._affinities.items():
@@ -176,7 +156,7 @@ class CropScore:
                 self._count(name, found, label[channel], known[channel])
 
     def finish(self) -> None:
-        """Decode and compare what needs the whole crop, one class after the other."""
+        """Decode and compare the classes that need the whole crop, one after the other."""
         for name, truth in self._truth.items():
             self._count(name, self._decode(name) > 0, truth == 1, truth != _UNKNOWN)
         for name in self.total.instances:
@@ -236,5 +216,5 @@ class CropScore:
 
 
 def _stored(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """As `predict` stores it."""
+    """Return probabilities as `predict` stores them."""
     return np.rint(probability * np.float32(255)).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Begin a run with the weights of another one, whose classes may be others."""
+"""Start a run with the weights of another run, whose classes may differ."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ _PREFIX = "network."
 
 
 def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
-    """Copy the network's weights of a checkpoint or a package into ``module``, wherever they fit by name and shape.
+    """Copy the network's weights of a checkpoint or a package into ``module`` if they fit by name and shape.
 
-    For a new run on other data or classes (fine-tuning): optimizer, epoch and random state begin anew. Output channels
-    are copied by what they predict: those of a class from the channel of the class with the same name, wherever it is
-    in the checkpoint's list, those of a head from the same head. The other output channels begin anew. What was matched
-    is logged.
+    For fine-tuning on other data or classes: optimizer, epoch and random state are new. An output channel is copied
+    from the channel with the same meaning, the class of the same name or the same head, at any position; the other
+    output channels keep their initial weights. The log lists the matches.
 
     Returns:
-        How many of the network's tensors were taken, at least in part.
+        Number of the network's tensors that were copied, at least in part.
 
     Raises:
         MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also `InputError` if less than a
-            quarter of the network's weights would come from there: that is another network.
+            quarter of the network's weights match: the checkpoint holds another network.
     """
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
@@ -44,49 +43,40 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
     axes = _output_axes(module, len(wanted))
     taken: dict[str, Tensor] = {}
     copied = 0
-    for name, value in own.items():
-        stored = content["state_dict"].get(name)
-        if stored is None:
-            continue
-        mapped = _mapped(value, stored, axes[name], len(found), pairs)
-        if mapped is not None:
+    for name in own.keys() & content["state_dict"].keys():
+        if mapped := _mapped(own[name], content["state_dict"][name], axes[name], len(found), pairs):
             taken[name], count = mapped
             copied += count
     weights = sum(value.numel() for value in own.values())
     if 4 * copied < weights:
         raise InputError(
             f"model.weights={path} holds a {describe(trained)}, the configuration a {describe(module.config)}: only "
-            f"{copied} of {weights} weights fit; give the run the same `model`"
+            f"{copied} of {weights} weights fit; use the same `model` settings"
         )
     module.load_state_dict(taken, strict=False)
-    anew = sorted(own.keys() - taken.keys())
-    log.info("weights of %s: %d tensors taken, anew: %s", path, len(taken), ", ".join(anew[:6]) or "none")
-    log.info("%s", _report(found, wanted))
+    new = sorted(own.keys() - taken.keys())
+    log.info("weights of %s: %d tensors copied, new: %s", path, len(taken), ", ".join(new[:6]) or "none")
+    parts = []
+    for what, names in (
+        ("from the checkpoint", [name for name in wanted if name in found]),
+        ("new", [name for name in wanted if name not in found]),
+        ("unused channels of the checkpoint", [name for name in found if name not in wanted]),
+    ):
+        if names:
+            parts.append(f"{what}: {', '.join(name.split(' ')[0] for name in names)}")
+    log.info("output channels by name: %s", "; ".join(parts))
     return len(taken)
 
 
 def output_names(config: RunConfig) -> list[str]:
-    """What each output channel of a network predicts: the classes, then the channels of all heads."""
+    """Return what each output channel of a network predicts: the classes, then the channels of all heads."""
     heads = (f"{name} {head.predicts}" for head in heads_of(config) for name in head.channel_names)
     return [*config.dataset.classes, *heads]
 
 
-def _report(found: Sequence[str], wanted: Sequence[str]) -> str:
-    """Which output channels were matched, which begin anew, and which of the checkpoint are not used."""
-    parts = []
-    for what, names in (
-        ("from the checkpoint", [name for name in wanted if name in found]),
-        ("anew", [name for name in wanted if name not in found]),
-        ("of the checkpoint and not used", [name for name in found if name not in wanted]),
-    ):
-        if names:
-            parts.append(f"{what}: {', '.join(name.split(' ')[0] for name in names)}")
-    return f"output channels by name: {'; '.join(parts)}"
-
-
 def _output_axes(module: ConnectomicsModule, channels: int) -> dict[str, tuple[int, ...]]:
-    """For each tensor of the network the axes that grow with the number of output channels: seen from the same network
-    with one channel more."""
+    """Return for each tensor of the network the axes that grow with the number of output channels, found by comparison
+    with the same network with one more channel."""
     with torch.random.fork_rng(devices=[]):
         larger = build_network(module.config, channels + 1).state_dict()
     return {
@@ -100,9 +90,10 @@ def _output_axes(module: ConnectomicsModule, channels: int) -> dict[str, tuple[i
 def _mapped(
     own: Tensor, stored: Tensor, axes: Sequence[int], channels: int, pairs: Sequence[tuple[int, int]]
 ) -> tuple[Tensor, int] | None:
-    """A tensor with what fits of ``stored``, and how many numbers that are; None if nothing fits.
+    """Return ``own`` with the values of ``stored`` that fit, and how many those are; None if nothing fits.
 
-    ``axes`` run over output channels, of which ``stored`` has ``channels``; ``pairs`` are (number there, number here).
+    ``axes`` run over output channels, of which ``stored`` has ``channels``; ``pairs`` are (number in ``stored``, number
+    in ``own``).
     """
     fits = stored.ndim == own.ndim and all(
         m == (channels if axis in axes else n) for axis, (n, m) in enumerate(zip(own.shape, stored.shape, strict=True))

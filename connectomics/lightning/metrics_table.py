@@ -1,4 +1,4 @@
-"""`metrics.csv`: all that was logged, as a table that a resumed run continues."""
+"""`metrics.csv`: all logged metrics, as a table that a resumed run continues."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FIRST = ["epoch", "step"]
 
 
 class MetricsTable(Logger):
-    """A CSV file with one row each time something is logged; cells of what was not logged then are empty.
+    """A CSV file with one row per logging call; metrics that a call does not log are empty.
 
-    Columns: ``epoch``, ``step`` (optimizer steps before the row), then the metrics in the order in which they first
-    came. Rows are on disk at once, so a killed run leaves its history; Lightning's own CSV logger deletes that of an
+    Columns: ``epoch``, ``step`` (optimizer steps before the row), then the metrics in the order of their first value.
+    Rows are written at once, so a killed run leaves its history; Lightning's own CSV logger deletes the history of an
     earlier run in the same folder.
     """
 
@@ -28,23 +28,23 @@ class MetricsTable(Logger):
 
     @property
     def name(self) -> str:
-        """Of the logger."""
+        """Name of the logger."""
         return "metrics"
 
     @property
     def version(self) -> str:
-        """None: a run has one table."""
+        """Empty: a run has one table."""
         return ""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Path:
-        """The file."""
+        """Path of the file."""
         return self.path
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration is saved as config.yaml."""
+        """Do nothing: the configuration is saved as config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -58,15 +58,15 @@ class MetricsTable(Logger):
             csv.DictWriter(file, self._known_columns()).writerow(row)
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows of the file, as text."""
+        """Return all rows of the file, as text."""
         if not self.path.is_file():
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     @rank_zero_only
-    def forget_from(self, step: int) -> None:
-        """Drop the rows of ``step`` and later: a run that resumes there will write them again."""
+    def remove_from(self, step: int) -> None:
+        """Remove the rows of ``step`` and later: a run that resumes there writes them again."""
         rows = self.rows()
         kept = [row for row in rows if row["step"] and int(float(row["step"])) < step]
         if len(kept) < len(rows):

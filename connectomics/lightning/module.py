@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 import connectomics
-from connectomics.config import RunConfig, config_to_dict, import_plugins
+from connectomics.config import RunConfig, check_config, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.augmentation import BatchAugmentor
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
-from connectomics.data.patches import centered, view_names
+from connectomics.data.patches import centered, input_names
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
@@ -28,13 +27,11 @@ from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, FromCheckpoint
-from connectomics.lightning.class_counts import ClassCounts
-from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, inference_window
-from connectomics.lightning.optim import build_optimizer, check_schedule, learning_rate
+from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane
-from connectomics.lightning.pooled_counts import PooledCounts, Scores
+from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
 from connectomics.models.batch_labels import labels_of
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
@@ -42,69 +39,65 @@ from connectomics.models.losses import build_loss
 
 log = logging.getLogger(__name__)
 
-_PLANES = 4  # crops that are pictured at a validation
+_PLANES = 4  # most crops in the pictures of a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
 
 class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[misc]
     """Trains and validates the network of a run.
 
-    A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`); a
-    validation batch is a list of whole crops (`ValidationCrop`, or None for "none left for this process").
+    A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`), and
+    with ``ids`` if there are ``model.heads`` (see `connectomics.models.targets`). A validation batch is a list of whole
+    crops (`ValidationCrop`), or None if no crop is left for this process.
 
-    Logged: ``train/loss`` and ``train/<loss name>`` (means over an epoch), ``train/loss_step``, ``train/known`` (share
-    of known labels), ``train/lr``; ``val/dice``, ``val/iou`` and ``val/<class>/dice``, ``val/<class>/iou``, pooled over
-    the known voxels of all validation crops; with ``training.val_score`` also ``val/score`` and ``val/<class>/score``,
-    see `ChallengeScore`. Of the classes those count, and are logged at every validation, that are present in the ground
-    truth of the validation crops, whatever the network predicts. Counts of the patches of an epoch, exact:
-    ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``, see `ClassCounts`.
-
-    With ``model.heads`` a batch has ``ids`` too (see `connectomics.models.targets`), ``train/loss`` is the sum over
-    classes and heads, and ``train/loss/<head>`` and ``val/<head>/dice`` or ``mae`` are logged, see `HeadScores`.
+    Logged metrics:
+        ``train/loss`` (with heads: the sum over classes and heads), ``train/<loss name>``, ``train/loss/<head>``: means
+        over an epoch; ``train/loss_step``; ``train/known``: share of known labels; ``train/lr``.
+        ``val/dice``, ``val/iou``, ``val/<class>/dice``, ``val/<class>/iou``: pooled over the known voxels of all
+        validation crops, for the classes that are present in their ground truth, whatever the network predicts;
+        ``val/<head>/dice`` or ``mae``, see `HeadScores`; with ``training.val_score`` also ``val/score`` and
+        ``val/<class>/score``, see `ChallengeScore`.
+        ``data/<class>/patches``, ``data/<class>/present``, ``data/<class>/known``: see `ClassCounts`.
     """
 
     def __init__(self, config: RunConfig) -> None:
-        """Builds network and loss; raises `InputError`, `ConfigError` or `UnknownNameError` where that cannot be."""
+        """Build network and loss; raise `InputError`, `ConfigError` or `UnknownNameError` if that is not possible."""
         super().__init__()
+        check_config(config)
         import_plugins(config.plugins)
         check_monitors(config)
         self.config = config
         self.classes = tuple(config.dataset.classes)
-        if config.channels != len(self.classes):
-            raise ConfigError(
-                f"model.out_channels is {config.channels} but dataset.classes names {len(self.classes)} classes; "
-                "set model.out_channels=null to take one channel a class"
-            )
+        if config.channels != len(self.classes):  # possible with dataset.name=cellmap_single
+            raise ConfigError(f"model.out_channels is {config.channels}, expected one per class: {len(self.classes)}")
         self.heads = heads_of(config)
-        self._groups = [config.channels, *(head.channels for head in self.heads)]  # channels of the network's output
+        self._groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
         self.network = build_network(config, sum(self._groups))
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
-        check_schedule(config)
-        build_optimizer([torch.nn.Parameter(torch.zeros(1))], config.optimizer)  # a wrong name should show before data
         self.intensity = BatchAugmentor.of(config)
-        self.seen = ClassCounts(self.classes)  # in this epoch so far
-        self.counts = PooledCounts(config.channels)
+        self.seen = ClassCounts(self.classes)  # in the epoch so far
+        self.counts = PooledCounts(len(self.classes))
         self.head_scores = HeadScores(self.heads)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
-        self.only_a_look = False  # validate on a window's worth of each crop, to see whether it runs
-        self._said: set[str] = set()
+        self.only_a_look = False  # validate on one window of each crop, to test whether it runs
+        self._logged: set[str] = set()
 
     # -- the network -------------------------------------------------------------------------------------------------
-    def forward(self, image: Tensor, *views: Tensor) -> Tensor:
-        """Logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
+    def forward(self, image: Tensor, *inputs: Tensor) -> Tensor:
+        """Return logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
 
-        The channels are the classes, then those of all heads. ``views``: of the same places, one for each of
-        ``data.inputs``, (B, 1, d, h, w)."""
-        return self.network(image, *views)
+        The channels are the classes, then those of all heads. ``inputs``: one (B, 1, d, h, w) for each of
+        ``data.inputs``."""
+        return self.network(image, *inputs)
 
-    def probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
-        """Probabilities (B, C, D, H, W), float32, each channel by itself; for a module in evaluation mode.
+    def probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
+        """Return probabilities (B, C, D, H, W) float32, each channel by itself; for a module in evaluation mode.
 
         The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written."""
-        logits = self.network(image, *views)
+        logits = self.network(image, *inputs)
         if not all(head.write for head in self.heads):
             classes, *heads = logits.split(self._groups, dim=1)
             written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
@@ -112,21 +105,22 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         return torch.sigmoid(logits.float())
 
     def normalization(self, dataset: str) -> Normalization:
-        """How raw of a data set becomes the network's input: as in training; `UnknownNameError` for any other."""
+        """Return the normalization of raw of a data set as in training; raise `UnknownNameError` for other data."""
         found = kept(self.config, dataset, None)
         if found is None:
             raise unknown_name("data set", dataset, self.config.data.normalization, "the model's normalization")
         return found.normalization
 
-    def _all_probabilities(self, image: Tensor, *views: Tensor) -> Tensor:
-        """As `probabilities`, of all channels."""
-        return torch.sigmoid(self.network(image, *views).float())
+    def _all_probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
+        """Return `probabilities` of all channels."""
+        return torch.sigmoid(self.network(image, *inputs).float())
 
     # -- training ----------------------------------------------------------------------------------------------------
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of a batch, over known voxels; zero, with a graph, where nothing is known."""
+        """Return the loss of a batch over known voxels; zero, with a graph, if nothing is known."""
         labels = labels_of(batch)
-        logits, *of_heads = split_channels(self._logits(batch), self._groups)
+        inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
+        logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
         result = self.loss(logits, labels)
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
@@ -140,22 +134,14 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         means = {"train/loss": total.detach(), "train/known": known, **parts}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        self.log(
-            "train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=1
-        )
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
         return total
 
-    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the network says of a training batch, see `forward`."""
-        return self(batch["image"], *(batch[name] for name in view_names(len(self.config.data.inputs))))
-
     def on_train_epoch_end(self) -> None:
-        """Log what was counted, and begin a new count.
-
-        To the loggers themselves: Lightning's own way rounds to float32, which is exact up to 16 million voxels only.
-        """
-        # Lightning takes an epoch's means over processes when they are first read, which the first process alone may
-        # have done by now, for its progress line: the others join in here, before they meet for the counts.
+        """Log the counts of the epoch to the loggers directly: Lightning's float32 is exact up to 16 million only."""
+        # Lightning reduces an epoch's means over processes when they are first read, which the first process may
+        # already have done for its progress line: the others must do it here, before all processes add the counts.
         _ = self.trainer.callback_metrics
         metrics = self.seen.metrics(self._of_all_processes(self.seen.values))
         self.seen.reset()
@@ -163,47 +149,46 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
 
     def _of_all_processes(self, counts: Tensor) -> Tensor:
-        """Counts of all processes added up; ``counts`` themselves stay as they are."""
+        """Return the sum of ``counts`` over all processes; ``counts`` itself does not change."""
         total = counts.to(self.device, copy=True)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
         return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer; its learning rate is set before each batch, see `on_train_batch_start`."""
+        """Return the optimizer; `on_train_batch_start` sets its learning rate before each batch."""
         return build_optimizer((p for p in self.parameters() if p.requires_grad), self.config.optimizer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Set the learning rate from the progress at the middle of this batch."""
         batches = float(self.trainer.num_training_batches)
         epoch = self.trainer.current_epoch + (batch_idx + 0.5) / batches
-        rate = learning_rate(self.config.scheduler, self.config.optimizer.lr, epoch, self._epochs(batches))
+        rate = learning_rate(self.config.scheduler, self.config.optimizer.lr, epoch, self._total_epochs(batches))
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-    def _epochs(self, batches: float) -> float:
-        """Length of the whole training in epochs, by whichever of max_epochs and max_steps ends it first."""
+    def _total_epochs(self, batches: float) -> float:
+        """Return the length of the training in epochs: max_epochs or max_steps, whichever ends it first."""
         training = self.config.training
         by_epochs = float("inf") if training.max_epochs < 0 else float(training.max_epochs)
         if training.max_steps < 0:
             return by_epochs
-        # Lightning also steps on the last batch of an epoch, however few were accumulated.
-        steps_an_epoch = -(-batches // training.accumulate_grad_batches)
-        return min(by_epochs, training.max_steps / steps_an_epoch)
+        # Lightning also steps on the last batch of an epoch, even if fewer batches were accumulated
+        steps_per_epoch = -(-batches // training.accumulate_grad_batches)
+        return min(by_epochs, training.max_steps / steps_per_epoch)
 
     # -- validation --------------------------------------------------------------------------------------------------
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Crops stay as they are: they are read, and moved, window by window."""
+        """Move a training batch; crops are read, and moved, window by window."""
         if isinstance(batch, Mapping):
-            labels_of(batch)  # checks the codes here, in host memory: on a GPU that would make each step wait
+            labels_of(batch)  # check the codes in host memory: on a GPU that would make each step wait
             moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            return {**moved, "seed": batch["seed"]} if "seed" in batch else moved  # read by the host
+            return {**moved, "seed": batch["seed"]} if "seed" in batch else moved  # the host reads it
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment the image of a packed training batch, then center it; kinds of augmentation that move the image
-        against its labels move both."""
+        """Augment the image of a packed training batch, then center it; spatial augmentations also move the labels."""
         if not isinstance(batch, Mapping):
             return batch
         if self.intensity is not None and self.trainer.training and {"codes", "seed"} <= batch.keys():
@@ -211,14 +196,14 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         return centered(batch)
 
     def setup(self, stage: str) -> None:
-        """Keep the normalization of the data that the network is trained on: it belongs to the model."""
+        """Store the normalization of the training data in the configuration: it belongs to the model."""
         found = getattr(getattr(self.trainer, "datamodule", None), "normalization", None) if stage == "fit" else None
         if found:
             entries = {name: chosen.to_dict() for name, chosen in found.items()}
             self.config = with_normalization(self.config, entries)
 
     def on_validation_epoch_start(self) -> None:
-        """Begin a new count."""
+        """Start new counts."""
         self.counts.reset()
         self.head_scores.reset()
         if self.challenge is not None:
@@ -235,7 +220,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         grid = crop.grid
         if self.only_a_look:
             grid = _middle(grid, self.window)
-        picture = self._picture(crop, grid)
+        plane = self._plane(crop, grid)
         challenge = None if self.challenge is None else self.challenge.begin(crop, grid)
         settings = self.config.inference
         for block, everything in predict_blocks(
@@ -251,13 +236,13 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             context=settings.context,
             extent=_extent_of(crop, grid),
             device=str(self.device),
-            inputs=[FurtherInput(crop.read_view, size, shape) for size, shape in views_of(self.config)],
+            inputs=[FurtherInput(crop.read_input, size, shape) for size, shape in inputs_of(self.config)],
         ):
             for slab in slabs(crop.read_label_codes(block), everything, self.classes):
                 probability = slab.values[: len(self.classes)]
                 self.counts.add(probability > _THRESHOLD, slab.label, slab.known)
-                if picture is not None:
-                    picture(slab.grid, slab.label, slab.known, probability)
+                if plane is not None:
+                    plane.fill(grid, slab.grid, (slab.label, slab.known, probability))
                 if challenge is not None:
                     challenge.add(slab.grid, slab.values, slab.label, slab.known)
             if self.heads:
@@ -265,43 +250,25 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         if challenge is not None:
             challenge.finish()
 
-    def _picture(self, crop: ValidationCrop, grid: VoxelGrid) -> Callable[..., None] | None:
-        """Begin the picture of a crop's middle z plane: the function that fills it in from a block, or None."""
+    def _plane(self, crop: ValidationCrop, grid: VoxelGrid) -> Plane | None:
+        """Return the crop's middle z plane for a picture, without labels and prediction yet; None for no picture."""
         if not self.config.logging.images or not self.trainer.is_global_zero or len(self.planes) >= _PLANES:
             return None
-        z = grid.shape[0] // 2
-        flat = grid.crop((z, 0, 0), (1, *grid.shape[1:]))
-        size = (len(self.classes), *grid.shape[1:])
-        plane = Plane(
-            f"{crop.dataset}_{crop.name}",
-            crop.read_image(flat)[0],
-            np.zeros(size, np.float32),
-            np.zeros(size, np.bool_),
-            np.zeros(size, np.float32),
-        )
-        self.planes.append(plane)
-
-        def fill(block: VoxelGrid, *values: NDArray[Any]) -> None:
-            first = np.rint(grid.to_index(block.translation)).astype(int)
-            if first[0] <= z < first[0] + block.shape[0]:
-                rows, columns = (slice(first[a], first[a] + block.shape[a]) for a in (1, 2))
-                targets = (plane.label, plane.known, plane.probability)
-                for target, value in zip(targets, values, strict=True):
-                    target[:, rows, columns] = value[:, z - first[0]]
-
-        return fill
+        middle = grid.crop((grid.shape[0] // 2, 0, 0), (1, *grid.shape[1:]))
+        self.planes.append(Plane.empty(f"{crop.dataset}_{crop.name}", crop.read_image(middle)[0], len(self.classes)))
+        return self.planes[-1]
 
     def on_validation_epoch_end(self) -> None:
-        """Pool the counts of all processes and log the scores."""
+        """Add the counts of all processes and log the scores."""
         scores = PooledCounts.scores(self._of_all_processes(self.counts.values))
-        dice, iou = scores.mean_dice, scores.mean_iou
+        dice, iou = scores.mean(scores.dice), scores.mean(scores.iou)
         if dice is None:
-            self._say_once(
+            self._log_once(
                 "no class is both known and present in the validation crops: val/dice is logged as 0; put crops with "
                 "annotated classes on the validation side of the split"
             )
         elif not self.only_a_look:
-            self._say_once(*self._which_count(scores))
+            self._log_once(*self._classes_in_mean(scores))
         values = {"val/dice": dice or 0.0, "val/iou": iou or 0.0}
         for number, name in enumerate(self.classes):
             if not np.isnan(scores.dice[number]):
@@ -311,41 +278,41 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             values |= self._challenge_scores(self.challenge)
         if self.heads:
             values |= self.head_scores.scores(self._of_all_processes(self.head_scores.values))
-        # the processes have the same numbers by now; taking their mean only tells Lightning so
+        # all processes have the same numbers; sync_dist only tells Lightning so
         self.log_dict(values, sync_dist=True, batch_size=1)
 
     def _challenge_scores(self, challenge: ChallengeScore) -> dict[str, float]:
         values = challenge.scores(self._of_all_processes(challenge.values))
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
-            self._say_once(
-                f"val/score leaves out {', '.join(missing)}: the validation crops hold no ground truth of them (a "
+            self._log_once(
+                f"val/score leaves out {', '.join(missing)}: the validation crops have no ground truth for them (a "
                 "class that the challenge scores as instances needs annotated ids)"
                 + ("" if len(values) > 1 else "; it is logged as 0")
             )
         return values
 
-    def _which_count(self, scores: Scores) -> tuple[str, int]:
-        """What to say of the classes that `val/dice` is a mean over, and how loud."""
+    def _classes_in_mean(self, scores: Scores) -> tuple[str, int]:
+        """Return a message about the classes that `val/dice` is a mean over, and its log level."""
         counted = [name for name, dice in zip(self.classes, scores.dice, strict=True) if not np.isnan(dice)]
         parts = []
         for reason, which in (("unknown everywhere", scores.known == 0), ("nowhere present", scores.known > 0)):
-            names = [n for n, out in zip(self.classes, which & np.isnan(scores.dice), strict=True) if out]
+            names = [n for n, absent in zip(self.classes, which & np.isnan(scores.dice), strict=True) if absent]
             if names:
                 parts.append(f"{', '.join(names)} ({reason})")
         message = f"val/dice is the mean over {len(counted)} of {len(self.classes)} classes: {', '.join(counted)}"
         if not parts:
             return message, logging.INFO
-        return f"{message}; the validation crops hold no ground truth of {'; '.join(parts)}", logging.WARNING
+        return f"{message}; the validation crops have no ground truth for {'; '.join(parts)}", logging.WARNING
 
-    def _say_once(self, message: str, level: int = logging.WARNING) -> None:
-        if message not in self._said and self.trainer.is_global_zero:
-            self._said.add(message)
+    def _log_once(self, message: str, level: int = logging.WARNING) -> None:
+        if message not in self._logged and self.trainer.is_global_zero:
+            self._logged.add(message)
             log.log(level, message)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what it takes to rebuild the module from the file alone."""
+        """Add what `load_module` needs to rebuild the module from the file."""
         checkpoint[CHECKPOINT_KEY] = {
             "format": CHECKPOINT_FORMAT,
             "version": connectomics.__version__,
@@ -356,20 +323,20 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting patches in the middle of the epoch: the first process takes over what all have counted."""
+        """Restore the counts of an unfinished epoch: the first process takes over those of all processes."""
         self.seen.reset()
-        counted = checkpoint[CHECKPOINT_KEY].get("seen")  # older checkpoints are of the end of an epoch
+        counted = checkpoint[CHECKPOINT_KEY].get("seen")  # absent in older checkpoints, which end an epoch
         if counted is not None and self.trainer.is_global_zero:
             self.seen.load(counted)
 
 
 def _extent_of(crop: ValidationCrop, grid: VoxelGrid) -> Extent | None:
-    """Where there is raw, in voxels of a part of the crop's grid."""
+    """Return the extent of raw in voxels of ``grid``, a part of the crop's grid."""
     extent = crop.raw_extent
     return None if extent is None else extent.seen_from(crop.grid.index_range(grid.box)[0])
 
 
 def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:
-    """The middle part of a grid, of at most ``shape`` voxels."""
+    """Return the middle part of a grid, of at most ``shape`` voxels."""
     size = [min(n, s) for n, s in zip(grid.shape, shape, strict=True)]
     return grid.crop([(n - s) // 2 for n, s in zip(grid.shape, size, strict=True)], size)

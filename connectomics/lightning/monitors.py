@@ -1,4 +1,4 @@
-"""The metrics that a checkpoint or the early stop can go by, checked before a run begins."""
+"""Check the metrics that choose the best checkpoint and stop training early, before a run starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HEAD_METRICS = {"affinities": "dice", "boundary": "dice", "distance": "mae", "l
 
 
 def logged_names(config: RunConfig) -> list[str]:
-    """The metrics that a run logs for its epochs; those of a class only if the validation crops hold it."""
+    """Return the metrics that a run logs per epoch; those of a class only if the validation crops contain it."""
     metrics = ["dice", "iou", *(["score"] if config.training.val_score else [])]
     heads = heads_of(config)
     return [
@@ -46,7 +46,7 @@ def check_monitors(config: RunConfig) -> None:
 
 
 def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | None]) -> None:
-    """Raise `ConfigError` if the run goes by a class that the validation crops do not hold, which is never logged.
+    """Raise `ConfigError` if a monitored class is absent from the validation crops, so that it is never logged.
 
     Labels are read up to the first crop that holds the class, and only if the metric of a class is monitored.
     """
@@ -64,14 +64,14 @@ def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | 
         if len(of) > 1 or monitor.endswith("/score"):
             what += ", or no object ids of it"
         raise ConfigError(
-            f"{group}.monitor is {monitor}, which is never logged: the validation crops hold {what}; set "
+            f"{group}.monitor is {monitor}, which is never logged: the validation crops have {what}; set "
             f"{group}.monitor=val/dice or a metric of another class, or put a crop with {of[0]} on the validation side "
             "of the split"
         )
 
 
 def _holds(config: RunConfig, crop: ValidationCrop, of: list[str], scored: bool) -> bool:
-    """Whether a crop has ground truth for the metric of a class (``[class]``) or a head (``[class, kind]``)."""
+    """Return whether a crop has ground truth for a metric of a class (``[class]``) or a head (``[class, kind]``)."""
     name = of[0]
     for _, block in crop.grid.blocks(_BLOCK):
         if len(of) > 1:

@@ -1,16 +1,19 @@
-"""Pictures of a validation crop: one row a class; columns raw, label, known, prediction. Plain numpy, no plotting."""
+"""Pictures of a validation crop: one row per class; columns raw, label, known, prediction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.geometry import VoxelGrid
+
 _GAP = 4  # pixels between tiles
-_LARGEST = 256  # pixels a side of a tile; larger planes are thinned out
-_ROWS = 16  # classes shown at most
+_LARGEST = 256  # largest side of a tile in pixels; larger planes are subsampled
+_ROWS = 16  # largest number of classes
 _GREEN, _ORANGE = (64, 220, 96), (255, 150, 32)
 
 
@@ -30,12 +33,26 @@ class Plane:
     known: NDArray[np.bool_]
     probability: NDArray[np.float32]
 
+    @classmethod
+    def empty(cls, name: str, raw: NDArray[np.float32], channels: int) -> Plane:
+        """Return a plane of raw (H, W) without labels and prediction."""
+        shape = (channels, *raw.shape)
+        return cls(name, raw, np.zeros(shape, np.float32), np.zeros(shape, np.bool_), np.zeros(shape, np.float32))
+
+    def fill(self, grid: VoxelGrid, block: VoxelGrid, values: Sequence[NDArray[Any]]) -> None:
+        """Copy label, known, probability (C, d, h, w) of a block that contains the middle z plane of ``grid``."""
+        z, (first, top, left) = grid.shape[0] // 2, np.rint(grid.to_index(block.translation)).astype(int)
+        if first <= z < first + block.shape[0]:
+            at = (slice(top, top + block.shape[1]), slice(left, left + block.shape[2]))
+            for target, value in zip((self.label, self.known, self.probability), values, strict=True):
+                target[:, *at] = value[:, z - first]
+
 
 def panel(plane: Plane) -> NDArray[np.uint8]:
-    """The picture, (height, width, 3) uint8.
+    """Return the picture, (height, width, 3) uint8.
 
-    In the label column unknown voxels are darkened, so that "absent" (plain raw) and "unknown" look different; the
-    known column is white where known; in the prediction column the colour is as strong as the probability.
+    The label column darkens unknown voxels, to distinguish them from absent ones (plain raw); the known column is white
+    where voxels are known; the color of the prediction column is as strong as the probability.
     """
     step = max(1, -(-max(plane.raw.shape) // _LARGEST))
     thin = (slice(None, None, step), slice(None, None, step))
@@ -53,16 +70,15 @@ def panel(plane: Plane) -> NDArray[np.uint8]:
 
 
 def _tint(
-    image: NDArray[np.float32], colour: tuple[int, int, int], strength: NDArray[np.floating[Any]]
+    image: NDArray[np.float32], color: tuple[int, int, int], strength: NDArray[np.floating[Any]]
 ) -> NDArray[np.float64]:
     amount = np.clip(strength, 0, 1)[..., None].astype(np.float64)
-    return image * (1 - amount) + np.asarray(colour, dtype=np.float64) / 255 * amount
+    return image * (1 - amount) + np.asarray(color, dtype=np.float64) / 255 * amount
 
 
 def _join(tiles: list[NDArray[np.float64]], axis: int) -> NDArray[np.float64]:
-    """Tiles beside (axis 1) or below (axis 0) each other, with a white gap."""
+    """Join tiles along ``axis`` with white gaps."""
     shape = list(tiles[0].shape)
     shape[axis] = _GAP
-    gap = np.ones(shape)
-    parts = [part for tile in tiles for part in (tile, gap)][:-1]
+    parts = [part for tile in tiles for part in (tile, np.ones(shape))][:-1]
     return np.concatenate(parts, axis=axis)

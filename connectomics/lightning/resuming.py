@@ -1,4 +1,4 @@
-"""Callbacks that make a run resumable: the latest checkpoint, random state, sums of an unfinished epoch, signals."""
+"""Callbacks that make a run resumable: latest checkpoint, random state, sums of an unfinished epoch, signals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def _of_all(trainer: pl.Trainer, state: Any) -> list[Any]:
-    """The states of all processes."""
+    """Return the states of all processes."""
     if trainer.world_size == 1:
         return [state]
     gathered: list[Any] = [None] * trainer.world_size
@@ -41,25 +41,18 @@ class RandomState(Callback):
     """Keeps the state of every process's random generators in the checkpoint, so that a resumed run continues as if it
     had not stopped."""
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Store the state of every process; Lightning calls this in all of them."""
         checkpoint[_RANDOM_KEY] = _of_all(trainer, random_state())
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore this process's state, if the number of processes is the same."""
         states = checkpoint.get(_RANDOM_KEY, [])
         if len(states) == trainer.world_size:
             set_random_state(states[trainer.global_rank])
         elif trainer.is_global_zero:
-            log.warning(
-                "the checkpoint has %d processes, this run has %d: it continues with new random numbers",
-                len(states),
-                trainer.world_size,
-            )
+            message = "the checkpoint has %d processes, this run has %d: it continues with new random numbers"
+            log.warning(message, len(states), trainer.world_size)
 
 
 def random_state() -> dict[str, Any]:
@@ -74,7 +67,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore `random_state`; states of GPUs that are not here are left out."""
+    """Restore `random_state`; ignore the states of GPUs that this machine does not have."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -88,12 +81,12 @@ def set_random_state(state: dict[str, Any]) -> None:
 class LatestState(Checkpoint):
     """Writes ``last.ckpt``, the latest state: after each epoch, and every ``every_n_steps`` optimizer steps within one.
 
-    Within an epoch it is written right after an optimizer step, so that no gradients are pending, and never after an
-    epoch's last step: the state after the validation that follows is the one to keep. The ``metrics.csv`` row of that
-    step is written next; a process killed in between lacks it.
+    Within an epoch it is written right after an optimizer step, when no gradients are pending, but not after an epoch's
+    last step, because the validation follows. The ``metrics.csv`` row of that step is written next; a process killed in
+    between lacks it.
 
-    A run that is told to stop (SIGTERM, or a queue's signal before a job's limit: ``--signal=USR1@300`` of SLURM,
-    SIGUSR2 of LSF) continues to the next such moment, writes its state, and ends as after Ctrl-C.
+    A run that receives a signal to stop (SIGTERM, or a queue's signal before a job's limit: ``--signal=USR1@300`` of
+    SLURM, SIGUSR2 of LSF) continues to the next such step, writes its state, and ends as after Ctrl-C.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int | None = None) -> None:
@@ -102,14 +95,12 @@ class LatestState(Checkpoint):
         self._signals = StopSignals()
         self._stops = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, *args: Any) -> None:
         """Listen for signals."""
         self._signals.listen()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write after so many optimizer steps, or if the run is to stop."""
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write the state every ``every_n_steps`` optimizer steps, and if the run must stop."""
         stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         last = batch_idx + 1 >= trainer.num_training_batches
         if trainer.should_stop or last or not stepped:
@@ -118,21 +109,17 @@ class LatestState(Checkpoint):
         if self._stops or (self._every is not None and trainer.global_step % self._every == 0):
             trainer.save_checkpoint(self.path)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Write the state."""
         trainer.save_checkpoint(self.path)
         self._stops = self._signals.reached(trainer)
 
-    # the loggers have written the row of the step by then
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop before the next batch."""
-        self._stop(trainer)
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop before the next epoch."""
-        self._stop(trainer)
+        self.on_train_batch_start(trainer)
 
-    def _stop(self, trainer: pl.Trainer) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop before the next batch, when the loggers have written the row of the step."""
         if not self._stops:
             return
         if trainer.is_global_zero:
@@ -143,22 +130,22 @@ class LatestState(Checkpoint):
 
 
 class StopSignals:
-    """Remembers signals that tell a run to stop; Lightning restores the previous handlers when training ends."""
+    """Records signals to stop a run; Lightning restores the previous handlers when training ends."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._listener = 0
 
     def listen(self) -> None:
-        """Start listening. Call it after Lightning has set its own handlers, which this replaces: they end a run at the
-        next batch without its state, or write the state in the middle of one."""
+        """Start listening. Call this after Lightning has set its own handlers, which this replaces: they end a run at
+        the next batch without writing its state, or write the state in the middle of a batch."""
         if threading.current_thread() is threading.main_thread():
             self._listener = os.getpid()
             for number in _SIGNALS:
                 signal.signal(number, self._remember)
 
     def reached(self, trainer: pl.Trainer) -> bool:
-        """Whether any process of the run was told to stop; all of them must ask at the same batch."""
+        """Return whether any process of the run received a signal; all processes must call this at the same batch."""
         if trainer.world_size == 1:
             return self.received is not None
         return trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
@@ -179,22 +166,20 @@ class StopSignals:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._listener:
             self.received = signal.Signals(number)
-        else:  # a forked child: it ends
+        else:  # a forked child ends
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
 
 class EpochSums(Callback):
-    """Keeps what was logged so far of an unfinished epoch in the checkpoint, so that the means at the epoch's end cover
-    the whole epoch in a resumed run, too. Lightning keeps it in memory only: this class reads its private
+    """Keeps the logged sums of an unfinished epoch in the checkpoint, so that the means at the epoch's end cover the
+    whole epoch in a resumed run, too. Lightning keeps them in memory only: this class reads its private
     ``trainer.fit_loop.epoch_loop._results``, and tests/lightning/test_resume_epoch.py fails if that changes."""
 
     def __init__(self) -> None:
         self._pending: dict[str, dict[str, torch.Tensor]] = {}
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Store the sums of every process; none after an epoch's end, when they have been logged."""
         progress = trainer.fit_loop.epoch_progress.current
         if progress.ready == progress.processed:  # type: ignore[attr-defined]  # Lightning annotates the base class
@@ -206,15 +191,13 @@ class EpochSums(Callback):
         }
         checkpoint[_SUMS_KEY] = _of_all(trainer, sums)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep this process's sums, if the number of processes is the same."""
         states = checkpoint.get(_SUMS_KEY, [])
         self._pending = dict(states[trainer.global_rank]) if len(states) == trainer.world_size else {}
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Add the sums once the first batch was logged, which creates the metrics."""
+        """Add the sums after the first batch, whose logging creates the metrics."""
         results = trainer.fit_loop.epoch_loop._results
         for key in [key for key in self._pending if key in results]:
             metric, before = results[key], self._pending.pop(key)
@@ -227,15 +210,15 @@ class EpochSums(Callback):
                     setattr(metric, name, both[0] + both[1])
 
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Forget sums that were not logged again: their epoch is over."""
+        """Drop sums that were not logged again: their epoch is over."""
         self._pending = {}
 
 
 class ResumeTable(Callback):
     """Removes rows from ``metrics.csv`` that a killed run wrote after the checkpoint it resumes from."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The step to resume from is known now."""
+    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Remove the rows; the step to resume from is known now."""
         for logger in trainer.loggers:
             if isinstance(logger, MetricsTable):
-                logger.forget_from(trainer.global_step)
+                logger.remove_from(trainer.global_step)

@@ -1,4 +1,4 @@
-"""Whether a run trains, and how it ended: a small file in its folder, so that a failed one is not taken for whole."""
+"""Files that a run keeps about itself: how it ended (``state.json``), and where it ran (``environment.json``)."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+import connectomics
 from connectomics.errors import ConnectomicsError, MetadataError, WriteError
 from connectomics.io.replacing import has_keys, not_ours, require_own
 from connectomics.io.write import write_file
 
 STATE_FILE = "state.json"
-_RUN_FILES = ("config.yaml", "environment.json", "metrics.csv", "checkpoints")
+ENVIRONMENT_FILE = "environment.json"
+_RUN_FILES = ("config.yaml", ENVIRONMENT_FILE, "metrics.csv", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -25,9 +31,9 @@ class RunState:
     """How the last start of a run ended.
 
     Attributes:
-        name: ``finished``, ``running``, ``interrupted`` (Ctrl-C, killed), ``failed``, ``empty`` (a configuration and
-            nothing else) or ``unknown`` (begun on another machine, or before states were kept).
-        note: why, in a few words; may be "".
+        name: ``finished``, ``running``, ``interrupted`` (Ctrl-C, killed), ``failed``, ``empty`` (only a configuration)
+            or ``unknown`` (started on another machine, or by a version that kept no states).
+        note: the reason in a few words; may be "".
     """
 
     name: str
@@ -35,24 +41,25 @@ class RunState:
 
 
 def require_run_folder(folder: Path) -> None:
-    """`WriteError` if training in ``folder`` would replace files that no run wrote. Others, as a job's log, may lie
-    there."""
+    """Raise `WriteError` if training in ``folder`` would replace files that no run wrote; other files may be there."""
     if latest_checkpoint(folder) is None:
         state = require_own(folder / STATE_FILE, has_keys("state", "pid"), "train")
-        there = [folder / name for name in _RUN_FILES if (folder / name).exists()]
-        if there and not state.exists():
-            raise not_ours(there[0], "train")
+        found = [folder / name for name in _RUN_FILES if (folder / name).exists()]
+        if found and not state.exists():
+            raise not_ours(found[0], "train")
 
 
 @contextlib.contextmanager
 def keep_state(folder: Path) -> Iterator[None]:
-    """Write into a run's folder that it runs, and then how it ended. A process that is killed cannot say so: readers
-    see that it is gone.
+    """Write the state of a run into its folder when it starts and when it ends; a killed process is seen to be gone.
 
-    Raises `WriteError` where another process of this machine trains in this folder.
+    Raises `WriteError` if another process of this machine trains in this folder.
     """
     about = {"host": platform.node(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
-    _refuse_two(folder)
+    with contextlib.suppress(MetadataError):  # a broken state file is replaced
+        state = state_of(folder)
+        if state.name == "running" and state.note != f"process {os.getpid()}":
+            raise WriteError(f"{state.note} trains in {folder}; wait for it or end it, or give another --run-dir")
 
     def write(state: str, note: str = "") -> None:
         write_file(folder / STATE_FILE, json.dumps({"state": state, "note": note, **about}, indent=1).encode())
@@ -62,59 +69,83 @@ def keep_state(folder: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        with contextlib.suppress(WriteError):  # the disk is full: the first error is the one to know of
-            write("interrupted") if stopped else write("failed", _in_a_line(error))
+        text = " ".join(str(error).split())[:300]
+        note = text if isinstance(error, ConnectomicsError) else f"{type(error).__name__}: {text}"
+        with contextlib.suppress(WriteError):  # on a full disk, the first error is the one to report
+            write("interrupted") if stopped else write("failed", note)
         raise
     write("finished")
 
 
 def state_of(folder: Path) -> RunState:
-    """The state of a run's folder; `MetadataError` where its file cannot be read."""
+    """Return the state of a run folder; raise `MetadataError` if its file cannot be read."""
     file = folder / STATE_FILE
     if not file.is_file():
-        begun = (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt"))
-        return RunState("unknown", "begun before states were kept") if begun else RunState("empty")
+        started = (folder / "metrics.csv").is_file() or any((folder / "checkpoints").glob("*.ckpt"))
+        return RunState("unknown", "the run folder has no state.json") if started else RunState("empty")
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        name, note, host = str(kept["state"]), str(kept["note"]), str(kept["host"])
-        pid, started = int(kept["pid"]), float(kept["process_started"])
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        name, note, host = str(stored["state"]), str(stored["note"]), str(stored["host"])
+        pid, began = int(stored["pid"]), float(stored["process_started"])
     except (ValueError, KeyError, TypeError) as error:
         raise MetadataError(f"{file} does not hold the state of a run ({type(error).__name__}: {error})") from error
     if name != "running":
         return RunState(name, note)
     if host != platform.node():
-        return RunState("unknown", f"begun on {host}; its end was not seen")
-    if _runs(pid, started):
-        return RunState("running", f"process {pid}")
+        return RunState("unknown", f"started on {host}; its end was not seen")
+    with contextlib.suppress(psutil.Error):
+        if abs(psutil.Process(pid).create_time() - began) < 1:  # else another process has the same number
+            return RunState("running", f"process {pid}")
     return RunState("interrupted", "its process was killed")
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """What a run goes on from: ``last.ckpt``, or the newest where that is not kept; None where there is none."""
+    """Return the checkpoint from which a run resumes: ``last.ckpt``, else the newest; None if there is none."""
     last = folder / "checkpoints/last.ckpt"
     if last.is_file():
         return last
     return max((folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
-def _refuse_two(folder: Path) -> None:
-    """Two processes would write over each other's checkpoints."""
-    try:
-        state = state_of(folder)
-    except MetadataError:
-        return  # nobody's; it is written anew
-    if state.name == "running" and state.note != f"process {os.getpid()}":
-        raise WriteError(f"{state.note} trains in {folder}; wait for it or end it, or give another --run-dir")
+def environment() -> dict[str, Any]:
+    """Return the versions of all installed packages, the machine with its GPUs, the command, and the git state."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "connectomics": connectomics.__version__,
+        "git": git_state(Path(connectomics.__file__).parent),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cores": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda,
+        "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID"),
+        "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+    }
 
 
-def _runs(pid: int, started: float) -> bool:
-    """Whether that process is alive; another one may have got its number."""
-    try:
-        return abs(psutil.Process(pid).create_time() - started) < 1
-    except psutil.Error:
-        return False
+def save_environment(run_dir: Path) -> None:
+    """Append `environment` to the JSON list in a run folder; each start of a run adds an entry."""
+    file = run_dir / ENVIRONMENT_FILE
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    write_file(file, json.dumps([*earlier, environment()], indent=1).encode())
 
 
-def _in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, ConnectomicsError) else f"{type(error).__name__}: {text}"
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Return the commit of a folder's checkout and whether files were changed since; None without git."""
+
+    def ask(*words: str) -> str | None:
+        command = ["git", "-C", str(folder), *words]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    if not commit or ask("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None  # a package installed into an environment inside another project's checkout
+    return {"commit": commit, "changed": bool(ask("status", "--porcelain", "--untracked-files=no"))}

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and progress lines for logs."""
+"""The time of a run by activity, and progress lines for logs."""
 
 from __future__ import annotations
 
@@ -50,68 +50,57 @@ class Timing(Callback):
         running = time.perf_counter() - self._started if self._started else 0.0
         return {**self.totals, "total_s": self.totals["total_s"] + running}
 
-    def _lap(self, name: str) -> None:
+    def _add_time(self, name: str) -> None:
         now = time.perf_counter()
         self.totals[name] += now - self._mark
         self._mark = now
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, *args: Any) -> None:
         """Start the clock."""
         self._started = self._mark = time.perf_counter()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start waiting for the first batch; an epoch resumed in its middle has no other start."""
-        self._begin_epoch()
+    def on_train_start(self, *args: Any) -> None:
+        """Start an epoch; one that is resumed in its middle has no `on_train_epoch_start`."""
+        self.on_train_epoch_start()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *args: Any) -> None:
         """Start waiting for the first batch."""
-        self._begin_epoch()
-
-    def _begin_epoch(self) -> None:
         self._mark = time.perf_counter()
         self._before = (self._mark, dict(self.totals), dict(self.counts))
         self._memory = None
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the wait for the batch."""
-        self._lap("data_wait_s")
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Add the wait for the batch."""
+        self._add_time("data_wait_s")
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Count the step."""
-        self._lap("step_s")
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Add the step."""
+        self._add_time("step_s")
         self.counts["batches"] += 1
         self.counts["samples"] += len(batch["image"]) * trainer.world_size
-        # not at the epoch's end, when the loader's workers have gone
+        # not at the epoch's end, when the loader's workers have ended
         if trainer.is_global_zero and batch_idx == trainer.num_training_batches // 2:
             self._memory = memory_in_use()
             self._mark = time.perf_counter()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, *args: Any) -> None:
         """Start the clock of a validation."""
         self._mark = time.perf_counter()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count the validation."""
-        self._lap("validation_s")
+    def on_validation_end(self, *args: Any) -> None:
+        """Add the validation."""
+        self._add_time("validation_s")
         self.counts["validations"] += 1
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Write the file, so that a killed run has it, too."""
         self.counts["epochs"] += 1
-        self.by_epoch.append(self._row(trainer))
-        self.write(trainer)
-
-    def _row(self, trainer: pl.Trainer) -> dict[str, Any]:
         began, totals, counts = self._before
         waited, worked = (self.totals[name] - totals[name] for name in ("data_wait_s", "step_s"))
         loop = waited + worked
-        return {
+        self.by_epoch.append({
             "epoch": trainer.current_epoch,
             "step": trainer.global_step,
             "seconds": round(time.perf_counter() - began, 3),
@@ -119,22 +108,19 @@ class Timing(Callback):
             "data_wait_share": round(waited / loop, 3) if loop else None,
             "memory_bytes": self._memory,
             "gpu_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-        }
+        })  # fmt: skip
+        self.on_fit_end(trainer)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the file with the final numbers."""
-        self.write(trainer)
-
-    def write(self, trainer: pl.Trainer) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Write ``timing.json``."""
         if not trainer.is_global_zero:
             return
         times = self._now()
         times["other_s"] = max(0.0, times["total_s"] - sum(v for k, v in times.items() if k != "total_s"))
         loop = times["data_wait_s"] + times["step_s"]
-        rates = {"samples_per_s": self.counts["samples"] / loop if loop else 0.0}
-        rates["data_wait_share"] = times["data_wait_s"] / loop if loop else 0.0
-        content: dict[str, Any] = {name: round(value, 3) for name, value in {**times, **rates}.items()}
+        times["samples_per_s"] = self.counts["samples"] / loop if loop else 0.0
+        times["data_wait_share"] = times["data_wait_s"] / loop if loop else 0.0
+        content: dict[str, Any] = {name: round(value, 3) for name, value in times.items()}
         content |= {**self.counts, "by_epoch": self.by_epoch}
         write_file(self.path, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -160,24 +146,22 @@ class PlainProgress(Callback):
         self.every_s = every_s
         self._epoch_start = self._last = 0.0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock; an epoch resumed in its middle has no other start."""
+    def on_train_start(self, *args: Any) -> None:
+        """Start the clock; an epoch that is resumed in its middle has no `on_train_epoch_start`."""
         self._epoch_start = self._last = time.perf_counter()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, *args: Any) -> None:
         """Start the epoch's clock."""
-        self._epoch_start = self._last = time.perf_counter()
+        self.on_train_start()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Print the progress now and then."""
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Print the progress every ``every_s`` seconds."""
         now = time.perf_counter()
         if now - self._last >= self.every_s and trainer.is_global_zero:
             self._last = now
             self._print(trainer, f"batch {batch_idx + 1}/{trainer.num_training_batches}", ["train/loss_step"], now)
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Print the scores of the epoch."""
         if trainer.is_global_zero:
             shown = ["train/loss", "val/dice", "val/iou", "val/score"]

@@ -29,24 +29,18 @@ def build_trainer(
     machine: Machine | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> pl.Trainer:
-    """Return the trainer of a run; its files go below ``run_dir``.
+    """Return the trainer of a run.
 
     Args:
-        config: the run.
-        run_dir: gets ``checkpoints/``, ``metrics.csv``, ``tensorboard/`` and ``timing.json``.
+        config: the run. callbacks: further callbacks.
+        run_dir: folder for ``checkpoints/``, ``metrics.csv``, ``tensorboard/`` and ``timing.json``.
         fast_dev_run: train one batch, validate a part of one crop, write no file.
-        validate: whether there is a crop to validate on; else the latest state is kept and nothing is monitored.
-        machine: devices and precision; None: those of the configuration, as far as this machine has them.
-        callbacks: more callbacks.
+        validate: whether there is a crop to validate on; without one, only the latest state is kept.
+        machine: devices and precision; None: `this_machine`.
     """
     folder = Path(run_dir)
     chosen = this_machine(config) if machine is None else machine
     training = config.training
-    if training.accumulate_grad_batches < 1 or training.val_every_n_epochs < 1:
-        raise ConfigError(
-            "training.accumulate_grad_batches and training.val_every_n_epochs must be at least 1, got "
-            f"{training.accumulate_grad_batches} and {training.val_every_n_epochs}"
-        )
     bar = sys.stdout.isatty()
     return pl.Trainer(
         accelerator=chosen.accelerator,
@@ -54,7 +48,7 @@ def build_trainer(
         strategy=chosen.strategy,
         precision="32-true" if chosen.precision == "32" else chosen.precision,  # type: ignore[arg-type]
         max_epochs=training.max_epochs,
-        max_steps=-1,  # `StepLimit` does it; with its own limit Lightning restores its loops wrongly
+        max_steps=-1,  # see `StepLimit`; with its own limit Lightning restores its loops wrongly
         gradient_clip_val=training.gradient_clip_val or None,
         accumulate_grad_batches=training.accumulate_grad_batches,
         check_val_every_n_epoch=training.val_every_n_epochs,
@@ -67,7 +61,7 @@ def build_trainer(
         enable_progress_bar=bar,
         enable_model_summary=False,
         fast_dev_run=fast_dev_run,
-        use_distributed_sampler=False,  # ours gives every process its share
+        use_distributed_sampler=False,  # our sampler gives every process its share
         sync_batchnorm=chosen.accelerator == "gpu" and chosen.devices > 1,
         benchmark=chosen.accelerator == "gpu",  # patches have one size
         default_root_dir=str(folder),
@@ -84,17 +78,14 @@ def _loggers(config: RunConfig, folder: Path) -> list[Logger]:
         try:
             loggers.append(WandbLogger(project="connectomics", name=config.name, save_dir=str(folder)))
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                "logging.use_wandb=true needs the package wandb, which is not installed: pip install wandb, or set it "
-                "to false"
-            ) from error
+            raise ConfigError("logging.use_wandb=true needs wandb: pip install wandb, or set it to false") from error
     if config.logging.use_mlflow:
         loggers.append(_mlflow(config, folder))
     return loggers
 
 
 def _mlflow(config: RunConfig, folder: Path) -> Logger:
-    """MLflow's logger; without an address it writes files beside the runs."""
+    """Return MLflow's logger; without an address it writes files next to the runs."""
     from pytorch_lightning.loggers import MLFlowLogger
 
     uri = config.logging.mlflow_uri or f"file:{Path(config.output_dir).resolve() / 'mlruns'}"
@@ -109,28 +100,20 @@ def _mlflow(config: RunConfig, folder: Path) -> Logger:
 
 
 def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:
-    callbacks: list[Callback] = [
-        RandomState(),
-        EndWorkers(),
-        StepLimit(config.training.max_steps),
-        RichProgressBar() if bar else PlainProgress(),
-    ]
+    progress = RichProgressBar() if bar else PlainProgress()
+    callbacks: list[Callback] = [RandomState(), EndWorkers(), StepLimit(config.training.max_steps), progress]
     if fast_dev_run:
         return callbacks
     callbacks += [Timing(folder / "timing.json"), ResumeTable(), EpochSums()]
     if config.logging.images and config.logging.use_tensorboard:
         callbacks.append(PicturePanel())
-    _one_mode("checkpoint", config.checkpoint.mode)
-    _one_mode("early_stopping", config.early_stopping.mode)
     if validate and config.early_stopping.patience > 0:
         stopping = config.early_stopping
+        # the means over an epoch are known only after its validation
+        at_end = True if stopping.monitor.startswith("train/") else None
         callbacks.append(
             EarlyStopping(
-                monitor=stopping.monitor,
-                mode=stopping.mode,
-                patience=stopping.patience,
-                # the means over an epoch are known after its validation only
-                check_on_train_epoch_end=True if stopping.monitor.startswith("train/") else None,
+                stopping.monitor, mode=stopping.mode, patience=stopping.patience, check_on_train_epoch_end=at_end
             )
         )
     if validate and config.checkpoint.save_top_k != 0:
@@ -156,8 +139,3 @@ def _scored_checkpoint(config: RunConfig, folder: Path) -> ModelCheckpoint:
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-
-
-def _one_mode(group: str, mode: str) -> None:
-    if mode not in ("min", "max"):
-        raise ConfigError(f"{group}.mode must be min or max, got {mode!r}")

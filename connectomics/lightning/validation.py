@@ -1,4 +1,4 @@
-"""What validation reads, and how it keeps its memory bounded whatever the number of classes."""
+"""Crops that validation reads, and how its memory stays bounded for any number of classes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import plan
 from connectomics.io.mirror import Extent
 
-_PREDICTION = 3 << 30  # bytes of a block's prediction, where blocks of at least 32 voxels a side allow it
-_SLAB = 1 << 24  # labels (classes times voxels) that are unpacked at a time: 5 bytes each
+_PREDICTION = 3 << 30  # largest prediction of a block in bytes, if blocks of 32 voxels per side allow it
+_SLAB = 1 << 24  # labels (classes times voxels) unpacked at a time, 5 bytes each
 _LEAST = 32
 
 
 class ValidationCrop(Protocol):
-    """What `ConnectomicsModule.validation_step` takes: a crop that is read piece by piece."""
+    """A crop that `ConnectomicsModule.validation_step` reads piece by piece."""
 
     @property
     def name(self) -> str:
@@ -38,30 +38,30 @@ class ValidationCrop(Protocol):
 
     @property
     def raw_extent(self) -> Extent | None:
-        """Where there is raw, in voxels of ``grid``; None: everywhere."""
+        """The extent of raw in voxels of ``grid``; None: everywhere."""
 
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """The network's input (d, h, w), float32, also beyond the crop (see `connectomics.io.mirror`)."""
+        """Return the network's input (d, h, w) float32, also beyond the crop (see `connectomics.io.mirror`)."""
 
-    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """As `read_image`, on a grid of any voxel size; asked for with ``data.inputs`` only."""
+    def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """Return `read_image` on a grid of any voxel size; used with ``data.inputs`` only."""
 
     def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """Three-state labels, unknown also where there is no raw to see."""
+        """Return three-state labels, unknown also where there is no raw."""
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Ids and known, (d, h, w), or None where there are no ids; asked for with ``training.val_score`` only."""
+        """Return ids and known, (d, h, w), None without annotated ids; used with ``training.val_score`` only."""
 
     def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
-        """Objects (I, d, h, w), 0 background, -1 unknown, also beyond the crop; asked for with ``model.heads`` only."""
+        """Return ids (I, d, h, w), 0 background, -1 unknown, also beyond the crop; used with ``model.heads`` only."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """A part of a predicted block with its labels, all arrays (C, d, h, w): ``values`` of every channel of the network;
-    ``label`` bool, which says nothing where not ``known``."""
+    """A part of a predicted block, arrays (C, d, h, w): ``values`` of all output channels of the network; ``label``,
+    which is meaningless where it is not ``known``."""
 
     grid: VoxelGrid
     values: NDArray[np.float32]
@@ -70,7 +70,7 @@ class Slab:
 
 
 def slabs(labels: LabelCodes, values: NDArray[np.float32], classes: Sequence[str]) -> Iterator[Slab]:
-    """Cut a predicted block (C, d, h, w) along z, so that labels are unpacked for a part of it at a time."""
+    """Split a predicted block (C, d, h, w) along z, so that labels are unpacked for one part at a time."""
     depth, height, width = labels.grid.shape
     step = max(1, _SLAB // max(1, len(classes) * height * width))
     present, is_known = labels.states.tables(classes)
@@ -82,10 +82,10 @@ def slabs(labels: LabelCodes, values: NDArray[np.float32], classes: Sequence[str
 
 
 def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: Sequence[int]) -> list[int]:
-    """The block size (z, y, x) to validate ``grid`` with: ``inference.block_size``, or smaller for many channels.
+    """Return the block size (z, y, x) for validating ``grid``: ``inference.block_size``, or smaller for many channels.
 
-    The block is halved along x first, since blocks that follow each other along x share their windows, then along z and
-    y, until its prediction takes 3 GiB or less. No side becomes smaller than 32 voxels.
+    The block is halved along x first, because blocks that are neighbors along x share their windows, then along z and
+    y, until its prediction takes at most 3 GiB. No side becomes smaller than 32 voxels.
     """
     size = [min(b, n) for b, n in zip(config.inference.block_size, grid.shape, strict=True)]
     settings: dict[str, Any] = {

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.environment import ENVIRONMENT_FILE
-from connectomics.lightning.run_state import RunState, state_of
+from connectomics.lightning.run_state import ENVIRONMENT_FILE, RunState, state_of
 
 _DEEP = 4  # levels below the given folder at which runs are looked for
 

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from connectomics.config import RunConfig, save_config
+from connectomics.config import RunConfig, check_config, save_config
 from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
@@ -99,6 +99,7 @@ def train(
     from connectomics.lightning.module import ConnectomicsModule
     from connectomics.lightning.run_state import keep_state, require_run_folder
 
+    check_config(config)
     folder = local_path(out) if out is not None else choose_run_dir(config, checkpoint)
     checkpoint = _start(folder, checkpoint, resume, overwrite or fast_dev_run)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
@@ -156,7 +157,7 @@ def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
 
 def _describe(config: RunConfig, folder: Path) -> None:
     """What a run is, before it begins."""
-    from connectomics.lightning.environment import save_environment
+    from connectomics.lightning.run_state import save_environment
 
     save_config(config, folder / "config.yaml")
     save_environment(folder)

@@ -15,10 +15,10 @@ from connectomics.decoding.decode import decode_between, decode_class, decode_ma
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
 #: Thresholds of a search as stored values: 7, 15, ..., 247; 127 is one half.

@@ -154,7 +154,7 @@ def test_the_last_override_of_a_key_is_the_one_to_blame() -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xa6\x00\xff")
-    with pytest.raises(ConfigError, match="no text file"):
+    with pytest.raises(ConfigError, match="not a text file"):
         load_config(tmp_path / "run.yaml")
 
 

@@ -31,7 +31,7 @@ def head_config(*kinds: str, **changes: Any) -> RunConfig:
 
 
 def world_ids(grid: VoxelGrid, within: VoxelGrid | None = None) -> NDArray[np.int32]:
-    """(1, d, h, w): bright blobs, numbered anew for each grid; unknown outside of ``within``."""
+    """(1, d, h, w): bright blobs, numbered from 1 in each grid; unknown outside of ``within``."""
     ids = ndimage.label(world_label(grid)[0])[0].astype(np.int32)[None]
     if within is not None:
         begin = np.rint(within.to_index(grid.translation)).astype(int)

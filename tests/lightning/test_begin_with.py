@@ -77,7 +77,7 @@ def test_output_channels_are_copied_by_the_name_of_their_class(
                 )
             else:
                 assert not any(torch.allclose(found[channel], other, atol=1e-3) for other in expected)
-                assert f"anew: {', '.join(n for n in classes if n not in config.dataset.classes)}" in caplog.text
+                assert f"new: {', '.join(n for n in classes if n not in config.dataset.classes)}" in caplog.text
 
 
 def test_a_network_without_a_common_class_keeps_all_but_the_output(trained: Run) -> None:

@@ -19,8 +19,8 @@ from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import check_resumable, load_module
-from connectomics.lightning.head_scores import HeadScores
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.pooled_scores import HeadScores
 from connectomics.models.heads import HeadLosses, split_channels
 from connectomics.models.losses import build_loss
 from connectomics.models.targets import head_labels

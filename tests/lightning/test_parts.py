@@ -41,10 +41,15 @@ class TestMachine:
         ("asked", "there", "expected", "said"),
         [
             (4, 4, ("gpu", 4, "16-mixed"), []),
-            (4, 2, ("gpu", 2, "16-mixed"), ["4 GPUs asked for, 2 GPUs here: training on 2"]),
-            (2, 1, ("gpu", 1, "16-mixed"), ["2 GPUs asked for, 1 GPU here: training on 1"]),
+            (4, 2, ("gpu", 2, "16-mixed"), ["requested 4 GPUs, but only 2 are available: training on 2 GPUs"]),
+            (2, 1, ("gpu", 1, "16-mixed"), ["requested 2 GPUs, but only 1 is available: training on 1 GPU"]),
             (1, 8, ("gpu", 1, "16-mixed"), []),
-            (1, 0, ("cpu", 1, "32"), ["1 GPU asked for, no GPU here: training on the CPU", "using 32 on the CPU"]),
+            (
+                1,
+                0,
+                ("cpu", 1, "32"),
+                ["requested 1 GPU, but none is available: training on the CPU", "using 32 on the CPU"],
+            ),
             (0, 8, ("cpu", 1, "32"), ["using 32 on the CPU"]),
         ],
     )
@@ -67,12 +72,6 @@ class TestMachine:
     @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16-mixed"), (False, "32")])
     def test_float16_is_not_for_the_cpu(self, bf16: bool, expected: str) -> None:
         assert choose_machine(tiny_config(training__precision="16-mixed"), 0, bf16_cpu=bf16).precision == expected
-
-    def test_what_cannot_be(self) -> None:
-        with pytest.raises(ConfigError, match="did you mean 'bf16-mixed'"):
-            choose_machine(tiny_config(training__precision="bf16"), 0, bf16_cpu=True)
-        with pytest.raises(ConfigError, match="cpu_processes >= 1"):
-            choose_machine(tiny_config(system__cpu_processes=0), 0, bf16_cpu=True)
 
     def test_processes_and_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[int] = []
@@ -125,7 +124,7 @@ class TestMetricsTable:
         for step in range(5):
             first.log_metrics({"epoch": step // 2, "train/loss": 1.0 / (step + 1)}, step)
         again = MetricsTable(tmp_path / "metrics.csv")
-        again.forget_from(4)
+        again.remove_from(4)
         again.log_metrics({"epoch": 2, "val/dice": 0.5}, 4)
         assert [row["step"] for row in again.rows()] == ["0", "1", "2", "3", "4"]
         assert again.rows()[-1] == {"epoch": "2", "step": "4", "train/loss": "", "val/dice": "0.5"}
@@ -182,18 +181,6 @@ class TestTrainer:
         except ModuleNotFoundError:
             with pytest.raises(ConfigError, match="pip install wandb"):
                 build_trainer(tiny_config(logging__use_wandb=True), tmp_path, machine=self.machine)
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"checkpoint__mode": "best"}, "checkpoint.mode must be min or max"),
-            ({"early_stopping__mode": "up"}, "early_stopping.mode must be min or max"),
-            ({"training__accumulate_grad_batches": 0}, "must be at least 1"),
-        ],
-    )
-    def test_what_cannot_be(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-        with pytest.raises(ConfigError, match=message):
-            build_trainer(tiny_config(**changes), tmp_path, machine=self.machine)
 
     def test_patience_zero_never_stops_early(self, tmp_path: Path) -> None:
         trainer = build_trainer(tiny_config(early_stopping__patience=0), tmp_path, machine=self.machine)

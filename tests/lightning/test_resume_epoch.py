@@ -131,9 +131,9 @@ def test_a_run_that_is_told_to_end_keeps_its_state_first(undisturbed: Path, tmp_
     job |= {"SLURM_JOB_NAME": "mito", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     for at, how, step in (((1, 4), "SIGUSR1", 7), ((1, 6), "SIGTERM", 8)):
         said = told_to_end(folder, at, how, **job)
-        assert f"told to end by {how}: the state after step {step} is kept" in said
+        assert f"stopping after {how}: the state after step {step} is saved" in said
         assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
-        assert "job 4711 is in the queue again" in said
+        assert "requeued job 4711" in said
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"  # a job that is cancelled is not asked for
     assert list(folder.glob("hpc_ckpt*")) == []  # Lightning's, written in the middle of a step
     run(folder, workers=0)

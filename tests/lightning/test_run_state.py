@@ -66,7 +66,7 @@ def test_what_cannot_be_known_is_said_to_be_unknown(tmp_path: Path) -> None:
     assert state_of(tmp_path).name == "interrupted"  # another process got the number
     kept |= {"host": "node17", "process_started": psutil.Process().create_time()}
     (tmp_path / STATE_FILE).write_text(json.dumps(kept))
-    assert state_of(tmp_path) == RunState("unknown", "begun on node17; its end was not seen")
+    assert state_of(tmp_path) == RunState("unknown", "started on node17; its end was not seen")
     (tmp_path / STATE_FILE).write_text("{")
     with pytest.raises(MetadataError, match="does not hold the state of a run"):
         state_of(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import connectomics
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.environment import git_state
+from connectomics.lightning.run_state import git_state
 from connectomics.pipeline.runs import differences, find_runs, open_run
 from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
