@@ -130,7 +130,7 @@ def test_the_verb_takes_a_run_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = checkpoint.parent.parent
-    assert main(["package", str(run), "--licence", "MIT"]) == 0
+    assert main(["package", str(run), "--license", "MIT"]) == 0
     made = tmp_path / f"{run.parent.name}-version_0.pytc"
     assert open_package(made).about["licence"] == "MIT"
     capfd.readouterr()
@@ -157,7 +157,7 @@ def test_predicting_with_it_gives_what_the_checkpoint_gives(
 
     config = config_of(root)
     for name, model in (("a", checkpoint), ("b", packed)):
-        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu", progress=False)
+        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu")
     chunks = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("s0/*/*/*"))
     assert chunks
     for chunk in chunks:
@@ -171,11 +171,11 @@ def test_the_verb_predicts_with_it_alone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     data = f"dataset.data_root='{root}'"
-    arguments = ["predict", "--model", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
+    arguments = ["predict", "--checkpoint", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/set-a.zarr/crop1/mito/s0/.zarray").is_file()
     capfd.readouterr()
     assert main([*arguments, "--checkpoint", str(packed)]) == 1
     assert "leave --checkpoint out" in capfd.readouterr().err
-    assert main(["predict", "--model", str(root), data]) == 1
+    assert main(["predict", "--checkpoint", str(root), data]) == 1
     assert main(["predict", data]) == 2
