@@ -23,13 +23,11 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.data.augmentation import PatchAugmentor
-from connectomics.data.bench.loader_run import worker_pids
-from connectomics.data.bench.meter import private_mb
 from connectomics.data.cache import prepare
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
 from connectomics.data.loader import PatchLoader
 from connectomics.data.patches import collate
-from connectomics.data.sampling import PatchSampler, SampledCrop
+from connectomics.data.sampling import PatchSampler
 from connectomics.phantom import PHANTOM_CLASSES
 
 LIMIT_MB = 700.0
@@ -51,13 +49,17 @@ def loader_of(root: Path, cache: Path, workers: int, patches: int, side: int) ->
         PatchOptions(cache="disk", cache_dir=str(cache)),
     )  # fmt: skip
     prepare(dataset.all_volumes, None, processes=2)
-    sampled = [
-        SampledCrop(v.dataset, float(v.grid.size), {c: dataset.points(i, c) for c in dataset.classes})
-        for i, v in enumerate(dataset.volumes)
-    ]
-    sampler = PatchSampler(sampled, patches, classes=dataset.classes, sampling={}, class_weights={}, seed=0)
+    sampler = PatchSampler(dataset.sampled_crops(), patches, classes=dataset.classes, seed=0)
     return PatchLoader(
         dataset, sampler, batch_size=BATCH, collate=collate, workers=workers, start="forkserver", persistent=True
+    )
+
+
+def private_mb(pid: int) -> float:
+    """Return the memory (10^6 bytes) that one process alone holds: Private_Clean + Private_Dirty of smaps_rollup."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return (
+        sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean:", "Private_Dirty:"))) * 1.024e-3
     )
 
 
@@ -68,7 +70,7 @@ def run(loader: PatchLoader, patches: int) -> tuple[NDArray[np.float64], float]:
     begin = time.perf_counter()
     for number, _ in enumerate(loader):
         if number % every == every - 1:
-            looks.append([private_mb(pid) for pid in worker_pids(loader)])
+            looks.append([private_mb(pid) for pid in loader.worker_pids])
     return np.array(looks), patches / (time.perf_counter() - begin)
 
 

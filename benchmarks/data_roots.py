@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from math import pi
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,16 @@ FOURTEEN = (
     "mito", "nuc", "er", "ld", "lyso", "endo", "golgi", "ves", "pm", "ecs", "cyto", "mito_mem", "er_mem", "chrom",
 )  # fmt: skip
 THREE = FOURTEEN[:3]
+#: Flips and a rotation by any angle about every axis in every patch.
+AUGMENTED: dict[str, Any] = {
+    **{f"RandFlipd_{a + 2}": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": a} for a in range(3)},
+    "RandAffined": {
+        "keys": ["image", "label"],
+        "prob": 1.0,
+        "rotate_range": [pi, pi, pi],
+        "mode": ["bilinear", "nearest"],
+    },
+}
 
 
 def one_large_crop(out: Path, raw_nm: float = 2000.0, crop_nm: float = 1320.0, voxel_nm: float = 4.0) -> Path:

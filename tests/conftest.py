@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from connectomics.testing.fixtures import phantom  # noqa: F401
+
 try:
     from hypothesis import settings
 except ModuleNotFoundError:  # tests/gpu needs no more than pytest and the core installation
@@ -53,13 +55,3 @@ def shared_reference() -> Path:
 def shared_facts() -> Path:
     """The challenge's tables; skipped where they are not there."""
     return _shared("facts")
-
-
-@pytest.fixture(scope="session")
-def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny phantom: data root, ``test_crops.csv`` and ``truth.zarr`` (read it, do not change it)."""
-    from connectomics.phantom import PhantomOptions, make_phantom
-
-    out = tmp_path_factory.mktemp("phantom") / "root"
-    make_phantom(out, PhantomOptions(preset="tiny"))
-    return out

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data_roots import FOURTEEN, one_large_crop
+from data_roots import AUGMENTED, FOURTEEN, one_large_crop
 
 from connectomics.config import RunConfig
-from connectomics.data.bench.peer import OUR_AUGMENTED
 from connectomics.models.batch_labels import PackedLabels
 from connectomics.models.losses import build_loss
 from connectomics.phantom import PHANTOM_CLASSES
@@ -130,7 +129,7 @@ def configuration(section: Section, root: Path, precision: str, classes: int) ->
     cores = len(os.sched_getaffinity(0))
     config.data.num_workers = 1 if section.tiny else max(1, min(12, cores - 2))
     config.data.cache, config.data.cache_dir = "disk", str(section.scratch / "crops")
-    config.data.augmentations = dict(OUR_AUGMENTED)
+    config.data.augmentations = dict(AUGMENTED)
     config.data.intensity = dict(_INTENSITY)
     config.training.precision = precision
     config.logging.use_tensorboard = False

@@ -25,6 +25,9 @@ _USER_ERRORS = frozenset(
 # otherwise the interpreter visits all objects of torch and MONAI once more before it exits, which takes a second
 atexit.register(gc.freeze)
 
+#: Environment variable: modules to import before the command line is parsed. They may add formats and verbs, which no
+#: configuration names.
+PLUGINS = "PYTC_PLUGINS"
 _INTERRUPTED = 130
 _LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
 
@@ -60,6 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     from connectomics.cli.app import app
 
+    plugins = os.environ.get(PLUGINS, "").replace(",", " ").split()
+    if plugins:
+        from connectomics.config.plugins import import_plugins
+
+        if status := run_guarded(lambda: import_plugins(plugins)):
+            return status
     given = join_lists(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     loudness = [word for word in given if word in _LOUDNESS]  # also after the verb
     given = [*loudness, *[word for word in given if word not in _LOUDNESS]]

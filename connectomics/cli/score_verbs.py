@@ -147,13 +147,14 @@ def tune(
 
       pytc tune outputs/val data/phantom --class mito --trials 200 --minutes 30 decoding.classes.mito.connectivity=6
     """
-    from connectomics.config import load_config
+    from connectomics.config import import_plugins, load_config
     from connectomics.decoding.parameters import decode_parameters
     from connectomics.metrics.challenge.rules import get_rules, trust
     from connectomics.pipeline.results import Probabilities
     from connectomics.pipeline.tune import tune as run
 
     composed, there = load_config(config, overrides or ()), Probabilities.open(predictions).classes
+    import_plugins(composed.plugins)
     base = decode_parameters(there, composed.decoding.default, composed.decoding.classes)
     seconds = None if minutes is None else 60 * minutes
     with terminal.counted("tuning") as advance:

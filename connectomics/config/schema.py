@@ -318,7 +318,7 @@ class RunConfig(Group):
     score: ScoreConfig = field(default_factory=ScoreConfig)
     output_dir: Annotated[str, _LOCAL] = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
-    plugins: list[str] = field(default_factory=list)  # importable modules that add networks
+    plugins: list[str] = field(default_factory=list)  # importable modules that add networks, losses, decoders
 
     @property
     def channels(self) -> int:

@@ -19,7 +19,7 @@ class CropArrays:
 
     Attributes:
         raw: uint8 (D, H, W). raw_begin: lattice index of ``raw[0, 0, 0]``.
-        inside: bool, as ``raw``: False where there is no raw; None where there is raw everywhere in the block.
+        inside: bool (D, H, W), False where there is no raw; None if there is raw everywhere in the block.
         codes: uint8, uint16 or uint32 (d, h, w), rows of ``states``. codes_begin: lattice index of ``codes[0, 0, 0]``.
         states: what the codes mean. Beyond ``codes`` everything is unknown (state 0); beyond ``raw`` there is no raw.
         fill: image value, on the unit scale, where there is no raw: the mean of tissue.
@@ -34,21 +34,19 @@ class CropArrays:
     fill: float = 0.0
 
     def mirrored(self, extent: Extent, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
-        """Arrays whose raw covers lattice indices ``lo`` to ``hi`` (exclusive), mirrored where the volume ends.
+        """Return arrays whose raw covers lattice indices ``lo`` to ``hi`` (exclusive), mirrored where the volume ends.
 
-        Codes stay where they are, without those at places where there is no raw. These arrays themselves if nothing is
-        to be mirrored.
+        Codes are not mirrored; those beyond the raw volume are dropped.
 
         Args:
-            extent: of the raw volume on the lattice; not empty. What of it stands for the indices asked for must lie in
-                ``raw``.
+            extent: the raw volume on the lattice, not empty. ``raw`` must hold the voxels that are mirrored.
         """
         if extent.holds(lo, hi):
             return self
         index = extent.mirrored(lo, hi)
         z, y, x = (int(b) for b in lo)
         first, last = list(self.codes_begin), [b + n for b, n in zip(self.codes_begin, self.codes.shape, strict=True)]
-        if not extent.holds(first, last):  # labels beyond the raw: of these arrays only what was asked for
+        if not extent.holds(first, last):  # labels beyond the raw: keep the requested part
             low = [max(a, b) for a, b in zip(extent.low, lo, strict=True)]
             high = [min(a, b) for a, b in zip(extent.high, hi, strict=True)]
             first = [min(max(b, f), e) for b, f, e in zip(first, low, last, strict=True)]

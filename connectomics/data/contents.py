@@ -1,4 +1,4 @@
-"""How much of each class crops hold: what their label arrays say of themselves, else counted once."""
+"""How much of each class crops hold: from the attributes of their label arrays, or counted once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _ENOUGH = 2**18  # voxels of a coarser level that say how many there are
 
 @dataclass(frozen=True)
 class Content:
-    """What is annotated in one crop, of the classes of a run.
+    """What is annotated in one crop of the classes of a run.
 
     Attributes:
-        known: annotated volume, nm^3: that of the array which knows most.
+        known: annotated volume, nm^3, of the array with the most known voxels.
         present: by class, volume annotated as present, nm^3; a class without an array has that of its atoms.
-        absent: classes of which something is known to be absent, or may be by what other classes say.
+        absent: classes that are known to be absent somewhere, or may be by what other classes say.
     """
 
     known: float
@@ -43,13 +43,13 @@ class LabelCounter:
     """Voxels of label arrays by state: from ``complement_counts`` where the file has them, else counted once."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """``folder``: where counts are kept for later runs; None keeps them in memory."""
+        """``folder``: keeps counts for later runs; None keeps them in memory."""
         self._folder = folder
         self._found: dict[tuple[str, VoxelGrid], dict[str, int]] = {}
 
     def __call__(self, crop: Crop, label: LabelArray) -> dict[str, int]:
-        """``present``, ``absent`` and ``unknown`` voxels of the finest level, within the crop's region; estimated from
-        a coarser level if the region is large."""
+        """Return the ``present``, ``absent`` and ``unknown`` voxels of the finest level within the crop's region;
+        estimated from a coarser level if the region is large."""
         part = crop.within(label.grid)
         if part == label.grid and (said := said_counts(label)) is not None:
             return said
@@ -65,7 +65,7 @@ class LabelCounter:
         return self._found[key]
 
     def _kept(self, label: LabelArray, part: VoxelGrid) -> dict[str, int]:
-        """The counts kept in the folder; counted and kept if there are none."""
+        """The counts in the folder; counted and stored if there are none."""
         assert self._folder is not None
         about = json.dumps([fingerprint(label.source), repr(label.annotation), part.to_dict()], sort_keys=True)
         path = self._folder / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
@@ -84,7 +84,7 @@ class LabelCounter:
 
 
 def said_counts(label: LabelArray) -> dict[str, int] | None:
-    """The counts that the array's attributes give; None if they are incomplete or impossible."""
+    """Return the counts in the array's attributes; None if they are incomplete or impossible."""
     annotation = label.annotation
     if "absent" not in annotation.counts or (annotation.unknown is not None and "unknown" not in annotation.counts):
         return None
@@ -95,7 +95,7 @@ def said_counts(label: LabelArray) -> dict[str, int] | None:
 
 
 def content_of(crop: Crop, classes: Sequence[str], counter: LabelCounter) -> Content:
-    """What a crop holds of ``classes``. Reads the metadata of the arrays that say something of them."""
+    """Return what a crop holds of ``classes``. Reads the metadata of the arrays that say something about them."""
     arrays = arrays_needed(crop, classes)
     if store.is_s3(crop.raw):
         s3.in_parallel(lambda label: label.annotation, list(arrays.values()))
@@ -116,10 +116,10 @@ def content_of(crop: Crop, classes: Sequence[str], counter: LabelCounter) -> Con
 
 
 def check_states(contents: Sequence[Content], classes: Sequence[str]) -> list[str]:
-    """Classes of which only one state is known in training crops, as one warning each.
+    """Return one warning for each class of which only one state is known in training crops.
 
     Raises:
-        InputError: nothing is known of any class, or of every class only that it is present, or only that it is absent.
+        InputError: no class is known anywhere, all classes are only known present, or all only known absent.
     """
     states = {}
     for name in classes:

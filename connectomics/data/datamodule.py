@@ -12,31 +12,32 @@ from typing import Any
 import pytorch_lightning as pl
 from torch.utils.data import DataLoader, Dataset
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Catalog
 from connectomics.config import EPOCH_PATCHES, RunConfig
-from connectomics.data.cache import Progress, cache_folder, prepare
+from connectomics.data.cache import cache_folder, prepare
 from connectomics.data.contents import LabelCounter
-from connectomics.data.dataset.build import cache_mode, patch_options, run_dataset
+from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
 from connectomics.data.normalization import Chosen, of_crops
 from connectomics.data.patches import collate
 from connectomics.data.run_split import check_known, run_split
-from connectomics.data.sampling import PatchSampler, SampledCrop, check_sampling, foreground_points
+from connectomics.data.sampling import PatchSampler, check_sampling
 from connectomics.data.splits import Split
-from connectomics.data.validation_windows import WindowShape, validation_parts
+from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError
-from connectomics.geometry import VoxelGrid
 from connectomics.io.store import StoreOptions
+from connectomics.machine import usable_cores
+from connectomics.progress import Progress
 
 log = logging.getLogger(__name__)
 
 
 class ValidationCrops(Dataset[CropVolume | None]):
-    """Whole crops, one an item: validation slides a window over each, reading as it goes.
+    """Whole crops, one per item: validation slides a window over each and reads as it goes.
 
-    Each process gets its share, filled up with None to equal length: processes that validate meet at every step.
+    Each process gets its share, padded with None to equal length, since validating processes synchronize at each step.
     """
 
     def __init__(self, volumes: Sequence[CropVolume], rank: int, world: int) -> None:
@@ -55,8 +56,8 @@ class CellMapDataModule(pl.LightningDataModule):
     """Training patches (`PatchSampler`, augmented) and whole validation crops of the data that a run names."""
 
     def __init__(self, config: RunConfig, run_dir: Path | None = None, progress: Progress | None = None) -> None:
-        """``run_dir``: where the split is written if ``dataset.split_file`` names no place for it. ``progress``: told
-        (done, all, name) while crops are decoded into the cache; None logs a line now and then."""
+        """``run_dir``: folder for the split if ``dataset.split_file`` is not set. ``progress``: reports crops decoded
+        into the cache; None logs a line now and then."""
         super().__init__()
         self.config = config
         self.run_dir = run_dir
@@ -67,14 +68,14 @@ class CellMapDataModule(pl.LightningDataModule):
         self._val: CellMapMultiClassDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the crops, split them, and decode them into the cache where there is one."""
+        """Find the crops, split them, and decode them into the cache if there is one."""
         if self._train is not None:
             return
         cfg = self.config
         if cfg.dataset.name != "cellmap":
             raise ConfigError(
-                f"training needs all classes a sample (dataset.name=cellmap), found {cfg.dataset.name!r}; "
-                "cellmap_single is for use by hand"
+                f"training needs all classes in a sample: expected dataset.name=cellmap, got {cfg.dataset.name!r} (for "
+                "use in your own code)"
             )
         if cfg.model.in_channels != 1:
             raise ConfigError(
@@ -93,49 +94,26 @@ class CellMapDataModule(pl.LightningDataModule):
         normalizations = {name: chosen.normalization for name, chosen in self.normalization.items()}
         options = replace(patch_options(cfg), normalizations=normalizations)
         self._train = run_dataset(cfg, train, "train", options)
-        self._val = run_dataset(cfg, self._looked_at(val), "val", options)
-        volumes = (*self._train.all_volumes, *self._val.all_volumes)
+        self._val = run_dataset(cfg, seen_parts(cfg, val), "val", options)
         prepare(
-            volumes,
-            processes=min(max(1, cfg.data.num_workers), os.cpu_count() or 1),
+            (*self._train.all_volumes, *self._val.all_volumes),
+            processes=min(max(1, cfg.data.num_workers), usable_cores()),
             budget=None if cfg.data.cache_gb is None else int(cfg.data.cache_gb * 1e9),
             progress=self.progress,
         )
         check_known(self._train.volumes)
 
     def _split_file(self) -> Path | None:
-        """Where the split is read from, or written to if it does not exist."""
+        """The split file that is read, or written if it does not exist."""
         if self.config.dataset.split_file:
             return Path(self.config.dataset.split_file)
         return self.run_dir / "split.yaml" if self.run_dir else None
 
     def _counter(self) -> LabelCounter:
-        """Counts of label voxels are kept beside decoded crops, if those are kept."""
-        folder = cache_folder(cache_mode(self.config), self.config.data.cache_dir)
+        """Label voxel counts are kept beside decoded crops, if those are kept."""
+        options = patch_options(self.config)
+        folder = cache_folder(options.cache, options.cache_dir)
         return LabelCounter(None if folder is None else folder / "counts")
-
-    def _looked_at(self, crops: Sequence[Crop]) -> list[Crop]:
-        """The validation crops, or, if they take more windows than ``data.validation_windows``, the parts of them that
-        every validation of the run looks at."""
-        cfg = self.config
-        parts = validation_parts(
-            [VoxelGrid.covering(crop.box, cfg.dataset.voxel_size) for crop in crops],
-            validation_shape(cfg),
-            cfg.data.validation_windows,
-            lambda number, name: foreground_points(crops[number], name, cfg.system.seed),
-            cfg.dataset.classes,
-            cfg.system.seed,
-        )
-        found = []
-        for crop, tiles in zip(crops, parts, strict=True):
-            is_whole = len(tiles) == 1 and tiles[0].box.contains(crop.box, tolerance=1e-6)
-            found += [crop] if is_whole else [replace(crop, region=tile.box.intersect(crop.box)) for tile in tiles]
-        if len(found) > len(crops):
-            log.info(
-                "validation looks at %d fixed parts of %d crops: at most data.validation_windows=%d windows",
-                len(found), len(crops), cfg.data.validation_windows,
-            )  # fmt: skip
-        return found
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property
@@ -151,18 +129,13 @@ class CellMapDataModule(pl.LightningDataModule):
         return self._val.volumes
 
     def sampler(self) -> PatchSampler:
-        """The sampler of this process's share of each epoch."""
-        dataset = self.train_dataset
+        """Return the sampler of this process's share of each epoch."""
         data = self.config.data
         rank, world = self._place()
-        crops = [
-            SampledCrop(v.dataset, float(v.grid.size), {c: dataset.points(i, c) for c in dataset.classes})
-            for i, v in enumerate(dataset.volumes)
-        ]
         return PatchSampler(
-            crops,
+            self.train_dataset.sampled_crops(),
             EPOCH_PATCHES if data.patches_per_epoch is None else data.patches_per_epoch,
-            classes=dataset.classes,
+            classes=self.train_dataset.classes,
             sampling=data.sampling,
             class_weights=data.class_weights,
             seed=self.config.system.seed,
@@ -171,12 +144,12 @@ class CellMapDataModule(pl.LightningDataModule):
         )
 
     def _place(self) -> tuple[int, int]:
-        """This process's number and how many there are."""
+        """This process's number, and the number of processes."""
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
     def train_dataloader(self) -> PatchLoader:
-        """Batches of `collate`."""
+        """Return batches of `collate`."""
         data = self.config.data
         sampler = self.sampler()
         if len(sampler) < data.batch_size:
@@ -184,11 +157,11 @@ class CellMapDataModule(pl.LightningDataModule):
                 f"an epoch gives each process {len(sampler)} patches, less than one batch (data.batch_size "
                 f"{data.batch_size}), so no step would be taken; raise data.patches_per_epoch or lower data.batch_size"
             )
-        workers = min(data.num_workers, os.cpu_count() or 1)
+        workers = min(data.num_workers, usable_cores())
         if workers < data.num_workers:
-            log.info("data.num_workers is %d, this machine has %d cores: using %d", data.num_workers, workers, workers)
+            log.info("data.num_workers is %d, but this process may use only %d cores", data.num_workers, workers)
         if workers:
-            # the kernels of the spatial pass are compiled at their first use: once here, not in every worker
+            # the kernels of the spatial pass are compiled at first use: once here, not in every worker
             self.train_dataset[sampler.request(0, 0)]
         return PatchLoader(
             self.train_dataset,
@@ -202,14 +175,8 @@ class CellMapDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """One `CropVolume` a batch, each process its share."""
+        """Return batches of one `CropVolume`, each process its share."""
         return DataLoader(ValidationCrops(self.val_volumes, *self._place()), batch_size=1, collate_fn=list)
-
-
-def validation_shape(config: RunConfig) -> WindowShape:
-    """How a run's validation slides over crops."""
-    window, inference = config.inference.window or config.data.patch_size, config.inference
-    return WindowShape((window[0], window[1], window[2]), inference.overlap, inference.context, inference.block_size)
 
 
 def _has_cuda() -> bool:

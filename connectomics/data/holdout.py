@@ -1,20 +1,31 @@
-"""Which groups of crops are held out: a seeded local search for a balanced validation side."""
+"""What is held out for validation: whole groups of crops, or one end of a group that must be cut."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
+
+from connectomics.cellmap.catalog import Crop
+from connectomics.cellmap.classes import atoms_of
+from connectomics.geometry import Box, Triple, triple
+
+log = logging.getLogger(__name__)
 
 _LEAST_SHARE = 0.05  # that a group or crop may have of a whole, however many there are
 _STEPS = 1000
 
 
 def capped_shares(volumes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Shares (n,) of a whole by volume (n,) >= 0, of which none exceeds twice an even share or 5 %, the larger of both.
+    """Return shares (n,) of a whole by volume (n,) >= 0, none above twice an even share or 5 %, whichever is larger.
 
     A few crops annotated at coarse voxel sizes hold nearly all of the annotated volume of a collection; without a cap
-    they would be all that is drawn, or all that counts. What the largest lose is spread over the others by volume.
-    Volumes that are all 0 give shares of 0.
+    only they would be drawn, or count. What the largest lose is spread over the others by volume. Volumes that are all
+    0 give shares of 0.
     """
     values = np.asarray(volumes, np.float64)
     order = np.argsort(-values, kind="stable")
@@ -36,17 +47,17 @@ def capped_shares(volumes: NDArray[np.float64]) -> NDArray[np.float64]:
 def held_out_groups(
     known: NDArray[np.float64], present: NDArray[np.float64], share: float, rng: np.random.Generator
 ) -> list[int]:
-    """Numbers of the groups to hold out, ascending; empty if none can be spared.
+    """Return the numbers of the groups to hold out, ascending; empty if no group can be spared.
 
-    A group is never held out if it is the only one with some class. Among the others, the choice comes as close as
-    possible to ``share`` of the annotated volume and of the present volume of each class, both capped
-    (`capped_shares`), with every class on both sides where two groups have it, and with no more of the plain volume.
+    The only group with a class is never held out. Among the others, the choice comes as close as possible to ``share``
+    of the annotated volume and of the present volume of each class, both capped (`capped_shares`), with every class on
+    both sides if two groups have it, and with at most that share of the uncapped volume.
 
     Args:
         known: annotated volume of each group, (n,).
         present: present volume of each class in each group, (n, C).
         share: wanted share, above 0 and below 1.
-        rng: for the place where the search begins.
+        rng: chooses where the search starts.
     """
     having = (present > 0).sum(axis=0)
     spare = np.flatnonzero(~(present[:, having == 1] > 0).any(axis=1))
@@ -59,7 +70,7 @@ def held_out_groups(
     plain = known / (known.sum() or 1.0)
 
     def losses(sides: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Of choices (m, n): small where all shares are as wanted and no class is missing on a side."""
+        """The loss of each choice (m, n): small if all shares are as wanted and no class is missing on a side."""
         chosen = sides.astype(np.float64)
         off = (chosen @ shares - share) ** 2
         too_much = np.maximum(0.0, chosen @ plain - share) ** 2
@@ -92,7 +103,7 @@ def held_out_groups(
 
 
 def _moves(side: NDArray[np.bool_], spare: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """All choices (m, n) that differ by one group, or by one that comes for one that goes."""
+    """All choices (m, n) that differ by one group, or by one exchange of two groups."""
     single = np.repeat(side[None], len(spare), axis=0)
     single[np.arange(len(spare)), spare] ^= True
     out, into = np.flatnonzero(side), spare[~side[spare]]
@@ -101,3 +112,148 @@ def _moves(side: NDArray[np.bool_], spare: NDArray[np.intp]) -> NDArray[np.bool_
     pairs[rows, np.repeat(out, len(into))] = False
     pairs[rows, np.tile(into, len(out))] = True
     return np.concatenate([single, pairs])
+
+
+# -- cutting a group -------------------------------------------------------------------------------------------------
+_SLAB = 2**24  # label voxels read at once
+_ENOUGH = 2**18  # voxels of a label level that suffice to see where annotation lies
+_MOST_GAP = 0.25  # of the length that is cut
+
+
+@dataclass(frozen=True)
+class _Profile:
+    """One class in one crop along one axis: begin of each plane (nm), plane thickness (nm), and the annotated and
+    present volume of each plane (nm^3)."""
+
+    begin: NDArray[np.float64]
+    thickness: float
+    known: NDArray[np.float64]
+    present: NDArray[np.float64]
+
+
+def cut(
+    crops: Sequence[Crop], classes: Sequence[str], train_share: float, gap: Triple, rng: np.random.Generator
+) -> tuple[list[Crop], list[Crop]]:
+    """Cut crops that belong together across the longest axis of their annotation; return (training, validation).
+
+    The validation end holds about ``1 - train_share`` of what is annotated on both sides. It is the end that leaves
+    more classes with positives on both sides; ``rng`` decides a tie. Neither side uses the gap between them: the
+    largest of ``gap`` (nm) on any axis, since neighboring sections look alike, but at most a quarter of the axis.
+    Crops that reach across are on both sides, each with a region. If at most one plane is annotated, everything is for
+    training.
+    """
+    found = [profile for crop in crops for profile in _profiles(crop, classes)]
+    extents = [_extent([profiles[axis] for _, profiles in found]) for axis in range(3)]
+    axis = int(np.argmax([high - low for low, high in extents]))
+    low, high = extents[axis]
+    profiles = [(name, per_axis[axis]) for name, per_axis in found]
+    thickest = max((profile.thickness for _, profile in profiles), default=0.0)
+    width = max(min(max(gap), _MOST_GAP * (high - low)), thickest)
+    choices = []
+    for is_first in rng.permutation([True, False]):
+        faces = _best_faces(profiles, width, 1 - train_share, bool(is_first))
+        if faces is not None:
+            choices.append((_classes_on_both_sides(profiles, *faces), bool(is_first), faces))
+    if not choices:
+        return list(crops), []
+    _, is_first, (below, above) = max(choices, key=lambda choice: choice[0])
+    whole = reduce(Box.hull, [crop.box for crop in crops])
+    lower = _parts(crops, whole, axis, whole.begin[axis], below)
+    upper = _parts(crops, whole, axis, above, whole.end[axis])
+    log.info(
+        "%s: cut along %s, since whole crops cannot be held out: a gap of %.0f nm (half a patch is %.0f nm) lies "
+        "between training and validation",
+        ", ".join(crop.key for crop in crops), "zyx"[axis], above - below, max(gap),
+    )  # fmt: skip
+    return (upper, lower) if is_first else (lower, upper)
+
+
+def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Profile, _Profile, _Profile]]]:
+    """The profiles along z, y and x of each class that has an array, or whose atoms have one, in this crop."""
+    found = []
+    for class_name in classes:
+        names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
+        for name in names:
+            label = crop.labels[name]
+            levels = label.source.levels
+            number = max((n for n, level in enumerate(levels) if n == 0 or level.grid.size >= _ENOUGH), default=0)
+            full = levels[number].grid
+            grid = crop.within(full)
+            if not grid.size:
+                continue
+            first = full.index_range(grid.box)[0]
+            sums = [np.zeros((2, n)) for n in grid.shape]
+            depth = max(1, _SLAB // max(1, grid.shape[1] * grid.shape[2]))
+            for begin, block in grid.blocks((depth, grid.shape[1], grid.shape[2])):
+                stored = label.read_stored(np.add(first, begin), block.shape, number)
+                present, known = label.annotation.decode(stored)
+                for axis in range(3):
+                    others = tuple(a for a in range(3) if a != axis)
+                    at = slice(begin[axis], begin[axis] + block.shape[axis])
+                    sums[axis][:, at] += known.sum(others), present.sum(others)
+            volume = float(np.prod(grid.voxel_size))
+            z, y, x = (
+                _Profile(
+                    grid.box.begin[axis] + grid.voxel_size[axis] * np.arange(grid.shape[axis], dtype=np.float64),
+                    grid.voxel_size[axis],
+                    sums[axis][0] * volume,
+                    sums[axis][1] * volume,
+                )
+                for axis in range(3)
+            )
+            found.append((class_name, (z, y, x)))
+    return found
+
+
+def _extent(profiles: Sequence[_Profile]) -> tuple[float, float]:
+    """From the first annotated plane's face to the last one's, nm; (0, 0) where nothing is annotated."""
+    low = [p.begin[p.known > 0].min() for p in profiles if p.known.any()]
+    high = [p.begin[p.known > 0].max() + p.thickness for p in profiles if p.known.any()]
+    return (float(min(low)), float(max(high))) if low else (0.0, 0.0)
+
+
+def _best_faces(
+    profiles: Sequence[tuple[str, _Profile]], width: float, share: float, is_first: bool
+) -> tuple[float, float] | None:
+    """The faces of a gap of ``width`` nm for which the first (or last) side has nearest to ``share`` of what is
+    annotated on both; None if no gap leaves something on both sides."""
+    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
+    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    above = sum((p.known.sum() - _volume_below(p, p.known, faces + width) for _, p in profiles), np.zeros(len(faces)))
+    both = np.flatnonzero((below > 1e-9) & (above > 1e-9))
+    if not len(both):
+        return None
+    held = (below if is_first else above)[both] / (below + above)[both]
+    best = float(faces[both[int(np.argmin(np.abs(held - share)))]])
+    return best, best + width
+
+
+def _volume_below(profile: _Profile, volumes: NDArray[np.float64], faces: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The volume below each position; a plane that reaches across counts by its share."""
+    edges = np.append(profile.begin, profile.begin[-1] + profile.thickness)
+    return np.interp(faces, edges, np.append(0.0, np.cumsum(volumes)))
+
+
+def _classes_on_both_sides(profiles: Sequence[tuple[str, _Profile]], below: float, above: float) -> int:
+    """How many classes are present on both sides of a gap."""
+    sides: tuple[set[str], set[str]] = (set(), set())
+    for name, p in profiles:
+        lower, upper = _volume_below(p, p.present, np.array([below, above]))
+        if lower > 1e-9:
+            sides[0].add(name)
+        if p.present.sum() - upper > 1e-9:
+            sides[1].add(name)
+    return len(sides[0] & sides[1])
+
+
+def _parts(crops: Sequence[Crop], whole: Box, axis: int, begin: float, end: float) -> list[Crop]:
+    """The crops between two positions on an axis, each with its region (none where it lies between them wholly)."""
+    low, high = list(whole.begin), list(whole.end)
+    low[axis], high[axis] = begin, end
+    slab = Box(triple(low), triple(high))
+    found = []
+    for crop in crops:
+        region = crop.box.intersect(slab)
+        if not region.is_empty:
+            found.append(crop if region == crop.box else replace(crop, region=region))
+    return found

@@ -1,8 +1,8 @@
-"""Batches from worker processes: in a fixed order, resumable in mid-epoch, and with clear ends.
+"""Batches from worker processes: in a fixed order, resumable within an epoch, with clear errors.
 
-torch's `DataLoader` does the work. Added: a worker that is killed, and an error inside one, arrive as one clear error;
-Ctrl-C is for the main process alone; the state is how far the epoch has come; and nothing is drawn from the main
-process's random generator, so a resumed run's random numbers are those of an undisturbed one.
+This is torch's `DataLoader` with four additions: a killed worker and an error inside one arrive as one clear error;
+only the main process sees Ctrl-C; the state says how far the epoch has come; and nothing is drawn from the main
+process's random generator, so a resumed run gets the random numbers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import get_temp_dir
@@ -28,27 +28,27 @@ from torch.utils.data._utils import signal_handling
 from connectomics.data.sampling import PatchSampler
 from connectomics.errors import ConnectomicsError, unknown_name
 
-WORKER_STARTS = ("forkserver", "spawn", "fork")
+WORKER_STARTS = ("forkserver", "spawn")
 
-_PREFETCH = 2  # batches that each worker is ahead; what waits in shared memory is at most workers * this
+_PREFETCH = 2  # batches that each worker prepares ahead; shared memory holds at most workers * this
 _DESCRIPTORS = 2**16
-_SETTLE_S = 3.0  # an error can arrive before its cause: the end of a worker
+_SETTLE_S = 3.0  # an error can arrive before its cause, the end of a worker
 
 
 class WorkerError(ConnectomicsError, RuntimeError):
-    """A loader worker ended before its time: killed, out of memory, or crashed."""
+    """A loader worker was killed, ran out of memory, or crashed."""
 
 
 class PatchLoader(DataLoader[Any]):
-    """Batches of a data set in the order of a `PatchSampler`; the last, incomplete one of an epoch is dropped.
+    """Batches of a data set in the order of a `PatchSampler`; the last, incomplete batch of an epoch is dropped.
 
-    The sequence of batches is a function of the sampler alone: neither the number of workers nor how they start nor an
-    interruption changes it. `state_dict` says how far the epoch has come, in batches that were handed out; Lightning
-    keeps it in its checkpoints. After `load_state_dict` the next iteration begins at the very next batch.
+    The sequence of batches depends only on the sampler, not on the number of workers, how they start, or interruptions.
+    `state_dict` holds how many batches of the epoch were delivered; Lightning stores it in checkpoints. After
+    `load_state_dict` the next iteration begins at the next batch.
 
     Raises, while iterating:
         WorkerError: a worker was killed or crashed; noticed within about five seconds.
-        ConnectomicsError: what the data set raised, of its class, also in a worker.
+        ConnectomicsError: the data set raised it, also in a worker.
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class PatchLoader(DataLoader[Any]):
         pin_memory: bool = False,
     ) -> None:
         """``dataset[request]`` gives the sample of a `PatchRequest` and ``collate(samples)`` a batch: a mapping whose
-        values are tensors, or other things that are small. With workers both must pickle, unless ``start`` is fork.
-
-        Raises `UnknownNameError` where ``start`` is none of `WORKER_STARTS`.
+        values are tensors or small. With workers both must pickle. ``start`` is one of `WORKER_STARTS`.
         """
         if start not in WORKER_STARTS:
             raise unknown_name("way to start workers", start, WORKER_STARTS, "data.worker_start")
@@ -75,7 +73,7 @@ class PatchLoader(DataLoader[Any]):
             context = multiprocessing.get_context(start)
             _raise_descriptor_limit()
             if start == "forkserver":
-                # the server imports what all workers need, once; without effect where it runs already
+                # the server imports what all workers need, once; without effect if it is running already
                 modules = {type(dataset).__module__, collate.__module__, __name__} - {"__main__"}
                 context.set_forkserver_preload(sorted(modules))
         super().__init__(
@@ -90,21 +88,26 @@ class PatchLoader(DataLoader[Any]):
             multiprocessing_context=context,
             prefetch_factor=_PREFETCH if workers else None,
             worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # else each epoch would draw a number from the main process's generator
+            generator=torch.Generator(),  # otherwise each epoch draws from the main process's generator
         )
         self._patches = sampler
         self._epoch, self._done = sampler.epoch, 0
         self._start: tuple[int, int] | None = None
-        self._running: Any = None  # torch's iterator over the workers
+        self._running: _TorchWorkers | None = None
+
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process IDs of the running workers."""
+        return [] if self._running is None else [worker.pid or 0 for worker in self._running.processes]
 
     # -- state -------------------------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """``epoch`` and ``batches``, how many of it were handed out."""
+        """Return ``epoch`` and ``batches``, how many of it were delivered."""
         return {"epoch": self._epoch, "batches": self._done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on where ``state`` was taken, unless the sampler is set to another epoch before it
-        begins: an epoch that was ended early stays ended."""
+        """Let the next iteration continue where ``state`` was taken, unless the sampler is set to another epoch before:
+        an epoch that was ended early stays ended."""
         epoch, done = int(state["epoch"]), int(state["batches"])
         if done >= len(self):
             epoch, done = epoch + 1, 0
@@ -113,8 +116,8 @@ class PatchLoader(DataLoader[Any]):
 
     # -- iteration ---------------------------------------------------------------------------------------------------
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Batches from the sampler's epoch, as it is when the first one is asked for: the trainer says which it is
-        only after it asked for the iterator."""
+        """Yield batches of the sampler's epoch, which is read when the first one is requested: the trainer sets it only
+        after it has the iterator."""
         epoch = self._patches.epoch
         self._epoch, self._done = epoch, 0
         if self._start is not None and self._start[0] == epoch:
@@ -122,10 +125,12 @@ class PatchLoader(DataLoader[Any]):
             self._patches.start_at(epoch, self._done * int(self.batch_size or 1))
         self._start = None
         running = None
-        keep = False  # whether the workers have an epoch after this one
+        keep = False  # whether the workers are kept for the next epoch
         try:
-            batches = self._guarded(super().__iter__)
-            running = self._running
+            with nullcontext() if self._running or not self.num_workers else _blocked_interrupts():
+                batches = self._guarded(super().__iter__)
+            if self.num_workers:
+                running = self._running = self._running or _TorchWorkers(batches)
             while self._done < len(self):
                 batch = self._guarded(batches.__next__)
                 if isinstance(batch, _Failure):
@@ -134,61 +139,66 @@ class PatchLoader(DataLoader[Any]):
                 if self._done == len(self):
                     keep = self.persistent_workers
                     if not keep:
-                        self.stop(at_once=False)  # rather than after the validation that follows
+                        self.stop(at_once=False)  # now rather than after the validation that follows
                 yield batch
         except GeneratorExit:
             keep = self.persistent_workers
             raise
         finally:
-            if not keep and self._running is running:  # and not those of an iteration that began since
+            if not keep and self._running is running:  # not those of an iteration that began since
                 self.stop()
-
-    def _get_iterator(self) -> Any:
-        """torch's iterator, with its workers started so that Ctrl-C reaches the main process alone."""
-        if not self.num_workers:
-            return super()._get_iterator()
-        get_temp_dir()  # the workers' sockets go there, too: what a killed one leaves goes with this process
-        with _blocked_interrupts():
-            self._running = super()._get_iterator()
-        # torch raises the end of a worker from a signal handler, wherever this process happens to be (in the middle of
-        # a training step); without its list of workers it is found where batches are fetched, as on every other system
-        signal_handling._remove_worker_pids(id(self._running))
-        self._running._worker_pids_set = False
-        return self._running
 
     def _guarded(self, work: Callable[[], Any]) -> Any:
         """``work()``, with torch's errors about a worker that ended replaced by ours."""
         try:
             return work()
         except (RuntimeError, OSError, EOFError) as error:
-            if str(error).startswith("Caught "):  # raised by the data set, and handed over as it is
+            if str(error).startswith("Caught "):  # raised by the data set
                 raise
-            ended = _ended([] if self._running is None else self._running._workers)
+            ended = _ended([] if self._running is None else self._running.processes)
             if ended is None:
                 raise
             raise WorkerError(_reason(*ended)) from error
 
     def stop(self, at_once: bool = True) -> None:
         """End the workers, ``at_once`` without waiting for what they read; a later iteration starts new ones."""
-        running, self._running, self._iterator = self._running, None, None
-        if running is None:
-            return
-        for worker in running._workers if at_once else ():
+        running, self._running = self._running, None
+        self._iterator = None  # torch keeps persistent workers here
+        if running is not None:
+            running.stop(at_once)
+
+
+class _TorchWorkers:
+    """The workers of one of torch's iterators: the only place that uses private names of torch.
+
+    ``tests/data/test_loader.py`` fails if torch renames them.
+    """
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+        self.processes: list[BaseProcess] = list(iterator._workers)
+        # torch raises the end of a worker from a signal handler, anywhere in this process (within a training step).
+        # Without its list of workers it is found where batches are fetched, as on systems without that signal.
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+
+    def stop(self, at_once: bool) -> None:
+        for worker in self.processes if at_once else ():
             if worker.is_alive():
                 worker.terminate()
-        running._shutdown_workers()
+        self._iterator._shutdown_workers()
 
 
 # -- in the workers ----------------------------------------------------------------------------------------------------
 class _Failure:
-    """An error of the user's data on its way from a worker: torch would hand over its traceback as its message."""
+    """An error about the user's data on its way from a worker; torch would use its traceback as its message."""
 
     def __init__(self, error: ConnectomicsError) -> None:
         self.error = error
 
 
 class _Batches(Dataset[Any]):
-    """Whole batches of a data set; errors that the user can mend are handed over, not raised."""
+    """Whole batches of a data set; errors that the user can fix are returned, not raised."""
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
         self._dataset, self._collate = dataset, collate
@@ -197,7 +207,7 @@ class _Batches(Dataset[Any]):
         return self._dataset[index]
 
     def __getitems__(self, indices: Sequence[Any]) -> Any:
-        """The batch of some requests, or a `_Failure`."""
+        """Return the batch of some requests, or a `_Failure`."""
         in_worker = get_worker_info() is not None
         try:
             batch = self._collate([self._dataset[index] for index in indices])
@@ -215,8 +225,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _shared(batch: Any) -> Any:
-    """Put a batch's tensors into shared memory here: in the queue's thread, where torch would do it, an error (no
-    space in /dev/shm) would be printed, the batch lost, and the main process would wait for it for ever."""
+    """Move a batch's tensors into shared memory. torch does that in the queue's thread, where an error (no space in
+    /dev/shm) is only printed, the batch lost, and the main process waits forever."""
     for value in batch.values() if isinstance(batch, Mapping) else ():
         if isinstance(value, torch.Tensor):
             try:
@@ -229,18 +239,18 @@ def _shared(batch: Any) -> Any:
 def _begin_worker(number: int) -> None:
     """Set up a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends the workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends workers
     torch.set_num_threads(1)
-    # Tensors travel as descriptors of shared memory that has no name any more, so nothing stays in /dev/shm however a
-    # process ends. The other strategy, file_system, leaves names there when a worker and its torch_shm_manager are
-    # killed. Its advantage, no descriptor a tensor under way, counts little: there are few, and the limit is raised.
+    # Tensors travel as descriptors of unnamed shared memory, so nothing stays in /dev/shm however a process ends. The
+    # other strategy, file_system, leaves names there when a worker and its torch_shm_manager are killed; it needs no
+    # descriptor per tensor, but there are few of these, and the limit is raised.
     torch.multiprocessing.set_sharing_strategy("file_descriptor")
     _raise_descriptor_limit()
 
 
 def _end_with_parent() -> None:
-    """End this worker when the main process is gone, killed by whatever. torch's own watch looks at the parent, which
-    for forkserver is the server; and that one waits for its workers, so after a SIGKILL all would stay for ever."""
+    """End this worker when the main process is gone. torch watches the parent, which for forkserver is the server; the
+    server waits for its workers, so after a SIGKILL of the main process all would stay forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -248,7 +258,7 @@ def _end_with_parent() -> None:
 
 
 def _raise_descriptor_limit() -> None:
-    """Open files: some for each tensor under way; the usual limit of 1024 is far below what the system allows."""
+    """Raise the limit of open files: tensors in transit need some, and 1024 is far below what the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -264,8 +274,9 @@ _ADVICE = (
 
 @contextmanager
 def _blocked_interrupts() -> Iterator[None]:
-    """Start processes that never see SIGINT, not even before `_begin_worker`; this one gets it afterwards."""
-    resource_tracker.ensure_running()  # unblocks it when it starts
+    """Start processes that never see SIGINT, not even before `_begin_worker`; this process gets it afterwards."""
+    get_temp_dir()  # the workers' sockets go there too, so that this process removes what a killed worker leaves
+    resource_tracker.ensure_running()  # it unblocks SIGINT when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -274,7 +285,7 @@ def _blocked_interrupts() -> Iterator[None]:
 
 
 def _ended(workers: Sequence[BaseProcess]) -> tuple[int, int, int] | None:
-    """Number, exit code and count of the workers, of one that ended by itself; None where all are well."""
+    """Number and exit code of a worker that ended by itself, and the number of workers; None if all are running."""
     deadline = time.monotonic() + _SETTLE_S
     while workers:
         for number, worker in enumerate(workers):
@@ -287,7 +298,7 @@ def _ended(workers: Sequence[BaseProcess]) -> tuple[int, int, int] | None:
 
 
 def _reason(number: int, code: int, count: int) -> str:
-    """What to tell of a worker's end."""
+    """The message about a worker's end."""
     if code > 0:
         return (
             f"loader worker {number + 1} of {count} ended with status {code}; data.num_workers=0 shows what happens "
@@ -296,7 +307,7 @@ def _reason(number: int, code: int, count: int) -> str:
     name = signal.Signals(-code).name
     said = f"loader worker {number + 1} of {count} was ended by {name}"
     if -code == signal.SIGKILL:
-        return f"{said}, as the system does where memory runs out (dmesg says so): {_ADVICE}"
+        return f"{said}, as the system does when memory runs out (dmesg says so): {_ADVICE}"
     if -code == signal.SIGBUS:
         free = shutil.disk_usage("/dev/shm").free // 2**20 if os.path.isdir("/dev/shm") else 0
         return f"{said}: shared memory ran out ({free} MB free in /dev/shm; docker: --shm-size); {_ADVICE}"

@@ -1,11 +1,11 @@
-"""Which `Normalization` each data set of a run has: what ``data.intensity_range`` means.
+"""The `Normalization` of each data set of a run, from ``data.intensity_range``.
 
-For each data set, or for all of them: ``[low, high]``, the raw values that become 0 and 1; ``table``, the gray range
-of a data set of the challenge that the package lists; ``auto``, two percentiles of its raw; null: ``table`` if the data
-set is listed, else ``auto``. Mean and standard deviation of tissue are always measured.
+For each data set, or for all: ``[low, high]``, the raw values that become 0 and 1; ``table``, the gray range that the
+package lists for a data set of the challenge; ``auto``, two percentiles of its raw; null: ``table`` if the data set is
+listed, otherwise ``auto``. Mean and standard deviation of tissue are always measured.
 
-Training works this out once and keeps it with the model (``data.normalization`` of its configuration). Validation,
-prediction and resumed runs use what is kept.
+Training measures once and stores the result with the model (``data.normalization`` of its configuration). Validation,
+prediction and resumed runs use what is stored.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _LEAST_STD = 0.05  # of tissue, on the unit scale
 
 @dataclass(frozen=True)
 class Chosen:
-    """A normalization, and in words where it came from."""
+    """A normalization, and a description of its origin."""
 
     normalization: Normalization
     origin: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is kept in ``data.normalization``."""
+        """Return the entry for ``data.normalization``."""
         return {**self.normalization.to_dict(), "origin": self.origin}
 
     def __str__(self) -> str:
@@ -59,13 +59,13 @@ class Chosen:
 
 @cache
 def table() -> Mapping[str, tuple[float, float]]:
-    """The gray range of each data set of the challenge that has one."""
+    """Return the gray range of each data set of the challenge that has one."""
     text = resources.files("connectomics.cellmap").joinpath("tables/intensity_ranges.csv").read_text(encoding="utf-8")
     return {row["dataset"]: (float(row["low"]), float(row["high"])) for row in csv.DictReader(text.splitlines())}
 
 
 def kept(config: RunConfig, dataset: str, spec: Any) -> Chosen | None:
-    """What a configuration keeps for a data set; None if it does not know it, or if ``spec`` is another pair."""
+    """Return what a configuration stores for a data set; None if it has no entry, or if ``spec`` is another pair."""
     entry = config.data.normalization.get(dataset, config.data.normalization.get(ALL))
     if entry is None:
         return None
@@ -77,13 +77,13 @@ def kept(config: RunConfig, dataset: str, spec: Any) -> Chosen | None:
 
 
 def before_it_was_kept(config: RunConfig) -> dict[str, Any]:
-    """``data.normalization`` of a model that was trained when nothing was centered."""
+    """Return ``data.normalization`` for a model that was trained without centering."""
     pair = pair_of(config.data.intensity_range) or (0.0, 255.0)
     return {ALL: Chosen(Normalization(*pair), "the model, which was trained without centering").to_dict()}
 
 
 def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
-    """The normalization of each data set of a training run: kept in the configuration, or measured in these crops."""
+    """Return the normalization of each data set of a training run: as stored, or measured in these crops."""
     spec, boxes, sources = config.data.intensity_range, dict[str, list[Box]](), dict[str, Multiscale]()
     check_intensity_range(spec)
     for crop in crops:
@@ -102,12 +102,12 @@ def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
 def for_prediction(
     config: RunConfig, trained: Sequence[RunConfig], dataset: str, raw: str, boxes: Sequence[Box]
 ) -> Normalization:
-    """How raw of a data set becomes the input of networks: as in their training if they know the data set, else by
-    ``data.intensity_range``. One line of the log says which, and where it came from.
+    """Return the normalization for a prediction: as in training if the networks know the data set, otherwise by
+    ``data.intensity_range``. Logs which one, and its origin.
 
     Args:
         config: of the prediction. trained: of each network. raw: location of the data set's raw.
-        boxes: what is predicted, nm: measured if too little of the whole volume is stored.
+        boxes: predicted boxes, nm; measured if too little of the whole volume is stored.
 
     Raises:
         InputError: networks that know the data set were trained with different normalizations of it.
@@ -135,12 +135,12 @@ def for_prediction(
 
 
 def with_normalization(config: RunConfig, entries: Mapping[str, Any]) -> RunConfig:
-    """The configuration with more entries of ``data.normalization``."""
+    """Return the configuration with more entries of ``data.normalization``."""
     return replace(config, data=replace(config.data, normalization={**config.data.normalization, **entries}))
 
 
 def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequence[Box]], voxel_size: Triple) -> Chosen:
-    """The normalization of a data set by ``data.intensity_range``; measured where anything is to be measured.
+    """Return the normalization of a data set by ``data.intensity_range``, measured where necessary.
 
     Args:
         spec: see the module. source: the data set's raw.

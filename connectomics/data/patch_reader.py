@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,67 +16,62 @@ from connectomics.data.sampling import PatchRequest, place_known, place_patch, t
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
 
-_SEED = 2**63 - 1
 
+class PatchShape(NamedTuple):
+    """One input of the network: voxel size (nm) and shape (voxels), z y x."""
 
-@dataclass(frozen=True)
-class PatchShape:
-    """A view of a place: voxels (z y x) of a voxel size (nm)."""
-
-    voxels: Index
     voxel_size: Triple
+    voxels: Index
 
 
 def context_needed(crop: Sequence[int], patch: Sequence[int], reach: Sequence[float], scale: Sequence[float]) -> Index:
-    """Voxels of raw around a crop that patches can look at.
+    """Return how many voxels of raw around a crop an input can look at.
 
     Args:
-        crop: the crop's shape in voxels of the run. patch: the patch's, which decides where its middle can lie.
-        reach: how far from its middle a view looks, in voxels of the view. scale: voxels of the view in one of the run.
+        crop: the crop's shape in voxels of the run. patch: the patch shape, which decides where its center can lie.
+        reach: how far from its center an input looks, in voxels of the input.
+        scale: voxels of the input per voxel of the run.
     """
     needed = []
     for n, p, r, s in zip(crop, patch, reach, scale, strict=True):
-        nearest = (p / 2 - tilings(n, p)[2]) * s  # of a patch's middle to the crop's face; negative: outside
-        needed.append(max(0, math.ceil(r - nearest)) + 1)  # one more for the neighbour that interpolation looks at
+        nearest = (p / 2 - tilings(n, p)[2]) * s  # from a patch's center to the crop's face; negative: outside
+        needed.append(max(0, math.ceil(r - nearest)) + 1)  # one more for the neighbor that interpolation looks at
     return needed[0], needed[1], needed[2]
 
 
 class PatchReader:
-    """Reads patches of some crops: the run's view with labels, and further views of the same places.
+    """Reads patches of some crops: the main input with labels, and further inputs at the same places.
 
-    Where objects are told apart, the codes of a crop say state and object in one number, so that the one spatial pass
-    moves both; they are taken apart afterwards.
+    With object IDs, the codes of a crop stand for state and object together, so that one spatial pass moves both; they
+    are split afterwards.
     """
 
     def __init__(
         self,
         volumes: Sequence[CropVolume],
         shape: PatchShape,
-        views: Sequence[tuple[PatchShape, Sequence[CropVolume]]] = (),
+        inputs: Sequence[tuple[PatchShape, Sequence[CropVolume]]] = (),
         augmentor: PatchAugmentor | None = None,
         min_known: float = 0.0,
     ) -> None:
-        """``volumes``: the crops at the run's voxel size. ``views``: for each further view the same crops at its own.
-        ``min_known``: least share of a patch's voxels at which something is known, where a crop allows it."""
+        """``volumes``: the crops at the run's voxel size. ``inputs``: each further input with the same crops at its
+        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it."""
         self.volumes = list(volumes)
         self.shape = shape
-        self.views = [(view, list(at)) for view, at in views]
+        self.inputs = [(given, list(at)) for given, at in inputs]
         self.augmentor = augmentor
         self.min_known = min_known
 
     def read(self, request: PatchRequest) -> PackedPatch:
-        """The patch of a request: a function of the request alone."""
+        """Return the patch of a request: a function of the request alone."""
         volume = self.volumes[request.index]
-        rng = np.random.default_rng(request.seed)
-        grid = self._place(volume, request, rng)
-        spatial = None if self.augmentor is None else self.augmentor.spatial
-        moved = CoordinateMap.identity() if spatial is None else spatial.draw(rng)
-        middle = np.asarray(grid.box.center)
-        image, codes, arrays = _sample(volume, middle, moved, self.shape.voxels)
+        grid, moved, rng = self.draw(request)
+        center = np.asarray(grid.box.center)
+        image, codes, arrays = _sample(volume, center, moved, self.shape.voxels)
         images = [image[None]]
-        for view, at in self.views:
-            ratio = np.divide(view.voxel_size, self.shape.voxel_size)
-            images.append(_sample(at[request.index], middle, moved.scaled(ratio), view.voxels)[0][None])
+        for given, at in self.inputs:
+            ratio = np.divide(given.voxel_size, self.shape.voxel_size)
+            images.append(_sample(at[request.index], center, moved.scaled(ratio), given.voxels)[0][None])
         states, ids = arrays.states, None
         if states.instances:
             codes, ids = states.split(codes)
@@ -87,7 +82,7 @@ class PatchReader:
             states=states,
             grid=grid,
             crop=request.index,
-            seed=int(rng.integers(_SEED)),
+            seed=int(rng.integers(2**63 - 1)),
             drawn_by=request.drawn_by,
             normalization=volume.normalized,
             augmentation=moved.parameters,
@@ -96,33 +91,33 @@ class PatchReader:
         )
         return patch if self.augmentor is None else self.augmentor.finish(patch, int(rng.integers(2**31)))
 
-    def _place(self, volume: CropVolume, request: PatchRequest, rng: np.random.Generator) -> VoxelGrid:
-        """Where the patch is: as the sampler has it, and shifted inside the raw."""
-
-        def inside(grid: VoxelGrid) -> VoxelGrid:
-            begin = volume.grid.index_range(grid.box)[0]
-            return volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)
-
+    def draw(self, request: PatchRequest) -> tuple[VoxelGrid, CoordinateMap, np.random.Generator]:
+        """Return where the patch of a request is, its spatial augmentation, and its random stream after both."""
+        volume, rng = self.volumes[request.index], np.random.default_rng(request.seed)
         if self.min_known <= 0:
-            return inside(place_patch(volume.grid, self.shape.voxels, request.point, rng))
+            grid = place_patch(volume.grid, self.shape.voxels, request.point, rng)
+        else:
 
-        def known_share(grid: VoxelGrid) -> float:
-            codes = volume.label_codes(grid)
-            known = codes.states.known.any(axis=1)
-            return float(np.take(known, codes.codes).mean())
+            def known_share(grid: VoxelGrid) -> float:
+                codes = volume.label_codes(grid)
+                return float(np.take(codes.states.known.any(axis=1), codes.codes).mean())
 
-        return inside(place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known))
+            grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
+        begin = volume.grid.index_range(grid.box)[0]
+        grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
+        spatial = None if self.augmentor is None else self.augmentor.spatial
+        return grid, CoordinateMap.identity() if spatial is None else spatial.draw(rng), rng
 
 
 def _sample(
-    volume: CropVolume, middle: NDArray[np.float64], moved: CoordinateMap, shape: Index
+    volume: CropVolume, center: NDArray[np.float64], moved: CoordinateMap, shape: Index
 ) -> tuple[NDArray[np.float32], NDArray[np.unsignedinteger], CropArrays]:
-    """Image and codes of a view of ``shape`` voxels about ``middle`` (nm), and what they were sampled from."""
-    center = volume.grid.to_index(middle)
+    """Image and codes of an input of ``shape`` voxels about ``center`` (nm), and what they were sampled from."""
+    middle = volume.grid.to_index(center)
     low, high = moved.bounds(shape)
-    # one more voxel to either side: interpolation looks at the next, and positions are rounded
-    begin = np.floor(center + low).astype(int) - 1
-    end = np.ceil(center + high).astype(int) + 2
+    # one more voxel on either side: interpolation looks at the next, and positions are rounded
+    begin = np.floor(middle + low).astype(int) - 1
+    end = np.ceil(middle + high).astype(int) + 2
     arrays = volume.arrays(tuple(begin.tolist()), tuple(end.tolist()))
-    image, codes = sample(arrays, center, moved, shape)
+    image, codes = sample(arrays, middle, moved, shape)
     return image, codes, arrays

@@ -1,7 +1,8 @@
-"""A patch as it travels from a loader worker to the device, and batches of them.
+"""A patch as it travels from a loader worker to the device, and batches of patches.
 
-Labels travel packed: one small code a voxel and a table of what the codes mean, a byte or two a voxel however many
-classes there are. They are unpacked on the device, class by class, where the loss needs them (`models.batch_labels`).
+Labels travel packed: one small code per voxel, and a table of what the codes mean. That takes one or two bytes per
+voxel for any number of classes. The device unpacks them class by class where the loss needs them
+(`connectomics.models.batch_labels`).
 """
 
 from __future__ import annotations
@@ -25,19 +26,18 @@ class PackedPatch:
     """One training patch.
 
     Attributes:
-        images: float32 (1, D, H, W) on the unit scale, 0 to 1, first the run's own view, then those of
-            ``data.inputs``.
-        codes: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 is "nothing is known".
+        images: float32 (1, D, H, W) on the unit scale, 0 to 1: the main input, then those of ``data.inputs``.
+        codes: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 means that nothing is known.
         states: what the codes mean.
         grid: where the patch was before augmentation, nm.
         crop: number of the crop in its data set.
-        seed: of what is still random about it (augmentation on the device).
-        drawn_by: what the sampler drew it for. augmentation: what was done to it in space, for people.
-        normalization: of the raw that it was read from; the images are centered after augmentation.
-        instances: classes whose objects are told apart.
-        ids: int32 (I, D, H, W), for each of ``instances`` the object that a voxel belongs to: 1 to 2^24, 0 where the
-            class is known absent, -1 where it is unknown or nobody said which object it is. Ids tell the objects of one
-            class in one patch apart and mean nothing beyond that. None where there are no ``instances``.
+        seed: random seed for augmentation on the device.
+        drawn_by: what the sampler drew it for. augmentation: the spatial augmentation, for display.
+        normalization: of the raw volume; images are centered after augmentation.
+        instances: classes with object IDs.
+        ids: int32 (I, D, H, W), for each of ``instances`` the object at a voxel: 1 to 2^24, 0 where the class is known
+            to be absent, -1 where the class or the object is unknown. IDs are only valid within one class and one
+            patch. None without ``instances``.
     """
 
     images: tuple[NDArray[np.float32], ...]
@@ -53,39 +53,34 @@ class PackedPatch:
     ids: NDArray[np.int32] | None = None
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
-        """``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 0/1 and ``known`` bool, in
-        the order of ``classes``; further views as ``image_1``, ``image_2``...; ``ids`` (I, D, H, W) int32 if there are
-        any."""
+        """Return ``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 0/1 and ``known``
+        bool in the order of ``classes``, further inputs as ``image_1``, ``image_2``..., and ``ids`` if any."""
         label, known = self.states.dense(self.codes, classes)
         objects = {} if self.ids is None else {"ids": self.ids}
         return {**_named(self.images), "label": label, "known": known, **objects}
 
 
 def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
-    """A batch of patches.
+    """Return a batch of patches.
 
     Returns:
-        ``image`` (B, 1, D, H, W) float32 on the unit scale, and ``image_1``... for further views; ``mean`` and ``std``
-        (B,) float32, with which `centered` makes the network's input of them; ``codes`` (B, D, H, W) uint8, int16 or
-        int32; ``present`` and ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code
-        k of sample b; ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 where patches have them.
+        ``image`` (B, 1, D, H, W) float32 on the unit scale, and ``image_1``... for further inputs; ``mean`` and ``std``
+        (B,) float32, used by `centered`; ``codes`` (B, D, H, W) uint8, int16 or int32; ``present`` and
+        ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code k of sample b;
+        ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 if patches have them.
     """
     if not patches:
         raise InputError("a batch needs at least one patch")
-    batch = {
-        name: torch.from_numpy(np.stack([_named(p.images)[name] for p in patches]))
-        for name in _named(patches[0].images)
-    }
+    named = [_named(patch.images) for patch in patches]
+    batch = {name: torch.from_numpy(np.stack([images[name] for images in named])) for name in named[0]}
     n_states = max(len(p.states) for p in patches)
-    # torch indexes and moves signed integers; uint8 it has as well
+    # torch indexes signed integers and uint8 only
     kind = np.uint8 if n_states <= 256 else np.int16 if n_states <= 2**15 else np.int32
     codes = np.empty((len(patches), *patches[0].codes.shape), kind)
     tables = np.zeros((2, len(patches), len(patches[0].states.classes), n_states), bool)
     for number, patch in enumerate(patches):
         codes[number] = patch.codes
-        present, known = patch.states.tables()
-        tables[0, number, :, : len(patch.states)] = present
-        tables[1, number, :, : len(patch.states)] = known
+        tables[:, number, :, : len(patch.states)] = patch.states.tables()
     batch["codes"] = torch.from_numpy(codes)
     batch["present"], batch["known_states"] = torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
     ids = [p.ids for p in patches if p.ids is not None]
@@ -93,15 +88,15 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
         batch["ids"] = torch.from_numpy(np.stack(ids))
     for name in ("mean", "std"):
         batch[name] = torch.tensor([getattr(p.normalization, name) for p in patches], dtype=torch.float32)
-    batch["seed"] = torch.tensor([p.seed for p in patches], dtype=torch.int64)
-    batch["crop"] = torch.tensor([p.crop for p in patches], dtype=torch.int64)
+    for name in ("seed", "crop"):
+        batch[name] = torch.tensor([getattr(p, name) for p in patches], dtype=torch.int64)
     return batch
 
 
 def centered(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A batch of `collate` with its images centered, as `Normalization.centered` does it; without ``mean`` and ``std``.
+    """Return a batch of `collate` with centered images (see `Normalization.centered`) and without ``mean`` and ``std``.
 
-    A batch without these is as the network gets it already.
+    A batch that has no ``mean`` and ``std`` is centered already.
     """
     changed = {name: value for name, value in batch.items() if name not in ("mean", "std")}
     if {"mean", "std"} <= batch.keys():
@@ -112,10 +107,10 @@ def centered(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return changed
 
 
-def view_names(n_views: int) -> list[str]:
-    """Names of further views in samples and batches: ``image_1``, ``image_2``..."""
-    return [f"image_{n}" for n in range(1, n_views + 1)]
+def input_names(n_inputs: int) -> list[str]:
+    """Return the names of further inputs in samples and batches: ``image_1``, ``image_2``..."""
+    return [f"image_{n}" for n in range(1, n_inputs + 1)]
 
 
 def _named(images: Sequence[NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return dict(zip(("image", *view_names(len(images) - 1)), images, strict=True))
+    return dict(zip(("image", *input_names(len(images) - 1)), images, strict=True))

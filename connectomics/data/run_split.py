@@ -1,4 +1,4 @@
-"""The two sides of a run: which crops it may use, how they are split, and what is wrong with that."""
+"""The training and validation crops of a run: which crops it may use, how they are split, and checks of the split."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _BLOCK = (64, 64, 64)
 def run_split(
     config: RunConfig, crops: Sequence[Crop], file: Path | None, counter: LabelCounter
 ) -> tuple[Split, list[Crop], list[Crop]]:
-    """The split of a run, read from ``file`` if it exists, else made; and its training and validation crops.
+    """Return the split of a run, read from ``file`` if it exists, with its training and validation crops.
 
-    Warns about labels that are left out, classes without positives on a side, and crops that lie very near each other.
+    Warns about labels that are left out, classes without positives on a side, and crops close to each other.
 
     Raises:
         ConfigError: the split file cannot be read, or a validation crop overlaps a training crop.
-        InputError: there is nothing to train on, or nothing to learn (see `connectomics.data.contents.check_states`).
+        InputError: there is nothing to train on or to learn (see `connectomics.data.contents.check_states`).
     """
     dataset = config.dataset
     classes = dataset.classes
@@ -66,13 +66,13 @@ def run_split(
 
 
 def half_patch(config: RunConfig) -> Triple:
-    """Half a patch in nm (z, y, x): the least distance between training and validation."""
+    """Return half a patch in nm (z, y, x): the smallest distance between training and validation."""
     patch, size = config.data.patch_size, config.dataset.voxel_size
     return triple([p / 2 * s for p, s in zip(patch, size, strict=True)])
 
 
 def check_known(volumes: Sequence[CropVolume]) -> None:
-    """Raise `InputError` if no voxel of any crop is known at the run's voxel size; reads until it finds one."""
+    """Raise `InputError` if no voxel of any crop is known at the run's voxel size; stops at the first known one."""
     for volume in volumes:
         counts = volume.counts
         if counts is not None:
@@ -116,8 +116,7 @@ def _without_positives(contents: Sequence[Content], classes: Sequence[str]) -> l
 
 # -- labels that are too coarse ----------------------------------------------------------------------------------------
 def _fine_labels(crop: Crop, config: RunConfig) -> Crop | None:
-    """The crop without labels that are too coarse for the run; None if nothing is left that says anything of its
-    classes."""
+    """The crop without labels that are too coarse for the run; None if no class of the run is left."""
     if config.dataset.coarse_labels:
         return crop
     _ = crop.box  # opens all arrays at once, several at a time on S3
@@ -128,8 +127,7 @@ def _fine_labels(crop: Crop, config: RunConfig) -> Crop | None:
 
 
 def _is_coarse(crop: Crop, label: LabelArray, config: RunConfig) -> bool:
-    """Whether labels have more than twice the run's voxel size on some axis, and more than the raw has: annotation as
-    fine as the raw is as fine as it can be."""
+    """Whether labels have more than twice the run's voxel size on some axis, and more than the raw's."""
     limits = [_COARSEST * size * (1 + 1e-6) for size in config.dataset.voxel_size]
     sizes = label.grid.voxel_size
     if all(size <= limit for size, limit in zip(sizes, limits, strict=True)):
@@ -152,4 +150,4 @@ def _say_what_is_coarse(crops: Sequence[Crop], usable: Sequence[Crop], config: R
     if not usable:
         raise InputError(f"{what}: nothing is left; set dataset.coarse_labels=true, or a coarser dataset.voxel_size")
     names = f" ({', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''})" if gone else ""
-    log.warning("%s%s; dataset.coarse_labels=true takes them", what, names)
+    log.warning("%s%s; dataset.coarse_labels=true uses them", what, names)

@@ -1,4 +1,4 @@
-"""Where patches are taken: a mixture of strategies, reproducible from the seed alone."""
+"""Where patches are drawn: a mixture of strategies, reproducible from the seed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ _BLOCK = 256  # positions whose random numbers are drawn together
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """One patch to read: of which crop, through which point, with which random stream.
+    """One patch to read: its crop, a point it contains, and its random stream.
 
     Attributes:
-        index: of the crop's volume in the data set.
-        point: a world position (nm, z y x) that the patch must hold, or None for a uniform place in the crop.
-        seed: of everything random about this patch: its exact place and its augmentation.
-        drawn_by: what it was drawn for: ``class mito``, ``dataset``, ``volume`` or ``uniform``; empty where no sampler
-            drew it.
+        index: index of the crop's volume in the data set.
+        point: a world position (nm, z y x) that the patch must contain, or None for a uniform place in the crop.
+        seed: random seed of the patch: its exact place and its augmentation.
+        drawn_by: ``class mito``, ``dataset``, ``volume`` or ``uniform``; empty if no sampler drew it.
     """
 
     index: int
@@ -50,13 +49,13 @@ class PatchRequest:
 
 @dataclass(frozen=True)
 class SampledCrop:
-    """What a sampler knows of a crop.
+    """What a sampler needs of a crop.
 
     Attributes:
         dataset: the data set's name.
         volume: its size, in any unit (nm^3, voxels) that all crops share; > 0. Drawing by volume caps it (see
             `connectomics.data.holdout.capped_shares`).
-        points: class -> world positions (n, 3), nm, where the class is present; empty or absent where it is not.
+        points: class -> world positions (n, 3), nm, where the class is present; empty or no key if it is not.
     """
 
     dataset: str
@@ -66,10 +65,10 @@ class SampledCrop:
 
 # -- where a class is --------------------------------------------------------------------------------------------------
 class Reservoir:
-    """A uniform random choice without replacement from items that come in pieces, in bounded memory.
+    """A uniform random choice without replacement from a stream of items, in bounded memory.
 
-    Every item gets a random priority, and the smallest stay (Efraimidis and Spirakis 2006): the choice does not depend
-    on how the items were cut into pieces, only on their order and the random stream.
+    Every item gets a random priority, and the smallest stay (Efraimidis and Spirakis 2006): the choice depends on the
+    order of items and the random stream, not on the pieces in which they arrive.
     """
 
     def __init__(self, count: int, rng: np.random.Generator) -> None:
@@ -82,7 +81,7 @@ class Reservoir:
 
     @property
     def items(self) -> NDArray[np.float64]:
-        """What was chosen, (n, 3), in random order."""
+        """The chosen items, (n, 3), in random order."""
         return self._items[np.argsort(self._priorities)]
 
     def add(self, n: int, items: Callable[[NDArray[np.intp]], NDArray[np.float64]], weight: float = 1.0) -> None:
@@ -101,10 +100,10 @@ class Reservoir:
 
 
 def foreground_points(crop: Crop, class_name: str, seed: int) -> NDArray[np.float64]:
-    """World positions (n, 3), nm, of voxels where a class is present: at most a few thousand, uniform over its volume.
+    """Return world positions (n, 3), nm, of voxels where a class is present: at most 2048, uniform over its volume.
 
-    Read from the coarsest level of the class's array (of its atoms' arrays where it has none), and from the finest one
-    where the coarsest has lost everything. Empty where the class is not there.
+    Reads the coarsest level of the class's array (of its atoms' arrays if it has none), or the finest level if the
+    class is lost in the coarsest. Empty if the class is not present.
     """
     names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
     kept = Reservoir(_POINTS, np.random.default_rng([seed, *class_name.encode()]))
@@ -146,11 +145,10 @@ def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[n
 def tilings(n: int, patch: int) -> tuple[int, int, int]:
     """How patches of ``patch`` voxels tile an axis of ``n`` voxels: ``(tiles, least, most)``.
 
-    The tiles follow each other without gap or overlap and together hold the whole axis; the first begins ``least`` to
-    ``most`` voxels before it. So every voxel lies in exactly one tile of each tiling, and a tile drawn at random sees
-    every voxel equally often, those at the faces as those in the middle. Each tile shares at least a quarter of itself
-    with the axis (all of the axis if it is shorter than a patch). If the tiles would fit the axis nearly exactly, one
-    more is taken, so that there are many places to choose from.
+    The tiles are adjacent and cover the whole axis; the first begins ``least`` to ``most`` voxels before it. So every
+    voxel lies in exactly one tile of each tiling, and random tiles see voxels at the faces as often as those in the
+    center. Each tile shares at least a quarter of itself with the axis (the whole axis if it is shorter than a patch).
+    If the tiles would fit the axis nearly exactly, one more is used, so that there are many places to choose from.
     """
     if n <= patch:
         return 1, 0, patch - n
@@ -163,13 +161,12 @@ def tilings(n: int, patch: int) -> tuple[int, int, int]:
 
 
 def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, rng: np.random.Generator) -> VoxelGrid:
-    """The grid of a patch of ``shape`` voxels on a crop's lattice: a random tile of a random tiling (see `tilings`).
+    """Return the grid of a patch of ``shape`` voxels on a crop's lattice: a random tile of a random tiling.
 
-    Patches reach beyond the crop, where raw is read and labels are unknown, and every voxel of the crop is seen about
-    equally often. A quarter of the tilings, on each axis, is moved together inside the crop instead: such patches
-    hold more labels, and the voxels where two of them overlap are seen by 1.25 times as many patches as others
-    (1.25^3 = 1.95 in the corner of three overlaps). On an axis where the crop is smaller than the patch, the patch
-    holds the whole crop. With a ``point`` (nm), a tile that holds the point, so that it is not always in the middle.
+    Patches reach beyond the crop, where raw is read and labels are unknown, and see every voxel of the crop equally
+    often. On each axis, a quarter of the tilings is moved inside the crop: these patches hold more labels, and voxels
+    where two of them overlap are seen 1.25 times as often as others (1.25^3 = 1.95 in a corner of three overlaps). If
+    the crop is smaller than the patch, the patch holds the whole crop. With a ``point`` (nm), a tile that contains it.
     """
     begin = []
     index = None if point is None else np.floor(lattice.to_index(point) + 0.5).astype(int)
@@ -187,7 +184,7 @@ def place_patch(lattice: VoxelGrid, shape: Sequence[int], point: Triple | None, 
 
 
 def _inside(lattice: VoxelGrid, patch: VoxelGrid) -> VoxelGrid:
-    """A patch shifted inside the crop, or, where the crop is smaller, so that it holds the crop."""
+    """A patch shifted inside the crop, or so that it holds the crop if that is smaller."""
     begin = np.round(lattice.to_index(patch.translation)).astype(int)
     spare = np.subtract(lattice.shape, patch.shape)
     return lattice.crop(np.clip(begin, np.minimum(0, spare), np.maximum(0, spare)).tolist(), patch.shape)
@@ -202,15 +199,15 @@ def place_known(
     least: float,
     tries: int = 8,
 ) -> VoxelGrid:
-    """As `place_patch`, with a guaranteed share of known voxels where the crop has such a place.
+    """Return a grid of `place_patch` with at least a share of known voxels, if the crop has such a place.
 
-    Up to ``tries`` places are drawn, the later half shifted inside the crop; the first of which ``known_share`` is at
-    least ``least`` is taken, else the best of them. A crop smaller than the patch cannot fill it, so there the share is
-    measured against the largest that the crop's size allows.
+    Draws up to ``tries`` places, the later half shifted inside the crop, and returns the first with ``known_share`` of
+    at least ``least``, or the best. For a crop smaller than the patch, ``least`` is relative to the largest possible
+    share.
 
     Args:
         known_share: share (0 to 1) of a grid's voxels at which something is known.
-        least: 0 to 1; 0 draws one place and asks for nothing.
+        least: 0 to 1; 0 accepts the first place.
     """
     if least <= 0:
         return place_patch(lattice, shape, point, rng)
@@ -234,10 +231,10 @@ def place_known(
 def check_sampling(
     sampling: Mapping[str, float], class_weights: Mapping[str, float], classes: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The weight of every strategy and of every class: `DEFAULT_SAMPLING` where none is given, and 1 a class.
+    """Return the weight of every strategy (default `DEFAULT_SAMPLING`) and of every class (default 1).
 
     Raises:
-        UnknownNameError: a strategy or a class that is not there. ConfigError: a weight that is no number >= 0.
+        UnknownNameError: an unknown strategy or class. ConfigError: a weight that is not a number >= 0.
     """
     for name in sampling:
         if name not in STRATEGIES:
@@ -268,15 +265,14 @@ class _Wheel:
 
 
 class PatchSampler:
-    """Yields the `PatchRequest`s of an epoch: a function of (seed, epoch, position in the epoch) and of nothing else.
+    """Yields the `PatchRequest`s of an epoch, which depend only on (seed, epoch, position in the epoch).
 
     Each is drawn by one of four strategies, mixed by ``sampling``:
 
     - ``class``: a class by its weight among those that are present anywhere, then a crop evenly among those that have
-      it, so that a large crop does not drown the others, then one of its positions evenly;
+      it, so that a large crop does not dominate, then one of its positions evenly;
     - ``dataset``: a data set evenly, then a crop of it by volume, then a uniform place;
-    - ``volume``: a crop by volume, but none more often than twice its even share or 5 % of the draws, whichever is
-      larger, then a uniform place;
+    - ``volume``: a crop by capped volume (`connectomics.data.holdout.capped_shares`), then a uniform place;
     - ``uniform``: a crop evenly, then a uniform place.
 
     Strategies and classes are drawn stratified: of 256 successive requests from a multiple of 256 on, each has its
@@ -335,12 +331,12 @@ class PatchSampler:
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the trainer before each epoch."""
+        """Set the epoch; the trainer calls it before each epoch."""
         self._epoch = epoch
 
     def start_at(self, epoch: int, position: int) -> None:
-        """Let the next iteration, if it is of ``epoch``, begin at this process's request number ``position``; all
-        later ones are whole. The epoch to come becomes ``epoch`` until `set_epoch` says otherwise."""
+        """Let the next iteration, if it is of ``epoch``, begin at this process's request number ``position``. Sets the
+        epoch to ``epoch``."""
         self._epoch = epoch
         self._start = (epoch, position)
 
@@ -355,7 +351,7 @@ class PatchSampler:
         return (self.request(epoch, n * self._world + self._rank) for n in range(first, len(self)))
 
     def request(self, epoch: int, position: int) -> PatchRequest:
-        """The request at one position of one epoch, of all processes together."""
+        """Return the request at one position of one epoch, of all processes together."""
         what, first, second = self._numbers(epoch, position)
         outcome = self._outcome(what)
         label = self._labels[outcome]
@@ -372,7 +368,7 @@ class PatchSampler:
         return PatchRequest(int(first * len(self._points)), None, seed, label)
 
     def _numbers(self, epoch: int, position: int) -> list[float]:
-        """Three numbers in [0, 1) of a position; drawn a block at a time, a generator costs as much as many draws."""
+        """Three numbers in [0, 1) of a position, drawn in blocks: a generator costs as much as many draws."""
         number, row = divmod(position, _BLOCK)
         if self._block is None or self._block[:2] != (epoch, number):
             rng = np.random.default_rng((self._seed, epoch, number))

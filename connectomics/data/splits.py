@@ -1,8 +1,8 @@
-"""Which crops are trained on and which are held out: decided once, written to a file that a person can edit.
+"""Which crops are for training and which are held out: decided once, written to a file that a person can edit.
 
-What must stay on one side of a split are crops that overlap, or that lie nearer to each other than half a patch: the
-same tissue would be trained on and validated. They form a group (`groups_of`). Groups are held out whole; only if none
-can be spared are they cut in two (`connectomics.data.cutting`), so an entry of a split is a crop or a region of one.
+Crops that overlap, or lie nearer than half a patch, must stay on one side of a split: otherwise the same tissue is used
+for training and validation. They form a group (`groups_of`). Groups are held out whole; if none can be spared, they are
+cut in two (`connectomics.data.holdout`), so an entry of a split is a crop or a region of one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import numpy as np
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.data.contents import Content
-from connectomics.data.cutting import cut
-from connectomics.data.holdout import held_out_groups
+from connectomics.data.holdout import cut, held_out_groups
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Box, Triple, triple
 
@@ -37,7 +36,7 @@ class Split:
     val: tuple[str, ...]
 
     def save(self, path: Path) -> None:
-        """Write as YAML, one entry a line."""
+        """Write YAML with one entry per line."""
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = ["# Which crops are trained on and which validate. Move lines between the lists as you like."]
         for name, keys in (("train", self.train), ("val", self.val)):
@@ -50,8 +49,7 @@ class Split:
 
     @classmethod
     def load(cls, path: Path) -> Split:
-        """Read what `save` (or a person) wrote; `ConfigError` where an entry is on both lists, is no entry, or a list
-        is absent."""
+        """Read a split file; `ConfigError` if an entry is invalid or on both lists, or a list is missing."""
         import yaml
 
         try:
@@ -74,17 +72,17 @@ class Split:
         return split
 
     def select(self, crops: Sequence[Crop], where: str = "the split") -> tuple[list[Crop], list[Crop]]:
-        """The crops of each list, cut to their regions.
+        """Return the crops of each list, cut to their regions.
 
         Raises:
-            UnknownNameError: an entry that is of no crop. ConfigError: a region that lies outside of its crop.
+            UnknownNameError: an entry names no crop. ConfigError: a region lies outside of its crop.
         """
         train, val = (select_entries(entries, crops, where) for entries in (self.train, self.val))
         return train, val
 
 
 def parse_entry(entry: str, where: str = "the split") -> tuple[str, Box | None]:
-    """``dataset/crop`` and the region of an entry (None: all of the crop); `ConfigError` if it cannot be read."""
+    """Return ``dataset/crop`` and the region of an entry (None: the whole crop); `ConfigError` if it is invalid."""
     key, *corners = entry.split(":")
     if not corners:
         return key, None
@@ -101,7 +99,7 @@ def parse_entry(entry: str, where: str = "the split") -> tuple[str, Box | None]:
 
 
 def entry_of(crop: Crop) -> str:
-    """The entry of a crop, with its region."""
+    """Return the entry of a crop, with its region."""
     if crop.region is None:
         return crop.key
     corners = (",".join(f"{v:.12g}" for v in corner) for corner in (crop.region.begin, crop.region.end))
@@ -109,7 +107,7 @@ def entry_of(crop: Crop) -> str:
 
 
 def select_entries(entries: Sequence[str], crops: Sequence[Crop], where: str = "the split") -> list[Crop]:
-    """The crops of these entries, cut to their regions; raises as `Split.select`."""
+    """Return the crops of these entries, cut to their regions; raises as `Split.select`."""
     by_key = {c.key: c for c in crops}
     found = []
     for entry in entries:
@@ -125,8 +123,8 @@ def select_entries(entries: Sequence[str], crops: Sequence[Crop], where: str = "
 
 # -- what must stay together -------------------------------------------------------------------------------------------
 def groups_of(crops: Sequence[Crop], margin: float | Triple = 0.0) -> list[list[int]]:
-    """Numbers of the crops that overlap or lie nearer than ``margin`` (nm, one number or z y x), directly or through
-    others; only crops of one data set can. Groups and their members are in the order of ``crops``."""
+    """Return groups of numbers of crops that overlap or lie nearer than ``margin`` (nm, one number or z y x), directly
+    or through others of their data set. Groups and their members are in the order of ``crops``."""
     group = list(range(len(crops)))
     for i, crop in enumerate(crops):
         for j in _near(crop, crops[:i], margin):
@@ -137,7 +135,7 @@ def groups_of(crops: Sequence[Crop], margin: float | Triple = 0.0) -> list[list[
 
 
 def leaks(train: Sequence[Crop], val: Sequence[Crop], margin: float | Triple = 0.0) -> list[tuple[Crop, Crop]]:
-    """Pairs of a training and a validation crop that overlap (or lie nearer than ``margin``, see `groups_of`)."""
+    """Return pairs of a training and a validation crop that overlap or lie nearer than ``margin``, see `groups_of`."""
     return [(train[number], held) for held in val for number in _near(held, train, margin)]
 
 
@@ -154,10 +152,10 @@ def _near(crop: Crop, others: Sequence[Crop], margin: float | Triple) -> list[in
 
 
 def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: Triple) -> list[str]:
-    """Warnings about validation crops that lie within ``margin`` (nm) of training crops.
+    """Return warnings about validation crops that lie within ``margin`` (nm) of training crops.
 
     Raises:
-        ConfigError: a validation crop overlaps a training crop, so that it would be validated on what was trained on.
+        ConfigError: a validation crop overlaps a training crop.
     """
     overlapping = leaks(train, val)
     if overlapping:
@@ -175,8 +173,8 @@ def check_leaks(train: Sequence[Crop], val: Sequence[Crop], where: str, margin: 
 
 
 def kept_out(crops: Sequence[Crop], files: Sequence[Path]) -> list[Crop]:
-    """The crops, or parts of them, that validate in every one of these split files; those that overlap a training crop
-    of any of them are left out with a warning. Entries of crops that are not among ``crops`` do not count."""
+    """Return the crops, or parts of them, that are validation crops in all of these split files, without those that
+    overlap a training crop of any of them (logs a warning). Entries of other crops are ignored."""
     keys = {crop.key for crop in crops}
     kept, trained = list(crops), []
     for file in files:
@@ -187,7 +185,7 @@ def kept_out(crops: Sequence[Crop], files: Sequence[Path]) -> list[Crop]:
         kept = [part for crop in kept for held in val if (part := _common_part(crop, held)) is not None]
     seen = {entry_of(held) for _, held in leaks(trained, kept)}
     if seen:
-        log.warning("left out, since they overlap crops that were trained on: %s", ", ".join(sorted(seen)))
+        log.warning("left out because they overlap training crops: %s", ", ".join(sorted(seen)))
     return [crop for crop in kept if entry_of(crop) not in seen]
 
 
@@ -210,12 +208,11 @@ def split_by_crop(
     seed: int,
     margin: Triple = (0.0, 0.0, 0.0),
 ) -> Split:
-    """Hold out about ``1 - train_share`` of what is annotated, and about that share of what is present of each class.
+    """Hold out about ``1 - train_share`` of the annotated volume and of each class's present volume.
 
-    Groups of crops that overlap or lie nearer than ``margin`` (nm) are held out whole (`held_out_groups`). Groups are
-    cut in two, with a gap of ``margin`` between the sides (`connectomics.data.cutting.cut`), if that cannot be: all of
-    them if none can be spared, such as when there is only one; the large ones if whole groups would hold out less than
-    half of what is wanted, or more than 2.5 times that.
+    Groups of crops that overlap or lie nearer than ``margin`` (nm) are held out whole (`held_out_groups`). If that is
+    impossible, groups are cut in two with a gap of ``margin`` (`connectomics.data.holdout.cut`): all if none can be
+    spared, the large ones if whole groups would hold out less than half, or more than 2.5 times, what is wanted.
 
     Args:
         contents: what each crop holds (`connectomics.data.contents.content_of`).
@@ -227,7 +224,7 @@ def split_by_crop(
         return Split(tuple(entry_of(crop) for crop in crops), ())
     groups = groups_of(crops, margin)
     if len(groups) == 1:
-        groups = groups_of(crops)  # nearness alone is no reason to have nothing to hold out
+        groups = groups_of(crops)  # nearness alone must not leave nothing to hold out
     rng = np.random.default_rng([seed, 0x5917])
     # crops of a group overlap, many wholly: the largest stands for the group
     known = np.array([max(contents[i].known for i in group) for group in groups])
@@ -256,7 +253,7 @@ def split_by_crop(
 
 
 def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
-    """Validate on all crops of the data sets ``held_out``; `InputError` where one side would be empty."""
+    """Validate on all crops of the data sets ``held_out``; `InputError` if one side would be empty."""
     names = {c.dataset for c in crops}
     for name in held_out:
         if name not in names:
@@ -272,6 +269,5 @@ def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
 
 
 def leave_one_out(crops: Sequence[Crop]) -> dict[str, Split]:
-    """One split for each data set, which validates on it and trains on all others."""
-    names = sorted({c.dataset for c in crops})
-    return {name: split_by_dataset(crops, [name]) for name in names}
+    """Return one split for each data set, which validates on it and trains on all others."""
+    return {name: split_by_dataset(crops, [name]) for name in sorted({c.dataset for c in crops})}

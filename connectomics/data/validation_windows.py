@@ -1,15 +1,21 @@
-"""Which part of the validation crops is looked at: at most so many windows, the same at every validation."""
+"""Which part of the validation crops is validated: a limited number of windows, the same at every validation."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.cellmap.catalog import Crop
+from connectomics.config import RunConfig
+from connectomics.data.sampling import foreground_points
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class WindowShape:
     block_size: Sequence[int] | int
 
     def count(self, grid: VoxelGrid) -> int:
-        """Windows that a grid takes."""
+        """Return the number of windows that a grid takes."""
         if grid.size == 0:
             return 0
         return plan(
@@ -35,22 +41,47 @@ class WindowShape:
         ).windows
 
     def tile(self, voxel_size: Triple) -> Index:
-        """The largest grid that takes one window; that of the window where its context leaves no such grid."""
+        """Return the shape of the largest grid that takes one window, or the window itself if its context is larger."""
         found = []
         for axis, w in enumerate(self.window):
-            lone = WindowShape(self.window, self.overlap, self._along(axis), 2**20)
+            context = self.context
+            if context is not None:  # along this axis alone
+                given = context if isinstance(context, int) else context[axis]
+                context = [given if a == axis else 0 for a in range(3)]
+            alone = replace(self, context=context, block_size=2**20)
             shapes = [tuple(n if a == axis else 1 for a in range(3)) for n in range(w, 0, -1)]
             grids = (VoxelGrid(voxel_size, (0.0, 0.0, 0.0), (z, y, x)) for z, y, x in shapes)
-            found.append(next((grid.shape[axis] for grid in grids if lone.count(grid) == 1), w))
+            found.append(next((grid.shape[axis] for grid in grids if alone.count(grid) == 1), w))
         return found[0], found[1], found[2]
 
-    def _along(self, axis: int) -> Index | int | None:
-        """The context along one axis alone."""
-        if self.context is None:
-            return None
-        given = [self.context] * 3 if isinstance(self.context, int) else list(self.context)
-        alone = [n if a == axis else 0 for a, n in enumerate(given)]
-        return alone[0], alone[1], alone[2]
+
+def validation_shape(config: RunConfig) -> WindowShape:
+    """Return how a run's validation slides over crops."""
+    window, inference = config.inference.window or config.data.patch_size, config.inference
+    return WindowShape((window[0], window[1], window[2]), inference.overlap, inference.context, inference.block_size)
+
+
+def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:
+    """Return the validation crops or, if they take more windows than ``data.validation_windows``, the parts of them
+    that every validation of the run sees."""
+    parts = validation_parts(
+        [VoxelGrid.covering(crop.box, config.dataset.voxel_size) for crop in crops],
+        validation_shape(config),
+        config.data.validation_windows,
+        lambda number, name: foreground_points(crops[number], name, config.system.seed),
+        config.dataset.classes,
+        config.system.seed,
+    )
+    found = []
+    for crop, tiles in zip(crops, parts, strict=True):
+        is_whole = len(tiles) == 1 and tiles[0].box.contains(crop.box, tolerance=1e-6)
+        found += [crop] if is_whole else [replace(crop, region=tile.box.intersect(crop.box)) for tile in tiles]
+    if len(found) > len(crops):
+        log.info(
+            "validation uses %d fixed parts of %d crops: at most data.validation_windows=%d windows",
+            len(found), len(crops), config.data.validation_windows,
+        )  # fmt: skip
+    return found
 
 
 def validation_parts(
@@ -61,23 +92,25 @@ def validation_parts(
     classes: Sequence[str],
     seed: int,
 ) -> list[list[VoxelGrid]]:
-    """The parts of each crop that validation predicts, at most ``limit`` windows together: crops whole as far as that
-    allows, else tiles of one window each.
+    """Return the parts of each crop that validation predicts, at most ``limit`` windows together: whole crops as far as
+    possible, otherwise tiles of one window each.
 
     Every crop gets the same number of windows, or all of its own if those are fewer. Half of a crop's tiles lie where
-    its classes are, one class after the other; the others anywhere in it.
+    its classes are, one class after the other; the others anywhere in the crop.
 
     Args:
-        grids: of the crops, at the run's voxel size.
+        grids: the crops at the run's voxel size.
         limit: None for no limit.
-        points: positions (n, 3), nm, of voxels where a class is present in a crop; asked for crops that are not whole.
-        seed: of the choice, which is the same for the same arguments.
+        points: positions (n, 3), nm, of voxels where a class is present in a crop; called for crops that are not whole.
+        seed: random seed; the same arguments give the same parts.
     """
     counts = np.array([shape.count(grid) for grid in grids])
     if limit is None or counts.sum() <= limit:
         return [[grid] if grid.size else [] for grid in grids]
     rng = np.random.default_rng([seed, 0x7A11])
-    budgets = np.minimum(counts, _level(counts, limit))
+    # the most windows per crop, at least 1, with which all crops together stay within the limit
+    fits = [n for n in range(1, min(limit, int(counts.max())) + 1) if np.minimum(counts, n).sum() <= limit]
+    budgets = np.minimum(counts, max(fits, default=1))
     if budgets.sum() > limit:  # more crops than windows
         budgets[rng.permutation(np.flatnonzero(budgets))[limit:]] = 0
     tile = shape.tile(grids[0].voxel_size)
@@ -92,22 +125,10 @@ def validation_parts(
     return found
 
 
-def _level(counts: NDArray[np.int64], limit: int) -> int:
-    """The most windows that a crop may have so that all together have at most ``limit``; at least 1."""
-    low, high = 1, max(1, int(counts.max()))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if np.minimum(counts, middle).sum() <= limit:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
 def _tiles(
     grid: VoxelGrid, tile: Index, budget: int, points: Sequence[NDArray[np.float64]], rng: np.random.Generator
 ) -> list[VoxelGrid]:
-    """``budget`` tiles of a grid: half of them hold points, taken from each class in turn."""
+    """``budget`` tiles of a grid: half of them contain points, of each class in turn."""
     lattice = [-(-n // t) for n, t in zip(grid.shape, tile, strict=True)]
     chosen: dict[int, None] = {}
     for _ in range(budget // 2 if points else 0):

@@ -1,8 +1,7 @@
 """A crop at the run's voxel size: the one place where raw and labels meet on a common lattice.
 
-A `CropVolume` lays a lattice of the run's voxel size over a crop, starting at the crop's first face; every patch and
-every validation block is a whole number of voxels away from it, so a voxel is always the same piece of the world,
-whether it is read from Zarr each time or from the crop cache.
+The lattice of a `CropVolume` starts at the crop's first face. Every patch and every validation block is a whole number
+of voxels away from it, so a voxel is always the same piece of the world, read from Zarr or from the crop cache.
 """
 
 from __future__ import annotations
@@ -25,21 +24,9 @@ from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.io.mirror import Extent, hull, read_mirrored
-from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 
-RawBlock = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # values, and where there are any
-
-
-def plain_range(source: Multiscale) -> Normalization:
-    """0 to 255 for uint8 raw, without centering; `InputError` for other types, which seldom fill their range."""
-    dtype = source.levels[0].dtype
-    if dtype != np.uint8:
-        raise InputError(
-            f"{source.location} holds {dtype} values, whose range says nothing; "
-            "set data.intensity_range=auto, or [low,high] to the values that become 0 and 1"
-        )
-    return Normalization()
+RawBlock = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # values, and where there is raw
 
 
 @dataclass(frozen=True)
@@ -48,13 +35,13 @@ class CropVolume:
 
     Attributes:
         crop: what is read.
-        classes: the classes, in channel order.
-        voxel_size: the run's, nm, z y x.
-        normalization: how raw becomes the network's input; None: `plain_range`.
-        cache: where decoded crops are kept, or None to read from Zarr each time.
+        classes: in channel order.
+        voxel_size: the run's voxel size, nm, z y x.
+        normalization: how raw becomes the network's input; None for 0..255 to 0..1 without centering (uint8 raw only).
+        cache: folder of the crop cache, or None to read from Zarr each time.
         context: voxels of raw that the cache keeps around the crop.
-        allow_missing_raw: whether `check` passes crops of which some raw chunks are not stored.
-        instances: those of ``classes`` whose objects are told apart.
+        allow_missing_raw: whether `check` accepts crops with missing raw chunks.
+        instances: those of ``classes`` that have object IDs.
     """
 
     crop: Crop
@@ -83,17 +70,18 @@ class CropVolume:
 
     @cached_property
     def normalized(self) -> Normalization:
-        """The mapping of raw values."""
-        return self.normalization or plain_range(self.crop.raw_source)
-
-    @property
-    def intensity_range(self) -> tuple[float, float] | None:
-        """What decides the stored raw: the values that become 0 and 255; None for `plain_range`."""
-        return None if self.normalization is None else self.normalization.range
+        """The normalization in use. Raises `InputError` if there is none and raw is not uint8."""
+        source = self.crop.raw_source
+        if self.normalization is None and source.levels[0].dtype != np.uint8:
+            raise InputError(
+                f"{source.location} holds {source.levels[0].dtype} values, whose range says nothing; set "
+                "data.intensity_range=auto, or [low,high] to the values that become 0 and 1"
+            )
+        return self.normalization or Normalization()
 
     @cached_property
     def cached_raw_grid(self) -> VoxelGrid:
-        """What the cache keeps of raw: the crop with its context, as far as the raw volume reaches."""
+        """The raw that the cache keeps: the crop with its context, as far as the raw volume reaches."""
         begin = [-k for k in self.context]
         end = [n + k for n, k in zip(self.grid.shape, self.context, strict=True)]
         low, high = self._where_raw_is(begin, end)
@@ -105,13 +93,13 @@ class CropVolume:
         return Extent.of(self._raw_grid(self.voxel_size), self.grid)
 
     def _raw_grid(self, voxel_size: Triple) -> VoxelGrid:
-        """The stored voxels that grids of a voxel size are read from."""
+        """The grid of the raw level that is read at a voxel size."""
         source = self.crop.raw_source
         return source.levels[source.level_for(voxel_size)].grid
 
     def _where_raw_is(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centres lie in the raw volume; empty (end
-        equal to begin, on every axis) where there is none."""
+        """The part of lattice indices ``lo`` to ``hi`` (exclusive) whose centers lie in the raw volume; if there is
+        none, ``lo`` to ``lo``."""
         low = [max(int(b), r) for b, r in zip(lo, self.raw_extent.low, strict=True)]
         high = [min(int(h), r) for h, r in zip(hi, self.raw_extent.high, strict=True)]
         if any(h <= b for b, h in zip(low, high, strict=True)):
@@ -121,32 +109,27 @@ class CropVolume:
     # -- the cache ---------------------------------------------------------------------------------------------------
     @cached_property
     def _entry(self) -> Path | None:
-        """The folder of the cache's entry, built where it is not there; None without a cache."""
+        """The folder of the cache entry, built if it does not exist; None without a cache."""
         return None if self.cache is None else CropCache(self.cache).ensure(self)
 
     @cached_property
     def _cached(self) -> CachedCrop | None:
-        entry = self._entry
-        return None if entry is None else CropCache(entry.parent).open(entry, checked=self._is_checked)
-
-    @property
-    def _is_checked(self) -> bool:
-        """Whether the entry was handed over by who had opened it: `prepare`, or the process that sent this volume."""
-        return bool(self.__dict__.get("_adopted", False))
+        entry, checked = self._entry, bool(self.__dict__.get("_adopted", False))
+        return None if entry is None else CropCache(entry.parent).open(entry, checked=checked)
 
     def adopt(self, entry: Path | None) -> None:
-        """Read from this entry of the cache, which is there and was checked; None: read without the cache."""
+        """Read from this cache entry, which exists and was checked; None reads without the cache."""
         self.__dict__.pop("_cached", None)
         self.__dict__.update(_entry=entry, _adopted=True)
 
     def prepare(self) -> None:
-        """Decode into the cache now (where there is one), rather than at the first read. For many at once there is
+        """Decode into the cache (if there is one) now rather than at the first read; see also
         `connectomics.data.cache.prepare`."""
         _ = self._cached
 
     def __getstate__(self) -> dict[str, object]:
-        # Open arrays stay in their process; a loader worker opens its own. The entry's folder goes along: finding it
-        # looks at every label file of the crop, which takes long on a network disk.
+        # Open arrays stay in their process; a loader worker opens its own. The entry's folder is sent: finding it looks
+        # at every label file of the crop, which takes long on a network disk.
         keep = (*(f.name for f in fields(self)), "_entry")
         return {name: self.__dict__[name] for name in keep if name in self.__dict__}
 
@@ -157,7 +140,7 @@ class CropVolume:
 
     # -- reading -----------------------------------------------------------------------------------------------------
     def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
-        """As `plain_arrays`, with raw mirrored where the volume ends (see `connectomics.io.mirror`)."""
+        """Return `plain_arrays` with raw mirrored where the volume ends (see `connectomics.io.mirror`)."""
         extent = self.raw_extent
         if extent.is_empty or extent.holds(lo, hi):
             return self.plain_arrays(lo, hi)
@@ -166,17 +149,15 @@ class CropVolume:
         return self.plain_arrays(*whole).mirrored(extent, lo, hi)
 
     def plain_arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
-        """Raw and label codes that cover lattice indices ``lo`` to ``hi`` (exclusive; they may lie beyond the crop and
-        beyond raw); index 0 is the first voxel of ``grid``.
+        """Return raw and label codes that cover lattice indices ``lo`` to ``hi`` (exclusive; they may lie beyond the
+        crop and beyond raw); index 0 is the first voxel of ``grid``.
 
-        From the cache they are all that it has, mapped and read-only, where that covers what raw there is. Else they
-        are decoded from Zarr, for that range alone. ``raw`` and ``codes`` may be empty: beyond them there is nothing.
+        If the cache covers the raw that exists there, these are the whole cached arrays, mapped read-only. Otherwise
+        that range is decoded from Zarr. ``raw`` and ``codes`` may be empty.
         """
         low, high = self._where_raw_is(lo, hi)
-        cached = self._cached
-        kept = None if cached is None else cached.arrays()
         fill = self.normalized.mean
-        kept = None if kept is None else replace(kept, fill=fill)
+        kept = None if self._cached is None else replace(self._cached.arrays(), fill=fill)
         if kept is not None and _covers(kept.raw_begin, kept.raw.shape, low, high):
             return kept
         raw, inside = self.decode_raw(self.grid.crop(low, [h - b for b, h in zip(low, high, strict=True)]))
@@ -190,7 +171,7 @@ class CropVolume:
         return CropArrays(raw, begin, whole, labels.codes, (first[0], first[1], first[2]), labels.states, fill)
 
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Raw as uint8 0..255 on a grid of this lattice, and where there is raw at all (0 elsewhere)."""
+        """Return raw as uint8 0..255 on a grid of this lattice (0 where there is none), and where there is raw."""
         cached = self._cached
         if cached is not None:
             begin, end = self._indices(grid)
@@ -211,19 +192,19 @@ class CropVolume:
         return begin, [b + n for b, n in zip(begin, grid.shape, strict=True)]
 
     def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """As `read_raw`, always from Zarr: the plain way, and what the cache is filled from."""
+        """Return `read_raw` from Zarr, never from the cache."""
         values, inside = self.crop.raw_source.read_raw(grid)
         quantized = self.normalized.quantized(values)
         quantized[~inside] = 0
         return quantized, inside
 
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """The network's input on a grid of this lattice: float32 (d, h, w), mean of tissue 0, mirrored beyond the
-        volume, 0 where chunks are missing (see `Normalization`)."""
+        """Return the network's input on a grid of this lattice: float32 (d, h, w), mean of tissue 0, mirrored beyond
+        the volume, 0 where chunks are missing (see `Normalization`)."""
         return self._input(self.read_raw, grid)
 
     def label_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """Three-state labels on a grid of this lattice, as codes; unknown beyond the crop."""
+        """Return three-state labels on a grid of this lattice as codes; unknown beyond the crop."""
         begin, end = self._indices(grid)
         cached = self._cached
         if cached is not None:
@@ -238,61 +219,55 @@ class CropVolume:
         return LabelCodes(grid, _cut(labels.codes, first, begin, grid.shape), labels.states)
 
     def _decode_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """As `label_codes`, always from Zarr, on a grid within the crop."""
+        """`label_codes` from Zarr, on a grid within the crop."""
         if not self.classes or grid.size == 0:
             return LabelCodes(grid, np.zeros(grid.shape, np.uint8), StateTable(self.classes, self.instances).states)
         return LabelCodes.of(self.decode_labels(grid))
 
-    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """As `read_image`, on a grid of any voxel size, from Zarr."""
+    def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
+        """Return `read_image` on a grid of any voxel size, from Zarr."""
         return self._input(self.decode_raw, grid)
 
     def _input(self, read: Callable[[VoxelGrid], RawBlock], grid: VoxelGrid) -> NDArray[np.float32]:
         values, inside = read_mirrored(read, self._raw_grid(grid.voxel_size), grid)
         return self.normalized.centered(values.astype(np.float32) / np.float32(255.0), inside)
 
-    def label_volume(self, grid: VoxelGrid) -> LabelVolume:
-        """Three-state labels on a grid of this lattice; unknown beyond the crop."""
-        return self.decode_labels(grid) if self._cached is None else self.label_codes(grid).volume()
-
     def points(self, class_name: str) -> NDArray[np.float64] | None:
-        """Positions (n, 3), nm, of voxels where the class is present, from the cache (see `CachedCrop.points_of`); None
-        without one."""
+        """Return positions (n, 3), nm, of voxels where the class is present (see `CachedCrop.points_of`); None without
+        a cache."""
         return None if self._cached is None else self._cached.points_of(class_name)
 
     @property
     def counts(self) -> dict[str, dict[str, int]] | None:
-        """By class, voxels of ``grid`` that are ``present``, ``absent`` and ``unknown``, from the cache; None without
-        one."""
+        """By class, the ``present``, ``absent`` and ``unknown`` voxels of ``grid``; None without a cache."""
         return None if self._cached is None else self._cached.counts
 
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
-        """As `label_volume`, always from Zarr."""
+        """Return three-state labels on a grid of this lattice from Zarr, never from the cache."""
         return read_labels(self.crop, self.classes, grid, self.instances)
 
     def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """As `label_codes`, unknown also where there is no raw to see."""
+        """Return `label_codes`, unknown also where there is no raw."""
         return self.label_codes(grid).restricted(self.read_raw(grid)[1])
 
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw to see."""
+        """Return ``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw."""
         return self.read_label_codes(grid).dense()
 
     def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
-        """Objects of ``instances`` on a grid of this lattice, int32 (I, d, h, w): the id, 0 where the class is known
-        absent, -1 where it is unknown, where there is no raw to see, or where nobody said which object it is.
+        """Return the object IDs of ``instances`` on a grid of this lattice, int32 (I, d, h, w): 0 where the class is
+        known to be absent, -1 where the class or the object is unknown or there is no raw.
 
-        The same voxels as in `read_labels`, from the cache where there is one. Ids tell the objects of one class in one
-        read apart and mean nothing beyond that.
+        IDs are only valid within one class and one read.
         """
         return self.read_label_codes(grid).ids()
 
     def read_instances(
         self, class_name: str, grid: VoxelGrid
     ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Annotated ids and ``known`` bool, (d, h, w), from Zarr; None where the crop has no ids of the class.
+        """Return annotated IDs and ``known`` bool, (d, h, w), from Zarr; None if the crop has no IDs of the class.
 
-        Unknown also where there is no raw to see, as in `read_labels`.
+        Unknown also where there is no raw.
         """
         label = self.crop.labels.get(class_name)
         if label is None or label.annotation.kind != "instance":
@@ -301,22 +276,22 @@ class CropVolume:
         return ids, known & self.read_raw(grid)[1]
 
     def check(self) -> None:
-        """Raise `InputError` where the crop is empty, its raw does not reach it, or (unless ``allow_missing_raw``)
-        chunks of raw under it are not stored."""
+        """Raise `InputError` if the crop is empty, raw does not reach it, or (unless ``allow_missing_raw``) raw chunks
+        under it are missing."""
         if self.grid.size == 0:
             raise InputError(f"{self.crop.key} is empty: its labels have shape {self.crop.grid.shape}")
-        _ = self.normalized  # refuses raw of a type whose range says nothing
+        _ = self.normalized  # raises for raw without a usable range
         raw_box = self.crop.raw_source.levels[0].grid.box
         if raw_box.intersect(self.crop.box).is_empty:
             raise InputError(
                 f"{self.crop.key} lies at {self.crop.box} but its raw {self.crop.raw} covers {raw_box}: "
-                "no raw to see; fetch the raw of that region, or leave the crop out"
+                "there is no raw to train on; fetch the raw of that region, or leave the crop out"
             )
         if self.allow_missing_raw:
             return
         source = self.crop.raw_source
         level = source.levels[source.level_for(self.voxel_size)].grid
-        under = level.slices(self.crop.box)  # on raw's own lattice: no neighbour that interpolation would look at
+        under = level.slices(self.crop.box)  # on raw's own lattice: without the neighbors that interpolation looks at
         part = level.crop([s.start for s in under], [s.stop - s.start for s in under])
         missing, number, first = source.missing_chunks(part)
         if missing:
@@ -328,14 +303,14 @@ class CropVolume:
 
 
 def _covers(begin: Sequence[int], shape: Sequence[int], low: Sequence[int], high: Sequence[int]) -> bool:
-    """Whether a block of ``shape`` from index ``begin`` holds indices ``low`` to ``high`` (exclusive; maybe none)."""
+    """Whether a block of ``shape`` from index ``begin`` holds indices ``low`` to ``high`` (exclusive)."""
     if any(h <= b for b, h in zip(low, high, strict=True)):
         return True
     return all(b <= lo and h <= b + n for b, n, lo, h in zip(begin, shape, low, high, strict=True))
 
 
 def _cut(block: NDArray[Any], block_begin: Sequence[int], begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-    """A copy of ``shape`` voxels from lattice index ``begin`` of a block that starts at ``block_begin``; else 0."""
+    """Copy ``shape`` voxels from lattice index ``begin`` of a block that starts at ``block_begin``; 0 beyond it."""
     offset = [int(b) - int(o) for b, o in zip(begin, block_begin, strict=True)]
     low = [max(0, o) for o in offset]
     high = [min(o + s, n) for o, s, n in zip(offset, shape, block.shape, strict=True)]

@@ -2,7 +2,12 @@
 
 from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size, semantic_to_instance
 from connectomics.decoding.decode import decode_class
-from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters
+from connectomics.decoding.parameters import (
+    DecodeParameters,
+    decode_parameters,
+    default_parameters,
+    register_decoder,
+)
 
 __all__ = [
     "DecodeParameters",
@@ -11,5 +16,6 @@ __all__ = [
     "default_parameters",
     "fill_holes",
     "filter_by_size",
+    "register_decoder",
     "semantic_to_instance",
 ]

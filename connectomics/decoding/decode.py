@@ -15,8 +15,8 @@ from connectomics.decoding.cellmap_postprocess import (
     finished,
     semantic_to_instance,
 )
-from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.probabilities import above
+from connectomics.decoding.parameters import DECODERS, DecodeParameters
+from connectomics.decoding.probabilities import above, unit_of
 from connectomics.decoding.watershed.forest import flood, grow
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.errors import InputError
@@ -35,7 +35,25 @@ def decode_class(
     Returns:
         (D, H, W): uint8 0/1 for the method ``threshold``, else ids 1..n in the narrowest unsigned type.
     """
+    if parameters.is_registered:
+        return _decode_registered(probabilities, voxel_size, parameters)
     return decode_mask(above(probabilities, parameters.threshold), voxel_size, parameters)
+
+
+def _decode_registered(
+    probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
+) -> NDArray[Any]:
+    values = np.asarray(probabilities, np.float32) / np.float32(unit_of(probabilities.dtype))
+    ids = np.asarray(DECODERS[parameters.method](values, voxel_size, parameters))
+    if ids.shape != values.shape or ids.dtype.kind not in "iu":
+        raise InputError(
+            f"decoder {parameters.method!r}: expected integer ids of shape {values.shape}, got {ids.dtype} of shape "
+            f"{ids.shape}; fix the function given to register_decoder"
+        )
+    if ids.size == 0:
+        return np.zeros(ids.shape, np.uint8)
+    min_voxels = parameters.min_voxels(voxel_size)
+    return finished(np.ascontiguousarray(ids), min_voxels, parameters.connectivity, parameters.fill_holes)
 
 
 def decode_mask(

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from numpy.typing import NDArray
 from pydantic import StrictBool, StrictFloat, StrictInt
 
 from connectomics.cellmap.classes import CLASSES, is_instance_class
 from connectomics.config.values import one_of, plain, read
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import triple
 
 METHODS = ("threshold", "cc3d", "watershed", "mutex_watershed", "agglomeration")
 #: Methods that read the affinities predicted with the class.
 AFFINITY_METHODS = ("mutex_watershed", "agglomeration")
+#: Method -> function, added by `register_decoder`.
+DECODERS: dict[str, Callable[[NDArray[Any], Sequence[float], DecodeParameters], NDArray[Any]]] = {}
 _SHARES = ("threshold", "bias_short", "bias_long", "merge_threshold", "stitch_threshold")
 _POSITIVE = ("min_distance_nm", "max_depth_nm")
 #: Parameters that only some methods read; with other methods they must keep their defaults.
@@ -40,8 +43,8 @@ class DecodeParameters:
 
     Attributes:
         threshold: foreground is where the probability is **above** it; 0 to 1.
-        method: ``threshold`` gives a 0/1 mask; ``cc3d``, ``watershed``, and from affinities ``mutex_watershed`` and
-            ``agglomeration`` give instance ids.
+        method: one of `METHODS`, or a name given to `register_decoder`. ``threshold`` gives a 0/1 mask; ``cc3d``,
+            ``watershed``, and from affinities ``mutex_watershed`` and ``agglomeration`` give instance ids.
         min_size_nm3: smaller objects (of a mask: smaller components) are removed; nm^3.
         fill_holes: cavities go to the object around them.
         connectivity: 6 (faces), 18 (edges) or 26 (corners) neighbors are connected.
@@ -60,7 +63,7 @@ class DecodeParameters:
     """
 
     threshold: StrictFloat = 0.5
-    method: Annotated[str, one_of(*METHODS)] = "threshold"
+    method: str = "threshold"
     min_size_nm3: StrictFloat = 0.0
     fill_holes: StrictBool = False
     connectivity: StrictInt = 26
@@ -85,7 +88,8 @@ class DecodeParameters:
             require(0.0 <= getattr(self, name) < math.inf, name, "be at least 0 and finite")
         for name in _POSITIVE:
             require(0.0 < getattr(self, name) < math.inf, name, "be positive and finite")
-        require(self.method in METHODS, "method", f"be one of {', '.join(METHODS)}")
+        methods = (*METHODS, *DECODERS)
+        require(self.method in methods, "method", f"be one of {', '.join(methods)}")
         require(self.connectivity in (6, 18, 26), "connectivity", "be 6, 18 or 26")
         require(self.height in ("", "distance", "boundary"), "height", "be distance or boundary")
         if self.boundary and self.method not in ("cc3d", "watershed"):
@@ -93,14 +97,19 @@ class DecodeParameters:
         if self.height and self.boundary:
             raise ConfigError(f"give either height or boundary, got height {self.height} and boundary {self.boundary}")
         for field in dataclasses.fields(self):
-            methods = _ONLY.get(field.name, METHODS)
-            if self.method not in methods and getattr(self, field.name) != field.default:
-                raise ConfigError(f"{field.name} needs method {' or '.join(methods)}, got method {self.method}")
+            allowed = _ONLY.get(field.name, methods)
+            if self.method not in allowed and getattr(self, field.name) != field.default:
+                raise ConfigError(f"{field.name} needs method {' or '.join(allowed)}, got method {self.method}")
 
     @property
     def kind(self) -> Literal["semantic", "instance"]:
         """What the labels hold: ``semantic`` 0/1, ``instance`` ids."""
         return "semantic" if self.method == "threshold" else "instance"
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether a function given to `register_decoder` decodes the class."""
+        return self.method in DECODERS
 
     @property
     def is_local(self) -> bool:
@@ -115,6 +124,28 @@ class DecodeParameters:
     def min_voxels(self, voxel_size: Sequence[float]) -> int:
         """Return the smallest number of voxels (nm, z y x) whose volume is at least ``min_size_nm3``."""
         return math.ceil(self.min_size_nm3 / math.prod(triple(voxel_size, "voxel_size")) - 1e-9)
+
+
+def register_decoder(
+    name: str, function: Callable[[NDArray[Any], Sequence[float], DecodeParameters], NDArray[Any]]
+) -> None:
+    """Register a decoding method, for ``decoding.default.method`` and ``decoding.classes.CLASS.method``.
+
+    Call it in a module that the configuration names in ``plugins``. The function decodes whole arrays in memory; sizes
+    (``min_size_nm3``) and holes (``fill_holes``) are handled afterwards, as for the other methods. A decoder registered
+    before under the same name is replaced.
+
+    Args:
+        name: of the method.
+        function: takes probabilities (D, H, W), float32 in [0, 1]; the voxel size (nm, z y x); and the parameters of
+            the class. Returns instance ids (D, H, W), any integer type, 0 for background.
+
+    Raises:
+        InputError: the name is that of a method of this package.
+    """
+    if name in METHODS:
+        raise InputError(f"method {name!r} is a method of this package; register yours under another name")
+    DECODERS[name] = function
 
 
 def default_parameters(class_name: str) -> DecodeParameters:

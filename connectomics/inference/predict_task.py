@@ -11,7 +11,7 @@ of a pyramid, three at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -47,6 +47,7 @@ from connectomics.io.fingerprint import content_identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import ensure_group, update_attrs
+from connectomics.progress import Progress
 from connectomics.tasks import TASK_FILE, BlockTask, Cost, Lattice, Worker, run_task
 
 PRECISIONS = ("32", "bf16", "fp16")
@@ -417,7 +418,7 @@ def run_predict_task(
     task: PredictTask,
     network: Network | Sequence[Network],
     device: str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     *,
     overwrite: bool = False,
     accept: Collection[int] = (),
@@ -428,7 +429,7 @@ def run_predict_task(
         network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's further inputs, likewise), returns
             probabilities (B, len(task.classes), d, h, w); several are averaged. With the task's uncertainty ``dropout``
             their dropout layers must be active, see `dropout_on`. It is first tried on a window of noise.
-        progress: called with the numbers of finished and of all blocks of each stage.
+        progress: called for the blocks of each stage.
         overwrite: start over if there is an output of another task (or a finished one).
         accept: blocks that may fail; they are then stored as 0 and recorded as unknown.
 
@@ -440,5 +441,4 @@ def run_predict_task(
         BlocksFailedError: blocks failed (raw that cannot be decoded or is not finite); all others are done.
     """
     networks = [network] if callable(network) else network
-    told = None if progress is None else (lambda stage, done, blocks: progress(done, blocks))
-    return run_task(given(task, networks), None, told, device=device, overwrite=overwrite, accept=accept)
+    return run_task(given(task, networks), None, progress, device=device, overwrite=overwrite, accept=accept)

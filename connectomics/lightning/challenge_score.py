@@ -13,7 +13,7 @@ from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
 from connectomics.decoding.affinities.segment import affinities_to_instances
 from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size
-from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.decode import decode_between, decode_class, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
@@ -21,10 +21,10 @@ from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.pooled_scores import Sums
 from connectomics.lightning.validation import ValidationCrop
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
 from connectomics.metrics.challenge.rules import get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums
 
 _UNKNOWN = 2  # in stored ground truth; 0 absent, 1 present
@@ -169,6 +169,8 @@ class CropScore:
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
         chosen: DecodeParameters = self.total.parameters[name]
+        if chosen.is_registered:
+            return decode_class(self._kept[name], self.grid.voxel_size, chosen)
         mask = above(self._kept[name], chosen.threshold)
         if name in self._affinities:
             found = affinities_to_instances(

@@ -16,9 +16,9 @@ import connectomics
 from connectomics.config import RunConfig, check_config, config_to_dict, import_plugins
 from connectomics.config.heads import heads_of
 from connectomics.data.augmentation import BatchAugmentor
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
-from connectomics.data.patches import centered, view_names
+from connectomics.data.patches import centered, input_names
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
@@ -119,7 +119,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch over known voxels; zero, with a graph, if nothing is known."""
         labels = labels_of(batch)
-        inputs = (batch[name] for name in view_names(len(self.config.data.inputs)))
+        inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
         result = self.loss(logits, labels)
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
@@ -236,7 +236,7 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             context=settings.context,
             extent=_extent_of(crop, grid),
             device=str(self.device),
-            inputs=[FurtherInput(crop.read_view, size, shape) for size, shape in views_of(self.config)],
+            inputs=[FurtherInput(crop.read_input, size, shape) for size, shape in inputs_of(self.config)],
         ):
             for slab in slabs(crop.read_label_codes(block), everything, self.classes):
                 probability = slab.values[: len(self.classes)]

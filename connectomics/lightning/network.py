@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from connectomics.config import RunConfig
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import InputError
 from connectomics.models.fusion import channels_for, with_inputs
 from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
@@ -16,7 +16,7 @@ from connectomics.models.registry import build_model, check_patch_size, fixed_pa
 
 def build_network(config: RunConfig, channels: int) -> nn.Module:
     """Return the network with ``channels`` output channels; raises `InputError` or `UnknownNameError`."""
-    inputs = views_of(config)
+    inputs = inputs_of(config)
     network = build_model(
         config.model.architecture,
         channels_for(config.model.fusion, config.model.in_channels, len(inputs)),

@@ -120,7 +120,7 @@ class Timing(Callback):
         loop = times["data_wait_s"] + times["step_s"]
         times["samples_per_s"] = self.counts["samples"] / loop if loop else 0.0
         times["data_wait_share"] = times["data_wait_s"] / loop if loop else 0.0
-        content = {name: round(value, 3) for name, value in times.items()}
+        content: dict[str, Any] = {name: round(value, 3) for name, value in times.items()}
         content |= {**self.counts, "by_epoch": self.by_epoch}
         write_file(self.path, (json.dumps(content, indent=2) + "\n").encode())
 

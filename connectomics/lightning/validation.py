@@ -43,7 +43,7 @@ class ValidationCrop(Protocol):
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """Return the network's input (d, h, w) float32, also beyond the crop (see `connectomics.io.mirror`)."""
 
-    def read_view(self, grid: VoxelGrid) -> NDArray[np.float32]:
+    def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """Return `read_image` on a grid of any voxel size; used with ``data.inputs`` only."""
 
     def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:

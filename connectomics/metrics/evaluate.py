@@ -1,44 +1,27 @@
-"""Measures over many crops: counts that add up over known voxels, instance measures, and bootstrap intervals.
+"""Measures pooled over many crops, with bootstrap intervals.
 
-What is not known does not count, neither as a hit nor as a miss; a class with nothing known in a crop is left out.
+Unknown voxels do not count at all; a class without a known voxel in a crop is left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
-from connectomics.metrics.cellmap_metrics import evaluate_instance
+from connectomics.metrics.cellmap_metrics import Counts, evaluate_instance
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 
-__all__ = [
-    "Counts",
-    "InstanceSums",
-    "LabelEvaluation",
-    "bootstrap_interval",
-    "evaluate_label",
-    "score_of",
-    "summarize",
-    "totals",
-]
+T = TypeVar("T")
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
-class _Summable(Protocol):
-    def __add__(self, other: Any, /) -> Any: ...
-
-
-T = TypeVar("T", bound=_Summable)
-
-
 def bootstrap_interval(
     items: Sequence[T],
     statistic: Callable[[T], float],
@@ -47,24 +30,26 @@ def bootstrap_interval(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """A percentile bootstrap interval over crops of a pooled measure.
+    """Return a percentile bootstrap interval, over crops, of a pooled measure.
 
-    Crops are drawn with replacement, their items (such as `Counts`) are added up, and ``statistic`` is taken of the
-    sum: the interval says how much the pooled measure hangs on which crops happened to be annotated.
+    Crops are drawn with replacement, their items (such as `Counts`) are added up, and ``statistic`` is applied to the
+    sum. The interval shows how much the measure depends on which crops were annotated.
 
     Args:
         items: one per crop: dataclasses of numbers whose ``+`` adds field by field, or arrays.
         statistic: the measure of a sum, such as ``lambda counts: counts.dice``.
-        samples: number of draws. level: share of the draws inside the interval. seed: the same seed gives the same
-            interval.
+        samples: number of draws. level: share of the draws inside the interval. seed: random seed of the draws.
 
     Returns:
-        Lower and upper end. Both are the measure itself for a single crop. Raises `InputError` without items.
+        Lower and upper end. Both equal the measure for a single crop.
+
+    Raises:
+        InputError: there are no items, or ``level`` or ``samples`` is out of range.
     """
     if not items:
-        raise InputError("a bootstrap interval needs at least one crop, found none")
+        raise InputError("a bootstrap interval needs at least one crop, got none")
     if not 0 < level < 1 or samples < 1:
-        raise InputError(f"level must lie between 0 and 1 and samples be positive, found {level} and {samples}")
+        raise InputError(f"level must be between 0 and 1 and samples positive, got {level} and {samples}")
     table = _table(items)
     first = items[0]
     sums = _draws(len(items), samples, seed).astype(table.dtype) @ table
@@ -73,14 +58,14 @@ def bootstrap_interval(
 
 
 def _draws(n: int, samples: int, seed: int) -> NDArray[np.int64]:
-    """How often each of ``n`` crops is in each draw, (samples, n)."""
+    """Return how often each of ``n`` crops is in each draw, (samples, n)."""
     draws = np.random.default_rng(seed).integers(0, n, size=(samples, n))
     flat = np.bincount((draws + n * np.arange(samples)[:, None]).ravel(), minlength=samples * n)
     return flat.reshape(samples, n)
 
 
 def _table(items: Sequence[Any]) -> NDArray[Any]:
-    """One row per item, (N, fields)."""
+    """Return one row per item, (N, fields)."""
     return np.array([item if isinstance(item, np.ndarray) else astuple(item) for item in items])
 
 
@@ -90,20 +75,17 @@ def _quantiles(values: ArrayLike, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _total(items: Sequence[T]) -> T:
-    total = items[0]
-    for item in items[1:]:
-        total = total + item
-    return total
+def _total(items: Sequence[Any]) -> Any:
+    return sum(items[1:], start=items[0])
 
 
 # -- one label, and many -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class InstanceSums:
-    """What pools over crops of a class scored as instances: the challenge's counts and sums, and weighted measures.
+    """What pools over crops for a class scored as instances: the challenge's counts and sums, and the usual measures.
 
-    ``rand_error``, ``voi_split`` and ``voi_merge`` are sums of crop values, each weighted by the crop's number of true
-    voxels ``weight``.
+    ``rand_error``, ``voi_split`` and ``voi_merge`` are sums of crop values, weighted by the crop's number of true
+    voxels; ``weight`` is the sum of the weights.
     """
 
     tp: int = 0
@@ -117,41 +99,26 @@ class InstanceSums:
     weight: int = 0
 
     def __add__(self, other: InstanceSums) -> InstanceSums:
-        return InstanceSums(
-            *(a + b for a, b in zip(self._values(), other._values(), strict=True))  # type: ignore[arg-type]
-        )
-
-    def _values(self) -> tuple[float, ...]:
-        return (
-            self.tp,
-            self.fp,
-            self.fn,
-            self.distance_sum,
-            self.distance_n,
-            self.rand_error,
-            self.voi_split,
-            self.voi_merge,
-            self.weight,
-        )
+        return InstanceSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def f1(self) -> float:
-        """2 tp / (2 tp + fp + fn); 1 where nothing is anywhere."""
+        """Return 2 tp / (2 tp + fp + fn); 1 if both volumes are empty."""
         whole = 2 * self.tp + self.fp + self.fn
         return 2 * self.tp / whole if whole else 1.0
 
     @property
     def distance(self) -> float:
-        """Mean mapped Hausdorff distance; 1 where nothing is anywhere."""
+        """Return the mean mapped Hausdorff distance; 1 if both volumes are empty."""
         return self.distance_sum / self.distance_n if self.distance_n else 1.0
 
     @property
     def combined(self) -> float:
-        """The challenge's score of the class, (f1 * distance) ** 0.5."""
+        """Return the challenge's score of the class, (f1 * distance) ** 0.5."""
         return float((self.f1 * self.distance) ** 0.5)
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON and CSV; the weighted measures are None where no true voxel is known."""
+        """Return the measures, for JSON and CSV; the weighted ones are None without a known true voxel."""
         w = self.weight
         return {
             "f1": self.f1,
@@ -170,7 +137,7 @@ Scored = InstanceSums | Counts | Panoptic
 
 
 def score_of(item: Scored) -> float:
-    """The challenge's score of what was pooled of a class."""
+    """Return the challenge's score of the pooled counts of a class."""
     if isinstance(item, Panoptic):
         return item.quality
     return item.combined if isinstance(item, InstanceSums) else item.iou
@@ -178,8 +145,10 @@ def score_of(item: Scored) -> float:
 
 @dataclass(frozen=True)
 class LabelEvaluation:
-    """One class in one crop over its known voxels; ``instances`` is None for semantic classes, and ``panoptic`` then
-    takes the crop as one segment. ``by_rules`` has ``instances`` by the versions of all rules."""
+    """One class in one crop over its known voxels.
+
+    ``instances`` and ``panoptic`` are None for semantic classes. ``by_rules`` has ``instances`` by the rules' version.
+    """
 
     dataset: str
     crop: str
@@ -190,7 +159,7 @@ class LabelEvaluation:
     by_rules: Mapping[str, InstanceSums] = field(default_factory=dict, compare=False, repr=False)
 
     def scored(self, rules: Rules) -> Scored | None:
-        """What pools to the score of the class by these rules; None where it is one of instances without any."""
+        """Return what pools to the score of the class by these rules; None without the instance measures it needs."""
         if rules.is_instance(self.class_name):
             if self.instances is None or rules.by_quality:
                 return self.panoptic if self.instances is not None else None
@@ -200,7 +169,7 @@ class LabelEvaluation:
         return self.counts
 
     def to_dict(self) -> dict[str, Any]:
-        """One row of a table."""
+        """Return one row of a table."""
         names = {"dataset": self.dataset, "crop": self.crop, "class": self.class_name}
         return {**names, **self.counts.to_dict(), **(self.instances.to_dict() if self.instances else {})}
 
@@ -217,13 +186,13 @@ def evaluate_label(
     rules: str = DEFAULT_RULES,
     workers: int | None = None,
 ) -> LabelEvaluation | None:
-    """All measures of one class in one crop, over known voxels only; None where nothing is known.
+    """Return all measures of one class in one crop, over known voxels only; None if nothing is known.
 
     Args:
-        pred, gt: (D, H, W) of one shape; labels of instances where ``voxel_size`` is given, else anything with > 0.
-        known: bool (D, H, W), the voxels that count. What is unknown is background in both volumes, as the official
-            scorer's masks make it.
-        voxel_size: nm, z y x: asks for the instance measures (the challenge's, adapted Rand, VOI) too.
+        pred, gt: (D, H, W) of one shape; instance labels if ``voxel_size`` is given, otherwise foreground is > 0.
+        known: bool (D, H, W), the voxels that count. Unknown voxels become background in both volumes, like the
+            official scorer's masks.
+        voxel_size: nm, z y x; adds the instance measures (the challenge's, adapted Rand, VOI).
         rules: version of the challenge's rules.
         workers: threads for the distances.
     """
@@ -263,13 +232,12 @@ def summarize(
     seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
-    """Rows of pooled measures, grouped by class, crop, data set or several of them, sorted.
+    """Return rows of pooled measures, grouped by class, crop, data set or several of them, sorted.
 
-    Counts are added over the labels of a group, so large crops weigh more. Where one class is in the group it has
-    ``score``, what enters the challenge's score: ``combined_score`` for classes scored as instances, over the
-    ``instance_crops`` that have instances in their truth, and ``iou`` for the others, or the Panoptic Quality by rules
-    that score by it. A group of more than one crop has
-    bootstrap intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
+    Counts add up within a group, so large crops weigh more. A group of one class has ``score``, which enters the
+    challenge's score: ``combined_score`` for classes scored as instances (over the ``instance_crops`` with annotated
+    instances), ``iou`` for others, or the Panoptic Quality if the rules use it. A group of several crops has bootstrap
+    intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
     ``combined_low`` and ``combined_high``.
     """
     options = {"samples": samples, "level": level, "seed": seed}
@@ -297,7 +265,7 @@ def _grouped(labels: Iterable[LabelEvaluation], by: Sequence[str]) -> dict[tuple
 
 
 def _class_score(group: Sequence[LabelEvaluation], rules: Rules, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The challenge's score of one class, with its interval, and the instance measures where there are any."""
+    """Return the challenge's score of one class, with its interval, and its instance measures."""
     sums = [label.instances for label in group if label.instances is not None]
     row: dict[str, Any] = {}
     if sums:
@@ -320,11 +288,11 @@ def totals(
     seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> dict[str, float | None]:
-    """The challenge's three totals over annotated crops: plain means over classes, and their geometric mean (by rules
-    of quality the plain mean over all classes).
+    """Return the challenge's three totals over annotated crops.
 
-    ``instance``, ``semantic`` and ``overall``, None where no class of a kind could be scored, each with a bootstrap
-    interval over crops (``overall_low``, ``overall_high``; a class that is in no crop of a draw is left out of it).
+    ``instance`` and ``semantic`` are plain means over classes, ``overall`` is their geometric mean (by Panoptic Quality
+    the plain mean over all classes); None if no class of a kind could be scored. Each has a bootstrap interval over
+    crops (``overall_low``, ``overall_high``); a draw without any crop of a class leaves the class out.
     """
     rules = get_rules(rules)
     crops = sorted(_grouped(labels, ("dataset", "crop")))
@@ -352,7 +320,7 @@ def totals(
 
 
 def _means(classes: Sequence[NDArray[np.float64]]) -> NDArray[np.float64] | None:
-    """Means over classes, NaN left out; all NaN gives NaN."""
+    """Return means over classes without NaN; all NaN gives NaN."""
     if not classes:
         return None
     values = np.array(classes)

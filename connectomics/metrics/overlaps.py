@@ -1,8 +1,7 @@
-"""Counting voxels: which labels meet where, in one pass over two volumes (numba).
+"""Count which labels overlap, in one pass over two volumes (Numba).
 
-`pair_counts` is the plain contingency table; `OverlapCounter` counts what the challenge's score needs (sizes, bounding
-boxes and overlapping pairs), block by block where the volumes are larger than memory. Both look at runs of equal voxels
-along x, so the hash table is asked once per run and not once per voxel.
+`pair_counts` is the contingency table; `OverlapCounter` also counts sizes and bounding boxes, block by block. Both look
+up the hash table once per run of equal voxels along x.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _FIRST_CAPACITY = 1 << 12
 # -- a hash table of pairs ---------------------------------------------------------------------------------------------
 @njit(cache=True, nogil=True, inline="always")
 def _slot(first, second, keys_a, keys_b, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """The slot that holds the pair, or the free one where it belongs (linear probing, power-of-two table)."""
+    """Return the slot of a pair, or the free slot for it (linear probing, power-of-two table)."""
     mask = np.uint64(counts.size - 1)
     h = first * np.uint64(0x9E3779B97F4A7C15) ^ (second + np.uint64(0x7F4A7C15)) * np.uint64(0xC2B2AE3D27D4EB4F)
     h ^= h >> np.uint64(29)
@@ -34,7 +33,7 @@ def _slot(first, second, keys_a, keys_b, counts):  # type: ignore[no-untyped-def
 
 @njit(cache=True, nogil=True)
 def _grown(keys_a, keys_b, counts):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """The same pairs in a table four times as large."""
+    """Return the same pairs in a table four times as large."""
     size = counts.size * 4
     new_a = np.zeros(size, np.uint64)
     new_b = np.zeros(size, np.uint64)
@@ -50,7 +49,7 @@ def _grown(keys_a, keys_b, counts):  # type: ignore[no-untyped-def]  # pragma: n
 
 @njit(cache=True, nogil=True, inline="always")
 def _count(first, second, number, keys_a, keys_b, counts, used):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Adds to one pair; returns the table (maybe a larger one) and its filling."""
+    """Add to one pair; return the table (maybe a larger one) and the number of used slots."""
     slot = _slot(first, second, keys_a, keys_b, counts)
     if counts[slot] == 0:
         if 2 * used >= counts.size:
@@ -65,7 +64,7 @@ def _count(first, second, number, keys_a, keys_b, counts, used):  # type: ignore
 
 @njit(cache=True, nogil=True)
 def _count_pairs(first, second, known, use_known, keys_a, keys_b, counts, used):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Adds the pairs of two flat volumes to the table; returns the table (maybe a larger one) and its filling."""
+    """Add the pairs of two flat volumes; return the table (maybe a larger one) and the number of used slots."""
     n = first.size
     i = 0
     while i < n:
@@ -87,16 +86,16 @@ def _count_pairs(first, second, known, use_known, keys_a, keys_b, counts, used):
 
 
 def label_array(values: ArrayLike, what: str) -> NDArray[Any]:
-    """Labels as native unsigned integers of any shape; bool and whole-numbered floats are accepted.
+    """Return labels as native unsigned integers of any shape; bool and whole floats are accepted.
 
     Negative labels keep their identity (two's complement). Raises `InputError` for fractions, NaN and other types.
     """
     array = np.asarray(values)
     if array.dtype.kind not in "biuf":
-        raise InputError(f"{what} must hold bool, integer or whole float labels, found dtype {array.dtype}")
+        raise InputError(f"{what} must hold bool, integer or whole float labels, got dtype {array.dtype}")
     if array.dtype.kind == "f":
         if not np.all(np.isfinite(array)) or np.any(array != np.floor(array)):
-            raise InputError(f"{what} must hold whole label numbers, found fractions or NaN in {array.dtype} values")
+            raise InputError(f"{what} must hold whole label numbers, got fractions or NaN in {array.dtype} values")
         array = array.astype(np.int64)
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
@@ -104,28 +103,28 @@ def label_array(values: ArrayLike, what: str) -> NDArray[Any]:
 
 
 def label_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The unsigned type in which `label_array` gives labels of ``dtype``."""
+    """Return the unsigned type that `label_array` makes of ``dtype``."""
     return np.dtype(np.uint64) if dtype.kind == "f" else np.dtype(f"u{dtype.itemsize}")
 
 
 def pair_counts(
     first: ArrayLike, second: ArrayLike, known: ArrayLike | None = None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
-    """The contingency table of two label volumes of one shape, as three arrays: label, label, number of voxels.
+    """Return the contingency table of two label volumes of one shape: label, label, number of voxels.
 
-    Sorted by (first, second); label 0 is a label like any other. Only voxels where ``known`` is true count (all if it
-    is None). Raises `InputError` where shapes differ.
+    Sorted by (first, second); label 0 is a label like any other. Only voxels where ``known`` is true count (default:
+    all). Raises `InputError` if shapes differ.
     """
     a, b = label_array(first, "the first volume"), label_array(second, "the second volume")
     if a.shape != b.shape:
-        raise InputError(f"two label volumes of one shape are needed, found {a.shape} and {b.shape}")
+        raise InputError(f"two label volumes of one shape are needed, got {a.shape} and {b.shape}")
     width = max(a.dtype.itemsize, b.dtype.itemsize)  # one compiled version per width, not one per pair of types
     common = np.dtype(f"u{width}")
     mask = np.ones(1, dtype=bool)
     if known is not None:
         mask = np.asarray(known).astype(bool, copy=False)
         if mask.shape != a.shape:
-            raise InputError(f"the mask of known voxels must have the volumes' shape {a.shape}, found {mask.shape}")
+            raise InputError(f"the mask of known voxels must have the volumes' shape {a.shape}, got {mask.shape}")
     table = (np.zeros(_FIRST_CAPACITY, np.uint64), np.zeros(_FIRST_CAPACITY, np.uint64))
     keys_a, keys_b, counts, _ = _count_pairs(
         np.ravel(a).astype(common, copy=False),
@@ -169,7 +168,7 @@ def _widen(box, z, y, x, x_end):  # type: ignore[no-untyped-def]  # pragma: no c
 def _count_block(  # type: ignore[no-untyped-def]  # pragma: no cover
     truth, parts, begin, t_size, t_box, p_size, p_box, p_first, keys_a, keys_b, counts, used
 ):
-    """One pass over a block: sizes and boxes of both volumes' labels and the counts of pairs that are both nonzero."""
+    """Count one block: sizes and boxes of both volumes' labels, and the pairs that are both nonzero."""
     nz, ny, nx = truth.shape
     for z in range(nz):
         for y in range(ny):
@@ -204,10 +203,10 @@ def _count_block(  # type: ignore[no-untyped-def]  # pragma: no cover
 
 @dataclass(frozen=True)
 class Overlaps:
-    """What two label volumes have to do with each other; label 0 is background in both.
+    """How a ground truth and the components of a prediction overlap; label 0 is background in both.
 
     Attributes:
-        truth_ids: the truth's labels that occur, ascending, (T,).
+        truth_ids: the ground-truth labels, ascending, (T,).
         truth_sizes, truth_boxes: voxels (T,) and boxes (T, 6) as z0 z1 y0 y1 x0 x1, end exclusive, of those labels.
         part_sizes, part_boxes, part_first: the same of components 1..P, and the first voxel (z y x) of each in reading
             order; row 0 is background and empty.
@@ -226,11 +225,11 @@ class Overlaps:
 
     @property
     def n_parts(self) -> int:
-        """Number of components P."""
+        """Return the number of components P."""
         return int(self.part_sizes.size) - 1
 
     def pair_iou(self) -> NDArray[np.float64]:
-        """Intersection over union of every pair, (E,)."""
+        """Return the intersection over union of every pair, (E,)."""
         truth_size = self.truth_sizes[np.searchsorted(self.truth_ids, self.pair_truth)]
         union = truth_size + self.part_sizes[self.pair_part] - self.pair_voxels
         return self.pair_voxels / union
@@ -239,8 +238,7 @@ class Overlaps:
 class OverlapCounter:
     """Collects `Overlaps` from blocks that tile two volumes.
 
-    Labels run from 0 to ``max_truth`` and 0 to ``n_parts``; tables of that length are kept, so sparse truth labels are
-    to be renumbered first.
+    Labels run from 0 to ``max_truth`` and 0 to ``n_parts``. The tables have that length: renumber sparse labels first.
     """
 
     def __init__(self, max_truth: int, n_parts: int) -> None:
@@ -257,7 +255,7 @@ class OverlapCounter:
         self._used = 0
 
     def add(self, truth: NDArray[Any], parts: NDArray[Any], begin: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """Counts one block (unsigned, D H W, both of one shape) whose first voxel is at ``begin`` (z y x)."""
+        """Count one block (unsigned, D H W, both of one shape) whose first voxel is at ``begin`` (z y x)."""
         *table, self._used = _count_block(
             truth,
             parts,
@@ -273,7 +271,7 @@ class OverlapCounter:
         self._table = (table[0], table[1], table[2])
 
     def result(self) -> Overlaps:
-        """Everything counted so far."""
+        """Return everything counted so far."""
         ids = np.flatnonzero(self._t_size)
         truth, part, voxels = _sorted(*self._table)
         return Overlaps(

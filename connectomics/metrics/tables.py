@@ -1,7 +1,4 @@
-"""Scores written down: ``scores.json``, CSV per class and per crop, and tables for the terminal.
-
-Files appear whole or not at all: each is written under a temporary name beside its place and renamed.
-"""
+"""Write scores: ``scores.json``, CSV per class, crop and instance, and tables for the terminal. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -33,15 +30,15 @@ _FILES = {
 
 
 def scores_files(folder: str | Path) -> dict[str, Path]:
-    """The paths that `write_scores` writes; `WriteError` if one holds something else than scores."""
+    """Return the paths that `write_scores` writes; `WriteError` if one of them is a file of another kind."""
     return {name: require_own(local_path(folder) / file, own, "score") for name, (file, own) in _FILES.items()}
 
 
 def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
-    """Writes ``scores.json`` and ``scores_per_{class,crop,instance}.csv`` into a folder (made if absent).
+    """Write ``scores.json`` and ``scores_per_{class,crop,instance}.csv`` into a folder, which is created if missing.
 
     Returns the paths under ``json``, ``classes``, ``crops`` and ``instances``. Raises `WriteError` if writing fails, or
-    if a file of another kind is there.
+    would replace a file of another kind.
     """
     paths = scores_files(folder)
     write_json(paths["json"], score.to_dict())
@@ -52,12 +49,12 @@ def write_scores(score: SubmissionScore, folder: str | Path) -> dict[str, Path]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes JSON, atomically; NaN and infinities become null."""
+    """Write JSON, atomically; NaN and infinities become null."""
     write_file(local_path(path), (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows as CSV, atomically; columns are the rows' keys in order of appearance, absent values stay empty."""
+    """Write rows as CSV, atomically; columns are the rows' keys in order of appearance, absent values stay empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -78,7 +75,7 @@ def _finite(value: Any) -> Any:
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 def class_rows(score: SubmissionScore) -> list[dict[str, Any]]:
-    """One row per class: kind, score with missing labels counted, over what was submitted, and what it is made of."""
+    """Return one row per class: its kind, both scores, and the counts and ratios behind them."""
     rows = []
     for name, total in score.totals.classes.items():
         submitted = score.submitted_only.classes.get(name)
@@ -106,7 +103,7 @@ def class_rows(score: SubmissionScore) -> list[dict[str, Any]]:
 
 
 def crop_rows(score: SubmissionScore) -> list[dict[str, Any]]:
-    """One row per crop and class, as scored, before pooling."""
+    """Return one row per crop and class, before pooling."""
     rows = []
     for result in score.results:
         entries = result.to_dict()
@@ -127,7 +124,7 @@ def crop_rows(score: SubmissionScore) -> list[dict[str, Any]]:
 
 
 def instance_rows(score: SubmissionScore) -> list[dict[str, Any]]:
-    """One row per true instance: what it was matched with, their IoU, and the distance in nm."""
+    """Return one row per true instance: its match, their IoU, and the distance in nm."""
     rows = []
     for result in score.results:
         if isinstance(result.score, InstanceScore) and result.score.instances is not None:
@@ -138,7 +135,7 @@ def instance_rows(score: SubmissionScore) -> list[dict[str, Any]]:
 
 # -- the terminal ------------------------------------------------------------------------------------------------------
 def score_table(score: SubmissionScore) -> Table:
-    """A rich table of a submission's score: a line per class, then both totals."""
+    """Return a rich table of a submission's score: one line per class, then both totals."""
     from rich.table import Table
 
     table = Table(title=f"Challenge score, rules {score.rules}, {trust(score.verified)}")
@@ -161,7 +158,7 @@ def score_table(score: SubmissionScore) -> Table:
 
 
 def rows_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] | None = None) -> Table:
-    """Any rows (those of `summarize`, say) as a rich table; fractions with four digits, absent values empty."""
+    """Return rows as a rich table; fractions have four digits, absent values stay empty."""
     from rich.table import Table
 
     names = list(columns or dict.fromkeys(key for row in rows for key in row))
@@ -175,7 +172,7 @@ def rows_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequ
 
 
 def print_table(table: Table) -> None:
-    """Prints a table to the terminal's width."""
+    """Print a table at the terminal's width."""
     from rich.console import Console
 
     Console().print(table)

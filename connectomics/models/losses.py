@@ -24,7 +24,7 @@ if all of its fine voxels are known; its target is the *fraction* of them that i
 which would erase membranes thinner than a coarse voxel. The formulas below therefore equal the usual ones for 0/1
 labels and have their minimum at prediction = target for fractions.
 
-To add a loss, write a frozen dataclass here, whose fields are its options, and its line in `LOSSES`.
+To add a loss, write a frozen dataclass whose fields are its options, and register it with `register_loss`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
 
 import torch
@@ -196,6 +196,27 @@ LOSSES: dict[str, type[ClassLoss]] = {
     kind.__name__: kind
     for kind in (DiceLoss, FocalLoss, BCEWithLogitsLoss, BalancedBCELoss, MSELoss, DiceCELoss, TverskyLoss)
 }
+
+
+def register_loss(kind: type[ClassLoss]) -> type[ClassLoss]:
+    """Register a loss under the name of its class, for ``model.loss_functions``; also usable as a decorator.
+
+    Call it in a module that the configuration names in ``plugins``. A loss registered before under the same name is
+    replaced.
+
+    Args:
+        kind: a frozen dataclass derived from `ClassLoss`. Its fields are the options (``model.loss_options``).
+
+    Raises:
+        InputError: not such a class, or the name is that of a loss of this package.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, ClassLoss) and is_dataclass(kind)):
+        raise InputError(f"expected a dataclass derived from ClassLoss, got {kind!r}")
+    there = LOSSES.get(kind.__name__)
+    if there is not None and there.__module__ == __name__:
+        raise InputError(f"loss {kind.__name__!r} is a loss of this package; register yours under another name")
+    LOSSES[kind.__name__] = kind
+    return kind
 
 
 class MaskedLoss(nn.Module):

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -39,6 +40,12 @@ from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.blocks import Lattice
 
 STAGE = "blocks"
+
+
+def _load_sums(files: Sequence[Path], number: int) -> BlockSums:
+    return BlockSums.load(files[number])
+
+
 _PLACE = (Column("dataset", "text"), Column("crop", "text"))
 _POSITIONS = tuple(f"{what}_{axis}_nm" for what in ("centroid", "begin", "end") for axis in "zyx")
 
@@ -165,16 +172,16 @@ class TableTask(BlockTask):
 
     def finish(self) -> None:
         totals: Counter[str] = Counter()
-        volumes, begins = [np.zeros(0)], self._begins()
+        volumes, begins = list[NDArray[Any]]([np.zeros(0)]), self._begins()
         columns = (*_PLACE, *self.columns)
         with table(self.path, columns, json.dumps({"kind": self.kind, **self.to_dict()})) as out:
             for crop, labels in enumerate(self.inputs):
                 grid, files = labels.grid, [self.sums_file(n) for n in range(begins[crop], begins[crop + 1])]
-                for found in sum_blocks(len(files), lambda n, files=files: BlockSums.load(files[n]), self.tables):
+                for found in sum_blocks(len(files), partial(_load_sums, files), self.tables):
                     for begin in range(0, len(found.ids), ROWS):
                         values = self._write(out, labels, grid, found, slice(begin, begin + ROWS))
                         totals.update(self.totals(values))
-                        volumes += [values["volume_nm3"]] if "volume_nm3" in values else []
+                        volumes += [np.asarray(values["volume_nm3"])] if "volume_nm3" in values else []
         provenance, made = self.provenance, self.summary(totals, np.concatenate(volumes))
         summary = {**made, "crops": len(self.inputs), "file": self.path.name, **provenance.to_dict()}
         write_file(self.summary_file, json.dumps(summary, indent=1).encode())

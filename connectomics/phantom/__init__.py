@@ -1,7 +1,6 @@
-"""Phantom: a seeded data root in CellMap's layout whose truth is a function of world position.
+"""Phantom: a seeded data root in CellMap's layout whose ground truth is a function of world position.
 
-`make_phantom` writes one; `Scene` (in `phantom.scene`) is its world, to be asked on any grid. Nothing compiled is
-loaded before one of them is used.
+`make_phantom` writes one; `connectomics.phantom.scene.Scene` is its world, which can be rendered on any grid.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ __all__ = ["PHANTOM_CLASSES", "PRESETS", "CropInfo", "PhantomInfo", "PhantomOpti
 def make_phantom(
     out: str | Path, options: PhantomOptions | None = None, progress: Callable[[str], None] | None = None
 ) -> PhantomInfo:
-    """Write a phantom to the folder ``out``; see `connectomics.phantom.make.make_phantom`."""
-    from connectomics.phantom.make import make_phantom as make
+    """Write a phantom to the folder ``out``; see `connectomics.phantom.write.make_phantom`."""
+    from connectomics.phantom.write import make_phantom as make  # compiled kernels are imported only when used
 
     return make(out, options, progress)

@@ -43,6 +43,8 @@ NE_MEMBRANE = 8.0
 NE_THICKNESS = 38.0
 #: Radius (nm) of the channel in a nuclear pore.
 PORE_CHANNEL = 19.0
+#: How far (nm) the ruffles of the plasma membrane reach from the cell's body at most.
+RUFFLES = 36.0
 
 
 def class_id(name: str) -> int:

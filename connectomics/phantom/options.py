@@ -1,4 +1,4 @@
-"""What a phantom should be, and what one is."""
+"""The options of a phantom, and the description of one that was written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PRESETS: dict[str, tuple[float, int, int]] = {
     "large": (4800.0, 12, 2),
 }
 
-#: The classes that a phantom annotates: all scored ones. Of these, ER exit sites are always absent.
+#: The classes that a phantom annotates: all scored ones. ER exit sites are always absent.
 PHANTOM_CLASSES: tuple[str, ...] = tuple(c.name for c in CLASSES.values() if c.scored and c.name != "vim")
 
 
@@ -25,14 +25,13 @@ class PhantomOptions:
     """Options of `make_phantom`.
 
     Attributes:
-        seed: everything follows from it: the same options give the same bytes.
-        preset: ``tiny`` (unit tests), ``small`` (the demo) or ``large``; sets what is None below.
+        seed: random seed; the same options give the same bytes.
+        preset: ``tiny`` (unit tests), ``small`` (the demo) or ``large``; sets the options below that are None.
         size_nm: extent of each data set along every axis, nm.
-        crops: number of training crops of each data set.
-        test_crops: number of test crops of each data set.
-        crop_nm: usual edge of a crop, nm; crops are between a third and twice as long. By default 0.35 ``size_nm``.
-        classes: what is annotated in crops and listed in the crop table; None for all that a phantom knows.
-        overwrite: replace an older phantom at the same place.
+        crops, test_crops: number of training crops and of test crops of each data set.
+        crop_nm: usual edge of a crop, nm; crops are a third to twice as long. By default 0.35 ``size_nm``.
+        classes: annotated classes; by default all of `PHANTOM_CLASSES`.
+        overwrite: replace an existing phantom.
     """
 
     seed: int = 0
@@ -48,18 +47,18 @@ class PhantomOptions:
         if self.preset not in PRESETS:
             raise unknown_name("phantom preset", self.preset, PRESETS)
         if self.seed < 0:
-            raise InputError(f"a phantom's seed must be 0 or more, found {self.seed}")
+            raise InputError(f"a phantom's seed must be 0 or more, got {self.seed}")
         if self.extent < 320:
-            raise InputError(f"a phantom's size_nm must be at least 320 nm, found {self.extent:g}")
+            raise InputError(f"a phantom's size_nm must be at least 320 nm, got {self.extent:g}")
         if self.training_crops < 1 or self.testing_crops < 1:
             raise InputError(
-                f"a phantom needs at least one training and one test crop, found {self.training_crops} and "
+                f"a phantom needs at least one training and one test crop, got {self.training_crops} and "
                 f"{self.testing_crops}"
             )
         if not 80 <= self.crop_edge <= self.extent / 2:
             raise InputError(
                 f"a phantom's crop_nm must be from 80 nm to half of size_nm ({self.extent:g} nm), "
-                f"found {self.crop_edge:g}"
+                f"got {self.crop_edge:g}"
             )
         for name in self.class_names:
             get_class(name)
@@ -98,10 +97,8 @@ class CropInfo:
 
     Attributes:
         dataset: its data set. name: ``crop7``. test: whether it is in the crop table and not in the data root.
-        grid: of its finest array.
-        voxels: present voxels by class, in the order in which the classes were written.
-        objects: number of objects by instance class.
-        unknown: unknown voxels of the finest level by class, where there are some.
+        grid: grid of its finest array. voxels: present voxels by class, in writing order.
+        objects: number of objects by instance class. unknown: unknown voxels by class, if there are any.
     """
 
     dataset: str
@@ -115,7 +112,7 @@ class CropInfo:
 
 @dataclass(frozen=True)
 class PhantomInfo:
-    """Where a phantom is and what is in it.
+    """A phantom that was written.
 
     Attributes:
         root: the data root, for `Catalog.open`. datasets: names of its data sets.

@@ -15,8 +15,6 @@ Vector = NDArray[np.float64]
 
 #: Objects keep this distance (nm), which the bending of the world (see `render`) cannot close.
 GAP = 11.0
-#: The plasma membrane's ruffles reach at most this far (nm) from the cell's body.
-RUFFLES = 36.0
 _ER_GROUP = 1
 
 
@@ -83,7 +81,7 @@ class _Builder:
         self.golgi_places: list[Vector] = []
         probe = self._anywhere(4000)
         to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, probe)
-        share = float(np.mean((to_cell < -RUFFLES) & (to_nucleus > 20)))
+        share = float(np.mean((to_cell < -kinds.RUFFLES) & (to_nucleus > 20)))
         self.cytoplasm = share * float(np.prod(box.extent)) * 1e-9  # cubic micrometres
 
     # -- the cell and its nucleus ------------------------------------------------------------------------------------
@@ -102,15 +100,15 @@ class _Builder:
         cell = np.zeros(shapes.PARAMETERS)
         cell[0:3], cell[3:6], cell[6] = body_begin, body_end, 0.3 * self.extent
         away = np.where(sides[1:3] == 1, 1.0, 0.0)  # the nucleus is on the other side
-        centre = begin + size * 0.5
-        centre[0] += size[0] * self.rng.uniform(-0.08, 0.08)
+        center = begin + size * 0.5
+        center[0] += size[0] * self.rng.uniform(-0.08, 0.08)
         for axis in (1, 2):
             inset = size[axis] * self.rng.uniform(0.10, 0.17)
-            centre[axis] = begin[axis] + inset if away[axis - 1] else end[axis] - inset
+            center[axis] = begin[axis] + inset if away[axis - 1] else end[axis] - inset
         semi = min(0.40 * self.extent, 3200.0)
         axis_vector = _unit(np.array([1.0, *self.rng.uniform(-0.3, 0.3, 2)]))
         nucleus = np.zeros(shapes.PARAMETERS)
-        nucleus[0:3], nucleus[3:6] = centre, axis_vector
+        nucleus[0:3], nucleus[3:6] = center, axis_vector
         nucleus[6], nucleus[7] = semi * self.rng.uniform(1.0, 1.2), semi * self.rng.uniform(0.92, 1.0)
         return cell, nucleus
 
@@ -270,7 +268,7 @@ class _Builder:
             points = np.array(path)
             room = np.column_stack([points, np.full(len(points), radius)])
             to_cell, _ = shapes.body_distances(self.cell, self.nucleus, points)
-            if to_cell.min() > radius + RUFFLES + GAP and self.taken.free(room, 2 * GAP):
+            if to_cell.min() > radius + kinds.RUFFLES + GAP and self.taken.free(room, 2 * GAP):
                 self.taken.add(room)
                 radii = radius * self.rng.uniform(0.85, 1.0, len(points))
                 self._new(kinds.PROCESS, _segments(points, radii, heading))
@@ -304,12 +302,12 @@ class _Builder:
         return _unit(d[:3] - d[3:])
 
     def _on_nucleus(self, direction: Vector, height: float) -> Vector:
-        """The point in ``direction`` from the nucleus' centre that lies ``height`` nm above its surface."""
-        centre, t = self.nucleus[0:3], float(self.nucleus[7])
+        """The point in ``direction`` from the nucleus' center that lies ``height`` nm above its surface."""
+        center, t = self.nucleus[0:3], float(self.nucleus[7])
         for _ in range(12):
-            _, d = shapes.body_distances(self.cell, self.nucleus, (centre + t * direction)[None])
+            _, d = shapes.body_distances(self.cell, self.nucleus, (center + t * direction)[None])
             t -= float(d[0]) - height
-        return np.asarray(centre + t * direction)
+        return np.asarray(center + t * direction)
 
     def _fits(self, balls: Vector, ignored: int = -1) -> bool:
         """Whether spheres lie in the cytoplasm, clear of everything, with at least one of them in the world."""
@@ -318,7 +316,7 @@ class _Builder:
             return False
         to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, balls[:, :3])
         room = balls[:, 3] + GAP
-        within = np.all(to_cell < -room - RUFFLES) and np.all(to_nucleus > room + 6.0)
+        within = np.all(to_cell < -room - kinds.RUFFLES) and np.all(to_nucleus > room + 6.0)
         return bool(within) and self.taken.free(balls, GAP, ignored)
 
     def _new(self, kind: int, rows: list[tuple[int, Vector]]) -> None:
@@ -392,9 +390,9 @@ def _segments(path: Vector, radii: Vector, guess: Vector) -> list[tuple[int, Vec
     return rows
 
 
-def _bowl(centre: Vector, axis: Vector, radius: float, aperture: float, half: float, rim: float) -> Vector:
+def _bowl(center: Vector, axis: Vector, radius: float, aperture: float, half: float, rim: float) -> Vector:
     row = np.zeros(shapes.PARAMETERS)
-    row[0:3], row[3:6], row[6] = centre, axis, radius
+    row[0:3], row[3:6], row[6] = center, axis, radius
     row[7], row[8], row[9], row[10] = np.cos(aperture), np.sin(aperture), half, rim
     return row
 
@@ -416,8 +414,8 @@ def _bowl_balls(row: Vector) -> Vector:
         turns = (np.arange(around) * (2 * np.pi / around))[:, None]
         side = np.sin(angle) * (np.cos(turns) * u + np.sin(turns) * v)
         rings.append(row[0:3] + radius * (np.cos(angle) * axis + side))
-    centres = np.concatenate(rings)
-    return np.column_stack([centres, np.full(len(centres), half)])
+    centers = np.concatenate(rings)
+    return np.column_stack([centers, np.full(len(centers), half)])
 
 
 def _rim(row: Vector, n: int) -> list[Vector]:

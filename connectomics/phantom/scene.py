@@ -22,7 +22,7 @@ _BLOCK = 32
 
 @dataclass(frozen=True)
 class Tone:
-    """How a data set's detector sees: contrast about grey 140, shift and noise (deviation) in grey values."""
+    """How a data set's detector sees: contrast about gray 140, shift and noise (deviation) in gray values."""
 
     gain: float = 1.0
     shift: float = 0.0
@@ -36,7 +36,7 @@ class Part:
     Attributes:
         atoms: uint8 (z, y, x), the challenge's id of the atomic class of every voxel.
         owner: int32 (z, y, x), index of the primitive that the voxel is in, -1 where it is in none.
-        raw: uint8 (z, y, x) grey values, or an empty array where they were not asked for.
+        raw: uint8 (z, y, x) gray values, or an empty array where they were not asked for.
     """
 
     atoms: NDArray[np.uint8]
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scene:
-    """A cell in a box of the world, as functions of world position (nm, z y x), evaluated at voxel centres.
+    """A cell in a box of the world, as functions of world position (nm, z y x), evaluated at voxel centers.
 
     ``lattice`` is the grid whose voxels the detector's noise belongs to: the data set's finest raw level.
     """
@@ -79,41 +79,30 @@ class Scene:
         """Everything about ``grid``'s voxels; memory grows with the grid, so cut large ones into blocks."""
         atoms = np.empty(grid.shape, np.uint8)
         owner = np.empty(grid.shape, np.int32)
-        grey = np.empty(grid.shape if raw else (0, 0, 0), np.uint8)
+        gray = np.empty(grid.shape if raw else (0, 0, 0), np.uint8)
         lattice = np.array([*self.lattice.translation, *self.lattice.voxel_size])
         tone = np.array([self.tone.gain, self.tone.shift, self.tone.noise])
-        things = self.objects
-        arrays = (
-            things.cell,
-            things.nucleus,
-            things.parameters,
-            things.shape,
-            things.kind,
-            things.number,
-            self._bounds,
-        )
+        made = self.objects
+        bodies, things = (made.cell, made.nucleus), (made.parameters, made.shape, made.kind, made.number)
         seed = (self.seed + 1) * 1_000_003
-        zs, ys, xs = grid.axes()
+        axes = grid.axes()
 
         def block(place: tuple[slice, slice, slice]) -> None:
-            z, y, x = zs[place[0]], ys[place[1]], xs[place[2]]
-            size = (z.size, y.size, x.size)
-            # whole arrays of their own: one memory layout, so one compiled kernel
-            out = (np.empty(size, np.uint8), np.empty(size, np.int32), np.empty(size if raw else (0, 0, 0), np.uint8))
-            render_block(z, y, x, *arrays, lattice, tone, seed, *out)
+            z, y, x = (axis[some] for axis, some in zip(axes, place, strict=True))
+            out = render_block((z, y, x), bodies, things, self._bounds, lattice, tone, seed, raw)
             atoms[place], owner[place] = out[:2]
             if raw:
-                grey[place] = out[2]
+                gray[place] = out[2]
 
         for_each_block(grid.shape, block)
-        return Part(atoms, owner, grey)
+        return Part(atoms, owner, gray)
 
     def atoms(self, grid: VoxelGrid) -> NDArray[np.uint8]:
-        """The challenge's id of the atomic class at every voxel centre, uint8 (z, y, x); every voxel has one."""
+        """The challenge's id of the atomic class at every voxel center, uint8 (z, y, x); every voxel has one."""
         return self.render(grid, raw=False).atoms
 
     def raw(self, grid: VoxelGrid) -> NDArray[np.uint8]:
-        """Grey values, uint8 (z, y, x)."""
+        """Gray values, uint8 (z, y, x)."""
         return self.render(grid).raw
 
     def instances(self, grid: VoxelGrid, class_name: str) -> NDArray[np.uint32]:

@@ -2,12 +2,12 @@
 
 Every shape is one row of parameters, so that a block's shapes can be evaluated by one compiled loop:
 
-- ball: centre (0:3), axis (3:6), semi-axis along it (6) and across it (7): a spheroid;
+- ball: center (0:3), axis (3:6), semi-axis along it (6) and across it (7): a spheroid;
 - tube: a segment from (0:3) to (3:6) with radius (6) at its begin and (7) at its end, arc length at the begin (8),
   a unit vector across the tube (9:12), which cristae are oriented by;
-- bowl: a piece of a spherical shell: centre of the sphere (0:3), axis (3:6), radius (6), cosine (7) and sine (8) of
+- bowl: a piece of a spherical shell: center of the sphere (0:3), axis (3:6), radius (6), cosine (7) and sine (8) of
   the half aperture, half thickness in the middle (9) and at the rim (10);
-- disc: a cylinder: centre (0:3), axis (3:6), radius (6), half height (7).
+- disc: a cylinder: center (0:3), axis (3:6), radius (6), half height (7).
 """
 
 from __future__ import annotations

@@ -1,16 +1,27 @@
-"""Writing a phantom's volumes: raw with its pyramid, label arrays with their annotation, the test crops' truth."""
+"""Writing a phantom: raw with its pyramid, label arrays with their annotation, the test crops' ground truth."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics import __version__
 from connectomics.cellmap.classes import is_instance_class
+from connectomics.cellmap.crop_table import CropTable, TableEntry
+from connectomics.errors import WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import publish
+from connectomics.io.location import local_path
+from connectomics.io.replacing import not_ours
 from connectomics.io.write import (
     ArrayWriter,
     build_levels,
@@ -20,29 +31,129 @@ from connectomics.io.write import (
     update_attrs,
     write_multiscale,
 )
+from connectomics.phantom import kinds, layout
 from connectomics.phantom.layout import CropPlan, DatasetPlan
-from connectomics.phantom.options import CropInfo
+from connectomics.phantom.options import CropInfo, PhantomInfo, PhantomOptions
 from connectomics.phantom.scene import Part, Scene, class_mask
 
-RAW_LEVELS = 4
-# Rendered at a time: whole chunks, some 60 MB with class, owner and grey value.
+_MARK = "phantom.json"
+_RAW_LEVELS = 4
+# Rendered at a time: whole chunks, some 60 MB with class, owner and gray value.
 _RAW_BLOCK = (128, 256, 256)
 # Labels compress to almost nothing, so larger chunks mean fewer files.
 _LABEL_CHUNKS = (128, 128, 128)
-UNKNOWN = 255
+_UNKNOWN = 255
+
+
+def make_phantom(
+    out: str | Path, options: PhantomOptions | None = None, progress: Callable[[str], None] | None = None
+) -> PhantomInfo:
+    """Write a phantom to the folder ``out``; it appears there complete or not at all.
+
+    The folder holds the data sets in CellMap's layout, ``test_crops.csv`` (the crop table of the test crops),
+    ``truth.zarr`` (their labels in the scorer's layout) and ``phantom.json`` (options, grids, objects and crops).
+
+    Args:
+        out: a folder that does not exist or is empty, or with ``options.overwrite`` one that holds a phantom.
+        options: by default those of the demo's phantom.
+        progress: called with a line of text before each step.
+
+    Raises:
+        WriteError: ``out`` is not empty, or cannot be written. InputError: the crops do not fit.
+    """
+    wanted = options or PhantomOptions()
+    target = local_path(out).absolute()
+    _check_target(target, wanted.overwrite)
+    part = target.parent / f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    try:
+        part.mkdir(parents=True)
+        info = _write(part, wanted, progress or (lambda line: None))
+        (part / _MARK).write_text(json.dumps(_record(wanted, info), indent=2) + "\n", encoding="utf-8")
+        publish(part, target)
+    except OSError as error:
+        if isinstance(error, WriteError):
+            raise
+        raise WriteError(f"cannot write a phantom to {target}: {error.strerror or error}; nothing was kept") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return PhantomInfo(
+        target, info.datasets, target / "test_crops.csv", target / "truth.zarr", info.raw, info.crops, info.objects
+    )
+
+
+def _write(root: Path, options: PhantomOptions, progress: Callable[[str], None]) -> PhantomInfo:
+    plans = layout.datasets(options)
+    infos: list[CropInfo] = []
+    table: list[TableEntry] = []
+    raw: dict[str, VoxelGrid] = {}
+    objects: dict[str, dict[str, int]] = {}
+    truth = root / "truth.zarr"
+    ensure_group(truth)
+    for plan in plans:
+        progress(f"{plan.name}: placing a cell in {plan.raw}")
+        scene = plan.scene()
+        raw[plan.name] = plan.raw
+        objects[plan.name] = {k.name: scene.objects.count(i) for i, k in enumerate(kinds.KINDS)}
+        for crop in layout.crops(plan, scene, options):
+            progress(f"{plan.name}: crop{crop.number}, {len(crop.grids)} classes, {crop.finest}")
+            if crop.test:
+                infos.append(write_test_crop(truth, plan, scene, crop))
+                table.extend(TableEntry(crop.number, plan.name, n, g) for n, g in crop.grids.items())
+            else:
+                infos.append(write_training_crop(root, plan, scene, crop))
+        progress(f"{plan.name}: raw")
+        write_raw(root, plan, scene)
+    CropTable(tuple(table)).save(root / "test_crops.csv")
+    names = tuple(p.name for p in plans)
+    return PhantomInfo(root, names, root / "test_crops.csv", truth, raw, tuple(infos), objects)
+
+
+def _record(options: PhantomOptions, info: PhantomInfo) -> dict[str, object]:
+    """The content of ``phantom.json``: no paths and no times, so that the same options give the same bytes."""
+    crops = [{**asdict(c), "grid": c.grid.to_dict()} for c in info.crops]
+    wanted = {k: v for k, v in asdict(options).items() if k != "overwrite"}
+    return {
+        "artefact": "phantom",
+        "version": __version__,
+        "options": wanted,
+        "datasets": {n: {"raw": info.raw[n].to_dict(), "objects": info.objects[n]} for n in info.datasets},
+        "crops": crops,
+    }
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise WriteError(f"cannot write a phantom to {target}: it is a file; choose a folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise WriteError(
+                f"{target} is there already and not empty; choose another folder, or overwrite it (--overwrite)"
+            )
+        if (foreign := _foreign(target)) is not None:
+            raise not_ours(foreign, "phantom")
+
+
+def _foreign(target: Path) -> Path | None:
+    """Something in a folder that is not part of a phantom; the folder itself if it holds no phantom."""
+    try:
+        made = json.loads((target / _MARK).read_text(encoding="utf-8"))
+        own = {_MARK, "test_crops.csv", "truth.zarr", *made["datasets"]} if made["artefact"] == "phantom" else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        own = set()
+    return next((path for path in sorted(target.iterdir()) if path.name not in own), None) if own else target
 
 
 def write_raw(root: Path, plan: DatasetPlan, scene: Scene) -> None:
-    """The raw volume at ``{root}/{dataset}/{dataset}.zarr/recon-1/em/fibsem-uint8``, block by block."""
+    """Write the raw volume to ``{root}/{dataset}/{dataset}.zarr/recon-1/em/fibsem-uint8``, block by block."""
     where = recon(root, plan.name) / "em" / "fibsem-uint8"
     (writer,) = create_multiscale(where, [plan.raw], np.uint8, name="fibsem-uint8")
     for begin, grid in plan.raw.blocks(_RAW_BLOCK):
         writer.write(begin, scene.raw(grid))
-    build_levels(where, RAW_LEVELS, "raw")
+    build_levels(where, _RAW_LEVELS, "raw")
 
 
 def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropPlan) -> CropInfo:
-    """One crop below ``recon-1/labels/groundtruth``: a multiscale with annotation attributes for each class."""
+    """Write one crop below ``recon-1/labels/groundtruth``: a multiscale with annotation attributes for each class."""
     where = recon(root, plan.name) / "labels" / "groundtruth" / f"crop{crop.number}"
     ensure_group(where)
     voxels: dict[str, int] = {}
@@ -55,14 +166,14 @@ def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropP
         if is_instance_class(name):
             last = objects[name] = int(values.max(initial=0))
             if name in crop.partial:  # no object may have the number of unknown
-                values[values >= UNKNOWN] += 1
-            elif name == next((n for n in crop.shifted_id if objects.get(n)), None) and last < UNKNOWN:
-                values[values == last] = UNKNOWN
+                values[values >= _UNKNOWN] += 1
+            elif name == next((n for n in crop.shifted_id if objects.get(n)), None) and last < _UNKNOWN:
+                values[values == last] = _UNKNOWN
         elif (encoding["absent"], encoding["present"]) != (0, 1):
             values = np.where(values != 0, np.uint8(encoding["present"]), np.uint8(encoding["absent"]))
         voxels[name] = int(np.count_nonzero(values != encoding["absent"]))
         if name in crop.partial:
-            part = _unlooked(values)
+            part = _not_annotated(values)
             voxels[name] -= int(np.count_nonzero(part != encoding["absent"]))
             unknown[name] = part.size
             part[...] = encoding["unknown"]
@@ -71,7 +182,7 @@ def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropP
 
 
 def write_test_crop(truth: Path, plan: DatasetPlan, scene: Scene, crop: CropPlan) -> CropInfo:
-    """One crop of the truth: plain arrays with ``voxel_size`` and ``translation``, 0/1 or ids from 1."""
+    """Write one crop of the ground truth: plain arrays with ``voxel_size`` and ``translation``, 0/1 or ids from 1."""
     rendered = _Rendered(scene)
     voxels: dict[str, int] = {}
     objects: dict[str, int] = {}
@@ -86,7 +197,7 @@ def write_test_crop(truth: Path, plan: DatasetPlan, scene: Scene, crop: CropPlan
 
 
 def recon(root: Path, dataset: str) -> Path:
-    """The group that holds a data set's raw and labels."""
+    """Return the group that holds a data set's raw and labels."""
     return root / dataset / f"{dataset}.zarr" / "recon-1"
 
 
@@ -115,14 +226,14 @@ def _encoding(name: str, crop: CropPlan) -> dict[str, int]:
     if name == crop.odd_encoding:
         return {"absent": 1, "present": 2, "unknown": 0}
     if not is_instance_class(name):
-        return {"absent": 0, "present": 1, "unknown": UNKNOWN}
+        return {"absent": 0, "present": 1, "unknown": _UNKNOWN}
     if name in crop.shifted_id or name in crop.partial:
-        return {"absent": 0, "unknown": UNKNOWN}
+        return {"absent": 0, "unknown": _UNKNOWN}
     return {"absent": 0}
 
 
-def _unlooked(values: NDArray[Any]) -> NDArray[Any]:
-    """The part of a crop that nobody has looked at: the last quarter of its longest axis (a view)."""
+def _not_annotated(values: NDArray[Any]) -> NDArray[Any]:
+    """The part of a crop that is not annotated: the last quarter of its longest axis (a view)."""
     axis = int(np.argmax(values.shape))
     first = values.shape[axis] - values.shape[axis] // 4
     return values[tuple(slice(first, None) if a == axis else slice(None) for a in range(3))]
@@ -131,7 +242,7 @@ def _unlooked(values: NDArray[Any]) -> NDArray[Any]:
 def _write_labels(
     where: Path, name: str, values: NDArray[Any], grid: VoxelGrid, encoding: Mapping[str, int], all_known: bool
 ) -> None:
-    """A class's multiscale; the group says what its numbers mean, and each level how many voxels are of which state."""
+    """Write a class's multiscale: the group says what its values mean, each level how many voxels have which state."""
     levels = 1
     while levels < 3 and min(grid.shape) >= 24 * 2**levels:
         levels += 1

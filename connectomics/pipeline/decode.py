@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from connectomics.config import RunConfig, as_config
+from connectomics.config import RunConfig, as_config, import_plugins
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
-from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.decode import decode_between, decode_class, decode_mask
 from connectomics.decoding.label_artifact import (
     BLOCK,
     clear_unknown,
@@ -85,6 +86,7 @@ def decode(
     """
     source = Probabilities.open(probabilities)
     chosen = source.config or RunConfig() if config is None else as_config(config)
+    import_plugins(chosen.plugins)
     done = decode_predictions(
         source.folder,
         out,
@@ -112,6 +114,7 @@ def decode_estimate(
     """Return what `decode` would do: a line, and the cost of what is decoded block by block, if anything is."""
     from connectomics.tasks.estimate import estimate
 
+    import_plugins(config.plugins)
     source, decoding = Probabilities.open(probabilities), config.decoding
     parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
     above, table = decoding.blockwise_above, decoding.table
@@ -331,11 +334,12 @@ def decode_jobs(
 def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | None:
     """Return the task that decodes an array with these parameters; None if it is decoded whole.
 
-    Affinities are always decoded block by block; other methods only if the array is large.
+    Affinities are always decoded block by block; other methods only if the array is large, and registered methods
+    (`register_decoder`) never.
     """
     if parameters.method in AFFINITY_METHODS:
         return AffinitiesTask
-    if not large:
+    if not large or parameters.is_registered:
         return None
     if parameters.is_local:
         return MaskTask
@@ -343,17 +347,9 @@ def task_of(parameters: DecodeParameters, large: bool) -> type[LabelsTask] | Non
 
 
 def _decode_whole(job: DecodeJob) -> DecodedArray:
-    """Decode one array in memory."""
+    """Decode one array in memory and write its labels."""
     grid, parameters = job.source.levels[0].grid, job.parameters
-    mask = np.zeros(grid.shape, np.bool_)
-    for begin, block in grid.blocks(BLOCK):
-        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        mask[z, y, x] = above(read_block(job.source, begin, block.shape), parameters.threshold)
-    if job.boundary is None:
-        labels = decode_mask(mask, grid.voxel_size, parameters, job.head.all() if job.head else None)
-    else:
-        labels = decode_between(mask, read_on(job.boundary, grid), grid.voxel_size, parameters)
-    del mask
+    labels = _labels_of(job)
     objects = int(labels.max(initial=0))
     about = {
         "decode": plain(parameters),
@@ -371,6 +367,20 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
             write_tables(Path(writer.location).parent, found, grid, job.table)
     return job.decoded(objects)
+
+
+def _labels_of(job: DecodeJob) -> NDArray[Any]:
+    """Decode one array in memory and return its labels (D, H, W)."""
+    grid, parameters = job.source.levels[0].grid, job.parameters
+    if parameters.is_registered:
+        return decode_class(read_on(job.source, grid), grid.voxel_size, parameters)
+    mask = np.zeros(grid.shape, np.bool_)
+    for begin, block in grid.blocks(BLOCK):
+        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        mask[z, y, x] = above(read_block(job.source, begin, block.shape), parameters.threshold)
+    if job.boundary is None:
+        return decode_mask(mask, grid.voxel_size, parameters, job.head.all() if job.head else None)
+    return decode_between(mask, read_on(job.boundary, grid), grid.voxel_size, parameters)
 
 
 def _origin(source: Multiscale) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from connectomics.io import store
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import has_column, has_keys, require_own
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.open_root import open_root

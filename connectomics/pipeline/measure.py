@@ -155,7 +155,7 @@ def measure_tasks(
             ContactsTask(
                 of=spec.of,
                 to=spec.to,
-                nm=spec.nm,
+                nm=float(spec.nm),
                 inputs=inputs,
                 others=volumes([(*place[:2], spec.to) for place in both]),
                 output=str(out / f"contacts_{spec.of}_{spec.to}_{spec.nm:g}nm.{table_format}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from connectomics.inference.trained_network import TrainedNetwork
+    from connectomics.lightning.module import ConnectomicsModule
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class NetworkPredictTask(PredictTask):
 
 
 @contextmanager
-def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) -> Iterator[list[Network]]:
+def ready(
+    networks: Sequence[TrainedNetwork | ConnectomicsModule], task: PredictTask, device: str
+) -> Iterator[list[Network]]:
     """Yield the networks' probabilities as a task needs them: on ``device``, in evaluation mode or with dropout, in its
     memory format, compiled or not. Mode and format are restored at the end; the networks stay on the device.
 
@@ -88,7 +92,7 @@ def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) ->
             network.eval().to(device)
             if last:
                 network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-                stack.callback(network.to, memory_format=torch.contiguous_format)
+                stack.callback(partial(network.to, memory_format=torch.contiguous_format))
             if task.uncertainty == "dropout":
                 stack.enter_context(dropout_on(network))
             run: Callable[..., torch.Tensor] = network.probabilities

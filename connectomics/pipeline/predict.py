@@ -18,7 +18,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig, as_config, load_config
 from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.config.schema import EngineConfig
-from connectomics.data.dataset.build import views_of
+from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import for_prediction
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
@@ -366,7 +366,7 @@ def _tasks(
             compile=options.compile,
             dtype=options.dtype,
             pyramid=options.pyramid,
-            inputs=views_of(trained),
+            inputs=inputs_of(trained),
             symmetries=tuple(map(str, symmetries(options.tta))),
             uncertainty=options.uncertainty,
             dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,

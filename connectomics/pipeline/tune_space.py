@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.affinities.segment import decode_affinities
-from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.decode import decode_between, decode_class, decode_mask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, Scored, score_of
 
 #: Thresholds of a search as stored values: 7, 15, ..., 247; 127 is one half.
@@ -75,10 +75,11 @@ class SearchSpace:
         most = max(float(np.median(objects)), 64 * voxel)
         steps = range(1, int(np.log2(most / voxel)) + 1)
         masks = volumes[0].truth.dtype == np.bool_
+        fixed = masks or base.height or base.is_registered or base.method in AFFINITY_METHODS
         return cls(
             (0.0, *(round(voxel * 2**k, 3) for k in steps)),
             tuple(round(edge * n, 3) for n in _REACHES),
-            (base.method,) if masks or base.height or base.method in AFFINITY_METHODS else ("cc3d", "watershed"),
+            (base.method,) if fixed else ("cc3d", "watershed"),
         )
 
     def points(self) -> Iterator[dict[str, Any]]:
@@ -131,6 +132,8 @@ def pooled_scores(
             labels = decode_affinities(
                 volume.probability, volume.affinities, volume.offsets, volume.voxel_size, parameters
             )
+        elif parameters.is_registered:
+            labels = decode_class(volume.probability, volume.voxel_size, parameters)
         elif volume.boundary is not None:
             labels = decode_between(mask, volume.boundary, volume.voxel_size, parameters)
         else:

@@ -1,9 +1,8 @@
-"""Labels or probabilities onto the crop table's grids, into one Zarr v2 group, folder or zip, that the portal reads.
+"""Pack labels or probabilities on the crop table's grids into one Zarr v2 group, folder or zip, for the portal.
 
-How a value gets onto a grid: `connectomics.submission.onto_grid`. Every array is written block by block into a folder
-beside the output; an array that is finished there is not done again by a later run, unless its source or a parameter
-has changed. At the end the folder is zipped and checked, and only then takes the place of an earlier submission; one
-with errors does not replace another.
+Every array is written block by block into a folder next to the output. A later run keeps finished arrays unless their
+source or a parameter has changed. At the end the folder is zipped and checked, and then replaces an earlier submission;
+a submission with errors replaces nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.machine import usable_cores
-from connectomics.progress import Progress
+from connectomics.progress import Progress, named, silent
 from connectomics.submission.findings import Finding
 from connectomics.submission.onto_grid import Index, Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
@@ -71,7 +70,7 @@ class ExportResult:
 
     @property
     def has_errors(self) -> bool:
-        """Whether the validation found errors in what was written (arrays that are missing are told apart)."""
+        """Whether the validation found errors in what was written (missing arrays do not count)."""
         return _has_errors(self.findings)
 
     def summary(self) -> str:
@@ -131,7 +130,7 @@ def export_submission(
             which the labels were made, else 0.5.
         strict: refuse to write anything where a row of the table has no prediction.
         validate: check what was written (`validate_submission`).
-        workers: threads; None takes one a core, at most 8.
+        workers: threads; default: one per core, at most 8.
 
     Raises:
         MissingError: no predictions at all, or some with ``strict``. UnknownNameError: a class or data set that the
@@ -200,8 +199,7 @@ def _table(
 def _validated(made: Path, table: CropTable, progress: Progress | None) -> list[Finding]:
     from connectomics.submission.validate import validate_submission
 
-    checking = None if progress is None else lambda done, number, name: progress(done, number, f"checking {name}")
-    return validate_submission(made, table, progress=checking)
+    return validate_submission(made, table, progress=named(progress or silent, "checking"))
 
 
 def _jobs(
@@ -297,7 +295,7 @@ def _load_state(work: Path) -> dict[str, str]:
         return {}
     try:
         found = json.loads(state.read_text(encoding="utf-8"))
-    except ValueError:  # not ours, or from a crash of the machine: start anew
+    except ValueError:  # not ours, or from a crash of the machine: start over
         return {}
     return {str(k): str(v) for k, v in found.items() if (work / "data" / k / ".zarray").is_file()}
 

@@ -1,4 +1,4 @@
-"""A prediction's values at the voxels of the crop table's grid, block by block.
+"""Resample a prediction onto the crop table's grid, block by block.
 
 How a value gets onto the grid depends on what it is:
 
@@ -6,7 +6,7 @@ How a value gets onto the grid depends on what it is:
   instance class gets its ids from the connected components (26) of the mask on the grid, the one case that needs a
   whole array in memory (about 6 bytes a voxel);
 - labels of a semantic class: present where they fill at least half of the voxel;
-- labels of an instance class: the id at the voxel's centre.
+- labels of an instance class: the id at the voxel's center.
 
 Beyond the source there is background.
 """
@@ -163,7 +163,7 @@ def _mask_of_labels(source: Source, grid: VoxelGrid) -> NDArray[np.uint8]:
 
 
 def _inside_only(mask: NDArray[np.bool_], source: Source, grid: VoxelGrid) -> NDArray[np.bool_]:
-    """``mask`` where the centres of ``grid`` lie in the source's box, False beyond."""
+    """``mask`` where the centers of ``grid`` lie in the source's box, False beyond."""
     z, y, x = resample.inside_axes(source.grid, grid)
     if not (z.all() and y.all() and x.all()):
         mask &= z[:, None, None] & y[:, None] & x
@@ -216,7 +216,7 @@ def _largest(source: Source) -> int:
 
 
 def _all_ids(source: Source) -> NDArray[Any]:
-    """All ids above 0, sorted; for numbering them anew where they do not fit in 32 bits."""
+    """All ids above 0, sorted; for renumbering them if they do not fit in 32 bits."""
     found = np.zeros(0, np.uint64)
     for block in _read_all(source):
         found = np.union1d(found, np.unique(block).astype(np.uint64))

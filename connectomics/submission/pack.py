@@ -1,4 +1,4 @@
-"""Writing a submission: plain Zarr v2 arrays in a folder, and that folder as one zip, always the same bytes."""
+"""Write a submission: plain Zarr v2 arrays in a folder, and that folder as one zip, always the same bytes."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def zip_folder(folder: Path, target: Path) -> int:
     except OSError as error:
         target.unlink(missing_ok=True)
         raise WriteError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+            f"cannot write {target}: {error.strerror or error}; free space or choose another path"
         ) from error
     return total

@@ -1,1 +1,1 @@
-"""Kits for tests, ours and yours: volumes whose truth is known in closed form, and conformance tests."""
+"""Test kits: volumes with known ground truth, and checks that any block task must pass; used by our own tests."""

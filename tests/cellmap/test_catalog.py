@@ -175,7 +175,7 @@ def test_raw_that_does_not_reach_the_crop_is_refused(tmp_path: Path) -> None:
     write_raw(tmp_path, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
     write_label(tmp_path, "set-a", "crop1", "mito", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8), start=1000.0))
     crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
-    with pytest.raises(InputError, match="no raw to see") as error:
+    with pytest.raises(InputError, match="no raw to train on") as error:
         CropVolume(crop, ("mito",), (8.0, 8.0, 8.0)).check()
     assert "set-a/crop1" in one_line(error)
 

@@ -97,7 +97,7 @@ def config_of(root: str | Path, cache: Path) -> RunConfig:
             patches_per_epoch=2,
             batch_size=2,
             cache_dir=str(cache),
-            use_cache=True,
+            cache="disk",
         ),
         optimizer=OptimizerConfig(name="AdamW", lr=0.1),
         training=TrainingConfig(max_epochs=1, precision="32"),

@@ -140,7 +140,7 @@ def test_missing_attributes_and_raw_are_one_line(tmp_path: Path, capsys: pytest.
     write_raw(root, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
     label = np.eye(8, dtype=np.uint8)[None].repeat(8, 0)
     write_label(root, "set-a", "crop1", "mito", label, grid_of((8, 8, 8), start=5000.0))
-    assert "no raw to see" in failure(capsys, *fast(root))
+    assert "no raw to train on" in failure(capsys, *fast(root))
 
 
 def test_a_patch_larger_than_the_raw_trains(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from connectomics.cellmap.fetch import Missing, RemoteFile, transfer
 from connectomics.cellmap.fetch.plan import FetchItem, FetchPlan
 from connectomics.cellmap.ingest import Drawn, ingest_labels, ingest_raw
 from connectomics.cli import main
-from connectomics.data.bench import PeerError, ensure_environment
 from connectomics.errors import WriteError
 from connectomics.io.formats import open_volume
 from connectomics.io.store import StoreOptions
@@ -138,13 +137,6 @@ def test_a_file_that_was_not_fetched_is_not_replaced_by_fetch(tmp_path: Path) ->
     with pytest.raises(WriteError, match="a/one was not written by fetch and is left alone"):
         transfer(Missing.below(tmp_path / "root", plan), tmp_path / "root", StoreOptions())
     assert mine.read_bytes() == b"proofread labels"
-
-
-def test_somebody_elses_virtual_environment_is_not_made_anew(tmp_path: Path) -> None:
-    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\n")
-    with pytest.raises(PeerError, match="no virtual environment of this measurement"):
-        ensure_environment(tmp_path)
-    assert (tmp_path / "pyvenv.cfg").is_file()
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

@@ -61,7 +61,6 @@ WRITE_TO_A_URL = [
     f"view root --state {URL}.json",
     f"cache --dir {URL}",
     f"doctor --at {URL}",
-    f"bench data --peer-env {URL} --against cellmap-data",
 ]
 
 

@@ -192,7 +192,7 @@ def test_validate_says_what_is_wrong_where_and_what_to_do_and_exits_with_1(
     assert main(["validate", str(packed), *map(str, table), "--class", "mito", "--class", "nuc",
                  "--out", str(tmp_path / "f.json")]) == 1  # fmt: skip
     shown = capsys.readouterr().out
-    assert "error: crop101/nuc: found nothing, expected a plain Zarr v2 array; export it" in shown
+    assert "error: crop101/nuc: expected a plain Zarr v2 array, got nothing; export it" in shown
     assert "2 errors" in shown
     found = json.loads((tmp_path / "f.json").read_text())["findings"]
     assert {f["rule"] for f in found if f["severity"] == "error"} == {"missing-class"}

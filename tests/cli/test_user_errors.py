@@ -390,19 +390,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{root} --port 99999", "usage:--port"),
         ("{root} --bind 300.1.1.1", "300.1.1.1"),
     ],
-    "bench": [
-        ("", "usage:data"),
-        ("dta", "usage:data"),
-        ("data --config {nowhere}.yaml", "nowhere.yaml"),
-        ("data --config phantm", "'phantom'"),
-        ("data --config {text}", "text.txt"),
-        ("data --patches 0", "at least 1"),
-        ("data --against cellmapdata", "did you mean 'cellmap-data'"),
-        ("data --peer-env {new}", "give that too"),
-        ("data --config {config} data.patchsize=[8,8,8]", "patch_size"),
-        ("data --config {config} dataset.data_root={nowhere}", "nowhere"),
-        ("data --config {config} dataset.classes=[mitoo]", "did you mean 'mito'"),
-    ],
 }
 
 

@@ -89,7 +89,7 @@ def main(folder: str, start: str, kind: str) -> None:
         running = loader(Numbers(nap_s=float(kind)), 2, length=10**6, start=start)
         for number, _ in enumerate(running):
             if number == 1:
-                pids = [worker.pid for worker in running._running._workers]
+                pids = running.worker_pids
                 Path(folder, "pids.tmp").write_text(json.dumps(pids))
                 os.replace(Path(folder, "pids.tmp"), Path(folder, "pids.json"))
 

@@ -24,7 +24,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.data.arrays import CropArrays
 from connectomics.data.cache import CropCache, cache_key, forecast, open_entry, prepare
 from connectomics.data.cache import prepare as prepare_function
-from connectomics.data.cache.workers import BUSY, WorkerDiedError, run_in_processes
+from connectomics.data.cache.prepare import BUSY, WorkerDiedError, run_in_processes
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
@@ -89,7 +89,7 @@ def test_cache_gives_what_plain_reading_gives(fractional_root: Path, tmp_path: P
     rng = np.random.default_rng(0)
     for _ in range(12):
         grid = plain.grid.crop(rng.integers(-40, 40, 3), (12, 16, 20))  # some past the context, past raw, past the crop
-        labels = plain.label_volume(grid), cached.label_volume(grid)
+        labels = plain.label_codes(grid).volume(), cached.label_codes(grid).volume()
         np.testing.assert_array_equal(labels[0].present, labels[1].present)
         np.testing.assert_array_equal(labels[0].known, labels[1].known)
         for a, b in zip((*plain.read_raw(grid), *plain.read_labels(grid)),
@@ -421,7 +421,7 @@ def test_a_worker_is_told_where_the_entry_is(fractional_root: Path, tmp_path: Pa
     sent = pickle.loads(data)
     assert sent.allow_missing_raw
     shutil.rmtree(zarr_of(fractional_root, "set-a") / "recon-1/labels")  # not looked at again
-    np.testing.assert_array_equal(sent.label_volume(volume.grid).known, volume.label_volume(volume.grid).known)
+    np.testing.assert_array_equal(sent.label_codes(volume.grid).codes, volume.label_codes(volume.grid).codes)
 
 
 BUILD_AND_COUNT = """

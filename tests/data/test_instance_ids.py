@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
+from connectomics.config.heads import head_classes
 from connectomics.data.augmentation import (
     BatchAugmentor,
     CoordinateMap,
@@ -24,7 +25,6 @@ from connectomics.data.augmentation import (
 from connectomics.data.cache import cache_key, forecast, prepare
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.dataset import build
-from connectomics.data.dataset.build import instance_classes
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, PatchOptions
 from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest, place_patch
@@ -187,7 +187,7 @@ def test_cached_and_streamed_ids_are_the_same(root: Path, tmp_path: Path, monkey
     whole = ways["none"].volumes[0].read_ids(ways["none"].volumes[0].grid.grow(2))
     for mode in ("memory", "disk"):
         prepare(ways[mode].all_volumes)
-        assert ways[mode].view_volumes[0][0].instances == ()  # a further view has no labels
+        assert ways[mode].input_volumes[0][0].instances == ()  # a further input has no labels
 
     def refuse(self: CropVolume, grid: VoxelGrid) -> None:
         raise AssertionError(f"read {grid} from Zarr")
@@ -256,7 +256,7 @@ def test_batches_have_ids_where_they_are_asked_for(root: Path) -> None:
 def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "instance_classes", lambda config: INSTANCES)  # as heads of the network would ask
+    monkeypatch.setattr(build, "head_classes", lambda config: INSTANCES)  # as heads of the network would ask
     found = []
     for options in ({}, {"cache": "disk", "cache_dir": str(tmp_path), "num_workers": 2}):
         config = RunConfig()
@@ -275,7 +275,7 @@ def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
         assert a["ids"].shape == (2, 2, 16, 16, 16)
         assert torch.equal(a["ids"], b["ids"])
         assert torch.equal(a["image"], b["image"])
-    assert instance_classes is not build.instance_classes
+    assert head_classes is not build.head_classes
     assert build.patch_options(config).instances == INSTANCES
 
 
@@ -366,4 +366,4 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
 
 
 def test_a_run_without_heads_asks_for_no_ids() -> None:
-    assert instance_classes(RunConfig()) == ()
+    assert head_classes(RunConfig()) == ()

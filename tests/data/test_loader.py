@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data._utils import signal_handling
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.data.loader import PatchLoader, WorkerError, _reason
@@ -24,7 +25,7 @@ from connectomics.errors import UnknownNameError
 from tests.data.loader_kit import Modules, Numbers, Volumes, loader
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTS = ["fork", "spawn", "forkserver"]
+STARTS = ["spawn", "forkserver"]
 
 
 def sequence(batches: PatchLoader | Iterator[Any]) -> list[tuple[int, int, float]]:
@@ -60,14 +61,12 @@ def gone(pids: list[int], within_s: float) -> bool:
 def test_the_order_does_not_depend_on_the_workers() -> None:
     expected = sequence(loader(Numbers()))
     assert [position for _, position, _ in expected] == list(range(24))
-    assert sequence(loader(Numbers(), 1, start="fork")) == expected
-    for workers, start in ((2, "fork"), (2, "forkserver"), (1, "spawn")):
+    for workers, start in ((2, "forkserver"), (1, "spawn")):
         assert sequence(loader(Numbers(), workers, start=start)) == expected
 
 
 @pytest.mark.parametrize("start", ["spawn", "forkserver"])
 def test_volumes_that_the_parent_has_read_before(phantom: Path, start: str) -> None:
-    """The parent has opened tensorstore."""
     from connectomics.data.volumes import CropVolume
 
     volumes = [CropVolume(crop, ("mito",), (16.0,) * 3) for crop in Catalog.open(str(phantom)).crops(None)[:2]]
@@ -79,13 +78,13 @@ def test_volumes_that_the_parent_has_read_before(phantom: Path, start: str) -> N
 def test_workers_persist_or_not_and_epochs_differ() -> None:
     pids = []
     for persistent in (True, False):
-        running = loader(Numbers(), 2, start="fork", persistent=persistent)
+        running = loader(Numbers(), 2, persistent=persistent)
         epochs, workers = [], []
         for epoch in range(2):
             running.sampler.set_epoch(epoch)
             batches = iter(running)
             epochs.append(sequence(iter([next(batches)])))
-            workers.append([w.pid for w in running._running._workers])
+            workers.append(running.worker_pids)
             epochs[-1] += sequence(batches)
         assert [row[0] for row in epochs[1]] == [1] * 24
         assert (workers[0] == workers[1]) == persistent
@@ -99,7 +98,7 @@ def test_nothing_is_drawn_from_the_random_state_of_the_main_process() -> None:
     expected = torch.rand(1)
     torch.manual_seed(0)
     list(loader(Numbers()))
-    list(loader(Numbers(), 1, start="fork"))
+    list(loader(Numbers(), 1))
     assert torch.rand(1) == expected
 
 
@@ -110,7 +109,7 @@ def test_going_on_in_the_middle_of_an_epoch(workers: int, persistent: bool) -> N
     whole = loader(Numbers())
     whole.sampler.set_epoch(3)
     expected = sequence(whole)
-    first = loader(Numbers(), workers, start="fork", persistent=persistent)
+    first = loader(Numbers(), workers, persistent=persistent)
     first.sampler.set_epoch(3)
     batches = iter(first)
     for _ in range(5):
@@ -119,7 +118,7 @@ def test_going_on_in_the_middle_of_an_epoch(workers: int, persistent: bool) -> N
     assert state == {"epoch": 3, "batches": 5}
     batches.close()
 
-    second = loader(Numbers(), workers, start="fork", persistent=persistent)
+    second = loader(Numbers(), workers, persistent=persistent)
     second.load_state_dict(state)
     batches = iter(second)
     second.sampler.set_epoch(3)  # Lightning says so after it asked for the iterator
@@ -159,7 +158,7 @@ def test_workers_are_light_and_deaf_to_interrupts() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_the_data_arrives_as_it_was_raised(workers: int) -> None:
-    failing = loader(Numbers("known error", at=7), workers, start="fork")
+    failing = loader(Numbers("known error", at=7), workers)
     batches = iter(failing)
     seen = [next(batches) for _ in range(3)]
     with pytest.raises(UnknownNameError) as caught:
@@ -167,24 +166,24 @@ def test_an_error_of_the_data_arrives_as_it_was_raised(workers: int) -> None:
     assert str(caught.value) == "unknown class 'mitt'; did you mean 'mito'?"
     assert sequence(iter(seen))[-1][1] == 5
     with pytest.raises(WorkerError if workers else MemoryError):
-        list(loader(Numbers("memory", at=7), workers, start="fork"))
+        list(loader(Numbers("memory", at=7), workers))
 
 
 def test_a_bug_in_a_worker_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match=r"(?s)Original Traceback.*a bug"):
-        list(loader(Numbers("bug", at=3), 2, start="fork"))
+        list(loader(Numbers("bug", at=3), 2))
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("start", "persistent"), [("fork", True), ("forkserver", False)])
+@pytest.mark.parametrize(("start", "persistent"), [("forkserver", True), ("spawn", False)])
 def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool) -> None:
     of_others = shared_memory_of([os.getpid()])  # what tests before this one still hold, which workers inherit
     dying = loader(Numbers("SIGKILL", at=13), 2, start=start, persistent=persistent)
     batches = iter(dying)
     next(batches)
-    pids = [worker.pid for worker in dying._running._workers]
+    pids = dying.worker_pids
     mapped = shared_memory_of([os.getpid(), *pids]) - of_others
-    assert mapped or start == "fork"  # of forked workers nothing has a name to begin with
+    assert mapped
     message = (
         r"loader worker [12] of 2 was ended by SIGKILL, .*: lower data\.num_workers.*data\.cache=disk, and resume$"
     )
@@ -238,7 +237,7 @@ def group(leader: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("start", "nap_s"), [("fork", 0.02), ("forkserver", 1.0)])
+@pytest.mark.parametrize(("start", "nap_s"), [("spawn", 0.02), ("forkserver", 1.0)])
 def test_an_interrupt_ends_everything_quietly(tmp_path: Path, start: str, nap_s: float) -> None:
     """Ctrl-C in a terminal goes to the whole group; also while workers are in the middle of slow reads."""
     process, pids = run_script(tmp_path, start, nap_s)
@@ -255,7 +254,7 @@ def test_an_interrupt_ends_everything_quietly(tmp_path: Path, start: str, nap_s:
     assert not any(os.path.exists(path) for path in mapped)
 
 
-@pytest.mark.parametrize("start", ["fork", "forkserver"])
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
 def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, start: str) -> None:
     process, _ = run_script(tmp_path, start, 0.02)
     members = group(process.pid)
@@ -269,3 +268,15 @@ def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, start: str)
 def test_a_way_to_start_that_is_none_is_named() -> None:
     with pytest.raises(UnknownNameError, match=r"'forkserve' in data\.worker_start; did you mean 'forkserver'"):
         loader(Numbers(), 1, start="forkserve")
+
+
+def test_torch_has_the_private_names_that_the_loader_uses() -> None:
+    running = loader(Numbers(), 1)
+    batches = iter(running)
+    next(batches)
+    iterator = running._running._iterator  # type: ignore[union-attr]
+    for name in ("_workers", "_worker_pids_set", "_shutdown_workers"):
+        assert hasattr(iterator, name), f"this torch has no {type(iterator).__name__}.{name}: adapt _TorchWorkers"
+    assert hasattr(signal_handling, "_remove_worker_pids"), "this torch has no _remove_worker_pids: adapt _TorchWorkers"
+    assert hasattr(running, "_iterator"), "this torch has no DataLoader._iterator: adapt PatchLoader.stop"
+    running.stop()

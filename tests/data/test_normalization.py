@@ -161,7 +161,7 @@ def test_training_validation_and_prediction_read_the_same_input(tmp_path: Path, 
         seen = centered(collate([patch]))["image"][0, 0].numpy()
         np.testing.assert_array_equal(seen, source.read(patch.grid))
         np.testing.assert_array_equal(seen, volume.read_image(patch.grid))
-        np.testing.assert_array_equal(seen, volume.read_view(patch.grid))
+        np.testing.assert_array_equal(seen, volume.read_input(patch.grid))
         begin = np.round(volume.grid.to_index(patch.grid.translation)).astype(int)
         assert begin[0] <= 0, "the patch holds all 40 voxels of the volume"
         assert begin[0] + 64 >= 40

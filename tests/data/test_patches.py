@@ -177,7 +177,7 @@ def batches(module: CellMapDataModule, epoch: int = 0) -> Iterator[dict]:
 
 def test_an_epoch_does_not_depend_on_workers_or_cache(two_crops: Path, tmp_path: Path) -> None:
     plain = list(batches(CellMapDataModule(config_of(two_crops)), epoch=1))
-    cache = {"use_cache": True, "cache_dir": str(tmp_path / "cache")}
+    cache = {"cache": "disk", "cache_dir": str(tmp_path / "cache")}
     with_workers = list(batches(CellMapDataModule(config_of(two_crops, num_workers=2, **cache)), epoch=1))
     assert len(plain) == len(with_workers) == 3
     for a, b in zip(plain, with_workers, strict=True):

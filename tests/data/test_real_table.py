@@ -13,11 +13,10 @@ from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import CLASSES
 from connectomics.config import EPOCH_PATCHES, RunConfig, load_config
 from connectomics.data.contents import LabelCounter, content_of
-from connectomics.data.datamodule import validation_shape
 from connectomics.data.run_split import half_patch, run_split
 from connectomics.data.sampling import PatchSampler, SampledCrop
 from connectomics.data.splits import Split, groups_of, leaks
-from connectomics.data.validation_windows import validation_parts
+from connectomics.data.validation_windows import validation_parts, validation_shape
 from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from tests.data.real_table import TABLE, table_crops

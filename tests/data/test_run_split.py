@@ -15,9 +15,10 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, ingest_labels, ingest_raw
 from connectomics.config import RunConfig
 from connectomics.data.contents import LabelCounter, content_of
-from connectomics.data.datamodule import CellMapDataModule, validation_shape
+from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.sampling import PatchRequest
 from connectomics.data.splits import Split, parse_entry
+from connectomics.data.validation_windows import validation_shape
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.formats import open_volume

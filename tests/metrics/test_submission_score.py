@@ -289,7 +289,7 @@ def test_slabs_give_what_memory_gives(seed: int, density: float, planes: int, dt
 def test_truth_labels_too_large_for_tables() -> None:
     truth = np.full((2, 2, 2), 1 << 20, np.uint32)
     with (
-        pytest.raises(InputError, match="renumber the truth"),
+        pytest.raises(InputError, match="renumber the ground truth"),
         blocks.BlockPair(Volume(truth), Volume(truth), memory_bytes=1000),
     ):
         pass

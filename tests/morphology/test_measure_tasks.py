@@ -26,6 +26,7 @@ from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.tasks import BlockTask, run_task
 from connectomics.tasks.block_task import TASK_FILE
+from connectomics.testing.block_tasks import check_order_does_not_matter, check_round_trip
 from tests.morphology.test_measure import BLOCK, noise, stored
 from tests.morphology.test_measure import rows as rows_of
 
@@ -302,3 +303,12 @@ def _outputs(folder: Path) -> dict[str, bytes]:
     found = {name: path for name, path in found.items() if "/." not in f"/{name}"}
     named = ("task.json", "summary.json")
     return {name: b"" if name.endswith(named) else path.read_bytes() for name, path in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["measure", "contacts", "mesh"])
+def test_the_order_of_blocks_does_not_matter(tmp_path: Path, kind: str) -> None:
+    labels = tmp_path / "labels"
+    for seed, name in enumerate(("mito", "er")):
+        stored(labels, np.random.default_rng(seed).integers(0, 9, (6, 6, 6)).astype(np.uint16), (8, 8, 8), name)
+    check_round_trip(_task(kind, labels, tmp_path / "once"))
+    check_order_does_not_matter(lambda out: _task(kind, labels, out), _outputs, tmp_path / "out")

@@ -21,6 +21,7 @@ from connectomics.phantom import PhantomInfo, PhantomOptions, make_phantom
 from connectomics.phantom.kinds import KINDS, PHANTOM_ATOMS
 from connectomics.phantom.layout import datasets
 from connectomics.phantom.scene import Scene, class_mask
+from connectomics.testing.arrays import check_reader
 from connectomics.testing.closed_form import (
     default_spheres,
     sphere_label,
@@ -148,6 +149,7 @@ def test_raw_is_the_scene(info: PhantomInfo) -> None:
     for plan in datasets(PhantomOptions(preset="tiny")):
         where = info.root / plan.name / f"{plan.name}.zarr" / "recon-1" / "em" / "fibsem-uint8" / "s0"
         stored = zarr.open_array(str(where), mode="r")
+        check_reader(Multiscale.open(where.parent), stored[...])
         block = plan.raw.crop((60, 70, 31), (20, 33, 40))
         assert np.array_equal(stored[60:80, 70:103, 31:71], plan.scene().raw(block))
 

@@ -240,7 +240,7 @@ def test_bad_input_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(WriteError, match="cannot keep trials in"):
         tune(predictions, root, tmp_path / "broken", classes=["mito"])
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(MissingError, match=r"pip install 'connectomics\[tune\]'"):
+    with pytest.raises(MissingError, match=r"pip install 'connectomics-cellmap\[tune\]'"):
         tune(predictions, root, tmp_path / "out", classes=["mito"])
     assert tune(predictions, root, tmp_path / "out", classes=["er"])["er"].best_score > 0.9  # needs no search
 

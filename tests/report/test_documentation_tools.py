@@ -45,7 +45,7 @@ def test_a_panel_is_a_row_of_four(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_picture_of_an_augmentation_shows_the_patch_and_three_strengths() -> None:
-    from connectomics.data.intensity import KINDS
+    from connectomics.data.augmentation import KINDS
 
     tool = script("make_augmentation_pictures")
     edge = tool.EDGE

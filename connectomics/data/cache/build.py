@@ -1,4 +1,4 @@
-"""Decoding a crop into the files of a cache entry, block by block."""
+"""Decode a crop into the files of a cache entry, block by block. Imports numba: import it only to build."""
 
 from __future__ import annotations
 
@@ -7,23 +7,22 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates, StateTable, code_dtype
-from connectomics.data.cache.entry import describe
-from connectomics.data.cache.key import VERSION, Decodable
+from connectomics.data.cache.entry import POINTS, Decodable, describe
 from connectomics.geometry import Index, VoxelGrid
 
-POINTS = 4096  # positions kept of each class: enough that patches differ, small whatever the crop
 _BLOCK = (128, 128, 128)
 _PIECE = 16 << 20
 
 
 def build(volume: Decodable, folder: Path) -> None:
-    """Write all files of the crop's entry into a folder that is there and empty; ``entry.json`` comes last.
+    """Write all files of the crop's entry into an empty folder, ``entry.json`` last.
 
-    Memory is a row of blocks of 128 voxels and what the reader caches, whatever the crop's size.
+    Memory is bounded by one row of blocks of 128 voxels and the reader's cache.
     """
     _build_raw(volume, folder)
     states, counts, points = _build_labels(volume, folder)
@@ -32,7 +31,7 @@ def build(volume: Decodable, folder: Path) -> None:
     for name in ("raw.npy", "inside.npy", "codes.npy"):
         settle(folder / name)
     n_points = {name: len(found) for name, found in points.items()}
-    describe(folder, volume.crop.key, volume.cached_raw_grid, volume.grid, counts, n_points, states, VERSION)
+    describe(folder, volume, counts, n_points, states)
 
 
 def _build_raw(volume: Decodable, folder: Path) -> None:
@@ -45,7 +44,7 @@ def _build_raw(volume: Decodable, folder: Path) -> None:
             at = (..., slice(x, x + block.shape[2]))
             values[at], mask[at] = volume.decode_raw(block)
         raw.write(begin, values)
-        if inside is None and not mask.all():  # the first hole: until here there was raw everywhere
+        if inside is None and not mask.all():  # the first hole: all earlier rows are complete
             inside = RowsFile(folder / "inside.npy", np.dtype(bool), grid.shape)
             for earlier, whole in _rows(grid):
                 if earlier < begin:
@@ -59,9 +58,7 @@ def _build_raw(volume: Decodable, folder: Path) -> None:
 def _build_labels(
     volume: Decodable, folder: Path
 ) -> tuple[LabelStates, dict[str, dict[str, int]], dict[str, NDArray[np.int32]]]:
-    """Write the codes; returns what they mean, counts by class, and lattice indices of voxels of each class."""
-    from connectomics.data.cache.packing_kernels import scan_codes
-
+    """Write the codes; return what they mean, counts by class, and lattice indices of voxels of each class."""
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
     table = StateTable(classes, volume.instances)
     histogram = np.zeros(1, np.int64)
@@ -86,14 +83,12 @@ def _build_labels(
             file = file.widened(code_dtype(len(table)))
         file.write(begin, values.astype(file.dtype))
     if classes and len(table) == 1:
-        RowsFile(path, code_dtype(1), (0, 0, 0))  # nothing is known: beyond the codes, too, that is how it is
+        RowsFile(path, code_dtype(1), (0, 0, 0))  # nothing is known, as everywhere beyond the codes
     present, known = table.states.tables()
-    counts = {}
+    counts, points = {}, {}
     for number, name in enumerate(classes):
-        there, said = int(histogram[present[number]].sum()), int(histogram[known[number]].sum())
-        counts[name] = {"present": there, "absent": said - there, "unknown": grid.size - said}
-    points = {}
-    for number, name in enumerate(classes):
+        n_present, n_known = int(histogram[present[number]].sum()), int(histogram[known[number]].sum())
+        counts[name] = {"present": n_present, "absent": n_known - n_present, "unknown": grid.size - n_known}
         n = int(used[number])
         order = np.argsort(priorities[number, :n], kind="stable")
         index = np.unravel_index(places[number, :n][order], grid.shape)
@@ -102,9 +97,9 @@ def _build_labels(
 
 
 class RowsFile:
-    """An ``.npy`` file of three axes that is written in rows of blocks.
+    """An ``.npy`` file of three axes that is written in rows of blocks, see `settle`.
 
-    Its space is taken at once, so that a full disk is an error before the work. `settle` comes last.
+    Its space is allocated at once, so that a full disk is an error before the work.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic], shape: Index) -> None:
@@ -130,7 +125,7 @@ class RowsFile:
                 np.ascontiguousarray(plane).tofile(file)
 
     def widened(self, dtype: np.dtype[np.generic]) -> RowsFile:
-        """The same values with another type, in place of this file."""
+        """Replace this file by one with the same values in another type; return that."""
         narrow = self.path.rename(self.path.with_suffix(".narrow"))
         wide = RowsFile(self.path, dtype, self.shape)
         with narrow.open("rb") as file:
@@ -143,26 +138,98 @@ class RowsFile:
 
 
 def settle(path: Path) -> None:
-    """Write a finished file once more, in large pieces.
+    """Rewrite a finished file in large pieces.
 
-    The kernel keeps a file in memory in pieces as large as it was written in, and maps it piece by piece: 128^3 voxels
-    copied from a fresh map cost 0.35 ms of CPU after writes of megabytes, 1.1 ms after writes of planes (0.30 ms from
-    memory; measured with Linux on ext4), and every patch is such a copy.
+    The kernel keeps a file in memory in pieces as large as it was written in, and maps it piece by piece. Copying 128^3
+    voxels from a fresh map costs 0.35 ms of CPU after writes of megabytes, 1.1 ms after writes of planes (Linux, ext4),
+    and every patch is such a copy.
     """
     settled = path.with_suffix(".settled")
     with path.open("rb") as source, settled.open("wb", buffering=0) as target:
         while piece := source.read(_PIECE):
             left = memoryview(piece)
-            while left:  # a write may take less than it is given
+            while left:  # a write may be short
                 left = left[target.write(left) :]
     settled.rename(path)
 
 
 def _rows(grid: VoxelGrid) -> Iterator[tuple[tuple[int, int], VoxelGrid]]:
-    """The grid in rows of blocks along x: first plane and line, and the grid of the row."""
+    """The grid in rows of blocks along x: first plane and line of each row, and its grid."""
     for (z, y, _), row in grid.blocks((_BLOCK[0], _BLOCK[1], max(1, grid.shape[2]))):
         yield (z, y), row
 
 
 def _seed(crop: str, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{crop} {name}".encode()).digest()[:8], "little")
+
+
+@numba.njit(cache=True, nogil=True)
+def scan_codes(
+    codes: NDArray[np.uint32],
+    begin: tuple[int, int, int],
+    rows: int,
+    columns: int,
+    starts: NDArray[np.int64],
+    members: NDArray[np.int64],
+    seeds: NDArray[np.uint64],
+    priorities: NDArray[np.uint64],
+    places: NDArray[np.int64],
+    used: NDArray[np.int64],
+    histogram: NDArray[np.int64],
+) -> None:
+    """Count the codes of a block, and keep for each class the voxels with the smallest priorities.
+
+    A voxel's priority for a class is a pseudo-random number that depends only on the class's seed and the voxel's place
+    in the lattice, so the voxels kept are a uniform sample without replacement for any order of blocks.
+
+    Args:
+        codes: (d, h, w). begin: lattice index of the block's first voxel. rows, columns: the lattice's H and W.
+        starts, members: the classes present in state k are ``members[starts[k]:starts[k + 1]]``.
+        seeds: (C,). priorities, places: (C, most), a heap for each class, the largest priority first, of which
+            ``used`` (C,) are filled. A place is the voxel's flat index in the lattice.
+        histogram: (K,) voxels of each state, added to.
+    """
+    depth, height, width = codes.shape
+    most = priorities.shape[1]
+    for z in range(depth):
+        for y in range(height):
+            place = ((begin[0] + z) * rows + begin[1] + y) * columns + begin[2]
+            for x in range(width):
+                code = codes[z, y, x]
+                histogram[code] += 1
+                for m in range(starts[code], starts[code + 1]):
+                    c = members[m]
+                    priority = _mix(seeds[c], place + x)
+                    heap, where, n = priorities[c], places[c], used[c]
+                    if n < most:
+                        at = n
+                        used[c] = n + 1
+                        while at > 0:
+                            above = (at - 1) // 2
+                            if heap[above] >= priority:
+                                break
+                            heap[at], where[at] = heap[above], where[above]
+                            at = above
+                        heap[at], where[at] = priority, place + x
+                    elif priority < heap[0]:
+                        at = 0
+                        while True:
+                            below = 2 * at + 1
+                            if below >= most:
+                                break
+                            if below + 1 < most and heap[below + 1] > heap[below]:
+                                below += 1
+                            if heap[below] <= priority:
+                                break
+                            heap[at], where[at] = heap[below], where[below]
+                            at = below
+                        heap[at], where[at] = priority, place + x
+
+
+@numba.njit(inline="always")
+def _mix(seed: np.uint64, place: int) -> np.uint64:
+    """Number ``place`` of the splitmix64 stream of a seed (Steele, Lea and Flood 2014)."""
+    value = seed + np.uint64(place + 1) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

@@ -1,48 +1,161 @@
-"""One entry of the crop cache: a folder of plain ``.npy`` files that every process maps.
+"""One entry of the crop cache: its name, and a folder of plain ``.npy`` files that every process maps.
 
-``entry.json`` says what they are: grids, classes, which of them have their objects told apart, the crop, counts by
-class, and of each file its type, size and checksums. ``raw.npy`` uint8 (D, H, W), raw with context; ``inside.npy``
-bool, where there is raw, or one True where there is raw everywhere; ``codes.npy`` (d, h, w) with the narrowest type
-that numbers the states, empty where nothing is known; ``states.npy`` uint64 (K, 2, W), or (K, 2 W + I) with ids of
-objects, see `LabelStates.to_array`; ``points.npy`` int32 (n, 3), lattice indices of voxels of each class, one class
-after the other. ``used`` is touched whenever the entry is opened.
+``entry.json`` describes the files: grids, classes, classes with object IDs, the crop, counts by class, and type, size
+and checksums of each file. ``raw.npy`` uint8 (D, H, W): raw with context. ``inside.npy`` bool: where there is raw, or
+one True if there is raw everywhere. ``codes.npy`` (d, h, w): rows of ``states.npy`` in the narrowest type, empty if
+nothing is known. ``states.npy`` uint64 (K, 2, W), or (K, 2 W + I) with object IDs, see `LabelStates.to_array`.
+``points.npy`` int32 (n, 3): lattice indices of voxels of each class, one class after the other. ``used`` is touched
+whenever the entry is opened.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
+import os
+import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.label_codes import LabelStates, code_dtype
+from connectomics.cellmap.labels import LabelVolume, arrays_needed
+from connectomics.config.values import read
 from connectomics.data.arrays import CropArrays
-from connectomics.data.cache.maps import Maps
-from connectomics.errors import CorruptDataError
+from connectomics.errors import ConnectomicsError, CorruptDataError
 from connectomics.geometry import Index, VoxelGrid
+from connectomics.io.fingerprint import fingerprint
+from connectomics.io.normalization import Normalization
+from connectomics.io.s3 import in_parallel
+from connectomics.io.store import is_s3
 
 FORMAT = "connectomics crop cache"
+VERSION = 3  # raise it when decoding or the format changes: old entries are then not found
 DESCRIPTION = "entry.json"
 USED = "used"
 ARRAYS = ("raw.npy", "inside.npy", "codes.npy", "states.npy", "points.npy")
-_SMALL = 256 << 10  # files up to this size are checked whole whenever the entry is opened
-_PAGE, _PAGES = 4096, 16  # of larger ones these many pages, evenly spaced
+POINTS = 4096  # positions kept of each class: enough that patches differ, small for any crop
+_NAME = re.compile(r"[^.].*-[0-9a-f]{20}")
+_SMALL = 256 << 10  # files up to this size are checked completely whenever the entry is opened
+_PAGE, _PAGES = 4096, 16  # of larger files so many pages, evenly spaced
 _READ = 1 << 20
+_MAPPED_BYTES, _MAPPED_FILES = 64 << 20, 64  # that a process keeps mapped
+
+
+# -- the name ----------------------------------------------------------------------------------------------------------
+class Decodable(Protocol):
+    """What the cache needs of a crop: what decides its content, and how to decode it (a `CropVolume`)."""
+
+    @property
+    def crop(self) -> Crop: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def instances(self) -> tuple[str, ...]: ...
+    @property
+    def context(self) -> Index: ...
+    @property
+    def normalization(self) -> Normalization | None: ...
+    @property
+    def cache(self) -> Path | None: ...
+    @property
+    def grid(self) -> VoxelGrid: ...
+    @property
+    def cached_raw_grid(self) -> VoxelGrid: ...
+    def adopt(self, entry: Path | None) -> None: ...
+    def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]: ...
+    def decode_labels(self, grid: VoxelGrid) -> LabelVolume: ...
+
+
+def cache_key(volume: Decodable) -> str:
+    """Return the name of a crop's entry: data set, crop, and a hash of everything that decides the decoded content.
+
+    That is: locations, metadata and chunks (times and sizes, or ETags) of the labels that are read and of the raw
+    behind the region, classes, classes with object IDs, lattice, context, intensity range, and `VERSION`.
+    """
+    crop = volume.crop
+    needed = arrays_needed(crop, volume.classes) if volume.classes else {}
+    labels = [(name, needed[name].source) for name in sorted(needed)]
+    if is_s3(crop.raw):
+        prints = in_parallel(lambda item: fingerprint(item[1]), labels)
+    else:
+        prints = [fingerprint(source) for _, source in labels]
+    # the annotation (which values mean unknown) is read from the attributes of the finest level too
+    notes = [repr(crop.labels[name].annotation) for name, _ in labels]
+    content: dict[str, Any] = {
+        "version": VERSION,
+        "crop": crop.key,
+        "classes": volume.classes,
+        "grid": volume.grid.to_dict(),
+        "raw grid": volume.cached_raw_grid.to_dict(),
+        "intensity": None if volume.normalization is None else volume.normalization.range,
+        "raw": fingerprint(crop.raw_source, volume.cached_raw_grid),
+        "labels": [(name, mark, note) for (name, _), mark, note in zip(labels, prints, notes, strict=True)],
+    }
+    if volume.instances:  # entries without object IDs keep the names of earlier versions
+        content["instances"] = volume.instances
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{crop.dataset}-{crop.name}-{digest[:20]}"
+
+
+def is_name(text: str) -> bool:
+    """Whether `cache_key` could give this folder name."""
+    return _NAME.fullmatch(text) is not None
+
+
+# -- mapped files ------------------------------------------------------------------------------------------------------
+class Maps:
+    """Read-only maps of whole files; the most recently used are kept.
+
+    Mapping a file is quick, but the first touch of every page costs a fault: for a patch half as much as the copy
+    itself. So the latest maps stay, up to ``limit`` bytes in all: mapped pages count as a process's own memory, and a
+    map holds a file descriptor.
+
+    A kept map is used again only while the file is still the one that was mapped: reading beyond the end of a truncated
+    file would kill the process.
+    """
+
+    def __init__(self, limit: int = _MAPPED_BYTES) -> None:
+        self._limit = limit
+        self._kept: OrderedDict[str, tuple[tuple[int, int, int], mmap.mmap]] = OrderedDict()
+
+    def get(self, path: Path) -> mmap.mmap:
+        """Return the file's map. Raises `FileNotFoundError`, or `ValueError` for an empty file."""
+        name = str(path)
+        found = os.stat(name)
+        state = (found.st_ino, found.st_size, found.st_mtime_ns)
+        kept = self._kept.pop(name, None)
+        if kept is None or kept[0] != state:
+            with open(name, "rb") as file:
+                kept = state, mmap.mmap(file.fileno(), os.fstat(file.fileno()).st_size, access=mmap.ACCESS_READ)
+        if len(kept[1]) <= self._limit:
+            self._kept[name] = kept
+            total = sum(len(mapped) for _, mapped in self._kept.values())
+            while total > self._limit or len(self._kept) > _MAPPED_FILES:
+                total -= len(self._kept.popitem(last=False)[1][1])
+        return kept[1]
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
 
 _maps = Maps()  # of this process
 
 
+# -- files and entries -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class StoredFile:
-    """What an ``.npy`` file of an entry must be: ``dtype``, ``shape``, ``offset`` of the data in it, its ``size`` in
-    bytes, the CRC-32 of the whole file, and those of some of its pages (none for small files)."""
+    """What an ``.npy`` file of an entry must be: ``dtype``, ``shape``, ``offset`` of the data, ``size`` in bytes, and
+    CRC-32 of the whole file and of some of its pages (none for small files)."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -53,7 +166,7 @@ class StoredFile:
 
     @classmethod
     def describe(cls, path: Path) -> StoredFile:
-        """The description of a file that has been written."""
+        """Return the description of a finished file."""
         with path.open("rb") as file:
             shape, dtype = _header(file)
             offset = file.tell()
@@ -61,14 +174,8 @@ class StoredFile:
         pages = () if size <= _SMALL else tuple(_page_sums(path, size))
         return cls(dtype.str, shape, offset, size, _checksum(path), pages)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StoredFile:
-        """The inverse of ``dataclasses.asdict``."""
-        shape, pages = tuple(int(n) for n in data["shape"]), tuple(int(n) for n in data["pages"])
-        return cls(str(data["dtype"]), shape, int(data["offset"]), int(data["size"]), int(data["crc"]), pages)
-
     def map(self, path: Path) -> NDArray[Any]:
-        """The array, read-only, mapped for as long as something refers to it (see `Maps`)."""
+        """Return the array, mapped read-only (see `Maps`)."""
         try:
             mapped = _maps.get(path)
         except (FileNotFoundError, ValueError) as error:
@@ -78,7 +185,7 @@ class StoredFile:
         return np.ndarray(self.shape, np.dtype(self.dtype), mapped, self.offset)
 
     def check(self, path: Path, *, whole: bool) -> None:
-        """Raise `CorruptDataError` where the file is not what was written: its size, its header, its checksums."""
+        """Raise `CorruptDataError` if size, header or checksums of the file differ from what was written."""
         try:
             size = path.stat().st_size
             if size != self.size:
@@ -99,12 +206,12 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class CachedCrop:
-    """One whole entry, on the crop's lattice.
+    """One complete entry, on the crop's lattice.
 
     Attributes:
-        folder: where it is.
+        folder: its folder.
         crop: the crop's key.
-        raw_grid: what raw is there (the crop with context, as far as the raw volume reaches).
+        raw_grid: grid of the cached raw (the crop with context, as far as the raw volume reaches).
         label_grid: the crop's own grid; lattice index 0 is its first voxel.
         states: what the codes mean.
         counts: by class, voxels of ``label_grid`` that are ``present``, ``absent`` and ``unknown``.
@@ -134,29 +241,28 @@ class CachedCrop:
     @cached_property
     def raw_begin(self) -> Index:
         """Lattice index of the first voxel of raw."""
-        begin = np.round(self.label_grid.to_index(self.raw_grid.translation)).astype(int)
-        return int(begin[0]), int(begin[1]), int(begin[2])
+        z, y, x = np.round(self.label_grid.to_index(self.raw_grid.translation)).astype(int).tolist()
+        return z, y, x
 
     def _map(self, name: str) -> NDArray[Any]:
         return self.files[name].map(self.folder / name)
 
     def arrays(self) -> CropArrays:
-        """All of it, mapped for this read, read-only."""
+        """Return all arrays, mapped read-only."""
         raw = self._map("raw.npy")
         everywhere = self.files["inside.npy"].shape == (1, 1, 1) and raw.size != 1
-        inside = None if everywhere else self._map("inside.npy")
         return CropArrays(
             raw=raw,
             raw_begin=self.raw_begin,
-            inside=inside,
+            inside=None if everywhere else self._map("inside.npy"),
             codes=self._map("codes.npy"),
             codes_begin=(0, 0, 0),
             states=self.states,
         )
 
     def points_of(self, name: str) -> NDArray[np.float64]:
-        """Positions (n, 3), nm, of voxels where the class is present, in random order: uniform without replacement over
-        all such voxels, at most 4096, the same for a crop and a lattice whatever else is asked for."""
+        """Return positions (n, 3), nm, of voxels where the class is present, in random order: uniform without
+        replacement over all such voxels, at most `POINTS`, the same for a crop and a lattice."""
         begin = 0
         for other, count in self.n_points.items():
             if other == name:
@@ -172,22 +278,19 @@ class CachedCrop:
 
 def describe(
     folder: Path,
-    crop: str,
-    raw_grid: VoxelGrid,
-    label_grid: VoxelGrid,
+    volume: Decodable,
     counts: Mapping[str, Mapping[str, int]],
     n_points: Mapping[str, int],
     states: LabelStates,
-    version: int,
 ) -> None:
-    """Write ``entry.json`` beside arrays that are complete."""
+    """Write ``entry.json`` beside complete arrays."""
     content: dict[str, Any] = {
         "format": FORMAT,
-        "version": version,
-        "crop": crop,
+        "version": VERSION,
+        "crop": volume.crop.key,
         "classes": list(states.classes),
-        "raw_grid": raw_grid.to_dict(),
-        "label_grid": label_grid.to_dict(),
+        "raw_grid": volume.cached_raw_grid.to_dict(),
+        "label_grid": volume.grid.to_dict(),
         "counts": counts,
         "points": n_points,
         "files": {name: asdict(StoredFile.describe(folder / name)) for name in ARRAYS},
@@ -199,23 +302,22 @@ def describe(
 
 
 def open_entry(folder: Path, check: Literal["sizes", "pages", "all"] = "pages") -> CachedCrop:
-    """The entry in a folder.
+    """Return the entry in a folder.
 
     Args:
-        check: "sizes" looks at what is opened only; "pages" compares sizes, headers, and checksums of small files and
-            of some pages of the large ones; "all" those of every byte.
+        check: "sizes" compares sizes when a file is mapped; "pages" compares sizes, headers, and checksums of small
+            files and of some pages of large ones; "all" compares every byte's checksum.
 
     Raises:
-        CorruptDataError: something of it is missing or not what was written.
+        CorruptDataError: a file is missing or differs from what was written.
     """
     try:
         data = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        files = {name: StoredFile.from_dict(data["files"][name]) for name in ARRAYS}
+        files = {name: read(StoredFile, data["files"][name], f"{folder / DESCRIPTION}: {name}") for name in ARRAYS}
         raw_grid, label_grid = VoxelGrid.from_dict(data["raw_grid"]), VoxelGrid.from_dict(data["label_grid"])
-        classes = tuple(str(name) for name in data["classes"])
-        instances = tuple(str(name) for name in data.get("instances", ()))  # entries of runs without have no such key
+        classes, instances = (tuple(map(str, names)) for names in (data["classes"], data.get("instances", ())))
         crop, counts, n_points = str(data["crop"]), dict(data["counts"]), dict(data["points"])
-    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+    except (ValueError, KeyError, TypeError, FileNotFoundError, ConnectomicsError) as error:
         raise damaged(folder, f"{DESCRIPTION} cannot be read") from error
     for name, file in files.items():
         if check != "sizes":
@@ -232,12 +334,12 @@ def open_entry(folder: Path, check: Literal["sizes", "pages", "all"] = "pages") 
 
 
 def damaged(folder: Path, what: str) -> CorruptDataError:
-    """The error of an entry that cannot be used."""
+    """Return the error for an entry that cannot be used."""
     return CorruptDataError(f"the crop cache entry {folder} is damaged ({what}); delete that folder and run again")
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of an ``.npy`` file; ``file`` is left at the begin of the data."""
+    """Shape and dtype of an ``.npy`` file; leaves ``file`` at the start of the data."""
     np.lib.format.read_magic(file)
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran:

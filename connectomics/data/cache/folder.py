@@ -1,8 +1,8 @@
-"""`CropCache`: the entries below one folder, shared by any number of processes.
+"""`CropCache`: the entries in one folder, shared by any number of processes.
 
-Each entry is a folder named by `cache_key`. Beside them, hidden: folders that are being built or thrown away, the locks
-of those that are being built, the leases of living processes, and ``.lock``, which is held shared to take an entry
-into use and alone to remove entries. An entry appears under its name only when it is whole.
+Each entry is a folder named by `cache_key`; it appears under its name only when it is complete. Hidden beside them:
+folders that are being built or deleted, the locks of those being built, the leases of living processes, and ``.lock``,
+which is held shared to start using an entry and exclusively to remove entries.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from connectomics.data.cache import build as building
-from connectomics.data.cache.entry import ARRAYS, DESCRIPTION, FORMAT, USED, CachedCrop, open_entry
-from connectomics.data.cache.key import Decodable, cache_key, is_name
+from filelock import FileLock, Timeout
+
+from connectomics.data.cache.entry import (
+    ARRAYS,
+    DESCRIPTION,
+    FORMAT,
+    USED,
+    CachedCrop,
+    Decodable,
+    cache_key,
+    is_name,
+    open_entry,
+)
 from connectomics.data.cache.locks import Lease, leased, locked
 from connectomics.errors import ConnectomicsError, WriteError
 from connectomics.io.location import local_path
@@ -35,13 +45,13 @@ _OURS = frozenset({DESCRIPTION, USED, *ARRAYS, *_OLD_ARRAYS})
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """What a list says of an entry.
+    """What a listing shows of an entry.
 
     Attributes:
-        folder: where it is. crop: ``dataset/crop``; None where that cannot be read.
-        classes: how many. voxel_size: nm, z y x. size: bytes on disk.
+        folder: its folder. crop: ``dataset/crop``; None if that cannot be read.
+        classes: number of classes. voxel_size: nm, z y x. size: bytes on disk.
         used: when it was last opened, seconds since 1970. processes: how many living processes use it.
-        current: whether this version of the program wrote it, as far as its description says.
+        current: whether its description has the current format.
     """
 
     folder: Path
@@ -60,18 +70,18 @@ class EntryInfo:
 
 
 class CropCache:
-    """The entries below one folder (which need not be there yet)."""
+    """The entries in one folder, which need not exist yet."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = local_path(folder)
 
     # -- use ---------------------------------------------------------------------------------------------------------
     def get(self, volume: Decodable) -> CachedCrop:
-        """The entry of a crop, built first where it is not there."""
+        """Return the entry of a crop; build it first if it does not exist."""
         return self.open(self.ensure(volume))
 
     def ensure(self, volume: Decodable) -> Path:
-        """The folder of the crop's entry, built where it is not there; in use for as long as ``volume`` lives.
+        """Return the folder of the crop's entry, built if it does not exist; it stays in use while ``volume`` lives.
 
         Raises:
             WriteError: the disk is full or the folder cannot be written. Whatever decoding raises.
@@ -83,28 +93,31 @@ class CropCache:
         return self.folder / name
 
     def open(self, entry: Path, *, checked: bool = False) -> CachedCrop:
-        """An entry that is there; `CorruptDataError` where it cannot be used. ``checked``: somebody has just looked."""
+        """Open an existing entry; `CorruptDataError` if it is damaged. ``checked``: it was checked a moment ago."""
         opened = open_entry(entry, "sizes" if checked else "pages")
         if not checked and self._writable:
             os.utime(entry / USED)
         return opened
 
     def has(self, name: str) -> bool:
-        """Whether there is a whole entry of this name."""
+        """Whether a complete entry of this name exists."""
         return (self.folder / name / DESCRIPTION).is_file()
 
     def hold(self, volume: Decodable, name: str) -> None:
-        """Keep an entry, there or not yet, from being removed while ``volume`` lives."""
-        with self._blamed():
+        """Keep an entry, existing or not yet, from being removed while ``volume`` lives."""
+        with self._as_write_error():
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self._writable:  # else nobody of our kind can remove anything
+            if self._writable:  # otherwise no process of this user can remove anything
                 lease = self._lease
                 lease.hold([name])
                 weakref.finalize(volume, lease.release, name).atexit = False
 
     def build(self, volume: Decodable, name: str, *, wait: bool = True) -> bool:
-        """Build an entry, or wait for the process that is building it; False where that is not wanted (``wait``)."""
-        with self._blamed(), locked(self._lock_of(name), wait=wait, remove=True) as held:
+        """Build an entry, or wait for the process that is building it. Return False if ``wait`` is False and another
+        process is building it."""
+        from connectomics.data.cache import build as building  # imports numba
+
+        with self._as_write_error(), self._locked(name, wait) as held:
             if not held:
                 return False
             self._remove_leftovers(name)
@@ -115,21 +128,35 @@ class CropCache:
             try:
                 building.build(volume, temporary)
                 target = self.folder / name
-                if target.exists():  # without its description: damaged
-                    self._discard(target)
+                if target.exists():  # damaged: it has no description
+                    shutil.rmtree(self._hide(target), ignore_errors=True)
                 temporary.rename(target)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         return True
 
     @contextmanager
-    def _blamed(self) -> Iterator[None]:
-        """What the file system refuses here is the cache's matter and not that of the data."""
+    def _locked(self, name: str, wait: bool) -> Iterator[bool]:
+        """Hold the lock of an entry that is built; gives whether it is held (always if ``wait``)."""
+        path = self.folder / ".locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(path, blocking=wait):
+                try:
+                    yield True
+                finally:
+                    path.unlink(missing_ok=True)  # who waits for it then creates a new one
+        except Timeout:
+            yield False
+
+    @contextmanager
+    def _as_write_error(self) -> Iterator[None]:
+        """Turn errors of the file system into a `WriteError` about the cache."""
         try:
             yield
         except OSError as error:
             if isinstance(error, ConnectomicsError):
-                raise  # what was read was at fault, not the cache
+                raise  # the data was at fault, not the cache
             raise WriteError(
                 f"could not write the crop cache below {self.folder} ({error.strerror or error}); "
                 "free some space or set data.cache_dir to another folder"
@@ -143,12 +170,9 @@ class CropCache:
     def _lease(self) -> Lease:
         return Lease.of_process(self.folder.resolve())
 
-    def _lock_of(self, name: str) -> Path:
-        return self.folder / ".locks" / name
-
     # -- housekeeping ------------------------------------------------------------------------------------------------
     def entries(self) -> list[EntryInfo]:
-        """All entries, those used last first."""
+        """Return all entries, the most recently used first."""
         if not self.folder.is_dir():
             return []
         in_use: Counter[str] = Counter()
@@ -160,15 +184,15 @@ class CropCache:
         return sorted(found, key=lambda entry: (-entry.used, entry.name))
 
     def remove(self, chosen: Iterable[str] | Callable[[list[EntryInfo]], Iterable[str]]) -> list[EntryInfo]:
-        """Remove entries that no living process uses; returns what was removed.
+        """Remove entries that no living process uses; return what was removed.
 
-        ``chosen``: names, or a function that chooses them from what is there and not in use.
+        ``chosen``: names, or a function that chooses them from the unused entries.
         """
         removed, trash = [], []
         if not self.folder.is_dir():
             return []
         self._lease.refresh()
-        with self._blamed(), locked(self.folder / ".lock"):
+        with self._as_write_error(), locked(self.folder / ".lock"):
             in_use = leased(self.folder)
             free = [_info(p, 0) for p in self.folder.iterdir() if _is_entry(p) and not in_use[p.name]]
             names = set(chosen(free) if callable(chosen) else chosen)
@@ -182,7 +206,7 @@ class CropCache:
 
     def make_room(self, limit: int, coming: int = 0) -> list[EntryInfo]:
         """Remove the least recently used entries until all, with ``coming`` bytes more, take at most ``limit`` bytes
-        (or nothing is left that is not in use); returns what was removed."""
+        (or all that are left are in use); return what was removed."""
 
         def oldest(free: list[EntryInfo]) -> list[str]:
             total = coming + sum(_size(path) for path in self.folder.iterdir() if _is_entry(path))
@@ -197,32 +221,29 @@ class CropCache:
         return self.remove(oldest)
 
     def sweep(self) -> None:
-        """Remove what processes left behind that were killed while they built or removed entries."""
+        """Remove what killed processes left behind while they built or removed entries."""
         if not self.folder.is_dir() or not self._writable:
             return
         for path in self.folder.glob(f".*{_DELETED}"):
             shutil.rmtree(path, ignore_errors=True)
         for name in {_name_of_leftover(path) for path in self.folder.glob(f".*{_BUILDING}")}:
-            with locked(self._lock_of(name), wait=False, remove=True) as held:
+            with self._locked(name, wait=False) as held:
                 if held:
                     self._remove_leftovers(name)
 
     def bytes_begun(self, names: Iterable[str]) -> int:
-        """Bytes on disk of folders in which entries of these names are being built."""
+        """Return the bytes on disk of unfinished entries of these names."""
         wanted = set(names)
         leftovers = self.folder.glob(f".*{_BUILDING}")
         return sum(_size(path) for path in leftovers if _name_of_leftover(path) in wanted)
 
     def _remove_leftovers(self, name: str) -> None:
-        """Of builds of this entry whose process was killed; its lock must be held."""
+        """Remove builds of this entry whose process was killed; needs the entry's lock."""
         for path in self.folder.glob(f".{name}.*{_BUILDING}"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _discard(self, entry: Path) -> None:
-        shutil.rmtree(self._hide(entry), ignore_errors=True)
-
     def _hide(self, entry: Path) -> Path:
-        """Rename an entry, in one step, to something that nobody takes for one."""
+        """Rename an entry, in one step, to a name that is not an entry's."""
         return entry.rename(self.folder / f".{entry.name}.{uuid.uuid4().hex[:8]}{_DELETED}")
 
     # -- the limit that the last run set, for `pytc cache` -----------------------------------------------------------
@@ -239,7 +260,7 @@ class CropCache:
             return None
 
     def set_budget(self, limit: int | None) -> None:
-        """Write down the limit of a run, None for none."""
+        """Store the limit of a run; None for no limit."""
         if limit is None:
             self._budget_file.unlink(missing_ok=True)
         else:
@@ -247,7 +268,7 @@ class CropCache:
 
 
 def _is_entry(path: Path) -> bool:
-    """Whether a folder is an entry of ours, whole or damaged: by its name, and by holding nothing else."""
+    """Whether a folder is an entry, complete or damaged, by its name and by holding only an entry's files."""
     if not is_name(path.name) or path.is_symlink() or not path.is_dir():
         return False
     inside = {child.name for child in path.iterdir()}
@@ -260,7 +281,7 @@ def _info(folder: Path, processes: int) -> EntryInfo:
         read = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         data = read if isinstance(read, dict) else {}
     except (FileNotFoundError, ValueError):
-        data = {}  # damaged: listed, so that it can be removed
+        pass  # damaged: listed, so that it can be removed
     grid = data.get("label_grid", data.get("grid", {}))
     marker = folder / USED
     used = (marker if marker.exists() else folder).stat().st_mtime
@@ -277,7 +298,7 @@ def _info(folder: Path, processes: int) -> EntryInfo:
 
 
 def _size(folder: Path) -> int:
-    """Bytes that a folder's files take on disk (at least: nothing where they vanish meanwhile)."""
+    """Bytes on disk of a folder's files; files that vanish meanwhile count as 0."""
     total = 0
     for name in _OURS:
         try:
@@ -292,5 +313,5 @@ def _name_of_leftover(path: Path) -> str:
 
 
 def days_since(moment: float) -> float:
-    """Days from a moment (seconds since 1970) to now."""
+    """Return the days from a moment (seconds since 1970) to now."""
     return (time.time() - moment) / 86400

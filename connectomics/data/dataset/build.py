@@ -12,47 +12,45 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes
 from connectomics.data.augmentation import PatchAugmentor
-from connectomics.data.dataset.dataset_cellmap import (
-    CellMapDataset,
-    CellMapMultiClassDataset,
-    Mode,
-    PatchOptions,
-)
+from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, Mode, PatchOptions
 from connectomics.data.normalization import of_crops
+from connectomics.data.patch_reader import PatchShape
 from connectomics.errors import unknown_name
-from connectomics.geometry import Index, Triple, triple
-from connectomics.io.normalization import Normalization
+from connectomics.geometry import triple
 from connectomics.io.store import StoreOptions
 
 
 def patch_options(cfg: RunConfig) -> PatchOptions:
-    """The `PatchOptions` of a run."""
+    """Return the `PatchOptions` of a run."""
     data = cfg.data
     return PatchOptions(
         seed=cfg.system.seed,
-        cache=cache_mode(cfg),
+        cache=cast('Literal["none", "memory", "disk"]', data.cache),
         cache_dir=data.cache_dir,
         cache_context=data.cache_context,
         allow_missing_raw=data.allow_missing_raw,
         min_known=data.min_known,
-        inputs=views_of(cfg),
+        inputs=inputs_of(cfg),
         chunk_cache_bytes=data.chunk_cache_mb << 20,
-        instances=instance_classes(cfg),
+        instances=head_classes(cfg),
     )
 
 
 def run_dataset(
     cfg: RunConfig, crops: Sequence[Crop], mode: Mode, options: PatchOptions | None = None
 ) -> CellMapMultiClassDataset:
-    """The patches of a run in these crops; for training with its augmentation, which moves all views alike and so reads
-    as far as the widest of them does. ``options``: None for the run's own (`patch_options`)."""
+    """Return the patches of a run in these crops, with its augmentation if ``mode`` is "train".
+
+    The augmentation moves all inputs alike, so it reads as far as the widest input reaches. ``options`` None stands for
+    `patch_options`.
+    """
     chosen = patch_options(cfg) if options is None else options
     if not chosen.normalizations:
         chosen = replace(chosen, normalizations=normalizations(cfg, crops))
     augmentor = None
     if mode == "train":
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
-        extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in views_of(cfg)]
+        extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in inputs_of(cfg)]
         widest = np.max(extents, axis=0).tolist()
         augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, widest, cfg.dataset.voxel_size)
     return CellMapMultiClassDataset.of_crops(
@@ -60,43 +58,31 @@ def run_dataset(
     )
 
 
-def normalizations(cfg: RunConfig, crops: Sequence[Crop]) -> dict[str, Normalization]:
-    """The normalization of each data set of a run, see `connectomics.data.normalization`."""
+def normalizations(cfg: RunConfig, crops: Sequence[Crop]) -> dict[str, Any]:
+    """Return the `Normalization` of each data set of a run, see `connectomics.data.normalization`."""
     return {name: chosen.normalization for name, chosen in of_crops(cfg, crops).items()}
 
 
-def instance_classes(cfg: RunConfig) -> tuple[str, ...]:
-    """The classes of a run whose objects are told apart in its batches: those of ``model.heads``."""
-    return head_classes(cfg)
-
-
-def views_of(cfg: RunConfig) -> tuple[tuple[Triple, Index], ...]:
-    """``data.inputs`` as (voxel size in nm, shape in voxels), z y x."""
-    return tuple(
-        (triple(view.voxel_size), (view.patch_size[0], view.patch_size[1], view.patch_size[2]))
-        for view in cfg.data.inputs
-    )
-
-
-def cache_mode(cfg: RunConfig) -> Literal["none", "memory", "disk"]:
-    """Return ``data.cache``."""
-    return cast('Literal["none", "memory", "disk"]', cfg.data.cache)
+def inputs_of(cfg: RunConfig) -> tuple[PatchShape, ...]:
+    """Return ``data.inputs`` as (voxel size in nm, shape in voxels), z y x."""
+    shapes = ((given.voxel_size, given.patch_size) for given in cfg.data.inputs)
+    return tuple(PatchShape(triple(size), (shape[0], shape[1], shape[2])) for size, shape in shapes)
 
 
 def get_dataset(
     cfg: RunConfig, augmentor: Callable[[dict[str, Any]], dict[str, Any]] | None, mode: Mode = "train"
 ) -> CellMapDataset | CellMapMultiClassDataset:
-    """``dataset.name: cellmap`` gives all classes a sample, ``cellmap_single`` one class a sample. Images are as the
-    run's network gets them, centered."""
+    """Return the data set that ``dataset.name`` names: ``cellmap`` has all classes in a sample, ``cellmap_single`` one.
+
+    Images are normalized and centered as the network gets them.
+    """
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}
     if cfg.dataset.name not in kinds:
         raise unknown_name("data set kind", cfg.dataset.name, kinds, "dataset.name")
     options = patch_options(cfg)
-    crops = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes)).crops(
-        cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
-    )
-    options = replace(options, normalizations=normalizations(cfg, crops))
+    catalog = Catalog.open(cfg.dataset.data_root, StoreOptions(cache_bytes=options.chunk_cache_bytes))
+    crops = catalog.crops(cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes)
     return kinds[cfg.dataset.name](
         data_root=cfg.dataset.data_root,
         datasets=cfg.dataset.datasets,
@@ -106,5 +92,5 @@ def get_dataset(
         patch_size=cfg.data.patch_size,
         resolution=cfg.dataset.voxel_size,
         augmentor=augmentor,
-        mode_kwargs=vars(options),
+        mode_kwargs=vars(replace(options, normalizations=normalizations(cfg, crops))),
     )

@@ -1,4 +1,4 @@
-"""Patches of CellMap crops as torch data sets: one class a sample, or all classes at once."""
+"""Patches of CellMap crops as torch data sets: one class per sample, or all classes at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
-from connectomics.data.sampling import PatchRequest, foreground_points
+from connectomics.data.sampling import PatchRequest, SampledCrop, foreground_points
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
@@ -33,18 +33,17 @@ class PatchOptions:
     """The less usual options of a data set, ``mode_kwargs`` of the constructors.
 
     Attributes:
-        seed: of the positions.
-        balance: share of the patches of plain indices that go through a voxel of a class (else uniform).
-        normalizations: by data set, how raw becomes the image; for one that is not there 0 to 255 become 0 to 1 (uint8
-            raw only).
-        cache: none | memory | disk: whether each crop is decoded once, and where that is kept.
-        cache_dir: where it is kept on disk; None for the user's cache folder.
-        cache_context: voxels of raw kept around each crop, one number; None: as far as patches can reach.
-        allow_missing_raw: take crops of which some raw chunks are not stored; labels are unknown there.
-        min_known: least share of a patch's voxels at which something is known, where its crop allows it.
-        inputs: further views of each patch's place: (voxel size in nm, shape in voxels), z y x.
-        chunk_cache_bytes: decoded chunks that a process keeps while it reads without the crop cache.
-        instances: classes whose objects are told apart: samples have ``ids`` then, see `PackedPatch`.
+        seed: random seed for patch positions.
+        balance: for plain indices, share of patches that contain a voxel of a class (the others are uniform).
+        normalizations: by data set, how raw becomes the image; a missing data set maps 0..255 to 0..1 (uint8 raw only).
+        cache: none | memory | disk: whether and where each crop is decoded once.
+        cache_dir: cache folder on disk; None for the user's cache folder.
+        cache_context: voxels of raw kept around each crop; None for as far as patches can reach.
+        allow_missing_raw: accept crops with missing raw chunks; labels are unknown there.
+        min_known: smallest share of known voxels in a patch, where its crop allows it.
+        inputs: further inputs at each patch's place: (voxel size in nm, shape in voxels), z y x.
+        chunk_cache_bytes: decoded chunks that a process keeps when it reads without the crop cache.
+        instances: classes with object IDs; samples then have ``ids``, see `PackedPatch`.
     """
 
     seed: int = 42
@@ -55,13 +54,13 @@ class PatchOptions:
     cache_context: int | None = None
     allow_missing_raw: bool = False
     min_known: float = 0.0
-    inputs: tuple[tuple[Triple, Index], ...] = ()
+    inputs: tuple[PatchShape | tuple[Triple, Index], ...] = ()
     chunk_cache_bytes: int = 64 << 20
     instances: tuple[str, ...] = ()
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
-        """Checked against the fields: an unknown one raises `UnknownNameError`."""
+        """Return the options of a mapping; raises `UnknownNameError` for an unknown one."""
         for name in kwargs:
             if name not in cls.__dataclass_fields__:
                 raise unknown_name("option", name, cls.__dataclass_fields__, "mode_kwargs")
@@ -71,13 +70,10 @@ class PatchOptions:
 class CropPatches(BaseDataset):
     """What both data sets share: crops as volumes, and patches drawn from them.
 
-    ``data_root`` is where it was opened (None where crops were given), ``datasets`` the names of those that it has.
-
-    Samples have ``ids`` (I, D, H, W) int32 where `PatchOptions.instances` names classes, in that order.
-
     A plain index gives a dense patch of that sample's crop: a new random one each time in training (from the loader
     worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
-    the patch that it names, packed.
+    the patch that it names, packed. Samples have ``ids`` (I, D, H, W) int32 if `PatchOptions.instances` names classes.
+    ``data_root`` is None if the data set was made from crops; ``datasets`` are the names of its data sets.
     """
 
     data_root: str | None = None
@@ -94,10 +90,17 @@ class CropPatches(BaseDataset):
         augmentor: Callable[[Sample], Sample] | PatchAugmentor | None = None,
         mode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """``patch_size`` in voxels and ``resolution`` in nm, z y x; ``mode_kwargs`` are the fields of `PatchOptions`;
-        ``augmentor`` is a `PatchAugmentor`, MONAI dictionary transforms (`GivenAugmentor`: ``known`` goes wherever
-        ``label`` goes), or any function of a dense sample, which moves ``known`` itself. Raises `MissingError` or
-        `UnknownNameError` for a root, data set, crop or class that is not there."""
+        """Open the crops of a data root.
+
+        Args:
+            patch_size: voxels, z y x. resolution: the voxel size in nm, z y x (attribute ``voxel_size``).
+            augmentor: a `PatchAugmentor`, MONAI dictionary transforms (`GivenAugmentor`: ``known`` moves with
+                ``label``), or any function of a dense sample, which then moves ``known`` itself.
+            mode_kwargs: fields of `PatchOptions`.
+
+        Raises:
+            MissingError, UnknownNameError: the root, a data set, a crop or a class does not exist.
+        """
         options = PatchOptions.from_kwargs(mode_kwargs or {})
         store = StoreOptions(cache_bytes=options.chunk_cache_bytes)
         found = Catalog.open(data_root, store).crops(datasets, crops, classes)
@@ -129,26 +132,25 @@ class CropPatches(BaseDataset):
         self._augment: Augmentor | GivenAugmentor | None = None
         if augmentor is not None and not isinstance(augmentor, PatchAugmentor):
             self._augment = augmentor if isinstance(augmentor, Augmentor) else GivenAugmentor(augmentor)
-        own = PatchShape(self.patch_size, self.voxel_size)
-        views = [PatchShape(shape, size) for size, shape in options.inputs]
+        own = PatchShape(self.voxel_size, self.patch_size)
+        inputs = [PatchShape(*given) for given in options.inputs]
         spatial = None if in_reading is None else in_reading.spatial
         self.volumes = [self._volume(crop, own, self.classes, spatial) for crop in crops]
-        self.view_volumes = [[self._volume(crop, view, (), spatial) for crop in crops] for view in views]
+        self.input_volumes = [[self._volume(crop, given, (), spatial) for crop in crops] for given in inputs]
         for volume in self.volumes:
             volume.check()
-        self.reader = PatchReader(
-            self.volumes, own, list(zip(views, self.view_volumes, strict=True)), in_reading, options.min_known
-        )
+        further = list(zip(inputs, self.input_volumes, strict=True))
+        self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known)
         self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
         self._rng: np.random.Generator | None = None
 
     def _volume(
-        self, crop: Crop, view: PatchShape, classes: tuple[str, ...], spatial: SpatialAugmentor | None
+        self, crop: Crop, shape: PatchShape, classes: tuple[str, ...], spatial: SpatialAugmentor | None
     ) -> CropVolume:
-        """A crop at a view's voxel size, with as much context as patches can look at."""
+        """A crop at the voxel size of one input, with as much context as patches can look at."""
         options = self.options
-        ratio = np.divide(view.voxel_size, self.voxel_size)
-        extent = np.multiply(view.voxels, ratio)  # in voxels of the run
+        ratio = np.divide(shape.voxel_size, self.voxel_size)
+        extent = np.multiply(shape.voxels, ratio)  # in voxels of the run
         # validation slides windows that look beyond the crop by up to a quarter of a window
         plain = extent / 2 if self.mode == "train" else 0.75 * extent
         reach = (plain if spatial is None else np.asarray(spatial.reach(extent.tolist()))) / ratio
@@ -158,22 +160,29 @@ class CropPatches(BaseDataset):
         return CropVolume(
             crop=crop,
             classes=classes,
-            voxel_size=view.voxel_size,
+            voxel_size=shape.voxel_size,
             normalization=options.normalizations.get(crop.dataset),
             cache=cache_folder(options.cache, options.cache_dir),
             context=context if margin is None else (margin, margin, margin),
             allow_missing_raw=options.allow_missing_raw,
-            instances=tuple(options.instances) if classes else (),  # further views have no labels
+            instances=tuple(options.instances) if classes else (),  # further inputs have no labels
         )
 
     @property
     def all_volumes(self) -> list[CropVolume]:
-        """Every volume that patches are read from: what there is to decode."""
-        return [*self.volumes, *(volume for at in self.view_volumes for volume in at)]
+        """Every volume that patches are read from."""
+        return [*self.volumes, *(volume for at in self.input_volumes for volume in at)]
+
+    def sampled_crops(self) -> list[SampledCrop]:
+        """What a `PatchSampler` needs of each crop."""
+        return [
+            SampledCrop(v.dataset, float(v.grid.size), {c: self.points(i, c) for c in self.classes})
+            for i, v in enumerate(self.volumes)
+        ]
 
     # -- where patches are -------------------------------------------------------------------------------------------
     def points(self, volume: int, class_name: str) -> NDArray[np.float64]:
-        """Positions (n, 3) in nm where the class is present in that crop, found once."""
+        """Return positions (n, 3) in nm where the class is present in that crop; found once."""
         key = (volume, class_name)
         if key not in self._points:
             found = self.volumes[volume].points(class_name)
@@ -216,7 +225,7 @@ class CropPatches(BaseDataset):
         return {k: (v - mean) / std if k == "image" or k.startswith("image_") else v for k, v in sample.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        # a loader worker starts its own random stream, and the positions are the sampler's business
+        # a loader worker starts its own random stream, and only the sampler needs the positions
         return {**self.__dict__, "_rng": None, "_points": {}}
 
 
@@ -224,50 +233,41 @@ class CellMapDataset(CropPatches):
     """One sample for each (data set, crop, class): ``image`` (1, D, H, W) float32 (see `PatchOptions.normalizations`;
     in [0, 1] without), ``label`` (1, D, H, W) float32 0/1 and ``known`` (1, D, H, W) bool. A label counts only where
     ``known``.
-
-    ``data_samples`` lists the samples: ``dataset``, ``crop``, ``class``, ``raw_path``, ``label_path`` (None where the
-    class is known through others only) and ``scale_level``, the pyramid level that raw is read from.
     """
 
     @cached_property
     def data_samples(self) -> list[dict[str, Any]]:
-        """The samples: every class of every crop in which it can be known."""
+        """Every class of every crop in which it can be known: ``dataset``, ``crop``, ``class``, ``raw_path``,
+        ``label_path`` (None if only other classes say something of it) and ``scale_level``, the raw pyramid level."""
         return [
-            self._describe(number, name)
-            for number, volume in enumerate(self.volumes)
+            {
+                "dataset": crop.dataset,
+                "crop": crop.name,
+                "class": name,
+                "raw_path": crop.raw,
+                "label_path": crop.labels[name].location if name in crop.labels else None,
+                "scale_level": crop.raw_source.level_for(self.voxel_size),
+                "volume": number,
+            }
+            for number, crop in enumerate(volume.crop for volume in self.volumes)
             for name in self.classes
-            if informs(name, volume.crop.labels)
+            if informs(name, crop.labels)
         ]
-
-    def _describe(self, volume: int, name: str) -> dict[str, Any]:
-        crop = self.volumes[volume].crop
-        label = crop.labels.get(name)
-        return {
-            "dataset": crop.dataset,
-            "crop": crop.name,
-            "class": name,
-            "raw_path": crop.raw,
-            "label_path": label.location if label else None,
-            "scale_level": crop.raw_source.level_for(self.voxel_size),
-            "volume": volume,
-        }
 
     def __len__(self) -> int:
         return len(self.data_samples)
 
     def __getitem__(self, index: int | PatchRequest) -> Sample:
         if isinstance(index, PatchRequest):
-            raise InputError("CellMapDataset has one class a sample and takes plain indices, not patch requests")
+            raise InputError("CellMapDataset has one class per sample and takes plain indices, not patch requests")
         info = self.data_samples[index]
         return self._draw(info["volume"], [info["class"]], index)
 
 
 class CellMapMultiClassDataset(CropPatches):
     """One sample for each crop: ``image`` (1, D, H, W) float32 (see `PatchOptions.normalizations`; in [0, 1] without),
-    ``label`` (C, D, H, W) float32 0/1 and
-    ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody annotated is unknown, not absent.
-
-    ``crop_groups`` lists the crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path).
+    ``label`` (C, D, H, W) float32 0/1 and ``known`` (C, D, H, W) bool, in the order of ``classes``. A class that nobody
+    annotated is unknown, not absent.
     """
 
     @classmethod
@@ -281,14 +281,14 @@ class CellMapMultiClassDataset(CropPatches):
         augmentor: Callable[[Sample], Sample] | PatchAugmentor | None = None,
         options: PatchOptions | None = None,
     ) -> CellMapMultiClassDataset:
-        """The data set of given crops (one side of a split)."""
+        """Return the data set of given crops (one side of a split)."""
         made = cls.__new__(cls)
         made._set_up(crops, classes, mode, patch_size, resolution, augmentor, options or PatchOptions())
         return made
 
     @property
     def crop_groups(self) -> list[dict[str, Any]]:
-        """The crops, as the plan's tables have them."""
+        """The crops: ``dataset``, ``crop``, ``raw_path``, ``label_paths`` (class -> path)."""
         return [
             {
                 "dataset": v.crop.dataset,

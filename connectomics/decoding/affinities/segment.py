@@ -62,10 +62,11 @@ def affinities_to_instances(
     """
     if method not in AFFINITY_METHODS:
         raise InputError(f"unknown method {method!r}; use one of {', '.join(AFFINITY_METHODS)}")
-    limits: dict[str, float] = {"merge_threshold": merge_threshold}
     if method == "mutex_watershed":
-        limits = {"bias_short": bias_short, "bias_long": bias_long}
-    found = segment(affinities, offsets, mask, DecodeParameters(method=method, **limits))
+        parameters = DecodeParameters(method=method, bias_short=bias_short, bias_long=bias_long)
+    else:
+        parameters = DecodeParameters(method=method, merge_threshold=merge_threshold)
+    found = segment(affinities, offsets, mask, parameters)
     return without_small(found.labels, found.count, min_size)
 
 

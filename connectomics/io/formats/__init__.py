@@ -1,5 +1,5 @@
-"""Volumes in other formats, read block by block. `connectomics.io.formats.source.FORMATS` says how to add one."""
+"""Volumes in other formats, read block by block. `register_format` adds one."""
 
-from connectomics.io.formats.source import FORMATS, VolumeSource, open_volume
+from connectomics.io.formats.source import FORMATS, VolumeSource, open_volume, register_format
 
-__all__ = ["FORMATS", "VolumeSource", "open_volume"]
+__all__ = ["FORMATS", "VolumeSource", "open_volume", "register_format"]

@@ -1,6 +1,7 @@
 """`open_volume`: a volume in any known format as a three-dimensional array that is read by blocks.
 
-To add a format, add a line to `FORMATS` and write its ``open_{name}(path, inner)`` in the module named there.
+To add a format, call `register_format`, or add a line to `FORMATS` and write its ``open_{name}(path, inner)`` in the
+module named there.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from connectomics.geometry import Triple
 #: Reads ``shape`` voxels from index ``begin`` (z y x); the block must lie inside the volume.
 Reader = Callable[[Sequence[int], Sequence[int]], NDArray[Any]]
 
-#: Name of a format -> module of this package with ``open_{name}(path, inner)``, and the file endings.
-FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
+#: Opens a file, or the array of that name within it (None: the only one).
+Opener = Callable[[Path, str | None], "VolumeSource"]
+
+#: Name of a format -> module of this package with ``open_{name}(path, inner)``, or a function; and the file endings.
+FORMATS: dict[str, tuple[str | Opener, tuple[str, ...]]] = {
     "tiff": ("tiff", (".tif", ".tiff")),
     "mrc": ("image_files", (".mrc", ".rec", ".map")),
     "nrrd": ("image_files", (".nrrd", ".nhdr")),
@@ -100,9 +104,28 @@ def open_volume(location: str | Path, format_name: str | None = None) -> VolumeS
     if not path.exists():
         raise MissingError(f"nothing at {path}; give the file or folder that holds the volume")
     name = format_name or _guess(path)
-    module = importlib.import_module(f"connectomics.io.formats.{FORMATS[name][0]}")
-    opened: VolumeSource = getattr(module, f"open_{name}")(path, inner)
-    return opened
+    opener = FORMATS[name][0]
+    if isinstance(opener, str):
+        opener = getattr(importlib.import_module(f"connectomics.io.formats.{opener}"), f"open_{name}")
+    return opener(path, inner)
+
+
+def register_format(name: str, opener: Opener, endings: Sequence[str]) -> None:
+    """Register a file format, which `ingest` and `open_volume` then read; one registered before is replaced.
+
+    Args:
+        name: of the format, for ``--format``.
+        opener: takes the path and the name of an array within the file (None if none was given), and returns a
+            `VolumeSource`; `VolumeSource.of` makes one of anything that slices like a numpy array.
+        endings: of file names, such as ``(".raw",)``; lower case.
+
+    Raises:
+        InputError: the name or an ending belongs to a format of this package.
+    """
+    for known, (there, taken) in FORMATS.items():
+        if isinstance(there, str) and (known == name or set(taken) & set(endings)):
+            raise InputError(f"format {known} of this package reads {' '.join(taken)}; choose another name and ending")
+    FORMATS[name] = (opener, tuple(endings))
 
 
 def optional(module: str, package: str) -> Any:

@@ -1,8 +1,8 @@
-"""Instance volumes that are larger than memory: components, counts and boxes slab by slab.
+"""Score instance volumes that are larger than memory, slab by slab.
 
-The components of a slab are cc3d's; slabs are joined where equal values touch (26 neighbours). A component's number is
-its rank in reading order of first voxels, which is how cc3d numbers a whole volume, so nothing differs from the score
-in memory. Component numbers and truth are kept in two raw scratch files from which boxes are cut on demand.
+cc3d finds the components of each slab; slabs are joined where equal values touch (26 neighbors). Components are
+numbered in reading order of their first voxels, as cc3d numbers a whole volume, so the score equals that in memory.
+Component numbers and ground truth are stored in two scratch files.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PLANES = 64  # slabs of whole chunks, as chunks usually are
 
 
 class BlockPair(VolumePair):
-    """A truth and a prediction of one shape, read slab by slab; use it in a ``with`` block, which removes the scratch.
+    """A ground truth and a prediction of one shape, read slab by slab. Use it in a ``with`` block.
 
-    ``memory_bytes`` bounds what is held at once (apart from the tables of instances); the scratch files take 4 bytes
-    a voxel and the truth's own size, in the folder for temporary files. Raises `InputError` for truth labels too
-    large for tables of all of them.
+    ``memory_bytes`` limits the memory apart from the instance tables. The scratch files take 4 bytes per voxel and the
+    ground truth's own size, in the folder for temporary files; leaving the block removes them. Raises `InputError` for
+    ground-truth labels too large for the tables.
     """
 
     def __init__(self, pred: Readable, truth: Readable, memory_bytes: int) -> None:
@@ -39,7 +39,7 @@ class BlockPair(VolumePair):
         self.scratch_bytes = memory_bytes // 2
         self._max_label = max(1 << 16, memory_bytes // 64)
         plane = self.shape[1] * self.shape[2]
-        # A slab costs both volumes, its components and cc3d's own tables: about 32 bytes a voxel at the most.
+        # A slab costs both volumes, its components and cc3d's tables: at most about 32 bytes per voxel.
         planes = max(1, memory_bytes // (32 * plane))
         self._planes = planes // _PLANES * _PLANES if planes >= _PLANES else planes
         self.max_truth = 0
@@ -96,7 +96,7 @@ class BlockPair(VolumePair):
             yield begin, min(begin + self._planes, self.shape[0])
 
     def _label(self) -> None:
-        """Components slab by slab under provisional numbers, then their final numbers in ``_lut``."""
+        """Find components slab by slab with provisional numbers, then their final numbers in ``_lut``."""
         import cc3d
 
         folder = Path(self._folder.name)
@@ -130,8 +130,8 @@ class BlockPair(VolumePair):
                 raise InputError(f"{self._pred.where}: more than {count} components; nothing can be matched")
         if self.max_truth > self._max_label:
             raise InputError(
-                f"{self._truth.where}: truth labels up to {self.max_truth} need larger tables than the memory allows; "
-                f"renumber the truth to at most {self._max_label}"
+                f"{self._truth.where}: ground-truth labels up to {self.max_truth} need tables larger than the memory; "
+                f"renumber the ground truth to at most {self._max_label}"
             )
         parent = np.concatenate(parents)
         _unite(parent, np.concatenate(joins) if joins else np.zeros((0, 2), np.int64))
@@ -144,7 +144,7 @@ class BlockPair(VolumePair):
 
 
 class _Scratch:
-    """A volume in a raw file, mapped only while a slab is used, so that it never counts as memory for long."""
+    """A volume in a raw file; a slab is mapped only while it is used."""
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: np.dtype[Any]) -> None:
         self._path, self._shape, self._dtype = path, shape, dtype
@@ -178,7 +178,7 @@ def _values_of(labels, values, out):  # type: ignore[no-untyped-def]  # pragma: 
 
 @njit(cache=True, nogil=True)
 def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Pairs of components of two neighbouring planes that touch with equal values; repeats in a row left out."""
+    """Pairs of components of two neighboring planes that touch with equal values, without repeats in a row."""
     n_y, n_x = part_a.shape
     n = 0
     last_a, last_b = np.int64(0), np.int64(0)
@@ -212,7 +212,7 @@ def _touching(
 
 @njit(cache=True, nogil=True)
 def _unite(parent, pairs):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Unites the pairs and leaves in ``parent`` the smallest number of each set."""
+    """Unite the pairs; ``parent`` then holds the smallest number of each set."""
     for i in range(pairs.shape[0]):
         a, b = pairs[i, 0], pairs[i, 1]
         while parent[a] != a:

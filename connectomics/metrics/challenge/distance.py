@@ -1,4 +1,4 @@
-"""The Hausdorff distance of two masks in nanometres, exactly, without two whole distance transforms.
+"""The exact Hausdorff distance of two masks in nanometers, without two whole distance transforms.
 
 The official scorer pads the union of the two bounding boxes by half the crop and computes two Euclidean distance
 transforms there for every instance. Four observations make the same number cheap:
@@ -34,17 +34,19 @@ Offset = tuple[int, int, int]
 def hausdorff(
     a: NDArray[np.bool_], b: NDArray[np.bool_], voxel_size: Triple, cap: float = np.inf, offset: Offset = (0, 0, 0)
 ) -> float:
-    """The larger of the two directed maxima of the Euclidean distance between two masks, nm, voxel centres.
+    """Return the Hausdorff distance (nm, voxel centers) of two masks: the larger of both directed distances.
 
     Args:
         a, b: bool (D, H, W), each a block that holds its whole mask; they may differ in shape.
         voxel_size: nm, z y x.
-        cap: the most that is told apart, nm; the search ends where it is reached.
+        cap: largest distance that matters, nm; the search stops there.
         offset: where the first voxel of ``b`` lies, in voxels of ``a`` (z y x).
 
     Returns:
-        The distance, at most ``cap``. The cap where exactly one mask is empty, 0 where both are. `scratch_bytes` tells
-        what it costs in memory. Raises `InputError` for other ranks and more than 32,766 voxels on an axis.
+        The distance, at most ``cap``; the cap if exactly one mask is empty, 0 if both are.
+
+    Raises:
+        InputError: the masks are not three-dimensional, or span more than 32,766 voxels on an axis.
     """
     reached = directed(b, a, voxel_size, cap, (-offset[0], -offset[1], -offset[2]))
     return directed(a, b, voxel_size, cap, offset, reached)
@@ -58,9 +60,9 @@ def directed(
     offset: Offset = (0, 0, 0),
     reached: float = 0.0,
 ) -> float:
-    """The largest distance (nm) from a voxel of ``a`` to the nearest of ``b``, at least ``reached``, at most ``cap``.
+    """Return the largest distance (nm) from a voxel of ``a`` to ``b``, at least ``reached`` and at most ``cap``.
 
-    Exactly ``reached`` where no voxel is farther; the nearer the result, the cheaper. For the rest see `hausdorff`.
+    It is exactly ``reached`` if no voxel is farther; a higher ``reached`` is cheaper. See `hausdorff` for the rest.
     """
     if a.ndim != 3 or b.ndim != 3:
         raise InputError(f"two three-dimensional masks are needed, found shapes {a.shape} and {b.shape}")
@@ -81,7 +83,7 @@ def directed(
 
 
 def scratch_bytes(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
-    """Bytes that comparing masks in two boxes (z0 z1 y0 y1 x0 x1) takes at most, the masks included."""
+    """Return the most bytes that comparing masks in two boxes (z0 z1 y0 y1 x0 x1) takes, masks included."""
     (az, ay, ax), (bz, by, bx) = ((int(v) for v in box[1::2] - box[::2]) for box in (a, b))
     return az * ay * ax + bz * by * bx + 2 * max(az * by * bx, bz * ay * ax) + 16 * (ay + by) * (ax + bx)
 

@@ -1,4 +1,4 @@
-"""The distances of truth instances to what rules compare them with, in threads, within a bound of memory."""
+"""Distances between ground-truth instances and their matches, in threads, within a memory limit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Box = tuple[slice, slice, slice]
 
 
 class Distances:
-    """The distance of every truth label to what rules compare it with, nm, capped, (T,); each is computed once."""
+    """The capped distance (nm) of every ground-truth label to its match, by rules; each is computed once."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Distances:
         self._known: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []  # second components, and their distances
 
     def by(self, rules: Rules) -> NDArray[np.float32]:
-        """By these rules; where there is nothing to compare with, what they say of that."""
+        """Return the distances by these rules, (T,)."""
         part_is_matched = np.zeros(self._overlaps.n_parts + 1, bool)
         part_is_matched[self._matched] = True
         second = rules.second_part(self._overlaps.truth_ids, part_is_matched)
@@ -83,11 +83,11 @@ def _distance(
     voxel_size: Triple,
     cap: float,
 ) -> float:
-    """The distance of one truth to one component or two, nm, capped."""
+    """Return the capped distance (nm) of one ground-truth label to one component or two."""
     box = _slices(overlaps.truth_boxes[row])
     truth = pair.truth_mask(int(overlaps.truth_ids[row]), box)
     if len(parts) == 2:
-        # Two components often lie far apart; their common box need not be looked at if each alone settles the matter.
+        # Two components often lie far apart; their common box is not needed if one of them alone decides.
         reached = 0.0
         single = []
         for part in parts:
@@ -104,7 +104,7 @@ def _distance(
 
 
 def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
-    """Where a box begins, counted from the beginning of another."""
+    """Return where a box begins, relative to the beginning of another."""
     z, y, x = (b.start - o.start for b, o in zip(box, origin, strict=True))
     return z, y, x
 
@@ -119,20 +119,20 @@ def _volume(boxes: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 def _union(a: NDArray[np.int32], b: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The union of boxes (N, 6), row by row."""
+    """Return the unions of boxes (N, 6), row by row."""
     union = np.maximum(a, b)
     union[:, ::2] = np.minimum(a[:, ::2], b[:, ::2])
     return union
 
 
 def _beyond(truth: NDArray[np.int32], found: NDArray[np.int32], voxel_size: Triple, cap: float) -> NDArray[np.bool_]:
-    """Whether some faces of two boxes (N, 6) lie at least ``cap`` nm apart."""
+    """Return whether some faces of two boxes (N, 6) are at least ``cap`` nm apart."""
     apart = np.abs(truth.astype(np.int64) - found) * np.repeat(np.asarray(voxel_size), 2)
     return np.asarray((apart >= cap).any(axis=1))
 
 
 def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Truth labels whose matched component is the same set of voxels, (T,)."""
+    """Return which ground-truth labels have the same voxels as their matched component, (T,)."""
     row = np.searchsorted(overlaps.truth_ids, overlaps.pair_truth)
     same = (overlaps.pair_voxels == overlaps.truth_sizes[row]) & (
         overlaps.pair_voxels == overlaps.part_sizes[overlaps.pair_part]
@@ -153,7 +153,7 @@ def _run(task: Callable[[int], None], items: NDArray[np.int64], workers: int) ->
 
 
 class MemoryBudget:
-    """Lets threads hold memory up to a limit; whoever needs more than the whole limit waits to be alone."""
+    """Lets threads hold memory up to a limit; a thread that needs more than the limit waits to run alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._held, self._free = limit, 0, threading.Condition()

@@ -1,8 +1,7 @@
 """Read plain Zarr v2 arrays from a folder or directly from a zip, which is never unpacked.
 
-A submission comes from a stranger. zarr-python and numcodecs trust what they read: they run every codec that the
-metadata names, and they allocate what a chunk claims to hold. This reader accepts numbers and common codecs only, reads
-no more of a file than the zip's directory states, and decodes no chunk beyond its expected size.
+zarr-python and numcodecs trust what they read: they run any codec and allocate what a chunk claims to hold. This reader
+accepts common codecs only, reads no more of a file than the zip states, and decodes no chunk beyond its expected size.
 """
 
 from __future__ import annotations
@@ -259,8 +258,7 @@ class ZipStore(Archive):
             elif entry.is_unsupported_method:
                 problem = "is packed by another method; expected stored or deflated files (zip -r0)"
             if problem:
-                name = entry.name if len(entry.name) <= 80 else f"{entry.name[:40]}..."
-                raise InputError(f"{self.location}: {name!r} {problem}")
+                raise InputError(f"{self.location}: {entry.name[:80]!r} {problem}")
         total = sum(entry.size for entry in self.entries)
         if total > max_bytes:
             raise InputError(
@@ -392,8 +390,7 @@ class ZarrArray:
             return _STREAMS[self._codec](data, self._chunk_bytes + 1)
         import numcodecs
 
-        stated = int.from_bytes(data[_STATED_SIZE[self._codec]], "little")
-        if stated != self._chunk_bytes:
+        if (stated := int.from_bytes(data[_STATED_SIZE[self._codec]], "little")) != self._chunk_bytes:
             raise ValueError(f"expected {self._chunk_bytes} bytes, its header states {stated}")
         return memoryview(numcodecs.get_codec({"id": self._codec}).decode(data)).cast("B")
 

@@ -242,7 +242,7 @@ def look_at(
     """Return the patches of one batch of the loader, after the augmentation on the device (here: the CPU)."""
     batch = batch if augmentor is None else augmentor(batch)
     names = [name for name in ("image", *(f"image_{n}" for n in range(1, len(batch)))) if name in batch]
-    sizes = (dataset.voxel_size, *(further.voxel_size for further, _ in dataset.reader.views))
+    sizes = (dataset.voxel_size, *(further.voxel_size for further, _ in dataset.reader.inputs))
     present, known = batch["present"].numpy(), batch["known_states"].numpy()
     seen = []
     for n, (patch, request) in enumerate(zip(packed, requests, strict=True)):

@@ -77,7 +77,7 @@ def where_raw_is(reader: PatchReader, request: PatchRequest) -> list[NDArray[np.
     if augmentor is not None and augmentor.moves_labels:
         return None
     here = replace(request, index=0)
-    further = [(shape, [RawPresence.of(at[request.index])]) for shape, at in reader.views]
+    further = [(shape, [RawPresence.of(at[request.index])]) for shape, at in reader.inputs]
     spatial = None if augmentor is None else PatchAugmentor(augmentor.spatial, None)
     volume = RawPresence.of(reader.volumes[request.index])
     white = PatchReader([volume], reader.shape, further, spatial, reader.min_known).read(here)

@@ -13,6 +13,7 @@ from typing import Any
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import triple
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import (
     FAILED,
     TOO_MANY,
@@ -24,7 +25,6 @@ from connectomics.metrics.challenge.results import (
     pool_class,
 )
 from connectomics.metrics.challenge.rules import RULES
-from connectomics.metrics.counts import Counts
 from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
 
 DROPPED = (TOO_MANY, FAILED)  #: statuses of crops that are dropped from a class

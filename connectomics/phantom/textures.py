@@ -13,25 +13,17 @@ from numba import njit
 from numpy.typing import NDArray
 
 Whole = int | np.signedinteger[Any]
+Floats = NDArray[np.float64]
 
-_A = np.uint64(0x9E3779B97F4A7C15)
-_B = np.uint64(0xC2B2AE3D27D4EB4F)
-_C = np.uint64(0x165667B19E3779F9)
-_M1 = np.uint64(0xBF58476D1CE4E5B9)
-_M2 = np.uint64(0x94D049BB133111EB)
-_S31 = np.uint64(31)
-_S27 = np.uint64(27)
-_S30 = np.uint64(30)
-_S40 = np.uint64(40)
-_S16 = np.uint64(16)
-_S32 = np.uint64(32)
-_S48 = np.uint64(48)
-_LOW = np.uint64(0xFFFF)
+_A, _B, _C = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
+_M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_S16, _S27, _S30, _S31 = np.uint64(16), np.uint64(27), np.uint64(30), np.uint64(31)
+_S32, _S40, _S48, _LOW = np.uint64(32), np.uint64(40), np.uint64(48), np.uint64(0xFFFF)
 
 
 @njit(cache=True, nogil=True)
 def hash3(z: Whole, y: Whole, x: Whole, seed: int) -> np.uint64:
-    """64 well-mixed bits of a lattice node (splitmix64's finalizer over a linear combination of the indices)."""
+    """Return 64 well-mixed bits of a lattice node (splitmix64's finalizer over a linear combination of the indices)."""
     h = np.uint64(z) * _A + np.uint64(y) * _B + np.uint64(x) * _C + np.uint64(seed) * _M1
     h = (h ^ (h >> _S30)) * _M1
     h = (h ^ (h >> _S27)) * _M2
@@ -40,26 +32,26 @@ def hash3(z: Whole, y: Whole, x: Whole, seed: int) -> np.uint64:
 
 @njit(cache=True, nogil=True)
 def symmetric(bits: np.uint64) -> float:
-    """The upper 24 bits as a number in [-1, 1)."""
+    """Return the upper 24 bits as a number in [-1, 1)."""
     return np.float64(np.int64(bits >> _S40)) * (2.0 / 16777216.0) - 1.0
 
 
 @njit(cache=True, nogil=True)
 def part(bits: np.uint64, which: int) -> float:
-    """One of the four 16-bit parts of a hash as a number in [0, 1)."""
+    """Return one of the four 16-bit parts of a hash as a number in [0, 1)."""
     return np.float64(np.int64((bits >> (np.uint64(which) * _S16)) & _LOW)) * (1.0 / 65536.0)
 
 
 @njit(cache=True, nogil=True)
 def gaussian(bits: np.uint64) -> float:
-    """A nearly normal number (mean 0, variance 1): the sum of four uniform ones, which is all that a texture needs."""
+    """Return a nearly normal number (mean 0, variance 1): the sum of four uniform ones."""
     total = np.int64(bits & _LOW) + np.int64((bits >> _S16) & _LOW)
     total += np.int64((bits >> _S32) & _LOW) + np.int64(bits >> _S48)
     return (np.float64(total) * (1.0 / 65536.0) - 2.0) * 1.7320508075688772
 
 
 @njit(cache=True, nogil=True)
-def _cells(positions: NDArray[np.float64], pitch: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _cells(positions: Floats, pitch: float) -> tuple[NDArray[np.int64], Floats]:
     """Lattice cell of every position and the smoothstep weight of the cell's upper node."""
     index = np.empty(positions.size, np.int64)
     weight = np.empty(positions.size, np.float64)
@@ -73,63 +65,54 @@ def _cells(positions: NDArray[np.float64], pitch: float) -> tuple[NDArray[np.int
 
 @njit(cache=True, nogil=True)
 def add_value_noise(
-    out: NDArray[np.float64],
-    zs: NDArray[np.float64],
-    ys: NDArray[np.float64],
-    xs: NDArray[np.float64],
-    pitch: float,
-    amplitude: float,
-    seed: int,
+    out: Floats, axes: tuple[Floats, Floats, Floats], pitch: float, amplitude: float, seed: int
 ) -> None:
     """Add ``amplitude`` times the value noise of ``pitch`` (nm) to ``out`` (z, y, x), at the axes' positions (nm).
 
-    The weights are separable on an axis-aligned grid, so nodes are hashed once a lattice column, not once a voxel.
+    The weights are separable on an axis-aligned grid, so nodes are hashed once per lattice column, not per voxel.
     """
-    if xs.size == 0:
+    iz, wz = _cells(axes[0], pitch)
+    iy, wy = _cells(axes[1], pitch)
+    ix, wx = _cells(axes[2], pitch)
+    if ix.size == 0:
         return
-    iz, wz = _cells(zs, pitch)
-    iy, wy = _cells(ys, pitch)
-    ix, wx = _cells(xs, pitch)
     first = ix[0]
     n = ix[-1] - first + 2
     nodes = np.empty((4, n), np.float64)
     row = np.empty(n, np.float64)
-    for a in range(zs.size):
+    for a in range(iz.size):
         last_y = iy[0] - 1
-        for b in range(ys.size):
+        for b in range(iy.size):
             if iy[b] != last_y:
                 last_y = iy[b]
                 for k in range(n):
-                    nodes[0, k] = symmetric(hash3(iz[a], last_y, first + k, seed))
-                    nodes[1, k] = symmetric(hash3(iz[a], last_y + 1, first + k, seed))
-                    nodes[2, k] = symmetric(hash3(iz[a] + 1, last_y, first + k, seed))
-                    nodes[3, k] = symmetric(hash3(iz[a] + 1, last_y + 1, first + k, seed))
+                    for corner in range(4):
+                        bits = hash3(iz[a] + corner // 2, last_y + corner % 2, first + k, seed)
+                        nodes[corner, k] = symmetric(bits)
             for k in range(n):
                 low = nodes[0, k] + (nodes[1, k] - nodes[0, k]) * wy[b]
                 high = nodes[2, k] + (nodes[3, k] - nodes[2, k]) * wy[b]
                 row[k] = (low + (high - low) * wz[a]) * amplitude
-            for c in range(xs.size):
+            for c in range(ix.size):
                 k = ix[c] - first
                 out[a, b, c] += row[k] + (row[k + 1] - row[k]) * wx[c]
 
 
 @njit(cache=True, nogil=True)
-def turned(z: float, y: float, x: float) -> tuple[float, float, float]:
-    """The point rotated, so that the edges of a lattice do not show along the axes."""
+def _rotated(z: float, y: float, x: float) -> tuple[float, float, float]:
+    """Rotate a point, so that the edges of a lattice do not show along the axes."""
     return 0.8 * z + 0.48 * y + 0.36 * x, -0.6 * z + 0.64 * y + 0.48 * x, -0.6 * y + 0.8 * x
 
 
 @njit(cache=True, nogil=True)
 def speck(z: float, y: float, x: float, pitch: float, radius: float, chance: float, seed: int) -> float:
-    """Signed distance (nm, negative inside) to the speck of the lattice cell that holds a point; 1e3 where none is.
+    """Return the signed distance (nm, negative inside) to the speck of a point's lattice cell; 1e3 if it has none.
 
-    At most one sphere a cell of edge ``pitch``, with probability ``chance``, jittered but wholly inside; its radius is
-    from 0.65 to 1 times ``radius``. The lattice is turned out of the axes.
+    Each cell of edge ``pitch`` holds one sphere with probability ``chance``, jittered but wholly inside, with 0.65 to 1
+    times ``radius``. The lattice is rotated out of the axes.
     """
-    z, y, x = turned(z, y, x)
-    cz = np.int64(np.floor(z / pitch))
-    cy = np.int64(np.floor(y / pitch))
-    cx = np.int64(np.floor(x / pitch))
+    z, y, x = _rotated(z, y, x)
+    cz, cy, cx = np.int64(np.floor(z / pitch)), np.int64(np.floor(y / pitch)), np.int64(np.floor(x / pitch))
     bits = hash3(cz, cy, cx, seed)
     draw = part(bits, 3)
     if draw >= chance:
@@ -143,8 +126,8 @@ def speck(z: float, y: float, x: float, pitch: float, radius: float, chance: flo
 
 @njit(cache=True, nogil=True)
 def value_noise_at(z: float, y: float, x: float, pitch: float, seed: int) -> float:
-    """Value noise in [-1, 1] at one point, its lattice turned out of the axes."""
-    u, v, w = turned(z / pitch, y / pitch, x / pitch)
+    """Return value noise in [-1, 1] at one point; the lattice is rotated out of the axes."""
+    u, v, w = _rotated(z / pitch, y / pitch, x / pitch)
     fu, fv, fw = np.floor(u), np.floor(v), np.floor(w)
     iu, iv, iw = np.int64(fu), np.int64(fv), np.int64(fw)
     u, v, w = u - fu, v - fv, w - fw
