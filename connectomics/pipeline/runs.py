@@ -97,9 +97,6 @@ def open_run(folder: str | Path) -> Run:
     about = config.get("checkpoint", {})
     monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
-    metrics: dict[str, float] = {}
-    for row in rows:
-        metrics |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
     epochs, steps = ([int(float(row[name])) for row in rows if row.get(name)] for name in ("epoch", "step"))
     return Run(
         folder=place,
@@ -109,7 +106,7 @@ def open_run(folder: str | Path) -> Run:
         started=datetime.fromtimestamp(file.stat().st_mtime, UTC),
         monitor=monitor,
         best=(max if mode == "max" else min)(values, default=None),
-        metrics=metrics,
+        metrics=last_values(place / "metrics.csv"),
         environment=_environment(place / ENVIRONMENT_FILE),
         state=state_of(place),
     )
@@ -123,6 +120,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = {key: [config.get(key) for config in flat] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def last_values(table: Path) -> dict[str, float]:
+    """Return the last value of every metric in a run's ``metrics.csv``; {} if there is no file."""
+    values: dict[str, float] = {}
+    for row in _rows(table):
+        values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
+    return values
 
 
 def _folders(place: Path, deep: int) -> Iterator[Path]:

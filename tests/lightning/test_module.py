@@ -392,12 +392,12 @@ class TestCheckpoints:
         module = load_module(checkpoint, config)
         assert module.config.model.architecture == "unet"
         assert module.config.inference.overlap == 0.5
-        assert "was trained at [8.0, 8.0, 8.0] nm, the configuration asks for [4.0, 4.0, 4.0] nm" in caplog.text
+        assert "was trained at [8.0, 8.0, 8.0] nm, the configuration has [4.0, 4.0, 4.0] nm" in caplog.text
 
     def test_other_classes(self, checkpoint: Path) -> None:
         config = tiny_config()
         config.dataset.classes = ["er", "mito"]
-        with pytest.raises(InputError, match=r"trained for classes \['mito', 'er'\], .* asks for \['er', 'mito'\]"):
+        with pytest.raises(InputError, match=r"for classes \['mito', 'er'\], .* configuration has \['er', 'mito'\]"):
             load_module(checkpoint, config)
 
     def test_missing(self, checkpoint: Path) -> None:
