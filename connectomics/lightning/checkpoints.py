@@ -210,25 +210,3 @@ def describe(config: RunConfig) -> str:
     size = f" {model.mednext_size}{model.mednext_kernel_size}" if model.architecture == "mednext" else ""
     deep = ", deep supervision" if model.deep_supervision else ""
     return f"{model.architecture}{size} network ({config.channels} classes{deep}, options {model.options})"
-
-
-class FromCheckpoint:
-    """`load_from_checkpoint` with the signature of Lightning; checkpoints hold their own configuration."""
-
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        *,
-        config: RunConfig | None = None,
-        cfg: RunConfig | None = None,
-    ) -> ConnectomicsModule:
-        """Return the module of a checkpoint or a package, in evaluation mode; see `load_module`.
-
-        ``cfg`` is another name for ``config``; ``map_location`` is the device of the module, by default the CPU.
-        """
-        if config is not None and cfg is not None:
-            raise InputError("expected config or cfg, which are the same; got both")
-        module = load_module(checkpoint_path, config if config is not None else cfg)
-        return module if map_location is None else module.to(map_location)
