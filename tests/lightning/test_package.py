@@ -171,11 +171,11 @@ def test_the_verb_predicts_with_it_alone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     data = f"dataset.data_root='{root}'"
-    arguments = ["predict", "--model", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
+    arguments = ["predict", "--checkpoint", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/set-a.zarr/crop1/mito/s0/.zarray").is_file()
     capfd.readouterr()
     assert main([*arguments, "--checkpoint", str(packed)]) == 1
     assert "leave --checkpoint out" in capfd.readouterr().err
-    assert main(["predict", "--model", str(root), data]) == 1
+    assert main(["predict", "--checkpoint", str(root), data]) == 1
     assert main(["predict", data]) == 2
