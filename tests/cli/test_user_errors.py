@@ -166,7 +166,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "runs": [
         ("{nowhere}", "nowhere"),
         ("{text}", "text.txt"),
-        ("--compare {run}", "two runs or more"),
+        ("--compare {run}", "at least two runs"),
         ("--compare {run} {empty}", "not a run folder"),
         ("--compare {run} {nowhere}", "nowhere"),
         ("--compare {run} {config}", "not a run folder"),

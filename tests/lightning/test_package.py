@@ -176,6 +176,6 @@ def test_the_verb_predicts_with_it_alone(
     assert (tmp_path / "out/set-a.zarr/crop1/mito/s0/.zarray").is_file()
     capfd.readouterr()
     assert main([*arguments, "--checkpoint", str(packed)]) == 1
-    assert "leave --checkpoint out" in capfd.readouterr().err
+    assert "hold the same weights" in capfd.readouterr().err
     assert main(["predict", "--checkpoint", str(root), data]) == 1
     assert main(["predict", data]) == 2
