@@ -20,7 +20,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.inference.trained_network import TrainedNetwork
-from connectomics.lightning.model_package import check_test, is_package, open_package, package_weights
+from connectomics.lightning.model_package import check_test, is_package, open_package, package_tensors
 from connectomics.lightning.network import build_network
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if is_package(file):
         package = open_package(file)
         ours = {name: package.about[name] for name in ("format", "version", "classes", "voxel_size", "config")}
-        return {"state_dict": package_weights(package), CHECKPOINT_KEY: ours}
+        return {"state_dict": package_tensors(package), CHECKPOINT_KEY: ours}
     if not zipfile.is_zipfile(file):
         raise CorruptDataError(
             f"{file} ({file.stat().st_size} bytes) is not a PyTorch checkpoint, or it is truncated; use another one, "

@@ -112,17 +112,12 @@ def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig
         return load_config(file, overrides)
 
 
-def package_weights(package: Package) -> dict[str, Any]:
-    """Return the state dictionary (tensors on the CPU); raise `CorruptDataError` if its checksum differs."""
-    return _tensors(package, WEIGHTS)
-
-
 def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) -> float:
     """Run the test input and return the largest difference of a probability.
 
     Raises `CorruptDataError` if it is above 0.001: the network does not compute what it computed in training.
     """
-    test = _tensors(package, TEST)
+    test = package_tensors(package, TEST)
     result = answer(module, [test[name] for name in sorted(n for n in test if n.startswith("input-"))])
     if result.shape != test["output"].shape:
         raise CorruptDataError(
@@ -146,7 +141,8 @@ def answer(module: TrainedNetwork | ConnectomicsModule, images: Sequence[Any]) -
         return torch.sigmoid(module.network(*images).float())
 
 
-def _tensors(package: Package, name: str) -> dict[str, Any]:
+def package_tensors(package: Package, name: str = WEIGHTS) -> dict[str, Any]:
+    """Return the tensors of a member on the CPU; raise `CorruptDataError` if its checksum differs."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 

@@ -6,7 +6,6 @@ Thickness is the mean chord: the mean length of the runs of present voxels along
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +31,6 @@ class ClassFacts:
         present_um3, share: volume where it is present, and its share of the known volume; by the counts in the arrays'
             attributes, else from the crops that were read.
         chord_nm: mean chord in some crops of each data set, None if the class is present nowhere.
-        finest_nm: smallest voxel size of its labels.
         test_nm: median voxel size of the class in the challenge, None if it has none.
     """
 
@@ -41,7 +39,6 @@ class ClassFacts:
     present_um3: float
     share: float
     chord_nm: float | None
-    finest_nm: float
     test_nm: float | None
 
 
@@ -109,7 +106,6 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         present_um3=float(volumes[0]),
         share=float(volumes[0] / volumes[1]) if volumes[1] else 0.0,
         chord_nm=float(np.mean(lengths / runs)) if runs.all() else None,
-        finest_nm=min((min(crop.labels[name].grid.voxel_size) for crop in own), default=math.inf),
         test_nm=float(np.median(test_sizes)) if test_sizes else None,
     )
 
