@@ -1,7 +1,7 @@
 """Start-up: seconds until a verb can begin its work, and the heavy libraries that are loaded by then.
 
     python benchmarks/bench_startup.py
-    python benchmarks/bench_startup.py --against ../other-checkout --modules "predict=connectomics.lightning.inference connectomics.lightning.module"
+    python benchmarks/bench_startup.py --against ../other-checkout --modules decode=connectomics.decoding.decode
 
 Each line is the best of several fresh processes that import what the verb needs. With ``--against`` another checkout is
 measured in the same run, in turns; ``--modules`` names its modules where they differ.

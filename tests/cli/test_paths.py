@@ -162,7 +162,7 @@ def test_a_root_on_s3_may_stand_where_a_configuration_would(
 ) -> None:
     """The first override takes the place of a configuration that is not needed; its URL stays whole."""
     seen: list[str] = []
-    monkeypatch.setattr("connectomics.lightning.model_package.open_package", lambda model: None)
+    monkeypatch.setattr("connectomics.lightning.model_package.is_package", lambda model: True)
 
     def config(model: Path, overrides: list[str]) -> RunConfig:
         seen.extend(overrides)

@@ -136,7 +136,7 @@ def test_a_model_in_memory_stays_in_its_process(root: Path, checkpoint: Path, tm
     config = config_of(root, crops=["crop2"])
     with pytest.raises(InputError, match="can only predict in this process"):
         predict_cellmap_crops(load_module(checkpoint), replace(config, engine=TWO), None, tmp_path, device="cpu")
-    (folder,) = predict_cellmap_crops(load_module(checkpoint), config, None, tmp_path, device="cpu", progress=False)
+    (folder,) = predict_cellmap_crops(load_module(checkpoint), config, None, tmp_path, device="cpu")
     shutil.rmtree(folder / "mito")
     with pytest.raises(InputError, match="was given in memory"):
         run_task(NetworkPredictTask.load(folder / "task.json"))

@@ -157,7 +157,7 @@ def test_predicting_with_it_gives_what_the_checkpoint_gives(
 
     config = config_of(root)
     for name, model in (("a", checkpoint), ("b", packed)):
-        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu", progress=False)
+        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu")
     chunks = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("s0/*/*/*"))
     assert chunks
     for chunk in chunks:
