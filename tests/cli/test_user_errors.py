@@ -166,10 +166,10 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "runs": [
         ("{nowhere}", "nowhere"),
         ("{text}", "text.txt"),
-        ("--compare {run}", "two runs or more"),
-        ("--compare {run} {empty}", "no run folder"),
+        ("--compare {run}", "at least two runs"),
+        ("--compare {run} {empty}", "not a run folder"),
         ("--compare {run} {nowhere}", "nowhere"),
-        ("--compare {run} {config}", "no run folder"),
+        ("--compare {run} {config}", "not a run folder"),
         ("{broken_run}", "broken_run"),
         ("--comapre {run} {run}", "usage:--compare"),
     ],

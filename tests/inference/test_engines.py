@@ -81,7 +81,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     (task,) = prediction_tasks(config, checkpoint, tmp_path / "b", targets=targets, device="cpu")
     killed: list[int] = []
 
-    def kill(stage: str, done: int, blocks: int) -> None:
+    def kill(done: int, blocks: int, stage: str = "") -> None:
         workers = psutil.Process().children(recursive=True)
         if len(killed) < kills and done < blocks and workers:
             time.sleep(0.05)

@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_plugin_is_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "needs_more.py").write_text("import no_such_library_at_all")
     (tmp_path / "fails.py").write_text("raise RuntimeError('two\\nlines')")
     for name, kind, says in (
-        ("nowhere_to_be_found", MissingError, "there is no module 'nowhere_to_be_found'; install it, or name"),
+        ("nowhere_to_be_found", MissingError, "there is no module 'nowhere_to_be_found'; install it, or add"),
         ("needs_more", MissingError, "needs no_such_library_at_all"),
         ("fails", ConfigError, "RuntimeError: two lines"),
     ):
