@@ -22,8 +22,8 @@ from connectomics.data.augmentation import KINDS, IntensityAugmentor
 from connectomics.geometry.grid import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_file
+from connectomics.pages import colors, figures
 from connectomics.phantom import PhantomOptions, make_phantom
-from connectomics.report import colors, figures
 
 EDGE = 128  # voxels and pixels of a picture's edge
 _GRAYS = 32  # gray levels: noise does not compress, and the eye sees no difference

@@ -23,7 +23,7 @@ from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.metrics.challenge import score_instance
-from connectomics.report import colors, figures
+from connectomics.pages import colors, figures
 
 RAW, LABEL, WRONG = (tuple(c / 255 for c in rgb) for rgb in (colors.TRUTH, colors.PREDICTION, colors.WRONG_OBJECT))
 

@@ -15,10 +15,10 @@ from PIL import Image
 
 from connectomics.errors import InputError, unknown_name
 from connectomics.io.write import write_file
-from connectomics.report import ReportOptions, ReportSources, figures
-from connectomics.report.pages import pictures
-from connectomics.report.pages.library import Library
-from connectomics.report.pages.volumes import examine, read_plane
+from connectomics.pages import ReportOptions, ReportSources, figures
+from connectomics.pages.report import pictures
+from connectomics.pages.report.library import Library
+from connectomics.pages.report.volumes import examine, read_plane
 
 
 def write_panel(

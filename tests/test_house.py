@@ -15,7 +15,7 @@ PACKAGE = ROOT / "connectomics"
 #: The rooms from the ground up: a room imports only rooms before it.
 ROOMS = (
     "errors", "machine", "progress", "geometry", "config", "io", "tasks", "cellmap", "phantom", "models", "inference",
-    "data", "metrics", "decoding", "morphology", "submission", "lightning", "report", "testing", "pipeline", "cli",
+    "data", "metrics", "decoding", "morphology", "submission", "lightning", "pages", "testing", "pipeline", "cli",
 )  # fmt: skip
 #: Import paths that stay where they were: files of one line.
 KEPT_PATHS = {PACKAGE / "lightning" / "inference.py"}

@@ -286,8 +286,8 @@ def offline(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_connects_to_nobody() -> None:
     done = offline(
-        "import connectomics, connectomics.cli.app, connectomics.pipeline.train, connectomics.report\n"
-        "import connectomics.pipeline.predict, connectomics.cellmap.fetch, connectomics.report.view\n"
+        "import connectomics, connectomics.cli.app, connectomics.pipeline.train, connectomics.pages\n"
+        "import connectomics.pipeline.predict, connectomics.cellmap.fetch, connectomics.pages.view\n"
         "import connectomics.decoding.decode, connectomics.submission, connectomics.metrics.challenge\n"
     )
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from connectomics.cli.options import AsJson, Classes, Crops, InOption, OutOption
 
 if TYPE_CHECKING:
     from connectomics.data.cache import CropCache, EntryInfo
-    from connectomics.report.inspect.data import Inspection
+    from connectomics.pages.inspect.data import Inspection
 
 
 def inspect(
@@ -38,8 +38,8 @@ def inspect(
       pytc inspect tutorials/cellmap_cos7.yaml --batches 4 data.num_workers=8 data.patch_size=[96,96,96]
     """
     from connectomics.config import load_config, tutorial
-    from connectomics.report.inspect.data import inspect_data
-    from connectomics.report.inspect.page import check_out, write_page
+    from connectomics.pages.inspect.data import inspect_data
+    from connectomics.pages.inspect.page import check_out, write_page
 
     file = Path(config)
     if not file.suffix and len(file.parts) == 1:
@@ -57,8 +57,8 @@ def inspect(
 
 
 def _print_inspection(found: Inspection) -> None:
-    from connectomics.report.inspect.data import pooled_known
-    from connectomics.report.inspect.numbers import by_class
+    from connectomics.pages.inspect.data import pooled_known
+    from connectomics.pages.inspect.numbers import by_class
 
     rows = [
         [
@@ -218,14 +218,14 @@ def view(
     """
     from connectomics.io.replacing import has_keys, require_own
     from connectomics.io.write import write_file
-    from connectomics.report.view import ViewSources, collect_layers, open_viewer
+    from connectomics.pages.view import ViewSources, collect_layers, open_viewer
 
     if state is not None:
         require_own(state, has_keys("dimensions", "layers"), "view")
     chosen = (None if crop is None else tuple(crop), None if class_name is None else tuple(class_name))
     found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen))
     if napari:
-        from connectomics.report.view.in_napari import show_in_napari
+        from connectomics.pages.view.in_napari import show_in_napari
 
         show_in_napari(found)
         return

@@ -307,9 +307,9 @@ def report(
 
       pytc report compared.html --run runs/first --run runs/second
     """
+    from connectomics.pages import ReportOptions
     from connectomics.pipeline.report import named_sources
     from connectomics.pipeline.report import report as run
-    from connectomics.report import ReportOptions
 
     sources = named_sources(
         runs=run_dir or (), scores=scores or (), data_root=root, crop_table=crops, truth=truth, labels=labels,

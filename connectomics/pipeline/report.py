@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.errors import InputError, MissingError
+from connectomics.pages import ReportOptions, ReportSources, build_report
 from connectomics.pipeline.results import Labels, Probabilities, Scores
 from connectomics.pipeline.runs import Run
 from connectomics.progress import Progress
-from connectomics.report import ReportOptions, ReportSources, build_report
 
 
 def report(
@@ -26,7 +26,7 @@ def report(
     Args:
         results: what `train`, `predict`, `decode`, `score` and `evaluate` returned, in any order.
         out: the page.
-        sources: further fields of `connectomics.report.ReportSources`, such as ``truth=`` or ``data_root=``.
+        sources: further fields of `connectomics.pages.ReportSources`, such as ``truth=`` or ``data_root=``.
 
     Returns:
         The path of the page.
@@ -65,11 +65,11 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
         MissingError: a path does not exist, or a folder holds nothing of its kind. InputError: more scores than runs.
     """
     from connectomics.cellmap.crop_table import CropTable
+    from connectomics.pages import OtherRun
+    from connectomics.pages.report.score_sections import evaluation_section
+    from connectomics.pages.report.scores import Scores as ScoresFile
     from connectomics.pipeline.results import ArrayFolder
     from connectomics.pipeline.runs import open_run
-    from connectomics.report import OtherRun
-    from connectomics.report.pages.score_sections import evaluation_section
-    from connectomics.report.pages.scores import Scores as ScoresFile
 
     if len(scores) > max(1, len(runs)):
         raise InputError(f"{len(scores)} --scores for {len(runs)} --run; give each run its own scores.json, in order")

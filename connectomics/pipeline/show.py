@@ -38,7 +38,7 @@ def show(
     Raises:
         UnknownNameError: the crop or the result does not have the class. InputError: the crop has no class.
     """
-    from connectomics.report.figures import overlay_figure
+    from connectomics.pages.figures import overlay_figure
 
     if labels is None:
         names = sorted(crop.labels)

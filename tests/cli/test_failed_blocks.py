@@ -16,7 +16,7 @@ from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfi
 from connectomics.inference.predict_task import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.report.pages.library import unknown_lines
+from connectomics.pages.report.library import unknown_lines
 from tests.cellmap.roots import grid_of, write_label, zarr_of
 
 SHAPE = (16, 16, 64)

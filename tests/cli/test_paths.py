@@ -20,6 +20,7 @@ from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
+from connectomics.pages import ReportSources, build_report
 from connectomics.phantom import make_phantom
 from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_tasks
@@ -27,7 +28,6 @@ from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.train import choose_run_dir, train
 from connectomics.pipeline.tune import tune
-from connectomics.report import ReportSources, build_report
 from connectomics.submission import export_submission
 from tests.cli.small_way import Way, pytc
 

@@ -1,0 +1,127 @@
+"""`build_report`: one self-contained page from all the parts that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.errors import ConnectomicsError, InputError
+from connectomics.io.location import local_path
+from connectomics.io.replacing import contains, require_own
+from connectomics.io.write import write_file
+from connectomics.pages import page
+from connectomics.pages.report import compare, crops, data_summary, score_sections, training, voxel_counts
+from connectomics.pages.report.library import Library
+from connectomics.pages.report.scores import Scores
+from connectomics.pages.report.sources import ReportOptions, ReportSources
+from connectomics.progress import Progress, silent
+
+_SIZE = "@size@"  # replaced by the size of the page, which is known last
+
+
+@dataclass
+class Steps:
+    """Counts the units of work of one report, so that every section reports to one progress bar."""
+
+    progress: Progress
+    expected: int
+    done: int = 0
+
+    def step(self, what: str) -> None:
+        """Report that one unit is finished."""
+        self.done += 1
+        self.progress(self.done, self.expected, what)
+
+
+def build_report(
+    out: str | Path,
+    sources: ReportSources,
+    options: ReportOptions | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        out: the file (``.html``), or a folder that gets ``report.html``.
+        sources: the parts of the report. A part that is missing, incomplete or broken becomes a line on the page.
+        options: limits on the size of the page.
+        progress: called after each class of a crop with pictures, each crop whose voxels were counted, and the data
+            root.
+
+    Raises:
+        WriteError: the page cannot be written, or the existing file is not a report; no incomplete page is left.
+        InputError: ``out`` is a file of another kind.
+    """
+    path = local_path(out)
+    if path.suffix not in (".html", ".htm"):
+        if path.is_file():
+            raise InputError(f"{path} is a file; expected a .html file or a folder for the report")
+        path = path / "report.html"
+    require_own(path, contains(page.GENERATOR), "report")
+    options = options or ReportOptions()
+    table, problems = _load_scores(sources.scores, "scores")
+    baseline, baseline_problems = _load_scores(sources.baseline_scores, sources.baseline_name)
+    library = Library.open(sources)
+    try:
+        pictures = crops.planned(library, table, options)
+        counted = voxel_counts.crops_of(library)
+        steps = Steps(progress or silent, 1 + counted + pictures)
+        sections = [
+            _part("what", "What was run", lambda: training.provenance(sources, table)),
+            *_compared(sources),
+            _part("scores", "Scores", lambda: score_sections.section(
+                table, baseline, _datasets(library), sources.baseline_name, problems + baseline_problems)),
+            *_evaluation(sources),
+            _part("crops", "Crops", lambda: crops.section(library, table, options, steps.step)),
+            *voxel_counts.sections(library, options, steps.step),
+            _part("training", "Training", lambda: training.curves(sources.run)),
+            _part("time", "Where the time went", lambda: training.time(sources)),
+            _part("data", "Data", lambda: data_summary.section(sources.data_root, sources.run, options.max_arrays)),
+            _part("configuration", "Configuration", lambda: training.configuration(sources.run)),
+        ]  # fmt: skip
+        steps.step("the data root")
+    finally:
+        library.close()
+    header = page.render("report/header", title=sources.title)
+    header += score_sections.headline(table, baseline, sources.baseline_name)
+    whole = page.document(sources.title, header, sections, f"This page is one file of {_SIZE}.").encode()
+    size = page.size(len(whole) + len("000.0 MB") - len(_SIZE))
+    before, after = whole.rsplit(_SIZE.encode(), 1)  # the last one is ours: shown files may contain the same letters
+    write_file(path, before + size.encode() + after)
+    return path
+
+
+def _compared(sources: ReportSources) -> list[page.Section]:
+    """Return the comparison of runs if there are two or more."""
+    runs = [] if sources.run is None else [(sources.run, sources.scores)]
+    runs += [(other.run, other.scores) for other in sources.others]
+    return [_part("runs", "Runs compared", lambda: compare.section(runs))] if len(runs) > 1 else []
+
+
+def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:
+    """Return a section, or a section with the error if its sources cannot be read: the other sections remain."""
+    try:
+        return make()
+    except ConnectomicsError as error:
+        return page.Section(anchor, title, page.note(str(error)))
+
+
+def _load_scores(path: Path | None, what: str) -> tuple[Scores | None, list[str]]:
+    try:
+        return None if path is None else Scores.load(path), []
+    except ConnectomicsError as error:
+        return None, [f"The {what} cannot be shown: {error}"]
+
+
+def _evaluation(sources: ReportSources) -> list[page.Section]:
+    path, title = sources.evaluation, "Evaluation on annotated crops"
+    return [] if path is None else [_part("evaluation", title, lambda: score_sections.evaluation_section(path))]
+
+
+def _datasets(library: Library) -> dict[str, str]:
+    """Return the data set of each crop, as far as it is known; the section on crops reports the errors."""
+    try:
+        return {wanted.crop: wanted.dataset for wanted in library.wanted() if wanted.dataset}
+    except ConnectomicsError:
+        return {}

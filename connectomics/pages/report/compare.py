@@ -1,0 +1,208 @@
+"""Runs side by side: their scores, their curves in common charts, and the configuration keys that differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from connectomics.errors import ConnectomicsError
+from connectomics.pages import charts, page
+from connectomics.pages.report import run_folder
+from connectomics.pages.report.run_folder import Columns, by_epoch
+from connectomics.pages.report.scores import Scores, optional
+
+_MOST_CLASSES = 60
+_MOST_LETTERS = 200  # of a value in the table of differences
+_IGNORED = ("output_dir",)  #: keys that differ between any two runs
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run to compare; what could not be read is empty, and ``problems`` says why.
+
+    Attributes:
+        name: the shortest end of the folder's path that no other run has. config: flat, ``data.patch_size``.
+        columns: of ``metrics.csv``. timing: ``timing.json``. scores: of its submission, None if none was given.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    columns: Columns
+    timing: Mapping[str, Any]
+    scores: Scores | None
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, name: str, run: Path, scores: Path | None) -> Compared:
+        """Read a run folder."""
+        problems: list[str] = []
+
+        def read(what: Callable[[], Any], empty: Any) -> Any:
+            try:
+                return what()
+            except ConnectomicsError as error:
+                problems.append(f"{name}: {error}")
+                return empty
+
+        config = read(lambda: flat(run_folder.read_config(run) or {}), {})
+        metrics = run / "metrics.csv"
+        columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
+        timing = read(lambda: run_folder.read_timing(run) or {}, {})
+        if not (config or columns):
+            problems.append(f"{name}: {run} is not a run folder: it has no config.yaml and no metrics.csv.")
+        elif unfinished := read(lambda: run_folder.unfinished_state(run), ""):
+            problems.append(f"{name} is not complete: it is {unfinished}.")
+        found = None if scores is None else read(lambda: Scores.load(scores), None)
+        return cls(name, config, columns, timing, found, tuple(problems))
+
+    def best(self, column: str) -> float | None:
+        """Return the highest value of a column of ``metrics.csv``."""
+        return max((v for _, _, v in self.columns.get(column, ())), default=None)
+
+    def last(self, column: str) -> float | None:
+        """Return the last value of a column of ``metrics.csv``."""
+        points = self.columns.get(column)
+        return points[-1][2] if points else None
+
+    def highest(self, key: str) -> float | None:
+        """Return the highest value by epoch of ``timing.json``."""
+        return max((v for _, v in by_epoch(self.timing, key)), default=None)
+
+    def timed(self, key: str) -> float | None:
+        """Return a number of ``timing.json``."""
+        value = self.timing.get(key)
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def section(runs: Sequence[tuple[Path, Path | None]]) -> page.Section:
+    """Return the comparison of two or more runs, (folder, scores.json or None) each; the first is the report's own."""
+    names = short_names([run for run, _ in runs])
+    loaded = [Compared.load(name, run, scores) for name, (run, scores) in zip(names, runs, strict=True)]
+    configured = [run for run in loaded if run.config]
+    keys = list(dict.fromkeys(key for run in configured for key in run.config))
+    return page.section(
+        "runs", "Runs compared", "report/compare", runs=loaded, names=names, summary=_summary(loaded),
+        charts=_charts(loaded), tables=_class_tables(loaded), most_classes=_MOST_CLASSES,
+        configured=configured, differences=_differences(configured, keys), n_keys=len(keys),
+    )  # fmt: skip
+
+
+def short_names(runs: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of the paths that differ from each other; equal paths are numbered."""
+    parts = [run.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{name} ({k})" for k, name in enumerate(names, start=1)]
+
+
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return a configuration with one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
+def _summary(runs: Sequence[Compared]) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """Return rows of (name, a cell for each run): text, and whether it is the best of several values."""
+
+    def row_of(
+        value: Callable[[Compared], float | None], text: Callable[[float], str], highest: bool = False
+    ) -> list[tuple[str, bool]]:
+        values = [value(run) for run in runs]
+        there = [v for v in values if v is not None]
+        best = max(there) if highest and len(set(there)) > 1 else None
+        cells = [("–" if v is None else text(v), v is not None and v == best) for v in values]
+        return cells if there else []
+
+    rows = {
+        f"{kind} score": row_of(lambda r, k=kind: getattr(r.scores, k, None), page.score, True)  # type: ignore[misc]
+        for kind in ("overall", "instance", "semantic")
+    } | {
+        "best validation score": row_of(lambda r: r.best("val/score"), page.score, True),
+        "best validation Dice": row_of(lambda r: r.best("val/dice"), page.score, True),
+        "last validation Dice": row_of(lambda r: r.last("val/dice"), page.score, True),
+        "last training loss": row_of(lambda r: r.last("train/loss"), lambda v: f"{v:.4g}"),
+        "epochs": row_of(lambda r: r.timed("epochs"), page.count),
+        "patches": row_of(lambda r: r.timed("samples"), page.count),
+        "training time": row_of(lambda r: r.timed("total_s"), page.seconds),
+        "patches a second": row_of(lambda r: r.timed("samples_per_s"), lambda v: f"{v:.3g}"),
+        "most memory": row_of(lambda r: r.highest("memory_bytes"), page.size),
+        "most GPU memory": row_of(lambda r: r.highest("gpu_memory_bytes"), page.size),
+    }
+    return [(name, cells) for name, cells in rows.items() if cells]
+
+
+def _charts(runs: Sequence[Compared]) -> list[Markup]:
+    columns = (("train/loss", "Training loss", None), ("val/dice", "Validation Dice", (0.0, 1.0)),
+               ("val/score", "Validation score", (0.0, 1.0)))  # fmt: skip
+    resources = (("samples_per_s", "Patches a second", 1.0), ("memory_bytes", "Memory, GB", 1e-9),
+                 ("gpu_memory_bytes", "GPU memory, GB", 1e-9))  # fmt: skip
+    made = []
+    for column, title, limits in columns:
+        curves = {run.name: [(epoch, v) for epoch, _, v in run.columns.get(column, ())] for run in runs}
+        made.append(charts.line_chart(_lines(curves), title, "epoch", limits))
+    for key, title, scale in resources:
+        curves = {run.name: by_epoch(run.timing, key, scale) for run in runs}
+        made.append(charts.line_chart(_lines(curves), title, "epoch"))
+    return [chart for chart in made if chart]
+
+
+def _lines(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[charts.Series]:
+    kept = {name: np.array([p for p in points if math.isfinite(p[0])]) for name, points in curves.items()}
+    return [charts.Series(name, points[:, 0], points[:, 1]) for name, points in kept.items() if len(points)]
+
+
+def _class_tables(runs: Sequence[Compared]) -> list[tuple]:
+    """Return (title, classes, values of each run by class, best value by class) of measures that several runs have.
+
+    A class whose values are all the same has no best value.
+    """
+    tables = []
+    for title, values in (
+        ("Challenge score by class", [_challenge_scores(run) for run in runs]),
+        ("Validation Dice by class, best of each run", [_validation_dice(run) for run in runs]),
+    ):
+        if sum(map(bool, values)) >= 2:
+            by_class: dict[str, list[float]] = {}
+            for name, value in (item for found in values for item in found.items()):
+                by_class.setdefault(name, []).append(value)
+            best = {name: max(there) for name, there in by_class.items() if max(there) > min(there)}
+            tables.append((title, sorted(by_class), values, best))
+    return tables
+
+
+def _challenge_scores(run: Compared) -> dict[str, float]:
+    classes = {} if run.scores is None else run.scores.classes
+    values = {n: optional(e.get("score", e.get("combined_score", e.get("iou")))) for n, e in classes.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _validation_dice(run: Compared) -> dict[str, float]:
+    names = run_folder.class_names(run.columns, "dice")
+    return {name: max(v for _, _, v in run.columns[f"val/{name}/dice"]) for name in names}
+
+
+def _differences(runs: Sequence[Compared], keys: Sequence[str]) -> list[tuple[str, list[str | None]]]:
+    """Return (key, value in each run, None if not set) for the keys whose values differ."""
+    missing = object()
+    rows: list[tuple[str, list[str | None]]] = []
+    for key in keys:
+        values = [run.config.get(key, missing) for run in runs]
+        if key in _IGNORED or all(v == values[0] for v in values[1:]):
+            continue
+        shown = [None if v is missing else str(v) for v in values]
+        rows.append((key, [s and (s if len(s) <= _MOST_LETTERS else s[:_MOST_LETTERS] + " …") for s in shown]))
+    return rows

@@ -1,0 +1,205 @@
+"""Crop by crop, worst first: which pictures to show, and showing them within a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from connectomics.errors import ConnectomicsError
+from connectomics.pages import page
+from connectomics.pages.report import objects, pictures, scores, slice_viewer
+from connectomics.pages.report.library import Library, Wanted
+from connectomics.pages.report.scores import Scores
+from connectomics.pages.report.sources import ReportOptions
+from connectomics.pages.report.volumes import Findings, Item, examine, read_plane
+
+_MOST_EXTREMES = 4  # of the worst and of the best
+
+CropKey = tuple[str, str]  # data set and crop
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+def ranked(wanted: Sequence[Wanted], table: Scores | None) -> dict[CropKey, list[Wanted]]:
+    """Return the classes by crop, the worst crop and its worst class first; without scores, by name."""
+    groups: dict[CropKey, list[Wanted]] = {}
+    for one in sorted(wanted, key=lambda w: (w.dataset, w.crop, w.class_name)):
+        groups.setdefault((one.dataset, one.crop), []).append(one)
+    if table is None:
+        return groups
+    by_crop = table.by_crop()
+    crops = {crop: k for k, crop in enumerate(by_crop)}
+    places = {(r.crop, r.class_name): k for results in by_crop.values() for k, r in enumerate(results)}
+    last = len(places) + len(crops)
+    order = sorted(groups, key=lambda key: crops.get(key[1], last))
+    return {key: sorted(groups[key], key=lambda w: places.get((w.crop, w.class_name), last)) for key in order}
+
+
+def extremes(wanted: Iterable[Wanted], table: Scores | None) -> tuple[list[Wanted], list[Wanted]]:
+    """Return at most four each of the scored classes: the worst, worst first, and the best, best first, without
+    overlap."""
+    if table is None:
+        return [], []
+    values = {(r.crop, r.class_name): scores.shown_value(r) for r in table.results}
+    found = [(v, w.crop, w.class_name, w) for w in wanted if (v := values.get((w.crop, w.class_name))) is not None]
+    found.sort(key=lambda entry: entry[:3])
+    n = min(_MOST_EXTREMES, len(found) // 2)
+    return [entry[3] for entry in found[:n]], [entry[3] for entry in reversed(found[len(found) - n :])]
+
+
+def choose(crops: Mapping[CropKey, Sequence[Wanted]], most: int, best: Sequence[Wanted] = ()) -> set[Wanted]:
+    """Return at most ``most`` classes: the worst of every crop, then the second worst of every crop, and so on.
+
+    A quarter of them is reserved for the ``best``.
+    """
+    rounds = max((len(w) for w in crops.values()), default=0)
+    order = [wanted[k] for k in range(rounds) for wanted in crops.values() if k < len(wanted)]
+    reserved = best[: max(0, most) // 4]
+    return set(list(dict.fromkeys([*reserved, *order]))[: max(0, most)])
+
+
+def planned(library: Library, table: Scores | None, options: ReportOptions) -> int:
+    """Return the number of classes that `section` draws, one step each."""
+    try:
+        crops = ranked(library.wanted(), table)
+    except ConnectomicsError:  # the section reports it
+        return 0
+    return len(
+        choose(crops, options.max_pictures, extremes([w for wanted in crops.values() for w in wanted], table)[1])
+    )
+
+
+def anchors(crops: Iterable[CropKey]) -> dict[CropKey, str]:
+    """Return the ID of each crop's part of the page; the data set is part of it if two crops share a name."""
+    found: dict[CropKey, str] = {}
+    for dataset, crop in crops:
+        plain = scores.crop_anchor(crop)
+        taken = plain in found.values()
+        found[dataset, crop] = f"{plain}-{scores.plain_id(dataset)}" if taken else plain
+    return found
+
+
+# -- the section -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Drawn:
+    """A class of a crop on the page; ``item`` and ``found`` are None if it has no pictures.
+
+    Attributes:
+        anchor: ID of its part of the page. body: its HTML. thumbnail: a small picture of it.
+    """
+
+    wanted: Wanted
+    anchor: str
+    body: Markup
+    item: Item | None = None
+    found: Findings | None = None
+    thumbnail: str = ""
+
+
+def section(
+    library: Library, table: Scores | None, options: ReportOptions, step: Callable[[str], None]
+) -> page.Section:
+    """Return all crops with their pictures; ``step`` is called after each class with pictures."""
+    title = "Crops, worst first" if table is not None else "Crops"
+    try:
+        crops = ranked(library.wanted(), table)
+    except ConnectomicsError as error:
+        return page.Section("crops", title, page.note(f"No pictures: {error}"))
+    if not crops:
+        return page.Section("crops", title, page.note("No pictures: neither truth nor predictions were given."))
+    everything = [one for wanted in crops.values() for one in wanted]
+    worst, best = extremes(everything, table)
+    chosen = choose(crops, options.max_pictures, best)
+    names = anchors(crops)
+    ids = pictures.Ids()
+    parts: list[Markup] = []
+    drawn_by: dict[Wanted, Drawn] = {}
+    spent = 0
+    for number, (key, wanted) in enumerate(crops.items()):
+        drawn = []
+        for one in wanted:
+            anchor = f"{names[key]}-{scores.plain_id(one.class_name)}"
+            room = spent < options.max_bytes
+            drawn.append(draw(library, one, anchor, options, ids if one in chosen and room else None, room))
+            spent += len(drawn[-1].body)
+            drawn_by[one] = drawn[-1]
+            if one in chosen:
+                step(f"{one.crop}/{one.class_name}")
+        is_best = table is not None and number == len(crops) - 1 and options.viewers > 0
+        with_viewer = (number < options.viewers or is_best) and spent < options.max_bytes
+        parts.append(_crop(names[key], drawn, table, options, with_viewer, unfolded=3 if number == 0 else number < 3))
+        spent += len(parts[-1]) - sum(len(d.body) for d in drawn)
+    problems = list(library.problems)
+    if library.catalog is None and not library.problems:
+        problems.append("No raw: no data root was given, so labels are shown on flat gray.")
+    if len(chosen) < len(everything):
+        problems.append(
+            f"Pictures of {len(chosen)} of {len(everything)} crops and classes, the worst of each crop first."
+        )
+    rows = [("Worst", [drawn_by[w] for w in worst]), ("Best", [drawn_by[w] for w in best])]
+    with_probability = library.sources.probabilities is not None
+    return page.section(
+        "crops", title, "report/crops", problems=problems, with_probability=with_probability, crops=parts, table=table,
+        extremes=[(name, [d for d in drawn if d.thumbnail]) for name, drawn in rows], shown_value=scores.shown_value,
+    )  # fmt: skip
+
+
+def draw(
+    library: Library, wanted: Wanted, anchor: str, options: ReportOptions, ids: pictures.Ids | None, room: bool = True
+) -> Drawn:
+    """Return the pictures of one class of a crop; without ``ids`` a line that says which limit is reached."""
+    if ids is None:
+        most = f"{options.max_pictures} crops and classes" if room else f"{page.size(options.max_bytes)} of pictures"
+        return Drawn(wanted, anchor, page.note(f"No pictures: the page is limited to {most}."))
+    try:
+        item = library.item(wanted)
+        found = examine(item, options.max_voxels)
+        planes = [
+            pictures.draw_plane(item, read_plane(item, axis, found.position[axis], options.picture_size), found, ids)
+            for axis in range(3)
+        ]
+    except ConnectomicsError as error:
+        return Drawn(wanted, anchor, page.note(f"No pictures: {error}"))
+    place = item.grid.to_world(found.position).tolist()
+    body = page.render("report/crop_class", item=item, found=found, place=place, planes=planes)
+    return Drawn(wanted, anchor, body, item, found, planes[0].thumbnail)
+
+
+def _crop(
+    anchor: str,
+    drawn: Sequence[Drawn],
+    table: Scores | None,
+    options: ReportOptions,
+    with_viewer: bool,
+    unfolded: int,
+) -> Markup:
+    """Return a crop: its slice viewer, objects and scores, then every class, the first ``unfolded`` of them open."""
+    dataset, crop = drawn[0].wanted.dataset, drawn[0].wanted.crop
+    shown = [(d.item, d.found, d.anchor) for d in drawn if d.item is not None and d.found is not None]
+    pairs = [(item, found) for item, found, _ in shown]
+    wrong = objects.listed(pairs, options.max_objects)
+    viewer, clickable = Markup(""), 0
+    if with_viewer and pairs:
+        try:
+            viewer = _viewer(pairs, wrong, options.viewer_slices)
+            clickable = min(len(pairs), slice_viewer.MOST_CLASSES) if viewer else 0
+        except ConnectomicsError as error:
+            viewer = page.note(f"No slice viewer: {error}")
+    results = {r.class_name: r for r in table.by_crop().get(crop, ())} if table is not None else {}
+    return page.render(
+        "report/crop", anchor=anchor, crop=crop, dataset=dataset, drawn=drawn, results=results, viewer=viewer,
+        with_table=table is not None, with_overview=table is not None and with_viewer, unfolded=int(unfolded),
+        objects=objects.tables(pairs, wrong, clickable, [name for *_, name in shown]),
+        mean=scores.mean_score(list(results.values())) if results else None,
+        shown_value=scores.shown_value, crop_class=scores.crop_class, DROPPED=scores.DROPPED,
+    )  # fmt: skip
+
+
+def _viewer(pairs: Sequence[tuple[Item, Findings]], wrong: Sequence[objects.Listed], slices: int) -> Markup:
+    """Return the viewer of the classes with pictures, opened at the worst predicted class and its slices."""
+    first = next((k for k, (item, _) in enumerate(pairs) if item.prediction is not None), 0)
+    item, found = pairs[first]
+    z, y, x = (float(v) for v in item.grid.to_world(found.position))
+    places = [one.mistake.place for one in wrong]
+    return slice_viewer.viewer([item for item, _ in pairs], first, (z, y, x), places, slices)

@@ -1,0 +1,141 @@
+"""The data on the page: data sets, crops, and how far each class is annotated. No voxel is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.errors import ConnectomicsError
+from connectomics.pages import page
+from connectomics.pages.report.run_folder import read_metrics, read_timing, read_yaml
+
+_MOST_DATASETS = 60
+_MOST_NAMES = 24
+_MOST_PROBLEMS = 5
+_SPLIT_NAMES = {"train": "crops for training", "val": "crops for validation", "test": "crops for the final test"}
+
+
+@dataclass
+class ClassState:
+    """Sums over the label arrays of a class: how many there are, and voxels by state as their attributes say."""
+
+    arrays: int = 0
+    voxels: int = 0
+    absent: int = 0
+    unknown: int = 0
+
+    @property
+    def shares(self) -> tuple[float | None, ...]:
+        """Shares of present, absent and unknown voxels; None if no array says."""
+        if not self.voxels:
+            return None, None, None
+        present = max(0, self.voxels - self.absent - self.unknown)
+        return tuple(n / self.voxels for n in (present, self.absent, self.unknown))
+
+
+def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> page.Section:
+    """Return what is annotated (in the data root), and what the network was trained on (in the run)."""
+    try:
+        annotated: dict[str, Any] | None = None if data_root is None else _annotated(str(data_root), max_arrays)
+        problem = None if annotated else "No data summary: no data root was given."
+    except ConnectomicsError as error:
+        annotated, problem = None, str(error)
+    seen = None if run is None else _seen(run)
+    return page.section("data", "Data", "report/data_summary", annotated=annotated, problem=problem, seen=seen)
+
+
+def _seen(run: Path) -> dict[str, Any]:
+    """Return crops of training and validation, and how often the training patches held each class."""
+    metrics = run / "metrics.csv"
+    columns = read_metrics(metrics) if metrics.is_file() else {}
+    names = [n.split("/")[1] for n in columns if n.startswith("data/") and n.endswith("/patches") and n.count("/") == 2]
+    rows = {
+        name: {
+            what: sum(v for *_, v in columns.get(f"data/{name}/{what}", ())) for what in ("patches", "known", "present")
+        }
+        for name in names
+    }
+    patches = (read_timing(run) or {}).get("samples")
+    split, problem = {}, None
+    try:
+        found = read_yaml(run / "split.yaml")
+        parts = {k: v for k, v in found.items() if isinstance(v, list)} if isinstance(found, dict) else {}
+        split = {_SPLIT_NAMES.get(str(k), str(k)): f"{len(v)}: {_names(v)}" for k, v in parts.items()}
+    except ConnectomicsError as error:
+        problem = str(error)
+    return {"split": split, "problem": problem, "rows": rows, "patches": patches if isinstance(patches, int) else None}
+
+
+def _names(values: Sequence[Any]) -> str:
+    shown = ", ".join(map(str, values[:_MOST_NAMES]))
+    return shown + (f" and {len(values) - _MOST_NAMES} more" if len(values) > _MOST_NAMES else "") or "none"
+
+
+def _annotated(data_root: str, max_arrays: int) -> dict[str, Any]:
+    """Return what the template shows of a data root."""
+    catalog = Catalog.open(data_root)
+    crops = [crop for d in catalog.datasets for n in catalog.crop_names(d) if (crop := catalog.crop(d, n)).labels]
+    states, problems = _states(crops, max_arrays)
+    lines = problems[:_MOST_PROBLEMS]
+    arrays = sum(state.arrays for state in states.values())
+    if arrays > max_arrays:
+        lines.insert(0, f"Voxel counts are over the first {max_arrays} label arrays.")
+    if len(problems) > _MOST_PROBLEMS:
+        lines.append(f"{len(problems) - _MOST_PROBLEMS} more label arrays could not be read.")
+    shown = catalog.datasets[:_MOST_DATASETS]
+    if len(catalog.datasets) > len(shown):
+        lines.append(f"{len(catalog.datasets) - len(shown)} more data sets.")
+    datasets = []
+    for name in shown:
+        mine = [crop for crop in crops if crop.dataset == name]
+        datasets.append((name, len(mine), _raw_size(mine), _label_sizes(mine)))
+    return {
+        "problems": lines,
+        "n_datasets": len(catalog.datasets),
+        "n_crops": len(crops),
+        "n_arrays": arrays,
+        "datasets": datasets,
+        "classes": sorted(states.items(), key=lambda item: (-item[1].arrays, item[0])),
+    }
+
+
+def _raw_size(crops: Sequence[Crop]) -> str:
+    try:
+        return page.nm(crops[0].raw_source.grid.voxel_size) if crops else "–"
+    except ConnectomicsError as error:
+        return str(error)
+
+
+def _label_sizes(crops: Sequence[Crop]) -> str:
+    sizes: Counter[str] = Counter()
+    for crop in crops:
+        try:
+            sizes[page.nm(crop.grid.voxel_size)] += 1
+        except ConnectomicsError:
+            sizes["unreadable"] += 1
+    return "; ".join(f"{n} at {size}" for size, n in sizes.most_common(4)) or "–"
+
+
+def _states(crops: Sequence[Crop], max_arrays: int) -> tuple[dict[str, ClassState], list[str]]:
+    states: dict[str, ClassState] = {}
+    problems: list[str] = []
+    for number, (name, label) in enumerate((item for crop in crops for item in crop.labels.items()), start=1):
+        state = states.setdefault(name, ClassState())
+        state.arrays += 1
+        if number > max_arrays:
+            continue
+        try:
+            annotation, n = label.annotation, label.grid.size
+        except ConnectomicsError as error:
+            problems.append(str(error))
+            continue
+        # states come from complement_counts; without a count of absent voxels they are not known
+        if "absent" in annotation.counts:
+            state.voxels += n
+            state.absent += annotation.counts["absent"]
+            state.unknown += 0 if annotation.fully_known else annotation.counts.get("unknown", 0)
+    return states, problems

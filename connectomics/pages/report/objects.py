@@ -1,0 +1,207 @@
+"""Objects of truth and prediction, counted block by block: which were missed, split, merged or invented, and where.
+
+`Objects` counts; `listed` and `tables` put the mistakes of a crop on the page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from connectomics.geometry import Triple, VoxelGrid
+from connectomics.metrics.overlaps import pair_counts
+from connectomics.pages import page
+
+if TYPE_CHECKING:
+    from connectomics.pages.report.volumes import Findings, Item
+
+SHARE = 0.1  #: an overlap counts if it is at least this share of an object
+POOR = 0.5  #: a matched pair with an intersection over union below this is poor
+#: Kinds of mistakes, worst first, with their symbols.
+SYMBOLS = {"missed": "○", "invented": "✕", "merged": "⋃", "split": "∥", "poor": "≈"}
+KINDS = tuple(SYMBOLS)
+_SLAB = 1 << 20  # voxels at a time
+_MOST_OBJECTS = 200_000  # objects and pairs, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One object that was not segmented well.
+
+    Attributes:
+        kind: one of `KINDS`. truth, found: IDs of the true and predicted objects involved, the largest overlap first.
+        voxels: known voxels of the object: the predicted one if it is merged or invented, else the true one.
+        iou: of the best pair, 0 if there is none. place: mean position of the object's voxels, nm, z y x.
+    """
+
+    kind: str
+    truth: tuple[int, ...]
+    found: tuple[int, ...]
+    voxels: int
+    iou: float
+    place: Triple
+
+
+@dataclass
+class Objects:
+    """Sums over known voxels of two label volumes; `add` blocks in any order.
+
+    Attributes:
+        truth, found: by ID: number of voxels, then the sums of their indices z, y, x, float64 (4,).
+        pairs: voxels that a true and a predicted object share. whole: False if a limit left objects out.
+    """
+
+    truth: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    found: dict[int, NDArray[np.float64]] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], int] = field(default_factory=dict)
+    whole: bool = True
+
+    def add(self, begin: Iterable[int], true: NDArray[Any], found: NDArray[Any], known: NDArray[np.bool_]) -> None:
+        """Count a block (D, H, W) whose first voxel is ``begin``; unknown voxels do not count."""
+        if max(len(self.truth), len(self.found), len(self.pairs)) >= _MOST_OBJECTS:
+            self.whole = False
+            return
+        start = np.asarray(tuple(begin), np.float64)
+        layers = max(1, _SLAB // max(1, known[0].size))
+        for first in range(0, len(known), layers):  # the indices of a whole block would take 60 bytes per voxel
+            part = slice(first, first + layers)
+            for labels, sums in ((true, self.truth), (found, self.found)):
+                _add_places(np.where(known[part], labels[part], 0), start + np.array((first, 0, 0)), sums)
+        for t, p, n in zip(*(v.tolist() for v in pair_counts(true, found, known)), strict=True):
+            if t and p:
+                self.pairs[t, p] = self.pairs.get((t, p), 0) + n
+
+    def match(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Return the true object that each predicted one overlaps most, and the pairs (truth, found) that match."""
+        of_truth: dict[int, tuple[int, int]] = {}
+        of_found: dict[int, tuple[int, int]] = {}
+        for (t, p), n in sorted(self.pairs.items()):
+            if n > of_truth.get(t, (0, 0))[1]:
+                of_truth[t] = (p, n)
+            if n > of_found.get(p, (0, 0))[1]:
+                of_found[p] = (t, n)
+        partner = {p: t for p, (t, _) in of_found.items()}
+        return partner, {t: p for t, (p, _) in of_truth.items() if partner[p] == t}
+
+    def mistakes(self, grid: VoxelGrid) -> list[Mistake]:
+        """Return the mistakes by kind, the largest object of each kind first.
+
+        A true object is missed if no predicted one covers `SHARE` of it, and split if two or more do. A predicted
+        object is merged if it covers `SHARE` of two or more true ones, and invented if less than `SHARE` of it lies in
+        true ones. Any other pair of objects that are each other's largest overlap is poor if its intersection over
+        union is below `POOR`.
+
+        Args:
+            grid: of the whole volume, for positions in nm.
+        """
+        of_truth: dict[int, list[tuple[int, int]]] = {}
+        of_found: dict[int, list[tuple[int, int]]] = {}
+        for (t, p), n in self.pairs.items():
+            of_truth.setdefault(t, []).append((n, p))
+            of_found.setdefault(p, []).append((n, t))
+        made: list[Mistake] = []
+        split: set[int] = set()
+        merged: set[int] = set()
+        for t, sums in self.truth.items():
+            parts = sorted(((n, p) for n, p in of_truth.get(t, ()) if n >= SHARE * sums[0]), reverse=True)
+            if len(parts) != 1:
+                split.add(t)
+                kind = "split" if parts else "missed"
+                made.append(self._mistake(kind, (t,), tuple(p for _, p in parts), sums, grid))
+        for p, sums in self.found.items():
+            overlaps = of_found.get(p, [])
+            inside = sum(n for n, _ in overlaps)
+            swallowed = sorted(((n, t) for n, t in overlaps if n >= SHARE * self.truth[t][0]), reverse=True)
+            if len(swallowed) > 1 or inside < SHARE * sums[0]:
+                merged.add(p)
+                kind = "merged" if len(swallowed) > 1 else "invented"
+                made.append(self._mistake(kind, tuple(t for _, t in swallowed), (p,), sums, grid))
+        for t, p in self.match()[1].items():
+            if t not in split and p not in merged and self._iou(t, p) < POOR:
+                made.append(self._mistake("poor", (t,), (p,), self.truth[t], grid))
+        return sorted(made, key=lambda m: (KINDS.index(m.kind), -m.voxels, m.truth, m.found))
+
+    def _iou(self, t: int, p: int) -> float:
+        both = self.pairs.get((t, p), 0)
+        return both / (self.truth[t][0] + self.found[p][0] - both)
+
+    def _mistake(
+        self, kind: str, truth: tuple[int, ...], found: tuple[int, ...], sums: NDArray[np.float64], grid: VoxelGrid
+    ) -> Mistake:
+        iou = max((self._iou(t, p) for t in truth for p in found), default=0.0)
+        z, y, x = (float(v) for v in grid.to_world(sums[1:] / sums[0]))
+        return Mistake(kind, truth, found, int(sums[0]), float(iou), (z, y, x))
+
+
+def _add_places(labels: NDArray[Any], start: NDArray[np.float64], sums: dict[int, NDArray[np.float64]]) -> None:
+    """Add the voxels and indices of every object of a block to ``sums``."""
+    where = np.flatnonzero(labels)
+    if not len(where):
+        return
+    ids, index = np.unique(labels.ravel()[where], return_inverse=True)
+    counts = np.bincount(index)
+    places = [np.bincount(index, weights=axis) for axis in np.unravel_index(where, labels.shape)]
+    rows = np.column_stack([counts, *(p + counts * s for p, s in zip(places, start, strict=True))])
+    for number, row in zip(ids.tolist(), rows, strict=True):
+        sums[number] = sums[number] + row if number in sums else row
+
+
+# -- on the page -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Listed:
+    """A mistake of the class of item ``number`` of its crop."""
+
+    number: int
+    class_name: str
+    mistake: Mistake
+
+
+def listed(drawn: Sequence[tuple[Item, Findings]], most: int) -> list[Listed]:
+    """Return at most ``most`` mistakes of a crop: the first of every class, then the second of every class, ..."""
+    by_class = [
+        [Listed(k, item.class_name, mistake) for mistake in objects.mistakes(item.grid)]
+        for k, (item, found) in enumerate(drawn)
+        if (objects := _compared(item, found)) is not None
+    ]
+    rounds = max(map(len, by_class), default=0)
+    return [rows[k] for k in range(rounds) for rows in by_class if k < len(rows)][:most]
+
+
+def tables(
+    drawn: Sequence[tuple[Item, Findings]], shown: Sequence[Listed], clickable: int, anchors: Sequence[str]
+) -> Markup:
+    """Return the number of objects of each kind by class, and the mistakes one by one; empty without instances.
+
+    Args:
+        shown: from `listed`. clickable: items with a lower number are in the crop's slice viewer, which a click moves;
+            the others link to their pictures, whose IDs are ``anchors``, one per item.
+    """
+    rows, partly = [], []
+    for item, found in drawn:
+        objects = _compared(item, found)
+        if objects is None:
+            continue
+        kinds = Counter(mistake.kind for mistake in objects.mistakes(item.grid))
+        numbers = (len(objects.truth), len(objects.found), len(found.matched), *(kinds[kind] for kind in KINDS))
+        rows.append((item.class_name, numbers, kinds.total()))
+        if found.share < 1 or not objects.whole:
+            partly.append(item.class_name)
+    if not rows:
+        return Markup("")
+    order = sorted(shown, key=lambda one: (KINDS.index(one.mistake.kind), -one.mistake.voxels))
+    return page.render(
+        "report/objects", rows=rows, partly=partly, total=sum(total for *_, total in rows), shown=order,
+        symbols=SYMBOLS, clickable=clickable, anchors=anchors, share=SHARE, poor=POOR,
+    )  # fmt: skip
+
+
+def _compared(item: Item, found: Findings) -> Objects | None:
+    """Return the objects of truth and prediction if both are instances."""
+    both = all(part is not None and part.instance for part in (item.truth, item.prediction))
+    return found.objects if both else None

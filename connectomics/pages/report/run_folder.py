@@ -1,0 +1,126 @@
+"""Reading a run folder: configuration, metrics, timing, environment, and whether the run finished."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from connectomics.errors import MetadataError
+from connectomics.lightning.run_state import state_of
+from connectomics.pages.report.scores import load_json
+
+PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")  #: whose versions are shown
+#: Columns of ``metrics.csv``: (epoch, step, value).
+Columns = Mapping[str, Sequence[tuple[float, float, float]]]
+
+
+def read_config(run: Path) -> dict[str, Any] | None:
+    """Return ``config.yaml`` of a run, None if there is none; `MetadataError` if it cannot be read."""
+    found = read_yaml(run / "config.yaml")
+    return found if found is None or isinstance(found, dict) else {}
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file, None if there is no file; `MetadataError` if it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MetadataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def read_timing(run: Path) -> dict[str, Any] | None:
+    """Return ``timing.json`` of a run, None if there is none; `MetadataError` if it cannot be read."""
+    path = run / "timing.json"
+    return load_json(path) if path.is_file() else None
+
+
+def read_metrics(path: Path) -> Columns:
+    """Return every column of ``metrics.csv`` as (epoch, step, value), without empty and non-finite cells.
+
+    A row without an epoch takes that of the row before it. `MetadataError` if the file cannot be read.
+    """
+    columns: dict[str, list[tuple[float, float, float]]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as stream:
+            epoch = 0.0
+            for row in csv.DictReader(stream):
+                epoch = _cell(row.get("epoch")) if row.get("epoch") else epoch
+                step = _cell(row.get("step"))
+                for name, text in row.items():
+                    if name in ("epoch", "step") or not isinstance(name, str) or not text:
+                        continue
+                    value = _cell(text)
+                    if math.isfinite(value):
+                        columns.setdefault(name, []).append((epoch, step, value))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MetadataError(f"cannot read {path} as a table of metrics: {error}") from error
+    return columns
+
+
+def _cell(text: str | None) -> float:
+    try:
+        return float(text) if text else math.nan
+    except ValueError:
+        return math.nan
+
+
+def by_epoch(timing: Mapping[str, Any], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
+    """Return (epoch, value times ``scale``) of ``by_epoch`` in ``timing.json``, for the epochs with a value."""
+    rows = timing.get("by_epoch", [])
+    return [
+        (float(row["epoch"]), float(row[key]) * scale)
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and isinstance(row.get("epoch"), (int, float))
+        and isinstance(row.get(key), (int, float))
+    ]
+
+
+def class_names(columns: Columns, measure: str) -> list[str]:
+    """Return the classes that have a column ``val/{class}/{measure}``."""
+    names = [name.split("/", 1)[1] for name in columns if name.startswith("val/") and name.endswith(f"/{measure}")]
+    return [name.removesuffix(f"/{measure}") for name in names if name != measure]
+
+
+def unfinished_state(run: Path) -> str:
+    """Return the state of a run that is not finished, in words; "" if it is finished or its state is not recorded."""
+    state = state_of(run)
+    if state.name in ("finished", "unknown"):
+        return ""
+    return f"{state.name} ({state.note})" if state.note else state.name
+
+
+def training_environment(run: Path) -> dict[str, str]:
+    """Return the main facts of ``environment.json``: where the run started last."""
+    path = run / "environment.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MetadataError(f"cannot read {path} as JSON: {error}") from error
+    starts = found if isinstance(found, list) else []
+    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    git, packages, gpus = last.get("git"), last.get("packages"), last.get("gpus")
+    git = git if isinstance(git, dict) else {}
+    commit = f"{str(git.get('commit', ''))[:12]}{' and changes' * bool(git.get('changed'))}" if git else ""
+    versions = packages if isinstance(packages, dict) else {}
+    facts = {
+        "code": f"connectomics {last['connectomics']}" if "connectomics" in last else "",
+        "commit": commit,
+        "python": last.get("python") or "",
+        "packages": ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions),
+        "machine": f"{last.get('platform', '')}, {last.get('cores', '?')} cores" if "platform" in last else "",
+        "GPUs": ", ".join(map(str, gpus)) if isinstance(gpus, list) else "",
+        "job": last.get("job") or "",
+        "started": f"{len(starts)} times" if len(starts) > 1 else "",
+    }
+    return {name: str(value) for name, value in facts.items() if value}

@@ -1,0 +1,94 @@
+"""The same layers in napari, read lazily."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from connectomics.errors import MissingError
+from connectomics.geometry import VoxelGrid
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.store import is_s3
+from connectomics.pages.view.layers import Layer, Layers
+
+
+class LazyVolume:
+    """A volume that is read when it is sliced, with the attributes of napari's LayerDataProtocol."""
+
+    def __init__(self, grid: VoxelGrid, dtype: np.dtype[Any], read: Any) -> None:
+        self.grid, self.dtype, self.shape, self.ndim = grid, dtype, grid.shape, 3
+        self.size = math.prod(grid.shape)
+        self._read = read
+
+    def __getitem__(self, key: Any) -> NDArray[Any]:
+        keys = key if isinstance(key, tuple) else (key,)
+        keys = (*keys, *[slice(None)] * (3 - len(keys)))
+        spans, drop = [], []
+        for axis, (k, n) in enumerate(zip(keys, self.shape, strict=True)):
+            if isinstance(k, slice):
+                spans.append(k.indices(n))
+            else:
+                index = int(k) % n
+                spans.append((index, index + 1, 1))
+                drop.append(axis)
+        begin = [s[0] for s in spans]
+        shape = [max(0, s[1] - s[0]) for s in spans]
+        block: NDArray[Any] = self._read(begin, shape)
+        block = block[tuple(slice(None, None, s[2]) for s in spans)]
+        return np.squeeze(block, axis=tuple(drop)) if drop else block
+
+
+def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
+    """Return the resolution levels of a layer, finest first."""
+    kind, _, rest = layer.address.partition("/")
+    name, _, below = rest.partition("/")
+    if kind == "made":
+        made = layers.made[name]
+
+        def values(begin: list[int], shape: list[int]) -> NDArray[Any]:
+            return made.values(made.grid.crop(begin, shape))
+
+        return [LazyVolume(made.grid, np.dtype(made.dtype), values)]
+    location = layer.address if is_s3(layer.address) else str(Path(layers.roots[name]) / below)
+    source = Multiscale.open(location)
+
+    def level(number: int) -> LazyVolume:
+        about = source.levels[number]
+        return LazyVolume(about.grid, about.dtype, lambda begin, shape: source.read_level(number, begin, shape)[0])
+
+    return [level(number) for number in range(len(source.levels))]
+
+
+def add_layers(viewer: Any, layers: Layers) -> None:
+    """Add all layers to a napari viewer (or its model, which needs no screen), placed in nm, finest level first."""
+    for layer in layers.layers:
+        levels = levels_of(layer, layers)
+        grid = levels[0].grid
+        common = {
+            "name": layer.name, "scale": grid.voxel_size, "translate": grid.translation, "visible": layer.visible,
+            "multiscale": len(levels) > 1,
+        }  # fmt: skip
+        data = levels if len(levels) > 1 else levels[0]
+        if layer.kind == "ids":
+            viewer.add_labels(data, **common)
+        else:
+            limits = (0, 1) if layer.kind == "mask" else (0, 255)
+            plain = layer.kind == "raw"
+            viewer.add_image(
+                data, contrast_limits=limits, blending="translucent" if plain else "additive",
+                colormap="gray" if plain else layer.color, **common,
+            )  # fmt: skip
+
+
+def show_in_napari(layers: Layers) -> None:
+    """Open napari and wait until it is closed; `MissingError` if it is not installed."""
+    try:
+        import napari
+    except ImportError as error:
+        raise MissingError("napari is not installed: run pip install 'napari[all]', or omit --napari") from error
+    add_layers(napari.Viewer(title=layers.dataset), layers)
+    napari.run()

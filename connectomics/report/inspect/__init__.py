@@ -1,4 +1,0 @@
-"""``pytc inspect``: training batches as the network gets them, as numbers and as one page.
-
-Take `inspect_data` from `connectomics.report.inspect.data`, and `write_page` from `connectomics.report.inspect.page`.
-"""

@@ -1,7 +1,0 @@
-"""``pytc view``: volumes in neuroglancer, served from this machine to this machine."""
-
-from connectomics.report.view.layers import Layer, ViewSources, collect_layers
-from connectomics.report.view.neuroglancer_page import Viewing, open_viewer, state_of
-from connectomics.report.view.volume_server import VolumeServer
-
-__all__ = ["Layer", "ViewSources", "Viewing", "VolumeServer", "collect_layers", "open_viewer", "state_of"]

@@ -1,0 +1,209 @@
+"""Small parts of the page: charts, numbers, metrics, scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from connectomics.errors import MetadataError
+from connectomics.pages import charts, page
+from connectomics.pages.report import run_folder, score_sections, scores, training
+from connectomics.pages.report.crops import choose, extremes, ranked
+from connectomics.pages.report.library import Wanted
+from connectomics.pages.report.scores import Scores
+
+from .conftest import Made
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 29, [0, 10, 20]), (3, 4.1, [3, 3.5, 4]), (2, 2, [2])],
+)
+def test_axes_have_round_ticks(low: float, high: float, expected: list[float]) -> None:
+    assert charts.ticks(low, high) == pytest.approx(expected)
+
+
+def test_long_curves_are_thinned_by_means() -> None:
+    x = np.arange(1000.0)
+    thin_x, thin_y = charts.thin(x, 2 * x, most=10)
+    assert len(thin_x) == 10
+    assert thin_x[0] == pytest.approx(np.mean(x[:100]))
+    assert np.allclose(thin_y, 2 * thin_x)
+    assert charts.thin(x[:5], x[:5]) == (pytest.approx(x[:5]), pytest.approx(x[:5]))
+
+
+def test_a_line_chart_holds_every_series_by_name_within_its_frame() -> None:
+    rng = np.random.default_rng(0)
+    made = [charts.Series(f"class {k}", np.arange(50.0), rng.random(50)) for k in range(12)]
+    chart = charts.line_chart(made, "Dice", "epoch", (0.0, 1.0))
+    assert all(f">class {k}</text>" in chart for k in range(12))
+    heights = [float(y) for y in re.findall(r'class="end[^"]*" x="[\d.]+" y="([\d.-]+)"', chart)]
+    assert all(b - a >= charts.LINE - 0.2 for a, b in itertools.pairwise(heights))
+    points = re.findall(r"([\d.-]+),([\d.-]+)", " ".join(re.findall(r'points="([^"]*)"', chart)))
+    assert all(0 <= float(x) <= charts.WIDTH and 0 <= float(y) <= charts.HEIGHT for x, y in points)
+
+
+def test_a_chart_of_one_point_is_drawn() -> None:
+    assert "<circle" in charts.line_chart([charts.Series("a", np.array([3.0]), np.array([0.0]))], "t", "epoch")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.84, "0.8 s"), (42.3, "42 s"), (59.7, "1 min 00 s"), (200, "3 min 20 s"), (3 * 3600 + 305, "3 h 05 min")],
+)
+def test_times_are_written_for_people(value: float, shown: str) -> None:
+    assert page.seconds(value) == shown
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert page.nm((5.24, 4.0, 4.0)) == "5.24 × 4 × 4"
+    assert page.number(-0.001) == "0"
+    assert page.count(1234567) == "1\u2009234\u2009567"
+    assert page.size(999) == "999 B"
+    assert page.size(223_400) == "223.4 kB"
+    assert [page.percent(s) for s in (0, 0.00005, 0.0042, 0.047, 0.998)] == [
+        "0 %",
+        "< 0.01 %",
+        "0.42 %",
+        "4.7 %",
+        "100 %",
+    ]
+    assert page.score(1 / 3) == '<data value="0.3333333333333333">0.333</data>'
+    assert "–" in page.score(None)
+    assert "–" in page.score(float("nan"))
+
+
+def test_metrics_are_read_column_by_column_without_gaps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss,val/dice\n0,4,0.9,\n0,4,,0.5\n1,9,nan,\n,12,0.4,\n1,9,,0.75,surplus\n")
+    columns = run_folder.read_metrics(path)
+    assert columns == {"train/loss": [(0, 4, 0.9), (1, 12, 0.4)], "val/dice": [(0, 4, 0.5), (1, 9, 0.75)]}
+
+
+def test_metrics_with_nothing_in_them_are_said(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,step,something\n0,1,3\n")
+    assert "holds no losses or scores" in training.curves(tmp_path).body
+    (tmp_path / "metrics.csv").write_text("")
+    assert "holds no losses or scores" in training.curves(tmp_path).body
+
+
+def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: [1,\n")
+    with pytest.raises(MetadataError, match=r"config\.yaml"):
+        run_folder.read_config(tmp_path)
+
+
+def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Path, tmp_path: Path) -> None:
+    expected = json.loads((shared_reference / "official_scorer/submissions/expected.json").read_text())
+    for name, content in expected.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(content))
+        table = Scores.load(path)
+        assert table.overall == content["overall_score"]
+        assert len(table.results) == content["num_evals_done"]
+        body = score_sections.section(table, None, {}).body
+        for entry in content["label_scores"].values():
+            assert repr(float(entry.get("combined_score", entry.get("iou")))) in body
+
+
+def test_crops_and_classes_are_ranked_from_worst_to_best(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    by_crop = table.by_crop()
+    means = [scores.mean_score(results) for results in by_crop.values()]
+    assert means == sorted(means)
+    for results in by_crop.values():
+        values = [scores.rank_value(r) for r in results]
+        assert values == sorted(values)
+    wanted = [Wanted("d", crop, name, None) for crop in ("crop7", "crop8", "crop9") for name in ("er", "mito", "zz")]
+    order = ranked(wanted, table)
+    assert [crop for _, crop in order] == ["crop9", "crop7", "crop8"]
+    assert order["d", "crop9"][-1].class_name == "zz"
+
+
+def test_a_limit_takes_the_worst_of_every_crop_first() -> None:
+    crops = {("d", c): [Wanted("d", c, n, None) for n in ("x", "y", "z")] for c in ("a", "b")}
+    assert {(w.crop, w.class_name) for w in choose(crops, 3)} == {("a", "x"), ("b", "x"), ("a", "y")}
+    assert choose(crops, 0) == set()
+    assert len(choose(crops, 99)) == 6
+
+
+def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    classes = {"mito": {"dice": 0.8, "iou": 0.67, "crops": 2, "dice_interval": [0.7, 0.9]}, "er": {"dice": None}}
+    rows = [{"dataset": "d", "crop": f"crop{k}", "class": "mito", "dice": k / 10} for k in (9, 3)]
+    path.write_text(json.dumps({"classes": classes, "crops": rows}))
+    body = score_sections.evaluation_section(path).body
+    assert body.index("crop3") < body.index("crop9")
+    assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
+    assert "bootstrap over crops" in body
+    assert "in one crop only has none" in body
+
+
+def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) -> None:
+    """As written, both ends are the measure itself, which looks like certainty."""
+    path = tmp_path / "evaluation.json"
+    both = {"dice_interval": [0.8, 0.8], "score_interval": [0.7, 0.7]}
+    path.write_text(json.dumps({"classes": {"mito": {"dice": 0.8, "crops": 1, **both}}, "crops": []}))
+    body = score_sections.evaluation_section(path).body
+    assert " to <data" not in body
+    assert "<u" not in body
+
+
+def test_intervals_are_explained_where_there_are_scores(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    assert "1000 times" in score_sections.section(table, None, {}, "baseline").body
+
+
+def test_epochs_have_whole_ticks() -> None:
+    chart = charts.line_chart([charts.Series("a", np.array([0.0, 1.0, 2.0]), np.ones(3))], "t", "epoch")
+    assert re.findall(r'text-anchor="middle">([\d.]+)</text>', chart) == ["0", "1", "2"]
+
+
+def test_long_names_beside_a_chart_keep_their_end() -> None:
+    chart = charts.line_chart([charts.Series("a very long path/version_7", np.arange(2.0), np.ones(2))], "t", "epoch")
+    assert re.search(r'class="end[^>]*>…[^<]*version_7</text>', chart)
+
+
+def test_a_bar_has_its_interval_as_a_whisker() -> None:
+    bar = page.environment().get_template("parts.html.j2").module.bar
+    assert "left:20.0%;width:30.0%" in bar(0.4, None, (0.2, 0.5))
+    assert "<u" not in bar(0.4)
+
+
+def test_intervals_are_of_the_pooled_score_over_crops(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    found = scores.class_intervals(table)
+    assert set(found) == {"er", "mito"}
+    for name, (low, high) in found.items():
+        alone = [scores.rank_value(r) for r in table.results if r.class_name == name]
+        pooled = table.classes[name].get("combined_score", table.classes[name].get("iou"))
+        assert low <= pooled <= high
+        assert (low, high) == pytest.approx((min(alone), max(alone)))  # a draw of two crops may take either twice
+    one = dataclasses.replace(table, results=tuple(r for r in table.results if r.crop == "crop7"))
+    assert scores.class_intervals(one) == {}
+
+
+def test_the_worst_and_the_best_share_nothing(made: Made) -> None:
+    table = Scores.load(made.root / "scores/scores.json")
+    wanted = [Wanted("d", crop, name, None) for crop in ("crop7", "crop9") for name in ("er", "mito", "unscored")]
+    worst, best = extremes(wanted, table)
+    assert len(worst) == len(best) == 2
+    assert not set(worst) & set(best)
+    values = {(r.crop, r.class_name): scores.rank_value(r) for r in table.results}
+    order = [values[w.crop, w.class_name] for w in [*worst, *reversed(best)]]
+    assert order == sorted(order)
+    assert extremes(wanted, None) == ([], [])
+
+
+def test_a_quarter_of_the_pictures_is_for_the_best() -> None:
+    crops = {("d", c): [Wanted("d", c, n, None) for n in "xyz"] for c in "abcd"}
+    best = [crops["d", "d"][2], crops["d", "c"][2]]
+    assert choose(crops, 4, best) & set(best) == {best[0]}
+    assert len(choose(crops, 4, best)) == 4
+    assert choose(crops, 3, best) & set(best) == set()
