@@ -1,9 +1,8 @@
-"""The errors of the project.
+"""Errors that a user can cause.
 
-Every error a user can cause subclasses both :class:`ConnectomicsError`, so that a program can catch all of ours at
-once, and the builtin it is a kind of, so that code which knows nothing of us still catches it. A message is one line:
-what was expected, what was found, where, and what to do. The command line prints that line and exits with a non-zero
-status; anything else that escapes is a bug of ours and shows its traceback.
+Each subclasses `ConnectomicsError`, so that a program can catch all of them at once, and the builtin error of its kind.
+The message is one line: what is wrong, what was expected and found, and how to fix it. The command line prints it and
+exits with a non-zero status. Any other exception is a bug and shows its traceback.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ from collections.abc import Iterable
 
 
 class ConnectomicsError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that a user can cause and fix."""
 
     def __str__(self) -> str:  # KeyError would show the message in quotes
         return " ".join(str(part) for part in self.args)
 
 
 class InputError(ConnectomicsError, ValueError):
-    """A value, a shape, a grid or an option is not what is needed."""
+    """A value, a shape, a grid or an option is not valid here."""
 
 
 class MissingError(ConnectomicsError, FileNotFoundError):
-    """A path, a data set, a crop or an array is not there."""
+    """A path, a data set, a crop or an array does not exist."""
 
 
 class MetadataError(ConnectomicsError, ValueError):
@@ -32,7 +31,7 @@ class MetadataError(ConnectomicsError, ValueError):
 
 
 class UnknownNameError(ConnectomicsError, KeyError):
-    """A name (class, crop, data set, model, loss, configuration key) is not known. See :func:`unknown_name`."""
+    """A name (class, crop, data set, model, loss, configuration key) is unknown; see `unknown_name`."""
 
 
 class ConfigError(ConnectomicsError, ValueError):
@@ -40,31 +39,31 @@ class ConfigError(ConnectomicsError, ValueError):
 
 
 class CorruptDataError(ConnectomicsError, OSError):
-    """Stored bytes cannot be decoded, are truncated, or hold values that cannot be (NaN in raw)."""
+    """Stored bytes cannot be decoded, are truncated, or hold impossible values (NaN in raw)."""
 
 
 class IncompleteError(ConnectomicsError, RuntimeError):
-    """An artefact is only half written: the stage that makes it must be run to its end first."""
+    """An artifact is only half written; rerun the stage that makes it."""
 
 
 class BlocksFailedError(ConnectomicsError, RuntimeError):
-    """Some blocks of a task could not be done, also when tried again; all others are."""
+    """Some blocks of a task failed repeatedly; all others are done."""
 
 
 class OutOfMemoryError(ConnectomicsError, MemoryError):
-    """The memory of the machine or of the GPU does not hold the work, also with the smallest batch."""
+    """The memory of the machine or the GPU does not suffice, even with the smallest batch."""
 
 
 class EngineError(ConnectomicsError, RuntimeError):
-    """Workers cannot be had: a scheduler that is not reachable, a library that is not installed."""
+    """No worker can start: the scheduler is not reachable, or a library is not installed."""
 
 
 class WriteError(ConnectomicsError, OSError):
-    """Output could not be written (disk full, no permission); nothing half-written was kept as whole."""
+    """Output could not be written (disk full, no permission); nothing half-written counts as complete."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like ``name``, or None if none comes close."""
+    """Return the known name most similar to ``name``, or None."""
     names = [str(k) for k in known]
     found = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     if not found:  # sgd is SGD
@@ -74,9 +73,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str], where: str = "") -> UnknownNameError:
-    """An :class:`UnknownNameError` in one line, with the nearest known name.
+    """Return an `UnknownNameError` that suggests the nearest known name.
 
-    ``what`` is the kind of thing in the singular ("class", "crop"), ``where`` the place that was searched.
+    ``what`` is the kind of thing, singular ("class", "crop"); ``where`` is the place that was searched.
     """
     names = sorted(str(k) for k in known)
     close = nearest(name, names)

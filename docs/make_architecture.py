@@ -46,7 +46,7 @@ WAY = (
 def first_line(room: str) -> str:
     """Return the first sentence of a room's docstring."""
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
-    return text.split("\n")[0].split(":")[0].rstrip(".")
+    return text.split("\n")[0].split(": ")[-1].rstrip(".").replace("`", "")
 
 
 def lines_of(room: str) -> int:
@@ -78,7 +78,7 @@ def draw(axes: Axes) -> None:
             )
             words, rows = first_line(room).split(), [""]
             for word in words:
-                if len(rows[-1]) + len(word) > 14 * width:
+                if len(rows[-1]) + len(word) > 11.5 * width:
                     rows.append("")
                 rows[-1] += f"{word} "
             axes.text(x + 0.15, y + height - 0.48, "\n".join(rows[:2]), fontsize=8, va="top", color="#333")
@@ -90,7 +90,7 @@ def draw(axes: Axes) -> None:
             xytext=(start[0] + start[2] * 0.28, start[1] - 0.25),
             arrowprops={
                 "arrowstyle": "-|>",
-                "color": "#e65100",
+                "color": "#ffb74d",
                 "lw": 1.6,
                 "connectionstyle": f"arc3,rad={(-0.15, 0.15)[number % 2]}",
             },

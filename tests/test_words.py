@@ -22,7 +22,6 @@ BANNED = {
     r"\bmend(s|ed)?\b": "fix",
     r"\banew\b": "again; start over",
     r"\bhangs? on\b": "depends on",
-    r"in (its|their) place\b": "replace; restore",
     r"in one go": "at once",
     r"\bcomes? of\b": "results from",
     r"beside others": "comparison",
@@ -43,10 +42,9 @@ BANNED = {
     r"\bfavour": "favor",
     r"\bhonour": "honor",
     r"\bwhilst\b|\bamongst\b": "while, among",
-    r"(?<![\w-])(turns|rows) of (blocks|windows)": "name the thing",
 }
 #: Words that files and formats fix.
-EXEMPT = re.compile(r'"artefact"|``artefact``|`artefact`|\.centre\b|complement_counts')
+EXEMPT = re.compile(r"\bartefact\b(?=[ :,`\"])|Color Universal")
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:

@@ -15,7 +15,7 @@ def demo(
     out: Annotated[Path, OutOption(help="Folder for everything.")] = Path("outputs/demo"),
     data: Annotated[
         Path | None,
-        InOption(help="A labelled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False),
+        InOption(help="A labeled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False),
     ] = None,
     config: Annotated[
         Path | None, InOption(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
@@ -26,7 +26,7 @@ def demo(
 ) -> None:
     """Run everything: data, a short training, prediction, decoding, score, submission, report.
 
-    With --data, each labelled crop is cut into a training, a validation and a test part.
+    With --data, each labeled crop is cut into a training, a validation and a test part.
 
     Examples:
 

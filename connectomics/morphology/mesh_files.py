@@ -46,7 +46,7 @@ def write_mesh(folder: Path, label: int, mesh: Mesh, form: str) -> Path:
 
 def _ply(mesh: Mesh) -> bytes:
     header = (
-        "ply\nformat binary_little_endian 1.0\ncomment nanometres, x y z\n"
+        "ply\nformat binary_little_endian 1.0\ncomment nanometers, x y z\n"
         f"element vertex {len(mesh.vertices)}\nproperty float x\nproperty float y\nproperty float z\n"
         f"element face {len(mesh.faces)}\nproperty list uchar int vertex_indices\nend_header\n"
     )
@@ -56,7 +56,7 @@ def _ply(mesh: Mesh) -> bytes:
 
 
 def _obj(mesh: Mesh) -> bytes:
-    lines = ["# nanometres, x y z"]
+    lines = ["# nanometers, x y z"]
     lines += [f"v {x:.3f} {y:.3f} {z:.3f}" for x, y, z in mesh.vertices.tolist()]
     lines += [f"f {a} {b} {c}" for a, b, c in (mesh.faces.astype(np.int64) + 1).tolist()]
     return ("\n".join(lines) + "\n").encode()

@@ -29,7 +29,7 @@ def show(
         crop: of `open_root`, ``cell.crop("crop1")``.
         labels: what `decode` or `predict` returned; None: the crop's ground truth.
         class_name: the class; default: the first one of ``labels`` (or of the crop).
-        at: voxel (z, y, x) through which the slices go; default: the middle of what is labelled.
+        at: voxel (z, y, x) through which the slices go; default: the middle of what is labeled.
         out: also write the figure to this file (PNG, PDF, SVG).
 
     Returns:
@@ -43,7 +43,7 @@ def show(
     if labels is None:
         names = sorted(crop.labels)
         if not names:
-            raise InputError(f"{crop.key} has no labelled class; give labels=")
+            raise InputError(f"{crop.key} has no labeled class; give labels=")
         name = class_name or names[0]
         if name not in crop.labels:
             raise unknown_name("class", name, names, crop.key)

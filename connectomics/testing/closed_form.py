@@ -1,7 +1,7 @@
 """Spheres in closed form, and a tiny data root of them, for tests of registration.
 
-Raw and label are functions of world position (nm, z y x), evaluated at voxel centres: the raw is soft and symmetric
-about the label's face, so where grey is half way is where the label ends. Any disagreement of the two after reading,
+Raw and label are functions of world position (nm, z y x), evaluated at voxel centers: the raw is soft and symmetric
+about the label's face, so where gray is half way is where the label ends. Any disagreement of the two after reading,
 whatever the voxel sizes and offsets, is an error of the reader.
 """
 
@@ -20,13 +20,13 @@ from connectomics.cellmap.classes import get_class
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.io.write import ensure_group, update_attrs, write_multiscale
 
-#: Grey values inside and outside of a sphere.
+#: Gray values inside and outside of a sphere.
 INSIDE, OUTSIDE = 220.0, 40.0
 
 
 @dataclass(frozen=True)
 class Sphere:
-    """Centre (nm, z y x) and radius (nm)."""
+    """Center (nm, z y x) and radius (nm)."""
 
     center: Triple
     radius: float
@@ -47,14 +47,14 @@ class RegistrationRoot:
 
 
 def sphere_distance(grid: VoxelGrid, center: ArrayLike, radius: float) -> NDArray[np.float64]:
-    """Signed distance (nm, negative inside) of every voxel centre of ``grid`` to a sphere, (z, y, x)."""
+    """Signed distance (nm, negative inside) of every voxel center of ``grid`` to a sphere, (z, y, x)."""
     z, y, x = (axis - c for axis, c in zip(grid.axes(), triple(center, "center"), strict=True))
     square = z[:, None, None] ** 2 + y[None, :, None] ** 2 + x[None, None, :] ** 2
     return np.asarray(np.sqrt(square) - radius)
 
 
 def sphere_label(grid: VoxelGrid, center: ArrayLike, radius: float) -> NDArray[np.uint8]:
-    """1 where a voxel's centre is inside the sphere, else 0; uint8 (z, y, x)."""
+    """1 where a voxel's center is inside the sphere, else 0; uint8 (z, y, x)."""
     return (sphere_distance(grid, center, radius) < 0).astype(np.uint8)
 
 
@@ -63,16 +63,16 @@ def sphere_raw(grid: VoxelGrid, center: ArrayLike, radius: float, softness: floa
 
     ``softness`` (nm) is the width of the edge: a smoothstep from half of it outside to half of it inside.
     """
-    return _grey(sphere_distance(grid, center, radius), softness)
+    return _gray(sphere_distance(grid, center, radius), softness)
 
 
 def spheres_raw(grid: VoxelGrid, spheres: Sequence[Sphere], softness: float) -> NDArray[np.float32]:
     """As `sphere_raw` for several spheres, which must not touch."""
-    return _grey(np.minimum.reduce([sphere_distance(grid, s.center, s.radius) for s in spheres]), softness)
+    return _gray(np.minimum.reduce([sphere_distance(grid, s.center, s.radius) for s in spheres]), softness)
 
 
 def spheres_label(grid: VoxelGrid, spheres: Sequence[Sphere]) -> NDArray[np.uint16]:
-    """The number of the sphere (from 1) that a voxel's centre is in, else 0; uint16 (z, y, x)."""
+    """The number of the sphere (from 1) that a voxel's center is in, else 0; uint16 (z, y, x)."""
     out = np.zeros(grid.shape, np.uint16)
     for number, sphere in enumerate(spheres, start=1):
         out[sphere_distance(grid, sphere.center, sphere.radius) < 0] = number
@@ -97,7 +97,7 @@ def write_registration_root(
     """A CellMap data root with one data set and one crop (``crop1``) of one class, made of spheres.
 
     Args:
-        out: folder of the root. raw_voxel, raw_translation: finest raw level, nm, z y x (centre of the first voxel).
+        out: folder of the root. raw_voxel, raw_translation: finest raw level, nm, z y x (center of the first voxel).
         label_voxel, label_translation, label_shape: the crop's finest grid.
         raw_shape: voxels; by default enough to reach 120 nm beyond the crop.
         spheres: by default three of different sizes, not symmetric about anything, wholly inside the crop.
@@ -113,8 +113,8 @@ def write_registration_root(
     raw = VoxelGrid(triple(raw_voxel), triple(raw_translation), _index(raw_shape))
     chosen = tuple(spheres) if spheres is not None else default_spheres(label.box)
     recon = Path(out) / dataset / f"{dataset}.zarr" / "recon-1"
-    grey = np.rint(spheres_raw(raw, chosen, softness)).astype(np.uint8)
-    write_multiscale(recon / "em" / "fibsem-uint8", grey, raw, levels=levels, kind="raw", overwrite=True)
+    gray = np.rint(spheres_raw(raw, chosen, softness)).astype(np.uint8)
+    write_multiscale(recon / "em" / "fibsem-uint8", gray, raw, levels=levels, kind="raw", overwrite=True)
     crop = recon / "labels" / "groundtruth" / "crop1"
     ensure_group(crop)
     instance = get_class(class_name).instance
@@ -143,7 +143,7 @@ def default_spheres(box: Box) -> tuple[Sphere, ...]:
     return tuple(Sphere(triple(begin + extent * np.asarray(at)), share * edge) for at, share in places)
 
 
-def _grey(distance: NDArray[np.float64], softness: float) -> NDArray[np.float32]:
+def _gray(distance: NDArray[np.float64], softness: float) -> NDArray[np.float32]:
     t = np.clip(0.5 - distance / softness, 0.0, 1.0)
     return (OUTSIDE + (INSIDE - OUTSIDE) * t * t * (3.0 - 2.0 * t)).astype(np.float32)
 

@@ -188,7 +188,7 @@ def merge_regions(
                 slot = slot_of(table, key)
                 if table[slot] == key and edge[slot] >= 0:
                     kept = np.int64(edge[slot])
-                    if f < kept:  # the earlier row stands for both, so that what comes of ties does not depend on a, b
+                    if f < kept:  # the earlier row stands for both, so that the result of ties does not depend on a, b
                         kept, f = f, kept
                         edge[slot] = kept
                         if record >> 1 == kept:
