@@ -115,16 +115,27 @@ class PhantomInfo:
     """A phantom that was written.
 
     Attributes:
-        root: the data root, for `Catalog.open`. datasets: names of its data sets.
-        crop_table: CSV of the test crops. truth: Zarr of their labels, in the scorer's layout.
+        root: the data root, for `Catalog.open`.
         raw: grid of the finest raw level by data set. crops: training and test crops.
         objects: number of objects in the whole of each data set, by kind.
     """
 
     root: Path
-    datasets: tuple[str, ...]
-    crop_table: Path
-    truth: Path
     raw: dict[str, VoxelGrid]
     crops: tuple[CropInfo, ...]
     objects: dict[str, dict[str, int]]
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the data sets."""
+        return tuple(self.raw)
+
+    @property
+    def crop_table(self) -> Path:
+        """CSV of the test crops."""
+        return self.root / "test_crops.csv"
+
+    @property
+    def truth(self) -> Path:
+        """Zarr of the test crops' labels, in the scorer's layout."""
+        return self.root / "truth.zarr"
