@@ -88,19 +88,14 @@ class _Builder:
         """The cell ends in the world on two sides; the nucleus is near the opposite edge, cut by the world's end."""
         begin, end = np.array(self.box.begin), np.array(self.box.end)
         size = end - begin
-        at_end = self.rng.integers(0, 2, 3)  # on which side of y and x the cell ends
-        body_begin, body_end = begin - size, end + size
-        for axis in (1, 2):
-            inset = size[axis] * self.rng.uniform(0.13, 0.17)
-            if at_end[axis]:
-                body_end[axis] = end[axis] - inset
-            else:
-                body_begin[axis] = begin[axis] + inset
-        center = begin + size * 0.5
+        at_end = self.rng.integers(0, 2, 3)[1:] == 1  # on which side of y and x the cell ends
+        body_begin, body_end, center = begin - size, end + size, begin + size * 0.5
+        inset = size[1:] * self.rng.uniform(0.13, 0.17, 2)
+        body_end[1:] = np.where(at_end, end[1:] - inset, body_end[1:])
+        body_begin[1:] = np.where(at_end, body_begin[1:], begin[1:] + inset)
         center[0] += size[0] * self.rng.uniform(-0.08, 0.08)
-        for axis in (1, 2):
-            inset = size[axis] * self.rng.uniform(0.10, 0.17)
-            center[axis] = begin[axis] + inset if at_end[axis] else end[axis] - inset
+        inset = size[1:] * self.rng.uniform(0.10, 0.17, 2)
+        center[1:] = np.where(at_end, begin[1:] + inset, end[1:] - inset)
         semi = min(0.40 * self.extent, 3200.0)
         direction = unit(np.array([1.0, *self.rng.uniform(-0.3, 0.3, 2)]))
         along, across = semi * self.rng.uniform(1.0, 1.2), semi * self.rng.uniform(0.92, 1.0)

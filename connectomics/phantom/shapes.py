@@ -28,18 +28,6 @@ def parameters(*parts: float | Floats) -> Floats:
 
 
 @njit(cache=True, nogil=True)
-def spheroid(along: float, across: float, semi_along: float, semi_across: float) -> float:
-    """Signed distance to a spheroid, of first order (I. Quilez, "Ellipsoid SDF"): exact on it, and for spheres."""
-    u, v = along / semi_along, across / semi_across
-    k0 = np.sqrt(u * u + v * v)
-    u, v = u / semi_along, v / semi_across
-    k1 = np.sqrt(u * u + v * v)
-    if k1 < 1e-12:
-        return -min(semi_along, semi_across)
-    return k0 * (k0 - 1.0) / k1
-
-
-@njit(cache=True, nogil=True)
 def distance(shape: int, p: Floats, z: float, y: float, x: float) -> float:
     """Signed distance (nm) of the point (z, y, x) to the shape with parameters ``p``."""
     dz, dy, dx = z - p[0], y - p[1], x - p[2]
@@ -53,7 +41,12 @@ def distance(shape: int, p: Floats, z: float, y: float, x: float) -> float:
     square = dz * dz + dy * dy + dx * dx
     across = np.sqrt(max(0.0, square - along * along))
     if shape == BALL:
-        return spheroid(along, across, p[6], p[7])
+        # of first order (I. Quilez, "Ellipsoid SDF"): exact on the surface, and for spheres
+        u, v = along / p[6], across / p[7]
+        k0 = np.sqrt(u * u + v * v)
+        u, v = u / p[6], v / p[7]
+        k1 = np.sqrt(u * u + v * v)
+        return -min(p[6], p[7]) if k1 < 1e-12 else k0 * (k0 - 1.0) / k1
     if shape == BOWL:
         if along * p[8] > across * p[7]:  # within the aperture
             reach = across * p[7] / max(1e-9, along * p[8])
