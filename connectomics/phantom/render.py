@@ -255,22 +255,24 @@ def _shade(
     table, parameters = things
     low, fine, ruffles = textures
     atoms, owner, gray = out
-    for v in np.ndindex(nearest.shape):
-        z, y, x = q[0][v], q[1][v], q[2][v]
-        d, i = nearest[v], owner[v]
-        dn = distance(BALL, nucleus, z, y, x) if near_nucleus else _FAR
-        dc = cell_distance(cell, z, y, x) + ruffles[v] if near_surface else -_FAR
-        texture = (low[v], fine[v])
-        if i < 0:
-            atom, value = _background(dn, dc, (z, y, x), texture, seed, gray.size > 0)
-        else:
-            thing = (table[i], parameters[i])
-            atom, value = _near_object(thing, d, dn, dc, (z, y, x), texture, seed, gray.size > 0)
-        atoms[v] = atom
-        if d >= 0.0:
-            owner[v] = -1
-        if gray.size:
-            gray[v] = value
+    for a in range(nearest.shape[0]):
+        for b in range(nearest.shape[1]):
+            for c in range(nearest.shape[2]):
+                z, y, x = q[0, a, b, c], q[1, a, b, c], q[2, a, b, c]
+                d, i = nearest[a, b, c], owner[a, b, c]
+                dn = distance(BALL, nucleus, z, y, x) if near_nucleus else _FAR
+                dc = cell_distance(cell, z, y, x) + ruffles[a, b, c] if near_surface else -_FAR
+                texture = (low[a, b, c], fine[a, b, c])
+                if i < 0:
+                    atom, value = _background(dn, dc, (z, y, x), texture, seed, gray.size > 0)
+                else:
+                    thing = (table[i], parameters[i])
+                    atom, value = _near_object(thing, d, dn, dc, (z, y, x), texture, seed, gray.size > 0)
+                atoms[a, b, c] = atom
+                if d >= 0.0:
+                    owner[a, b, c] = -1
+                if gray.size:
+                    gray[a, b, c] = value
 
 
 @njit(cache=True, nogil=True)
