@@ -133,13 +133,6 @@ class Crop:
         """The raw volume's levels, opened once per process."""
         return Multiscale.open(self.raw, self.options)
 
-    def missing_raw(self, grid: VoxelGrid) -> tuple[int, int, str | None]:
-        """Return (missing, total, location of the first missing one or None) for the raw chunks behind ``grid``.
-
-        The chunks are those of the level that `Multiscale.read_raw` reads for the grid's voxel size.
-        """
-        return self.raw_source.missing_chunks(grid)
-
     def _readable(self) -> list[LabelArray]:
         """The label arrays with readable metadata. A broken array stops only a run that reads it; raises if all are
         broken. On S3 several are opened at a time, since each takes a few requests in sequence."""

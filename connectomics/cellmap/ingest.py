@@ -55,11 +55,6 @@ class Known:
     mask: VolumeSource | None = None
     slices: frozenset[int] | None = None
 
-    @property
-    def is_partial(self) -> bool:
-        """Whether any voxel can be unknown."""
-        return self != Known()
-
     def of(self, values: NDArray[Any], begin: Sequence[int]) -> NDArray[np.bool_]:
         """Return the known voxels of a block of stored values that starts at index ``begin``."""
         known = np.ones(values.shape, bool) if self.unknown is None else values != self.unknown
@@ -182,7 +177,7 @@ def ingest_labels(
     largest, several = _survey(drawn, chosen)
     kind = drawn.kind or ("instance" if is_instance_class(drawn.class_name) and several else "semantic")
     ids = largest if kind == "instance" else 1
-    unknown = _unknown_value(ids) if chosen.is_partial else None
+    unknown = _unknown_value(ids) if chosen != Known() else None
     dtype = np.min_scalar_type(max(ids, unknown or 0))
     counts = {"absent": 0, "unknown": 0}
 

@@ -164,16 +164,6 @@ class LabelCodes:
         codes = table.encode(volume)
         return cls(volume.grid, codes.astype(code_dtype(len(table))), table.states)
 
-    def volume(self) -> LabelVolume:
-        """Decode to two words per voxel."""
-        states = self.states
-
-        def words(table: NDArray[np.uint64]) -> NDArray[np.uint64]:
-            return np.ascontiguousarray(np.moveaxis(table[self.codes], -1, 0))
-
-        ids = None if states.ids is None else words(states.ids)
-        return LabelVolume(self.grid, states.classes, words(states.present), words(states.known), states.instances, ids)
-
     def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return ``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
         return self.states.dense(self.codes, classes)

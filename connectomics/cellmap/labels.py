@@ -1,21 +1,11 @@
 """Three-state labels of a crop on any grid, and the instance ids on it.
 
-For every class, each voxel of the target grid gets an interval ``[lo, hi]`` for the share of its volume that the class
-fills: ``lo`` is known to be present, ``1 - hi`` is known to be absent, the rest is unknown. Averages of intervals are
-intervals, so resampling is exact, and relations between classes are bounds:
+Each voxel of the target grid gets an interval ``[lo, hi]`` for the share of its volume that a class fills: ``lo`` is
+known to be present, ``1 - hi`` is known to be absent. Averages of intervals are intervals, so resampling is exact, and
+relations between classes are bounds, which only narrow what a class's own array leaves unknown (see docs/labels.md).
 
-- a group's share is the sum of its atoms' shares (they exclude each other), so the bounds add up;
-- an atom is at most as large as each group that contains it (an absent group makes its atoms absent);
-- an atom is at most what the other atoms leave (present in one means absent in the others).
-
-A class's own array always wins; bounds only narrow what it leaves unknown. In the end a voxel is **known** if at least
-half of its volume is known (``lo + 1 - hi >= 1/2``), and then **present** if at least as much of it is known to be
-present as absent (``lo >= 1 - hi``). So sections annotated with gaps between them, read at twice their voxel size, keep
-their positives and their negatives alike.
-
-Labels are always read from the finest level. The metadata does not say how the coarser levels were made (taking every
-second voxel, as many writers do, shifts them by up to half a voxel against the raw), and rounding a mask twice at voxel
-sizes that do not divide each other is off by a fifth of a voxel. The crop cache pays this cost once.
+Labels are always read from the finest level. The metadata does not say how the coarser levels were made, and many
+writers take every second voxel, which shifts labels by up to half a voxel against the raw.
 """
 
 from __future__ import annotations
@@ -91,26 +81,6 @@ class LabelVolume:
     def known_of(self, name: str) -> NDArray[np.bool_]:
         """Return where the class is known to be present or absent, bool (D, H, W)."""
         return self._bit(self.known, name)
-
-    def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return ``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
-        names = self.classes if classes is None else tuple(classes)
-        label = np.empty((len(names), *self.grid.shape), np.float32)
-        known = np.empty(label.shape, bool)
-        for channel, name in enumerate(names):
-            label[channel], known[channel] = self.present_of(name), self.known_of(name)
-        return label, known
-
-    def counts(self, name: str) -> dict[str, int]:
-        """Return the number of ``present``, ``absent`` and ``unknown`` voxels."""
-        present, known = int(self.present_of(name).sum()), int(self.known_of(name).sum())
-        return {"present": present, "absent": known - present, "unknown": self.grid.size - known}
-
-    def restricted(self, where: NDArray[np.bool_]) -> LabelVolume:
-        """Return the same labels, unknown outside the mask ``where`` (D, H, W)."""
-        keep = np.where(where, np.uint64(0xFFFF_FFFF_FFFF_FFFF), np.uint64(0))
-        ids = None if self.ids is None else self.ids & keep
-        return LabelVolume(self.grid, self.classes, self.present & keep, self.known & keep, self.instances, ids)
 
 
 def words_for(n_classes: int) -> int:
@@ -239,11 +209,9 @@ def vote_ids(
 ) -> NDArray[np.uint64]:
     """Return the id that fills most of every voxel of ``target``, uint64 (D, H, W); 0 if no object reaches it.
 
-    Ids cannot be averaged, but they can be voted by the same source voxels whose shares decide that the class is
-    present. The id at the voxel's center would be cheaper, but at a coarser voxel size every other voxel of an object's
-    rim is present with its center outside: it would have no object, exactly where boundaries and affinities are
-    learned. Only present voxels vote: an object that fills a tenth of a voxel wins if there is no other, and the caller
-    decides whether the class is present there. On a tie, to rounding, the first in the order z, y, x wins.
+    The source voxels that decide whether the class is present also vote on its id. The id at the voxel's center would
+    be cheaper, but at coarser voxels every other voxel of an object's rim would have none. On a tie, to rounding, the
+    first in the order z, y, x wins. The caller decides whether the class is present.
 
     Args:
         values: ids (d, h, w) on the grid ``source``, of any unsigned type. present: where they are objects.

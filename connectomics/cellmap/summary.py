@@ -97,7 +97,7 @@ def _raw_chunks(crop: Crop, voxel_size: Triple | None) -> dict[str, Any]:
         grid = raw.grid.crop([s.start for s in part], [s.stop - s.start for s in part])
     else:
         grid = VoxelGrid.covering(crop.box, voxel_size)
-    missing, total, first = crop.missing_raw(grid)
+    missing, total, first = raw.missing_chunks(grid)
     name = None if first is None else first.removeprefix(f"{raw.location}/")
     return {"missing": missing, "total": total, "first_missing": name}
 

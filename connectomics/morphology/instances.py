@@ -1,18 +1,10 @@
 """Measures of every instance of a label volume, in one pass over its blocks.
 
-Surface areas follow the Cauchy-Crofton formula over 13 directions, for voxels of any edge lengths: the area of a
-surface is four times the mean, over all directions, of the area of its projection, with every pass of a line through
-the object counted. In a lattice the lines run along the 13 directions to the 26 neighbors of a voxel: along direction
-d (nm) one line stands for ``volume of a voxel / |d|`` of the plane across it, and every pass is two steps out of the
-object. Each direction weighs as much as the part of the sphere nearest to it (its Voronoi cell), which depends on the
-voxel's edge lengths. Sources: J. Ohser and F. Muecklich, Statistical Analysis of Microstructures in Materials Science,
-Wiley 2000; D. Legland, K. Kieu and M.-F. Devaux, Computation of Minkowski measures on 2D and 3D binary images, Image
-Anal. Stereol. 26 (2007) 83-92, whose weights for cubic voxels these are.
-
-Measured error (digitized balls at 12 places in the lattice): cubic voxels within 3 % at a radius of 5 voxels, 2 % at 8,
-0.3 % at 20; voxels of 2:1 and 4:1 within 6 % if the radius is 3 of the longest edges, 2 % at 5. Counting faces gives
-1.5 times the area. A single plane depends on its orientation: -7 % (along an axis) to +2 % for cubic voxels, -12 % to
-+9 % for 2:1, -20 % to +10 % for 4:1. So an axis-aligned cube of 30 cubic voxels comes out at 0.91 of its area.
+Surface areas follow the Cauchy-Crofton formula over 13 directions, for voxels of any edge lengths. Along a direction to
+a neighbor at distance d, one line stands for ``volume of a voxel / d`` of the plane across it, and every pass of a line
+through the object is two steps out of it. A direction weighs as much as its Voronoi cell on the sphere. Sources:
+J. Ohser and F. Muecklich, Statistical Analysis of Microstructures in Materials Science, Wiley 2000; D. Legland, K. Kieu
+and M.-F. Devaux, Image Anal. Stereol. 26 (2007) 83-92. Measured errors: docs/measures.md.
 """
 
 from __future__ import annotations

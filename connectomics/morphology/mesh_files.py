@@ -6,7 +6,6 @@ Vertices are world positions in nm, order x, y, z; float32 except in OBJ, so exa
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +64,3 @@ def _obj(mesh: Mesh) -> bytes:
 def _precomputed(mesh: Mesh) -> bytes:
     head = np.array([len(mesh.vertices)], "<u4")
     return head.tobytes() + mesh.vertices.astype("<f4").tobytes() + mesh.faces.astype("<u4").tobytes()
-
-
-def read_ply(path: Path) -> Mesh:
-    """Read a mesh that `write_mesh` wrote as PLY; raises `InputError` for any other file."""
-    data = path.read_bytes()
-    end = data.find(b"end_header\n")
-    counts = [_count(data[:end], what) for what in (b"element vertex ", b"element face ")]
-    body = data[end + len(b"end_header\n") :]
-    if end < 0 or len(body) != 12 * counts[0] + 13 * counts[1]:
-        raise InputError(f"{path} is not a PLY mesh written by connectomics")
-    faces = np.frombuffer(body, np.dtype([("n", "u1"), ("corners", "<i4", 3)]), offset=12 * counts[0])
-    vertices: Sequence[float] = np.frombuffer(body, "<f4", count=3 * counts[0])  # type: ignore[assignment]
-    return Mesh(np.asarray(vertices, np.float64).reshape(-1, 3), faces["corners"].astype(np.uint32))
-
-
-def _count(header: bytes, what: bytes) -> int:
-    _, found, rest = header.partition(what)
-    number = rest.split(b"\n", 1)[0]
-    return int(number) if found and number.isdigit() else 0

@@ -14,14 +14,14 @@ large, of which at least half must belong to the object.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
 #: Voxels to read at a time along each axis.
@@ -55,14 +55,6 @@ class Mesh:
         """nm2."""
         a, b, c = self._corners()
         return float(np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() / 2)
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether every edge of a triangle occurs once in each direction, so that the mesh has an inside."""
-        edges = np.concatenate([self.faces[:, [0, 1]], self.faces[:, [1, 2]], self.faces[:, [2, 0]]]).astype(np.int64)
-        n = max(1, len(self.vertices))
-        there, back = np.sort(edges[:, 0] * n + edges[:, 1]), np.sort(edges[:, 1] * n + edges[:, 0])
-        return bool(np.array_equal(there, back))
 
     def _corners(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         near = self.vertices - (self.vertices[0] if len(self.vertices) else 0)  # keeps digits far from the origin
@@ -99,9 +91,9 @@ def mesh_object(
     low, high = np.asarray(box[:3], np.int64), np.asarray(box[3:], np.int64)
     if (high - low + 2).max() * 2 > _FARTHEST or ((high - low + 2) * grid.voxel_size).max() > _FARTHEST:
         raise InputError(f"object {label} of {source.location} is too long to mesh: {(high - low + 1).tolist()} voxels")
-    stride, filled = 1, 0.5
+    thing, stride, filled = _Object(source, label, low, high, semantic), 1, 0.5
     while True:
-        found = _joined(source, label, low, high, stride, filled, semantic, max_vertices, span)
+        found = thing.surface(stride, filled, max_vertices, span)
         if found is None:
             stride *= 2
         elif len(found[1]) or not filled:
@@ -121,76 +113,62 @@ def mesh_object(
     return Mesh(np.ascontiguousarray(vertices[:, ::-1]), np.ascontiguousarray(faces[:, ::-1]), stride)
 
 
-def _joined(
-    source: Multiscale,
-    label: int,
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    stride: int,
-    filled: float,
-    semantic: bool,
-    most: int,
-    span: int,
-) -> tuple[NDArray[np.int64], NDArray[np.uint32]] | None:
-    """Vertices (n, 3) in half samples of ``stride`` voxels, z y x from the sample before the object's first, and faces.
+@dataclass(frozen=True)
+class _Object:
+    """One object of a label volume, with the voxels that hold it: smallest and largest z y x, both inside."""
 
-    None if there are more than ``most`` vertices. ``filled``: share of a sample that must belong to the object.
-    """
-    import zmesh
+    source: Multiscale
+    label: int
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    semantic: bool
 
-    first = low // stride - 1
-    cells = high // stride + 1 - first  # cell c lies between the samples c and c + 1
-    mesher = zmesh.Mesher((1, 1, 1))
-    keys, faces, n = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.int64)], 0
-    for begin, shape in _pieces(cells, max(1, span // stride)):
-        mask = _samples(source, label, first + begin, np.add(shape, 1), stride, low, high, semantic, filled)
-        if mask.all() or not mask.any():
-            continue
-        mesher.mesh(mask.view(np.uint8))
-        piece = mesher.get(1, reduction_factor=0)
-        mesher.clear()
-        doubled = np.rint(piece.vertices * 2).astype(np.int64) + 2 * np.asarray(begin)
-        keys.append((doubled[:, 0] * _FARTHEST + doubled[:, 1]) * _FARTHEST + doubled[:, 2])
-        faces.append(piece.faces.astype(np.int64) + n)
-        n += len(doubled)
-        if n > most:
-            return None
-    unique, of = np.unique(np.concatenate(keys), return_inverse=True)
-    corners = np.column_stack([unique // _FARTHEST // _FARTHEST, unique // _FARTHEST % _FARTHEST, unique % _FARTHEST])
-    return corners, of[np.concatenate(faces)].astype(np.uint32)
+    def surface(
+        self, stride: int, filled: float, most: int, span: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint32]] | None:
+        """Vertices (n, 3) in half samples of ``stride`` voxels, z y x from the sample before the first, and faces.
 
+        None if there are more than ``most`` vertices. ``filled``: share of a sample that must belong to the object.
+        """
+        import zmesh
 
-def _pieces(cells: NDArray[np.int64], step: int) -> Iterator[tuple[Index, Index]]:
-    """Yield begin and shape of the pieces of a number of cells."""
-    z, y, x = (int(n) for n in cells)
-    for begin, part in VoxelGrid((1, 1, 1), (0, 0, 0), (z, y, x)).blocks((step,) * 3):
-        yield begin, part.shape
+        first = self.low // stride - 1
+        z, y, x = (self.high // stride + 1 - first).tolist()  # cell c lies between the samples c and c + 1
+        mesher = zmesh.Mesher((1, 1, 1))
+        keys, faces, n = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.int64)], 0
+        for begin, cells in VoxelGrid((1, 1, 1), (0, 0, 0), (z, y, x)).blocks((max(1, span // stride),) * 3):
+            mask = self._samples(first + begin, np.add(cells.shape, 1), stride, filled)
+            if mask.all() or not mask.any():
+                continue
+            mesher.mesh(mask.view(np.uint8))
+            piece = mesher.get(1, reduction_factor=0)
+            mesher.clear()
+            doubled = np.rint(piece.vertices * 2).astype(np.int64) + 2 * np.asarray(begin)
+            keys.append((doubled[:, 0] * _FARTHEST + doubled[:, 1]) * _FARTHEST + doubled[:, 2])
+            faces.append(piece.faces.astype(np.int64) + n)
+            n += len(doubled)
+            if n > most:
+                return None
+        unique, of = np.unique(np.concatenate(keys), return_inverse=True)
+        corners = np.column_stack(np.unravel_index(unique, (_FARTHEST,) * 3))
+        return corners, of[np.concatenate(faces)].astype(np.uint32)
 
-
-def _samples(
-    source: Multiscale,
-    label: int,
-    begin: NDArray[np.int64],
-    shape: NDArray[np.int64],
-    stride: int,
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    semantic: bool,
-    filled: float,
-) -> NDArray[np.bool_]:
-    """Whether the samples from ``begin`` (``stride`` cubed voxels each) belong to the object; none outside its box."""
-    start, stop = np.maximum(begin * stride, low), np.minimum((begin + shape) * stride, high + 1)
-    whole = np.zeros(tuple(shape * stride), np.bool_)
-    if np.all(start < stop):
-        read, _ = source.read_level(0, start, (stop - start).tolist(), absent_is_missing=False)
-        inner = tuple(slice(a, b) for a, b in zip(start - begin * stride, stop - begin * stride, strict=True))
-        whole[inner] = read > 0 if semantic else read == label
-    if stride == 1:
-        return whole
-    d, h, w = (int(n) for n in shape)
-    counts = whole.reshape(d, stride, h, stride, w, stride).sum(axis=(1, 3, 5))
-    made: NDArray[np.bool_] = counts >= max(1, math.ceil(filled * stride**3))
-    return made
+    def _samples(
+        self, begin: NDArray[np.int64], shape: NDArray[np.int64], stride: int, filled: float
+    ) -> NDArray[np.bool_]:
+        """Whether the samples from ``begin`` (``stride`` cubed voxels each) belong to it; none outside its box."""
+        start, stop = np.maximum(begin * stride, self.low), np.minimum((begin + shape) * stride, self.high + 1)
+        whole = np.zeros(tuple(shape * stride), np.bool_)
+        if np.all(start < stop):
+            read, _ = self.source.read_level(0, start, (stop - start).tolist(), absent_is_missing=False)
+            inner = tuple(slice(a, b) for a, b in zip(start - begin * stride, stop - begin * stride, strict=True))
+            whole[inner] = read > 0 if self.semantic else read == self.label
+        if stride == 1:
+            return whole
+        d, h, w = (int(n) for n in shape)
+        counts = whole.reshape(d, stride, h, stride, w, stride).sum(axis=(1, 3, 5))
+        made: NDArray[np.bool_] = counts >= max(1, math.ceil(filled * stride**3))
+        return made
 
 
 def _simplified(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.classes import CLASSES
+from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.errors import InputError
 from connectomics.geometry import Box, Triple, VoxelGrid, triple
 from connectomics.phantom.options import PhantomOptions
@@ -82,7 +82,6 @@ _TRAINING = (
     _Template(1, (0.3, 0.3, 0.3), "atoms"),
     _Template(4, (0.5, 1.1, 1.1), "groups"),
 )
-_TEST_EDGE = 1.35
 
 _INSTANCES = ("nuc", "mito", "ld", "lyso", "endo", "perox", "cell")
 _COARSE = frozenset({*_INSTANCES, "er", "ecs", "cyto", "ne", "chrom"})
@@ -92,21 +91,8 @@ _GROUPS = frozenset(
 _UNKNOWN_IN_PART = frozenset({"er", "er_mem", "er_lum", "ves", "ves_mem", "ves_lum", "cyto", "mito_mem", "lyso"})
 
 # How much a crop is wanted for each class that it holds.
-_WANTED = {
-    "mito": 3.0,
-    "nuc": 1.5,
-    "ld": 1.5,
-    "er": 1.5,
-    "pm": 1.5,
-    "ecs": 1.0,
-    "golgi": 0.6,
-    "lyso": 0.8,
-    "endo": 0.8,
-    "ves": 0.4,
-    "np": 0.4,
-    "mt": 0.2,
-    "perox": 0.4,
-}
+_WANTED = dict(mito=3.0, nuc=1.5, ld=1.5, er=1.5, pm=1.5, ecs=1.0, golgi=0.6, lyso=0.8, endo=0.8, ves=0.4, np=0.4,
+               mt=0.2, perox=0.4)  # fmt: skip
 
 
 def datasets(options: PhantomOptions) -> list[DatasetPlan]:
@@ -127,10 +113,10 @@ def crops(plan: DatasetPlan, scene: Scene, options: PhantomOptions) -> list[Crop
     Raises `InputError` where they do not fit into the raw volume.
     """
     chooser = _Chooser(plan, scene)
-    wanted: list[tuple[int, bool, _Template]] = []
-    for k in range(options.testing_crops):
-        edge = _TEST_EDGE * (1.0 if k == 0 else 0.8)
-        wanted.append((plan.first_crop + 100 + k, True, _Template(2, (edge, edge, edge), "all")))
+    wanted = [
+        (plan.first_crop + 100 + k, True, _Template(2, triple([1.35 if k == 0 else 1.35 * 0.8] * 3), "all"))
+        for k in range(options.testing_crops)
+    ]
     for k in range(options.training_crops):
         wanted.append((plan.first_crop + k, False, _TRAINING[k % len(_TRAINING)]))
     wanted.sort(key=lambda w: (not w[1], -math.prod(w[2].edges), w[0]))
@@ -160,15 +146,14 @@ def _plan(
 
 
 def _annotated(which: str, names: tuple[str, ...]) -> frozenset[str]:
-    if which == "most":  # a class without an array is unknown, never absent
-        return frozenset(n for n in names if not n.startswith(("perox", "mt", "eres", "nucpl")))
-    if which == "groups":
-        return _GROUPS & frozenset(names)
-    if which == "coarse":
-        return _COARSE & frozenset(names)
-    if which == "atoms":
-        return frozenset(n for n in names if not CLASSES[n].is_group)
-    return frozenset(names)
+    chosen = {
+        "all": frozenset(names),
+        "most": frozenset(n for n in names if not n.startswith(("perox", "mt", "eres", "nucpl"))),
+        "groups": _GROUPS,
+        "coarse": _COARSE,
+        "atoms": ATOMIC_CLASSES,
+    }
+    return chosen[which] & frozenset(names)  # a class without an array is unknown, never absent
 
 
 def _grid(plan: DatasetPlan, box: Box, factor: int, isotropic: bool) -> VoxelGrid:
@@ -188,53 +173,46 @@ class _Chooser:
         self.raw = plan.raw
         # whole groups of eight raw voxels, so that crops of every voxel size end at raw faces
         self.step = max(4, 4 * round(max(plan.raw.shape) / self._CELLS / 4))
-        size = triple([v * self.step for v in plan.raw.voxel_size])
-        shape = [n // self.step for n in plan.raw.shape]
-        first = triple([b + s / 2 for b, s in zip(plan.raw.box.begin, size, strict=True)])
-        self.overview = VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+        size = np.multiply(plan.raw.voxel_size, self.step)
+        z, y, x = (n // self.step for n in plan.raw.shape)
+        self.overview = VoxelGrid(triple(size), triple(plan.raw.box.begin + size / 2), (z, y, x))
         atoms = scene.atoms(self.overview)
         self.sums = {name: _integral(class_mask(atoms, name)) for name in _WANTED}
-        self.taken = np.zeros(shape, bool)
+        self.taken = np.zeros((z, y, x), bool)
         self.have = dict.fromkeys(_WANTED, 0.0)
 
     def choose(self, edges: list[float], inner: bool) -> Box:
         """A free box of about ``edges`` (nm), away from the raw's end if ``inner``; shrunk where nothing is free."""
         for shrink in (1.0, 0.85, 0.7, 0.55, 0.4):
             shape = [max(1, round(e * shrink / s)) for e, s in zip(edges, self.overview.voxel_size, strict=True)]
-            margin = max(1, self._CELLS // 20) if inner else 0
-            begin = self._best(shape, margin)
+            begin = self._best(shape, max(1, self._CELLS // 20) if inner else 0)
             if begin is not None:
-                place = tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))
-                self.taken[place] = True
+                self.taken[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))] = True
                 for name, sums in self.sums.items():
                     self.have[name] += 0.0 if inner else float(_boxes(sums, shape)[begin])
-                voxels = [n * self.step for n in shape]
-                return self.raw.crop([b * self.step for b in begin], voxels).box
+                return self.raw.crop([b * self.step for b in begin], [n * self.step for n in shape]).box
         raise InputError(
             f"no room for a crop of {'x'.join(f'{e:.0f}' for e in edges)} nm in a phantom of "
             f"{self.raw.box.extent[0]:.0f} nm; ask for fewer or smaller crops, or a larger size_nm"
         )
 
-    def _best(self, shape: list[int], margin: int) -> tuple[int, int, int] | None:
+    def _best(self, shape: list[int], margin: int) -> tuple[int, ...] | None:
         if any(n + 2 * margin > m for n, m in zip(shape, self.overview.shape, strict=True)):
             return None
         free = _boxes(_integral(self.taken), shape) == 0
-        if margin:
-            inside = np.zeros_like(free)
-            inside[tuple(slice(margin, n - margin) for n in free.shape)] = True
-            free &= inside
-        if not free.any():
+        inside = np.zeros_like(free)
+        inside[tuple(slice(margin, n - margin) for n in free.shape)] = True
+        if not (free & inside).any():
             return None
-        score = np.zeros(free.shape, np.float64)
-        total = math.prod(shape)
+        score = np.zeros(free.shape)
         for name, weight in _WANTED.items():
             # in units of what a box anywhere holds: some of every class is worth more than much of one, and most so of
             # a class of which the crops have little so far
-            usual = total * float(self.sums[name][-1, -1, -1]) / math.prod(self.overview.shape)
+            usual = math.prod(shape) * float(self.sums[name][-1, -1, -1]) / math.prod(self.overview.shape)
             gain = _boxes(self.sums[name], shape) / (usual + self.have[name] + 1.0)
             score += weight * gain / (gain + 0.35)
-        best = np.unravel_index(int(np.argmax(np.where(free, score, -1.0))), free.shape)
-        return int(best[0]), int(best[1]), int(best[2])
+        best = np.unravel_index(int(np.argmax(np.where(free & inside, score, -1.0))), free.shape)
+        return tuple(int(n) for n in best)
 
 
 def _integral(mask: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -46,20 +46,16 @@ class PhantomOptions:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise unknown_name("phantom preset", self.preset, PRESETS)
-        if self.seed < 0:
-            raise InputError(f"a phantom's seed must be 0 or more, got {self.seed}")
-        if self.extent < 320:
-            raise InputError(f"a phantom's size_nm must be at least 320 nm, got {self.extent:g}")
-        if self.training_crops < 1 or self.testing_crops < 1:
-            raise InputError(
-                f"a phantom needs at least one training and one test crop, got {self.training_crops} and "
-                f"{self.testing_crops}"
-            )
-        if not 80 <= self.crop_edge <= self.extent / 2:
-            raise InputError(
-                f"a phantom's crop_nm must be from 80 nm to half of size_nm ({self.extent:g} nm), "
-                f"got {self.crop_edge:g}"
-            )
+        size = f"size_nm ({self.extent:g} nm)"
+        for ok, rule, found in (
+            (self.seed >= 0, "seed must be 0 or more", self.seed),
+            (self.extent >= 320, "size_nm must be at least 320 nm", self.extent),
+            (self.training_crops >= 1, "training crops must be at least one", self.training_crops),
+            (self.testing_crops >= 1, "test crops must be at least one", self.testing_crops),
+            (80 <= self.crop_edge <= self.extent / 2, f"crop_nm must be from 80 nm to half of {size}", self.crop_edge),
+        ):
+            if not ok:
+                raise InputError(f"a phantom's {rule}, got {found:g}")
         for name in self.class_names:
             get_class(name)
             if name not in PHANTOM_CLASSES:
@@ -115,16 +111,27 @@ class PhantomInfo:
     """A phantom that was written.
 
     Attributes:
-        root: the data root, for `Catalog.open`. datasets: names of its data sets.
-        crop_table: CSV of the test crops. truth: Zarr of their labels, in the scorer's layout.
+        root: the data root, for `Catalog.open`.
         raw: grid of the finest raw level by data set. crops: training and test crops.
         objects: number of objects in the whole of each data set, by kind.
     """
 
     root: Path
-    datasets: tuple[str, ...]
-    crop_table: Path
-    truth: Path
     raw: dict[str, VoxelGrid]
     crops: tuple[CropInfo, ...]
     objects: dict[str, dict[str, int]]
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Names of the data sets."""
+        return tuple(self.raw)
+
+    @property
+    def crop_table(self) -> Path:
+        """CSV of the test crops."""
+        return self.root / "test_crops.csv"
+
+    @property
+    def truth(self) -> Path:
+        """Zarr of the test crops' labels, in the scorer's layout."""
+        return self.root / "truth.zarr"

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from connectomics.geometry import Box
 from connectomics.phantom import kinds, shapes
-from connectomics.phantom.occupancy import Occupancy
-
-Vector = NDArray[np.float64]
+from connectomics.phantom.shapes import BALL, BOWL, DISC, unit
+from connectomics.phantom.textures import Floats
 
 #: Objects keep this distance (nm), which the bending of the world (see `render`) cannot close.
 GAP = 11.0
+#: Objects affect the gray value up to this distance (nm) from their surface; ER sheets farther, because of ribosomes.
+MARGIN, BOWL_MARGIN = 4.5, 26.0
 _ER_GROUP = 1
 
 
@@ -23,24 +26,21 @@ class Objects:
     """Everything in a scene. Arrays run over primitives; an object may consist of many.
 
     Attributes:
-        cell: parameters of the cell's body (`shapes.cell_distance`).
-        nucleus: parameters of the nucleus (a spheroid).
+        cell: parameters of the cell's body (`shapes.cell_distance`). nucleus: those of a ball.
         parameters: (n, 12) float64, see `shapes`.
-        shape: (n,) which shape a row is.
-        kind: (n,) index into `kinds.KINDS`.
-        number: (n,) the object's id among its kind, from 1; the same everywhere in the world.
+        table: (n, 3) int64: shape, index into `kinds.KINDS`, and the object's id among its kind, from 1.
+        bounds: (n, 6) float64, a box (begin, end) around each primitive, with its margin.
     """
 
-    cell: Vector
-    nucleus: Vector
-    parameters: Vector
-    shape: NDArray[np.int64]
-    kind: NDArray[np.int64]
-    number: NDArray[np.int64]
+    cell: Floats
+    nucleus: Floats
+    parameters: Floats
+    table: NDArray[np.int64]
+    bounds: Floats
 
     def count(self, kind: int) -> int:
         """Number of objects of a kind."""
-        return int(self.number[self.kind == kind].max(initial=0))
+        return int(self.table[self.table[:, 1] == kind, 2].max(initial=0))
 
 
 def place(seed: int, box: Box) -> Objects:
@@ -51,17 +51,17 @@ def place(seed: int, box: Box) -> Objects:
     builder.golgi()
     builder.mitochondria()
     builder.er_sheets()
-    for kind, density, least, low, high in (
-        (kinds.LD, 7.0, 5, 58.0, 108.0),
-        (kinds.LYSO, 5.5, 3, 58.0, 105.0),
-        (kinds.ENDO, 5.5, 3, 52.0, 100.0),
-        (kinds.PEROX, 2.5, 2, 52.0, 78.0),
-    ):
-        builder.balls(kind, density, least, low, high)
+    builder.balls(kinds.LD, 7.0, 5, 58.0, 108.0)
+    builder.balls(kinds.LYSO, 5.5, 3, 58.0, 105.0)
+    builder.balls(kinds.ENDO, 5.5, 3, 52.0, 100.0)
+    builder.balls(kinds.PEROX, 2.5, 2, 52.0, 78.0)
     builder.er_tubules()
     builder.microtubules()
     builder.vesicles()
-    return builder.finish()
+    table = np.array([row[:3] for row in builder.rows], np.int64).reshape(-1, 3)
+    parameters = np.array([row[3] for row in builder.rows]).reshape(-1, shapes.PARAMETERS)
+    boxes = [shapes.bounds(s, p, BOWL_MARGIN if s == BOWL else MARGIN) for s, _, _, p in builder.rows]
+    return Objects(builder.cell, builder.nucleus, parameters, table, np.array(boxes).reshape(-1, 6))
 
 
 class _Builder:
@@ -74,67 +74,50 @@ class _Builder:
         # Organelles of a small world are smaller, so that it still holds some of every kind; membranes are not.
         self.scale = float(np.clip((self.extent / 1600.0) ** 0.6, 0.5, 1.3))
         self.cell, self.nucleus = self._bodies()
-        self.taken = Occupancy(box.grow(100.0), 240.0 * self.scale)
-        self.rows: list[tuple[int, int, int, Vector]] = []
+        self.taken = _Occupancy(box.grow(100.0), 240.0 * self.scale)
+        self.rows: list[tuple[int, int, int, Floats]] = []  # shape, kind, number, parameters
         self.numbers = [0] * len(kinds.KINDS)
-        self.er_nodes: list[Vector] = []
-        self.golgi_places: list[Vector] = []
-        probe = self._anywhere(4000)
-        to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, probe)
+        self.er_nodes: list[Floats] = []
+        self.golgi_places: list[Floats] = []
+        to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, self._anywhere(4000))
         share = float(np.mean((to_cell < -kinds.RUFFLES) & (to_nucleus > 20)))
-        self.cytoplasm = share * float(np.prod(box.extent)) * 1e-9  # cubic micrometres
+        self.cytoplasm = share * float(np.prod(box.extent)) * 1e-9  # cubic micrometers
 
     # -- the cell and its nucleus ------------------------------------------------------------------------------------
-    def _bodies(self) -> tuple[Vector, Vector]:
+    def _bodies(self) -> tuple[Floats, Floats]:
         """The cell ends in the world on two sides; the nucleus is near the opposite edge, cut by the world's end."""
         begin, end = np.array(self.box.begin), np.array(self.box.end)
         size = end - begin
-        sides = self.rng.integers(0, 2, 3)  # on which side of y and x the cell ends
-        body_begin, body_end = begin - size, end + size
-        for axis in (1, 2):
-            inset = size[axis] * self.rng.uniform(0.13, 0.17)
-            if sides[axis]:
-                body_end[axis] = end[axis] - inset
-            else:
-                body_begin[axis] = begin[axis] + inset
-        cell = np.zeros(shapes.PARAMETERS)
-        cell[0:3], cell[3:6], cell[6] = body_begin, body_end, 0.3 * self.extent
-        away = np.where(sides[1:3] == 1, 1.0, 0.0)  # the nucleus is on the other side
-        center = begin + size * 0.5
+        at_end = self.rng.integers(0, 2, 3)[1:] == 1  # on which side of y and x the cell ends
+        body_begin, body_end, center = begin - size, end + size, begin + size * 0.5
+        inset = size[1:] * self.rng.uniform(0.13, 0.17, 2)
+        body_end[1:] = np.where(at_end, end[1:] - inset, body_end[1:])
+        body_begin[1:] = np.where(at_end, body_begin[1:], begin[1:] + inset)
         center[0] += size[0] * self.rng.uniform(-0.08, 0.08)
-        for axis in (1, 2):
-            inset = size[axis] * self.rng.uniform(0.10, 0.17)
-            center[axis] = begin[axis] + inset if away[axis - 1] else end[axis] - inset
+        inset = size[1:] * self.rng.uniform(0.10, 0.17, 2)
+        center[1:] = np.where(at_end, begin[1:] + inset, end[1:] - inset)
         semi = min(0.40 * self.extent, 3200.0)
-        axis_vector = _unit(np.array([1.0, *self.rng.uniform(-0.3, 0.3, 2)]))
-        nucleus = np.zeros(shapes.PARAMETERS)
-        nucleus[0:3], nucleus[3:6] = center, axis_vector
-        nucleus[6], nucleus[7] = semi * self.rng.uniform(1.0, 1.2), semi * self.rng.uniform(0.92, 1.0)
-        return cell, nucleus
+        direction = unit(np.array([1.0, *self.rng.uniform(-0.3, 0.3, 2)]))
+        along, across = semi * self.rng.uniform(1.0, 1.2), semi * self.rng.uniform(0.92, 1.0)
+        cell = shapes.parameters(body_begin, body_end, 0.3 * self.extent)
+        return cell, shapes.parameters(center, direction, along, across)
 
     def pores(self) -> None:
         """Nuclear pores, spread over the envelope by rejection."""
         along, across = self.nucleus[6], self.nucleus[7]
         area = 4 * np.pi * (along * across**2) ** (2 / 3) * 1e-6
-        middle = -kinds.NE_THICKNESS / 2
         for _ in range(int(area * 26 / self.scale)):
-            direction = self._direction()
-            spot = self._on_nucleus(direction, middle)
-            normal = self._nucleus_normal(spot)
+            spot = self._on_nucleus(self._direction(), -kinds.NE_THICKNESS / 2)
             ball = np.array([[*spot, 44.0]])
             if self.box.grow(60.0).contains(Box(tuple(spot), tuple(spot))) and self.taken.free(ball, 26.0):
                 self.taken.add(ball)
-                row = np.zeros(shapes.PARAMETERS)
-                row[0:3], row[3:6], row[6], row[7] = spot, normal, 40.0, kinds.NE_THICKNESS / 2 + 5.0
-                self._new(kinds.PORE, [(shapes.DISC, row)])
+                row = shapes.parameters(spot, self._nucleus_normal(spot), 40.0, kinds.NE_THICKNESS / 2 + 5.0)
+                self._new(kinds.PORE, [(DISC, row)])
 
     # -- organelles --------------------------------------------------------------------------------------------------
     def mitochondria(self) -> None:
         """Bent tubes with round ends, a third of them long."""
-        wanted, attempts = self._number(11.0, 7)
-        for _ in range(attempts):
-            if self.numbers[kinds.MITO] >= wanted:
-                return
+        for _ in self._attempts(kinds.MITO, 11.0, 7):
             radius = self.rng.uniform(80, 114) * self.scale
             length = self.rng.uniform(180, 420) * self.scale * (1.7 if self.rng.random() < 0.3 else 1.0)
             step = 0.45 * radius
@@ -142,108 +125,88 @@ class _Builder:
             axis, heading, spot = self._direction(), self._direction(), self._anywhere(1)[0]
             path = [spot]
             for _ in range(max(2, int(length / step))):
-                heading = _unit(heading + bend * np.cross(axis, heading) + self.rng.normal(0, 0.06, 3))
+                heading = unit(heading + bend * np.cross(axis, heading) + self.rng.normal(0, 0.06, 3))
                 path.append(path[-1] + step * heading)
             ends = radius * (1 - 0.16 * np.abs(np.linspace(-1, 1, len(path))) ** 3)
             self._tube(kinds.MITO, np.array(path), ends * self.rng.uniform(0.94, 1.06, len(path)))
 
     def er_sheets(self) -> None:
         """Cisternae around the nucleus, singly or two in parallel; tubules start at their rims."""
-        wanted, attempts = self._number(7.0, 3)
-        for _ in range(attempts):
-            if self.numbers[kinds.ER] >= wanted:
-                return
+        for _ in self._attempts(kinds.ER, 7.0, 3):
             layers = int(self.rng.integers(1, 3))
             height = self.rng.uniform(70, 420) * self.scale
             spot = self._on_nucleus(self._direction(), height)
-            normal = _unit(self._nucleus_normal(spot) + self.rng.normal(0, 0.2, 3))
+            normal = unit(self._nucleus_normal(spot) + self.rng.normal(0, 0.2, 3))
             radius = self.nucleus[7] * self.rng.uniform(0.8, 1.2) + height
             reach = self.rng.uniform(130, 250) * self.scale
             half = self.rng.uniform(17, 21)
-            rows, balls = [], []
-            for layer in range(layers):
-                row = _bowl(spot - normal * radius, normal, radius + layer * 74.0, reach / radius, half, half + 4.0)
-                rows.append((shapes.BOWL, row))
-                balls.append(_bowl_balls(row))
-            if self._fits(np.concatenate(balls), _ER_GROUP):
-                self._new(kinds.ER, rows)
-                for (_, sheet), ball in zip(rows, balls, strict=True):
-                    self.taken.add(ball, _ER_GROUP)
-                    self.er_nodes.extend(_rim(sheet, 10))
+            center = spot - normal * radius
+            sheets = [
+                shapes.bowl(center, normal, radius + layer * 74.0, reach / radius, half, half + 4.0)
+                for layer in range(layers)
+            ]
+            if self._stack(kinds.ER, sheets, _ER_GROUP):
+                for sheet in sheets:
+                    self.er_nodes.extend(shapes.ring(sheet, np.arctan2(sheet[8], sheet[7]), 10))
 
     def golgi(self) -> None:
         """Stacks of four to six thin bowls with swollen rims, and room around them for their vesicles."""
-        wanted, attempts = self._number(1.6, 1)
-        for _ in range(attempts):
-            if self.numbers[kinds.GOLGI] >= wanted:
-                return
+        for _ in self._attempts(kinds.GOLGI, 1.6, 1):
             radius = self.rng.uniform(300, 520) * self.scale
             normal, spot = self._direction(), self._anywhere(1)[0]
             reach = self.rng.uniform(135, 190) * self.scale
             cisternae = int(self.rng.integers(4, 7))
-            rows, balls = [], []
-            for k in range(cisternae):
-                wide = (reach / radius) * self.rng.uniform(0.8, 1.0)
-                rows.append((shapes.BOWL, _bowl(spot - normal * radius, normal, radius + 35.0 * k, wide, 11.0, 14.5)))
-                balls.append(_bowl_balls(rows[-1][1]))
-            if self._fits(np.concatenate(balls)):
-                self._new(kinds.GOLGI, rows)
-                self.taken.add(np.concatenate(balls))
+            wide = [(reach / radius) * self.rng.uniform(0.8, 1.0) for _ in range(cisternae)]
+            center = spot - normal * radius
+            bowls = [shapes.bowl(center, normal, radius + 35.0 * k, w, 11.0, 14.5) for k, w in enumerate(wide)]
+            if self._stack(kinds.GOLGI, bowls):
                 self.golgi_places.append(spot + normal * 17.5 * cisternae)
 
     def balls(self, kind: int, density: float, least: int, low: float, high: float) -> None:
         """Round organelles of radius ``low`` to ``high`` (nm, before scaling), slightly flattened or drawn out."""
-        wanted, attempts = self._number(density, least)
-        for _ in range(attempts):
-            if self.numbers[kind] >= wanted:
-                return
+        for _ in self._attempts(kind, density, least):
             radius = self.rng.uniform(low, high) * self.scale
             flat = 0.96 if kind == kinds.LD else self.rng.uniform(0.78, 1.0)
             self._ball(kind, self._anywhere(1)[0], radius * flat, radius)
 
     def er_tubules(self) -> None:
         """Tubes that grow from sheets and from each other through what room is left."""
-        wanted, _ = self._number(55.0, 10)
+        wanted = self._number(55.0, 10)
         if not self.er_nodes:
             self.er_nodes.append(self._anywhere(1)[0])
         for _ in range(4 * wanted):
             if wanted <= 0:
                 return
             which = int(self.rng.integers(len(self.er_nodes)))
-            start = self.er_nodes[which]
             radius = self.rng.uniform(23, 31)
-            path = self._walk(start, radius, 26.0, int(self.rng.integers(8, 30)), 0.32, _ER_GROUP)
+            steps = int(self.rng.integers(8, 30))
+            path = self._walk(self.er_nodes[which], radius, 26.0, steps, 0.32, group=_ER_GROUP)
             if len(path) >= 5:
                 wanted -= 1
-                self._new(kinds.ER, _segments(path, radius * self.rng.uniform(0.9, 1.1, len(path)), self._direction()))
+                self._new(
+                    kinds.ER, shapes.segments(path, radius * self.rng.uniform(0.9, 1.1, len(path)), self._direction())
+                )
                 self.taken.add(np.column_stack([path, np.full(len(path), radius)]), _ER_GROUP)
                 self.er_nodes[which] = path[-1]  # no stars: another tubule starts elsewhere
                 self.er_nodes.extend(path[3:-2:4])
 
     def microtubules(self) -> None:
         """Nearly straight thin tubes, in loose bundles: each starts near the last, in about its direction."""
-        wanted, attempts = self._number(26.0, 8)
         start, heading = self._anywhere(1)[0], self._direction()
-        for _ in range(4 * attempts):
-            if self.numbers[kinds.MT] >= wanted:
-                return
+        for _ in self._attempts(kinds.MT, 26.0, 8, 4):
             if self.rng.random() < 0.4:
                 start, heading = self._anywhere(1)[0], self._direction()
             else:
                 start = start + self.rng.normal(0, 45, 3)
-                heading = _unit(heading + self.rng.normal(0, 0.1, 3))
-            steps = int(self.rng.integers(16, 60) * self.scale)
-            path = self._walk(start, 12.5, 22.0, steps, 0.02, -1, heading)
+                heading = unit(heading + self.rng.normal(0, 0.1, 3))
+            path = self._walk(start, 12.5, 22.0, int(self.rng.integers(16, 60) * self.scale), 0.02, heading)
             if len(path) >= 9:
                 path = path[:: 1 + (len(path) > 20)]  # fewer, longer pieces where it is nearly straight
                 self._tube(kinds.MT, path, np.full(len(path), 12.5))
 
     def vesicles(self) -> None:
         """Small vesicles: half around the Golgi stacks, half anywhere."""
-        wanted, attempts = self._number(95.0, 14)
-        for attempt in range(attempts):
-            if self.numbers[kinds.VES] >= wanted:
-                return
+        for attempt in self._attempts(kinds.VES, 95.0, 14):
             spot = self._anywhere(1)[0]
             if attempt % 2 and self.golgi_places:
                 middle = self.golgi_places[int(self.rng.integers(len(self.golgi_places)))]
@@ -257,13 +220,13 @@ class _Builder:
             if self.numbers[kinds.PROCESS] >= 3:
                 return
             radius = self.rng.uniform(48, 72) * self.scale
-            heading = _unit(np.array([1.0, *self.rng.normal(0, 0.15, 2)]))
+            heading = unit(np.array([1.0, *self.rng.normal(0, 0.15, 2)]))
             spot = self._anywhere(1)[0]
             spot[0] = self.box.begin[0] - 80.0
             path = []
             while spot[0] < self.box.end[0] + 80.0:
                 path.append(spot)
-                heading = _unit(heading + self.rng.normal(0, 0.05, 3) * np.array([0.0, 1.0, 1.0]))
+                heading = unit(heading + self.rng.normal(0, 0.05, 3) * np.array([0.0, 1.0, 1.0]))
                 spot = spot + 40.0 * heading
             points = np.array(path)
             room = np.column_stack([points, np.full(len(points), radius)])
@@ -271,37 +234,33 @@ class _Builder:
             if to_cell.min() > radius + kinds.RUFFLES + GAP and self.taken.free(room, 2 * GAP):
                 self.taken.add(room)
                 radii = radius * self.rng.uniform(0.85, 1.0, len(points))
-                self._new(kinds.PROCESS, _segments(points, radii, heading))
+                self._new(kinds.PROCESS, shapes.segments(points, radii, heading))
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-    def finish(self) -> Objects:
-        """All that was placed, as arrays."""
-        return Objects(
-            self.cell,
-            self.nucleus,
-            np.array([r[3] for r in self.rows]).reshape(-1, shapes.PARAMETERS),
-            np.array([r[0] for r in self.rows], np.int64),
-            np.array([r[1] for r in self.rows], np.int64),
-            np.array([r[2] for r in self.rows], np.int64),
-        )
+    def _number(self, density: float, least: int) -> int:
+        """How many objects of a density (per cubic micrometer of cytoplasm at full size)."""
+        return max(least, int(density * self.cytoplasm / self.scale**3))
 
-    def _number(self, density: float, least: int) -> tuple[int, int]:
-        """How many objects of a density (per cubic micrometre of cytoplasm at full size), and how many tries."""
-        wanted = max(least, int(density * self.cytoplasm / self.scale**3))
-        return wanted, 80 + 40 * wanted
+    def _attempts(self, kind: int, density: float, least: int, patience: int = 1) -> Iterator[int]:
+        """Count the attempts to place objects of a kind, until there are as many as wanted or it took too many."""
+        wanted = self._number(density, least)
+        for attempt in range(patience * (80 + 40 * wanted)):
+            if self.numbers[kind] >= wanted:
+                return
+            yield attempt
 
-    def _anywhere(self, n: int) -> Vector:
+    def _anywhere(self, n: int) -> Floats:
         return self.rng.uniform(np.array(self.box.begin) - 40.0, np.array(self.box.end) + 40.0, (n, 3))
 
-    def _direction(self) -> Vector:
-        return _unit(self.rng.normal(size=3))
+    def _direction(self) -> Floats:
+        return unit(self.rng.normal(size=3))
 
-    def _nucleus_normal(self, spot: Vector) -> Vector:
+    def _nucleus_normal(self, spot: Floats) -> Floats:
         steps = np.concatenate([spot + np.eye(3), spot - np.eye(3)])
         _, d = shapes.body_distances(self.cell, self.nucleus, steps)
-        return _unit(d[:3] - d[3:])
+        return unit(d[:3] - d[3:])
 
-    def _on_nucleus(self, direction: Vector, height: float) -> Vector:
+    def _on_nucleus(self, direction: Floats, height: float) -> Floats:
         """The point in ``direction`` from the nucleus' center that lies ``height`` nm above its surface."""
         center, t = self.nucleus[0:3], float(self.nucleus[7])
         for _ in range(12):
@@ -309,54 +268,59 @@ class _Builder:
             t -= float(d[0]) - height
         return np.asarray(center + t * direction)
 
-    def _fits(self, balls: Vector, ignored: int = -1) -> bool:
+    def _fits(self, balls: Floats, ignored: int = -1) -> bool:
         """Whether spheres lie in the cytoplasm, clear of everything, with at least one of them in the world."""
-        inside = np.all((balls[:, :3] > self.box.begin) & (balls[:, :3] < self.box.end), axis=1)
-        if not inside.any():
+        if not np.all((balls[:, :3] > self.box.begin) & (balls[:, :3] < self.box.end), axis=1).any():
             return False
         to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, balls[:, :3])
         room = balls[:, 3] + GAP
         within = np.all(to_cell < -room - kinds.RUFFLES) and np.all(to_nucleus > room + 6.0)
         return bool(within) and self.taken.free(balls, GAP, ignored)
 
-    def _new(self, kind: int, rows: list[tuple[int, Vector]]) -> None:
+    def _new(self, kind: int, primitives: list[tuple[int, Floats]]) -> None:
         self.numbers[kind] += 1
-        self.rows.extend((shape, kind, self.numbers[kind], row) for shape, row in rows)
+        self.rows.extend((shape, kind, self.numbers[kind], row) for shape, row in primitives)
 
-    def _ball(self, kind: int, spot: Vector, along: float, across: float) -> None:
+    def _ball(self, kind: int, spot: Floats, along: float, across: float) -> None:
         ball = np.array([[*spot, max(along, across)]])
         if self._fits(ball):
-            row = np.zeros(shapes.PARAMETERS)
-            row[0:3], row[3:6], row[6], row[7] = spot, self._direction(), along, across
-            self._new(kind, [(shapes.BALL, row)])
+            self._new(kind, [(BALL, shapes.parameters(spot, self._direction(), along, across))])
             self.taken.add(ball)
 
-    def _tube(self, kind: int, path: Vector, radii: Vector) -> None:
+    def _tube(self, kind: int, path: Floats, radii: Floats) -> None:
         balls = np.column_stack([path, radii])
         dense = np.concatenate([balls[:-1] + (balls[1:] - balls[:-1]) * t for t in (0.0, 1 / 3, 2 / 3)] + [balls[-1:]])
         if self._fits(dense):
-            self._new(kind, _segments(path, radii, self._direction()))
+            self._new(kind, shapes.segments(path, radii, self._direction()))
             self.taken.add(dense)
+
+    def _stack(self, kind: int, bowls: list[Floats], group: int = 0) -> bool:
+        """Place bowls as one object, if they fit; objects of an ER group may touch each other."""
+        balls = np.concatenate([shapes.bowl_balls(bowl) for bowl in bowls])
+        fits = self._fits(balls, group or -1)
+        if fits:
+            self._new(kind, [(BOWL, bowl) for bowl in bowls])
+            self.taken.add(balls, group)
+        return fits
 
     def _walk(
         self,
-        start: Vector,
+        start: Floats,
         radius: float,
         step: float,
         steps: int,
         bend: float,
-        ignored: int,
-        heading: Vector | None = None,
-    ) -> Vector:
+        heading: Floats | None = None,
+        group: int = -1,
+    ) -> Floats:
         """A path of free places from ``start``, turning by about ``bend`` a step and around what is in the way."""
         direction = self._direction() if heading is None else heading
         path = [start]
-        tries = 6 if heading is None else 1
         for _ in range(steps):
-            for trial in range(tries):
-                turned = _unit(direction + self.rng.normal(0, bend * (1 + trial), 3))
+            for trial in range(6 if heading is None else 1):
+                turned = unit(direction + self.rng.normal(0, bend * (1 + trial), 3))
                 spot = path[-1] + step * turned
-                if self._fits(np.array([[*spot, radius]]), ignored):
+                if self._fits(np.array([[*spot, radius]]), group):
                     direction = turned
                     path.append(spot)
                     break
@@ -365,61 +329,57 @@ class _Builder:
         return np.array(path)
 
 
-def _unit(vector: Vector) -> Vector:
-    return np.asarray(vector / np.linalg.norm(vector))
+class _Occupancy:
+    """A growing set of spheres (z, y, x, radius; nm), in lists by cell of ``edge`` nm; border cells reach beyond."""
+
+    def __init__(self, box: Box, edge: float) -> None:
+        self._origin, self._edge = np.asarray(box.begin, np.float64), edge
+        self._last = np.full(np.maximum(1, np.ceil(np.asarray(box.extent) / edge)).astype(int), -1, np.int64)
+        self._spheres = np.empty((1024, 6))  # sphere, group, index of the one before it in its cell
+        self._count = 0
+        self._largest = 0.0
+
+    def free(self, spheres: Floats, gap: float, ignored: int = -1) -> bool:
+        """Whether ``spheres`` keep ``gap`` nm from all that is there, spheres of the group ``ignored`` apart."""
+        reach = spheres[:, 3:] + self._largest + gap
+        low, high = self._cells(spheres[:, :3] - reach), self._cells(spheres[:, :3] + reach)
+        return not _hits(self._last, self._spheres, low, high, spheres, gap, ignored)
+
+    def add(self, spheres: Floats, group: int = 0) -> None:
+        """Take the place of ``spheres``."""
+        while self._count + len(spheres) > len(self._spheres):
+            self._spheres = np.concatenate([self._spheres, np.empty_like(self._spheres)])
+        for sphere, cell in zip(spheres, map(tuple, self._cells(spheres[:, :3])), strict=True):
+            self._spheres[self._count] = *sphere, group, self._last[cell]
+            self._last[cell] = self._count
+            self._count += 1
+        self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))
+
+    def _cells(self, points: Floats) -> NDArray[np.int64]:
+        cells = np.floor((points - self._origin) / self._edge).astype(np.int64)
+        return np.clip(cells, 0, np.array(self._last.shape) - 1)
 
 
-def _across(vector: Vector, guess: Vector) -> Vector:
-    """A unit vector at right angles to ``vector``, near ``guess``."""
-    flat = guess - vector * float(vector @ guess) / float(vector @ vector)
-    if np.linalg.norm(flat) < 1e-6:
-        return _across(vector, np.roll(guess, 1) + 0.1)
-    return _unit(flat)
-
-
-def _segments(path: Vector, radii: Vector, guess: Vector) -> list[tuple[int, Vector]]:
-    """A path as tube primitives, with arc length and a frame that follows the bends."""
-    rows = []
-    length = 0.0
-    for a, b, ra, rb in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
-        row = np.zeros(shapes.PARAMETERS)
-        guess = _across(b - a, guess)
-        row[0:3], row[3:6], row[6], row[7], row[8], row[9:12] = a, b, ra, rb, length, guess
-        length += float(np.linalg.norm(b - a))
-        rows.append((shapes.TUBE, row))
-    return rows
-
-
-def _bowl(center: Vector, axis: Vector, radius: float, aperture: float, half: float, rim: float) -> Vector:
-    row = np.zeros(shapes.PARAMETERS)
-    row[0:3], row[3:6], row[6] = center, axis, radius
-    row[7], row[8], row[9], row[10] = np.cos(aperture), np.sin(aperture), half, rim
-    return row
-
-
-def _bowl_frame(row: Vector) -> tuple[Vector, Vector, Vector]:
-    axis = row[3:6]
-    u = _across(axis, np.array([0.3, 0.5, 0.8]))
-    return axis, u, np.cross(axis, u)
-
-
-def _bowl_balls(row: Vector) -> Vector:
-    """Spheres that cover a bowl: rings around its axis, as far apart as the bowl is thick."""
-    axis, u, v = _bowl_frame(row)
-    radius, half = float(row[6]), float(row[10])
-    aperture = float(np.arctan2(row[8], row[7]))
-    rings = []
-    for angle in np.linspace(0.0, aperture, max(2, int(aperture * radius / half) + 2)):
-        around = max(1, int(np.ceil(2 * np.pi * radius * np.sin(angle) / half)))
-        turns = (np.arange(around) * (2 * np.pi / around))[:, None]
-        side = np.sin(angle) * (np.cos(turns) * u + np.sin(turns) * v)
-        rings.append(row[0:3] + radius * (np.cos(angle) * axis + side))
-    centers = np.concatenate(rings)
-    return np.column_stack([centers, np.full(len(centers), half)])
-
-
-def _rim(row: Vector, n: int) -> list[Vector]:
-    """``n`` points on the middle of a bowl's rim."""
-    axis, u, v = _bowl_frame(row)
-    turns = np.arange(n) * (2 * np.pi / n)
-    return [row[0:3] + row[6] * (row[7] * axis + row[8] * (np.cos(t) * u + np.sin(t) * v)) for t in turns]
+@njit(cache=True, nogil=True)
+def _hits(
+    last: NDArray[np.int64],
+    there: Floats,
+    low: NDArray[np.int64],
+    high: NDArray[np.int64],
+    spheres: Floats,
+    gap: float,
+    ignored: int,
+) -> bool:
+    for i in range(len(spheres)):
+        for z in range(low[i, 0], high[i, 0] + 1):
+            for y in range(low[i, 1], high[i, 1] + 1):
+                for x in range(low[i, 2], high[i, 2] + 1):
+                    j = last[z, y, x]
+                    while j >= 0:
+                        square = 0.0
+                        for axis in range(3):
+                            square += (spheres[i, axis] - there[j, axis]) ** 2
+                        if there[j, 4] != ignored and square < (spheres[i, 3] + there[j, 3] + gap) ** 2:
+                            return True
+                        j = np.int64(there[j, 5])
+    return False

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,11 +12,11 @@ from connectomics.cellmap.classes import CLASSES, get_class
 from connectomics.errors import InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.geometry.grid import Index
-from connectomics.phantom import kinds, shapes
+from connectomics.phantom.kinds import KINDS
 from connectomics.phantom.place import Objects, place
-from connectomics.phantom.render import BOWL_MARGIN, MARGIN, render_block
+from connectomics.phantom.render import render_block
 
-_BLOCK = 32
+_BLOCK = (32, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class Scene:
     objects: Objects
     tone: Tone
     lattice: VoxelGrid
-    _bounds: NDArray[np.float64] = field(repr=False)
 
     @classmethod
     def build(cls, seed: int, box: Box, *, tone: Tone | None = None, lattice: VoxelGrid | None = None) -> Scene:
@@ -66,60 +64,46 @@ class Scene:
         """
         if min(box.extent) < 200:
             raise InputError(f"a phantom needs at least 200 nm on every axis, found {box}")
-        objects = place(seed, box)
-        bounds = np.empty((len(objects.shape), 6), np.float64)
-        for i, (shape, row) in enumerate(zip(objects.shape, objects.parameters, strict=True)):
-            begin, end = shapes.bounds(int(shape), row)
-            margin = BOWL_MARGIN if shape == shapes.BOWL else MARGIN
-            bounds[i, :3], bounds[i, 3:] = begin - margin, end + margin
         grid = lattice if lattice is not None else VoxelGrid.covering(box, (4.0, 4.0, 4.0))
-        return cls(seed, box, objects, tone or Tone(), grid, bounds)
+        return cls(seed, box, place(seed, box), tone or Tone(), grid)
 
     def render(self, grid: VoxelGrid, *, raw: bool = True) -> Part:
         """Everything about ``grid``'s voxels; memory grows with the grid, so cut large ones into blocks."""
-        atoms = np.empty(grid.shape, np.uint8)
-        owner = np.empty(grid.shape, np.int32)
+        atoms, owner = np.empty(grid.shape, np.uint8), np.empty(grid.shape, np.int32)
         gray = np.empty(grid.shape if raw else (0, 0, 0), np.uint8)
         lattice = np.array([*self.lattice.translation, *self.lattice.voxel_size])
         tone = np.array([self.tone.gain, self.tone.shift, self.tone.noise])
-        made = self.objects
-        bodies, things = (made.cell, made.nucleus), (made.parameters, made.shape, made.kind, made.number)
-        seed = (self.seed + 1) * 1_000_003
         axes = grid.axes()
 
-        def block(place: tuple[slice, slice, slice]) -> None:
-            z, y, x = (axis[some] for axis, some in zip(axes, place, strict=True))
-            out = render_block((z, y, x), bodies, things, self._bounds, lattice, tone, seed, raw)
-            atoms[place], owner[place] = out[:2]
+        def render(block: tuple[Index, VoxelGrid]) -> None:
+            where = tuple(slice(b, b + n) for b, n in zip(block[0], block[1].shape, strict=True))
+            z, y, x = (axis[some] for axis, some in zip(axes, where, strict=True))
+            out = render_block((z, y, x), self.objects, lattice, tone, (self.seed + 1) * 1_000_003, raw)
+            atoms[where], owner[where] = out[:2]
             if raw:
-                gray[place] = out[2]
+                gray[where] = out[2]
 
-        for_each_block(grid.shape, block)
+        with ThreadPoolExecutor(2) as pool:  # the kernels release the lock
+            list(pool.map(render, grid.blocks(_BLOCK)))
         return Part(atoms, owner, gray)
 
     def atoms(self, grid: VoxelGrid) -> NDArray[np.uint8]:
         """The challenge's id of the atomic class at every voxel center, uint8 (z, y, x); every voxel has one."""
         return self.render(grid, raw=False).atoms
 
-    def raw(self, grid: VoxelGrid) -> NDArray[np.uint8]:
-        """Gray values, uint8 (z, y, x)."""
-        return self.render(grid).raw
-
-    def instances(self, grid: VoxelGrid, class_name: str) -> NDArray[np.uint32]:
-        """Ids of the objects of an instance class, uint32 (z, y, x), 0 where there is none; the same in all grids."""
-        return self.instances_of(self.render(grid, raw=False), class_name)
-
     def instances_of(self, part: Part, class_name: str) -> NDArray[np.uint32]:
-        """As `instances`, of what was rendered already. Raises `InputError` for a class without instances."""
+        """Ids of the objects of an instance class, uint32 (z, y, x), 0 where there is none; the same in all grids.
+
+        Raises `InputError` for a class without instances.
+        """
         if not get_class(class_name).instance:
             raise InputError(f"class {class_name!r} has no instances; ask for its voxels instead")
         inside = class_mask(part.atoms, class_name)
         if class_name == "nuc":
             return inside.astype(np.uint32)
-        numbers = np.zeros(len(self.objects.kind) + 1, np.uint32)  # the last one is for owner -1
-        for index, kind in enumerate(kinds.KINDS):
-            if kind.instances == class_name:
-                numbers[:-1][self.objects.kind == index] = self.objects.number[self.objects.kind == index]
+        _, kind, number = self.objects.table.T
+        ours = np.array([k.instances == class_name for k in KINDS])[kind]
+        numbers = np.append(np.where(ours, number, 0), 0).astype(np.uint32)  # the last one is for owner -1
         if class_name == "cell":  # processes are other cells; all the rest is the first
             numbers += 1
         return np.where(inside, numbers[part.owner], np.uint32(0))
@@ -131,24 +115,3 @@ def class_mask(atoms: NDArray[np.uint8], class_name: str) -> NDArray[np.bool_]:
     members = np.zeros(256, bool)
     members[[CLASSES[a].id for a in found.atoms] or [found.id]] = True
     return members[atoms]
-
-
-def for_each_block(shape: Index, work: Callable[[tuple[slice, slice, slice]], None]) -> None:
-    """Call ``work`` with the slices of every block of a volume, in two threads (the kernels release the lock)."""
-    blocks = list(_blocks(shape))
-    if len(blocks) == 1:
-        work(blocks[0])
-    elif blocks:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(work, blocks))
-
-
-def _blocks(shape: Index) -> Iterator[tuple[slice, slice, slice]]:
-    for z in range(0, shape[0], _BLOCK):
-        for y in range(0, shape[1], _BLOCK):
-            for x in range(0, shape[2], _BLOCK):
-                yield (
-                    slice(z, min(z + _BLOCK, shape[0])),
-                    slice(y, min(y + _BLOCK, shape[1])),
-                    slice(x, min(x + _BLOCK, shape[2])),
-                )

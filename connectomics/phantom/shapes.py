@@ -14,68 +14,55 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
+
+from connectomics.phantom.textures import Floats
 
 PARAMETERS = 12
 BALL, TUBE, BOWL, DISC = 0, 1, 2, 3
 
 
-@njit(cache=True, nogil=True)
-def spheroid(along: float, across: float, semi_along: float, semi_across: float) -> float:
-    """Signed distance to a spheroid, of first order (I. Quilez, "Ellipsoid SDF"): exact on it, and for spheres."""
-    u = along / semi_along
-    v = across / semi_across
-    k0 = np.sqrt(u * u + v * v)
-    u /= semi_along
-    v /= semi_across
-    k1 = np.sqrt(u * u + v * v)
-    if k1 < 1e-12:
-        return -min(semi_along, semi_across)
-    return k0 * (k0 - 1.0) / k1
+def parameters(*parts: float | Floats) -> Floats:
+    """One row of parameters from its parts in order; the rest is 0."""
+    values = np.concatenate([np.atleast_1d(part) for part in parts])
+    return np.pad(values, (0, PARAMETERS - len(values)))
 
 
 @njit(cache=True, nogil=True)
-def distance(shape: int, p: NDArray[np.float64], z: float, y: float, x: float) -> float:
+def distance(shape: int, p: Floats, z: float, y: float, x: float) -> float:
     """Signed distance (nm) of the point (z, y, x) to the shape with parameters ``p``."""
-    dz = z - p[0]
-    dy = y - p[1]
-    dx = x - p[2]
+    dz, dy, dx = z - p[0], y - p[1], x - p[2]
     if shape == TUBE:
-        az = p[3] - p[0]
-        ay = p[4] - p[1]
-        ax = p[5] - p[2]
+        az, ay, ax = p[3] - p[0], p[4] - p[1], p[5] - p[2]
         t = (dz * az + dy * ay + dx * ax) / (az * az + ay * ay + ax * ax)
         t = min(1.0, max(0.0, t))
-        dz -= t * az
-        dy -= t * ay
-        dx -= t * ax
+        dz, dy, dx = dz - t * az, dy - t * ay, dx - t * ax
         return np.sqrt(dz * dz + dy * dy + dx * dx) - (p[6] + t * (p[7] - p[6]))
     along = dz * p[3] + dy * p[4] + dx * p[5]
     square = dz * dz + dy * dy + dx * dx
     across = np.sqrt(max(0.0, square - along * along))
     if shape == BALL:
-        return spheroid(along, across, p[6], p[7])
+        # of first order (I. Quilez, "Ellipsoid SDF"): exact on the surface, and for spheres
+        u, v = along / p[6], across / p[7]
+        k0 = np.sqrt(u * u + v * v)
+        u, v = u / p[6], v / p[7]
+        k1 = np.sqrt(u * u + v * v)
+        return -min(p[6], p[7]) if k1 < 1e-12 else k0 * (k0 - 1.0) / k1
     if shape == BOWL:
         if along * p[8] > across * p[7]:  # within the aperture
             reach = across * p[7] / max(1e-9, along * p[8])
             half = p[9] + (p[10] - p[9]) * reach * reach * reach * reach
             return abs(np.sqrt(square) - p[6]) - half
-        u = along - p[6] * p[7]
-        v = across - p[6] * p[8]
+        u, v = along - p[6] * p[7], across - p[6] * p[8]
         return np.sqrt(u * u + v * v) - p[10]
-    u = across - p[6]
-    v = abs(along) - p[7]
-    outside = np.sqrt(max(u, 0.0) ** 2 + max(v, 0.0) ** 2)
-    return outside + min(0.0, max(u, v))
+    u, v = across - p[6], abs(along) - p[7]
+    return np.sqrt(max(u, 0.0) ** 2 + max(v, 0.0) ** 2) + min(0.0, max(u, v))
 
 
 @njit(cache=True, nogil=True)
-def cell_distance(p: NDArray[np.float64], z: float, y: float, x: float) -> float:
+def cell_distance(p: Floats, z: float, y: float, x: float) -> float:
     """Signed distance (nm) to the cell's body: a rounded box, begin (0:3), end (3:6), radius of its edges (6)."""
-    largest = -1e30
-    outside = 0.0
-    for axis in range(3):
-        w = z if axis == 0 else (y if axis == 1 else x)
+    largest, outside = -1e30, 0.0
+    for axis, w in enumerate((z, y, x)):
         q = abs(w - 0.5 * (p[axis] + p[axis + 3])) - 0.5 * (p[axis + 3] - p[axis]) + p[6]
         largest = max(largest, q)
         outside += max(q, 0.0) ** 2
@@ -83,35 +70,73 @@ def cell_distance(p: NDArray[np.float64], z: float, y: float, x: float) -> float
 
 
 @njit(cache=True, nogil=True)
-def nucleus_distance(p: NDArray[np.float64], z: float, y: float, x: float) -> float:
-    """Signed distance (nm) to the nucleus, a spheroid with the parameters of a ball."""
-    return distance(BALL, p, z, y, x)
-
-
-@njit(cache=True, nogil=True)
-def body_distances(
-    cell: NDArray[np.float64], nucleus: NDArray[np.float64], points: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Distances (nm) of ``points`` (n, 3) to the cell's body and to the nucleus."""
-    to_cell = np.empty(len(points), np.float64)
-    to_nucleus = np.empty(len(points), np.float64)
-    for i in range(len(points)):
-        to_cell[i] = cell_distance(cell, points[i, 0], points[i, 1], points[i, 2])
-        to_nucleus[i] = nucleus_distance(nucleus, points[i, 0], points[i, 1], points[i, 2])
+def body_distances(cell: Floats, nucleus: Floats, points: Floats) -> tuple[Floats, Floats]:
+    """Distances (nm) of ``points`` (n, 3) to the cell's body and to the nucleus, a ball."""
+    to_cell, to_nucleus = np.empty(len(points)), np.empty(len(points))
+    for i, p in enumerate(points):
+        to_cell[i] = cell_distance(cell, p[0], p[1], p[2])
+        to_nucleus[i] = distance(BALL, nucleus, p[0], p[1], p[2])
     return to_cell, to_nucleus
 
 
-def bounds(shape: int, p: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Begin and end (nm, z y x) of a box that holds the shape."""
+def bounds(shape: int, p: Floats, margin: float) -> Floats:
+    """Begin and end (nm, z y x) of a box that holds the shape and ``margin`` nm around it, (6,)."""
+    begin = end = p[0:3]
     if shape == TUBE:
+        end, r = p[3:6], max(p[6], p[7])
+    elif shape == BALL:
         r = max(p[6], p[7])
-        return np.minimum(p[0:3], p[3:6]) - r, np.maximum(p[0:3], p[3:6]) + r
-    if shape == BALL:
-        r = max(p[6], p[7])
-        return p[0:3] - r, p[0:3] + r
-    if shape == BOWL:
-        middle = p[0:3] + p[3:6] * p[6] * (1 + p[7]) / 2  # of the cap's height along the axis
-        r = float(np.hypot(p[6] * p[8], p[6] * (1 - p[7]) / 2)) + max(p[9], p[10])
-        return middle - r, middle + r
-    r = float(np.hypot(p[6], p[7]))
-    return p[0:3] - r, p[0:3] + r
+    elif shape == BOWL:
+        begin = end = p[0:3] + p[3:6] * p[6] * (1 + p[7]) / 2  # the middle of the cap's height
+        r = np.hypot(p[6] * p[8], p[6] * (1 - p[7]) / 2) + max(p[9], p[10])
+    else:
+        r = np.hypot(p[6], p[7])
+    return np.concatenate([np.minimum(begin, end) - r - margin, np.maximum(begin, end) + r + margin])
+
+
+def unit(vector: Floats) -> Floats:
+    """Return a vector of length 1."""
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+def across(vector: Floats, guess: Floats) -> Floats:
+    """A unit vector at right angles to ``vector``, near ``guess``."""
+    flat = guess - vector * float(vector @ guess) / float(vector @ vector)
+    if np.linalg.norm(flat) < 1e-6:
+        return across(vector, np.roll(guess, 1) + 0.1)
+    return unit(flat)
+
+
+def segments(path: Floats, radii: Floats, guess: Floats) -> list[tuple[int, Floats]]:
+    """A path as tube primitives, with arc length and a frame that follows the bends."""
+    rows = []
+    length = 0.0
+    for a, b, ra, rb in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
+        guess = across(b - a, guess)
+        rows.append((TUBE, parameters(a, b, ra, rb, length, guess)))
+        length += float(np.linalg.norm(b - a))
+    return rows
+
+
+def bowl(center: Floats, axis: Floats, radius: float, aperture: float, half: float, rim: float) -> Floats:
+    """Return the parameters of a bowl with half of its aperture, in rad."""
+    return parameters(center, axis, radius, np.cos(aperture), np.sin(aperture), half, rim)
+
+
+def ring(bowl: Floats, angle: float, n: int) -> Floats:
+    """``n`` points on the middle of a bowl at ``angle`` from its axis."""
+    axis = bowl[3:6]
+    u = across(axis, np.array([0.3, 0.5, 0.8]))
+    around = (np.arange(n) * (2 * np.pi / n))[:, None]
+    side = np.sin(angle) * (np.cos(around) * u + np.sin(around) * np.cross(axis, u))
+    return np.asarray(bowl[0:3] + bowl[6] * (np.cos(angle) * axis + side))
+
+
+def bowl_balls(bowl: Floats) -> Floats:
+    """Spheres that cover a bowl: rings around its axis, as far apart as the bowl is thick."""
+    radius, half = float(bowl[6]), float(bowl[10])
+    aperture = float(np.arctan2(bowl[8], bowl[7]))
+    angles = np.linspace(0.0, aperture, max(2, int(aperture * radius / half) + 2))
+    rings = [ring(bowl, a, max(1, int(np.ceil(2 * np.pi * radius * np.sin(a) / half)))) for a in angles]
+    centers = np.concatenate(rings)
+    return np.column_stack([centers, np.full(len(centers), half)])

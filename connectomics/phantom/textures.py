@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 Whole = int | np.signedinteger[Any]
 Floats = NDArray[np.float64]
+#: A position, nm (z, y, x), and the positions along the three axes of a grid.
+Point = tuple[float, float, float]
+Axes = tuple[Floats, Floats, Floats]
 
 _A, _B, _C = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -51,22 +54,21 @@ def gaussian(bits: np.uint64) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _cells(positions: Floats, pitch: float) -> tuple[NDArray[np.int64], Floats]:
-    """Lattice cell of every position and the smoothstep weight of the cell's upper node."""
-    index = np.empty(positions.size, np.int64)
-    weight = np.empty(positions.size, np.float64)
-    for i in range(positions.size):
-        f = np.floor(positions[i] / pitch)
-        t = positions[i] / pitch - f
-        index[i] = np.int64(f)
-        weight[i] = t * t * (3.0 - 2.0 * t)
-    return index, weight
+def smooth(t: float) -> float:
+    """Return the smoothstep of a number in [0, 1]."""
+    return t * t * (3.0 - 2.0 * t)
 
 
 @njit(cache=True, nogil=True)
-def add_value_noise(
-    out: Floats, axes: tuple[Floats, Floats, Floats], pitch: float, amplitude: float, seed: int
-) -> None:
+def _cells(positions: Floats, pitch: float) -> tuple[NDArray[np.int64], Floats]:
+    """Lattice cell of every position and the smoothstep weight of the cell's upper node."""
+    lower = np.floor(positions / pitch)
+    t = positions / pitch - lower
+    return lower.astype(np.int64), t * t * (3.0 - 2.0 * t)
+
+
+@njit(cache=True, nogil=True)
+def add_value_noise(out: Floats, axes: Axes, pitch: float, amplitude: float, seed: int) -> None:
     """Add ``amplitude`` times the value noise of ``pitch`` (nm) to ``out`` (z, y, x), at the axes' positions (nm).
 
     The weights are separable on an axis-aligned grid, so nodes are hashed once per lattice column, not per voxel.
@@ -99,19 +101,19 @@ def add_value_noise(
 
 
 @njit(cache=True, nogil=True)
-def _rotated(z: float, y: float, x: float) -> tuple[float, float, float]:
+def _rotated(z: float, y: float, x: float) -> Point:
     """Rotate a point, so that the edges of a lattice do not show along the axes."""
     return 0.8 * z + 0.48 * y + 0.36 * x, -0.6 * z + 0.64 * y + 0.48 * x, -0.6 * y + 0.8 * x
 
 
 @njit(cache=True, nogil=True)
-def speck(z: float, y: float, x: float, pitch: float, radius: float, chance: float, seed: int) -> float:
+def speck(point: Point, pitch: float, radius: float, chance: float, seed: int) -> float:
     """Return the signed distance (nm, negative inside) to the speck of a point's lattice cell; 1e3 if it has none.
 
     Each cell of edge ``pitch`` holds one sphere with probability ``chance``, jittered but wholly inside, with 0.65 to 1
     times ``radius``. The lattice is rotated out of the axes.
     """
-    z, y, x = _rotated(z, y, x)
+    z, y, x = _rotated(point[0], point[1], point[2])
     cz, cy, cx = np.int64(np.floor(z / pitch)), np.int64(np.floor(y / pitch)), np.int64(np.floor(x / pitch))
     bits = hash3(cz, cy, cx, seed)
     draw = part(bits, 3)
@@ -125,13 +127,12 @@ def speck(z: float, y: float, x: float, pitch: float, radius: float, chance: flo
 
 
 @njit(cache=True, nogil=True)
-def value_noise_at(z: float, y: float, x: float, pitch: float, seed: int) -> float:
+def value_noise_at(point: Point, pitch: float, seed: int) -> float:
     """Return value noise in [-1, 1] at one point; the lattice is rotated out of the axes."""
-    u, v, w = _rotated(z / pitch, y / pitch, x / pitch)
+    u, v, w = _rotated(point[0] / pitch, point[1] / pitch, point[2] / pitch)
     fu, fv, fw = np.floor(u), np.floor(v), np.floor(w)
     iu, iv, iw = np.int64(fu), np.int64(fv), np.int64(fw)
-    u, v, w = u - fu, v - fv, w - fw
-    u, v, w = u * u * (3.0 - 2.0 * u), v * v * (3.0 - 2.0 * v), w * w * (3.0 - 2.0 * w)
+    u, v, w = smooth(u - fu), smooth(v - fv), smooth(w - fw)
     total = 0.0
     for i in range(2):
         wi = u if i == 1 else 1.0 - u

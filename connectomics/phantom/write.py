@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from connectomics.io.write import (
 from connectomics.phantom import kinds, layout
 from connectomics.phantom.layout import CropPlan, DatasetPlan
 from connectomics.phantom.options import CropInfo, PhantomInfo, PhantomOptions
-from connectomics.phantom.scene import Part, Scene, class_mask
+from connectomics.phantom.scene import Scene, class_mask
 
 _MARK = "phantom.json"
 _RAW_LEVELS = 4
@@ -68,7 +68,6 @@ def make_phantom(
     try:
         part.mkdir(parents=True)
         info = _write(part, wanted, progress or (lambda line: None))
-        (part / _MARK).write_text(json.dumps(_record(wanted, info), indent=2) + "\n", encoding="utf-8")
         publish(part, target)
     except OSError as error:
         if isinstance(error, WriteError):
@@ -76,20 +75,17 @@ def make_phantom(
         raise WriteError(f"cannot write a phantom to {target}: {error.strerror or error}; nothing was kept") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return PhantomInfo(
-        target, info.datasets, target / "test_crops.csv", target / "truth.zarr", info.raw, info.crops, info.objects
-    )
+    return replace(info, root=target)
 
 
 def _write(root: Path, options: PhantomOptions, progress: Callable[[str], None]) -> PhantomInfo:
-    plans = layout.datasets(options)
     infos: list[CropInfo] = []
     table: list[TableEntry] = []
     raw: dict[str, VoxelGrid] = {}
     objects: dict[str, dict[str, int]] = {}
-    truth = root / "truth.zarr"
-    ensure_group(truth)
-    for plan in plans:
+    info = PhantomInfo(root, raw, (), objects)
+    ensure_group(info.truth)
+    for plan in layout.datasets(options):
         progress(f"{plan.name}: placing a cell in {plan.raw}")
         scene = plan.scene()
         raw[plan.name] = plan.raw
@@ -97,28 +93,22 @@ def _write(root: Path, options: PhantomOptions, progress: Callable[[str], None])
         for crop in layout.crops(plan, scene, options):
             progress(f"{plan.name}: crop{crop.number}, {len(crop.grids)} classes, {crop.finest}")
             if crop.test:
-                infos.append(write_test_crop(truth, plan, scene, crop))
+                infos.append(write_test_crop(info.truth, plan, scene, crop))
                 table.extend(TableEntry(crop.number, plan.name, n, g) for n, g in crop.grids.items())
             else:
                 infos.append(write_training_crop(root, plan, scene, crop))
         progress(f"{plan.name}: raw")
         write_raw(root, plan, scene)
-    CropTable(tuple(table)).save(root / "test_crops.csv")
-    names = tuple(p.name for p in plans)
-    return PhantomInfo(root, names, root / "test_crops.csv", truth, raw, tuple(infos), objects)
-
-
-def _record(options: PhantomOptions, info: PhantomInfo) -> dict[str, object]:
-    """The content of ``phantom.json``: no paths and no times, so that the same options give the same bytes."""
-    crops = [{**asdict(c), "grid": c.grid.to_dict()} for c in info.crops]
-    wanted = {k: v for k, v in asdict(options).items() if k != "overwrite"}
-    return {
+    CropTable(tuple(table)).save(info.crop_table)
+    record = {  # no paths and no times, so that the same options give the same bytes
         "artefact": "phantom",
         "version": __version__,
-        "options": wanted,
-        "datasets": {n: {"raw": info.raw[n].to_dict(), "objects": info.objects[n]} for n in info.datasets},
-        "crops": crops,
+        "options": {k: v for k, v in asdict(options).items() if k != "overwrite"},
+        "datasets": {n: {"raw": raw[n].to_dict(), "objects": objects[n]} for n in raw},
+        "crops": [{**asdict(c), "grid": c.grid.to_dict()} for c in infos],
     }
+    (root / _MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return replace(info, crops=tuple(infos))
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -129,18 +119,14 @@ def _check_target(target: Path, overwrite: bool) -> None:
             raise WriteError(
                 f"{target} is there already and not empty; choose another folder, or overwrite it (--overwrite)"
             )
-        if (foreign := _foreign(target)) is not None:
-            raise not_ours(foreign, "phantom")
-
-
-def _foreign(target: Path) -> Path | None:
-    """Something in a folder that is not part of a phantom; the folder itself if it holds no phantom."""
-    try:
-        made = json.loads((target / _MARK).read_text(encoding="utf-8"))
-        own = {_MARK, "test_crops.csv", "truth.zarr", *made["datasets"]} if made["artefact"] == "phantom" else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    return next((path for path in sorted(target.iterdir()) if path.name not in own), None) if own else target
+        try:
+            made = json.loads((target / _MARK).read_text(encoding="utf-8"))
+            own = {_MARK, "test_crops.csv", "truth.zarr", *made["datasets"]} if made["artefact"] == "phantom" else set()
+        except (OSError, ValueError, KeyError, TypeError):
+            own = set()
+        foreign = [path for path in sorted(target.iterdir()) if path.name not in own]
+        if foreign:
+            raise not_ours(foreign[0] if own else target, "phantom")
 
 
 def write_raw(root: Path, plan: DatasetPlan, scene: Scene) -> None:
@@ -148,7 +134,7 @@ def write_raw(root: Path, plan: DatasetPlan, scene: Scene) -> None:
     where = recon(root, plan.name) / "em" / "fibsem-uint8"
     (writer,) = create_multiscale(where, [plan.raw], np.uint8, name="fibsem-uint8")
     for begin, grid in plan.raw.blocks(_RAW_BLOCK):
-        writer.write(begin, scene.raw(grid))
+        writer.write(begin, scene.render(grid).raw)
     build_levels(where, _RAW_LEVELS, "raw")
 
 
@@ -156,44 +142,38 @@ def write_training_crop(root: Path, plan: DatasetPlan, scene: Scene, crop: CropP
     """Write one crop below ``recon-1/labels/groundtruth``: a multiscale with annotation attributes for each class."""
     where = recon(root, plan.name) / "labels" / "groundtruth" / f"crop{crop.number}"
     ensure_group(where)
-    voxels: dict[str, int] = {}
-    objects: dict[str, int] = {}
-    unknown: dict[str, int] = {}
-    rendered = _Rendered(scene)
-    for name, grid in crop.grids.items():
-        values = rendered.label(name, grid)
+    info = CropInfo(plan.name, f"crop{crop.number}", False, crop.finest, {}, {}, {})
+    for name, grid, values in _labels(scene, crop):
         encoding = _encoding(name, crop)
         if is_instance_class(name):
-            last = objects[name] = int(values.max(initial=0))
+            last = info.objects[name] = int(values.max(initial=0))
             if name in crop.partial:  # no object may have the number of unknown
                 values[values >= _UNKNOWN] += 1
-            elif name == next((n for n in crop.shifted_id if objects.get(n)), None) and last < _UNKNOWN:
+            elif name == next((n for n in crop.shifted_id if info.objects.get(n)), None) and last < _UNKNOWN:
                 values[values == last] = _UNKNOWN
         elif (encoding["absent"], encoding["present"]) != (0, 1):
             values = np.where(values != 0, np.uint8(encoding["present"]), np.uint8(encoding["absent"]))
-        voxels[name] = int(np.count_nonzero(values != encoding["absent"]))
-        if name in crop.partial:
-            part = _not_annotated(values)
-            voxels[name] -= int(np.count_nonzero(part != encoding["absent"]))
-            unknown[name] = part.size
+        info.voxels[name] = int(np.count_nonzero(values != encoding["absent"]))
+        if name in crop.partial:  # the last quarter of the longest axis is not annotated
+            axis = int(np.argmax(values.shape))
+            part = np.moveaxis(values, axis, 0)[values.shape[axis] - values.shape[axis] // 4 :]
+            info.voxels[name] -= int(np.count_nonzero(part != encoding["absent"]))
+            info.unknown[name] = part.size
             part[...] = encoding["unknown"]
         _write_labels(where / name, name, values, grid, encoding, all_known=name in crop.shifted_id)
-    return CropInfo(plan.name, f"crop{crop.number}", False, crop.finest, voxels, objects, unknown)
+    return info
 
 
 def write_test_crop(truth: Path, plan: DatasetPlan, scene: Scene, crop: CropPlan) -> CropInfo:
     """Write one crop of the ground truth: plain arrays with ``voxel_size`` and ``translation``, 0/1 or ids from 1."""
-    rendered = _Rendered(scene)
-    voxels: dict[str, int] = {}
-    objects: dict[str, int] = {}
-    for name, grid in crop.grids.items():
-        values = rendered.label(name, grid)
-        writer = create_array(truth / f"crop{crop.number}" / name, grid.shape, values.dtype, grid=grid)
+    info = CropInfo(plan.name, f"crop{crop.number}", True, crop.finest, {}, {}, {})
+    for name, grid, values in _labels(scene, crop):
+        writer = create_array(truth / info.name / name, grid.shape, values.dtype, grid=grid)
         writer.write((0, 0, 0), values)
-        voxels[name] = int(np.count_nonzero(values))
+        info.voxels[name] = int(np.count_nonzero(values))
         if is_instance_class(name):
-            objects[name] = int(values.max(initial=0))
-    return CropInfo(plan.name, f"crop{crop.number}", True, crop.finest, voxels, objects, {})
+            info.objects[name] = int(values.max(initial=0))
+    return info
 
 
 def recon(root: Path, dataset: str) -> Path:
@@ -201,25 +181,18 @@ def recon(root: Path, dataset: str) -> Path:
     return root / dataset / f"{dataset}.zarr" / "recon-1"
 
 
-class _Rendered:
-    """A scene on the grids of a crop, each rendered once."""
-
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
-        self._parts: dict[VoxelGrid, Part] = {}
-
-    def label(self, name: str, grid: VoxelGrid) -> NDArray[Any]:
-        """uint8 0/1, or uint16 (uint32 for many objects) ids renumbered to 1..n in the order of their world ids."""
-        if grid not in self._parts:
-            self._parts[grid] = self._scene.render(grid, raw=False)
-        part = self._parts[grid]
-        if not is_instance_class(name):
-            return class_mask(part.atoms, name).astype(np.uint8)
-        ids = self._scene.instances_of(part, name)
-        there = np.flatnonzero(np.bincount(ids.ravel(), minlength=1)[1:]) + 1
-        numbers = np.zeros(int(ids.max(initial=0)) + 1, np.uint16 if len(there) < 65535 else np.uint32)
-        numbers[there] = np.arange(1, len(there) + 1)
-        return numbers[ids]
+def _labels(scene: Scene, crop: CropPlan) -> Iterator[tuple[str, VoxelGrid, NDArray[Any]]]:
+    """Class, grid and values: uint8 0/1, or uint16 (uint32 for many objects) ids renumbered to 1..n in their order."""
+    parts = {grid: scene.render(grid, raw=False) for grid in {*crop.grids.values()}}
+    for name, grid in crop.grids.items():
+        if is_instance_class(name):
+            ids = scene.instances_of(parts[grid], name)
+            known = np.flatnonzero(np.bincount(ids.ravel(), minlength=1)[1:]) + 1
+            numbers = np.zeros(int(ids.max(initial=0)) + 1, np.uint16 if len(known) < 65535 else np.uint32)
+            numbers[known] = np.arange(1, len(known) + 1)
+            yield name, grid, numbers[ids]
+        else:
+            yield name, grid, class_mask(parts[grid].atoms, name).astype(np.uint8)
 
 
 def _encoding(name: str, crop: CropPlan) -> dict[str, int]:
@@ -232,22 +205,15 @@ def _encoding(name: str, crop: CropPlan) -> dict[str, int]:
     return {"absent": 0}
 
 
-def _not_annotated(values: NDArray[Any]) -> NDArray[Any]:
-    """The part of a crop that is not annotated: the last quarter of its longest axis (a view)."""
-    axis = int(np.argmax(values.shape))
-    first = values.shape[axis] - values.shape[axis] // 4
-    return values[tuple(slice(first, None) if a == axis else slice(None) for a in range(3))]
-
-
 def _write_labels(
-    where: Path, name: str, values: NDArray[Any], grid: VoxelGrid, encoding: Mapping[str, int], all_known: bool
+    where: Path, name: str, values: NDArray[Any], grid: VoxelGrid, encoding: dict[str, int], all_known: bool
 ) -> None:
     """Write a class's multiscale: the group says what its values mean, each level how many voxels have which state."""
     levels = 1
     while levels < 3 and min(grid.shape) >= 24 * 2**levels:
         levels += 1
     kind = "instance_segmentation" if is_instance_class(name) else "semantic_segmentation"
-    annotation = {"annotation_type": {"encoding": dict(encoding), "type": kind}, "class_name": name}
+    annotation = {"annotation_type": {"encoding": encoding, "type": kind}, "class_name": name}
     attrs = {"cellmap": {"annotation": annotation}}
     write_multiscale(where, values, grid, levels=levels, kind="label", attrs=attrs, chunks=_LABEL_CHUNKS)
     for level in range(levels):

@@ -283,8 +283,8 @@ def test_raw_chunks_that_are_not_stored_are_counted(tmp_path: Path, capsys: pyte
     (raw / "s0/0/1/1").unlink()
     (raw / "s0/1/1/1").unlink()
     crop1, crop2 = Catalog.open(str(tmp_path)).crops()
-    assert crop1.missing_raw(crop1.grid) == (0, 1, None)
-    assert crop2.missing_raw(crop2.grid) == (1, 4, str(raw / "s0/0/1/1"))
+    assert crop1.raw_source.missing_chunks(crop1.grid) == (0, 1, None)
+    assert crop2.raw_source.missing_chunks(crop2.grid) == (1, 4, str(raw / "s0/0/1/1"))
     (dataset,) = summarize(str(tmp_path))["datasets"]
     assert dataset["raw_chunks"] == {"missing": 1, "total": 5}
     assert dataset["crops"][1]["raw_chunks"] == {"missing": 1, "total": 4, "first_missing": "s0/0/1/1"}
@@ -329,8 +329,8 @@ def test_a_root_on_s3_reads_like_one_on_disk(tmp_path: Path) -> None:
                 other.box,
                 list(other.labels),
             )
-            missing, total, first = one.missing_raw(one.grid)
-            assert (missing, total) == other.missing_raw(other.grid)[:2] == (1, 1)
+            missing, total, first = one.raw_source.missing_chunks(one.grid)
+            assert (missing, total) == other.raw_source.missing_chunks(other.grid)[:2] == (1, 1)
             assert first == "s3://public/root/set-a/set-a.zarr/recon-1/em/fibsem-uint8/s0/0/0/0"
             for name, label in one.labels.items():
                 assert label.annotation == other.labels[name].annotation

@@ -73,7 +73,7 @@ def test_what_comes_is_what_is_there_and_enough_to_read_raw_and_labels(
     expected, all_inside = theirs.raw_source.read_raw(grid)
     assert np.array_equal(inside, all_inside)
     assert np.array_equal(values, expected)
-    assert mine.missing_raw(grid)[0] == 0
+    assert mine.raw_source.missing_chunks(grid)[0] == 0
     ours, full = read_labels(mine, ["mito"], grid), read_labels(theirs, ["mito"], grid)
     assert np.array_equal(ours.present, full.present)
     assert np.array_equal(ours.known, full.known)

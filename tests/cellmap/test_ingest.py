@@ -313,7 +313,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([*label, "--labels", f"mito={good}", "--known", str(tmp_path / "small.npy")], "must have the labels' shape"),
         ([*label, "--labels", f"mito={good}", "--crop", "left"], "a crop's name is"),
         ([*label, "--label-map", good, "--values", str(tmp_path / "bad.csv")], "line 2"),
-        ([*label, "--label-map", good], "go together"),
+        ([*label, "--label-map", good], "--label-map needs --values"),
         (["ingest", str(root), "--dataset", "mine2", "--labels", f"mito={good}"], "did you mean 'mine'"),
     ]
     capfd.readouterr()

@@ -14,6 +14,7 @@ from connectomics.cellmap.label_codes import LabelCodes, LabelStates, StateTable
 from connectomics.cellmap.labels import read_labels, vote_ids
 from connectomics.errors import InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
+from tests.cellmap.plain_labels import restricted, volume_of
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw
 
 FINE = VoxelGrid((2.62, 2.0, 2.0), (101.31, 51.0, 51.0), (24, 28, 30))
@@ -169,14 +170,14 @@ def test_codes_with_objects_are_taken_apart_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(row[2:-2, 2:-2, 2:-2], ids_of(crop, name, FINE))
     again = LabelStates.from_array(names, told.states.to_array(), names[1:])
     np.testing.assert_array_equal(again.numbers, told.states.numbers)
-    volume = told.volume()
+    volume = volume_of(told)
     assert volume.ids is not None
     back = LabelCodes.of(volume)
     np.testing.assert_array_equal(back.ids(), ids)
     where = np.zeros(grid.shape, bool)
     where[:, 5:9] = True
-    for restricted in (told.restricted(where), LabelCodes.of(volume.restricted(where))):
-        np.testing.assert_array_equal(restricted.ids(), np.where(where, ids, -1))
+    for part in (told.restricted(where), LabelCodes.of(restricted(volume, where))):
+        np.testing.assert_array_equal(part.ids(), np.where(where, ids, -1))
 
 
 def test_large_ids_are_numbered_anew_and_small_ones_stay() -> None:

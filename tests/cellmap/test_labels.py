@@ -20,6 +20,7 @@ from connectomics.data.sampling import foreground_points
 from connectomics.errors import InputError, MetadataError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.pipeline.hold_out import hold_out
+from tests.cellmap.plain_labels import counts, dense
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 NAMES = ("mito_mem", "mito_lum", "mito_ribo", "mito", "er_mem", "er_lum", "er", "np_out", "np", "cyto")
@@ -132,9 +133,9 @@ def test_sparse_sections_keep_positives_and_negatives_alike(tmp_path: Path) -> N
     write_raw(tmp_path, "set-a", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
     write_label(tmp_path, "set-a", "crop1", "mito", values, grid_of((8, 8, 8)), unknown=255)
     labels = read_labels(Catalog.open(str(tmp_path)).crop("set-a", "crop1"), ["mito"], grid_of((4, 4, 4), voxel=16.0))
-    assert labels.counts("mito") == {"present": 32, "absent": 32, "unknown": 0}
+    assert counts(labels, "mito") == {"present": 32, "absent": 32, "unknown": 0}
     labels = read_labels(Catalog.open(str(tmp_path)).crop("set-a", "crop1"), ["mito"], grid_of((2, 2, 2), voxel=32.0))
-    assert labels.counts("mito") == {"present": 4, "absent": 4, "unknown": 0}
+    assert counts(labels, "mito") == {"present": 4, "absent": 4, "unknown": 0}
 
 
 def test_a_class_without_an_array_is_unknown_not_absent(tmp_path: Path) -> None:
@@ -233,8 +234,8 @@ def test_more_than_64_classes_take_a_second_word(tmp_path: Path) -> None:
     names = sorted(CLASSES)
     labels = read_labels(crop, names, grid_of((4, 4, 4)))
     assert labels.present.shape[0] == 2
-    dense, known = labels.dense(["er_mem_all", "vacuole"])
-    assert dense[0].all()
+    filled, known = dense(labels, ["er_mem_all", "vacuole"])
+    assert filled[0].all()
     assert known[0].all()
     assert not known[1].any()
     with pytest.raises(UnknownNameError, match="er_mem_all"):

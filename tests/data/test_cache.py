@@ -29,6 +29,8 @@ from connectomics.data.volumes import CropVolume
 from connectomics.errors import CorruptDataError, InputError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.normalization import Normalization
+from tests.cellmap.plain_labels import counts
+from tests.cellmap.plain_labels import volume_of as decoded
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
 from tests.s3_server import FolderServer
@@ -89,7 +91,7 @@ def test_cache_gives_what_plain_reading_gives(fractional_root: Path, tmp_path: P
     rng = np.random.default_rng(0)
     for _ in range(12):
         grid = plain.grid.crop(rng.integers(-40, 40, 3), (12, 16, 20))  # some past the context, past raw, past the crop
-        labels = plain.label_codes(grid).volume(), cached.label_codes(grid).volume()
+        labels = decoded(plain.label_codes(grid)), decoded(cached.label_codes(grid))
         np.testing.assert_array_equal(labels[0].present, labels[1].present)
         np.testing.assert_array_equal(labels[0].known, labels[1].known)
         for a, b in zip((*plain.read_raw(grid), *plain.read_labels(grid)),
@@ -177,7 +179,7 @@ def test_more_than_256_states_and_64_classes(many_states: tuple[Path, tuple[str,
         np.testing.assert_array_equal(a, b)
     assert cached.counts is not None
     for name in (names[0], names[69]):
-        assert cached.counts[name] == plain.decode_labels(plain.grid).counts(name)
+        assert cached.counts[name] == counts(plain.decode_labels(plain.grid), name)
 
 
 # -- where classes are -----------------------------------------------------------------------------------------------

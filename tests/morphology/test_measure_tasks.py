@@ -197,7 +197,7 @@ def test_the_verbs_take_an_engine_and_say_what_they_would_do(
     assert not (tmp_path / "out").exists()
     assert main([*words, "engine.workers=2"]) == 0
     assert main([*words, "model.name=unet"]) == 1
-    assert "only engine.key=value" in capsys.readouterr().err
+    assert "expected engine.key=value" in capsys.readouterr().err
     again = tmp_path / "again.json"
     data = json.loads((tmp_path / "out/mito.task.json").read_text())
     again.write_text(json.dumps({**data, "output": str(tmp_path / "again/mito.csv")}))

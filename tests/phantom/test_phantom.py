@@ -81,7 +81,7 @@ def test_every_voxel_has_one_atom_and_groups_are_unions(scene: Scene) -> None:
 def test_objects_keep_their_id_and_do_not_touch(scene: Scene) -> None:
     grid = VoxelGrid.covering(scene.box, (8.0, 8.0, 8.0))
     part = scene.render(grid, raw=False)
-    half = scene.instances(grid.crop((20, 0, 10), (30, 80, 40)), "mito")
+    half = scene.instances_of(scene.render(grid.crop((20, 0, 10), (30, 80, 40)), raw=False), "mito")
     for name in ("mito", "ld", "np", "cell"):
         ids = scene.instances_of(part, name)
         assert np.array_equal(ids > 0, class_mask(part.atoms, name))
@@ -92,7 +92,7 @@ def test_objects_keep_their_id_and_do_not_touch(scene: Scene) -> None:
     assert np.array_equal(mito[20:50, :, 10:50], half)
     assert len(np.unique(mito)) - 1 >= 4
     with pytest.raises(InputError, match="no instances"):
-        scene.instances(grid.crop((0, 0, 0), (2, 2, 2)), "er")
+        scene.instances_of(part, "er")
 
 
 def test_membranes_are_dark_and_textures_overlap(scene: Scene) -> None:
@@ -151,7 +151,7 @@ def test_raw_is_the_scene(info: PhantomInfo) -> None:
         stored = zarr.open_array(str(where), mode="r")
         check_reader(Multiscale.open(where.parent), stored[...])
         block = plan.raw.crop((60, 70, 31), (20, 33, 40))
-        assert np.array_equal(stored[60:80, 70:103, 31:71], plan.scene().raw(block))
+        assert np.array_equal(stored[60:80, 70:103, 31:71], plan.scene().render(block).raw)
 
 
 def test_label_voxels_start_at_raw_faces(info: PhantomInfo) -> None:
