@@ -17,21 +17,16 @@ from connectomics.io.mirror import Extent, take
 class CropArrays:
     """Raw and labels of (a part of) a crop; lattice index 0 is the first voxel of the crop's own grid, z y x.
 
-    Attributes:
-        raw: uint8 (D, H, W). raw_begin: lattice index of ``raw[0, 0, 0]``.
-        inside: bool (D, H, W), False where there is no raw; None if there is raw everywhere in the block.
-        codes: uint8, uint16 or uint32 (d, h, w), rows of ``states``. codes_begin: lattice index of ``codes[0, 0, 0]``.
-        states: what the codes mean. Beyond ``codes`` everything is unknown (state 0); beyond ``raw`` there is no raw.
-        fill: image value, on the unit scale, where there is no raw: the mean of tissue.
+    Beyond ``codes`` everything is unknown (state 0); beyond ``raw`` there is no raw.
     """
 
-    raw: NDArray[np.uint8]
-    raw_begin: Index
-    inside: NDArray[np.bool_] | None
-    codes: NDArray[np.unsignedinteger]
-    codes_begin: Index
-    states: LabelStates
-    fill: float = 0.0
+    raw: NDArray[np.uint8]  # (D, H, W)
+    raw_begin: Index  # lattice index of raw[0, 0, 0]
+    inside: NDArray[np.bool_] | None  # (D, H, W), False where there is no raw; None if there is raw everywhere
+    codes: NDArray[np.unsignedinteger]  # uint8, uint16 or uint32 (d, h, w), rows of states
+    codes_begin: Index  # lattice index of codes[0, 0, 0]
+    states: LabelStates  # what the codes mean
+    fill: float = 0.0  # image value, on the unit scale, where there is no raw: the mean of tissue
 
     def mirrored(self, extent: Extent, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
         """Return arrays whose raw covers lattice indices ``lo`` to ``hi`` (exclusive), mirrored where the volume ends.

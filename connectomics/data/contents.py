@@ -26,17 +26,11 @@ _ENOUGH = 2**18  # voxels of a coarser level that say how many there are
 
 @dataclass(frozen=True)
 class Content:
-    """What is annotated in one crop of the classes of a run.
+    """What is annotated in one crop of the classes of a run."""
 
-    Attributes:
-        known: annotated volume, nm^3, of the array with the most known voxels.
-        present: by class, volume annotated as present, nm^3; a class without an array has that of its atoms.
-        absent: classes that are known to be absent somewhere, or may be by what other classes say.
-    """
-
-    known: float
-    present: Mapping[str, float]
-    absent: frozenset[str]
+    known: float  # annotated volume, nm^3, of the array with the most known voxels
+    present: Mapping[str, float]  # by class, volume annotated as present, nm^3; without an array that of its atoms
+    absent: frozenset[str]  # classes known to be absent somewhere, or that may be by what other classes say
 
 
 class LabelCounter:

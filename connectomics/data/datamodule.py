@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog
@@ -86,13 +87,18 @@ class CellMapDataModule(pl.LightningDataModule):
         crops = Catalog.open(cfg.dataset.data_root, store).crops(
             cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
         )
-        file = self._split_file()
-        self.split, train, val = run_split(cfg, crops, file, self._counter())
+        file = self.run_dir / "split.yaml" if self.run_dir else None
+        if cfg.dataset.split_file:
+            file = Path(cfg.dataset.split_file)
+        options = patch_options(cfg)
+        folder = cache_folder(options.cache, options.cache_dir)  # counts are kept beside decoded crops
+        counter = LabelCounter(None if folder is None else folder / "counts")
+        self.split, train, val = run_split(cfg, crops, file, counter)
         if file is not None and not file.is_file() and _is_first_process():
             self.split.save(file)
         self.normalization = of_crops(cfg, [*train, *val])
         normalizations = {name: chosen.normalization for name, chosen in self.normalization.items()}
-        options = replace(patch_options(cfg), normalizations=normalizations)
+        options = replace(options, normalizations=normalizations)
         self._train = run_dataset(cfg, train, "train", options)
         self._val = run_dataset(cfg, seen_parts(cfg, val), "val", options)
         prepare(
@@ -102,18 +108,6 @@ class CellMapDataModule(pl.LightningDataModule):
             progress=self.progress,
         )
         check_known(self._train.volumes)
-
-    def _split_file(self) -> Path | None:
-        """The split file that is read, or written if it does not exist."""
-        if self.config.dataset.split_file:
-            return Path(self.config.dataset.split_file)
-        return self.run_dir / "split.yaml" if self.run_dir else None
-
-    def _counter(self) -> LabelCounter:
-        """Label voxel counts are kept beside decoded crops, if those are kept."""
-        options = patch_options(self.config)
-        folder = cache_folder(options.cache, options.cache_dir)
-        return LabelCounter(None if folder is None else folder / "counts")
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property
@@ -171,18 +165,12 @@ class CellMapDataModule(pl.LightningDataModule):
             workers=workers,
             start=data.worker_start,
             persistent=data.persistent_workers,
-            pin_memory=data.pin_memory and _has_cuda(),
+            pin_memory=data.pin_memory and torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches of one `CropVolume`, each process its share."""
         return DataLoader(ValidationCrops(self.val_volumes, *self._place()), batch_size=1, collate_fn=list)
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _is_first_process() -> bool:

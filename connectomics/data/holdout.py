@@ -77,14 +77,8 @@ def held_out_groups(
         unseen = (chosen @ there == 0).sum(axis=1)
         lost = ((1 - chosen) @ there == 0).sum(axis=1)
         empty = ~sides.any(axis=1) | sides.all(axis=1)
-        return (
-            4 * too_much
-            + off[:, 0]
-            + off[:, 1:].sum(axis=1) / max(1, off.shape[1] - 1)
-            + unseen
-            + 10 * lost
-            + 1e6 * empty
-        )
+        of_classes = off[:, 1:].sum(axis=1) / max(1, off.shape[1] - 1)
+        return 4 * too_much + off[:, 0] + of_classes + unseen + 10 * lost + 1e6 * empty
 
     best = np.zeros(len(known), bool)
     for number in rng.permutation(spare):

@@ -43,8 +43,7 @@ class PatchLoader(DataLoader[Any]):
     """Batches of a data set in the order of a `PatchSampler`; the last, incomplete batch of an epoch is dropped.
 
     The sequence of batches depends only on the sampler, not on the number of workers, how they start, or interruptions.
-    `state_dict` holds how many batches of the epoch were delivered; Lightning stores it in checkpoints. After
-    `load_state_dict` the next iteration begins at the next batch.
+    Lightning stores `state_dict` in checkpoints; after `load_state_dict` the next iteration begins at the next batch.
 
     Raises, while iterating:
         WorkerError: a worker was killed or crashed; noticed within about five seconds.
@@ -241,9 +240,8 @@ def _begin_worker(number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends workers
     torch.set_num_threads(1)
-    # Tensors travel as descriptors of unnamed shared memory, so nothing stays in /dev/shm however a process ends. The
-    # other strategy, file_system, leaves names there when a worker and its torch_shm_manager are killed; it needs no
-    # descriptor per tensor, but there are few of these, and the limit is raised.
+    # Tensors travel as descriptors of unnamed shared memory, so nothing stays in /dev/shm however a process ends
+    # (the strategy file_system leaves names there when a worker and its torch_shm_manager are killed).
     torch.multiprocessing.set_sharing_strategy("file_descriptor")
     _raise_descriptor_limit()
 

@@ -35,8 +35,7 @@ log = logging.getLogger(__name__)
 ALL = "*"  # stands for every data set in ``data.normalization``
 _PERCENTILES = (0.5, 99.5)
 _EDGE = 32  # voxels of a sampled block
-_VOXELS = 1 << 20  # voxels that are sampled of a data set,
-_BLOCKS = 256  # in at most so many blocks, each within one chunk
+_VOXELS, _BLOCKS = 1 << 20, 256  # voxels sampled of a data set, in at most so many blocks, each within one chunk
 _FEW = 1 << 12  # voxels; fewer say too little of a volume
 _LEAST_STD = 0.05  # of tissue, on the unit scale
 

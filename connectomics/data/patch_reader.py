@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from connectomics.data.arrays import CropArrays
 from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, sample
 from connectomics.data.patches import PackedPatch
-from connectomics.data.sampling import PatchRequest, place_known, place_patch, tilings
+from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
 
@@ -27,10 +27,8 @@ class PatchShape(NamedTuple):
 def context_needed(crop: Sequence[int], patch: Sequence[int], reach: Sequence[float], scale: Sequence[float]) -> Index:
     """Return how many voxels of raw around a crop an input can look at.
 
-    Args:
-        crop: the crop's shape in voxels of the run. patch: the patch shape, which decides where its center can lie.
-        reach: how far from its center an input looks, in voxels of the input.
-        scale: voxels of the input per voxel of the run.
+    ``crop``, ``patch``: shapes in voxels of the run. ``reach``: how far from its center an input looks, in its own
+    voxels. ``scale``: voxels of the input per voxel of the run.
     """
     needed = []
     for n, p, r, s in zip(crop, patch, reach, scale, strict=True):
@@ -94,15 +92,12 @@ class PatchReader:
     def draw(self, request: PatchRequest) -> tuple[VoxelGrid, CoordinateMap, np.random.Generator]:
         """Return where the patch of a request is, its spatial augmentation, and its random stream after both."""
         volume, rng = self.volumes[request.index], np.random.default_rng(request.seed)
-        if self.min_known <= 0:
-            grid = place_patch(volume.grid, self.shape.voxels, request.point, rng)
-        else:
 
-            def known_share(grid: VoxelGrid) -> float:
-                codes = volume.label_codes(grid)
-                return float(np.take(codes.states.known.any(axis=1), codes.codes).mean())
+        def known_share(grid: VoxelGrid) -> float:
+            codes = volume.label_codes(grid)
+            return float(np.take(codes.states.known.any(axis=1), codes.codes).mean())
 
-            grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
+        grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
         spatial = None if self.augmentor is None else self.augmentor.spatial

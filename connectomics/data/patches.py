@@ -23,33 +23,22 @@ from connectomics.io.normalization import Normalization
 
 @dataclass(frozen=True)
 class PackedPatch:
-    """One training patch.
+    """One training patch."""
 
-    Attributes:
-        images: float32 (1, D, H, W) on the unit scale, 0 to 1: the main input, then those of ``data.inputs``.
-        codes: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 means that nothing is known.
-        states: what the codes mean.
-        grid: where the patch was before augmentation, nm.
-        crop: number of the crop in its data set.
-        seed: random seed for augmentation on the device.
-        drawn_by: what the sampler drew it for. augmentation: the spatial augmentation, for display.
-        normalization: of the raw volume; images are centered after augmentation.
-        instances: classes with object IDs.
-        ids: int32 (I, D, H, W), for each of ``instances`` the object at a voxel: 1 to 2^24, 0 where the class is known
-            to be absent, -1 where the class or the object is unknown. IDs are only valid within one class and one
-            patch. None without ``instances``.
-    """
-
+    #: float32 (1, D, H, W) on the unit scale, 0 to 1: the main input, then those of ``data.inputs``
     images: tuple[NDArray[np.float32], ...]
+    #: uint8, uint16 or uint32 (D, H, W), rows of ``states``; state 0 means that nothing is known
     codes: NDArray[np.unsignedinteger]
-    states: LabelStates
-    grid: VoxelGrid
-    crop: int
-    seed: int
-    drawn_by: str = ""
-    normalization: Normalization = Normalization()  # noqa: RUF009 (frozen)
-    augmentation: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    instances: tuple[str, ...] = ()
+    states: LabelStates  # what the codes mean
+    grid: VoxelGrid  # where the patch was before augmentation, nm
+    crop: int  # number of the crop in its data set
+    seed: int  # random seed for augmentation on the device
+    drawn_by: str = ""  # what the sampler drew it for
+    normalization: Normalization = Normalization()  # noqa: RUF009 (frozen); images are centered after augmentation
+    augmentation: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # the spatial augmentation, for display
+    instances: tuple[str, ...] = ()  # classes with object IDs
+    #: int32 (I, D, H, W), for each of ``instances`` the object at a voxel: 1 to 2^24, 0 where the class is known to be
+    #: absent, -1 where the class or the object is unknown; only valid within one class and one patch
     ids: NDArray[np.int32] | None = None
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:

@@ -49,13 +49,16 @@ def run_split(
     train, val = split.select(usable, where)
     if not train:
         raise InputError("the split leaves no crop to train on; lower the share of validation or edit the split file")
-    for warning in check_leaks(train, val, where, margin):
-        log.warning(warning)
-    contents = [content_of(crop, classes, counter) for crop in train]
-    for warning in check_states(contents, classes):
-        log.warning(warning)
-    held = [content_of(crop, classes, counter) for crop in val]
-    for warning in _without_positives(held, classes) if val else []:
+    contents, held = ([content_of(crop, classes, counter) for crop in side] for side in (train, val))
+    warnings = [*check_leaks(train, val, where, margin), *check_states(contents, classes)]
+    if val:
+        warnings += [
+            f"class {name} has no positives in the validation crops: its validation scores say nothing, and the best "
+            "checkpoint is chosen without it"
+            for name in classes
+            if not any(content.present[name] > 0 for content in held)
+        ]
+    for warning in warnings:
         log.warning(warning)
     volumes = [sum(content.known for content in side) for side in (contents, held)]
     log.info(
@@ -105,15 +108,6 @@ def _make(config: RunConfig, crops: Sequence[Crop], contents: Sequence[Content],
     return folds[dataset.held_out[0]]
 
 
-def _without_positives(contents: Sequence[Content], classes: Sequence[str]) -> list[str]:
-    return [
-        f"class {name} has no positives in the validation crops: its validation scores say nothing, and the best "
-        "checkpoint is chosen without it"
-        for name in classes
-        if not any(content.present[name] > 0 for content in contents)
-    ]
-
-
 # -- labels that are too coarse ----------------------------------------------------------------------------------------
 def _fine_labels(crop: Crop, config: RunConfig) -> Crop | None:
     """The crop without labels that are too coarse for the run; None if no class of the run is left."""
@@ -131,7 +125,7 @@ def _is_coarse(crop: Crop, label: LabelArray, config: RunConfig) -> bool:
     limits = [_COARSEST * size * (1 + 1e-6) for size in config.dataset.voxel_size]
     sizes = label.grid.voxel_size
     if all(size <= limit for size, limit in zip(sizes, limits, strict=True)):
-        return False
+        return False  # without opening the raw
     raw = crop.raw_source.levels[0].grid.voxel_size
     over = zip(sizes, limits, raw, strict=True)
     return any(size > max(limit, finest * (1 + 1e-6)) for size, limit, finest in over)

@@ -32,34 +32,21 @@ _BLOCK = 256  # positions whose random numbers are drawn together
 
 @dataclass(frozen=True)
 class PatchRequest:
-    """One patch to read: its crop, a point it contains, and its random stream.
+    """One patch to read: its crop, a point it contains, and its random stream."""
 
-    Attributes:
-        index: index of the crop's volume in the data set.
-        point: a world position (nm, z y x) that the patch must contain, or None for a uniform place in the crop.
-        seed: random seed of the patch: its exact place and its augmentation.
-        drawn_by: ``class mito``, ``dataset``, ``volume`` or ``uniform``; empty if no sampler drew it.
-    """
-
-    index: int
-    point: Triple | None
-    seed: tuple[int, ...]
-    drawn_by: str = ""
+    index: int  # of the crop's volume in the data set
+    point: Triple | None  # world position (nm, z y x) that the patch must contain; None for a uniform place in the crop
+    seed: tuple[int, ...]  # random seed of the patch: its exact place and its augmentation
+    drawn_by: str = ""  # "class mito", "dataset", "volume" or "uniform"; empty if no sampler drew it
 
 
 @dataclass(frozen=True)
 class SampledCrop:
-    """What a sampler needs of a crop.
-
-    Attributes:
-        dataset: the data set's name.
-        volume: its size, in any unit (nm^3, voxels) that all crops share; > 0. Drawing by volume caps it (see
-            `connectomics.data.holdout.capped_shares`).
-        points: class -> world positions (n, 3), nm, where the class is present; empty or no key if it is not.
-    """
+    """What a sampler needs of a crop."""
 
     dataset: str
-    volume: float
+    volume: float  # in any unit that all crops share; > 0
+    #: class -> world positions (n, 3), nm, where the class is present; empty or no key if it is not
     points: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
@@ -137,7 +124,6 @@ def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
 
 
 def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[np.intp]], NDArray[np.float64]]:
-    """World positions of some of the voxels ``index`` (flat) of a block."""
     return lambda numbers: block.to_world(np.stack(np.unravel_index(index[numbers], block.shape), axis=-1))
 
 
@@ -201,29 +187,24 @@ def place_known(
 ) -> VoxelGrid:
     """Return a grid of `place_patch` with at least a share of known voxels, if the crop has such a place.
 
-    Draws up to ``tries`` places, the later half shifted inside the crop, and returns the first with ``known_share`` of
-    at least ``least``, or the best. For a crop smaller than the patch, ``least`` is relative to the largest possible
-    share.
-
-    Args:
-        known_share: share (0 to 1) of a grid's voxels at which something is known.
-        least: 0 to 1; 0 accepts the first place.
+    Draws up to ``tries`` places, the later half shifted inside the crop, and returns the first with a known share
+    of at least ``least`` (0 to 1; 0 accepts the first), or the best. For a crop smaller than the patch, ``least`` is
+    relative to the largest possible share.
     """
+    best = place_patch(lattice, shape, point, rng)
     if least <= 0:
-        return place_patch(lattice, shape, point, rng)
+        return best
     reachable = math.prod(min(n, p) / p for n, p in zip(lattice.shape, shape, strict=True))
-    best, most = None, -1.0
-    for number in range(tries):
+    most = known_share(best)
+    for number in range(1, tries):
+        if most >= least * reachable:
+            break
         grid = place_patch(lattice, shape, point, rng)
         if number >= tries // 2:
             grid = _inside(lattice, grid)
         share = known_share(grid)
-        if share >= least * reachable:
-            return grid
         if share > most:
             best, most = grid, share
-    if best is None:
-        raise InputError(f"tries must be at least 1, found {tries}")
     return best
 
 
@@ -294,8 +275,7 @@ class PatchSampler:
         """``crops`` in the order of the data set's volumes; ``length``: requests an epoch, of all processes together,
         rounded up so that each process has as many (else training hangs).
 
-        Raises `UnknownNameError` and `ConfigError` as `check_sampling`, and `ConfigError` where ``class`` is the only
-        strategy and no class with a weight is present anywhere.
+        Raises as `check_sampling`, and `ConfigError` if ``class`` is the only strategy and no such class is present.
         """
         if not crops or length < 1 or min(crop.volume for crop in crops) <= 0:
             raise InputError(f"a sampler needs crops with a volume and a length, found {len(crops)} crops, {length}")
@@ -331,7 +311,7 @@ class PatchSampler:
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch; the trainer calls it before each epoch."""
+        """Set the epoch; the trainer calls this before each epoch."""
         self._epoch = epoch
 
     def start_at(self, epoch: int, position: int) -> None:

@@ -29,8 +29,8 @@ _LARGE = 2.0  # of the wanted share: a group that is cut if whole groups do not 
 
 @dataclass(frozen=True)
 class Split:
-    """Entries of the training and the validation side: ``dataset/crop``, or ``dataset/crop:z0,y0,x0:z1,y1,x1`` for the
-    region of a crop between two corners (nm)."""
+    """Entries of both sides: ``dataset/crop``, or ``dataset/crop:z0,y0,x0:z1,y1,x1`` for a region between two corners
+    (nm)."""
 
     train: tuple[str, ...]
     val: tuple[str, ...]
@@ -144,8 +144,7 @@ def _near(crop: Crop, others: Sequence[Crop], margin: float | Triple) -> list[in
     same = [number for number, other in enumerate(others) if other.dataset == crop.dataset]
     if not same:
         return []
-    begin = np.array([others[number].box.begin for number in same])
-    end = np.array([others[number].box.end for number in same])
+    begin, end = np.array([(others[number].box.begin, others[number].box.end) for number in same]).swapaxes(0, 1)
     shared = np.minimum(end, crop.box.end) - np.maximum(begin, crop.box.begin) + np.asarray(margin)
     # rounding must not join crops that share a face
     return [same[n] for n in np.flatnonzero((shared > 1e-6).all(axis=1))]

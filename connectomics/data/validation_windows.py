@@ -29,16 +29,7 @@ class WindowShape:
 
     def count(self, grid: VoxelGrid) -> int:
         """Return the number of windows that a grid takes."""
-        if grid.size == 0:
-            return 0
-        return plan(
-            grid,
-            channels=1,
-            window=self.window,
-            overlap=self.overlap,
-            block_size=self.block_size,
-            context=self.context,
-        ).windows
+        return plan(grid, channels=1, **vars(self)).windows if grid.size else 0
 
     def tile(self, voxel_size: Triple) -> Index:
         """Return the shape of the largest grid that takes one window, or the window itself if its context is larger."""

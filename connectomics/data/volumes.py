@@ -7,7 +7,7 @@ of voxels away from it, so a voxel is always the same piece of the world, read f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,27 +31,16 @@ RawBlock = tuple[NDArray[np.uint8], NDArray[np.bool_]]  # values, and where ther
 
 @dataclass(frozen=True)
 class CropVolume:
-    """Raw and labels of one crop on the run's lattice.
-
-    Attributes:
-        crop: what is read.
-        classes: in channel order.
-        voxel_size: the run's voxel size, nm, z y x.
-        normalization: how raw becomes the network's input; None for 0..255 to 0..1 without centering (uint8 raw only).
-        cache: folder of the crop cache, or None to read from Zarr each time.
-        context: voxels of raw that the cache keeps around the crop.
-        allow_missing_raw: whether `check` accepts crops with missing raw chunks.
-        instances: those of ``classes`` that have object IDs.
-    """
+    """Raw and labels of one crop on the run's lattice."""
 
     crop: Crop
-    classes: tuple[str, ...]
-    voxel_size: Triple
-    normalization: Normalization | None = None
-    cache: Path | None = None
-    context: Index = field(default=(0, 0, 0))
-    allow_missing_raw: bool = False
-    instances: tuple[str, ...] = ()
+    classes: tuple[str, ...]  # in channel order
+    voxel_size: Triple  # the run's voxel size, nm, z y x
+    normalization: Normalization | None = None  # None for 0..255 to 0..1 without centering (uint8 raw only)
+    cache: Path | None = None  # folder of the crop cache; None reads from Zarr each time
+    context: Index = (0, 0, 0)  # voxels of raw that the cache keeps around the crop
+    allow_missing_raw: bool = False  # whether `check` accepts crops with missing raw chunks
+    instances: tuple[str, ...] = ()  # those of classes that have object IDs
 
     @property
     def name(self) -> str:
@@ -102,9 +91,8 @@ class CropVolume:
         none, ``lo`` to ``lo``."""
         low = [max(int(b), r) for b, r in zip(lo, self.raw_extent.low, strict=True)]
         high = [min(int(h), r) for h, r in zip(hi, self.raw_extent.high, strict=True)]
-        if any(h <= b for b, h in zip(low, high, strict=True)):
-            return [int(b) for b in lo], [int(b) for b in lo]
-        return low, high
+        is_empty = any(h <= b for b, h in zip(low, high, strict=True))
+        return ([int(b) for b in lo],) * 2 if is_empty else (low, high)
 
     # -- the cache ---------------------------------------------------------------------------------------------------
     @cached_property
@@ -165,10 +153,8 @@ class CropVolume:
         whole = None if inside.all() else inside
         if kept is not None:
             return replace(kept, raw=raw, raw_begin=begin, inside=whole)
-        first = [min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True)]
-        last = [max(b, min(int(h), n)) for b, h, n in zip(first, hi, self.grid.shape, strict=True)]
-        labels = self._decode_codes(self.grid.crop(first, [e - b for b, e in zip(first, last, strict=True)]))
-        return CropArrays(raw, begin, whole, labels.codes, (first[0], first[1], first[2]), labels.states, fill)
+        first, labels = self._decode_codes(lo, hi)
+        return CropArrays(raw, begin, whole, labels.codes, first, labels.states, fill)
 
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Return raw as uint8 0..255 on a grid of this lattice (0 where there is none), and where there is raw."""
@@ -210,19 +196,19 @@ class CropVolume:
         if cached is not None:
             kept = cached.arrays()
             return LabelCodes(grid, _cut(kept.codes, kept.codes_begin, begin, grid.shape), kept.states)
-        first = [min(max(0, b), n) for b, n in zip(begin, self.grid.shape, strict=True)]
-        last = [max(b, min(e, n)) for b, e, n in zip(first, end, self.grid.shape, strict=True)]
-        shape = [e - b for b, e in zip(first, last, strict=True)]
-        labels = self._decode_codes(self.grid.crop(first, shape))
-        if tuple(shape) == grid.shape:
-            return LabelCodes(grid, labels.codes, labels.states)
-        return LabelCodes(grid, _cut(labels.codes, first, begin, grid.shape), labels.states)
+        first, labels = self._decode_codes(begin, end)
+        codes = labels.codes if labels.codes.shape == grid.shape else _cut(labels.codes, first, begin, grid.shape)
+        return LabelCodes(grid, codes, labels.states)
 
-    def _decode_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """`label_codes` from Zarr, on a grid within the crop."""
+    def _decode_codes(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[Index, LabelCodes]:
+        """Label codes from Zarr of the part of lattice indices ``lo`` to ``hi`` in the crop, and where it begins."""
+        z, y, x = (min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True))
+        shape = [max(0, min(int(h), n) - b) for b, h, n in zip((z, y, x), hi, self.grid.shape, strict=True)]
+        grid = self.grid.crop((z, y, x), shape)
         if not self.classes or grid.size == 0:
-            return LabelCodes(grid, np.zeros(grid.shape, np.uint8), StateTable(self.classes, self.instances).states)
-        return LabelCodes.of(self.decode_labels(grid))
+            empty = np.zeros(grid.shape, np.uint8)
+            return (z, y, x), LabelCodes(grid, empty, StateTable(self.classes, self.instances).states)
+        return (z, y, x), LabelCodes.of(self.decode_labels(grid))
 
     def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
         """Return `read_image` on a grid of any voxel size, from Zarr."""

@@ -1,8 +1,7 @@
 """Labels of a batch as a loss takes them: class by class.
 
-With one array per class (`DenseLabels`), 48 classes of two 128^3 patches are 800 MB of floats, most of them zero.
-`PackedLabels` holds one small number per voxel and a table of what the number means, 4 MB for the same patches; a
-class is unpacked only while a loss reads it.
+`DenseLabels` has one array per class: 800 MB for 48 classes of two 128^3 patches. `PackedLabels` has one small number
+per voxel and a table of what it means, 4 MB for the same patches; a class is unpacked only while a loss reads it.
 """
 
 from __future__ import annotations
@@ -71,11 +70,6 @@ class Labels(ABC):
         """Number of classes."""
         return self.shape[1]
 
-    @property
-    def spatial_shape(self) -> tuple[int, int, int]:
-        """(D, H, W)."""
-        return self.shape[2:]
-
     def dense(self) -> DenseLabels:
         """Return the labels with one array per class."""
         label, known = zip(*(self.of(channel) for channel in range(self.channels)), strict=True)
@@ -84,15 +78,10 @@ class Labels(ABC):
 
 @dataclass(frozen=True, eq=False)
 class DenseLabels(Labels):
-    """Labels with one array per class.
+    """Labels with one array per class."""
 
-    Attributes:
-        label: float32 (B, C, D, H, W), 0..1; anything where unknown.
-        known: bool (B, C, D, H, W).
-    """
-
-    label: Tensor
-    known: Tensor
+    label: Tensor  # float32 (B, C, D, H, W), 0..1; anything where unknown
+    known: Tensor  # bool (B, C, D, H, W)
 
     def __post_init__(self) -> None:
         if self.label.ndim != 5 or self.label.shape != self.known.shape or self.known.dtype != torch.bool:
@@ -116,16 +105,12 @@ class DenseLabels(Labels):
 class PackedLabels(Labels):
     """Labels as one code per voxel: class c is present at voxel (z, y, x) of sample b if
     ``present[b, c, codes[b, z, y, x]]`` and known if ``known[b, c, codes[b, z, y, x]]``.
-
-    Attributes:
-        codes: uint8, int16 or int32 (B, D, H, W), from 0 to K - 1. Checked only in host memory, because a check on a
-            GPU would make the host wait: check a batch before it is moved.
-        present, known: bool (B, C, K).
     """
 
+    #: uint8, int16 or int32 (B, D, H, W), from 0 to K - 1; checked in host memory only: a GPU would make the host wait
     codes: Tensor
-    present: Tensor
-    known: Tensor
+    present: Tensor  # bool (B, C, K)
+    known: Tensor  # bool (B, C, K)
 
     def __post_init__(self) -> None:
         tables = self.present.shape
@@ -156,17 +141,14 @@ class PackedLabels(Labels):
     def _places(self) -> Tensor:
         """int32 (voxels of all samples,): place of a voxel's state in the concatenated tables of all samples.
 
-        32 bits need half the memory of 64 and are as fast; computed once for all classes.
+        Computed once for all classes.
         """
         first = torch.arange(self.batch, dtype=torch.int32, device=self.device) * self.present.shape[2]
         return (self.codes.reshape(self.batch, -1) + first[:, None]).reshape(-1)
 
     def of(self, channel: int) -> tuple[Tensor, Tensor]:
-        """Return label and known of a class, (B, D, H, W): two look-ups in tables of B K numbers.
-
-        ``index_select`` of a flat index is torch's fastest look-up on a CPU (2.6 ms for two 128^3 patches on one core;
-        ``take`` 6, indexing 9 to 18, ``embedding`` 11).
-        """
+        """Return label and known of a class, (B, D, H, W): two look-ups in tables of B K numbers."""
+        # index_select of a flat index is torch's fastest look-up on a CPU
         label = self.present[:, channel].reshape(-1).float().index_select(0, self._places)
         known = self.known[:, channel].reshape(-1).index_select(0, self._places)
         return label.view(self.codes.shape), known.view(self.codes.shape)
@@ -180,10 +162,9 @@ class PackedLabels(Labels):
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Labels:
-    """Return the labels of a batch of a loader.
+    """Return the labels of a batch: ``codes``, ``present`` and ``known_states``, or ``label`` and ``known``.
 
-    ``codes`` (B, D, H, W) with ``present`` and ``known_states`` (B, C, K) are packed labels, ``label`` and ``known``
-    (B, C, D, H, W) dense ones. Raises `InputError` if neither are there or they do not fit each other.
+    Raises `InputError` if neither are there or they do not fit each other.
     """
     if {"codes", "present", "known_states"} <= batch.keys():
         return PackedLabels(batch["codes"], batch["present"], batch["known_states"])

@@ -1,13 +1,11 @@
 """Networks that see the same place at several voxel sizes (``data.inputs``).
 
-A further input has the center of the patch, and its own voxel size and shape: usually coarser and wider, so that a
-voxel is classified with more context than a patch at full resolution can hold. There are two ways to use it:
+A further input has the center of the patch, and its own voxel size and shape: usually coarser and wider.
 
-- `EncodedInputs`: a small encoder for each input. Its features are cropped to the world box of the patch,
-  interpolated onto the voxels of the patch and concatenated to the image, so that all channels of a voxel are of the
-  same place.
-- `StackedInputs`: inputs as further channels, voxel by voxel, with as many voxels as the patch. Only their centers
-  coincide, and the network must learn the rest. It costs nothing except a wider first layer.
+- `EncodedInputs`: a small encoder for each input, whose features are interpolated onto the voxels of the patch and
+  concatenated to the image, so that all channels of a voxel are of the same place.
+- `StackedInputs`: inputs as further channels, voxel by voxel. Only their centers coincide, and the network must learn
+  the rest. It costs nothing except a wider first layer.
 """
 
 from __future__ import annotations
@@ -61,10 +59,11 @@ class EncodedInputs(nn.Module):
     def forward(self, image: Tensor, *inputs: Tensor) -> Tensor | list[Tensor]:
         """Return the logits of an image (B, 1, D, H, W) with its inputs (B, 1, d, h, w) of the same center."""
         _check_number(inputs, len(self.ratios))
-        parts = [image]
-        for given, encoder, ratio in zip(inputs, self.encoders, self.ratios, strict=True):
-            parts.append(onto(encoder(given), image.shape[2:], ratio).to(image.dtype))
-        return self.network(torch.cat(parts, dim=1))
+        features = [
+            onto(encoder(given), image.shape[2:], ratio).to(image.dtype)
+            for given, encoder, ratio in zip(inputs, self.encoders, self.ratios, strict=True)
+        ]
+        return self.network(torch.cat([image, *features], dim=1))
 
 
 class StackedInputs(nn.Module):

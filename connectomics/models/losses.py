@@ -5,24 +5,14 @@ independent sigmoid channel. For a batch of B samples and the run's C classes, t
 
     1 / (B C)  sum over samples b and classes c of  r_bc * loss_bc,    r_bc = min(1, 64 n_bc / N)
 
-where loss_bc is computed from the n_bc known voxels of class c in sample b (a mean over them or, for Dice and Tversky,
-a ratio of such means), and N is the number of voxels of a sample. This has the following consequences:
+where loss_bc is computed from the n_bc known voxels of class c in sample b, and N is the number of voxels of a sample.
+So an unknown class contributes 0 and leaves the other classes unchanged; the gradients of a batch are the mean of those
+of its parts (accumulation and data-parallel training give what one large batch gives); and what stands at an unknown
+voxel, even NaN, has no influence. If nothing is known, the loss is zero with zero gradients, still part of the graph.
 
-- B and C are fixed. An unknown class contributes 0 and leaves the other classes unchanged: the gradient of a class is
-  the same whether it is the only known class of the batch or all classes are known.
-- Everything is a mean over samples, including Dice, which is computed per sample. The gradients of a batch are
-  therefore the mean of the gradients of its parts, so accumulation and data-parallel training give what one large
-  batch gives.
-- A class has the same weight in every sample of which at least 1/64 is known (a cube with a quarter of the patch's
-  side). Below that share the weight decreases linearly, so a few known voxels do not count as much as a full patch.
-- A label or logit at an unknown voxel has no influence on the value or a gradient, even if it is NaN. If nothing is
-  known, the loss is zero with zero gradients; it remains part of the graph, so that data-parallel processes stay in
-  step.
-
-Deep supervision: label and known are downsampled together to the size of each coarser output. A coarse voxel is known
-if all of its fine voxels are known; its target is the *fraction* of them that is labeled, not a thresholded 0 or 1,
-which would erase membranes thinner than a coarse voxel. The formulas below therefore equal the usual ones for 0/1
-labels and have their minimum at prediction = target for fractions.
+For deep supervision, labels become the *fraction* of the fine voxels that is labeled: a threshold would erase membranes
+thinner than a coarse voxel. The formulas equal the usual ones for 0/1 labels and have their minimum at prediction =
+target for fractions. docs/labels.md explains all of this.
 
 To add a loss, write a frozen dataclass whose fields are its options, and register it with `register_loss`.
 """
@@ -96,8 +86,7 @@ class TverskyLoss(ClassLoss):
     """1 - TP / (TP + alpha FP + beta FN) (arXiv:1706.05721).
 
     With probability p and target y, TP is the mean over known voxels of min(p, y), FP of p - min(p, y), FN of
-    y - min(p, y): the usual p y for 0/1 labels, and minimal at p = y for fractions (arXiv:2303.16296). ``smooth``, a
-    share of the known voxels, is added to numerator and denominator; an absent and unpredicted class has loss 0.
+    y - min(p, y) (arXiv:2303.16296). ``smooth``, a share of the known voxels, is added to numerator and denominator.
     """
 
     alpha: NotNegative = 0.3
@@ -137,9 +126,8 @@ class BCEWithLogitsLoss(ClassLoss):
 class BalancedBCELoss(ClassLoss):
     """Binary cross entropy in which present and absent voxels have the same total weight.
 
-    Present voxels have the weight 1 / (2 s), absent ones 1 / (2 (1 - s)), where s is the share of the known voxels that
-    is present (a sum of fractions, for fractions). s is clamped to [``least``, 1 - ``least``], so that a few voxels do
-    not outweigh everything.
+    Present voxels have the weight 1 / (2 s), absent ones 1 / (2 (1 - s)), where s is the present share of the known
+    voxels, clamped to [``least``, 1 - ``least``], so that a few voxels do not outweigh everything.
     """
 
     least: Annotated[float, Field(strict=True, gt=0, le=0.5)] = 0.05
@@ -226,10 +214,9 @@ class MaskedLoss(nn.Module):
     the weights are divided by their sum over the sizes at which the class has known voxels, so that a small known
     region, which fills no coarse voxel, counts as much as the others.
 
-    Classes are processed one after another, so that labels are unpacked and intermediate values kept for one class at
-    a time. On a GPU, where starting so many small kernels takes longer than running them, several classes are
-    processed together. The gradient of a class is computed along with its value, so that the backward pass needs only
-    the gradient: 4 bytes per voxel and class, instead of about 20 for two losses. There is no second derivative.
+    Classes are processed one after another (on a GPU several at once), so that labels are unpacked for one class at a
+    time. The gradient of a class is computed along with its value: the backward pass needs 4 bytes per voxel and
+    class, instead of about 20 for two losses. There is no second derivative.
     """
 
     def __init__(self, losses: Mapping[str, ClassLoss], weights: Mapping[str, float]) -> None:
@@ -239,7 +226,7 @@ class MaskedLoss(nn.Module):
         self.at_once: int | None = None  # classes that are processed together; None: one, and several on a GPU
 
     def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
-        """Return the loss of a batch (see the module docstring), computed in float32 also under autocast.
+        """Return the loss of a batch, computed in float32 also under autocast.
 
         Args:
             logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
@@ -304,7 +291,7 @@ def _classes_at_once(labels: Labels) -> int:
     """Return how many classes are processed together on the device of the labels."""
     if labels.device.type == "cpu":
         return 1
-    return max(1, _LOGITS_ON_GPU // (labels.batch * math.prod(labels.spatial_shape)))
+    return max(1, _LOGITS_ON_GPU // (labels.batch * math.prod(labels.shape[2:])))
 
 
 def _labels_of(labels: Labels, some: slice) -> tuple[Tensor, Tensor]:

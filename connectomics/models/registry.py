@@ -49,36 +49,22 @@ def _stride_product(strides: Sequence[Any]) -> Multiple:
     return z, y, x
 
 
-def _halvings(times: int) -> Multiple:
-    return _per_axis(2**times)
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """One network of the registry.
+    """One network of the registry."""
 
-    Attributes:
-        description: one line for `pytc train --list-models`.
-        constructor: name of a class in ``monai.networks.nets``, or a function (see `register_model`). Its signature
-            gives the options.
-        defaults: options whose default differs from MONAI's, or that MONAI requires.
-        multiple: from all options to what the sides of a patch must be divisible by, z, y, x.
-        own_options: options that our wrapper reads in addition to the constructor's.
-        hidden: options of the constructor that have no use here.
-        deep_supervision: whether it can also return coarser logits.
-        fixed_size: whether it is built for one patch size.
-        idle: parts of the names of parameters that MONAI creates and never uses. They are frozen, because data-parallel
-            training waits for the gradient of every trainable parameter.
-    """
-
-    description: str
+    description: str  # one line for `pytc train --list-models`
+    #: name of a class in monai.networks.nets, or a function (see `register_model`); its signature gives the options
     constructor: str | Callable[..., nn.Module]
-    defaults: Mapping[str, Any]
+    defaults: Mapping[str, Any]  # options whose default differs from MONAI's, or that MONAI requires
+    #: from all options to what the sides of a patch must be divisible by, z, y, x
     multiple: Callable[[Mapping[str, Any]], Multiple]
-    own_options: tuple[str, ...] = ()
-    hidden: tuple[str, ...] = ()
-    deep_supervision: bool = False
-    fixed_size: bool = False
+    own_options: tuple[str, ...] = ()  # options that our wrapper reads in addition to the constructor's
+    hidden: tuple[str, ...] = ()  # options of the constructor that have no use here
+    deep_supervision: bool = False  # whether it can also return coarser logits
+    fixed_size: bool = False  # whether it is built for one patch size
+    #: parts of the names of parameters that MONAI creates and never uses; they are frozen, because data-parallel
+    #: training waits for the gradient of every trainable parameter
     idle: tuple[str, ...] = ()
 
 
@@ -95,7 +81,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "init_filters": 32,
             "use_residual_connection": True,
         },
-        lambda o: _halvings(len(o["blocks_down"]) if "blocks_down" in o else 4),
+        lambda o: _per_axis(2 ** (len(o["blocks_down"]) if "blocks_down" in o else 4)),
         own_options=("mednext_size", "mednext_kernel_size", "gradient_checkpointing"),
         hidden=("kernel_size",),
         deep_supervision=True,
@@ -110,16 +96,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         "plain U-Net with two convolutions a stage and max pooling",
         "BasicUNet",
         {"features": (32, 32, 64, 128, 256, 32)},
-        lambda o: _halvings(4),
+        lambda o: _per_axis(2**4),
     ),
     "dynunet": Architecture(
         "nnU-Net's U-Net: strides and kernels per stage, deep supervision",
         "DynUNet",
-        {
-            "kernel_size": (3, 3, 3, 3, 3),
-            "strides": (1, 2, 2, 2, 2),
-            "upsample_kernel_size": (2, 2, 2, 2),
-        },
+        {"kernel_size": (3, 3, 3, 3, 3), "strides": (1, 2, 2, 2, 2), "upsample_kernel_size": (2, 2, 2, 2)},
         lambda o: _stride_product(o["strides"]),
         deep_supervision=True,
     ),
@@ -127,7 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "residual encoder with a light decoder (BraTS 2018 winner without its autoencoder branch)",
         "SegResNet",
         {"init_filters": 16, "blocks_down": (1, 2, 2, 4)},
-        lambda o: _halvings(len(o["blocks_down"]) - 1),
+        lambda o: _per_axis(2 ** (len(o["blocks_down"]) - 1)),
     ),
     "attention_unet": Architecture(
         "U-Net whose skip connections are gated by attention",
@@ -139,7 +121,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "vision transformer encoder with a convolutional decoder; built for one patch size",
         "UNETR",
         {},
-        lambda o: _halvings(4),
+        lambda o: _per_axis(2**4),
         fixed_size=True,
         idle=("norm_cross_attn",),
     ),
@@ -154,7 +136,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "U-Net decoder on an EfficientNet or ResNet encoder (option backbone)",
         "FlexibleUNet",
         {"backbone": "efficientnet-b0"},
-        lambda o: _halvings(5),
+        lambda o: _per_axis(2**5),
         hidden=("pretrained",),  # MONAI has weights for two dimensions only
         idle=("encoder._conv_head", "encoder._bn1", "encoder._fc"),  # of EfficientNet, whose classifier is not there
     ),
@@ -162,7 +144,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "V-Net: residual stages of 5x5x5 convolutions",
         "VNet",
         {},
-        lambda o: _halvings(4),
+        lambda o: _per_axis(2**4),
         hidden=("dropout_prob",),  # deprecated in MONAI
     ),
 }

@@ -81,14 +81,10 @@ def affinities(ids: Tensor, offsets: Sequence[Sequence[int]]) -> tuple[Tensor, T
 
 @dataclass(frozen=True, eq=False)
 class AffinityLabels(Labels):
-    """Affinities computed one offset at a time, when a loss reads them: 5 bytes per voxel instead of 5 K.
+    """Affinities computed one offset at a time, when a loss reads them: 5 bytes per voxel instead of 5 K."""
 
-    Attributes:
-        ids: int32 (B, D, H, W). offsets: voxels, z y x, one per channel.
-    """
-
-    ids: Tensor
-    offsets: tuple[Index, ...]
+    ids: Tensor  # int32 (B, D, H, W)
+    offsets: tuple[Index, ...]  # voxels, z y x, one per channel
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
@@ -129,11 +125,10 @@ def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[T
 
     Known if neither an unknown voxel nor a face of the patch is nearer. Returns two (B, D, H, W), float32 and bool.
 
-    The squared distance is a sum over axes, so it is computed axis by axis, as in Felzenszwalb and Huttenlocher (Theory
-    of Computing 8, 2012), but with ids instead of two sets: a voxel s steps along the axis with the same id adds the
-    s steps to its best distance so far, and one with another id counts the s steps only. This is correct because the
-    first voxel on the way with another id is at least as near. Numbers are integers in fixed point, doubled, and odd
-    if the nearest voxel is unknown, so that at the same distance the known voxel wins.
+    The squared distance is computed axis by axis, as in Felzenszwalb and Huttenlocher (Theory of Computing 8, 2012),
+    but with ids instead of two sets: a voxel s steps away with the same id adds the s steps to its best distance so
+    far, one with another id counts the s steps only. Numbers are fixed point, doubled, and odd if the nearest voxel is
+    unknown, so that at the same distance the known voxel wins.
     """
     unknown = (ids < 0).int()
     best = torch.full_like(ids, 2 * _UNIT)

@@ -148,7 +148,9 @@ def test_the_cache_suffices_where_raw_ends(tmp_path: Path, monkeypatch: pytest.M
 def test_a_view_without_classes_holds_raw_alone(tmp_path: Path) -> None:
     volume = volume_of(plain_root(tmp_path), classes=(), cache=tmp_path / "cache")
     volume.prepare()
-    assert CropCache(tmp_path / "cache").get(volume).files["codes.npy"].shape == (0, 0, 0)
+    assert CropCache(tmp_path / "cache").open(CropCache(tmp_path / "cache").ensure(volume)).files[
+        "codes.npy"
+    ].shape == (0, 0, 0)
     assert volume.counts == {}
     for seen in (volume, volume_of(tmp_path, classes=())):
         assert len(seen.arrays((0, 0, 0), (4, 4, 4)).states) == 1
@@ -556,7 +558,8 @@ def test_an_interrupt_stops_the_processes() -> None:
 def test_the_forecast_is_what_it_takes(three_crops: Path, tmp_path: Path) -> None:
     with_holes = volume_of(write_fractional_root(tmp_path / "other"), cache=tmp_path / "cache", context=(40, 40, 40))
     for volume in (crops_of(three_crops, cache=tmp_path / "cache")[0], with_holes):
-        size = CropCache(tmp_path / "cache").get(volume).size
+        cache = CropCache(tmp_path / "cache")
+        size = cache.open(cache.ensure(volume)).size
         assert size <= forecast(volume) <= size + 150_000
 
 

@@ -15,15 +15,9 @@ from connectomics.data.augmentation import CoordinateMap
 Patch = tuple[NDArray[np.float32], NDArray[np.unsignedinteger]]
 
 
-def sample_reference(
-    arrays: CropArrays,
-    center: ArrayLike,
-    map: CoordinateMap,
-    shape: Sequence[int],
-    step: Sequence[float] = (1.0, 1.0, 1.0),
-) -> Patch:
+def sample_reference(arrays: CropArrays, center: ArrayLike, map: CoordinateMap, shape: Sequence[int]) -> Patch:
     """Return what `sample` must return, in plain float64: its specification and the reference of its tests."""
-    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, step, strict=True)]
+    axes = [np.arange(n) - (n - 1) / 2 for n in shape]
     place = map(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)) + np.asarray(center, np.float64)
     in_raw = place - arrays.raw_begin
     inside = np.ones(arrays.raw.shape, bool) if arrays.inside is None else arrays.inside

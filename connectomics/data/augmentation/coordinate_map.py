@@ -25,18 +25,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Displacement:
-    """A displacement field on a control grid that is centered on offset 0.
+    """A displacement field on a control grid centered on offset 0: trilinear, and constant beyond the grid.
 
-    Attributes:
-        vectors: float32 (3, nz, ny, nx), voxels, added to the z, y, x of an offset at each control point.
-        spacing: voxels between control points, z y x. Control point k of an axis with n is at
-            ``(k - (n - 1) / 2) * spacing``.
-
-    The field is trilinear between control points and constant beyond them.
+    Control point k of an axis with n points is at ``(k - (n - 1) / 2) * spacing``.
     """
 
-    vectors: NDArray[np.float32]
-    spacing: Triple
+    vectors: NDArray[np.float32]  # (3, nz, ny, nx), voxels, added to the z, y, x of an offset at each control point
+    spacing: Triple  # voxels between control points, z y x
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 4 or self.vectors.shape[0] != 3 or 0 in self.vectors.shape:
@@ -58,21 +53,12 @@ class Displacement:
             found += weight[..., None] * np.moveaxis(self.vectors[:, z, y, x], 0, -1)
         return found
 
-    def span(self) -> tuple[Floats, Floats]:
-        """Return the smallest and largest displacement along each axis, (3,) each."""
-        flat = self.vectors.reshape(3, -1)
-        return flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
-
 
 @dataclass(frozen=True, eq=False)
 class CoordinateMap:
     """``source = outer @ (q + field(q)) + outer_shift`` with ``q = inner @ offset + inner_shift``.
 
-    Attributes:
-        outer, inner: float64 (3, 3); outer_shift, inner_shift: float64 (3,), voxels.
-        field: None for an affine map, whose ``inner`` part is then the identity.
-        parameters: (transform name, drawn values) in the order in which the transforms are applied to the patch. For
-            reports; nothing is computed from it.
+    Matrices are (3, 3), shifts (3,) in voxels. An affine map has no ``field``, and the identity as its inner part.
     """
 
     outer: Floats = made_by(default_factory=lambda: np.eye(3))
@@ -80,7 +66,7 @@ class CoordinateMap:
     field: Displacement | None = None
     inner: Floats = made_by(default_factory=lambda: np.eye(3))
     inner_shift: Floats = made_by(default_factory=lambda: np.zeros(3))
-    parameters: Parameters = ()
+    parameters: Parameters = ()  # (transform name, drawn values) in the order of application; for reports only
 
     @classmethod
     def identity(cls) -> CoordinateMap:
@@ -96,11 +82,6 @@ class CoordinateMap:
         if matrix.shape != (3, 3) or not np.isfinite(matrix).all():
             raise InputError(f"an affine map needs a finite matrix (3, 3), got {matrix.tolist()}")
         return cls(matrix, np.array(triple(shift, "shift")), parameters=parameters)
-
-    @classmethod
-    def with_displacement(cls, displacement: Displacement, parameters: Parameters = ()) -> CoordinateMap:
-        """Return the map ``source = offset + field(offset)``."""
-        return cls(field=displacement, parameters=parameters)
 
     def then(self, following: CoordinateMap) -> CoordinateMap:
         """Return the map that applies this transform to the patch first and then ``following``.
@@ -140,17 +121,17 @@ class CoordinateMap:
         permutes = (size.sum(0) == 1).all() and (size.sum(1) == 1).all() and (size.max(0) == 1).all()
         return self.field is None and bool(permutes)
 
-    def bounds(self, shape: Sequence[float], step: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Floats, Floats]:
+    def bounds(self, shape: Sequence[float]) -> tuple[Floats, Floats]:
         """Return the smallest and largest source offset (3,) of the voxel centers of a patch of ``shape``.
 
         Tight for affine maps; may be too large with a displacement field.
         """
-        half = (np.asarray(shape, np.float64) - 1) / 2 * np.asarray(step, np.float64)
+        half = (np.asarray(shape, np.float64) - 1) / 2
         reach = np.abs(self.inner) @ half
         low, high = self.inner_shift - reach, self.inner_shift + reach
         if self.field is not None:
-            least, most = self.field.span()
-            low, high = low + least, high + most
+            vectors = self.field.vectors.reshape(3, -1).astype(np.float64)
+            low, high = low + vectors.min(1), high + vectors.max(1)
         middle = self.outer @ ((low + high) / 2) + self.outer_shift
         reach = np.abs(self.outer) @ ((high - low) / 2)
         return middle - reach, middle + reach

@@ -1,17 +1,15 @@
 """Random displacement fields with the statistics of MONAI's `Rand3DElastic`, drawn on a coarse control grid.
 
-MONAI draws independent noise u, uniform in [-1, 1), for every voxel and axis, smooths it with a separable Gaussian
-kernel k of standard deviation sigma voxels (the Gaussian integrated over each voxel, truncated at three sigma, not
-normalized) and multiplies it by a magnitude. Such a field is nearly normal, with
+MONAI smooths noise u, uniform in [-1, 1) at every voxel, with a separable Gaussian kernel k of sigma voxels (integrated
+over voxels, truncated at three sigma, not normalized), times a magnitude. Such a field is nearly normal, with
 
     standard deviation = magnitude * sqrt(1/3) * (sum_i k_i^2)^(3/2)     (1/3: the variance of u; one k per axis)
     correlation over r voxels = exp(-r^2 / (4 sigma^2))                  (a Gaussian convolved with itself)
 
-Such a smooth field does not need noise at every voxel. It is drawn on control points every h = sigma / 2 voxels (at
-least one voxel), smoothed with the same kernel of sigma / h control points, which gives the same correlation, and
-scaled to the same standard deviation. Linear interpolation at a share t between two control points of correlation rho
-lowers the variance to t^2 + (1 - t)^2 + 2 t (1 - t) rho, on average over t to 2/3 + rho/3 per axis; the scale
-corrects for that. Unlike MONAI's field, this one does not fade towards the patch border, where MONAI pads with zeros.
+Here it is drawn on control points every h = sigma / 2 voxels (at least one), smoothed with a kernel of sigma / h
+points (the same correlation) and scaled to the same standard deviation. Linear interpolation between control points of
+correlation rho lowers the variance on average to 2/3 + rho/3 per axis; the scale corrects for that. Unlike MONAI's
+field, this one does not fade towards the patch border, where MONAI pads with zeros.
 """
 
 from __future__ import annotations

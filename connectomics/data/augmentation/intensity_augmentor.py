@@ -18,7 +18,7 @@ from connectomics.data.augmentation.intensity_from_monai import recognize
 from connectomics.data.augmentation.intensity_kinds import KINDS, Drawn, Kind
 from connectomics.data.augmentation.intensity_operations import shift_codes
 from connectomics.errors import ConfigError, InputError, unknown_name
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, triple
 
 #: ``noise``, ``noise_2`` (a second one), ``noise_monai`` (replaces a MONAI transform)
 _NAME = re.compile(rf"({'|'.join(KINDS)})(_monai)?(_\d+)?")
@@ -33,21 +33,14 @@ class IntensityAugmentor:
     Global random state is neither read nor changed. On the CPU results are bit-identical for the same number of
     threads (means and powers may differ in the last bit otherwise); a GPU draws other noise from the same seed, and
     everything else is the same.
-
-    Attributes:
-        kinds: (name, kind), sorted by the order of application, then by name.
-        voxel_size: nm, z y x, of the images.
     """
 
-    kinds: tuple[tuple[str, Kind], ...]
-    voxel_size: Triple
+    kinds: tuple[tuple[str, Kind], ...]  # with their names, sorted by the order of application, then by name
+    voxel_size: Triple  # of the images, nm, z y x
 
     def __post_init__(self) -> None:
-        if len(self.voxel_size) != 3 or not all(v > 0 for v in self.voxel_size):
-            raise InputError(f"voxel_size must be three positive lengths in nm (z, y, x), got {self.voxel_size}")
         ordered = sorted(self.kinds, key=lambda named: (_ORDER[type(named[1])], named[0]))
         object.__setattr__(self, "kinds", tuple(ordered))
-        object.__setattr__(self, "voxel_size", tuple(float(v) for v in self.voxel_size))
 
     @classmethod
     def from_config(cls, intensity: Mapping[str, Any], voxel_size: Sequence[float]) -> IntensityAugmentor | None:
@@ -66,8 +59,7 @@ class IntensityAugmentor:
                 raise unknown_name("augmentation", str(name), KINDS, "data.intensity")
             if given is not None:
                 kinds.append((str(name), read(KINDS[found[1]], given, f"data.intensity.{name}", ConfigError)))
-        z, y, x = voxel_size
-        return cls(tuple(kinds), (z, y, x)) if kinds else None
+        return cls(tuple(kinds), triple(voxel_size, "voxel_size")) if kinds else None
 
     def drawn(self, seed: int, shape: Index, *, moving: bool = True) -> Iterator[tuple[str, Kind, Drawn]]:
         """Yield what a sample with this seed gets, in order: name, kind, numbers drawn. ``shape``: voxels z y x.
@@ -136,16 +128,13 @@ class IntensityAugmentor:
 class BatchAugmentor:
     """The intensity augmentation of packed training batches (see `connectomics.data.patches.collate`).
 
-    Attributes:
-        own: for the image. inputs: for the further inputs in their order, each with its own voxel size.
-
     Further inputs get the draws of their patch, except kinds that move an image against its labels; instance ids move
     with the labels. Voxels without raw keep the tissue mean, as in prediction. Images are on the unit scale; they are
     centered afterwards (`connectomics.data.patches.centered`).
     """
 
-    own: IntensityAugmentor
-    inputs: tuple[IntensityAugmentor, ...] = ()
+    own: IntensityAugmentor  # for the image
+    inputs: tuple[IntensityAugmentor, ...] = ()  # for the further inputs in their order, each with its own voxel size
 
     @classmethod
     def of(cls, config: RunConfig) -> BatchAugmentor | None:

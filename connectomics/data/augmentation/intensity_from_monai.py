@@ -12,7 +12,6 @@ from connectomics.data.augmentation.intensity_kinds import KINDS
 from connectomics.errors import ConfigError
 
 Arguments = dict[str, Any]
-
 #: MONAI transforms that keep values in [0, 1] there: what comes after them may be clamped
 _KEEP_RANGE = {
     "RandFlipd", "RandAxisFlipd", "RandRotate90d", "RandRotated", "RandZoomd", "RandAffined", "Rand3DElasticd",
@@ -25,9 +24,8 @@ def recognize(augmentations: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 
     Recognized are `RandGaussianNoised`, `RandGaussianSmoothd`, `RandScaleIntensityd`, `RandShiftIntensityd` and
     `RandAdjustContrastd` with ``keys: [image]`` if all their other arguments have a counterpart, and if every
-    remaining transform comes before them and keeps values in [0, 1]. The result has MONAI's distribution with three
-    differences: the order is that of `KINDS`, values are clamped to [0, 1] at the end, and blur mirrors the patch at
-    its border, which MONAI pads with zeros.
+    remaining transform comes before them and keeps values in [0, 1]. They differ from MONAI's in their order
+    (`KINDS`), in clamping at the end, and in blur, which mirrors the patch at its border instead of padding with zeros.
 
     Returns:
         what to add to ``data.intensity`` (with names such as ``noise_monai``), and the remaining transforms.
@@ -75,14 +73,10 @@ def _translate(name: str, given: Any) -> tuple[str, Arguments] | None:
     return kind, ours
 
 
-def _pair(value: Any) -> tuple[float, float]:
-    low, high = sorted(float(v) for v in value)
-    return low, high
-
-
-def _about_zero(value: Any) -> tuple[float, float]:
-    """Return ``n`` as ``(-n, n)``, as MONAI reads it."""
-    return _pair((-value, value) if isinstance(value, (int, float)) else value)
+def _about_zero(value: Any) -> list[float]:
+    """Return ``n`` as ``[-n, n]``, as MONAI reads it, and a pair in ascending order."""
+    low, high = sorted(float(v) for v in ((-value, value) if isinstance(value, (int, float)) else value))
+    return [low, high]
 
 
 def _noise(a: Arguments) -> Arguments | None:
@@ -102,7 +96,7 @@ def _gain(a: Arguments) -> Arguments | None:
 
 
 def _brightness(a: Arguments) -> Arguments | None:
-    return {"shift": list(_about_zero(a["offsets"]))} if a["channel_wise"] is False and a["safe"] is False else None
+    return {"shift": _about_zero(a["offsets"])} if a["channel_wise"] is False and a["safe"] is False else None
 
 
 def _gamma(a: Arguments) -> Arguments | None:
@@ -111,7 +105,7 @@ def _gamma(a: Arguments) -> Arguments | None:
     gamma = a["gamma"]
     if isinstance(gamma, (int, float)):
         return {"exponent": [0.5, float(gamma)]} if gamma > 0.5 else None
-    return {"exponent": list(_pair(gamma))}
+    return {"exponent": _about_zero(gamma)}
 
 
 _SIGMA = (0.25, 1.5)

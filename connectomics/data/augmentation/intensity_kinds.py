@@ -2,13 +2,9 @@
 
 To add a kind, write a class with its arguments, `draw` and `apply`, and its line in `KINDS`.
 
-The order follows the signal: the sample (charging, curtaining), the optics (blur, larger voxels), the detector (shot
-noise, gain, contrast, brightness, gamma, drift, read-out noise), the stack (shifted and missing sections), and last
-cut-out, which no microscope does. Intensities are in units of the image's [0, 1]; numbers are drawn uniformly from a
-range. Lengths are voxels or nm, as each field says; axes are z, y, x.
-
-`apply` may overwrite the image that it gets, and values may leave [0, 1]: `IntensityAugmentor` clamps once at the end.
-The numbers come from the host, so that nothing waits for a GPU.
+The order follows the signal: sample, optics, detector, stack, and last cut-out, which no microscope does. Intensities
+are in units of the image's [0, 1]; numbers are drawn uniformly from a range, on the host, so that nothing waits for a
+GPU. `apply` may overwrite the image that it gets, and values may leave [0, 1]: `IntensityAugmentor` clamps at the end.
 """
 
 from __future__ import annotations
@@ -47,19 +43,13 @@ Count = Annotated[tuple[int, int], number_range(1, whole=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """One kind of augmentation with its ranges.
-
-    Attributes:
-        prob: share of patches that the kind is applied to.
-        apply: function of an image (C, D, H, W) float32 and the numbers drawn; returns the new image.
-        moves: whether it moves the image, so that labels must move with it.
-    """
+    """One kind of augmentation with its ranges."""
 
     __pydantic_config__ = STRICT_KEYS
-    apply: ClassVar[Callable[..., Tensor]]
-    moves: ClassVar[bool] = False
+    apply: ClassVar[Callable[..., Tensor]]  # image (C, D, H, W) float32 and the numbers drawn -> new image
+    moves: ClassVar[bool] = False  # whether it moves the image, so that labels must move with it
 
-    prob: Probability = 0.1
+    prob: Probability = 0.1  # share of patches that the kind is applied to
 
     def draw(self, rng: Generator, shape: Index, voxel_size: Triple) -> Drawn:
         """Draw the numbers for a patch of ``shape`` voxels (z, y, x) of ``voxel_size`` nm: one number per range."""

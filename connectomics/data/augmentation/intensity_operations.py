@@ -2,8 +2,8 @@
 
 Axes are z, y, x; lengths are voxels.
 
-Separable linear filters are matrices (n, n) that are applied along an axis, in blocks of their band: on one CPU core
-that is seven times faster than `torch.nn.functional.conv3d` on a single channel, for every width.
+Separable linear filters are matrices (n, n), applied along an axis in blocks of their band: seven times faster than
+`torch.nn.functional.conv3d` on one CPU core.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
 """MONAI dictionary transforms on dense patches: ``known`` and instance ``ids`` follow ``label`` through them.
 
-`Augmentor` is the chain that ``data.augmentations`` names; `GivenAugmentor` is a transform that a user built and gave
-to a data set. In both, the transforms know only ``image`` and ``label``:
-
-- ``known`` moves as ``label`` does, with zeros (unknown) where nothing was. A voxel is known afterwards only if
-  everything it was interpolated from is known, so an unknown voxel stays unknown.
-- Labels are interpolated as fractions and then thresholded (present from one half on), unless ``mode`` is nearest.
-- ``ids`` move as ``label`` does, by nearest neighbor, and are made to agree with label and known afterwards.
+In `Augmentor` (the chain that ``data.augmentations`` names) and `GivenAugmentor` (built by a user), the transforms know
+only ``image`` and ``label``. ``known`` moves as ``label`` does; a voxel is known afterwards only if everything it was
+interpolated from is known. Labels are interpolated as fractions and then thresholded, unless ``mode`` is nearest;
+``ids`` move by nearest neighbor, and are made to agree with label and known afterwards.
 """
 
 from __future__ import annotations
@@ -35,9 +32,9 @@ _KEEP = "a transform must keep every array and its shape; remove it, or set data
 class Augmentor:
     """A chain of MONAI dictionary transforms for numpy arrays (C, D, H, W).
 
-    Calling it takes ``image``, ``label`` and ``known``, and ``ids`` int32 (I, D, H, W) as in `PackedPatch` if there
-    are any, and returns the same arrays, contiguous: image and label float32, known bool, ids int32, -1 where nothing
-    was; call `agree` on the ids afterwards. `seed` makes the next call reproducible.
+    Calling it takes ``image``, ``label``, ``known``, and ``ids`` (I, D, H, W) as in `PackedPatch` if there are any, and
+    returns the same, contiguous: image and label float32, known bool, ids int32, -1 where nothing was; call `agree` on
+    the ids afterwards. `seed` makes the next call reproducible.
     """
 
     def __init__(self, transforms: Sequence[Callable[[Sample], Sample]]) -> None:

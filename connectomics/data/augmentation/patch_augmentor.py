@@ -30,17 +30,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PatchAugmentor:
-    """The augmentation of training patches in a loader worker.
+    """The augmentation of training patches in a loader worker."""
 
-    Attributes:
-        spatial: drawn for each patch and applied while the patch is read; None for none.
-        others: MONAI transforms that run afterwards; None for none.
-        moves_labels: whether one of these moves labels, which must be made dense for it (slow).
-    """
-
-    spatial: SpatialAugmentor | None
-    others: Augmentor | None
-    moves_labels: bool = False
+    spatial: SpatialAugmentor | None  # drawn for each patch and applied while the patch is read
+    others: Augmentor | None  # MONAI transforms that run afterwards
+    moves_labels: bool = False  # whether one of these moves labels, which must be made dense for it (slow)
 
     @classmethod
     def of(

@@ -18,17 +18,11 @@ from connectomics.geometry import Triple, triple
 
 @dataclass(frozen=True)
 class SpatialAugmentor:
-    """Random flips, rotations, affine, zoom and elastic transforms of a patch, drawn together.
+    """Random flips, rotations, affine, zoom and elastic transforms of a patch, drawn together."""
 
-    Attributes:
-        transforms: (name, transform) in the order in which they are applied to the patch; at most one is elastic.
-        frame: size and voxel size of the patch.
-        extent: size of the largest patch that a map is used for, voxels, z y x; elastic fields cover it.
-    """
-
-    transforms: tuple[tuple[str, SpatialTransform], ...]
-    frame: PatchFrame
-    extent: Triple
+    transforms: tuple[tuple[str, SpatialTransform], ...]  # by name, in order of application; at most one is elastic
+    frame: PatchFrame  # size and voxel size of the patch
+    extent: Triple  # size of the largest patch that a map is used for, voxels, z y x; elastic fields cover it
 
     @classmethod
     def split(
@@ -86,9 +80,9 @@ class SpatialAugmentor:
             drawn = drawn if found is None else found.then(drawn)
         return drawn
 
-    def reach(self, shape: Sequence[int], step: Sequence[float] = (1.0, 1.0, 1.0)) -> Floats:
+    def reach(self, shape: Sequence[float]) -> Floats:
         """Return the largest source offset (3,) of any draw, voxels, for a patch of ``shape`` voxels."""
-        half = (np.asarray(shape, np.float64) - 1) / 2 * np.asarray(step, np.float64)
+        half = (np.asarray(shape, np.float64) - 1) / 2
         for _, transform in reversed(self.transforms):
             half = transform.reach(half, self.frame)
         return half

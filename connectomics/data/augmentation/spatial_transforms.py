@@ -124,10 +124,7 @@ class SpatialTransform:
         return [self]
 
     def draw(self, rng: Generator, name: str, half: Floats, frame: PatchFrame) -> CoordinateMap | None:
-        """Return the map of one draw, or None with a probability of 1 - ``prob``.
-
-        ``half``: largest offset (3,) from the patch center that the map must hold for, voxels.
-        """
+        """Return the map of one draw for offsets up to ``half`` (3,) voxels, or None with a probability of 1 - prob."""
         return None if rng.random() >= self.prob else self._draw(rng, name, half, frame)
 
     def _draw(self, rng: Generator, name: str, half: Floats, frame: PatchFrame) -> CoordinateMap:

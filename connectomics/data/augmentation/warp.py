@@ -10,8 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.data.arrays import CropArrays
 from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
-from connectomics.errors import InputError
-from connectomics.geometry import triple
+from connectomics.geometry import Index, triple
 
 Patch = tuple[NDArray[np.float32], NDArray[np.unsignedinteger]]
 
@@ -25,8 +24,7 @@ def sample(
     arrays: CropArrays,
     center: ArrayLike,
     map: CoordinateMap,
-    shape: Sequence[int],
-    step: Sequence[float] = (1.0, 1.0, 1.0),
+    shape: Index,
 ) -> Patch:
     """Return image float32 (D, H, W) in [0, 1] and codes (D, H, W) in the dtype of ``arrays.codes``.
 
@@ -38,37 +36,20 @@ def sample(
         arrays: raw and label codes of the crop.
         center: lattice index (z y x, may be fractional) of the patch center.
         map: from offsets in the patch to offsets from ``center``, voxels.
-        shape: of the patch, voxels. step: lattice voxels from one voxel of the patch to the next.
-
-    Raises:
-        InputError: ``shape`` or ``step`` are not three positive numbers.
+        shape: of the patch, voxels.
     """
-    size, rate = _size(shape), np.array(triple(step, "step"))
-    if rate.min() <= 0:
-        raise InputError(f"step must be positive, got {rate.tolist()}")
-    half = (np.array(size) - 1) / 2 * rate
+    half = (np.array(shape) - 1) / 2
     middle = np.array(triple(center, "center")) - arrays.raw_begin  # raw index of the patch center
-    image = np.empty(size, np.float32)
-    codes = np.empty(size, arrays.codes.dtype)
+    image = np.empty(shape, np.float32)
+    codes = np.empty(shape, arrays.codes.dtype)
     if map.field is None:
-        rise = map.outer * rate
         start = middle + map.outer_shift - map.outer @ half
-        if map.right_angles and _whole(start) and _whole(rise):
-            first, whole_rise = np.rint(start).astype(np.int64).tolist(), np.rint(rise).astype(np.int64).tolist()
-            _copy(arrays, first, whole_rise, image, codes)
+        if map.right_angles and (np.abs(start - np.rint(start)) < _WHOLE).all():
+            first, turned = np.rint(start).astype(np.int64).tolist(), map.outer.astype(np.int64).tolist()
+            _copy(arrays, first, turned, image, codes)
             return image, codes
-    _interpolate(arrays, middle, map, half, rate, image, codes)
+    _interpolate(arrays, middle, map, half, image, codes)
     return image, codes
-
-
-def _size(shape: Sequence[int]) -> tuple[int, int, int]:
-    if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"shape must be three positive whole numbers (z, y, x), got {list(shape)}")
-    return (int(shape[0]), int(shape[1]), int(shape[2]))
-
-
-def _whole(values: Floats) -> bool:
-    return bool((np.abs(values - np.rint(values)) < _WHOLE).all())
 
 
 def _flat(values: NDArray[Any]) -> NDArray[Any]:
@@ -102,11 +83,7 @@ def _copy(
         codes.fill(0)
     if all(rise[axis][axis] > 0 for axis in range(3)):  # numpy is fastest if no axis is flipped or permuted
         into = tuple(slice(a, b) for a, b in zip(code_low, code_high, strict=True))
-        steps = [rise[axis][axis] for axis in range(3)]
-        first = [b + a * s for b, a, s in zip(begin, code_low, steps, strict=True)]
-        block = tuple(
-            slice(f, f + (b - a) * s, s) for f, a, b, s in zip(first, code_low, code_high, steps, strict=True)
-        )
+        block = tuple(slice(b + low, b + high) for b, low, high in zip(begin, code_low, code_high, strict=True))
         codes[into] = arrays.codes[block] if codes[into].size else 0
     else:
         code_ends = np.array(code_low), np.array(code_high)
@@ -136,11 +113,8 @@ def _part(
     low, high = [0, 0, 0], list(shape)
     for axis, n in enumerate(block):
         along, first = _along(rise[axis]), start[axis]
-        slope = rise[axis][along]
-        if slope > 0:  # 0 <= first + i * slope < n
-            begin, end = -(first // slope), -((first - n) // slope)
-        else:
-            begin, end = -((n - 1 - first) // -slope), first // -slope + 1
+        # 0 <= first + i < n, or 0 <= first - i < n
+        begin, end = (-first, n - first) if rise[axis][along] > 0 else (first - n + 1, first + 1)
         low[along], high[along] = max(low[along], begin), min(high[along], end)
     return low, [max(a, b) for a, b in zip(low, high, strict=True)]
 
@@ -160,15 +134,13 @@ def _interpolate(
     middle: Floats,
     map: CoordinateMap,
     half: Floats,
-    step: Floats,
     image: NDArray[np.float32],
     codes: NDArray[np.unsignedinteger],
 ) -> None:
     from connectomics.data.augmentation import warp_kernels as kernels
 
-    matrix = map.outer @ map.inner
-    rise = matrix * step
-    start = middle + map.outer_shift + map.outer @ map.inner_shift - matrix @ half
+    rise = map.outer @ map.inner
+    start = middle + map.outer_shift + map.outer @ map.inner_shift - rise @ half
     control = np.empty((3, 0, 0, 0), np.float32)
     limit, field_start, field_rise = np.zeros(3), np.zeros(3), np.zeros((3, 3))
     if map.field is not None:
@@ -176,7 +148,7 @@ def _interpolate(
         vectors = np.einsum("ij,jzyx->izyx", map.outer.astype(np.float32), map.field.vectors)
         limit = np.array(vectors.shape[1:]) - 1.0
         spacing = np.array(map.field.spacing)
-        field_rise = map.inner * step / spacing[:, None]
+        field_rise = map.inner / spacing[:, None]
         field_start = (map.inner_shift - map.inner @ half) / spacing + limit / 2
         single = [(0, int(n == 1)) for n in vectors.shape[1:]]  # the kernel reads pairs of control points
         control = np.ascontiguousarray(np.pad(vectors, [(0, 0), *single], mode="edge"))

@@ -6,20 +6,24 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelStates, StateTable, code_dtype
-from connectomics.data.cache.entry import POINTS, Decodable, describe
+from connectomics.data.cache.entry import POINTS, describe
 from connectomics.geometry import Index, VoxelGrid
+
+if TYPE_CHECKING:
+    from connectomics.data.volumes import CropVolume
 
 _BLOCK = (128, 128, 128)
 _PIECE = 16 << 20
 
 
-def build(volume: Decodable, folder: Path) -> None:
+def build(volume: CropVolume, folder: Path) -> None:
     """Write all files of the crop's entry into an empty folder, ``entry.json`` last.
 
     Memory is bounded by one row of blocks of 128 voxels and the reader's cache.
@@ -34,7 +38,7 @@ def build(volume: Decodable, folder: Path) -> None:
     describe(folder, volume, counts, n_points, states)
 
 
-def _build_raw(volume: Decodable, folder: Path) -> None:
+def _build_raw(volume: CropVolume, folder: Path) -> None:
     grid = volume.cached_raw_grid
     raw = RowsFile(folder / "raw.npy", np.dtype(np.uint8), grid.shape)
     inside: RowsFile | None = None
@@ -56,7 +60,7 @@ def _build_raw(volume: Decodable, folder: Path) -> None:
 
 
 def _build_labels(
-    volume: Decodable, folder: Path
+    volume: CropVolume, folder: Path
 ) -> tuple[LabelStates, dict[str, dict[str, int]], dict[str, NDArray[np.int32]]]:
     """Write the codes; return what they mean, counts by class, and lattice indices of voxels of each class."""
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
@@ -97,10 +101,8 @@ def _build_labels(
 
 
 class RowsFile:
-    """An ``.npy`` file of three axes that is written in rows of blocks, see `settle`.
-
-    Its space is allocated at once, so that a full disk is an error before the work.
-    """
+    """An ``.npy`` file of three axes that is written in rows of blocks. Its space is allocated first, so that a full
+    disk is an error before the work."""
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic], shape: Index) -> None:
         self.path, self.dtype, self.shape = path, dtype, shape
@@ -138,12 +140,8 @@ class RowsFile:
 
 
 def settle(path: Path) -> None:
-    """Rewrite a finished file in large pieces.
-
-    The kernel keeps a file in memory in pieces as large as it was written in, and maps it piece by piece. Copying 128^3
-    voxels from a fresh map costs 0.35 ms of CPU after writes of megabytes, 1.1 ms after writes of planes (Linux, ext4),
-    and every patch is such a copy.
-    """
+    """Rewrite a finished file in large pieces: the kernel maps a file in pieces as large as it was written in, and
+    copying a patch from pieces of megabytes takes a third of the time (Linux, ext4)."""
     settled = path.with_suffix(".settled")
     with path.open("rb") as source, settled.open("wb", buffering=0) as target:
         while piece := source.read(_PIECE):

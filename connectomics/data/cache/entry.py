@@ -21,22 +21,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.label_codes import LabelStates, code_dtype
-from connectomics.cellmap.labels import LabelVolume, arrays_needed
+from connectomics.cellmap.labels import arrays_needed
 from connectomics.config.values import read
 from connectomics.data.arrays import CropArrays
 from connectomics.errors import ConnectomicsError, CorruptDataError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.fingerprint import fingerprint
-from connectomics.io.normalization import Normalization
 from connectomics.io.s3 import in_parallel
 from connectomics.io.store import is_s3
+
+if TYPE_CHECKING:
+    from connectomics.data.volumes import CropVolume
 
 FORMAT = "connectomics crop cache"
 VERSION = 3  # raise it when decoding or the format changes: old entries are then not found
@@ -52,31 +53,7 @@ _MAPPED_BYTES, _MAPPED_FILES = 64 << 20, 64  # that a process keeps mapped
 
 
 # -- the name ----------------------------------------------------------------------------------------------------------
-class Decodable(Protocol):
-    """What the cache needs of a crop: what decides its content, and how to decode it (a `CropVolume`)."""
-
-    @property
-    def crop(self) -> Crop: ...
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-    @property
-    def instances(self) -> tuple[str, ...]: ...
-    @property
-    def context(self) -> Index: ...
-    @property
-    def normalization(self) -> Normalization | None: ...
-    @property
-    def cache(self) -> Path | None: ...
-    @property
-    def grid(self) -> VoxelGrid: ...
-    @property
-    def cached_raw_grid(self) -> VoxelGrid: ...
-    def adopt(self, entry: Path | None) -> None: ...
-    def decode_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]: ...
-    def decode_labels(self, grid: VoxelGrid) -> LabelVolume: ...
-
-
-def cache_key(volume: Decodable) -> str:
+def cache_key(volume: CropVolume) -> str:
     """Return the name of a crop's entry: data set, crop, and a hash of everything that decides the decoded content.
 
     That is: locations, metadata and chunks (times and sizes, or ETags) of the labels that are read and of the raw
@@ -116,12 +93,9 @@ def is_name(text: str) -> bool:
 class Maps:
     """Read-only maps of whole files; the most recently used are kept.
 
-    Mapping a file is quick, but the first touch of every page costs a fault: for a patch half as much as the copy
-    itself. So the latest maps stay, up to ``limit`` bytes in all: mapped pages count as a process's own memory, and a
-    map holds a file descriptor.
-
-    A kept map is used again only while the file is still the one that was mapped: reading beyond the end of a truncated
-    file would kill the process.
+    The first touch of every page of a map costs a fault, for a patch half as much as the copy itself. ``limit``: bytes
+    kept in all, which count as a process's own memory. A map is used again only while its file is unchanged: reading
+    beyond the end of a truncated file would kill the process.
     """
 
     def __init__(self, limit: int = _MAPPED_BYTES) -> None:
@@ -206,32 +180,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class CachedCrop:
-    """One complete entry, on the crop's lattice.
-
-    Attributes:
-        folder: its folder.
-        crop: the crop's key.
-        raw_grid: grid of the cached raw (the crop with context, as far as the raw volume reaches).
-        label_grid: the crop's own grid; lattice index 0 is its first voxel.
-        states: what the codes mean.
-        counts: by class, voxels of ``label_grid`` that are ``present``, ``absent`` and ``unknown``.
-        n_points: by class, how many positions are kept.
-        files: what each file must be.
-    """
+    """One complete entry, on the crop's lattice."""
 
     folder: Path
-    crop: str
-    raw_grid: VoxelGrid
-    label_grid: VoxelGrid
-    states: LabelStates
-    counts: dict[str, dict[str, int]]
-    n_points: dict[str, int]
+    crop: str  # its key
+    raw_grid: VoxelGrid  # the crop with context, as far as the raw volume reaches
+    label_grid: VoxelGrid  # the crop's own; lattice index 0 is its first voxel
+    states: LabelStates  # what the codes mean
+    counts: dict[str, dict[str, int]]  # by class, voxels of label_grid that are present, absent and unknown
+    n_points: dict[str, int]  # by class, how many positions are kept
     files: dict[str, StoredFile]
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """The classes, in order of their bits."""
-        return self.states.classes
 
     @property
     def size(self) -> int:
@@ -270,15 +228,10 @@ class CachedCrop:
             begin += count
         return np.zeros((0, 3))
 
-    @property
-    def points(self) -> dict[str, NDArray[np.float64]]:
-        """`points_of` every class."""
-        return {name: self.points_of(name) for name in self.classes}
-
 
 def describe(
     folder: Path,
-    volume: Decodable,
+    volume: CropVolume,
     counts: Mapping[str, Mapping[str, int]],
     n_points: Mapping[str, int],
     states: LabelStates,

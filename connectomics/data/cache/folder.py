@@ -10,16 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 import uuid
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
@@ -29,39 +27,33 @@ from connectomics.data.cache.entry import (
     FORMAT,
     USED,
     CachedCrop,
-    Decodable,
     cache_key,
     is_name,
     open_entry,
 )
-from connectomics.data.cache.locks import Lease, leased, locked
+from connectomics.data.cache.locks import Lease, lease_of_process, leased, locked
 from connectomics.errors import ConnectomicsError, WriteError
 from connectomics.io.location import local_path
 
-_BUILDING, _DELETED = ".building", ".deleted"
-_OLD_ARRAYS = ("present.npy", "known.npy")  # of entries that earlier versions made
-_OURS = frozenset({DESCRIPTION, USED, *ARRAYS, *_OLD_ARRAYS})
+if TYPE_CHECKING:
+    from connectomics.data.volumes import CropVolume
+
+_BUILDING, _DELETED, _BUDGET = ".building", ".deleted", ".budget"
+_OURS = frozenset({DESCRIPTION, USED, *ARRAYS})
 
 
 @dataclass(frozen=True)
 class EntryInfo:
-    """What a listing shows of an entry.
-
-    Attributes:
-        folder: its folder. crop: ``dataset/crop``; None if that cannot be read.
-        classes: number of classes. voxel_size: nm, z y x. size: bytes on disk.
-        used: when it was last opened, seconds since 1970. processes: how many living processes use it.
-        current: whether its description has the current format.
-    """
+    """What a listing shows of an entry."""
 
     folder: Path
-    crop: str | None
-    classes: int
-    voxel_size: tuple[float, ...]
-    size: int
-    used: float
-    processes: int
-    current: bool
+    crop: str | None  # dataset/crop; None if that cannot be read
+    classes: int  # how many
+    voxel_size: tuple[float, ...]  # nm, z y x
+    size: int  # bytes on disk
+    used: float  # when it was last opened, seconds since 1970
+    processes: int  # how many living processes use it
+    current: bool  # whether its description has the current format
 
     @property
     def name(self) -> str:
@@ -76,11 +68,7 @@ class CropCache:
         self.folder = local_path(folder)
 
     # -- use ---------------------------------------------------------------------------------------------------------
-    def get(self, volume: Decodable) -> CachedCrop:
-        """Return the entry of a crop; build it first if it does not exist."""
-        return self.open(self.ensure(volume))
-
-    def ensure(self, volume: Decodable) -> Path:
+    def ensure(self, volume: CropVolume) -> Path:
         """Return the folder of the crop's entry, built if it does not exist; it stays in use while ``volume`` lives.
 
         Raises:
@@ -103,7 +91,7 @@ class CropCache:
         """Whether a complete entry of this name exists."""
         return (self.folder / name / DESCRIPTION).is_file()
 
-    def hold(self, volume: Decodable, name: str) -> None:
+    def hold(self, volume: CropVolume, name: str) -> None:
         """Keep an entry, existing or not yet, from being removed while ``volume`` lives."""
         with self._as_write_error():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +100,7 @@ class CropCache:
                 lease.hold([name])
                 weakref.finalize(volume, lease.release, name).atexit = False
 
-    def build(self, volume: Decodable, name: str, *, wait: bool = True) -> bool:
+    def build(self, volume: CropVolume, name: str, *, wait: bool = True) -> bool:
         """Build an entry, or wait for the process that is building it. Return False if ``wait`` is False and another
         process is building it."""
         from connectomics.data.cache import build as building  # imports numba
@@ -168,7 +156,7 @@ class CropCache:
 
     @property
     def _lease(self) -> Lease:
-        return Lease.of_process(self.folder.resolve())
+        return lease_of_process(self.folder.resolve(), os.getpid())
 
     # -- housekeeping ------------------------------------------------------------------------------------------------
     def entries(self) -> list[EntryInfo]:
@@ -247,24 +235,20 @@ class CropCache:
         return entry.rename(self.folder / f".{entry.name}.{uuid.uuid4().hex[:8]}{_DELETED}")
 
     # -- the limit that the last run set, for `pytc cache` -----------------------------------------------------------
-    @cached_property
-    def _budget_file(self) -> Path:
-        return self.folder / ".budget"
-
     @property
     def budget(self) -> int | None:
         """``data.cache_gb`` of the last run that had one here, in bytes."""
         try:
-            return int(self._budget_file.read_text(encoding="ascii"))
+            return int((self.folder / _BUDGET).read_text(encoding="ascii"))
         except (FileNotFoundError, ValueError):
             return None
 
     def set_budget(self, limit: int | None) -> None:
         """Store the limit of a run; None for no limit."""
         if limit is None:
-            self._budget_file.unlink(missing_ok=True)
+            (self.folder / _BUDGET).unlink(missing_ok=True)
         else:
-            self._budget_file.write_text(str(limit), encoding="ascii")
+            (self.folder / _BUDGET).write_text(str(limit), encoding="ascii")
 
 
 def _is_entry(path: Path) -> bool:
@@ -276,20 +260,18 @@ def _is_entry(path: Path) -> bool:
 
 
 def _info(folder: Path, processes: int) -> EntryInfo:
-    data: dict[str, Any] = {}
     try:
         read = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-        data = read if isinstance(read, dict) else {}
     except (FileNotFoundError, ValueError):
-        pass  # damaged: listed, so that it can be removed
-    grid = data.get("label_grid", data.get("grid", {}))
+        read = None  # damaged: listed, so that it can be removed
+    data: dict[str, Any] = read if isinstance(read, dict) else {}
     marker = folder / USED
     used = (marker if marker.exists() else folder).stat().st_mtime
     return EntryInfo(
         folder=folder,
         crop=data.get("crop"),
         classes=len(data.get("classes", ())),
-        voxel_size=tuple(grid.get("voxel_size", ())),
+        voxel_size=tuple(data.get("label_grid", {}).get("voxel_size", ())),
         size=_size(folder),
         used=used,
         processes=processes,
@@ -301,17 +283,10 @@ def _size(folder: Path) -> int:
     """Bytes on disk of a folder's files; files that vanish meanwhile count as 0."""
     total = 0
     for name in _OURS:
-        try:
+        with suppress(FileNotFoundError):
             total += (folder / name).stat().st_size
-        except FileNotFoundError:
-            continue
     return total
 
 
 def _name_of_leftover(path: Path) -> str:
     return path.name.removeprefix(".").rsplit(".", 2)[0]
-
-
-def days_since(moment: float) -> float:
-    """Return the days from a moment (seconds since 1970) to now."""
-    return (time.time() - moment) / 86400

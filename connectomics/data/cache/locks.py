@@ -75,11 +75,6 @@ class Lease:
         self._path: Path | None = None
         self._descriptor = -1
 
-    @staticmethod
-    def of_process(folder: Path) -> Lease:
-        """Return the one lease that this process has in a folder."""
-        return _lease(folder, os.getpid())
-
     def hold(self, names: Iterable[str]) -> None:
         """Mark entries as in use, before looking whether they exist."""
         with self._thread_lock, locked(self.folder / ".lock", shared=True):
@@ -113,7 +108,8 @@ class Lease:
 
 
 @lru_cache(maxsize=64)
-def _lease(folder: Path, pid: int) -> Lease:
+def lease_of_process(folder: Path, pid: int) -> Lease:
+    """Return the one lease that a process has in a folder."""
     return Lease(folder)
 
 

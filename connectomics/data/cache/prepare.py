@@ -14,14 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from connectomics.cellmap.labels import words_for
-from connectomics.data.cache.entry import POINTS, Decodable, cache_key, open_entry
+from connectomics.data.cache.entry import POINTS, cache_key, open_entry
 from connectomics.data.cache.folder import CropCache
 from connectomics.data.cache.locks import SHARED_MEMORY
 from connectomics.errors import ConnectomicsError, WriteError
 from connectomics.progress import Progress
+
+if TYPE_CHECKING:
+    from connectomics.data.volumes import CropVolume
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +45,13 @@ class _Wanted:
     """One entry that the run wants: its name, the volumes that share it, its bytes, and whether it exists."""
 
     name: str
-    volumes: list[Decodable]
+    volumes: list[CropVolume]
     size: int
     exists: bool
 
 
 def prepare(
-    volumes: Sequence[Decodable],
+    volumes: Sequence[CropVolume],
     budget: int | None = None,
     *,
     processes: int = 1,
@@ -68,7 +71,7 @@ def prepare(
         WriteError: the disk has too little space (before anything is written), or cannot be written.
         CorruptDataError: an entry is damaged, or a chunk cannot be decoded. Whatever else decoding raises.
     """
-    by_folder: dict[Path, list[Decodable]] = {}
+    by_folder: dict[Path, list[CropVolume]] = {}
     for volume in volumes:
         if volume.cache is not None:
             by_folder.setdefault(volume.cache, []).append(volume)
@@ -77,7 +80,7 @@ def prepare(
 
 
 def _prepare_folder(
-    cache: CropCache, volumes: Sequence[Decodable], processes: int, budget: int | None, progress: Progress
+    cache: CropCache, volumes: Sequence[CropVolume], processes: int, budget: int | None, progress: Progress
 ) -> None:
     cache.sweep()
     wanted: dict[str, _Wanted] = {}
@@ -105,7 +108,7 @@ def _prepare_folder(
             volume.adopt(path)
 
 
-def forecast(volume: Decodable) -> int:
+def forecast(volume: CropVolume) -> int:
     """Return the bytes that the entry of a volume will take: one per voxel of raw (two if raw chunks are missing), one
     per voxel of labels (two with object IDs), and positions."""
     raw, labels = volume.cached_raw_grid, volume.grid.size if volume.classes else 0
@@ -198,7 +201,7 @@ def _build(cache: CropCache, missing: Sequence[_Wanted], processes: int, advance
         cache.sweep()  # unfinished entries of stopped processes
 
 
-def build_task(task: tuple[Path, Decodable, str], wait: bool) -> object:
+def build_task(task: tuple[Path, CropVolume, str], wait: bool) -> object:
     """Build one entry; return `BUSY` if another process builds it and ``wait`` is False."""
     folder, volume, name = task
     return None if CropCache(folder).build(volume, name, wait=wait) else BUSY
@@ -234,8 +237,8 @@ def run_in_processes(
     """Call ``function(task, wait)`` for every task in new processes (forkserver), and wait for all.
 
     ``wait`` is False at first; a task that returns `BUSY` is repeated with True after the others were started.
-    ``advance`` gets the number of finished tasks and the last one. An exception of a task is raised here. Any error,
-    also an interrupt, ends all processes at once (``concurrent.futures`` would wait for running tasks).
+    ``advance`` gets the number of finished tasks and the last one. Any error, also one of a task or an interrupt, ends
+    all processes at once (``concurrent.futures`` would wait for running tasks).
 
     Raises:
         WorkerDiedError: a process was killed; ``what`` says in the message what it does.

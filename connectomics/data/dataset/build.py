@@ -74,7 +74,8 @@ def get_dataset(
 ) -> CellMapDataset | CellMapMultiClassDataset:
     """Return the data set that ``dataset.name`` names: ``cellmap`` has all classes in a sample, ``cellmap_single`` one.
 
-    Images are normalized and centered as the network gets them.
+    Images are normalized and centered as the network gets them, which is measured here unless the configuration stores
+    it. A torch ``DataLoader`` with workers needs ``multiprocessing_context="forkserver"`` (see `CropPatches`).
     """
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}

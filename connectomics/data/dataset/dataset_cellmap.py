@@ -30,33 +30,21 @@ Sample = dict[str, Any]
 
 @dataclass(frozen=True)
 class PatchOptions:
-    """The less usual options of a data set, ``mode_kwargs`` of the constructors.
+    """The less usual options of a data set, ``mode_kwargs`` of the constructors."""
 
-    Attributes:
-        seed: random seed for patch positions.
-        balance: for plain indices, share of patches that contain a voxel of a class (the others are uniform).
-        normalizations: by data set, how raw becomes the image; a missing data set maps 0..255 to 0..1 (uint8 raw only).
-        cache: none | memory | disk: whether and where each crop is decoded once.
-        cache_dir: cache folder on disk; None for the user's cache folder.
-        cache_context: voxels of raw kept around each crop; None for as far as patches can reach.
-        allow_missing_raw: accept crops with missing raw chunks; labels are unknown there.
-        min_known: smallest share of known voxels in a patch, where its crop allows it.
-        inputs: further inputs at each patch's place: (voxel size in nm, shape in voxels), z y x.
-        chunk_cache_bytes: decoded chunks that a process keeps when it reads without the crop cache.
-        instances: classes with object IDs; samples then have ``ids``, see `PackedPatch`.
-    """
-
-    seed: int = 42
-    balance: float = 0.7
+    seed: int = 42  # random seed for patch positions
+    balance: float = 0.7  # for plain indices, share of patches that contain a voxel of a class (the others are uniform)
+    #: by data set, how raw becomes the image; a missing data set maps 0..255 to 0..1 (uint8 raw only)
     normalizations: Mapping[str, Normalization] = field(default_factory=dict)
-    cache: Literal["none", "memory", "disk"] = "none"
-    cache_dir: str | None = None
-    cache_context: int | None = None
-    allow_missing_raw: bool = False
-    min_known: float = 0.0
+    cache: Literal["none", "memory", "disk"] = "none"  # whether and where each crop is decoded once
+    cache_dir: str | None = None  # cache folder on disk; None for the user's cache folder
+    cache_context: int | None = None  # voxels of raw kept around each crop; None for as far as patches can reach
+    allow_missing_raw: bool = False  # accept crops with missing raw chunks; labels are unknown there
+    min_known: float = 0.0  # smallest share of known voxels in a patch, where its crop allows it
+    #: further inputs at each patch's place: (voxel size in nm, shape in voxels), z y x
     inputs: tuple[PatchShape | tuple[Triple, Index], ...] = ()
-    chunk_cache_bytes: int = 64 << 20
-    instances: tuple[str, ...] = ()
+    chunk_cache_bytes: int = 64 << 20  # decoded chunks that a process keeps when it reads without the crop cache
+    instances: tuple[str, ...] = ()  # classes with object IDs; samples then have ``ids``, see `PackedPatch`
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
@@ -73,10 +61,12 @@ class CropPatches(BaseDataset):
     A plain index gives a dense patch of that sample's crop: a new random one each time in training (from the loader
     worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
     the patch that it names, packed. Samples have ``ids`` (I, D, H, W) int32 if `PatchOptions.instances` names classes.
-    ``data_root`` is None if the data set was made from crops; ``datasets`` are the names of its data sets.
+
+    Pass ``multiprocessing_context="forkserver"`` to a torch ``DataLoader`` with workers: Python before 3.14 forks them
+    on Linux, and a forked worker cannot read if this process has read a volume before, such as one sample.
     """
 
-    data_root: str | None = None
+    data_root: str | None = None  # None if the data set was made from crops
 
     def __init__(
         self,
