@@ -18,7 +18,10 @@ from typing import Any
 import numpy as np
 
 from connectomics.geometry import VoxelGrid
-from connectomics.io import Multiscale, StoreOptions, resample, write_multiscale
+from connectomics.io import resample
+from connectomics.io.location import StoreOptions
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 
 SIDE = 448
 PATCH = (128, 128, 128)

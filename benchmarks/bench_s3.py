@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.geometry import VoxelGrid
-from connectomics.io import ensure_group, write_multiscale
+from connectomics.io.write import ensure_group, write_multiscale
 
 SIDE, CROP, PATCH, BATCH = 320, 160, (64, 64, 64), 2
 CLASSES = ("mito", "nuc", "er")

@@ -3,17 +3,13 @@
 Under the output folder::
 
     {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group; with a pyramid s1, s2, ... too
-    {class}/.zattrs      multiscales, and connectomics: artefact, class_name, complete, grid, id, made_from, model,
-                         scale, version
-    {class}/uncertainty  the class's uncertainty if requested, a multiscale group like its parent; its attributes also
-                         say the kind
-    .zattrs              connectomics: artefact, complete, classes, id, made_from, model, version
-    task.json            the task, with the same id and made_from (`connectomics.io.artifacts`)
+    {class}/uncertainty  the class's uncertainty if requested, a multiscale group like its parent
+    task.json            the task, with the same id and made_from as the groups (`connectomics.io.artifacts`)
     .done-{stage}        one byte per block (`connectomics.tasks.DoneMap`)
 
-``scale``: a stored value times it is the probability (the uncertainty). ``complete`` is false until the last block is
-written, and only then the coarser levels are named. Complete groups also say what is missing: ``missing_raw`` and
-``unknown``, see `connectomics.inference.gaps`.
+Attributes: a stored value times ``scale`` is the probability (the uncertainty). ``complete`` is false until the last
+block is written, and only then the coarser levels are named. Complete groups also say what is missing: ``missing_raw``
+and ``unknown``, see `connectomics.inference.gaps`.
 """
 
 from __future__ import annotations
@@ -61,8 +57,7 @@ class Group:
     """One multiscale group that a prediction writes: the probabilities of a channel, or their uncertainty.
 
     Attributes:
-        place: its folder. layout: its grid, blocks and chunks.
-        channel: of the network. uncertainty: the kind, or "" for probabilities.
+        place: its folder. channel: of the network. uncertainty: the kind, or "" for probabilities.
         dtype: uint8 or float16. pyramid: whether there are levels beyond s0.
         about: what its attributes say besides ``artefact`` and ``complete``.
     """
@@ -163,7 +158,6 @@ def _is_prediction(path: Path) -> bool:
     return about(path).get("artefact") not in (None, "labels")
 
 
-# -- values ----------------------------------------------------------------------------------------------------------
 def require_probabilities(low: float, high: float) -> None:
     """Raise `InputError` if a network's smallest and largest value are not probabilities."""
     if not np.isfinite([low, high]).all():
@@ -241,13 +235,9 @@ def save_cellmap_predictions(
     return [place / name for name in classes]
 
 
-# -- coarser levels --------------------------------------------------------------------------------------------------
 def pyramid_blocks(groups: Sequence[Group], stage: int) -> list[tuple[Group, int, Lattice]]:
-    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level.
-
-    A block is a cube of one level, from which the three next levels are averaged: it is read once. All blocks begin at
-    chunk borders, so no two write one chunk.
-    """
+    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level:
+    cubes that begin at chunk borders, each of which gives the next three levels."""
     level = LEVELS_AT_ONCE * stage
     return [
         (group, level, Lattice(group.grids[level].shape, (_CHUNK << LEVELS_AT_ONCE,) * 3))

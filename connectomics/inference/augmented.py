@@ -36,10 +36,7 @@ class Averaged:
     ``variance`` (B, 2C, d, h, w): the means, then the variances over all passes (divided by their number).
 
     With ``samples`` each window goes through alone, and the dropped units follow from the window's content and the
-    number of the pass only, not from the batch or from earlier calls. The global random state is left unchanged.
-
-    Channels that mean a direction (``about``: affinities, descriptors) are put where they belong in each symmetry, see
-    `connectomics.inference.symmetry`. Voxels that a pass does not cover, at a face of the window, average the others.
+    number of the pass only. Voxels that a pass does not cover, at a face of the window, average the others.
     """
 
     def __init__(
@@ -57,10 +54,8 @@ class Averaged:
         ``about`` describes each channel, see `ChannelMap.of`; empty if none means a direction. Raises `InputError` if
         there is nothing to average or to compare, or if a symmetry needs an offset that the network does not have.
         """
-        self.networks = tuple(networks)
-        self.symmetries = tuple(chosen)
-        self.samples = samples
-        self.variance = variance
+        self.networks, self.symmetries = tuple(networks), tuple(chosen)
+        self.samples, self.variance = samples, variance
         if not self.networks or not self.symmetries or samples < 0:
             raise InputError("an average needs at least one network and one symmetry, and samples >= 0")
         if variance and self.passes < 2:
@@ -108,9 +103,8 @@ class Averaged:
         mean = spread = count = torch.zeros(0)
         for number, (symmetry, out) in enumerate(outputs):
             if number == 0:
-                mean = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+                mean, count = torch.zeros_like(out, dtype=torch.float32), torch.zeros_like(out[0], dtype=torch.float32)
                 spread = torch.zeros_like(mean) if self.variance else mean
-                count = torch.zeros_like(mean[0])
             covered = self._maps[symmetry].seen(out)
             count += covered
             difference = (out.float() - mean) * covered
@@ -135,7 +129,6 @@ class Averaged:
 
 
 def _content(window: torch.Tensor) -> int:
-    """Return a checksum of a window's values."""
     return zlib.crc32(window.detach().contiguous().cpu().numpy().data)
 
 

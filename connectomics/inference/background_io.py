@@ -25,8 +25,7 @@ MAX_VOXELS_AHEAD = 1 << 24  # voxels of raw that wait to be used (float32: 64 Mi
 class ReadAhead:
     """Replaces ``read`` if the grids of the calls and their order are known in advance.
 
-    A context manager; it waits for the read that is running when it exits. The call for a grid raises the error that
-    ``read`` raised for this grid.
+    The call for a grid raises the error that ``read`` raised for this grid.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class ReadAhead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __call__(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Return what ``read`` gives for ``grid``, which must be the next one."""
         self._submit()
         expected, result = self._waiting.popleft() if self._waiting else (None, None)
         if result is None or expected != grid:
@@ -67,10 +65,8 @@ class ReadAhead:
 
 
 class WriteBehind(Generic[Item]):
-    """Passes items to ``write`` in order, in its own thread; `put` first waits for the previous item.
-
-    A context manager; it exits once everything is written, or, after an error, once the running write has ended.
-    """
+    """Passes items to ``write`` in order, in its own thread; `put` first waits for the previous item, and raises what
+    writing it raised. It exits once everything is written, or, after an error, once the running write has ended."""
 
     def __init__(self, write: Callable[[Item], None]) -> None:
         self._write = write
@@ -78,12 +74,10 @@ class WriteBehind(Generic[Item]):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write-behind")
 
     def put(self, item: Item) -> None:
-        """Start to write ``item``. Raises what writing the previous item raised."""
         self.wait()
         self._latest = self._pool.submit(self._write, item)
 
     def wait(self) -> None:
-        """Wait until everything is written; raises what `put` raises."""
         latest, self._latest = self._latest, None
         if latest is not None:
             latest.result()

@@ -115,11 +115,6 @@ class Forward:
     skip_empty: bool = False
     inside: Inside | None = None
 
-    @property
-    def leaves_out(self) -> bool:
-        """Whether some windows may not be run."""
-        return self.skip_empty or self.inside is not None
-
     def __call__(self, *inputs: list[NDArray[np.float32]]) -> torch.Tensor:
         """Return (B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further input."""
         import torch
@@ -149,12 +144,8 @@ class BlockRow:
         begin: Index,
         shape: Index,
     ) -> None:
-        self._read = read
-        self._lattice = lattice
-        self._forward = forward
-        self._weights = weights
-        self._begin = begin[:2]
-        self._shape = shape[:2]
+        self._read, self._lattice, self._forward, self._weights = read, lattice, forward, weights
+        self._begin, self._shape = begin[:2], shape[:2]
         z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
         self._numbers = z, y  # of the windows
         self._hull = hull(lattice, z, y)
@@ -167,8 +158,9 @@ class BlockRow:
 
     def continues_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
         """Return whether a region can follow in this row, after the latest one or one that begins at ``after``."""
-        least = self._x if after is None else after
-        return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= least
+        return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= (
+            self._x if after is None else after
+        )
 
     def advance(self, x0: int, x1: int, keep: int | None) -> NDArray[np.float32]:
         """Return the values of voxels ``x0`` to ``x1``; keep sums from ``keep`` on for the next region (None: none)."""
@@ -209,16 +201,17 @@ class BlockRow:
         (z0, z1), (y0, y1) = self._hull
         shape, have = (z1 - z0, y1 - y0, end - begin), 0
         before, self._raw = self._raw, None
-        kept = np.empty((*shape[:2], 0), np.float32)
+        kept = None
         if before is not None and begin < self._raw_begin + before.shape[2]:
             kept = before[..., begin - self._raw_begin :].copy()
-            have = kept.shape[2]
         if before is not None and before.shape == shape:
             raw = before  # reuse its memory: a second array would add a third to what a prediction takes
         else:
             del before
             raw = np.empty(shape, dtype=np.float32)
-        raw[..., :have] = kept
+        if kept is not None:
+            have = kept.shape[2]
+            raw[..., :have] = kept
         del kept
         if self._forward.inside is not None:
             raw[..., have:] = 0  # parts outside a mask are neither read nor used
@@ -235,14 +228,12 @@ class BlockRow:
         """Add the windows that begin at ``start`` along x to ``sums``, which begin at ``x0``."""
         size, forward = self._lattice.window, self._forward
         windows = self._wanted(start)
-        batches = [windows[n : n + forward.batch_size] for n in range(0, len(windows), forward.batch_size)]
         grids = [self._lattice.grid.crop(at, size) for at in windows]
         ahead = _BATCHES_AHEAD * forward.batch_size * math.prod(size)
         with ExitStack() as stack:
             readers = [stack.enter_context(ReadAhead(given.around, grids, ahead)) for given in forward.inputs]
-            following = iter(grids)
-            for batch in batches:
-                around = [next(following) for _ in batch]
+            for n in range(0, len(windows), forward.batch_size):
+                batch, around = windows[n : n + forward.batch_size], grids[n : n + forward.batch_size]
                 further = ([read(grid) for grid in around] for read in readers)
                 out = forward([self._window(at) for at in batch], *further)
                 for values, at in zip(out, batch, strict=True):
@@ -250,20 +241,15 @@ class BlockRow:
 
     def _wanted(self, x: int) -> list[Index]:
         """Return the first voxels of the windows to run that begin at ``x``."""
-        windows = [
-            (self._lattice.starts[0][i], self._lattice.starts[1][j], x)
-            for i in self._numbers[0]
-            for j in self._numbers[1]
-        ]
+        lattice, (z, y) = self._lattice, self._numbers
+        windows = [(lattice.starts[0][i], lattice.starts[1][j], x) for i in z for j in y]
         if self._forward.inside is not None:
-            size = self._lattice.window
-            windows = [at for at in windows if self._forward.inside(self._lattice.grid.crop(at, size))]
+            windows = [at for at in windows if self._forward.inside(lattice.grid.crop(at, lattice.window))]
         if self._forward.skip_empty:
             windows = [at for at in windows if not _is_constant(self._window(at))]
         return windows
 
     def _window(self, at: Index) -> NDArray[np.float32]:
-        """Return raw of the window that begins at ``at``."""
         corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
         part = tuple(slice(a - c, a - c + n) for a, c, n in zip(at, corner, self._lattice.window, strict=True))
         return cast("NDArray[np.float32]", self._raw)[part]
@@ -271,18 +257,14 @@ class BlockRow:
     def _add(self, values: torch.Tensor, at: Index, sums: torch.Tensor, x0: int) -> None:
         """Add the network's ``values`` of the window that begins at ``at``."""
         size = self._lattice.window
-        into, of = zip(
-            _overlap(at[0], size[0], self._begin[0], self._shape[0]),
-            _overlap(at[1], size[1], self._begin[1], self._shape[1]),
-            _overlap(at[2], size[2], x0, sums.shape[3]),
-            strict=True,
-        )
+        block = (*self._begin, x0), (*self._shape, sums.shape[3])
+        into, of = zip(*map(_overlap, at, size, *block), strict=True)
         weights = self._weights[of]
         sums[(slice(0, -1), *into)].addcmul_(values[(slice(None), *of)], weights)
         sums[(-1, *into)].add_(weights)
 
     def _normalized(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
-        if self._forward.leaves_out:  # voxels that no window covers become 0 / 1
+        if self._forward.skip_empty or self._forward.inside is not None:  # voxels that no window covers become 0 / 1
             sums[-1:].masked_fill_(sums[-1:] == 0, 1)
         # a new array: a view would keep all sums alive while the caller holds the block
         values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]

@@ -1,7 +1,6 @@
 """What a prediction lacks, and what it says of that: voxels without raw, and blocks that were given up.
 
-Both are kept in files of the prediction's folder, so that they survive a killed run, and end up in the attributes of
-the region and of its classes::
+Both are kept in files, so that they survive a killed run, and end up in the attributes of the region and its classes::
 
     .missing-raw.npy   int64, for each block the number of its voxels without raw
     .unknown.json      number of each block that failed and was accepted -> why it failed
@@ -10,8 +9,7 @@ the region and of its classes::
     unknown            blocks that were given up, each with its number, box (nm) and reason; they hold probability 0
 
 A target voxel has raw if the chunk of the raw voxel at its center is stored (at the faces of the volume: of the nearest
-raw voxel, if the target voxel overlaps the volume). The presence of chunks decides this; none is read: per axis it is
-known which voxels lie in which chunk, so counting takes one matrix product per axis.
+raw voxel, if the target voxel overlaps the volume). No chunk is read; counting takes one matrix product per axis.
 """
 
 from __future__ import annotations
@@ -125,9 +123,7 @@ class Presence:
         return f"at {place} nm, where {self.source.chunk_locations(corner)[1][0]} is not stored"
 
 
-# -- raw that is missing ---------------------------------------------------------------------------------------------
 def presences(task: PredictTask) -> list[Presence]:
-    """Return where each target grid of a task has raw."""
     source = Multiscale.open(task.raw)
     return [Presence(source, layout) for layout, _ in task.layouts]
 
@@ -202,7 +198,7 @@ def confirm_missing(task: PredictTask) -> None:
     gone = np.flatnonzero(counts > before)
     if len(gone) and not task.allow_missing_raw:
         if (done := _done_map(task)) is not None:
-            done.forget(int(number) for number in gone)
+            done.mark(map(int, gone), done=False)
         raise StoreError(
             f"{task.name}: raw under {len(gone)} blocks went missing while they were predicted (the first "
             f"{_first(task, counts - before)}); restore it, then rerun the same command to predict them again"
@@ -210,7 +206,6 @@ def confirm_missing(task: PredictTask) -> None:
     _store_counts(task, counts, before)
 
 
-# -- blocks that are given up ----------------------------------------------------------------------------------------
 def give_up(task: PredictTask, failed: Mapping[int, str]) -> None:
     """Store blocks (number -> why they failed) as 0, and record them."""
     for number in failed:
@@ -246,7 +241,6 @@ def attributes(task: PredictTask, layout: Layout | None = None) -> dict[str, Any
     return {**found, "unknown": unknown} if unknown else found
 
 
-# -- helpers ---------------------------------------------------------------------------------------------------------
 def _voxels(task: PredictTask) -> int:
     return sum(layout.target.size for layout, _ in task.layouts)
 
@@ -262,7 +256,6 @@ def _first(task: PredictTask, counts: NDArray[np.int64]) -> str:
 
 
 def _done_map(task: PredictTask) -> DoneMap | None:
-    """The done-map of the network's blocks, if there is one."""
     stage = task.stages[0]
     file = task.folder / f".done-{stage}"
     return DoneMap(file, task.blocks(stage), task.key) if file.exists() else None

@@ -27,19 +27,13 @@ _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no mor
 class Layout:
     """One target grid of a prediction.
 
-    The network works on ``model``: the grid at its own voxel size that starts at the target's first face and covers
-    it, with one more voxel on every side along the axes where the target is finer (linear interpolation at the
-    outermost target centers needs it). A block is a whole number of ``chunks`` of the target along each axis, and at
-    most ``block_size`` voxels of the network's lattice (more only if ``chunks`` cannot be made smaller), so no two
-    blocks write one chunk. With many channels blocks are thinner along x, which costs nothing: neighbors along x share
-    their windows (see `connectomics.inference.sliding`).
+    A block is a whole number of ``chunks`` of the target along each axis, so no two blocks write one chunk. With many
+    channels blocks are thinner along x, which costs nothing: neighbors along x share their windows.
 
     Attributes:
-        target: the grid to write.
-        channels: of the network's output.
-        voxel_size: of the network, nm, z y x.
-        window, overlap, context: see `WindowLattice.over`.
-        block_size: most voxels of the network's lattice at once, z y x.
+        target: the grid to write. channels: of the network's output.
+        voxel_size: of the network, nm, z y x. window, overlap, context: see `WindowLattice.over`.
+        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
 
@@ -60,12 +54,13 @@ class Layout:
     @cached_property
     def _margin(self) -> Index:
         """Voxels of the network's lattice that interpolation needs beyond a block, z y x."""
-        finer = [t < m * (1 - 1e-6) for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
-        return int(finer[0]), int(finer[1]), int(finer[2])
+        z, y, x = (int(t < m * (1 - 1e-6)) for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True))
+        return z, y, x
 
     @cached_property
     def model(self) -> VoxelGrid:
-        """The network's lattice over the target's box."""
+        """The network's lattice: it starts at the target's first face and covers its box, with one more voxel on every
+        side along the axes where the target is finer, for linear interpolation at the outermost centers."""
         return self.target if self.same_voxels else self.target.at_voxel_size(self.voxel_size).grow(self._margin)
 
     @cached_property
@@ -128,5 +123,4 @@ class Layout:
         return self.model.crop((0, 0, 0), shape)
 
     def plan(self, batch_size: int) -> Plan:
-        """Return what predicting it costs."""
         return plan_regions(self.lattice, self.regions, channels=self.channels, batch_size=batch_size)

@@ -1,11 +1,9 @@
 """Predict a region of a data set: one frozen description, run to files by any engine, block by block.
 
-`PredictTask` says everything that the output depends on. It is stored as ``task.json`` beside the output and can be run
-from there again. Its first stage goes through the blocks of every distinct target grid: probabilities on the network's
-lattice (`connectomics.inference.sliding`), resampled to the target's voxels (linear if they are finer, averaged over
-their box if they are coarser) and stored (`connectomics.inference.artifact`). Several target grids for one region are
-done one after the other, each with the whole network; in the challenge a crop has one. Further stages make the levels
-of a pyramid, three at a time.
+`PredictTask` says everything that the output depends on. It is stored as ``task.json`` beside the output. Its
+first stage goes through the blocks of every distinct target grid: probabilities on the network's lattice
+(`connectomics.inference.sliding`), resampled to the target's voxels and stored (`connectomics.inference.artifact`).
+Further stages make the levels of a pyramid, three at a time.
 """
 
 from __future__ import annotations
@@ -23,17 +21,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
-from connectomics.inference import gaps
-from connectomics.inference.artifact import (
-    LEVELS_AT_ONCE,
-    UNCERTAINTY,
-    UNITS,
-    Group,
-    PyramidWorker,
-    common_attributes,
-    pyramid_blocks,
-    require_own_output,
-)
+from connectomics.inference import artifact, gaps
 from connectomics.inference.augmented import UNCERTAINTIES, Averaged, Network
 from connectomics.inference.layout import Layout
 from connectomics.inference.predict_worker import MOST_ON_CPU, PredictWorker
@@ -50,9 +38,13 @@ from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
 from connectomics.tasks import TASK_FILE, BlockTask, Cost, Lattice, Worker, run_task
 
-PRECISIONS = ("32", "bf16", "fp16")
 PREDICT = "predict"  # the first stage
+_PRECISIONS = ("32", "bf16", "fp16")
 _PYRAMID = "pyramid-"  # the other stages, with a number from 1
+_OF_MODEL = (
+    "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
+    "symmetries", "dropout_samples", "skip_empty", "normalization",
+)  # fmt: skip
 _WORKER_BYTES = 256 << 20  # that a worker holds besides its block: pieces being written, caches of the reader
 
 
@@ -61,29 +53,23 @@ class PredictTask(BlockTask):
     """One region to predict: what is read, what is written, and with which parameters.
 
     Attributes:
-        raw: location of the raw multiscale group.
-        output: local folder of the region's group, ``{out}/{dataset}.zarr/{crop}``.
-        classes: names of the network's output channels, in order.
-        targets: grid to write for each requested channel; others are not written.
+        raw: location of the raw multiscale group. output: local folder, ``{out}/{dataset}.zarr/{crop}``.
+        classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
         voxel_size: voxel size of the network, nm, z y x.
         window: voxels that the network sees at once, z y x.
-        checkpoint: hash of the networks' weights.
-        checkpoints: files of the networks; none if they were given in memory.
+        checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
         normalization: how raw values become the network's input.
-        overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`.
-        batch_size: windows that go through the network together; ``auto``: found by trial, in each worker.
+        overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`. batch_size: too, or ``auto``:
+            found by trial in each worker.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
-        precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision.
+        precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision).
-        compile: whether the network is compiled (`torch.compile`).
-        dtype: of the stored probabilities: ``uint8`` (255 p) or ``float16`` (p).
-        pyramid: whether coarser levels, by averaging, are written too.
+        dtype: of the stored probabilities, ``uint8`` (255 p) or ``float16`` (p). pyramid: also write coarser levels.
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
             ``dropout``: variance over ``dropout_samples`` passes of each with active dropout layers; or ``none``.
-        skip_empty: leave out windows whose raw is constant, or absent everywhere; probability (and uncertainty) is 0
-            where there are no others.
+        skip_empty: leave out windows whose raw is constant or absent; probability is 0 where there are no others.
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
         about: what the attributes of channels that are no classes say (``artefact``, ``class_name``, ...).
@@ -123,21 +109,20 @@ class PredictTask(BlockTask):
 
     def __post_init__(self) -> None:
         chosen = symmetries(self.symmetries)
-        context = None if self.context is None else whole_index(self.context, "context", 0)
-        values: dict[str, Any] = {
+        values = {
             "classes": tuple(self.classes),
             "checkpoints": tuple(self.checkpoints),
             "targets": dict(self.targets),
             "voxel_size": triple(self.voxel_size, "voxel_size"),
             "window": whole_index(self.window, "window", 1),
             "block_size": whole_index(self.block_size, "block_size", 1),
-            "context": context,
+            "context": None if self.context is None else whole_index(self.context, "context", 0),
             "inputs": tuple((triple(size, "inputs"), whole_index(n, "inputs", 1)) for size, n in self.inputs),
             "symmetries": tuple(map(str, chosen)),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self._check_values()
+        self._require_valid()
         for sizes, what in [
             (self.window, "a window of"),
             (self.voxel_size, "the voxel size"),
@@ -146,7 +131,7 @@ class PredictTask(BlockTask):
             require_unchanged(chosen, sizes, what)
         channel_maps(chosen, self._channel_attributes)  # refuses affinities without a counterpart
 
-    def _check_values(self) -> None:
+    def _require_valid(self) -> None:
         if not self.targets:
             raise InputError(f"nothing to predict for {self.output}: no target grid is given")
         for name, grid in self.targets.items():
@@ -154,24 +139,19 @@ class PredictTask(BlockTask):
                 raise unknown_name("class", name, self.classes, "the network's output")
             if grid.size == 0:
                 raise InputError(f"the target grid of {name} for {self.output} is empty ({grid})")
-        for name, words in (
-            ("blending", BLENDINGS),
-            ("precision", PRECISIONS),
-            ("dtype", tuple(UNITS)),
-            ("uncertainty", UNCERTAINTIES),
-        ):
+        dtypes = tuple(artifact.UNITS)
+        allowed = {"blending": BLENDINGS, "precision": _PRECISIONS, "dtype": dtypes, "uncertainty": UNCERTAINTIES}
+        for name, words in allowed.items():
             if getattr(self, name) not in words:
                 raise InputError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         if self.batch_size != "auto" and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
             raise InputError(f"batch_size must be at least 1, or auto, got {self.batch_size!r}")
-        samples = self.dropout_samples
-        if samples < 2 if self.uncertainty == "dropout" else samples != 0:
+        samples, kind = self.dropout_samples, self.uncertainty
+        if samples < 2 if kind == "dropout" else samples != 0:
             raise InputError(
-                f"dropout_samples must be at least 2 with uncertainty 'dropout' and 0 without, got "
-                f"{samples} with {self.uncertainty!r}"
+                f"dropout_samples must be at least 2 with 'dropout' and 0 without, got {samples} with {kind!r}"
             )
 
-    # -- to and from JSON --------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
         data["views"] = data.pop("inputs")  # the name that stored tasks and attributes have
@@ -187,12 +167,8 @@ class PredictTask(BlockTask):
     @property
     def model(self) -> dict[str, Any]:
         """What the attributes say of the model."""
-        names = (
-            "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-            "symmetries", "dropout_samples", "skip_empty", "normalization",
-        )  # fmt: skip
         data = self.to_dict()
-        return {name: data[name] for name in names}
+        return {name: data[name] for name in _OF_MODEL}
 
     def made_from(self) -> dict[str, str]:
         whole = max((layout.target for layout, _ in self.layouts), key=lambda grid: grid.size)
@@ -201,12 +177,10 @@ class PredictTask(BlockTask):
             found["mask"] = content_identity(Multiscale.open(self.mask), whole)
         return found
 
-    # -- blocks and costs --------------------------------------------------------------------------------------------
     @property
     def name(self) -> str:
         """The region, for messages: ``crop557 of jrc_ctl-id8-1``."""
-        output = Path(self.output)
-        return f"{output.name} of {output.parent.name.removesuffix('.zarr')}"
+        return f"{self.folder.name} of {self.folder.parent.stem}"
 
     @property
     def folder(self) -> Path:
@@ -218,7 +192,7 @@ class PredictTask(BlockTask):
     @property
     def channels(self) -> int:
         """Values that are blended for each voxel: probabilities, and variances if requested."""
-        return len(self.classes) * (2 if self._needs_variance else 1)
+        return len(self.classes) * (1 + self._needs_variance)
 
     @property
     def _needs_variance(self) -> bool:
@@ -240,7 +214,7 @@ class PredictTask(BlockTask):
         return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
-    def groups(self) -> list[Group]:
+    def groups(self) -> list[artifact.Group]:
         """All groups to write; a group inside another comes after it."""
         found = []
         layouts = {name: layout for layout, names in self.layouts for name in names}
@@ -248,11 +222,10 @@ class PredictTask(BlockTask):
             if name not in layouts:
                 continue
             what = {"class_name": name, "grid": self.targets[name].to_dict(), "model": self.model}
-            what |= self.about.get(name, {})
-            place = self.folder / name
-            found.append(Group(place, layouts[name], channel, "", self.dtype, self.pyramid, what))
+            place, what = self.folder / name, what | dict(self.about.get(name, {}))
+            found.append(artifact.Group(place, layouts[name], channel, "", self.dtype, self.pyramid, what))
             if self.uncertainty != "none":
-                found.append(replace(found[-1], place=place / UNCERTAINTY, uncertainty=self.uncertainty))
+                found.append(replace(found[-1], place=place / artifact.UNCERTAINTY, uncertainty=self.uncertainty))
         return found
 
     @cached_property
@@ -264,25 +237,18 @@ class PredictTask(BlockTask):
         """Networks that are averaged."""
         return max(1, len(self.checkpoints))
 
-    @property
-    def passes(self) -> int:
-        """Forward passes for each window."""
-        return self.members * len(self.symmetries) * max(1, self.dropout_samples)
-
     def averaged(self, networks: Sequence[Network]) -> Averaged:
         """Return the average of the networks that the task asks for."""
         return Averaged(
-            networks,
-            symmetries(self.symmetries),
-            samples=self.dropout_samples,
-            variance=self._needs_variance,
-            about=self._channel_attributes,
-        )
+            networks, symmetries(self.symmetries), samples=self.dropout_samples,
+            variance=self._needs_variance, about=self._channel_attributes,
+        )  # fmt: skip
 
     def plan(self) -> list[Plan]:
         """Return what each distinct target grid costs, without running anything."""
-        batch = self.batch_size if isinstance(self.batch_size, int) else MOST_ON_CPU
-        return [layout.plan(batch).times(self.passes) for layout, _ in self.layouts]
+        batch = MOST_ON_CPU if isinstance(self.batch_size, str) else self.batch_size
+        passes = self.members * len(self.symmetries) * max(1, self.dropout_samples)
+        return [layout.plan(batch).times(passes) for layout, _ in self.layouts]
 
     def locate(self, block: int) -> tuple[int, int]:
         """Return the index of the layout that a block of the first stage belongs to, and its number there."""
@@ -292,15 +258,14 @@ class PredictTask(BlockTask):
             block -= len(layout.blocks)
         raise InputError(f"{self.name} does not have that many blocks: {block} beyond the last")
 
-    # -- life of the task --------------------------------------------------------------------------------------------
     @property
     def stages(self) -> tuple[str, ...]:
         levels = max(len(group.grids) for group in self.groups) - 1
-        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(math.ceil(levels / LEVELS_AT_ONCE))))
+        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(math.ceil(levels / artifact.LEVELS_AT_ONCE))))
 
     def check(self, *, overwrite: bool = False) -> bool:
         self.averaged([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
-        there = require_own_output(self, overwrite)
+        there = artifact.require_own_output(self, overwrite)
         if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
             return False
         gaps.require_raw(self, self._missing_raw)
@@ -323,12 +288,12 @@ class PredictTask(BlockTask):
             gaps.keep_missing(self, self._missing_raw)
             return
         for group, level, _ in self._pyramid_blocks(stage):
-            last = min(level + LEVELS_AT_ONCE, len(group.grids) - 1)
+            last = min(level + artifact.LEVELS_AT_ONCE, len(group.grids) - 1)
             if any([group.make_level(n) for n in range(level + 1, last + 1)]):
                 (self.folder / f".done-{stage}").unlink(missing_ok=True)
 
-    def _pyramid_blocks(self, stage: str) -> list[tuple[Group, int, Lattice]]:
-        return pyramid_blocks(self.groups, int(stage.removeprefix(_PYRAMID)) - 1)
+    def _pyramid_blocks(self, stage: str) -> list[tuple[artifact.Group, int, Lattice]]:
+        return artifact.pyramid_blocks(self.groups, int(stage.removeprefix(_PYRAMID)) - 1)
 
     def blocks(self, stage: str) -> int:
         if stage == PREDICT:
@@ -336,32 +301,29 @@ class PredictTask(BlockTask):
         return sum(len(lattice) for *_, lattice in self._pyramid_blocks(stage))
 
     def run_length(self, stage: str) -> int:
-        """Blocks along x share windows and raw. If target grids differ in their number of blocks along x, that of the
-        largest grid counts; splitting the rows of the others elsewhere only runs some windows twice."""
         if stage != PREDICT:
             return 1
+        # blocks along x share windows and raw; splitting smaller grids elsewhere only runs some windows twice
         layout = max((layout for layout, _ in self.layouts), key=lambda layout: len(layout.blocks))
         return math.ceil(layout.target.shape[2] / layout.block_shape[2])
 
     def cost(self, stage: str) -> Cost:
         if stage != PREDICT:
-            lattices = self._pyramid_blocks(stage)
-            voxels = max(math.prod(lattice.region(0)[1]) for *_, lattice in lattices)
+            voxels = max(math.prod(lattice.region(0)[1]) for *_, lattice in self._pyramid_blocks(stage))
             size = voxels * np.dtype(self.dtype).itemsize
             return Cost(read=size, written=size // 7, memory=size + _WORKER_BYTES)
         stored = len(self.groups) * np.dtype(self.dtype).itemsize
         written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
-        source = RawSource(self.raw, self.normalization)
-        read = max(source.bytes_behind(layout.seen) for layout, _ in self.layouts)
+        read = max(RawSource(self.raw, self.normalization).bytes_behind(layout.seen) for layout, _ in self.layouts)
         return Cost(read=read, written=written, memory=max(plan.bytes for plan in self.plan()) + _WORKER_BYTES)
 
     @contextmanager
     def open_worker(self, stage: str, device: str) -> Iterator[Worker]:
         if stage != PREDICT:
-            yield PyramidWorker(self._pyramid_blocks(stage))
-            return
-        with self.open_networks(device) as networks:
-            yield PredictWorker(self, networks, device)
+            yield artifact.PyramidWorker(self._pyramid_blocks(stage))
+        else:
+            with self.open_networks(device) as networks:
+                yield PredictWorker(self, networks, device)
 
     def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
         """Return the networks, ready on a device; raises `InputError` if this process cannot load them."""
@@ -376,8 +338,7 @@ class PredictTask(BlockTask):
         return self.layouts[index][0].blocks[inside][1].box
 
     def accepts(self, stage: str) -> str:
-        output = Path(self.output)
-        return f"{output.parent.name.removesuffix('.zarr')}/{output.name}" if stage == PREDICT else ""
+        return f"{self.folder.parent.stem}/{self.folder.name}" if stage == PREDICT else ""
 
     def accept(self, stage: str, failed: Mapping[int, str]) -> None:
         gaps.give_up(self, failed)
@@ -391,7 +352,7 @@ class PredictTask(BlockTask):
 
     def _attributes(self, provenance: Provenance | None) -> dict[str, Any]:
         classes = [name for name in self.classes if name in self.targets and name not in self.about]
-        return {**common_attributes(provenance), "classes": classes, "model": self.model}
+        return {**artifact.common_attributes(provenance), "classes": classes, "model": self.model}
 
 
 class _GivenTask(PredictTask):
@@ -423,22 +384,17 @@ def run_predict_task(
     overwrite: bool = False,
     accept: Collection[int] = (),
 ) -> bool:
-    """Write the missing probabilities of ``task`` in this process. Returns whether anything was missing.
+    """Write the missing probabilities of ``task`` in this process; return whether anything was missing.
 
     Args:
         network: takes (B, 1, d, h, w) float32 on ``device`` (and the task's further inputs, likewise), returns
             probabilities (B, len(task.classes), d, h, w); several are averaged. With the task's uncertainty ``dropout``
-            their dropout layers must be active, see `dropout_on`. It is first tried on a window of noise.
-        progress: called for the blocks of each stage.
-        overwrite: start over if there is an output of another task (or a finished one).
-        accept: blocks that may fail; they are then stored as 0 and recorded as unknown.
+            their dropout layers must be active, see `dropout_on`.
+        progress, overwrite, accept: see `connectomics.tasks.run_task`, as are the errors.
 
     Raises:
-        WriteError: there is an output of another task, or the disk is full.
-        StoreError, OutOfMemoryError: raw cannot be read, or memory does not suffice; what is done is kept.
         InputError: raw is missing in the region and that is not allowed, the network gives no probabilities, or a
             variance is requested of one pass.
-        BlocksFailedError: blocks failed (raw that cannot be decoded or is not finite); all others are done.
     """
     networks = [network] if callable(network) else network
     return run_task(given(task, networks), None, progress, device=device, overwrite=overwrite, accept=accept)

@@ -37,9 +37,6 @@ MOST_ON_CPU, MOST_ON_GPU = 4, 128  # windows per batch; a CPU is busy with few, 
 _GAIN = 1.05  # a batch twice as large must be faster by this
 _TIMED_RUNS = 2  # of a batch, after one that warms up
 
-# a block to be written: index of its layout, its number, its number in the layout, its values
-_Block = tuple[int, int, int, NDArray[np.float32]]
-
 
 class PredictWorker:
     """Does the first stage of a `PredictTask`."""
@@ -140,8 +137,8 @@ class PredictWorker:
         with ReadAhead(self._source.read, planned_reads(layout.lattice, regions, touches)) as read:
             yield from predict_regions(read, layout.lattice, forward, regions, self._task.blending)
 
-    def _write(self, item: _Block) -> None:
-        """Store a block's channels and their uncertainty, if requested."""
+    def _write(self, item: tuple[int, int, int, NDArray[np.float32]]) -> None:
+        """Store a block's channels and their uncertainty: index of its layout, its number, its number there, values."""
         index, number, inside, block = item
         layout = self._task.layouts[index][0]
         if index not in self._writers:
@@ -149,15 +146,12 @@ class PredictWorker:
             self._writers[index] = [(group, group.array()) for group in groups]
         absent = self._presences[index].absent(inside) if self._missing[number] else None
         for group, writer in self._writers[index]:
-            values = block[group.channel] if not group.uncertainty else self._uncertainty(block, group.channel)
+            values = block[group.channel]
+            if group.uncertainty == "entropy":
+                values = entropy(values)
+            elif group.uncertainty:  # a share of the largest possible value
+                values = block[len(self._task.classes) + group.channel] / np.float32(LARGEST[group.uncertainty])
             write_probability(layout, inside, values, writer, absent)
-
-    def _uncertainty(self, block: NDArray[np.float32], channel: int) -> NDArray[np.float32]:
-        """Return the uncertainty of a channel as a share of the largest possible value."""
-        task = self._task
-        if task.uncertainty == "entropy":
-            return entropy(block[channel])
-        return block[len(task.classes) + channel] / np.float32(LARGEST[task.uncertainty])
 
     def _tried(self) -> int:
         """Run a window of noise through the networks; return the batch size."""
@@ -182,15 +176,13 @@ class PredictWorker:
         if isinstance(task.batch_size, int):
             return task.batch_size
 
-        def once(windows: int) -> float:
-            begin = time.perf_counter()
-            forward(windows, task.precision)
-            _synchronize(self._device)
-            return time.perf_counter() - begin
-
         def seconds(windows: int) -> float:
-            once(windows)
-            return min(once(windows) for _ in range(_TIMED_RUNS))
+            times = []
+            for _ in range(1 + _TIMED_RUNS):
+                begin = time.perf_counter()
+                forward(windows, task.precision).sum().item()  # waits for a GPU
+                times.append(time.perf_counter() - begin)
+            return min(times[1:])
 
         batch = best_batch(seconds, MOST_ON_GPU if self._device.startswith("cuda") else MOST_ON_CPU)
         rate = batch * math.prod(task.window) / seconds(batch) / 1e6
@@ -239,11 +231,3 @@ def autocast(precision: str) -> torch.dtype | None:
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def _synchronize(device: str) -> None:
-    """Wait until a GPU has finished its work."""
-    if device.startswith("cuda"):
-        import torch
-
-        torch.cuda.synchronize(device)

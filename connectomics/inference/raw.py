@@ -23,7 +23,6 @@ class RawSource:
     """Raw of one multiscale group as the network wants it: normalized, and never black outside the volume."""
 
     def __init__(self, location: str, normalization: Normalization) -> None:
-        self.location = location
         self.normalization = normalization
         self._source = Multiscale.open(location)
 
@@ -53,8 +52,7 @@ class FurtherInput:
 
     Attributes:
         read: returns the network's input, float32 (d, h, w), for a grid anywhere; zeros where there is no raw.
-        voxel_size: nm, z y x.
-        shape: voxels, z y x.
+        voxel_size: nm, z y x. shape: voxels, z y x.
     """
 
     read: Callable[[VoxelGrid], NDArray[np.float32]]

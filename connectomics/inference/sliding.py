@@ -1,24 +1,16 @@
 """A network over a volume: overlapping windows, blended, block by block, in bounded memory.
 
-The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`): MONAI's scan
-rule (``int(window * (1 - overlap))`` voxels from window to window, the last one moved back to fit) on the grid and a
-margin of context around it. A voxel's value is the mean over its windows, weighted by MONAI's Gaussian importance map;
-so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on the whole array.
+The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). A voxel's value
+is the mean over its windows, weighted by MONAI's Gaussian importance map; so over the same extent the result equals
+``monai.inferers.SlidingWindowInferer`` on the whole array.
 
-**Blocks.** A block runs the windows that touch it and accumulates into memory of its own size. Its values do not depend
-on which other blocks are computed, so blocks can be left out (they are on disk already) or run elsewhere. The price: a
-window across a border is run by every block that it touches. With windows of w voxels and blocks of B, that is about
-(1 + w/B)^3 times the forward passes. Blocks that follow each other along x therefore share: their common windows are
-run once and their weighted sums carried over, which leaves (1 + w/B)^2 along z and y (2.25 for B = 2w, 1.56 for
-B = 4w, 1 if a block spans the grid). `plan` gives the numbers for a case before it is run.
+A block runs the windows that touch it; its values do not depend on which other blocks are computed. With windows of w
+voxels and blocks of B that would be about (1 + w/B)^3 times the forward passes. Blocks that follow each other along x
+share: common windows are run once and their weighted sums carried over, which leaves (1 + w/B)^2. Batches depend on the
+lattice, the block and the raw alone, so a resumed run repeats the same arithmetic to the bit.
 
-Batches of windows depend on the lattice, the block and the raw alone, never on what was done before, so a run that was
-killed and resumed repeats the same arithmetic to the bit.
-
-**Windows can be left out**: those whose raw has one value everywhere (padding, missing chunks), those outside a mask,
-and those without any raw. A voxel is then the weighted mean over its other windows, and 0 if there are none: a window
-that is left out does not count as 0, so tissue beside padding does not fade. Further inputs of a window play no part in
-this decision: they show other places.
+Windows can be left out: those of constant raw, those outside a mask, and those without any raw. A voxel is then the
+weighted mean over its other windows, and 0 if there are none.
 """
 
 from __future__ import annotations
@@ -63,11 +55,6 @@ class Plan:
     voxels: int
     bytes: int
 
-    @property
-    def overhead(self) -> float:
-        """Forward passes per distinct window: 1 if nothing is computed twice."""
-        return self.windows / self.distinct_windows
-
     def times(self, passes: int) -> Plan:
         """Return the plan if every window goes through the network ``passes`` times, one pass after the other."""
         windows, distinct = self.windows * passes, self.distinct_windows * passes
@@ -108,8 +95,7 @@ def _block_regions(grid: VoxelGrid, block_size: Sequence[int] | int) -> list[Reg
 
 
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int) -> int:
-    """Memory of one region's sums with their carry, of two results, of raw (with a slab of it while it is read, and
-    what is read ahead) and of a batch."""
+    """Sums with their carry, two results, raw (with a slab while it is read, and what is read ahead) and a batch."""
     begin, shape = region
     z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
     extents = (*hull(lattice, z, y), (lattice.starts[2][x[0]], lattice.starts[2][x[-1]] + lattice.window[2]))

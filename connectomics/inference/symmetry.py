@@ -152,7 +152,7 @@ class ChannelMap:
         return any(any(source.shift) for source in self.channels)
 
     def apply(self, out: torch.Tensor) -> torch.Tensor:
-        """Return (B, C, d, h, w) with every channel in its place; 0 where it is missing."""
+        """Return (B, C, d, h, w) with every channel moved back; 0 where it is missing."""
         import torch
 
         if out.shape[1] != len(self.channels):

@@ -59,10 +59,7 @@ class TrainedNetwork(nn.Module):
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 over names, shapes and bytes of all weights and buffers.
-
-    Copies of a checkpoint have the same hash: it covers the weights, not the file.
-    """
+    """Return 16 hexadecimal digits of the SHA-256 over names, shapes and bytes of all weights and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         if isinstance(value, Tensor):

@@ -79,12 +79,10 @@ class WindowLattice:
 
     @property
     def count(self) -> int:
-        """Number of windows."""
         return math.prod(len(s) for s in self.starts)
 
     @property
     def leaves_raw(self) -> bool:
-        """Whether any part of the grid lies outside the raw."""
         return self.extent is not None and not self.extent.holds((0, 0, 0), self.grid.shape)
 
     def sees_raw(self, window: VoxelGrid) -> bool:

@@ -133,15 +133,12 @@ class StoredArray:
             raise InputError(f"{self.location} has shape {self.shape}; cannot read {tuple(shape)} at {tuple(begin)}")
         low = [min(max(0, int(b)), n) for b, n in zip(begin, self.shape, strict=True)]
         high = [min(max(0, int(b) + int(s)), n) for b, s, n in zip(begin, shape, self.shape, strict=True)]
-        if any(h <= lo for lo, h in zip(low, high, strict=True)):
-            return np.zeros(tuple(shape), self.dtype), np.zeros(tuple(shape), bool)
-        part, present = self._read_inside(low, high, absent_is_missing)
-        if part.shape == tuple(shape):
-            return part, present
-        where = tuple(slice(lo - int(b), h - int(b)) for lo, h, b in zip(low, high, begin, strict=True))
+        if low == list(begin) and all(h - lo == n > 0 for lo, h, n in zip(low, high, shape, strict=True)):
+            return self._read_inside(low, high, absent_is_missing)
         values, inside = np.zeros(tuple(shape), self.dtype), np.zeros(tuple(shape), bool)
-        values[where] = part
-        inside[where] = present
+        if all(h > lo for lo, h in zip(low, high, strict=True)):
+            where = tuple(slice(lo - int(b), h - int(b)) for lo, h, b in zip(low, high, begin, strict=True))
+            values[where], inside[where] = self._read_inside(low, high, absent_is_missing)
         return values, inside
 
     def present_chunks(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.bool_]:
@@ -182,8 +179,7 @@ class StoredArray:
     def check_still_there(self) -> None:
         """Raise `StoreError` if the array's metadata is gone.
 
-        A chunk counts as absent only while the metadata exists: below an unmounted folder nothing exists, and a
-        deleted bucket or another endpoint answers 404 to everything.
+        Below an unmounted folder nothing exists, and a deleted bucket answers 404 to everything.
         """
         if not object_exists(join(self.location, self._metadata_name), self.options):
             remedy = "check the bucket and the endpoint" if is_s3(self.location) else "check that its disk is mounted"
@@ -212,8 +208,7 @@ class StoredArray:
         return values, inside
 
     def _decode(self, low: list[int], high: list[int], absent_is_error: bool = False) -> NDArray[Any] | None:
-        """Voxels ``low`` to ``high``, all inside the array; absent chunks give the fill value, or None for the whole
-        block with ``absent_is_error``."""
+        """Voxels ``low`` to ``high``; absent chunks give the fill value, or (``absent_is_error``) None for all."""
         tolerant, strict = self._handles()
         if strict is None:
             return self._decode_with_zarr(tolerant, low, high)
@@ -282,13 +277,8 @@ class StoredArray:
         kvstore: dict[str, Any]
         if is_s3(self.location):
             bucket, key = split_s3(self.location)
-            kvstore = {
-                "driver": "s3",
-                "bucket": bucket,
-                "path": f"{key}/",
-                "aws_region": self.options.s3_region,
-                "aws_credentials": {"type": "anonymous"},
-            }
+            kvstore = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "aws_region": self.options.s3_region}
+            kvstore["aws_credentials"] = {"type": "anonymous"}
             if self.options.s3_endpoint:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:
@@ -330,7 +320,6 @@ class StoredArray:
 
 @lru_cache(maxsize=16)
 def _context(cache_bytes: int, threads: int, retries: int) -> Any:
-    """The tensorstore context (thread pool, cache of decoded chunks) of this process."""
     import tensorstore
 
     delays = {"initial_delay": f"{s3.FIRST_DELAY:g}s", "max_delay": f"{s3.LONGEST_DELAY:g}s"}

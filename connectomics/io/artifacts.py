@@ -2,7 +2,7 @@
 
 The Zarr group of an output has the attribute ``connectomics`` with these keys, and further ones that depend on it::
 
-    artefact    kind of output: probability, uncertainty, labels, submission, ... (the key's spelling is fixed on disk)
+    ``artefact``  kind of output: probability, uncertainty, labels, submission, ... (this spelling is fixed on disk)
     complete    whether it is complete
     id          32 hexadecimal digits, drawn when the output is started; resuming keeps them, a rerun draws new ones
     made_from   role -> identity of each input, such as {"raw": "content-1f0c...", "probabilities": "5b3e..."}
@@ -27,7 +27,8 @@ from connectomics.errors import IncompleteError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.fingerprint import content_identity, same_content
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.replacing import publish, put_aside
+from connectomics.io.replacing import publish as publish
+from connectomics.io.replacing import put_aside as put_aside
 
 ATTRIBUTE = "connectomics"
 
@@ -128,17 +129,3 @@ def is_complete(location: Path) -> bool:
     except (IncompleteError, MissingError, MetadataError):
         return False
     return True
-
-
-__all__ = [
-    "ATTRIBUTE",
-    "Difference",
-    "Provenance",
-    "about",
-    "changed_inputs",
-    "identity",
-    "is_complete",
-    "publish",
-    "put_aside",
-    "require_complete",
-]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import product
 from math import prod
 from typing import Any
@@ -96,7 +96,8 @@ def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_locat
     if all(h > lo for lo, h in zip(low, high, strict=True)):
         first, last = array.chunk_range(low, high)
         digest.update(repr((level, first, last)).encode())
-        for mark in _remote_marks(array, first, last) if is_s3(array.location) else _local_marks(array, first, last):
+        chunks = map(array.chunk_location, product(*map(range, first, last)))
+        for mark in _remote_marks(array, chunks) if is_s3(array.location) else map(_local_mark, chunks):
             digest.update(repr(mark).encode())
     return digest.hexdigest()
 
@@ -119,27 +120,21 @@ def _remote_sample(array: StoredArray, location: str) -> Any:
     return next((mark[1:] for mark in listed if mark[0] == key), None)
 
 
-def _chunk_locations(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[str]:
-    return map(array.chunk_location, product(*map(range, first, last)))
+def _local_mark(path: str) -> Any:
+    """Size and time of a chunk, None if it is absent."""
+    try:
+        stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _local_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
-    """(size, time) of each chunk in order, None if it is absent."""
-    for location in _chunk_locations(array, first, last):
-        try:
-            stat = os.stat(location)
-        except (FileNotFoundError, NotADirectoryError):
-            yield None
-            continue
-        except OSError as error:
-            raise unreadable(location, error) from error
-        yield stat.st_size, stat.st_mtime_ns
-
-
-def _remote_marks(array: StoredArray, first: Sequence[int], last: Sequence[int]) -> Iterable[Any]:
+def _remote_marks(array: StoredArray, chunks: Iterable[str]) -> Iterable[Any]:
     """(key, size, ETag) of each stored chunk, in order. A small array is listed whole, a large one row by row."""
     bucket, _ = split_s3(array.location)
-    wanted = {split_s3(location)[1] for location in _chunk_locations(array, first, last)}
+    wanted = {split_s3(location)[1] for location in chunks}
     if prod(-(-n // c) for n, c in zip(array.shape, array.chunks, strict=True)) <= 4 * len(wanted):
         prefixes = [split_s3(array.location)[1]]
     else:

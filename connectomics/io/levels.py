@@ -1,10 +1,8 @@
 """Downsampling by two: the coarser levels of a multiscale.
 
-Level k has voxels of size 2^k v, its first center at t + (2^k - 1)/2 v and ceil(n / 2^k) voxels, so all levels start at
-the same face. A raw voxel is the mean of the 2x2x2 voxels below it (of the existing ones, at an odd end), rounded for
-integers. A label voxel is the most frequent value of the 2x2x2 voxels below it, the largest on a tie. Taking one of
-the eight instead would shift labels by a quarter of a voxel against the raw at every level. The largest value keeps
-thin objects and, with the usual encoding of 255, keeps unknown unknown.
+All levels start at the same face; level k has ceil(n / 2^k) voxels. A raw voxel is the mean of the 2x2x2 voxels below
+it (of the existing ones, at an odd end), rounded for integers. A label voxel is their most frequent value, the largest
+on a tie: that keeps thin objects and, with the usual encoding of 255, keeps unknown unknown.
 """
 
 from __future__ import annotations
@@ -26,12 +24,10 @@ def level_grids(grid: VoxelGrid, levels: int) -> list[VoxelGrid]:
     if levels < 1:
         raise InputError(f"a pyramid needs at least one level, got levels={levels}")
     grids = []
-    for k in range(levels):
-        factor = 2**k
-        size = [factor * v for v in grid.voxel_size]
-        first = [t + (factor - 1) / 2 * v for t, v in zip(grid.translation, grid.voxel_size, strict=True)]
-        shape = [-(-n // factor) for n in grid.shape]
-        grids.append(VoxelGrid(tuple(size), tuple(first), tuple(shape)))
+    for factor in (2**k for k in range(levels)):
+        size = tuple(factor * v for v in grid.voxel_size)
+        first = tuple(t + (factor - 1) / 2 * v for t, v in zip(grid.translation, grid.voxel_size, strict=True))
+        grids.append(VoxelGrid(size, first, tuple(-(-n // factor) for n in grid.shape)))
     return grids
 
 

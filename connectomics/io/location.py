@@ -44,13 +44,10 @@ class StoreOptions:
     timeout: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.cache_bytes < 0 or self.threads < 1:
+        fit = self.cache_bytes >= 0 and self.threads >= 1 and self.retries >= 0 and 0 < self.timeout < float("inf")
+        if not fit:
             raise InputError(
-                f"StoreOptions: expected cache_bytes >= 0 and threads >= 1, got {self.cache_bytes} and {self.threads}"
-            )
-        if self.retries < 0 or not 0 < self.timeout < float("inf"):
-            raise InputError(
-                f"StoreOptions: expected retries >= 0 and a finite timeout > 0 s, got {self.retries} and {self.timeout}"
+                f"expected cache_bytes >= 0, threads >= 1, retries >= 0 and a finite timeout > 0 s, got {self}"
             )
 
     @property
@@ -64,11 +61,7 @@ class StoreOptions:
         return self.region or os.environ.get("AWS_REGION") or "us-east-1"
 
     def resolved(self) -> StoreOptions:
-        """Return these options with the endpoint and region in use now.
-
-        A worker process that receives them can have another environment: a fork server keeps the environment of its
-        own start.
-        """
+        """Return these options with the endpoint and region in use now: a worker may have another environment."""
         return replace(self, endpoint=self.s3_endpoint, region=self.s3_region)
 
     @property

@@ -1,8 +1,7 @@
 """The OME-NGFF ``multiscales`` attribute: from JSON to voxel size and translation of each level, in nanometers.
 
-Version 0.4 stores it in the group's attributes, 0.5 (Zarr v3) under ``ome``. The transformations of a dataset, then
-those of the whole multiscale, are applied in order. Supported are scales and translations of the space axes z, y, x;
-axes t and c may precede them if the arrays have length 1 there.
+Version 0.4 stores it in the group's attributes, 0.5 (Zarr v3) under ``ome``. Supported are scales and translations of
+the space axes z, y, x; axes t and c may precede them if the arrays have length 1 there.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Mirror a volume at its faces, so that a network never sees emptiness beyond it.
 
-Training patches, validation, prediction and `pytc inspect` use the same rule. First, patches and windows are shifted
-inside the volume if it is large enough (`Extent.inside`). What still lies beyond it is the volume mirrored at its faces
-(`Extent.mirrored`), as in ``numpy.pad(volume, mode="symmetric")``. Missing chunks inside the volume are not mirrored:
-there the input is the mean of tissue (see `connectomics.io.normalization`).
+Training, validation and prediction use the same rule. Patches and windows are shifted inside the volume if it is large
+enough (`Extent.inside`). What still lies beyond it is the volume mirrored at its faces (`Extent.mirrored`), as in
+``numpy.pad(volume, mode="symmetric")``. Missing chunks inside the volume are not mirrored.
 """
 
 from __future__ import annotations
@@ -42,13 +41,11 @@ class Extent:
 
     @property
     def shape(self) -> Index:
-        """Voxels, z y x."""
         z, y, x = (h - b for b, h in zip(self.low, self.high, strict=True))
         return z, y, x
 
     @property
     def is_empty(self) -> bool:
-        """Whether no voxel lies in the volume."""
         return min(self.shape) <= 0
 
     def seen_from(self, begin: Sequence[int]) -> Extent:

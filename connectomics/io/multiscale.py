@@ -63,18 +63,11 @@ class Multiscale:
     """
 
     def __init__(
-        self,
-        location: str,
-        attrs: dict[str, Any],
-        levels: Sequence[Level],
-        arrays: Sequence[StoredArray],
-        absent: Sequence[str] = (),
+        self, location: str, attrs: dict[str, Any], found: Sequence[tuple[Level, StoredArray]], absent: Sequence[str]
     ) -> None:
-        self.location = location
-        self.attrs = attrs
-        self.levels = tuple(levels)
-        self.absent = tuple(absent)
-        self.arrays = tuple(arrays)
+        self.location, self.attrs, self.absent = location, attrs, tuple(absent)
+        self.levels = tuple(level for level, _ in found)
+        self.arrays = tuple(array for _, array in found)
 
     @classmethod
     def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> Multiscale:
@@ -114,7 +107,7 @@ class Multiscale:
         if not found:
             raise MissingError(f"{where}: none of its levels is stored ({', '.join(absent)}); fetch at least one")
         found.sort(key=lambda pair: float(np.prod(pair[0].grid.voxel_size)))
-        return cls(where, attrs, [level for level, _ in found], [array for _, array in found], absent)
+        return cls(where, attrs, found, absent)
 
     @property
     def grid(self) -> VoxelGrid:
@@ -130,9 +123,7 @@ class Multiscale:
     def read_raw(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Read raw values at the voxels of any ``grid``, which may lie partly or wholly outside.
 
-        Per axis linear interpolation if ``grid`` is at least as fine as the level read, box average if it is coarser
-        (see `connectomics.io.resample`); plain copies if the two coincide. At the array's faces its edge values are
-        repeated, and boxes that cross a face are averaged over their inner part.
+        Values are those of `connectomics.io.resample.linear` from the level of `level_for`; copies if the two coincide.
 
         Returns:
             values: float32 of ``grid.shape``, in the array's own range (uint8: 0..255), 0 where not inside.
@@ -152,13 +143,11 @@ class Multiscale:
         tables = resample.raw_tables(source, grid)
         in_box = resample.inside_axes(source, grid)
         # the inside is one run per axis, so the windows contain nothing else
-        for window in _windows([_pieces(t, axis) for t, axis in zip(tables, in_box, strict=True)]):
+        for window in product(*map(_pieces, tables, in_box)):
             part = tuple(t.part(w.start, w.stop) for t, w in zip(tables, window, strict=True))
             values, present = self._resampled(index, (part[0], part[1], part[2]))
-            if present is None:
-                out[window], mask[window] = values, True
-            else:
-                out[window], mask[window] = np.where(present, values, 0), present
+            out[window] = values if present is None else np.where(present, values, 0)
+            mask[window] = True if present is None else present
         return out, mask
 
     def read_nearest(self, grid: VoxelGrid, level: int | None = None) -> tuple[NDArray[Any], NDArray[np.bool_]]:
@@ -179,7 +168,7 @@ class Multiscale:
             resample.AxisTable(i, ((i >= 0) & (i < n)).astype(np.int64), np.ones((len(i), 1), np.float32))
             for i, n in zip(indices, source.shape, strict=True)
         ]
-        for window in _windows([_pieces(t, t.count > 0) for t in tables]):
+        for window in product(*(_pieces(t, t.count > 0) for t in tables)):
             z, y, x = (i[w] for i, w in zip(indices, window, strict=True))
             begin = [int(i[0]) for i in (z, y, x)]
             shape = [int(i[-1]) + 1 - b for i, b in zip((z, y, x), begin, strict=True)]
@@ -261,10 +250,7 @@ class Multiscale:
     def _all_stored(
         self, index: int, inside: NDArray[np.bool_], begin: Sequence[int], tables: resample.Tables
     ) -> NDArray[np.bool_]:
-        """Whether all chunks behind each target voxel are stored; the tables refer to a block that starts at ``begin``.
-
-        Computed on chunks: ``inside`` (per voxel of the block) is sampled at one voxel of each.
-        """
+        """Whether all chunks behind each target voxel are stored; the tables refer to a block from ``begin`` on."""
         shown, of_chunks = [], []
         for axis, table in enumerate(tables):
             chunk_of = np.arange(begin[axis], begin[axis] + inside.shape[axis]) // self.levels[index].chunks[axis]
@@ -281,15 +267,13 @@ class Multiscale:
         finite = np.isfinite(block)
         if finite.all():
             return
-        level = self.levels[index]
-        first = np.argwhere(~finite)[0]
-        value = "NaN" if np.isnan(block[tuple(first)]) else str(block[tuple(first)])
-        voxel = first + np.asarray(begin)
+        level, first = self.levels[index], np.argwhere(~finite)[0]
+        value, voxel = block[tuple(first)], first + np.asarray(begin)
         world = ", ".join(f"{p:.6g}" for p in level.grid.to_world(voxel))
         raise CorruptDataError(
-            f"{self.location}/{level.path} holds {value} at voxel {tuple(voxel.tolist())} (z y x, at "
-            f"{world} nm), {int((~finite).sum())} such voxels in the block read; expected finite raw: replace them or "
-            "exclude that region"
+            f"{self.location}/{level.path} holds {'NaN' if np.isnan(value) else value} at voxel "
+            f"{tuple(voxel.tolist())} (z y x, at {world} nm), {int((~finite).sum())} such voxels in the block read; "
+            "expected finite raw: replace them or exclude that region"
         )
 
     def __repr__(self) -> str:
@@ -307,12 +291,8 @@ class PlainArray:
     """
 
     def __init__(self, array: StoredArray, attrs: dict[str, Any]) -> None:
-        self._array = array
-        self.location = array.location
-        self.shape = array.shape
-        self.dtype = array.dtype
-        self.chunks = array.chunks
-        self.attrs = attrs
+        self._array, self.attrs = array, attrs
+        self.location, self.shape, self.dtype, self.chunks = array.location, array.shape, array.dtype, array.chunks
         self.grid = _grid_of_attrs(attrs, array.shape, array.location)
 
     @classmethod
@@ -358,13 +338,8 @@ def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]
     start, stop = int(kept[0]), int(kept[-1]) + 1
     while start < stop:
         limit = int(table.first[start]) + _SOURCE_SPAN
-        # ends never decrease, so the last one that fits can be found by bisection
-        ends = table.first[start:stop] + table.count[start:stop]
+        ends = table.first[start:stop] + table.count[start:stop]  # they never decrease
         fits = min(_TARGET_SPAN, max(1, int(np.searchsorted(ends, limit, side="right"))))
         pieces.append(slice(start, start + fits))
         start += fits
     return pieces
-
-
-def _windows(pieces: Sequence[Sequence[slice]]) -> list[tuple[slice, slice, slice]]:
-    return [(z, y, x) for z in pieces[0] for y in pieces[1] for x in pieces[2]]

@@ -55,7 +55,6 @@ class Normalization:
 
     @property
     def range(self) -> tuple[float, float]:
-        """``low`` and ``high``."""
         return self.low, self.high
 
     def unit(self, values: NDArray[np.float32]) -> NDArray[np.float32]:

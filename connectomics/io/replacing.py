@@ -1,8 +1,7 @@
 """Put files and folders in place in one step, and decide what they may replace.
 
-A file may be replaced only by the verb that wrote it. The content shows which one: JSON by its keys, a table by its
-first column, a page or configuration by a line. Folders and Zarr groups say it in their attributes
-(`connectomics.io.artifacts`). Everything else is left alone.
+A file may be replaced only by the verb that wrote it; its content shows which one. Folders and Zarr groups say it in
+their attributes (`connectomics.io.artifacts`). Everything else is left alone.
 """
 
 from __future__ import annotations
@@ -128,9 +127,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _json_value(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)

@@ -1,14 +1,12 @@
 """Resample between voxel grids: linear or area-averaged values for raw, nearest for labels, exact fractions.
 
-All methods are separable. A table per axis (`AxisTable`) gives the source voxels of each target voxel and their
-weights; one numba kernel applies the three tables. Source voxel j covers [j, j + 1) in face coordinates.
+A table per axis (`AxisTable`) gives the source voxels of each target voxel and their weights; one numba kernel applies
+the three tables. Source voxel j covers [j, j + 1) in face coordinates.
 
 Raw (`linear`), per axis: linear interpolation at the target center if the target voxel is at most as large as the
 source voxel, else the average over the target voxel's box; never the nearest value. If the voxel sizes do not divide
 each other, the box average of a staircase is off by up to 1/8 source voxel; the two end weights are balanced so that
 the center of mass is the target center. So both cases reproduce a linear ramp exactly.
-
-Fractions (`area_fraction`): the exact share of the target voxel's volume, without balancing.
 """
 
 from __future__ import annotations

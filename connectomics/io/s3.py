@@ -44,7 +44,7 @@ def head(bucket: str, key: str, options: StoreOptions) -> bool:
 def children(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], list[str]]:
     """Return the names of the prefixes ("folders") and of the objects directly below ``key``."""
     prefixes, found = _listed(bucket, key, options)
-    return [_last(name) for name in prefixes], [_last(name) for name, _, _ in found]
+    return [name.rstrip("/").rpartition("/")[2] for name in prefixes], [name.rpartition("/")[2] for name, *_ in found]
 
 
 def files(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int, str]]:
@@ -80,7 +80,6 @@ def message(bucket: str, key: str, reason: str, denied: bool = False) -> str:
 
 
 def _listed(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], list[tuple[str, int, str]]]:
-    """Prefixes, and key, bytes and ETag of the objects, directly below ``key``."""
     store = _store(bucket, options)
     listed = _asked(lambda: store.list_with_delimiter(f"{key}/" if key else None), bucket, key, options)
     if listed is None:
@@ -90,10 +89,6 @@ def _listed(bucket: str, key: str, options: StoreOptions) -> tuple[list[str], li
 
 def _described(item: Any) -> tuple[str, int, str]:
     return str(item["path"]), int(item["size"]), str(item["e_tag"])
-
-
-def _last(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _store(bucket: str, options: StoreOptions) -> S3Store:

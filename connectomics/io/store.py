@@ -15,16 +15,14 @@ from typing import Any
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.io import s3
-from connectomics.io.location import (
-    DEFAULT_OPTIONS,
-    Location,
-    StoreError,
-    StoreOptions,
-    is_s3,
-    join,
-    normalize,
-    split_s3,
-)
+from connectomics.io.location import DEFAULT_OPTIONS as DEFAULT_OPTIONS
+from connectomics.io.location import Location as Location
+from connectomics.io.location import StoreError as StoreError
+from connectomics.io.location import StoreOptions as StoreOptions
+from connectomics.io.location import is_s3 as is_s3
+from connectomics.io.location import join as join
+from connectomics.io.location import normalize as normalize
+from connectomics.io.location import split_s3 as split_s3
 
 
 def read_bytes(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bytes | None:
@@ -64,7 +62,7 @@ def exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
 def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
     """Return whether one file or S3 object exists (S3 prefixes do not count).
 
-    Raises `StoreError` if that is unknown (no permission, an I/O error), and for a folder in its place.
+    Raises `StoreError` if that is unknown (no permission, an I/O error), and if it is a folder.
     """
     if is_s3(location):
         return s3.head(*split_s3(location), options)
@@ -136,23 +134,3 @@ def _names(location: Location, keep: Callable[[os.DirEntry[str]], bool]) -> list
         return []
     except OSError as error:
         raise StoreError(f"cannot list {location}: {error.strerror}; check its permissions") from error
-
-
-__all__ = [
-    "DEFAULT_OPTIONS",
-    "Location",
-    "StoreError",
-    "StoreOptions",
-    "exists",
-    "is_s3",
-    "join",
-    "list_groups",
-    "list_objects",
-    "normalize",
-    "object_exists",
-    "read_attrs",
-    "read_bytes",
-    "read_json",
-    "split_s3",
-    "unreadable",
-]

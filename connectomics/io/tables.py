@@ -90,9 +90,8 @@ class Table:
         if self._is_csv and column.kind == "number":
             values = np.round(np.asarray(values, np.float64), column.digits) + 0.0  # no -0
         kind = self._schema.field(column.name).type
-        return pa.array(
-            np.asarray(values, np.int8) if kind == pa.int8() else values, kind, from_pandas=True
-        )  # NaN: null
+        values = np.asarray(values, np.int8) if kind == pa.int8() else values
+        return pa.array(values, kind, from_pandas=True)  # NaN: null
 
     def close(self) -> None:
         """Finish the file."""

@@ -124,9 +124,8 @@ class ArrayWriter:
         for index in product(*spans):
             low = [max(i * c, b) for i, c, b in zip(index, self.chunks, begin, strict=True)]
             high = [min((i + 1) * c, e) for i, c, e in zip(index, self.chunks, end, strict=True)]
-            inner = tuple(
-                slice(lo - i * c, h - i * c) for lo, h, i, c in zip(low, high, index, self.chunks, strict=True)
-            )
+            origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
+            inner = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, origin, strict=True))
             yield index, inner, tuple(slice(lo - b, h - b) for lo, h, b in zip(low, high, begin, strict=True))
 
     def _read_chunk(self, codec: Any, index: tuple[int, ...]) -> NDArray[Any] | None:
@@ -184,16 +183,11 @@ def create_array(
     if any(parent.suffix == ".zarr" for parent in path.parents):
         ensure_group(path.parent)
     meta = {
-        "zarr_format": 2,
-        "shape": list(size),
-        "chunks": [max(1, min(c, n)) for c, n in zip(steps, size, strict=False)],
+        "zarr_format": 2, "shape": list(size), "chunks": [max(1, min(c, n)) for c, n in zip(steps, size, strict=False)],
         "dtype": np.dtype(dtype).str,
         "compressor": {"id": "blosc", "cname": "zstd", "clevel": int(clevel), "shuffle": 1, "blocksize": 0},
-        "fill_value": fill_value,
-        "order": "C",
-        "filters": None,
-        "dimension_separator": "/",
-    }
+        "fill_value": fill_value, "order": "C", "filters": None, "dimension_separator": "/",
+    }  # fmt: skip
     attributes = dict(attrs or {})
     if grid is not None:
         attributes |= {"voxel_size": list(grid.voxel_size), "translation": list(grid.translation)}
@@ -240,20 +234,16 @@ def create_multiscale(
 
 def multiscales_attrs(grids: Sequence[VoxelGrid], name: str) -> dict[str, Any]:
     """Return the OME-NGFF 0.4 ``multiscales`` attribute for levels s0, s1, ... on ``grids`` (z y x, nanometers)."""
-    datasets = [
-        {
-            "path": f"s{k}",
-            "coordinateTransformations": [
-                {"type": "scale", "scale": list(grid.voxel_size)},
-                {"type": "translation", "translation": list(grid.translation)},
-            ],
-        }
-        for k, grid in enumerate(grids)
-    ]
+    datasets = []
+    for k, grid in enumerate(grids):
+        scale = {"type": "scale", "scale": list(grid.voxel_size)}
+        translation = {"type": "translation", "translation": list(grid.translation)}
+        datasets.append({"path": f"s{k}", "coordinateTransformations": [scale, translation]})
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
     multiscale = {
         "version": "0.4",
         "name": name,
-        "axes": [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"],
+        "axes": axes,
         "datasets": datasets,
         "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0, 1.0]}],
     }
@@ -342,13 +332,11 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None) -> 
     root = next((p for p in (path, *path.parents) if p.suffix == ".zarr"), path)
     if (path / ".zarray").exists():
         raise WriteError(f"cannot create a group at {path}: an array is already there; choose another place")
-    folder = path
-    while True:
+    for folder in (path, *path.parents):
         if not (folder / ".zgroup").exists() and not (folder / "zarr.json").exists():
             write_json(folder / ".zgroup", {"zarr_format": 2})
         if folder == root:
             break
-        folder = folder.parent
     if attrs:
         update_attrs(path, attrs)
 
@@ -367,7 +355,6 @@ def _local(location: Location) -> str:
 
 
 def _clear(path: Path, overwrite: bool) -> None:
-    """Remove an array or group at ``path`` to make room for a new one."""
     if any((path / node).exists() for node in (".zarray", ".zgroup", ".zattrs", "zarr.json")):
         require_replaceable(path, overwrite)
         put_aside(path)

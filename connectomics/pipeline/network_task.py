@@ -9,10 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connectomics.config import RunConfig, as_config, load_config
 from connectomics.config.heads import channel_names
-from connectomics.errors import InputError
+from connectomics.errors import InputError, MissingError
 from connectomics.inference.augmented import Network, dropout_on
 from connectomics.inference.predict_task import PredictTask
+from connectomics.pipeline.runs import Run, open_run
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +40,7 @@ class NetworkPredictTask(PredictTask):
         with ready(self.trained_networks(), self, device) as networks:
             yield networks
 
-    def trained_networks(self) -> list[TrainedNetwork]:
+    def trained_networks(self) -> list[TrainedNetwork | ConnectomicsModule]:
         """Return the checkpoints' networks, on the CPU, in the order of their hashes.
 
         Raises:
@@ -100,13 +102,53 @@ def ready(
         yield runs
 
 
-def load_networks(paths: Sequence[str | Path]) -> dict[str, TrainedNetwork]:
-    """Return the networks of checkpoints, with their own configuration, on the CPU, by `weights_hash`.
+def load_networks(
+    paths: Sequence[str | Path], config: RunConfig | None = None
+) -> dict[str, TrainedNetwork | ConnectomicsModule]:
+    """Return the networks of checkpoints, on the CPU, by `weights_hash`; ``config``: their classes must be its own.
 
-    They are sorted by it, so that sums are the same to the bit whichever is named first.
+    They are sorted by the hash, so that sums are the same to the bit whichever is named first. Raises `InputError` if
+    there is no checkpoint, or if two hold the same weights.
     """
     from connectomics.inference.trained_network import weights_hash
     from connectomics.lightning.checkpoints import load_network
 
-    found = {weights_hash(network): network for network in map(load_network, paths)}
+    if not paths:
+        raise InputError("nothing to predict with: give a model or a checkpoint")
+    found: dict[str, TrainedNetwork | ConnectomicsModule] = {}
+    origin: dict[str, str | Path] = {}
+    for path in paths:
+        network = load_network(path, config)
+        key = weights_hash(network)
+        if key in found:
+            raise InputError(f"checkpoints {origin[key]} and {path} hold the same weights; give each network once")
+        found[key], origin[key] = network, path
     return dict(sorted(found.items()))
+
+
+def network_and_config(
+    network: Run | str | Path | Sequence[str | Path], config: RunConfig | str | Path | None, overrides: Sequence[str]
+) -> tuple[RunConfig, list[Path]]:
+    """Return the configuration to predict with, and the checkpoint or package files."""
+    from connectomics.lightning.model_package import is_package, package_config
+
+    given = [network] if isinstance(network, Run | str | Path) else list(network)
+    folders = [item.folder if isinstance(item, Run) else Path(item) for item in given]
+    paths = [_checkpoint_of(folder) for folder in folders]
+    if config is not None:
+        return as_config(config, overrides), paths
+    if is_package(paths[0]):
+        return package_config(paths[0], overrides), paths
+    file = paths[0].resolve().parent.parent / "config.yaml"
+    if not file.is_file():
+        raise MissingError(f"{paths[0]} is not in a run folder (no {file}); give a configuration as well")
+    return load_config(file, overrides), paths
+
+
+def _checkpoint_of(place: Path) -> Path:
+    if not place.is_dir():
+        return place
+    found = open_run(place).checkpoint
+    if found is None:
+        raise MissingError(f"{place} has no checkpoint; finish the training, or give a checkpoint")
+    return found

@@ -11,28 +11,33 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.config import RunConfig, as_config, load_config
+from connectomics.config import RunConfig
 from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
-from connectomics.data.normalization import for_prediction
-from connectomics.errors import BlocksFailedError, ConfigError, InputError, MissingError
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.geometry import triple
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
-from connectomics.io import store
 from connectomics.io.location import local_path
-from connectomics.io.normalization import Normalization
-from connectomics.pipeline.network_task import NetworkPredictTask, ready
+from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
-from connectomics.pipeline.runs import Run, open_run
-from connectomics.pipeline.targets import Target, kept_out_targets, targets_of
+from connectomics.pipeline.runs import Run
+from connectomics.pipeline.targets import (
+    Target,
+    absolute,
+    chosen_targets,
+    grids_of,
+    mask_of,
+    normalizations_of,
+    targets_of,
+)
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
 from connectomics.tasks.engines import Here
@@ -41,8 +46,6 @@ from connectomics.tasks.failures import Accepted, accepted_of
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
     from connectomics.lightning.module import ConnectomicsModule
-
-Checkpoints = str | Path | Sequence[str | Path] | None
 
 
 def predict(
@@ -82,19 +85,11 @@ def predict(
         OutOfMemoryError: see `predict_cellmap_crops`.
     """
     composed, paths = network_and_config(network, config, overrides)
-    targets, table = _chosen_targets(composed, paths, crops, box)
+    targets, table = chosen_targets(composed, paths, crops, box)
     written = predict_cellmap_crops(
-        None,
-        composed,
-        paths,
-        out,
-        targets=targets,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-        progress=progress,
-        accept_failed=accept_failed,
-    )
+        None, composed, paths, out, targets=targets, device=device,
+        overwrite=overwrite, resume=resume, progress=progress, accept_failed=accept_failed,
+    )  # fmt: skip
     return Probabilities(local_path(out), composed, table, tuple(written))
 
 
@@ -110,58 +105,16 @@ def predict_tasks(
 ) -> tuple[list[NetworkPredictTask], EngineConfig, str]:
     """Return what `predict` would run: the tasks, the engine and the device."""
     composed, paths = network_and_config(network, config, overrides)
-    targets, _ = _chosen_targets(composed, paths, crops, box)
-    tasks = prediction_tasks(composed, paths, out, targets=targets, device=device)
-    return tasks, composed.engine, chosen_device(composed, device)
-
-
-def network_and_config(
-    network: Run | str | Path | Sequence[str | Path], config: RunConfig | str | Path | None, overrides: Sequence[str]
-) -> tuple[RunConfig, list[Path]]:
-    """Return the configuration to predict with, and the checkpoint or package files."""
-    from connectomics.lightning.model_package import is_package, package_config
-
-    given = [network] if isinstance(network, Run | str | Path) else list(network)
-    folders = [item.folder if isinstance(item, Run) else Path(item) for item in given]
-    paths = [_checkpoint_of(folder) for folder in folders]
-    if config is not None:
-        return as_config(config, overrides), paths
-    if is_package(paths[0]):
-        return package_config(paths[0], overrides), paths
-    file = paths[0].resolve().parent.parent / "config.yaml"
-    if not file.is_file():
-        raise MissingError(f"{paths[0]} is not in a run folder (no {file}); give a configuration as well")
-    return load_config(file, overrides), paths
-
-
-def _checkpoint_of(place: Path) -> Path:
-    if not place.is_dir():
-        return place
-    found = open_run(place).checkpoint
-    if found is None:
-        raise MissingError(f"{place} has no checkpoint; finish the training, or give a checkpoint")
-    return found
-
-
-def _chosen_targets(
-    config: RunConfig, checkpoints: Sequence[Path], crops: CropTable | str | Path | None, box: str | None
-) -> tuple[list[Target], CropTable | None]:
-    """The regions to predict, and the crop table that they come from, if any."""
-    if crops is not None and box is not None:
-        raise ConfigError("--crops and --box exclude each other; give one of them")
-    if crops == "val":
-        return kept_out_targets(config, checkpoints), None
-    if crops == "test":
-        own = store.join(config.dataset.data_root, "test_crops.csv")
-        crops = own if store.exists(own) else "challenge"
-    table = None if crops is None else CropTable.resolve(crops)
-    return targets_of(config, crop_table=table, box=box), table
+    targets, _ = chosen_targets(composed, paths, crops, box)
+    place = chosen_device(composed, device)
+    tasks = _tasks(composed, load_networks(paths, composed), paths, out, targets, place)
+    return tasks, composed.engine, place
 
 
 def predict_cellmap_crops(
     model: TrainedNetwork | ConnectomicsModule | None,
     config: RunConfig,
-    checkpoint_path: Checkpoints,
+    checkpoint_path: str | Path | Sequence[str | Path] | None,
     output_dir: str | Path,
     *,
     targets: Sequence[Target] | None = None,
@@ -205,9 +158,9 @@ def predict_cellmap_crops(
         StoreError, OutOfMemoryError: raw cannot be read, or memory does not suffice; what is done is kept.
     """
     place = chosen_device(config, device)
-    networks = _networks(model, config, checkpoint_path)
-    paths = () if model is not None else _paths(checkpoint_path)
-    tasks = _tasks(config, networks, paths, output_dir, targets, place)
+    given_paths = [checkpoint_path] if isinstance(checkpoint_path, str | Path) else list(checkpoint_path or ())
+    networks = load_networks(given_paths, config) if model is None else _given_network(model, config, given_paths)
+    tasks = _tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
     if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise MissingError(f"--resume: there is nothing to resume below {output_dir}; run without --resume to start")
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
@@ -228,19 +181,6 @@ def predict_cellmap_crops(
             with ready(list(networks.values()), todo[0], place) as runs:
                 run([given(task, runs) for task in todo], engine)
     return [task.folder for task in tasks]
-
-
-def prediction_tasks(
-    config: RunConfig,
-    checkpoint_path: Checkpoints,
-    output_dir: str | Path,
-    *,
-    targets: Sequence[Target] | None = None,
-    device: str | None = None,
-) -> list[NetworkPredictTask]:
-    """Return what `predict_cellmap_crops` would run: a task for each target, which any process can do."""
-    networks = _networks(None, config, checkpoint_path)
-    return _tasks(config, networks, _paths(checkpoint_path), output_dir, targets, chosen_device(config, device))
 
 
 def _run_all(
@@ -264,34 +204,14 @@ def _run_all(
         raise BlocksFailedError("; ".join(failed))
 
 
-def _paths(checkpoints: Checkpoints) -> tuple[str, ...]:
-    given_paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints or ())
-    return tuple(os.path.abspath(path) for path in given_paths)
-
-
-def _networks(
-    model: TrainedNetwork | ConnectomicsModule | None, config: RunConfig, checkpoints: Checkpoints
+def _given_network(
+    model: TrainedNetwork | ConnectomicsModule, config: RunConfig, paths: Sequence[str | Path]
 ) -> dict[str, TrainedNetwork | ConnectomicsModule]:
-    """Return the given network or those of the checkpoints, by `weights_hash` and sorted by it: sums are then the same
-    to the bit whichever is named first. Their classes must be the configuration's, in order."""
     from connectomics.inference.trained_network import weights_hash
-    from connectomics.lightning.checkpoints import check_classes, load_network
+    from connectomics.lightning.checkpoints import check_classes
 
-    paths = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints or ())
-    if model is not None:
-        check_classes(", ".join(map(str, paths)) or "(the given model)", model.classes, config.dataset.classes)
-        return {weights_hash(model): model}
-    if not paths:
-        raise InputError("nothing to predict with: give a model or a checkpoint")
-    found: dict[str, TrainedNetwork | ConnectomicsModule] = {}
-    origin: dict[str, str | Path] = {}
-    for path in paths:
-        network = load_network(path, config)
-        key = weights_hash(network)
-        if key in found:
-            raise InputError(f"checkpoints {origin[key]} and {path} hold the same weights; give each network once")
-        found[key], origin[key] = network, path
-    return dict(sorted(found.items()))
+    check_classes(", ".join(map(str, paths)) or "(the given model)", model.classes, config.dataset.classes)
+    return {weights_hash(model): model}
 
 
 def chosen_device(config: RunConfig, name: str | None) -> str:
@@ -320,7 +240,7 @@ def known_device(name: str) -> str:
 def _tasks(
     config: RunConfig,
     networks: Mapping[str, TrainedNetwork | ConnectomicsModule],
-    checkpoints: tuple[str, ...],
+    checkpoints: Sequence[str | Path],
     output_dir: str | Path,
     targets: Sequence[Target] | None,
     device: str,
@@ -341,20 +261,20 @@ def _tasks(
     channels, about = channel_names(network.config), channel_attributes(network.config)
     options = config.inference
     chosen = list(targets) if targets is not None else targets_of(config)
-    normalizations = _normalizations(config, [network.config for network in networks.values()], catalog, chosen)
+    normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     voxel_size = triple(config.dataset.voxel_size, "dataset.voxel_size")
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out = local_path(output_dir)
     return [
         NetworkPredictTask(
-            raw=_absolute(catalog.raw_location(target.dataset)),
+            raw=absolute(catalog.raw_location(target.dataset)),
             output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
             classes=channels,
-            targets=_grids(target, channels, about, voxel_size),
+            targets=grids_of(target, channels, about, voxel_size),
             voxel_size=voxel_size,
             window=(window[0], window[1], window[2]),
             checkpoint=common_hash(list(networks)),
-            checkpoints=checkpoints,
+            checkpoints=tuple(map(os.path.abspath, checkpoints)),
             normalization=normalizations[target.dataset],
             overlap=options.overlap,
             blending=options.blending,
@@ -371,51 +291,9 @@ def _tasks(
             uncertainty=options.uncertainty,
             dropout_samples=options.dropout_samples if options.uncertainty == "dropout" else 0,
             skip_empty=options.skip_empty,
-            mask=_mask(catalog, target.dataset, options.mask),
+            mask=mask_of(catalog, target.dataset, options.mask),
             allow_missing_raw=config.data.allow_missing_raw,
             about=about,
         )
         for target in chosen
     ]
-
-
-def _normalizations(
-    config: RunConfig, trained: Sequence[RunConfig], catalog: Catalog, targets: Sequence[Target]
-) -> dict[str, Normalization]:
-    """Return the normalization of each data set to predict."""
-    boxes: dict[str, list[Box]] = {}
-    for target in targets:
-        boxes.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
-    return {name: for_prediction(config, trained, name, catalog.raw_location(name), of) for name, of in boxes.items()}
-
-
-def _grids(
-    target: Target, channels: Sequence[str], about: Mapping[str, Mapping[str, Any]], voxel_size: Triple
-) -> dict[str, VoxelGrid]:
-    """Return the grid to write for each channel: that of its class.
-
-    A class with affinities is written at the network's voxel size, over the same box, together with its affinities:
-    at another voxel size neighbors are no longer neighbors, and decoding would be impossible.
-    """
-    paired = {what["class_name"] for what in about.values() if what["artefact"] == "affinity"}
-    grids = {}
-    for name in channels:
-        owner = str(about.get(name, {}).get("class_name", name))
-        grid = target.grids.get(owner)
-        if grid is not None:
-            same = owner not in paired or grid.voxel_size == voxel_size
-            grids[name] = grid if same else grid.at_voxel_size(voxel_size)
-    return grids
-
-
-def _mask(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
-    """Return the location of ``inference.mask`` for a data set: a path, an address, or a group in its Zarr root."""
-    if mask is None:
-        return None
-    inside = store.join(catalog.location(dataset), mask)
-    return _absolute(inside if not Path(mask).is_absolute() and store.exists(inside) else mask)
-
-
-def _absolute(location: str) -> str:
-    """Return a location that means the same in any process."""
-    return location if store.is_s3(location) else os.path.abspath(store.normalize(location))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
+from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import kept_out
-from connectomics.errors import InputError, MissingError
-from connectomics.geometry import Box, VoxelGrid, triple
+from connectomics.errors import ConfigError, InputError, MissingError
+from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.io import store
+from connectomics.io.normalization import Normalization
 
 
 @dataclass(frozen=True)
@@ -119,3 +124,60 @@ def box_target(config: RunConfig, text: str) -> Target:
     # exact numbers, or two boxes could share a name
     name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
     return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
+
+
+def chosen_targets(
+    config: RunConfig, checkpoints: Sequence[Path], crops: CropTable | str | Path | None, box: str | None
+) -> tuple[list[Target], CropTable | None]:
+    """Return the regions to predict, and the crop table that they come from, if any."""
+    if crops is not None and box is not None:
+        raise ConfigError("--crops and --box exclude each other; give one of them")
+    if crops == "val":
+        return kept_out_targets(config, checkpoints), None
+    if crops == "test":
+        own = store.join(config.dataset.data_root, "test_crops.csv")
+        crops = own if store.exists(own) else "challenge"
+    table = None if crops is None else CropTable.resolve(crops)
+    return targets_of(config, crop_table=table, box=box), table
+
+
+def normalizations_of(
+    config: RunConfig, trained: Sequence[RunConfig], catalog: Catalog, targets: Sequence[Target]
+) -> dict[str, Normalization]:
+    """Return the normalization of each data set to predict."""
+    boxes: dict[str, list[Box]] = {}
+    for target in targets:
+        boxes.setdefault(target.dataset, []).extend(grid.box for grid in set(target.grids.values()))
+    return {name: for_prediction(config, trained, name, catalog.raw_location(name), of) for name, of in boxes.items()}
+
+
+def grids_of(
+    target: Target, channels: Sequence[str], about: Mapping[str, Mapping[str, Any]], voxel_size: Triple
+) -> dict[str, VoxelGrid]:
+    """Return the grid to write for each channel: that of its class.
+
+    A class with affinities is written at the network's voxel size, over the same box, together with its affinities:
+    at another voxel size neighbors are no longer neighbors, and decoding would be impossible.
+    """
+    paired = {what["class_name"] for what in about.values() if what["artefact"] == "affinity"}
+    grids = {}
+    for name in channels:
+        owner = str(about.get(name, {}).get("class_name", name))
+        grid = target.grids.get(owner)
+        if grid is not None:
+            same = owner not in paired or grid.voxel_size == voxel_size
+            grids[name] = grid if same else grid.at_voxel_size(voxel_size)
+    return grids
+
+
+def mask_of(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
+    """Return the location of ``inference.mask`` for a data set: a path, an address, or a group in its Zarr root."""
+    if mask is None:
+        return None
+    inside = store.join(catalog.location(dataset), mask)
+    return absolute(inside if not Path(mask).is_absolute() and store.exists(inside) else mask)
+
+
+def absolute(location: str) -> str:
+    """Return a location that means the same in any process."""
+    return location if store.is_s3(location) else os.path.abspath(store.normalize(location))

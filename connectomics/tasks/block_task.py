@@ -35,16 +35,11 @@ from connectomics.tasks.memory import free_unused, use_one_heap
 
 TASK_FILE = "task.json"
 _PROVENANCE = "artifact"
-_NO_FIELDS = frozenset({"kind", _PROVENANCE})
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a block takes at most, in bytes.
-
-    Attributes:
-        read, written: uncompressed. memory: held by a worker besides its model.
-    """
+    """Bytes that a block takes at most: read and written (uncompressed), and memory of a worker besides its model."""
 
     read: int
     written: int
@@ -91,7 +86,6 @@ class BlockTask(ABC):
     #: what an input holds.
     places: ClassVar[frozenset[str]] = frozenset()
 
-    # -- identity ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON stores them, without the kind."""
         return plain(self)
@@ -118,8 +112,7 @@ class BlockTask(ABC):
     def settings(self) -> dict[str, Any]:
         """Return what decides the output besides the inputs: all fields except those in `free` and `places`."""
         kept = {name: value for name, value in self.to_dict().items() if name not in self.free | self.places}
-        settings: dict[str, Any] = json.loads(json.dumps(kept))  # as read from a file
-        return settings
+        return dict(json.loads(json.dumps(kept)))  # as read from a file
 
     @property
     def key(self) -> str:
@@ -164,7 +157,6 @@ class BlockTask(ABC):
             raise MetadataError(f"{path} holds no task of the kind {cls.kind}; run it with `pytc run-task {path}`")
         return cls.from_dict(fields_of(data), str(path))
 
-    # -- work --------------------------------------------------------------------------------------------------------
     @property
     @abstractmethod
     def stages(self) -> tuple[str, ...]:
@@ -251,7 +243,7 @@ def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
 
 def fields_of(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a task, from the result of `read_task`."""
-    return {name: value for name, value in stored.items() if name not in _NO_FIELDS}
+    return {name: value for name, value in stored.items() if name not in ("kind", _PROVENANCE)}
 
 
 def read_task(path: str | Path) -> dict[str, Any]:
@@ -259,20 +251,19 @@ def read_task(path: str | Path) -> dict[str, Any]:
 
     Raises `MissingError`, and `MetadataError` if the file holds no task.
     """
-    data = _read_yaml(Path(path)) if Path(path).suffix in (".yaml", ".yml") else store.read_json(path)
+    data: Any
+    if Path(path).suffix in (".yaml", ".yml"):
+        import yaml
+
+        try:
+            data = yaml.safe_load(store.read_bytes(path) or b"")
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise MetadataError(f"{path} holds no task: it is not valid YAML ({reason})") from error
+    else:
+        data = store.read_json(path)
     if data is None:
         raise MissingError(f"no task at {path}; expected the file {TASK_FILE} that a command writes beside its output")
     if not isinstance(data, dict) or not isinstance(data.get("kind"), str):
         raise MetadataError(f"{path} holds no task: expected keys and values, with a key 'kind'")
     return data
-
-
-def _read_yaml(path: Path) -> Any:
-    import yaml
-
-    if not path.is_file():
-        return None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MetadataError(f"{path} holds no task: it is not valid YAML ({' '.join(str(error).split())})") from error

@@ -75,14 +75,14 @@ class DoneMap:
         self._done: NDArray[np.bool_] = np.zeros(blocks, dtype=bool)
         stored = path.read_bytes() if path.exists() else b""
         if not stored:
-            self.clear()
+            write_file(self.path, self._head + bytes(blocks))
             return
         if not stored.startswith(self._head) or len(stored) != len(self._head) + blocks:
             raise WriteError(
                 f"the done-map {path} is of another task (expected {key} with {blocks} blocks); overwrite the "
                 "output, or choose another output folder"
             )
-        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == 1
+        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == 1  # a new array
 
     def __len__(self) -> int:
         return len(self._done)
@@ -97,25 +97,11 @@ class DoneMap:
         """Numbers of the blocks that are not done, ascending."""
         return np.flatnonzero(~self._done)
 
-    def clear(self) -> None:
-        """Record that nothing is done."""
-        self._done = np.zeros(len(self._done), dtype=bool)
-        write_file(self.path, self._head + bytes(len(self._done)))
-
-    def mark(self, blocks: Iterable[int]) -> None:
-        """Record that ``blocks`` are finished; on disk when this returns."""
-        self._set(blocks, True)
-
-    def forget(self, blocks: Iterable[int]) -> None:
-        """Record that ``blocks`` must be done again."""
-        self._set(blocks, False)
-
-    def _set(self, blocks: Iterable[int], done: bool) -> None:
+    def mark(self, blocks: Iterable[int], done: bool = True) -> None:
+        """Record that ``blocks`` are finished (``done=False``: must be done again); on disk when this returns."""
         numbers = sorted(blocks)
         if not numbers:
             return
-        if not self._done.flags.writeable:
-            self._done = self._done.copy()
         try:
             with self.path.open("r+b") as file:
                 for number in numbers:

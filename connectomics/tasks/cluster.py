@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import sys
@@ -44,6 +45,10 @@ _IDLE_S = 120.0  # how long a worker keeps an idle process with its loaded netwo
 _REPORT_SHARE = 0.05  # of a worker's time may be spent waiting for the disk before it reports
 _CHECK_S = 2.0  # between two checks of the number of workers
 _QUEUES = {"slurm": "sbatch", "lsf": "bsub"}  # the command that takes jobs
+_GONE = (
+    "the connection to the Dask scheduler is lost; finished blocks are kept: make sure that it runs, then rerun the "
+    "same command"
+)
 
 
 class DaskEngine(Engine):
@@ -57,16 +62,14 @@ class DaskEngine(Engine):
                 "engine.name=dask needs Dask, which is not installed: pip install 'connectomics-cellmap[cluster]'"
             ) from error
         self._config, self._device, self.attempts = config, device, config.attempts
-        self._stack = contextlib.ExitStack()
-        try:
-            self._client, about = self._connect()
+        with contextlib.ExitStack() as stack:
+            self._client = _connected(config, device, stack)
             self._host = f"connectomics-{uuid.uuid4().hex[:12]}"
             self._client.register_plugin(_host(self._host, threads_of(config)))
-            self._stack.callback(self._forget)
-        except BaseException:
-            self._stack.close()
-            raise
-        print(about, file=sys.stderr, flush=True)
+            stack.callback(self._forget)
+            self._stack = stack.pop_all()  # an error before this closes what is open
+        place = f"scheduler {config.address}" if config.address else f"cluster {self._client.cluster}"
+        print(f"Dask {place}, dashboard {self._client.dashboard_link}", file=sys.stderr, flush=True)
 
     def pool(self, task: BlockTask, stage: str) -> Pool:
         return _DaskPool(self._client, self._host, make_job(task, stage, self._device, self._config), self._config)
@@ -74,22 +77,21 @@ class DaskEngine(Engine):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stack.close()
 
-    def _connect(self) -> tuple[Client, str]:
-        """Return a client of the configured scheduler, and its description."""
-        from distributed import Client
-
-        if self._config.address is not None:
-            client = self._stack.enter_context(client_of(self._config.address))
-            return client, f"Dask scheduler {client.scheduler.address}, dashboard {client.dashboard_link}"
-        cluster = self._stack.enter_context(make_cluster(self._config, self._device))
-        client = self._stack.enter_context(Client(cluster, set_as_default=False))
-        return client, f"Dask cluster {cluster}, dashboard {cluster.dashboard_link}"
-
     def _forget(self) -> None:
         """End the processes of this engine at workers that keep running."""
         if self._client.status == "running":  # a scheduler that is gone has none
             with contextlib.suppress(OSError, TimeoutError):  # it is going away right now
                 self._client.unregister_worker_plugin(self._host)
+
+
+def _connected(config: EngineConfig, device: str, stack: contextlib.ExitStack) -> Client:
+    """Return a client of the configured scheduler, which ``stack`` closes."""
+    from distributed import Client
+
+    if config.address is not None:
+        return stack.enter_context(client_of(config.address))
+    cluster = stack.enter_context(make_cluster(config, device))
+    return stack.enter_context(Client(cluster, set_as_default=False))
 
 
 def make_cluster(config: EngineConfig, device: str = "cpu") -> Any:
@@ -146,8 +148,7 @@ def job_options(config: EngineConfig) -> dict[str, Any]:
         raise EngineError(
             f"engine.cluster={config.cluster} needs engine.options.memory, the memory of a job, such as '32 GB'"
         )
-    more = list(options.get("worker_extra_args", []))
-    return {**options, "worker_extra_args": [*more, "--nthreads", "1"]}
+    return {**options, "worker_extra_args": [*options.get("worker_extra_args", []), "--nthreads", "1"]}
 
 
 def threads_of(config: EngineConfig) -> int | None:
@@ -161,12 +162,10 @@ def threads_of(config: EngineConfig) -> int | None:
 
 
 def _host(name: str, threads: int | None) -> Any:
-    """Return the plugin that keeps the working processes of a Dask worker."""
+    """Return the plugin that keeps the working processes of a Dask worker: at most one per thread."""
     from distributed import WorkerPlugin
 
     class Host(WorkerPlugin):
-        """Working processes of one Dask worker: at most one per thread."""
-
         def __init__(self) -> None:
             self.name = name
 
@@ -183,7 +182,6 @@ def _host(name: str, threads: int | None) -> Any:
                     child.end()
 
         def take(self) -> Child:
-            """Return an idle process."""
             with self.lock:
                 while self.idle:
                     _, child = self.idle.pop()
@@ -195,7 +193,6 @@ def _host(name: str, threads: int | None) -> Any:
                 return child
 
         def put(self, child: Child) -> None:
-            """Return a process that is idle again."""
             with self.lock:
                 self.busy.remove(child)
                 if child.alive and not self.over.is_set():
@@ -217,9 +214,8 @@ def _host(name: str, threads: int | None) -> Any:
 
 def _number(name: object) -> int:
     """Return the number at the end of a Dask worker's name, which selects its GPU; 0 if there is none."""
-    text = str(name)
-    digits = text[len(text.rstrip("0123456789")) :]
-    return int(digits or 0)
+    found = re.search(r"\d+$", str(name))
+    return int(found[0]) if found else 0
 
 
 def _do(host: str, job: Job, blocks: list[int]) -> Batch:
@@ -251,8 +247,8 @@ def _do(host: str, job: Job, blocks: list[int]) -> Batch:
 
 
 def _report(worker: Worker, host: str, key: Any, job: Job, reports: list[Batch]) -> float:
-    """Report to the leader what is on disk by now, so that it is not repeated if the leader is killed. Returns the time
-    of the next report: waiting for the disk is slow. Reports that get lost are part of the result."""
+    """Report what is on disk by now, so that it is not repeated if the leader is killed; return the time of the next
+    report: waiting for the disk is slow."""
     begin = time.monotonic()
     sync(job.folder)
     whole = _together(reports)
@@ -262,12 +258,10 @@ def _report(worker: Worker, host: str, key: Any, job: Job, reports: list[Batch])
 
 
 def _together(reports: list[Batch]) -> Batch:
-    """Return all reports on some blocks as one."""
-    last = reports[-1]
+    """Return all reports on some blocks as one, the last."""
     done = tuple(number for batch in reports for number in batch.done)
     failed = {number: why for batch in reports for number, why in batch.failed.items()}
-    seconds = sum(batch.seconds for batch in reports)
-    return Batch(done, failed, last.untouched, seconds, last.stop, last.unopened, stopped=last.stopped)
+    return replace(reports[-1], done=done, failed=failed, seconds=sum(batch.seconds for batch in reports), ended=True)
 
 
 class _DaskPool(Pool):
@@ -275,9 +269,7 @@ class _DaskPool(Pool):
         self._client, self._host, self._job, self._config = client, host, job, config
         self._messages: queue.SimpleQueue[Future | dict[str, Any]] = queue.SimpleQueue()
         self._blocks: dict[str, list[int]] = {}
-        self._reported: dict[
-            str, tuple[set[int], float]
-        ] = {}  # of running batches: done blocks, and the seconds for them
+        self._reported: dict[str, tuple[set[int], float]] = {}  # of running batches: done blocks, and seconds for them
         client.subscribe_topic(host, lambda event: self._messages.put(event[1]))
         self._futures: set[Future] = set()
         self._slots, self._checked, self._alone, self._away = 1, -_CHECK_S, 0.0, 0.0
@@ -288,11 +280,9 @@ class _DaskPool(Pool):
         return self._slots
 
     def submit(self, blocks: Sequence[int]) -> None:
-        numbers = list(blocks)
-        future = self._client.submit(
-            _do, self._host, self._job, numbers, key=f"blocks-{uuid.uuid4().hex}", pure=False, retries=0
-        )
-        self._blocks[str(future.key)] = numbers
+        numbers, key = list(blocks), f"blocks-{uuid.uuid4().hex}"
+        future = self._client.submit(_do, self._host, self._job, numbers, key=key, pure=False, retries=0)
+        self._blocks[key] = numbers
         self._futures.add(future)
         future.add_done_callback(self._messages.put)
 
@@ -327,12 +317,12 @@ class _DaskPool(Pool):
         known, seconds = self._reported.pop(str(future.key), (set(), 0.0))
         self._futures.discard(future)
         if future.cancelled():
-            raise self._gone()
+            raise EngineError(_GONE)
         try:
             error = future.exception()
             batch: Batch | None = future.result() if error is None else None
         except (OSError, CancelledError) as lost:  # not from the blocks: the scheduler went away during the transfer
-            raise self._gone() from lost
+            raise EngineError(_GONE) from lost
         if batch is not None:
             done, untouched = (tuple(n for n in some if n not in known) for some in (batch.done, batch.untouched))
             failed = {n: why for n, why in batch.failed.items() if n not in known}
@@ -353,31 +343,25 @@ class _DaskPool(Pool):
         if self._client.status != "running":
             self._away = self._away or now
             if now - self._away > _LOST_S:
-                raise self._gone()
+                raise EngineError(_GONE)
             return
         self._away = 0.0
         try:
             threads = sum(self._client.nthreads().values())
         except OSError as error:
-            raise self._gone() from error
+            raise EngineError(_GONE) from error
         self._slots = max(1, threads)
         if threads:
             self._alone = 0.0
-        else:
-            if not self._alone:
-                print("Dask: no worker at the moment; waiting", file=sys.stderr, flush=True)
-                self._alone = now
-            if self._config.address is not None and now - self._alone > _LOST_S:
-                raise EngineError(
-                    f"the Dask scheduler at {self._config.address} has had no worker for {_LOST_S:g} s; "
-                    f"start some with `dask worker {self._config.address}`, then rerun the same command"
-                )
-
-    def _gone(self) -> EngineError:
-        return EngineError(
-            "the connection to the Dask scheduler is lost; finished blocks are kept: make sure that it runs, then "
-            "rerun the same command"
-        )
+            return
+        if not self._alone:
+            print("Dask: no worker at the moment; waiting", file=sys.stderr, flush=True)
+            self._alone = now
+        if (address := self._config.address) is not None and now - self._alone > _LOST_S:
+            raise EngineError(
+                f"the Dask scheduler at {address} has had no worker for {_LOST_S:g} s; start some with "
+                f"`dask worker {address}`, then rerun the same command"
+            )
 
 
 def client_of(given: str) -> Client:
@@ -404,8 +388,7 @@ def client_of(given: str) -> Client:
 
 
 async def _kind(address: str) -> str:
-    """Return what answers at an address, as Dask calls it. A client itself would wait forever for a silent server, and
-    try to interpret the answer of any other server."""
+    """Return what answers at an address, as Dask calls it; a client itself would wait forever for a silent server."""
     from distributed.core import rpc
     from distributed.security import Security
 

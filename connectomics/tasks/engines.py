@@ -52,9 +52,6 @@ class Here(Engine):
     def pool(self, task: BlockTask, stage: str) -> Pool:
         return _HerePool(task, stage, device_of(self._device, 0))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        pass
-
 
 class _HerePool(Pool):
     slots = 1
@@ -133,16 +130,14 @@ class _ProcessPool(Pool):
 
     def _hand_out(self) -> None:
         """Give waiting blocks to idle processes; replace those that died."""
-        for number in range(len(self._children)):
+        for number, child in enumerate(self._children):
             if not self._waiting:
                 return
             if number in self._busy:
                 continue
-            child = self._children[number]
             if child is not None and not child.alive:
                 child.end()
-                child = None
-            if child is None:
+            if child is None or not child.alive:
                 child = self._children[number] = Child(number, self._threads)
             child.give(self._job, self._waiting.popleft())
             self._busy[number] = child

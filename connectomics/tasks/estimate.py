@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -122,10 +122,9 @@ def _blocks(task: BlockTask, stage: str) -> int | None:
 
 
 def _added(one: StageEstimate, other: StageEstimate) -> StageEstimate:
-    costs = [cost for cost in (one.cost, other.cost) if cost is not None]
     most = None
-    if len(costs) == 2:
-        most = Cost(*(max(getattr(cost, name) for cost in costs) for name in ("read", "written", "memory")))
+    if one.cost is not None and other.cost is not None:
+        most = Cost(*map(max, astuple(one.cost), astuple(other.cost)))
     return StageEstimate(one.stage, _sum(one.blocks, other.blocks), _sum(one.left, other.left), most)
 
 

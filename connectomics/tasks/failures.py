@@ -22,10 +22,9 @@ Accepted = Mapping[str, Collection[int]]
 
 
 class Failures:
-    """The failed blocks of one stage in this run."""
+    """The failed blocks of one stage of ``blocks`` blocks: each is tried ``attempts`` times; ``accept`` may fail."""
 
     def __init__(self, task: BlockTask, stage: str, blocks: int, attempts: int, accept: Collection[int]) -> None:
-        """``blocks``: of the stage. ``attempts``: how often a block is tried. ``accept``: blocks that may fail."""
         self._task, self._stage, self._blocks, self.attempts = task, stage, blocks, attempts
         self._accept = frozenset(accept) if task.accepts(stage) else frozenset()
         if wrong := sorted(number for number in self._accept if not 0 <= number < blocks):

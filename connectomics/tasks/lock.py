@@ -1,11 +1,9 @@
 """One process leads a task at a time: a lock on a file beside the task's folder.
 
-The kernel holds the lock (`flock`), so it ends with the process that holds it, however that ends; a file that a killed
-process left is taken over. It works between machines if the file system passes locks on: NFS does (version 4, and 3
-with its lock daemon), Lustre and GPFS do if mounted that way (``flock``, not ``localflock``). Parallel file systems
-without locks and S3 mounts do not: there nothing is refused. NFS takes a while to notice that a whole machine has
-died. Not covered: the workers of a Dask scheduler whose leader was killed, which end by themselves soon (two may then
-write one block for a moment, both the same bytes, each file in one step), and arrays that `decode` decodes whole.
+The kernel holds the lock (`flock`), so it ends with the process that holds it; a file that a killed process left is
+taken over. It works between machines if the file system passes locks on (NFS; Lustre and GPFS if mounted with
+``flock``); on others nothing is refused. Not covered: Dask workers whose leader was killed, which end by themselves
+soon, and arrays that `decode` decodes whole.
 """
 
 from __future__ import annotations

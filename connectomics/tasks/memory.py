@@ -19,10 +19,8 @@ def _glibc() -> ctypes.CDLL | None:
 def use_one_heap() -> None:
     """Make glibc take the memory of all threads of this process from one heap.
 
-    By default every thread has its own heap, and threads do not reuse memory that another one freed (the reader's raw,
-    the writer's blocks), so each heap grows to the largest array it ever held. Arrays are few and large here, so
-    threads hardly ever wait for the one heap. (Keeping such arrays off the heap, by another ``mallopt``, takes less
-    memory still, but the system must then provide each of them: 40 to 60 % more CPU for a small U-Net.)
+    By default every thread has its own heap, which grows to the largest array it ever held, and threads do not reuse
+    memory that another one freed. Arrays are few and large here, so threads hardly ever wait for the one heap.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_ARENAS, 1)

@@ -84,10 +84,10 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    @abstractmethod
-    def __exit__(
+    def __exit__(  # noqa: B027 (this process has nothing to end)
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        """End the processes."""
 
 
 def batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:

@@ -100,8 +100,7 @@ def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures:
                 raise EngineError(f"{task.name}, {stage}: no worker could start; the last one: {batch.unopened}")
             again, accepted = failures.take(batch)
             marker.add(accepted)
-            for number in (*again, *batch.untouched):
-                queue.again(number)
+            queue.again(*again, *batch.untouched)
             queue.learn(batch)
             reporter.report(more=marker.waiting)
     finally:
@@ -127,10 +126,8 @@ class _Queue:
         # use the slowest, and grow step by step: blocks in empty space say little about blocks in tissue
         slowest = max(self._seconds, default=_SECONDS)
         length = min(_MOST, 2 * self._length, int(_SECONDS / max(slowest, 1e-6)))
-        length = max(
-            self._run, min(length, left // (4 * self._pool.slots))
-        )  # shorter at the end, so that all workers finish together
-        length = min(max(length, 1), left)
+        # shorter at the end, so that all workers finish together
+        length = min(max(self._run, 1, min(length, left // (4 * self._pool.slots))), left)
         if self._run > 1:  # end with a run, counted from the run of the first block
             first = int(self._missing[self._next])
             runs = max(1, length // self._run)
@@ -140,9 +137,9 @@ class _Queue:
         self._next += length
         return [int(n) for n in chosen]
 
-    def again(self, block: int) -> None:
-        """Hand out this block again."""
-        self._again.append(block)
+    def again(self, *blocks: int) -> None:
+        """Hand out these blocks again."""
+        self._again += blocks
 
     def learn(self, batch: Batch) -> None:
         """Use the time that blocks took."""

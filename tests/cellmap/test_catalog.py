@@ -26,7 +26,7 @@ from connectomics.errors import (
     MissingError,
     UnknownNameError,
 )
-from connectomics.io import StoreOptions
+from connectomics.io.location import StoreOptions
 from connectomics.io.write import ensure_group
 from connectomics.pipeline.hold_out import hold_out
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of

@@ -27,7 +27,7 @@ from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.morphology import ContactSpec
 from connectomics.pipeline.measure import measure_tasks
 from connectomics.pipeline.mesh import mesh_tasks
-from connectomics.pipeline.predict import prediction_tasks
+from connectomics.pipeline.predict import predict_tasks
 from connectomics.pipeline.run_task import TASK_KINDS
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import BlockTask
@@ -83,7 +83,7 @@ def tasks(inputs: Path, out: Path) -> Iterator[BlockTask]:
     labels = out / "4"
     yield from measure_tasks(labels, out / "measures", contacts=[ContactSpec.parse("mito:mito:30")], block=BLOCK)
     yield from mesh_tasks(labels, out / "meshes", "mito")
-    yield from prediction_tasks(config_of(inputs), [inputs / "net.ckpt"], out / "predicted", device="cpu")
+    yield from predict_tasks(inputs / "net.ckpt", out=out / "predicted", config=config_of(inputs), device="cpu")[0]
 
 
 def results(out: Path) -> dict[str, bytes]:

@@ -16,7 +16,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import VoxelGrid
-from connectomics.io import StoreError, StoreOptions
+from connectomics.io.location import StoreError, StoreOptions
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.s3_server import FaultyProxy, FolderServer, MotoServer
 

@@ -21,7 +21,7 @@ from connectomics.errors import InputError, MissingError
 from connectomics.inference.predict_task import PredictTask, require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.network_task import NetworkPredictTask
-from connectomics.pipeline.predict import prediction_tasks
+from connectomics.pipeline.predict import predict_tasks
 from connectomics.tasks import run_task
 from tests.pipeline.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
 from tests.trees import contents
@@ -78,7 +78,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     config = box_config(root)
     targets = targets_of(config, box=BOX)
     (whole,) = predict(root, checkpoint, tmp_path / "a", config, targets=targets)
-    (task,) = prediction_tasks(config, checkpoint, tmp_path / "b", targets=targets, device="cpu")
+    ((task,), *_) = predict_tasks(checkpoint, out=tmp_path / "b", config=config, box=BOX, device="cpu")
     killed: list[int] = []
 
     def kill(done: int, blocks: int, stage: str = "") -> None:
@@ -111,7 +111,7 @@ def test_another_checkpoint_in_its_place_is_refused(root: Path, checkpoint: Path
     config = config_of(root, crops=["crop2"])
     path = tmp_path / "best.ckpt"
     shutil.copy(checkpoint, path)
-    (task,) = prediction_tasks(config, path, tmp_path / "out", device="cpu")
+    ((task,), *_) = predict_tasks(path, out=tmp_path / "out", config=config, device="cpu")
     save_checkpoint(path, config_of(root), 7)
     for engine in (None, TWO):
         with pytest.raises(InputError, match=r"best\.ckpt: the weights are not those .* expected " + task.checkpoint):

@@ -15,9 +15,12 @@ import zarr
 
 from connectomics.errors import CorruptDataError, EngineError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import Multiscale, PlainArray, StoreOptions, list_groups, write_multiscale
 from connectomics.io.array import StoredArray
 from connectomics.io.fingerprint import fingerprint
+from connectomics.io.location import StoreOptions
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.store import list_groups
+from connectomics.io.write import write_multiscale
 
 # voxel sizes of the challenge's raw, with their translations of the fractional kind
 RAW_GRIDS = {

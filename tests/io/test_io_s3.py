@@ -19,10 +19,13 @@ import zarr
 
 from connectomics.errors import CorruptDataError, EngineError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import Multiscale, StoreError, StoreOptions, exists, list_groups, read_json, s3, write_multiscale
+from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.fingerprint import content_identity, same_content
-from connectomics.io.store import read_bytes
+from connectomics.io.location import StoreError, StoreOptions
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.store import exists, list_groups, read_bytes, read_json
+from connectomics.io.write import write_multiscale
 from tests.s3_server import FAULTS, Fault, FaultyProxy, FolderServer
 
 GRID = VoxelGrid((8.0, 8.0, 8.0), (4.0, 4.0, 4.0), (40, 40, 40))
@@ -203,7 +206,8 @@ def test_kept_chunks_stay_within_their_bytes(tmp_path: Path) -> None:
     )
     program = """
         import resource, sys
-        from connectomics.io import Multiscale, StoreOptions
+        from connectomics.io.location import StoreOptions
+        from connectomics.io.multiscale import Multiscale
 
         where, endpoint = sys.argv[1:]
         volume = Multiscale.open(where, StoreOptions(endpoint=endpoint, cache_bytes=8 << 20))

@@ -11,19 +11,10 @@ import pytest
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import (
-    Multiscale,
-    PlainArray,
-    StoreError,
-    StoreOptions,
-    exists,
-    join,
-    list_groups,
-    read_attrs,
-    read_json,
-    write_multiscale,
-)
-from connectomics.io.store import normalize, split_s3
+from connectomics.io.location import StoreError, StoreOptions, join
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.store import exists, list_groups, normalize, read_attrs, read_json, split_s3
+from connectomics.io.write import write_multiscale
 from tests.s3_server import MotoServer
 
 GRID = VoxelGrid((5.24, 4.0, 4.0), (100.0, 200.0, 300.0), (24, 20, 28))

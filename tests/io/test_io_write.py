@@ -16,21 +16,18 @@ from hypothesis import strategies as st
 
 from connectomics.errors import CorruptDataError, InputError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import (
+from connectomics.io.levels import halve_labels, halve_raw, level_grids
+from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.io.store import list_groups, read_attrs
+from connectomics.io.write import (
     ArrayWriter,
-    Multiscale,
-    PlainArray,
     build_levels,
     create_array,
     create_multiscale,
     ensure_group,
-    level_grids,
-    list_groups,
-    read_attrs,
     update_attrs,
     write_multiscale,
 )
-from connectomics.io.levels import halve_labels, halve_raw
 
 GRID = VoxelGrid((2.62, 2.0, 2.0), (3132.21, 899.0, 25863.0), (37, 30, 41))
 

@@ -11,8 +11,10 @@ import pytest
 
 from connectomics.errors import CorruptDataError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import Multiscale, StoreError, write_multiscale
 from connectomics.io.array import StoredArray
+from connectomics.io.location import StoreError
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 
 GRID = VoxelGrid((8, 8, 8), (4, 4, 4), (16, 16, 64))
 DATA = np.random.default_rng(0).integers(1, 255, GRID.shape, dtype=np.uint8)

@@ -16,7 +16,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_labels
 from connectomics.errors import ConnectomicsError, InputError, UnknownNameError, WriteError
 from connectomics.geometry import Box, VoxelGrid
-from connectomics.io import Multiscale, PlainArray
+from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.phantom import PhantomInfo, PhantomOptions, make_phantom
 from connectomics.phantom.kinds import KINDS, PHANTOM_ATOMS
 from connectomics.phantom.layout import datasets
