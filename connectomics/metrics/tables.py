@@ -157,20 +157,6 @@ def score_table(score: SubmissionScore) -> Table:
     return table
 
 
-def rows_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] | None = None) -> Table:
-    """Return rows as a rich table; fractions have four digits, absent values stay empty."""
-    from rich.table import Table
-
-    names = list(columns or dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title or None)
-    for name in names:
-        is_text = any(isinstance(row.get(name), str) for row in rows)
-        table.add_column(name, justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*(_number(row.get(name)) for name in names))
-    return table
-
-
 def print_table(table: Table) -> None:
     """Print a table at the terminal's width."""
     from rich.console import Console

@@ -15,16 +15,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
 from connectomics.decoding.affinities.mutex_kernels import _EMPTY, pair_key, slot_of
-from connectomics.decoding.blocks.component_kernels import root_of, unite
+from connectomics.decoding.blocks.component_kernels import Array, Ints, Ints32, Keys, root_of, unite
 
 
 @numba.njit(cache=True, nogil=True)
-def strongest_links(
-    values: NDArray[Any], nodes: NDArray[np.int32], offsets: NDArray[np.int64], low: int, number: int
-) -> Any:
+def strongest_links(values: Array, nodes: Ints32, offsets: Ints, low: int, number: int) -> Any:
     """The forest (a root is its own parent, and its smallest node) of what the strongest edge of each voxel links.
 
     Args:
@@ -63,7 +60,7 @@ def strongest_links(
 
 
 @numba.njit(cache=True, nogil=True)
-def _grown(table: NDArray[np.uint64], edge: NDArray[np.int32]) -> Any:
+def _grown(table: Keys, edge: Ints32) -> Any:
     """Table and edges with room again, and how many they hold: pairs whose edge is -1 are left out."""
     live = 0
     for at in range(len(table)):
@@ -82,7 +79,7 @@ def _grown(table: NDArray[np.uint64], edge: NDArray[np.int32]) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> Any:
+def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
     """The pairs of labels that touch: (ends (m, 2) int32, sums (m,) int64 of their values, counts (m,) int64).
 
     Args:
@@ -128,9 +125,7 @@ def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArr
 
 
 @numba.njit(cache=True, nogil=True)
-def merge_regions(
-    ends: NDArray[np.int32], sums: NDArray[np.int64], counts: NDArray[np.int64], number: int, limit: float
-) -> Any:
+def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: float) -> Any:
     """Unite the pair of regions with the highest mean, again and again, as long as that is above ``limit``.
 
     Args:
