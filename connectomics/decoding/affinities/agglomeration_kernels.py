@@ -16,7 +16,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from connectomics.decoding.affinities.mutex_kernels import _EMPTY, pair_key, slot_of
+from connectomics.decoding.affinities.mutex_kernels import _EMPTY, append, pair_key, slot_of
 from connectomics.decoding.blocks.component_kernels import Array, Ints, Ints32, Keys, root_of, unite
 
 
@@ -155,7 +155,7 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
         slot = slot_of(table, pair_key(ends[e, 0], ends[e, 1]))
         table[slot], edge[slot] = pair_key(ends[e, 0], ends[e, 1]), e
         for side in range(2):
-            _append(head, tail, after, ends[e, side], 2 * e + side)
+            append(head, tail, after, ends[e, side], 2 * e + side)
             degree[ends[e, side]] += 1
         if sums[e] > limit * counts[e]:
             heap.append((-sums[e] / counts[e], np.int64(e), np.int64(0)))
@@ -173,7 +173,6 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
         record = head[b]
         while record >= 0:
             following = after[record]
-            after[record] = -1
             f = record >> 1
             if alive[f]:
                 other = root_of(parent, ends[f, 1 - (record & 1)])
@@ -187,7 +186,7 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
                         kept, f = f, kept
                         edge[slot] = kept
                         if record >> 1 == kept:
-                            _append(head, tail, after, a, record)
+                            append(head, tail, after, a, record)
                             degree[a] += 1
                     sums[kept] += sums[f]
                     counts[kept] += counts[f]
@@ -198,18 +197,9 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
                 else:
                     used += table[slot] != key
                     table[slot], edge[slot] = key, f
-                    _append(head, tail, after, a, record)
+                    append(head, tail, after, a, record)
                     degree[a] += 1
                     if 2 * used > len(table):
                         table, edge, used = _grown(table, edge)
             record = following
     return parent, alive
-
-
-@numba.njit(cache=True, nogil=True)
-def _append(head: Any, tail: Any, after: Any, region: Any, record: Any) -> None:
-    if tail[region] >= 0:
-        after[tail[region]] = record
-    else:
-        head[region] = record
-    tail[region] = record

@@ -120,6 +120,17 @@ def _longer(values: Ints32) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
+def append(head: Any, tail: Any, after: Any, region: Any, record: Any) -> None:
+    """Append a record to the linked list of a region."""
+    after[record] = -1
+    if tail[region] >= 0:
+        after[tail[region]] = record
+    else:
+        head[region] = record
+    tail[region] = record
+
+
+@numba.njit(cache=True, nogil=True)
 def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: Ints32, number: int) -> Any:
     """Cluster ``number`` nodes.
 
@@ -170,12 +181,7 @@ def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: In
                         used += 1
                         if 2 * used > len(table):
                             table, used = _grown(table, parent)
-                        after[record] = -1
-                        if tail[a] >= 0:
-                            after[tail[a]] = record
-                        else:
-                            head[a] = record
-                        tail[a] = record
+                        append(head, tail, after, a, record)
                         length[a] += 1
                     else:
                         after[record] = free
@@ -196,12 +202,7 @@ def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: In
                         record = np.int32(records)
                         records += 1
                     partner[record] = two
-                    after[record] = -1
-                    if tail[one] >= 0:
-                        after[tail[one]] = record
-                    else:
-                        head[one] = record
-                    tail[one] = record
+                    append(head, tail, after, one, record)
                     length[one] += 1
     return parent, table
 

@@ -277,16 +277,6 @@ class SubmissionScore:
         }
 
     @property
-    def overall_instance_score(self) -> float | None:
-        """Return the mean of the combined scores with missing labels counted."""
-        return self.totals.instance
-
-    @property
-    def overall_semantic_score(self) -> float | None:
-        """Return the mean IoU with missing labels counted."""
-        return self.totals.semantic
-
-    @property
     def label_scores(self) -> dict[str, ClassScore]:
         """Return the scores per class with missing labels counted."""
         return self.totals.classes
