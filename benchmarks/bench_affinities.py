@@ -186,6 +186,8 @@ def compare(labels: str, file: str) -> list[dict[str, float]]:
     from dataclasses import asdict
 
     from connectomics.io.multiscale import Multiscale
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
     from tests.decoding.affinity_kit import difference
 
     volume, one = Multiscale.open(labels), np.load(file)

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-_KEYS = has_keys("rules", "label_scores")
 _FILES = {
-    "json": ("scores.json", _KEYS),
+    "json": ("scores.json", has_keys("rules", "label_scores")),
     "classes": ("scores_per_class.csv", has_column("class")),
     "crops": ("scores_per_crop.csv", has_column("crop")),
     "instances": ("scores_per_instance.csv", has_column("crop")),

@@ -224,7 +224,7 @@ class ComponentCounter:
         self._last = slab[-1].copy(), self._numbers(parts[-1])
         self._total += int(number)
 
-    def _numbers(self, parts: NDArray[np.generic]) -> NDArray[np.int64]:
+    def _numbers(self, parts: NDArray[Any]) -> NDArray[np.int64]:
         """Return the numbers of a slab's components, counted through all slabs."""
         return np.where(parts > 0, parts.astype(np.int64) + self._total, 0)
 

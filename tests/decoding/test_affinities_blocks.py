@@ -138,7 +138,7 @@ def test_killed_between_blocks_it_gives_the_same_bytes(perfect, tmp_path):
     one, two = task_of(perfect, tmp_path / "one"), task_of(perfect, tmp_path / "two")
     run_task(one)
 
-    def kill(stage: str, done: int, blocks: int) -> None:
+    def kill(done: int, blocks: int, stage: str = "") -> None:
         if stage == "label" and done >= 3:
             raise KeyboardInterrupt
 

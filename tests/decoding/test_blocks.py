@@ -299,7 +299,7 @@ def test_a_finished_output_stays_and_another_tasks_is_refused(tmp_path):
 def test_what_another_task_began_is_refused_and_replaced_on_demand(tmp_path):
     task = task_of(tmp_path, noise(26), (8, 8, 8))
 
-    def kill(stage: str, done: int, number: int) -> None:
+    def kill(done: int, number: int, stage: str = "") -> None:
         if done > 0:
             raise Killed
 
