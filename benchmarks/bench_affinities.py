@@ -165,7 +165,7 @@ def blocks(source: str, out: str, method: str, block: int) -> dict[str, Any]:
 
     stages: dict[str, float] = {}
 
-    def told(stage: str, done: int, number: int) -> None:
+    def told(done: int, number: int, stage: str = "") -> None:
         stages[f"{stage} {'begins' if done == 0 else 'ends'}"] = time.perf_counter() - begin
 
     task = AffinitiesTask(source, out, "mito", DecodeParameters(**rule(method)), (block,) * 3)

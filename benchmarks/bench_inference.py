@@ -104,9 +104,7 @@ def run_monai(volume: np.ndarray, options: argparse.Namespace, out: Path) -> Non
     import torch
     from monai.inferers import SlidingWindowInferer
 
-    inferer = SlidingWindowInferer(
-        (options.window,) * 3, sw_batch_size=1, overlap=options.overlap, mode="gaussian", progress=False
-    )
+    inferer = SlidingWindowInferer((options.window,) * 3, sw_batch_size=1, overlap=options.overlap, mode="gaussian")
     with torch.inference_mode():
         values = inferer(torch.from_numpy(volume)[None, None], small_network())[0].numpy()
     np.save(out, values)

@@ -97,7 +97,7 @@ def measure(source: str, out: str, block: int, workers: int, fill_holes: bool) -
 
     stages: dict[str, float] = {}
 
-    def told(stage: str, done: int, blocks: int) -> None:
+    def told(done: int, blocks: int, stage: str = "") -> None:
         stages[f"{stage} {'begins' if done == 0 else 'ends'}"] = time.perf_counter() - begin
 
     task = ComponentsTask(source, out, "mito", parameters(fill_holes), (block,) * 3)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+import connectomics
 from connectomics.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,11 +118,16 @@ def test_every_page_has_its_place_in_the_site() -> None:
     assert sorted(listed) == sorted(p.relative_to(ROOT / "docs").as_posix() for p in PAGES[1:])
 
 
-def test_the_reference_names_modules_that_are_there() -> None:
+def test_the_reference_names_modules_and_functions_that_exist() -> None:
+    named = set()
     for page in (ROOT / "docs/reference").glob("*.md"):
         for name in re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M):
             place = ROOT / name.replace(".", "/")
-            assert name == "connectomics.load_model" or place.with_suffix(".py").exists(), name
+            front = name.removeprefix("connectomics.") in connectomics.__all__
+            assert front or place.with_suffix(".py").exists(), name
+            named.add(name)
+    elsewhere = {"Box", "VoxelGrid", "__version__"}
+    assert {f"connectomics.{name}" for name in set(connectomics.__all__) - elsewhere} <= named
 
 
 def messages() -> str:

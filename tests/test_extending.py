@@ -17,7 +17,7 @@ import yaml
 import connectomics as cx
 from connectomics.cli import main
 from connectomics.cli.app import app
-from connectomics.config import save_config
+from connectomics.config import import_plugins, save_config
 from connectomics.decoding import DecodeParameters, decode_class, parameters, register_decoder
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
@@ -25,6 +25,7 @@ from connectomics.io.formats import VolumeSource, register_format, source
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.models import losses, registry
+from connectomics.pipeline.tune_space import SearchSpace, Volume, pooled_scores
 from tests.cli.small_way import Way, config_of, make_data, pytc
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/extending.md").read_text(encoding="utf-8")
@@ -129,6 +130,19 @@ def test_a_decoder_decodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         decode_class(np.zeros((2, 2, 2), np.uint8), grid.voxel_size, DecodeParameters(method="hysteresis"))
     with pytest.raises(InputError, match="'cc3d' is a method of this package"):
         register_decoder("cc3d", parameters.DECODERS["hysteresis"])
+
+
+def test_tuning_searches_the_parameters_of_a_decoder() -> None:
+    import_plugins(["my_decoders"])
+    truth = np.zeros((16, 16, 16), np.uint8)
+    truth[2:10, 2:10, 2:10] = 1
+    probability = np.where(truth > 0, 120, 0).astype(np.uint8)
+    probability[4:6, 4:6, 4:6] = 230
+    volume = Volume(probability, None, truth, np.ones(truth.shape, np.bool_), (8.0, 8.0, 8.0))
+    base = DecodeParameters(method="hysteresis", threshold=0.7)
+    assert {point["method"] for point in SearchSpace.of([volume], base).points()} == {"hysteresis"}
+    assert list(pooled_scores([volume], base)) == [1.0]
+    assert next(pooled_scores([volume], DecodeParameters(method="cc3d", threshold=0.7))) < 1
 
 
 def test_a_method_that_is_not_registered_is_refused() -> None:

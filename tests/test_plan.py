@@ -146,7 +146,7 @@ def test_predictions_of_one_s_own_loop_are_decoded(tmp_path: Path, caplog: pytes
     assert "no grid was given" in caplog.text
     for bad, says in (
         ({"predictions": predictions * 3}, "apply a sigmoid"),
-        ({"classes": ["mito"]}, r"must have shape \(1, D, H, W\), found \(2, 12, 12, 12\)"),
+        ({"classes": ["mito"]}, r"must have shape \(1, D, H, W\), got \(2, 12, 12, 12\)"),
         ({"grid": VoxelGrid((8, 8, 8), (0, 0, 0), (12, 12, 13))}, "the grid"),
     ):
         with pytest.raises(InputError, match=says):

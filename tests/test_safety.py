@@ -216,7 +216,7 @@ def test_a_model_package_does_not_unpickle(tmp_path: Path, capfd: pytest.Capture
     (tmp_path / "torch.ckpt").write_bytes(inner.getvalue())
     packed(tmp_path / "evil.pytc", {"about.json": b"{}", "weights.safetensors": evil, "data.pkl": evil})
     plain_root(tmp_path / "root")
-    for words in (["--checkpoint", "raw.ckpt"], ["--checkpoint", "torch.ckpt"], ["--model", "evil.pytc"]):
+    for words in (["--checkpoint", "raw.ckpt"], ["--checkpoint", "torch.ckpt"], ["--checkpoint", "evil.pytc"]):
         config = [str(ROOT / "tutorials/phantom.yaml")] if words[0] == "--checkpoint" else []
         place = [f"dataset.data_root={tmp_path / 'root'}", "dataset.classes=[mito]"]
         out = ["--out", str(tmp_path / "out"), "--device", "cpu"]

@@ -180,7 +180,7 @@ def _predict(section: Section, config: RunConfig, module: ConnectomicsModule, ro
     out = section.folder("out")
     began = time.perf_counter()
     (folder,) = predict_cellmap_crops(
-        module, config, None, out, targets=[crop_target(crop, [CLASS])], device=section.device, progress=False
+        module, config, None, out, targets=[crop_target(crop, [CLASS])], device=section.device
     )
     row["s"] = time.perf_counter() - began
     grid: VoxelGrid = crop.labels[CLASS].grid

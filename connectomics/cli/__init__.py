@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     plugins = os.environ.get(PLUGINS, "").replace(",", " ").split()
     if plugins:
-        from connectomics.config.plugins import import_plugins
+        from connectomics.config import import_plugins
 
         if status := run_guarded(lambda: import_plugins(plugins)):
             return status

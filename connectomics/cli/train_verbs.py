@@ -90,7 +90,7 @@ def plan(
         for facts in data.classes
     ]  # fmt: skip
     terminal.table(["class", "crops", "present um^3", "of known", "mean chord nm", "asked at nm"], rows)
-    low, middle, high = data.grey
+    low, middle, high = data.gray
     print(
         f"{data.crops} crops, {data.volume_um3:.3g} um^3; raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
     )

@@ -1,6 +1,6 @@
-"""Read checkpoints, with one clear line if that fails, and build the network or the module that they hold.
+"""Read checkpoints, and build the network or the module that they hold.
 
-Nothing here imports PyTorch Lightning, except `load_module`.
+Only `load_module` imports PyTorch Lightning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.inference.trained_network import TrainedNetwork
-from connectomics.lightning.model_package import check_test, is_package, open_package, package_weights
+from connectomics.lightning.model_package import check_test, is_package, open_package, package_tensors
 from connectomics.lightning.network import build_network
 
 if TYPE_CHECKING:
@@ -28,18 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_KEY = "connectomics"  # what of a checkpoint is ours and not Lightning's
-CHECKPOINT_FORMAT = 2  # 1: without normalization, nothing was centered
+CHECKPOINT_KEY = "connectomics"  # key of this package's entries in a Lightning checkpoint
+CHECKPOINT_FORMAT = 2  # 1: without normalization and without centering
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint of this program, or of a model package, on the CPU. Nothing but tensors and plain
-    values is unpickled.
+    """Return the content of a checkpoint or a model package, on the CPU; only tensors and plain values are unpickled.
 
     Raises:
-        MissingError: no such file.
-        CorruptDataError: truncated, or no checkpoint at all.
-        InputError: a checkpoint of something else, or of a later version of this program.
+        MissingError: the file does not exist. CorruptDataError: it is truncated, or not a checkpoint.
+        InputError: the checkpoint belongs to another program, or to a later version of this package.
     """
     file = Path(path)
     if not file.is_file():
@@ -49,21 +47,23 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if is_package(file):
         package = open_package(file)
         ours = {name: package.about[name] for name in ("format", "version", "classes", "voxel_size", "config")}
-        return {"state_dict": package_weights(package), CHECKPOINT_KEY: ours}
+        return {"state_dict": package_tensors(package), CHECKPOINT_KEY: ours}
     if not zipfile.is_zipfile(file):
         raise CorruptDataError(
-            f"{file} ({file.stat().st_size} bytes) is no PyTorch checkpoint, or a truncated one; take another, for "
-            "instance last.ckpt of the same run"
+            f"{file} ({file.stat().st_size} bytes) is not a PyTorch checkpoint, or it is truncated; use another one, "
+            "such as last.ckpt of the same run"
         )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{file} holds Python objects that are not unpickled for safety: it is not a checkpoint of `pytc train`"
+            f"{file} holds Python objects, which are not unpickled for safety: it is not a checkpoint of `pytc train`"
         ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CorruptDataError(f"checkpoint {file} cannot be read ({reason}); take another of the same run") from error
+        raise CorruptDataError(
+            f"checkpoint {file} cannot be read ({reason}); use another one of the same run"
+        ) from error
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
         raise InputError(f"{file} is a PyTorch file but not a checkpoint of `pytc train`: it has no {CHECKPOINT_KEY!r}")
     found = content[CHECKPOINT_KEY]["format"]
@@ -76,7 +76,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def checkpoint_config(content: dict[str, Any], path: str | Path) -> RunConfig:
-    """The configuration that a checkpoint was trained with; `ConfigError` where this version does not know it."""
+    """Return the configuration of a checkpoint's training; raise `ConfigError` if this version cannot read it."""
     try:
         config = config_from_dict(content[CHECKPOINT_KEY]["config"])
         if content[CHECKPOINT_KEY]["format"] < 2:
@@ -88,16 +88,16 @@ def checkpoint_config(content: dict[str, Any], path: str | Path) -> RunConfig:
 
 
 def check_classes(path: str | Path, trained: Sequence[str], asked: Sequence[str]) -> None:
-    """Raises `InputError` where a checkpoint's classes are not, in order, those that are asked for."""
+    """Raise `InputError` unless a checkpoint has the requested classes in the same order."""
     if list(trained) != list(asked):
         raise InputError(
-            f"checkpoint {path} was trained for classes {list(trained)}, the configuration asks for {list(asked)}; "
-            "set dataset.classes to the former, or train again"
+            f"checkpoint {path} was trained for classes {list(trained)}, the configuration has {list(asked)}; "
+            "set dataset.classes as in training, or train again"
         )
 
 
 def check_heads(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
-    """Raises `InputError` where a checkpoint's heads give other channels than the configuration's ``model.heads``.
+    """Raise `InputError` unless a checkpoint's heads have the channels of the configuration's ``model.heads``.
 
     Weights, losses, and whether a prediction stores them may differ.
     """
@@ -118,12 +118,12 @@ def _heads(heads: Sequence[Mapping[str, Any]]) -> str:
 
 
 def check_inputs(path: str | Path, trained: RunConfig, config: RunConfig) -> None:
-    """Raises `InputError` where a checkpoint's network takes further inputs at other voxel sizes than asked for."""
-    found, asked = ([list(view.voxel_size) for view in of.data.inputs] for of in (trained, config))
+    """Raise `InputError` unless a checkpoint's network has further inputs at the voxel sizes of ``data.inputs``."""
+    found, asked = ([list(item.voxel_size) for item in of.data.inputs] for of in (trained, config))
     if found != asked:
         raise InputError(
             f"checkpoint {path} was trained with further inputs (data.inputs) at {found} nm, the configuration has "
-            f"them at {asked} nm; set data.inputs as in training, or leave this checkpoint out"
+            f"them at {asked} nm; set data.inputs as in training, or remove this checkpoint"
         )
 
 
@@ -131,13 +131,12 @@ def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNe
     """Return the network of a checkpoint or a package, on the CPU, in evaluation mode.
 
     Args:
-        path: the file; it holds its own configuration.
-        config: a configuration to use with it: its `dataset.classes`, the channels of its `model.heads` and the voxel
-            sizes of its `data.inputs` must be those of the checkpoint; the rest of its `model` is replaced by the
-            checkpoint's, all else (data, inference, decoding) is kept. None: the checkpoint's own.
+        path: the file, which holds its own configuration.
+        config: None: the checkpoint's own. Else a configuration with the checkpoint's `dataset.classes`, channels of
+            `model.heads` and voxel sizes of `data.inputs`; the checkpoint replaces the rest of its `model`.
 
     Raises:
-        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also if classes or inputs
+        MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also if classes, heads or inputs
             differ.
     """
     chosen, weights = _configured(path, config)
@@ -167,39 +166,29 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
         check_heads(path, trained, config)
         check_inputs(path, trained, config)
         if list(trained.dataset.voxel_size) != list(config.dataset.voxel_size):
-            log.warning(
-                "checkpoint %s was trained at %s nm, the configuration asks for %s nm: expect worse results",
-                path,
-                trained.dataset.voxel_size,
-                config.dataset.voxel_size,
-            )
-    return _merged(trained, config), content["state_dict"]
+            message = "checkpoint %s was trained at %s nm, the configuration has %s nm: expect worse results"
+            log.warning(message, path, trained.dataset.voxel_size, config.dataset.voxel_size)
+        # the heads are the same; the given configuration decides whether they are written
+        model = replace(trained.model, heads=config.model.heads)
+        plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
+        normalization = trained.data.normalization  # it belongs to the model
+        trained = with_normalization(replace(config, model=model, plugins=plugins), normalization)
+    return trained, content["state_dict"]
 
 
 def _fill(module: TrainedNetwork | ConnectomicsModule, weights: Mapping[str, Any], path: str | Path) -> None:
-    """Load the weights, set evaluation mode, and compare the answer to a package's test input."""
+    """Load the weights, set evaluation mode, and check the answer to a package's test input."""
     try:
         module.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
-        raise InputError(
-            f"the weights in checkpoint {path} do not fit the network that its configuration names"
-        ) from error
+        raise InputError(f"the weights in checkpoint {path} do not fit the network of its configuration") from error
     module.eval()
     if is_package(path):
         check_test(open_package(path), module)
 
 
-def _merged(trained: RunConfig, config: RunConfig | None) -> RunConfig:
-    if config is None:
-        return trained
-    # the same heads; the given configuration decides whether they are written
-    plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
-    merged = replace(config, model=replace(trained.model, heads=config.model.heads), plugins=plugins)
-    return with_normalization(merged, trained.data.normalization)  # it belongs to the model
-
-
 def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
-    """Raises as `load_module` does, and `InputError` where a run of ``module`` cannot go on from a checkpoint."""
+    """Raise what `load_module` raises, and `InputError` if a run of ``module`` cannot resume from a checkpoint."""
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
     check_classes(path, trained.dataset.classes, module.classes)
@@ -208,39 +197,16 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     found = {name: value.shape for name, value in content["state_dict"].items()}
     if expected != found:
         raise InputError(
-            f"checkpoint {path} holds a {describe(trained)}, the configuration a {describe(module.config)}: give the "
-            "run the same `model`, or start without the checkpoint"
+            f"checkpoint {path} holds a {describe(trained)}, the configuration a {describe(module.config)}; use "
+            "the same `model` settings, or start without the checkpoint"
         )
     if not content.get("optimizer_states"):
-        raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot go on from it")
+        raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot resume from it")
 
 
 def describe(config: RunConfig) -> str:
-    """The network of a configuration in a few words, for messages."""
+    """Describe the network of a configuration in a few words, for messages."""
     model = config.model
     size = f" {model.mednext_size}{model.mednext_kernel_size}" if model.architecture == "mednext" else ""
     deep = ", deep supervision" if model.deep_supervision else ""
     return f"{model.architecture}{size} network ({config.channels} classes{deep}, options {model.options})"
-
-
-class FromCheckpoint:
-    """`load_from_checkpoint` as Lightning's modules have it; checkpoints hold their own configuration."""
-
-    @classmethod
-    def load_from_checkpoint(
-        cls,
-        checkpoint_path: str | Path,
-        map_location: Any = None,
-        *,
-        config: RunConfig | None = None,
-        cfg: RunConfig | None = None,
-    ) -> ConnectomicsModule:
-        """Return the module of a checkpoint or a package, in evaluation mode; see `load_module` for what it raises.
-
-        ``config`` (``cfg`` is the same) replaces the checkpoint's own as far as it fits; ``map_location`` is the device
-        of the module, by default the CPU.
-        """
-        if config is not None and cfg is not None:
-            raise InputError("load_from_checkpoint takes config or cfg, which are the same; got both")
-        module = load_module(checkpoint_path, config if config is not None else cfg)
-        return module if map_location is None else module.to(map_location)

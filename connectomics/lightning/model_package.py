@@ -1,14 +1,14 @@
-"""A model as one file that can be given away: weights, what it was trained for, and a proof that it still computes it.
+"""A model package: one file with the weights, a description of the training, and a test of the network.
 
 The file is a plain zip::
 
     model.json            format, version, configuration, classes, channels, voxel size (nm), normalization, scores,
-                          licence, description, data it was trained on, SHA-256 of the other members
+                          license, description, training data, SHA-256 of the other members
     weights.safetensors   weights and buffers
     test.safetensors      an input and the probabilities that the network gave for it, float32 on the CPU
 
-Nothing in it is unpickled. Loading compares the sums, builds the network from the configuration, and runs the test
-input: a file that was damaged, or a library that computes something else, is found before it is used.
+Nothing in it is unpickled. Loading verifies the checksums, builds the network from the configuration, and runs the test
+input, which detects a damaged file, or a library that computes something else, before the network is used.
 """
 
 from __future__ import annotations
@@ -28,33 +28,28 @@ if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
     from connectomics.lightning.module import ConnectomicsModule
 
-FORMAT = 2  # as of checkpoints
+FORMAT = 2  # the format of checkpoints
 SUFFIX = ".pytc"
 ABOUT, WEIGHTS, TEST = "model.json", "weights.safetensors", "test.safetensors"
 _LARGEST_JSON = 1 << 24
-_TOLERANCE = 1e-3  # of probabilities: other processors sum in another order
+_TOLERANCE = 1e-3  # of probabilities: processors differ in the order of sums
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a package says of its model.
-
-    Attributes:
-        path: the file. about: the content of ``model.json``.
-    """
+    """The description of a packaged model: ``about`` is the content of ``model.json``."""
 
     path: Path
     about: Mapping[str, Any]
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that it was trained with; `ConfigError` where this version does not know it."""
+        """The configuration of its training; raises `ConfigError` if this version cannot read it."""
         try:
             return config_from_dict(dict(self.about["config"]))
         except ConfigError as error:
-            raise ConfigError(
-                f"the configuration in {self.path} (written by version {self.about['version']}): {error}"
-            ) from error
+            version = self.about["version"]
+            raise ConfigError(f"the configuration in {self.path} (written by version {version}): {error}") from error
 
     @property
     def classes(self) -> list[str]:
@@ -63,13 +58,13 @@ class Package:
 
     @property
     def voxel_size(self) -> tuple[float, float, float]:
-        """nm, z y x: what the network works at."""
+        """Voxel size of the network's input, nm, z y x."""
         z, y, x = self.about["voxel_size"]
         return float(z), float(y), float(x)
 
 
 def is_package(path: str | Path) -> bool:
-    """Whether a file looks like a package (and not like a checkpoint, which is a zip too)."""
+    """Return whether a file looks like a package (and not like a checkpoint, which is also a zip file)."""
     try:
         with zipfile.ZipFile(path) as file:
             return ABOUT in file.namelist()
@@ -78,10 +73,11 @@ def is_package(path: str | Path) -> bool:
 
 
 def open_package(path: str | Path) -> Package:
-    """What a package says, without its weights.
+    """Return a package without reading its weights.
 
     Raises:
-        MissingError: no such file. CorruptDataError: damaged. InputError: no package, or of a later version.
+        MissingError: the file does not exist. CorruptDataError: it is damaged. InputError: it is not a package, or a
+            later version wrote it.
     """
     file = Path(path)
     if not file.is_file():
@@ -92,7 +88,7 @@ def open_package(path: str | Path) -> Package:
         found = int(about["format"])
         needed = {"version", "classes", "voxel_size", "config", "sha256"}
         if lacking := sorted(needed - set(about)):
-            raise CorruptDataError(f"{file}: {ABOUT} lacks {', '.join(lacking)}; get the file again")
+            raise CorruptDataError(f"{file}: {ABOUT} has no {', '.join(lacking)}; get the file again")
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptDataError(f"{file}: {ABOUT} cannot be read ({error!r}); get the file again") from error
     if found > FORMAT:
@@ -104,7 +100,7 @@ def open_package(path: str | Path) -> Package:
 
 
 def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a package's model with overrides (``key=value``), as for a file; what both raise."""
+    """Return the configuration of a package with overrides (``key=value``), as `load_config` for a file."""
     import tempfile
 
     from connectomics.config import load_config, save_config
@@ -116,17 +112,12 @@ def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig
         return load_config(file, overrides)
 
 
-def package_weights(package: Package) -> dict[str, Any]:
-    """The state dictionary (tensors on the CPU); `CorruptDataError` where the sum is not the one that was written."""
-    return _tensors(package, WEIGHTS)
-
-
 def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) -> float:
-    """Run the test input; returns the largest difference of a probability.
+    """Run the test input and return the largest difference of a probability.
 
-    Raises `CorruptDataError` where it is above a thousandth: the network does not compute what it computed.
+    Raises `CorruptDataError` if it is above 0.001: the network does not compute what it computed in training.
     """
-    test = _tensors(package, TEST)
+    test = package_tensors(package, TEST)
     result = answer(module, [test[name] for name in sorted(n for n in test if n.startswith("input-"))])
     if result.shape != test["output"].shape:
         raise CorruptDataError(
@@ -143,24 +134,22 @@ def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) ->
 
 
 def answer(module: TrainedNetwork | ConnectomicsModule, images: Sequence[Any]) -> Any:
-    """What a network gives for images: probabilities of all channels, also of heads that a configuration does not have
-    written, float32 on the CPU."""
+    """Return the probabilities of all channels, including heads that are not written, float32 on the CPU."""
     import torch
 
     with torch.no_grad():
         return torch.sigmoid(module.network(*images).float())
 
 
-def _tensors(package: Package, name: str) -> dict[str, Any]:
+def package_tensors(package: Package, name: str = WEIGHTS) -> dict[str, Any]:
+    """Return the tensors of a member on the CPU; raise `CorruptDataError` if its checksum differs."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     data = _member(package.path, name)
     expected = package.about["sha256"].get(name)
     if hashlib.sha256(data).hexdigest() != expected:
-        raise CorruptDataError(
-            f"{package.path}: {name} is not what was written (its SHA-256 differs); get the file again"
-        )
+        raise CorruptDataError(f"{package.path}: {name} is damaged (its SHA-256 differs); get the file again")
     try:
         return dict(load(data))
     except SafetensorError as error:
@@ -171,12 +160,12 @@ def _member(path: Path, name: str, largest: int | None = None) -> bytes:
     try:
         with zipfile.ZipFile(path) as file:
             info = file.getinfo(name)
-            # stored, not packed: what is claimed is what is there, so a small file cannot unfold to a large one
+            # members are stored without compression, so that a small file cannot expand to a large one
             if info.compress_type != zipfile.ZIP_STORED or (largest is not None and info.file_size > largest):
-                raise CorruptDataError(f"{path}: {name} is packed or too large; this is no model package of ours")
+                raise CorruptDataError(f"{path}: {name} is compressed or too large: not written by `pytc package`")
             return file.read(info)
     except KeyError as error:
-        raise InputError(f"{path} is no model package: it has no {name}; make one with `pytc package`") from error
+        raise InputError(f"{path} is not a model package: it has no {name}; make one with `pytc package`") from error
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         if isinstance(error, CorruptDataError):
             raise

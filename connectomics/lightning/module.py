@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, input_names
-from connectomics.errors import ConfigError, unknown_name
+from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
 from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.challenge_score import ChallengeScore
-from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, FromCheckpoint
+from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, load_module
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, inference_window
 from connectomics.lightning.optim import build_optimizer, learning_rate
@@ -43,7 +44,7 @@ _PLANES = 4  # most crops in the pictures of a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
 
-class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[misc]
+class ConnectomicsModule(pl.LightningModule):
     """Trains and validates the network of a run.
 
     A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`), and
@@ -311,6 +312,24 @@ class ConnectomicsModule(FromCheckpoint, pl.LightningModule):  # type: ignore[mi
             log.log(level, message)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | Path,
+        map_location: Any = None,
+        *,
+        config: RunConfig | None = None,
+        cfg: RunConfig | None = None,
+    ) -> ConnectomicsModule:
+        """Return the module of a checkpoint or a package, in evaluation mode; see `load_module`.
+
+        ``cfg`` is another name for ``config``; ``map_location`` is the device of the module, by default the CPU.
+        """
+        if config is not None and cfg is not None:
+            raise InputError("expected config or cfg, which are the same; got both")
+        module = load_module(checkpoint_path, config if config is not None else cfg)
+        return module if map_location is None else module.to(map_location)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what `load_module` needs to rebuild the module from the file."""
         checkpoint[CHECKPOINT_KEY] = {

@@ -15,7 +15,7 @@ from connectomics.models.registry import build_model, check_patch_size, fixed_pa
 
 
 def build_network(config: RunConfig, channels: int) -> nn.Module:
-    """Return the network with ``channels`` output channels; raises `InputError` or `UnknownNameError`."""
+    """Return the network with ``channels`` output channels; raise `InputError` or `UnknownNameError`."""
     inputs = inputs_of(config)
     network = build_model(
         config.model.architecture,
@@ -42,7 +42,7 @@ def model_options(config: RunConfig) -> dict[str, Any]:
 
 
 def inference_window(config: RunConfig) -> list[int]:
-    """Return the window in voxels, z y x: `inference.window`, or the patch if that is null. Raises `InputError`."""
+    """Return the window in voxels, z y x: `inference.window`, or the patch if that is null; raise `InputError`."""
     window = list(config.inference.window or config.data.patch_size)
     architecture = config.model.architecture
     try:

@@ -1,13 +1,12 @@
-"""What a data root is like: voxel sizes, extents, how much of each class there is, how thick it is, the range of raw.
+"""Measure a data root: voxel sizes, extents, volume and thickness of each class, range of raw.
 
 Thickness is the mean chord: the mean length of the runs of present voxels along the three axes. For convex bodies it is
-4 V / S (Cauchy; a ball of diameter d has 2 d / 3), and it needs neither instances nor surfaces.
+4 V / S (Cauchy; a ball of diameter d has 2 d / 3). It needs neither instances nor surfaces.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +16,10 @@ from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.data.contents import said_counts
 from connectomics.geometry import VoxelGrid
+from connectomics.progress import Progress, silent
 
 _SLAB = 2**24  # label voxels read at once
-_MOST_CROPS = 12  # of each class whose thickness is measured, of as many data sets as there are
-
-#: Told (done, all, name).
-Advance = Callable[[int, int, str], None]
+_MOST_CROPS = 12  # most crops whose thickness is measured per class, spread over the data sets
 
 
 @dataclass(frozen=True)
@@ -30,11 +27,11 @@ class ClassFacts:
     """One class over all crops.
 
     Attributes:
-        crops: with annotation of it. present_um3: annotated as present. share: of what is known; both by the counts in
-            the arrays' attributes, and where there are none, of the crops that were read.
-        chord_nm: mean chord in some crops of each data set, None if it is present nowhere.
-        finest_nm: smallest voxel size of its labels.
-        test_nm: median voxel size at which the challenge asks for it, None if it does not.
+        crops: number of crops that annotate it.
+        present_um3, share: volume where it is present, and its share of the known volume; by the counts in the arrays'
+            attributes, else from the crops that were read.
+        chord_nm: mean chord in some crops of each data set, None if the class is present nowhere.
+        test_nm: median voxel size of the class in the challenge, None if it has none.
     """
 
     name: str
@@ -42,60 +39,59 @@ class ClassFacts:
     present_um3: float
     share: float
     chord_nm: float | None
-    finest_nm: float
     test_nm: float | None
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the data is like: raw voxel sizes (nm, the finest's smallest axis), extents of the crops, grey values."""
+    """Properties of the data; ``raw_nm`` is the smallest side of the finest raw voxels."""
 
     crops: int
     volume_um3: float
     raw_nm: float
     raw_dtype: str
-    grey: tuple[float, float, float]  # 1st, 50th, 99th percentile under the crops
+    gray: tuple[float, float, float]  # 1st, 50th, 99th percentile of raw in the crops
     extents_nm: tuple[float, float, float]  # median, z y x
     classes: tuple[ClassFacts, ...]
 
 
 def data_facts(
-    root: str, classes: Sequence[str], datasets: Sequence[str] | None = None, progress: Advance | None = None
+    root: str, classes: Sequence[str], datasets: Sequence[str] | None = None, progress: Progress = silent
 ) -> DataFacts:
-    """Measure a data root; what `Catalog.crops` raises. Memory: a few label blocks."""
+    """Measure a data root with a few label blocks in memory; raise what `Catalog.crops` raises."""
     crops = Catalog.open(root).crops(list(datasets) if datasets else None, None, list(classes))
     extents = np.array([crop.box.extent for crop in crops])
-    raw = crops[0].raw_source
-    asked: dict[str, list[float]] = {}
+    test_sizes: dict[str, list[float]] = {}
     for row in CropTable.challenge():
-        asked.setdefault(row.class_name, []).append(min(row.grid.voxel_size))
+        test_sizes.setdefault(row.class_name, []).append(min(row.grid.voxel_size))
     facts = []
     for number, name in enumerate(classes):
-        facts.append(_class_facts(name, crops, asked.get(name)))
-        if progress is not None:
-            progress(number + 1, len(classes), name)
+        facts.append(_class_facts(name, crops, test_sizes.get(name)))
+        progress(number + 1, len(classes), name)
     return DataFacts(
         crops=len(crops),
         volume_um3=float(np.prod(extents, axis=1).sum() / 1e9),
         raw_nm=min(min(crop.raw_source.levels[0].grid.voxel_size) for crop in crops),
-        raw_dtype=str(raw.levels[0].dtype),
-        grey=_grey([crops[number] for number in across_datasets(crops)[:_MOST_CROPS]]),
+        raw_dtype=str(crops[0].raw_source.levels[0].dtype),
+        gray=_gray_percentiles([crops[number] for number in across_datasets(crops)[:_MOST_CROPS]]),
         extents_nm=tuple(np.median(extents, axis=0).tolist()),
         classes=tuple(facts),
     )
 
 
-def _class_facts(name: str, crops: Sequence[Crop], asked: Sequence[float] | None) -> ClassFacts:
+def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] | None) -> ClassFacts:
     own = [crop for crop in crops if name in crop.labels and crop.labels[name].grid.size]
-    said = [said_counts(crop.labels[name]) for crop in own]
     volumes = np.zeros(2)  # present and known, um^3
     lengths, runs = np.zeros(3), np.zeros(3)
-    for crop, counts in zip(own, said, strict=True):
+    may_have = []
+    for crop in own:
+        counts = said_counts(crop.labels[name])
         if counts is not None:
             voxel = float(np.prod(crop.labels[name].grid.voxel_size)) / 1e9
             volumes += np.array([counts["present"], counts["present"] + counts["absent"]]) * voxel
-    # what the attributes do not say is read, as far as it is measured; the rest only until the class is found
-    may_have = [(crop, counts) for crop, counts in zip(own, said, strict=True) if counts is None or counts["present"]]
+        if counts is None or counts["present"]:
+            may_have.append((crop, counts))
+    # read at most _MOST_CROPS crops, and more only until the class is found
     for number, place in enumerate(across_datasets([crop for crop, _ in may_have])):
         crop, counts = may_have[place]
         if number >= _MOST_CROPS and runs.any():
@@ -104,38 +100,36 @@ def _class_facts(name: str, crops: Sequence[Crop], asked: Sequence[float] | None
         lengths, runs = lengths + length, runs + begun
         if counts is None:
             volumes += found
-    there = runs > 0
     return ClassFacts(
         name=name,
         crops=len(own),
         present_um3=float(volumes[0]),
         share=float(volumes[0] / volumes[1]) if volumes[1] else 0.0,
-        chord_nm=float(np.mean(lengths[there] / runs[there])) if there.all() else None,
-        finest_nm=min((min(crop.labels[name].grid.voxel_size) for crop in own), default=math.inf),
-        test_nm=float(np.median(asked)) if asked else None,
+        chord_nm=float(np.mean(lengths / runs)) if runs.all() else None,
+        test_nm=float(np.median(test_sizes)) if test_sizes else None,
     )
 
 
 def across_datasets(crops: Sequence[Crop]) -> list[int]:
-    """Numbers of the crops in an order that takes one of each data set in turn, spread over each."""
+    """Return the indices of the crops in an order that alternates between data sets, spread over each data set."""
     rank: dict[int, tuple[int, int]] = {}
     for dataset in dict.fromkeys(crop.dataset for crop in crops):
         mine = [number for number, crop in enumerate(crops) if crop.dataset == dataset]
-        # bit-reversed numbers spread: neighbours in a catalog are often alike
+        # bit-reversed numbers are spread: neighbors in a catalog are often similar
         spread = sorted(range(len(mine)), key=lambda n: (int(f"{n:016b}"[::-1], 2), n))
-        rank |= {mine[n]: (turn, mine[n]) for turn, n in enumerate(spread)}
+        rank |= {mine[n]: (place, mine[n]) for place, n in enumerate(spread)}
     return sorted(rank, key=lambda number: rank[number])
 
 
 def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Present and known volume (um^3), and by axis the length (nm) and the number of the runs of present voxels."""
+    """Return present and known volume (um^3), and per axis total length (nm) and number of runs of present voxels."""
     size = np.asarray(label.grid.voxel_size)
     _, height, width = label.grid.shape
     volumes, lengths, runs = np.zeros(2), np.zeros(3), np.zeros(3, np.int64)
-    before: NDArray[np.bool_] | None = None  # the last plane of the block above: runs along z go on from it
+    before: NDArray[np.bool_] | None = None  # the last plane of the block above, where runs along z may start
     for begin, block in label.grid.blocks((max(1, _SLAB // max(1, height * width)), height, width)):
-        inside, looked = label.annotation.decode(label.read_stored(begin, block.shape))
-        count = np.array([np.count_nonzero(inside), np.count_nonzero(looked)])
+        inside, known = label.annotation.decode(label.read_stored(begin, block.shape))
+        count = np.array([np.count_nonzero(inside), np.count_nonzero(known)])
         volumes += count * (float(size.prod()) / 1e9)
         lengths += count[0] * size
         runs += _run_starts(inside, before)
@@ -144,7 +138,7 @@ def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 
 def _run_starts(inside: NDArray[np.bool_], before: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    """How many runs of present voxels begin in a block, along z, y and x; ``before``: the plane above it."""
+    """Count the runs of present voxels that start in a block, along z, y and x; ``before``: the plane above it."""
     found = []
     for axis in range(3):
         lines = np.moveaxis(inside, axis, 0)
@@ -153,8 +147,8 @@ def _run_starts(inside: NDArray[np.bool_], before: NDArray[np.bool_] | None) -> 
     return np.asarray(found)
 
 
-def _grey(crops: Sequence[Crop]) -> tuple[float, float, float]:
-    """Percentiles of raw in the middle of some crops."""
+def _gray_percentiles(crops: Sequence[Crop]) -> tuple[float, float, float]:
+    """Return the 1st, 50th and 99th percentile of raw in the middle of some crops."""
     values = []
     for crop in crops:
         source = crop.raw_source
@@ -163,8 +157,6 @@ def _grey(crops: Sequence[Crop]) -> tuple[float, float, float]:
         shape = [min(n, 64) for n in grid.shape]
         raw, inside = source.read_raw(grid.crop([(n - s) // 2 for n, s in zip(grid.shape, shape, strict=True)], shape))
         values.append(raw[inside])
-    every = np.concatenate(values) if values else np.zeros(0)
-    if every.size == 0:
-        return 0.0, 0.0, 0.0
-    low, middle, high = np.percentile(every, [1, 50, 99])
+    gray = np.concatenate(values)
+    low, middle, high = np.percentile(gray, [1, 50, 99]) if gray.size else (0, 0, 0)
     return float(low), float(middle), float(high)

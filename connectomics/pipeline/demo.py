@@ -130,11 +130,11 @@ def prepare_demo(
     if data is None:
         from connectomics.phantom import PhantomOptions, make_phantom
 
-        root = out / "data"
+        root, chosen = out / "data", PhantomOptions(preset=preset)
         composed = load_config(config or tutorial("phantom"), cache, overrides, f"dataset.data_root={root}")
         _start(out)
         with stage("making the phantom", timings, "making the phantom"):
-            make_phantom(root, PhantomOptions(preset=preset))
+            make_phantom(root, chosen)
         return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, progress, timings)
 
     from connectomics.pipeline.hold_out import hold_out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from connectomics.config.values import plain
 from connectomics.data.volumes import CropVolume
 from connectomics.decoding.decode import decode_mask
 from connectomics.decoding.label_artifact import existing_labels, label_array, write_whole
-from connectomics.decoding.parameters import decode_parameters
+from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError
 from connectomics.geometry import triple
 from connectomics.io.artifacts import Provenance
@@ -68,12 +68,23 @@ def fit_intervals(config: RunConfig, catalog: Catalog) -> dict[str, Interval]:
 
 def write_baseline(config: RunConfig, root: str, entries: Iterable[TableEntry], output_dir: Path) -> None:
     """Fit the intervals on annotated crops, and write labels for the entries of a crop table as decode does."""
-    catalog = Catalog.open(root)
-    intervals, decoding = fit_intervals(config, catalog), config.decoding
+    catalog, decoding = Catalog.open(root), config.decoding
     parameters = decode_parameters(config.dataset.classes, decoding.default, decoding.classes)
+    raw = {name: catalog.raw_location(name) for name in catalog.datasets}
+    write_labels(entries, raw, fit_intervals(config, catalog), output_dir, parameters)
+
+
+def write_labels(
+    entries: Iterable[TableEntry],
+    raw_locations: Mapping[str, str],
+    intervals: Mapping[str, Interval],
+    output_dir: Path,
+    parameters: Mapping[str, DecodeParameters],
+) -> None:
+    """Write the labels of a crop table from intervals of raw at ``raw_locations[dataset]``."""
     for entry in entries:
         (low, high), chosen, grid = intervals[entry.class_name], parameters[entry.class_name], entry.grid
-        raw, inside = Multiscale.open(catalog.raw_location(entry.dataset)).read_raw(grid)
+        raw, inside = Multiscale.open(raw_locations[entry.dataset]).read_raw(grid)
         values = np.rint(raw)
         labels = decode_mask((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
         about = {

@@ -1,4 +1,4 @@
-"""What this machine has, and what of it will hurt: versions, GPU, memory, disk, S3, known pitfalls."""
+"""Check this machine: versions, GPU, memory, disk, S3, and known problems."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from connectomics.machine import usable_cores
 
 Level = Literal["ok", "note", "problem"]
 
-#: what the program stands on; without one of them it does not run
+#: Packages that are always needed.
 _CORE = (
     "torch", "pytorch-lightning", "monai", "hydra-core", "omegaconf", "zarr", "numcodecs", "tensorstore", "obstore",
     "numpy", "scipy", "numba", "connected-components-3d", "edt", "fastremap", "scikit-image", "ortools",
 )  # fmt: skip
-#: extra -> the packages that make it
+#: Extra -> its packages.
 _EXTRAS = {
     "tune": ("optuna",),
     "cluster": ("dask", "distributed", "dask-jobqueue"),
@@ -41,17 +41,17 @@ _EXTRAS = {
 _GB = 1e9
 _LEAST_MEMORY, _LEAST_SHARED, _LEAST_FREE = 8 * _GB, 1 * _GB, 20 * _GB
 _LEAST_FILES = 1024
-_SLOW_DISK = 100.0  # MB/s: a cached patch of 128^3 then takes 20 ms and more to read
+_SLOW_DISK = 100.0  # MB/s: reading a cached patch of 128^3 then takes at least 20 ms
 _PROBE = 128 << 20  # bytes written and read to measure the disk
 _NETWORK_DISKS = {"nfs", "nfs4", "cifs", "smb3", "lustre", "gpfs", "beegfs", "fuse.sshfs", "ceph", "fuse.ceph"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        what: ``GPU``. found: what is there, for people. level: ``note`` may cost time, ``problem`` will stop a run.
+        what: subject, such as ``GPU``. found: description. level: a ``note`` may cost time, a ``problem`` stops a run.
         advice: what to change, or "".
     """
 
@@ -61,19 +61,19 @@ class Finding:
     advice: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the fields, for JSON."""
         return asdict(self)
 
 
 def examine(folder: Path, *, s3: str | None = None) -> Iterator[Finding]:
-    """Look at everything, one finding after the other.
+    """Yield the results of all checks.
 
     Args:
-        folder: where runs and the crop cache will lie; its disk is measured with a file of 128 MiB.
-        s3: ``s3://bucket`` to ask for one listing, or "public" for the CellMap data; None asks nobody.
+        folder: place of runs and the crop cache; a file of 128 MiB measures its disk.
+        s3: ``s3://bucket`` to list once, or "public" for the CellMap data; None: no request.
 
     Raises:
-        InputError: ``folder`` is a file, or ``s3`` is no bucket.
+        InputError: ``folder`` is a file, or ``s3`` is not a bucket.
     """
     folder = folder.expanduser()
     if folder.is_file():
@@ -90,25 +90,29 @@ def examine(folder: Path, *, s3: str | None = None) -> Iterator[Finding]:
     yield _reach(s3)
 
 
+def _checked(what: str, found: str, bad: bool, level: Level, advice: str) -> Finding:
+    """Return a finding of ``level`` with advice if it is ``bad``, else one that is ok."""
+    return Finding(what, found, level, advice) if bad else Finding(what, found)
+
+
 def _versions() -> Iterator[Finding]:
     python = platform.python_version()
-    good = (3, 11) <= tuple(int(v) for v in python.split(".")[:2]) <= (3, 14)
-    advice = "" if good else "create an environment with Python 3.11 to 3.14"
-    yield Finding("Python", python, "ok" if good else "problem", advice)
+    old = not (3, 11) <= tuple(int(v) for v in python.split(".")[:2]) <= (3, 14)
+    yield _checked("Python", python, old, "problem", "create an environment with Python 3.11 to 3.14")
     if _version("connectomics") is not None:
-        advice = "pip uninstall connectomics, then install connectomics-cellmap again"
         found = "another package of the same import name is installed: connectomics"
+        advice = "pip uninstall connectomics, then install connectomics-cellmap again"
         yield Finding("name", found, "problem", advice)
-    there = {name: _version(name) for name in _CORE}
-    lacking = [name for name, version in there.items() if version is None]
-    if lacking:
-        yield Finding("libraries", f"missing: {', '.join(lacking)}", "problem", f"pip install {' '.join(lacking)}")
-    yield Finding("libraries", ", ".join(f"{n} {v}" for n, v in there.items() if v is not None))
+    versions = {name: _version(name) for name in _CORE}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        yield Finding("libraries", f"missing: {', '.join(missing)}", "problem", f"pip install {' '.join(missing)}")
+    yield Finding("libraries", ", ".join(f"{n} {v}" for n, v in versions.items() if v is not None))
     for extra, names in _EXTRAS.items():
-        absent = [name for name in names if _version(name) is None]
-        found = f"missing: {', '.join(absent)}" if absent else "installed"
-        yield Finding(
-            f"extra {extra}", found, "ok", f"pip install 'connectomics-cellmap[{extra}]' to use it" if absent else ""
+        missing = [name for name in names if _version(name) is None]
+        found = f"missing: {', '.join(missing)}" if missing else "installed"
+        yield _checked(
+            f"extra {extra}", found, bool(missing), "ok", f"pip install 'connectomics-cellmap[{extra}]' to use it"
         )
 
 
@@ -124,133 +128,108 @@ def _gpus() -> Iterator[Finding]:
 
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
-            about = torch.cuda.get_device_properties(number)
+            name = torch.cuda.get_device_properties(number).name
             free, total = torch.cuda.mem_get_info(number)
-            busy = free < total / 2
-            yield Finding(
-                f"GPU {number}",
-                f"{about.name}, {free / _GB:.1f} of {total / _GB:.1f} GB free, bfloat16 "
-                f"{'yes' if torch.cuda.is_bf16_supported() else 'no'}",
-                "note" if busy else "ok",
-                "someone else uses it; set CUDA_VISIBLE_DEVICES to another" if busy else "",
-            )
+            bfloat16 = "yes" if torch.cuda.is_bf16_supported() else "no"
+            found = f"{name}, {free / _GB:.1f} of {total / _GB:.1f} GB free, bfloat16 {bfloat16}"
+            advice = "another process uses it; set CUDA_VISIBLE_DEVICES to another GPU"
+            yield _checked(f"GPU {number}", found, free < total / 2, "note", advice)
         return
     card = _nvidia_card()
     if card is None:
         yield Finding("GPU", "none: training and prediction run on the CPU")
     elif torch.version.cuda is None:
-        advice = "install torch with CUDA (pytorch.org names the command for your driver)"
+        advice = "install torch with CUDA (pytorch.org has the command for your driver)"
         yield Finding("GPU", f"{card}, but this torch ({torch.__version__}) was built without CUDA", "problem", advice)
     else:
-        advice = (
-            f"update the driver to one that knows CUDA {torch.version.cuda}, or install a torch for the one you have"
-        )
+        advice = f"update the driver to one that supports CUDA {torch.version.cuda}, or install a torch for your driver"
         yield Finding("GPU", f"{card}, but torch cannot use it", "problem", advice)
 
 
 def _nvidia_card() -> str | None:
-    """What the driver calls the first card, whatever torch says; None where there is no driver."""
+    """Return the first GPU's name by the driver, independent of torch; None if there is no driver."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
     try:
-        said = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False)
+        answer = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = said.stdout.strip().splitlines()
-    return re.sub(r" \(UUID.*", "", lines[0]) if said.returncode == 0 and lines else None
+    lines = answer.stdout.strip().splitlines()
+    return re.sub(r" \(UUID.*", "", lines[0]) if answer.returncode == 0 and lines else None
+
+
+def _cgroup(name: str) -> list[str]:
+    """Return the words of a limit of this container, such as ``cpu.max``; [] without a limit."""
+    try:
+        words = Path("/sys/fs/cgroup", name).read_text(encoding="utf-8").split()
+    except OSError:
+        return []
+    return words if words and words[0].isdigit() else []
 
 
 def _processor() -> Iterator[Finding]:
     usable = usable_cores()
-    quota = _cgroup_cores()
-    text = f"{usable} cores usable of {os.cpu_count()}"
-    if quota is not None and quota < usable:
-        yield Finding(
-            "CPU", f"{text}, but the container may use {quota:g}", "note", f"set system.num_cpus={max(1, int(quota))}"
-        )
-    else:
-        yield Finding("CPU", text)
+    found = f"{usable} cores usable of {os.cpu_count()}"
+    limit = _cgroup("cpu.max")
+    quota = int(limit[0]) / int(limit[1]) if len(limit) == 2 else float(usable)
+    if quota < usable:
+        found += f", but the container may use {quota:g}"
+    yield _checked("CPU", found, quota < usable, "note", f"set system.num_cpus={max(1, int(quota))}")
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads is not None and threads.isdigit() and int(threads) > usable:
-        advice = f"unset it, or set it to {usable} at most"
-        yield Finding("OMP_NUM_THREADS", f"{threads}, more than there are cores", "note", advice)
-
-
-def _cgroup_cores() -> float | None:
-    """Cores that a container is limited to; None where it is not."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else int(quota) / int(period)
+        advice = f"unset it, or set it to at most {usable}"
+        yield Finding("OMP_NUM_THREADS", f"{threads}, more than the usable cores", "note", advice)
 
 
 def _memory() -> Finding:
     import psutil
 
     total, free = psutil.virtual_memory().total, psutil.virtual_memory().available
-    text = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
-    limit = _cgroup_memory()
-    if limit is not None and limit < total:
-        text += f", the container may use {limit / _GB:.1f}"
-        free = min(free, limit)
-    if free < _LEAST_MEMORY:
-        advice = "set data.num_workers=2 and inference.block_size=[128,128,128], data.batch_size=1"
-        return Finding("memory", text, "note", advice)
-    return Finding("memory", text)
-
-
-def _cgroup_memory() -> int | None:
-    try:
-        text = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    found = f"{free / _GB:.1f} of {total / _GB:.1f} GB free"
+    limit = _cgroup("memory.max")
+    if limit and int(limit[0]) < total:
+        found += f", the container may use {int(limit[0]) / _GB:.1f}"
+        free = min(free, int(limit[0]))
+    advice = "set data.num_workers=2, data.batch_size=1 and inference.block_size=[128,128,128]"
+    return _checked("memory", found, free < _LEAST_MEMORY, "note", advice)
 
 
 def _limits() -> Iterator[Finding]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         size = shutil.disk_usage(shared).total
-        small = size < _LEAST_SHARED
-        advice = "start the container with --shm-size=8g (loader workers hand patches over there), or num_workers=0"
-        found = f"{size / _GB:.2f} GB of /dev/shm"
-        yield Finding("shared memory", found, "problem" if small else "ok", advice if small else "")
+        advice = "start the container with --shm-size=8g (loader workers pass patches through it), or num_workers=0"
+        yield _checked("shared memory", f"{size / _GB:.2f} GB of /dev/shm", size < _LEAST_SHARED, "problem", advice)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = soft < _LEAST_FILES
     found = f"{soft} allowed (at most {hard})"
-    yield Finding("open files", found, "note" if few else "ok", f"ulimit -n {_LEAST_FILES * 4}" if few else "")
+    yield _checked("open files", found, soft < _LEAST_FILES, "note", f"ulimit -n {_LEAST_FILES * 4}")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    scarce = free < _LEAST_FREE
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
     advice = "crops of the challenge take up to 20 GB decoded; set data.cache_gb, or another data.cache_dir"
-    yield Finding(
-        "disk space", f"{free / _GB:.1f} GB free at {there}", "note" if scarce else "ok", advice if scarce else ""
-    )
-    kind = _file_system(there)
+    yield _checked("disk space", f"{free / _GB:.1f} GB free at {place}", free < _LEAST_FREE, "note", advice)
+    kind = _file_system(place)
     if kind in _NETWORK_DISKS:
-        advice = "put the crop cache (data.cache_dir) on a disk of this machine: patches are read at random"
-        yield Finding("file system", f"{kind} (network) at {there}", "note", advice)
-    if not os.access(there, os.W_OK):
-        yield Finding("disk speed", f"{there} is read-only", "problem", "give a folder that you may write to (--at)")
+        advice = "put the crop cache (data.cache_dir) on a local disk: patches are read in random order"
+        yield Finding("file system", f"{kind} (network) at {place}", "note", advice)
+    if not os.access(place, os.W_OK):
+        yield Finding("disk speed", f"{place} is read-only", "problem", "give a writable folder (--at)")
         return
     try:
-        written, read = _disk_speed(there)
+        written, read = _disk_speed(place)
     except OSError as error:
-        yield Finding("disk speed", f"{there}: {error.strerror}", "problem", "free some space, or give another (--at)")
+        advice = "free some space, or give another folder (--at)"
+        yield Finding("disk speed", f"{place}: {error.strerror}", "problem", advice)
         return
-    slow = written < _SLOW_DISK
-    advice = "put runs and the crop cache on a faster disk" if slow else ""
     found = f"{written:.0f} MB/s written to the disk, {read:.0f} MB/s read back (from the page cache)"
-    yield Finding("disk speed", found, "note" if slow else "ok", advice)
+    yield _checked("disk speed", found, written < _SLOW_DISK, "note", "put runs and the crop cache on a faster disk")
 
 
 def _disk_speed(folder: Path) -> tuple[float, float]:
-    """MB/s of writing a file until it is on the disk, and of reading it again."""
+    """Return MB/s for writing a file until it is on the disk, and for reading it again."""
     block = os.urandom(1 << 20)
     with tempfile.TemporaryFile(dir=folder) as file:
         begin = time.perf_counter()
@@ -268,7 +247,7 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 
 
 def _file_system(folder: Path) -> str:
-    """The type of the file system that holds a folder ("" where the system does not say)."""
+    """Return the type of the file system of a folder, "" if the system does not tell."""
     try:
         lines = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -283,11 +262,11 @@ def _reach(source: str | None) -> Finding:
     from connectomics.io.store import StoreError, StoreOptions
 
     if source is None:
-        return Finding("S3", "not asked")
+        return Finding("S3", "not checked")
     begin = time.perf_counter()
     try:
         groups = store.list_groups(source, StoreOptions(retries=1, timeout=8).resolved())
     except StoreError as error:
-        advice = "ask for a proxy (https_proxy) or another endpoint (AWS_ENDPOINT_URL); local data needs none of it"
+        advice = "set a proxy (https_proxy) or another endpoint (AWS_ENDPOINT_URL); local data does not need S3"
         return Finding("S3", str(error), "note", advice)
     return Finding("S3", f"{source} answers in {time.perf_counter() - begin:.2f} s, {len(groups)} folders")

@@ -1,8 +1,7 @@
-"""Making a model package of a checkpoint (`connectomics.lightning.model_package` says what is in one, and reads it)."""
+"""Write model packages; `connectomics.lightning.model_package` describes and reads them."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -24,24 +23,24 @@ from connectomics.io.replacing import not_ours
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
-from connectomics.pipeline.runs import Run
+from connectomics.pipeline.runs import Run, last_values
 
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
 
-_EDGE = 32  # voxels of the test input along each axis, where the patch is a multiple of it
+_EDGE = 32  # voxels per side of the test input, if the patch is a multiple of it
 
 
 def load_model(path: str | Path) -> TrainedNetwork:
     """Return the network of a model package or a checkpoint, on the CPU, in evaluation mode.
 
-    A package is verified first: its checksums, and its answer to the input it contains. ``model.config`` says how it
-    was trained, ``model.classes`` what its channels are. ``model.probabilities(image)`` gives (B, C, D, H, W) float32
-    for images (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm; ``model.normalization(dataset).input(raw)``
-    makes the image, float32, from raw values.
+    The checksums and the test input of a package are verified. ``model.config`` is the configuration of its training;
+    ``model.classes`` are its first channels. ``model.probabilities(image)`` returns (B, C, D, H, W) float32 for images
+    (B, 1, D, H, W) at ``model.config.dataset.voxel_size`` nm; ``model.normalization(dataset).input(raw)`` returns the
+    image, float32, for raw values.
 
     Raises:
-        MissingError, CorruptDataError, InputError, ConfigError: the file is absent, damaged, or of another kind.
+        MissingError, CorruptDataError, InputError, ConfigError: the file is missing, damaged, or of another kind.
     """
     return load_network(str(path))
 
@@ -55,34 +54,28 @@ def package(
     description: str = "",
     overwrite: bool = False,
 ) -> tuple[Package, Path]:
-    """Pack a trained network into one file; return what it says of itself, and its path.
+    """Write a trained network to one file; return its description and its path.
 
     Args:
-        source: a run, its folder (then its best checkpoint), or a checkpoint.
+        source: a run or its folder (for its best checkpoint), or a checkpoint.
         out: the file; default ``{run}.pytc``.
         scores: ``scores.json`` to store in it.
 
     Raises:
-        MissingError, InputError: a path. WriteError: the file exists, or is not a package.
+        MissingError, InputError: a path is wrong. WriteError: the file exists, or is not a package.
     """
     run = source.folder if isinstance(source, Run) else Path(source)
-    checkpoint: Path | None = run
-    if run.is_dir():
-        checkpoint = next((p for n in ("best", "last") if (p := run / f"checkpoints/{n}.ckpt").is_file()), None)
-        if checkpoint is None:
-            raise MissingError(
-                f"{run}: expected checkpoints/best.ckpt or checkpoints/last.ckpt; give a run folder or a checkpoint"
-            )
-    elif not run.exists():
-        raise MissingError(f"nothing at {run}; give a run folder or a checkpoint")
+    choices = [run / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
+    checkpoint = next((file for file in choices if file.exists()), None)
+    if checkpoint is None:
+        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
     known = None if scores is None else read_json(scores)
     if scores is not None and known is None:
-        raise MissingError(f"no scores at {scores}; make them with `pytc score`, or leave --scores out")
+        raise MissingError(f"no scores at {scores}; create them with `pytc score`, or omit --scores")
     name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
     target = Path(out) if out is not None else Path(f"{name}{SUFFIX}")
     if target.is_dir():
-        raise InputError(f"{target} is a folder; give the file's name, such as {target / (name + SUFFIX)}")
-    assert checkpoint is not None
+        raise InputError(f"{target} is a folder; give a file name, such as {target / (name + SUFFIX)}")
     made = write_package(
         checkpoint, target, scores=known, license_name=license_name, description=description, overwrite=overwrite
     )
@@ -98,23 +91,22 @@ def write_package(
     description: str = "",
     overwrite: bool = False,
 ) -> Package:
-    """Make a package of a checkpoint.
+    """Write a package of a checkpoint.
 
     Args:
-        checkpoint: of `pytc train`; its run folder, where it lies in one, gives the data that it was trained on and its
-            last validation scores.
-        out: the file; it appears in one step.
-        scores: what is known of its quality, for people (``scores.json`` of score, or the summary of evaluate).
+        checkpoint: of `pytc train`; training data and last validation scores are read from its run folder, if any.
+        out: the file, written atomically.
+        scores: scores to store (``scores.json`` of score, or the summary of evaluate).
 
     Raises:
-        WriteError: the file is there (with ``overwrite``: and is no package). What reading the checkpoint raises.
+        WriteError: the file exists (with ``overwrite``: and is not a package). Also what `load_network` raises.
     """
     import torch
     from safetensors.torch import save
 
     target = local_path(out)
     if target.exists() and not overwrite:
-        raise WriteError(f"{target} is there already; give --overwrite to replace it, or another name")
+        raise WriteError(f"{target} exists; add --overwrite to replace it, or give another name")
     if target.exists() and not is_package(target):
         raise not_ours(target, "package")
     module = load_network(checkpoint)
@@ -123,7 +115,8 @@ def write_package(
     result = answer(module, [torch.from_numpy(image) for image in images])
     test = {f"input-{n}": torch.from_numpy(image) for n, image in enumerate(images)} | {"output": result.contiguous()}
     members = {WEIGHTS: save(weights), TEST: save(test)}
-    config = module.config
+    config, folder = module.config, Path(checkpoint).resolve().parent.parent
+    split = folder / "split.yaml"
     about = {
         "format": FORMAT,
         "version": connectomics.__version__,
@@ -135,8 +128,10 @@ def write_package(
         "window": list(config.inference.window or config.data.patch_size),
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(scores or {}),
-        "validation": _validation(Path(checkpoint)),
-        "trained_on": _trained_on(Path(checkpoint)),
+        "validation": {
+            name: value for name, value in last_values(folder / "metrics.csv").items() if name[:4] == "val/"
+        },
+        "trained_on": [str(key) for key in Split.load(split).train] if split.is_file() else [],
         "license": license_name,
         "description": description,
         "config": config_to_dict(config),
@@ -147,10 +142,10 @@ def write_package(
 
 
 def _test_images(config: RunConfig) -> list[np.ndarray]:
-    """(1, 1, d, h, w) float32 in [0, 1] for each view: the middle of a patch is enough, where the network takes it."""
+    """Return images (1, 1, d, h, w) float32 in [0, 1] for each input, smaller than a patch if possible."""
     generator = np.random.default_rng(0)
-    if config.data.inputs:  # views are fitted to each other by their extents, so these stay whole
-        shapes = [config.data.patch_size, *[view.patch_size for view in config.data.inputs]]
+    if config.data.inputs:  # inputs are registered by their extents, so they keep their size
+        shapes = [config.data.patch_size, *[item.patch_size for item in config.data.inputs]]
     else:
         shapes = [[_EDGE if n % _EDGE == 0 else n for n in config.data.patch_size]]
     return [generator.random((1, 1, *shape), dtype=np.float32) for shape in shapes]
@@ -162,28 +157,11 @@ def _write_zip(target: Path, members: Mapping[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
             for name, data in members.items():
-                # a fixed date: the same model gives the same bytes
+                # with a fixed date, the same model gives the same bytes
                 file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
         part.replace(target)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise WriteError(
-            f"cannot write {target}: {error.strerror or error}; free space or choose another place"
+            f"cannot write {target}: {error.strerror or error}; free space or give another path"
         ) from error
-
-
-def _trained_on(checkpoint: Path) -> list[str]:
-    """``dataset/crop`` of what was trained on, as far as the run's folder says."""
-    file = checkpoint.resolve().parent.parent / "split.yaml"
-    return [str(key) for key in Split.load(file).train] if file.is_file() else []
-
-
-def _validation(checkpoint: Path) -> dict[str, float]:
-    """The last value of every ``val/`` metric in the run's table."""
-    file = checkpoint.resolve().parent.parent / "metrics.csv"
-    found: dict[str, float] = {}
-    if file.is_file():
-        with file.open(newline="", encoding="utf-8") as table:
-            for row in csv.DictReader(table):
-                found |= {k: float(v) for k, v in row.items() if k.startswith("val/") and v}
-    return found

@@ -1,7 +1,7 @@
-"""From a data root and a machine to configurations that train, with the reason for each choice.
+"""Write configurations that train on a data root with this machine, with the reason for each choice.
 
-The data are measured by `connectomics.pipeline.data_facts`; of the machine: cores, memory, GPU memory, free disk, and
-the seconds of one training step.
+`connectomics.pipeline.data_facts` measures the data; this module measures cores, memory, GPU memory, free disk, and the
+seconds of one training step.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from connectomics.io.store import is_s3
 from connectomics.io.write import write_file
 from connectomics.machine import usable_cores
 from connectomics.pipeline.data_facts import ClassFacts, DataFacts, data_facts
-from connectomics.progress import Progress
+from connectomics.progress import Progress, silent
 
-#: Voxel sizes to choose from, nm: those at which most EM is stored.
 #: First line of the configurations that are written.
 MARK = "# written by pytc plan"
+#: Voxel sizes to choose from, nm: those at which most EM is stored.
 SIZES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-#: Voxels that a mean chord should span: fewer and thin parts break, more and the patch sees too little around.
+#: Voxels that a mean chord should span: with fewer, thin parts break; with more, a patch has too little context.
 CHORD_VOXELS = 4.0
-_CPU_PATCHES = 200  # of an epoch without a GPU
+_CPU_PATCHES = 200  # per epoch without a GPU
 _EPOCHS = 300
-_VIEW_NM = 1000.0  # that a patch should see, so that large organelles are recognised
+_VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
 
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What there is to compute with; bytes."""
+    """Cores, GPU, and bytes of memory, GPU memory and free disk."""
 
     cores: int
     memory: int
@@ -47,11 +47,11 @@ class MachineFacts:
 
 @dataclass
 class Plan:
-    """One run for classes that go together.
+    """A run for classes with the same best voxel size.
 
     Attributes:
-        voxel_nm: of the run. settings: dotted keys of the configuration. reasons: a sentence for each choice.
-        step_seconds, step_memory: of one training step with them, where it was tried (bytes).
+        settings: values by dotted key of the configuration. reasons: a sentence for each choice.
+        step_seconds, step_memory: of one training step, if it was tried; bytes.
     """
 
     voxel_nm: float
@@ -63,41 +63,36 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Of its file: ``plan_8nm``."""
+        """Name of its file, such as ``plan_8nm``."""
         return f"plan_{self.voxel_nm:g}nm"
 
     def choose(self, key: str, value: Any, reason: str) -> None:
-        """Set a key, and say why."""
+        """Set a key, with the reason."""
         self.settings[key] = value
         self.reasons.append(f"{key} = {value}: {reason}")
 
-    def config(self) -> RunConfig:
-        """The configuration, checked against the schema."""
+    def _groups(self) -> dict[str, Any]:
         nested: dict[str, Any] = {}
         for key, value in self.settings.items():
             group, _, name = key.partition(".")
             nested.setdefault(group, {})[name] = value
-        return config_from_dict({**nested, "name": self.name})
+        return nested
+
+    def config(self) -> RunConfig:
+        """Return the configuration, checked against the schema."""
+        return config_from_dict({**self._groups(), "name": self.name})
 
     def to_yaml(self) -> str:
-        """The configuration file, the reasons above it as comments."""
+        """Return the configuration file, with the reasons as comments at its top."""
         import yaml
 
-        nested: dict[str, Any] = {}
-        for key, value in self.settings.items():
-            group, _, name = key.partition(".")
-            nested.setdefault(group, {})[name] = value
         head = "".join(f"# {reason}\n" for reason in self.reasons)
-        return f"{MARK}\n{head}" + yaml.safe_dump(nested, sort_keys=False, default_flow_style=None, width=110)
+        return f"{MARK}\n{head}" + yaml.safe_dump(self._groups(), sort_keys=False, default_flow_style=None, width=110)
 
 
 @dataclass(frozen=True, repr=False)
 class Plans:
-    """What `plan` found and wrote.
-
-    Attributes:
-        data, machine: what was measured. plans: by name, ``plan_8nm``, coarsest first. files: the configurations.
-    """
+    """The result of `plan`: measurements, the plans by name, coarsest first, and their files by name."""
 
     data: DataFacts
     machine: MachineFacts
@@ -117,17 +112,18 @@ def plan(
     datasets: Sequence[str] | None = None,
     trial: bool = True,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> Plans:
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
 
     Args:
-        root: data root, a folder or an ``s3://`` URL. classes: to segment. datasets: only these.
+        root: data root, a folder or an ``s3://`` URL. classes: classes to segment. datasets: use only these.
         out: folder for ``plan_{N}nm.yaml``.
         trial: run a training step of each, which measures batch size, memory and hours.
 
     Raises:
-        InputError: no class is present anywhere. WriteError: a file exists (without ``overwrite``), or is not a plan.
+        InputError: no class is present in any crop. WriteError: a file exists (without ``overwrite``), or is not a
+            plan.
     """
     folder = Path(out)
     data, machine = data_facts(root, list(classes), datasets, progress), machine_facts(folder)
@@ -139,68 +135,64 @@ def plan(
         require_own(file, contains(MARK), "plan")
     for number, item in enumerate(found):
         if trial:
-            if progress is not None:
-                progress(number, len(found), f"trying a step of {item.name}")
+            progress(number, len(found), f"trying a step of {item.name}")
             try_step(item, machine)
         write_file(files[item.name], item.to_yaml().encode())
     return Plans(data, machine, {item.name: item for item in found}, files)
 
 
 def machine_facts(folder: Path) -> MachineFacts:
-    """Measure this machine; ``folder``: where runs and the cache go."""
+    """Measure this machine; ``folder`` is the place of runs and cache."""
     import psutil
     import torch
 
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    gpu, gpu_memory = None, 0
-    if torch.cuda.is_available():
-        gpu, gpu_memory = torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory
-    return MachineFacts(
-        usable_cores(), psutil.virtual_memory().available, gpu, gpu_memory, shutil.disk_usage(there).free
-    )
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    memory, disk = psutil.virtual_memory().available, shutil.disk_usage(existing).free
+    card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    return MachineFacts(usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk)
 
 
 def propose(data: DataFacts, machine: MachineFacts, root: str) -> list[Plan]:
-    """One plan for each voxel size that classes need, coarsest first. Raises `InputError` where no class is present."""
+    """Return one plan per voxel size that classes need, coarsest first; raise `InputError` if no class is present."""
     groups: dict[float, list[tuple[ClassFacts, str]]] = {}
     for facts in data.classes:
         if facts.chord_nm is not None:
             size, why = _voxel_size(facts, data.raw_nm)
             groups.setdefault(size, []).append((facts, why))
     if not groups:
-        raise InputError("none of the classes is present in any crop: there is nothing to learn; see `pytc describe`")
+        raise InputError("no crop contains any of the classes: there is nothing to learn; see `pytc describe`")
     return [_plan(size, group, data, machine, root) for size, group in sorted(groups.items(), reverse=True)]
 
 
 def try_step(plan: Plan, machine: MachineFacts) -> None:
-    """Find the largest batch (on a GPU: doubling, then bisection, until memory runs out; on the CPU that of the plan)
-    and measure one training step of it; the plan gets batch, seconds and memory."""
+    """Measure one training step and store its batch size, seconds and memory in the plan.
+
+    On a GPU, the batch is the largest that fits in memory (doubling, then bisection); on the CPU, that of the plan.
+    """
+    import torch
+
     batch = int(plan.settings["data.batch_size"])
     if machine.gpu is None:
         plan.step_seconds, plan.step_memory = _step(plan, batch)
         return
-    low, high = 0, 0
-    while high == 0 and batch <= 64:
-        if (measured := _step_or_none(plan, batch)) is None:
-            high = batch
-        else:
-            low, (plan.step_seconds, plan.step_memory) = batch, measured
-            batch *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        if (measured := _step_or_none(plan, middle)) is None:
-            high = middle
-        else:
-            low, (plan.step_seconds, plan.step_memory) = middle, measured
-    if low == 0:
+    fits, fails = 0, 0
+    while fails - fits > 1 or (fails == 0 and batch <= 64):
+        try:
+            plan.step_seconds, plan.step_memory = _step(plan, batch)
+            fits = batch
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            fails = batch
+        batch = (fits + fails) // 2 if fails else 2 * batch
+    if fits == 0:
         raise InputError(
             f"{plan.name}: not even one patch of {plan.settings['data.patch_size']} fits into the GPU's memory"
         )
-    plan.choose("data.batch_size", low, "the largest that a training step of this network left room for, by trial")
+    plan.choose("data.batch_size", fits, "the largest batch that fits in GPU memory, by trial")
 
 
 def hours(plan: Plan) -> float | None:
-    """Of the whole training, from the measured step; None where none was measured."""
+    """Return the hours of the whole training by the measured step; None if it was not measured."""
     if plan.step_seconds is None:
         return None
     patches = plan.settings["data.patches_per_epoch"]
@@ -215,10 +207,10 @@ def _voxel_size(facts: ClassFacts, raw_nm: float) -> tuple[float, str]:
     fitting = [size for size in SIZES if finest * 0.99 <= size <= max(wanted, finest) * 1.001] or [finest]
     size = max(fitting)
     across = facts.chord_nm / size
-    why = f"{facts.name} is {facts.chord_nm:.0f} nm thick on average, so {size:g} nm puts {across:.1f} voxels across"
+    why = f"{facts.name} is {facts.chord_nm:.0f} nm thick on average, {across:.1f} voxels of {size:g} nm"
     if facts.test_nm is not None and size > 2 * facts.test_nm:
         size = max(s for s in SIZES if s <= max(2 * facts.test_nm, finest))
-        why += f"; the challenge asks for it at {facts.test_nm:g} nm, and {size:g} nm stays within twice that"
+        why += f"; the challenge scores it at {facts.test_nm:g} nm, so {size:g} nm was chosen, at most twice that"
     return size, why
 
 
@@ -227,44 +219,34 @@ def _plan(
 ) -> Plan:
     classes = tuple(facts.name for facts, _ in group)
     plan = Plan(size, classes)
-    plan.settings["dataset.data_root"] = root
-    plan.settings["dataset.classes"] = list(classes)
+    plan.settings |= {"dataset.data_root": root, "dataset.classes": list(classes)}
     plan.choose("dataset.voxel_size", [size] * 3, "; ".join(why for _, why in group))
     _choose_network(plan, machine)
     edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
     if edge * size < _VIEW_NM / 2 and machine.gpu is not None:
-        plan.reasons.append(f"a patch sees {edge * size:.0f} nm; for more around it add a coarser view (data.inputs)")
-    plan.choose(
-        "data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {_nm(data.extents_nm)} nm (median)"
-    )
-    plan.choose("data.batch_size", 2 if machine.gpu is None else 1, "to begin with")
+        plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
+    extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
+    plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
+    plan.choose("data.batch_size", 2 if machine.gpu is None else 1, "a starting point")
     voxels = data.volume_um3 * 1e9 / size**3
     disk = voxels * 3 * 8  # raw and labels, with as much context again on each side
-    if disk < machine.disk / 2:
-        reason = f"crops take about {disk / 1e9:.1f} GB decoded, {machine.disk / 1e9:.0f} GB are free"
-        plan.choose("data.cache", "disk", reason)
-    else:
-        plan.choose(
-            "data.cache", "none", f"decoded crops would take about {disk / 1e9:.0f} GB of {machine.disk / 1e9:.0f}"
-        )
+    reason = f"decoded crops take about {disk / 1e9:.1f} GB, {machine.disk / 1e9:.0f} GB are free"
+    plan.choose("data.cache", "disk" if disk < machine.disk / 2 else "none", reason)
     workers = max(1, min(8, machine.cores - 1))
-    plan.choose("data.num_workers", workers, f"{machine.cores} cores, one left for the network's process")
+    plan.choose("data.num_workers", workers, f"{machine.cores} cores, one of them for the network's process")
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
-        plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of what is known")
-    plan.choose(
-        "data.patches_per_epoch",
-        EPOCH_PATCHES if machine.gpu else _CPU_PATCHES,
-        "a validation after about as much training as pays for it" if machine.gpu else "there is no GPU: short epochs",
-    )
-    plan.choose("training.max_epochs", _EPOCHS, "early stopping ends it sooner where the score stands still")
+        plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of the known voxels")
+    patches, reason = (EPOCH_PATCHES, "the default") if machine.gpu else (_CPU_PATCHES, "there is no GPU: short epochs")
+    plan.choose("data.patches_per_epoch", patches, reason)
+    plan.choose("training.max_epochs", _EPOCHS, "early stopping ends training sooner if the score does not improve")
     plan.choose(
         "data.augmentations",
         {
             "RandFlipd": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": [0, 1, 2]},
             "RandRotate90d": {"keys": ["image", "label"], "prob": 0.5, "spatial_axes": [[0, 1], [0, 2], [1, 2]]},
         },
-        "cells have no up or down, and right angles cost nothing",
+        "cells have no preferred orientation, and flips and right-angle rotations cost little",
     )
     return plan
 
@@ -273,8 +255,8 @@ def _choose_network(plan: Plan, machine: MachineFacts) -> None:
     gb = machine.gpu_memory / 1e9
     if machine.gpu is None:
         plan.choose("model.architecture", "unet", "there is no GPU: a small network that a CPU trains")
-        plan.choose("model.options", {"channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1}, "likewise")
-        plan.choose("training.precision", "32", "the CPU's own")
+        plan.choose("model.options", {"channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1}, "as above")
+        plan.choose("training.precision", "32", "the fastest precision on most CPUs")
         return
     letter = "B" if gb >= 24 else "S"
     plan.choose("model.architecture", "mednext", f"{machine.gpu} with {gb:.0f} GB")
@@ -282,18 +264,8 @@ def _choose_network(plan: Plan, machine: MachineFacts) -> None:
     plan.choose("training.precision", "bf16-mixed", "half the memory of float32, with its range")
 
 
-def _step_or_none(plan: Plan, batch: int) -> tuple[float, int] | None:
-    import torch
-
-    try:
-        return _step(plan, batch)
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
-
-
 def _step(plan: Plan, batch: int) -> tuple[float, int]:
-    """Seconds of a training step on random patches, and the memory it took: of the GPU, or of this process."""
+    """Return the seconds of a training step on random patches, and its memory: of the GPU, or of this process."""
     import psutil
     import torch
 
@@ -310,7 +282,7 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = math.inf
-    for _ in range(2):  # the first makes buffers and chooses algorithms
+    for _ in range(2):  # the first step allocates buffers and chooses algorithms
         begin = time.perf_counter()
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16-mixed"):
@@ -322,7 +294,3 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
         seconds = min(seconds, time.perf_counter() - begin)
     memory = torch.cuda.max_memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
     return seconds, int(memory)
-
-
-def _nm(values: Sequence[float]) -> str:
-    return "x".join(f"{v:.0f}" for v in values)

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.errors import MissingError, unknown_name
 from connectomics.io.multiscale import Multiscale
-from connectomics.metrics.challenge.results import SubmissionScore
+
+if TYPE_CHECKING:
+    from connectomics.metrics.challenge.results import SubmissionScore
 
 #: Rows that a table in a notebook shows.
 _ROWS = 20

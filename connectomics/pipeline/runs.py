@@ -1,4 +1,4 @@
-"""The runs below a folder: what each was, how far it came, how it did, and what sets two apart."""
+"""Find the runs below a folder, with their settings, progress and scores, and compare them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from connectomics.errors import InputError, MetadataError, MissingError
 from connectomics.lightning.run_state import ENVIRONMENT_FILE, RunState, state_of
 
-_DEEP = 4  # levels below the given folder at which runs are looked for
+_DEEP = 4  # folder levels that are searched for runs
 
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A trained run: its folder and what the files in it say.
+    """A trained run: its folder and the content of its files.
 
     Attributes:
         folder: holds ``config.yaml``, ``split.yaml``, ``environment.json``, ``state.json``, ``run.log``,
@@ -72,34 +72,31 @@ class Run:
 
 
 def find_runs(folder: str | Path) -> list[Run]:
-    """All runs in a folder and below, oldest first; `MissingError` where there is no such folder."""
+    """Return all runs in a folder and below, oldest first; raise `MissingError` if the folder does not exist."""
     place = Path(folder)
     if not place.is_dir():
-        raise MissingError(f"no folder {place}; runs lie below output_dir of their configuration (outputs)")
+        raise MissingError(f"no folder {place}; runs are below output_dir of their configuration (outputs)")
     return sorted((open_run(found) for found in _folders(place, _DEEP)), key=lambda run: run.started)
 
 
 def open_run(folder: str | Path) -> Run:
-    """One run; `MissingError` where the folder holds none, `MetadataError` where its files cannot be read."""
+    """Return the run of a folder; raise `MissingError` if there is none, `MetadataError` if its files are broken."""
     import yaml
 
     place = Path(folder)
     file = place / "config.yaml"
     if not file.is_file():
-        raise MissingError(f"{place} is no run folder: it has no config.yaml; `pytc runs` lists them")
+        raise MissingError(f"{place} is not a run folder: it has no config.yaml; `pytc runs` lists the runs")
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MetadataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
-        raise MetadataError(f"{file} holds no configuration")
+        raise MetadataError(f"{file} does not hold a configuration")
     rows = _rows(place / "metrics.csv")
     about = config.get("checkpoint", {})
     monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
-    metrics: dict[str, float] = {}
-    for row in rows:
-        metrics |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
     epochs, steps = ([int(float(row[name])) for row in rows if row.get(name)] for name in ("epoch", "step"))
     return Run(
         folder=place,
@@ -109,20 +106,28 @@ def open_run(folder: str | Path) -> Run:
         started=datetime.fromtimestamp(file.stat().st_mtime, UTC),
         monitor=monitor,
         best=(max if mode == "max" else min)(values, default=None),
-        metrics=metrics,
+        metrics=last_values(place / "metrics.csv"),
         environment=_environment(place / ENVIRONMENT_FILE),
         state=state_of(place),
     )
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """Configuration keys (``model.architecture``) whose values are not the same in all runs, with each run's."""
+    """Return the values of all runs for each configuration key (``model.architecture``) in which they differ."""
     if len(runs) < 2:
-        raise InputError(f"comparing takes two runs or more, found {len(runs)}")
+        raise InputError(f"expected at least two runs to compare, got {len(runs)}")
     flat = [dict(_flat(run.config)) for run in runs]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = {key: [config.get(key) for config in flat] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
+
+
+def last_values(table: Path) -> dict[str, float]:
+    """Return the last value of every metric in a run's ``metrics.csv``; {} if there is no file."""
+    values: dict[str, float] = {}
+    for row in _rows(table):
+        values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
+    return values
 
 
 def _folders(place: Path, deep: int) -> Iterator[Path]:

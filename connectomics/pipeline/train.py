@@ -1,4 +1,4 @@
-"""A whole training run: configuration in, checkpoints out."""
+"""Train the network of a configuration."""
 
 from __future__ import annotations
 
@@ -33,22 +33,19 @@ _RUN_DIR_VARIABLE = "CONNECTOMICS_RUN_DIR"
 
 
 def choose_run_dir(config: RunConfig, checkpoint: str | Path | None = None) -> Path:
-    """Where a run goes: ``{output_dir}/{name}/version_N`` with the first N that is free.
+    """Return the folder of a run: ``{output_dir}/{name}/version_N`` with the first free N.
 
-    A run that is resumed from a checkpoint in ``RUN/checkpoints/`` goes on in ``RUN``. The processes that a
-    data-parallel run starts for itself get the folder of the first one.
+    A run that resumes from a checkpoint in ``RUN/checkpoints/`` continues in ``RUN``. The further processes of a
+    data-parallel run use the folder of the first one.
     """
     inherited = os.environ.get(_RUN_DIR_VARIABLE)
     if inherited and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(inherited)
-    chosen = _next_version(config) if checkpoint is None else _run_of(Path(checkpoint)) or _next_version(config)
+    folder = None if checkpoint is None else Path(checkpoint).resolve().parent
+    resumes = folder is not None and folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+    chosen = folder.parent if folder is not None and resumes else _next_version(config)
     os.environ[_RUN_DIR_VARIABLE] = str(chosen.resolve())
     return chosen
-
-
-def _run_of(checkpoint: Path) -> Path | None:
-    folder = checkpoint.resolve().parent
-    return folder.parent if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file() else None
 
 
 def _next_version(config: RunConfig) -> Path:
@@ -76,18 +73,18 @@ def train(
     Args:
         config: the run.
         out: run folder, see `Run` for its files; None: `choose_run_dir`.
-        checkpoint: resume from it: weights, optimizer, epoch, random state.
+        checkpoint: resume from this checkpoint: weights, optimizer, epoch, random state.
         resume: resume from the run folder's last checkpoint; start if there is none.
         overwrite: train in a folder that holds a run, and replace its checkpoints.
-        fast_dev_run: train one batch and validate one crop, to see whether it runs; writes no file.
-        datamodule: gives the batches that `ConnectomicsModule` takes; None: `CellMapDataModule` of the configuration.
-        progress: called while crops are decoded into the cache; None logs a line now and then.
+        fast_dev_run: train one batch and validate a part of one crop, to test whether it runs; write no file.
+        datamodule: provides the batches of `ConnectomicsModule`; None: `CellMapDataModule` of the configuration.
+        progress: called while crops are decoded into the cache; None: log a line from time to time.
 
     Returns:
         The run.
 
     Raises:
-        ConnectomicsError: the configuration, the data or the checkpoint; before training starts if possible.
+        ConnectomicsError: configuration, data or checkpoint are not valid; raised before training if possible.
         WriteError: the folder holds another run, cannot be written or is in use, or the disk is full.
     """
     import pytorch_lightning as pl
@@ -97,7 +94,7 @@ def train(
     from connectomics.lightning.devices import is_first_process, set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
     from connectomics.lightning.module import ConnectomicsModule
-    from connectomics.lightning.run_state import keep_state, require_run_folder
+    from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
 
     check_config(config)
     folder = local_path(out) if out is not None else choose_run_dir(config, checkpoint)
@@ -120,21 +117,21 @@ def train(
             require_run_folder(folder)
         with keep_state(folder) if kept else nullcontext():
             if kept:
-                _describe(config, folder)
+                save_config(config, folder / "config.yaml")
+                save_environment(folder)
+                (folder / "run.log").touch()
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
             trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
     return _result(config, folder, trainer, fast_dev_run)
 
 
 def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite: bool) -> str | Path | None:
-    """The checkpoint to resume from, None to start; refuses to replace the checkpoints of another run."""
+    """Return the checkpoint to resume from, None to start; refuse to replace the checkpoints of another run."""
     from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
 
     if checkpoint is not None and resume:
-        raise ConfigError(
-            "--resume takes the run folder's last checkpoint and --checkpoint names one; give one of them"
-        )
+        raise ConfigError("--resume uses the run folder's last checkpoint, --checkpoint another one; give one of them")
     last = latest_checkpoint(folder)
     if resume:
         log.info("starting in %s: it has no checkpoint", folder) if last is None else log.info("resuming %s", last)
@@ -147,21 +144,12 @@ def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite:
 
 
 def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
-    """The configuration with the normalization that the checkpoint keeps: a resumed run measures nothing again."""
+    """Return the configuration with the checkpoint's normalization, which a resumed run does not measure again."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
 
     trained = checkpoint_config(read_checkpoint(checkpoint), checkpoint)
     return with_normalization(config, trained.data.normalization)
-
-
-def _describe(config: RunConfig, folder: Path) -> None:
-    """What a run is, before it begins."""
-    from connectomics.lightning.run_state import save_environment
-
-    save_config(config, folder / "config.yaml")
-    save_environment(folder)
-    (folder / "run.log").touch()
 
 
 def _fit(
@@ -173,7 +161,7 @@ def _fit(
     checkpoint: str | Path | None,
     fast_dev_run: bool,
 ) -> pl.Trainer:
-    """Train; the trainer afterwards. `KeyboardInterrupt` for Ctrl-C."""
+    """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.monitors import check_monitored_classes
@@ -181,7 +169,7 @@ def _fit(
 
     data.setup("fit")
     found = getattr(data, "normalization", None)
-    if found and not fast_dev_run and is_first_process():  # known from here on, and part of what the run is
+    if found and not fast_dev_run and is_first_process():  # it is known now, and belongs to the run
         entries = {name: chosen.to_dict() for name, chosen in found.items()}
         save_config(with_normalization(config, entries), folder / "config.yaml")
     crops = data.val_dataloader().dataset
@@ -189,13 +177,12 @@ def _fit(
     if validate and not fast_dev_run:
         check_monitored_classes(config, (crops[number] for number in range(len(crops))))
     elif not validate:
-        log.warning("there is no crop to validate on: the latest state is kept, and nothing stops training early")
+        log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
     trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
+    resumed = None if checkpoint is None else str(checkpoint)
     try:
-        trainer.fit(
-            module, datamodule=data, ckpt_path=None if checkpoint is None else str(checkpoint), weights_only=True
-        )
-    except SystemExit as end:  # what Lightning makes of Ctrl-C
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SystemExit as end:  # Lightning converts Ctrl-C
         if isinstance(end.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
@@ -203,7 +190,7 @@ def _fit(
 
 
 def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:
-    """The data module of the configuration, set up; leaves its split in the run's folder wherever it came from."""
+    """Return the data module of the configuration, set up, and write its split to the run folder."""
     from connectomics.data.datamodule import CellMapDataModule
     from connectomics.lightning.devices import is_first_process
 
@@ -226,26 +213,24 @@ def _result(config: RunConfig, folder: Path, trainer: pl.Trainer, fast_dev_run: 
 
 @contextmanager
 def _clear_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a full GPU into one clear line."""
+    """Convert errors of a full disk and a full GPU to clear messages."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise InputError(
-            "the GPU's memory does not hold this run: lower data.batch_size or data.patch_size, or take "
+            "the run does not fit in GPU memory; decrease data.batch_size or data.patch_size, or set "
             "training.precision=16-mixed, or (mednext) +model.options.gradient_checkpointing=true"
         ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise WriteError(
-                f"the run cannot be written to {folder}: {error.strerror}; free space and resume"
-            ) from error
+            raise WriteError(f"cannot write the run to {folder}: {error.strerror}; free space and resume") from error
         raise
 
 
 class _LateFile(logging.FileHandler):
-    """A log file that is made, with its folder, when there is something to write: a run that is refused leaves none."""
+    """A log file that is created, with its folder, by its first line, so that a refused run leaves no file."""
 
     def _open(self) -> Any:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +239,7 @@ class _LateFile(logging.FileHandler):
 
 @contextmanager
 def _log_file(path: Path | None) -> Iterator[None]:
-    """Also write what is logged (and warned of) to a file, line by line, of the first process."""
+    """Also write the log and warnings of the first process to a file."""
     from connectomics.lightning.devices import is_first_process
 
     if path is None or not is_first_process():
@@ -262,22 +247,22 @@ def _log_file(path: Path | None) -> Iterator[None]:
         return
     handler = _LateFile(path, encoding="utf-8", delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    places = [logging.getLogger(name) for name in ("connectomics", "pytorch_lightning", "py.warnings")]
+    loggers = [logging.getLogger(name) for name in ("connectomics", "pytorch_lightning", "py.warnings")]
     logging.captureWarnings(True)
-    for place in places:
-        place.addHandler(handler)
+    for logger in loggers:
+        logger.addHandler(handler)
     try:
         yield
     finally:
-        for place in places:
-            place.removeHandler(handler)
+        for logger in loggers:
+            logger.removeHandler(handler)
         logging.captureWarnings(False)
         handler.close()
 
 
 @contextmanager
 def _without_noise() -> Iterator[None]:
-    """Silence Lightning's hints and advertisements: what they are about is set on purpose, or said by us."""
+    """Silence hints of Lightning about settings that are intentional or that this package reports itself."""
     known = (
         r"The '\w+_dataloader' does not have many workers",
         r"The number of training batches .* is smaller than the logging interval",
@@ -286,13 +271,13 @@ def _without_noise() -> Iterator[None]:
         r"You have overridden `\w+` in `LightningModule`",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     )
-    chatter = logging.getLogger("pytorch_lightning")
-    level = chatter.level
+    lightning = logging.getLogger("pytorch_lightning")
+    level = lightning.level
     with warnings.catch_warnings():
         for pattern in known:
             warnings.filterwarnings("ignore", message=pattern)
-        chatter.setLevel(logging.WARNING)
+        lightning.setLevel(logging.WARNING)
         try:
             yield
         finally:
-            chatter.setLevel(level)
+            lightning.setLevel(level)

@@ -296,7 +296,7 @@ def test_raw_chunks_that_are_not_stored_are_counted(tmp_path: Path, capsys: pyte
     (dataset,) = json.loads(capsys.readouterr().out)["datasets"]
     assert dataset["crops"][1]["raw_chunks"]["missing"] == 1
     assert main(["describe", str(tmp_path), "--voxel-size", "x"]) != 0
-    assert "--voxel-size must be one number or three" in capsys.readouterr().err
+    assert "--voxel-size: expected one number or three" in capsys.readouterr().err
 
 
 def test_options_go_down_and_are_no_part_of_what_a_crop_is(tmp_path: Path) -> None:

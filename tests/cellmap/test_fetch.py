@@ -237,7 +237,7 @@ def test_a_run_configuration_says_what_comes(
     assert main([*arguments, "--dry-run"]) == 0
     assert not root.exists()
     said = capfd.readouterr().out
-    assert re.search(r"/raw +\d+ +[\d.]+ MB", said)
+    assert re.search(r"/raw +\d+ +[\d.]+ [kM]B", said)
     assert main(arguments) == 0
     monkeypatch.delenv("AWS_ENDPOINT_URL")
     from connectomics.config import load_config

@@ -308,7 +308,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([*label], "nothing to ingest"),
         ([*label, "--labels", "mito"], "CLASS=FILE"),
         ([*label, "--labels", f"mito={tmp_path / 'float.npy'}"], "must be whole numbers"),
-        ([*label, "--labels", f"mito={good}", "--slices", "3-x"], "--slices takes"),
+        ([*label, "--labels", f"mito={good}", "--slices", "3-x"], "--slices: expected"),
         ([*label, "--labels", f"mito={good}", "--slices", "99"], "sections 0 to 19"),
         ([*label, "--labels", f"mito={good}", "--known", str(tmp_path / "small.npy")], "must have the labels' shape"),
         ([*label, "--labels", f"mito={good}", "--crop", "left"], "a crop's name is"),

@@ -49,7 +49,7 @@ def test_it_lists_entries_total_and_budget(cache: CropCache, capsys: pytest.Capt
     assert "8x8x8" in text
     assert "10 days ago" in text
     assert "2 entries" in text
-    assert "of 5.00 GB (data.cache_gb" in text
+    assert "of 5 GB (data.cache_gb" in text
     assert main(["cache", "--dir", str(cache.folder), "--crop", "set-a/crop2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["budget"] == 5 * 10**9
@@ -79,14 +79,14 @@ def test_it_leaves_what_is_in_use(cache: CropCache, tmp_path: Path, capsys: pyte
     volume = volume_of(tmp_path, cache=cache.folder)
     volume.prepare()
     assert main(["cache", "--dir", str(cache.folder), "--clear"]) == 0
-    assert "1 are in use and were left" in capsys.readouterr().out
+    assert "kept 1 that are in use" in capsys.readouterr().out
     assert names(cache) == ["set-a/crop1"]
     volume.read_raw(volume.grid)
 
 
 def test_it_finds_damage(cache: CropCache, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "--dir", str(cache.folder), "--verify"]) == 0
-    assert "all 2 entries hold what was written" in capsys.readouterr().out
+    assert "all 2 entries are intact" in capsys.readouterr().out
     folder = cache.entries()[0].folder
     (folder / "codes.npy").write_bytes(b"short")
     assert main(["cache", "--dir", str(cache.folder), "--verify"]) == 1
@@ -101,7 +101,7 @@ def test_it_finds_damage(cache: CropCache, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--clear", "--verify"], "give one of the two"), (["--older-than", "-1"], "at least 0, found -1")],
+    [(["--clear", "--verify"], "give one of them"), (["--older-than", "-1"], "at least 0, got -1")],
 )
 def test_what_makes_no_sense_is_refused(
     cache: CropCache, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

@@ -85,7 +85,7 @@ def test_blocks_of_several_crops_are_named_by_crop(folder, tmp_path, capsys):
     assert "the regions are set-a/crop1, set-a/crop2" in capsys.readouterr().err
     assert not out.exists()
     assert predict(folder, out, "--accept-failed", "crop2:7", config="both.yaml") == 1
-    assert "crop2 of set-a has blocks 0 to 0, found 7" in capsys.readouterr().err
+    assert "crop2 of set-a has blocks 0 to 0, got 7" in capsys.readouterr().err
     assert predict(folder, out, "--accept-failed", "crop1:x", config="both.yaml") == 1
     assert "--accept-failed takes CROP:12,40" in capsys.readouterr().err
     assert predict(folder, out, "--accept-failed", "crop1:3", config="both.yaml") == 0

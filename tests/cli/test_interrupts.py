@@ -68,18 +68,17 @@ def test_the_command_that_is_named_goes_on_with_the_run(
 
 
 def test_one_command_begins_goes_on_and_has_nothing_left_to_do(
-    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: list[str], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """What a batch script needs that SLURM starts again."""
     last = tmp_path / "my run/checkpoints/last.ckpt"
     with ctrl_c_in(epoch=1):
         assert main([*command, "--resume"]) == 130
-    said = capsys.readouterr().err
-    assert "it has no checkpoint" in said
-    assert said.splitlines()[-1] == f"interrupted; rerun the same command to resume from {last}"
+    assert "it has no checkpoint" in caplog.text
+    assert last_line(capsys) == f"interrupted; rerun the same command to resume from {last}"
     for _ in range(2):
         assert main([*command, "--resume"]) == 0
-        assert f"resuming {last}" in capsys.readouterr().err
+        assert f"resuming {last}" in caplog.text
         assert read_checkpoint(last)["epoch"] == 1
     assert open_run(tmp_path / "my run").epochs == 2
     assert main(command) == 1  # without --resume another run would take its place

@@ -47,7 +47,7 @@ def test_the_whole_way_in_a_folder_with_spaces_and_other_letters(
     pytc("cache", "--dir", way.base / "cache", "--verify")
     pytc("runs", way.base)
     pytc("package", way.run, "--out", out / "netz ä.pytc")
-    pytc("predict", "--model", out / "netz ä.pytc", "--box", "set-a:100,100,100:180,180,180", "--out", out / "box",
+    pytc("predict", "--checkpoint", out / "netz ä.pytc", "--box", "set-a:100,100,100:180,180,180", "--out", out / "box",
          "--device", "cpu", f"dataset.data_root={way.root}")  # fmt: skip
     pytc("measure", way.labels, "--out", out / "measures", "--contact", "mito:er:30")
     assert (out / "measures/mito.csv").is_file()

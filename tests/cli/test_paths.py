@@ -160,16 +160,16 @@ def test_home_is_expanded_where_the_shell_did_not(
 def test_a_root_on_s3_may_stand_where_a_configuration_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The first override stands in the place of the configuration that --model makes needless; its URL stays whole."""
+    """The first override takes the place of a configuration that is not needed; its URL stays whole."""
     seen: list[str] = []
-    monkeypatch.setattr("connectomics.lightning.model_package.open_package", lambda model: None)
+    monkeypatch.setattr("connectomics.lightning.model_package.is_package", lambda model: True)
 
     def config(model: Path, overrides: list[str]) -> RunConfig:
         seen.extend(overrides)
         raise WriteError("seen")
 
     monkeypatch.setattr("connectomics.lightning.model_package.package_config", config)
-    assert main(["predict", "--model", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
+    assert main(["predict", "--checkpoint", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
     assert seen == ["dataset.data_root=s3://bucket/x"]
 
 

@@ -248,7 +248,7 @@ def test_an_interrupt_ends_everything_quietly(tmp_path: Path, start: str, nap_s:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert time.monotonic() - began < 20  # one second on an idle machine
-    assert errors == "interrupted; run the same command again: what is finished is kept\n"
+    assert errors == "interrupted; rerun the same command to resume\n"
     assert process.returncode == 130
     assert gone(members, 10)
     assert not any(os.path.exists(path) for path in mapped)

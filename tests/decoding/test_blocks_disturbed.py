@@ -146,7 +146,7 @@ def test_a_chunk_that_cannot_be_read_is_named_the_others_are_done_and_mending_it
     chunk.write_bytes(good)
     told = []
     run_task(task, progress=lambda *step: told.append(step))
-    assert told[0] == ("label", 26, 27)
+    assert told[0] == (26, 27, "label")
     assert contents(task) == contents(whole)
 
 

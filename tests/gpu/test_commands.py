@@ -113,5 +113,5 @@ def test_prediction_that_finds_no_memory_says_so_in_one_line(
     config = config_of(root)
     targets: list[Target] = targets_of(config, box=BOX)
     with pytest.raises((InputError, BlocksFailedError), match="memory") as error:
-        predict_cellmap_crops(None, config, checkpoint, tmp_path, targets=targets, device="cuda", progress=False)
+        predict_cellmap_crops(None, config, checkpoint, tmp_path, targets=targets, device="cuda")
     assert "\n" not in str(error.value)

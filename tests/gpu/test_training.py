@@ -101,6 +101,6 @@ def test_a_resumed_run_goes_on_with_the_devices_random_numbers(device: str, tmp_
 
 @pytest.mark.gpu
 def test_training_that_finds_no_memory_says_so_in_one_line(no_memory: None, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="the GPU's memory does not hold this run") as error:
+    with pytest.raises(InputError, match="the run does not fit in GPU memory") as error:
         train(config_on("cuda", "32"), tmp_path / "run", datamodule=MadeUpData())
     assert "\n" not in str(error.value)

@@ -81,7 +81,7 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
     (task,) = prediction_tasks(config, checkpoint, tmp_path / "b", targets=targets, device="cpu")
     killed: list[int] = []
 
-    def kill(stage: str, done: int, blocks: int) -> None:
+    def kill(done: int, blocks: int, stage: str = "") -> None:
         workers = psutil.Process().children(recursive=True)
         if len(killed) < kills and done < blocks and workers:
             time.sleep(0.05)
@@ -136,7 +136,7 @@ def test_a_model_in_memory_stays_in_its_process(root: Path, checkpoint: Path, tm
     config = config_of(root, crops=["crop2"])
     with pytest.raises(InputError, match="can only predict in this process"):
         predict_cellmap_crops(load_module(checkpoint), replace(config, engine=TWO), None, tmp_path, device="cpu")
-    (folder,) = predict_cellmap_crops(load_module(checkpoint), config, None, tmp_path, device="cpu", progress=False)
+    (folder,) = predict_cellmap_crops(load_module(checkpoint), config, None, tmp_path, device="cpu")
     shutil.rmtree(folder / "mito")
     with pytest.raises(InputError, match="was given in memory"):
         run_task(NetworkPredictTask.load(folder / "task.json"))

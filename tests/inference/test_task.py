@@ -85,7 +85,7 @@ TARGETS = {
 def test_every_voxel_is_written(raw, tmp_path, name):
     task = task_of(raw, tmp_path, TARGETS[name], allow_missing_raw=name == "beyond the raw")
     seen: list[tuple[int, int]] = []
-    run_predict_task(task, constant, progress=lambda done, total: seen.append((done, total)))
+    run_predict_task(task, constant, progress=lambda done, total, what: seen.append((done, total)))
     half = [size / 2 for size in TARGETS[name].voxel_size]
     axes = zip(TARGETS[name].axes(), half, RAW_GRID.box.end, strict=True)
     there = [(at + h > 0) & (at - h < end) for at, h, end in axes]

@@ -54,7 +54,7 @@ class RequestedData(MadeUpData):
             batch_size=2,
             collate=collate,
             workers=self._workers,
-            start="fork" if self._workers == 1 else "forkserver",
+            start="spawn" if self._workers == 1 else "forkserver",
             persistent=self._workers > 1,
         )
 

@@ -198,7 +198,7 @@ class TestChallengeScore:
     def test_a_decoding_by_affinities_that_are_not_there_is_one_line(self) -> None:
         config = head_config("distance")
         config.decoding.classes = {"mito": {"method": "mutex_watershed"}}
-        with pytest.raises(ConfigError, match="decoding of mito by mutex_watershed needs its affinities"):
+        with pytest.raises(ConfigError, match="decoding of mito with mutex_watershed needs affinities"):
             ChallengeScore(config)
 
 

@@ -65,7 +65,7 @@ def normalization_of(folder: Path) -> Normalization:
 
 def predict(config: RunConfig, checkpoint: Path | list[Path], out: Path, *datasets: str) -> list[Normalization]:
     chosen = replace(config, dataset=replace(config.dataset, datasets=list(datasets), crops=["crop1"]))
-    found = predict_cellmap_crops(None, chosen, checkpoint, out, device="cpu", progress=False)
+    found = predict_cellmap_crops(None, chosen, checkpoint, out, device="cpu")
     return [normalization_of(folder) for folder in found]
 
 

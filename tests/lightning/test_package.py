@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("package") / "mito.pytc"
-    write_package(checkpoint, out, scores={"overall": 0.5}, licence="CC-BY-4.0", description="for tests")
+    write_package(checkpoint, out, scores={"overall": 0.5}, license_name="CC-BY-4.0", description="for tests")
     return out
 
 
@@ -57,14 +57,14 @@ def test_it_says_what_it_is(packed: Path, checkpoint: Path) -> None:
     about = open_package(packed)
     config = load_module(checkpoint).config
     assert (about.classes, list(about.voxel_size)) == (config.dataset.classes, config.dataset.voxel_size)
-    assert about.about["licence"] == "CC-BY-4.0"
+    assert about.about["license"] == "CC-BY-4.0"
     assert about.about["scores"] == {"overall": 0.5}
     assert about.config.model == config.model
 
 
 def test_the_same_checkpoint_gives_the_same_bytes(packed: Path, checkpoint: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.pytc"
-    write_package(checkpoint, again, scores={"overall": 0.5}, licence="CC-BY-4.0", description="for tests")
+    write_package(checkpoint, again, scores={"overall": 0.5}, license_name="CC-BY-4.0", description="for tests")
     assert again.read_bytes() == packed.read_bytes()
     with pytest.raises(WriteError, match="--overwrite"):
         write_package(checkpoint, again)
@@ -121,7 +121,7 @@ def test_nothing_is_unpickled(packed: Path, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.pytc"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("model.json", b" " * (1 << 24))
-    with pytest.raises(CorruptDataError, match="packed or too large"):
+    with pytest.raises(CorruptDataError, match="compressed or too large"):
         connectomics.load_model(bomb)
 
 
@@ -130,12 +130,12 @@ def test_the_verb_takes_a_run_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = checkpoint.parent.parent
-    assert main(["package", str(run), "--licence", "MIT"]) == 0
+    assert main(["package", str(run), "--license", "MIT"]) == 0
     made = tmp_path / f"{run.parent.name}-version_0.pytc"
-    assert open_package(made).about["licence"] == "MIT"
+    assert open_package(made).about["license"] == "MIT"
     capfd.readouterr()
     for arguments, expected in (
-        ([str(tmp_path)], "holds no checkpoints"),
+        ([str(tmp_path)], "checkpoints/best.ckpt"),
         ([str(tmp_path / "nowhere")], "nothing at"),
         ([str(run)], "--overwrite"),
         ([str(run), "--scores", "nowhere.json"], "no scores at"),
@@ -157,7 +157,7 @@ def test_predicting_with_it_gives_what_the_checkpoint_gives(
 
     config = config_of(root)
     for name, model in (("a", checkpoint), ("b", packed)):
-        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu", progress=False)
+        predict_cellmap_crops(None, config, model, tmp_path / name, device="cpu")
     chunks = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("s0/*/*/*"))
     assert chunks
     for chunk in chunks:
@@ -171,11 +171,11 @@ def test_the_verb_predicts_with_it_alone(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     data = f"dataset.data_root='{root}'"
-    arguments = ["predict", "--model", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
+    arguments = ["predict", "--checkpoint", str(packed), data, "dataset.crops=[crop1]", "--device", "cpu"]
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/set-a.zarr/crop1/mito/s0/.zarray").is_file()
     capfd.readouterr()
     assert main([*arguments, "--checkpoint", str(packed)]) == 1
-    assert "leave --checkpoint out" in capfd.readouterr().err
-    assert main(["predict", "--model", str(root), data]) == 1
+    assert "hold the same weights" in capfd.readouterr().err
+    assert main(["predict", "--checkpoint", str(root), data]) == 1
     assert main(["predict", data]) == 2

@@ -82,14 +82,14 @@ def test_other_processes_know_it_too(way: Way) -> None:
     for words in (
         ["train", way.config, "--run-dir", way.run],
         ["package", way.checkpoint, "--out", way.base / "model.pytc"],
-        ["predict", "--model", way.base / "model.pytc", "--out", way.predictions, "engine.workers=2"],
+        ["predict", "--checkpoint", way.base / "model.pytc", "--out", way.predictions, "engine.workers=2"],
     ):
         done = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, cwd="/")
         assert done.returncode == 0, done.stderr[-3000:]
     assert Multiscale.open(str(way.predictions / "set-a.zarr/crop1/mito")).attrs["connectomics"]["complete"]
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(
-        [*command, "predict", "--model", str(way.base / "model.pytc"), "--out", str(way.base / "again")],
+        [*command, "predict", "--checkpoint", str(way.base / "model.pytc"), "--out", str(way.base / "again")],
         env=environment,
         capture_output=True,
         text=True,
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_plugin_is_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "needs_more.py").write_text("import no_such_library_at_all")
     (tmp_path / "fails.py").write_text("raise RuntimeError('two\\nlines')")
     for name, kind, says in (
-        ("nowhere_to_be_found", MissingError, "there is no module 'nowhere_to_be_found'; install it, or name"),
+        ("nowhere_to_be_found", MissingError, "there is no module 'nowhere_to_be_found'; install it, or add"),
         ("needs_more", MissingError, "needs no_such_library_at_all"),
         ("fails", ConfigError, "RuntimeError: two lines"),
     ):

@@ -198,7 +198,7 @@ def test_classes_without_ids_or_without_anything_known_are_left_out(
     found = validate(module, [replace(crop, ids={}, known=known)])
     assert {k for k in found if k.endswith("score")} == {"val/pm/score", "val/score"}
     assert found["val/score"] == found["val/pm/score"]
-    assert "val/score leaves out mito, er: the validation crops hold no ground truth of them" in caplog.text
+    assert "val/score leaves out mito, er: the validation crops have no ground truth for them" in caplog.text
     nothing = validate(module, [replace(crop, ids={}, known=np.zeros_like(known))])
     assert nothing["val/score"] == 0.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_a_run_with_views(fusion: str, phantom: Path, tmp_path: Path) -> None:
     assert PredictTask.load(folder / "task.json").to_dict()["views"] == [[[32.0] * 3, size]]
 
 
-def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path) -> None:
+def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     view = "data.inputs=[{voxel_size:[32,32,32],patch_size:[8,8,8]}]"
     module = ConnectomicsModule(config_of(phantom, tmp_path, view))
     batch = {
@@ -50,12 +51,15 @@ def test_the_view_is_part_of_the_step(phantom: Path, tmp_path: Path) -> None:
         "known": torch.ones(1, len(module.classes), 16, 16, 16, dtype=torch.bool),
     }  # fmt: skip
     module.eval()
+    module.trainer = SimpleNamespace(optimizers=[SimpleNamespace(param_groups=[{"lr": 0.1}])])  # type: ignore[assignment]
+    monkeypatch.setattr(module, "log", lambda *args, **kwargs: None)
+    monkeypatch.setattr(module, "log_dict", lambda *args, **kwargs: None)
     with torch.no_grad():
-        first = module._logits(batch)
-        assert not torch.equal(first, module._logits({**batch, "image_1": batch["image_1"] * 0}))
+        first = module.training_step(batch, 0)
+        assert not torch.equal(first, module.training_step({**batch, "image_1": batch["image_1"] * 0}, 0))
 
 
 def test_stacked_views_must_be_as_large_as_the_patch(phantom: Path, tmp_path: Path) -> None:
     view = "data.inputs=[{voxel_size:[32,32,32],patch_size:[8,8,8]}]"
-    with pytest.raises(InputError, match=r"data\.inputs\[0\]\.patch_size .*must be alike"):
+    with pytest.raises(InputError, match=r"data\.inputs\[0\]\.patch_size .*must be equal"):
         ConnectomicsModule(config_of(phantom, tmp_path, view, "model.fusion=channels"))

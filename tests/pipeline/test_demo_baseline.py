@@ -13,7 +13,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.demo_baseline import Interval, best_interval, intensity_histogram, write_baseline
+from connectomics.pipeline.demo_baseline import Interval, best_interval, intensity_histogram, write_labels
 
 GRID = VoxelGrid((8, 8, 8), (804.0, 1604.0, 404.0), (70, 40, 33))
 
@@ -75,7 +75,7 @@ def test_labels_are_written_as_decode_writes_them_and_missing_raw_is_background(
     entries = [TableEntry(7, "phantom", "mito", beyond), TableEntry(7, "phantom", "er", beyond)]
     parameters = {"mito": default_parameters("mito"), "er": DecodeParameters()}
     intervals = {"mito": (0, 90), "er": (150, 255)}
-    write_baseline(entries, {"phantom": str(tmp_path / "raw")}, intervals, tmp_path / "l", parameters)
+    write_labels(entries, {"phantom": str(tmp_path / "raw")}, intervals, tmp_path / "l", parameters)
     volumes = {name: Multiscale.open(str(tmp_path / "l/phantom.zarr/crop7" / name)) for name in ("mito", "er")}
     mito, er = (v.read_level(0, (0, 0, 0), GRID.shape, absent_is_missing=False)[0] for v in volumes.values())
     assert mito.sum() == 8000

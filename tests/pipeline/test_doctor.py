@@ -20,7 +20,7 @@ def test_versions_and_disk_are_those_of_this_machine(tmp_path: Path) -> None:
     assert found["Python"].found == platform.python_version()
     assert f"torch {torch.__version__.split('+')[0]}" in found["libraries"].found
     assert float(found["disk speed"].found.split(" MB/s")[0]) > 0
-    assert found["S3"].found == "not asked"
+    assert found["S3"].found == "not checked"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -50,9 +50,7 @@ def test_predictions_of_heads_say_what_they_are(phantom: Path, tmp_path: Path, t
     for name in ("mito/affinities", "mito/lsd", "nuc/distance"):
         assert any(row.get(f"train/loss/{name}") for row in rows), name
     target = box_target(config, "phantom-iso:100,100,100:300,260,340")
-    (folder,) = predict_cellmap_crops(
-        None, config, checkpoint, tmp_path / "out", targets=[target], device="cpu", progress=False
-    )
+    (folder,) = predict_cellmap_crops(None, config, checkpoint, tmp_path / "out", targets=[target], device="cpu")
     assert set(store.list_groups(str(folder))) == {"mito", "nuc", "ld", "er"}
     assert set(store.list_groups(str(folder / "mito"))) == {"s0", "affinities"}  # descriptors are not written
     assert require_complete(folder)["classes"] == ["mito", "nuc", "ld", "er"]
@@ -89,9 +87,7 @@ def test_instances_are_better_than_chance(phantom: Path, tmp_path: Path) -> None
     crop = next(c for c in Catalog.open(str(phantom)).crops(["phantom-iso"], None, ["mito"]) if "mito" in c.labels)
     grid = crop.labels["mito"].grid
     target = Target(crop.dataset, crop.name, dict.fromkeys(config.dataset.classes, grid))
-    (folder,) = predict_cellmap_crops(
-        None, config, result.checkpoint, tmp_path / "out", targets=[target], device="cpu", progress=False
-    )
+    (folder,) = predict_cellmap_crops(None, config, result.checkpoint, tmp_path / "out", targets=[target], device="cpu")
     parameters = decode_parameters(
         config.dataset.classes, None, {"mito": {"method": "mutex_watershed", "threshold": 0.3}}
     )

@@ -90,8 +90,8 @@ def test_the_verb_lists_and_compares(folder: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "bad/config.yaml").write_text("- [")
     for arguments, error in (
         (["runs", str(tmp_path / "nowhere")], "no folder"),
-        (["runs", "--compare", pair[0]], "two runs or more"),
-        (["runs", "--compare", pair[0], str(tmp_path)], "no run folder"),
+        (["runs", "--compare", pair[0]], "at least two runs"),
+        (["runs", "--compare", pair[0], str(tmp_path)], "not a run folder"),
         (["runs", str(tmp_path)], "cannot be read"),
     ):
         assert main(arguments) == 1

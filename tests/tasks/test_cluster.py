@@ -63,7 +63,7 @@ def test_workers_write_what_one_process_writes_and_are_kept(
 def test_blocks_are_marked_while_others_of_their_row_are_still_to_be_done(engine: Engine, tmp_path: Path) -> None:
     task, marked = CubeTask(str(tmp_path / "row"), count=16, run=16, pause=0.25), set[int]()
 
-    def look(stage: str, done: int, number: int) -> None:
+    def look(done: int, number: int, stage: str = "") -> None:
         if stage == "first":
             marked.add(DoneMap(task.folder / ".done-first", 16, task.key).count)
             assert done <= number  # none counts twice
@@ -237,10 +237,10 @@ def test_libraries_and_queues_that_are_not_there_are_one_line(monkeypatch: pytes
     with pytest.raises(EngineError, match="there is no sbatch here"):
         open_engine(slurm)
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
-    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+    with pytest.raises(EngineError, match=r"pip install 'connectomics-cellmap\[cluster\]'"):
         open_engine(slurm)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+    with pytest.raises(EngineError, match=r"pip install 'connectomics-cellmap\[cluster\]'"):
         open_engine(EngineConfig(name="dask"))
 
 
