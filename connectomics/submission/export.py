@@ -328,7 +328,7 @@ def _packed(work: Path, target: Path) -> tuple[Path, int]:
 
 
 def _put(made: Path, work: Path, target: Path, findings: Sequence[Finding]) -> tuple[Path, Path | None]:
-    """Put the submission in its place and remove the working folder; one with errors does not replace another.
+    """Move the submission to its target and remove the working folder; one with errors does not replace another.
 
     Returns where it is, and the earlier submission if that is still at ``target``.
     """

@@ -54,7 +54,7 @@ class ZarrSource:
         form = about.get("artefact", "labels")
         level = volume.levels[0]
         if form not in ("labels", "probability"):
-            raise MetadataError(f"{location}: expected labels or probabilities, found artefact {form!r}")
+            raise MetadataError(f"{location}: expected labels or probabilities, got {form!r}")
         if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
             need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")

@@ -182,7 +182,7 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
                 slot = slot_of(table, key)
                 if table[slot] == key and edge[slot] >= 0:
                     kept = np.int64(edge[slot])
-                    if f < kept:  # the earlier row stands for both, so that what comes of ties does not depend on a, b
+                    if f < kept:  # the earlier row stands for both, so that ties do not depend on a, b
                         kept, f = f, kept
                         edge[slot] = kept
                         if record >> 1 == kept:

@@ -211,7 +211,7 @@ def _checked(affinities: ArrayLike, offsets: ArrayLike) -> tuple[NDArray[Any], N
         raise InputError(f"offsets must be whole voxels, got {steps.dtype}")
     steps = steps.astype(np.int64)
     if not _unit_steps(steps).any():
-        raise InputError(f"affinities need an offset to a neighbour, such as (1, 0, 0), got {steps.tolist()}")
+        raise InputError(f"affinities need an offset to a neighbor, such as (1, 0, 0), got {steps.tolist()}")
     if not steps.any(axis=1).all() or len(np.unique(steps, axis=0)) < len(steps):
         raise InputError(f"offsets must differ from each other and from zero, got {steps.tolist()}")
     if values[0].size >= 1 << 31:
