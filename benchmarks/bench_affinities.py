@@ -185,8 +185,10 @@ def compare(labels: str, file: str) -> list[dict[str, float]]:
     """Blocks against the whole array, and both against the truth."""
     from dataclasses import asdict
 
-    from connectomics.decoding.affinities.segment import difference
     from connectomics.io.multiscale import Multiscale
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the test kit
+    from tests.decoding.affinity_kit import difference
 
     volume, one = Multiscale.open(labels), np.load(file)
     found = volume.read_level(0, (0, 0, 0), volume.grid.shape)[0]

@@ -199,10 +199,7 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
     out = instances.copy()
     background = components(instances == 0, DUAL[connectivity])
     # Whatever an object encloses is a piece of background that does not reach the border of the volume.
-    closed = np.ones(int(background.max(initial=0)) + 1, np.bool_)
-    closed[0] = False
-    for face in _faces(background):
-        closed[np.unique(face)] = False
+    closed = _closed(background)
     if not closed.any():
         return out
     enclosed = closed[background]
@@ -214,11 +211,7 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
         if not candidate.any():
             continue
         outside = components(instances[box] != identifier, DUAL[connectivity])
-        hole = np.ones(int(outside.max(initial=0)) + 1, np.bool_)
-        hole[0] = False
-        for face in _faces(outside):
-            hole[np.unique(face)] = False
-        out[box][hole[outside] & candidate] = identifier
+        out[box][_closed(outside)[outside] & candidate] = identifier
     return out
 
 
@@ -232,8 +225,13 @@ def _boxes(instances: NDArray[Any]) -> list[tuple[tuple[slice, slice, slice], in
     return [(boxes[int(new)], int(old)) for old, new in numbering.items() if old != 0]
 
 
-def _faces(volume: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    return volume[0], volume[-1], volume[:, 0], volume[:, -1], volume[:, :, 0], volume[:, :, -1]
+def _closed(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return for each label 0..n whether it is above 0 and reaches no face of the volume."""
+    closed = np.ones(int(labels.max(initial=0)) + 1, np.bool_)
+    closed[0] = False
+    for axis in range(3):
+        closed[np.unique(np.take(labels, [0, -1], axis=axis))] = False
+    return closed
 
 
 def _volume(box: Sequence[slice]) -> int:

@@ -135,8 +135,7 @@ def existing_labels(
 
 def has_tables(location: Path, kind: str, table: str) -> bool:
     """Return whether the instance tables that ``decoding.table`` asks for are in the folder of labels of this kind."""
-    names = [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
-    return kind != "instance" or all((location / name).exists() for name in names)
+    return kind != "instance" or all((location / name).exists() for name in _table_files(table))
 
 
 def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:
@@ -149,18 +148,20 @@ def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:
 
 # -- the instance table ------------------------------------------------------------------------------------------------
 def write_tables(folder: Path, objects: Pieces, grid: VoxelGrid, table: str = "csv") -> None:
-    """Write ``instances.csv`` and, with ``parquet``, ``instances.parquet`` to the folder of the labels."""
-    write_table(folder / TABLE_FILE, objects, grid)
-    if table == "parquet":
-        write_table(folder / PARQUET_FILE, objects, grid)
+    """Write the objects 1..n of a volume on ``grid`` as ``instances.csv`` (and with ``parquet`` ``instances.parquet``).
 
-
-def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
-    """Write the objects 1..n of a volume on ``grid``, one row each with `COLUMNS`, as CSV or (``.parquet``) Parquet.
-
-    ``begin`` and ``end`` are the outer faces of the bounding box, ``center`` is the mean of the voxel centers; world
-    coordinates in nm, in CSV rounded to a thousandth.
+    A row has the `COLUMNS`. ``begin`` and ``end`` are the outer faces of the bounding box, ``center`` is the mean of
+    the voxel centers; world coordinates in nm, in CSV rounded to a thousandth.
     """
+    for name in _table_files(table):
+        _write_table(folder / name, objects, grid)
+
+
+def _table_files(table: str) -> list[str]:
+    return [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
+
+
+def _write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
     columns = [
         Column("id", "id"),
         Column("voxels", "count"),

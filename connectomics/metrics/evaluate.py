@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
 from connectomics.metrics.cellmap_metrics import Counts, evaluate_instance
-from connectomics.metrics.challenge.results import Panoptic
+from connectomics.metrics.challenge.results import Panoptic, instance_ratios
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 
@@ -102,28 +102,20 @@ class InstanceSums:
         return InstanceSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
-    def f1(self) -> float:
-        """Return 2 tp / (2 tp + fp + fn); 1 if both volumes are empty."""
-        whole = 2 * self.tp + self.fp + self.fn
-        return 2 * self.tp / whole if whole else 1.0
-
-    @property
-    def distance(self) -> float:
-        """Return the mean mapped Hausdorff distance; 1 if both volumes are empty."""
-        return self.distance_sum / self.distance_n if self.distance_n else 1.0
+    def ratios(self) -> tuple[float, float, float]:
+        """Return F1, the mean mapped Hausdorff distance, and the challenge's score of the class."""
+        return instance_ratios(self.tp, self.fp, self.fn, self.distance_sum, self.distance_n)
 
     @property
     def combined(self) -> float:
-        """Return the challenge's score of the class, (f1 * distance) ** 0.5."""
-        return float((self.f1 * self.distance) ** 0.5)
+        """Return the challenge's score of the class, the geometric mean of F1 and distance."""
+        return self.ratios[2]
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return the measures, for JSON and CSV; the weighted ones are None without a known true voxel."""
         w = self.weight
         return {
-            "f1": self.f1,
-            "normalized_hausdorff_distance": self.distance,
-            "combined_score": self.combined,
+            **dict(zip(("f1", "normalized_hausdorff_distance", "combined_score"), self.ratios, strict=True)),
             "rand_error": self.rand_error / w if w else None,
             "voi_split": self.voi_split / w if w else None,
             "voi_merge": self.voi_merge / w if w else None,

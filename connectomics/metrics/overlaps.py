@@ -150,18 +150,9 @@ def _sorted(
 # -- what the challenge's score needs ----------------------------------------------------------------------------------
 @njit(cache=True, nogil=True, inline="always")
 def _widen(box, z, y, x, x_end):  # type: ignore[no-untyped-def]  # pragma: no cover
-    if z < box[0]:
-        box[0] = z
-    if z >= box[1]:
-        box[1] = z + 1
-    if y < box[2]:
-        box[2] = y
-    if y >= box[3]:
-        box[3] = y + 1
-    if x < box[4]:
-        box[4] = x
-    if x_end > box[5]:
-        box[5] = x_end
+    box[0], box[1] = min(box[0], z), max(box[1], z + 1)
+    box[2], box[3] = min(box[2], y), max(box[3], y + 1)
+    box[4], box[5] = min(box[4], x), max(box[5], x_end)
 
 
 @njit(cache=True, nogil=True)

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-_KEYS = has_keys("rules", "label_scores")
 _FILES = {
-    "json": ("scores.json", _KEYS),
+    "json": ("scores.json", has_keys("rules", "label_scores")),
     "classes": ("scores_per_class.csv", has_column("class")),
     "crops": ("scores_per_crop.csv", has_column("crop")),
     "instances": ("scores_per_instance.csv", has_column("crop")),
@@ -154,20 +153,6 @@ def score_table(score: SubmissionScore) -> Table:
         ("overall", score.totals.overall, score.submitted_only.overall),
     ):
         table.add_row(name, _number(whole), _number(part), style="bold" if name == "overall" else None)
-    return table
-
-
-def rows_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] | None = None) -> Table:
-    """Return rows as a rich table; fractions have four digits, absent values stay empty."""
-    from rich.table import Table
-
-    names = list(columns or dict.fromkeys(key for row in rows for key in row))
-    table = Table(title=title or None)
-    for name in names:
-        is_text = any(isinstance(row.get(name), str) for row in rows)
-        table.add_column(name, justify="left" if is_text else "right")
-    for row in rows:
-        table.add_row(*(_number(row.get(name)) for name in names))
     return table
 
 

@@ -82,7 +82,8 @@ def decode(
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError: the probabilities. BlocksFailedError: some
-        blocks; all other arrays are decoded. WriteError: other labels or files are in the way, or the disk is full.
+        blocks; all other arrays are decoded. WriteError: other labels or files are in the way, another process works on
+        the same labels, or the disk is full.
     """
     source = Probabilities.open(probabilities)
     chosen = source.config or RunConfig() if config is None else as_config(config)
@@ -155,21 +156,16 @@ def decode_predictions(
     engine: EngineConfig | None = None,
     table: str = "csv",
 ) -> list[DecodedArray]:
-    """Decode every class of every crop in a predictions folder.
+    """Decode every class of every crop in a predictions folder, and return one result per array.
 
-    Reads ``{dataset}.zarr/{crop}/{class}`` (probabilities as uint8 or float16) and writes labels to the same places
-    below ``output_dir``, on the same grids, with a table ``instances.csv`` beside instances. Labels that were made from
-    the same prediction with the same parameters are kept, so a killed run can be resumed. Other labels are replaced
-    only with ``overwrite``, and files that decode did not write never. All of this is checked before the first array is
-    decoded. Large arrays are decoded block by block on the engine; others are decoded in memory (about 6 bytes a voxel;
-    watershed about 13).
+    Labels get the same places below ``output_dir`` and the same grids, with a table ``instances.csv`` beside instances.
+    Labels that were made from the same prediction with the same parameters are kept, so a killed run can be resumed.
+    Files that decode did not write are never replaced. All of this is checked before the first array is decoded. Arrays
+    in memory take about 6 bytes a voxel (watershed about 13).
 
     Args:
         parameters: by class; a class without an entry gets the defaults of its kind.
-        classes: decode only these.
-        overwrite: decode again what already exists, whatever it was made from.
-        resume: an error if nothing was begun. With ``overwrite``: replace labels of another decoding and keep those of
-            this one.
+        classes, overwrite, resume: as for `decode`.
         progress: called after each array.
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: called for the blocks of each stage of such an array.
@@ -177,10 +173,7 @@ def decode_predictions(
         table: ``parquet``: instance tables are written as Parquet too.
 
     Raises:
-        MissingError: no predictions. IncompleteError: a prediction is half written. MetadataError: an array is not a
-        prediction. UnknownNameError: no crop has a class of ``classes``. BlocksFailedError: blocks of an array failed;
-        all other arrays are decoded. WriteError: labels of another decoding (without ``overwrite``) or foreign files
-        are in the way, another process works on the same labels, or the disk is full.
+        MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
     out = local_path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)

@@ -216,47 +216,25 @@ class ComponentCounter:
             return
         import cc3d
 
+        from connectomics.metrics.challenge.blocks import touching
+
         parts, number = cc3d.connected_components(np.ascontiguousarray(slab), connectivity=26, return_N=True)
         if self._last is not None:
-            self._link(*self._last, slab[0], parts[0].astype(np.int64) + self._total)
-        self._last = slab[-1].copy(), parts[-1].astype(np.int64) + self._total
+            self._links.append(touching(*self._last, slab[0], self._numbers(parts[0])))
+        self._last = slab[-1].copy(), self._numbers(parts[-1])
         self._total += int(number)
 
-    def _link(
-        self,
-        above: NDArray[np.generic],
-        above_parts: NDArray[np.int64],
-        values: NDArray[np.generic],
-        parts: NDArray[np.int64],
-    ) -> None:
-        """Record which components of the plane above touch which of this plane."""
-        import fastremap
-
-        width = self._total + int(parts.max(initial=0)) + 1
-        found = []
-        n_y, n_x = values.shape
-        for dy in (-1, 0, 1):
-            for dx in (-1, 0, 1):
-                here = (slice(max(0, dy), n_y + min(0, dy)), slice(max(0, dx), n_x + min(0, dx)))
-                there = (slice(max(0, -dy), n_y + min(0, -dy)), slice(max(0, -dx), n_x + min(0, -dx)))
-                touching = (values[here] == above[there]) & (values[here] != 0)
-                if touching.any():
-                    found.append(fastremap.unique(above_parts[there][touching] * width + parts[here][touching]))
-        if found:
-            keys = fastremap.unique(np.concatenate(found))
-            self._links.append(np.stack([keys // width, keys % width], axis=1))
+    def _numbers(self, parts: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the numbers of a slab's components, counted through all slabs."""
+        return np.where(parts > 0, parts.astype(np.int64) + self._total, 0)
 
     def number(self) -> int:
         """Return the number of components in all slabs together."""
-        if not self._links:
-            return self._total
-        from scipy.sparse import coo_matrix
-        from scipy.sparse.csgraph import connected_components
+        from connectomics.metrics.challenge.blocks import unite
 
-        pairs = np.concatenate(self._links) - 1
-        ones = np.ones(len(pairs), np.int8)
-        graph = coo_matrix((ones, (pairs[:, 0], pairs[:, 1])), shape=(self._total, self._total))
-        return int(connected_components(graph, directed=False, return_labels=False))
+        parent = np.arange(self._total + 1)
+        unite(parent, self._links)
+        return int(np.count_nonzero(parent == np.arange(parent.size))) - 1
 
 
 def check_content(

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError, WriteError
-from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.machine import usable_cores
 from connectomics.progress import Progress, named, silent
 from connectomics.submission.findings import Finding
-from connectomics.submission.onto_grid import Index, Job, blocks_of
+from connectomics.submission.onto_grid import Job, blocks_of
 from connectomics.submission.pack import CHUNK, PlainArrayWriter, write_group, write_json, zip_folder
 from connectomics.submission.sources import Source, find_source, list_sources, own_table
+from connectomics.submission.validate import validate_submission
 from connectomics.tasks.lock import leading
 
 _MISSING = ("missing-crop", "missing-class")
@@ -164,7 +164,8 @@ def export_submission(
     with leading(work):
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
-        findings = _validated(made, table, progress) if validate else []
+        checking = named(progress or silent, "checking")
+        findings = validate_submission(made, table, progress=checking) if validate else []
         path, kept = _put(made, work, target, findings)
     return ExportResult(
         path=path,
@@ -194,12 +195,6 @@ def _table(
         if own is not None:
             return own, tuple(datasets)
     return table, ()
-
-
-def _validated(made: Path, table: CropTable, progress: Progress | None) -> list[Finding]:
-    from connectomics.submission.validate import validate_submission
-
-    return validate_submission(made, table, progress=named(progress or silent, "checking"))
 
 
 def _jobs(
@@ -266,26 +261,9 @@ def _write_arrays(work: Path, jobs: list[Job], workers: int, progress: Progress 
 def _write_array(folder: Path, job: Job, pool: ThreadPoolExecutor, workers: int) -> None:
     dtype, block_at = blocks_of(job)
     writer = PlainArrayWriter(folder, job.entry.grid, dtype, job.about())
-    failed = threading.Event()
-
-    def write(begin: Index, grid: VoxelGrid) -> None:
-        if failed.is_set():
-            return
-        try:
-            writer.write(begin, block_at(begin, grid))
-        except BaseException:
-            failed.set()
-            raise
-
-    waiting: set[Future[None]] = set()
-    for begin, grid in job.entry.grid.blocks(CHUNK):
-        waiting.add(pool.submit(write, begin, grid))
-        if len(waiting) >= 4 * workers:  # so that a failure is seen soon and the queue stays short
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-    for future in waiting:
-        future.result()
+    blocks = iter(job.entry.grid.blocks(CHUNK))
+    while batch := list(islice(blocks, 64 * workers)):  # so that the queue stays short
+        list(pool.map(lambda block: writer.write(block[0], block_at(*block)), batch))
 
 
 def _load_state(work: Path) -> dict[str, str]:
@@ -350,7 +328,7 @@ def _packed(work: Path, target: Path) -> tuple[Path, int]:
 
 
 def _put(made: Path, work: Path, target: Path, findings: Sequence[Finding]) -> tuple[Path, Path | None]:
-    """Put the submission in its place and remove the working folder; one with errors does not replace another.
+    """Move the submission to its target and remove the working folder; one with errors does not replace another.
 
     Returns where it is, and the earlier submission if that is still at ``target``.
     """

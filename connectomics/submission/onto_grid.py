@@ -88,15 +88,11 @@ def blocks_of(job: Job) -> tuple[np.dtype[Any], Callable[[Index, VoxelGrid], NDA
         return np.dtype(np.uint8), lambda _, grid: _mask_of_probability(source, grid, threshold)
     if source.form == "probability":
         ids = _components(job)
-        return ids.dtype, lambda begin, grid: ids[
-            tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
-        ]
+        return ids.dtype, lambda begin, grid: ids[_slices(begin, grid)]
     if not job.is_instance:
         return np.dtype(np.uint8), lambda _, grid: _mask_of_labels(source, grid)
     numbers = None
-    largest = source.largest_id
-    if largest is None:
-        largest = _largest(source)
+    largest = _largest(source) if source.largest_id is None else source.largest_id
     if largest > _LARGEST_ID:
         numbers = _all_ids(source)
         largest = len(numbers)

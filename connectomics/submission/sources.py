@@ -8,52 +8,33 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable, TableEntry
+from connectomics.decoding.prediction import find_arrays
 from connectomics.decoding.probabilities import DTYPES, unit_of
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
-from connectomics.io import store
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 
 _SLAB_BYTES = 64 << 20
 
 
-class Source(Protocol):
-    """A volume that is read block by block.
+@dataclass
+class ZarrSource:
+    """``{dataset}.zarr/{crop}/{class}``: a multiscale group of which the finest level is read.
 
     Attributes:
         location: its path. form: ``labels`` (0 background) or ``probability`` (0 to ``scale``).
         grid: where it lies, nm. scale: the value that stands for probability 1 (255 or 1).
-        about: its ``connectomics`` attribute, {} where there is none.
-        largest_id: the largest label, where it is known without reading; else None.
+        about: its ``connectomics`` attribute, {} if it has none.
+        largest_id: the largest label, if it is known without reading; else None.
     """
-
-    location: str
-    form: str
-    grid: VoxelGrid
-    scale: float
-    about: dict[str, Any]
-    largest_id: int | None
-
-    def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
-        """A block inside the grid."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Changes when the source does."""
-        ...
-
-
-@dataclass
-class ZarrSource:
-    """``{dataset}.zarr/{crop}/{class}``: a multiscale group of which the finest level is read."""
 
     location: str
     form: str
@@ -73,7 +54,7 @@ class ZarrSource:
         form = about.get("artefact", "labels")
         level = volume.levels[0]
         if form not in ("labels", "probability"):
-            raise MetadataError(f"{location}: expected labels or probabilities, got artifact {form!r}")
+            raise MetadataError(f"{location}: expected labels or probabilities, got {form!r}")
         if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
             need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")
@@ -164,6 +145,10 @@ class NpySource:
         return _digest([status.st_size, status.st_mtime_ns, self.grid.to_dict()])
 
 
+#: A volume that is read block by block.
+Source = ZarrSource | NpySource
+
+
 def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:
     """The source of one row of the crop table, None where there is none. Zarr goes before ``.npy``."""
     group = predictions_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
@@ -175,16 +160,11 @@ def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:
 
 def list_sources(predictions_dir: Path) -> Iterator[tuple[str, str, str]]:
     """(data set, crop, class) of all that a folder holds in either layout."""
-    for name in store.list_groups(str(predictions_dir)):
-        folder = predictions_dir / name
-        if name.endswith(".zarr"):
-            for crop in store.list_groups(str(folder)):
-                for class_name in store.list_groups(str(folder / crop)):
-                    yield name.removesuffix(".zarr"), crop, class_name
-        else:
-            for path in sorted(folder.glob("crop*_*.npy")):
-                crop, _, class_name = path.stem.partition("_")
-                yield name, crop, class_name
+    yield from find_arrays(predictions_dir)
+    for path in sorted(predictions_dir.glob("*/crop*_*.npy")):
+        if path.parent.suffix != ".zarr":
+            crop, _, class_name = path.stem.partition("_")
+            yield path.parent.name, crop, class_name
 
 
 def own_table(predictions_dir: Path, datasets: Collection[str], data_root: str | None) -> CropTable | None:

@@ -15,7 +15,7 @@ from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, nearest
 from connectomics.metrics.challenge.rules import Rules
-from connectomics.metrics.challenge.zarr_v2 import MAX_DEPTH, MAX_UNPACKED_BYTES, Archive
+from connectomics.metrics.challenge.zarr_v2 import MAX_UNPACKED_BYTES, Archive
 from connectomics.progress import Progress, silent
 from connectomics.submission.array_checks import check_content, check_grid, open_array
 from connectomics.submission.findings import Finding, error, warning
@@ -97,22 +97,8 @@ def _check_names(archive: Archive) -> list[Finding]:
     for entry in archive.entries:
         name = entry.name
         parts = name.replace("\\", "/").split("/")
-        if entry.leads_out:
-            findings.append(
-                error("outside-path", name, "a path out of the archive", "relative names without ..", _PACK)
-            )
-        elif "\\" in name:
-            findings.append(error("backslash", name, "a backslash in a name", "names with /", _PACK))
-        if len(parts) > MAX_DEPTH:
-            what = f"{len(parts)} nested folders"
-            findings.append(error("deep-path", f"{name[:40]}...", what, f"at most {MAX_DEPTH}", _PACK))
-        if entry.is_link:
-            findings.append(error("link", name, "a link", "files and folders only", _PACK))
-        if entry.is_encrypted:
-            findings.append(error("encrypted", name, "an encrypted file", "no password", _PACK))
-        if entry.is_unsupported_method:
-            what = "a file packed by another method"
-            findings.append(error("zip-method", name, what, "stored or deflated files", _PACK))
+        shown = name if len(name) <= 120 else f"{name[:40]}..."
+        findings += [error(rule, shown, found, expected, _PACK) for rule, found, expected in entry.problems]
         if name in seen:
             findings.append(error("duplicate", name, "the name twice", "every name once", _PACK))
         seen.add(name)

@@ -142,7 +142,7 @@ def test_what_score_cannot_do_is_one_line_and_leaves_nothing(
         ((packed, truth, "--rules", "2026-08"), "2026-0"),
         ((packed, truth, "--crops", table), "table.csv line 2: voxel_size"),
         ((packed, truth, "--crops", tmp_path / "no.csv"), "no.csv"),
-        ((evil, truth), "leads out of the archive"),
+        ((evil, truth), "a path out of the archive"),
         ((probability, truth), "run decode first"),
     ):
         assert says in refused(capsys, "score", *arguments, "--out", out)

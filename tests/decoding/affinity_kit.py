@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ensure_group, write_multiscale
+from connectomics.metrics.cellmap_metrics import evaluate_instance
 
 SIZE = (8.0, 8.0, 8.0)
 #: as heads have them: one, three and nine voxels along each axis
@@ -73,3 +75,41 @@ def write_prediction(
 def read_labels(location: str | Path) -> np.ndarray:
     volume = Multiscale.open(str(location))
     return volume.read_level(0, (0, 0, 0), volume.grid.shape)[0]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Labels compared with reference labels of the same volume.
+
+    Attributes:
+        voi_split, voi_merge: bits; conditional entropies of the variation of information over the labeled voxels of
+            the reference: for split and for merged objects.
+        faces: share of the pairs of neighboring voxels, labeled in both, that are one object in only one of them.
+        objects, reference: numbers of objects.
+    """
+
+    voi_split: float
+    voi_merge: float
+    faces: float
+    objects: int
+    reference: int
+
+
+def difference(labels: np.ndarray, reference: np.ndarray) -> Difference:
+    """Compare the ids (D, H, W) of a volume, 0 background, with reference ids; only the partition matters."""
+    voi = evaluate_instance(labels, reference)
+    differing = pairs = 0
+    both = (labels > 0) & (reference > 0)
+    for axis in range(labels.ndim):
+        first, last = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
+        inside = both[first] & both[last]
+        differs = (labels[first] == labels[last]) != (reference[first] == reference[last])
+        pairs += int(np.count_nonzero(inside))
+        differing += int(np.count_nonzero(inside & differs))
+    return Difference(
+        voi["voi_split"],
+        voi["voi_merge"],
+        differing / max(1, pairs),
+        len(np.unique(labels[labels > 0])),
+        len(np.unique(reference[reference > 0])),
+    )

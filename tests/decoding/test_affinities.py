@@ -245,7 +245,7 @@ def test_nothing_to_segment(method):
         (np.zeros((3, 4, 4)), UNITS, "must be \\(K, D, H, W\\)"),
         (np.zeros((2, 4, 4, 4)), UNITS, "offsets \\(K, 3\\)"),
         (np.zeros((3, 4, 4, 4)), UNITS * 1.0, "whole voxels"),
-        (np.zeros((3, 4, 4, 4)), UNITS * 2, "an offset to a neighbour"),
+        (np.zeros((3, 4, 4, 4)), UNITS * 2, "an offset to a neighbor"),
         (np.zeros((3, 4, 4, 4)), UNITS[[0, 0, 1]], "differ from each other"),
         (np.zeros((3, 4, 4, 4), np.int16), UNITS, "uint8 \\(value/255\\) or floats"),
         (np.full((3, 4, 4, 4), 2.5), UNITS, "must lie in \\[0, 1\\]"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
-from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances, difference
+from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
@@ -22,7 +22,7 @@ from connectomics.io.write import update_attrs
 from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
-from tests.decoding.affinity_kit import OFFSETS, SIZE, cells, noisy, read_labels, write_prediction
+from tests.decoding.affinity_kit import OFFSETS, SIZE, cells, difference, noisy, read_labels, write_prediction
 from tests.trees import contents
 
 METHODS = ["mutex_watershed", "agglomeration"]

@@ -170,7 +170,7 @@ def test_a_stored_task_goes_on_from_every_stage_where_it_was_stopped(tmp_path, m
     seen = []
     for stage in ("label", "cores", "grow", "write"):
 
-        def stop(done, number, at, stage=stage):
+        def stop(done, number, at="", stage=stage):
             seen.append((at, done, number))
             if at == stage and done == number:
                 raise KeyboardInterrupt

@@ -1,14 +1,8 @@
-"""Instances from affinities block by block: blocks with a halo, stitched by a graph over their faces.
+"""Instances from affinities block by block: blocks with a halo, stitched by a mutex watershed over their faces.
 
-Every block is segmented together with its halo, so both blocks at a face see what lies near it. Two pieces, a of one
-block and b of its neighbor, are scored by the agreement of the blocks: of the two planes of voxels at the face, the
-voxels that one block gives to a and the other to b, divided by the voxels of the smaller of the two. Pairs whose score
-is at least ``stitch_threshold`` are united, the best first, unless they belong to objects with pieces that their block
-separates (`connectomics.decoding.affinities.segment.Segments.apart`). This is a mutex watershed on the graph of the
-pieces, in which the separations of blocks come before the agreements at faces.
-
-The result is close to that of the whole array but not equal: `connectomics.decoding.affinities.segment.difference`
-measures how close.
+Two pieces of neighboring blocks are scored by how far the blocks agree on the two planes at their face (`agreement`).
+Pairs whose score is at least ``stitch_threshold`` are united, the best first, unless a block separates them. The result
+is close to that of the whole array but not equal.
 """
 
 from __future__ import annotations

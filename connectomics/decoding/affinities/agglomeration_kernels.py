@@ -15,16 +15,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.mutex_kernels import _EMPTY, pair_key, slot_of
-from connectomics.decoding.blocks.component_kernels import root_of, unite
+from connectomics.decoding.affinities.mutex_kernels import _EMPTY, append, pair_key, slot_of
+from connectomics.decoding.blocks.component_kernels import Array, Ints, Ints32, Keys, root_of, unite
 
 
 @numba.njit(cache=True, nogil=True)
-def strongest_links(
-    values: NDArray[Any], nodes: NDArray[np.int32], offsets: NDArray[np.int64], low: int, number: int
-) -> Any:
+def strongest_links(values: Array, nodes: Ints32, offsets: Ints, low: int, number: int) -> Any:
     """The forest (a root is its own parent, and its smallest node) of what the strongest edge of each voxel links.
 
     Args:
@@ -63,7 +60,7 @@ def strongest_links(
 
 
 @numba.njit(cache=True, nogil=True)
-def _grown(table: NDArray[np.uint64], edge: NDArray[np.int32]) -> Any:
+def _grown(table: Keys, edge: Ints32) -> Any:
     """Table and edges with room again, and how many they hold: pairs whose edge is -1 are left out."""
     live = 0
     for at in range(len(table)):
@@ -82,7 +79,7 @@ def _grown(table: NDArray[np.uint64], edge: NDArray[np.int32]) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArray[np.int64]) -> Any:
+def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
     """The pairs of labels that touch: (ends (m, 2) int32, sums (m,) int64 of their values, counts (m,) int64).
 
     Args:
@@ -128,9 +125,7 @@ def region_graph(values: NDArray[Any], labels: NDArray[np.int32], offsets: NDArr
 
 
 @numba.njit(cache=True, nogil=True)
-def merge_regions(
-    ends: NDArray[np.int32], sums: NDArray[np.int64], counts: NDArray[np.int64], number: int, limit: float
-) -> Any:
+def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: float) -> Any:
     """Unite the pair of regions with the highest mean, again and again, as long as that is above ``limit``.
 
     Args:
@@ -160,7 +155,7 @@ def merge_regions(
         slot = slot_of(table, pair_key(ends[e, 0], ends[e, 1]))
         table[slot], edge[slot] = pair_key(ends[e, 0], ends[e, 1]), e
         for side in range(2):
-            _append(head, tail, after, ends[e, side], 2 * e + side)
+            append(head, tail, after, ends[e, side], 2 * e + side)
             degree[ends[e, side]] += 1
         if sums[e] > limit * counts[e]:
             heap.append((-sums[e] / counts[e], np.int64(e), np.int64(0)))
@@ -178,7 +173,6 @@ def merge_regions(
         record = head[b]
         while record >= 0:
             following = after[record]
-            after[record] = -1
             f = record >> 1
             if alive[f]:
                 other = root_of(parent, ends[f, 1 - (record & 1)])
@@ -188,11 +182,11 @@ def merge_regions(
                 slot = slot_of(table, key)
                 if table[slot] == key and edge[slot] >= 0:
                     kept = np.int64(edge[slot])
-                    if f < kept:  # the earlier row stands for both, so that the result of ties does not depend on a, b
+                    if f < kept:  # the earlier row stands for both, so that ties do not depend on a, b
                         kept, f = f, kept
                         edge[slot] = kept
                         if record >> 1 == kept:
-                            _append(head, tail, after, a, record)
+                            append(head, tail, after, a, record)
                             degree[a] += 1
                     sums[kept] += sums[f]
                     counts[kept] += counts[f]
@@ -203,18 +197,9 @@ def merge_regions(
                 else:
                     used += table[slot] != key
                     table[slot], edge[slot] = key, f
-                    _append(head, tail, after, a, record)
+                    append(head, tail, after, a, record)
                     degree[a] += 1
                     if 2 * used > len(table):
                         table, edge, used = _grown(table, edge)
             record = following
     return parent, alive
-
-
-@numba.njit(cache=True, nogil=True)
-def _append(head: Any, tail: Any, after: Any, region: Any, record: Any) -> None:
-    if tail[region] >= 0:
-        after[tail[region]] = record
-    else:
-        head[region] = record
-    tail[region] = record

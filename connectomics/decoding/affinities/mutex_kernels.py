@@ -16,9 +16,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.component_kernels import root_of
+from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Keys, Labels, root_of
 
 _EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
 _SHIFT = np.uint64(32)
@@ -33,7 +32,7 @@ def pair_key(a: Any, b: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def slot_of(table: NDArray[np.uint64], key: Any) -> Any:
+def slot_of(table: Keys, key: Any) -> Any:
     """Where ``key`` is in a hash table whose length is a power of two, or the free place where it belongs."""
     mask = np.uint64(len(table) - 1)
     # the finalizer of MurmurHash3 (A. Appleby, public domain): every bit of the key moves every bit of the place
@@ -50,12 +49,7 @@ def slot_of(table: NDArray[np.uint64], key: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def count_edges(
-    values: NDArray[Any],
-    nodes: NDArray[np.int32],
-    offset: NDArray[np.int64],
-    counts: NDArray[np.int64],
-) -> None:
+def count_edges(values: Array, nodes: Ints32, offset: Ints, counts: Ints) -> None:
     """Add to ``counts[v]`` how many edges of one channel (D, H, W) have the value v; both ends in ``nodes`` (>= 0)."""
     depth, height, width = nodes.shape
     dz, dy, dx = offset
@@ -67,13 +61,7 @@ def count_edges(
 
 
 @numba.njit(cache=True, nogil=True)
-def place_edges(
-    values: NDArray[Any],
-    nodes: NDArray[np.int32],
-    offset: NDArray[np.int64],
-    next_place: NDArray[np.int64],
-    edges: NDArray[np.uint32],
-) -> None:
+def place_edges(values: Array, nodes: Ints32, offset: Ints, next_place: Ints, edges: Labels) -> None:
     """Put the flat index of every edge's voxel into ``edges`` at ``next_place[v]``, counting that up; -1 leaves out."""
     depth, height, width = nodes.shape
     dz, dy, dx = offset
@@ -89,7 +77,7 @@ def place_edges(
 
 
 @numba.njit(cache=True, nogil=True)
-def _is_live(key: Any, parent: NDArray[np.int32]) -> Any:
+def _is_live(key: Any, parent: Ints32) -> Any:
     """Whether a place of the table holds a pair of nodes that still are roots."""
     if key == _EMPTY:
         return False
@@ -98,7 +86,7 @@ def _is_live(key: Any, parent: NDArray[np.int32]) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _live_keys(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
+def _live_keys(table: Keys, parent: Ints32) -> Any:
     live = 0
     for key in table:
         live += _is_live(key, parent)
@@ -112,7 +100,7 @@ def _live_keys(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _grown(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
+def _grown(table: Keys, parent: Ints32) -> Any:
     """A table with room again, and how many it holds: pairs of what are no clusters any more are left out."""
     keys = _live_keys(table, parent)
     size = len(table)
@@ -125,21 +113,25 @@ def _grown(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def _longer(values: NDArray[np.int32]) -> Any:
+def _longer(values: Ints32) -> Any:
     longer = np.empty(2 * len(values), np.int32)
     longer[: len(values)] = values
     return longer
 
 
 @numba.njit(cache=True, nogil=True)
-def cluster(
-    edges: NDArray[np.uint32],
-    bins: NDArray[np.int64],
-    steps: NDArray[np.int64],
-    attractive: NDArray[np.bool_],
-    nodes: NDArray[np.int32],
-    number: int,
-) -> Any:
+def append(head: Any, tail: Any, after: Any, region: Any, record: Any) -> None:
+    """Append a record to the linked list of a region."""
+    after[record] = -1
+    if tail[region] >= 0:
+        after[tail[region]] = record
+    else:
+        head[region] = record
+    tail[region] = record
+
+
+@numba.njit(cache=True, nogil=True)
+def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: Ints32, number: int) -> Any:
     """Cluster ``number`` nodes.
 
     Args:
@@ -189,12 +181,7 @@ def cluster(
                         used += 1
                         if 2 * used > len(table):
                             table, used = _grown(table, parent)
-                        after[record] = -1
-                        if tail[a] >= 0:
-                            after[tail[a]] = record
-                        else:
-                            head[a] = record
-                        tail[a] = record
+                        append(head, tail, after, a, record)
                         length[a] += 1
                     else:
                         after[record] = free
@@ -215,18 +202,13 @@ def cluster(
                         record = np.int32(records)
                         records += 1
                     partner[record] = two
-                    after[record] = -1
-                    if tail[one] >= 0:
-                        after[tail[one]] = record
-                    else:
-                        head[one] = record
-                    tail[one] = record
+                    append(head, tail, after, one, record)
                     length[one] += 1
     return parent, table
 
 
 @numba.njit(cache=True, nogil=True)
-def number_trees(parent: NDArray[np.int32], numbers: NDArray[np.int32]) -> int:
+def number_trees(parent: Ints32, numbers: Ints32) -> int:
     """Number the trees of a forest 1..n by their first node: ``numbers[node]`` becomes that of its tree; returns n."""
     n = 0
     numbers[:] = 0
@@ -240,7 +222,7 @@ def number_trees(parent: NDArray[np.int32], numbers: NDArray[np.int32]) -> int:
 
 
 @numba.njit(cache=True, nogil=True)
-def roots_apart(table: NDArray[np.uint64], parent: NDArray[np.int32]) -> NDArray[np.int64]:
+def roots_apart(table: Keys, parent: Ints32) -> Ints:
     """(m, 2) the pairs of `cluster`'s table that are still pairs of roots, in the order of their numbers."""
     keys = _live_keys(table, parent)
     keys.sort()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from connectomics.decoding.cellmap_postprocess import fill_holes, narrowest_unsigned
+from connectomics.decoding.cellmap_postprocess import finished
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
 from connectomics.decoding.probabilities import above
 from connectomics.errors import InputError
@@ -67,7 +67,7 @@ def affinities_to_instances(
     else:
         parameters = DecodeParameters(method=method, merge_threshold=merge_threshold)
     found = segment(affinities, offsets, mask, parameters)
-    return without_small(found.labels, found.count, min_size)
+    return finished(found.labels, min_size, 26, fill_holes=False)
 
 
 def decode_affinities(
@@ -89,19 +89,7 @@ def decode_affinities(
         (D, H, W) ids 1..n by their first voxel in z-y-x order, in the narrowest unsigned type.
     """
     found = segment(affinities, offsets, above(probabilities, parameters.threshold), parameters)
-    labels = fill_holes(found.labels, parameters.connectivity) if parameters.fill_holes else found.labels
-    return without_small(labels, found.count, parameters.min_voxels(voxel_size))
-
-
-def without_small(labels: NDArray[Any], count: int, min_voxels: int) -> NDArray[Any]:
-    """Drop the labels 1..count of fewer than ``min_voxels`` and renumber the rest, in the narrowest unsigned type."""
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)
-    kept = sizes >= max(1, min_voxels)
-    kept[0] = False
-    n = int(kept.sum())
-    table = np.zeros(count + 1, narrowest_unsigned(n))
-    table[kept] = np.arange(1, n + 1)
-    return table[labels]
+    return finished(found.labels, parameters.min_voxels(voxel_size), parameters.connectivity, parameters.fill_holes)
 
 
 def segment(
@@ -260,45 +248,3 @@ def affinities_of(ids: NDArray[Any], offsets: ArrayLike) -> NDArray[np.uint8]:
         there = tuple(slice(max(0, o), max(0, min(n, n + o))) for o, n in zip(offset, ids.shape, strict=True))
         channel[here] = 255 * ((ids[here] == ids[there]) & (ids[here] != 0))
     return found
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Labels compared with reference labels of the same volume.
-
-    Attributes:
-        voi_split, voi_merge: bits; conditional entropies of the variation of information over the labeled voxels of
-            the reference: for split and for merged objects.
-        faces: share of the pairs of neighboring voxels, labeled in both, that are one object in only one of them.
-        objects, reference: numbers of objects.
-    """
-
-    voi_split: float
-    voi_merge: float
-    faces: float
-    objects: int
-    reference: int
-
-
-def difference(labels: NDArray[Any], reference: NDArray[Any]) -> Difference:
-    """Compare the ids (D, H, W) of a volume, 0 background, with reference ids; only the partition matters."""
-    from connectomics.metrics.cellmap_metrics import evaluate_instance
-
-    if labels.shape != reference.shape:
-        raise InputError(f"expected labels of one shape, got {labels.shape} and {reference.shape}")
-    voi = evaluate_instance(labels, reference)
-    differing = pairs = 0
-    both = (labels > 0) & (reference > 0)
-    for axis in range(labels.ndim):
-        first, last = (slice(None),) * axis + (slice(None, -1),), (slice(None),) * axis + (slice(1, None),)
-        inside = both[first] & both[last]
-        differs = (labels[first] == labels[last]) != (reference[first] == reference[last])
-        pairs += int(np.count_nonzero(inside))
-        differing += int(np.count_nonzero(inside & differs))
-    return Difference(
-        voi["voi_split"],
-        voi["voi_merge"],
-        differing / max(1, pairs),
-        len(np.unique(labels[labels > 0])),
-        len(np.unique(reference[reference > 0])),
-    )

@@ -8,9 +8,16 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[Any]
+Flags = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+Ints32 = NDArray[np.int32]
+Labels = NDArray[np.uint32]
+Keys = NDArray[np.uint64]
+
 
 @numba.njit(cache=True, nogil=True)
-def add_voxel(row: Any, z: Any, y: Any, x: Any, sizes: NDArray[Any], boxes: NDArray[Any], sums: NDArray[Any]) -> None:
+def add_voxel(row: Any, z: Any, y: Any, x: Any, sizes: Array, boxes: Array, sums: Array) -> None:
     """Add a voxel to the size, box and sums of object ``row``; the voxels of an object must come in the order of z.
 
     sizes (n,) and sums (n, 3) of z, y and x start as zeros; boxes (n, 6): smallest z y x, largest z y x, both inside.
@@ -31,7 +38,7 @@ def add_voxel(row: Any, z: Any, y: Any, x: Any, sizes: NDArray[Any], boxes: NDAr
 
 
 @numba.njit(cache=True, nogil=True)
-def root_of(parent: NDArray[Any], node: Any) -> Any:
+def root_of(parent: Array, node: Any) -> Any:
     """Return the root of a node in a union-find forest (a root is its own parent); halve the path to it."""
     while parent[node] != node:
         parent[node] = parent[parent[node]]
@@ -40,7 +47,7 @@ def root_of(parent: NDArray[Any], node: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)
-def unite(parent: NDArray[Any], a: Any, b: Any) -> None:
+def unite(parent: Array, a: Any, b: Any) -> None:
     """Join two trees; the smaller root becomes the parent, so no parent has a larger number than its child."""
     one, two = root_of(parent, a), root_of(parent, b)
     if one < two:
@@ -50,15 +57,7 @@ def unite(parent: NDArray[Any], a: Any, b: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)
-def measure(
-    labels: NDArray[Any],
-    begin: NDArray[np.int64],
-    shape: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    first: NDArray[np.int64],
-    boxes: NDArray[np.int32],
-    sums: NDArray[np.int64],
-) -> None:
+def measure(labels: Array, begin: Ints, shape: Ints, sizes: Ints, first: Ints, boxes: Ints32, sums: Ints) -> None:
     """Measure the objects 1..n of a block that starts at voxel ``begin`` of a volume of ``shape``; row i is object i+1.
 
     sizes (n,): voxels. first (n,): number of its first voxel in z-y-x order of the volume. boxes (n, 6): smallest z y x
@@ -80,14 +79,7 @@ def measure(
 
 
 @numba.njit(cache=True, nogil=True)
-def join(
-    parent: NDArray[np.int64],
-    low: NDArray[np.uint32],
-    high: NDArray[np.uint32],
-    low_offset: int,
-    high_offset: int,
-    reach: int,
-) -> None:
+def join(parent: Ints, low: Labels, high: Labels, low_offset: int, high_offset: int, reach: int) -> None:
     """Unite the pieces that touch across a border, in the union-find forest ``parent``.
 
     Args:
@@ -119,14 +111,14 @@ def join(
 
 
 @numba.njit(cache=True, nogil=True)
-def join_pairs(parent: NDArray[np.int64], pairs: NDArray[np.int64]) -> None:
+def join_pairs(parent: Ints, pairs: Ints) -> None:
     """Unite the nodes of each row of ``pairs`` (n, 2) in the forest ``parent``."""
     for i in range(len(pairs)):
         unite(parent, pairs[i, 0], pairs[i, 1])
 
 
 @numba.njit(cache=True, nogil=True)
-def number_roots(parent: NDArray[np.int64]) -> int:
+def number_roots(parent: Ints) -> int:
     """Turn the forest, in place, into the number 0..n-1 of every node's tree, in the order of the roots; returns n."""
     n = 0
     for node in range(len(parent)):
@@ -141,15 +133,15 @@ def number_roots(parent: NDArray[np.int64]) -> int:
 
 @numba.njit(cache=True, nogil=True)
 def gather(
-    trees: NDArray[np.int64],
-    piece_sizes: NDArray[np.int64],
-    piece_first: NDArray[np.int64],
-    piece_boxes: NDArray[np.int32],
-    piece_sums: NDArray[np.int64],
-    sizes: NDArray[np.int64],
-    first: NDArray[np.int64],
-    boxes: NDArray[np.int32],
-    sums: NDArray[np.int64],
+    trees: Ints,
+    piece_sizes: Ints,
+    piece_first: Ints,
+    piece_boxes: Ints32,
+    piece_sums: Ints,
+    sizes: Ints,
+    first: Ints,
+    boxes: Ints32,
+    sums: Ints,
 ) -> None:
     """Add a block's pieces to the objects: ``trees[i]`` is the object of piece i; sizes must begin as zeros."""
     for i in range(len(trees)):
@@ -169,15 +161,15 @@ def gather(
 
 @numba.njit(cache=True, nogil=True)
 def fill_cavities(
-    order: NDArray[np.int64],
-    owner: NDArray[np.int64],
-    boxes: NDArray[np.int32],
-    object_boxes: NDArray[np.int32],
-    member_begin: NDArray[np.int64],
-    members: NDArray[np.int64],
-    neighbor_begin: NDArray[np.int64],
-    neighbors: NDArray[np.int64],
-) -> NDArray[np.int64]:
+    order: Ints,
+    owner: Ints,
+    boxes: Ints32,
+    object_boxes: Ints32,
+    member_begin: Ints,
+    members: Ints,
+    neighbor_begin: Ints,
+    neighbors: Ints,
+) -> Ints:
     """Which object fills each node of the graph of a volume's parts: (n,) -1 where none does.
 
     Args:

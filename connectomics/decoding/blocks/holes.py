@@ -91,8 +91,10 @@ def fill(
     gather(owner[known], *nodes.take(known).columns.values(), *objects.columns.values())
     size = np.prod(objects.boxes[:, 3:].astype(np.int64) - objects.boxes[:, :3] + 1, axis=1)
     order = np.lexsort((objects.first, size))  # inner objects have smaller boxes
-    begin, neighbors = _adjacency(np.unique(np.concatenate(edges), axis=0), len(nodes))
-    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *_members(owner, n), begin, neighbors)
+    ones, twos = np.unique(np.concatenate(edges), axis=0).T
+    near = _grouped(np.concatenate((ones, twos)), np.concatenate((twos, ones)), len(nodes))
+    members = _grouped(owner[known], np.flatnonzero(known), n)
+    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *members, *near)
     cavity = (owner < 0) & (holder >= 0)
     inner = nodes.take(cavity)
     # a cavity lies within the box of its object, after its first voxel
@@ -102,18 +104,10 @@ def fill(
     return objects, owner[forest]
 
 
-def _members(owner: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The parts of every object, as begins (n + 1,) and a list of all."""
-    chosen = np.flatnonzero(owner >= 0)
-    chosen = chosen[np.argsort(owner[chosen], kind="stable")]
-    return np.searchsorted(owner[chosen], np.arange(n + 1)), chosen
-
-
-def _adjacency(edges: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The neighbors of every node, as begins (n + 1,) and a list of all; ``edges`` (m, 2), each once."""
-    both = np.concatenate((edges, edges[:, ::-1]))
-    both = both[np.argsort(both[:, 0], kind="stable")]
-    return np.searchsorted(both[:, 0], np.arange(n + 1)), np.ascontiguousarray(both[:, 1])
+def _grouped(keys: NDArray[np.int64], values: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The values of every key 0..n-1, as begins (n + 1,) and a list of all."""
+    order = np.argsort(keys, kind="stable")
+    return np.searchsorted(keys[order], np.arange(n + 1)), values[order]
 
 
 def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int64]]:

@@ -13,18 +13,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
+
+from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32
 
 
 @numba.njit(cache=True, nogil=True)
-def descend(
-    height: NDArray[np.int32],
-    shape: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    cut: NDArray[np.bool_],
-    root: NDArray[Any],
-    outside: int,
-) -> None:
+def descend(height: Ints32, shape: Ints, offsets: Ints, cut: Flags, root: Array, outside: int) -> None:
     """Where a drop of water ends that goes from voxel to lowest neighbor: ``root[v]`` for every voxel v.
 
     Args:
@@ -66,9 +60,7 @@ def descend(
 
 
 @numba.njit(cache=True, nogil=True)
-def number_basins(
-    root: NDArray[Any], shape: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def number_basins(root: Array, shape: Ints, low: Ints, high: Ints) -> Ints:
     """Turn roots, in place, into basins 1..n by their first voxel in the box from ``low`` to ``high`` (without).
 
     0 for a basin that has no voxel there. Returns the lowest voxel of each basin (n,).
@@ -95,15 +87,7 @@ def number_basins(
 
 
 @numba.njit(cache=True, nogil=True)
-def peaks(
-    height: NDArray[np.int32],
-    shape: NDArray[np.int64],
-    steps: NDArray[np.int64],
-    radius: NDArray[np.int64],
-    candidates: NDArray[np.int64],
-    outside: int,
-    found: NDArray[np.bool_],
-) -> None:
+def peaks(height: Ints32, shape: Ints, steps: Ints, radius: Ints, candidates: Ints, outside: int, found: Flags) -> None:
     """Which of some voxels are the lowest of what holds together with them in the box of ``radius`` around them.
 
     Args:
@@ -164,13 +148,13 @@ def peaks(
 
 
 @numba.njit(cache=True, nogil=True)
-def below(height: NDArray[np.int32], a: int, b: int) -> bool:
+def below(height: Ints32, a: int, b: int) -> bool:
     """Whether voxel a comes before voxel b: it is lower, or as high and first."""
     return height[a] < height[b] or (height[a] == height[b] and a < b)
 
 
 @numba.njit(cache=True, nogil=True)
-def before(height: NDArray[np.int32], worse: int, better: int, worse2: int, better2: int) -> bool:
+def before(height: Ints32, worse: int, better: int, worse2: int, better2: int) -> bool:
     """Whether the edge between ``worse`` and ``better`` comes before the other one."""
     if worse != worse2:
         return below(height, worse, worse2)
@@ -178,7 +162,7 @@ def before(height: NDArray[np.int32], worse: int, better: int, worse2: int, bett
 
 
 @numba.njit(cache=True, nogil=True)
-def slot(keys: NDArray[np.int64], key: Any) -> Any:
+def slot(keys: Ints, key: Any) -> Any:
     """Where a key is in the table, or the free place for it."""
     mask = len(keys) - 1
     mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
@@ -190,16 +174,16 @@ def slot(keys: NDArray[np.int64], key: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)
 def basin_edges(
-    height: NDArray[np.int32],
-    label: NDArray[Any],
-    shape: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
+    height: Ints32,
+    label: Array,
+    shape: Ints,
+    offsets: Ints,
+    low: Ints,
+    high: Ints,
     outside: int,
-    out_worse: NDArray[np.int64],
-    out_better: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    out_worse: Ints,
+    out_better: Ints,
+) -> tuple[Ints, Ints, Ints, Ints]:
     """The first edge between every two basins that touch in the box from ``low`` to ``high`` (without).
 
     Args:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
+
+from connectomics.decoding.blocks.component_kernels import Flags, Ints, Ints32
 
 
 @numba.njit(cache=True, nogil=True)
-def along_z(mask: NDArray[np.bool_], begin: int, out: NDArray[np.int32], weight: int, cap: int) -> None:
+def along_z(mask: Flags, begin: int, out: Ints32, weight: int, cap: int) -> None:
     """Squared distance along z to the nearest voxel that is not in ``mask`` (d, h, w), at most ``cap``.
 
     Args:
@@ -45,7 +46,7 @@ def along_z(mask: NDArray[np.bool_], begin: int, out: NDArray[np.int32], weight:
 
 
 @numba.njit(cache=True, nogil=True)
-def along_line(f: NDArray[np.int64], n: int, weight: int, cap: int, place: Any, start: Any, out: Any) -> None:
+def along_line(f: Ints, n: int, weight: int, cap: int, place: Any, start: Any, out: Any) -> None:
     """out[i] = min over j of f[j] + weight (i - j)^2, at most ``cap``, for a line of n values.
 
     The lower envelope of parabolas (Felzenszwalb & Huttenlocher 2012, "Distance transforms of sampled functions") in
@@ -96,7 +97,7 @@ def along_line(f: NDArray[np.int64], n: int, weight: int, cap: int, place: Any, 
 
 
 @numba.njit(cache=True, nogil=True)
-def along_y(values: NDArray[np.int32], begin: int, out: NDArray[np.int32], weight: int, cap: int) -> None:
+def along_y(values: Ints32, begin: int, out: Ints32, weight: int, cap: int) -> None:
     """`along_line` along y of ``values`` (d, h, w); ``out`` (d, e, w) takes the rows from ``begin`` on. ``out`` may be
     the first rows of ``values`` itself."""
     height = values.shape[1]
@@ -112,7 +113,7 @@ def along_y(values: NDArray[np.int32], begin: int, out: NDArray[np.int32], weigh
 
 
 @numba.njit(cache=True, nogil=True)
-def along_x(values: NDArray[np.int32], begin: int, out: NDArray[np.int32], weight: int, cap: int, outside: int) -> None:
+def along_x(values: Ints32, begin: int, out: Ints32, weight: int, cap: int, outside: int) -> None:
     """`along_line` along x of ``values`` (d, h, w); ``out`` (d, h, e) takes minus the values from ``begin`` on, and
     ``outside`` where they are zero. ``out`` may be ``values`` itself."""
     width = values.shape[2]

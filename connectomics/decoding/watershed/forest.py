@@ -6,13 +6,8 @@ first, unless both sides already hold a seed. All that is joined to a seed is it
 cuts: minimum spanning forests and the drop of water principle"). No two edges rank alike, so the forest is unique,
 whatever the order of work.
 
-Why parts suffice. (1) The first edge of a voxel, or of any united set without a seed, is in the forest; so every voxel
-belongs with its lowest neighbor, and water runs down to the bottom of a basin. (2) The last edge of a cycle is in no
-forest, if all seeds count as joined from the start. (3) Contracting two voxels of one tree from the start leaves every
-tree unchanged: an edge on the way between them becomes superfluous, and no other. So a part is reduced to its basins;
-of the edges between two basins the first is kept; of these, by (2), those that the forest of the part needs; and by (1)
-basins that only touch others of the part are united at once. What is left are basins that hold a seed or drain into
-another part (`Fragments`). The same algorithm joins these.
+A part of a volume is reduced to basins that hold a seed or drain into another part (`Fragments`), which the same
+algorithm joins. Why parts suffice is in ``docs/design-notes.md``.
 """
 
 from __future__ import annotations

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.component_kernels import root_of
+from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Labels, root_of
 from connectomics.decoding.watershed.basin_kernels import before, slot
 
 
 @numba.njit(cache=True, nogil=True)
 def contract(
-    height: NDArray[np.int32],
-    ones: NDArray[np.int64],
-    twos: NDArray[np.int64],
-    worse: NDArray[np.int64],
-    better: NDArray[np.int64],
-    order: NDArray[np.int64],
-    seeded: NDArray[np.bool_],
-    out_worse: NDArray[np.int64],
-    out_better: NDArray[np.int64],
+    height: Ints32,
+    ones: Ints,
+    twos: Ints,
+    worse: Ints,
+    better: Ints,
+    order: Ints,
+    seeded: Flags,
+    out_worse: Ints,
+    out_better: Ints,
     floor: int,
-    parent: NDArray[np.int64],
-    kept: NDArray[np.bool_],
+    parent: Ints,
+    kept: Flags,
 ) -> None:
     """Unite the basins of a region that no other region can keep apart, and find the edges that may matter elsewhere.
 
@@ -69,14 +66,7 @@ def contract(
 
 
 @numba.njit(cache=True, nogil=True)
-def join_seeded(
-    ones: NDArray[np.int64],
-    twos: NDArray[np.int64],
-    flat: NDArray[np.bool_],
-    order: NDArray[np.int64],
-    seeded: NDArray[np.bool_],
-    parent: NDArray[np.int64],
-) -> None:
+def join_seeded(ones: Ints, twos: Ints, flat: Flags, order: Ints, seeded: Flags, parent: Ints) -> None:
     """Kruskal's algorithm with seeds: an edge joins two trees unless both hold one (``flat`` edges join any two).
 
     ``parent`` is the union-find forest of nodes 0..n-1, changed in place like ``seeded`` (n,), which holds for roots.
@@ -92,7 +82,7 @@ def join_seeded(
 
 
 @numba.njit(cache=True, nogil=True)
-def rename(values: NDArray[Any], table: NDArray[np.int64]) -> None:
+def rename(values: Array, table: Ints) -> None:
     """``table[values]`` in place."""
     for i in range(len(values)):
         if values[i] != 0:
@@ -101,21 +91,8 @@ def rename(values: NDArray[Any], table: NDArray[np.int64]) -> None:
 
 @numba.njit(cache=True, nogil=True)
 def border_edges(
-    low: NDArray[np.uint32],
-    high: NDArray[np.uint32],
-    low_height: NDArray[np.int32],
-    high_height: NDArray[np.int32],
-    low_number: NDArray[np.int64],
-    high_number: NDArray[np.int64],
-    reach: int,
-) -> tuple[
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int64],
-    NDArray[np.int32],
-    NDArray[np.int32],
-]:
+    low: Labels, high: Labels, low_height: Ints32, high_height: Ints32, low_number: Ints, high_number: Ints, reach: int
+) -> tuple[Ints, Ints, Ints, Ints, Ints32, Ints32]:
     """The first edge between every two labels that touch across a border between blocks.
 
     Args:

@@ -7,6 +7,7 @@ fragments of all blocks that hold a voxel of one core are one from the start.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -155,5 +156,4 @@ def _numbers(blocks: StoredBlocks, block: int, step: Index) -> NDArray[np.int64]
 
 def _shifted(edges: Edges, one: int, two: int) -> Edges:
     """Return edges between nodes of all blocks from edges between labels."""
-    rest = (edges.worse, edges.better, edges.worse_height, edges.better_height)
-    return Edges(edges.ones + one, edges.twos + two, *rest)
+    return replace(edges, ones=edges.ones + one, twos=edges.twos + two)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -55,9 +54,7 @@ class BlockPair(VolumePair):
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._folder.cleanup()
 
     def overlaps(self) -> Overlaps:
@@ -102,7 +99,6 @@ class BlockPair(VolumePair):
         folder = Path(self._folder.name)
         self._parts = _Scratch(folder / "components", self.shape, np.dtype(np.uint32))
         self._labels = _Scratch(folder / "truth", self.shape, label_dtype(self._truth.dtype))
-        parents: list[NDArray[np.int64]] = [np.zeros(1, np.int64)]
         values: list[NDArray[Any]] = [np.zeros(1, self._pred.dtype.newbyteorder("="))]
         joins: list[NDArray[np.int64]] = []
         count, above = 0, None
@@ -120,10 +116,9 @@ class BlockPair(VolumePair):
             numbers[0] = 0
             parts = numbers[local]
             if above is not None:
-                joins.append(_touching(*above, pred[0], parts[0]))
+                joins.append(touching(*above, pred[0], parts[0]))
             above = (pred[-1].copy(), parts[-1].copy())
             self._parts.write(begin, parts)
-            parents.append(np.arange(count + 1, count + n + 1, dtype=np.int64))
             values.append(of_label[1:])
             count += n
             if count >= np.iinfo(np.uint32).max:
@@ -133,8 +128,8 @@ class BlockPair(VolumePair):
                 f"{self._truth.where}: ground-truth labels up to {self.max_truth} need tables larger than the memory; "
                 f"renumber the ground truth to at most {self._max_label}"
             )
-        parent = np.concatenate(parents)
-        _unite(parent, np.concatenate(joins) if joins else np.zeros((0, 2), np.int64))
+        parent = np.arange(count + 1)
+        unite(parent, joins)
         roots = np.flatnonzero(parent == np.arange(parent.size))
         rank = np.zeros(parent.size, np.uint32)
         rank[roots] = np.arange(roots.size)
@@ -199,9 +194,10 @@ def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-un
     return n
 
 
-def _touching(
+def touching(
     value_a: NDArray[Any], part_a: NDArray[Any], value_b: NDArray[Any], part_b: NDArray[Any]
 ) -> NDArray[np.int64]:
+    """Return the pairs (n, 2) of components of two neighboring planes that touch with equal values (26 neighbors)."""
     out = np.empty((1 << 16, 2), np.int64)
     n = _touching_runs(value_a, part_a, value_b, part_b, out)
     if n > len(out):
@@ -210,9 +206,13 @@ def _touching(
     return np.unique(out[:n], axis=0)
 
 
+def unite(parent: NDArray[np.int64], pairs: list[NDArray[np.int64]]) -> None:
+    """Unite pairs (n, 2) of numbers; ``parent`` (0, 1, ...) then holds the smallest number of each set."""
+    _unite(parent, np.concatenate([np.zeros((0, 2), np.int64), *pairs]))
+
+
 @njit(cache=True, nogil=True)
 def _unite(parent, pairs):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Unite the pairs; ``parent`` then holds the smallest number of each set."""
     for i in range(pairs.shape[0]):
         a, b = pairs[i, 0], pairs[i, 1]
         while parent[a] != a:

@@ -1,17 +1,8 @@
 """The exact Hausdorff distance of two masks in nanometers, without two whole distance transforms.
 
-The official scorer pads the union of the two bounding boxes by half the crop and computes two Euclidean distance
-transforms there for every instance. Four observations make the same number cheap:
-
-1. every voxel whose distance is asked for lies in one mask's box, and every voxel that can be nearest in the other's;
-2. only voxels of one mask that are not in the other have a distance other than 0;
-3. a voxel whose distance cannot exceed the largest found so far need not be looked at further: the distances along
-   z, y and x alone bound it from above, and cost a scan each;
-4. for what is left, a search in the plane of distances along z (or, where many are left in a plane, the lower
-   envelope of parabolas of Felzenszwalb and Huttenlocher, Theory of Computing 8, 2012) gives the exact minimum.
-
 Squares are summed in the order z, y, x in float64, as scipy's ``distance_transform_edt`` sums them, so that values
-agree to the last bit but for ties between different offsets of (mathematically) equal length.
+agree to the last bit but for ties between different offsets of (mathematically) equal length. Why so little of a volume
+has to be looked at is in ``docs/design-notes.md``.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -69,7 +69,8 @@ class Distances:
 
         todo = np.flatnonzero(compared & np.isnan(distances))
         volume = _volume(overlaps.truth_boxes[todo]) + _volume(found[todo])
-        _run(one, todo[np.argsort(-volume, kind="stable")], self._workers)
+        with ThreadPoolExecutor(max(1, self._workers)) as threads:
+            list(threads.map(one, todo[np.argsort(-volume, kind="stable")].tolist()))
         self._known.append((second, distances))
         return distances
 
@@ -140,16 +141,6 @@ def _identical(overlaps: Overlaps, matched: NDArray[np.int64]) -> NDArray[np.boo
     result = np.zeros(matched.size, bool)
     result[row[same]] = matched[row[same]] == overlaps.pair_part[same]
     return result
-
-
-def _run(task: Callable[[int], None], items: NDArray[np.int64], workers: int) -> None:
-    if workers <= 1 or items.size <= 1:
-        for item in items:
-            task(int(item))
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(task, items.tolist()):
-            pass
 
 
 class MemoryBudget:

@@ -277,16 +277,6 @@ class SubmissionScore:
         }
 
     @property
-    def overall_instance_score(self) -> float | None:
-        """Return the mean of the combined scores with missing labels counted."""
-        return self.totals.instance
-
-    @property
-    def overall_semantic_score(self) -> float | None:
-        """Return the mean IoU with missing labels counted."""
-        return self.totals.semantic
-
-    @property
     def label_scores(self) -> dict[str, ClassScore]:
         """Return the scores per class with missing labels counted."""
         return self.totals.classes
@@ -354,11 +344,19 @@ def pool_class(class_name: str, results: Sequence[LabelResult]) -> ClassScore:
     if not instances:
         iou = tp / (tp + fp + fn) if tp + fp + fn else 1.0
         return ClassScore(*counts, iou=iou, panoptic=panoptic, by_quality=by_quality)
+    number, total = sum(s.n_hausdorff for s in instances), sum(s.hausdorff_norm_sum for s in instances)
+    ratios = instance_ratios(tp, fp, fn, total, number)
+    return ClassScore(*counts, *ratios, panoptic=panoptic, by_quality=by_quality)
+
+
+def instance_ratios(tp: int, fp: int, fn: int, distance_sum: float, number: int) -> tuple[float, float, float]:
+    """Return F1, the mean of ``number`` mapped distances, and the score of the class, their geometric mean.
+
+    F1 is 2 tp / (2 tp + fp + fn). All are 1 if both volumes are empty.
+    """
     f1 = 2 * tp / (2 * tp + fp + fn) if 2 * tp + fp + fn else 1.0
-    number = sum(s.n_hausdorff for s in instances)
-    distance = sum(s.hausdorff_norm_sum for s in instances) / number if number else 1.0
-    combined = (f1 * distance) ** 0.5
-    return ClassScore(*counts, f1, distance, combined, panoptic=panoptic, by_quality=by_quality)
+    distance = distance_sum / number if number else 1.0
+    return f1, distance, (f1 * distance) ** 0.5
 
 
 def _mean(values: Sequence[float], asked: bool) -> float | None:

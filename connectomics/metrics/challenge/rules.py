@@ -88,7 +88,6 @@ class Rules202606(Rules):
         return np.where(free, truth_ids, 0)
 
     def unmatched_distance(self, cap: float) -> float:
-        """Return the cap."""
         return cap
 
     def mapped(self, distances: NDArray[np.float32], voxel_size: Triple, cap: float) -> NDArray[np.float64]:
@@ -109,7 +108,6 @@ class Rules202607(Rules):
     verified = False
 
     def unmatched_distance(self, cap: float) -> float:
-        """Return infinity."""
         return math.inf
 
     def mapped(self, distances: NDArray[np.float32], voxel_size: Triple, cap: float) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, triple
 from connectomics.machine import usable_cores
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.instance_distances import Box, Distances
 from connectomics.metrics.challenge.results import (
     FAILED,
@@ -79,11 +80,8 @@ def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
     nan_voxels = int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
     if nan_voxels:
         warnings.warn(nan_message(nan_voxels), stacklevel=2)
-    positive, true = a > 0, b > 0
-    tp = int(np.count_nonzero(positive & true))
-    return SemanticScore(
-        tp, int(np.count_nonzero(positive)) - tp, int(np.count_nonzero(true)) - tp, nan_voxels=nan_voxels
-    )
+    counts = Counts.of(a, b)
+    return SemanticScore(counts.tp, counts.fp, counts.fn, nan_voxels=nan_voxels)
 
 
 # -- input -------------------------------------------------------------------------------------------------------------

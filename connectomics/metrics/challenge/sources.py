@@ -23,55 +23,35 @@ _MASK = "_mask"
 
 
 # -- submissions -------------------------------------------------------------------------------------------------------
-class Submission:
-    """Labels by crop and class, as the official scorer sees them."""
-
-    location: str
-
-    def crops(self) -> list[str]:
-        """Return the folder names of the crops."""
-        raise NotImplementedError
-
-    def classes(self, crop: str) -> list[str]:
-        """Return the classes of a crop."""
-        raise NotImplementedError
-
-    def unseen(self, crop: str) -> list[str]:
-        """Return the folders of a crop that the scorer does not see, because they are not plain arrays."""
-        return []
-
-    def label(self, crop: str, class_name: str) -> Source:
-        """Open one label."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close open files."""
-
-
-class GroupSubmission(Submission):
+class GroupSubmission:
     """A Zarr v2 group in a zip or a folder; only plain arrays directly under a crop count."""
 
     def __init__(self, store: Store) -> None:
         self._store, self.location = store, store.location
 
     def crops(self) -> list[str]:
+        """Return the folder names of the crops."""
         return self._store.folders()
 
     def classes(self, crop: str) -> list[str]:
+        """Return the classes of a crop."""
         return [name for name in self._store.folders(crop) if is_array(self._store, f"{crop}/{name}")]
 
     def unseen(self, crop: str) -> list[str]:
+        """Return the folders of a crop that the scorer does not see, because they are not plain arrays."""
         return [name for name in self._store.folders(crop) if not is_array(self._store, f"{crop}/{name}")]
 
     def label(self, crop: str, class_name: str) -> Source:
+        """Open one label."""
         array = ZarrArray(self._store, f"{crop}/{class_name}")
         return source_of(array, array.attrs)
 
     def close(self) -> None:
+        """Close open files."""
         self._store.close()
 
 
-class PredictionFolder(Submission):
+class PredictionFolder:
     """Labels as ``decode`` writes them, ``{dataset}.zarr/{crop}/{class}/s0``, scored as if they were packed.
 
     `label` raises `InputError` for probabilities and `IncompleteError` for incomplete labels.
@@ -106,6 +86,16 @@ class PredictionFolder(Submission):
             raise IncompleteError(f"{location} is only half written; rerun decode to finish it")
         grid = image.levels[0].grid
         return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation)
+
+    def unseen(self, crop: str) -> list[str]:
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+#: Labels by crop and class, as the official scorer sees them.
+Submission = GroupSubmission | PredictionFolder
 
 
 class _FinestLevel:

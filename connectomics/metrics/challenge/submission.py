@@ -11,6 +11,7 @@ import numpy as np
 
 from connectomics.errors import InputError
 from connectomics.machine import usable_cores
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.align import Aligned, Readable
 from connectomics.metrics.challenge.blocks import BlockPair
 from connectomics.metrics.challenge.instance_distances import MemoryBudget
@@ -131,17 +132,8 @@ class _Scorer:
         """Yield the results in the order of the targets."""
         outer = min(self._workers, len(targets))
         self._inner = max(1, self._workers // outer)
-        if outer == 1:
-            yield from map(self._score, targets)
-            return
         with ThreadPoolExecutor(outer) as threads:
-            futures = [threads.submit(self._score, t) for t in targets]
-            try:
-                for future in futures:
-                    yield future.result()
-            finally:
-                for future in futures:
-                    future.cancel()
+            yield from threads.map(self._score, targets)
 
     def _score(self, target: Target) -> LabelResult:
         is_instance = self._rules.is_instance(target.class_name)
@@ -189,16 +181,13 @@ class _Scorer:
             return score_pair(pair, voxel_size, self._rules, self._inner, nan_voxels, self._others)
 
     def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
-        tp = positive = true = nan_voxels = 0
+        counts, nan_voxels = Counts(), 0
         with self._budget.held(resampling):  # the slabs themselves need little memory
             for begin, shape in _slabs(target.grid.shape):
-                a, b = pred.read(begin, shape), truth.read(begin, shape) > 0
+                a = pred.read(begin, shape)
                 nan_voxels += int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
-                a = a > 0
-                tp += int(np.count_nonzero(a & b))
-                positive += int(np.count_nonzero(a))
-                true += int(np.count_nonzero(b))
-        return SemanticScore(tp, positive - tp, true - tp, nan_voxels=nan_voxels)
+                counts += Counts.of(a, truth.read(begin, shape))
+        return SemanticScore(counts.tp, counts.fp, counts.fn, nan_voxels=nan_voxels)
 
 
 Block = tuple[tuple[int, int, int], tuple[int, int, int]]

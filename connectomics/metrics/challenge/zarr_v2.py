@@ -133,10 +133,19 @@ class Entry:
     is_unsupported_method: bool = False
 
     @property
-    def leads_out(self) -> bool:
-        """Whether the name is a path out of the archive."""
+    def problems(self) -> list[tuple[str, str, str]]:
+        """Return the rule, what is there and what is expected, of all that makes the file unsafe to read."""
         parts = self.name.replace("\\", "/").split("/")
-        return self.name.startswith(("/", "\\")) or ":" in parts[0] or ".." in parts or "\x00" in self.name
+        leads_out = self.name.startswith(("/", "\\")) or ":" in parts[0] or ".." in parts or "\x00" in self.name
+        checks = (
+            (leads_out, "outside-path", "a path out of the archive", "relative names without .."),
+            ("\\" in self.name and not leads_out, "backslash", "a backslash in a name", "names with /"),
+            (len(parts) > MAX_DEPTH, "deep-path", f"{len(parts)} nested folders", f"at most {MAX_DEPTH}"),
+            (self.is_link, "link", "a link", "files and folders only"),
+            (self.is_encrypted, "encrypted", "an encrypted file", "no password"),
+            (self.is_unsupported_method, "zip-method", "a file packed by another method", "stored or deflated files"),
+        )
+        return [(rule, found, expected) for is_wrong, rule, found, expected in checks if is_wrong]
 
 
 class Archive(Store):
@@ -245,20 +254,8 @@ class ZipStore(Archive):
 
     def _refuse_unsafe(self, max_bytes: int) -> None:
         for entry in self.entries:
-            depth = len(PurePosixPath(entry.name).parts)
-            problem = ""
-            if entry.is_link:
-                problem = "is a link; a submission must hold files only"
-            elif entry.leads_out or "\\" in entry.name:
-                problem = "leads out of the archive; pack it with relative paths"
-            elif depth > MAX_DEPTH:
-                problem = f"has {depth} folders, expected at most {MAX_DEPTH}; pack it again"
-            elif entry.is_encrypted:
-                problem = "is encrypted; pack it without a password"
-            elif entry.is_unsupported_method:
-                problem = "is packed by another method; expected stored or deflated files (zip -r0)"
-            if problem:
-                raise InputError(f"{self.location}: {entry.name[:80]!r} {problem}")
+            for _, found, expected in entry.problems:
+                raise InputError(f"{self.location}: {entry.name[:80]!r} is {found}, expected {expected}; pack it again")
         total = sum(entry.size for entry in self.entries)
         if total > max_bytes:
             raise InputError(
