@@ -68,8 +68,8 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     from connectomics.pipeline.results import ArrayFolder
     from connectomics.pipeline.runs import open_run
     from connectomics.report import OtherRun
-    from connectomics.report.scores import Scores as ScoresFile
-    from connectomics.report.scores import evaluation_section
+    from connectomics.report.pages.score_sections import evaluation_section
+    from connectomics.report.pages.scores import Scores as ScoresFile
 
     if len(scores) > max(1, len(runs)):
         raise InputError(f"{len(scores)} --scores for {len(runs)} --run; give each run its own scores.json, in order")
