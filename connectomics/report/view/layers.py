@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
@@ -61,11 +61,7 @@ class ViewSources:
 
 @dataclass
 class Layers:
-    """The layers of one data set.
-
-    Attributes:
-        position: center of the first view, nm, z y x; extent: its size, nm. roots, made: for `VolumeServer`.
-    """
+    """The layers of one data set; the first view of ``extent`` nm is at ``position``, nm, z y x."""
 
     dataset: str
     layers: list[Layer] = field(default_factory=list)
@@ -154,26 +150,20 @@ def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visibl
     if label.grid.size == 0:
         return
 
-    def known(part: VoxelGrid) -> NDArray[Any]:
-        return read_labels(crop, [class_name], part).known_of(class_name).astype(np.uint8)
+    def mask(part: VoxelGrid) -> LabelVolume:
+        return read_labels(crop, [class_name], part)
 
-    def present(part: VoxelGrid) -> NDArray[Any]:
-        return read_labels(crop, [class_name], part).present_of(class_name).astype(np.uint8)
-
-    def ids(part: VoxelGrid) -> NDArray[Any]:
-        return read_instances(crop, class_name, part)[0].astype(np.uint32)
-
-    def add(what: str, key: str, volume: MadeVolume, color: str, visible: bool) -> None:
+    def add(what: str, key: str, values: Callable[[VoxelGrid], NDArray[Any]], color: str, visible: bool) -> None:
         address = f"{crop.name}-{class_name}-{key}"
-        found.made[address] = volume
+        found.made[address] = MadeVolume(label.grid, np.uint32 if key == "ids" else np.uint8, values)
         kind: Literal["ids", "mask"] = "ids" if key == "ids" else "mask"
         found.layers.append(Layer(f"{class_name} {what} {crop.name}", kind, f"made/{address}", color, visible))
 
     if label.annotation.kind == "instance":
-        add("truth", "ids", MadeVolume(label.grid, np.uint32, ids), color, visible)
+        add("truth", "ids", lambda part: read_instances(crop, class_name, part)[0], color, visible)
     else:
-        add("truth", "present", MadeVolume(label.grid, np.uint8, present), color, visible)
-    add("known", "known", MadeVolume(label.grid, np.uint8, known), KNOWN_COLOR, False)
+        add("truth", "present", lambda part: mask(part).present_of(class_name), color, visible)
+    add("known", "known", lambda part: mask(part).known_of(class_name), KNOWN_COLOR, False)
 
 
 def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> list[VoxelGrid]:
