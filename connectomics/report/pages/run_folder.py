@@ -72,6 +72,23 @@ def _cell(text: str | None) -> float:
         return math.nan
 
 
+def numbers(timing: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of ``timing.json``."""
+    return {k: float(v) for k, v in timing.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return a configuration with one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
 def by_epoch(timing: Mapping[str, Any], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """Return (epoch, value times ``scale``) of ``by_epoch`` in ``timing.json``, for the epochs with a value."""
     rows = timing.get("by_epoch", [])
@@ -109,10 +126,9 @@ def training_environment(run: Path) -> dict[str, str]:
         raise MetadataError(f"cannot read {path} as JSON: {error}") from error
     starts = found if isinstance(found, list) else []
     last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
-    git, packages, gpus = last.get("git"), last.get("packages"), last.get("gpus")
-    git = git if isinstance(git, dict) else {}
+    git, versions = (v if isinstance(v := last.get(key), dict) else {} for key in ("git", "packages"))
+    gpus = last.get("gpus")
     commit = f"{str(git.get('commit', ''))[:12]}{' and changes' * bool(git.get('changed'))}" if git else ""
-    versions = packages if isinstance(packages, dict) else {}
     facts = {
         "code": f"connectomics {last['connectomics']}" if "connectomics" in last else "",
         "commit": commit,
