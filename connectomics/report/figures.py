@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Picture = NDArray[np.uint8]
-_GAP = 4  # white pixels between two pictures
 
 
 # -- gray values -------------------------------------------------------------------------------------------------------
@@ -209,6 +208,12 @@ def resize(picture: NDArray[Any], shape: tuple[int, int], how: Literal["linear",
     return np.asarray(image.resize((shape[1], shape[0]), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
+def side_by_side(pictures: Sequence[NDArray[Any]], gap: int = 4) -> Picture:
+    """Return pictures of one height in a row with white gaps between them, RGB."""
+    padded = [np.pad(to_rgb(p), ((0, 0), (0, gap), (0, 0)), constant_values=255) for p in pictures]
+    return np.concatenate(padded, axis=1)[:, :-gap]
+
+
 def overlay_figure(
     raw: ArrayLike,
     labels: ArrayLike | None = None,
@@ -283,8 +288,7 @@ def overlay_picture(
             picture = overlay(picture, error_layer(np.where(mask, 0, NOT_KNOWN)))
         pictures.append(letter(scale_bar(picture, 1 / scale), name, (5, 3), max(10, longest // 20)))
     tallest = max(len(picture) for picture in pictures)
-    padded = [np.pad(p, ((0, tallest - len(p)), (0, _GAP), (0, 0)), constant_values=255) for p in pictures]
-    return np.concatenate(padded, axis=1)[:, :-_GAP]
+    return side_by_side([np.pad(p, ((0, tallest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures])
 
 
 def _middle(labels: NDArray[np.bool_] | tuple[int, ...]) -> list[int]:
