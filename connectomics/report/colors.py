@@ -1,7 +1,7 @@
 """The colors of overlays, in figures, reports and viewers alike. Change them here.
 
-They stay apart for color-blind eyes and in gray print (Okabe and Ito, "Color Universal Design", 2008; Tol, "Colour
-schemes", 2021). The ground truth is blue and the prediction orange everywhere; an error takes the color of the side
+They stay apart for color-blind eyes and in gray print (Okabe and Ito, "Color Universal Design", 2008; the schemes of
+Paul Tol, 2021). The ground truth is blue and the prediction orange everywhere; an error takes the color of the side
 that stands alone. The style sheet of the pages (``templates/page.html.j2``) takes its two overlay colors from here.
 """
 

@@ -163,11 +163,9 @@ def listed(drawn: Sequence[tuple[Item, Findings]], most: int) -> list[Listed]:
 def tables(
     drawn: Sequence[tuple[Item, Findings]], shown: Sequence[Listed], clickable: int, anchors: Sequence[str]
 ) -> Markup:
-    """Return the number of objects of each kind by class, and the mistakes one by one; empty without instances.
+    """Return the number of objects of each kind by class, and the mistakes that are ``shown``; empty without instances.
 
-    Args:
-        shown: from `listed`. clickable: items with a lower number are in the crop's slice viewer, which a click moves;
-            the others link to their pictures, whose IDs are ``anchors``, one per item.
+    Items with a number below ``clickable`` are in the slice viewer, which a click moves; others link to ``anchors``.
     """
     rows, partly = [], []
     for item, found in drawn:

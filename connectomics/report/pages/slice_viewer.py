@@ -29,8 +29,7 @@ def viewer(items: Sequence[Item], chosen: int, at: Triple, wanted: Sequence[Trip
 
     Args:
         items: the classes to offer (all of one data set); at most 12 are shown. chosen: the one it opens with.
-        at: where it opens, nm, z y x. wanted: positions that should have slices, the most important first.
-        slices: of each plane, at most: half of them evenly spread, the others at ``wanted``.
+        at: where it opens, nm, z y x. wanted, slices: as `slice_positions` takes them.
     """
     raw = items[0].raw
     shown = list(items[:MOST_CLASSES])
