@@ -63,11 +63,9 @@ def line_chart(
     y_label: str = "",
     diagonal: bool = False,
 ) -> Markup:
-    """Return a chart of lines with their names at their ends; empty if there is no line.
+    """Return a chart of lines with their names at their ends, and with y = x if ``diagonal``; empty without lines.
 
-    Args:
-        y_range, x_range: limits of an axis (default: y from 0 or the lowest value, x from the lowest, to the highest).
-        y_label: text beside the y axis. diagonal: draw y = x, dashed.
+    Limits of the axes: y from 0 or the lowest value, x from the lowest, to the highest, if they are not given.
     """
     if not series:
         return Markup("")

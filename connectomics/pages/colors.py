@@ -1,7 +1,7 @@
 """The colors of overlays, in figures, reports and viewers alike. Change them here.
 
-They stay apart for color-blind eyes and in gray print (Okabe and Ito, "Color Universal Design", 2008; P. Tol,
-2021). The ground truth is blue and the prediction orange everywhere; an error takes the color of the side
+They stay apart for color-blind eyes and in gray print (Okabe and Ito, "Color Universal Design", 2008; the schemes of
+Paul Tol, 2021). The ground truth is blue and the prediction orange everywhere; an error takes the color of the side
 that stands alone. The style sheet of the pages (``templates/page.html.j2``) takes its two overlay colors from here.
 """
 
@@ -33,23 +33,10 @@ ERROR_NAMES = ("neither", "agreement", "predicted only", "truth only", "wrong ob
 
 #: Colors of objects, repeated in order of their IDs; row 0 is background.
 OBJECT_COLORS: NDArray[np.uint8] = np.array(
-    [
-        (0, 0, 0),
-        (86, 180, 233),
-        (230, 159, 0),
-        (0, 158, 115),
-        (240, 228, 66),
-        (213, 94, 0),
-        (204, 121, 167),
-        (0, 114, 178),
-        (153, 221, 255),
-        (221, 204, 119),
-        (170, 68, 153),
-        (68, 187, 153),
-        (238, 136, 102),
-    ],
+    [(0, 0, 0), (86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167),
+     (0, 114, 178), (153, 221, 255), (221, 204, 119), (170, 68, 153), (68, 187, 153), (238, 136, 102)],
     np.uint8,
-)
+)  # fmt: skip
 
 #: Colors of classes in the viewers: Okabe and Ito's without black.
 CLASS_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")

@@ -36,11 +36,7 @@ Picture = NDArray[np.uint8]
 
 # -- gray values -------------------------------------------------------------------------------------------------------
 def contrast_limits(values: ArrayLike, inside: ArrayLike | None = None, cut: float = 0.5) -> tuple[float, float]:
-    """Return the gray values to show as black and white: percentiles ``cut`` and 100 - ``cut`` of the values inside.
-
-    Args:
-        values: raw, any shape and range. inside: bool, same shape; None for all.
-    """
+    """Return the gray values to show as black and white: percentiles ``cut`` and 100 - ``cut`` of the values inside."""
     data = np.asarray(values, np.float32)
     data = data[np.asarray(inside, bool)] if inside is not None else data.ravel()
     if data.size == 0:
@@ -77,12 +73,10 @@ def edges(labels: ArrayLike) -> NDArray[np.bool_]:
     """Return the pixels of every region that touch another value above, below, left or right, bool (H, W)."""
     values = np.asarray(labels)
     found = np.zeros(values.shape, bool)
-    down = values[1:] != values[:-1]
-    right = values[:, 1:] != values[:, :-1]
-    found[1:] |= down
-    found[:-1] |= down
-    found[:, 1:] |= right
-    found[:, :-1] |= right
+    for v, f in ((values, found), (values.T, found.T)):  # rows, then columns
+        differs = v[1:] != v[:-1]
+        f[1:] |= differs
+        f[:-1] |= differs
     return found & (values != 0)
 
 
@@ -104,10 +98,7 @@ def label_layer(labels: ArrayLike, colors: ArrayLike, fill: int = FILL) -> Pictu
 
 
 def error_map(
-    truth: ArrayLike,
-    prediction: ArrayLike,
-    known: ArrayLike | None = None,
-    wrong_object: ArrayLike | None = None,
+    truth: ArrayLike, prediction: ArrayLike, known: ArrayLike | None = None, wrong_object: ArrayLike | None = None
 ) -> NDArray[np.uint8]:
     """Return the outcome of every voxel, ``NEITHER``, ``TP``, ``FP``, ``FN``, ``WRONG`` or ``NOT_KNOWN`` of `colors`.
 
@@ -219,9 +210,8 @@ def resize(picture: NDArray[Any], shape: tuple[int, int], how: Literal["linear",
 
 def side_by_side(pictures: Sequence[NDArray[Any]], gap: int = 4) -> Picture:
     """Return pictures of one height in a row with white gaps between them, RGB."""
-    space = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
-    parts = [part for p in pictures for part in (to_rgb(p), space)][:-1]
-    return np.concatenate(parts, axis=1)
+    padded = [np.pad(to_rgb(p), ((0, 0), (0, gap), (0, 0)), constant_values=255) for p in pictures]
+    return np.concatenate(padded, axis=1)[:, :-gap]
 
 
 def overlay_figure(
@@ -229,17 +219,14 @@ def overlay_figure(
     labels: ArrayLike | None = None,
     voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
     *,
-    at: Sequence[int] | None = None,
     title: str = "",
-    known: ArrayLike | None = None,
-    instances: bool | None = None,
-    longest: int = 320,
+    **options: Any,
 ) -> Figure:
     """Return a matplotlib figure of `overlay_picture`, which a notebook shows; see there for the arguments."""
     import matplotlib.pyplot as plt  # also loads the backend by which notebooks show figures
     from matplotlib.figure import Figure
 
-    picture = overlay_picture(raw, labels, voxel_size, at=at, known=known, instances=instances, longest=longest)
+    picture = overlay_picture(raw, labels, voxel_size, **options)
     height, width = picture.shape[:2]
     dpi, top = plt.rcParams["figure.dpi"], 28 if title else 0  # pixels
     figure = Figure(figsize=(width / dpi, (height + top) / dpi))
@@ -325,13 +312,13 @@ def encode(picture: NDArray[np.uint8], quality: int = 85) -> tuple[str, bytes]:
     found = rgba.getcolors(maxcolors=256)
     if found is None:
         rgba.save(stream, "PNG", optimize=True)
-        return "image/png", stream.getvalue()
-    table = np.array([color for _, color in found], np.uint8)
-    packed = np.ascontiguousarray(picture).view(np.uint32)[..., 0]
-    index = np.zeros(packed.shape, np.uint8)
-    for k, color in enumerate(table.view(np.uint32)[:, 0]):  # a few colors: faster than sorting the pixels
-        index[packed == color] = k
-    image = Image.fromarray(index, "P")
-    image.putpalette(table[:, :3].tobytes())
-    image.save(stream, "PNG", optimize=True, transparency=table[:, 3].tobytes())
+    else:
+        table = np.array([color for _, color in found], np.uint8)
+        packed = np.ascontiguousarray(picture).view(np.uint32)[..., 0]
+        index = np.zeros(packed.shape, np.uint8)
+        for k, color in enumerate(table.view(np.uint32)[:, 0]):  # a few colors: faster than sorting the pixels
+            index[packed == color] = k
+        image = Image.fromarray(index, "P")
+        image.putpalette(table[:, :3].tobytes())
+        image.save(stream, "PNG", optimize=True, transparency=table[:, 3].tobytes())
     return "image/png", stream.getvalue()

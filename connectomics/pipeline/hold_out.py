@@ -55,17 +55,16 @@ def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> HeldOut:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        train, val = _write(dataset.name, crops, part, classes)
+        written = _write(dataset.name, crops, part, classes)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    train, val = (tuple(f"{dataset.name}/crop{n}" for n in sorted(written) if n % 10 == k) for k in (1, 2))
     return HeldOut(out, out / "test_crops.csv", out / "truth.zarr", train, val)
 
 
-def _write(
-    dataset: str, crops: Sequence[Crop], out: Path, classes: Sequence[str]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Write all parts; return the keys of the training and of the validation crops."""
+def _write(dataset: str, crops: Sequence[Crop], out: Path, classes: Sequence[str]) -> set[int]:
+    """Write all parts; return the numbers of the crops that they became."""
     zarr = out / dataset / f"{dataset}.zarr"
     ensure_group(zarr / GROUND_TRUTH)
     (zarr / EM).mkdir(parents=True)
@@ -85,8 +84,7 @@ def _write(
                     entries.append(TableEntry(number + part, dataset, name, grid))
                     _copy_truth(crop.labels[name], entries[-1], out / "truth.zarr" / f"crop{number + part}" / name)
     CropTable(tuple(entries)).save(out / "test_crops.csv")
-    train, val = (tuple(f"{dataset}/crop{n}" for n in sorted(written) if n % 10 == part) for part in (1, 2))
-    return train, val
+    return written
 
 
 def _parts(crop: Crop, label: LabelArray) -> list[VoxelGrid]:
@@ -131,10 +129,7 @@ def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
     for begin, values in _blocks(label, entry.grid):
         present, known = label.annotation.decode(values)
         if not known.all():
-            raise InputError(
-                f"{label.location}: the part to hold out for testing has unknown voxels, which the score cannot "
-                "handle; leave this class out"
-            )
+            raise InputError(f"{label.location}: the test part has unknown voxels; leave this class out")
         if split:
             mask[tuple(slice(b, b + n) for b, n in zip(begin, values.shape, strict=True))] = present
         else:

@@ -71,10 +71,8 @@ def tune(
     """Choose threshold, method, minimum size, hole filling and seeds of every class for the score of the challenge.
 
     Crops are those of the predictions folder that have ground truth in the data root; use crops that the network was
-    not trained on. The base parameters are always tried first, so the result is never worse on these crops. A trial
-    that is worse than the median of the others after some of the crops is stopped. Unknown voxels are background in
-    both volumes, as in ``evaluate``. If a crop has so many objects that the challenge would not score it, all its true
-    objects count as missed, so the search does not favor this. Holds one class of all crops in memory (about 7 bytes a
+    not trained on. The base parameters are always tried first, so the result is never worse on these crops. Unknown
+    voxels are background in both volumes, as in ``evaluate``. Holds one class of all crops in memory (about 7 bytes a
     voxel), beside what decoding takes.
 
     Args:
@@ -142,10 +140,6 @@ def _predictions(
     return predictions
 
 
-def _has_ids(crop: Crop, name: str) -> bool:
-    return name in crop.labels and crop.labels[name].annotation.kind == "instance"
-
-
 def _blocks(prediction: _Prediction, name: str) -> Iterator[tuple[tuple[slice, ...], NDArray[np.uint8], Any, Any]]:
     """Yield block by block: position, probabilities as uint8, present, known."""
     for begin, block in prediction.source.levels[0].grid.blocks(_BLOCK):
@@ -175,7 +169,6 @@ def _volume(prediction: _Prediction, name: str, ids: bool, base: DecodeParameter
 
 
 def _identities(predictions: list[_Prediction]) -> dict[str, str]:
-    """Return crop -> identity of its prediction."""
     return {prediction.crop.key: identity(prediction.source) for prediction in predictions}
 
 
@@ -202,7 +195,8 @@ class _Search:
 def _tune_class(predictions: list[_Prediction], search: _Search) -> TunedClass | None:
     """Return None if no voxel of the class is known to be present."""
     name, base = search.name, search.base
-    with_ids = [p for p in predictions if _has_ids(p.crop, name)] if is_instance_class(name) else []
+    labelled = [p for p in predictions if name in p.crop.labels] if is_instance_class(name) else []
+    with_ids = [p for p in labelled if p.crop.labels[name].annotation.kind == "instance"]
     if not with_ids and base.is_local:
         return _all_thresholds(predictions, search)
     volumes = {p: _volume(p, name, bool(with_ids), base) for p in with_ids or predictions}
@@ -228,7 +222,13 @@ def _all_thresholds(predictions: list[_Prediction], search: _Search) -> TunedCla
     if total == 0:
         return None
     by_quality = search.rules.by_quality
-    iou = _quality(counts) if by_quality else sum(h for h, _, _ in counts) / (total + sum(a for _, _, a in counts))
+    iou = sum(h for h, _, _ in counts) / (total + sum(a for _, _, a in counts))
+    if by_quality:  # each crop is one segment
+        pooled = (
+            sum((Panoptic.of_segment(int(h[k]), int(a[k]), int(true - h[k])) for h, true, a in counts), Panoptic())
+            for k in range(256)
+        )
+        iou = np.array([found.quality for found in pooled])
     at_base = int(np.floor(search.base.threshold * 255 + 1e-9))  # as `above` reads it
     best = min(np.flatnonzero(iou == iou.max()), key=lambda level: abs(int(level) - at_base))
     chosen = search.base if best == at_base else replace(search.base, threshold=threshold_of(int(best)))
@@ -237,15 +237,6 @@ def _all_thresholds(predictions: list[_Prediction], search: _Search) -> TunedCla
     search.report(search.trials, f"{measure} {iou[best]:.4f}")
     made_from, scores = _identities(predictions), (float(iou[at_base]), float(iou[best]))
     return TunedClass(measure, tuple(crops), made_from, search.base, scores[0], chosen, scores[1], thresholds=curve)
-
-
-def _quality(counts: list[tuple[NDArray[np.int64], int, NDArray[np.int64]]]) -> NDArray[np.float64]:
-    """Return the Panoptic Quality at each threshold; each crop is one segment."""
-    pooled = []
-    for level in range(256):
-        parts = [Panoptic.of_segment(int(h[level]), int(a[level]), int(true - h[level])) for h, true, a in counts]
-        pooled.append(sum(parts, Panoptic()).quality)
-    return np.array(pooled)
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -332,21 +323,21 @@ def _run(study: Any, volumes: list[Volume], search: _Search) -> None:
     end = None if search.seconds is None else time.monotonic() + search.seconds
     rows = _rows(study)
     seen = {_key(row["parameters"]): row["score"] for row in rows if row["state"] == "complete"}
-    pruned = {_key(row["parameters"]) for row in rows if row["state"] == "pruned"}
+    tried = {_key(row["parameters"]) for row in rows}
     done = len(rows)
     if not any(row["base"] for row in rows):
-        score = _run_trial(study, volumes, search, seen, base=True)
+        score = _run_trial(study, volumes, search, seen, None)
+        tried.update(seen)
         done += 1
         search.report(done, f"base {score:.4f}")
     if grid:
-        todo = [p for p in all_points if _key(plain(space.parameters(p, search.base))) not in {*seen, *pruned}]
-        all_points = todo
-    while (grid and all_points) or (not grid and done < search.trials):
+        all_points = [p for p in all_points if _key(plain(space.parameters(p, search.base))) not in tried]
+    while all_points if grid else done < search.trials:
         if end is not None and time.monotonic() >= end:
             return
         if grid:
             study.enqueue_trial(all_points.pop(0))
-        score = _run_trial(study, volumes, search, seen, space=space)
+        score = _run_trial(study, volumes, search, seen, space)
         done += 1
         search.report(min(done, search.trials), f"{score:.4f}")
 
@@ -356,18 +347,13 @@ def _key(parameters: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _run_trial(
-    study: Any,
-    volumes: list[Volume],
-    search: _Search,
-    seen: dict[tuple[Any, ...], float],
-    *,
-    space: SearchSpace | None = None,
-    base: bool = False,
+    study: Any, volumes: list[Volume], search: _Search, seen: dict[tuple[Any, ...], float], space: SearchSpace | None
 ) -> float:
-    """Run one trial; what was scored before is not decoded again."""
+    """Run one trial, of the base without a space; what was scored before is not decoded again."""
     from optuna.trial import TrialState
 
     trial = study.ask()
+    base = space is None
     chosen = search.base if space is None else space.parameters(space.suggest(trial), search.base)
     trial.set_user_attr("base", base)
     trial.set_user_attr("parameters", plain(chosen))

@@ -48,11 +48,9 @@ def write_results(
     result: Mapping[str, TunedClass],
     rules: Rules,
 ) -> None:
-    """Write the tuned classes and those that an earlier run tuned on the same predictions by the same rules.
+    """Write the tuned classes, and those that an earlier run tuned on the same predictions by the same rules.
 
-    Args:
-        current: class -> crop -> identity of its prediction now.
-        base: parameters of classes that were not tuned.
+    ``current``: class -> crop -> identity of its prediction now. ``base``: parameters of classes that were not tuned.
     """
     import yaml
 
@@ -99,10 +97,9 @@ def _by_trial(axis: Any, row: Mapping[str, Any]) -> None:
         there = [t for t in row["trials"] if t["state"] == state and t["score"] is not None]
         if there:
             axis.plot([t["number"] for t in there], [t["score"] for t in there], marker, markersize=3, label=state)
-    complete = [t for t in row["trials"] if t["state"] == "complete"]
-    if complete:
-        running = list(accumulate((t["score"] for t in complete), max))
-        axis.step([t["number"] for t in complete], running, where="post", linewidth=1, label="best so far")
+        if there and state == "complete":
+            running = list(accumulate((t["score"] for t in there), max))
+            axis.step([t["number"] for t in there], running, where="post", linewidth=1, label="best so far")
     axis.legend(fontsize=7)
 
 

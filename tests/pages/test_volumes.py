@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,7 +54,7 @@ def test_a_slice_keeps_the_true_proportions_of_oblong_voxels(made: Made) -> None
     xz = read_plane(item, 1, 10, longest=512)
     assert xz.truth.shape == (12, 28)
     assert xz.extent == pytest.approx((12 * 20.96, 28 * 8.0))
-    row = pictures.draw_plane(item, xz, Findings(), pictures.Ids()).html
+    row = pictures.draw_plane(item, xz, Findings(), itertools.count()).html
     assert f'viewBox="0 0 {28 * 8.0:g} {12 * 20.96:g}"' in row
     assert 'preserveAspectRatio="none"' in row
 

@@ -30,17 +30,12 @@ from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.pages.inspect.loader_speed import LoaderSpeed, take
-from connectomics.pages.inspect.numbers import (
-    LabelNumbers,
-    ValueRange,
-    by_class,
-    image_warnings,
-    label_warnings,
-)
+from connectomics.pages.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
 from connectomics.pages.inspect.raw_presence import MissingRaw, RawShare, missing_raw, where_raw_is
 from connectomics.progress import Progress, silent
 
 _MOST_WARNINGS = 12  # about single images
+_SUMMARY = ("crop", "drawn_by", "seed", "spatial", "intensity", "values", "labels", "raw")  # of a patch, as JSON
 
 Augmentations = tuple[tuple[str, Mapping[str, Any]], ...]  # of a patch: name, parameters
 
@@ -50,14 +45,10 @@ class SeenPatch:
     """One patch as the network gets it.
 
     Attributes:
-        batch, number: index of the batch, and of the patch in it.
         crop: ``dataset/crop``. grid: of the patch before augmentation, nm.
         drawn_by: what the sampler drew it for. seed: of its augmentation on the device.
-        spatial, intensity: augmentations of its shape and of its values.
         images: float32 (D, H, W) in [0, 1] before normalization, one per input of the network.
-        voxel_sizes: of each image, nm, z y x.
         codes: (D, H, W). present, known: bool (C, K) by class and code.
-        values: of each image. labels: the labels in numbers.
         raw: of each image, the share with raw; None if a MONAI transform moved the patch after reading.
     """
 
@@ -89,10 +80,8 @@ class Inspection:
     """Batches and what was measured about them.
 
     Attributes:
-        name: of the run. classes: in channel order.
-        patches: of all batches, in order. same: whether workers and this process read the same patches bit for bit.
-        requested: number of batches to take; an epoch may have fewer.
-        speed: of the loader. values: of each image over all patches.
+        patches: of all batches. same: whether workers and this process read the same patches bit for bit.
+        requested: number of batches to take; an epoch may have fewer. values: of each image over all patches.
         missing: crops with missing raw chunks. crops: number of training crops.
         cache: which crop cache (none, memory, disk); cache_bytes: size of the training crops in it.
         configuration: the keys that decide the data, dotted, and their values.
@@ -133,8 +122,7 @@ class Inspection:
         for patch in self.patches:
             for number, values in enumerate(patch.values):
                 name = patch.name + (f", image_{number}" if number else "")
-                raw = None if patch.raw is None else patch.raw[number]
-                of_images += image_warnings(name, values, raw)
+                of_images += image_warnings(name, values, None if patch.raw is None else patch.raw[number])
         warnings += of_images[:_MOST_WARNINGS]
         if len(of_images) > _MOST_WARNINGS:
             warnings.append(f"{len(of_images) - _MOST_WARNINGS} more warnings about images.")
@@ -159,18 +147,16 @@ class Inspection:
             "known": pooled_known(self.patches),
             "classes": plain(by_class([p.labels for p in self.patches])),
             "values": plain(self.values),
-            "patches": [_patch_summary(patch) for patch in self.patches],
+            "patches": [
+                {"batch": p.batch, "patch": p.number, "grid": p.grid.to_dict()}
+                | {name: plain(getattr(p, name)) for name in _SUMMARY}
+                for p in self.patches
+            ],
             "loader": {**plain(speed), "patches_per_s": speed.patches_per_s, "bytes_per_s": speed.bytes_per_s},
             "missing_raw": plain(self.missing),
             "cache": {"kind": self.cache, "bytes": self.cache_bytes},
             "configuration": self.configuration,
         }
-
-
-def _patch_summary(patch: SeenPatch) -> dict[str, Any]:
-    names = ("crop", "drawn_by", "seed", "spatial", "intensity", "values", "labels", "raw")
-    shown = {name: plain(getattr(patch, name)) for name in names}
-    return {"batch": patch.batch, "patch": patch.number, "grid": patch.grid.to_dict(), **shown}
 
 
 def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None = None) -> Inspection:
@@ -211,7 +197,7 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
         read = [dataset[request] for request in wanted]
         packed = [patch for patch in read if isinstance(patch, PackedPatch)]  # always, for requests
         same &= equal(batch, collate(packed))
-        patches += look_at(number, batch, packed, wanted, dataset, augmentor)
+        patches += _look_at(number, batch, packed, wanted, dataset, augmentor)
         progress(len(dataset.volumes) + len(patches), total, f"batch {number + 1}")
     return Inspection(
         name=config.name,
@@ -225,13 +211,13 @@ def inspect_data(config: RunConfig, batches: int = 2, progress: Progress | None 
         crops=len(dataset.volumes),
         cache=dataset.options.cache,
         cache_bytes=cache_bytes(dataset),
-        configuration=data_keys(
+        configuration=_data_keys(
             with_normalization(config, {name: found.to_dict() for name, found in module.normalization.items()})
         ),
     )
 
 
-def look_at(
+def _look_at(
     number: int,
     batch: Mapping[str, Tensor],
     packed: Sequence[PackedPatch],
@@ -248,9 +234,8 @@ def look_at(
     for n, (patch, request) in enumerate(zip(packed, requests, strict=True)):
         images = tuple(batch[name][n, 0].numpy() for name in names)
         codes = batch["codes"][n].numpy()
-        shape = (codes.shape[0], codes.shape[1], codes.shape[2])
         there = where_raw_is(dataset.reader, request)
-        drawn = () if augmentor is None else augmentor.own.drawn(patch.seed, shape)
+        drawn = () if augmentor is None else augmentor.own.drawn(patch.seed, codes.shape)
         seen.append(
             SeenPatch(
                 batch=number,
@@ -301,7 +286,7 @@ def pooled_known(patches: Sequence[SeenPatch]) -> dict[str, float]:
     }
 
 
-def data_keys(config: RunConfig) -> dict[str, Any]:
+def _data_keys(config: RunConfig) -> dict[str, Any]:
     """Return every key of ``dataset`` and ``data``, and the seed, dotted."""
     values = config_to_dict(config)
     keys = {f"{group}.{key}": value for group in ("dataset", "data") for key, value in values[group].items()}

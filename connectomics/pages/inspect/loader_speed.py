@@ -8,8 +8,8 @@ import time
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
+import psutil
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
@@ -21,12 +21,9 @@ _LONGEST = 20.0  # seconds after which timing ends
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Memory of one process, bytes.
+    """Memory of one process, bytes: its pages in memory, and those of no other process.
 
-    Attributes:
-        name: main process, worker 1, worker 2...
-        resident: its pages in memory. private: those of no other process. proportional: shared pages divided by the
-            number of processes that share them, so that the sum over processes is their total.
+    ``proportional`` divides shared pages by the number of processes that share them: the sum over processes is a total.
     """
 
     name: str
@@ -44,12 +41,8 @@ class ProcessMemory:
 class LoaderSpeed:
     """Time and memory that a loader takes.
 
-    Attributes:
-        workers: loader processes; 0: the main process reads.
-        first_s: seconds until the first batch, in which workers start and libraries load.
-        timed_batches, timed_s: number of timed batches and their total time in seconds.
-        batch_size: patches per batch. batch_bytes: size of its tensors.
-        memory: of the main process and every worker while they read; empty if the system does not say.
+    ``first_s``: seconds until the first batch, in which workers start. ``timed_s``: for all ``timed_batches``.
+    ``memory``: of the main process and every worker while they read; empty if the system does not say.
     """
 
     workers: int
@@ -105,14 +98,9 @@ def _memory(before: Container[int | None]) -> tuple[ProcessMemory, ...]:
 
 
 def memory_of(pid: int, name: str) -> ProcessMemory | None:
-    """Return the memory of a process; None if the system has no ``smaps_rollup`` or the process has ended."""
+    """Return the memory of a process; None if the system does not say or the process has ended."""
     try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
-    except OSError:
+        found = psutil.Process(pid).memory_full_info()
+        return ProcessMemory(name, found.rss, found.uss, found.pss)
+    except (psutil.Error, AttributeError):  # only Linux has pss
         return None
-    found: dict[str, int] = {}
-    for line in text.splitlines()[1:]:
-        key, _, value = line.partition(":")
-        found[key] = int(value.split()[0]) * 1024  # in kB, which are 1024 bytes there
-    private = found["Private_Clean"] + found["Private_Dirty"]
-    return ProcessMemory(name, found["Rss"], private, found["Pss"])

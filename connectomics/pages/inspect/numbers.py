@@ -16,12 +16,7 @@ _FEW_KNOWN, _CLIPPED, _NO_RAW = 0.01, 0.05, 0.5
 
 @dataclass(frozen=True)
 class ValueRange:
-    """The values of an image.
-
-    Attributes:
-        low, high, mean: smallest, largest, mean value. p1, p50, p99: percentiles.
-        zero, one: share of voxels that are exactly 0 and exactly 1.
-    """
+    """The values of an image: extremes, percentiles, and the shares of voxels that are exactly 0 and exactly 1."""
 
     low: float
     high: float
@@ -35,17 +30,8 @@ class ValueRange:
     @classmethod
     def of(cls, image: NDArray[np.float32]) -> ValueRange:
         """Measure an array of any shape."""
-        p1, p50, p99 = (float(v) for v in np.percentile(image, [1, 50, 99]))
-        return cls(
-            low=float(image.min()),
-            high=float(image.max()),
-            mean=float(image.mean(dtype=np.float64)),
-            p1=p1,
-            p50=p50,
-            p99=p99,
-            zero=float((image == 0).mean()),
-            one=float((image == 1).mean()),
-        )
+        values = (image.min(), image.max(), image.mean(dtype=np.float64), *np.percentile(image, [1, 50, 99]))
+        return cls(*(float(v) for v in (*values, (image == 0).mean(), (image == 1).mean())))
 
 
 @dataclass(frozen=True)
@@ -63,23 +49,15 @@ class LabelNumbers:
 
     @classmethod
     def of(
-        cls,
-        codes: NDArray[np.integer],
-        present: NDArray[np.bool_],
-        known: NDArray[np.bool_],
-        classes: Sequence[str],
+        cls, codes: NDArray[np.integer], present: NDArray[np.bool_], known: NDArray[np.bool_], classes: Sequence[str]
     ) -> LabelNumbers:
         """Count codes of any shape, with the tables (C, K) of present and known by class and code."""
         often = np.bincount(codes.ravel(), minlength=known.shape[1])
-        n_known = (known * often).sum(axis=1)
-        n_present = ((present & known) * often).sum(axis=1)
-        return cls(
-            voxels=codes.size,
-            anything=int(often[known.any(axis=0)].sum()),
-            states=int((often > 0).sum()),
-            known={name: int(n) for name, n in zip(classes, n_known, strict=True)},
-            present={name: int(n) for name, n in zip(classes, n_present, strict=True)},
+        n_known, n_present = (
+            dict(zip(classes, (table @ often).tolist(), strict=True)) for table in (known, present & known)
         )
+        anything = int(often[known.any(axis=0)].sum())
+        return cls(codes.size, anything, int((often > 0).sum()), n_known, n_present)
 
     @property
     def known_share(self) -> float:
@@ -104,10 +82,10 @@ def by_class(patches: Sequence[LabelNumbers]) -> list[ClassNumbers]:
     rows = []
     voxels = sum(p.voxels for p in patches)
     for name in patches[0].known if patches else ():
-        known = sum(p.known[name] for p in patches)
-        present = sum(p.present[name] for p in patches)
-        n_known, n_present = (sum(getattr(p, of)[name] > 0 for p in patches) for of in ("known", "present"))
-        rows.append(ClassNumbers(name, known / voxels, present / known if known else None, n_known, n_present))
+        known, present = ([p.known[name] for p in patches], [p.present[name] for p in patches])
+        share = sum(present) / sum(known) if any(known) else None
+        n_known, n_present = (sum(n > 0 for n in counts) for counts in (known, present))
+        rows.append(ClassNumbers(name, sum(known) / voxels, share, n_known, n_present))
     return rows
 
 

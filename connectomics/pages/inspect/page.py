@@ -21,8 +21,7 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
     """Return the path of the page, before the work starts.
 
     Raises:
-        InputError: it is no ``.html`` file, or it exists and ``overwrite`` is False.
-        WriteError: the existing file is not a page of ours, so it is never replaced.
+        InputError: it is no ``.html`` file, or it exists and ``overwrite`` is False. WriteError: it is not our page.
     """
     path = local_path(out)
     if path.suffix not in (".html", ".htm"):
@@ -33,16 +32,12 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def write_page(out: str | Path, inspection: Inspection, *, overwrite: bool = False) -> Path:
-    """Write the page atomically and return its path.
-
-    Raises:
-        InputError: as `check_out`. WriteError: it cannot be written; no incomplete page is left.
-    """
+    """Write the page atomically and return its path; errors as `check_out`."""
     path = check_out(out, overwrite=overwrite)
     title = f"What the network gets: {inspection.name}"
     classes = by_class([p.labels for p in inspection.patches])
     patches = [_patch(patch, inspection.classes) for patch in inspection.patches[:_MOST_PICTURES]]
-    values: dict[str, Any] = {"inspection": inspection, "speed": inspection.speed, "classes": classes}
+    values = {"inspection": inspection, "speed": inspection.speed, "classes": classes}
     sections = [
         page.section("looks", "What looks wrong", "inspect/warnings", warnings=inspection.warnings()),
         page.section("patches", "Patches", "inspect/patches", patches=patches, **values),

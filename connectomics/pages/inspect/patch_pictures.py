@@ -9,7 +9,6 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from connectomics.geometry import Triple
 from connectomics.pages import colors, figures, page
 from connectomics.pages.inspect.data import SeenPatch
 from connectomics.pages.report.slice_viewer import slice_positions
@@ -18,22 +17,25 @@ _MOST_SLICES = 24
 _LONGEST = 256  # pixels a side of a slice
 _PERIOD = 10  # pixels between stripes
 _STRIPE_WIDTH = 2
-_FINE = _LONGEST  # pixels that a hatched slice has at least: stripes of one voxel of a small patch would be coarse
 
 
 def viewers(patch: SeenPatch, classes: Sequence[str], anchor: str) -> Markup:
     """Return the images of a patch side by side, each with a slider; labels are over the first. ``anchor``: for IDs."""
-    chosen = chosen_class(patch, classes)
+    # the class that the patch was drawn for, else the one with most voxels; the slice with most of it
+    drawn_for = patch.drawn_by.removeprefix("class ")
+    most = int(np.argmax([patch.labels.present[name] for name in classes]))
+    chosen = classes.index(drawn_for) if drawn_for in classes else most
     layers = slice_positions(patch.codes.shape[0], _MOST_SLICES)
-    first = _first_slice(patch, layers, chosen)
+    there = (patch.present[chosen] & patch.known[chosen]).take(patch.codes[layers]).sum(axis=(1, 2))
+    first = int(np.argmax(there)) if there.any() else len(layers) // 2
     defs, uses = _label_layers(patch, layers, anchor)
     # all images have one center: the others open at the slice nearest to that of the first
     above = (layers[first] - (patch.codes.shape[0] - 1) / 2) * patch.voxel_sizes[0][0]
     panes = [_pane(patch, 0, layers, first)]
     for number, image in enumerate(patch.images[1:], start=1):
-        there = slice_positions(image.shape[0], _MOST_SLICES)
+        positions = slice_positions(image.shape[0], _MOST_SLICES)
         wanted = above / patch.voxel_sizes[number][0] + (image.shape[0] - 1) / 2
-        panes.append(_pane(patch, number, there, int(np.argmin(np.abs(np.subtract(there, wanted))))))
+        panes.append(_pane(patch, number, positions, int(np.argmin(np.abs(np.subtract(positions, wanted))))))
     options = [_option(patch, name) for name in classes]
     return page.render(
         "inspect/viewers", patch=patch, panes=panes, defs=defs, uses=uses, options=options, chosen=chosen
@@ -64,35 +66,24 @@ def _label_layers(
 
 def _pane(patch: SeenPatch, number: int, layers: Sequence[int], first: int) -> dict[str, Any]:
     """Return what the template shows of one image; a frame marks the part that the first image covers."""
-    shape, size = patch.images[number].shape, patch.voxel_sizes[number]
-    height, width = _extent(shape, size)
-    inner_height, inner_width = _extent(patch.images[0].shape, patch.voxel_sizes[0])
+    image, size = patch.images[number], patch.voxel_sizes[number]
+    (height, width), (inner_height, inner_width) = (
+        np.multiply(patch.images[k].shape, patch.voxel_sizes[k])[1:].tolist() for k in (number, 0)
+    )
+    shape = _slice_shape(image.shape[1:])
+    slices = [figures.resize(figures.to_gray(image[z], (0.0, 1.0)), shape, "linear") for z in layers]
     return {
         "name": f"image_{number}" if number else "image",
-        "picture": _gray(patch.images[number], layers),
+        "picture": np.concatenate(slices),
         "positions": [z * size[0] for z in layers],
         "first": first,
         "height": height,
         "width": width,
-        "shape": shape,
+        "shape": image.shape,
         "voxel_size": size,
         "values": patch.values[number],
         "frame": (inner_height, inner_width) if inner_height < height and inner_width < width else None,
     }
-
-
-def chosen_class(patch: SeenPatch, classes: Sequence[str]) -> int:
-    """Return the class to show first: the one that the patch was drawn for, else the one with most voxels."""
-    for number, name in enumerate(classes):
-        if patch.drawn_by == f"class {name}":
-            return number
-    return int(np.argmax([patch.labels.present[name] for name in classes]))
-
-
-def _first_slice(patch: SeenPatch, layers: Sequence[int], number: int) -> int:
-    """Return which of the layers has most of a class, else the middle one."""
-    there = (patch.present[number] & patch.known[number]).take(patch.codes[list(layers)]).sum(axis=(1, 2))
-    return int(np.argmax(there)) if there.any() else len(layers) // 2
 
 
 def _option(patch: SeenPatch, name: str) -> str:
@@ -108,24 +99,12 @@ def _slice_shape(shape: Sequence[int]) -> tuple[int, int]:
     return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
-def _gray(image: NDArray[np.float32], layers: Sequence[int]) -> NDArray[np.uint8]:
-    """Return the slices one below the other; 0 is black and 1 white in every patch."""
-    shape = _slice_shape(image.shape[1:])
-    gray = [figures.to_gray(image[z], (0.0, 1.0)) for z in layers]
-    return np.concatenate([figures.resize(g, shape, "linear") for g in gray])
-
-
-def _extent(shape: Sequence[int], voxel_size: Triple) -> tuple[float, float]:
-    """Return height and width of a slice, nm."""
-    return shape[1] * voxel_size[1], shape[2] * voxel_size[2]
-
-
 def _filled(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.stack([figures.label_layer(layer, colors.TRUTH) for layer in mask])
 
 
 def _hatched(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    factor = max(1, _FINE // max(mask.shape[1:]))
+    factor = max(1, _LONGEST // max(mask.shape[1:]))  # stripes of one voxel of a small patch would be coarse
     mask = mask.repeat(factor, axis=1).repeat(factor, axis=2)
     rows, columns = np.ogrid[: mask.shape[1], : mask.shape[2]]
     layer = np.zeros((*mask.shape, 4), np.uint8)

@@ -86,5 +86,4 @@ def where_raw_is(reader: PatchReader, request: PatchRequest) -> list[NDArray[np.
 
 def missing_raw(volume: CropVolume) -> MissingRaw:
     """Count the raw chunks of a crop with the context that patches can reach."""
-    missing, total, first = volume.crop.raw_source.missing_chunks(volume.cached_raw_grid)
-    return MissingRaw(volume.crop.key, missing, total, first)
+    return MissingRaw(volume.crop.key, *volume.crop.raw_source.missing_chunks(volume.cached_raw_grid))

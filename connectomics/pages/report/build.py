@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from connectomics.errors import ConnectomicsError, InputError
@@ -20,25 +20,8 @@ from connectomics.progress import Progress, silent
 _SIZE = "@size@"  # replaced by the size of the page, which is known last
 
 
-@dataclass
-class Steps:
-    """Counts the units of work of one report, so that every section reports to one progress bar."""
-
-    progress: Progress
-    expected: int
-    done: int = 0
-
-    def step(self, what: str) -> None:
-        """Report that one unit is finished."""
-        self.done += 1
-        self.progress(self.done, self.expected, what)
-
-
 def build_report(
-    out: str | Path,
-    sources: ReportSources,
-    options: ReportOptions | None = None,
-    progress: Progress | None = None,
+    out: str | Path, sources: ReportSources, options: ReportOptions | None = None, progress: Progress | None = None
 ) -> Path:
     """Write the page and return its path.
 
@@ -60,27 +43,37 @@ def build_report(
         path = path / "report.html"
     require_own(path, contains(page.GENERATOR), "report")
     options = options or ReportOptions()
-    table, problems = _load_scores(sources.scores, "scores")
-    baseline, baseline_problems = _load_scores(sources.baseline_scores, sources.baseline_name)
+    problems: list[str] = []
+    table = _load_scores(sources.scores, "scores", problems)
+    baseline = _load_scores(sources.baseline_scores, sources.baseline_name, problems)
+    runs = [] if sources.run is None else [(sources.run, sources.scores)]
+    runs += [(other.run, other.scores) for other in sources.others]
+    evaluation = sources.evaluation
     library = Library.open(sources)
     try:
-        pictures = crops.planned(library, table, options)
-        counted = voxel_counts.crops_of(library)
-        steps = Steps(progress or silent, 1 + counted + pictures)
-        sections = [
-            _part("what", "What was run", lambda: training.provenance(sources, table)),
-            *_compared(sources),
-            _part("scores", "Scores", lambda: score_sections.section(
-                table, baseline, _datasets(library), sources.baseline_name, problems + baseline_problems)),
-            *_evaluation(sources),
-            _part("crops", "Crops", lambda: crops.section(library, table, options, steps.step)),
-            *voxel_counts.sections(library, options, steps.step),
+        expected = 1 + voxel_counts.crops_of(library) + crops.planned(library, table, options)
+        done = itertools.count(1)
+
+        def step(what: str) -> None:
+            (progress or silent)(next(done), expected, what)
+
+        sections = [_part("what", "What was run", lambda: training.provenance(sources, table))]
+        if len(runs) > 1:
+            sections.append(_part("runs", "Runs compared", lambda: compare.section(runs)))
+        sections.append(_part("scores", "Scores", lambda: score_sections.section(
+            table, baseline, _datasets(library), sources.baseline_name, problems)))  # fmt: skip
+        if evaluation is not None:
+            title = "Evaluation on annotated crops"
+            sections.append(_part("evaluation", title, lambda: score_sections.evaluation_section(evaluation)))
+        sections += [
+            _part("crops", "Crops", lambda: crops.section(library, table, options, step)),
+            *voxel_counts.sections(library, options, step),
             _part("training", "Training", lambda: training.curves(sources.run)),
             _part("time", "Where the time went", lambda: training.time(sources)),
             _part("data", "Data", lambda: data_summary.section(sources.data_root, sources.run, options.max_arrays)),
             _part("configuration", "Configuration", lambda: training.configuration(sources.run)),
-        ]  # fmt: skip
-        steps.step("the data root")
+        ]
+        step("the data root")
     finally:
         library.close()
     header = page.render("report/header", title=sources.title)
@@ -92,13 +85,6 @@ def build_report(
     return path
 
 
-def _compared(sources: ReportSources) -> list[page.Section]:
-    """Return the comparison of runs if there are two or more."""
-    runs = [] if sources.run is None else [(sources.run, sources.scores)]
-    runs += [(other.run, other.scores) for other in sources.others]
-    return [_part("runs", "Runs compared", lambda: compare.section(runs))] if len(runs) > 1 else []
-
-
 def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:
     """Return a section, or a section with the error if its sources cannot be read: the other sections remain."""
     try:
@@ -107,16 +93,12 @@ def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Sec
         return page.Section(anchor, title, page.note(str(error)))
 
 
-def _load_scores(path: Path | None, what: str) -> tuple[Scores | None, list[str]]:
+def _load_scores(path: Path | None, what: str, problems: list[str]) -> Scores | None:
     try:
-        return None if path is None else Scores.load(path), []
+        return None if path is None else Scores.load(path)
     except ConnectomicsError as error:
-        return None, [f"The {what} cannot be shown: {error}"]
-
-
-def _evaluation(sources: ReportSources) -> list[page.Section]:
-    path, title = sources.evaluation, "Evaluation on annotated crops"
-    return [] if path is None else [_part("evaluation", title, lambda: score_sections.evaluation_section(path))]
+        problems.append(f"The {what} cannot be shown: {error}")
+        return None
 
 
 def _datasets(library: Library) -> dict[str, str]:

@@ -7,11 +7,10 @@ networks" (ICML 2017): bins of equal width, each weighted by its voxels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.decoding.probabilities import as_bytes
@@ -46,12 +45,9 @@ class Reliability:
         self.present += np.bincount(probability[known & present], minlength=_LEVELS)
 
     def add_item(self, item: Item, most_voxels: int) -> float:
-        """Count an item that has truth and probabilities, on the probabilities' grid. Return the share that was read.
-
-        Beyond ``most_voxels`` only evenly spread slabs are read.
-        """
-        if item.truth is None or item.probability is None:
-            return 1.0
+        """Count an item with truth and probabilities, on the probabilities' grid; return the share that was read."""
+        assert item.truth is not None
+        assert item.probability is not None
         grid, looked = item.probability.grid, 0
         for begin, block in spread_blocks(grid, most_voxels):
             values, stored = item.probability.read_level(0, begin, block.shape)
@@ -60,18 +56,18 @@ class Reliability:
             looked += block.size
         return looked / grid.size if grid.size else 1.0
 
-    def bins(self, bins: int = BINS) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return voxels, mean probability and share present of equal bins, (bins,); NaN in a bin without voxels."""
-        place = np.minimum((_VALUES * bins).astype(int), bins - 1)
-        n = np.bincount(place, self.voxels, bins)
+    def bins(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+        """Return voxels, mean probability and share present of `BINS` equal bins; NaN in a bin without voxels."""
+        place = np.minimum((_VALUES * BINS).astype(int), BINS - 1)
+        n = np.bincount(place, self.voxels, BINS)
         with np.errstate(invalid="ignore"):
-            mean = np.bincount(place, self.voxels * _VALUES, bins) / n
-            share = np.bincount(place, self.present, bins) / n
+            mean = np.bincount(place, self.voxels * _VALUES, BINS) / n
+            share = np.bincount(place, self.present, BINS) / n
         return n.astype(np.int64), mean, share
 
-    def error(self, bins: int = BINS) -> float:
+    def error(self) -> float:
         """Return the expected calibration error: the mean over voxels of |share - mean| of their bin."""
-        n, mean, share = self.bins(bins)
+        n, mean, share = self.bins()
         total = n.sum()
         return float(np.nansum(n * np.abs(share - mean)) / total) if total else float("nan")
 
@@ -92,35 +88,24 @@ def section(found: Mapping[str, Reliability], share: float) -> page.Section:
     counted = {name: r for name, r in found.items() if r.voxels.any()}
     errors = {name: r.unsure().error() for name, r in counted.items()}
     order = sorted(counted, key=lambda name: 0.0 if np.isnan(errors[name]) else -errors[name])
-    return page.section(
-        "calibration", "Calibration", "report/calibration", rows=[_row(name, counted[name]) for name in order],
-        chart=_chart(counted, order), share=share, bins=BINS, least=_LEAST,
-    )  # fmt: skip
-
-
-def _chart(counted: Mapping[str, Reliability], order: Sequence[str]) -> Markup:
     lines = []
     for name in order[:_MOST_LINES]:
-        n, mean, share = counted[name].bins()
-        drawn = n >= _LEAST
-        if drawn.any():
-            lines.append(charts.Series(name, mean[drawn], share[drawn]))
+        n, mean, present = counted[name].bins()
+        if (drawn := n >= _LEAST).any():
+            lines.append(charts.Series(name, mean[drawn], present[drawn]))
     more = f", the {_MOST_LINES} worst of {len(order)} classes" if len(order) > _MOST_LINES else ""
-    return charts.line_chart(
-        lines, f"Reliability{more}", "probability", (0.0, 1.0), x_range=(0.0, 1.0), diagonal=True,
-        y_label="share present",
+    chart = charts.line_chart(
+        lines, f"Reliability{more}", "probability", (0, 1), x_range=(0, 1), diagonal=True, y_label="share present"
+    )
+    return page.section(
+        "calibration", "Calibration", "report/calibration", rows=[_row(name, counted[name]) for name in order],
+        chart=chart, share=share, bins=BINS, least=_LEAST,
     )  # fmt: skip
 
 
 def _row(name: str, reliability: Reliability) -> tuple[str, list[str]]:
-    unsure = reliability.unsure()
-    total = int(reliability.voxels.sum())
-    cells = [
-        page.score(reliability.error()),
-        page.score(unsure.error()),
-        page.percent(float(unsure.voxels.sum()) / total),
-        page.score(reliability.brier()),
-        page.percent(float(reliability.voxels @ _VALUES) / total),
-        page.percent(float(reliability.present.sum()) / total),
-    ]
-    return name, cells
+    unsure, total = reliability.unsure(), int(reliability.voxels.sum())
+    errors = [page.score(value) for value in (reliability.error(), unsure.error(), reliability.brier())]
+    sums = (unsure.voxels.sum(), reliability.voxels @ _VALUES, reliability.present.sum())
+    shares = [page.percent(float(n) / total) for n in sums]
+    return name, [*errors[:2], shares[0], errors[2], *shares[1:]]

@@ -24,12 +24,7 @@ _IGNORED = ("output_dir",)  #: keys that differ between any two runs
 
 @dataclass(frozen=True)
 class Compared:
-    """One run to compare; what could not be read is empty, and ``problems`` says why.
-
-    Attributes:
-        name: the shortest end of the folder's path that no other run has. config: flat, ``data.patch_size``.
-        columns: of ``metrics.csv``. timing: ``timing.json``. scores: of its submission, None if none was given.
-    """
+    """One run to compare, ``config`` with dotted keys; what could not be read is empty, and ``problems`` says why."""
 
     name: str
     config: Mapping[str, Any]
@@ -50,7 +45,7 @@ class Compared:
                 problems.append(f"{name}: {error}")
                 return empty
 
-        config = read(lambda: flat(run_folder.read_config(run) or {}), {})
+        config = read(lambda: run_folder.flat(run_folder.read_config(run) or {}), {})
         metrics = run / "metrics.csv"
         columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
         timing = read(lambda: run_folder.read_timing(run) or {}, {})
@@ -61,23 +56,9 @@ class Compared:
         found = None if scores is None else read(lambda: Scores.load(scores), None)
         return cls(name, config, columns, timing, found, tuple(problems))
 
-    def best(self, column: str) -> float | None:
-        """Return the highest value of a column of ``metrics.csv``."""
-        return max((v for _, _, v in self.columns.get(column, ())), default=None)
-
-    def last(self, column: str) -> float | None:
-        """Return the last value of a column of ``metrics.csv``."""
-        points = self.columns.get(column)
-        return points[-1][2] if points else None
-
-    def highest(self, key: str) -> float | None:
-        """Return the highest value by epoch of ``timing.json``."""
-        return max((v for _, v in by_epoch(self.timing, key)), default=None)
-
-    def timed(self, key: str) -> float | None:
-        """Return a number of ``timing.json``."""
-        value = self.timing.get(key)
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    def values(self, column: str) -> list[float]:
+        """Return the values of a column of ``metrics.csv``."""
+        return [value for _, _, value in self.columns.get(column, ())]
 
 
 def section(runs: Sequence[tuple[Path, Path | None]]) -> page.Section:
@@ -103,45 +84,41 @@ def short_names(runs: Sequence[Path]) -> list[str]:
     return [f"{name} ({k})" for k, name in enumerate(names, start=1)]
 
 
-def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return a configuration with one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
-        else:
-            found[name] = value
-    return found
-
-
 def _summary(runs: Sequence[Compared]) -> list[tuple[str, list[tuple[str, bool]]]]:
     """Return rows of (name, a cell for each run): text, and whether it is the best of several values."""
 
     def row_of(
-        value: Callable[[Compared], float | None], text: Callable[[float], str], highest: bool = False
+        values: Sequence[float | None], text: Callable[[float], str], highest: bool = False
     ) -> list[tuple[str, bool]]:
-        values = [value(run) for run in runs]
         there = [v for v in values if v is not None]
         best = max(there) if highest and len(set(there)) > 1 else None
         cells = [("–" if v is None else text(v), v is not None and v == best) for v in values]
         return cells if there else []
 
+    def column(name: str, pick: Callable[[list[float]], float]) -> list[float | None]:
+        return [pick(values) if (values := run.values(name)) else None for run in runs]
+
+    def most(key: str) -> list[float | None]:
+        return [max((v for _, v in by_epoch(run.timing, key)), default=None) for run in runs]
+
     rows = {
-        f"{kind} score": row_of(lambda r, k=kind: getattr(r.scores, k, None), page.score, True)  # type: ignore[misc]
+        f"{kind} score": row_of([getattr(run.scores, kind, None) for run in runs], page.score, True)
         for kind in ("overall", "instance", "semantic")
-    } | {
-        "best validation score": row_of(lambda r: r.best("val/score"), page.score, True),
-        "best validation Dice": row_of(lambda r: r.best("val/dice"), page.score, True),
-        "last validation Dice": row_of(lambda r: r.last("val/dice"), page.score, True),
-        "last training loss": row_of(lambda r: r.last("train/loss"), lambda v: f"{v:.4g}"),
-        "epochs": row_of(lambda r: r.timed("epochs"), page.count),
-        "patches": row_of(lambda r: r.timed("samples"), page.count),
-        "training time": row_of(lambda r: r.timed("total_s"), page.seconds),
-        "patches a second": row_of(lambda r: r.timed("samples_per_s"), lambda v: f"{v:.3g}"),
-        "most memory": row_of(lambda r: r.highest("memory_bytes"), page.size),
-        "most GPU memory": row_of(lambda r: r.highest("gpu_memory_bytes"), page.size),
     }
+    rows["best validation score"] = row_of(column("val/score", max), page.score, True)
+    rows["best validation Dice"] = row_of(column("val/dice", max), page.score, True)
+    rows["last validation Dice"] = row_of(column("val/dice", lambda values: values[-1]), page.score, True)
+    rows["last training loss"] = row_of(column("train/loss", lambda values: values[-1]), lambda v: f"{v:.4g}")
+    timed: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("epochs", "epochs", page.count),
+        ("patches", "samples", page.count),
+        ("training time", "total_s", page.seconds),
+        ("patches a second", "samples_per_s", lambda v: f"{v:.3g}"),
+    )
+    for name, key, text in timed:
+        rows[name] = row_of([run_folder.numbers(run.timing).get(key) for run in runs], text)
+    rows |= {"most memory": row_of(most("memory_bytes"), page.size)}
+    rows |= {"most GPU memory": row_of(most("gpu_memory_bytes"), page.size)}
     return [(name, cells) for name, cells in rows.items() if cells]
 
 
@@ -191,8 +168,7 @@ def _challenge_scores(run: Compared) -> dict[str, float]:
 
 
 def _validation_dice(run: Compared) -> dict[str, float]:
-    names = run_folder.class_names(run.columns, "dice")
-    return {name: max(v for _, _, v in run.columns[f"val/{name}/dice"]) for name in names}
+    return {name: max(run.values(f"val/{name}/dice")) for name in run_folder.class_names(run.columns, "dice")}
 
 
 def _differences(runs: Sequence[Compared], keys: Sequence[str]) -> list[tuple[str, list[str | None]]]:

@@ -21,13 +21,12 @@ _PIECE = 1 << 17  # voxels at a time; with 48 classes their temporary arrays tak
 
 @dataclass
 class Confusion:
-    """Voxel counts, summed over crops.
+    """Voxel counts of C classes, summed over crops.
 
     Attributes:
-        classes: (C,) names. right: (C,) voxels of a class predicted as it, of ``there`` (C,) known ones.
+        right: (C,) voxels of a class predicted as it, of ``there`` known ones. lost: those predicted as no class.
         wrong: (C, C) voxels of the row's class predicted as the column's class where that one is absent, of ``known``
-            (C, C) voxels of the row's class where the column's class is known too.
-        lost: (C,) voxels of a class predicted as none of the classes.
+            voxels of the row's class where the column's class is known too.
         empty: (C,) voxels predicted as a class where all classes are known and absent, of ``empty_known`` such voxels.
     """
 
@@ -44,18 +43,14 @@ class Confusion:
     def none(cls, classes: Sequence[str]) -> Confusion:
         """Return zero counts."""
         n = len(classes)
-        right, there, lost, empty = (np.zeros(n, np.int64) for _ in range(4))
-        return cls(tuple(classes), right, there, np.zeros((n, n), np.int64), np.zeros((n, n), np.int64), lost, empty)
+        right, there, wrong, known, lost, empty = (np.zeros(s, np.int64) for s in (n, n, (n, n), (n, n), n, n))
+        return cls(tuple(classes), right, there, wrong, known, lost, empty)
 
     def __iadd__(self, other: Confusion) -> Confusion:
         """Add the counts of other crops, of the same classes."""
-        for mine, theirs in zip(self._counts(), other._counts(), strict=True):
-            mine += theirs
-        self.empty_known += other.empty_known
+        for name in ("right", "there", "wrong", "known", "lost", "empty", "empty_known"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         return self
-
-    def _counts(self) -> tuple[NDArray[np.int64], ...]:
-        return self.right, self.there, self.wrong, self.known, self.lost, self.empty
 
     def add(self, truth: NDArray[np.bool_], known: NDArray[np.bool_], found: NDArray[np.bool_]) -> None:
         """Count voxels. All arrays are (C, N): where a class is present, where it is known, where it is predicted."""
@@ -105,9 +100,7 @@ class Confusion:
 def _bits(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
     """Return masks (C, N) as words (C, ceil(N / 64)) of bits: pairs of classes are counted 64 voxels at once."""
     packed = np.packbits(masks, axis=1)
-    words = np.zeros((len(packed), -(-packed.shape[1] // 8) * 8), np.uint8)
-    words[:, : packed.shape[1]] = packed
-    return words.view(np.uint64)
+    return np.pad(packed, ((0, 0), (0, -packed.shape[1] % 8))).view(np.uint64)
 
 
 def _ones(words: NDArray[np.uint64]) -> NDArray[np.int64]:

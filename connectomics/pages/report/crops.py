@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -65,29 +66,14 @@ def planned(library: Library, table: Scores | None, options: ReportOptions) -> i
         crops = ranked(library.wanted(), table)
     except ConnectomicsError:  # the section reports it
         return 0
-    return len(
-        choose(crops, options.max_pictures, extremes([w for wanted in crops.values() for w in wanted], table)[1])
-    )
-
-
-def anchors(crops: Iterable[CropKey]) -> dict[CropKey, str]:
-    """Return the ID of each crop's part of the page; the data set is part of it if two crops share a name."""
-    found: dict[CropKey, str] = {}
-    for dataset, crop in crops:
-        plain = scores.crop_anchor(crop)
-        taken = plain in found.values()
-        found[dataset, crop] = f"{plain}-{scores.plain_id(dataset)}" if taken else plain
-    return found
+    everything = itertools.chain.from_iterable(crops.values())
+    return len(choose(crops, options.max_pictures, extremes(everything, table)[1]))
 
 
 # -- the section -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Drawn:
-    """A class of a crop on the page; ``item`` and ``found`` are None if it has no pictures.
-
-    Attributes:
-        anchor: ID of its part of the page. body: its HTML. thumbnail: a small picture of it.
-    """
+    """A class of a crop on the page: its ID and HTML; ``item`` and ``found`` are None if it has no pictures."""
 
     wanted: Wanted
     anchor: str
@@ -111,8 +97,11 @@ def section(
     everything = [one for wanted in crops.values() for one in wanted]
     worst, best = extremes(everything, table)
     chosen = choose(crops, options.max_pictures, best)
-    names = anchors(crops)
-    ids = pictures.Ids()
+    names: dict[CropKey, str] = {}  # IDs on the page; the data set is part of it if two crops share a name
+    for dataset, crop in crops:
+        plain = scores.crop_anchor(crop)
+        names[dataset, crop] = f"{plain}-{scores.plain_id(dataset)}" if plain in names.values() else plain
+    ids = itertools.count()
     parts: list[Markup] = []
     drawn_by: dict[Wanted, Drawn] = {}
     spent = 0
@@ -146,7 +135,7 @@ def section(
 
 
 def draw(
-    library: Library, wanted: Wanted, anchor: str, options: ReportOptions, ids: pictures.Ids | None, room: bool = True
+    library: Library, wanted: Wanted, anchor: str, options: ReportOptions, ids: Iterator[int] | None, room: bool = True
 ) -> Drawn:
     """Return the pictures of one class of a crop; without ``ids`` a line that says which limit is reached."""
     if ids is None:
@@ -167,12 +156,7 @@ def draw(
 
 
 def _crop(
-    anchor: str,
-    drawn: Sequence[Drawn],
-    table: Scores | None,
-    options: ReportOptions,
-    with_viewer: bool,
-    unfolded: int,
+    anchor: str, drawn: Sequence[Drawn], table: Scores | None, options: ReportOptions, with_viewer: bool, unfolded: int
 ) -> Markup:
     """Return a crop: its slice viewer, objects and scores, then every class, the first ``unfolded`` of them open."""
     dataset, crop = drawn[0].wanted.dataset, drawn[0].wanted.crop
@@ -182,7 +166,11 @@ def _crop(
     viewer, clickable = Markup(""), 0
     if with_viewer and pairs:
         try:
-            viewer = _viewer(pairs, wrong, options.viewer_slices)
+            # opened at the worst predicted class and its slices
+            first = next((k for k, (item, _) in enumerate(pairs) if item.prediction is not None), 0)
+            z, y, x = (float(v) for v in pairs[first][0].grid.to_world(pairs[first][1].position))
+            places = [one.mistake.place for one in wrong]
+            viewer = slice_viewer.viewer([i for i, _ in pairs], first, (z, y, x), places, options.viewer_slices)
             clickable = min(len(pairs), slice_viewer.MOST_CLASSES) if viewer else 0
         except ConnectomicsError as error:
             viewer = page.note(f"No slice viewer: {error}")
@@ -194,12 +182,3 @@ def _crop(
         mean=scores.mean_score(list(results.values())) if results else None,
         shown_value=scores.shown_value, crop_class=scores.crop_class, DROPPED=scores.DROPPED,
     )  # fmt: skip
-
-
-def _viewer(pairs: Sequence[tuple[Item, Findings]], wrong: Sequence[objects.Listed], slices: int) -> Markup:
-    """Return the viewer of the classes with pictures, opened at the worst predicted class and its slices."""
-    first = next((k for k, (item, _) in enumerate(pairs) if item.prediction is not None), 0)
-    item, found = pairs[first]
-    z, y, x = (float(v) for v in item.grid.to_world(found.position))
-    places = [one.mistake.place for one in wrong]
-    return slice_viewer.viewer([item for item, _ in pairs], first, (z, y, x), places, slices)

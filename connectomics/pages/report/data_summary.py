@@ -11,7 +11,7 @@ from typing import Any
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import page
-from connectomics.pages.report.run_folder import read_metrics, read_timing, read_yaml
+from connectomics.pages.report.run_folder import class_names, read_metrics, read_timing, read_yaml
 
 _MOST_DATASETS = 60
 _MOST_NAMES = 24
@@ -52,12 +52,10 @@ def _seen(run: Path) -> dict[str, Any]:
     """Return crops of training and validation, and how often the training patches held each class."""
     metrics = run / "metrics.csv"
     columns = read_metrics(metrics) if metrics.is_file() else {}
-    names = [n.split("/")[1] for n in columns if n.startswith("data/") and n.endswith("/patches") and n.count("/") == 2]
     rows = {
-        name: {
-            what: sum(v for *_, v in columns.get(f"data/{name}/{what}", ())) for what in ("patches", "known", "present")
-        }
-        for name in names
+        name: {k: sum(v for *_, v in columns.get(f"data/{name}/{k}", ())) for k in ("patches", "known", "present")}
+        for name in class_names(columns, "patches", "data")
+        if "/" not in name
     }
     patches = (read_timing(run) or {}).get("samples")
     split, problem = {}, None
@@ -92,7 +90,11 @@ def _annotated(data_root: str, max_arrays: int) -> dict[str, Any]:
     datasets = []
     for name in shown:
         mine = [crop for crop in crops if crop.dataset == name]
-        datasets.append((name, len(mine), _raw_size(mine), _label_sizes(mine)))
+        try:
+            raw = page.nm(mine[0].raw_source.grid.voxel_size) if mine else "–"
+        except ConnectomicsError as error:
+            raw = str(error)
+        datasets.append((name, len(mine), raw, _label_sizes(mine)))
     return {
         "problems": lines,
         "n_datasets": len(catalog.datasets),
@@ -101,13 +103,6 @@ def _annotated(data_root: str, max_arrays: int) -> dict[str, Any]:
         "datasets": datasets,
         "classes": sorted(states.items(), key=lambda item: (-item[1].arrays, item[0])),
     }
-
-
-def _raw_size(crops: Sequence[Crop]) -> str:
-    try:
-        return page.nm(crops[0].raw_source.grid.voxel_size) if crops else "–"
-    except ConnectomicsError as error:
-        return str(error)
 
 
 def _label_sizes(crops: Sequence[Crop]) -> str:

@@ -83,9 +83,7 @@ class Library:
         datasets = {crop: dataset for dataset, crop, _ in predicted}
         root = str(self.sources.truth)
         if not store.exists(root):
-            raise MetadataError(
-                f"no ground truth at {root}; give the truth.zarr that the submission was scored against"
-            )
+            raise MetadataError(f"no ground truth at {root}; give the truth.zarr that was used for scoring")
         return [
             Wanted(datasets.get(crop, ""), crop, name, PlainArray.open(store.join(root, crop, name)).grid)
             for crop in store.list_groups(root)
@@ -101,16 +99,31 @@ class Library:
 
     def item(self, wanted: Wanted) -> Item:
         """Open one class of a crop; raise a `ConnectomicsError` if nothing of it can be shown."""
-        dataset, crop, name = wanted.dataset, wanted.crop, wanted.class_name
-        problems: list[str] = []
-        prediction, probability = self._prediction(wanted, problems)
-        grid = wanted.grid or (prediction.grid if prediction is not None else None)
+        dataset, crop, name, grid = wanted.dataset, wanted.crop, wanted.class_name, wanted.grid
+        sources, problems = self.sources, list[str]()
+        truth: LabelReader | None = None
+        prediction: LabelReader | None = None
+        probability: Multiscale | None = None
+        try:
+            if sources.probabilities is not None:
+                probability = open_prediction(sources.probabilities, dataset, crop, name)
+            if sources.labels is not None:
+                found = open_prediction(sources.labels, dataset, crop, name)
+                prediction = None if found is None else stored_labels(found, name)
+            elif self.archive is not None and grid is not None:
+                prediction = submitted_labels(self.archive, crop, name, grid)
+            elif probability is not None:
+                prediction = stored_labels(probability, name)
+        except ConnectomicsError as error:
+            problems.append(f"No prediction: {error}")
+        if prediction is None and not problems:
+            problems.append("No prediction for this crop and class.")
+        grid = grid or (prediction.grid if prediction is not None else None)
         if grid is None:
             raise MetadataError(f"{crop}/{name}: neither truth nor prediction says where it is; give a crop table")
-        truth: LabelReader | None = None
         try:
-            if self.sources.truth is not None:
-                truth = plain_labels(store.join(str(self.sources.truth), crop, name), name, grid)
+            if sources.truth is not None:
+                truth = plain_labels(store.join(str(sources.truth), crop, name), name, grid)
                 grid = truth.grid
             elif self.catalog is not None:
                 truth = annotated_labels(self.catalog, dataset, crop, name, grid)
@@ -119,26 +132,6 @@ class Library:
         if truth is None and not problems:
             problems.append("No truth for this crop and class.")
         return Item(dataset, crop, name, grid, truth, prediction, probability, self._raw_of(dataset), tuple(problems))
-
-    def _prediction(self, wanted: Wanted, problems: list[str]) -> tuple[LabelReader | None, Multiscale | None]:
-        place = (wanted.dataset, wanted.crop, wanted.class_name)
-        probability: Multiscale | None = None
-        prediction: LabelReader | None = None
-        try:
-            if self.sources.probabilities is not None:
-                probability = open_prediction(self.sources.probabilities, *place)
-            if self.sources.labels is not None:
-                found = open_prediction(self.sources.labels, *place)
-                prediction = None if found is None else stored_labels(found, wanted.class_name)
-            elif self.archive is not None and wanted.grid is not None:
-                prediction = submitted_labels(self.archive, wanted.crop, wanted.class_name, wanted.grid)
-            elif probability is not None:
-                prediction = stored_labels(probability, wanted.class_name)
-        except ConnectomicsError as error:
-            problems.append(f"No prediction: {error}")
-        if prediction is None and not problems:
-            problems.append("No prediction for this crop and class.")
-        return prediction, probability
 
     def _raw_of(self, dataset: str) -> Multiscale | None:
         if self.catalog is None:

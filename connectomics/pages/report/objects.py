@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,12 +32,11 @@ _MOST_OBJECTS = 200_000  # objects and pairs, which bounds the memory
 
 @dataclass(frozen=True)
 class Mistake:
-    """One object that was not segmented well.
+    """One object that was not segmented well: the predicted one if it is merged or invented, else the true one.
 
     Attributes:
-        kind: one of `KINDS`. truth, found: IDs of the true and predicted objects involved, the largest overlap first.
-        voxels: known voxels of the object: the predicted one if it is merged or invented, else the true one.
-        iou: of the best pair, 0 if there is none. place: mean position of the object's voxels, nm, z y x.
+        truth, found: IDs of the true and predicted objects involved, the largest overlap first.
+        voxels: known voxels of the object. iou: of the best pair. place: mean position, nm, z y x.
     """
 
     kind: str
@@ -79,15 +78,11 @@ class Objects:
 
     def match(self) -> tuple[dict[int, int], dict[int, int]]:
         """Return the true object that each predicted one overlaps most, and the pairs (truth, found) that match."""
-        of_truth: dict[int, tuple[int, int]] = {}
-        of_found: dict[int, tuple[int, int]] = {}
-        for (t, p), n in sorted(self.pairs.items()):
-            if n > of_truth.get(t, (0, 0))[1]:
-                of_truth[t] = (p, n)
-            if n > of_found.get(p, (0, 0))[1]:
-                of_found[p] = (t, n)
-        partner = {p: t for p, (t, _) in of_found.items()}
-        return partner, {t: p for t, (p, _) in of_truth.items() if partner[p] == t}
+        largest, partner = {}, {}
+        # the last one wins: of pairs with equal overlap, that with the smallest IDs
+        for (t, p), _ in sorted(self.pairs.items(), key=lambda item: (item[1], -item[0][0], -item[0][1])):
+            largest[t], partner[p] = p, t
+        return partner, {t: p for t, p in largest.items() if partner[p] == t}
 
     def mistakes(self, grid: VoxelGrid) -> list[Mistake]:
         """Return the mistakes by kind, the largest object of each kind first.
@@ -100,50 +95,42 @@ class Objects:
         Args:
             grid: of the whole volume, for positions in nm.
         """
-        of_truth: dict[int, list[tuple[int, int]]] = {}
-        of_found: dict[int, list[tuple[int, int]]] = {}
-        for (t, p), n in self.pairs.items():
-            of_truth.setdefault(t, []).append((n, p))
-            of_found.setdefault(p, []).append((n, t))
+        of_truth: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        of_found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for (t, p), n in sorted(self.pairs.items(), key=lambda item: (item[1], item[0]), reverse=True):
+            of_truth[t].append((p, n))
+            of_found[p].append((t, n))
         made: list[Mistake] = []
-        split: set[int] = set()
-        merged: set[int] = set()
+        wrong: set[tuple[str, int]] = set()
+
+        def add(kind: str, truth: tuple[int, ...], found: tuple[int, ...], sums: NDArray[np.float64]) -> None:
+            iou = max((self._iou(t, p) for t in truth for p in found), default=0.0)
+            z, y, x = (float(v) for v in grid.to_world(sums[1:] / sums[0]))
+            made.append(Mistake(kind, truth, found, int(sums[0]), float(iou), (z, y, x)))
+
         for t, sums in self.truth.items():
-            parts = sorted(((n, p) for n, p in of_truth.get(t, ()) if n >= SHARE * sums[0]), reverse=True)
+            parts = tuple(p for p, n in of_truth[t] if n >= SHARE * sums[0])
             if len(parts) != 1:
-                split.add(t)
-                kind = "split" if parts else "missed"
-                made.append(self._mistake(kind, (t,), tuple(p for _, p in parts), sums, grid))
+                wrong.add(("truth", t))
+                add("split" if parts else "missed", (t,), parts, sums)
         for p, sums in self.found.items():
-            overlaps = of_found.get(p, [])
-            inside = sum(n for n, _ in overlaps)
-            swallowed = sorted(((n, t) for n, t in overlaps if n >= SHARE * self.truth[t][0]), reverse=True)
-            if len(swallowed) > 1 or inside < SHARE * sums[0]:
-                merged.add(p)
-                kind = "merged" if len(swallowed) > 1 else "invented"
-                made.append(self._mistake(kind, tuple(t for _, t in swallowed), (p,), sums, grid))
+            swallowed = tuple(t for t, n in of_found[p] if n >= SHARE * self.truth[t][0])
+            if len(swallowed) > 1 or sum(n for _, n in of_found[p]) < SHARE * sums[0]:
+                wrong.add(("found", p))
+                add("merged" if len(swallowed) > 1 else "invented", swallowed, (p,), sums)
         for t, p in self.match()[1].items():
-            if t not in split and p not in merged and self._iou(t, p) < POOR:
-                made.append(self._mistake("poor", (t,), (p,), self.truth[t], grid))
+            if ("truth", t) not in wrong and ("found", p) not in wrong and self._iou(t, p) < POOR:
+                add("poor", (t,), (p,), self.truth[t])
         return sorted(made, key=lambda m: (KINDS.index(m.kind), -m.voxels, m.truth, m.found))
 
     def _iou(self, t: int, p: int) -> float:
         both = self.pairs.get((t, p), 0)
         return both / (self.truth[t][0] + self.found[p][0] - both)
 
-    def _mistake(
-        self, kind: str, truth: tuple[int, ...], found: tuple[int, ...], sums: NDArray[np.float64], grid: VoxelGrid
-    ) -> Mistake:
-        iou = max((self._iou(t, p) for t in truth for p in found), default=0.0)
-        z, y, x = (float(v) for v in grid.to_world(sums[1:] / sums[0]))
-        return Mistake(kind, truth, found, int(sums[0]), float(iou), (z, y, x))
-
 
 def _add_places(labels: NDArray[Any], start: NDArray[np.float64], sums: dict[int, NDArray[np.float64]]) -> None:
     """Add the voxels and indices of every object of a block to ``sums``."""
     where = np.flatnonzero(labels)
-    if not len(where):
-        return
     ids, index = np.unique(labels.ravel()[where], return_inverse=True)
     counts = np.bincount(index)
     places = [np.bincount(index, weights=axis) for axis in np.unravel_index(where, labels.shape)]
@@ -176,11 +163,9 @@ def listed(drawn: Sequence[tuple[Item, Findings]], most: int) -> list[Listed]:
 def tables(
     drawn: Sequence[tuple[Item, Findings]], shown: Sequence[Listed], clickable: int, anchors: Sequence[str]
 ) -> Markup:
-    """Return the number of objects of each kind by class, and the mistakes one by one; empty without instances.
+    """Return the number of objects of each kind by class, and the mistakes that are ``shown``; empty without instances.
 
-    Args:
-        shown: from `listed`. clickable: items with a lower number are in the crop's slice viewer, which a click moves;
-            the others link to their pictures, whose IDs are ``anchors``, one per item.
+    Items with a number below ``clickable`` are in the slice viewer, which a click moves; others link to ``anchors``.
     """
     rows, partly = [], []
     for item, found in drawn:

@@ -6,6 +6,7 @@ own length. The raw image is embedded once per slice and reused by reference.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +21,6 @@ _DIRECTIONS = ("y down, x right", "z down, x right", "z down, y right")
 _FLAT_GRAY = 70  # instead of raw
 
 
-@dataclass
-class Ids:
-    """IDs of pictures within one page."""
-
-    used: int = 0
-
-    def new(self) -> str:
-        """Return an ID that the page has not used."""
-        self.used += 1
-        return f"p{self.used - 1}"
-
-
 @dataclass(frozen=True)
 class DrawnPlane:
     """One slice on the page: ``html``, and a ``thumbnail`` (SVG) that shows the same images by reference."""
@@ -40,15 +29,13 @@ class DrawnPlane:
     thumbnail: Markup
 
 
-def draw_plane(item: Item, plane: Plane, found: Findings, ids: Ids) -> DrawnPlane:
-    """Return one slice: raw alone, then raw with each layer, side by side."""
+def draw_plane(item: Item, plane: Plane, found: Findings, ids: Iterator[int]) -> DrawnPlane:
+    """Return one slice: raw alone, then raw with each layer, side by side; ``ids`` gives a number new to the page."""
     height, width = plane.extent
     limits = figures.contrast_limits(plane.raw, plane.inside) if plane.raw is not None else (0.0, 1.0)
     made = layers(item, plane, found)
     small = next((kind for kind in ("errors", "prediction", "truth") if kind in made), "")
-    values = {
-        "name": ids.new(), "item": item, "plane": plane, "height": height, "width": width, "small": small,
-    }  # fmt: skip
+    values = {"item": item, "plane": plane, "height": height, "width": width, "small": small, "name": f"p{next(ids)}"}
     html = page.render(
         "report/plane", raw=gray_layer(plane, limits), layers=made, ticks=_cut_marks(item, plane, found.position),
         directions=_DIRECTIONS[plane.axis], **values,

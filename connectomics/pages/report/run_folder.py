@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ Columns = Mapping[str, Sequence[tuple[float, float, float]]]
 
 
 def read_config(run: Path) -> dict[str, Any] | None:
-    """Return ``config.yaml`` of a run, None if there is none; `MetadataError` if it cannot be read."""
+    """Return ``config.yaml`` of a run as `read_yaml` does; content that is no mapping is empty."""
     found = read_yaml(run / "config.yaml")
     return found if found is None or isinstance(found, dict) else {}
 
@@ -72,22 +73,34 @@ def _cell(text: str | None) -> float:
         return math.nan
 
 
+def numbers(timing: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of ``timing.json``."""
+    return {k: float(v) for k, v in timing.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return a configuration with one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{before}{key}"
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{name}.")
+        else:
+            found[name] = value
+    return found
+
+
 def by_epoch(timing: Mapping[str, Any], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """Return (epoch, value times ``scale``) of ``by_epoch`` in ``timing.json``, for the epochs with a value."""
     rows = timing.get("by_epoch", [])
-    return [
-        (float(row["epoch"]), float(row[key]) * scale)
-        for row in (rows if isinstance(rows, list) else [])
-        if isinstance(row, dict)
-        and isinstance(row.get("epoch"), (int, float))
-        and isinstance(row.get(key), (int, float))
-    ]
+    found = [numbers(row) for row in (rows if isinstance(rows, list) else []) if isinstance(row, dict)]
+    return [(row["epoch"], row[key] * scale) for row in found if "epoch" in row and key in row]
 
 
-def class_names(columns: Columns, measure: str) -> list[str]:
-    """Return the classes that have a column ``val/{class}/{measure}``."""
-    names = [name.split("/", 1)[1] for name in columns if name.startswith("val/") and name.endswith(f"/{measure}")]
-    return [name.removesuffix(f"/{measure}") for name in names if name != measure]
+def class_names(columns: Columns, measure: str, group: str = "val") -> list[str]:
+    """Return the classes that have a column ``{group}/{class}/{measure}``."""
+    found = (re.fullmatch(f"{group}/(.+)/{measure}", column) for column in columns)
+    return [match[1] for match in found if match]
 
 
 def unfinished_state(run: Path) -> str:
@@ -109,10 +122,9 @@ def training_environment(run: Path) -> dict[str, str]:
         raise MetadataError(f"cannot read {path} as JSON: {error}") from error
     starts = found if isinstance(found, list) else []
     last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
-    git, packages, gpus = last.get("git"), last.get("packages"), last.get("gpus")
-    git = git if isinstance(git, dict) else {}
+    git, versions = (v if isinstance(v := last.get(key), dict) else {} for key in ("git", "packages"))
+    gpus = last.get("gpus")
     commit = f"{str(git.get('commit', ''))[:12]}{' and changes' * bool(git.get('changed'))}" if git else ""
-    versions = packages if isinstance(packages, dict) else {}
     facts = {
         "code": f"connectomics {last['connectomics']}" if "connectomics" in last else "",
         "commit": commit,

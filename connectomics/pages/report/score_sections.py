@@ -34,11 +34,7 @@ def section(
     baseline_name: str = "baseline",
     problems: Sequence[str] = (),
 ) -> page.Section:
-    """Return the tables by class and by crop.
-
-    Args:
-        scores: None if there are none. datasets: data set by crop, as far as known. problems: lines to put first.
-    """
+    """Return the tables by class and by crop; ``datasets``: data set by crop; ``problems``: lines to put first."""
     if scores is None:
         return page.Section("scores", "Scores", page.note(*(problems or ["No scores: no scores.json was given."])))
     crops = scores.by_crop()
@@ -66,23 +62,15 @@ def _class_table(scores: Scores, baseline: Scores | None, is_instance: bool) -> 
 
 
 def evaluation_section(path: Path) -> page.Section:
-    """Return voxel measures of ``evaluate`` by class, with intervals, and the worst crops.
-
-    Raises:
-        MissingError, MetadataError: the file is missing, or not what evaluate writes.
-    """
+    """Return voxel measures of ``evaluate`` by class, with intervals, and the worst crops."""
     data = read.load_json(path)
     classes, crops = data.get("classes"), data.get("crops")
     if not isinstance(classes, dict) or not isinstance(crops, list):
         raise MetadataError(f"{path}: expected the keys 'classes' and 'crops' of 'pytc evaluate'; run it again")
     rows = [
-        {
-            "name": name,
-            **{key: optional(entry.get(key)) for key in _MEASURES},
-            "crops": entry.get("crops"),
-            "score_interval": _interval(entry, "score_interval"),
-            "dice_interval": _interval(entry, "dice_interval"),
-        }
+        {"name": name, "crops": entry.get("crops")}
+        | {key: optional(entry.get(key)) for key in _MEASURES}
+        | {key: _interval(entry, key) for key in ("score_interval", "dice_interval")}
         for name, entry in classes.items()
     ]
     return page.section(

@@ -25,21 +25,17 @@ from connectomics.metrics.challenge.results import (
     pool_class,
 )
 from connectomics.metrics.challenge.rules import RULES
-from connectomics.metrics.evaluate import InstanceSums, bootstrap_interval
+from connectomics.metrics.evaluate import InstanceSums, Scored, bootstrap_interval, score_of
 
 DROPPED = (TOO_MANY, FAILED)  #: statuses of crops that are dropped from a class
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The content of one ``scores.json``.
+    """The content of one ``scores.json``; ``classes`` are its ``label_scores``, ``results`` every crop and class.
 
-    Attributes:
-        overall, instance, semantic: missing labels count as 0; None if no class of the kind was asked for.
-        submitted: the overall score over the submitted labels alone.
-        classes: entries of ``label_scores`` by class. results: every crop and class.
-        rules: their version; verified: whether our numbers for it were compared with the official ones.
-        warnings: of the scorer.
+    Missing labels count as 0 except in ``submitted``, the overall score over the submitted labels alone.
+    ``verified``: whether our numbers for these rules were compared with the official ones.
     """
 
     overall: float | None
@@ -161,27 +157,19 @@ def class_intervals(scores: Scores) -> dict[str, tuple[float, float]]:
 
     They tell how much a score depends on which crops happened to be annotated; with few crops they are rough.
     """
-    groups: dict[str, list[LabelResult]] = {}
+    groups: dict[str, list[Scored]] = {}
     for result in scores.results:
-        groups.setdefault(result.class_name, []).append(result)
-    found = {}
-    for name, results in groups.items():
-        if len(results) < 2:
-            continue
-        if results[0].by_quality:
-            parts = [r.score.panoptic for r in results if r.score.panoptic is not None]
-            found[name] = bootstrap_interval(parts, lambda p: p.quality)
-        elif isinstance(results[0].score, InstanceScore):
-            sums = [
-                InstanceSums(r.score.tp, r.score.fp, r.score.fn, r.score.hausdorff_norm_sum, r.score.n_hausdorff)
-                for r in results
-                if isinstance(r.score, InstanceScore)
-            ]
-            found[name] = bootstrap_interval(sums, lambda s: s.combined)
+        s = result.score
+        part: Scored | None
+        if result.by_quality:
+            part = s.panoptic
+        elif isinstance(s, InstanceScore):
+            part = InstanceSums(s.tp, s.fp, s.fn, s.hausdorff_norm_sum, s.n_hausdorff)
         else:
-            counts = [Counts(r.score.tp, r.score.fp, r.score.fn) for r in results]
-            found[name] = bootstrap_interval(counts, lambda c: c.iou)
-    return found
+            part = Counts(s.tp, s.fp, s.fn)
+        parts = groups.setdefault(result.class_name, [])
+        parts += [] if part is None else [part]
+    return {name: bootstrap_interval(parts, score_of) for name, parts in groups.items() if len(parts) > 1}
 
 
 def plain_id(name: str) -> str:

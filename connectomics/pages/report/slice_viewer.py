@@ -7,16 +7,17 @@ plane moves the two others to that place. Positions are in nm from the viewer's 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from connectomics.geometry import Triple, VoxelGrid
+from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.pages import colors, figures, page
-from connectomics.pages.report.volumes import Item, plane_grid
+from connectomics.pages.report.volumes import Item, LabelReader, plane_grid
 
 MOST_CLASSES = 12  #: that one viewer offers
 _LONGEST = 256  # pixels a side of a slice
@@ -28,8 +29,7 @@ def viewer(items: Sequence[Item], chosen: int, at: Triple, wanted: Sequence[Trip
 
     Args:
         items: the classes to offer (all of one data set); at most 12 are shown. chosen: the one it opens with.
-        at: where it opens, nm, z y x. wanted: positions that should have slices, the most important first.
-        slices: of each plane, at most: half of them evenly spread, the others at ``wanted``.
+        at: where it opens, nm, z y x. wanted, slices: as `slice_positions` takes them.
     """
     raw = items[0].raw
     shown = list(items[:MOST_CLASSES])
@@ -53,10 +53,10 @@ def _pane(
     rows, columns = (a for a in range(3) if a != axis)
     extent = np.multiply(layers[0].shape, layers[0].voxel_size)
     overlays = [
-        (number, kind, picture)
+        (number, kind, np.concatenate([draw(reader, layer, axis) for layer in layers]))
         for number, item in enumerate(items)
-        for kind, draw in (("truth", _truth), ("prediction", _prediction))
-        if (picture := draw(item, layers, axis)) is not None
+        for kind, draw, reader in (("truth", _truth, item.truth), ("prediction", _prediction, item.prediction))
+        if reader is not None
     ]
     return {
         "axis": axis,
@@ -73,9 +73,7 @@ def _pane(
 
 def common_grid(items: Sequence[Item]) -> VoxelGrid:
     """Return a grid over all items' boxes at their finest voxel size."""
-    box = items[0].grid.box
-    for item in items[1:]:
-        box = box.hull(item.grid.box)
+    box = reduce(Box.hull, [item.grid.box for item in items])
     return VoxelGrid.covering(box, np.min([item.grid.voxel_size for item in items], axis=0))
 
 
@@ -97,23 +95,14 @@ def _gray(raw: Multiscale, layers: Sequence[VoxelGrid], axis: int) -> NDArray[np
     return np.where(inside, figures.to_gray(values, figures.contrast_limits(values, inside)), _NO_RAW)
 
 
-def _truth(item: Item, layers: Sequence[VoxelGrid], axis: int) -> NDArray[np.uint8] | None:
-    """Return the outlines of the truth in all slices, one below the other; unknown voxels are veiled."""
-    if item.truth is None:
-        return None
-    pictures = []
-    for layer in layers:
-        values, known = (v.squeeze(axis) for v in item.truth.read(layer))
-        picture = figures.label_layer(np.where(known, values, 0), colors.TRUTH, fill=0)
-        picture[~known] = colors.ERROR_COLORS[colors.NOT_KNOWN]
-        pictures.append(picture)
-    return np.concatenate(pictures)
+def _truth(labels: LabelReader, layer: VoxelGrid, axis: int) -> NDArray[np.uint8]:
+    """Return the outlines of the truth in a slice; unknown voxels are veiled."""
+    values, known = (v.squeeze(axis) for v in labels.read(layer))
+    picture = figures.label_layer(np.where(known, values, 0), colors.TRUTH, fill=0)
+    picture[~known] = colors.ERROR_COLORS[colors.NOT_KNOWN]
+    return picture
 
 
-def _prediction(item: Item, layers: Sequence[VoxelGrid], axis: int) -> NDArray[np.uint8] | None:
-    """Return the filled prediction in all slices, one below the other."""
-    if item.prediction is None:
-        return None
-    return np.concatenate(
-        [figures.label_layer(item.prediction.read(layer)[0].squeeze(axis), colors.PREDICTION) for layer in layers]
-    )
+def _prediction(labels: LabelReader, layer: VoxelGrid, axis: int) -> NDArray[np.uint8]:
+    """Return the filled prediction in a slice."""
+    return figures.label_layer(labels.read(layer)[0].squeeze(axis), colors.PREDICTION)

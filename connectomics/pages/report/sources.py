@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +66,7 @@ class ReportOptions:
             crop first.
         picture_size: pixels of a picture's longer side, at most.
         viewers: number of crops with a slice viewer: the worst, and the best one.
-        viewer_slices: slices in each of a viewer's three planes.
-        max_objects: objects listed per crop.
+        viewer_slices: slices in each of a viewer's three planes. max_objects: objects listed per crop.
         max_voxels: voxels that are read of one class of one crop to choose its slices, count its objects and measure
             its calibration, and of one crop, over all its classes, for confusion. Larger crops are sampled in slabs.
         max_arrays: label arrays of the data root whose annotation is read for the data summary.
@@ -83,12 +83,8 @@ class ReportOptions:
     max_bytes: int = 40_000_000
 
     def __post_init__(self) -> None:
-        lowest = {
-            "max_pictures": 0, "viewers": 0, "viewer_slices": 1, "max_objects": 0, "max_voxels": 1, "max_bytes": 0,
-        }  # fmt: skip
-        values = {name: getattr(self, name) for name in lowest}
-        wrong = [f"{name} >= {low}, got {values[name]}" for name, low in lowest.items() if values[name] < low]
-        if not 16 <= self.picture_size <= 2048:
-            wrong.append(f"16 <= picture_size <= 2048, got {self.picture_size}")
-        if wrong:
-            raise InputError(f"ReportOptions: expected {'; '.join(wrong)}")
+        lowest = {"viewer_slices": 1, "max_voxels": 1, "picture_size": 16}
+        for name, value in vars(self).items():
+            low, high = lowest.get(name, 0), 2048 if name == "picture_size" else math.inf
+            if not low <= value <= high:
+                raise InputError(f"ReportOptions: expected {low} <= {name} <= {high}, got {value}")

@@ -32,19 +32,11 @@ _TIMES = {
 }
 #: Keys of a configuration that are shown first, by the words for them.
 _MAIN_KEYS = {
-    "configuration": "name",
-    "network": "model.architecture",
-    "classes": "dataset.classes",
-    "voxel size": "dataset.voxel_size",
-    "patch": "data.patch_size",
-    "batch size": "data.batch_size",
-    "losses": "model.loss_functions",
-    "optimizer": "optimizer.name",
-    "learning rate": "optimizer.lr",
-    "epochs, at most": "training.max_epochs",
-    "precision": "training.precision",
-    "seed": "system.seed",
-}
+    "configuration": "name", "network": "model.architecture", "classes": "dataset.classes",
+    "voxel size": "dataset.voxel_size", "patch": "data.patch_size", "batch size": "data.batch_size",
+    "losses": "model.loss_functions", "optimizer": "optimizer.name", "learning rate": "optimizer.lr",
+    "epochs, at most": "training.max_epochs", "precision": "training.precision", "seed": "system.seed",
+}  # fmt: skip
 
 
 # -- what was run ------------------------------------------------------------------------------------------------------
@@ -83,14 +75,9 @@ def _run_facts(sources: ReportSources, problems: list[str]) -> dict[str, Any]:
     written = datetime.fromtimestamp((sources.run / "config.yaml").stat().st_mtime).astimezone()
     if unfinished := run_folder.unfinished_state(sources.run):
         problems.append(f"This run is not complete: it is {unfinished}.")
-    facts = {"configured": written.strftime("%Y-%m-%d %H:%M %Z")}
-    for name, key in _MAIN_KEYS.items():
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            facts[name] = _plain(name, value)
-    return facts
+    shown = run_folder.flat(config)
+    facts = {name: _plain(name, shown[key]) for name, key in _MAIN_KEYS.items() if shown.get(key) is not None}
+    return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **facts}
 
 
 def _submission_facts(sources: ReportSources, table: Scores | None, problems: list[str]) -> dict[str, Any]:
@@ -111,15 +98,9 @@ def _submission_facts(sources: ReportSources, table: Scores | None, problems: li
 
 def environment() -> dict[str, str]:
     """Return the machine of this process and the versions of the main packages, without importing them."""
-    versions = []
-    for name in run_folder.PACKAGES:
-        try:
-            versions.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
-        "packages": ", ".join(versions),
+        "packages": ", ".join(f"{name} {metadata.version(name)}" for name in run_folder.PACKAGES),
         "machine": f"{platform.system()} {platform.machine()}, {usable_cores()} cores",
     }
 
@@ -152,25 +133,27 @@ def _artifact_facts(sources: ReportSources, problems: list[str]) -> dict[str, An
 # -- training ----------------------------------------------------------------------------------------------------------
 def curves(run: Path | None) -> page.Section:
     """Return curves of ``metrics.csv`` (losses, validation measures, learning rate) and of ``timing.json``."""
-    title = "Training"
     if run is None:
-        return page.Section("training", title, page.note("No training curves: no run folder was given."))
+        raise MissingError("No training curves: no run folder was given.")
     path = run / "metrics.csv"
     if not path.is_file():
-        return page.Section("training", title, page.note(f"No training curves: there is no {path}."))
+        raise MissingError(f"No training curves: there is no {path}.")
     columns = run_folder.read_metrics(path)
     made = [
         _loss_chart(columns),
         _measure_chart(columns, "dice", "Validation Dice, whole crops"),
         _measure_chart(columns, "score", "Validation, the challenge's score"),
-        _rate_chart(columns),
         *_resource_charts(run),
     ]
+    rate = next((n for n in columns if n in ("train/lr", "lr") or n.startswith("lr-")), None)
+    if rate is not None and len({v for _, _, v in columns[rate]}) > 1:  # a constant rate needs no chart
+        made.insert(3, charts.line_chart(_series(columns, rate, "rate"), "Learning rate", "epoch"))
     if not any(made):
-        return page.Section("training", title, page.note(f"No training curves: {path} holds no losses or scores."))
+        note = page.note(f"No training curves: {path} holds no losses or scores.")
+        return page.Section("training", "Training", note)
     dice = columns.get("val/dice", ())
-    best = max(dice, key=lambda point: point[2], default=None)
-    return page.section("training", title, "report/training", best=best, last=dice[-1] if dice else None, charts=made)
+    best, last = max(dice, key=lambda point: point[2], default=None), dice[-1] if dice else None
+    return page.section("training", "Training", "report/training", best=best, last=last, charts=made)
 
 
 def _series(columns: Columns, name: str, label: str, axis: int = 0, strong: bool = False) -> list[charts.Series]:
@@ -199,13 +182,6 @@ def _measure_chart(columns: Columns, measure: str, title: str) -> Markup:
     return charts.line_chart(series, title, "epoch", (0.0, 1.0))
 
 
-def _rate_chart(columns: Columns) -> Markup:
-    name = next((n for n in columns if n in ("train/lr", "lr") or n.startswith("lr-")), None)
-    if name is None or len({v for _, _, v in columns[name]}) < 2:  # a constant rate needs no chart
-        return Markup("")
-    return charts.line_chart(_series(columns, name, "rate"), "Learning rate", "epoch")
-
-
 def _resource_charts(run: Path) -> list[Markup]:
     """Return throughput and memory by epoch, as far as the run recorded them."""
     timing = run_folder.read_timing(run) or {}
@@ -225,8 +201,7 @@ def _resource_charts(run: Path) -> list[Markup]:
 def time(sources: ReportSources) -> page.Section:
     """Return bars by stage, and of the parts of training."""
     timing = None if sources.run is None else run_folder.read_timing(sources.run)
-    found = (timing or {}).items()
-    numbers = {k: float(v) for k, v in found if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = run_folder.numbers(timing or {})
     times = {label: numbers[key] for key, label in _TIMES.items() if key in numbers}
     if not times:  # written by another program: show what looks like seconds
         times = {k.removesuffix("_s"): v for k, v in numbers.items() if k.endswith("_s") and not k.endswith("per_s")}
@@ -242,9 +217,8 @@ def time(sources: ReportSources) -> page.Section:
 
 def configuration(run: Path | None) -> page.Section:
     """Return ``config.yaml``, word for word."""
-    title = "Configuration"
     if run is None:
-        return page.Section("configuration", title, page.note("No configuration: no run folder was given."))
+        raise MissingError("No configuration: no run folder was given.")
     path = run / "config.yaml"
     if not path.is_file():
         raise MissingError(f"no configuration: there is no {path}")
@@ -252,4 +226,4 @@ def configuration(run: Path | None) -> page.Section:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MetadataError(f"cannot read {path}: {error}") from error
-    return page.section("configuration", title, "report/configuration", name=path.name, content=content)
+    return page.section("configuration", "Configuration", "report/configuration", name=path.name, content=content)

@@ -35,12 +35,7 @@ Labels = tuple[NDArray[Any], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Labels that can be read on any grid.
-
-    Attributes:
-        grid: of the labels, nm. instance: whether the values are object IDs.
-        read: returns the values (0 background) and where they are known, bool, both of the shape of the given grid.
-    """
+    """Labels that can be read on any grid: values (0 background; IDs if ``instance``), and where they are known."""
 
     grid: VoxelGrid
     instance: bool
@@ -70,30 +65,29 @@ def annotated_labels(catalog: Catalog, dataset: str, crop: str, class_name: str,
         return None
     found = catalog.crop(dataset, crop)
 
+    if is_instance_class(class_name) and class_name in found.labels:
+        return LabelReader(grid, True, partial(read_instances, found, class_name))
+
     def read(part: VoxelGrid) -> Labels:
         volume = read_labels(found, [class_name], part)
         return volume.present_of(class_name).view(np.uint8), volume.known_of(class_name)
 
-    if is_instance_class(class_name) and class_name in found.labels:
-        return LabelReader(grid, True, partial(read_instances, found, class_name))
     return LabelReader(grid, False, read)
 
 
 def stored_labels(source: Multiscale, class_name: str) -> LabelReader:
     """Return decoded labels, or probabilities cut at one half, depending on what the array says about itself."""
     about = source.attrs.get("connectomics", {})
+    cut = about.get("artefact") == "probability"
 
     def read(grid: VoxelGrid) -> Labels:
-        return source.read_nearest(grid, level=0)
+        values, inside = source.read_nearest(grid, level=0)
+        if cut:
+            values = (values.astype(np.float32) > _THRESHOLD * unit_of(values.dtype)).view(np.uint8)
+        return values, inside
 
-    def read_cut(grid: VoxelGrid) -> Labels:
-        values, inside = read(grid)
-        return (values.astype(np.float32) > _THRESHOLD * unit_of(values.dtype)).view(np.uint8), inside
-
-    if about.get("artefact") == "probability":
-        return LabelReader(source.grid, False, read_cut)
-    kind = about.get("kind")
-    return LabelReader(source.grid, is_instance_class(class_name) if kind is None else kind == "instance", read)
+    kind = about.get("kind") or ("instance" if is_instance_class(class_name) else "semantic")
+    return LabelReader(source.grid, kind == "instance" and not cut, read)
 
 
 def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid) -> LabelReader | None:
@@ -114,8 +108,8 @@ def _read_nearest(array: PlainArray | ZarrArray, place: VoxelGrid, grid: VoxelGr
     """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``; outside is unknown."""
     part = place.slices(grid.box)
     begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
-    inside = resample.inside_axes(place, grid)
-    known = inside[0][:, None, None] & inside[1][:, None] & inside[2]
+    z, y, x = resample.inside_axes(place, grid)
+    known = z[:, None, None] & y[:, None] & x
     return resample.nearest(array.read(begin, shape), place.crop(begin, shape), grid), known
 
 
@@ -157,14 +151,12 @@ def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> M
 # -- choosing slices ---------------------------------------------------------------------------------------------------
 @dataclass
 class Findings:
-    """Counts from one pass over truth and prediction.
+    """Counts of voxels from one pass over truth and prediction.
 
     Attributes:
-        position: voxel (z, y, x) whose planes hold most errors and most truth, each relative to the plane with the most
-            (without truth: most prediction); the middle if there is nothing.
-        tp, fp, fn, unknown: voxels. share: the part of the volume that was read.
-        partner: the true object that a predicted one overlaps most. matched: pairs (truth, prediction) that are each
-            other's largest overlap. objects: their counts, None without instances.
+        position: voxel (z, y, x) whose planes hold most errors and most truth; the middle if there is nothing.
+        share: the part of the volume that was read. objects: None without instances.
+        partner, matched: see `Objects.match`.
     """
 
     position: tuple[int, int, int] = (0, 0, 0)
@@ -240,14 +232,7 @@ def _peak(profile: NDArray[np.float64]) -> int:
 # -- one slice ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Plane:
-    """One slice through an item, everything on one grid of square or oblong pixels.
-
-    Attributes:
-        axis: the axis normal to it (0: xy, 1: xz, 2: yz). index: of the voxel layer. at: its position, nm.
-        grid: of the pixels, one voxel thick along ``axis``. extent: height and width in nm.
-        raw: (H, W) float32 and inside: bool, None without raw. truth, prediction: (H, W) values, known: bool.
-        probability: (H, W) in [0, 1], or None.
-    """
+    """Layer ``index`` of an item across ``axis``, at ``at`` nm: every part on one grid, (H, W); raw is known inside."""
 
     axis: int
     index: int

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,19 +26,13 @@ class LazyVolume:
     def __getitem__(self, key: Any) -> NDArray[Any]:
         keys = key if isinstance(key, tuple) else (key,)
         keys = (*keys, *[slice(None)] * (3 - len(keys)))
-        spans, drop = [], []
-        for axis, (k, n) in enumerate(zip(keys, self.shape, strict=True)):
-            if isinstance(k, slice):
-                spans.append(k.indices(n))
-            else:
-                index = int(k) % n
-                spans.append((index, index + 1, 1))
-                drop.append(axis)
-        begin = [s[0] for s in spans]
-        shape = [max(0, s[1] - s[0]) for s in spans]
-        block: NDArray[Any] = self._read(begin, shape)
-        block = block[tuple(slice(None, None, s[2]) for s in spans)]
-        return np.squeeze(block, axis=tuple(drop)) if drop else block
+        spans = [
+            k.indices(n) if isinstance(k, slice) else (int(k) % n, int(k) % n + 1, 1)
+            for k, n in zip(keys, self.shape, strict=True)
+        ]
+        block: NDArray[Any] = self._read([s[0] for s in spans], [max(0, s[1] - s[0]) for s in spans])
+        steps = (slice(None, None, s[2]) if isinstance(k, slice) else 0 for k, s in zip(keys, spans, strict=True))
+        return block[tuple(steps)]
 
 
 def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
@@ -50,11 +43,10 @@ def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
         made = layers.made[name]
 
         def values(begin: list[int], shape: list[int]) -> NDArray[Any]:
-            return made.values(made.grid.crop(begin, shape))
+            return made.values(made.grid.crop(begin, shape)).astype(made.dtype)
 
         return [LazyVolume(made.grid, np.dtype(made.dtype), values)]
-    location = layer.address if is_s3(layer.address) else str(Path(layers.roots[name]) / below)
-    source = Multiscale.open(location)
+    source = Multiscale.open(layer.address if is_s3(layer.address) else str(layers.roots[name] / below))
 
     def level(number: int) -> LazyVolume:
         about = source.levels[number]

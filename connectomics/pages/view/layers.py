@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop
-from connectomics.cellmap.labels import read_instances, read_labels
+from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
@@ -26,12 +26,9 @@ _WRITERS = {"predictions": "predict", "labels": "decode"}  # command that writes
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the viewer.
+    """One layer of the viewer: probabilities are 0 to 255, masks 0 and 1.
 
-    Attributes:
-        name: ``mito truth crop234``. kind: ``raw``, ``probability`` (0 to 255), ``mask`` (0 and 1), ``ids``.
-        address: ``files/{name}/...`` or ``made/{name}/...`` of a `VolumeServer`, or an s3:// URL.
-        color: of a probability or a mask. visible: whether it is shown when the page opens.
+    ``address``: ``files/{name}/...`` or ``made/{name}/...`` of a `VolumeServer`, or an s3:// URL.
     """
 
     name: str
@@ -43,12 +40,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class ViewSources:
-    """What to show; at least one of data root, predictions and labels.
+    """What to show; at least one of data root (local or s3://), predictions and labels.
 
-    Attributes:
-        data_root: in CellMap's layout, local or s3://: raw, and the truth of its crops.
-        predictions, labels: folders as predict and decode write them.
-        dataset: the data set to show; None: the only one. crops, classes: only these; None: all.
+    ``dataset`` None: the only one. ``crops`` and ``classes`` None: all.
     """
 
     data_root: str | None = None
@@ -61,11 +55,7 @@ class ViewSources:
 
 @dataclass
 class Layers:
-    """The layers of one data set.
-
-    Attributes:
-        position: center of the first view, nm, z y x; extent: its size, nm. roots, made: for `VolumeServer`.
-    """
+    """The layers of one data set; the first view of ``extent`` nm is at ``position``, nm, z y x."""
 
     dataset: str
     layers: list[Layer] = field(default_factory=list)
@@ -105,9 +95,7 @@ def collect_layers(sources: ViewSources) -> Layers:
 def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
     of_root = set() if catalog is None else set(catalog.datasets)
     of_results: set[str] = set()
-    for place in (sources.predictions, sources.labels):
-        if place is None:
-            continue
+    for place in filter(None, (sources.predictions, sources.labels)):
         if not place.is_dir():
             raise MissingError(f"nothing at {place}; give a folder that predict or decode wrote")
         of_results |= {n.removesuffix(".zarr") for n in store.list_groups(str(place)) if n.endswith(".zarr")}
@@ -117,10 +105,8 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
         return sources.dataset
     names = sorted(of_results or of_root)  # of the many data sets of a root, the predicted ones are meant
     if not names:
-        places = [str(place) for place in (sources.data_root, sources.predictions, sources.labels) if place is not None]
-        raise MissingError(
-            f"no data set in {', '.join(places)}: expected folders NAME.zarr, as predict and decode write"
-        )
+        places = ", ".join(str(p) for p in (sources.data_root, sources.predictions, sources.labels) if p is not None)
+        raise MissingError(f"no data set in {places}: expected folders NAME.zarr, as predict and decode write")
     if len(names) != 1:
         raise InputError(f"found several data sets ({', '.join(names[:8])}): name one with --dataset")
     return names[0]
@@ -154,26 +140,20 @@ def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visibl
     if label.grid.size == 0:
         return
 
-    def known(part: VoxelGrid) -> NDArray[Any]:
-        return read_labels(crop, [class_name], part).known_of(class_name).astype(np.uint8)
+    def mask(part: VoxelGrid) -> LabelVolume:
+        return read_labels(crop, [class_name], part)
 
-    def present(part: VoxelGrid) -> NDArray[Any]:
-        return read_labels(crop, [class_name], part).present_of(class_name).astype(np.uint8)
-
-    def ids(part: VoxelGrid) -> NDArray[Any]:
-        return read_instances(crop, class_name, part)[0].astype(np.uint32)
-
-    def add(what: str, key: str, volume: MadeVolume, color: str, visible: bool) -> None:
+    def add(what: str, key: str, values: Callable[[VoxelGrid], NDArray[Any]], color: str, visible: bool) -> None:
         address = f"{crop.name}-{class_name}-{key}"
-        found.made[address] = volume
+        found.made[address] = MadeVolume(label.grid, np.uint32 if key == "ids" else np.uint8, values)
         kind: Literal["ids", "mask"] = "ids" if key == "ids" else "mask"
         found.layers.append(Layer(f"{class_name} {what} {crop.name}", kind, f"made/{address}", color, visible))
 
     if label.annotation.kind == "instance":
-        add("truth", "ids", MadeVolume(label.grid, np.uint32, ids), color, visible)
+        add("truth", "ids", lambda part: read_instances(crop, class_name, part)[0], color, visible)
     else:
-        add("truth", "present", MadeVolume(label.grid, np.uint8, present), color, visible)
-    add("known", "known", MadeVolume(label.grid, np.uint8, known), KNOWN_COLOR, False)
+        add("truth", "present", lambda part: mask(part).present_of(class_name), color, visible)
+    add("known", "known", lambda part: mask(part).known_of(class_name), KNOWN_COLOR, False)
 
 
 def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> list[VoxelGrid]:
@@ -190,22 +170,18 @@ def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> 
         chosen = [c for c in classes if sources.classes is None or c in sources.classes]
         for class_name, color in zip(chosen, cycle(CLASS_COLORS), strict=False):
             for path, about in _artifacts(root / crop / class_name):
-                _refuse_other(name, about, path, folder)
+                kind = str(about.get("artefact"))
+                if (kind == "labels") != (name == "labels"):  # would look like a bad result
+                    other = "labels" if kind == "labels" else "predictions"
+                    raise InputError(
+                        f"{path} holds {kind}: give {folder} by --{other}, and by --{name} a folder of "
+                        f"'pytc {_WRITERS[name]}'"
+                    )
                 title, address = f"{class_name} {{}} {crop}", f"files/{name}/{os.path.relpath(path, root)}"
                 found.layers.append(_layer_of(title, about, address, color))
             if grid := store.read_attrs(str(root / crop / class_name)).get("connectomics", {}).get("grid"):
                 grids.append(VoxelGrid.from_dict(grid))
     return grids
-
-
-def _refuse_other(name: str, about: dict[str, Any], path: Path, folder: Path) -> None:
-    """Refuse labels given as probabilities and the reverse, which would look like a bad result."""
-    found = str(about.get("artefact"))
-    if (found == "labels") != (name == "labels"):
-        other = "labels" if found == "labels" else "predictions"
-        raise InputError(
-            f"{path} holds {found}: give {folder} by --{other}, and by --{name} a folder of 'pytc {_WRITERS[name]}'"
-        )
 
 
 def _artifacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

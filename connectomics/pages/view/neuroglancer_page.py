@@ -21,11 +21,7 @@ void main() {{ float p = toNormalized(getDataValue()){scale}; emitRGBA(vec4(colo
 
 @dataclass
 class Viewing:
-    """A page that is being served.
-
-    Attributes:
-        url: of the page. state: of the page when it opened, JSON. viewer: neuroglancer's own object.
-    """
+    """A page that is being served; ``viewer`` is neuroglancer's own object, ``state`` its JSON when it opened."""
 
     url: str
     state: dict[str, Any]
@@ -38,17 +34,11 @@ class Viewing:
 
 
 def state_of(layers: Layers, url: str) -> dict[str, Any]:
-    """Return neuroglancer's state as JSON: units nm, axes z y x as in the files, each layer with its color.
-
-    Args:
-        url: address of the `VolumeServer` that serves the layers.
-    """
-    nm = [1e-9, "m"]
-    zoom = max(layers.extent / _PIXELS, 1e-3)
+    """Return neuroglancer's state as JSON, with nm as unit; ``url``: of the `VolumeServer` that serves the layers."""
     return {
-        "dimensions": {"x": nm, "y": nm, "z": nm},
+        "dimensions": {axis: [1e-9, "m"] for axis in "xyz"},
         "position": list(reversed(layers.position)),
-        "crossSectionScale": zoom,
+        "crossSectionScale": max(layers.extent / _PIXELS, 1e-3),
         "projectionScale": 2 * layers.extent,
         "layers": [_layer(layer, url) for layer in layers.layers],
         "layout": "4panel",

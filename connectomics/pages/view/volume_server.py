@@ -37,11 +37,7 @@ _KEPT = 256  # computed chunks in memory, up to 1 MB each
 
 @dataclass(frozen=True)
 class MadeVolume:
-    """A volume that is computed chunk by chunk.
-
-    Attributes:
-        grid: of the volume. dtype: of its voxels. values: returns a part of the grid as (D, H, W) of ``dtype``.
-    """
+    """A volume that is computed chunk by chunk; ``values`` returns a part of the grid as (D, H, W) of ``dtype``."""
 
     grid: VoxelGrid
     dtype: DTypeLike
@@ -56,24 +52,16 @@ class MadeVolume:
         if path == "s0/.zarray":
             return json.dumps(self._metadata()).encode()
         found = re.fullmatch(r"s0/(\d{1,9})/(\d{1,9})/(\d{1,9})", path)
-        if found is None:
-            return None
-        return self._chunk((int(found[1]), int(found[2]), int(found[3])))
+        return None if found is None else self._chunk([int(index) for index in found.groups()])
 
     def _metadata(self) -> dict[str, Any]:
+        dtype = np.dtype(self.dtype).newbyteorder("<").str
         return {
-            "zarr_format": 2,
-            "shape": list(self.grid.shape),
-            "chunks": [_EDGE] * 3,
-            "dtype": np.dtype(self.dtype).newbyteorder("<").str,
-            "compressor": None,
-            "fill_value": 0,
-            "order": "C",
-            "filters": None,
-            "dimension_separator": "/",
-        }
+            "zarr_format": 2, "shape": list(self.grid.shape), "chunks": [_EDGE] * 3, "dtype": dtype, "fill_value": 0,
+            "order": "C", "compressor": None, "filters": None, "dimension_separator": "/",
+        }  # fmt: skip
 
-    def _chunk(self, index: tuple[int, int, int]) -> bytes | None:
+    def _chunk(self, index: list[int]) -> bytes | None:
         begin = [i * _EDGE for i in index]
         shape = [min(_EDGE, n - b) for b, n in zip(begin, self.grid.shape, strict=True)]
         if min(shape) <= 0:
@@ -84,11 +72,7 @@ class MadeVolume:
 
 
 class VolumeServer:
-    """Serves roots and made volumes until it is closed; a context manager.
-
-    Attributes:
-        url: the start of all addresses, with the secret, without a slash at the end.
-    """
+    """Serves roots and made volumes until it is closed; ``url`` is the start of all addresses, with the secret."""
 
     def __init__(
         self, roots: Mapping[str, Path], made: Mapping[str, MadeVolume], address: str = LOOPBACK, port: int = 0
@@ -102,12 +86,6 @@ class VolumeServer:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                self._answer()
-
-            def do_HEAD(self) -> None:
-                self._answer()
-
-            def _answer(self) -> None:
                 given, _, rest = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
                 kind, _, rest = rest.partition("/")
                 name, _, path = rest.partition("/")
@@ -127,11 +105,8 @@ class VolumeServer:
 
             def _send(self, status: int, data: bytes) -> None:
                 part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                headers = {
-                    "Access-Control-Allow-Origin": "*",
-                    "Accept-Ranges": "bytes",
-                    "X-Content-Type-Options": "nosniff",
-                }
+                headers = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "bytes"}
+                headers["X-Content-Type-Options"] = "nosniff"
                 if status == 200 and part is not None and int(part[1]) < len(data):
                     first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
                     headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
@@ -142,6 +117,9 @@ class VolumeServer:
                 self.end_headers()
                 if self.command != "HEAD":
                     self.wfile.write(data)
+
+            def do_HEAD(self) -> None:
+                self.do_GET()
 
             def log_message(self, format: str, *args: Any) -> None:
                 """Log no requests."""
