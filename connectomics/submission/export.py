@@ -121,22 +121,20 @@ def export_submission(
             ``decode`` and ``predict`` write), or ``{dataset}/{crop}_{class}.npy`` on the table's grids.
         output_path: a ``.zip``; any other name gives a folder, which has to be zipped before it can be uploaded.
         classes, datasets: only these rows of the table; None means all.
-        crops: a `CropTable`, the path of one, or None for the challenge's; where that has none of ``datasets``, what
-            is there of them is packed on its own grids (``.npy`` files on those of ``data_root``).
-        data_root: data root that has the crops of ``.npy`` files which no table has.
-        probabilities_dir: probabilities that the labels in ``predictions_dir`` were made from. Semantic classes whose
-            labels are a plain threshold are then made from them, which keeps borders where the grid is finer.
-        thresholds: class -> threshold for probabilities (a mask is where they are above it); by default the one with
-            which the labels were made, else 0.5.
-        strict: refuse to write anything where a row of the table has no prediction.
+        crops: a `CropTable`, its path, or None for the challenge's table. Data sets that are not in the challenge's
+            table are packed on their own grids (``.npy`` files on those of ``data_root``).
+        data_root: data root with the crops of ``.npy`` files that no table has.
+        probabilities_dir: probabilities that the labels were made from. Semantic classes whose labels are a plain
+            threshold are made from them again, which keeps borders on a finer grid.
+        thresholds: class -> threshold for probabilities; default: the one of the labels, else 0.5.
+        strict: write nothing if a row of the table has no prediction.
         validate: check what was written (`validate_submission`).
         workers: threads; default: one per core, at most 8.
 
     Raises:
-        MissingError: no predictions at all, or some with ``strict``. UnknownNameError: a class or data set that the
-        table does not have. InputError, MetadataError, IncompleteError, CorruptDataError: a prediction that cannot
-        be used, by path. WriteError: the output cannot be written, something else than a submission is there, or
-        another process is packing it; what was there before stays.
+        MissingError: no predictions, or with ``strict`` some missing. UnknownNameError: a class or data set that is not
+        in the table. InputError, MetadataError, IncompleteError, CorruptDataError: an unusable prediction. WriteError:
+        the output cannot be written, is not a submission, or is being packed; existing files stay.
     """
     start = time.monotonic()
     root, target = Path(predictions_dir), local_path(output_path)
