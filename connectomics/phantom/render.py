@@ -190,16 +190,28 @@ def _near_object(
     return (inner_atom if d < 0.0 else atom), gray
 
 
+@njit(cache=True, nogil=True)
 def _bend(axes: Axes, seed: int) -> tuple[Floats, Floats]:
     """The bent positions q, (3, z, y, x) nm, and their span, (3, 4) nm: least, largest, least and largest shift."""
-    q = np.array(np.meshgrid(*axes, indexing="ij"))
-    straight = q.copy()
+    zs, ys, xs = axes
+    q, span = np.empty((3, zs.size, ys.size, xs.size), np.float64), np.empty((3, 4), np.float64)
+    for a in range(zs.size):
+        for b in range(ys.size):
+            for c in range(xs.size):
+                q[0, a, b, c], q[1, a, b, c], q[2, a, b, c] = zs[a], ys[b], xs[c]
     for axis in range(3):
-        for pitch, amplitude, offset in ((240.0, 20.0, 11), (84.0, 5.5, 21), (37.0, 1.3, 31)):
-            add_value_noise(q[axis], axes, pitch, amplitude, seed + offset + axis)
-    shift = q - straight
-    where = (1, 2, 3)
-    return q, np.stack([q.min(where), q.max(where), shift.min(where), shift.max(where)], axis=1)
+        add_value_noise(q[axis], axes, 240.0, 20.0, seed + 11 + axis)
+        add_value_noise(q[axis], axes, 84.0, 5.5, seed + 21 + axis)
+        add_value_noise(q[axis], axes, 37.0, 1.3, seed + 31 + axis)
+        low, high, back, forth = 1e30, -1e30, 1e30, -1e30
+        for a in range(zs.size):
+            for b in range(ys.size):
+                for c in range(xs.size):
+                    value = q[axis, a, b, c]
+                    shift = value - (zs[a] if axis == 0 else (ys[b] if axis == 1 else xs[c]))
+                    low, high, back, forth = min(low, value), max(high, value), min(back, shift), max(forth, shift)
+        span[axis, 0], span[axis, 1], span[axis, 2], span[axis, 3] = low, high, back, forth
+    return q, span
 
 
 @njit(cache=True, nogil=True)
