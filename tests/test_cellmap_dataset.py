@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset
 from connectomics.errors import MissingError, UnknownNameError
@@ -93,3 +94,11 @@ def test_bad_names_are_one_line_with_the_nearest(phantom: Path) -> None:
         CellMapDataset(str(phantom / "nowhere"), [DATASET], classes=["mito"])
     with pytest.raises(UnknownNameError, match="balance"):
         CellMapDataset(str(phantom), [DATASET], classes=["mito"], mode_kwargs={"balanse": 1})
+
+
+def test_a_data_loader_with_workers_reads_after_its_parent_did(phantom: Path) -> None:
+    dataset = CellMapMultiClassDataset(str(phantom), [DATASET], classes=["mito"], mode="val", patch_size=(16, 16, 16))
+    first = dataset[0]
+    loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="forkserver")
+    batch = next(iter(loader))
+    np.testing.assert_array_equal(batch["image"], first["image"])

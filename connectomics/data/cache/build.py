@@ -101,7 +101,7 @@ def _build_labels(
 
 
 class RowsFile:
-    """An ``.npy`` file of three axes that is written in rows of blocks. Its space is allocated first, so that a full
+    """An ``.npy`` file of three axes that is written in bars of blocks. Its space is allocated first, so that a full
     disk is an error before the work."""
 
     def __init__(self, path: Path, dtype: np.dtype[np.generic], shape: Index) -> None:
@@ -152,7 +152,7 @@ def settle(path: Path) -> None:
 
 
 def _rows(grid: VoxelGrid) -> Iterator[tuple[tuple[int, int], VoxelGrid]]:
-    """The grid in rows of blocks along x: first plane and line of each row, and its grid."""
+    """Split the grid into bars of blocks along x: first plane and line of each bar, and its grid."""
     for (z, y, _), row in grid.blocks((_BLOCK[0], _BLOCK[1], max(1, grid.shape[2]))):
         yield (z, y), row
 
