@@ -21,8 +21,8 @@ def test_every_block_is_done_once(tmp_path: Path) -> None:
     assert run_task(task, progress=lambda *told: seen.append(told))
     assert total(task) == sum(n**3 for n in range(700))
     assert CubeWorker.tried(task, "first") == list(range(700))
-    assert seen[0] == ("first", 0, 700)
-    assert seen[-1] == ("second", 700, 700)
+    assert seen[0] == (0, 700, "first")
+    assert seen[-1] == (700, 700, "second")
     assert not run_task(task)  # nothing is left
 
 

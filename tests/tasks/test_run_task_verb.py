@@ -40,7 +40,7 @@ def test_from_the_file_to_the_output_and_then_nothing_is_left(tmp_path: Path, su
     dry = pytc(file, "--dry-run", "engine.workers=2")
     assert dry.exit_code == 0
     assert "first" in dry.stdout
-    assert "of 2, for all stages" in dry.stdout
+    assert "with 2 workers, for all stages" in dry.stdout
     assert not task.folder.exists()
     assert pytc(file, "engine.workers=2").stdout == "out: complete\n"
     assert (task.folder / "sum").read_text() == "2025"
@@ -53,7 +53,7 @@ def test_from_the_file_to_the_output_and_then_nothing_is_left(tmp_path: Path, su
 def test_resume_needs_something_to_go_on_with(tmp_path: Path) -> None:
     task = CubeTask(str(tmp_path / "out"), count=10, fail=(3,))
     task.save(tmp_path / "task.json")
-    assert "nothing of out was begun" in str(pytc(tmp_path / "task.json", "--resume").exception)
+    assert "out was not started at" in str(pytc(tmp_path / "task.json", "--resume").exception)
     failed = pytc(tmp_path / "task.json")
     assert failed.exit_code != 0
     assert isinstance(failed.exception, BlocksFailedError)
@@ -80,7 +80,7 @@ def test_one_line_for_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("kind: [")
     for words, message in (
         ((tmp_path / "bad.yaml",), "not valid YAML"),
-        ((tmp_path / "ok.json", "data.batch_size=2"), "takes engine.key=value only"),
+        ((tmp_path / "ok.json", "data.batch_size=2"), "expected engine.key=value"),
         ((tmp_path / "ok.json", "engine.worker=2"), "did you mean 'engine.workers'"),
     ):
         with pytest.raises(ConnectomicsError, match=message):
