@@ -154,14 +154,14 @@ def write_tables(folder: Path, objects: Pieces, grid: VoxelGrid, table: str = "c
     the voxel centers; world coordinates in nm, in CSV rounded to a thousandth.
     """
     for name in _table_files(table):
-        _write_table(folder / name, objects, grid)
+        write_table(folder / name, objects, grid)
 
 
 def _table_files(table: str) -> list[str]:
     return [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
 
 
-def _write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
+def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
     columns = [
         Column("id", "id"),
         Column("voxels", "count"),

@@ -516,7 +516,7 @@ def test_ways_of_packing_that_do_not_come_piece_by_piece_stop_the_check(tmp_path
 def test_folders_without_end_stop_the_check(tmp_path, good):
     path = pack(tmp_path / "s.zip", {**good, "a/" * 20_000 + "b": b"x"})
     assert rules(validate_submission(path, TABLE)) == ["deep-path"]
-    with pytest.raises(InputError, match="20001 folders"):
+    with pytest.raises(InputError, match="20001 nested folders"):
         ZipStore(path)
 
 
