@@ -29,6 +29,7 @@ from connectomics.io.location import (
     normalize,
     refuse_forked_process,
     split_s3,
+    was_forked,
 )
 from connectomics.io.store import exists, list_objects, object_exists, read_attrs, read_json
 
@@ -67,6 +68,7 @@ class StoredArray:
         self.leading = leading
         self.options = options.resolved()
         self._opened: tuple[Any, Any] | None = None
+        self._in_child: Any = None  # how a forked process reads it
         self.zarr_format, self._metadata_name = 2, ".zarray"
         meta = read_json(join(self.location, ".zarray"), options)
         if meta is None:
@@ -221,9 +223,14 @@ class StoredArray:
             raise self._read_error(error) from error
 
     def _handles(self) -> tuple[Any, Any]:
-        """The array in tensorstore, tolerant of absent chunks and strict; for a codec that tensorstore lacks (LZ4,
-        filters), the zarr-python array and None."""
-        refuse_forked_process()
+        """The array in tensorstore, tolerant of absent chunks and strict. The zarr-python array and None for a codec
+        that tensorstore lacks (LZ4, filters), and in a forked process, where tensorstore would abort."""
+        if was_forked():
+            if is_s3(self.location):
+                refuse_forked_process()
+            if self._in_child is None:
+                self._in_child = self._zarr_array(ValueError("this process was forked"))
+            return self._in_child, None
         if self._opened is not None:
             return self._opened
         import tensorstore
@@ -312,7 +319,7 @@ class StoredArray:
         return _unreadable(found, re.sub(r"^.*: | \[os_error_code=.*", "", text) if "os_error_code" in text else text)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_in_child": None}
 
     def __repr__(self) -> str:
         return f"StoredArray({self.location!r}, shape={self.shape}, dtype={self.dtype}, chunks={self.chunks})"

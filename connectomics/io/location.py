@@ -79,14 +79,19 @@ def _first_user() -> int:
     return os.getpid()
 
 
-def refuse_forked_process() -> None:
-    """Raise `EngineError` in a process forked after its parent read a volume.
+def was_forked() -> bool:
+    """Return whether this process was forked after its parent read a volume.
 
     There, tensorstore would abort the process and obstore would hang: their threads do not survive a fork.
     """
-    if _first_user() != os.getpid():
+    return _first_user() != os.getpid()
+
+
+def refuse_forked_process() -> None:
+    """Raise `EngineError` in a process forked after its parent read a volume; local arrays can still be read there."""
+    if was_forked():
         raise EngineError(
-            "cannot read volumes in a process that was forked after its parent had read one; start workers with "
+            "cannot read from S3 in a process that was forked after its parent had read a volume; start workers with "
             "'forkserver' or 'spawn', such as DataLoader(..., multiprocessing_context='forkserver')"
         )
 

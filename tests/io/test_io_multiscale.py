@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
-from connectomics.errors import CorruptDataError, EngineError, InputError, MetadataError, MissingError
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.array import StoredArray
 from connectomics.io.fingerprint import fingerprint
@@ -443,22 +443,21 @@ def test_it_pickles_after_use_and_reads_in_other_processes(raw):
         assert pool.apply_async(read_sum, (volume,)).get(timeout=60) == data.sum()
 
 
-def test_a_forked_child_gets_an_error_and_no_abort(raw):
+def test_a_forked_child_reads_what_its_parent_reads(raw):
+    """As loader workers of a plain torch DataLoader do on Linux; tensorstore, which the parent used, would abort there."""
     volume = Multiscale.open(raw[0])
-    read_sum(volume)
+    expected = read_sum(volume)
     theirs, ours = multiprocessing.Pipe()
-    child = multiprocessing.get_context("fork").Process(target=send_error, args=(volume, theirs))
+    child = multiprocessing.get_context("fork").Process(target=send_sum, args=(volume, theirs))
     child.start()
     assert ours.poll(60)
-    assert "forkserver" in ours.recv()
+    assert ours.recv() == expected
     child.join()
     assert child.exitcode == 0
 
 
-def send_error(volume: Multiscale, pipe: Any) -> None:
-    with pytest.raises(EngineError) as error:
-        read_sum(volume)  # opened by the parent: it is not pickled on the way
-    pipe.send(str(error.value))
+def send_sum(volume: Multiscale, pipe: Any) -> None:
+    pipe.send(read_sum(volume))  # opened by the parent: it is not pickled on the way
 
 
 def test_reading_agrees_with_zarr_python(raw):

@@ -75,7 +75,7 @@ def get_dataset(
     """Return the data set that ``dataset.name`` names: ``cellmap`` has all classes in a sample, ``cellmap_single`` one.
 
     Images are normalized and centered as the network gets them, which is measured here unless the configuration stores
-    it. A torch ``DataLoader`` with workers needs ``multiprocessing_context="forkserver"`` (see `CropPatches`).
+    it. For a torch ``DataLoader`` with workers see `CropPatches`.
     """
     kinds: dict[str, type[CellMapDataset] | type[CellMapMultiClassDataset]]
     kinds = {"cellmap": CellMapMultiClassDataset, "cellmap_single": CellMapDataset}

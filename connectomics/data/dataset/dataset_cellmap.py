@@ -62,8 +62,8 @@ class CropPatches(BaseDataset):
     worker's random stream), always the same one in validation and test. A `PatchRequest` (from a sampler) gives exactly
     the patch that it names, packed. Samples have ``ids`` (I, D, H, W) int32 if `PatchOptions.instances` names classes.
 
-    Pass ``multiprocessing_context="forkserver"`` to a torch ``DataLoader`` with workers: Python before 3.14 forks them
-    on Linux, and a forked worker cannot read if this process has read a volume before, such as one sample.
+    For a torch ``DataLoader`` with workers pass ``multiprocessing_context="forkserver"``: Python before 3.14 forks them
+    on Linux, and a forked worker reads local volumes more slowly, and S3 not at all, if this process has read before.
     """
 
     data_root: str | None = None  # None if the data set was made from crops
