@@ -444,7 +444,7 @@ def test_it_pickles_after_use_and_reads_in_other_processes(raw):
 
 
 def test_a_forked_child_reads_what_its_parent_reads(raw):
-    """As loader workers of a plain torch DataLoader do on Linux; tensorstore, which the parent used, would abort there."""
+    """As workers of a plain torch DataLoader do on Linux; tensorstore, which the parent used, would abort there."""
     volume = Multiscale.open(raw[0])
     expected = read_sum(volume)
     theirs, ours = multiprocessing.Pipe()
