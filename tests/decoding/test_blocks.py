@@ -352,7 +352,7 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
     whole, expected = decode("whole", values.size)
     assert told == []
     blocks, found = decode("blocks", values.size - 1)
-    assert told == [(done, 1, f"in/crop1/mito ({stage})") for stage in ("label", "write") for done in (0, 1)]
+    assert told == [(done, 1, f"in/crop1/mito, {stage}") for stage in ("label", "write") for done in (0, 1)]
     assert blocks.objects == whole.objects > 10
     assert found == expected  # voxels, attributes and table, byte by byte
     assert decode("blocks", values.size - 1)[0].skipped
