@@ -237,10 +237,10 @@ def test_libraries_and_queues_that_are_not_there_are_one_line(monkeypatch: pytes
     with pytest.raises(EngineError, match="there is no sbatch here"):
         open_engine(slurm)
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
-    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+    with pytest.raises(EngineError, match=r"pip install 'connectomics-cellmap\[cluster\]'"):
         open_engine(slurm)
     monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(EngineError, match=r"pip install 'connectomics\[cluster\]'"):
+    with pytest.raises(EngineError, match=r"pip install 'connectomics-cellmap\[cluster\]'"):
         open_engine(EngineConfig(name="dask"))
 
 
