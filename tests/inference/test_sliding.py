@@ -294,5 +294,5 @@ def test_refuses_what_cannot_be():
         list(predict_blocks(lambda g: np.zeros((2, 2, 2)), volume.grid, network, channels=3, window=8))
     with pytest.raises(InputError, match="empty grid"):
         WindowLattice.over(grid_of((0, 8, 8)), 8)
-    with pytest.raises(InputError, match=r"tensor of shape .* found tuple"):
+    with pytest.raises(InputError, match=r"tensor of shape .* got tuple"):
         list(predict_blocks(volume.read, volume.grid, lambda x: (x, x), channels=1, window=8))
