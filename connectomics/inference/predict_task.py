@@ -1,9 +1,8 @@
 """Predict a region of a data set: one frozen description, run to files by any engine, block by block.
 
-`PredictTask` says everything that the output depends on. It is stored as ``task.json`` beside the output. Its
-first stage goes through the blocks of every distinct target grid: probabilities on the network's lattice
-(`connectomics.inference.sliding`), resampled to the target's voxels and stored (`connectomics.inference.artifact`).
-Further stages make the levels of a pyramid, three at a time.
+`PredictTask` says everything that the output depends on. Its first stage goes through the blocks of every distinct
+target grid: probabilities on the network's lattice (`connectomics.inference.sliding`), resampled to the target's voxels
+and stored (`connectomics.inference.artifact`). Further stages make the levels of a pyramid, three at a time.
 """
 
 from __future__ import annotations
