@@ -43,12 +43,8 @@ def demo(
         )  # fmt: skip
         scores, baseline = made.run()
     rows = [
-        [name, terminal.number(getattr(scores, key), 3), terminal.number(getattr(baseline, key), 3)]
-        for name, key in (
-            ("overall", "overall_score"),
-            ("instances", "overall_instance_score"),
-            ("semantic", "overall_semantic_score"),
-        )
+        [name, terminal.number(getattr(scores.totals, key), 3), terminal.number(getattr(baseline.totals, key), 3)]
+        for name, key in (("overall", "overall"), ("instances", "instance"), ("semantic", "semantic"))
     ]
     for name, found in scores.label_scores.items():
         rows.append([name, terminal.number(found.score, 3), terminal.number(baseline.label_scores[name].score, 3)])

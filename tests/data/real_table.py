@@ -58,7 +58,7 @@ class _Volume(Multiscale):
         while min(grids[-1].shape) > 32:
             grids.append(grids[-1].at_voxel_size([2 * size for size in grids[-1].voxel_size]))
         levels = [Level(f"s{n}", g, np.dtype(np.uint8), (64, 64, 64)) for n, g in enumerate(grids)]
-        made = cls(location, {}, levels, [])
+        made = cls(location, {}, [(level, None) for level in levels], [])  # no array is read
         made.there = there
         return made
 

@@ -20,8 +20,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import evaluate_instance
 from connectomics.metrics.challenge import score_instance
 from connectomics.pipeline.decode import decode_predictions
-from connectomics.pipeline.predict import _grids, predict_cellmap_crops
-from connectomics.pipeline.targets import Target, box_target
+from connectomics.pipeline.predict import predict_cellmap_crops
+from connectomics.pipeline.targets import Target, box_target, grids_of
 from connectomics.pipeline.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ def test_a_class_with_affinities_is_predicted_where_neighbours_are_neighbours(ph
     config = config_of(phantom, tmp_path)
     fine, own = VoxelGrid((4.0,) * 3, (100.0,) * 3, (40, 41, 44)), VoxelGrid((2.0,) * 3, (101.0,) * 3, (32, 32, 32))
     target = Target("phantom-iso", "crop1", {"mito": fine, "nuc": own})
-    grids = _grids(target, channel_names(config), channel_attributes(config), (8.0,) * 3)
+    grids = grids_of(target, channel_names(config), channel_attributes(config), (8.0,) * 3)
     assert grids["mito"] == grids["mito/affinities/0"] == fine.at_voxel_size((8.0,) * 3)
     assert grids["nuc"] == grids["nuc/distance"] == own
     assert set(grids) == {"mito", "nuc", "nuc/distance", *(f"mito/affinities/{n}" for n in range(6))}
