@@ -162,6 +162,11 @@ def _table_files(table: str) -> list[str]:
 
 
 def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
+    """Write a row per instance: ID, voxels, volume in nm3, and box and centroid in world nm (z, y, x).
+
+    objects: instances on ``grid`` in the order of their IDs, which count from 1. The suffix of ``path`` is the format.
+    A box reaches from outer face to outer face of its voxels; the centroid is the mean of voxel centers.
+    """
     columns = [
         Column("id", "id"),
         Column("voxels", "count"),

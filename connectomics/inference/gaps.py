@@ -124,6 +124,7 @@ class Presence:
 
 
 def presences(task: PredictTask) -> list[Presence]:
+    """Return for every target of the task, in their order, which of its raw is stored."""
     source = Multiscale.open(task.raw)
     return [Presence(source, layout) for layout, _ in task.layouts]
 

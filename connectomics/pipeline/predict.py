@@ -229,6 +229,7 @@ def chosen_device(config: RunConfig, name: str | None) -> str:
 
 
 def known_device(name: str) -> str:
+    """Return ``name`` if this machine has the device: ``cpu``, ``cuda`` or ``cuda:N``. Raises `InputError` if not."""
     import torch
 
     there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
