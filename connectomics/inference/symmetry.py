@@ -69,6 +69,11 @@ class Symmetry:
         )
         return z, y, x
 
+    def before(self, shape: Index) -> Index:
+        """Return the shape (z, y, x) that becomes ``shape``."""
+        z, y, x = (shape[self.axes.index(axis)] for axis in range(3))
+        return z, y, x
+
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """Transform (..., d, h, w), contiguous; the identity returns its argument."""
         import torch
@@ -109,6 +114,18 @@ def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
     if not chosen or len(set(chosen)) != len(chosen):
         raise InputError(f"a list of symmetries must hold at least one, and none twice; got {list(what)}")
     return chosen
+
+
+def windows_seen(chosen: Sequence[Symmetry], window: Index) -> dict[Index, tuple[Symmetry, ...]]:
+    """Return the window shapes (voxels, z y x) that become ``window`` in the symmetries, and for each these symmetries.
+
+    With windows of (1, 256, 256) and the symmetries zyx, yzx and xyz a network sees all three kinds of planes.
+    """
+    found: dict[Index, tuple[Symmetry, ...]] = {}
+    for symmetry in chosen:
+        shape = symmetry.before(window)
+        found[shape] = (*found.get(shape, ()), symmetry)
+    return found
 
 
 def require_unchanged(chosen: Sequence[Symmetry], sizes: Sequence[float], what: str) -> None:

@@ -97,7 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda o: _stride_product(o["strides"]),
     ),
     "unet_2d": Architecture(
-        "2-D U-Net over the planes of a patch, 2.5-D with planes=3 or 5: quickest on a CPU, patches such as [1,256,256]",
+        "2-D U-Net on the planes of a patch such as [1,256,256], 2.5-D with planes=3 or 5; quickest on a CPU",
         "connectomics.models.unet_2d:PlaneUNet",
         {"features": (32, 64, 128, 256, 256), "planes": 1, "stem": 1},
         lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
