@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -100,8 +101,14 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
-        spatial = None if self.augmentor is None else self.augmentor.spatial
-        return grid, CoordinateMap.identity() if spatial is None else spatial.draw(rng), rng
+        if self.augmentor is None or self.augmentor.spatial is None:
+            return grid, CoordinateMap.identity(), rng
+        moved = self.augmentor.spatial.draw(rng)
+        if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
+            half = (np.array(grid.shape) - 1) / 2
+            start = volume.grid.to_index(np.asarray(grid.box.center)) + moved.outer_shift - moved.outer @ half
+            moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
+        return grid, moved, rng
 
 
 def _sample(

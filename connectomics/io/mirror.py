@@ -96,7 +96,9 @@ def hull(index: Sequence[NDArray[np.int64]]) -> tuple[list[int], list[int]]:
 
 def take(block: NDArray[Any], begin: Sequence[int], index: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
     """Return the voxels ``index`` (a list for each of the last three axes) of a block that starts at ``begin``."""
-    for axis, (first, wanted) in enumerate(zip(begin, index, strict=True), start=-3):
+    low, high = hull(index)
+    block = block[(..., *(slice(lo - b, hi - b) for b, lo, hi in zip(begin, low, high, strict=True)))]
+    for axis, (first, wanted) in enumerate(zip(low, index, strict=True), start=-3):
         block = np.take(block, wanted - first, axis=axis)
     return block
 
