@@ -47,8 +47,8 @@ class TissueTransform(SpatialTransform):
 
 @dataclass(frozen=True, kw_only=True)
 class Symmetry(TissueTransform):
-    """``symmetry``: one of the flips and right angles that keep the voxel grid, all equally likely: 48 for cubic voxels,
-    16 if the sections are thicker. Voxels are copied, not interpolated."""
+    """``symmetry``: one of the flips and right angles that keep the voxel grid, all equally likely: 48 for cubic
+    voxels, 16 if the sections are thicker. Voxels are copied, not interpolated."""
 
     prob: Probability = 1.0
 
