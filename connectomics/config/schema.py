@@ -122,6 +122,7 @@ class ModelConfig(Group):
     mednext_size: str = "B"  # S | B | M | L
     mednext_kernel_size: int = 3  # 3 | 5
     deep_supervision: bool = False
+    dropout: Annotated[float | None, Field(ge=0, lt=1)] = None  # share of channels to drop; None: the network's default
     #: how data.inputs enter the network: encoder (one per input, registered) | channels (stacked)
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor

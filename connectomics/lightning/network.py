@@ -11,7 +11,7 @@ from connectomics.config import RunConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import InputError
 from connectomics.models.fusion import channels_for, with_inputs
-from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
+from connectomics.models.registry import build_model, check_patch_size, dropout_options, fixed_patch_size
 
 
 def build_network(config: RunConfig, channels: int) -> nn.Module:
@@ -38,6 +38,8 @@ def model_options(config: RunConfig) -> dict[str, Any]:
             "mednext_kernel_size": config.model.mednext_kernel_size,
             **options,
         }
+    if config.model.dropout is not None:
+        options = {**dropout_options(config.model.architecture, config.model.dropout), **options}
     return options
 
 
