@@ -95,6 +95,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda o: _stride_product(o["strides"]),
         deep_supervision=True,
     ),
+    "residual_unet": Architecture(
+        "nnU-Net's U-Net with a deep residual encoder (size S, M or L), strides and kernels per stage",
+        "connectomics.models.residual_unet:ResidualEncoderUNet",
+        {"strides": (1, 2, 2, 2, 2), "kernel_size": (3, 3, 3, 3, 3)},
+        lambda o: _stride_product(o["strides"]),
+        deep_supervision=True,
+    ),
     "segresnet": Architecture(
         "residual encoder with a light decoder (BraTS 2018 winner without its autoencoder branch)",
         "SegResNet",

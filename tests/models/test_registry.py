@@ -172,7 +172,7 @@ class TestRefusals:
             build_model("segresnet", 1, 1, options={"init_filters": 5})
 
     def test_deep_supervision_where_there_is_none(self) -> None:
-        with pytest.raises(InputError, match="these have: mednext, unet_2d, dynunet"):
+        with pytest.raises(InputError, match="these have: mednext, unet_2d, dynunet, residual_unet"):
             build_model("unet", 1, 1, deep_supervision=True)
 
     @pytest.mark.parametrize("channels", [(0, 1), (1, 0)])
@@ -189,6 +189,8 @@ class TestPatchSize:
             ("mednext", {"blocks_down": [1, 1]}, (4, 4, 4)),
             ("unet", {"strides": [[1, 2, 2], 2], "channels": [4, 8, 8]}, (2, 4, 4)),
             ("dynunet", {"strides": [1, [1, 2, 2], 2]}, (2, 4, 4)),
+            ("residual_unet", {}, (16, 16, 16)),
+            ("residual_unet", {"strides": [1, [1, 2, 2], 2]}, (2, 4, 4)),
             ("segresnet", {}, (8, 8, 8)),
             ("swin_unetr", {}, (32, 32, 32)),
         ],
