@@ -97,13 +97,17 @@ SYMMETRY_SETS: dict[str, tuple[Symmetry, ...]] = {
     "none": (IDENTITY,),
     "flips": _flips([(0, 1, 2)]),  # 8
     "section": _flips([(0, 1, 2), (0, 2, 1)]),  # 16: right angles of the section plane (y, x), and all flips
+    # 12: a network of planes sees those along each axis, in four orientations
+    "planes": tuple(s for s in _flips([(0, 1, 2), (1, 0, 2), (2, 0, 1)]) if not s.backwards[0]),
     "all": _flips([(a, b, 3 - a - b) for a, b in itertools.permutations(range(3), 2)]),  # 48
 }
 
 
 def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
-    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``all``: 48), or of a list of them
-    as text (``["zyx", "-zyx"]``). Raises `InputError` for an unknown name, an empty list, and a repeated symmetry."""
+    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``planes``: 12, ``all``: 48), or
+    of a list of them as text (``["zyx", "-zyx"]``).
+
+    Raises `InputError` for an unknown name, an empty list, and a repeated symmetry."""
     if isinstance(what, str):
         if what not in SYMMETRY_SETS:
             raise unknown_name("set of symmetries", what, SYMMETRY_SETS, "inference.tta")

@@ -38,7 +38,7 @@ ALL = SYMMETRY_SETS["all"]
 # -- the symmetries ----------------------------------------------------------------------------------------------------
 def test_the_named_sets():
     assert {name: len(chosen) for name, chosen in SYMMETRY_SETS.items()} == {
-        "none": 1, "flips": 8, "section": 16, "all": 48
+        "none": 1, "flips": 8, "section": 16, "planes": 12, "all": 48
     }  # fmt: skip
     for name, chosen in SYMMETRY_SETS.items():
         assert chosen[0] == IDENTITY, name
@@ -46,6 +46,9 @@ def test_the_named_sets():
         assert symmetries(name) == chosen == symmetries([str(s) for s in chosen]), name
     assert {s.axes for s in SYMMETRY_SETS["flips"]} == {(0, 1, 2)}
     assert {s.axes[0] for s in SYMMETRY_SETS["section"]} == {0}, "z stays z in the section plane's set"
+    planes = SYMMETRY_SETS["planes"]
+    assert sorted(s.axes[0] for s in planes) == [0] * 4 + [1] * 4 + [2] * 4
+    assert not any(s.backwards[0] for s in planes), "to a plane, its own side does not matter"
     values = torch.arange(27).reshape(3, 3, 3)
     assert len({tuple(s.apply(values).flatten().tolist()) for s in ALL}) == 48
 
