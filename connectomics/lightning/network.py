@@ -8,9 +8,11 @@ import numpy as np
 from torch import nn
 
 from connectomics.config import RunConfig
+from connectomics.config.schema import TrainingConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import ConfigError, InputError
 from connectomics.models.fusion import channels_for, with_inputs
+from connectomics.models.memory_format import set_channels_last
 from connectomics.models.registry import build_model, check_patch_size, dropout_options, fixed_patch_size
 from connectomics.models.stages import stages_for
 
@@ -28,6 +30,14 @@ def build_network(config: RunConfig, channels: int) -> nn.Module:
     )
     ratios = [np.divide(size, config.dataset.voxel_size).tolist() for size, _ in inputs]
     return with_inputs(network, config.model.fusion, ratios)
+
+
+def prepare_training(network: nn.Module, training: TrainingConfig) -> None:
+    """Set the memory format, and compile the forward pass, as a run asks for; names of weights do not change."""
+    if training.channels_last:
+        set_channels_last(network)
+    if training.compile:
+        network.compile()
 
 
 def model_options(config: RunConfig) -> dict[str, Any]:
