@@ -126,6 +126,7 @@ class ModelConfig(Group):
     mednext_size: str = "B"  # S | B | M | L
     mednext_kernel_size: int = 3  # 3 | 5
     deep_supervision: bool = False
+    dropout: Annotated[float | None, Field(ge=0, lt=1)] = None  # share of channels to drop; None: the network's default
     #: how data.inputs enter the network: encoder (one per input, registered) | channels (stacked)
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
@@ -221,6 +222,8 @@ class TrainingConfig(Group):
     precision: Annotated[str, one_of("16-mixed", "bf16-mixed", "32")] = "16-mixed"
     gradient_clip_val: Annotated[float | None, _FROM_0] = 1.0
     accumulate_grad_batches: Annotated[int, _FROM_1] = 1
+    channels_last: bool = False  # memory format of the weights; unet_2d works in it anyway
+    compile: bool = False  # train with torch.compile
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is kept; 0: none
     val_every_n_epochs: Annotated[int, _FROM_1] = 1
     val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, sample
+from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, SpatialAugmentor, sample
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
@@ -105,27 +105,27 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
-<<<<<<< HEAD
         if self.augmentor is None or self.augmentor.spatial is None:
             return grid, CoordinateMap.identity(), rng
-        moved = self.augmentor.spatial.draw(rng)
+        center = volume.grid.to_index(np.asarray(grid.box.center))
+        moved = self._draw_map(self.augmentor.spatial, center, volume.grid.shape, rng)
         if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
-            half = (np.array(grid.shape) - 1) / 2
-            start = volume.grid.to_index(np.asarray(grid.box.center)) + moved.outer_shift - moved.outer @ half
+            start = center + moved.outer_shift - moved.outer @ ((np.array(grid.shape) - 1) / 2)
             moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
         return grid, moved, rng
-=======
-        spatial = None if self.augmentor is None else self.augmentor.spatial
-        if spatial is None:
-            return grid, CoordinateMap.identity(), rng
+
+    def _draw_map(
+        self, spatial: SpatialAugmentor, center: NDArray[np.float64], crop: Index, rng: np.random.Generator
+    ) -> CoordinateMap:
+        """Draw a map; draw again if most of the patch would come from beyond the crop, where nothing is known."""
         if not spatial.may_leave:
-            return grid, spatial.draw(rng), rng
-        center = volume.grid.to_index(np.asarray(grid.box.center))
-        straight = share_inside(CoordinateMap.identity(), center, grid.shape, volume.grid.shape)
-        drawn = [(moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape))]
-        while drawn[-1][1] < _LEAST_INSIDE * straight and len(drawn) < _DRAWS:
-            drawn.append((moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape)))
-        return grid, max(drawn, key=lambda one: one[1])[0] if len(drawn) > 1 else drawn[0][0], rng
+            return spatial.draw(rng)
+        enough = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, self.shape.voxels, crop)
+        drawn: list[tuple[float, CoordinateMap]] = []
+        while len(drawn) < _DRAWS and (not drawn or drawn[-1][0] < enough):
+            moved = spatial.draw(rng)
+            drawn.append((share_inside(moved, center, self.shape.voxels, crop), moved))
+        return max(drawn, key=lambda found: found[0])[1]
 
 
 def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index, crop: Index) -> float:
@@ -138,7 +138,6 @@ def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     places = center + moved(offsets)
     return float(((places >= -0.5) & (places <= np.array(crop) - 0.5)).all(axis=1).mean())
->>>>>>> 3cc03e95b413d7d00f5fdd77dc32257e3f67417d
 
 
 def _sample(

@@ -165,6 +165,7 @@ def _fit(
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.monitors import check_monitored_classes
+    from connectomics.lightning.network import prepare_training
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")
@@ -180,6 +181,7 @@ def _fit(
         log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
     if checkpoint is None and config.model.init_bias is not None:
         _set_output_bias(config, module, data)
+    prepare_training(module.network, config.training)
     trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
     resumed = None if checkpoint is None else str(checkpoint)
     try:
