@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import EPOCH_PATCHES, RunConfig
 from connectomics.data.cache import cache_folder, prepare
-from connectomics.data.contents import LabelCounter
+from connectomics.data.contents import LabelCounter, present_shares
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
@@ -65,6 +65,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self.progress = progress
         self.split: Split | None = None
         self.normalization: dict[str, Chosen] = {}  # of each data set, after `setup`
+        self.present_shares: dict[str, float] = {}  # of the training crops, if ``model.class_weights`` needs them
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
 
@@ -108,6 +109,8 @@ class CellMapDataModule(pl.LightningDataModule):
             progress=self.progress,
         )
         check_known(self._train.volumes)
+        if isinstance(cfg.model.class_weights, str):
+            self.present_shares = present_shares(train, cfg.dataset.classes, counter)
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, check_config, config_to_dict, import_plugins
-from connectomics.config.heads import heads_of
+from connectomics.config.heads import heads_of, instance_classes
 from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
@@ -34,9 +34,10 @@ from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
-from connectomics.models.batch_labels import labels_of
+from connectomics.models.batch_labels import Labels, labels_of
+from connectomics.models.gaps import GapLabels, near_another
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
-from connectomics.models.losses import build_loss
+from connectomics.models.losses import build_loss, class_weights
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,9 @@ class ConnectomicsModule(pl.LightningModule):
         self.heads = heads_of(config)
         self._groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
         self.network = build_network(config, sum(self._groups))
-        self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
+        model, (z, y, x) = config.model, config.dataset.voxel_size
+        self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
+        self._weigh_classes({})
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
         self.intensity = BatchAugmentor.of(config)
@@ -122,7 +125,7 @@ class ConnectomicsModule(pl.LightningModule):
         labels = labels_of(batch)
         inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
-        result = self.loss(logits, labels)
+        result = self.loss(logits, self._with_gaps(labels, batch))
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
             heads = self.head_losses(of_heads, ids_of(batch))
@@ -138,6 +141,18 @@ class ConnectomicsModule(pl.LightningModule):
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
         return total
+
+    def _with_gaps(self, labels: Labels, batch: Mapping[str, Tensor]) -> Labels:
+        """Return the labels with the gaps between objects that ``data.gap_nm`` asks for."""
+        data, (z, y, x) = self.config.data, self.config.dataset.voxel_size
+        if not data.gap_nm:
+            return labels
+        ids, order = ids_of(batch), instance_classes(self.config)
+        gaps = {
+            self.classes.index(name): near_another(ids[:, order.index(name)], length, (z, y, x))
+            for name, length in data.gap_nm.items()
+        }
+        return GapLabels(labels, gaps, data.gap_state == "unknown")
 
     def on_train_epoch_end(self) -> None:
         """Log the counts of the epoch to the loggers directly: Lightning's float32 is exact up to 16 million only."""
@@ -202,6 +217,25 @@ class ConnectomicsModule(pl.LightningModule):
         if found:
             entries = {name: chosen.to_dict() for name, chosen in found.items()}
             self.config = with_normalization(self.config, entries)
+
+        if stage == "fit" and isinstance(self.config.model.class_weights, str):
+            present = getattr(getattr(self.trainer, "datamodule", None), "present_shares", {})
+            if not present:
+                raise ConfigError(
+                    "model.class_weights=inverse_frequency needs a data module with present_shares; give numbers by "
+                    "class"
+                )
+            self._weigh_classes(present)
+
+    def _weigh_classes(self, present: Mapping[str, float]) -> None:
+        """Set the weights of the classes in the loss, from the ``present`` share of each in the training crops."""
+        given, cap = self.config.model.class_weights, self.config.model.class_weight_cap
+        if not given:
+            return
+        weights = class_weights(given, cap, self.classes, present)
+        self.loss.class_weights = torch.tensor(list(weights.values()), device=self.device)
+        if isinstance(given, str) and present:
+            log.info("weights of classes in the loss: %s", ", ".join(f"{n} {w:.3g}" for n, w in weights.items()))
 
     def on_validation_epoch_start(self) -> None:
         """Start new counts."""

@@ -45,6 +45,8 @@ class PatchOptions:
     inputs: tuple[PatchShape | tuple[Triple, Index], ...] = ()
     chunk_cache_bytes: int = 64 << 20  # decoded chunks that a process keeps when it reads without the crop cache
     instances: tuple[str, ...] = ()  # classes with object IDs; samples then have ``ids``, see `PackedPatch`
+    alternate_ties: bool = False  # training: see `connectomics.cellmap.labels.read_labels`
+    soft_labels: bool = False  # training: labels are fractions; an augmentor in MONAI makes them 0 or 1 again
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
@@ -156,6 +158,8 @@ class CropPatches(BaseDataset):
             context=context if margin is None else (margin, margin, margin),
             allow_missing_raw=options.allow_missing_raw,
             instances=tuple(options.instances) if classes else (),  # further inputs have no labels
+            alternate_ties=options.alternate_ties and self.mode == "train",
+            soft=options.soft_labels and self.mode == "train" and bool(classes),
         )
 
     @property
