@@ -175,7 +175,7 @@ class DataConfig(Group):
     cache_gb: Annotated[float | None, _FROM_0] = None  # limit of cache_dir; drops the least recently used crops
     chunk_cache_mb: Annotated[int, _FROM_0] = 64  # decoded chunks per process, without the crop cache
     allow_missing_raw: bool = False  # train and predict if some raw chunks are missing (masked; probability 0)
-    sampling: dict[str, float] = field(default_factory=dict)  # weights of `connectomics.data.sampling.STRATEGIES`
+    sampling: dict[str, float] = field(default_factory=dict)  # class | dataset | volume | uniform | instance | hard
     class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class or instance; default 1
     #: training: whether a voxel of which exactly half is present counts as present, or every other one does
     label_ties: Annotated[str, one_of("present", "alternate")] = "present"

@@ -130,7 +130,7 @@ class CellMapDataModule(pl.LightningDataModule):
         data = self.config.data
         rank, world = self._place()
         return PatchSampler(
-            self.train_dataset.sampled_crops(),
+            self.train_dataset.sampled_crops(objects=data.sampling.get("instance", 0) > 0),
             EPOCH_PATCHES if data.patches_per_epoch is None else data.patches_per_epoch,
             classes=self.train_dataset.classes,
             sampling=data.sampling,
@@ -138,6 +138,7 @@ class CellMapDataModule(pl.LightningDataModule):
             seed=self.config.system.seed,
             rank=rank,
             world=world,
+            regions=self.train_dataset.reader.regions,
         )
 
     def _place(self) -> tuple[int, int]:

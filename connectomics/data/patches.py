@@ -40,6 +40,7 @@ class PackedPatch:
     #: int32 (I, D, H, W), for each of ``instances`` the object at a voxel: 1 to 2^24, 0 where the class is known to be
     #: absent, -1 where the class or the object is unknown; only valid within one class and one patch
     ids: NDArray[np.int32] | None = None
+    region: int | None = None  # number of the region that holds the patch's center, see `connectomics.data.regions`
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
         """Return ``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 and ``known``
@@ -57,7 +58,8 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
         (B,) float32, used by `centered`; ``codes`` (B, D, H, W) uint8, int16 or int32; ``present`` and
         ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code k of sample b; with
         soft labels ``fraction`` (B, C, K) uint8, in sixteenths;
-        ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 if patches have them.
+        ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 and ``region`` (B,) int64 if
+        patches have them.
     """
     if not patches:
         raise InputError("a batch needs at least one patch")
@@ -83,6 +85,9 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     ids = [p.ids for p in patches if p.ids is not None]
     if ids:
         batch["ids"] = torch.from_numpy(np.stack(ids))
+    regions = [p.region for p in patches if p.region is not None]
+    if regions:
+        batch["region"] = torch.tensor(regions, dtype=torch.int64)
     for name in ("mean", "std"):
         batch[name] = torch.tensor([getattr(p.normalization, name) for p in patches], dtype=torch.float32)
     for name in ("seed", "crop"):

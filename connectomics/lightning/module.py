@@ -15,7 +15,7 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, check_config, config_to_dict, import_plugins
-from connectomics.config.heads import heads_of, instance_classes
+from connectomics.config.heads import heads_of
 from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
@@ -34,10 +34,10 @@ from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
-from connectomics.models.batch_labels import Labels, labels_of
-from connectomics.models.gaps import GapLabels, near_another
+from connectomics.models.batch_labels import labels_of
+from connectomics.models.gaps import with_gaps
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
-from connectomics.models.losses import build_loss, class_weights
+from connectomics.models.losses import build_loss, weigh_classes
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,12 @@ class ConnectomicsModule(pl.LightningModule):
         self.network = build_network(config, sum(self._groups))
         model, (z, y, x) = config.model, config.dataset.voxel_size
         self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
-        self._weigh_classes({})
+        weigh_classes(self.loss, config)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
         self.intensity = BatchAugmentor.of(config)
         self.seen = ClassCounts(self.classes)  # in the epoch so far
+        self.sample_losses: Tensor | None = None  # (B,), of the classes, in the latest training batch
         self.counts = PooledCounts(len(self.classes))
         self.head_scores = HeadScores(self.heads)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
@@ -125,7 +126,8 @@ class ConnectomicsModule(pl.LightningModule):
         labels = labels_of(batch)
         inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
-        result = self.loss(logits, self._with_gaps(labels, batch))
+        result = self.loss(logits, with_gaps(labels, batch, self.config))
+        self.sample_losses = result.samples
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
             heads = self.head_losses(of_heads, ids_of(batch))
@@ -142,29 +144,17 @@ class ConnectomicsModule(pl.LightningModule):
         self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
         return total
 
-    def _with_gaps(self, labels: Labels, batch: Mapping[str, Tensor]) -> Labels:
-        """Return the labels with the gaps between objects that ``data.gap_nm`` asks for."""
-        data, (z, y, x) = self.config.data, self.config.dataset.voxel_size
-        if not data.gap_nm:
-            return labels
-        ids, order = ids_of(batch), instance_classes(self.config)
-        gaps = {
-            self.classes.index(name): near_another(ids[:, order.index(name)], length, (z, y, x))
-            for name, length in data.gap_nm.items()
-        }
-        return GapLabels(labels, gaps, data.gap_state == "unknown")
-
     def on_train_epoch_end(self) -> None:
         """Log the counts of the epoch to the loggers directly: Lightning's float32 is exact up to 16 million only."""
         # Lightning reduces an epoch's means over processes when they are first read, which the first process may
         # already have done for its progress line: the others must do it here, before all processes add the counts.
         _ = self.trainer.callback_metrics
-        metrics = self.seen.metrics(self._of_all_processes(self.seen.values))
+        metrics = self.seen.metrics(self.of_all_processes(self.seen.values))
         self.seen.reset()
         for logger in self.trainer.loggers:  # at the step at which Lightning logs the epoch's means
             logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
 
-    def _of_all_processes(self, counts: Tensor) -> Tensor:
+    def of_all_processes(self, counts: Tensor) -> Tensor:
         """Return the sum of ``counts`` over all processes; ``counts`` itself does not change."""
         total = counts.to(self.device, copy=True)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -213,29 +203,14 @@ class ConnectomicsModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Store the normalization of the training data in the configuration: it belongs to the model."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "normalization", None) if stage == "fit" else None
+        data = getattr(self.trainer, "datamodule", None)
+        found = getattr(data, "normalization", None) if stage == "fit" else None
         if found:
             entries = {name: chosen.to_dict() for name, chosen in found.items()}
             self.config = with_normalization(self.config, entries)
 
-        if stage == "fit" and isinstance(self.config.model.class_weights, str):
-            present = getattr(getattr(self.trainer, "datamodule", None), "present_shares", {})
-            if not present:
-                raise ConfigError(
-                    "model.class_weights=inverse_frequency needs a data module with present_shares; give numbers by "
-                    "class"
-                )
-            self._weigh_classes(present)
-
-    def _weigh_classes(self, present: Mapping[str, float]) -> None:
-        """Set the weights of the classes in the loss, from the ``present`` share of each in the training crops."""
-        given, cap = self.config.model.class_weights, self.config.model.class_weight_cap
-        if not given:
-            return
-        weights = class_weights(given, cap, self.classes, present)
-        self.loss.class_weights = torch.tensor(list(weights.values()), device=self.device)
-        if isinstance(given, str) and present:
-            log.info("weights of classes in the loss: %s", ", ".join(f"{n} {w:.3g}" for n, w in weights.items()))
+        if stage == "fit":
+            weigh_classes(self.loss, self.config, getattr(data, "present_shares", {}))
 
     def on_validation_epoch_start(self) -> None:
         """Start new counts."""
@@ -295,7 +270,7 @@ class ConnectomicsModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Add the counts of all processes and log the scores."""
-        scores = PooledCounts.scores(self._of_all_processes(self.counts.values))
+        scores = PooledCounts.scores(self.of_all_processes(self.counts.values))
         dice, iou = scores.mean(scores.dice), scores.mean(scores.iou)
         if dice is None:
             self._log_once(
@@ -312,12 +287,12 @@ class ConnectomicsModule(pl.LightningModule):
         if self.challenge is not None:
             values |= self._challenge_scores(self.challenge)
         if self.heads:
-            values |= self.head_scores.scores(self._of_all_processes(self.head_scores.values))
+            values |= self.head_scores.scores(self.of_all_processes(self.head_scores.values))
         # all processes have the same numbers; sync_dist only tells Lightning so
         self.log_dict(values, sync_dist=True, batch_size=1)
 
     def _challenge_scores(self, challenge: ChallengeScore) -> dict[str, float]:
-        values = challenge.scores(self._of_all_processes(challenge.values))
+        values = challenge.scores(self.of_all_processes(challenge.values))
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
             self._log_once(
@@ -372,7 +347,7 @@ class ConnectomicsModule(pl.LightningModule):
             "classes": list(self.classes),
             "voxel_size": [float(v) for v in self.config.dataset.voxel_size],  # nm, z y x
             "config": config_to_dict(self.config),
-            "seen": self._of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
+            "seen": self.of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

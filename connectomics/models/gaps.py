@@ -6,36 +6,21 @@ therefore trains on a background ridge between touching cells; here the ridge is
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from connectomics.geometry import Index, Triple
+from connectomics.config import RunConfig
+from connectomics.config.heads import instance_classes
+from connectomics.geometry import Triple
 from connectomics.models.batch_labels import Labels
+from connectomics.models.boxes import box_maximum, box_steps
+from connectomics.models.heads import ids_of
 
 _NO_ID = -(2.0**25)  # below minus any id, which are below 2^24
-
-
-def box_steps(length_nm: float, voxel_size: Sequence[float]) -> Index:
-    """Return how many voxels (z, y, x) away a voxel may be to begin within ``length_nm`` of a voxel's center."""
-    # a voxel s steps away begins s - 1/2 voxels from the center
-    z, y, x = (math.floor(length_nm / side + 0.5 + 1e-6) for side in voxel_size)
-    return z, y, x
-
-
-def box_maximum(values: Tensor, steps: Index) -> Tensor:
-    """Return the largest value within some steps along each axis (a box), of the same shape (N, C, D, H, W) float."""
-    for axis, reach in enumerate(steps):
-        if reach:
-            kernel, pad = [1, 1, 1], [0, 0, 0]
-            kernel[axis], pad[axis] = 2 * reach + 1, reach
-            values = functional.max_pool3d(values, kernel, 1, pad)
-    return values
 
 
 def near_another(ids: Tensor, length_nm: float, voxel_size: Triple) -> Tensor:
@@ -80,3 +65,16 @@ class GapLabels(Labels):
             return label, known
         gap = self.gaps[channel]
         return (label, known & ~gap) if self.unknown else (label.masked_fill(gap, 0.0), known)
+
+
+def with_gaps(labels: Labels, batch: Mapping[str, Tensor], config: RunConfig) -> Labels:
+    """Return the labels of a batch with the gaps that ``data.gap_nm`` asks for; raise `InputError` if it has no ids."""
+    data, (z, y, x) = config.data, config.dataset.voxel_size
+    if not data.gap_nm:
+        return labels
+    ids, order = ids_of(batch), instance_classes(config)
+    gaps = {
+        config.dataset.classes.index(name): near_another(ids[:, order.index(name)], length, (z, y, x))
+        for name, length in data.gap_nm.items()
+    }
+    return GapLabels(labels, gaps, data.gap_state == "unknown")

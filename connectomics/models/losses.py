@@ -20,6 +20,7 @@ To add a loss, write a frozen dataclass whose fields are its options, and regist
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
@@ -29,11 +30,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from connectomics.config import RunConfig
 from connectomics.config.values import read
-from connectomics.errors import InputError, unknown_name
+from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Triple
-from connectomics.models.gaps import box_maximum, box_steps
+from connectomics.models.boxes import box_maximum, box_steps
 from connectomics.models.masked_loss import ClassLoss, KnownVoxels, LossResult, MaskedLoss, downsample
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "LOSSES",
@@ -284,3 +288,23 @@ def class_weights(
     capped = {name: min(value, most) for name, value in inverse.items()}
     mean = sum(capped.values()) / max(1, len(capped))
     return {name: capped[name] / mean if name in capped else 1.0 for name in classes}
+
+
+def weigh_classes(loss: MaskedLoss, config: RunConfig, present: Mapping[str, float] | None = None) -> None:
+    """Set the weights of classes in a loss as ``model.class_weights`` says.
+
+    ``present``: the present share of each class in the training crops; None before training, when weights that depend
+    on it are not set. Raises as `class_weights`, and `ConfigError` if the shares are needed and there are none.
+    """
+    given = config.model.class_weights
+    if not given or (present is None and isinstance(given, str)):
+        return
+    if isinstance(given, str) and not present:
+        raise ConfigError(
+            f"model.class_weights={given} needs a data module with present_shares, as CellMapDataModule has; give "
+            "numbers by class"
+        )
+    weights = class_weights(given, config.model.class_weight_cap, config.dataset.classes, present or {})
+    loss.class_weights = torch.tensor(list(weights.values()), dtype=torch.float32)
+    if present:
+        log.info("weights of classes in the loss: %s", ", ".join(f"{n} {w:.3g}" for n, w in weights.items()))

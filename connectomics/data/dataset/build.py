@@ -33,6 +33,7 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
         inputs=inputs_of(cfg),
         chunk_cache_bytes=data.chunk_cache_mb << 20,
         instances=instance_classes(cfg),
+        regions=data.sampling.get("hard", 0) > 0,
         alternate_ties=data.label_ties == "alternate",
         soft_labels=data.soft_labels,
     )

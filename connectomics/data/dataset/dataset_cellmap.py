@@ -15,9 +15,11 @@ from connectomics.cellmap.catalog import Catalog, Crop, informs
 from connectomics.data.augmentation import Augmentor, GivenAugmentor, PatchAugmentor, SpatialAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
+from connectomics.data.foreground import foreground_points, object_points
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
-from connectomics.data.sampling import PatchRequest, SampledCrop, foreground_points
+from connectomics.data.regions import Regions
+from connectomics.data.sampling import PatchRequest, SampledCrop
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
@@ -45,6 +47,7 @@ class PatchOptions:
     inputs: tuple[PatchShape | tuple[Triple, Index], ...] = ()
     chunk_cache_bytes: int = 64 << 20  # decoded chunks that a process keeps when it reads without the crop cache
     instances: tuple[str, ...] = ()  # classes with object IDs; samples then have ``ids``, see `PackedPatch`
+    regions: bool = False  # whether a patch says in which region of its crop it is, see `connectomics.data.regions`
     alternate_ties: bool = False  # training: see `connectomics.cellmap.labels.read_labels`
     soft_labels: bool = False  # training: labels are fractions; an augmentor in MONAI makes them 0 or 1 again
 
@@ -132,7 +135,8 @@ class CropPatches(BaseDataset):
         for volume in self.volumes:
             volume.check()
         further = list(zip(inputs, self.input_volumes, strict=True))
-        self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known)
+        regions = Regions.of([volume.grid for volume in self.volumes], self.patch_size) if options.regions else None
+        self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known, regions)
         self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
         self._rng: np.random.Generator | None = None
 
@@ -167,10 +171,15 @@ class CropPatches(BaseDataset):
         """Every volume that patches are read from."""
         return [*self.volumes, *(volume for at in self.input_volumes for volume in at)]
 
-    def sampled_crops(self) -> list[SampledCrop]:
-        """What a `PatchSampler` needs of each crop."""
+    def sampled_crops(self, objects: bool = False) -> list[SampledCrop]:
+        """What a `PatchSampler` needs of each crop; with ``objects``, read positions in those of every class."""
         return [
-            SampledCrop(v.dataset, float(v.grid.size), {c: self.points(i, c) for c in self.classes})
+            SampledCrop(
+                v.dataset,
+                float(v.grid.size),
+                {c: self.points(i, c) for c in self.classes},
+                {c: object_points(v.crop, c, self.options.seed) for c in self.classes if objects},
+            )
             for i, v in enumerate(self.volumes)
         ]
 
