@@ -238,7 +238,7 @@ class PatchSampler:
                 f"data.sampling: only {only} has a weight, but none of {', '.join(classes)} is {what} in the training "
                 "crops with a weight above 0; give volume or uniform a weight, or take other crops or classes"
             )
-        self._labels = list(outcomes)
+        self._labels = [(label, *label.partition(" ")[::2]) for label in outcomes]  # with strategy and class
         self._outcome = _Wheel(dict(enumerate(outcomes.values())))
         self._by_volume = _by_volume(crops, range(len(crops)))
         of_dataset: dict[str, list[int]] = {}
@@ -282,9 +282,8 @@ class PatchSampler:
     def request(self, epoch: int, position: int) -> PatchRequest:
         """Return the request at one position of one epoch, of all processes together."""
         what, first, second = self._numbers(epoch, position)
-        label = self._labels[self._outcome(what)]
+        label, strategy, name = self._labels[self._outcome(what)]
         seed = (self._seed, epoch, position, 1)
-        strategy, _, name = label.partition(" ")
         if strategy == "class":
             crop = _pick(self._having[name], first)
             found = self._points[crop][name]
