@@ -10,6 +10,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from connectomics.data.sampling import PatchSampler
+from connectomics.errors import ConfigError
 
 _KEPT = 0.8  # of a region's average when one more patch is seen in it
 
@@ -30,7 +31,8 @@ class HardExamples(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Give the averages of the checkpoint, if any, to the sampler."""
-        n = len(_sampler(trainer).regions or ())
+        regions = _sampler(trainer).regions
+        n = 0 if regions is None else len(regions)
         if self._averages is None or len(self._averages) != n:  # none, or of other crops
             self._averages, self._sums = torch.full((n,), torch.nan, dtype=torch.float64), None
         if self._sums is None or not trainer.is_global_zero:  # the first process has the sums of all
@@ -75,5 +77,9 @@ class HardExamples(Callback):
 
 def _sampler(trainer: pl.Trainer) -> PatchSampler:
     sampler = getattr(trainer.train_dataloader, "sampler", None)
-    assert isinstance(sampler, PatchSampler), "data.sampling.hard needs the sampler of CellMapDataModule"
+    if not isinstance(sampler, PatchSampler) or sampler.regions is None:
+        raise ConfigError(
+            "data.sampling.hard needs a loader with a PatchSampler that has regions, as CellMapDataModule makes, got "
+            f"{type(sampler).__name__}; remove hard from data.sampling"
+        )
     return sampler

@@ -256,7 +256,7 @@ def test_batches_have_ids_where_they_are_asked_for(root: Path) -> None:
 def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "head_classes", lambda config: INSTANCES)  # as heads of the network would ask
+    monkeypatch.setattr(build, "instance_classes", lambda config: INSTANCES)  # as heads of the network would ask
     found = []
     for options in ({}, {"cache": "disk", "cache_dir": str(tmp_path), "num_workers": 2}):
         config = RunConfig()

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from connectomics.data.regions import region_weights
+from connectomics.errors import ConfigError
 from connectomics.lightning.checkpoints import read_checkpoint
+from connectomics.pipeline.train import train
 from tests.lightning.resume_run import REGIONS, run
+from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 HARD: dict[str, Any] = {"data__sampling": {"hard": 1.0}, "checkpoint__every_n_steps": 1}
 
@@ -59,3 +62,8 @@ def test_a_resumed_run_draws_the_same_patches(undisturbed: Path, tmp_path: Path,
 def test_workers_draw_the_same_patches(undisturbed: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", workers=2, **HARD)
     assert regions_of(tmp_path / "run") == regions_of(undisturbed)
+
+
+def test_a_loader_without_regions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sampling\.hard needs a loader with a PatchSampler"):
+        train(tiny_config(data__sampling={"hard": 1.0}), tmp_path / "run", datamodule=MadeUpData())

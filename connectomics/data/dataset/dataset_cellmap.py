@@ -15,7 +15,7 @@ from connectomics.cellmap.catalog import Catalog, Crop, informs
 from connectomics.data.augmentation import Augmentor, GivenAugmentor, PatchAugmentor, SpatialAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
-from connectomics.data.foreground import foreground_points, object_points
+from connectomics.data.foreground import ObjectPoints, foreground_points, object_points
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
 from connectomics.data.regions import Regions
@@ -138,6 +138,7 @@ class CropPatches(BaseDataset):
         regions = Regions.of([volume.grid for volume in self.volumes], self.patch_size) if options.regions else None
         self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known, regions)
         self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
+        self._objects: dict[tuple[int, str], ObjectPoints] = {}
         self._rng: np.random.Generator | None = None
 
     def _volume(
@@ -178,7 +179,7 @@ class CropPatches(BaseDataset):
                 v.dataset,
                 float(v.grid.size),
                 {c: self.points(i, c) for c in self.classes},
-                {c: object_points(v.crop, c, self.options.seed) for c in self.classes if objects},
+                {c: self._objects_of(i, c) for c in self.classes if objects},
             )
             for i, v in enumerate(self.volumes)
         ]
@@ -194,6 +195,13 @@ class CropPatches(BaseDataset):
             # both are in random order; hundreds of crops with dozens of classes must not fill the memory with places
             self._points[key] = found[: max(64, _MOST_POINTS // (len(self.volumes) * len(self.classes)))].copy()
         return self._points[key]
+
+    def _objects_of(self, volume: int, class_name: str) -> ObjectPoints:
+        """`object_points` of that crop, found once."""
+        key = (volume, class_name)
+        if key not in self._objects:
+            self._objects[key] = object_points(self.volumes[volume].crop, class_name, self.options.seed)
+        return self._objects[key]
 
     def _stream(self, index: int) -> np.random.Generator:
         """The random stream of a plain index: the worker's own in training, the sample's own otherwise."""
@@ -229,7 +237,7 @@ class CropPatches(BaseDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader worker starts its own random stream, and only the sampler needs the positions
-        return {**self.__dict__, "_rng": None, "_points": {}}
+        return {**self.__dict__, "_rng": None, "_points": {}, "_objects": {}}
 
 
 class CellMapDataset(CropPatches):
