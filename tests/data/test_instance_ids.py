@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
-from connectomics.config.heads import head_classes
+from connectomics.config.heads import instance_classes
 from connectomics.data.augmentation import (
     BatchAugmentor,
     CoordinateMap,
@@ -275,7 +275,7 @@ def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
         assert a["ids"].shape == (2, 2, 16, 16, 16)
         assert torch.equal(a["ids"], b["ids"])
         assert torch.equal(a["image"], b["image"])
-    assert head_classes is not build.head_classes
+    assert instance_classes is not build.instance_classes
     assert build.patch_options(config).instances == INSTANCES
 
 
