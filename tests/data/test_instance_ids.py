@@ -366,4 +366,4 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
 
 
 def test_a_run_without_heads_asks_for_no_ids() -> None:
-    assert head_classes(RunConfig()) == ()
+    assert instance_classes(RunConfig()) == ()
