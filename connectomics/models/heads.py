@@ -32,9 +32,9 @@ class HeadLosses(nn.Module):
 
         Args:
             outputs: for each head its logits (B, channels, D, H, W), full size first, then coarser ones.
-            ids: int32 (B, I, D, H, W), one channel per class of ``classes``, then any others.
+            ids: int32 (B, I, D, H, W), one channel per class of ``classes``.
         """
-        if ids.ndim != 5 or ids.shape[1] < len(self.classes):
+        if ids.ndim != 5 or ids.shape[1] != len(self.classes):
             raise InputError(
                 f"the heads need ids (B, {len(self.classes)}, D, H, W) of {', '.join(self.classes)}, got "
                 f"{tuple(ids.shape)}"

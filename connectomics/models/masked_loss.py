@@ -172,9 +172,8 @@ class MaskedLoss(nn.Module):
             rows, target = (torch.where(known, values, 0.0).flatten(0, 1).flatten(1) for values in (level, label))
             mask = known.flatten(0, 1).flatten(1)
             z, y, x = (side * (n // m) for side, n, m in zip(self.voxel_size, full, level.shape[2:], strict=True))
-            levels.append(
-                KnownVoxels(rows, target, mask.float(), mask.sum(1), samples, tuple(level.shape[2:]), (z, y, x))
-            )
+            shape = (level.shape[2], level.shape[3], level.shape[4])
+            levels.append(KnownVoxels(rows, target, mask.float(), mask.sum(1), samples, shape, (z, y, x)))
         share = (levels[0].count / (levels[0].known.shape[1] * _FULL_WEIGHT)).clamp(max=1)
         # known on a coarse level implies known on the finest
         weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])

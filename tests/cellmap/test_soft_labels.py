@@ -21,7 +21,7 @@ from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
 def crop_of(folder: Path, values: NDArray[np.uint8], voxel: float = 4.0, unknown: int | None = None) -> Crop:
-    grid = grid_of(values.shape, voxel)  # type: ignore[arg-type]
+    grid = grid_of(values.shape, voxel)
     write_raw(folder, "set-a", np.zeros((2, 2, 2), np.uint8), grid_of((2, 2, 2)))
     write_label(folder, "set-a", "crop1", "mito", values, grid, unknown=unknown)
     return Catalog.open(str(folder)).crop("set-a", "crop1")

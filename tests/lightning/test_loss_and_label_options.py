@@ -72,7 +72,7 @@ def test_gaps_are_made_of_the_ids_of_the_batch(phantom: Path, tmp_path: Path) ->
     data = CellMapDataModule(config)
     data.setup("fit")
     sampler = data.sampler()
-    batch = collate([data.train_dataset[sampler.request(0, n)] for n in range(3)])
+    batch = collate([data.train_dataset.reader.read(sampler.request(0, n)) for n in range(3)])
     labels = labels_of(batch)
     gapped = with_gaps(labels, batch, config)
     assert batch["ids"].shape[1] == 1

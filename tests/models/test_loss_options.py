@@ -82,8 +82,9 @@ class TestBoundary:
     def weights(self, target: torch.Tensor, known: torch.Tensor | None = None, **options: float) -> torch.Tensor:
         voxel_size = (30.0, 8.0, 8.0)
         seen = torch.ones_like(target) if known is None else known
-        rows = [values.reshape(1, -1) for values in (torch.zeros_like(target), target * seen, seen)]
-        batch = KnownVoxels(*rows, rows[2].sum(1), 1, tuple(target.shape), voxel_size)
+        logits, y, known_rows = (v.reshape(1, -1) for v in (torch.zeros_like(target), target * seen, seen))
+        d, h, w = target.shape
+        batch = KnownVoxels(logits, y, known_rows, known_rows.sum(1), 1, (d, h, w), voxel_size)
         return BoundaryBCELoss(**options).weights(batch).reshape(target.shape)
 
     def test_a_band_is_as_wide_in_nm_along_every_axis(self) -> None:
