@@ -40,6 +40,17 @@ def _is_batch_size(value: Any) -> bool:
     return value == "auto" or (type(value) is int and value >= 1)
 
 
+def _are_class_weights(value: Any) -> bool:
+    if value == "inverse_frequency":
+        return True
+    numbers = value.values() if isinstance(value, dict) else ["?"]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < float("inf") for n in numbers)
+
+
+def _are_lengths(values: Any) -> bool:
+    return all(0 < float(length) < float("inf") for length in values.values())
+
+
 def _is_init_bias(value: Any) -> bool:
     return value is None or value == "prevalence" or (type(value) in (int, float) and math.isfinite(value))
 
@@ -136,6 +147,11 @@ class ModelConfig(Group):
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
+    #: weights of classes in the loss, by name (default 1), or inverse_frequency: by their share of training voxels
+    class_weights: Annotated[Any, checked(_are_class_weights, "must be inverse_frequency, or numbers by class")] = (
+        field(default_factory=dict)
+    )
+    class_weight_cap: Annotated[float, Field(ge=1)] = 10.0  # inverse_frequency: most, relative to the smallest weight
     heads: list[HeadConfig] = field(default_factory=list)  # their channels come after those of the classes
 
 
@@ -174,8 +190,16 @@ class DataConfig(Group):
     cache_gb: Annotated[float | None, _FROM_0] = None  # limit of cache_dir; drops the least recently used crops
     chunk_cache_mb: Annotated[int, _FROM_0] = 64  # decoded chunks per process, without the crop cache
     allow_missing_raw: bool = False  # train and predict if some raw chunks are missing (masked; probability 0)
-    sampling: dict[str, float] = field(default_factory=dict)  # weights of class | dataset | volume | uniform
-    class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; default 1
+    sampling: dict[str, float] = field(default_factory=dict)  # class | dataset | volume | uniform | instance | hard
+    class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class or instance; default 1
+    #: training: whether a voxel of which exactly half is present counts as present, or every other one does
+    label_ties: Annotated[str, one_of("present", "alternate")] = "present"
+    soft_labels: bool = False  # training: the target of a voxel that a boundary cuts is the share that is present
+    #: class with IDs -> nm: its voxels this near another object are not trained as present, so that objects stay apart
+    gap_nm: Annotated[dict[str, float], checked(_are_lengths, "must be lengths above 0 by class")] = field(
+        default_factory=dict
+    )
+    gap_state: Annotated[str, one_of("absent", "unknown")] = "absent"  # what the voxels of gap_nm become
     min_known: Annotated[float, Field(ge=0, le=1)] = 0.0  # least share of known voxels in a patch, if possible
     inputs: list[InputConfig] = field(default_factory=list)  # further inputs at other voxel sizes
     #: auto | table | [low, high], or one of these by data set; null: table, else auto

@@ -109,6 +109,21 @@ def content_of(crop: Crop, classes: Sequence[str], counter: LabelCounter) -> Con
     return Content(known, present, frozenset(absent))
 
 
+def present_shares(crops: Sequence[Crop], classes: Sequence[str], counter: LabelCounter) -> dict[str, float]:
+    """Return by class the present share of the annotated volume of all crops, 0 to 1; 0 if none is annotated.
+
+    A class without an array counts by the arrays of its atoms.
+    """
+    present, known = dict.fromkeys(classes, 0.0), dict.fromkeys(classes, 0.0)
+    for crop in crops:
+        for name in classes:
+            own = [name] if name in crop.labels else [atom for atom in atoms_of(name) if atom in crop.labels]
+            counts = [(counter(crop, crop.labels[n]), float(np.prod(crop.labels[n].grid.voxel_size))) for n in own]
+            present[name] += sum(c["present"] * volume for c, volume in counts)
+            known[name] += max(((c["present"] + c["absent"]) * volume for c, volume in counts), default=0.0)
+    return {name: min(1.0, present[name] / known[name]) if known[name] else 0.0 for name in classes}
+
+
 def check_states(contents: Sequence[Content], classes: Sequence[str]) -> list[str]:
     """Return one warning for each class of which only one state is known in training crops.
 

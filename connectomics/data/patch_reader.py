@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from connectomics.data.arrays import CropArrays
 from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, SpatialAugmentor, sample
 from connectomics.data.patches import PackedPatch
+from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
@@ -56,14 +57,17 @@ class PatchReader:
         inputs: Sequence[tuple[PatchShape, Sequence[CropVolume]]] = (),
         augmentor: PatchAugmentor | None = None,
         min_known: float = 0.0,
+        regions: Regions | None = None,
     ) -> None:
         """``volumes``: the crops at the run's voxel size. ``inputs``: each further input with the same crops at its
-        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it."""
+        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it.
+        ``regions``: of the crops, if patches should say theirs."""
         self.volumes = list(volumes)
         self.shape = shape
         self.inputs = [(given, list(at)) for given, at in inputs]
         self.augmentor = augmentor
         self.min_known = min_known
+        self.regions = regions
 
     def read(self, request: PatchRequest) -> PackedPatch:
         """Return the patch of a request: a function of the request alone."""
@@ -85,6 +89,7 @@ class PatchReader:
             states=states,
             grid=grid,
             crop=request.index,
+            region=None if self.regions is None else self.regions.number(request.index, center),
             seed=int(rng.integers(2**63 - 1)),
             drawn_by=request.drawn_by,
             normalization=volume.normalized,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
-from connectomics.data.sampling import foreground_points
+from connectomics.data.foreground import foreground_points
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
 

@@ -110,11 +110,11 @@ def _prepare_folder(
 
 def forecast(volume: CropVolume) -> int:
     """Return the bytes that the entry of a volume will take: one per voxel of raw (two if raw chunks are missing), one
-    per voxel of labels (two with object IDs), and positions."""
+    per voxel of labels (two with object IDs or soft labels), and positions."""
     raw, labels = volume.cached_raw_grid, volume.grid.size if volume.classes else 0
     missing, _, _ = volume.crop.raw_source.missing_chunks(raw)
     points = 12 * min(POINTS, labels) * len(volume.classes) + 4096 * words_for(len(volume.classes))
-    return raw.size * (2 if missing else 1) + labels * (2 if volume.instances else 1) + points
+    return raw.size * (2 if missing else 1) + labels * (2 if volume.instances or volume.soft else 1) + points
 
 
 def _within(cache: CropCache, wanted: list[_Wanted], budget: int | None) -> list[_Wanted]:
