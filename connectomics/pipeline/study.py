@@ -103,6 +103,7 @@ def study(
         (progress or silent)(done, len(rows), row.name)
         tables()
 
+    tables()  # refuses files of others, and scores that complete rows do not have, before the work
     for until in [*(content.halving.steps if content.halving else ()), None]:
         alive = [row for row in rows if row.arm not in stopped]
         todo = [row for row in alive if row not in failed and needs_work(row, until, content.scores)]
@@ -191,11 +192,12 @@ def _do_all(
     if workers <= 1 or len(rows) <= 1:
         for row in rows:
             log.info("%s: %s", row.name, row.folder)
+            busy = ""
             try:
                 do_row(row, until, scores)
-                report(row, "")
             except WriteError as error:  # another process trains it
-                report(row, str(error))
+                busy = str(error)
+            report(row, busy)
         return
     running: set[BaseProcess] = set()
     ended = threading.Event()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -380,3 +381,16 @@ def test_the_studies_that_ship_are_valid(file: Path) -> None:
     content, _, arms = load_study(file)
     assert len(arms) > 1
     assert content.seeds
+
+
+def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/studies.md").read_text(encoding="utf-8")
+    block, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    file = tmp_path / "doc.yaml"
+    file.write_text(block.replace("../phantom.yaml", str(root / "tutorials/phantom.yaml")) + halving)
+    content, _, arms = load_study(file)
+    named = re.findall(r"`([^`]+)`", re.findall(r"This file has six \*arms\*: (.*?), each", text, re.S)[0])
+    assert [arm.name for arm in arms] == named
+    assert "RandScaleIntensityd" not in arms[-1].config.data.augmentations
+    assert content.halving is not None
