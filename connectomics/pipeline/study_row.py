@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config.values import plain, read
-from connectomics.errors import ConnectomicsError, MetadataError, unknown_name
+from connectomics.errors import ConfigError, ConnectomicsError, MetadataError, unknown_name
 from connectomics.io.replacing import has_keys, require_own, write_json
 from connectomics.lightning.run_state import latest_checkpoint
 from connectomics.pages.report.run_folder import Columns, read_metrics, read_timing
@@ -99,6 +99,12 @@ def do_row(row: Row, until: int | None, scores: Sequence[str]) -> None:
                     None if counted.device_s is None else round(counted.device_s, 2), _code(row.folder),
                 ).save(row)  # fmt: skip
             state = replace(RowState.of(row), error="")
+            monitor, every = row.config.checkpoint.monitor, row.config.training.val_every_n_epochs
+            if state.complete and monitor not in _columns(row):
+                raise ConfigError(
+                    f"it was never validated, so there is no {monitor}: give it a validation part and at least {every} "
+                    f"epochs (training.val_every_n_epochs); it had {state.steps} steps"
+                )
             state.save(row)
             if state.complete and needs_work(row, None, scores):
                 _evaluate(row)

@@ -229,6 +229,14 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path: Path, root: Path, capfd
     assert [row["state"] for row in json.loads(said.out[said.out.index("{") :])["rows"]] == ["complete", "complete"]
 
 
+def test_a_row_that_was_never_validated_is_not_complete(tmp_path: Path, root: Path) -> None:
+    file = write(tmp_path, root, seeds=[1], overrides={"training.val_every_n_epochs": 2, "training.max_epochs": 1})
+    for _ in range(2):  # not after a second try either
+        (row,) = study(file, tmp_path / "out").unfinished
+        assert (row["state"], row["val/dice"]) == ("failed", None)
+        assert "never validated, so there is no val/dice" in row["error"]
+
+
 def test_a_score_that_does_not_exist_is_named(done: tuple[Path, StudyResult], tmp_path: Path, root: Path) -> None:
     file = write(tmp_path, root, factors=FACTORS, scores=["val/mito/iuo"])
     with pytest.raises(UnknownNameError, match=r"unknown score 'val/mito/iuo'.*did you mean 'val/mito/iou'"):
