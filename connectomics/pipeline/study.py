@@ -7,6 +7,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -236,6 +237,7 @@ def _do_all(
 
 def _child(row: Row, until: int | None, scores: Sequence[str], gpu: str) -> None:
     """The process of one row; what it prints goes to a file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # after Ctrl-C, the leading process ends this one
     if gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     row.folder.mkdir(parents=True, exist_ok=True)

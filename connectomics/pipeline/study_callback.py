@@ -25,7 +25,8 @@ class RowCallback(Callback):
 
     def __init__(self, until: int | None) -> None:
         self.until, self.stopped = until, False
-        self.cpu_s, self.device_s = 0.0, None
+        self.cpu_s = 0.0
+        self.device_s: float | None = None
         self._mark = (0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:

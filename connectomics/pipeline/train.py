@@ -181,8 +181,9 @@ def _fit(
         check_monitored_classes(config, (crops[number] for number in range(len(crops))))
     elif not validate:
         log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
-    options = {"validate": validate, "machine": machine, "callbacks": callbacks}
-    trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, **options)
+    trainer = build_trainer(
+        config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine, callbacks=callbacks
+    )
     resumed = None if checkpoint is None else str(checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)

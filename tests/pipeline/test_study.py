@@ -23,6 +23,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.pipeline.study import StudyResult, study
 from connectomics.pipeline.study_file import BASE, changed, load_study
 from connectomics.pipeline.study_table import arm_table, interval
+from connectomics.tasks.lock import leading
 from tests.cellmap.roots import write_label, write_raw
 
 COST = ("cpu_s", "device_s", "folder")
@@ -92,6 +93,7 @@ def test_rows_are_the_base_and_single_changes_times_seeds(done: tuple[Path, Stud
     assert {row["steps"] for row in rows} == {12}
     assert all(row["cpu_s"] > 0 and row["device_s"] is None for row in rows)
     assert done[1].unfinished == []
+    assert len(list((done[1].folder / "folds").iterdir())) == 1  # all share one split
 
 
 def test_scores_are_those_of_the_selected_weights(done: tuple[Path, StudyResult]) -> None:
@@ -227,6 +229,16 @@ def test_a_failed_row_does_not_stop_the_others(tmp_path: Path, root: Path, capfd
     assert main(["-q", "study", str(file), "--out", str(tmp_path / "out"), "training.max_epochs=1", "--json"]) == 0
     said = capfd.readouterr()
     assert [row["state"] for row in json.loads(said.out[said.out.index("{") :])["rows"]] == ["complete", "complete"]
+
+
+def test_a_row_of_another_process_is_left_to_it(tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path, root, seeds=[1])
+    (row,) = study(file, tmp_path / "out", dry_run=True).rows
+    folder = tmp_path / "out/rows" / row["folder"]
+    with leading(folder):
+        assert [row["state"] for row in study(file, tmp_path / "out").unfinished] == ["missing"]
+    assert "is working on" in caplog.text
+    assert not folder.exists()
 
 
 def test_a_row_that_was_never_validated_is_not_complete(tmp_path: Path, root: Path) -> None:
