@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from typing import Any
 
-import psutil
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+
+from connectomics.lightning.schedule import cpu_seconds
 
 
 class RowCallback(Callback):
@@ -54,12 +54,3 @@ class RowCallback(Callback):
         if trainer.strategy.root_device.type == "cuda":
             held = (self._mark[1] - before[1]) * trainer.num_devices
             self.device_s = (self.device_s or 0.0) + held
-
-
-def cpu_seconds() -> float:
-    """Return the CPU seconds of this process, of those it started, and of theirs that have ended."""
-    this, total = psutil.Process(), 0.0
-    for process in (this, *this.children(recursive=True)):
-        with contextlib.suppress(psutil.Error):  # it has ended; its parent counts it
-            total += sum(process.cpu_times()[:4])  # user, system, and those of ended children
-    return total
