@@ -108,6 +108,7 @@ def study(
     for until in [*(content.halving.steps if content.halving else ()), None]:
         alive = [row for row in rows if row.arm not in stopped]
         todo = [row for row in alive if row not in failed and needs_work(row, until, content.scores)]
+        todo.sort(key=lambda row: content.seeds.index(row.seed))  # an unfinished study has all arms with some seeds
         if not dry_run:
             _do_all(todo, until, content.scores, workers, report)
         if content.halving is None or until is None:

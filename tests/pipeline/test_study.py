@@ -41,7 +41,7 @@ def base_of(root: Path) -> dict[str, Any]:
         "data": {"patch_size": [16, 16, 16], "batch_size": 2, "patches_per_epoch": 8, "num_workers": 0},
         "optimizer": {"lr": 0.01},
         "scheduler": {"name": "cosine"},
-        "training": {"max_epochs": 3, "precision": "32"},
+        "training": {"max_epochs": 3, "precision": "32", "ema": 0.5},
         "checkpoint": {"save_top_k": 1},
         "early_stopping": {"patience": 0},
         "logging": {"use_tensorboard": False, "log_every_n_steps": 2},
