@@ -128,7 +128,7 @@ def _evaluate(row: Row) -> None:
     found = predict(run, crops="val", out=row.folder / "probabilities", **again)  # type: ignore[arg-type]
     labels = decode(found, out=row.folder / "labels", **again)  # type: ignore[arg-type]
     file = row.folder / _EVALUATION
-    evaluate(labels, config.dataset.data_root, out=file, rules=config.score.rules, samples=1)
+    evaluate(labels, config.dataset.data_root, out=file, rules=config.score.rules)
     shutil.rmtree(row.folder / "probabilities")
 
 

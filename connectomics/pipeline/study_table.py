@@ -10,6 +10,7 @@ from typing import Any
 
 from connectomics.io.replacing import contains, has_column, require_own
 from connectomics.metrics.tables import write_csv
+from connectomics.pages.page import GENERATOR
 from connectomics.pages.study import write_study_page
 from connectomics.pipeline.study_file import BASE, Arm, Row, StudyFile
 from connectomics.pipeline.study_row import RowState, curve, scores_of
@@ -107,6 +108,6 @@ def write_tables(
     }
     old = {path.name for path in (out / "rows").glob("*") if path.is_dir() and path.name[0] != "."}
     write_study_page(
-        require_own(out / "study.html", contains('content="connectomics"'), "study"), file.stem, of_arms, of_rows,
+        require_own(out / "study.html", contains(GENERATOR), "study"), file.stem, of_arms, of_rows,
         content.scores, curves, {arm.name: arm.changes for arm in arms}, len(old - {row.folder.name for row in rows}),
     )  # fmt: skip
