@@ -88,8 +88,8 @@ def do_row(row: Row, until: int | None, scores: Sequence[str]) -> None:
     from connectomics.pipeline.train import train
     from connectomics.tasks.lock import leading
 
-    row.folder.parent.mkdir(parents=True, exist_ok=True)
     with leading(row.folder):
+        row.folder.mkdir(exist_ok=True)
         try:
             if not RowState.of(row).complete:
                 counted = RowCallback(until)
