@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.runs import Run
     from connectomics.pipeline.score import score
     from connectomics.pipeline.show import show
+    from connectomics.pipeline.study import study
     from connectomics.pipeline.train import train
     from connectomics.pipeline.validate import validate
 
@@ -64,6 +65,7 @@ _FRONT_DOOR = {
     "report": "pipeline.report",
     "score": "pipeline.score",
     "show": "pipeline.show",
+    "study": "pipeline.study",
     "train": "pipeline.train",
     "validate": "pipeline.validate",
 }
@@ -89,6 +91,7 @@ __all__ = [
     "report",
     "score",
     "show",
+    "study",
     "train",
     "validate",
 ]

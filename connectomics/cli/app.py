@@ -60,6 +60,7 @@ for name, verb, text in (
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
     ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),
     ("train", train_verbs.train, "Train a network."),
+    ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
     ("package", train_verbs.package, "Pack a trained network into one file."),
     ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),

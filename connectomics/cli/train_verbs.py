@@ -1,11 +1,11 @@
-"""Verbs around training: doctor, plan, train, runs, package."""
+"""Verbs around training: doctor, plan, train, study, runs, package."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -194,6 +194,57 @@ def _explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool
             raise InterruptError(f"interrupted; rerun the same command to resume from {last}") from None
         again = shlex.join([*command, "--run-dir", str(folder), "--checkpoint", str(last)])
         raise InterruptError(f"interrupted; to resume: {again}") from None
+
+
+def study(
+    file: Annotated[Path, InArgument(help="Study file, such as tutorials/studies/phantom.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, OutOption(help="Folder; default {output_dir}/studies/{name of the file}.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Rows to train at the same time, each in a process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and their states; train nothing.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Train each arm of a study file with each seed on each fold, and write one table and a page.
+
+    Rerun the same command to resume: only missing rows are trained. The exit status is 1 if a row failed.
+
+    Examples:
+
+      pytc study tutorials/studies/phantom.yaml --dry-run
+
+      pytc study tutorials/studies/lucchi_ablation.yaml --workers 2 dataset.data_root=data
+    """
+    from connectomics.pipeline.study import study as run_study
+
+    with terminal.counted("training rows") if not dry_run else nullcontext(None) as advance:
+        found = run_study(file, out, overrides=overrides or [], workers=workers, dry_run=dry_run, progress=advance)
+    if as_json:
+        print(json.dumps({"folder": str(found.folder), "arms": found.arms, "rows": found.rows}, indent=1))
+        return 0 if dry_run else int(bool(found.unfinished))
+    if dry_run:
+        rows = [[r["arm"], str(r["seed"]), r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
+        terminal.table(["arm", "seed", "fold", "state", "folder"], rows)
+        return 0
+    first, *others = found.scores
+    columns = ["arm", "state", "rows", first, "95 %", "- base", "95 %", *others, "last", "steps", "CPU s", "device s"]
+    terminal.table(columns, [
+        [
+            arm["arm"], arm["state"], f"{arm['complete']}/{arm['rows']}", terminal.number(arm[first]),
+            _range(arm, first), terminal.number(arm.get(f"{first} - base")), _range(arm, f"{first} - base"),
+            *[terminal.number(arm[name]) for name in (*others, "last")],
+            *[terminal.number(arm[name], 0) for name in ("steps", "cpu_s", "device_s")],
+        ]
+        for arm in found.arms
+    ])  # fmt: skip
+    for row in found.unfinished:
+        print(f"{row['arm']}, seed {row['seed']} {row['fold']}: {row['state']} {row['error']}".rstrip())
+    print(f"table: {found.folder / 'study.csv'}\npage: {found.folder / 'study.html'}")
+    return int(bool(found.unfinished))
+
+
+def _range(arm: Mapping[str, Any], name: str) -> str:
+    low, high = arm.get(f"{name} low"), arm.get(f"{name} high")
+    return "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 def runs(

@@ -284,7 +284,8 @@ def totals(
 
     ``instance`` and ``semantic`` are plain means over classes, ``overall`` is their geometric mean (by Panoptic Quality
     the plain mean over all classes); None if no class of a kind could be scored. Each has a bootstrap interval over
-    crops (``overall_low``, ``overall_high``); a draw without any crop of a class leaves the class out.
+    crops (``overall_low``, ``overall_high``); a draw without any crop of a class leaves the class out, and without any
+    draw there is no interval.
     """
     rules = get_rules(rules)
     crops = sorted(_grouped(labels, ("dataset", "crop")))
@@ -305,8 +306,8 @@ def totals(
         found["overall"] = np.sqrt(both[0] * both[1]) if len(both) == 2 else None
     row: dict[str, float | None] = {name: None if v is None else float(v[0]) for name, v in found.items()}
     for name, drawn in found.items():
-        if drawn is not None and len(crops) > 1:
-            drawn = drawn[1:][np.isfinite(drawn[1:])]
+        drawn = np.zeros(0) if drawn is None else drawn[1:][np.isfinite(drawn[1:])]
+        if len(crops) > 1 and len(drawn):
             row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, level)
     return row
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -66,6 +66,7 @@ def train(
     overwrite: bool = False,
     fast_dev_run: bool = False,
     datamodule: pl.LightningDataModule | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Train the network of a configuration.
@@ -78,6 +79,7 @@ def train(
         overwrite: train in a folder that holds a run, and replace its checkpoints.
         fast_dev_run: train one batch and validate a part of one crop, to test whether it runs; write no file.
         datamodule: provides the batches of `ConnectomicsModule`; None: `CellMapDataModule` of the configuration.
+        callbacks: further callbacks of the trainer.
         progress: called while crops are decoded into the cache; None: log a line from time to time.
 
     Returns:
@@ -121,7 +123,7 @@ def train(
                 save_environment(folder)
                 (folder / "run.log").touch()
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
-            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
+            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, callbacks)
     return _result(config, folder, trainer, fast_dev_run)
 
 
@@ -160,6 +162,7 @@ def _fit(
     machine: Machine,
     checkpoint: str | Path | None,
     fast_dev_run: bool,
+    callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
     """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
@@ -182,7 +185,9 @@ def _fit(
     if checkpoint is None and config.model.init_bias is not None:
         _set_output_bias(config, module, data)
     prepare_training(module.network, config.training)
-    trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
+    trainer = build_trainer(
+        config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine, callbacks=callbacks
+    )
     resumed = None if checkpoint is None else str(checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
