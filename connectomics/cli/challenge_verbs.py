@@ -1,4 +1,4 @@
-"""Verbs for several runs at once: merge."""
+"""Verbs for several runs at once: plan --challenge, merge."""
 
 from __future__ import annotations
 
@@ -9,6 +9,41 @@ import typer
 
 from connectomics.cli import terminal
 from connectomics.cli.options import Classes, InOption, OutArgument, Overwrite
+
+
+def plan_all(
+    root: str,
+    classes: list[str] | None,
+    datasets: list[str] | None,
+    out: Path,
+    crops: str | None,
+    from_atoms: bool,
+    gpu: tuple[float | None, float | None],
+    trial: bool,
+    overwrite: bool,
+) -> None:
+    """Run ``pytc plan --challenge`` and print what was planned."""
+    from connectomics.pipeline.challenge_plan import gpu_of, plan_challenge
+
+    with terminal.counted("measuring") as advance:
+        found = plan_challenge(
+            root, out=out, classes=classes, datasets=datasets, crops=crops, from_atoms=from_atoms, gpu=gpu_of(*gpu),
+            trial=trial, overwrite=overwrite, progress=advance,
+        )  # fmt: skip
+    rows = []
+    for name, plan in found.plans.plans.items():
+        cost, unions = found.costs[name], found.unions.get(name, ())
+        rows.append([
+            name, str(len(plan.classes)), str(len(unions)), f"{cost.flops / 1e12:.3g}",
+            terminal.number(cost.train_hours, 2), terminal.number(cost.predict_hours, 2), cost.by,
+        ])  # fmt: skip
+    header = ["configuration", "classes", "unions", "TFLOP a step", "train h", "predict h", "hours from"]
+    terminal.table(header, rows)
+    for name, unions in found.unions.items():
+        print(f"{name} predicts as unions of atoms: {', '.join(unions)}")
+    if found.absent:
+        print(f"left out, because they are not present anywhere: {', '.join(found.absent)}")
+    print(f"run book: make -C {out}  ({found.run_book})")
 
 
 def merge(

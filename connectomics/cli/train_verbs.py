@@ -57,12 +57,29 @@ def doctor(
 
 def plan(
     root: Annotated[str, typer.Argument(help="Data root: a folder or s3:// URL.")],
-    class_name: Annotated[list[str], typer.Option("--class", help="Class to segment; may be repeated.")],
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Class to segment; may be repeated.", show_default=False)
+    ] = None,
     dataset: Datasets = None,
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
     ] = True,
+    challenge: Annotated[
+        bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
+    ] = False,
+    crops: Annotated[
+        str | None, typer.Option(help="--challenge: crop table; default: the data root's own, else 'challenge'.")
+    ] = None,
+    from_atoms: Annotated[
+        bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="--challenge: memory of the GPU to plan for, GB, if it is not in this machine.")
+    ] = None,
+    gpu_tflops: Annotated[
+        float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training, for the hours.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
@@ -72,7 +89,18 @@ def plan(
       pytc plan data --class mito --class er --class mt
 
       pytc plan data --class nuc --out plans --no-trial
+
+      pytc plan data --challenge --out plans --gpu-memory 80 --gpu-tflops 40
     """
+    if challenge:
+        from connectomics.cli.challenge_verbs import plan_all
+
+        plan_all(root, class_name, dataset, out, crops, from_atoms, (gpu_memory, gpu_tflops), trial, overwrite)
+        return
+    if not class_name:
+        raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
+    if crops or from_atoms or gpu_memory or gpu_tflops:
+        raise typer.BadParameter("--crops, --from-atoms, --gpu-memory and --gpu-tflops belong to --challenge")
     from connectomics.pipeline.plan import hours
     from connectomics.pipeline.plan import plan as make_plan
 
