@@ -68,18 +68,14 @@ def plan(
     challenge: Annotated[
         bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
     ] = False,
-    crops: Annotated[
-        str | None, typer.Option(help="--challenge: crop table; default: the data root's own, else 'challenge'.")
-    ] = None,
+    crops: Annotated[str | None, typer.Option(help="--challenge: crop table; default: the root's own.")] = None,
     from_atoms: Annotated[
         bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
     ] = False,
     gpu_memory: Annotated[
         float | None, typer.Option(help="--challenge: memory of the GPU to plan for, GB, if it is not in this machine.")
     ] = None,
-    gpu_tflops: Annotated[
-        float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training, for the hours.")
-    ] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.

@@ -183,7 +183,7 @@ def test_the_run_book_gives_a_submission(
 
 # -- all of it ---------------------------------------------------------------------------------------------------------
 def named_after_the_challenge(phantom: Path, out: Path) -> Path:
-    """A data root of 22 small data sets with the challenge's names: the two of a phantom, each with two of its crops."""
+    """A data root of 22 data sets with the challenge's names: the two of a phantom, each time with two of its crops."""
     for number, name in enumerate(sorted(public_datasets())):
         source = ("phantom-iso", "phantom-aniso")[number % 2]
         zarr = out / name / f"{name}.zarr"
