@@ -17,6 +17,7 @@ def plan_all(
     datasets: list[str] | None,
     out: Path,
     crops: str | None,
+    data_root: Path | None,
     from_atoms: bool,
     gpu: tuple[float | None, float | None],
     trial: bool,
@@ -27,7 +28,8 @@ def plan_all(
 
     with terminal.counted("measuring") as advance:
         found = plan_challenge(
-            root, out=out, classes=classes, datasets=datasets, crops=crops, from_atoms=from_atoms, gpu=gpu_of(*gpu),
+            root, out=out, classes=classes, datasets=datasets, crops=crops, data_root=data_root,
+            from_atoms=from_atoms, gpu=gpu_of(*gpu),
             trial=trial, overwrite=overwrite, progress=advance,
         )  # fmt: skip
     rows = []

@@ -69,6 +69,7 @@ def plan(
         bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
     ] = False,
     crops: Annotated[str | None, typer.Option(help="--challenge: crop table; default: the root's own.")] = None,
+    data_root: Annotated[Path | None, OutOption(help="--challenge: data root to fetch into if ROOT is remote.")] = None,
     from_atoms: Annotated[
         bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
     ] = False,
@@ -91,12 +92,14 @@ def plan(
     if challenge:
         from connectomics.cli.challenge_verbs import plan_all
 
-        plan_all(root, class_name, dataset, out, crops, from_atoms, (gpu_memory, gpu_tflops), trial, overwrite)
+        plan_all(
+            root, class_name, dataset, out, crops, data_root, from_atoms, (gpu_memory, gpu_tflops), trial, overwrite
+        )
         return
     if not class_name:
         raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
-    if crops or from_atoms or gpu_memory or gpu_tflops:
-        raise typer.BadParameter("--crops, --from-atoms, --gpu-memory and --gpu-tflops belong to --challenge")
+    if crops or data_root or from_atoms or gpu_memory or gpu_tflops:
+        raise typer.BadParameter("--crops, --data-root, --from-atoms and --gpu-... belong to --challenge")
     from connectomics.pipeline.plan import hours
     from connectomics.pipeline.plan import plan as make_plan
 

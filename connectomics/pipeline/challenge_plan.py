@@ -11,6 +11,7 @@ from pathlib import Path
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import CLASSES, unions_of
 from connectomics.cellmap.crop_table import CropTable
+from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box
@@ -74,6 +75,7 @@ def plan_challenge(
     classes: Sequence[str] | None = None,
     datasets: Sequence[str] | None = None,
     crops: str | Path | None = None,
+    data_root: str | Path | None = None,
     from_atoms: bool = False,
     gpu: TargetGpu | None = None,
     trial: bool = True,
@@ -89,6 +91,7 @@ def plan_challenge(
         root: data root. out: folder for ``plan_{N}nm.yaml`` and ``Makefile``.
         classes: only these; None: all 48 scored classes. datasets: only these.
         crops: crop table of the submission; None: ``test_crops.csv`` of the root, else the challenge's.
+        data_root: local data root to train on, if ``root`` is an ``s3://`` URL; the run book fetches into it.
         from_atoms: predict every group as a union whose atoms are all in one configuration.
         gpu: plan for this GPU instead of this machine's, without a trial.
         trial: run a training step of each configuration, which measures batch size and hours.
@@ -98,8 +101,11 @@ def plan_challenge(
             written by this verb.
     """
     folder = Path(out)
-    place = root if store.is_s3(root) else str(Path(root).expanduser().resolve())
-    table_name = _crop_table(place, crops)
+    remote = root if store.is_s3(root) else None
+    if data_root is not None and remote is None:
+        raise InputError(f"--data-root is for a remote ROOT (s3://...), got {root}; leave it out to train on {root}")
+    place = remote if remote and data_root is None else str(Path(data_root or root).expanduser().resolve())
+    table_name = _crop_table(remote or place, crops)
     table = CropTable.resolve(table_name)
     wanted = list(classes) if classes is not None else [c.name for c in CLASSES.values() if c.scored]
     data, machine = data_facts(root, wanted, datasets, progress), machine_facts(folder)
@@ -121,8 +127,10 @@ def plan_challenge(
         write_file(files[item.name], item.to_yaml().encode())
     absent = tuple(facts.name for facts in data.classes if facts.chord_nm is None)
     notes = _notes(found, unions, costs, absent)
-    public = not store.is_s3(place) and set(datasets or Catalog.open(root).datasets) <= public_datasets()
-    write_file(folder / "Makefile", run_book(place, table_name, list(files), notes, public).encode())
+    source = remote if data_root is not None else None
+    if remote is None and set(datasets or Catalog.open(root).datasets) <= public_datasets():
+        source = PUBLIC
+    write_file(folder / "Makefile", run_book(place, table_name, list(files), notes, source).encode())
     plans = Plans(data, machine, {item.name: item for item in found}, files)
     return ChallengePlan(plans, folder / "Makefile", unions, costs, absent)
 

@@ -82,15 +82,17 @@ validate: done/merge
 """
 
 
-def run_book(root: str, crops: str, plans: Sequence[str], notes: Sequence[str], public: bool) -> str:
+def run_book(root: str, crops: str, plans: Sequence[str], notes: Sequence[str], source: str | None) -> str:
     """Return the text of the Makefile.
 
     Args:
         root: data root. crops: crop table of the submission, its path or "challenge". plans: names of configurations
             beside the Makefile. notes: lines for its top.
-        public: whether `pytc fetch` can bring the data; else the step does nothing.
+        source: where `pytc fetch` finds the data, ``s3://bucket``; None: nowhere, the step does nothing.
     """
-    fetch = "$(PYTC) fetch $(DATA) --for $< --crops $(CROPS) $(FETCH)" if public else "@: these data are not public"
+    fetch = "@: these data are not public"
+    if source is not None:
+        fetch = f"$(PYTC) fetch $(DATA) --from {_word(source)} --for $< --crops $(CROPS) $(FETCH)"
     filled = {
         "@NOTES@": "\n".join(f"# {note}" for note in notes),
         "@DATA@": _word(root),
