@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,27 +11,12 @@ from connectomics.cli import terminal
 from connectomics.cli.options import Classes, InOption, OutArgument, Overwrite
 
 
-def plan_all(
-    root: str,
-    classes: list[str] | None,
-    datasets: list[str] | None,
-    out: Path,
-    crops: str | None,
-    data_root: Path | None,
-    from_atoms: bool,
-    gpu: tuple[float | None, float | None],
-    trial: bool,
-    overwrite: bool,
-) -> None:
-    """Run ``pytc plan --challenge`` and print what was planned."""
+def plan_all(root: str, *, out: Path, gpu: tuple[float | None, float | None], **options: Any) -> None:
+    """Run ``pytc plan --challenge`` and print what was planned; ``options`` are those of `plan_challenge`."""
     from connectomics.pipeline.challenge_plan import gpu_of, plan_challenge
 
     with terminal.counted("measuring") as advance:
-        found = plan_challenge(
-            root, out=out, classes=classes, datasets=datasets, crops=crops, data_root=data_root,
-            from_atoms=from_atoms, gpu=gpu_of(*gpu),
-            trial=trial, overwrite=overwrite, progress=advance,
-        )  # fmt: skip
+        found = plan_challenge(root, out=out, gpu=gpu_of(*gpu), progress=advance, **options)
     rows = []
     for name, plan in found.plans.plans.items():
         cost, unions = found.costs[name], found.unions.get(name, ())

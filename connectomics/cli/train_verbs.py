@@ -15,6 +15,7 @@ from connectomics.cli import terminal
 from connectomics.cli.options import AsJson, Datasets, InArgument, InOption, OutOption, Overrides, Overwrite
 
 if TYPE_CHECKING:
+    from connectomics.pipeline.plan import Plans
     from connectomics.pipeline.runs import Run
 
 # text, because an override, which may hold a URL, can take its place
@@ -62,6 +63,10 @@ def plan(
     ] = None,
     dataset: Datasets = None,
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time of a training; without a GPU of all cores together. Default: 120 without a GPU."),
+    ] = None,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
     ] = True,
@@ -85,7 +90,7 @@ def plan(
 
       pytc plan data --class mito --class er --class mt
 
-      pytc plan data --class nuc --out plans --no-trial
+      pytc plan data --class nuc --out plans --minutes 30 --no-trial
 
       pytc plan data --challenge --out plans --gpu-memory 80 --gpu-tflops 40
     """
@@ -93,20 +98,27 @@ def plan(
         from connectomics.cli.challenge_verbs import plan_all
 
         plan_all(
-            root, class_name, dataset, out, crops, data_root, from_atoms, (gpu_memory, gpu_tflops), trial, overwrite
-        )
+            root, out=out, classes=class_name, datasets=dataset, crops=crops, data_root=data_root, minutes=minutes,
+            from_atoms=from_atoms, gpu=(gpu_memory, gpu_tflops), trial=trial, overwrite=overwrite,
+        )  # fmt: skip
         return
     if not class_name:
         raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
     if crops or data_root or from_atoms or gpu_memory or gpu_tflops:
         raise typer.BadParameter("--crops, --data-root, --from-atoms and --gpu-... belong to --challenge")
-    from connectomics.pipeline.plan import hours
     from connectomics.pipeline.plan import plan as make_plan
 
     with terminal.counted("measuring") as advance:
         found = make_plan(
-            root, class_name, out=out, datasets=dataset, trial=trial, overwrite=overwrite, progress=advance
-        )
+            root, class_name, out=out, datasets=dataset, minutes=minutes, trial=trial, overwrite=overwrite,
+            progress=advance,
+        )  # fmt: skip
+    _print_plans(found)
+
+
+def _print_plans(found: Plans) -> None:
+    from connectomics.pipeline.plan import hours
+
     data, machine = found.data, found.machine
     rows = [
         [
@@ -129,10 +141,9 @@ def plan(
             print(f"  {reason}")
         step = found.plans[item]
         if step.step_seconds is not None and step.step_memory is not None:
-            print(
-                f"  a step takes {step.step_seconds:.2f} s and {step.step_memory / 1e9:.1f} GB; at most "
-                f"{hours(step):.1f} h for all epochs, without loading"
-            )
+            print(f"  a step takes {step.step_seconds:.2f} s and {step.step_memory / 1e9:.1f} GB")
+        if (length := hours(step, machine.cores)) is not None:
+            print(f"  about {length:.1f} h of training, without start-up")
         print(f"  pytc train {file}")
     absent = [facts.name for facts in data.classes if facts.chord_nm is None]
     if absent:

@@ -15,6 +15,7 @@ from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box
+from connectomics.inference.symmetry import symmetries
 from connectomics.io import store
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
@@ -76,6 +77,7 @@ def plan_challenge(
     datasets: Sequence[str] | None = None,
     crops: str | Path | None = None,
     data_root: str | Path | None = None,
+    minutes: float | None = None,
     from_atoms: bool = False,
     gpu: TargetGpu | None = None,
     trial: bool = True,
@@ -92,6 +94,7 @@ def plan_challenge(
         classes: only these; None: all 48 scored classes. datasets: only these.
         crops: crop table of the submission; None: ``test_crops.csv`` of the root, else the challenge's.
         data_root: local data root to train on, if ``root`` is an ``s3://`` URL; the run book fetches into it.
+        minutes: time of each training, as for `plan`.
         from_atoms: predict every group as a union whose atoms are all in one configuration.
         gpu: plan for this GPU instead of this machine's, without a trial.
         trial: run a training step of each configuration, which measures batch size and hours.
@@ -111,7 +114,7 @@ def plan_challenge(
     data, machine = data_facts(root, wanted, datasets, progress), machine_facts(folder)
     if gpu is not None:
         machine = replace(machine, gpu=f"a GPU with {gpu.memory / 1e9:.0f} GB", gpu_memory=gpu.memory)
-    found = propose(data, machine, place)
+    found = propose(data, machine, place, minutes=minutes)
     unions = _share_atoms(found, data, from_atoms)
     found = [item for item in found if item.classes]
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
@@ -158,17 +161,23 @@ def plan_cost(plan: Plan, table: CropTable, machine: MachineFacts, gpu: TargetGp
     if gpu is not None:
         seconds, by = flops / gpu.flops, f"{gpu.flops / 1e12:g} TFLOP/s, as given"
     if seconds is None:
-        return PlanCost(None, None, flops, "nothing: no step was tried and no speed given")
-    stride = [
-        w * s * (1 - config.inference.overlap) for w, s in zip(config.data.patch_size, [plan.voxel_nm] * 3, strict=True)
-    ]
+        by = "nothing: no step was tried and no speed given"
+    if {"training.max_minutes", "training.max_cpu_minutes"} & plan.settings.keys():
+        by = f"the time limit of training; prediction: {by}"
+    train = hours(replace(plan, step_seconds=seconds), 1 if machine.gpu else machine.cores)
+    return PlanCost(train, None if seconds is None else _predict_hours(config, table, seconds / batch), flops, by)
+
+
+def _predict_hours(config: RunConfig, table: CropTable, seconds: float) -> float:
+    """Return the hours of predicting a crop table, if a training step takes ``seconds`` for a patch."""
+    window, size = config.inference.window or config.data.patch_size, config.dataset.voxel_size
+    stride = [max(1.0, n * (1 - config.inference.overlap)) * s for n, s in zip(window, size, strict=True)]
     windows = 0
     for rows in table.crops().values():
-        boxes = [row.grid.box for row in rows if row.class_name in CLASSES]
-        extent = functools.reduce(Box.hull, boxes).extent if boxes else (0.0, 0.0, 0.0)
+        extent = functools.reduce(Box.hull, [row.grid.box for row in rows]).extent
         windows += math.prod(math.ceil(e / step) for e, step in zip(extent, stride, strict=True))
-    predict = windows * seconds / _PASSES / batch / 3600
-    return PlanCost(hours(replace(plan, step_seconds=seconds)), predict, flops, by)
+    passes = windows * len(symmetries(config.inference.tta)) * math.prod(window) / math.prod(config.data.patch_size)
+    return passes * seconds / _PASSES / 3600
 
 
 def _crop_table(root: str, crops: str | Path | None) -> str:
