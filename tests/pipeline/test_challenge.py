@@ -31,13 +31,18 @@ from tests.s3_server import FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORED = [c.name for c in CLASSES.values() if c.scored]
-#: on top of a plan for the CPU: a network that trains in seconds, two steps
-TINY = [
-    "model.options.features=[4,8]", "data.patch_size=[1,32,32]", "inference.window=[8,32,32]", "inference.tta=none",
+#: on top of any plan: two training steps of a few patches, on the CPU
+_SHORT = [
     "data.batch_size=2", "data.patches_per_epoch=4", "data.validation_windows=4", "data.num_workers=0",
     "data.cache=none", "training.max_epochs=1", "training.precision='32'", "system.num_gpus=0", "system.num_cpus=1",
-    "system.accelerator=cpu", "inference.block_size=[64,64,64]", "logging.use_tensorboard=false",
-    "logging.images=false",
+    "system.accelerator=cpu", "inference.block_size=[64,64,64]", "inference.tta=none", "logging.images=false",
+    "logging.use_tensorboard=false",
+]  # fmt: skip
+#: small networks in place of those of a plan for the CPU, and for a GPU
+TINY = [*_SHORT, "model.options.features=[4,8]", "data.patch_size=[1,32,32]", "inference.window=[8,32,32]"]
+TINY_3D = [
+    *_SHORT, "model.architecture=unet", "model.options={channels:[4,8],strides:[2],num_res_units:0}",
+    "data.patch_size=[16,16,16]",
 ]  # fmt: skip
 SMALL = ["ecs", "mito_mem", "mito_lum", "mito_ribo", "mito", "er"]
 
@@ -239,13 +244,13 @@ def test_22_data_sets_and_413_arrays_end_in_a_submission_that_validates(phantom:
 
     with FolderServer(public) as server:
         environment["AWS_ENDPOINT_URL"] = server.endpoint
-        there = ["--data-root", "data", "--crops", "crops.csv"]
-        said = run(*pytc, "plan", "s3://public", "--challenge", "--no-trial", "--out", "plans", *there)
+        options = ["--data-root", "data", "--crops", "crops.csv", "--gpu-memory", "80", "--gpu-tflops", "40"]
+        said = run(*pytc, "plan", "s3://public", "--challenge", "--out", "plans", *options)
         assert "run book: make -C plans" in said
         assert len(list((tmp_path / "plans").glob("plan_*.yaml"))) > 1
         variables = [
             f"PYTC={shlex.join(pytc)}", "FETCH=--context 64", "TUNE=--trials 1",
-            f"TRAIN={shlex.join(TINY)}",
+            f"TRAIN={shlex.join(TINY_3D)}",
         ]  # fmt: skip
         run("make", *variables, cwd=tmp_path / "plans")
     assert "submission.zip: 0 errors" in run("make", "validate", *variables, cwd=tmp_path / "plans")
