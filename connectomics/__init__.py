@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.export import export
     from connectomics.pipeline.fetch import fetch
     from connectomics.pipeline.ingest import ingest
+    from connectomics.pipeline.merge import merge
     from connectomics.pipeline.open_root import open_root
     from connectomics.pipeline.package import load_model
     from connectomics.pipeline.plan import plan
@@ -59,6 +60,7 @@ _FRONT_DOOR = {
     "fetch": "pipeline.fetch",
     "ingest": "pipeline.ingest",
     "load_model": "pipeline.package",
+    "merge": "pipeline.merge",
     "open_root": "pipeline.open_root",
     "plan": "pipeline.plan",
     "predict": "pipeline.predict",
@@ -85,6 +87,7 @@ __all__ = [
     "ingest",
     "load_config",
     "load_model",
+    "merge",
     "open_root",
     "plan",
     "predict",

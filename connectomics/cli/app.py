@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import data_verbs, demo_verb, look_verbs, predict_verbs, score_verbs, train_verbs
+from connectomics.cli import challenge_verbs, data_verbs, demo_verb, look_verbs, predict_verbs, score_verbs, train_verbs
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -70,6 +70,7 @@ for name, verb, text in (
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
+    ("merge", challenge_verbs.merge, "Make one submission of several runs."),
     ("export", score_verbs.export, "Pack labels into the zip that the portal takes."),
     ("validate", score_verbs.validate, "Check a submission before uploading it."),
     ("score", score_verbs.score, "Score a submission exactly as the challenge does."),

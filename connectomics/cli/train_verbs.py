@@ -15,6 +15,7 @@ from connectomics.cli import terminal
 from connectomics.cli.options import AsJson, Datasets, InArgument, InOption, OutOption, Overrides, Overwrite
 
 if TYPE_CHECKING:
+    from connectomics.pipeline.plan import Plans
     from connectomics.pipeline.runs import Run
 
 # text, because an override, which may hold a URL, can take its place
@@ -57,7 +58,9 @@ def doctor(
 
 def plan(
     root: Annotated[str, typer.Argument(help="Data root: a folder or s3:// URL.")],
-    class_name: Annotated[list[str], typer.Option("--class", help="Class to segment; may be repeated.")],
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Class to segment; may be repeated.", show_default=False)
+    ] = None,
     dataset: Datasets = None,
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
     minutes: Annotated[
@@ -67,6 +70,18 @@ def plan(
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
     ] = True,
+    challenge: Annotated[
+        bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
+    ] = False,
+    crops: Annotated[str | None, typer.Option(help="--challenge: crop table; default: the root's own.")] = None,
+    data_root: Annotated[Path | None, OutOption(help="--challenge: data root to fetch into if ROOT is remote.")] = None,
+    from_atoms: Annotated[
+        bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="--challenge: memory of the GPU to plan for, GB, if it is not in this machine.")
+    ] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
@@ -76,8 +91,21 @@ def plan(
       pytc plan data --class mito --class er --class mt
 
       pytc plan data --class nuc --out plans --minutes 30 --no-trial
+
+      pytc plan data --challenge --out plans --gpu-memory 80 --gpu-tflops 40
     """
-    from connectomics.pipeline.plan import hours
+    if challenge:
+        from connectomics.cli.challenge_verbs import plan_all
+
+        plan_all(
+            root, out=out, classes=class_name, datasets=dataset, crops=crops, data_root=data_root, minutes=minutes,
+            from_atoms=from_atoms, gpu=(gpu_memory, gpu_tflops), trial=trial, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    if not class_name:
+        raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
+    if crops or data_root or from_atoms or gpu_memory or gpu_tflops:
+        raise typer.BadParameter("--crops, --data-root, --from-atoms and --gpu-... belong to --challenge")
     from connectomics.pipeline.plan import plan as make_plan
 
     with terminal.counted("measuring") as advance:
@@ -85,6 +113,12 @@ def plan(
             root, class_name, out=out, datasets=dataset, minutes=minutes, trial=trial, overwrite=overwrite,
             progress=advance,
         )  # fmt: skip
+    _print_plans(found)
+
+
+def _print_plans(found: Plans) -> None:
+    from connectomics.pipeline.plan import hours
+
     data, machine = found.data, found.machine
     rows = [
         [

@@ -36,6 +36,10 @@ def _is_tta(value: Any) -> bool:
     return bool(given) and valid and len(set(given)) == len(given)
 
 
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 def _is_batch_size(value: Any) -> bool:
     return value == "auto" or (type(value) is int and value >= 1)
 
@@ -302,6 +306,8 @@ class InferenceConfig(Group):
     #: none | variance (over tta and checkpoints) | entropy | dropout
     uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"
     dropout_samples: Annotated[int, Field(ge=2)] = 8  # passes with active dropout, for uncertainty=dropout
+    #: predict: also write group classes as unions of predicted atoms: true (all that follow) | names
+    groups: Annotated[Any, checked(_are_groups, "must be true, false or a list of classes")] = False
     skip_empty: bool = True  # predict: skip windows of constant raw (padding) or without raw; they become 0
     mask: str | None = None  # predict: skip voxels where this label volume is 0; a path, or one in {dataset}.zarr
     dtype: Annotated[str, one_of("uint8", "float16")] = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)

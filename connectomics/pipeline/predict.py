@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.heads import channel_attributes, channel_names
@@ -259,8 +260,8 @@ def _tasks(
         if config.inference.uncertainty == "dropout":
             with dropout_on(network):  # refused before anything is written
                 pass
-    channels, about = channel_names(network.config), channel_attributes(network.config)
-    options = config.inference
+    options, about = config.inference, channel_attributes(network.config)
+    channels = (*channel_names(network.config), *unions_of(config.dataset.classes, options.groups))
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     voxel_size = triple(config.dataset.voxel_size, "dataset.voxel_size")

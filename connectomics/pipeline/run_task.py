@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 #: `BlockTask.kind` -> its class, which is imported when a task of the kind is run.
 TASK_KINDS: dict[str, str] = {
     "predict": "connectomics.pipeline.network_task:NetworkPredictTask",
+    "average": "connectomics.decoding.average_task:AverageTask",
     "measure": "connectomics.morphology.measure_tasks:MeasureTask",
     "mask": "connectomics.decoding.blocks.labels_task:MaskTask",
     "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",

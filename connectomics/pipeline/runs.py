@@ -130,6 +130,14 @@ def last_values(table: Path) -> dict[str, float]:
     return values
 
 
+def best_values(run: Run) -> dict[str, float]:
+    """Return the values of all metrics in the validation with the best score; {} if nothing was validated."""
+    for row in _rows(run.folder / "metrics.csv"):
+        if row.get(run.monitor) and float(row[run.monitor]) == run.best:
+            return {k: float(v) for k, v in row.items() if v}
+    return {}
+
+
 def _folders(place: Path, deep: int) -> Iterator[Path]:
     if (place / "config.yaml").is_file():
         yield place

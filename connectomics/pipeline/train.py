@@ -19,6 +19,7 @@ from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
 from connectomics.pipeline.runs import Run, open_run
+from connectomics.pipeline.targets import predicted_classes
 from connectomics.progress import Progress
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def train(
     from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
 
     check_config(config)
+    predicted_classes(config)  # refuses groups that do not follow, before training
     folder = local_path(out) if out is not None else choose_run_dir(config, checkpoint)
     checkpoint = _start(folder, checkpoint, resume, overwrite or fast_dev_run)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
