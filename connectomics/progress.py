@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -23,3 +25,12 @@ def named(progress: Progress, name: str) -> Progress:
         progress(done, total, f"{name}, {what}" if what else name)
 
     return report
+
+
+#: Shows the progress of one step, by its name, while the block runs.
+Shown = Callable[[str], AbstractContextManager[Progress]]
+
+
+def showing(progress: Progress | None) -> Shown:
+    """Return what shows every step by one progress, or nothing."""
+    return lambda what: nullcontext(progress or silent)

@@ -91,22 +91,22 @@ def fetch(
 
       pytc fetch data --no-labels --crops challenge --voxel-size 8
     """
-    from connectomics.pipeline.fetch import plan_fetch, transfer_missing
+    from connectomics.pipeline.fetch import fetch as run
 
-    sizes = None if voxel_size is None else [voxel_size_of(text) for text in voxel_size]
-    with terminal.counted("listing objects") as advance:
-        missing, options = plan_fetch(
-            root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
-            voxel_sizes=sizes, context_nm=context, crop_table=crops, labels=labels, dry_run=dry_run, progress=advance,
-        )  # fmt: skip
-    _print_missing(missing)
-    if dry_run:
-        return
-    begin = time.perf_counter()
-    with terminal.counted("fetching") as advance:
-        number = transfer_missing(missing, root, options, threads=threads, progress=advance)
-    rate = f", {missing.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if number else ""
-    print(f"{root}: {number} objects fetched, {missing.plan.number - missing.number} were already there{rate}")
+    def planned(missing: Missing) -> None:
+        nonlocal found, begin
+        _print_missing(missing)
+        found, begin = missing, time.perf_counter()
+
+    found, begin = None, 0.0
+    run(
+        root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
+        voxel_sizes=voxel_size and [voxel_size_of(text) for text in voxel_size], context_nm=context, crop_table=crops,
+        labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
+    )  # fmt: skip
+    if found is not None and not dry_run:
+        rate = f", {found.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if found.number else ""
+        print(f"{root}: {found.number} objects fetched, {found.plan.number - found.number} were already there{rate}")
 
 
 def _print_missing(missing: Missing) -> None:
@@ -171,7 +171,7 @@ def ingest(
       pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
     """
     from connectomics.errors import InputError
-    from connectomics.pipeline.ingest import ingest_files
+    from connectomics.pipeline.ingest import ingest as run
 
     files: dict[str, str] = {}
     for text in labels or ():
@@ -181,14 +181,13 @@ def ingest(
         files[name] = place
     low_high = None if value_range is None else numbers_of(value_range, "--range", (2,), "LOW,HIGH")
     start = None if begin is None else numbers_of(begin, "--begin", (3,), "z,y,x in nm")
-    for written in ingest_files(
+    run(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, crop=crop,
         voxel_size=None if voxel_size is None else voxel_size_of(voxel_size), begin=start,
         value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
         slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
-        shown=terminal.counted,
-    ):  # fmt: skip
-        print(written)
+        written=print, shown=terminal.counted,
+    )  # fmt: skip
 
 
 def _sections(text: str) -> frozenset[int]:
