@@ -95,14 +95,10 @@ def predict(
 
     accepted = parse_accepted(accept_failed or ())
     if dry_run:
-        from connectomics.tasks.estimate import estimate
-
-        with terminal.stage("trying a block"):
-            tasks, engine, where = predict_tasks(
-                checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device
-            )
-            found = estimate(tasks, engine, where, overwrite=overwrite, resume=resume)
-        show_estimate(found)
+        tasks, engine, where = predict_tasks(
+            checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device
+        )
+        _try(tasks, engine, overwrite, resume, where)
         return
     with terminal.stage("predicting"), terminal.stages() as advance:
         made = run(
@@ -189,7 +185,7 @@ def measure(
       pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
     from connectomics.morphology import ContactSpec
-    from connectomics.pipeline.measure import measure_tables, measure_tasks
+    from connectomics.pipeline.measure import measure_labels, measure_tasks
 
     engine = engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
@@ -200,7 +196,7 @@ def measure(
         _try(tasks, engine, overwrite, resume)
         return
     with terminal.counted("measuring") as advance:
-        made = measure_tables(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
+        made = measure_labels(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
     found = {"labels": str(labels), **made}
     if as_json:
         print(json.dumps(found, indent=1))
@@ -303,30 +299,27 @@ def run_task(
 
       pytc run-task task.json engine.name=dask engine.address=tcp://10.0.0.1:8786 --device cuda
     """
-    from connectomics.pipeline.run_task import run_stored_task
+    from connectomics.pipeline.run_task import load_task, run_stored_task, task_device
     from connectomics.tasks.failures import parse_accepted
 
     engine, accepted = engine_config(overrides), parse_accepted(accept_failed or ())
+    task, place = load_task(file), task_device(device)
     if dry_run:
-        from connectomics.pipeline.run_task import estimate_stored_task
-
-        with terminal.stage("trying a block"):
-            found = estimate_stored_task(file, engine, device=device, overwrite=overwrite, resume=resume)
-        show_estimate(found)
+        _try([task], engine, overwrite, resume, place)
         return
     with terminal.stages() as advance:
         said = run_stored_task(
-            file, engine, device=device, overwrite=overwrite, resume=resume, accept=accepted, progress=advance
+            task, engine, device=place, overwrite=overwrite, resume=resume, accept=accepted, progress=advance
         )
     print(said)
 
 
-def _try(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool) -> None:
+def _try(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool, device: str = "cpu") -> None:
     """Print the cost of tasks, from one block that is tried."""
     from connectomics.tasks.estimate import estimate
 
     with terminal.stage("trying a block"):
-        found = estimate(tasks, engine, overwrite=overwrite, resume=resume)
+        found = estimate(tasks, engine, device, overwrite=overwrite, resume=resume)
     show_estimate(found)
 
 

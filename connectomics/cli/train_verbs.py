@@ -296,11 +296,11 @@ def package(
 
       pytc package outputs/cellmap_mito/version_0/checkpoints/best.ckpt --out mito.pytc --scores outputs/scores.json
     """
-    from connectomics.pipeline.package import package as pack
+    from connectomics.pipeline.package import write_package
 
-    made, target = pack(
+    made = write_package(
         source, out, scores=scores, license_name=license_name, description=description, overwrite=overwrite
     )
     shown = ("architecture", "parameters", "classes", "voxel_size", "validation", "license")
     print(json.dumps({key: made.about.get(key) for key in shown}))
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

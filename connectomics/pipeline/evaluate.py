@@ -10,8 +10,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
-from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
+from connectomics.errors import IncompleteError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
@@ -22,7 +21,7 @@ from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, ge
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.open_root import open_root
-from connectomics.pipeline.results import Labels, Scores
+from connectomics.pipeline.results import Labels, Scores, chosen_arrays
 from connectomics.progress import Progress
 
 _BLOCK = (128, 128, 128)
@@ -100,7 +99,7 @@ def _compare_all(
     progress: Progress | None,
 ) -> dict[str, Any]:
     version = get_rules(rules)
-    found = _chosen(labels, datasets, crops, classes)
+    found = chosen_arrays(labels, datasets, crops, classes)
     rows: list[LabelEvaluation] = []
     left_out: list[str] = []
     unknown: dict[str, float] = {}
@@ -138,22 +137,6 @@ def _compare_all(
     }
 
 
-def _chosen(
-    labels: str | Path, datasets: Sequence[str] | None, crops: Sequence[str] | None, classes: Sequence[str] | None
-) -> list[tuple[str, str, str]]:
-    """The arrays below ``labels`` that were asked for; `UnknownNameError` for a name that none of them has."""
-    found = list(find_arrays(labels))
-    for place, what, wanted in ((0, "data set", datasets), (1, "crop", crops), (2, "class", classes)):
-        if wanted is None:
-            continue
-        there = {item[place] for item in found}
-        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
-        for name in sorted(names - there):
-            raise unknown_name(what, name, there, str(labels))
-        found = [item for item in found if item[place] in names]
-    return found
-
-
 def _opened(location: str) -> Multiscale:
     """A label array, checked to be one and to be whole."""
     about = store.read_attrs(location).get("connectomics", {})
@@ -185,16 +168,8 @@ def _compare(prediction: Multiscale, crop: Crop, name: str, rules: str) -> Label
     if is_instance_class(name) and name in crop.labels and crop.labels[name].annotation.kind == "instance":
         ids, known = read_instances(crop, name, grid)
         found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
-        return evaluate_label(
-            found,
-            ids,
-            known,
-            voxel_size=grid.voxel_size,
-            dataset=crop.dataset,
-            crop=crop.name,
-            class_name=name,
-            rules=rules,
-        )
+        place = {"dataset": crop.dataset, "crop": crop.name, "class_name": name}
+        return evaluate_label(found, ids, known, voxel_size=grid.voxel_size, rules=rules, **place)
     counts = Counts()
     for begin, block in grid.blocks(_BLOCK):
         truth = read_labels(crop, [name], block)
