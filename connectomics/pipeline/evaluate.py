@@ -17,7 +17,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, get_rules
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.open_root import open_root
@@ -131,7 +131,9 @@ def _compare_all(
         "totals": total,
         "classes": {row.pop("class"): _with_intervals(row) for row in summarize(rows, ("class",), **options)},
         "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
-        "crops": [_crop_row(row, version) for row in rows],
+        "crops": [
+            row.to_dict() | ({} if (item := row.scored(version)) is None else {"score": score_of(item)}) for row in rows
+        ],
         "left_out": left_out,
         "unknown": unknown,
     }
@@ -145,12 +147,6 @@ def _opened(location: str) -> Multiscale:
     if not about.get("complete", False):
         raise IncompleteError(f"{location} is only half written; run decode again to finish it")
     return Multiscale.open(location)
-
-
-def _crop_row(label: LabelEvaluation, rules: Rules) -> dict[str, Any]:
-    """One class in one crop, with what the challenge makes of it."""
-    item = label.scored(rules)
-    return label.to_dict() | ({} if item is None else {"score": score_of(item)})
 
 
 def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:

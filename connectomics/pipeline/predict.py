@@ -62,7 +62,7 @@ def predict(
     accept_failed: Accepted | Collection[int] = (),
     progress: Progress | None = None,
 ) -> Probabilities:
-    """Predict crops or a box by sliding window, block by block.
+    """Predict crops or a box by sliding window, block by block; return the probabilities.
 
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
@@ -77,12 +77,8 @@ def predict(
         accept_failed: numbers of blocks that may fail, by crop (`predict_cellmap_crops`).
         progress: called for the blocks of each region.
 
-    Returns:
-        The probabilities.
-
     Raises:
-        ConfigError, InputError, MissingError, UnknownNameError, WriteError, BlocksFailedError, StoreError,
-        OutOfMemoryError: see `predict_cellmap_crops`.
+        ConfigError: the configuration. All others: see `predict_cellmap_crops`.
     """
     composed, paths = network_and_config(network, config, overrides)
     targets, table = chosen_targets(composed, paths, crops, box)
@@ -137,11 +133,7 @@ def predict_cellmap_crops(
             All are in memory at once, which is little compared to a block, and their order does not matter.
         output_dir: folder of the predictions.
         targets: regions; None: `targets_of` the configuration.
-        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one and ``system.accelerator`` allows it.
-        overwrite: replace predictions that were made with other settings or another checkpoint.
-        resume: only continue: an error if nothing was started. With ``overwrite``: replace predictions of other
-            settings, and keep those of the present settings.
-        progress: called for the blocks of each stage of each target.
+        device, overwrite, resume: as for `predict`. progress: called for the blocks of each stage of each target.
         accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
             attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
 
