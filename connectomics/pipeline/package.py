@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from connectomics.config.heads import channel_names
 from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
-from connectomics.io.replacing import not_ours
+from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
@@ -113,7 +112,7 @@ def write_package(
         "config": config_to_dict(config),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
     }
-    _write_zip(target, {ABOUT: json.dumps(about, indent=1).encode(), **members})
+    write_file(target, _zipped({ABOUT: json.dumps(about, indent=1).encode(), **members}))
     return Package(target, about)
 
 
@@ -127,17 +126,10 @@ def _test_images(config: RunConfig) -> list[np.ndarray]:
     return [generator.random((1, 1, *shape), dtype=np.float32) for shape in shapes]
 
 
-def _write_zip(target: Path, members: Mapping[str, bytes]) -> None:
-    part = target.with_name(f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-            for name, data in members.items():
-                # with a fixed date, the same model gives the same bytes
-                file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-        part.replace(target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WriteError(
-            f"cannot write {target}: {error.strerror or error}; free space or give another path"
-        ) from error
+def _zipped(members: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
+        for name, data in members.items():
+            # with a fixed date, the same model gives the same bytes
+            file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+    return content.getvalue()
