@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import (
-    AsJson,
-    Classes,
-    Crops,
-    Datasets,
-    InOption,
-    OutArgument,
-    Overwrite,
-    numbers_of,
-    voxel_size_of,
-)
+from connectomics.cli.options import InOption, OutArgument
 
 if TYPE_CHECKING:
     from connectomics.cellmap.fetch import Missing
@@ -31,7 +22,7 @@ def phantom(
     preset: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
     size: Annotated[float | None, typer.Option(help="Extent of each data set, nm; default: the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed; another seed gives another cell.")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Make a synthetic data root in the CellMap layout whose ground truth is a function of position.
 
@@ -60,10 +51,11 @@ def fetch(
         str | None, typer.Option(help="Another S3 server; default: AWS_ENDPOINT_URL, else Amazon.")
     ] = None,
     config: Annotated[
-        Path | None, InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context.")
+        Path | None,
+        InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context."),
     ] = None,
-    dataset: Datasets = None,
-    crop: Crops = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
     class_name: Annotated[
         list[str] | None, typer.Option("--class", help="Only arrays that inform this class; may be repeated.")
     ] = None,
@@ -101,8 +93,8 @@ def fetch(
     found, begin = None, 0.0
     run(
         root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
-        voxel_sizes=voxel_size and [voxel_size_of(text) for text in voxel_size], context_nm=context, crop_table=crops,
-        labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
+        voxel_sizes=voxel_size and [opt.voxel_size_of(text) for text in voxel_size], context_nm=context,
+        crop_table=crops, labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
     )  # fmt: skip
     if found is not None and not dry_run:
         rate = f", {found.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if found.number else ""
@@ -157,7 +149,7 @@ def ingest(
         str | None, typer.Option(metavar="0,5,10-12", help="Labels: the annotated sections; all others are unknown.")
     ] = None,
     format_name: Annotated[str | None, typer.Option("--format", help="Format, if the file name does not tell.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Import your own volumes (TIFF pages or a folder of sections, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into
     the CellMap layout, with pyramids, in bounded memory. All other verbs then work on them.
@@ -179,11 +171,11 @@ def ingest(
         if not equals or not name:
             raise InputError(f"--labels: expected CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE, got {text!r}")
         files[name] = place
-    low_high = None if value_range is None else numbers_of(value_range, "--range", (2,), "LOW,HIGH")
-    start = None if begin is None else numbers_of(begin, "--begin", (3,), "z,y,x in nm")
+    low_high = None if value_range is None else opt.numbers_of(value_range, "--range", (2,), "LOW,HIGH")
+    start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")
     run(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, crop=crop,
-        voxel_size=None if voxel_size is None else voxel_size_of(voxel_size), begin=start,
+        voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
         value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
         slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
         written=print, shown=terminal.counted,
@@ -206,13 +198,13 @@ def _sections(text: str) -> frozenset[int]:
 
 def describe(
     root: Annotated[str, typer.Argument(help="Data root: holds {dataset}/{dataset}.zarr; a folder or s3:// URL.")],
-    dataset: Datasets = None,
-    crop: Crops = None,
-    class_name: Classes = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
+    class_name: opt.Classes = None,
     voxel_size: Annotated[
         str | None, typer.Option(help="Voxel size of a run, nm: 8 or 16,8,8; default: the raw's finest.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Print data sets, crops, voxel sizes, extents, classes, and how much of each is present, absent and unknown.
 
@@ -228,7 +220,7 @@ def describe(
     """
     from connectomics.cellmap.summary import summarize
 
-    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else voxel_size_of(voxel_size))
+    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else opt.voxel_size_of(voxel_size))
     if as_json:
         print(json.dumps(summary, indent=1))
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from connectomics.progress import Progress, lines, silent
@@ -82,14 +82,19 @@ def _bar() -> Iterator[Progress]:
         yield advance
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table, the first column to the left and the others to the right."""
-    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table, the first column to the left and the others to the right; numbers get four digits, None is "-"."""
+    shown = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(r[i]) for r in (header, *shown)) for i in range(len(header))]
     if title:
         print(f"\n{title}")
-    for row in (header, ["-" * w for w in widths], *rows):
+    for row in (header, ["-" * w for w in widths], *shown):
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
         print("  " + "  ".join(cells).rstrip())
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def triple(values: Sequence[float]) -> str:
