@@ -16,7 +16,7 @@ from connectomics.config import RunConfig, as_config
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import Mode
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io.store import StoreOptions
 from connectomics.progress import Progress, Shown, showing
 
@@ -121,7 +121,7 @@ def fetch(
         boxes = [] if table is None else boxes_of_table(catalog, table)
         if config is not None:
             composed = as_config(config)
-            needs, sizes = needs_of_config(composed, catalog), [triple(composed.dataset.voxel_size)]
+            needs, sizes = needs_of_config(composed, catalog), [composed.voxel_size]
             classes = composed.dataset.classes
         else:
             wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []

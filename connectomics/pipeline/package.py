@@ -98,9 +98,9 @@ def write_package(
         "architecture": config.model.architecture,
         "classes": list(config.dataset.classes),
         "channels": list(channel_names(config)),
-        "voxel_size": [float(v) for v in config.dataset.voxel_size],
+        "voxel_size": list(config.voxel_size),
         "normalization": config.data.normalization,
-        "window": list(config.inference.window or config.data.patch_size),
+        "window": list(config.window),
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(known or {}),
         "validation": {

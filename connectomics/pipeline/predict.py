@@ -20,7 +20,6 @@ from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import BlocksFailedError, InputError, MissingError
-from connectomics.geometry import triple
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
@@ -247,7 +246,7 @@ def _tasks(
         trained = replace(
             config, model=network.config.model, data=replace(config.data, inputs=network.config.data.inputs)
         )
-        window = inference_window(trained)
+        inference_window(trained)  # refuses what the network cannot take
         if config.inference.uncertainty == "dropout":
             with dropout_on(network):  # refused before anything is written
                 pass
@@ -255,7 +254,6 @@ def _tasks(
     options = config.inference
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
-    voxel_size = triple(config.dataset.voxel_size, "dataset.voxel_size")
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out = local_path(output_dir)
     return [
@@ -263,9 +261,9 @@ def _tasks(
             raw=absolute(catalog.raw_location(target.dataset)),
             output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
             classes=channels,
-            targets=grids_of(target, channels, about, voxel_size),
-            voxel_size=voxel_size,
-            window=(window[0], window[1], window[2]),
+            targets=grids_of(target, channels, about, config.voxel_size),
+            voxel_size=config.voxel_size,
+            window=config.window,
             checkpoint=common_hash(list(networks)),
             checkpoints=tuple(map(os.path.abspath, checkpoints)),
             normalization=normalizations[target.dataset],
