@@ -102,15 +102,12 @@ def fetch(
 
 
 def _print_missing(missing: Missing) -> None:
-    rows = [
-        [
-            item.name, str(len(item.files)), terminal.size(item.size), terminal.size(sum(f.size for f in files)),
-            str(item.absent) if item.absent else "",
-        ]
-        for item, files in zip(missing.plan.items, missing.items, strict=True)
-    ]  # fmt: skip
     plan = missing.plan
-    rows.append(["all", str(plan.number), terminal.size(plan.size), terminal.size(missing.size), ""])
+    rows: list[list[object]] = []
+    for item, files in zip(plan.items, missing.items, strict=True):
+        left = terminal.size(sum(file.size for file in files))
+        rows.append([item.name, len(item.files), terminal.size(item.size), left, item.absent or ""])
+    rows.append(["all", plan.number, terminal.size(plan.size), terminal.size(missing.size), ""])
     terminal.table(["item", "objects", "size", "to fetch", "chunks not stored"], rows)
 
 
@@ -238,7 +235,7 @@ def describe(
     for name, c in summary["classes"].items():
         total = max(1e-9, c["present_um3"] + c["absent_um3"] + c["unknown_um3"])
         shares = [f"{100 * c[k] / total:.1f} %" for k in ("present_um3", "absent_um3", "unknown_um3")]
-        rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
+        rows.append([name, c["kind"], c["crops"], *shares, c["present_um3"]])
     if rows:
         header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
         terminal.table(header, rows, title=f"classes over {summary['n_crops']} crops")
