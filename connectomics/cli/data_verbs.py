@@ -85,12 +85,14 @@ def fetch(
     """
     from connectomics.pipeline.fetch import fetch as run
 
+    found: Missing | None = None
+    begin = 0.0
+
     def planned(missing: Missing) -> None:
         nonlocal found, begin
         _print_missing(missing)
         found, begin = missing, time.perf_counter()
 
-    found, begin = None, 0.0
     run(
         root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
         voxel_sizes=voxel_size and [opt.voxel_size_of(text) for text in voxel_size], context_nm=context,

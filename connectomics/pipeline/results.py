@@ -36,8 +36,10 @@ def chosen_arrays(
 
     found = list(find_arrays(root))
     for place, what, wanted in ((0, "data set", datasets), (1, "crop", crops), (2, "class", classes)):
+        if not wanted:
+            continue
         there = {item[place] for item in found}
-        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted or there}
+        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
         for name in sorted(names - there):
             raise unknown_name(what, name, there, str(root))
         found = [item for item in found if item[place] in names]
