@@ -95,8 +95,8 @@ def fetch(
 
     run(
         root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
-        voxel_sizes=voxel_size and [opt.voxel_size_of(text) for text in voxel_size], context_nm=context,
-        crop_table=crops, labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
+        voxel_sizes=[opt.voxel_size_of(text) for text in voxel_size or ()], context_nm=context, crop_table=crops,
+        labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
     )  # fmt: skip
     if found is not None and not dry_run:
         rate = f", {found.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if found.number else ""

@@ -165,15 +165,12 @@ def decode_predictions(
 
     Args:
         parameters: by class; a class without an entry gets the defaults of its kind.
-        classes, overwrite, resume: as for `decode`.
+        classes, overwrite, resume: as for `decode`, as are the errors.
         progress: called after each array.
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: called for the blocks of each stage of such an array.
         engine: runs the blocks; None: this process.
         table: ``parquet``: instance tables are written as Parquet too.
-
-    Raises:
-        MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
     out = local_path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
