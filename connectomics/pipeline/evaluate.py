@@ -164,8 +164,10 @@ def _compare(prediction: Multiscale, crop: Crop, name: str, rules: str) -> Label
     if is_instance_class(name) and name in crop.labels and crop.labels[name].annotation.kind == "instance":
         ids, known = read_instances(crop, name, grid)
         found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
-        place = {"dataset": crop.dataset, "crop": crop.name, "class_name": name}
-        return evaluate_label(found, ids, known, voxel_size=grid.voxel_size, rules=rules, **place)
+        return evaluate_label(
+            found, ids, known, voxel_size=grid.voxel_size, dataset=crop.dataset, crop=crop.name, class_name=name,
+            rules=rules,
+        )  # fmt: skip
     counts = Counts()
     for begin, block in grid.blocks(_BLOCK):
         truth = read_labels(crop, [name], block)
