@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -32,12 +32,6 @@ class Needs:
         """Add a grid on a raw group."""
         if grid.size:
             self.raw.setdefault(location, []).append(grid)
-
-    def add_around(self, boxes: Iterable[tuple[str, Box]], voxel_sizes: Sequence[Triple], context: float) -> None:
-        """Add raw at each of ``voxel_sizes`` (nm, z y x) in boxes (raw group, box) and ``context`` nm around."""
-        for location, box in boxes:
-            for size in voxel_sizes:
-                self.add(location, VoxelGrid.covering(box.grow(context), size))
 
 
 def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
@@ -127,7 +121,9 @@ def fetch(
             wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []
             needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
             boxes = [(crop.raw, crop.box) for crop in wanted] + boxes
-        needs.add_around(boxes, sizes, context_nm)
+        for location, box in boxes:
+            for size in sizes:
+                needs.add(location, VoxelGrid.covering(box.grow(context_nm), size))
         plan = plan_fetch(catalog.root, needs.crops if labels else [], classes, needs.raw, options, advance)
         missing = Missing.below(place, plan)
     if planned is not None:

@@ -92,16 +92,9 @@ class ArrayFolder:
             class_name: the class. crop, dataset: may be left out if only one has the class.
 
         Raises:
-            UnknownNameError: no such array. MissingError: several arrays fit.
+            UnknownNameError: no such data set, crop or class. MissingError: several arrays fit.
         """
-        fits = [
-            (d, c, n)
-            for d, c, n in self.arrays
-            if n == class_name and crop in (None, c, c.removeprefix("crop")) and dataset in (None, d)
-        ]
-        if not fits:
-            there = ["/".join(item) for item in self.arrays]
-            raise unknown_name("array", "/".join(filter(None, (dataset, crop, class_name))), there, str(self.folder))
+        fits = chosen_arrays(self.folder, dataset and [dataset], crop and [crop], [class_name])
         if len(fits) > 1:
             names = ", ".join("/".join(item) for item in fits[:6])
             raise MissingError(
