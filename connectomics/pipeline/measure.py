@@ -75,7 +75,7 @@ def run_tasks(
     *,
     overwrite: bool,
     resume: bool,
-    around: Callable[[Path], AbstractContextManager[None]] = nullcontext,
+    around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext(),
 ) -> None:
     """Check all tasks with output below ``out``, then do what is missing of each, within ``around`` of its folder."""
     begun = any((task.folder / TASK_FILE).exists() or Path(task.output).is_file() for task in tasks)
