@@ -30,7 +30,7 @@ def _is_triple(value: Any) -> bool:
 
 def _is_tta(value: Any) -> bool:
     """Whether ``value`` is a named set or distinct symmetries: z, y, x in some order with signs."""
-    if isinstance(value, str) and value in ("none", "flips", "section", "all"):
+    if isinstance(value, str) and value in ("none", "flips", "section", "planes", "all"):
         return True
     given = [str(text) for text in value] if isinstance(value, list | tuple) else [str(value)]
     valid = all(re.fullmatch("(-?[zyx]){3}", text) and len(set(text) & set("zyx")) == 3 for text in given)
@@ -53,7 +53,7 @@ _THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
-    "must be none, flips, section, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
+    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
     "as in [zyx,-zyx,x-yz]",
 )
 _FROM_0 = Field(ge=0)
@@ -261,7 +261,8 @@ class InferenceConfig(Group):
     batch_size: Annotated[Any, checked(_is_batch_size, "must be at least 1, or auto")] = 1
     block_size: _SHAPE = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
-    #: test-time augmentation: none | flips (8) | section (16) | all (48) | a list as [zyx, -zyx]
+    #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
+    #: [zyx, -zyx]
     tta: Annotated[Any, _TTA] = "none"
     #: none | variance (over tta and checkpoints) | entropy | dropout
     uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"

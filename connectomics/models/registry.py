@@ -97,11 +97,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda o: _stride_product(o["strides"]),
     ),
     "unet_2d": Architecture(
-        "2-D U-Net over the planes of a patch, 2.5-D with planes=3 or 5: quickest on a CPU, patches such as [1,256,256]",
+        "2-D U-Net on the planes of a patch such as [1,256,256], 2.5-D with planes=3 or 5; quickest on a CPU",
         "connectomics.models.unet_2d:PlaneUNet",
-        {"features": (32, 64, 128, 256, 256), "planes": 1},
-        lambda o: (1, 2 ** (len(o["features"]) - 1), 2 ** (len(o["features"]) - 1)),
-        smallest=lambda o: (int(o["planes"]), 2 ** len(o["features"]), 2 ** len(o["features"])),
+        {"features": (32, 64, 128, 256, 256), "planes": 1, "stem": 1},
+        lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
+        smallest=lambda o: (int(o["planes"]), *2 * (int(o["stem"]) * 2 ** len(o["features"]),)),
         deep_supervision=True,
     ),
     "basic_unet": Architecture(

@@ -35,6 +35,7 @@ class PlaneUNet(nn.Module):
         *,
         features: Sequence[int] = (32, 64, 128, 256, 256),
         planes: int = 1,
+        stem: int = 1,
         norm: str = "batch",
         dropout: float = 0.0,
         residual: bool = False,
@@ -46,6 +47,9 @@ class PlaneUNet(nn.Module):
             in_channels: channels of the patch. out_channels: channels of the logits.
             features: channels of the stages, finest first.
             planes: planes along z that an image shows, an odd number.
+            stem: side of the squares of pixels that enter the first stage as channels (Shi et al., arXiv:1609.05158);
+                the last stage returns such squares. With 2, the network costs as much as at twice the voxel size, and
+                sees and returns every voxel.
             norm: ``batch``, ``instance`` or ``group`` (of 8 channels), over the voxels of a plane.
             dropout: share of channels that are set to zero at the end of each stage, in training.
             residual: add the input of a stage to its output (He et al., arXiv:1512.03385).
@@ -55,23 +59,27 @@ class PlaneUNet(nn.Module):
         super().__init__()
         if planes < 1 or planes % 2 == 0:
             raise InputError(f"planes must be an odd number (1, 3, 5), got {planes}")
+        if stem < 1:
+            raise InputError(f"stem must be at least 1, got {stem}")
         if len(features) < 2:
             raise InputError(f"features must have at least two stages, got {list(features)}")
         if norm not in NORMS:
             raise unknown_name("normalization", norm, NORMS, "model.options.norm")
         self.planes = planes
+        self.stem = stem
         self.deep_supervision = deep_supervision
         widths = [int(n) for n in features]
         pairs = list(zip(widths[1:], widths[:-1], strict=True))[::-1]  # (coarse, fine), coarsest first
         how = (norm, dropout, residual)
         self.down = nn.ModuleList(
             Stage(before, after, *how)
-            for before, after in zip([in_channels * planes, *widths[:-1]], widths, strict=True)
+            for before, after in zip([in_channels * planes * stem**2, *widths[:-1]], widths, strict=True)
         )
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
         self.up = nn.ModuleList(Stage(2 * fine, fine, *how) for _, fine in pairs)
         supervised = max(1, len(pairs) - 1) if deep_supervision else 1
-        self.heads = nn.ModuleList(nn.Conv2d(width, out_channels, 1) for width in widths[:supervised])
+        outputs = [out_channels * stem**2, *[out_channels] * (supervised - 1)]
+        self.heads = nn.ModuleList(nn.Conv2d(width, n, 1) for width, n in zip(widths, outputs, strict=False))
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Return logits (B, out_channels, D, H, W), or in training with deep supervision a list of them."""
@@ -108,6 +116,8 @@ class PlaneUNet(nn.Module):
     def _levels(self, x: Tensor) -> list[Tensor]:
         """Return the logits (N, out_channels, h, w) of images, finest first."""
         skips: list[Tensor] = []
+        if self.stem > 1:
+            x = functional.pixel_unshuffle(x, self.stem).contiguous(memory_format=torch.channels_last)
         for number, stage in enumerate(self.down):
             x = stage(functional.max_pool2d(x, 2) if number else x)
             skips.append(x)
@@ -119,6 +129,8 @@ class PlaneUNet(nn.Module):
             level = len(self.up) - 1 - number
             if level < wanted:
                 levels.append(self.heads[level](x))
+        if self.stem > 1:
+            levels[-1] = functional.pixel_shuffle(levels[-1], self.stem)
         return levels[::-1]
 
 

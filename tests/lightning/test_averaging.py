@@ -83,7 +83,7 @@ def test_the_averages_are_validated_kept_and_predict(averaged: tuple[Run, States
 
 
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(tmp_path: Path) -> None:
-    changes = {"training__ema": 0.9, "training__max_epochs": 2}
+    changes: dict[str, Any] = {"training__ema": 0.9, "training__max_epochs": 2}
     run(tmp_path / "whole", 0, **changes)
     for die_at in ((0, 6), (1, 4)):
         with pytest.raises(ArithmeticError, match="killed"):

@@ -57,6 +57,24 @@ def test_planes_are_independent_in_evaluation(norm: str) -> None:
     assert not torch.equal(before[:, :, 2], after[:, :, 2])
 
 
+def test_a_stem_sees_and_returns_every_pixel() -> None:
+    torch.manual_seed(0)
+    network = PlaneUNet(1, 2, features=(4, 8), stem=2).eval()
+    assert network.down[0].first[0].in_channels == 4
+    image = torch.rand(1, 1, 2, 16, 24)
+    with torch.inference_mode():
+        squares = image.unfold(3, 2, 2).unfold(4, 2, 2)[0, 0].reshape(2, 8, 12, 4).movedim(3, 1)  # by hand
+        inside = PlaneUNet(4, 8, features=(4, 8)).eval()
+        inside.load_state_dict(network.state_dict())
+        expected = inside(squares.movedim(1, 0)[None])[0].reshape(2, 2, 2, 2, 8, 12)  # class, y, x within a square
+        expected = expected.permute(0, 3, 4, 1, 5, 2).reshape(2, 2, 16, 24)
+        torch.testing.assert_close(network(image)[0], expected)
+        image[..., 5] += 1  # the right pixel of a square
+        assert (network(image)[0] != expected).any()
+    with pytest.raises(InputError, match="stem"):
+        PlaneUNet(1, 1, stem=0)
+
+
 def test_neighbors_reach_as_far_as_planes_say() -> None:
     torch.manual_seed(0)
     network = PlaneUNet(1, 1, features=(4, 8), planes=3).eval()
