@@ -51,7 +51,7 @@ def loudness(
 
 for name, verb, text in (
     ("doctor", train_verbs.doctor, "Check this machine, and advise."),
-    ("demo", train_verbs.demo, "Run everything on synthetic data, with a score and a report."),
+    ("demo", data_verbs.demo, "Run everything on synthetic data, with a score and a report."),
     ("phantom", data_verbs.phantom, "Make a synthetic data root with known ground truth."),
     ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
     ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),

@@ -1,4 +1,4 @@
-"""Verbs that make, bring or look at data: phantom, fetch, ingest, describe."""
+"""Verbs that make, bring or look at data: phantom, demo, fetch, ingest, describe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InOption, OutArgument
+from connectomics.cli.options import InOption, OutArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.cellmap.fetch import Missing
@@ -40,6 +40,49 @@ def phantom(
         part = "test    " if crop.test else "training"
         print(f"  {part} {crop.dataset}/{crop.name}: {crop.grid}, {len(crop.voxels)} classes")
     print(f"data root {info.root}, crop table {info.crop_table}, truth {info.truth}")
+
+
+def demo(
+    out: Annotated[Path, OutOption(help="Folder for everything.")] = Path("outputs/demo"),
+    data: Annotated[
+        Path | None,
+        InOption(help="A labeled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, InOption(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
+    ] = None,
+    overrides: opt.Overrides = None,
+    preset: Annotated[str, typer.Option(help="Size of the phantom: tiny, small or large.")] = "small",
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Run everything: data, a short training, prediction, decoding, score, submission, report.
+
+    With --data, each labeled crop is cut into a training, a validation and a test part.
+
+    Examples:
+
+      pytc demo --out outputs/demo
+
+      pytc demo --data data/fib25-medulla --out outputs/fib25 training.max_epochs=20
+    """
+    from connectomics.pipeline.demo import prepare_demo
+
+    with terminal.stages() as advance:
+        made = prepare_demo(
+            out, data=data, config=config, overrides=overrides or [], preset=preset, overwrite=overwrite,
+            stage=terminal.stage, progress=advance,
+        )  # fmt: skip
+        scores, baseline = made.run()
+    rows = [
+        [name, terminal.number(getattr(scores.totals, key), 3), terminal.number(getattr(baseline.totals, key), 3)]
+        for name, key in (("overall", "overall"), ("instances", "instance"), ("semantic", "semantic"))
+    ]
+    for name, found in scores.label_scores.items():
+        rows.append([name, terminal.number(found.score, 3), terminal.number(baseline.label_scores[name].score, 3)])
+    terminal.table([f"score (rules {scores.rules})", "network", "intensity threshold"], rows)
+    print()
+    for name in ("scores.json", "submission.zip", "report.html"):
+        print(f"  {out / name}")
 
 
 def fetch(

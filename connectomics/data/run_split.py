@@ -12,7 +12,7 @@ import numpy as np
 from connectomics.cellmap.catalog import Crop, LabelArray, informs
 from connectomics.config import RunConfig
 from connectomics.data.contents import Content, LabelCounter, check_states, content_of
-from connectomics.data.splits import Split, check_leaks, split_by_crop, split_by_dataset
+from connectomics.data.splits import Split, check_leaks, leave_one_out, split_by_crop, split_by_dataset
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Triple, triple
@@ -96,13 +96,15 @@ def _make(config: RunConfig, crops: Sequence[Crop], contents: Sequence[Content],
     dataset = config.dataset
     if dataset.split == "crop":
         return split_by_crop(crops, contents, dataset.classes, dataset.train_val_split, config.system.seed, margin)
-    names = sorted({crop.dataset for crop in crops})
-    if dataset.split == "leave_one_out" and (len(dataset.held_out) != 1 or dataset.held_out[0] not in names):
+    if dataset.split == "dataset":
+        return split_by_dataset(crops, dataset.held_out)
+    folds = leave_one_out(crops)
+    if len(dataset.held_out) != 1 or dataset.held_out[0] not in folds:
         raise ConfigError(
             f"dataset.split=leave_one_out validates on one data set a run; set dataset.held_out=[NAME], one of "
-            f"{', '.join(names)}, and run once for each"
+            f"{', '.join(folds)}, and run once for each"
         )
-    return split_by_dataset(crops, dataset.held_out)
+    return folds[dataset.held_out[0]]
 
 
 # -- labels that are too coarse ----------------------------------------------------------------------------------------

@@ -261,3 +261,8 @@ def split_by_dataset(crops: Sequence[Crop], held_out: Sequence[str]) -> Split:
             f"crops; set dataset.held_out to some, not all, of {', '.join(sorted(names))}"
         )
     return Split(train, val)
+
+
+def leave_one_out(crops: Sequence[Crop]) -> dict[str, Split]:
+    """Return one split for each data set, which validates on it and trains on all others."""
+    return {name: split_by_dataset(crops, [name]) for name in sorted({c.dataset for c in crops})}

@@ -34,16 +34,16 @@ from connectomics.decoding.label_artifact import (
     write_whole,
 )
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
-from connectomics.decoding.prediction import StoredHead, open_boundary, open_prediction, read_on
+from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import above, read_block
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
-from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError
+from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
 from connectomics.io.artifacts import Provenance
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
-from connectomics.pipeline.results import Labels, Probabilities, chosen_arrays
+from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
@@ -165,12 +165,15 @@ def decode_predictions(
 
     Args:
         parameters: by class; a class without an entry gets the defaults of its kind.
-        classes, overwrite, resume: as for `decode`, as are the errors.
+        classes, overwrite, resume: as for `decode`.
         progress: called after each array.
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: called for the blocks of each stage of such an array.
         engine: runs the blocks; None: this process.
         table: ``parquet``: instance tables are written as Parquet too.
+
+    Raises:
+        MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
     out = local_path(output_dir)
     jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
@@ -293,11 +296,17 @@ def decode_jobs(
     root, out = Path(predictions_dir), local_path(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")
-    found = chosen_arrays(root)
+    found = list(find_arrays(root))
     if not found:
         raise MissingError(f"no predictions in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run predict first")
+    known = {name for _, _, name in found}
+    for name in classes or ():
+        if name not in known:
+            raise unknown_name("class", name, known, str(root))
     jobs = []
-    for dataset, crop, name in chosen_arrays(root, classes=classes):
+    for dataset, crop, name in found:
+        if classes is not None and name not in classes:
+            continue
         source = open_prediction(root, dataset, crop, name)
         chosen = (parameters or {}).get(name) or default_parameters(name)
         boundary = open_boundary(source, chosen)

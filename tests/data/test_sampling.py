@@ -30,6 +30,7 @@ from connectomics.data.splits import (
     check_leaks,
     groups_of,
     leaks,
+    leave_one_out,
     split_by_crop,
     split_by_dataset,
 )
@@ -140,6 +141,7 @@ def test_split_by_data_set() -> None:
     split = split_by_dataset(CROPS, ["a"])
     assert all(k.startswith("b/") for k in split.train)
     assert all(k.startswith("a/") for k in split.val)
+    assert leave_one_out(CROPS)["a"] == split
     with pytest.raises(InputError, match=r"leaves 0 training|leaves 20 training and 0"):
         split_by_dataset(CROPS, [])
     with pytest.raises(UnknownNameError, match="data set 'c'"):
