@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import challenge_verbs, data_verbs, demo_verb, look_verbs, predict_verbs, score_verbs, train_verbs
+from connectomics.cli import challenge_verbs, data_verbs, look_verbs, predict_verbs, score_verbs, train_verbs
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -51,7 +51,7 @@ def loudness(
 
 for name, verb, text in (
     ("doctor", train_verbs.doctor, "Check this machine, and advise."),
-    ("demo", demo_verb.demo, "Run everything on synthetic data, with a score and a report."),
+    ("demo", data_verbs.demo, "Run everything on synthetic data, with a score and a report."),
     ("phantom", data_verbs.phantom, "Make a synthetic data root with known ground truth."),
     ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
     ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),

@@ -194,10 +194,11 @@ def train(
     from connectomics.pipeline.train import train as run
 
     folder = run_dir or choose_run_dir(composed, checkpoint)
-    decoding = terminal.when_needed("decoding crops into the cache")
-    with _explaining_how_to_resume(["pytc", "train", str(config), *(overrides or [])], folder, resume):
+    command = ["pytc", "train", str(config), *(overrides or [])]
+    decoding = terminal.stages("decoding crops into the cache")
+    with _explaining_how_to_resume(command, folder, resume), decoding as advance:
         result = run(
-            composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=decoding
+            composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=advance
         )
     if fast_dev_run:
         print("the run works: one batch and one validation crop passed")
@@ -385,11 +386,11 @@ def package(
 
       pytc package outputs/cellmap_mito/version_0/checkpoints/best.ckpt --out mito.pytc --scores outputs/scores.json
     """
-    from connectomics.pipeline.package import package as pack
+    from connectomics.pipeline.package import write_package
 
-    made, target = pack(
+    made = write_package(
         source, out, scores=scores, license_name=license_name, description=description, overwrite=overwrite
     )
     shown = ("architecture", "parameters", "classes", "voxel_size", "validation", "license")
     print(json.dumps({key: made.about.get(key) for key in shown}))
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

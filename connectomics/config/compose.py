@@ -30,6 +30,9 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
         MissingError: the file does not exist. ConfigError: a key is unknown (the message names the nearest key), or a
             value has the wrong type or is out of range.
     """
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    if path is None and not given:
+        return RunConfig()  # without Hydra, whose import takes longer than many a verb
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -37,7 +40,6 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
     file = None if path is None else Path(path).expanduser()
     where = str(file or "the configuration")
     if file is not None:

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from connectomics.config.intensity_range import check_intensity_range
 from connectomics.config.values import STRICT_KEYS, checked, one_of
+from connectomics.geometry import Index, Triple, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
 #: which take at most a thousand windows and no backward pass (``data.validation_windows``).
@@ -378,3 +379,20 @@ class RunConfig(Group):
     def channels(self) -> int:
         """Number of output channels for the classes, one each; those of ``model.heads`` come after them."""
         return self.model.out_channels if self.model.out_channels is not None else len(self.dataset.classes)
+
+    @property
+    def voxel_size(self) -> Triple:
+        """Voxel size of the run, nm, z y x."""
+        return triple(self.dataset.voxel_size, "dataset.voxel_size")
+
+    @property
+    def patch(self) -> Index:
+        """Shape of a training patch, voxels z y x."""
+        z, y, x = self.data.patch_size
+        return z, y, x
+
+    @property
+    def window(self) -> Index:
+        """Shape of what the network sees at once in validation and prediction, voxels z y x."""
+        z, y, x = self.inference.window or self.patch
+        return z, y, x

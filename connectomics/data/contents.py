@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from connectomics.cellmap.catalog import Crop, LabelArray
 from connectomics.cellmap.classes import atoms_of
 from connectomics.cellmap.labels import arrays_needed
 from connectomics.cellmap.summary import label_counts
-from connectomics.errors import InputError
+from connectomics.errors import InputError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import s3, store
 from connectomics.io.fingerprint import fingerprint
+from connectomics.io.replacing import write_file
 
 _MOST = 2**22  # voxels of a region of a crop that are counted at the finest level
 _ENOUGH = 2**18  # voxels of a coarser level that say how many there are
@@ -67,13 +68,8 @@ class LabelCounter:
             return {state: int(n) for state, n in json.loads(path.read_text(encoding="utf-8")).items()}
         except (OSError, ValueError, AttributeError, TypeError):
             counts = label_counts(label, part)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(counts), encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # a folder that cannot be written only costs counting again
+        with suppress(WriteError):  # a folder that cannot be written only costs counting again
+            write_file(path, json.dumps(counts).encode())
         return counts
 
 

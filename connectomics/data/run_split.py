@@ -123,8 +123,7 @@ def run_folds(
 
 def half_patch(config: RunConfig) -> Triple:
     """Return half a patch in nm (z, y, x): the smallest distance between training and validation."""
-    patch, size = config.data.patch_size, config.dataset.voxel_size
-    return triple([p / 2 * s for p, s in zip(patch, size, strict=True)])
+    return triple([n / 2 * size for n, size in zip(config.patch, config.voxel_size, strict=True)])
 
 
 def check_known(volumes: Sequence[CropVolume]) -> None:

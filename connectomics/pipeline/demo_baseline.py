@@ -18,7 +18,6 @@ from connectomics.decoding.decode import decode_mask
 from connectomics.decoding.label_artifact import existing_labels, label_array, write_whole
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError
-from connectomics.geometry import triple
 from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
@@ -54,10 +53,9 @@ def best_interval(histogram: NDArray[np.int64]) -> Interval:
 def fit_intervals(config: RunConfig, catalog: Catalog) -> dict[str, Interval]:
     """Return the best interval of every class on the annotated crops of a configuration."""
     data = config.dataset
-    size = triple(data.voxel_size, "dataset.voxel_size")
     histograms = {name: np.zeros((2, BINS), np.int64) for name in data.classes}
     for crop in catalog.crops(data.datasets, data.crops, data.classes):
-        volume = CropVolume(crop, tuple(data.classes), size)
+        volume = CropVolume(crop, tuple(data.classes), config.voxel_size)
         for _, block in volume.grid.blocks((128, 128, 128)):
             raw, _ = volume.read_raw(block)
             label, known = volume.read_labels(block)

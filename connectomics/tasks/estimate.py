@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError
 from connectomics.tasks.block_task import BlockTask, Cost
 from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.engines import number_of_workers
 from connectomics.tasks.supervise import Child, make_job
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 _TWICE_S = 10.0  # a faster block is timed again: the first run loads and compiles
 

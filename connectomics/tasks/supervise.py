@@ -19,14 +19,17 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
 import psutil
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
 from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import BlockEnded, Job, ListEnded, Opened
 from connectomics.tasks.pool import REPORT_S, Batch
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 TICK_S = 0.25  # between two checks of a block's time and memory
 _OPENING = 10  # loading a network may take this many times the limit of a block

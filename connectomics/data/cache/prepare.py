@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from connectomics.data.cache.entry import POINTS, cache_key, open_entry
 from connectomics.data.cache.folder import CropCache
 from connectomics.data.cache.locks import SHARED_MEMORY
 from connectomics.errors import ConnectomicsError, WriteError
-from connectomics.progress import Progress
+from connectomics.progress import Progress, lines
 
 if TYPE_CHECKING:
     from connectomics.data.volumes import CropVolume
@@ -32,7 +31,6 @@ Task = TypeVar("Task")
 
 BUSY = "busy"  # what a function returns for a task that it does not want to wait for now
 _LITTLE = 64 << 20  # bytes to decode for which starting processes does not pay
-_EVERY = 10.0  # seconds between two lines in a log
 _GB = 1e9
 
 
@@ -76,7 +74,7 @@ def prepare(
         if volume.cache is not None:
             by_folder.setdefault(volume.cache, []).append(volume)
     for folder, group in by_folder.items():
-        _prepare_folder(CropCache(folder), group, processes, budget, progress or _log_lines())
+        _prepare_folder(CropCache(folder), group, processes, budget, progress or lines("decoding crops", log.info))
 
 
 def _prepare_folder(
@@ -205,20 +203,6 @@ def build_task(task: tuple[Path, CropVolume, str], wait: bool) -> object:
     """Build one entry; return `BUSY` if another process builds it and ``wait`` is False."""
     folder, volume, name = task
     return None if CropCache(folder).build(volume, name, wait=wait) else BUSY
-
-
-def _log_lines() -> Progress:
-    """Progress as a line in the log every ten seconds."""
-    begin = last = time.monotonic()
-
-    def progress(done: int, total: int, what: str = "", /) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _EVERY:
-            last = now
-            log.info("decoding crops: %d of %d, %s (%.0f s)", done, total, what, now - begin)
-
-    return progress
 
 
 def _gb(size: int) -> str:
