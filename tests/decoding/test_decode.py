@@ -378,13 +378,13 @@ def test_leftovers_of_a_killed_run_do_not_count(tmp_path):
 
 def test_touching_objects_are_separated_by_a_boundary_class(tmp_path):
     """Two cells that fill the volume, a wall between them: two objects that together cover everything."""
-    from connectomics.decoding.decode import decode_between
+    from connectomics.decoding.decode import decode_class
 
     mask = np.ones((8, 8, 20), bool)
     walls = np.zeros(mask.shape, np.uint8)
     walls[:, :, 9:11] = [200, 240]
     parameters = DecodeParameters(method="cc3d", boundary="pm")
-    labels = decode_between(mask, walls, (8.0, 8.0, 8.0), parameters)
+    labels = decode_class(mask, (8.0, 8.0, 8.0), parameters, boundary=walls)
     assert set(np.unique(labels)) == {1, 2}
     assert len(np.unique(labels[:, :, :9])) == len(np.unique(labels[:, :, 11:])) == 1
     assert labels.all()
