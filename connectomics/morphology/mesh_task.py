@@ -24,6 +24,7 @@ from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.tables import ROWS, Column, read_columns, remove_unfinished, table
+from connectomics.io.write import write_file
 from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, sum_blocks
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_mesh
@@ -150,7 +151,8 @@ class MeshTask(BlockTask):
         with table(self.folder / TABLE_FILE, COLUMNS) as out:
             for begin in range(0, len(ids), ROWS):
                 some = ids[begin : begin + ROWS]
-                rows = np.array([self.rows.load(begin + n)["row"] for n in range(len(some))]).reshape(-1, 5)
+                stored = b"".join(self.row_file(begin + n).read_bytes() for n in range(len(some)))
+                rows = np.frombuffer(stored, "<f8").reshape(-1, 5)
                 files = [file_name(label, self.file_format) for label in some.tolist()]
                 names = (column.name for column in COLUMNS[1:-1])
                 out.write({"id": some, **dict(zip(names, rows.T, strict=True)), "file": files})
@@ -184,10 +186,9 @@ class MeshTask(BlockTask):
         """The boxes of the objects in each block, as `BlockSums`."""
         return BlockFiles(self.folder / ".boxes")
 
-    @property
-    def rows(self) -> BlockFiles:
-        """The numbers of the row of each mesh in the table, from its vertices to its stride."""
-        return BlockFiles(self.folder / ".meshes")
+    def row_file(self, number: int) -> Path:
+        """Return where the numbers of a mesh's row are stored (5 float64), from its vertices to its stride."""
+        return self.folder / ".meshes" / str(number)
 
     @property
     def lattice(self) -> Lattice:
@@ -266,4 +267,4 @@ class _Meshes(BlockWorker):
         )
         write_mesh(task.folder, label, mesh, task.file_format)
         row = [len(mesh.vertices), len(mesh.faces), mesh.volume, mesh.area, mesh.stride]
-        task.rows.save(number, {"row": np.array(row, np.float64)})
+        write_file(task.row_file(number), np.array(row, "<f8").tobytes())

@@ -179,7 +179,7 @@ def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_pat
 
 
 def test_blocks_of_a_semantic_class_join_without_a_seam(tmp_path, monkeypatch):
-    monkeypatch.setattr("connectomics.pipeline.decode.BLOCK", (64, 64, 64))
+    monkeypatch.setattr("connectomics.decoding.prediction._BLOCK", (64, 64, 64))
     write_prediction(tmp_path / "p", name="er")
     decode_predictions(tmp_path / "p", tmp_path / "l", {"er": DecodeParameters(threshold=0.2)})
     np.testing.assert_array_equal(read(tmp_path / "l/phantom.zarr/crop7/er")[0], above(probabilities(), 0.2))
