@@ -124,11 +124,11 @@ def contacts_of_block(
     halo = halo_of(grid, nm)
     first, size, inner = with_halo(begin, shape, (1, 1, 1), grid.shape)
     stored, _ = of.read_level(0, first, size, absent_is_missing=False)
-    low = np.asarray(inner)
+    low, high = np.asarray(inner), np.asarray(inner) + np.asarray(shape)
     labels, ids = compact(stored, semantic=semantic[0])
     found, pairs = empty_tables(TABLES, len(ids)), NO_PAIRS
     if len(ids):
-        surface = surface_labels(labels, low, low + shape, found["steps"])
+        surface = surface_labels(labels, low, high, found["steps"])
         if surface.any():
             around = grid.crop(begin, shape).grow(halo.tolist())
             others, other_ids = compact(to.read_nearest(around, 0)[0], semantic=semantic[1])

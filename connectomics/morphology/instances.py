@@ -98,9 +98,9 @@ def instances_of_block(
     labels, ids = compact(stored, semantic=semantic)
     found = empty_tables(TABLES, len(ids))
     if len(ids):
-        low = np.asarray(inner)
+        low, high = np.asarray(inner), np.asarray(inner) + np.asarray(shape)
         sizes, origin = found["sizes"][:, 0], np.asarray(first)
-        measure(labels, low, low + shape, origin, sizes, found["sums"], found["boxes"], found["steps"])
+        measure(labels, low, high, origin, sizes, found["sums"], found["boxes"], found["steps"])
     return BlockSums(ids, found, NO_PAIRS).select(found["sizes"][:, 0] > 0)  # others lie in the margin only
 
 

@@ -36,7 +36,7 @@ class Volume:
     Attributes:
         probability: 0 to 255. boundary: probability of the boundary between objects, if the parameters read it.
         truth: ids, or bool for a class scored by overlap. known: where the ground truth is known.
-        affinities, offsets: (K, D, H, W) and (K, 3), if the method reads them. head: of distances, if it is read.
+        affinities: (K, D, H, W) and their offsets (K, 3), if the method reads them. head: of distances, if it is read.
     """
 
     probability: NDArray[np.uint8]
@@ -44,8 +44,7 @@ class Volume:
     truth: NDArray[Any]
     known: NDArray[np.bool_]
     voxel_size: tuple[float, float, float]
-    affinities: NDArray[Any] | None = None
-    offsets: NDArray[np.int64] | None = None
+    affinities: tuple[NDArray[Any], NDArray[np.int64]] | None = None
     head: HeadValues | None = None
 
 
@@ -125,10 +124,9 @@ def pooled_scores(
     rules = get_rules(rules)
     total: Any = None
     for volume in volumes:
-        affinities = None if volume.affinities is None else (volume.affinities, volume.offsets)
         labels = decode_class(
             volume.probability, volume.voxel_size, parameters,
-            boundary=volume.boundary, head=volume.head, affinities=affinities,
+            boundary=volume.boundary, head=volume.head, affinities=volume.affinities,
         )  # fmt: skip
         item = _scored(labels, volume, rules)
         total = item if total is None else total + item
