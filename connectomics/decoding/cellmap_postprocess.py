@@ -171,8 +171,8 @@ def _compact(instances: NDArray[Any]) -> NDArray[Any]:
     """Ids 1..n by their first voxel, in the narrowest type."""
     import fastremap
 
-    numbered: NDArray[Any] = fastremap.renumber(np.ascontiguousarray(instances), preserve_zero=True, in_place=False)[0]
-    return numbered
+    numbered, _ = fastremap.renumber(np.ascontiguousarray(instances), preserve_zero=True, in_place=False)
+    return np.asarray(numbered.astype(np.min_scalar_type(int(numbered.max())), copy=False))
 
 
 def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
