@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.config import RunConfig
-from connectomics.config.values import plain
 from connectomics.data.volumes import CropVolume
-from connectomics.decoding.decode import decode_mask
-from connectomics.decoding.label_artifact import existing_labels, label_array, write_whole
+from connectomics.decoding.decode import decode_class
+from connectomics.decoding.label_artifact import existing_labels, label_array, label_attrs, write_whole
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError
 from connectomics.io.artifacts import Provenance
@@ -84,16 +83,11 @@ def write_labels(
         (low, high), chosen, grid = intervals[entry.class_name], parameters[entry.class_name], entry.grid
         raw, inside = Multiscale.open(raw_locations[entry.dataset]).read_raw(grid)
         values = np.rint(raw)
-        labels = decode_mask((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
-        about = {
-            "decode": plain(chosen),
-            "source": {"baseline": {"low": low, "high": high}},
-            "objects": int(labels.max(initial=0)),
-            **Provenance().to_dict(),
-        }
+        labels = decode_class((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
+        source = {"baseline": {"low": low, "high": high}}
+        attrs = label_attrs(grid, entry.class_name, chosen, source, Provenance(), int(labels.max(initial=0)))
         location = output_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
         existing_labels(location, chosen, {}, overwrite=True)  # refuses to replace files that decode did not write
-        how: dict[str, Any] = {"class_name": entry.class_name, "kind": chosen.kind, "about": about}
-        with label_array(location, grid, labels.dtype, **how) as writer:
+        with label_array(location, grid, labels.dtype, attrs) as writer:
             write_whole(writer, labels)
         update_attrs(location.parent, {"connectomics": {"artefact": "labels", "complete": True}})

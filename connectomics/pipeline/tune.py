@@ -150,10 +150,10 @@ def _volume(prediction: _Prediction, name: str, ids: bool, base: DecodeParameter
     source, grid = prediction.source, prediction.source.levels[0].grid
     boundary = None if prediction.boundary is None else as_bytes(read_on(prediction.boundary, grid))
     head = None if prediction.head is None else prediction.head.all()
-    values, offsets = None, None
+    affinities = None
     if base.method in AFFINITY_METHODS:
         stored = StoredAffinities.open(source)
-        values, offsets = stored.read((0, 0, 0), grid.shape), stored.offsets
+        affinities = stored.read((0, 0, 0), grid.shape), stored.offsets
     if ids:
         truth, known = read_instances(prediction.crop, name, grid)
         probability = as_bytes(read_on(source, grid))
@@ -162,7 +162,7 @@ def _volume(prediction: _Prediction, name: str, ids: bool, base: DecodeParameter
         truth, known = np.zeros(grid.shape, np.bool_), np.zeros(grid.shape, np.bool_)
         for at, block, p, k in _blocks(prediction, name):
             probability[at], truth[at], known[at] = block, p & k, k
-    return Volume(probability, boundary, truth, known, grid.voxel_size, values, offsets, head)
+    return Volume(probability, boundary, truth, known, grid.voxel_size, affinities, head)
 
 
 def _identities(predictions: list[_Prediction]) -> dict[str, str]:
