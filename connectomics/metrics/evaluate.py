@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
-from connectomics.metrics.cellmap_metrics import Counts, evaluate_instance
+from connectomics.metrics.cellmap_metrics import Counts, Pooled, evaluate_instance
 from connectomics.metrics.challenge.results import Panoptic, instance_ratios
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
@@ -81,7 +81,7 @@ def _total(items: Sequence[Any]) -> Any:
 
 # -- one label, and many -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class InstanceSums:
+class InstanceSums(Pooled):
     """What pools over crops for a class scored as instances: the challenge's counts and sums, and the usual measures.
 
     ``rand_error``, ``voi_split`` and ``voi_merge`` are sums of crop values, weighted by the crop's number of true
@@ -97,9 +97,6 @@ class InstanceSums:
     voi_split: float = 0.0
     voi_merge: float = 0.0
     weight: int = 0
-
-    def __add__(self, other: InstanceSums) -> InstanceSums:
-        return InstanceSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def ratios(self) -> tuple[float, float, float]:

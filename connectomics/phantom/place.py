@@ -324,26 +324,30 @@ class _Builder:
         return np.array(path)
 
 
+#: The last sphere of each cell, all spheres (sphere, group, index of the one before it in its cell), origin and edge of
+#: the cells (nm).
+_Taken = tuple[NDArray[np.int64], Floats, Floats, float]
+
+
 class _Occupancy:
     """A growing set of spheres (z, y, x, radius; nm), in lists by cell of ``edge`` nm; border cells reach beyond."""
 
     def __init__(self, box: Box, edge: float) -> None:
-        self._origin, self._edge = np.asarray(box.begin, np.float64), edge
-        self._last = np.full(np.maximum(1, np.ceil(np.asarray(box.extent) / edge)).astype(int), -1, np.int64)
-        self._spheres = np.empty((1024, 6))  # sphere, group, index of the one before it in its cell
-        self._count = 0
-        self._largest = 0.0
+        last = np.full(np.maximum(1, np.ceil(np.asarray(box.extent) / edge)).astype(int), -1, np.int64)
+        self._taken: _Taken = (last, np.empty((1024, 6)), np.asarray(box.begin, np.float64), edge)
+        self._count, self._largest = 0, 0.0
 
     def free(self, spheres: Floats, gap: float, ignored: int = -1) -> bool:
         """Whether ``spheres`` keep ``gap`` nm from all that is there, spheres of the group ``ignored`` apart."""
-        there = (self._last, self._spheres, self._origin, self._edge)
-        return not _hits(*there, self._largest + gap, spheres, gap, ignored)
+        return not _hits(self._taken, self._largest + gap, spheres, gap, ignored)
 
     def add(self, spheres: Floats, group: int = 0) -> None:
         """Take the place of ``spheres``."""
-        while self._count + len(spheres) > len(self._spheres):
-            self._spheres = np.concatenate([self._spheres, np.empty_like(self._spheres)])
-        _insert(self._last, self._spheres, self._origin, self._edge, spheres, group, self._count)
+        last, there, *cells = self._taken
+        while self._count + len(spheres) > len(there):
+            there = np.concatenate([there, np.empty_like(there)])
+        self._taken = (last, there, *cells)
+        _insert(self._taken, spheres, group, self._count)
         self._count += len(spheres)
         self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))
 
@@ -361,40 +365,30 @@ def _in_cytoplasm(cell: Floats, nucleus: Floats, begin: Floats, end: Floats, bal
 
 
 @njit(cache=True, nogil=True)
-def _cells(last: NDArray[np.int64], origin: Floats, edge: float, sphere: Floats, reach: float) -> NDArray[np.int64]:
+def _cell(taken: _Taken, sphere: Floats, reach: float) -> NDArray[np.int64]:
     """The cell that is ``reach`` nm from the center of a sphere on every axis, or the last one before the border."""
     cell = np.empty(3, np.int64)
     for axis in range(3):
-        cell[axis] = np.int64(np.floor((sphere[axis] + reach - origin[axis]) / edge))
-        cell[axis] = min(max(cell[axis], 0), last.shape[axis] - 1)
+        cell[axis] = np.int64(np.floor((sphere[axis] + reach - taken[2][axis]) / taken[3]))
+        cell[axis] = min(max(cell[axis], 0), taken[0].shape[axis] - 1)
     return cell
 
 
 @njit(cache=True, nogil=True)
-def _insert(
-    last: NDArray[np.int64], there: Floats, origin: Floats, edge: float, spheres: Floats, group: int, count: int
-) -> None:
+def _insert(taken: _Taken, spheres: Floats, group: int, count: int) -> None:
+    last, there, _, _ = taken
     for i in range(len(spheres)):
-        cell = _cells(last, origin, edge, spheres[i], 0.0)
+        z, y, x = _cell(taken, spheres[i], 0.0)
         there[count + i, :4] = spheres[i]
-        there[count + i, 4], there[count + i, 5] = group, last[cell[0], cell[1], cell[2]]
-        last[cell[0], cell[1], cell[2]] = count + i
+        there[count + i, 4], there[count + i, 5] = group, last[z, y, x]
+        last[z, y, x] = count + i
 
 
 @njit(cache=True, nogil=True)
-def _hits(
-    last: NDArray[np.int64],
-    there: Floats,
-    origin: Floats,
-    edge: float,
-    reach: float,
-    spheres: Floats,
-    gap: float,
-    ignored: int,
-) -> bool:
+def _hits(taken: _Taken, reach: float, spheres: Floats, gap: float, ignored: int) -> bool:
+    last, there, _, _ = taken
     for i in range(len(spheres)):
-        low = _cells(last, origin, edge, spheres[i], -reach - spheres[i, 3])
-        high = _cells(last, origin, edge, spheres[i], reach + spheres[i, 3])
+        low, high = _cell(taken, spheres[i], -reach - spheres[i, 3]), _cell(taken, spheres[i], reach + spheres[i, 3])
         for z in range(low[0], high[0] + 1):
             for y in range(low[1], high[1] + 1):
                 for x in range(low[2], high[2] + 1):

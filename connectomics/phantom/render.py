@@ -148,10 +148,9 @@ def _background(dn: float, dc: float, point: Point, texture: Texture, seed: int,
 
 @njit(cache=True, nogil=True)
 def _inside(
-    things: Things, i: int, d: float, point: Point, texture: Texture, seed: int, textured: bool
+    kind: int, number: int, row: Floats, d: float, point: Point, texture: Texture, seed: int, textured: bool
 ) -> tuple[int, float]:
     """Class and gray value inside an object; its membrane, if it is a simple one, is not yet in the gray value."""
-    kind, number, row = things[0][i, 1], things[0][i, 2], things[1][i]
     gray = kinds.GRAY[kind, 0] + kinds.GRAY[kind, 1] * texture[0] + kinds.GRAY[kind, 2] * texture[1]
     if kind == kinds.MITO:
         return _mitochondrion(gray, row, d, point, texture[0], seed + 1000 * number)
@@ -174,7 +173,8 @@ def _near_object(
     things: Things, i: int, d: float, dn: float, dc: float, point: Point, texture: Texture, seed: int, textured: bool
 ) -> tuple[int, float]:
     """Class and gray value of a point near an object: the background, and the object over it."""
-    shape, kind = things[0][i, 0], things[0][i, 1]
+    table, parameters = things
+    shape, kind, number, row = table[i, 0], table[i, 1], table[i, 2], parameters[i]
     atom, gray = _CYTO, 0.0
     cover = _step(3.0, -4.0, d)
     if cover < 1.0:
@@ -184,7 +184,7 @@ def _near_object(
         gray -= 38.0 * bound * _step(24.0, 16.0, d) * _step(1.0, 5.0, d)
     if cover == 0.0:
         return atom, gray
-    inner_atom, inner = _inside(things, i, d, point, texture, seed, textured)
+    inner_atom, inner = _inside(kind, number, row, d, point, texture, seed, textured)
     gray += (inner - gray) * cover
     if kind != kinds.MITO and kind != kinds.PORE:
         wall = _MEMBRANE_GRAY + (18.0 if kind == kinds.MT else 0.0)

@@ -95,7 +95,7 @@ def test_large_volumes_are_looked_through_block_by_block_and_only_in_part() -> N
     assert truth.layers == {0, 576}
     assert found.share == pytest.approx(0.2)
     assert found.position == (5, 300, 400)
-    assert found.fn == 1
+    assert found.counts.fn == 1
 
 
 def test_an_empty_class_shows_the_middle_of_its_crop() -> None:

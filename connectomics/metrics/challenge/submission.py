@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 
 from connectomics.errors import InputError
 from connectomics.machine import usable_cores
@@ -24,15 +25,7 @@ from connectomics.metrics.challenge.results import (
     pool,
 )
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
-from connectomics.metrics.challenge.scoring import (
-    InMemoryPair,
-    check_shapes,
-    missing_score,
-    nan_message,
-    prediction_array,
-    score_pair,
-    truth_array,
-)
+from connectomics.metrics.challenge.scoring import InMemoryPair, missing_score, nan_message, score_pair, truth_array
 from connectomics.metrics.challenge.sources import (
     Masked,
     Submission,
@@ -89,7 +82,7 @@ def score_submission(
     try:
         folders = names_in_truth(source, truth_crops)
         others = tuple(RULES.values()) if compare else ()
-        memory = memory_bytes or _half_of_free()
+        memory = memory_bytes or max(1 << 30, psutil.virtual_memory().available // 2)
         scorer = _Scorer(source, folders, rules, workers or usable_cores(), memory, others)
         results = []
         for done, result in enumerate(scorer.run(targets), start=1):
@@ -172,13 +165,10 @@ class _Scorer:
         voxel_size = target.grid.voxel_size
         if not resampling and need > self._memory:
             with self._budget.held(self._memory), BlockPair(pred, truth, self._memory) as blocks:
-                return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels, self._others)
+                return score_pair(blocks, voxel_size, self._rules, self._workers, self._others)
         with self._budget.held(need + resampling):
-            values, nan_voxels = prediction_array(pred.read())
-            labels = truth_array(truth.read())
-            check_shapes(values, labels)
-            pair = InMemoryPair(values, labels)
-            return score_pair(pair, voxel_size, self._rules, self._inner, nan_voxels, self._others)
+            pair = InMemoryPair(pred.read(), truth.read())
+            return score_pair(pair, voxel_size, self._rules, self._inner, self._others)
 
     def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
         counts, nan_voxels = Counts(), 0
@@ -214,12 +204,6 @@ def _count_ids(truth: Readable) -> int:
 def _any(truth: Readable) -> bool:
     """Return whether a voxel is above 0, slab by slab."""
     return any(bool((truth.read(*block) > 0).any()) for block in _slabs(truth.shape))
-
-
-def _half_of_free() -> int:
-    import psutil
-
-    return max(1 << 30, int(psutil.virtual_memory().available) // 2)
 
 
 def _ignored(

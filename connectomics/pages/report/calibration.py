@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.probabilities import as_bytes
+from connectomics.metrics.cellmap_metrics import Pooled
 from connectomics.pages import charts, page
 from connectomics.pages.report.volumes import Item, spread_blocks
 
@@ -25,19 +26,12 @@ _MOST_LINES = 8
 _UNSURE = (0.05, 0.95)
 
 
-def _zeros() -> NDArray[np.int64]:
-    return np.zeros(_LEVELS, np.int64)
-
-
 @dataclass
-class Reliability:
+class Reliability(Pooled):
     """Known voxels by stored probability k/255: ``voxels`` and those where the class is ``present``, int64 (256,)."""
 
-    voxels: NDArray[np.int64] = field(default_factory=_zeros)
-    present: NDArray[np.int64] = field(default_factory=_zeros)
-
-    def __add__(self, other: Reliability) -> Reliability:
-        return Reliability(self.voxels + other.voxels, self.present + other.present)
+    voxels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LEVELS, np.int64))
+    present: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LEVELS, np.int64))
 
     def add(self, probability: NDArray[np.uint8], present: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         """Count a block; all arrays of one shape."""
@@ -48,13 +42,12 @@ class Reliability:
         """Count an item with truth and probabilities, on the probabilities' grid; return the share that was read."""
         assert item.truth is not None
         assert item.probability is not None
-        grid, looked = item.probability.grid, 0
-        for begin, block in spread_blocks(grid, most_voxels):
+        blocks, share = spread_blocks(item.probability.grid, most_voxels)
+        for begin, block in blocks:
             values, stored = item.probability.read_level(0, begin, block.shape)
             truth, known = item.truth.read(block)
             self.add(as_bytes(values), truth != 0, known & stored)
-            looked += block.size
-        return looked / grid.size if grid.size else 1.0
+        return share
 
     def bins(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Return voxels, mean probability and share present of `BINS` equal bins; NaN in a bin without voxels."""

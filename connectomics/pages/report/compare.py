@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from connectomics.errors import ConnectomicsError
@@ -129,17 +127,18 @@ def _charts(runs: Sequence[Compared]) -> list[Markup]:
                  ("gpu_memory_bytes", "GPU memory, GB", 1e-9))  # fmt: skip
     made = []
     for column, title, limits in columns:
-        curves = {run.name: [(epoch, v) for epoch, _, v in run.columns.get(column, ())] for run in runs}
-        made.append(charts.line_chart(_lines(curves), title, "epoch", limits))
+        curves = [(run.name, [(epoch, v) for epoch, _, v in run.columns.get(column, ())]) for run in runs]
+        made.append(_chart(curves, title, limits))
     for key, title, scale in resources:
-        curves = {run.name: by_epoch(run.timing, key, scale) for run in runs}
-        made.append(charts.line_chart(_lines(curves), title, "epoch"))
+        made.append(_chart([(run.name, by_epoch(run.timing, key, scale)) for run in runs], title))
     return [chart for chart in made if chart]
 
 
-def _lines(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[charts.Series]:
-    kept = {name: np.array([p for p in points if math.isfinite(p[0])]) for name, points in curves.items()}
-    return [charts.Series(name, points[:, 0], points[:, 1]) for name, points in kept.items() if len(points)]
+def _chart(
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str, limits: tuple[float, float] | None = None
+) -> Markup:
+    lines = [line for name, points in curves for line in charts.series(name, points)]
+    return charts.line_chart(lines, title, "epoch", limits)
 
 
 def _class_tables(runs: Sequence[Compared]) -> list[tuple]:

@@ -80,10 +80,9 @@ class Confusion:
             return 1.0
         # on a coarser grid, a prediction that alternates between voxels would be sampled by chance
         grid = max((item.grid for item in shown), key=lambda g: g.size)
-        looked = 0
-        n = len(self.classes)
-        for _, block in spread_blocks(grid, most_voxels // len(shown), _BLOCK):
-            truth, known, found = (np.zeros((n, block.size), bool) for _ in range(3))
+        blocks, share = spread_blocks(grid, most_voxels // len(shown), _BLOCK)
+        for _, block in blocks:
+            truth, known, found = (np.zeros((len(self.classes), block.size), bool) for _ in range(3))
             for item in shown:
                 assert item.truth is not None
                 assert item.prediction is not None
@@ -93,8 +92,7 @@ class Confusion:
                 truth[row], found[row] = (values != 0).ravel(), (predicted != 0).ravel()
                 known[row] = (there & inside).ravel()
             self.add(truth, known, found)
-            looked += block.size
-        return looked / grid.size if grid.size else 1.0
+        return share
 
 
 def _bits(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:

@@ -60,16 +60,6 @@ def choose(crops: Mapping[CropKey, Sequence[Wanted]], most: int, best: Sequence[
     return set(list(dict.fromkeys([*reserved, *order]))[: max(0, most)])
 
 
-def planned(library: Library, table: Scores | None, options: ReportOptions) -> int:
-    """Return the number of classes that `section` draws, one step each."""
-    try:
-        crops = ranked(library.wanted(), table)
-    except ConnectomicsError:  # the section reports it
-        return 0
-    everything = itertools.chain.from_iterable(crops.values())
-    return len(choose(crops, options.max_pictures, extremes(everything, table)[1]))
-
-
 # -- the section -------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Drawn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from connectomics import __version__
@@ -158,8 +156,7 @@ def curves(run: Path | None) -> page.Section:
 
 def _series(columns: Columns, name: str, label: str, axis: int = 0, strong: bool = False) -> list[charts.Series]:
     """Return the line of a column over epochs (``axis`` 0) or steps (1), if it has points."""
-    points = np.array([p for p in columns.get(name, ()) if math.isfinite(p[axis])], np.float64)
-    return [charts.Series(label, points[:, axis], points[:, 2], strong)] if len(points) else []
+    return charts.series(label, ((p[axis], p[2]) for p in columns.get(name, ())), strong)
 
 
 def _loss_chart(columns: Columns) -> Markup:
@@ -191,8 +188,8 @@ def _resource_charts(run: Path) -> list[Markup]:
         ("Share of training spent waiting for data", (("waiting", "data_wait_share", 1.0),)),
         ("Memory, GB", (("processes", "memory_bytes", 1e-9), ("GPU", "gpu_memory_bytes", 1e-9))),
     ):
-        points = {name: np.array(run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines}
-        series = [charts.Series(name, p[:, 0], p[:, 1]) for name, p in points.items() if len(p)]
+        by_epoch = ((name, run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines)
+        series = [line for name, points in by_epoch for line in charts.series(name, points)]
         made.append(charts.line_chart(series, title, "epoch", (0.0, 1.0) if "Share" in title else None))
     return made
 
