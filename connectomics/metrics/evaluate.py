@@ -20,6 +20,8 @@ from connectomics.metrics.challenge.scoring import score_instance
 
 T = TypeVar("T")
 
+_LEVEL = 0.95  # share of the draws inside an interval
+
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 def bootstrap_interval(
@@ -27,7 +29,7 @@ def bootstrap_interval(
     statistic: Callable[[T], float],
     *,
     samples: int = 1000,
-    level: float = 0.95,
+    level: float = _LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return a percentile bootstrap interval, over crops, of a pooled measure.
@@ -217,8 +219,6 @@ def summarize(
     by: Sequence[Literal["class", "crop", "dataset"]] = ("class",),
     *,
     samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
     """Return rows of pooled measures, grouped by class, crop, data set or several of them, sorted.
@@ -229,7 +229,6 @@ def summarize(
     intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
     ``combined_low`` and ``combined_high``.
     """
-    options = {"samples": samples, "level": level, "seed": seed}
     rules = get_rules(rules)
     rows = []
     for key, group in sorted(_grouped(labels, by).items()):
@@ -237,10 +236,10 @@ def summarize(
         counts = [_total([label.counts for label in crop]) for crop in _grouped(group, ("dataset", "crop")).values()]
         row |= {"crops": len(counts), **_total(counts).to_dict()}
         if len(counts) > 1:
-            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, **options)  # type: ignore[arg-type]
+            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, samples=samples)
         classes = {label.class_name for label in group}
         if len(classes) == 1:
-            row |= _class_score(group, rules, options)
+            row |= _class_score(group, rules, samples)
         rows.append(row)
     return rows
 
@@ -253,19 +252,19 @@ def _grouped(labels: Iterable[LabelEvaluation], by: Sequence[str]) -> dict[tuple
     return groups
 
 
-def _class_score(group: Sequence[LabelEvaluation], rules: Rules, options: Mapping[str, Any]) -> dict[str, Any]:
+def _class_score(group: Sequence[LabelEvaluation], rules: Rules, samples: int) -> dict[str, Any]:
     """Return the challenge's score of one class, with its interval, and its instance measures."""
     sums = [label.instances for label in group if label.instances is not None]
     row: dict[str, Any] = {}
     if sums:
         row |= {"instance_crops": len(sums), **_total(sums).to_dict()}
         if len(sums) > 1:
-            row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, **options)
+            row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, samples=samples)
     items: list[Any] = [item for item in (label.scored(rules) for label in group) if item is not None]
     if items:
         row["score"] = score_of(_total(items))
     if len(items) > 1:
-        row["score_low"], row["score_high"] = bootstrap_interval(items, score_of, **options)
+        row["score_low"], row["score_high"] = bootstrap_interval(items, score_of, samples=samples)
     return row
 
 
@@ -273,8 +272,6 @@ def totals(
     labels: Sequence[LabelEvaluation],
     *,
     samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> dict[str, float | None]:
     """Return the challenge's three totals over annotated crops.
@@ -285,7 +282,7 @@ def totals(
     """
     rules = get_rules(rules)
     crops = sorted(_grouped(labels, ("dataset", "crop")))
-    draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed)])
+    draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed=0)])
     kinds: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
     for (name,), group in sorted(_grouped(labels, ("class",)).items()):
         there = [(label, item) for label in group if (item := label.scored(rules)) is not None]
@@ -304,7 +301,7 @@ def totals(
     for name, drawn in found.items():
         if drawn is not None and len(crops) > 1:
             drawn = drawn[1:][np.isfinite(drawn[1:])]
-            row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, level)
+            row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, _LEVEL)
     return row
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from connectomics.cli import main
+from connectomics.config.values import flat
 from connectomics.pages import OtherRun, ReportOptions, ReportSources, build_report
-from connectomics.pages.report import compare, run_folder
+from connectomics.pages.report import compare
 
 from .conftest import Made
 from .test_report import Reader
@@ -61,7 +62,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
 
 
 def test_nested_keys_are_flattened() -> None:
-    assert run_folder.flat({"a": {"b": {"c": 1}, "d": []}, "e": {}}) == {"a.b.c": 1, "a.d": [], "e": {}}
+    assert flat({"a": {"b": {"c": 1}, "d": []}, "e": {}}) == {"a.b.c": 1, "a.d": [], "e": {}}
 
 
 def test_scores_of_submissions_are_set_side_by_side(made: Made, tmp_path: Path) -> None:

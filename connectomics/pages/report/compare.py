@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from connectomics.config.values import flat
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder
@@ -43,7 +44,7 @@ class Compared:
                 problems.append(f"{name}: {error}")
                 return empty
 
-        config = read(lambda: run_folder.flat(run_folder.read_config(run) or {}), {})
+        config = read(lambda: flat(run_folder.read_config(run) or {}), {})
         metrics = run / "metrics.csv"
         columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
         timing = read(lambda: run_folder.read_timing(run) or {}, {})

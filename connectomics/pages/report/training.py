@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 from connectomics import __version__
+from connectomics.config.values import flat
 from connectomics.errors import MetadataError, MissingError
 from connectomics.machine import usable_cores
 from connectomics.pages import charts, page
@@ -73,7 +74,7 @@ def _run_facts(sources: ReportSources, problems: list[str]) -> dict[str, Any]:
     written = datetime.fromtimestamp((sources.run / "config.yaml").stat().st_mtime).astimezone()
     if unfinished := run_folder.unfinished_state(sources.run):
         problems.append(f"This run is not complete: it is {unfinished}.")
-    shown = run_folder.flat(config)
+    shown = flat(config)
     facts = {name: _plain(name, shown[key]) for name, key in _MAIN_KEYS.items() if shown.get(key) is not None}
     return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **facts}
 
