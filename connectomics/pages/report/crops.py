@@ -54,8 +54,7 @@ def choose(crops: Mapping[CropKey, Sequence[Wanted]], most: int, best: Sequence[
 
     A quarter of them is reserved for the ``best``.
     """
-    rounds = max((len(w) for w in crops.values()), default=0)
-    order = [wanted[k] for k in range(rounds) for wanted in crops.values() if k < len(wanted)]
+    order = [one for row in itertools.zip_longest(*crops.values()) for one in row if one is not None]
     reserved = best[: max(0, most) // 4]
     return set(list(dict.fromkeys([*reserved, *order]))[: max(0, most)])
 

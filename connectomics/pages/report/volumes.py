@@ -26,7 +26,7 @@ from connectomics.io import resample, store
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
-from connectomics.pages.report.objects import Objects
+from connectomics.pages.report.objects import Mistake, Objects
 
 _BLOCK = (64, 256, 512)
 _THRESHOLD = 0.5  # of a probability that stands in for missing labels
@@ -134,8 +134,8 @@ class Item:
 
     @property
     def instance(self) -> bool:
-        """Whether the truth or the prediction has object IDs."""
-        return any(part is not None and part.instance for part in (self.truth, self.prediction))
+        """Whether truth and prediction have object IDs."""
+        return all(part is not None and part.instance for part in (self.truth, self.prediction))
 
 
 def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> Multiscale | None:
@@ -167,6 +167,7 @@ class Findings:
     partner: dict[int, int] = field(default_factory=dict)
     matched: dict[int, int] = field(default_factory=dict)
     objects: Objects | None = None
+    mistakes: list[Mistake] = field(default_factory=list)
 
 
 def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
@@ -192,6 +193,7 @@ def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
     found.position = (z, y, x)
     if found.objects is not None:
         found.partner, found.matched = found.objects.match()
+        found.mistakes = found.objects.mistakes(item.grid)
     return found
 
 
