@@ -33,7 +33,7 @@ def a_run(folder: Path, rate: float, dice: float, **config: object) -> Path:
 @pytest.fixture
 def body(tmp_path: Path) -> str:
     runs = [a_run(tmp_path / "x/version_0", 0.1, 0.6), a_run(tmp_path / "y/version_0", 0.2, 0.8, extra=1)]
-    return compare.section([(run, None) for run in runs]).body
+    return compare.section([(run, None) for run in runs])
 
 
 def test_only_what_differs_of_the_configuration_is_shown(body: str) -> None:
@@ -101,7 +101,7 @@ def test_a_run_that_is_not_whole_is_said(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)]).body
+    body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)])
     assert "is not a run folder" in body
 
 

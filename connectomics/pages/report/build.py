@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+from markupsafe import Markup
+
 from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, require_own
@@ -48,7 +50,6 @@ def build_report(
     baseline = _load_scores(sources.baseline_scores, sources.baseline_name, problems)
     runs = [] if sources.run is None else [(sources.run, sources.scores)]
     runs += [(other.run, other.scores) for other in sources.others]
-    evaluation = sources.evaluation
     library = Library.open(sources)
     try:
         wanted = _wanted(library)
@@ -64,11 +65,12 @@ def build_report(
         datasets = {one.crop: one.dataset for one in wanted if one.dataset}
         sections.append(_part("scores", "Scores", lambda: score_sections.section(
             table, baseline, datasets, sources.baseline_name, problems)))  # fmt: skip
-        if evaluation is not None:
+        if (evaluation := sources.evaluation) is not None:
             title = "Evaluation on annotated crops"
             sections.append(_part("evaluation", title, lambda: score_sections.evaluation_section(evaluation)))
+        order = ", worst first" if table else ""
         sections += [
-            _part("crops", "Crops", lambda: crops.section(library, table, options, step)),
+            _part("crops", f"Crops{order}", lambda: crops.section(library, table, options, step)),
             *voxel_counts.sections(library, options, step),
             _part("training", "Training", lambda: training.curves(sources.run)),
             _part("time", "Where the time went", lambda: training.time(sources)),
@@ -87,10 +89,10 @@ def build_report(
     return path
 
 
-def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:
-    """Return a section, or a section with the error if its sources cannot be read: the other sections remain."""
+def _part(anchor: str, title: str, body: Callable[[], Markup]) -> page.Section:
+    """Return a section, with the error in it if its sources cannot be read: the other sections remain."""
     try:
-        return make()
+        return page.Section(anchor, title, body())
     except ConnectomicsError as error:
         return page.Section(anchor, title, page.note(str(error)))
 

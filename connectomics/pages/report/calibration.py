@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.decoding.probabilities import as_bytes
@@ -76,7 +77,7 @@ class Reliability(Pooled):
         return Reliability(np.where(inside, self.voxels, 0), np.where(inside, self.present, 0))
 
 
-def section(found: Mapping[str, Reliability], share: float) -> page.Section:
+def section(found: Mapping[str, Reliability], share: float) -> Markup:
     """Return the reliability diagram and a table by class; ``share``: the part of the voxels that was read."""
     counted = {name: r for name, r in found.items() if r.voxels.any()}
     errors = {name: r.unsure().error() for name, r in counted.items()}
@@ -90,8 +91,8 @@ def section(found: Mapping[str, Reliability], share: float) -> page.Section:
     chart = charts.line_chart(
         lines, f"Reliability{more}", "probability", (0, 1), x_range=(0, 1), diagonal=True, y_label="share present"
     )
-    return page.section(
-        "calibration", "Calibration", "report/calibration", rows=[_row(name, counted[name]) for name in order],
+    return page.render(
+        "report/calibration", rows=[_row(name, counted[name]) for name in order],
         chart=chart, share=share, bins=BINS, least=_LEAST,
     )  # fmt: skip
 

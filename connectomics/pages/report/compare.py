@@ -60,14 +60,14 @@ class Compared:
         return [value for _, _, value in self.columns.get(column, ())]
 
 
-def section(runs: Sequence[tuple[Path, Path | None]]) -> page.Section:
+def section(runs: Sequence[tuple[Path, Path | None]]) -> Markup:
     """Return the comparison of two or more runs, (folder, scores.json or None) each; the first is the report's own."""
     names = short_names([run for run, _ in runs])
     loaded = [Compared.load(name, run, scores) for name, (run, scores) in zip(names, runs, strict=True)]
     configured = [run for run in loaded if run.config]
     keys = list(dict.fromkeys(key for run in configured for key in run.config))
-    return page.section(
-        "runs", "Runs compared", "report/compare", runs=loaded, names=names, summary=_summary(loaded),
+    return page.render(
+        "report/compare", runs=loaded, names=names, summary=_summary(loaded),
         charts=_charts(loaded), tables=_class_tables(loaded), most_classes=_MOST_CLASSES,
         configured=configured, differences=_differences(configured, keys), n_keys=len(keys),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.pages import page
@@ -107,8 +108,7 @@ def _ones(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     return counts
 
 
-def section(confusion: Confusion, problems: Sequence[str], share: float) -> page.Section:
+def section(confusion: Confusion, problems: Sequence[str], share: float) -> Markup:
     """Return the table; ``share``: the part of the voxels that was read."""
     rows = [k for k, n in enumerate(confusion.there) if n or confusion.empty[k]]
-    title = "Confusion between classes"
-    return page.section("confusion", title, "report/confusion", c=confusion, rows=rows, problems=problems, share=share)
+    return page.render("report/confusion", c=confusion, rows=rows, problems=problems, share=share)

@@ -39,7 +39,7 @@ _MAIN_KEYS = {
 
 
 # -- what was run ------------------------------------------------------------------------------------------------------
-def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
+def provenance(sources: ReportSources, table: Scores | None) -> Markup:
     """Return facts about the run, its predictions, the submission and its score, and the software."""
     problems: list[str] = []
     groups: dict[str, dict[str, Any]] = {
@@ -55,9 +55,7 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
     labels = attributes_by_class(sources.labels)
     decoding = {name: about["decode"] for name, about in sorted(labels.items()) if "decode" in about}
     keys = list(dict.fromkeys(key for parameters in decoding.values() for key in parameters))
-    return page.section(
-        "what", "What was run", "report/provenance", problems=problems, groups=groups, decoding=decoding, keys=keys
-    )
+    return page.render("report/provenance", problems=problems, groups=groups, decoding=decoding, keys=keys)
 
 
 def _run_facts(sources: ReportSources, problems: list[str]) -> dict[str, Any]:
@@ -130,7 +128,7 @@ def _artifact_facts(sources: ReportSources, problems: list[str]) -> dict[str, An
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-def curves(run: Path | None) -> page.Section:
+def curves(run: Path | None) -> Markup:
     """Return curves of ``metrics.csv`` (losses, validation measures, learning rate) and of ``timing.json``."""
     if run is None:
         raise MissingError("No training curves: no run folder was given.")
@@ -148,11 +146,10 @@ def curves(run: Path | None) -> page.Section:
     if rate is not None and len({v for _, _, v in columns[rate]}) > 1:  # a constant rate needs no chart
         made.insert(3, charts.line_chart(_series(columns, rate, "rate"), "Learning rate", "epoch"))
     if not any(made):
-        note = page.note(f"No training curves: {path} holds no losses or scores.")
-        return page.Section("training", "Training", note)
+        return page.note(f"No training curves: {path} holds no losses or scores.")
     dice = columns.get("val/dice", ())
     best, last = max(dice, key=lambda point: point[2], default=None), dice[-1] if dice else None
-    return page.section("training", "Training", "report/training", best=best, last=last, charts=made)
+    return page.render("report/training", best=best, last=last, charts=made)
 
 
 def _series(columns: Columns, name: str, label: str, axis: int = 0, strong: bool = False) -> list[charts.Series]:
@@ -196,7 +193,7 @@ def _resource_charts(run: Path) -> list[Markup]:
 
 
 # -- time and configuration --------------------------------------------------------------------------------------------
-def time(sources: ReportSources) -> page.Section:
+def time(sources: ReportSources) -> Markup:
     """Return bars by stage, and of the parts of training."""
     timing = None if sources.run is None else run_folder.read_timing(sources.run)
     numbers = run_folder.numbers(timing or {})
@@ -207,13 +204,13 @@ def time(sources: ReportSources) -> page.Section:
     facts = {name: page.count(numbers[name]) for name in names if name in numbers}
     if "samples_per_s" in numbers:
         facts["samples per second"] = f"{numbers['samples_per_s']:.3g}"
-    return page.section(
-        "time", "Where the time went", "report/time",
+    return page.render(
+        "report/time",
         stages=sources.stages, has_timing=timing is not None, times=times, facts=facts,
     )  # fmt: skip
 
 
-def configuration(run: Path | None) -> page.Section:
+def configuration(run: Path | None) -> Markup:
     """Return ``config.yaml``, word for word."""
     if run is None:
         raise MissingError("No configuration: no run folder was given.")
@@ -224,4 +221,4 @@ def configuration(run: Path | None) -> page.Section:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MetadataError(f"cannot read {path}: {error}") from error
-    return page.section("configuration", "Configuration", "report/configuration", name=path.name, content=content)
+    return page.render("report/configuration", name=path.name, content=content)

@@ -55,5 +55,6 @@ def sections(library: Library, options: ReportOptions, step: Callable[[str], Non
         lines = [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more were left out."]
     means = {name: sum(found) / len(found) if found else 1.0 for name, found in shares.items()}
     return [
-        confusion.section(table, lines, means["confusion"]), calibration.section(reliabilities, means["calibration"])
-    ]  # fmt: skip
+        page.Section("confusion", "Confusion between classes", confusion.section(table, lines, means["confusion"])),
+        page.Section("calibration", "Calibration", calibration.section(reliabilities, means["calibration"])),
+    ]
