@@ -156,9 +156,18 @@ def _check_parts(config: RunConfig, where: str) -> None:
             f"scheduler.min_lr must be at most optimizer.lr ({config.optimizer.lr}), got {scheduler.min_lr}",
         ),
         (
-            training.max_epochs < 0 and training.max_steps < 0 and scheduler.name != "constant",
-            f"scheduler.name={scheduler.name} needs an end; set training.max_epochs or training.max_steps, or "
-            "scheduler.name=constant",
+            training.max_epochs < 0
+            and training.max_steps < 0
+            and training.max_minutes is None
+            and training.max_cpu_minutes is None
+            and scheduler.name != "constant",
+            f"scheduler.name={scheduler.name} needs an end; set training.max_epochs, max_steps, max_minutes or "
+            "max_cpu_minutes, or scheduler.name=constant",
+        ),
+        (
+            scheduler.warmup_epochs > 0 and scheduler.warmup_steps > 0,
+            f"scheduler.warmup_epochs is {scheduler.warmup_epochs} and scheduler.warmup_steps is "
+            f"{scheduler.warmup_steps}; set one of them to 0",
         ),
         (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
         (

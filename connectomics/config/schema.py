@@ -29,7 +29,7 @@ def _is_triple(value: Any) -> bool:
 
 def _is_tta(value: Any) -> bool:
     """Whether ``value`` is a named set or distinct symmetries: z, y, x in some order with signs."""
-    if isinstance(value, str) and value in ("none", "flips", "section", "all"):
+    if isinstance(value, str) and value in ("none", "flips", "section", "planes", "all"):
         return True
     given = [str(text) for text in value] if isinstance(value, list | tuple) else [str(value)]
     valid = all(re.fullmatch("(-?[zyx]){3}", text) and len(set(text) & set("zyx")) == 3 for text in given)
@@ -40,6 +40,10 @@ def _is_batch_size(value: Any) -> bool:
     return value == "auto" or (type(value) is int and value >= 1)
 
 
+def _is_init_bias(value: Any) -> bool:
+    return value is None or value == "prevalence" or (type(value) in (int, float) and math.isfinite(value))
+
+
 def _are_betas(values: Any) -> bool:
     return len(values) == 2 and all(0 <= beta < 1 for beta in values)
 
@@ -48,7 +52,7 @@ _THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
-    "must be none, flips, section, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
+    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
     "as in [zyx,-zyx,x-yz]",
 )
 _FROM_0 = Field(ge=0)
@@ -126,6 +130,8 @@ class ModelConfig(Group):
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
     weights: str | None = None  # start from this checkpoint or package; output channels are matched by class name
+    #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
+    init_bias: Annotated[Any, checked(_is_init_bias, "must be prevalence, a number, or null")] = None
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
@@ -181,14 +187,16 @@ class OptimizerConfig(Group):
     betas: Annotated[list[float], checked(_are_betas, "must be two numbers from 0 to below 1")] = field(
         default_factory=lambda: [0.9, 0.999]  # Adam, AdamW
     )
+    decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
 
 
 @dataclass
 class SchedulerConfig(Group):
-    """The learning rate by epoch."""
+    """The learning rate, by epochs, steps, or the time of a training."""
 
     name: Annotated[str, one_of("constant", "cosine", "polynomial")] = "constant"
-    warmup_epochs: Annotated[int, _FROM_0] = 0
+    warmup_epochs: Annotated[int, _FROM_0] = 0  # or:
+    warmup_steps: Annotated[int, _FROM_0] = 0  # optimizer steps
     power: Annotated[float, _POSITIVE] = 0.9  # polynomial
     min_lr: Annotated[float, _FROM_0] = 0.0
 
@@ -199,9 +207,12 @@ class TrainingConfig(Group):
 
     max_epochs: int = 1000
     max_steps: int = -1  # optimizer steps; -1: no limit
+    max_minutes: Annotated[float | None, _POSITIVE] = None  # on the clock, validation included; not reproducible
+    max_cpu_minutes: Annotated[float | None, _POSITIVE] = None  # processor time of all processes; not reproducible
     precision: Annotated[str, one_of("16-mixed", "bf16-mixed", "32")] = "16-mixed"
     gradient_clip_val: Annotated[float | None, _FROM_0] = 1.0
     accumulate_grad_batches: Annotated[int, _FROM_1] = 1
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is kept; 0: none
     val_every_n_epochs: Annotated[int, _FROM_1] = 1
     val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score
 
@@ -249,7 +260,8 @@ class InferenceConfig(Group):
     batch_size: Annotated[Any, checked(_is_batch_size, "must be at least 1, or auto")] = 1
     block_size: _SHAPE = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
-    #: test-time augmentation: none | flips (8) | section (16) | all (48) | a list as [zyx, -zyx]
+    #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
+    #: [zyx, -zyx]
     tta: Annotated[Any, _TTA] = "none"
     #: none | variance (over tta and checkpoints) | entropy | dropout
     uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"

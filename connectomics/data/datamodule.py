@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,13 @@ class CellMapDataModule(pl.LightningDataModule):
             persistent=data.persistent_workers,
             pin_memory=data.pin_memory and torch.cuda.is_available(),
         )
+
+    def first_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield the first patches of training, each as a batch, to count labels: at least 16, and 2^25 voxels."""
+        dataset, sampler = self.train_dataset, self.sampler()
+        count = min(len(sampler), max(16, 2**25 // math.prod(self.config.data.patch_size)), 256)
+        for position in range(count):
+            yield collate([dataset.reader.read(sampler.request(0, position))])
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return batches of one `CropVolume`, each process its share."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
+from connectomics.geometry import Index
 from connectomics.inference.symmetry import IDENTITY, Symmetry, channel_maps, require_unchanged
 
 if TYPE_CHECKING:
@@ -58,11 +59,6 @@ class Averaged:
         self.samples, self.variance = samples, variance
         if not self.networks or not self.symmetries or samples < 0:
             raise InputError("an average needs at least one network and one symmetry, and samples >= 0")
-        if variance and self.passes < 2:
-            raise InputError(
-                "the variance over one pass is zero: give several checkpoints or set inference.tta=flips, or set "
-                "inference.uncertainty=entropy or dropout"
-            )
         self._maps = channel_maps(self.symmetries, about)
 
     @property
@@ -73,8 +69,9 @@ class Averaged:
     def __call__(self, image: torch.Tensor, *further: torch.Tensor) -> torch.Tensor:
         import torch
 
+        relative = [Symmetry(self.symmetries[0].before(symmetry.axes)) for symmetry in self.symmetries]
         for values, what in ((image, "a window of"), *((values, "a further input of") for values in further)):
-            require_unchanged(self.symmetries, tuple(values.shape[2:]), f"{what} voxels")
+            require_unchanged(relative, tuple(values.shape[2:]), f"{what} voxels")
         average = self._average_of_covered if any(found.partial for found in self._maps.values()) else self._average
         with torch.no_grad():
             if not self.samples:
@@ -126,6 +123,57 @@ class Averaged:
                             out = network(*transformed)
                     out = symmetry.inverse.apply(out)
                     yield symmetry, self._maps[symmetry].apply(out) if self._maps else out
+
+
+class OrientedAverages:
+    """The averages of a prediction, one for each shape of windows that the network sees as its own (`windows_seen`).
+
+    Each goes over the volume with windows of its shape; `merged` gives the mean, and variance, over all passes.
+
+    Attributes:
+        by_window: the average for each window shape, voxels of the volume, z y x.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Network],
+        seen: Mapping[Index, Sequence[Symmetry]],
+        *,
+        samples: int = 0,
+        variance: bool = False,
+        about: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Average over the symmetries of ``seen``; all else as for `Averaged`, also the errors. Raises `InputError` if
+        a variance is requested of one pass."""
+        self.by_window = {
+            window: Averaged(networks, together, samples=samples, variance=variance, about=about)
+            for window, together in seen.items()
+        }
+        self._variance = variance
+        if variance and sum(average.passes for average in self.by_window.values()) < 2:
+            raise InputError(
+                "the variance over one pass is zero: give several checkpoints or set inference.tta=flips, or set "
+                "inference.uncertainty=entropy or dropout"
+            )
+
+    def merged(self, parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return what all passes give for a block from the results (C, d, h, w) or (2C, d, h, w) of each window shape.
+
+        Means and variances are merged as by Chan et al. (COMPSTAT 1982).
+        """
+        result, *rest = parts
+        channels = len(result) // 2 if self._variance else len(result)
+        first, *others = (average.passes for average in self.by_window.values())
+        total = first
+        for passes, part in zip(others, rest, strict=True):
+            before, total = total, total + passes
+            difference = part[:channels] - result[:channels]
+            result[:channels] += difference * np.float32(passes / total)
+            if self._variance:
+                result[channels:] *= np.float32(before / total)
+                result[channels:] += part[channels:] * np.float32(passes / total)
+                result[channels:] += np.square(difference) * np.float32(before * passes / total**2)
+        return result
 
 
 def _content(window: torch.Tensor) -> int:

@@ -32,6 +32,7 @@ Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
 
+LEAST_WIDTH = 32  # voxels along x of raw per read, if windows are narrower: a chunk is decoded for each read
 SLAB_VOXELS = 1 << 22  # voxels of raw per read: keeps what `read` needs beside its result small
 _BATCHES_AHEAD = 2  # batches whose further inputs are read while the network computes
 
@@ -53,10 +54,17 @@ def planned_reads(
         row = (begin[:2], shape[:2], begin[2])
         columns = range(max(x.start, next_column), x.stop)
         next_column = max(next_column, x.stop)
-        for start in (lattice.starts[2][c] for c in columns):
-            end = start + lattice.window[2]
-            yield from _slabs(lattice, z, y, max(read, start), end, inside)
-            read = end
+        for start, end in _columns(lattice, columns):
+            if start + lattice.window[2] > read:
+                yield from _slabs(lattice, z, y, max(read, start), end, inside)
+                read = end
+
+
+def _columns(lattice: WindowLattice, numbers: range) -> Iterator[tuple[int, int]]:
+    """Yield first voxel along x of the window columns, and where a read of raw for each ends if one is needed."""
+    starts, width = lattice.starts[2], lattice.window[2]
+    for start in (starts[number] for number in numbers):
+        yield start, min(start + max(width, LEAST_WIDTH), starts[numbers[-1]] + width)
 
 
 def windows_to_run(lattice: WindowLattice, inside: Inside | None) -> Inside | None:
@@ -169,8 +177,9 @@ class BlockRow:
         columns = range(max(touching.start, self._next_column), touching.stop)
         end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
         sums = self._extended(x0, end)
-        for start in (lattice.starts[2][c] for c in columns):  # never holds more raw than one window's width
-            self._fetch(start, start + width)
+        for start, read_to in _columns(lattice, columns):  # never holds more raw than one column's, or `LEAST_WIDTH`
+            if self._raw is None or start + width > self._raw_begin + self._raw.shape[2]:
+                self._fetch(start, read_to)
             self._run(start, sums, x0)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
         following = lattice.starts[2][self._next_column :]

@@ -7,8 +7,9 @@ same windows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import numpy as np
 
@@ -32,7 +33,8 @@ class Layout:
 
     Attributes:
         target: the grid to write. channels: of the network's output.
-        voxel_size: of the network, nm, z y x. window, overlap, context: see `WindowLattice.over`.
+        voxel_size: of the network, nm, z y x. overlap, context: see `WindowLattice.over`.
+        windows: window shapes, each with a lattice of its own; several if windows are permuted (`windows_seen`).
         block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
@@ -40,7 +42,7 @@ class Layout:
     target: VoxelGrid
     channels: int
     voxel_size: Triple
-    window: Index
+    windows: tuple[Index, ...]
     overlap: float
     context: Index | None
     block_size: Index
@@ -64,10 +66,10 @@ class Layout:
         return self.target if self.same_voxels else self.target.at_voxel_size(self.voxel_size).grow(self._margin)
 
     @cached_property
-    def lattice(self) -> WindowLattice:
-        """The windows over `model`."""
+    def lattices(self) -> list[WindowLattice]:
+        """The windows over `model`, for each window shape."""
         extent = None if self.volume is None else Extent.of(self.volume, self.model)
-        return WindowLattice.over(self.model, self.window, self.overlap, self.context, extent)
+        return [WindowLattice.over(self.model, window, self.overlap, self.context, extent) for window in self.windows]
 
     @cached_property
     def chunks(self) -> Index:
@@ -81,8 +83,8 @@ class Layout:
         z, y, x = (self._along(axis)[1] for axis in range(3))
         scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
-        chunk = self.chunks[2]
-        while x > chunk and plane * (x * scale[2] + self.window[2]) > _SUMS_BYTES:
+        chunk, width = self.chunks[2], max(window[2] for window in self.windows)
+        while x > chunk and plane * (x * scale[2] + width) > _SUMS_BYTES:
             x = math.ceil(x / (2 * chunk)) * chunk
         return z, y, x
 
@@ -117,10 +119,16 @@ class Layout:
     @property
     def seen(self) -> VoxelGrid:
         """A grid of as many voxels of `model` as the windows over a block see at most."""
-        extents = (s[-1] + w - s[0] for s, w in zip(self.lattice.starts, self.window, strict=True))
-        block = self.regions[0][1]
-        shape = [min(e, b + 2 * (w - 1)) for e, b, w in zip(extents, block, self.window, strict=True)]
+        block, shape = self.regions[0][1], [0, 0, 0]
+        for lattice in self.lattices:
+            for axis, (s, w) in enumerate(zip(lattice.starts, lattice.window, strict=True)):
+                shape[axis] = max(shape[axis], min(s[-1] + w - s[0], block[axis] + 2 * (w - 1)))
         return self.model.crop((0, 0, 0), shape)
 
-    def plan(self, batch_size: int) -> Plan:
-        return plan_regions(self.lattice, self.regions, channels=self.channels, batch_size=batch_size)
+    def plan(self, batch_size: int, passes: Sequence[int]) -> Plan:
+        """Return what the blocks cost if each window of a lattice takes so many passes."""
+        first, *rest = (
+            plan_regions(lattice, self.regions, channels=self.channels, batch_size=batch_size).times(times)
+            for lattice, times in zip(self.lattices, passes, strict=True)
+        )
+        return reduce(Plan.with_windows_of, rest, first)

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Box, Index, Triple, VoxelGrid, triple
 from connectomics.inference import artifact, gaps
-from connectomics.inference.augmented import UNCERTAINTIES, Averaged, Network
+from connectomics.inference.augmented import UNCERTAINTIES, Network, OrientedAverages
 from connectomics.inference.layout import Layout
 from connectomics.inference.predict_worker import MOST_ON_CPU, PredictWorker
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import Plan
-from connectomics.inference.symmetry import channel_maps, require_unchanged, symmetries
+from connectomics.inference.symmetry import Symmetry, channel_maps, require_unchanged, symmetries, windows_seen
 from connectomics.inference.windows import BLENDINGS, whole_index
 from connectomics.io.artifacts import Provenance, is_complete, put_aside
 from connectomics.io.artifacts import require_complete as require_complete
@@ -55,7 +55,8 @@ class PredictTask(BlockTask):
         raw: location of the raw multiscale group. output: local folder, ``{out}/{dataset}.zarr/{crop}``.
         classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
         voxel_size: voxel size of the network, nm, z y x.
-        window: voxels that the network sees at once, z y x.
+        window: voxels that the network sees at once, z y x; a symmetry that exchanges axes sees a window of the volume
+            whose axes are exchanged too.
         checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
         normalization: how raw values become the network's input.
         overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`. batch_size: too, or ``auto``:
@@ -123,12 +124,12 @@ class PredictTask(BlockTask):
             object.__setattr__(self, name, value)
         self._require_valid()
         for sizes, what in [
-            (self.window, "a window of"),
             (self.voxel_size, "the voxel size"),
             *((sizes, "a further input of") for given in self.inputs for sizes in given),
         ]:
             require_unchanged(chosen, sizes, what)
-        channel_maps(chosen, self._channel_attributes)  # refuses affinities without a counterpart
+        for together in self._windows_seen.values():
+            channel_maps(together, self._channel_attributes)  # refuses affinities without a counterpart
 
     def _require_valid(self) -> None:
         if not self.targets:
@@ -198,6 +199,10 @@ class PredictTask(BlockTask):
         return self.uncertainty in ("variance", "dropout")
 
     @property
+    def _windows_seen(self) -> dict[Index, tuple[Symmetry, ...]]:
+        return windows_seen(symmetries(self.symmetries), self.window)
+
+    @property
     def _channel_attributes(self) -> list[Mapping[str, Any]]:
         return [self.about.get(name, {}) for name in self.classes]
 
@@ -209,7 +214,8 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        how = (self.channels, self.voxel_size, self.window, self.overlap, self.context, self.block_size, volume)
+        windows = tuple(self._windows_seen)
+        how = (self.channels, self.voxel_size, windows, self.overlap, self.context, self.block_size, volume)
         return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
@@ -236,18 +242,19 @@ class PredictTask(BlockTask):
         """Networks that are averaged."""
         return max(1, len(self.checkpoints))
 
-    def averaged(self, networks: Sequence[Network]) -> Averaged:
-        """Return the average of the networks that the task asks for."""
-        return Averaged(
-            networks, symmetries(self.symmetries), samples=self.dropout_samples,
+    def averages(self, networks: Sequence[Network]) -> OrientedAverages:
+        """Return the averages of the networks that the task asks for."""
+        return OrientedAverages(
+            networks, self._windows_seen, samples=self.dropout_samples,
             variance=self._needs_variance, about=self._channel_attributes,
         )  # fmt: skip
 
     def plan(self) -> list[Plan]:
         """Return what each distinct target grid costs, without running anything."""
         batch = MOST_ON_CPU if isinstance(self.batch_size, str) else self.batch_size
-        passes = self.members * len(self.symmetries) * max(1, self.dropout_samples)
-        return [layout.plan(batch).times(passes) for layout, _ in self.layouts]
+        each = self.members * max(1, self.dropout_samples)
+        passes = [each * len(together) for together in self._windows_seen.values()]
+        return [layout.plan(batch, passes) for layout, _ in self.layouts]
 
     def locate(self, block: int) -> tuple[int, int]:
         """Return the index of the layout that a block of the first stage belongs to, and its number there."""
@@ -263,7 +270,7 @@ class PredictTask(BlockTask):
         return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(math.ceil(levels / artifact.LEVELS_AT_ONCE))))
 
     def check(self, *, overwrite: bool = False) -> bool:
-        self.averaged([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
+        self.averages([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
         there = artifact.require_own_output(self, overwrite)
         if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
             return False

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,7 +48,7 @@ class PredictWorker:
         """
         use_one_heap()
         self._task, self._device = task, device
-        self._averaged = task.averaged(networks)
+        self._averages = task.averages(networks)
         self._source = RawSource(task.raw, task.normalization)
         self._mask = None if task.mask is None else Mask(task.mask, task.voxel_size)
         self._inputs = tuple(FurtherInput(self._source.read, size, shape) for size, shape in task.inputs)
@@ -130,12 +130,18 @@ class PredictWorker:
         """Yield the values of a layout's blocks, with raw read ahead of the network; ``full``: in full precision."""
         regions = [layout.regions[number] for number in numbers]
         touches = None if self._mask is None else self._mask.touches
-        forward = Forward(
-            self._averaged, self._task.channels, self._batch, self._device,
-            None if full else autocast(self._task.precision), self._inputs, self._task.skip_empty, touches,
-        )  # fmt: skip
-        with ReadAhead(self._source.read, planned_reads(layout.lattice, regions, touches)) as read:
-            yield from predict_regions(read, layout.lattice, forward, regions, self._task.blending)
+        with ExitStack() as stack:
+            found = []
+            for lattice, average in zip(layout.lattices, self._averages.by_window.values(), strict=True):
+                forward = Forward(
+                    average, self._task.channels, self._batch, self._device,
+                    None if full else autocast(self._task.precision), self._inputs, self._task.skip_empty, touches,
+                )  # fmt: skip
+                read = stack.enter_context(ReadAhead(self._source.read, planned_reads(lattice, regions, touches)))
+                values = predict_regions(read, lattice, forward, regions, self._task.blending)
+                found.append(stack.enter_context(closing(values)))
+            for _ in regions:
+                yield self._averages.merged([next(values) for values in found])
 
     def _write(self, item: tuple[int, int, int, NDArray[np.float32]]) -> None:
         """Store a block's channels and their uncertainty: index of its layout, its number, its number there, values."""
@@ -157,10 +163,11 @@ class PredictWorker:
         """Run a window of noise through the networks; return the batch size."""
         task = self._task
         noise = np.random.default_rng(0)
-        inputs = [noise.random(shape, dtype=np.float32) for shape in (task.window, *(n for _, n in task.inputs))]
+        window, average = next(iter(self._averages.by_window.items()))
+        inputs = [noise.random(shape, dtype=np.float32) for shape in (window, *(n for _, n in task.inputs))]
 
         def forward(windows: int, precision: str) -> torch.Tensor:
-            run = Forward(self._averaged, task.channels, windows, self._device, autocast(precision))
+            run = Forward(average, task.channels, windows, self._device, autocast(precision))
             return run(*([values] * windows for values in inputs))
 
         try:

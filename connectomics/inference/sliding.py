@@ -16,7 +16,7 @@ weighted mean over its other windows, and 0 if there are none.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,16 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.background_io import MAX_VOXELS_AHEAD
-from connectomics.inference.blending import SLAB_VOXELS, BlockRow, Forward, Read, Region, hull, windows_to_run
+from connectomics.inference.blending import (
+    LEAST_WIDTH,
+    SLAB_VOXELS,
+    BlockRow,
+    Forward,
+    Read,
+    Region,
+    hull,
+    windows_to_run,
+)
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.windows import WindowLattice, importance_map, whole_index
 
@@ -59,6 +68,16 @@ class Plan:
         """Return the plan if every window goes through the network ``passes`` times, one pass after the other."""
         windows, distinct = self.windows * passes, self.distinct_windows * passes
         return replace(self, windows=windows, distinct_windows=distinct, voxels=self.voxels * passes)
+
+    def with_windows_of(self, other: Plan) -> Plan:
+        """Return the plan if the same blocks also go through the windows of another lattice."""
+        return Plan(
+            self.blocks,
+            self.windows + other.windows,
+            self.distinct_windows + other.distinct_windows,
+            self.voxels + other.voxels,
+            self.bytes + other.bytes,
+        )
 
 
 def plan(
@@ -102,7 +121,7 @@ def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_
     width = min(extents[2][1], lattice.grid.shape[2]) - begin[2]
     sums = (channels + 1) * shape[0] * shape[1] * (2 * width - shape[2])
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
-    raw = math.prod(end - start for start, end in extents[:2]) * lattice.window[2]  # of one column of windows
+    raw = math.prod(end - start for start, end in extents[:2]) * max(lattice.window[2], LEAST_WIDTH)
     results = 2 * channels * math.prod(shape)
     return 4 * (sums + results + raw + 2 * min(raw, SLAB_VOXELS) + min(raw, MAX_VOXELS_AHEAD) + batch)
 
@@ -172,7 +191,7 @@ def predict_regions(
     forward: Forward,
     regions: Sequence[Region],
     blending: str = "gaussian",
-) -> Iterator[NDArray[np.float32]]:
+) -> Generator[NDArray[np.float32], None, None]:
     """Predict parts of a lattice's grid, which may overlap: yields (channels, d, h, w), float32, of each in turn.
 
     Consecutive regions with the same extent along z and y and ascending begins along x share their windows. Raw that no

@@ -69,6 +69,11 @@ class Symmetry:
         )
         return z, y, x
 
+    def before(self, shape: Index) -> Index:
+        """Return the shape (z, y, x) that becomes ``shape``."""
+        z, y, x = (shape[self.axes.index(axis)] for axis in range(3))
+        return z, y, x
+
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """Transform (..., d, h, w), contiguous; the identity returns its argument."""
         import torch
@@ -92,13 +97,15 @@ SYMMETRY_SETS: dict[str, tuple[Symmetry, ...]] = {
     "none": (IDENTITY,),
     "flips": _flips([(0, 1, 2)]),  # 8
     "section": _flips([(0, 1, 2), (0, 2, 1)]),  # 16: right angles of the section plane (y, x), and all flips
+    # 12: a network of planes sees those along each axis, in four orientations
+    "planes": tuple(s for s in _flips([(0, 1, 2), (1, 0, 2), (2, 0, 1)]) if not s.backwards[0]),
     "all": _flips([(a, b, 3 - a - b) for a, b in itertools.permutations(range(3), 2)]),  # 48
 }
 
 
 def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
-    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``all``: 48), or of a list of them
-    as text (``["zyx", "-zyx"]``). Raises `InputError` for an unknown name, an empty list, and a repeated symmetry."""
+    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``planes``: 12, ``all``: 48), or of
+    a list of them as text (``["zyx", "-zyx"]``). Raises `InputError` for an unknown name, an empty list, and a repeated symmetry."""
     if isinstance(what, str):
         if what not in SYMMETRY_SETS:
             raise unknown_name("set of symmetries", what, SYMMETRY_SETS, "inference.tta")
@@ -107,6 +114,18 @@ def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
     if not chosen or len(set(chosen)) != len(chosen):
         raise InputError(f"a list of symmetries must hold at least one, and none twice; got {list(what)}")
     return chosen
+
+
+def windows_seen(chosen: Sequence[Symmetry], window: Index) -> dict[Index, tuple[Symmetry, ...]]:
+    """Return the window shapes (voxels, z y x) that become ``window`` in the symmetries, and for each these symmetries.
+
+    With windows of (1, 256, 256) and the symmetries zyx, yzx and xyz a network sees all three kinds of planes.
+    """
+    found: dict[Index, tuple[Symmetry, ...]] = {}
+    for symmetry in chosen:
+        shape = symmetry.before(window)
+        found[shape] = (*found.get(shape, ()), symmetry)
+    return found
 
 
 def require_unchanged(chosen: Sequence[Symmetry], sizes: Sequence[float], what: str) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks of a run: pictures, the best checkpoint, the step limit, the end of the loader's workers."""
+"""Callbacks of a run: pictures, the best checkpoint, the end of the loader's workers."""
 
 from __future__ import annotations
 
@@ -24,23 +24,6 @@ class EndWorkers(Callback):
         loader = trainer.train_dataloader
         if isinstance(loader, PatchLoader):
             loader.stop()
-
-
-class StepLimit(Callback):
-    """Ends training at ``training.max_steps`` with a validation. Lightning's own limit would skip the validation, and a
-    run resumed from the end of an epoch would repeat that end."""
-
-    def __init__(self, max_steps: int) -> None:
-        self.max_steps = max_steps
-
-    def on_train_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop if a resumed run has done all its steps."""
-        self.on_train_batch_end(trainer)
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Stop after the last step."""
-        if 0 < self.max_steps <= trainer.global_step:
-            trainer.should_stop = True
 
 
 class PicturePanel(Callback):

@@ -200,6 +200,15 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
             f"checkpoint {path} holds a {describe(trained)}, the configuration a {describe(module.config)}; use "
             "the same `model` settings, or start without the checkpoint"
         )
+    for key, before, now in (
+        ("training.ema", trained.training.ema, module.config.training.ema),
+        ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
+    ):
+        if bool(before) != bool(now):
+            raise InputError(
+                f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "
+                "or start a new run with model.weights"
+            )
     if not content.get("optimizer_states"):
         raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot resume from it")
 

@@ -40,7 +40,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
     found, wanted = output_names(trained), output_names(module.config)
     pairs = [(found.index(name), number) for number, name in enumerate(wanted) if name in found]
     own = {name: value for name, value in module.state_dict().items() if name.startswith(_PREFIX)}
-    axes = _output_axes(module, len(wanted))
+    axes = output_axes(module, len(wanted))
     taken: dict[str, Tensor] = {}
     copied = 0
     for name in own.keys() & content["state_dict"].keys():
@@ -74,7 +74,7 @@ def output_names(config: RunConfig) -> list[str]:
     return [*config.dataset.classes, *heads]
 
 
-def _output_axes(module: ConnectomicsModule, channels: int) -> dict[str, tuple[int, ...]]:
+def output_axes(module: ConnectomicsModule, channels: int) -> dict[str, tuple[int, ...]]:
     """Return for each tensor of the network the axes that grow with the number of output channels, found by comparison
     with the same network with one more channel."""
     with torch.random.fork_rng(devices=[]):

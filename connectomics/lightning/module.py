@@ -30,7 +30,7 @@ from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, load_module
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, inference_window
-from connectomics.lightning.optim import build_optimizer, learning_rate
+from connectomics.lightning.optim import build_optimizer
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
@@ -72,8 +72,8 @@ class ConnectomicsModule(pl.LightningModule):
         if config.channels != len(self.classes):  # possible with dataset.name=cellmap_single
             raise ConfigError(f"model.out_channels is {config.channels}, expected one per class: {len(self.classes)}")
         self.heads = heads_of(config)
-        self._groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
-        self.network = build_network(config, sum(self._groups))
+        self.channel_groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
+        self.network = build_network(config, sum(self.channel_groups))
         self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
@@ -100,7 +100,7 @@ class ConnectomicsModule(pl.LightningModule):
         The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written."""
         logits = self.network(image, *inputs)
         if not all(head.write for head in self.heads):
-            classes, *heads = logits.split(self._groups, dim=1)
+            classes, *heads = logits.split(self.channel_groups, dim=1)
             written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
             logits = torch.cat([classes, *written], dim=1)
         return torch.sigmoid(logits.float())
@@ -121,7 +121,7 @@ class ConnectomicsModule(pl.LightningModule):
         """Return the loss of a batch over known voxels; zero, with a graph, if nothing is known."""
         labels = labels_of(batch)
         inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
-        logits, *of_heads = split_channels(self(batch["image"], *inputs), self._groups)
+        logits, *of_heads = split_channels(self(batch["image"], *inputs), self.channel_groups)
         result = self.loss(logits, labels)
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
@@ -157,27 +157,8 @@ class ConnectomicsModule(pl.LightningModule):
         return total
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return the optimizer; `on_train_batch_start` sets its learning rate before each batch."""
+        """Return the optimizer; `Schedule` sets its learning rate before each batch."""
         return build_optimizer((p for p in self.parameters() if p.requires_grad), self.config.optimizer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Set the learning rate from the progress at the middle of this batch."""
-        batches = float(self.trainer.num_training_batches)
-        epoch = self.trainer.current_epoch + (batch_idx + 0.5) / batches
-        rate = learning_rate(self.config.scheduler, self.config.optimizer.lr, epoch, self._total_epochs(batches))
-        for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-    def _total_epochs(self, batches: float) -> float:
-        """Return the length of the training in epochs: max_epochs or max_steps, whichever ends it first."""
-        training = self.config.training
-        by_epochs = float("inf") if training.max_epochs < 0 else float(training.max_epochs)
-        if training.max_steps < 0:
-            return by_epochs
-        # Lightning also steps on the last batch of an epoch, even if fewer batches were accumulated
-        steps_per_epoch = -(-batches // training.accumulate_grad_batches)
-        return min(by_epochs, training.max_steps / steps_per_epoch)
 
     # -- validation --------------------------------------------------------------------------------------------------
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -228,12 +209,12 @@ class ConnectomicsModule(pl.LightningModule):
             crop.read_image,
             grid,
             self._all_probabilities,
-            channels=sum(self._groups),
+            channels=sum(self.channel_groups),
             window=self.window,
             overlap=settings.overlap,
             blending=settings.blending,
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
-            block_size=validation_block(self.config, grid, sum(self._groups), self.window),
+            block_size=validation_block(self.config, grid, sum(self.channel_groups), self.window),
             context=settings.context,
             extent=_extent_of(crop, grid),
             device=str(self.device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,10 +13,21 @@ from connectomics.config.schema import OptimizerConfig, SchedulerConfig
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of a configuration; SGD uses Nesterov momentum."""
+    """Return the optimizer of a configuration; SGD uses Nesterov momentum.
+
+    With ``decay_norm_and_bias=false``, parameters of one axis, which are biases and the scales of norms, have no weight
+    decay: they are the second group.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if not config.decay_norm_and_bias:
+        vectors = [parameter for parameter in groups[0]["params"] if parameter.ndim < 2]
+        groups = [
+            {"params": [parameter for parameter in groups[0]["params"] if parameter.ndim >= 2]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
     if config.name == "SGD":
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
@@ -23,24 +35,26 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         )
     kind = torch.optim.AdamW if config.name == "AdamW" else torch.optim.Adam
     beta1, beta2 = config.betas
-    return kind(parameters, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
+    return kind(groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
 
 
-def learning_rate(config: SchedulerConfig, lr: float, epoch: float, epochs: float) -> float:
+def learning_rate(config: SchedulerConfig, lr: float, warm: float, progress: float) -> float:
     """Return the learning rate at a point of training; it depends on progress alone, so a resumed run needs no state.
 
-    Over ``warmup_epochs`` the rate rises linearly from 0 to ``lr``. After that, with t from 0 to 1 over the remaining
-    epochs: ``constant`` keeps ``lr``; ``cosine`` goes to ``min_lr`` as (1 + cos(pi t)) / 2; ``polynomial`` as
+    During warm-up the rate rises linearly from 0 to ``lr``. After that, with t from 0 to 1 over the rest of the
+    training: ``constant`` keeps ``lr``; ``cosine`` goes to ``min_lr`` as (1 + cos(pi t)) / 2; ``polynomial`` as
     (1 - t)^power (nnU-Net's, with power 0.9).
 
     Args:
-        config: the schedule. lr: the highest rate, ``optimizer.lr``. epoch: progress in epochs, fractional, from 0.
-        epochs: length of the training in epochs; may be infinite for ``constant``.
+        config: the schedule. lr: the highest rate, ``optimizer.lr``.
+        warm: progress of the warm-up: 1 at its end, further beyond it, infinite without one.
+        progress: share of the training that is done, from 0 to 1.
     """
-    if epoch < config.warmup_epochs:
-        return lr * epoch / config.warmup_epochs
+    if warm < 1:
+        return lr * warm
     if config.name == "constant":
         return lr
-    t = min(1.0, (epoch - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-9))
+    before = progress / warm  # the share that the warm-up took, if both progress at an even speed
+    t = min(1.0, (progress - before) / max(1 - before, 1e-9))
     shape = (1 + math.cos(math.pi * t)) / 2 if config.name == "cosine" else (1 - t) ** config.power
     return config.min_lr + (lr - config.min_lr) * shape

@@ -13,10 +13,12 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from connectomics.config import RunConfig
 from connectomics.errors import ConfigError
-from connectomics.lightning.callbacks import BestCheckpoint, EndWorkers, PicturePanel, StepLimit
+from connectomics.lightning.averaging import AveragedWeights
+from connectomics.lightning.callbacks import BestCheckpoint, EndWorkers, PicturePanel
 from connectomics.lightning.devices import Machine, this_machine
 from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.resuming import EpochSums, LatestState, RandomState, ResumeTable
+from connectomics.lightning.schedule import Schedule
 from connectomics.lightning.timing import PlainProgress, Timing
 
 
@@ -42,13 +44,15 @@ def build_trainer(
     chosen = this_machine(config) if machine is None else machine
     training = config.training
     bar = sys.stdout.isatty()
+    device = "cuda" if chosen.accelerator == "gpu" else None  # which one of several, Lightning sets
+    averaging = [AveragedWeights(training.ema, device)] if training.ema else []
     return pl.Trainer(
         accelerator=chosen.accelerator,
         devices=chosen.devices,
         strategy=chosen.strategy,
         precision="32-true" if chosen.precision == "32" else chosen.precision,  # type: ignore[arg-type]
         max_epochs=training.max_epochs,
-        max_steps=-1,  # see `StepLimit`; with its own limit Lightning restores its loops wrongly
+        max_steps=-1,  # see `Schedule`; with its own limit Lightning restores its loops wrongly
         gradient_clip_val=training.gradient_clip_val or None,
         accumulate_grad_batches=training.accumulate_grad_batches,
         check_val_every_n_epoch=training.val_every_n_epochs,
@@ -56,7 +60,7 @@ def build_trainer(
         limit_val_batches=None if validate else 0,
         log_every_n_steps=config.logging.log_every_n_steps,
         logger=[] if fast_dev_run else _loggers(config, folder),
-        callbacks=[*_callbacks(config, folder, fast_dev_run, validate, bar), *callbacks],
+        callbacks=[*averaging, *_callbacks(config, folder, fast_dev_run, validate, bar), *callbacks],
         enable_checkpointing=not fast_dev_run,
         enable_progress_bar=bar,
         enable_model_summary=False,
@@ -101,7 +105,7 @@ def _mlflow(config: RunConfig, folder: Path) -> Logger:
 
 def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bool, bar: bool) -> list[Callback]:
     progress = RichProgressBar() if bar else PlainProgress()
-    callbacks: list[Callback] = [RandomState(), EndWorkers(), StepLimit(config.training.max_steps), progress]
+    callbacks: list[Callback] = [RandomState(), EndWorkers(), Schedule(config), progress]
     if fast_dev_run:
         return callbacks
     callbacks += [Timing(folder / "timing.json"), ResumeTable(), EpochSums()]

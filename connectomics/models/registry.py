@@ -9,6 +9,7 @@ training with deep supervision it returns a list of logits instead, full size fi
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -54,11 +55,14 @@ class Architecture:
     """One network of the registry."""
 
     description: str  # one line for `pytc train --list-models`
-    #: name of a class in monai.networks.nets, or a function (see `register_model`); its signature gives the options
+    #: name of a class in monai.networks.nets, "module:name" of one of this package, or a function (see
+    #: `register_model`); its signature gives the options
     constructor: str | Callable[..., nn.Module]
     defaults: Mapping[str, Any]  # options whose default differs from MONAI's, or that MONAI requires
     #: from all options to what the sides of a patch must be divisible by, z, y, x
     multiple: Callable[[Mapping[str, Any]], Multiple]
+    #: from all options to the smallest patch, z y x; None: any with more than one voxel at the coarsest level
+    smallest: Callable[[Mapping[str, Any]], Multiple] | None = None
     own_options: tuple[str, ...] = ()  # options that our wrapper reads in addition to the constructor's
     hidden: tuple[str, ...] = ()  # options of the constructor that have no use here
     deep_supervision: bool = False  # whether it can also return coarser logits
@@ -91,6 +95,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         "UNet",
         {**_UNET_STAGES, "num_res_units": 2},
         lambda o: _stride_product(o["strides"]),
+    ),
+    "unet_2d": Architecture(
+        "2-D U-Net on the planes of a patch such as [1,256,256], 2.5-D with planes=3 or 5; quickest on a CPU",
+        "connectomics.models.unet_2d:PlaneUNet",
+        {"features": (32, 64, 128, 256, 256), "planes": 1, "stem": 1},
+        lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
+        smallest=lambda o: (int(o["planes"]), *2 * (int(o["stem"]) * 2 ** len(o["features"]),)),
+        deep_supervision=True,
     ),
     "basic_unet": Architecture(
         "plain U-Net with two convolutions a stage and max pooling",
@@ -213,9 +225,16 @@ def required_multiple(architecture: str, options: Mapping[str, Any] | None = Non
         UnknownNameError: the architecture is unknown. InputError: the options do not describe its stages.
     """
     known = _architecture(architecture)
-    given = {**known.defaults, **(options or {})}
+    return _of_stages(architecture, known.multiple, options)
+
+
+def _of_stages(
+    architecture: str, rule: Callable[[Mapping[str, Any]], Multiple], options: Mapping[str, Any] | None
+) -> Multiple:
+    """Return what a rule of an architecture gives for its options; raises `InputError` if they do not fit it."""
+    given = {**_architecture(architecture).defaults, **(options or {})}
     try:
-        return known.multiple(given)
+        return rule(given)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"model options of {architecture!r} do not describe its stages, got {dict(given)} ({error})"
@@ -225,8 +244,8 @@ def required_multiple(architecture: str, options: Mapping[str, Any] | None = Non
 def check_patch_size(architecture: str, patch_size: Sequence[int], options: Mapping[str, Any] | None = None) -> None:
     """Raise `InputError` if a patch of ``patch_size`` voxels (z, y, x) does not fit the network.
 
-    Every side must be a multiple of `required_multiple`, and the coarsest level must keep more than one voxel, because
-    normalization needs more than one.
+    Every side must be a multiple of `required_multiple`, and the coarsest level must keep more than one voxel (of a
+    network in two dimensions: more than one pixel per side), because normalization needs more than one.
     """
     size = [int(n) for n in patch_size]
     if len(size) != 3 or min(size) < 1:
@@ -244,6 +263,14 @@ def check_patch_size(architecture: str, patch_size: Sequence[int], options: Mapp
         raise InputError(
             f"patch_size {size} is too small for model {architecture!r}: its coarsest level would hold a single voxel; "
             f"use {fitting}, for example"
+        )
+    rule = _architecture(architecture).smallest
+    smallest = (1, 1, 1) if rule is None else _of_stages(architecture, rule, options)
+    if any(n < least for n, least in zip(size, smallest, strict=True)):
+        raise InputError(
+            f"patch_size {size} is too small for model {architecture!r} with these options: expected at least "
+            f"{list(smallest)} voxels (z, y, x); use {[max(pair) for pair in zip(size, smallest, strict=True)]}, for "
+            "example"
         )
 
 
@@ -309,6 +336,10 @@ def build_model(
 def _constructor(known: Architecture) -> Callable[..., nn.Module]:
     if not isinstance(known.constructor, str):
         return known.constructor
+    if ":" in known.constructor:
+        module, name = known.constructor.split(":")
+        own: Callable[..., nn.Module] = getattr(importlib.import_module(module), name)
+        return own
     from monai.networks import nets
 
     found: Callable[..., nn.Module] = getattr(nets, known.constructor)
@@ -332,7 +363,7 @@ def _construct(
     deep_supervision: bool,
 ) -> nn.Module:
     known = _architecture(architecture)
-    if not isinstance(known.constructor, str):
+    if not isinstance(known.constructor, str) or ":" in known.constructor:
         more: dict[str, Any] = {"deep_supervision": deep_supervision} if known.deep_supervision else {}
         return constructor(**keywords, **more, **({"patch_size": patch_size} if known.fixed_size else {}))
     if architecture == "unetr":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,6 +83,8 @@ def ready(
     """
     import torch
 
+    from connectomics.models.memory_format import set_channels_last
+
     last = task.channels_last
     if last is None:
         last = device.startswith("cuda") and task.precision != "32"
@@ -93,8 +94,8 @@ def ready(
             stack.callback(network.train, network.training)
             network.eval().to(device)
             if last:
-                network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-                stack.callback(partial(network.to, memory_format=torch.contiguous_format))
+                set_channels_last(network)
+                stack.callback(set_channels_last, network, False)
             if task.uncertainty == "dropout":
                 stack.enter_context(dropout_on(network))
             run: Callable[..., torch.Tensor] = network.probabilities

@@ -178,6 +178,8 @@ def _fit(
         check_monitored_classes(config, (crops[number] for number in range(len(crops))))
     elif not validate:
         log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
+    if checkpoint is None and config.model.init_bias is not None:
+        _set_output_bias(config, module, data)
     trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
     resumed = None if checkpoint is None else str(checkpoint)
     try:
@@ -187,6 +189,20 @@ def _fit(
             raise KeyboardInterrupt from None
         raise
     return trainer
+
+
+def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.LightningDataModule) -> None:
+    """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
+    from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
+    from connectomics.lightning.fine_tuning import output_names
+    from connectomics.lightning.output_bias import begin_at_prevalence
+
+    weights = config.model.weights
+    keep = [] if weights is None else output_names(checkpoint_config(read_checkpoint(weights), weights))
+    if config.model.init_bias == "prevalence" and not hasattr(data, "first_batches"):
+        raise ConfigError("model.init_bias=prevalence needs a data module with first_batches(); give a number instead")
+    batches = data.first_batches() if config.model.init_bias == "prevalence" else ()  # type: ignore[union-attr]
+    begin_at_prevalence(module, batches, keep)
 
 
 def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:

@@ -11,6 +11,7 @@ from torch import Tensor
 from connectomics.models import build_model
 from connectomics.models.batch_labels import DenseLabels, PackedLabels
 from connectomics.models.losses import LOSSES, build_loss
+from connectomics.models.memory_format import set_channels_last
 from tests.models.small_networks import TINY
 
 #: root mean square of what a network's logits are off, as a share of their standard deviation
@@ -72,7 +73,7 @@ def test_channels_last_changes_no_value(
     network, image = network_of(name)
     with torch.inference_mode():
         expected = network(image)
-        network.to(where).to(memory_format=torch.channels_last_3d)
+        set_channels_last(network.to(where))
         found = network(image.to(where, dtype).contiguous(memory_format=torch.channels_last_3d))
     assert off(found, expected) < NETWORK[dtype]
 

@@ -16,13 +16,17 @@ import torch
 
 from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import InputError, UnknownNameError, WriteError
+from connectomics.geometry import VoxelGrid
 from connectomics.inference.augmented import (
     Averaged,
+    OrientedAverages,
     dropout_on,
     entropy,
 )
 from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
-from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry, symmetries
+from connectomics.inference.raw import RawSource
+from connectomics.inference.sliding import predict_blocks
+from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry, symmetries, windows_seen
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw
@@ -34,7 +38,7 @@ ALL = SYMMETRY_SETS["all"]
 # -- the symmetries ----------------------------------------------------------------------------------------------------
 def test_the_named_sets():
     assert {name: len(chosen) for name, chosen in SYMMETRY_SETS.items()} == {
-        "none": 1, "flips": 8, "section": 16, "all": 48
+        "none": 1, "flips": 8, "section": 16, "planes": 12, "all": 48
     }  # fmt: skip
     for name, chosen in SYMMETRY_SETS.items():
         assert chosen[0] == IDENTITY, name
@@ -42,6 +46,9 @@ def test_the_named_sets():
         assert symmetries(name) == chosen == symmetries([str(s) for s in chosen]), name
     assert {s.axes for s in SYMMETRY_SETS["flips"]} == {(0, 1, 2)}
     assert {s.axes[0] for s in SYMMETRY_SETS["section"]} == {0}, "z stays z in the section plane's set"
+    planes = SYMMETRY_SETS["planes"]
+    assert sorted(s.axes[0] for s in planes) == [0] * 4 + [1] * 4 + [2] * 4
+    assert not any(s.backwards[0] for s in planes), "to a plane, its own side does not matter"
     values = torch.arange(27).reshape(3, 3, 3)
     assert len({tuple(s.apply(values).flatten().tolist()) for s in ALL}) == 48
 
@@ -114,6 +121,32 @@ def test_an_ensemble_of_two_is_their_mean():
     assert torch.equal(Averaged([first])(image), first(image)), "a single pass is untouched"
 
 
+@pytest.mark.parametrize("samples", [0, 2])
+def test_merged_means_and_variances_are_those_of_all_passes(samples):
+    rng = np.random.default_rng(0)
+    passes = rng.random((1 + 2 + 4, 3, 2, 2, 2)).astype(np.float32)
+    seen = {(1, 4, 4): ALL[:1], (4, 1, 4): ALL[:2], (4, 4, 1): ALL[:4]}
+    averages = OrientedAverages([lopsided(0)], seen, samples=samples, variance=True)
+    groups = [passes[:1], passes[1:3], passes[3:]]
+    merged = averages.merged([np.concatenate([group.mean(0), group.var(0)]) for group in groups])
+    np.testing.assert_allclose(merged, np.concatenate([passes.mean(0), passes.var(0)]), atol=1e-6)
+    only = OrientedAverages([lopsided(0)], seen, samples=samples).merged([group.mean(0) for group in groups])
+    np.testing.assert_allclose(only, passes.mean(0), atol=1e-6)
+
+
+def test_windows_seen_are_the_window_with_its_axes_exchanged():
+    chosen = symmetries(["zyx", "yzx", "-zyx", "xyz", "xzy"])
+    assert {window: [str(s) for s in found] for window, found in windows_seen(chosen, (1, 8, 16)).items()} == {
+        (1, 8, 16): ["zyx", "-zyx"],
+        (8, 1, 16): ["yzx"],
+        (16, 8, 1): ["xyz"],
+        (8, 16, 1): ["xzy"],
+    }
+    for window, found in windows_seen(ALL, (1, 8, 16)).items():
+        for symmetry in found:
+            assert symmetry.apply(torch.zeros(window)).shape == (1, 8, 16)
+
+
 def test_further_inputs_are_turned_too():
     image, view = torch.rand(1, 1, 6, 6, 6), torch.rand(1, 1, 4, 4, 4)
     ramp = torch.linspace(0, 1, 4)
@@ -143,7 +176,7 @@ def test_windows_that_a_symmetry_does_not_fit():
 
 def test_nothing_to_compare_is_refused():
     with pytest.raises(InputError, match="variance over one pass is zero"):
-        Averaged([lopsided(0)], variance=True)
+        OrientedAverages([lopsided(0)], {(4, 4, 4): (IDENTITY,)}, variance=True)
     with pytest.raises(InputError, match="at least one network"):
         Averaged([])
 
@@ -258,6 +291,53 @@ def test_entropy_of_the_mean(raw, tmp_path):
     assert about["model"]["symmetries"] == ["zyx", "-zyx"]
 
 
+@pytest.mark.parametrize("window", [(1, 16, 16), (4, 16, 8), (8, 8, 8)], ids=str)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_exchanged_axes_cut_windows_in_the_exchanged_shape(tmp_path, window, batch_size):
+    """As predicting the volume with its axes exchanged, whatever the blocks; so a 2-D network sees all three planes."""
+    values = np.random.default_rng(1).integers(0, 255, (24, 28, 36), dtype=np.uint8)
+    grid = grid_of(values.shape)
+    raw = str(write_raw(tmp_path / "raw", "set-a", values, grid, levels=1))
+    chosen, network = symmetries(["zyx", "yzx", "xyz"]), lopsided(5)
+    task = task_of(
+        raw, tmp_path, symmetries=list(map(str, chosen)), window=window, batch_size=batch_size, context=(0, 0, 0),
+        classes=("mito", "er"), targets=dict.fromkeys(("mito", "er"), grid), block_size=(16, 16, 16), dtype="float16",
+        uncertainty="variance",
+    )  # fmt: skip
+    run_predict_task(task, network)
+    image = RawSource(raw, task.normalization).read(grid)
+    single = []
+    for symmetry in chosen:
+        turned = symmetry.apply(torch.from_numpy(image)).numpy()
+        whole = VoxelGrid(grid.voxel_size, grid.translation, turned.shape)
+
+        def read_turned(part: VoxelGrid, turned=turned, whole=whole):
+            (z, y, x), (z1, y1, x1) = whole.index_range(part.box)
+            return turned[z:z1, y:y1, x:x1]
+
+        ((_, found),) = predict_blocks(read_turned, whole, network, channels=2, window=window, context=0, block_size=64)
+        single.append(symmetry.inverse.apply(torch.from_numpy(found)).double().numpy())
+    for channel, name in enumerate(task.classes):
+        stored = Multiscale.open(f"{task.output}/{name}").read_level(0, (0, 0, 0), grid.shape)[0]
+        np.testing.assert_allclose(stored, np.mean(single, axis=0)[channel], atol=6e-4)
+        spread = np.var(single, axis=0)[channel]
+        assert spread.max() > 0.01
+        if len(set(window)) == 1:
+            continue  # the passes of one window shape vary within each window, before blending
+        found = 0.25 * Multiscale.open(f"{task.output}/{name}/uncertainty").read_level(0, (0, 0, 0), grid.shape)[0]
+        np.testing.assert_allclose(found, spread, atol=3e-4)
+
+
+def test_the_plan_counts_the_windows_of_every_orientation(raw, tmp_path):
+    one = task_of(raw, tmp_path, window=(1, 8, 8)).plan()[0]
+    three = task_of(raw, tmp_path, window=(1, 8, 8), symmetries=["zyx", "yzx", "y-zx", "xyz"]).plan()[0]
+    by_axis = [task_of(raw, tmp_path, window=w).plan()[0].windows for w in ((1, 8, 8), (8, 1, 8), (8, 8, 1))]
+    assert by_axis[0] == one.windows
+    assert three.windows == by_axis[0] + 2 * by_axis[1] + by_axis[2]
+    assert three.blocks == one.blocks
+    assert three.bytes > one.bytes
+
+
 def test_what_decides_the_output_is_compared(raw, tmp_path):
     task = task_of(raw, tmp_path)
     run_predict_task(task, lambda x: x)
@@ -277,7 +357,6 @@ def test_an_uncertainty_that_was_removed_is_made_again(raw, tmp_path):
 def test_tasks_that_cannot_be(raw, tmp_path):
     every = [str(s) for s in ALL]
     for options, message in [
-        ({"symmetries": every, "window": (8, 16, 16)}, r"a window of \(8, 16, 16\)"),
         ({"symmetries": every, "voxel_size": (16, 8, 8)}, r"the voxel size \(16.0, 8.0, 8.0\)"),
         ({"symmetries": every, "inputs": [((16, 16, 16), (4, 4, 8))]}, r"a further input of \(4, 4, 8\)"),
         ({"symmetries": []}, "at least one"),

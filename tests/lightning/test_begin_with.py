@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from connectomics.errors import InputError, MissingError
-from connectomics.lightning.fine_tuning import _output_axes, begin_with, output_names
+from connectomics.lightning.fine_tuning import begin_with, output_axes, output_names
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train
@@ -103,7 +103,7 @@ def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
     other.model.heads[1].scale_nm = 1234.0  # another distance
     module = ConnectomicsModule(other)
     begin_with(tmp_path / "first.ckpt", module)
-    axes = _output_axes(module, 4)
+    axes = output_axes(module, 4)
     for name, value in weights(module).items():
         if axes[f"network.{name}"] == (0,):
             old = first.network.state_dict()[name]

@@ -87,16 +87,24 @@ class TestMachine:
 
 class TestSchedules:
     def test_warm_up_is_linear_then_the_shape_begins(self) -> None:
-        config = SchedulerConfig(name="cosine", warmup_epochs=2, min_lr=0.1)
-        rates = [learning_rate(config, 1.0, e, 10) for e in (0.5, 1, 2, 6, 10, 11)]
+        config = SchedulerConfig(name="cosine", min_lr=0.1)
+        rates = [learning_rate(config, 1.0, epoch / 2, epoch / 10) for epoch in (0.5, 1, 2, 6, 10, 11)]
         assert rates == pytest.approx([0.25, 0.5, 1.0, 0.55, 0.1, 0.1])
 
     def test_polynomial(self) -> None:
         config = SchedulerConfig(name="polynomial", power=0.9)
-        assert learning_rate(config, 1.0, 25, 100) == pytest.approx(0.75**0.9)
+        assert learning_rate(config, 1.0, math.inf, 0.25) == pytest.approx(0.75**0.9)
 
     def test_constant_needs_no_end(self) -> None:
-        assert learning_rate(SchedulerConfig(), 0.3, 1e6, math.inf) == 0.3
+        assert learning_rate(SchedulerConfig(), 0.3, math.inf, 0.0) == 0.3
+
+    def test_biases_and_norms_may_have_no_weight_decay(self) -> None:
+        network = torch.nn.Sequential(torch.nn.Conv3d(1, 2, 3), torch.nn.BatchNorm3d(2), torch.nn.Linear(2, 2))
+        config = OptimizerConfig(weight_decay=0.25, decay_norm_and_bias=False)
+        decayed, plain = build_optimizer(network.parameters(), config).param_groups
+        assert (decayed["weight_decay"], plain["weight_decay"]) == (0.25, 0.0)
+        assert {id(p) for p in decayed["params"]} == {id(network[0].weight), id(network[2].weight)}
+        assert len(plain["params"]) == 4
 
     @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
     def test_optimizers(self, name: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 TINY: dict[str, tuple[int, dict[str, Any]]] = {
     "mednext": (32, {"init_filters": 4}),
     "unet": (32, {"channels": [4, 8, 8, 8, 8]}),
+    "unet_2d": (32, {"features": [4, 8, 8, 8]}),
     "basic_unet": (32, {"features": [4, 4, 8, 8, 8, 4]}),
     "dynunet": (32, {"filters": [4, 4, 8, 8, 8]}),
     "segresnet": (16, {"init_filters": 8}),

@@ -56,7 +56,9 @@ def test_each_network_takes_a_training_step(name: str) -> None:
     outputs = logits if isinstance(logits, list) else [logits]
     assert isinstance(logits, list) == deep
     assert outputs[0].shape == label.shape
-    assert [o.shape[2] for o in outputs] == [side // 2**k for k in range(len(outputs))]
+    assert [o.shape[3] for o in outputs] == [side // 2**k for k in range(len(outputs))]
+    planes = 1 if name == "unet_2d" else 2  # factor along z between levels
+    assert [o.shape[2] for o in outputs] == [side // planes**k for k in range(len(outputs))]
     build_loss(["DiceLoss", "BCEWithLogitsLoss"])(logits, DenseLabels(label, known)).total.backward()
     for parameter in network.parameters():  # every one that can learn does: data-parallel training hangs otherwise
         if parameter.requires_grad:
@@ -144,7 +146,7 @@ class TestRefusals:
             build_model("segresnet", 1, 1, options={"init_filters": 5})
 
     def test_deep_supervision_where_there_is_none(self) -> None:
-        with pytest.raises(InputError, match="these have: mednext, dynunet"):
+        with pytest.raises(InputError, match="these have: mednext, unet_2d, dynunet"):
             build_model("unet", 1, 1, deep_supervision=True)
 
     @pytest.mark.parametrize("channels", [(0, 1), (1, 0)])
@@ -176,6 +178,16 @@ class TestPatchSize:
         with pytest.raises(InputError, match=r"single voxel; use \[64, 64, 64\]"):
             check_patch_size("swin_unetr", (32, 32, 32))
         check_patch_size("swin_unetr", (32, 32, 64))
+
+    def test_a_network_in_two_dimensions_takes_single_planes(self) -> None:
+        check_patch_size("unet_2d", (1, 64, 96))
+        check_patch_size("unet_2d", (7, 64, 96))
+        with pytest.raises(InputError, match=r"multiple of \[1, 16, 16\] voxels \(z, y, x\); use \[1, 96, 64\]"):
+            check_patch_size("unet_2d", (1, 100, 64))
+        with pytest.raises(InputError, match=r"at least \[1, 32, 32\] voxels \(z, y, x\); use \[9, 32, 64\]"):
+            check_patch_size("unet_2d", (9, 16, 64))
+        with pytest.raises(InputError, match=r"at least \[5, 8, 8\] voxels \(z, y, x\); use \[5, 64, 64\]"):
+            check_patch_size("unet_2d", (3, 64, 64), {"planes": 5, "features": [4, 8, 8]})
 
     def test_three_sides_are_needed(self) -> None:
         with pytest.raises(InputError, match="three positive numbers"):

@@ -1,0 +1,16 @@
+"""Weights with the channels as fastest axis in memory, which some convolutions prefer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def set_channels_last(network: nn.Module, last: bool = True) -> None:
+    """Store the weights of 2-D and 3-D convolutions with channels last, or contiguously. Values do not change."""
+    for parameter in network.parameters():
+        wanted = _CHANNELS_LAST.get(parameter.ndim) if last else torch.contiguous_format
+        if wanted is not None:
+            parameter.data = parameter.data.contiguous(memory_format=wanted)
