@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
-from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Triple, VoxelGrid, triple
-from connectomics.metrics.challenge.align import TRANSLATION_NAMES, VOXEL_SIZE_NAMES
+from connectomics.errors import MetadataError
+from connectomics.geometry import Triple, VoxelGrid
+from connectomics.metrics.challenge.align import source_of
 from connectomics.metrics.challenge.blocks import SlabComponents
 from connectomics.metrics.challenge.rules import instance_limit
 from connectomics.metrics.challenge.zarr_v2 import Archive, ZarrArray
@@ -56,13 +56,11 @@ def check_grid(array: ZarrArray, entry: TableEntry) -> Iterator[Finding]:
     target, path = entry.grid, array.path
     shape = (array.shape[0], array.shape[1], array.shape[2])
     try:
-        size = _attribute(array.attrs, VOXEL_SIZE_NAMES)
-        first = _attribute(array.attrs, TRANSLATION_NAMES)
-        if size is not None and min(size) <= 0:
-            raise InputError(f"voxel_size must be positive, got {size}")
-    except InputError as problem:
+        own = source_of(array, array.attrs)
+    except MetadataError as problem:
         yield error("attributes", path, str(problem), "three numbers, nm, z y x", _EXPORT)
         return
+    size, first = own.voxel_size, own.translation
     if size is None:
         yield _absent_attribute(path, "voxel_size", target.voxel_size, shape, target)
     if first is None:
@@ -125,14 +123,6 @@ def _absent_attribute(path: str, name: str, value: Triple, shape: Sequence[int],
     return error(
         rule, path, what, f"{expected} and shape {target.shape}", f"the portal would center or pad it; {_EXPORT}"
     )
-
-
-def _attribute(attrs: dict[str, Any], names: Sequence[str]) -> Triple | None:
-    for name in names:
-        if attrs.get(name) is not None:
-            value = attrs[name]
-            return triple(value[-3:] if isinstance(value, list) else value, name)
-    return None
 
 
 def _same(one: Sequence[float], other: Sequence[float]) -> bool:
