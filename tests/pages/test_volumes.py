@@ -133,7 +133,7 @@ def test_splits_and_merges_are_wrong_objects_and_missed_ones_are_not() -> None:
     looked = examine(item)
     assert looked.matched == {1: 5, 2: 7}
     assert looked.partner == {5: 1, 6: 1, 7: 2}
-    assert (looked.tp, looked.fp, looked.fn) == (9, 1, 1)
+    assert looked.counts == Counts(9, 1, 1, 2)
     wrong = pictures.wrong_objects(read_plane(item, 0, 0, 64), looked)
     assert wrong.astype(int).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
 
@@ -146,7 +146,7 @@ def test_what_is_not_annotated_is_neither_counted_nor_shown_as_an_error() -> Non
         "d", "c", "er", grid, truth=Fixed(grid, False, truth, known), prediction=Fixed(grid, False, found, known)
     )
     looked = examine(item)
-    assert (looked.tp, looked.fp, looked.fn, looked.unknown) == (0, 1, 1, 2)
+    assert (looked.counts, looked.unknown) == (Counts(0, 1, 1, 0), 2)
     layers = pictures.layers(item, read_plane(item, 0, 0, 64), looked)
     assert layers["errors"][0, 1].tolist() == layers["errors"][0, 3].tolist()
     assert layers["truth"][0, 1].tolist() == layers["errors"][0, 1].tolist()
