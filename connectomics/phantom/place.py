@@ -343,10 +343,10 @@ class _Occupancy:
 
     def add(self, spheres: Floats, group: int = 0) -> None:
         """Take the place of ``spheres``."""
-        last, there, *cells = self._taken
+        last, there, origin, edge = self._taken
         while self._count + len(spheres) > len(there):
             there = np.concatenate([there, np.empty_like(there)])
-        self._taken = (last, there, *cells)
+        self._taken = (last, there, origin, edge)
         _insert(self._taken, spheres, group, self._count)
         self._count += len(spheres)
         self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.pages.report import pictures, slice_viewer
 from connectomics.pages.report.volumes import Findings, Item, Labels, examine, plain_labels, plane_grid, read_plane
 

@@ -169,10 +169,10 @@ def read_targets(
     """
     store = FolderStore(truth)
     if table is None:
-        names = {crop: GroupSubmission(store).classes(crop) for crop in store.folders()}
+        arrays = {crop: GroupSubmission(store).classes(crop) for crop in store.folders()}
         targets = [
             _target(store, crop, name, "", None)
-            for crop, there in names.items()
+            for crop, there in arrays.items()
             for name in there
             if not (name.endswith(_MASK) and name.removesuffix(_MASK) in there)
         ]
