@@ -60,6 +60,10 @@ def plan(
     class_name: Annotated[list[str], typer.Option("--class", help="Class to segment; may be repeated.")],
     dataset: Datasets = None,
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time of a training; without a GPU of all cores together. Default: 120 without a GPU."),
+    ] = None,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
     ] = True,
@@ -71,15 +75,16 @@ def plan(
 
       pytc plan data --class mito --class er --class mt
 
-      pytc plan data --class nuc --out plans --no-trial
+      pytc plan data --class nuc --out plans --minutes 30 --no-trial
     """
     from connectomics.pipeline.plan import hours
     from connectomics.pipeline.plan import plan as make_plan
 
     with terminal.counted("measuring") as advance:
         found = make_plan(
-            root, class_name, out=out, datasets=dataset, trial=trial, overwrite=overwrite, progress=advance
-        )
+            root, class_name, out=out, datasets=dataset, minutes=minutes, trial=trial, overwrite=overwrite,
+            progress=advance,
+        )  # fmt: skip
     data, machine = found.data, found.machine
     rows = [
         [
@@ -102,10 +107,9 @@ def plan(
             print(f"  {reason}")
         step = found.plans[item]
         if step.step_seconds is not None and step.step_memory is not None:
-            print(
-                f"  a step takes {step.step_seconds:.2f} s and {step.step_memory / 1e9:.1f} GB; at most "
-                f"{hours(step):.1f} h for all epochs, without loading"
-            )
+            print(f"  a step takes {step.step_seconds:.2f} s and {step.step_memory / 1e9:.1f} GB")
+        if (length := hours(step, machine.cores)) is not None:
+            print(f"  about {length:.1f} h of training, without start-up")
         print(f"  pytc train {file}")
     absent = [facts.name for facts in data.classes if facts.chord_nm is None]
     if absent:

@@ -78,8 +78,9 @@ class PlaneUNet(nn.Module):
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, 2, stride=2) for coarse, fine in pairs)
         self.up = nn.ModuleList(Stage(2 * fine, fine, *how) for _, fine in pairs)
         supervised = max(1, len(pairs) - 1) if deep_supervision else 1
-        outputs = [out_channels * stem**2, *[out_channels] * (supervised - 1)]
-        self.heads = nn.ModuleList(nn.Conv2d(width, n, 1) for width, n in zip(widths, outputs, strict=False))
+        self.heads = nn.ModuleList(nn.Conv2d(width, out_channels, 1) for width in widths[:supervised])
+        if stem > 1:  # a square for each pixel
+            self.heads[0] = nn.ConvTranspose2d(widths[0], out_channels, stem, stride=stem)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Return logits (B, out_channels, D, H, W), or in training with deep supervision a list of them."""
@@ -129,8 +130,6 @@ class PlaneUNet(nn.Module):
             level = len(self.up) - 1 - number
             if level < wanted:
                 levels.append(self.heads[level](x))
-        if self.stem > 1:
-            levels[-1] = functional.pixel_shuffle(levels[-1], self.stem)
         return levels[::-1]
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.data.contents import said_counts
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid, triple
 from connectomics.progress import Progress, silent
 
 _SLAB = 2**24  # label voxels read at once
@@ -44,14 +44,22 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Properties of the data; ``raw_nm`` is the smallest side of the finest raw voxels."""
+    """Properties of the data.
+
+    Attributes:
+        raw_nm: smallest side of the finest raw voxels, nm.
+        raw_voxel: finest raw voxels, nm, z y x, if all data sets have the same; None if they differ.
+        extents_nm: median size of the crops, z y x.
+        gray: 1st, 50th, 99th percentile of raw in the crops.
+    """
 
     crops: int
     volume_um3: float
     raw_nm: float
+    raw_voxel: Triple | None
     raw_dtype: str
-    gray: tuple[float, float, float]  # 1st, 50th, 99th percentile of raw in the crops
-    extents_nm: tuple[float, float, float]  # median, z y x
+    gray: tuple[float, float, float]
+    extents_nm: Triple
     classes: tuple[ClassFacts, ...]
 
 
@@ -64,6 +72,7 @@ def data_facts(
     test_sizes: dict[str, list[float]] = {}
     for row in CropTable.challenge():
         test_sizes.setdefault(row.class_name, []).append(min(row.grid.voxel_size))
+    finest = np.array([crop.raw_source.levels[0].grid.voxel_size for crop in crops])
     facts = []
     for number, name in enumerate(classes):
         facts.append(_class_facts(name, crops, test_sizes.get(name)))
@@ -71,10 +80,11 @@ def data_facts(
     return DataFacts(
         crops=len(crops),
         volume_um3=float(np.prod(extents, axis=1).sum() / 1e9),
-        raw_nm=min(min(crop.raw_source.levels[0].grid.voxel_size) for crop in crops),
+        raw_nm=float(finest.min()),
+        raw_voxel=triple(finest[0]) if np.allclose(finest, finest[0], rtol=0.01) else None,
         raw_dtype=str(crops[0].raw_source.levels[0].dtype),
         gray=_gray_percentiles([crops[number] for number in across_datasets(crops)[:_MOST_CROPS]]),
-        extents_nm=tuple(np.median(extents, axis=0).tolist()),
+        extents_nm=triple(np.median(extents, axis=0)),
         classes=tuple(facts),
     )
 

@@ -25,24 +25,32 @@ from connectomics.progress import Progress, silent
 
 #: First line of the configurations that are written.
 MARK = "# written by pytc plan"
-#: Voxel sizes to choose from, nm: those at which most EM is stored.
+#: Voxel sizes to choose from, nm, if data sets differ: those at which most EM is stored.
 SIZES = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-#: Voxels that a mean chord should span: with fewer, thin parts break; with more, a patch has too little context.
+#: Voxels that a mean chord should span in a 3-D network: with fewer, thin parts break; with more, a patch has too
+#: little context.
 CHORD_VOXELS = 4.0
-_CPU_PATCHES = 200  # per epoch without a GPU
+#: The same in the first stage of a 2-D network, which sees one section, but a wider part of it.
+CHORD_PIXELS = 12.0
+#: Sections at least this much thicker than pixels are not interchangeable with the other planes.
+ANISOTROPIC = 1.5
+_CPU_MINUTES = 120.0
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
+_PIXELS = 256  # side of a 2-D patch at most
+_BATCH_PIXELS = 2**21  # of a training step of the 2-D network
 
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """Cores, GPU, and bytes of memory, GPU memory and free disk."""
+    """Cores, GPU, bytes of memory, GPU memory and free disk, and whether the CPU computes in bfloat16 at full speed."""
 
     cores: int
     memory: int
     gpu: str | None
     gpu_memory: int
     disk: int
+    cpu_bf16: bool = False
 
 
 @dataclass
@@ -110,6 +118,7 @@ def plan(
     *,
     out: str | Path = ".",
     datasets: Sequence[str] | None = None,
+    minutes: float | None = None,
     trial: bool = True,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -119,6 +128,8 @@ def plan(
     Args:
         root: data root, a folder or an ``s3://`` URL. classes: classes to segment. datasets: use only these.
         out: folder for ``plan_{N}nm.yaml``.
+        minutes: time of each training: on the clock with a GPU, of all cores together (CPU minutes) without one; None:
+            120 CPU minutes, or 300 epochs on a GPU.
         trial: run a training step of each, which measures batch size, memory and hours.
 
     Raises:
@@ -127,13 +138,16 @@ def plan(
     """
     folder = Path(out)
     data, machine = data_facts(root, list(classes), datasets, progress), machine_facts(folder)
-    found = propose(data, machine, root if is_s3(root) else str(Path(root).expanduser().resolve()))
+    place = root if is_s3(root) else str(Path(root).expanduser().resolve())
+    found = propose(data, machine, place, minutes=minutes)
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
     for file in files.values():
         if file.exists() and not overwrite:
             raise WriteError(f"{file} exists; add --overwrite, or give another --out")
         require_own(file, contains(MARK), "plan")
     for number, item in enumerate(found):
+        if datasets:
+            item.choose("dataset.datasets", list(datasets), "as given")
         if trial:
             progress(number, len(found), f"trying a step of {item.name}")
             try_step(item, machine)
@@ -149,19 +163,40 @@ def machine_facts(folder: Path) -> MachineFacts:
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(existing).free
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    return MachineFacts(usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk)
+    return MachineFacts(
+        usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk, _cpu_bf16()
+    )
 
 
-def propose(data: DataFacts, machine: MachineFacts, root: str) -> list[Plan]:
+def _cpu_bf16() -> bool:
+    """Return whether the CPU has instructions for bfloat16 (x86 on Linux; elsewhere it is not known: False)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def propose(data: DataFacts, machine: MachineFacts, root: str, *, minutes: float | None = None) -> list[Plan]:
     """Return one plan per voxel size that classes need, coarsest first; raise `InputError` if no class is present."""
-    groups: dict[float, list[tuple[ClassFacts, str]]] = {}
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise InputError(f"the minutes of a training must be positive, got {minutes}")
+    groups: dict[tuple[float, int], list[tuple[ClassFacts, str]]] = {}
     for facts in data.classes:
         if facts.chord_nm is not None:
-            size, why = _voxel_size(facts, data.raw_nm)
-            groups.setdefault(size, []).append((facts, why))
+            size, stem, why = _voxel_size(facts, data, planes=machine.gpu is None)
+            groups.setdefault((size, stem), []).append((facts, why))
     if not groups:
         raise InputError("no crop contains any of the classes: there is nothing to learn; see `pytc describe`")
-    return [_plan(size, group, data, machine, root) for size, group in sorted(groups.items(), reverse=True)]
+    by_size: dict[float, list[tuple[ClassFacts, str]]] = {}
+    stems: dict[float, int] = {}
+    for (size, stem), group in groups.items():  # the finest structure of a voxel size decides the first stage
+        by_size.setdefault(size, []).extend(group)
+        stems[size] = min(stem, stems.get(size, stem))
+    return [
+        _plan(size, stems[size], group, data, machine, root, minutes)
+        for size, group in sorted(by_size.items(), reverse=True)
+    ]
 
 
 def try_step(plan: Plan, machine: MachineFacts) -> None:
@@ -191,8 +226,12 @@ def try_step(plan: Plan, machine: MachineFacts) -> None:
     plan.choose("data.batch_size", fits, "the largest batch that fits in GPU memory, by trial")
 
 
-def hours(plan: Plan) -> float | None:
-    """Return the hours of the whole training by the measured step; None if it was not measured."""
+def hours(plan: Plan, cores: int = 1) -> float | None:
+    """Return the hours of the whole training: those of its time limit, else by the measured step, else None."""
+    if (limit := plan.settings.get("training.max_cpu_minutes")) is not None:
+        return float(limit) / 60 / cores
+    if (limit := plan.settings.get("training.max_minutes")) is not None:
+        return float(limit) / 60
     if plan.step_seconds is None:
         return None
     patches = plan.settings["data.patches_per_epoch"]
@@ -200,35 +239,52 @@ def hours(plan: Plan) -> float | None:
 
 
 # -- the choices -----------------------------------------------------------------------------------------------------
-def _voxel_size(facts: ClassFacts, raw_nm: float) -> tuple[float, str]:
+def _voxel_size(facts: ClassFacts, data: DataFacts, *, planes: bool) -> tuple[float, int, str]:
+    """Return the voxel size of the run for a class (nm, of y and x), the stem of a 2-D network, and the reason.
+
+    A 2-D network works at the coarsest size at which the class still spans `CHORD_PIXELS`; if raw is finer, a stem of 2
+    makes it see and return voxels of half that size at nearly the same cost.
+    """
     assert facts.chord_nm is not None
-    wanted = facts.chord_nm / CHORD_VOXELS
-    finest = max(raw_nm, min(SIZES))
-    fitting = [size for size in SIZES if finest * 0.99 <= size <= max(wanted, finest) * 1.001] or [finest]
+    if data.raw_voxel is None:
+        sizes: tuple[float, ...] = SIZES
+        finest = max(data.raw_nm, min(SIZES))
+    else:
+        finest = min(data.raw_voxel)
+        sizes = tuple(finest * 2**n for n in range(6))
+    wanted = facts.chord_nm / (CHORD_PIXELS if planes else CHORD_VOXELS)
+    fitting = [size for size in sizes if finest * 0.99 <= size <= max(wanted, finest) * 1.001] or [finest]
     size = max(fitting)
     across = facts.chord_nm / size
     why = f"{facts.name} is {facts.chord_nm:.0f} nm thick on average, {across:.1f} voxels of {size:g} nm"
     if facts.test_nm is not None and size > 2 * facts.test_nm:
-        size = max(s for s in SIZES if s <= max(2 * facts.test_nm, finest))
+        size = max(s for s in sizes if s <= max(2 * facts.test_nm, finest))
         why += f"; the challenge scores it at {facts.test_nm:g} nm, so {size:g} nm was chosen, at most twice that"
-    return size, why
+    if not planes or size < 2 * finest * 0.99:
+        return size, 1, why
+    return size / 2, 2, why + f"; a stem of 2 lets the network see and return voxels of {size / 2:g} nm"
 
 
 def _plan(
-    size: float, group: Sequence[tuple[ClassFacts, str]], data: DataFacts, machine: MachineFacts, root: str
+    size: float,
+    stem: int,
+    group: Sequence[tuple[ClassFacts, str]],
+    data: DataFacts,
+    machine: MachineFacts,
+    root: str,
+    minutes: float | None,
 ) -> Plan:
     classes = tuple(facts.name for facts, _ in group)
     plan = Plan(size, classes)
     plan.settings |= {"dataset.data_root": root, "dataset.classes": list(classes)}
-    plan.choose("dataset.voxel_size", [size] * 3, "; ".join(why for _, why in group))
-    _choose_network(plan, machine)
-    edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
-    if edge * size < _VIEW_NM / 2 and machine.gpu is not None:
-        plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
-    extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
-    plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
-    plan.choose("data.batch_size", 2 if machine.gpu is None else 1, "a starting point")
-    voxels = data.volume_um3 * 1e9 / size**3
+    voxel = _voxel(size, data)
+    plan.choose("dataset.voxel_size", voxel, "; ".join(why for _, why in group))
+    if machine.gpu is None:
+        _choose_2d(plan, stem, voxel, data, machine, minutes)
+    else:
+        _choose_3d(plan, data, machine, minutes)
+    _choose_training(plan)
+    voxels = data.volume_um3 * 1e9 / math.prod(voxel)
     disk = voxels * 3 * 8  # raw and labels, with as much context again on each side
     reason = f"decoded crops take about {disk / 1e9:.1f} GB, {machine.disk / 1e9:.0f} GB are free"
     plan.choose("data.cache", "disk" if disk < machine.disk / 2 else "none", reason)
@@ -237,31 +293,75 @@ def _plan(
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of the known voxels")
-    patches, reason = (EPOCH_PATCHES, "the default") if machine.gpu else (_CPU_PATCHES, "there is no GPU: short epochs")
-    plan.choose("data.patches_per_epoch", patches, reason)
-    plan.choose("training.max_epochs", _EPOCHS, "early stopping ends training sooner if the score does not improve")
-    plan.choose(
-        "data.augmentations",
-        {
-            "RandFlipd": {"keys": ["image", "label"], "prob": 0.5, "spatial_axis": [0, 1, 2]},
-            "RandRotate90d": {"keys": ["image", "label"], "prob": 0.5, "spatial_axes": [[0, 1], [0, 2], [1, 2]]},
-        },
-        "cells have no preferred orientation, and flips and right-angle rotations cost little",
-    )
     return plan
 
 
-def _choose_network(plan: Plan, machine: MachineFacts) -> None:
-    gb = machine.gpu_memory / 1e9
-    if machine.gpu is None:
-        plan.choose("model.architecture", "unet", "there is no GPU: a small network that a CPU trains")
-        plan.choose("model.options", {"channels": [16, 32, 64], "strides": [2, 2], "num_res_units": 1}, "as above")
-        plan.choose("training.precision", "32", "the fastest precision on most CPUs")
-        return
+def _voxel(size: float, data: DataFacts) -> list[float]:
+    """Return the voxel size, z y x: sections that are thicker than that stay as they are."""
+    thickness = size if data.raw_voxel is None else max(size, data.raw_voxel[0])
+    return [thickness if thickness >= ANISOTROPIC * size else size, size, size]
+
+
+def _choose_2d(
+    plan: Plan, stem: int, voxel: Sequence[float], data: DataFacts, machine: MachineFacts, minutes: float | None
+) -> None:
+    plan.choose("model.architecture", "unet_2d", "there is no GPU: planes give most samples for the time of a CPU")
+    plan.choose("model.options", {"features": [16, 32, 64, 128], "stem": stem}, "as above")
+    reason = "the CPU has instructions for it" if machine.cpu_bf16 else "the CPU has no instructions for bfloat16"
+    plan.choose("training.precision", "bf16-mixed" if machine.cpu_bf16 else "32", reason)
+    most = min(data.extents_nm[1:]) / voxel[1]
+    unit = 16 * stem  # the network needs multiples of half of this, and two pixels at its coarsest stage
+    side = max(unit, min(_PIXELS, int(most) // unit * unit))
+    extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
+    plan.choose("data.patch_size", [1, side, side], f"{side * voxel[1]:.0f} nm; crops are {extents} nm (median)")
+    plan.choose("data.batch_size", max(8, _BATCH_PIXELS // side**2), f"{_BATCH_PIXELS} pixels in a step")
+    epoch = 100 * plan.settings["data.batch_size"]
+    plan.choose("data.patches_per_epoch", epoch, "100 steps between validations")
+    plan.choose("inference.window", [16, side, side], "planes of the patch's size")
+    isotropic = voxel[0] == voxel[1]
+    if isotropic:
+        plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")
+    else:
+        plan.choose("inference.tta", ["zyx", "z-yx", "zy-x", "z-y-x"], "sections are thick: in-plane flips only")
+    plan.choose("training.max_cpu_minutes", _CPU_MINUTES if minutes is None else minutes, _said(minutes))
+
+
+def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: float | None) -> None:
+    gb, size = machine.gpu_memory / 1e9, plan.voxel_nm
     letter = "B" if gb >= 24 else "S"
     plan.choose("model.architecture", "mednext", f"{machine.gpu} with {gb:.0f} GB")
     plan.choose("model.mednext_size", letter, "10.5 M weights" if letter == "B" else "5.6 M weights, for less memory")
     plan.choose("training.precision", "bf16-mixed", "half the memory of float32, with its range")
+    edge = 128 if machine.gpu_memory >= 12e9 else 96 if machine.gpu_memory >= 8e9 else 64
+    if edge * size < _VIEW_NM / 2:
+        plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
+    extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
+    plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
+    plan.choose("data.batch_size", 1, "a starting point")
+    plan.choose("data.patches_per_epoch", EPOCH_PATCHES, "the default")
+    if minutes is None:
+        plan.choose("training.max_epochs", _EPOCHS, "a fixed length; the learning rate falls to zero over it")
+    else:
+        plan.choose("training.max_minutes", minutes, _said(minutes))
+
+
+def _said(minutes: float | None) -> str:
+    return "the default; the learning rate falls to zero over it" if minutes is None else "as given"
+
+
+def _choose_training(plan: Plan) -> None:
+    """Set what holds for every network; docs/recipe.md has the measurements."""
+    if "training.max_epochs" not in plan.settings:
+        plan.choose("training.max_epochs", -1, "the time ends the training")
+    plan.choose("optimizer.lr", 2e-3, "docs/recipe.md")
+    plan.choose("optimizer.weight_decay", 1e-2, "docs/recipe.md")
+    plan.choose("optimizer.decay_norm_and_bias", False, "decay is for the weights of convolutions")
+    plan.choose("scheduler.name", "cosine", "a finished schedule gains more than a longer training")
+    plan.choose("scheduler.warmup_steps", 50, "as above")
+    plan.choose("training.ema", 0.99, "averaged weights validate smoothly")
+    plan.choose("model.init_bias", "prevalence", "training does not begin with learning how rare a class is")
+    plan.choose("early_stopping.patience", 0, "the length is fixed")
+    plan.choose("data.augmentation", {"preset": "em", "strength": 1.0}, "docs/recipe.md")
 
 
 def _step(plan: Plan, batch: int) -> tuple[float, int]:
@@ -273,7 +373,7 @@ def _step(plan: Plan, batch: int) -> tuple[float, int]:
     from connectomics.models.batch_labels import DenseLabels
 
     config = plan.config()
-    device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet" else "cpu"
+    device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet_2d" else "cpu"
     module = ConnectomicsModule(config).to(device).train()
     optimizer = torch.optim.AdamW(module.parameters(), config.optimizer.lr)
     shape = (batch, len(plan.classes), *config.data.patch_size)

@@ -65,8 +65,10 @@ def test_a_stem_sees_and_returns_every_pixel() -> None:
     with torch.inference_mode():
         squares = image.unfold(3, 2, 2).unfold(4, 2, 2)[0, 0].reshape(2, 8, 12, 4).movedim(3, 1)  # by hand
         inside = PlaneUNet(4, 8, features=(4, 8)).eval()
-        inside.load_state_dict(network.state_dict())
-        expected = inside(squares.movedim(1, 0)[None])[0].reshape(2, 2, 2, 2, 8, 12)  # class, y, x within a square
+        head = network.heads[0]  # (4, 2, 2, 2): a square of two classes for each pixel
+        weights = {**network.state_dict(), "heads.0.weight": head.weight.permute(1, 2, 3, 0).reshape(8, 4, 1, 1)}
+        inside.load_state_dict({**weights, "heads.0.bias": head.bias.repeat_interleave(4)})
+        expected = inside(squares.movedim(1, 0)[None])[0].reshape(2, 2, 2, 2, 8, 12)  # class, y, x in a square, plane
         expected = expected.permute(0, 3, 4, 1, 5, 2).reshape(2, 2, 16, 24)
         torch.testing.assert_close(network(image)[0], expected)
         image[..., 5] += 1  # the right pixel of a square
