@@ -60,8 +60,8 @@ def place(seed: int, box: Box) -> Objects:
     builder.vesicles()
     table = np.array([row[:3] for row in builder.rows], np.int64).reshape(-1, 3)
     parameters = np.array([row[3] for row in builder.rows]).reshape(-1, shapes.PARAMETERS)
-    boxes = shapes.bounds(table, parameters, MARGIN, BOWL_MARGIN)
-    return Objects(builder.cell, builder.nucleus, parameters, table, boxes)
+    bounds = shapes.bounds(table, parameters, MARGIN, BOWL_MARGIN)
+    return Objects(builder.cell, builder.nucleus, parameters, table, bounds)
 
 
 class _Builder:
@@ -182,9 +182,8 @@ class _Builder:
             path = self._walk(self.er_nodes[which], radius, 26.0, steps, 0.32, group=_ER_GROUP)
             if len(path) >= 5:
                 wanted -= 1
-                self._new(
-                    kinds.ER, shapes.segments(path, radius * self.rng.uniform(0.9, 1.1, len(path)), self._direction())
-                )
+                radii = radius * self.rng.uniform(0.9, 1.1, len(path))
+                self._new(kinds.ER, shapes.segments(path, radii, self._direction()))
                 self.taken.add(np.column_stack([path, np.full(len(path), radius)]), _ER_GROUP)
                 self.er_nodes[which] = path[-1]  # no stars: another tubule starts elsewhere
                 self.er_nodes.extend(path[3:-2:4])
@@ -324,8 +323,7 @@ class _Builder:
         return np.array(path)
 
 
-#: The last sphere of each cell, all spheres (sphere, group, index of the one before it in its cell), origin and edge of
-#: the cells (nm).
+#: Last sphere of each cell, all spheres (with group and the one before in their cell), origin and edge of the cells.
 _Taken = tuple[NDArray[np.int64], Floats, Floats, float]
 
 
@@ -346,7 +344,7 @@ class _Occupancy:
         last, there, origin, edge = self._taken
         while self._count + len(spheres) > len(there):
             there = np.concatenate([there, np.empty_like(there)])
-        self._taken = (last, there, origin, edge)
+            self._taken = (last, there, origin, edge)
         _insert(self._taken, spheres, group, self._count)
         self._count += len(spheres)
         self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))
@@ -369,18 +367,17 @@ def _cell(taken: _Taken, sphere: Floats, reach: float) -> NDArray[np.int64]:
     """The cell that is ``reach`` nm from the center of a sphere on every axis, or the last one before the border."""
     cell = np.empty(3, np.int64)
     for axis in range(3):
-        cell[axis] = np.int64(np.floor((sphere[axis] + reach - taken[2][axis]) / taken[3]))
-        cell[axis] = min(max(cell[axis], 0), taken[0].shape[axis] - 1)
+        place = np.int64(np.floor((sphere[axis] + reach - taken[2][axis]) / taken[3]))
+        cell[axis] = min(max(place, 0), taken[0].shape[axis] - 1)
     return cell
 
 
 @njit(cache=True, nogil=True)
 def _insert(taken: _Taken, spheres: Floats, group: int, count: int) -> None:
-    last, there, _, _ = taken
+    last, there = taken[0], taken[1]
     for i in range(len(spheres)):
         z, y, x = _cell(taken, spheres[i], 0.0)
-        there[count + i, :4] = spheres[i]
-        there[count + i, 4], there[count + i, 5] = group, last[z, y, x]
+        there[count + i, :4], there[count + i, 4], there[count + i, 5] = spheres[i], group, last[z, y, x]
         last[z, y, x] = count + i
 
 
