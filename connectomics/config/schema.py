@@ -52,8 +52,8 @@ _THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
-    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
-    "as in [zyx,-zyx,x-yz]",
+    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with "
+    "signs, as in [zyx,-zyx,x-yz]",
 )
 _FROM_0 = Field(ge=0)
 _FROM_1 = Field(ge=1)
@@ -147,6 +147,14 @@ class InputConfig(Group):
 
 
 @dataclass
+class AugmentationConfig(Group):
+    """A named set of augmentations; ``data.augmentations`` and ``data.intensity`` override it by name."""
+
+    preset: Annotated[str, one_of("none", "em")] = "none"
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.0  # of probabilities and ranges; 0: flips and right angles only
+
+
+@dataclass
 class DataConfig(Group):
     """Patches, loaders, augmentation."""
 
@@ -172,6 +180,7 @@ class DataConfig(Group):
     #: auto | table | [low, high], or one of these by data set; null: table, else auto
     intensity_range: Annotated[Any, AfterValidator(check_intensity_range)] = None
     normalization: dict[str, Any] = field(default_factory=dict)  # by data set; training measures and stores it
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     intensity: dict[str, Any] = field(default_factory=dict)  # augmentations on the device, name -> arguments
     augmentations: dict[str, Any] = field(default_factory=dict)  # MONAI dictionary transforms, name -> arguments
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,10 @@ from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
+
+#: a rotated patch should have at least this share of the labeled voxels of a straight one: a plane across a thin crop
+#: would have few; it is drawn again, at most so often
+_LEAST_INSIDE, _DRAWS = 0.75, 8
 
 
 class PatchShape(NamedTuple):
@@ -100,8 +105,40 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
+<<<<<<< HEAD
+        if self.augmentor is None or self.augmentor.spatial is None:
+            return grid, CoordinateMap.identity(), rng
+        moved = self.augmentor.spatial.draw(rng)
+        if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
+            half = (np.array(grid.shape) - 1) / 2
+            start = volume.grid.to_index(np.asarray(grid.box.center)) + moved.outer_shift - moved.outer @ half
+            moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
+        return grid, moved, rng
+=======
         spatial = None if self.augmentor is None else self.augmentor.spatial
-        return grid, CoordinateMap.identity() if spatial is None else spatial.draw(rng), rng
+        if spatial is None:
+            return grid, CoordinateMap.identity(), rng
+        if not spatial.may_leave:
+            return grid, spatial.draw(rng), rng
+        center = volume.grid.to_index(np.asarray(grid.box.center))
+        straight = share_inside(CoordinateMap.identity(), center, grid.shape, volume.grid.shape)
+        drawn = [(moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape))]
+        while drawn[-1][1] < _LEAST_INSIDE * straight and len(drawn) < _DRAWS:
+            drawn.append((moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape)))
+        return grid, max(drawn, key=lambda one: one[1])[0] if len(drawn) > 1 else drawn[0][0], rng
+
+
+def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index, crop: Index) -> float:
+    """Return the share of a patch that a map takes from within a crop, where labels are.
+
+    Estimated at up to 8 places along each axis. ``center``: of the patch, lattice index of the crop; ``shape`` and
+    ``crop``: voxels.
+    """
+    axes = [np.linspace(-(n - 1) / 2, (n - 1) / 2, min(n, 8)) for n in shape]
+    offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
+    places = center + moved(offsets)
+    return float(((places >= -0.5) & (places <= np.array(crop) - 0.5)).all(axis=1).mean())
+>>>>>>> 3cc03e95b413d7d00f5fdd77dc32257e3f67417d
 
 
 def _sample(

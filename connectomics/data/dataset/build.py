@@ -11,7 +11,7 @@ import numpy as np
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
 from connectomics.config.heads import head_classes
-from connectomics.data.augmentation import PatchAugmentor
+from connectomics.data.augmentation import PatchAugmentor, augmentations_of
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, Mode, PatchOptions
 from connectomics.data.normalization import of_crops
 from connectomics.data.patch_reader import PatchShape
@@ -52,7 +52,8 @@ def run_dataset(
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
         extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in inputs_of(cfg)]
         widest = np.max(extents, axis=0).tolist()
-        augmentor = PatchAugmentor.of(cfg.data.augmentations, cfg.data.patch_size, widest, cfg.dataset.voxel_size)
+        augmentations, _ = augmentations_of(cfg.data, cfg.dataset.voxel_size)
+        augmentor = PatchAugmentor.of(augmentations, cfg.data.patch_size, widest, cfg.dataset.voxel_size)
     return CellMapMultiClassDataset.of_crops(
         crops, cfg.dataset.classes, mode, cfg.data.patch_size, cfg.dataset.voxel_size, augmentor, chosen
     )
