@@ -246,22 +246,6 @@ def test_flips_and_right_angles_are_monais() -> None:
     assert seen == {1, 2, 3}
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 12, 7), (4, 6, 8)])
-def test_turned_patches_with_odd_and_even_sides_copy_voxels(shape: tuple[int, int, int]) -> None:
-    """As a patch of one plane has: turned upright, it is a plane of another direction and not a mean of two."""
-    arrays, rng = block(np.random.default_rng(8)), np.random.default_rng(9)
-    values = set(np.unique(arrays.raw / np.float32(255)).tolist())
-    augmentor = augmentor_of("RandRotate90d", shape, spatial_axes=PLANES)
-    center = np.array((20, 22, 24)) + (np.array(shape) - 1) / 2 % 1
-    normals = set()
-    for _ in range(30):
-        map = augmentor.draw(rng)
-        assert map.right_angles
-        assert set(np.unique(sample(arrays, center, map, shape)[0]).tolist()) <= values
-        normals.add(int(np.abs(map.outer @ map.inner)[:, 0].argmax()))
-    assert normals == {0, 1, 2}
-
-
 def test_transforms_follow_each_other_as_monais() -> None:
     from monai.transforms import Affine, Flip, Rotate90
 

@@ -180,24 +180,13 @@ class RightAngle(SpatialTransform):
         quarter[[first, second], [first, second]] = 0
         quarter[first, second], quarter[second, first] = 1, -1  # numpy.rot90: out[i, j] = in[j, n - 1 - i]
         matrix = np.linalg.matrix_power(quarter, turns % 4)
-        shift = np.zeros(3)
-        if turns % 2:
-            shift[[first, second]] = _half_apart(frame, first, second)
-        return CoordinateMap.affine(
-            matrix, shift, parameters=((name, {"quarter_turns": turns, "plane": [first, second]}),)
-        )
+        return CoordinateMap.affine(matrix, parameters=((name, {"quarter_turns": turns, "plane": [first, second]}),))
 
     def _reach(self, half: Floats, frame: PatchFrame) -> Floats:
         turned = half.copy()
         for plane in self.spatial_axes:
-            turned[list(plane)] = turned[list(plane)].max() + _half_apart(frame, *plane)
+            turned[list(plane)] = turned[list(plane)].max()
         return turned
-
-
-def _half_apart(frame: PatchFrame, first: int, second: int) -> float:
-    """Return the shift (voxels) that takes voxels to voxels if an odd and an even side of a patch change places: their
-    centers are half a voxel apart, and every value would be a mean of four voxels."""
-    return 0.5 * (frame.size[first] % 2 != frame.size[second] % 2)
 
 
 @dataclass(frozen=True, kw_only=True)
