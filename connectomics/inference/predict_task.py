@@ -76,6 +76,7 @@ class PredictTask(BlockTask):
     kind: ClassVar[str] = "predict"
     free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
+    networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
     raw: str
     output: str
@@ -235,7 +236,7 @@ class PredictTask(BlockTask):
     @property
     def members(self) -> int:
         """Networks that are averaged."""
-        return max(1, len(self.checkpoints))
+        return max(1, len(self.networks or self.checkpoints))
 
     def averages(self, networks: Sequence[Network]) -> OrientedAverages:
         """Return the averages of the networks that the task asks for."""
@@ -327,6 +328,8 @@ class PredictTask(BlockTask):
 
     def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
         """Return the networks, ready on a device; raises `InputError` if this process cannot load them."""
+        if self.networks:
+            return nullcontext(self.networks)
         raise InputError(
             f"the network of {self.output} was given in memory, not as a file: call run_predict_task with it again"
         )
@@ -355,22 +358,9 @@ class PredictTask(BlockTask):
         return {**artifact.common_attributes(provenance), "classes": classes, "model": self.model}
 
 
-class _GivenTask(PredictTask):
-    """A task with its networks, for this process only."""
-
-    networks: tuple[Network, ...] = ()  # no field: neither stored nor compared
-
-    @property
-    def members(self) -> int:
-        return len(self.networks)
-
-    def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
-        return nullcontext(self.networks) if self.networks else super().open_networks(device)
-
-
 def given(task: PredictTask, networks: Sequence[Network]) -> PredictTask:
     """Return the task with its networks, which are ready on the device: for engines that work in this process."""
-    found = _GivenTask(**{f.name: getattr(task, f.name) for f in fields(PredictTask)})
+    found = PredictTask(**{f.name: getattr(task, f.name) for f in fields(PredictTask)})
     object.__setattr__(found, "networks", tuple(networks))
     return found
 

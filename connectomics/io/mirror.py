@@ -95,9 +95,14 @@ def hull(index: Sequence[NDArray[np.int64]]) -> tuple[list[int], list[int]]:
 
 
 def take(block: NDArray[Any], begin: Sequence[int], index: Sequence[NDArray[np.int64]]) -> NDArray[Any]:
-    """Return the voxels ``index`` (a list for each of the last three axes) of a block that starts at ``begin``."""
-    for axis, (first, wanted) in enumerate(zip(begin, index, strict=True), start=-3):
-        block = np.take(block, wanted - first, axis=axis)
+    """Return the voxels ``index`` (a list for each of the last three axes) of a block that starts at ``begin``; a view
+    if they are in order."""
+    low, high = hull(index)
+    part = tuple(slice(lo - b, hi - b) for b, lo, hi in zip(begin, low, high, strict=True))
+    block = block[(..., *part)]  # first, so that an axis is mirrored in what is needed of the others
+    for axis, (first, wanted) in enumerate(zip(low, index, strict=True), start=-3):
+        if not np.array_equal(wanted, np.arange(first, first + len(wanted))):
+            block = np.take(block, wanted - first, axis=axis)
     return block
 
 

@@ -191,6 +191,13 @@ def test_an_epoch_does_not_depend_on_workers_or_cache(two_crops: Path, tmp_path:
     assert any(not np.array_equal(a["image"], b["image"]) for a, b in zip(plain, other, strict=True))
 
 
+def test_the_first_patches_are_those_of_the_loader(two_crops: Path) -> None:
+    module = CellMapDataModule(config_of(two_crops))
+    loaded = torch.cat([batch["image"] for batch in batches(module)])
+    first = list(module.first_batches())
+    assert torch.equal(torch.cat([batch["image"] for batch in first]), loaded)
+
+
 def test_an_epoch_without_a_step_is_refused(two_crops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = CellMapDataModule(config_of(two_crops, batch_size=7))
     module.setup()

@@ -155,7 +155,10 @@ def main(folder: str, resume: str) -> None:
     """Two processes on the CPU: rank 1 sees patches of which nothing is known, and there is one crop for both."""
     from connectomics.pipeline.train import choose_run_dir, train
 
-    config = tiny_config(system__cpu_processes=2, training__max_epochs=2 if resume == "no" else 3)
+    config = tiny_config(
+        system__cpu_processes=2, training__max_epochs=2 if resume == "no" else 3, training__ema=0.5,
+        training__max_cpu_minutes=60.0, training__max_minutes=60.0,
+    )  # fmt: skip
     config.output_dir = folder
     checkpoint = None if resume == "no" else resume
     run_dir = choose_run_dir(config, checkpoint)

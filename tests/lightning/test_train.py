@@ -270,7 +270,10 @@ def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
     loss = table(run, "train/loss")
     assert len(loss) == 2
     assert all(math.isfinite(value) and value > 0 for value in loss)
-    assert len(read_checkpoint(run / "checkpoints/last.ckpt")["connectomics_random_state"]) == 2
+    last = read_checkpoint(run / "checkpoints/last.ckpt")
+    assert len(last["connectomics_random_state"]) == 2
+    assert last["averaging_state"]["n_averaged"] == 4
+    assert all(0 < seconds < 600 for seconds in last["callbacks"]["Schedule"]["spent_s"].values())
 
 
 @pytest.mark.slow

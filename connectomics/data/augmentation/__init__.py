@@ -11,6 +11,7 @@ from connectomics.data.augmentation.intensity_from_monai import recognize
 from connectomics.data.augmentation.intensity_kinds import KINDS
 from connectomics.data.augmentation.monai_transforms import Augmentor, GivenAugmentor, agree, build_augmentor
 from connectomics.data.augmentation.patch_augmentor import PatchAugmentor
+from connectomics.data.augmentation.presets import augmentations_of
 from connectomics.data.augmentation.spatial_augmentor import SpatialAugmentor
 from connectomics.data.augmentation.warp import sample
 
@@ -25,6 +26,7 @@ __all__ = [
     "PatchAugmentor",
     "SpatialAugmentor",
     "agree",
+    "augmentations_of",
     "build_augmentor",
     "recognize",
     "sample",

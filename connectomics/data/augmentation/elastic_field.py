@@ -17,8 +17,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 
 from connectomics.data.augmentation.coordinate_map import Displacement, Floats
+from connectomics.geometry import Triple
 
 #: standard deviations: displacements are clipped here, so that the reach of a patch is known (1 in 5e8 is clipped)
 LIMIT = 6.0
@@ -45,21 +47,34 @@ def largest_displacement(sigma: float, magnitude: float) -> float:
 
 def draw_field(rng: np.random.Generator, sigma: float, magnitude: float, half: Floats) -> Displacement:
     """Draw a field for offsets up to ``half`` (3,) voxels from the center; ``sigma``, ``magnitude`` as in MONAI."""
+    field, spacing = smooth_field(rng, np.full(3, sigma), half)
+    limit = np.float32(largest_displacement(sigma, magnitude))
+    scale = np.float32(standard_deviation(sigma, magnitude))
+    return Displacement(np.clip(field * scale, -limit, limit), spacing)
+
+
+def smooth_field(rng: np.random.Generator, sigma: Floats, half: Floats) -> tuple[NDArray[np.float32], Triple]:
+    """Draw a field (3, nz, ny, nx) of standard deviation 1 for offsets up to ``half`` (3,) voxels from the center, and
+    return it with the voxels between its control points, z y x.
+
+    The correlation over r voxels along an axis is exp(-r^2 / (4 sigma^2)) with its ``sigma`` (3,), voxels.
+    """
     from connectomics.data.augmentation.warp_kernels import smooth
 
-    spacing = max(1.0, sigma / 2)
-    kernel = gaussian_kernel(sigma / spacing)
+    spacing = np.maximum(1.0, sigma / 2)
+    kernels = [gaussian_kernel(s) for s in (sigma / spacing).tolist()]
     count = np.maximum(2, np.ceil(2 * half / spacing - 1e-9).astype(int) + 1)
-    field = rng.random((3, *(count + len(kernel) - 1)), np.float32) * np.float32(2) - np.float32(1)
-    power = float((kernel**2).sum())
-    between = 2 / 3 + float((kernel[1:] * kernel[:-1]).sum()) / power / 3 if spacing > 1 else 1.0
-    scale = standard_deviation(sigma, magnitude) / (math.sqrt(_UNIFORM_VARIANCE) * (power * between) ** 1.5)
-    for axis in (1, 2, 3):
+    drawn = [n + len(kernel) - 1 for n, kernel in zip(count.tolist(), kernels, strict=True)]
+    field = rng.random((3, *drawn), np.float32) * np.float32(2) - np.float32(1)
+    variance = _UNIFORM_VARIANCE
+    for axis, (kernel, step) in enumerate(zip(kernels, spacing, strict=True), start=1):
+        power = float((kernel**2).sum())
+        variance *= power * (2 / 3 + float((kernel[1:] * kernel[:-1]).sum()) / power / 3 if step > 1 else 1.0)
         shape = list(field.shape)
         shape[axis] = count[axis - 1]
         before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
         smoothed = np.empty((before, shape[axis] * after), np.float32)
         smooth(field.reshape(before, -1), kernel.astype(np.float32), after, smoothed)
         field = smoothed.reshape(shape)
-    limit = np.float32(largest_displacement(sigma, magnitude))
-    return Displacement(np.clip(field * np.float32(scale), -limit, limit), (spacing, spacing, spacing))
+    z, y, x = spacing.tolist()
+    return field * np.float32(1 / math.sqrt(variance)), (z, y, x)

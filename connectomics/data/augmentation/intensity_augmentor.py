@@ -17,6 +17,7 @@ from connectomics.config.values import read
 from connectomics.data.augmentation.intensity_from_monai import recognize
 from connectomics.data.augmentation.intensity_kinds import KINDS, Drawn, Kind
 from connectomics.data.augmentation.intensity_operations import shift_codes
+from connectomics.data.augmentation.presets import augmentations_of
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Index, Triple, triple
 
@@ -138,12 +139,13 @@ class BatchAugmentor:
 
     @classmethod
     def of(cls, config: RunConfig) -> BatchAugmentor | None:
-        """Return the augmentor for ``data.intensity`` and for the MONAI transforms that run on the device.
+        """Return the augmentor for ``data.intensity``, that of ``data.augmentation``, and the MONAI transforms that run
+        on the device.
 
         None if there are none. Errors are those of `IntensityAugmentor.from_config`.
         """
-        recognized, _ = recognize(config.data.augmentations)
-        kinds = {**recognized, **config.data.intensity}
+        augmentations, intensity = augmentations_of(config.data, config.dataset.voxel_size)
+        kinds = {**recognize(augmentations)[0], **intensity}
         sizes = [config.dataset.voxel_size, *(given.voxel_size for given in config.data.inputs)]
         own, *inputs = (IntensityAugmentor.from_config(kinds, size) for size in sizes)
         return None if own is None else cls(own, tuple(augmentor for augmentor in inputs if augmentor is not None))

@@ -15,7 +15,7 @@ Arguments = dict[str, Any]
 #: MONAI transforms that keep values in [0, 1] there: what comes after them may be clamped
 _KEEP_RANGE = {
     "RandFlipd", "RandAxisFlipd", "RandRotate90d", "RandRotated", "RandZoomd", "RandAffined", "Rand3DElasticd",
-    "RandGridDistortiond",
+    "RandGridDistortiond", "symmetry", "rotation", "scale", "elastic",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ import numpy as np
 from connectomics.config.values import read
 from connectomics.data.augmentation.argument_rules import several
 from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
-from connectomics.data.augmentation.spatial_transforms import TRANSFORMS, Elastic, PatchFrame, SpatialTransform
+from connectomics.data.augmentation.spatial_transforms import TRANSFORMS, PatchFrame, SpatialTransform
+from connectomics.data.augmentation.tissue_transforms import TISSUE_TRANSFORMS, TissueTransform
 from connectomics.errors import ConfigError
 from connectomics.geometry import Triple, triple
 
@@ -59,7 +60,9 @@ class SpatialAugmentor:
                 continue
             found = _read(str(name), values, frame)
             fits = found is not None and before_labels and found.fits_one_pass(frame)
-            if isinstance(found, Elastic) and any(isinstance(transform, Elastic) for _, transform in fused):
+            if found is not None and found.has_field and any(transform.has_field for _, transform in fused):
+                if str(name) in TISSUE_TRANSFORMS:
+                    raise ConfigError(f"data.augmentations.{name}: a patch has one elastic deformation; remove one")
                 fits = False
             if found is not None and fits:
                 fused += [(str(name), transform) for transform in found.expanded()]
@@ -80,6 +83,11 @@ class SpatialAugmentor:
             drawn = drawn if found is None else found.then(drawn)
         return drawn
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether a draw may be repeated if it leaves the crop: if it has a transform of the tissue."""
+        return any(isinstance(transform, TissueTransform) for _, transform in self.transforms)
+
     def reach(self, shape: Sequence[float]) -> Floats:
         """Return the largest source offset (3,) of any draw, voxels, for a patch of ``shape`` voxels."""
         half = (np.asarray(shape, np.float64) - 1) / 2
@@ -90,7 +98,7 @@ class SpatialAugmentor:
 
 def _read(name: str, values: Any, frame: PatchFrame) -> SpatialTransform | None:
     base, _, suffix = name.rpartition("_")
-    kind = TRANSFORMS.get(base if base and suffix.isdigit() else name)
+    kind = {**TRANSFORMS, **TISSUE_TRANSFORMS}.get(base if base and suffix.isdigit() else name)
     if kind is None:
         return None
     found = read(kind, values, f"data.augmentations.{name}", ConfigError)

@@ -103,6 +103,7 @@ class SpatialTransform:
     """One spatial transform with the arguments that all MONAI transforms have."""
 
     __pydantic_config__ = STRICT_KEYS
+    has_field: ClassVar[bool] = False  # whether its map has a displacement field; a patch can have one
 
     keys: Annotated[tuple[Annotated[str, one_of("image", "label", "known")], ...], BeforeValidator(several)]
     prob: Probability = 0.1
@@ -295,6 +296,8 @@ def _rotated(along: float, across: float, angle: float) -> float:
 @dataclass(frozen=True, kw_only=True)
 class Elastic(Affine):
     """`Rand3DElasticd`: a smooth random displacement, then an affine map: ``affine(offset + field(offset))``."""
+
+    has_field = True
 
     sigma_range: Annotated[_Pair, checked(lambda pair: pair[0] > 0, "must be positive (voxels)")]
     magnitude_range: _Pair
