@@ -127,7 +127,7 @@ def _compare_all(
     return {
         "rules": version.version,
         "verified": version.verified,
-        "by_rules": [row.to_dict() for row in moves(overall, total["overall"])],
+        "by_rules": moves(overall, total["overall"]),
         "totals": total,
         "classes": {row.pop("class"): _with_intervals(row) for row in summarize(rows, ("class",), **options)},
         "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
