@@ -210,7 +210,7 @@ def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.Lig
     keep = [] if weights is None else output_names(checkpoint_config(read_checkpoint(weights), weights))
     if config.model.init_bias == "prevalence" and not hasattr(data, "first_batches"):
         raise ConfigError("model.init_bias=prevalence needs a data module with first_batches(); give a number instead")
-    batches = data.first_batches() if config.model.init_bias == "prevalence" else ()  # type: ignore[union-attr]
+    batches = data.first_batches() if config.model.init_bias == "prevalence" else ()  # type: ignore[attr-defined]
     begin_at_prevalence(module, batches, keep)
 
 
