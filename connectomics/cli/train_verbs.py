@@ -264,10 +264,9 @@ def study(
     columns = ["arm", "state", "rows", first, "95 %", "- base", "95 %", *others, "last", "steps", "CPU s", "device s"]
     terminal.table(columns, [
         [
-            arm["arm"], arm["state"], f"{arm['complete']}/{arm['rows']}", terminal.number(arm[first]),
-            _range(arm, first), terminal.number(arm.get(f"{first} - base")), _range(arm, f"{first} - base"),
-            *[terminal.number(arm[name]) for name in (*others, "last")],
-            *[terminal.number(arm[name], 0) for name in ("steps", "cpu_s", "device_s")],
+            arm["arm"], arm["state"], f"{arm['complete']}/{arm['rows']}", arm[first], _range(arm, first),
+            arm.get(f"{first} - base"), _range(arm, f"{first} - base"), *[arm[name] for name in (*others, "last")],
+            *[None if arm[name] is None else round(arm[name]) for name in ("steps", "cpu_s", "device_s")],
         ]
         for arm in found.arms
     ])  # fmt: skip

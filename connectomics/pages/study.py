@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from connectomics.io.write import write_file
+from connectomics.io.replacing import write_file
 from connectomics.pages import charts, page
 
 #: score -> arm -> row -> (optimizer steps, value).
