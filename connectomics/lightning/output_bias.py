@@ -98,9 +98,9 @@ def output_biases(module: ConnectomicsModule) -> list[nn.Parameter]:
         parameter = parameters[name.removeprefix(prefix)]
         shift = torch.linspace(0.5, 1.0, len(parameter))
         with torch.no_grad():
-            parameter += shift
+            parameter.add_(shift)
             after = _outputs(probe, images)
-            parameter -= shift
+            parameter.sub_(shift)
         added = shift[None, :, None, None, None]
         shifted = {n for n in open_sizes if float((after[n] - before[n] - added).abs().max()) < _TOLERANCE}
         if shifted:

@@ -139,8 +139,8 @@ class Elastic(TissueTransform):
         deviation, length = float(rng.uniform(*self.displacement)), float(rng.uniform(*self.length))
         size = np.array(frame.voxel_size)
         vectors, spacing = smooth_field(rng, length / 2 / size, half)
-        vectors = np.clip(vectors, -_FARTHEST, _FARTHEST) * self._deviations(deviation, frame)[:, None, None, None]
-        field = Displacement(vectors.astype(np.float32), spacing)
+        deviations = self._deviations(deviation, frame).astype(np.float32)[:, None, None, None]
+        field = Displacement(np.clip(vectors, -_FARTHEST, _FARTHEST) * deviations, spacing)
         drawn = {"displacement_nm": deviation, "length_nm": length}
         return CoordinateMap(field=field, parameters=((name, drawn),))
 
