@@ -52,8 +52,8 @@ _THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
-    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with signs, "
-    "as in [zyx,-zyx,x-yz]",
+    "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with "
+    "signs, as in [zyx,-zyx,x-yz]",
 )
 _FROM_0 = Field(ge=0)
 _FROM_1 = Field(ge=1)

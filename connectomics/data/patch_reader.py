@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -104,6 +105,16 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
+<<<<<<< HEAD
+        if self.augmentor is None or self.augmentor.spatial is None:
+            return grid, CoordinateMap.identity(), rng
+        moved = self.augmentor.spatial.draw(rng)
+        if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
+            half = (np.array(grid.shape) - 1) / 2
+            start = volume.grid.to_index(np.asarray(grid.box.center)) + moved.outer_shift - moved.outer @ half
+            moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
+        return grid, moved, rng
+=======
         spatial = None if self.augmentor is None else self.augmentor.spatial
         if spatial is None:
             return grid, CoordinateMap.identity(), rng
@@ -127,6 +138,7 @@ def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     places = center + moved(offsets)
     return float(((places >= -0.5) & (places <= np.array(crop) - 0.5)).all(axis=1).mean())
+>>>>>>> 3cc03e95b413d7d00f5fdd77dc32257e3f67417d
 
 
 def _sample(

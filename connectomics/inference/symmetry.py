@@ -104,8 +104,11 @@ SYMMETRY_SETS: dict[str, tuple[Symmetry, ...]] = {
 
 
 def symmetries(what: str | Sequence[str]) -> tuple[Symmetry, ...]:
-    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``planes``: 12, ``all``: 48), or of
-    a list of them as text (``["zyx", "-zyx"]``). Raises `InputError` for an unknown name, an empty list, and a repeated symmetry."""
+    """Return the symmetries of a named set (``none``, ``flips``: 8, ``section``: 16, ``planes``: 12, ``all``: 48), or
+    of a list of them as text (``["zyx", "-zyx"]``).
+
+    Raises `InputError` for an unknown name, an empty list, and a repeated symmetry.
+    """
     if isinstance(what, str):
         if what not in SYMMETRY_SETS:
             raise unknown_name("set of symmetries", what, SYMMETRY_SETS, "inference.tta")

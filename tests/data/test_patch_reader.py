@@ -135,6 +135,26 @@ def test_raw_and_label_stay_registered(name: str, ball_root: Path) -> None:
     assert np.abs(differences).max() < 0.4
 
 
+def test_a_turned_plane_is_an_exact_copy(tmp_path: Path) -> None:
+    """A patch of one plane has an odd side and two even ones: right angles must not point between voxels."""
+    grid = VoxelGrid((8.0, 8.0, 8.0), (0.0, 0.0, 0.0), (40, 40, 40))
+    raw = np.random.default_rng(0).integers(0, 256, grid.shape, dtype=np.uint8)
+    write_raw(tmp_path, "set-a", raw, grid, levels=1)
+    write_label(tmp_path, "set-a", "crop1", "mito", (raw > 128).astype(np.uint8), grid, levels=1)
+    turns = {"RandRotate90d": {"keys": BOTH, "prob": 1.0, "spatial_axes": [[0, 1], [0, 2], [1, 2]]}}
+    dataset = dataset_of(tmp_path, turns, patch_size=(1, 16, 16))
+    thick = 0
+    for seed in range(12):
+        patch = patch_of(dataset, seed)
+        sample = patch.dense(["mito"])
+        gray = 255 * patch.images[0][0]
+        np.testing.assert_allclose(gray, np.rint(gray), atol=1e-3)  # no mean of two voxels
+        known = np.asarray(sample["known"][0]) > 0
+        assert np.array_equal(np.asarray(sample["label"][0])[known] > 0, gray[known] > 128.5)
+        thick += known.mean() > 0.5
+    assert thick > 6
+
+
 def test_no_empty_corners_where_there_is_raw(ball_root: Path) -> None:
     """A turned patch looks beyond itself, and beyond the crop: raw there is read, labels there are unknown."""
     dataset = dataset_of(ball_root, {"RandAffined": SPATIAL["RandAffined"]})

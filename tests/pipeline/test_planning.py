@@ -12,6 +12,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.errors import InputError
+from connectomics.geometry import VoxelGrid
 from connectomics.pipeline import data_facts as facts_module
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
@@ -81,13 +82,46 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     (large,), (small,) = propose(data, H200, "r"), propose(data, CPU, "r")
     assert large.settings["model.mednext_size"] == "B"
     assert large.settings["data.patch_size"] == [128] * 3
-    assert (small.settings["model.architecture"], small.settings["training.precision"]) == ("unet", "32")
+    large.step_seconds = 1.0
+    assert hours(large) == pytest.approx(300 * 2000 / 3600)
+    assert (small.settings["model.architecture"], small.settings["training.precision"]) == ("unet_2d", "32")
+    assert small.settings["data.patch_size"] == [1, 96, 96], "the largest multiple of 32 in crops of 112 voxels"
+    assert hours(small, cores=2) == pytest.approx(1), "120 CPU minutes on two cores"
+    (fast,) = propose(data, replace(CPU, cpu_bf16=True), "r", minutes=30)
+    assert (fast.settings["training.precision"], fast.settings["training.max_cpu_minutes"]) == ("bf16-mixed", 30)
+    (timed,) = propose(data, H200, "r", minutes=30)
+    assert hours(timed) == pytest.approx(0.5)
+    assert timed.settings["training.max_epochs"] == -1
     (full,) = propose(data, replace(CPU, disk=1000), "r")
     assert full.settings["data.cache"] == "none"
-    small.step_seconds = 1.0
-    assert hours(small) == pytest.approx(300 * 200 / 2 / 3600)
     with pytest.raises(InputError, match="nothing to learn"):
         propose(data_facts(str(balls), ["er"]), CPU, "r")
+    with pytest.raises(InputError, match="must be positive, got 0"):
+        propose(data, CPU, "r", minutes=0)
+
+
+def test_a_two_dimensional_network_works_coarsely_and_returns_every_voxel(balls: Path) -> None:
+    """A ball of 400 nm spans 12 voxels of 16 nm; pm needs the 4 nm of the raw."""
+    plans = {plan.classes: plan.settings for plan in propose(data_facts(str(balls), ["nuc", "pm"]), CPU, "r")}
+    nuc, pm = plans["nuc",], plans["pm",]
+    assert (nuc["dataset.voxel_size"], nuc["model.options"]["stem"]) == ([8.0] * 3, 2)
+    assert (pm["dataset.voxel_size"], pm["model.options"]["stem"]) == ([4.0] * 3, 1)
+    assert nuc["inference.tta"] == "planes"
+
+
+def test_thick_sections_stay_as_they_are(tmp_path: Path) -> None:
+    grid = VoxelGrid((40.0, 4.0, 4.0), (0, 0, 0), (6, 64, 64))
+    there = np.zeros(grid.shape, np.uint8)
+    there[:, 16:48, 16:48] = 1
+    write_raw(tmp_path, "set", there, grid)
+    write_label(tmp_path, "set", "crop1", "mito", there, grid)
+    data = data_facts(str(tmp_path), ["mito"])
+    assert data.raw_voxel == (40.0, 4.0, 4.0)
+    (found,) = propose(data, CPU, "r")
+    assert found.settings["dataset.voxel_size"][0] == 40.0
+    assert found.settings["dataset.voxel_size"][1] == found.settings["dataset.voxel_size"][2] <= 8.0
+    assert all(text.lstrip("-")[0] == "z" for text in found.settings["inference.tta"])
+    assert found.config().data.patch_size[0] == 1
 
 
 def test_what_is_written_trains(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +130,7 @@ def test_what_is_written_trains(balls: Path, tmp_path: Path, capsys: pytest.Capt
     (file,) = tmp_path.glob("plan_*.yaml")
     assert f"pytc train {file}" in capsys.readouterr().out
     assert load_config(file).dataset.classes == ["nuc"]
-    small = ["data.patch_size=[32,32,32]", "inference.window=[32,32,32]", "data.cache=none", "data.num_workers=0"]
+    small = ["data.patch_size=[1,32,32]", "inference.window=[1,32,32]", "data.cache=none", "data.num_workers=0"]
     assert main(["train", str(file), "--fast-dev-run", *small]) == 0
     capsys.readouterr()
     assert main([*arguments, "--no-trial"]) == 1
