@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.data.arrays import CropArrays
-from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, sample
+from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, SpatialAugmentor, sample
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
@@ -105,27 +105,39 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
-<<<<<<< HEAD
-        if self.augmentor is None or self.augmentor.spatial is None:
-            return grid, CoordinateMap.identity(), rng
-        moved = self.augmentor.spatial.draw(rng)
-        if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
-            half = (np.array(grid.shape) - 1) / 2
-            start = volume.grid.to_index(np.asarray(grid.box.center)) + moved.outer_shift - moved.outer @ half
-            moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
-        return grid, moved, rng
-=======
         spatial = None if self.augmentor is None else self.augmentor.spatial
         if spatial is None:
             return grid, CoordinateMap.identity(), rng
-        if not spatial.may_leave:
-            return grid, spatial.draw(rng), rng
         center = volume.grid.to_index(np.asarray(grid.box.center))
-        straight = share_inside(CoordinateMap.identity(), center, grid.shape, volume.grid.shape)
-        drawn = [(moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape))]
-        while drawn[-1][1] < _LEAST_INSIDE * straight and len(drawn) < _DRAWS:
-            drawn.append((moved := spatial.draw(rng), share_inside(moved, center, grid.shape, volume.grid.shape)))
-        return grid, max(drawn, key=lambda one: one[1])[0] if len(drawn) > 1 else drawn[0][0], rng
+        moved = spatial.draw(rng)
+        if spatial.may_leave:
+            moved = _inside(moved, spatial, rng, center, grid.shape, volume.grid.shape)
+        if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
+            half = (np.array(grid.shape) - 1) / 2
+            start = center + moved.outer_shift - moved.outer @ half
+            moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
+        return grid, moved, rng
+
+
+def _inside(
+    moved: CoordinateMap,
+    spatial: SpatialAugmentor,
+    rng: np.random.Generator,
+    center: NDArray[np.float64],
+    shape: Index,
+    crop: Index,
+) -> CoordinateMap:
+    """Return ``moved`` or the first of some further draws that stays mostly inside the crop; none does: the best."""
+    least = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, shape, crop)
+    best, share = moved, share_inside(moved, center, shape, crop)
+    for _ in range(_DRAWS - 1):
+        if share >= least:
+            break
+        moved = spatial.draw(rng)
+        found = share_inside(moved, center, shape, crop)
+        if found > share:
+            best, share = moved, found
+    return best
 
 
 def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index, crop: Index) -> float:
@@ -138,7 +150,6 @@ def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
     places = center + moved(offsets)
     return float(((places >= -0.5) & (places <= np.array(crop) - 0.5)).all(axis=1).mean())
->>>>>>> 3cc03e95b413d7d00f5fdd77dc32257e3f67417d
 
 
 def _sample(
