@@ -119,18 +119,20 @@ def rule(method: str) -> dict[str, Any]:
 
 def whole(source: str, out: str, method: str) -> dict[str, Any]:
     """In memory; the labels go to a file."""
-    from connectomics.decoding.affinities.segment import affinities_to_instances
+    from connectomics.decoding.decode import decode_class
+    from connectomics.decoding.parameters import DecodeParameters
     from connectomics.decoding.prediction import StoredAffinities
     from connectomics.decoding.probabilities import above, open_probabilities, read_block
 
     tiny = np.ones((len(OFFSETS), 12, 12, 12), np.uint8)
-    affinities_to_instances(tiny, OFFSETS, np.ones((12, 12, 12), np.bool_), method)  # compiles
+    size, parameters = (8.0, 8.0, 8.0), DecodeParameters(**rule(method))
+    decode_class(np.ones((12, 12, 12), np.bool_), size, parameters, affinities=(tiny, OFFSETS))  # compiles
     probability = open_probabilities(source)
     stored = StoredAffinities.open(probability)
     mask = above(read_block(probability, (0, 0, 0), probability.grid.shape), 0.5)
     values = stored.read((0, 0, 0), mask.shape)
     before, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
-    labels = affinities_to_instances(values, stored.offsets, mask, method, min_size=200)
+    labels = decode_class(mask, size, parameters, affinities=(values, stored.offsets))
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     np.save(out, labels)
     return {

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.export import export
     from connectomics.pipeline.fetch import fetch
     from connectomics.pipeline.ingest import ingest
+    from connectomics.pipeline.merge import merge
     from connectomics.pipeline.open_root import open_root
     from connectomics.pipeline.package import load_model
     from connectomics.pipeline.plan import plan
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.runs import Run
     from connectomics.pipeline.score import score
     from connectomics.pipeline.show import show
+    from connectomics.pipeline.study import study
     from connectomics.pipeline.train import train
     from connectomics.pipeline.validate import validate
 
@@ -58,12 +60,14 @@ _FRONT_DOOR = {
     "fetch": "pipeline.fetch",
     "ingest": "pipeline.ingest",
     "load_model": "pipeline.package",
+    "merge": "pipeline.merge",
     "open_root": "pipeline.open_root",
     "plan": "pipeline.plan",
     "predict": "pipeline.predict",
     "report": "pipeline.report",
     "score": "pipeline.score",
     "show": "pipeline.show",
+    "study": "pipeline.study",
     "train": "pipeline.train",
     "validate": "pipeline.validate",
 }
@@ -83,12 +87,14 @@ __all__ = [
     "ingest",
     "load_config",
     "load_model",
+    "merge",
     "open_root",
     "plan",
     "predict",
     "report",
     "score",
     "show",
+    "study",
     "train",
     "validate",
 ]

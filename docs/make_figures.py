@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from scipy.ndimage import gaussian_filter
 
-from connectomics.decoding.affinities.segment import affinities_of, decode_affinities
+from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import Box, VoxelGrid
@@ -137,7 +137,7 @@ def instances(out: Path) -> None:
         if method in ("cc3d", "watershed"):
             found[name] = decode_class(probability, voxel, parameters)
         else:
-            found[name] = decode_affinities(probability, affinities, offsets, voxel, parameters)
+            found[name] = decode_class(probability, voxel, parameters, affinities=(affinities, offsets))
     figure, axes = plt.subplots(2, 3, figsize=(8, 4))
     middle = shape[0] // 2
     axes.flat[0].imshow(probability[middle], cmap="gray", vmin=0, vmax=255)

@@ -25,7 +25,7 @@ from connectomics.io.artifacts import about
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
 from connectomics.pipeline.decode import decode_jobs, decode_predictions
-from connectomics.pipeline.measure import measure_labels
+from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.submission import export_submission
 from connectomics.tasks import run_task
@@ -90,7 +90,7 @@ class Way:
         return done[0].skipped
 
     def measure(self, **options: object) -> None:
-        measure_labels(self.labels, self.tables, **options)  # type: ignore[arg-type]
+        measure_labels(measure_tasks(self.labels, self.tables), **options)  # type: ignore[arg-type]
 
     def mesh(self, **options: object) -> None:
         mesh_labels(mesh_tasks(self.labels, self.folder / "m", "mito"), **options)  # type: ignore[arg-type]
@@ -457,4 +457,4 @@ def test_a_copy_of_the_whole_folder_is_complete_everywhere(tmp_path: Path) -> No
     assert not run_predict_task(predict_task(raw, there / "p"), itself)
     (done,) = decode_predictions(there / "p", there / "l", COMPONENTS)
     assert done.skipped
-    measure_labels(there / "l", there / "t")
+    measure_labels(measure_tasks(there / "l", there / "t"))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from types import MappingProxyType
 
-from connectomics.errors import unknown_name
+from connectomics.errors import ConfigError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -76,3 +76,26 @@ def atoms_of(name: str) -> tuple[str, ...]:
     """Return the atomic classes of ``name``: itself if it is atomic or not a class of the challenge."""
     known = CLASSES.get(name)
     return known.atoms if known is not None and known.atoms else (name,)
+
+
+def unions_of(classes: Sequence[str], wanted: bool | Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return group classes that follow from predicted atomic classes: name -> its atoms, all of them in ``classes``.
+
+    Args:
+        classes: what a network predicts. wanted: names of groups; True: every group that follows and is not predicted
+            itself; False: none.
+
+    Raises:
+        UnknownNameError: no such class. ConfigError: it is no group, is predicted itself, or an atom is not predicted.
+    """
+    if isinstance(wanted, bool):
+        groups = (c for c in CLASSES.values() if wanted and c.is_group and c.name not in classes)
+        return {group.name: group.atoms for group in groups if set(group.atoms) <= set(classes)}
+    for name in wanted:
+        group = get_class(name)
+        missing = [atom for atom in group.atoms if atom not in classes]
+        if not group.is_group or name in classes or missing:
+            why = f"{', '.join(missing)} of its atoms are not in dataset.classes" if missing else "it is no group"
+            why = "the network predicts it itself (dataset.classes)" if name in classes else why
+            raise ConfigError(f"inference.groups: {name} cannot be the union of predicted classes: {why}; leave it out")
+    return {name: CLASSES[name].atoms for name in dict.fromkeys(wanted)}

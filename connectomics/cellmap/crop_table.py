@@ -73,27 +73,16 @@ class CropTable:
             raise MissingError(
                 f"no crop table at {file}; give a .csv or .json file, or 'challenge' for the built-in one"
             )
+        return cls.parse(file.read_bytes(), str(file), is_json=file.suffix == ".json")
+
+    @classmethod
+    def parse(cls, data: bytes, where: str, *, is_json: bool) -> CropTable:
+        """Read the content of a table; ``where`` names it in messages. Raises `MetadataError`."""
         try:
-            text = file.read_text(encoding="utf-8-sig")
+            text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise MetadataError(f"{file} is no text file (UTF-8); a crop table is a .csv or .json file") from error
-        return cls._of(_from_json(text, str(file)) if file.suffix == ".json" else _from_csv(text, str(file)), str(file))
-
-    @classmethod
-    def challenge(cls) -> CropTable:
-        """Return the challenge's table: 16 test crops of 6 data sets, 413 arrays."""
-        text = resources.files("connectomics.cellmap").joinpath("tables/test_crops.json").read_text(encoding="utf-8")
-        return cls._of(_from_json(text, "the built-in crop table"), "the built-in crop table")
-
-    @classmethod
-    def resolve(cls, table: CropTable | str | Path) -> CropTable:
-        """Return a table as it is, the built-in one for ``"challenge"``, or the one at a path."""
-        if isinstance(table, CropTable):
-            return table
-        return cls.challenge() if str(table) == "challenge" else cls.load(table)
-
-    @classmethod
-    def _of(cls, entries: list[TableEntry], where: str) -> CropTable:
+            raise MetadataError(f"{where} is no text file (UTF-8); a crop table is a .csv or .json file") from error
+        entries = _from_json(text, where) if is_json else _from_csv(text, where)
         if not entries:
             raise MetadataError(f"{where}: the crop table has no rows")
         seen: set[tuple[int, str]] = set()
@@ -102,6 +91,19 @@ class CropTable:
                 raise MetadataError(f"{where}: {entry.crop_name}/{entry.class_name} is listed twice")
             seen.add((entry.crop, entry.class_name))
         return cls(tuple(entries))
+
+    @classmethod
+    def challenge(cls) -> CropTable:
+        """Return the challenge's table: 16 test crops of 6 data sets, 413 arrays."""
+        file = resources.files("connectomics.cellmap").joinpath("tables/test_crops.json")
+        return cls.parse(file.read_bytes(), "the built-in crop table", is_json=True)
+
+    @classmethod
+    def resolve(cls, table: CropTable | str | Path) -> CropTable:
+        """Return a table as it is, the built-in one for ``"challenge"``, or the one at a path."""
+        if isinstance(table, CropTable):
+            return table
+        return cls.challenge() if str(table) == "challenge" else cls.load(table)
 
     def save(self, path: str | Path) -> None:
         """Write the table as CSV with the official manifest's columns, in one step."""

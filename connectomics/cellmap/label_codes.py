@@ -7,7 +7,7 @@ always means "nothing is known".
 
 With instance ids, the ids are part of the combination: a crop has one more state per object (and per pair of
 overlapping objects), a voxel still holds one number (usually two bytes), and whatever moves codes moves ids with them.
-`LabelStates.split` separates the two again.
+`LabelStates.split` separates the two again. Soft labels are a part of the combination in the same way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.labels import LabelVolume, words_for
+from connectomics.cellmap.labels import FRACTION_STEPS, LabelVolume, words_for
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 
@@ -37,6 +37,7 @@ class LabelStates:
         instances: the ``classes`` with per-object instance ids.
         ids: uint64 (K, I), the stored instance id of each of ``instances``; 0 for none or unknown. None if there are no
             ``instances``.
+        fractions: uint8 (K, C), soft labels of each state, see `LabelVolume`; None without soft labels.
     """
 
     classes: tuple[str, ...]
@@ -44,6 +45,7 @@ class LabelStates:
     known: NDArray[np.uint64]
     instances: tuple[str, ...] = ()
     ids: NDArray[np.uint64] | None = None
+    fractions: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         words = words_for(len(self.classes))
@@ -73,16 +75,28 @@ class LabelStates:
                 table[channel] = (words[:, word] >> np.uint64(bit)) & np.uint64(1)
         return tables[0], tables[1]
 
+    def fraction_table(self, classes: Sequence[str] | None = None) -> NDArray[np.uint8] | None:
+        """Return soft labels by class and state, uint8 (C, K), in sixteenths; None without soft labels."""
+        if self.fractions is None:
+            return None
+        names = self.classes if classes is None else classes
+        return np.ascontiguousarray(self.fractions.T[[self.classes.index(name) for name in names]])
+
     def dense(
         self, codes: NDArray[np.unsignedinteger], classes: Sequence[str] | None = None
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return ``label`` float32 0/1 and ``known`` bool, (C, D, H, W), of codes (D, H, W); ordered as ``classes``."""
+        """Return ``label`` float32 and ``known`` bool, (C, D, H, W), of codes (D, H, W); ordered as ``classes``.
+
+        A label is 0 or 1, and with soft labels a fraction.
+        """
         present, known = self.tables(classes)
+        steps = self.fraction_table(classes)
+        values = present.astype(np.float32) if steps is None else steps / np.float32(FRACTION_STEPS)
         # take() with out=: fancy indexing would allocate a temporary of eight bytes per index
         label = np.empty((len(present), *codes.shape), np.float32)
         is_known = np.empty(label.shape, bool)
         for channel in range(len(present)):
-            np.take(present[channel].astype(np.float32), codes, out=label[channel], mode="clip")
+            np.take(values[channel], codes, out=label[channel], mode="clip")
             np.take(known[channel], codes, out=is_known[channel], mode="clip")
         return label, is_known
 
@@ -113,13 +127,16 @@ class LabelStates:
     @cached_property
     def _plain(self) -> tuple[LabelStates, NDArray[np.unsignedinteger]]:
         """`plain`, and the number there of each state, (K,)."""
-        rows = np.concatenate([self.present, self.known], axis=1)
+        soft = [] if self.fractions is None else [self.fractions.astype(np.uint64)]
+        rows = np.concatenate([self.present, self.known, *soft], axis=1)
         _, first, number = np.unique(rows, axis=0, return_index=True, return_inverse=True)
         order = np.argsort(first)
         place = np.empty(len(order), code_dtype(len(order)))
         place[order] = np.arange(len(order))
         kept = first[order]
-        return LabelStates(self.classes, self.present[kept], self.known[kept]), place[number.reshape(-1)]
+        fractions = None if self.fractions is None else self.fractions[kept]
+        states = LabelStates(self.classes, self.present[kept], self.known[kept], fractions=fractions)
+        return states, place[number.reshape(-1)]
 
     def split(self, codes: NDArray[np.unsignedinteger]) -> tuple[NDArray[np.unsignedinteger], NDArray[np.int32]]:
         """Split codes (D, H, W) into codes of `plain` and instance numbers int32 (I, D, H, W), see `numbers`."""
@@ -134,9 +151,13 @@ class LabelStates:
         return states, ids
 
     def to_array(self) -> NDArray[np.uint64]:
-        """Return the array stored in files: (K, 2, words), or with instance ids (K, 2 words + I)."""
+        """Return the array stored in files: (K, 2, words), or with instance ids or soft labels (K, 2 words + I + F),
+        where F words hold the fractions of eight classes each."""
         words = np.stack([self.present, self.known], axis=1)
-        return words if self.ids is None else np.concatenate([words.reshape(len(self), -1), self.ids], axis=1)
+        further = [] if self.ids is None else [self.ids]
+        if self.fractions is not None:
+            further.append(_packed(self.fractions.T).T)
+        return np.concatenate([words.reshape(len(self), -1), *further], axis=1) if further else words
 
     @classmethod
     def from_array(
@@ -145,8 +166,11 @@ class LabelStates:
         """Build the states from the array of `to_array`."""
         words = words_for(len(classes))
         rows = np.ascontiguousarray(array).reshape(len(array), -1)
-        ids = rows[:, 2 * words :].copy() if instances else None
-        return cls(tuple(classes), rows[:, :words].copy(), rows[:, words : 2 * words].copy(), tuple(instances), ids)
+        soft = 2 * words + len(instances)  # first column of the fractions
+        ids = rows[:, 2 * words : soft].copy() if instances else None
+        fractions = _unpacked(rows[:, soft:], len(classes)) if rows.shape[1] > soft else None
+        present, known = rows[:, :words].copy(), rows[:, words : 2 * words].copy()
+        return cls(tuple(classes), present, known, tuple(instances), ids, fractions)
 
 
 @dataclass(frozen=True)
@@ -160,12 +184,12 @@ class LabelCodes:
     @classmethod
     def of(cls, volume: LabelVolume) -> LabelCodes:
         """Encode a label volume."""
-        table = StateTable(volume.classes, volume.instances)
+        table = StateTable(volume.classes, volume.instances, volume.fractions is not None)
         codes = table.encode(volume)
         return cls(volume.grid, codes.astype(code_dtype(len(table))), table.states)
 
     def dense(self, classes: Sequence[str] | None = None) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return ``label`` float32 0/1 and ``known`` bool, both (C, D, H, W), in the order of ``classes``."""
+        """Return ``label`` float32 and ``known`` bool, both (C, D, H, W), see `LabelStates.dense`."""
         return self.states.dense(self.codes, classes)
 
     def ids(self) -> NDArray[np.int32]:
@@ -180,9 +204,10 @@ class LabelCodes:
 class StateTable:
     """The states found so far while a volume is encoded block by block."""
 
-    def __init__(self, classes: Sequence[str], instances: Sequence[str] = ()) -> None:
-        self.classes, self.instances = tuple(classes), tuple(instances)
-        self._rows = np.zeros((1, 2 * words_for(len(self.classes)) + len(self.instances)), np.uint64)
+    def __init__(self, classes: Sequence[str], instances: Sequence[str] = (), soft: bool = False) -> None:
+        self.classes, self.instances, self.soft = tuple(classes), tuple(instances), soft
+        columns = 2 * words_for(len(self.classes)) + len(self.instances) + soft * _soft_words(len(self.classes))
+        self._rows = np.zeros((1, columns), np.uint64)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -194,14 +219,17 @@ class StateTable:
 
     def encode(self, volume: LabelVolume) -> NDArray[np.uint32]:
         """Return the codes of a block, uint32 (D, H, W); new states get the next numbers, in order of voxels."""
-        if (volume.classes, volume.instances) != (self.classes, self.instances):
+        soft = volume.fractions is not None
+        if (volume.classes, volume.instances, soft) != (self.classes, self.instances, self.soft):
             raise InputError(
-                f"the block has classes {volume.classes} with ids of {volume.instances}, the table {self.classes} "
-                f"with ids of {self.instances}"
+                f"the block has classes {volume.classes} with ids of {volume.instances} and soft labels {soft}, the "
+                f"table {self.classes} with ids of {self.instances} and soft labels {self.soft}"
             )
         from connectomics.cellmap.label_kernels import encode_rows
 
         parts = [volume.present, volume.known] if volume.ids is None else [volume.present, volume.known, volume.ids]
+        if volume.fractions is not None:
+            parts.append(_packed(volume.fractions))
         words = np.concatenate(parts).reshape(self._rows.shape[1], -1)
         codes = np.empty(words.shape[1], np.uint32)
         done = 0
@@ -212,6 +240,25 @@ class StateTable:
             done, used = encode_rows(words, done, rows, len(self._rows), codes)
             self._rows = rows[:used].copy()
         return codes.reshape(volume.grid.shape)
+
+
+def _soft_words(n_classes: int) -> int:
+    """Words that hold a byte of each class (none without classes)."""
+    return -(-n_classes // 8)
+
+
+def _packed(fractions: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """Pack bytes of classes (C, ...) into words (F, ...)."""
+    words = np.zeros((_soft_words(len(fractions)), *fractions.shape[1:]), np.uint64)
+    for channel, values in enumerate(fractions):
+        words[channel // 8] |= values.astype(np.uint64) << np.uint64(8 * (channel % 8))
+    return words
+
+
+def _unpacked(words: NDArray[np.uint64], n_classes: int) -> NDArray[np.uint8]:
+    """Unpack words of states (K, F) into bytes (K, C)."""
+    bytes_of = [words[:, c // 8] >> np.uint64(8 * (c % 8)) & np.uint64(255) for c in range(n_classes)]
+    return np.stack(bytes_of, axis=1).astype(np.uint8)
 
 
 def code_dtype(n_states: int) -> np.dtype[np.unsignedinteger]:

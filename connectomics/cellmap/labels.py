@@ -10,6 +10,7 @@ writers take every second voxel, which shifts labels by up to half a voxel again
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ Reading = tuple[Interval, NDArray[np.uint64]]  # bounds of the share, and instan
 _ROUNDING = np.float32(1e-4)  # of a voxel: rounding of float32 sums of shares
 _SOURCE_VOXELS = 2**24  # label voxels of one array held at a time, whatever the crop's size
 _WORD = 64
+FRACTION_STEPS = 16  # soft labels are shares of a voxel in so many steps: exact if the labels are twice as fine
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class LabelVolume:
         instances: the ``classes`` with per-object instance ids.
         ids: uint64 (I, D, H, W), the stored instance id of each of ``instances``; 0 where the class is not present, or
             present without a known id. None if there are no ``instances``.
+        fractions: uint8 (C, D, H, W), soft labels: the present share of the known part of a voxel, in sixteenths; 0
+            where the class is unknown. None without soft labels.
     """
 
     grid: VoxelGrid
@@ -53,6 +57,7 @@ class LabelVolume:
     known: NDArray[np.uint64]
     instances: tuple[str, ...] = ()
     ids: NDArray[np.uint64] | None = None
+    fractions: NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
         n_ids = 0 if self.ids is None else len(self.ids)
@@ -60,6 +65,11 @@ class LabelVolume:
             raise InputError(
                 f"a label volume with objects of {self.instances} on {self.grid} needs ids "
                 f"({len(self.instances)}, D, H, W), got {None if self.ids is None else self.ids.shape}"
+            )
+        if self.fractions is not None and self.fractions.shape != (len(self.classes), *self.grid.shape):
+            raise InputError(
+                f"fractions of {len(self.classes)} classes on {self.grid} need one array per class, got shape "
+                f"{self.fractions.shape}"
             )
         expected = (words_for(len(self.classes)), *self.grid.shape)
         if self.present.shape != expected or self.known.shape != expected:
@@ -88,14 +98,26 @@ def words_for(n_classes: int) -> int:
     return max(1, -(-n_classes // _WORD))
 
 
-def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: Sequence[str] = ()) -> LabelVolume:
+def read_labels(
+    crop: Crop,
+    classes: Sequence[str],
+    grid: VoxelGrid,
+    instances: Sequence[str] = (),
+    *,
+    alternate_ties: bool = False,
+    soft: bool = False,
+) -> LabelVolume:
     """Read the three-state labels of ``classes`` in ``crop`` on any ``grid``; beyond the crop they are unknown.
+
+    A voxel of which as much is present as absent is present. With ``alternate_ties`` it is only where the sum of its
+    lattice indices is even, so that ties do not make objects larger. ``soft`` also returns the fractions.
 
     For ``instances``, some of ``classes``, also read the instance ids where the class's own array holds ids and says
     that the class is present: a mask, or the parts of a group, do not say which object a voxel belongs to.
 
-    Works in blocks: memory is the result (16 bytes per voxel for up to 64 classes, 8 for each of ``instances``) plus a
-    constant. Raises `UnknownNameError` for an instance class that is not one of ``classes``.
+    Works in blocks: memory is the result (16 bytes per voxel for up to 64 classes, 8 for each of ``instances``, with
+    ``soft`` one per class) plus a constant. Raises `UnknownNameError` for an instance class that is not one of
+    ``classes``.
     """
     names, with_ids = tuple(classes), tuple(instances)
     for name in with_ids:
@@ -104,6 +126,7 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: 
     present = np.zeros((words_for(len(names)), *grid.shape), np.uint64)
     known = np.zeros_like(present)
     ids = np.zeros((len(with_ids), *grid.shape), np.uint64)
+    fractions = np.zeros((len(names), *grid.shape), np.uint8) if soft else None
     inside = grid.slices(crop.box)
     begin = [s.start for s in inside]
     touched = grid.crop(begin, [s.stop - s.start for s in inside])
@@ -112,14 +135,17 @@ def read_labels(crop: Crop, classes: Sequence[str], grid: VoxelGrid, instances: 
         read = _read_block(arrays, block, with_ids)
         shares = _narrow({name: interval for name, (interval, _) in read.items()}, names, block.shape)
         at = tuple(slice(b + o, b + o + n) for b, o, n in zip(begin, offset, block.shape, strict=True))
+        odd = _odd_voxels(block) if alternate_ties else None
         for channel, name in enumerate(names):
             word, bit = divmod(channel, _WORD)
-            is_present, is_known = _vote(shares[name])
+            is_present, is_known = _vote(shares[name], odd)
+            if fractions is not None:
+                fractions[channel][at] = _steps(shares[name], is_known)
             present[word][at] |= is_present.astype(np.uint64) << np.uint64(bit)
             known[word][at] |= is_known.astype(np.uint64) << np.uint64(bit)
             if name in with_ids and name in read:
                 ids[with_ids.index(name)][at] = np.where(is_present, read[name][1], 0)
-    return LabelVolume(grid, names, present, known, with_ids, ids if with_ids else None)
+    return LabelVolume(grid, names, present, known, with_ids, ids if with_ids else None, fractions)
 
 
 def read_instances(
@@ -229,12 +255,32 @@ def vote_ids(
     return out
 
 
-def _vote(share: Interval) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Present and known from a share's bounds: known by the known share alone, present by majority of the known."""
+def _vote(share: Interval, odd: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Present and known from a share's bounds: known by the known share alone, present by majority of the known, and on
+    a tie, except at ``odd`` voxels."""
     lo, hi = share
     absent = np.float32(1.0) - hi
     known = lo + absent >= np.float32(0.5) - _ROUNDING
-    return known & (lo >= absent - 2 * _ROUNDING), known
+    if odd is None:
+        return known & (lo >= absent - 2 * _ROUNDING), known
+    return known & (lo - absent >= np.where(odd, 2 * _ROUNDING, -2 * _ROUNDING)), known
+
+
+def _odd_voxels(grid: VoxelGrid) -> NDArray[np.bool_]:
+    """Where the sum of a voxel's lattice indices is odd, (D, H, W): the same for every block of a lattice.
+
+    Index 0 holds the origin of the world. The small offset keeps rounding from splitting a lattice that begins there.
+    """
+    first = [math.floor(t / v + 0.0137) for t, v in zip(grid.translation, grid.voxel_size, strict=True)]
+    z, y, x = (np.arange(b, b + n) for b, n in zip(first, grid.shape, strict=True))
+    return (z[:, None, None] + y[:, None] + x) % 2 == 1
+
+
+def _steps(share: Interval, known: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """The present share of the known part, in `FRACTION_STEPS`; 0 where the class is unknown."""
+    lo, hi = share
+    fraction = np.divide(lo, lo + (np.float32(1.0) - hi), out=np.zeros_like(lo), where=known)
+    return np.rint(FRACTION_STEPS * fraction).astype(np.uint8)
 
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:

@@ -35,7 +35,9 @@ _LOUDNESS = ("-v", "--verbose", "-q", "--quiet")
 _RESUMES = "interrupted; rerun the same command to resume"
 #: What is said after Ctrl-C, by verb; other verbs keep nothing.
 _INTERRUPTED_VERBS = {
-    **dict.fromkeys(("fetch", "predict", "decode", "measure", "mesh", "run-task", "tune", "export"), _RESUMES),
+    **dict.fromkeys(
+        ("fetch", "predict", "decode", "measure", "mesh", "run-task", "tune", "merge", "export", "study"), _RESUMES
+    ),
     "ingest": (
         "interrupted; the volume in progress was dropped, finished ones are kept: leave those out of the command, or "
         "add --overwrite"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import data_verbs, demo_verb, look_verbs, predict_verbs, score_verbs, train_verbs
+from connectomics.cli import challenge_verbs, data_verbs, look_verbs, predict_verbs, score_verbs, train_verbs
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -51,7 +51,7 @@ def loudness(
 
 for name, verb, text in (
     ("doctor", train_verbs.doctor, "Check this machine, and advise."),
-    ("demo", demo_verb.demo, "Run everything on synthetic data, with a score and a report."),
+    ("demo", data_verbs.demo, "Run everything on synthetic data, with a score and a report."),
     ("phantom", data_verbs.phantom, "Make a synthetic data root with known ground truth."),
     ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
     ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),
@@ -60,6 +60,7 @@ for name, verb, text in (
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
     ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),
     ("train", train_verbs.train, "Train a network."),
+    ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
     ("package", train_verbs.package, "Pack a trained network into one file."),
     ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
@@ -69,6 +70,7 @@ for name, verb, text in (
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
+    ("merge", challenge_verbs.merge, "Make one submission of several runs."),
     ("export", score_verbs.export, "Pack labels into the zip that the portal takes."),
     ("validate", score_verbs.validate, "Check a submission before uploading it."),
     ("score", score_verbs.score, "Score a submission exactly as the challenge does."),

@@ -1,4 +1,4 @@
-"""Verbs that make, bring or look at data: phantom, fetch, ingest, describe."""
+"""Verbs that make, bring or look at data: phantom, demo, fetch, ingest, describe."""
 
 from __future__ import annotations
 
@@ -9,18 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import (
-    AsJson,
-    Classes,
-    Crops,
-    Datasets,
-    InOption,
-    OutArgument,
-    Overwrite,
-    numbers_of,
-    voxel_size_of,
-)
+from connectomics.cli.options import InOption, OutArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.cellmap.fetch import Missing
@@ -31,7 +22,7 @@ def phantom(
     preset: Annotated[str, typer.Option(help="tiny (tests), small (the demo) or large.")] = "small",
     size: Annotated[float | None, typer.Option(help="Extent of each data set, nm; default: the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed; another seed gives another cell.")] = 0,
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Make a synthetic data root in the CellMap layout whose ground truth is a function of position.
 
@@ -51,6 +42,49 @@ def phantom(
     print(f"data root {info.root}, crop table {info.crop_table}, truth {info.truth}")
 
 
+def demo(
+    out: Annotated[Path, OutOption(help="Folder for everything.")] = Path("outputs/demo"),
+    data: Annotated[
+        Path | None,
+        InOption(help="A labeled data set of yours ({name}/{name}.zarr); default: the phantom.", show_default=False),
+    ] = None,
+    config: Annotated[
+        Path | None, InOption(help="Configuration; default: tutorials/phantom.yaml, or the data set's own.")
+    ] = None,
+    overrides: opt.Overrides = None,
+    preset: Annotated[str, typer.Option(help="Size of the phantom: tiny, small or large.")] = "small",
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Run everything: data, a short training, prediction, decoding, score, submission, report.
+
+    With --data, each labeled crop is cut into a training, a validation and a test part.
+
+    Examples:
+
+      pytc demo --out outputs/demo
+
+      pytc demo --data data/fib25-medulla --out outputs/fib25 training.max_epochs=20
+    """
+    from connectomics.pipeline.demo import prepare_demo
+
+    with terminal.stages() as advance:
+        made = prepare_demo(
+            out, data=data, config=config, overrides=overrides or [], preset=preset, overwrite=overwrite,
+            stage=terminal.stage, progress=advance,
+        )  # fmt: skip
+        scores, baseline = made.run()
+    rows = [
+        [name, terminal.number(getattr(scores.totals, key), 3), terminal.number(getattr(baseline.totals, key), 3)]
+        for name, key in (("overall", "overall"), ("instances", "instance"), ("semantic", "semantic"))
+    ]
+    for name, found in scores.label_scores.items():
+        rows.append([name, terminal.number(found.score, 3), terminal.number(baseline.label_scores[name].score, 3)])
+    terminal.table([f"score (rules {scores.rules})", "network", "intensity threshold"], rows)
+    print()
+    for name in ("scores.json", "submission.zip", "report.html"):
+        print(f"  {out / name}")
+
+
 def fetch(
     root: Annotated[Path, OutArgument(help="Local data root; created if it does not exist.")],
     source: Annotated[
@@ -60,10 +94,11 @@ def fetch(
         str | None, typer.Option(help="Another S3 server; default: AWS_ENDPOINT_URL, else Amazon.")
     ] = None,
     config: Annotated[
-        Path | None, InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context.")
+        Path | None,
+        InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context."),
     ] = None,
-    dataset: Datasets = None,
-    crop: Crops = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
     class_name: Annotated[
         list[str] | None, typer.Option("--class", help="Only arrays that inform this class; may be repeated.")
     ] = None,
@@ -91,34 +126,33 @@ def fetch(
 
       pytc fetch data --no-labels --crops challenge --voxel-size 8
     """
-    from connectomics.pipeline.fetch import plan_fetch, transfer_missing
+    from connectomics.pipeline.fetch import fetch as run
 
-    sizes = None if voxel_size is None else [voxel_size_of(text) for text in voxel_size]
-    with terminal.counted("listing objects") as advance:
-        missing, options = plan_fetch(
-            root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
-            voxel_sizes=sizes, context_nm=context, crop_table=crops, labels=labels, dry_run=dry_run, progress=advance,
-        )  # fmt: skip
-    _print_missing(missing)
-    if dry_run:
-        return
-    begin = time.perf_counter()
-    with terminal.counted("fetching") as advance:
-        number = transfer_missing(missing, root, options, threads=threads, progress=advance)
-    rate = f", {missing.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if number else ""
-    print(f"{root}: {number} objects fetched, {missing.plan.number - missing.number} were already there{rate}")
+    found: Missing | None = None
+    begin = 0.0
+
+    def planned(missing: Missing) -> None:
+        nonlocal found, begin
+        _print_missing(missing)
+        found, begin = missing, time.perf_counter()
+
+    run(
+        root, source=source, endpoint=endpoint, config=config, datasets=dataset, crops=crop, classes=class_name,
+        voxel_sizes=[opt.voxel_size_of(text) for text in voxel_size or ()], context_nm=context, crop_table=crops,
+        labels=labels, threads=threads, dry_run=dry_run, planned=planned, shown=terminal.counted,
+    )  # fmt: skip
+    if found is not None and not dry_run:
+        rate = f", {found.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if found.number else ""
+        print(f"{root}: {found.number} objects fetched, {found.plan.number - found.number} were already there{rate}")
 
 
 def _print_missing(missing: Missing) -> None:
-    rows = [
-        [
-            item.name, str(len(item.files)), terminal.size(item.size), terminal.size(sum(f.size for f in files)),
-            str(item.absent) if item.absent else "",
-        ]
-        for item, files in zip(missing.plan.items, missing.items, strict=True)
-    ]  # fmt: skip
     plan = missing.plan
-    rows.append(["all", str(plan.number), terminal.size(plan.size), terminal.size(missing.size), ""])
+    rows: list[list[object]] = []
+    for item, files in zip(plan.items, missing.items, strict=True):
+        left = terminal.size(sum(file.size for file in files))
+        rows.append([item.name, len(item.files), terminal.size(item.size), left, item.absent or ""])
+    rows.append(["all", plan.number, terminal.size(plan.size), terminal.size(missing.size), ""])
     terminal.table(["item", "objects", "size", "to fetch", "chunks not stored"], rows)
 
 
@@ -157,7 +191,7 @@ def ingest(
         str | None, typer.Option(metavar="0,5,10-12", help="Labels: the annotated sections; all others are unknown.")
     ] = None,
     format_name: Annotated[str | None, typer.Option("--format", help="Format, if the file name does not tell.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Import your own volumes (TIFF pages or a folder of sections, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into
     the CellMap layout, with pyramids, in bounded memory. All other verbs then work on them.
@@ -171,7 +205,7 @@ def ingest(
       pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
     """
     from connectomics.errors import InputError
-    from connectomics.pipeline.ingest import ingest_files
+    from connectomics.pipeline.ingest import ingest as run
 
     files: dict[str, str] = {}
     for text in labels or ():
@@ -179,16 +213,15 @@ def ingest(
         if not equals or not name:
             raise InputError(f"--labels: expected CLASS=FILE, CLASS:instance=FILE or CLASS:semantic=FILE, got {text!r}")
         files[name] = place
-    low_high = None if value_range is None else numbers_of(value_range, "--range", (2,), "LOW,HIGH")
-    start = None if begin is None else numbers_of(begin, "--begin", (3,), "z,y,x in nm")
-    for written in ingest_files(
+    low_high = None if value_range is None else opt.numbers_of(value_range, "--range", (2,), "LOW,HIGH")
+    start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")
+    run(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, crop=crop,
-        voxel_size=None if voxel_size is None else voxel_size_of(voxel_size), begin=start,
+        voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
         value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
         slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
-        shown=terminal.counted,
-    ):  # fmt: skip
-        print(written)
+        written=print, shown=terminal.counted,
+    )  # fmt: skip
 
 
 def _sections(text: str) -> frozenset[int]:
@@ -207,13 +240,13 @@ def _sections(text: str) -> frozenset[int]:
 
 def describe(
     root: Annotated[str, typer.Argument(help="Data root: holds {dataset}/{dataset}.zarr; a folder or s3:// URL.")],
-    dataset: Datasets = None,
-    crop: Crops = None,
-    class_name: Classes = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
+    class_name: opt.Classes = None,
     voxel_size: Annotated[
         str | None, typer.Option(help="Voxel size of a run, nm: 8 or 16,8,8; default: the raw's finest.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Print data sets, crops, voxel sizes, extents, classes, and how much of each is present, absent and unknown.
 
@@ -229,7 +262,7 @@ def describe(
     """
     from connectomics.cellmap.summary import summarize
 
-    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else voxel_size_of(voxel_size))
+    summary = summarize(root, dataset, crop, class_name, None if voxel_size is None else opt.voxel_size_of(voxel_size))
     if as_json:
         print(json.dumps(summary, indent=1))
         return
@@ -247,7 +280,7 @@ def describe(
     for name, c in summary["classes"].items():
         total = max(1e-9, c["present_um3"] + c["absent_um3"] + c["unknown_um3"])
         shares = [f"{100 * c[k] / total:.1f} %" for k in ("present_um3", "absent_um3", "unknown_um3")]
-        rows.append([name, c["kind"], str(c["crops"]), *shares, f"{c['present_um3']:.4g}"])
+        rows.append([name, c["kind"], c["crops"], *shares, c["present_um3"]])
     if rows:
         header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
         terminal.table(header, rows, title=f"classes over {summary['n_crops']} crops")

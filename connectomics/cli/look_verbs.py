@@ -60,15 +60,10 @@ def _print_inspection(found: Inspection) -> None:
     from connectomics.pages.inspect.data import pooled_known
     from connectomics.pages.inspect.numbers import by_class
 
-    rows = [
-        [
-            row.name,
-            f"{row.known:.1%}",
-            "-" if row.present is None else f"{row.present:.1%}",
-            f"{row.patches_present} of {len(found.patches)}",
-        ]
-        for row in by_class([p.labels for p in found.patches])
-    ]
+    rows = []
+    for row in by_class([p.labels for p in found.patches]):
+        present = None if row.present is None else f"{row.present:.1%}"
+        rows.append([row.name, f"{row.known:.1%}", present, f"{row.patches_present} of {len(found.patches)}"])
     terminal.table(["class", "known", "present where known", "patches with it"], rows)
     known, values, speed = pooled_known(found.patches), found.values[0], found.speed
     print(f"\nknown: {known['labels']:.1%} of all labels; any class at {known['anything']:.1%} of the voxels")
@@ -168,8 +163,6 @@ def _damage(entries: Sequence[EntryInfo]) -> dict[str, str]:
     with terminal.counted("checking entries") as advance:
         for number, entry in enumerate(entries):
             advance(number, len(entries), entry.crop or entry.name)
-            if entry.crop is not None and not entry.current:
-                continue  # an older format, without checksums, that is never read again
             try:
                 open_entry(entry.folder, "all")
             except CorruptDataError as error:
@@ -177,17 +170,15 @@ def _damage(entries: Sequence[EntryInfo]) -> dict[str, str]:
     return found
 
 
-def _cells(entry: EntryInfo) -> list[str]:
+def _cells(entry: EntryInfo) -> list[object]:
     days = max(0.0, time.time() - entry.used) / 86400
     ago = f"{days:.0f} days" if days >= 2 else f"{24 * days:.0f} h" if days >= 1 / 12 else f"{1440 * days:.0f} min"
-    state = "old format" if entry.crop is not None and not entry.current else "yes" if entry.processes else ""
-    name = entry.crop or f"damaged: {entry.name}"
-    size = terminal.size(entry.size)
-    return [name, str(entry.classes), terminal.triple(entry.voxel_size), size, f"{ago} ago", state]
+    name, used = entry.crop or f"damaged: {entry.name}", "yes" if entry.processes else ""
+    return [name, entry.classes, terminal.triple(entry.voxel_size), terminal.size(entry.size), f"{ago} ago", used]
 
 
 def _described(entry: EntryInfo) -> dict[str, Any]:
-    names = ("name", "crop", "classes", "used", "processes", "current")
+    names = ("name", "crop", "classes", "used", "processes")
     return {**{n: getattr(entry, n) for n in names}, "voxel_size": list(entry.voxel_size), "bytes": entry.size}
 
 

@@ -87,14 +87,14 @@ def engine_config(overrides: Sequence[str] | None) -> EngineConfig:
     return load_config(None, overrides or ()).engine
 
 
-def voxel_size_of(text: str, option: str = "--voxel-size") -> tuple[float, float, float]:
+def voxel_size_of(text: str) -> tuple[float, float, float]:
     """Return ``8`` or ``16,8,8`` (z, y, x) as three sizes in nm."""
     from connectomics.errors import InputError
 
-    size = numbers_of(text, option, (1, 3), "one number or three (z,y,x) in nm")
+    size = numbers_of(text, "--voxel-size", (1, 3), "one number or three (z,y,x) in nm")
     size = size * 3 if len(size) == 1 else size
     if not min(size) > 0:
-        raise InputError(f"{option}: expected sizes above 0 nm, got {text}")
+        raise InputError(f"--voxel-size: expected sizes above 0 nm, got {text}")
     return size[0], size[1], size[2]
 
 

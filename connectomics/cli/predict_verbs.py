@@ -9,24 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import (
-    AsJson,
-    Classes,
-    Crops,
-    Datasets,
-    Device,
-    DryRun,
-    EngineOverrides,
-    InArgument,
-    InOption,
-    OutArgument,
-    OutOption,
-    Overrides,
-    Overwrite,
-    Resume,
-    engine_config,
-)
+from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
 from connectomics.cli.train_verbs import Config
 
 if TYPE_CHECKING:
@@ -37,7 +22,7 @@ if TYPE_CHECKING:
 
 def predict(
     config: Config = None,
-    overrides: Overrides = None,
+    overrides: opt.Overrides = None,
     checkpoint: Annotated[
         list[Path] | None,
         InOption(help="Checkpoint, model package or run folder; if given several times, predictions are averaged."),
@@ -53,9 +38,9 @@ def predict(
     box: Annotated[
         str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm, instead of crops.", show_default=False)
     ] = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
     accept_failed: Annotated[
         list[str] | None,
         typer.Option(
@@ -63,7 +48,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Predict whole crops by sliding window, block by block. Rerun the same command to resume.
 
@@ -95,14 +80,10 @@ def predict(
 
     accepted = parse_accepted(accept_failed or ())
     if dry_run:
-        from connectomics.tasks.estimate import estimate
-
-        with terminal.stage("trying a block"):
-            tasks, engine, where = predict_tasks(
-                checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device
-            )
-            found = estimate(tasks, engine, where, overwrite=overwrite, resume=resume)
-        show_estimate(found)
+        tasks, engine, where = predict_tasks(
+            checkpoint, out=out, config=config, overrides=words, crops=crops, box=box, device=device
+        )
+        _try(tasks, engine, overwrite, resume, where)
         return
     with terminal.stage("predicting"), terminal.stages() as advance:
         made = run(
@@ -117,11 +98,11 @@ def decode(
     predictions: Annotated[Path, InArgument(help="Folder that predict wrote.")],
     out: Annotated[Path, OutArgument(help="Folder for the labels, in the same layout.")],
     config: Annotated[Path | None, InOption(help="Configuration with decoding.default and decoding.classes.")] = None,
-    class_name: Classes = None,
-    overrides: Overrides = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
+    class_name: opt.Classes = None,
+    overrides: opt.Overrides = None,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Turn probabilities into labels: thresholds, and instances by connected components, watershed or affinities.
     Large arrays are decoded block by block on the engine. Rerun the same command to resume.
@@ -160,10 +141,10 @@ def decode(
 def measure(
     labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
     out: Annotated[Path, OutOption(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
-    overrides: EngineOverrides = None,
-    class_name: Classes = None,
-    dataset: Datasets = None,
-    crop: Crops = None,
+    overrides: opt.EngineOverrides = None,
+    class_name: opt.Classes = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
     contact: Annotated[
         list[str] | None,
         typer.Option(
@@ -172,10 +153,10 @@ def measure(
         ),
     ] = None,
     table_format: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Measure every instance: volume, surface, sphericity, centroid and box in nm, and contacts between classes. Works
     block by block; rerun the same command to resume. Semantic classes count as one instance per crop.
@@ -189,9 +170,9 @@ def measure(
       pytc measure outputs/labels --out outputs/measures --format parquet engine.workers=8
     """
     from connectomics.morphology import ContactSpec
-    from connectomics.pipeline.measure import measure_tables, measure_tasks
+    from connectomics.pipeline.measure import measure_labels, measure_tasks
 
-    engine = engine_config(overrides)
+    engine = opt.engine_config(overrides)
     specs = [ContactSpec.parse(text) for text in contact or ()]
     tasks = measure_tasks(
         labels, out, classes=class_name, datasets=dataset, crops=crop, contacts=specs, table_format=table_format
@@ -200,7 +181,7 @@ def measure(
         _try(tasks, engine, overwrite, resume)
         return
     with terminal.counted("measuring") as advance:
-        made = measure_tables(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
+        made = measure_labels(tasks, engine=engine, overwrite=overwrite, resume=resume, progress=advance)
     found = {"labels": str(labels), **made}
     if as_json:
         print(json.dumps(found, indent=1))
@@ -209,27 +190,17 @@ def measure(
 
 
 def _print_measures(found: Mapping[str, Any]) -> None:
-    rows = [
-        [
-            row["class"], row["kind"], str(row["crops"]), str(row["instances"]), str(row["touch_border"]),
-            "-" if row["median_volume_nm3"] is None else f"{row['median_volume_nm3']:.4g}",
-            f"{row['volume_nm3']:.4g}", f"{row['surface_nm2']:.4g}",
-        ]
-        for row in found["classes"]
-    ]  # fmt: skip
     header = ["class", "kind", "crops", "instances", "at border", "median nm3", "total nm3", "surface nm2"]
-    terminal.table(header, rows)
+    keys = ("class", "kind", "crops", "instances", "touch_border", "median_volume_nm3", "volume_nm3", "surface_nm2")
+    terminal.table(header, [[row[key] for key in keys] for row in found["classes"]])
     if found["contacts"]:
-        header = ["contact", "crops", "instances", "with contact", "pairs", "contact nm2", "of surface"]
-        rows = [
-            [
-                f"{row['of']}:{row['to']}:{row['nm']:g}", str(row["crops"]), str(row["instances"]),
-                str(row["with_contact"]), str(row["pairs"]), f"{row['contact_nm2']:.4g}",
-                "-" if row["surface_nm2"] == 0 else f"{row['contact_nm2'] / row['surface_nm2']:.1%}",
-            ]
-            for row in found["contacts"]
-        ]  # fmt: skip
         print()
+        header = ["contact", "crops", "instances", "with contact", "pairs", "contact nm2", "of surface"]
+        rows = []
+        for row in found["contacts"]:
+            share = "-" if row["surface_nm2"] == 0 else f"{row['contact_nm2'] / row['surface_nm2']:.1%}"
+            numbers = [row[key] for key in ("crops", "instances", "with_contact", "pairs", "contact_nm2")]
+            rows.append([f"{row['of']}:{row['to']}:{row['nm']:g}", *numbers, share])
         terminal.table(header, rows)
     if any(row["kind"] == "semantic" for row in found["classes"]):
         print("\nsemantic classes have no instances: each is measured as one per crop")
@@ -241,10 +212,10 @@ def mesh(
     labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
     out: Annotated[Path, OutArgument(help="Folder for {dataset}/{crop}/{class}/{id}.ply.")],
     class_name: Annotated[str, typer.Option("--class", help="Class to mesh.")],
-    overrides: EngineOverrides = None,
+    overrides: opt.EngineOverrides = None,
     ids: Annotated[list[int] | None, typer.Option("--id", help="Only this instance; may be repeated.")] = None,
-    dataset: Datasets = None,
-    crop: Crops = None,
+    dataset: opt.Datasets = None,
+    crop: opt.Crops = None,
     file_format: Annotated[str, typer.Option("--format", help="ply, obj or precomputed (neuroglancer).")] = "ply",
     simplify: Annotated[int, typer.Option(help="Keep one triangle of so many, as far as the error allows.")] = 1,
     max_error_nm: Annotated[
@@ -253,9 +224,9 @@ def mesh(
     max_vertices: Annotated[
         int, typer.Option(help="Instances with more vertices get larger voxels; 150 bytes of memory per vertex.")
     ] = 20_000_000,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
-    dry_run: DryRun = False,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Write a closed surface of every instance (world coordinates in nm, x y z), in bounded memory. Rerun the same
     command to resume. Needs pip install 'connectomics-cellmap[mesh]'.
@@ -268,7 +239,7 @@ def mesh(
     """
     from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 
-    engine = engine_config(overrides)
+    engine = opt.engine_config(overrides)
     tasks = mesh_tasks(
         labels, out, class_name, datasets=dataset, crops=crop, ids=ids or (), file_format=file_format,
         simplify=simplify, max_error_nm=max_error_nm, max_vertices=max_vertices,
@@ -285,15 +256,15 @@ def mesh(
 
 def run_task(
     file: Annotated[Path, InArgument(help="A task.json (or .yaml) that predict, decode or measure left.")],
-    overrides: EngineOverrides = None,
-    device: Device = None,
-    overwrite: Overwrite = False,
-    resume: Resume = False,
+    overrides: opt.EngineOverrides = None,
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
     accept_failed: Annotated[
         list[str] | None,
         typer.Option(help="Blocks that may fail, such as 12,20-35; stored as unknown.", show_default=False),
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: opt.DryRun = False,
 ) -> None:
     """Run a stored task on any engine: the blocks that are missing are done.
 
@@ -303,30 +274,27 @@ def run_task(
 
       pytc run-task task.json engine.name=dask engine.address=tcp://10.0.0.1:8786 --device cuda
     """
-    from connectomics.pipeline.run_task import run_stored_task
+    from connectomics.pipeline.run_task import load_task, run_stored_task, task_device
     from connectomics.tasks.failures import parse_accepted
 
-    engine, accepted = engine_config(overrides), parse_accepted(accept_failed or ())
+    engine, accepted = opt.engine_config(overrides), parse_accepted(accept_failed or ())
+    task, place = load_task(file), task_device(device)
     if dry_run:
-        from connectomics.pipeline.run_task import estimate_stored_task
-
-        with terminal.stage("trying a block"):
-            found = estimate_stored_task(file, engine, device=device, overwrite=overwrite, resume=resume)
-        show_estimate(found)
+        _try([task], engine, overwrite, resume, place)
         return
     with terminal.stages() as advance:
         said = run_stored_task(
-            file, engine, device=device, overwrite=overwrite, resume=resume, accept=accepted, progress=advance
+            task, engine, device=place, overwrite=overwrite, resume=resume, accept=accepted, progress=advance
         )
     print(said)
 
 
-def _try(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool) -> None:
+def _try(tasks: Sequence[BlockTask], engine: EngineConfig, overwrite: bool, resume: bool, device: str = "cpu") -> None:
     """Print the cost of tasks, from one block that is tried."""
     from connectomics.tasks.estimate import estimate
 
     with terminal.stage("trying a block"):
-        found = estimate(tasks, engine, overwrite=overwrite, resume=resume)
+        found = estimate(tasks, engine, device, overwrite=overwrite, resume=resume)
     show_estimate(found)
 
 
@@ -347,16 +315,10 @@ def show_estimate(found: Estimate) -> None:
         print(f"\nabout {terminal.duration(total)} of one worker{shared}, for {some}, judging from the middle block")
 
 
-def _row(stage: StageEstimate) -> list[str]:
+def _row(stage: StageEstimate) -> list[object]:
     memory = "-" if stage.cost is None else f"{terminal.size(stage.cost.memory)} + model"
     if stage.held is not None:
         memory = f"{terminal.size(stage.held)} held"
-    return [
-        stage.stage,
-        "?" if stage.blocks is None else str(stage.blocks),
-        "?" if stage.left is None else str(stage.left),
-        terminal.size(stage.read),
-        terminal.size(stage.written),
-        memory,
-        "-" if stage.seconds is None else f"{stage.seconds:.3g} s",
-    ]
+    blocks, left = ("?" if number is None else number for number in (stage.blocks, stage.left))
+    seconds = None if stage.seconds is None else f"{stage.seconds:.3g} s"
+    return [stage.stage, blocks, left, terminal.size(stage.read), terminal.size(stage.written), memory, seconds]

@@ -9,20 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import (
-    Classes,
-    Crops,
-    Datasets,
-    InArgument,
-    InOption,
-    OutArgument,
-    OutOption,
-    Overrides,
-    Rules,
-    RulesConfig,
-    rules_of,
-)
+from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
 
 _MEASURES = ("score", "dice", "iou", "precision", "recall", "rand_error", "voi_split", "voi_merge")
 _HEADS = ("score", "dice", "iou", "precision", "recall", "rand error", "split", "merge")
@@ -35,13 +24,13 @@ CropTableOption = Annotated[str, typer.Option("--crops", help="Crop table (.csv,
 def evaluate(
     labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
     root: Annotated[str, typer.Argument(help="Data root with the ground truth of those crops.")],
-    overrides: Overrides = None,
-    config: RulesConfig = None,
+    overrides: opt.Overrides = None,
+    config: opt.RulesConfig = None,
     out: Annotated[Path | None, OutOption(help="Write the numbers here, as JSON, and CSV tables beside it.")] = None,
-    class_name: Classes = None,
-    crop: Crops = None,
-    dataset: Datasets = None,
-    rules: Rules = None,
+    class_name: opt.Classes = None,
+    crop: opt.Crops = None,
+    dataset: opt.Datasets = None,
+    rules: opt.Rules = None,
 ) -> None:
     """Compare labels with annotated crops, over known voxels only: the challenge's score, Dice, IoU, precision, recall,
     Rand error, VOI; by class, data set and crop, with 95 % intervals over crops.
@@ -55,7 +44,7 @@ def evaluate(
     from connectomics.pipeline.evaluate import evaluate as run
     from connectomics.pipeline.evaluate import evaluation_files
 
-    chosen = rules_of(config, overrides, rules)
+    chosen = opt.rules_of(config, overrides, rules)
     with terminal.counted("evaluating") as advance:
         result = run(
             labels, root, out=out, classes=class_name, crops=crop, datasets=dataset, rules=chosen, progress=advance
@@ -116,23 +105,24 @@ def print_rules(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     cells = []
     for row in rows:
-        by = "-" if row["moves"] is None else f"{row['moves']:+.4f}"
-        verified = "verified" if row["verified"] else "not verified"
-        cells.append([row["rules"], terminal.number(row["overall"]), by, verified, row["summary"]])
+        by, verified = row["moves"], "verified" if row["verified"] else "not verified"
+        moved = None if by is None else f"{by:+.4f}"
+        cells.append([row["rules"], terminal.number(row["overall"]), moved, verified, row["summary"]])
     terminal.table(["rules", "overall", "difference", "", "what they are"], cells, "By other rules (score.rules)")
 
 
 def tune(
     predictions: Annotated[Path, InArgument(help="Folder that predict wrote for annotated crops.")],
     root: Annotated[str, typer.Argument(help="Data root with the ground truth of those crops.")],
-    overrides: Overrides = None,
+    overrides: opt.Overrides = None,
     config: Annotated[
-        Path | None, InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules.")
+        Path | None,
+        InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules."),
     ] = None,
     out: Annotated[Path, OutOption(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
         "outputs/tuned"
     ),
-    class_name: Classes = None,
+    class_name: opt.Classes = None,
     trials: Annotated[int, typer.Option(help="Trials per class, including those of earlier runs.")] = 60,
     minutes: Annotated[float | None, typer.Option(help="Start no trial after so many minutes.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the search.")] = 0,
@@ -165,8 +155,8 @@ def tune(
     header = ("class", "measure", "crops", "trials", "base", "tuned", "threshold", "method", "min nm^3")
     rows = [
         (
-            name, t.measure, str(len(t.crops)), str(len(t.trials) or "-"), f"{t.base_score:.4f}", f"{t.best_score:.4f}",
-            f"{t.best.threshold:.4g}", t.best.method, f"{t.best.min_size_nm3:.4g}",
+            name, t.measure, len(t.crops), len(t.trials) or None, f"{t.base_score:.4f}", f"{t.best_score:.4f}",
+            t.best.threshold, t.best.method, t.best.min_size_nm3,
         )
         for name, t in result.items()
     ]  # fmt: skip
@@ -184,10 +174,11 @@ def export(
     labels: Annotated[Path, InArgument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
     out: Annotated[Path, OutArgument(help="The submission, submission.zip.")] = Path("submission.zip"),
     crops: CropTableOption = "challenge",
-    class_name: Classes = None,
-    dataset: Datasets = None,
+    class_name: opt.Classes = None,
+    dataset: opt.Datasets = None,
     probabilities: Annotated[
-        Path | None, InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels.")
+        Path | None,
+        InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an array of the table is missing.")] = False,
 ) -> None:
@@ -215,7 +206,7 @@ def validate(
     submission: Annotated[Path, InArgument(help="A zip, or a folder with the Zarr group.")],
     crops: CropTableOption = "challenge",
     truth: Annotated[Path | None, InOption(help="Ground-truth Zarr, if there is one: exact instance limits.")] = None,
-    class_name: Classes = None,
+    class_name: opt.Classes = None,
     out: Annotated[Path | None, OutOption(help="Also write the findings here, as JSON.")] = None,
 ) -> None:
     """Check a submission before uploading it: what the portal would refuse or silently ignore. The exit status is 1 if
@@ -245,12 +236,12 @@ def score(
         Path, InArgument(help="A zip, a folder with the Zarr group, or a folder of labels that decode wrote.")
     ],
     truth: Annotated[Path, InArgument(help="Ground truth: a Zarr group crop{N}/{class}.")],
-    overrides: Overrides = None,
-    config: RulesConfig = None,
+    overrides: opt.Overrides = None,
+    config: opt.RulesConfig = None,
     crops: Annotated[str | None, typer.Option(help="Crop table; default: what the ground truth holds.")] = None,
-    class_name: Classes = None,
-    crop: Crops = None,
-    rules: Rules = None,
+    class_name: opt.Classes = None,
+    crop: opt.Crops = None,
+    rules: opt.Rules = None,
     out: Annotated[Path, OutOption(help="Folder for scores.json and the tables.")] = Path("."),
 ) -> None:
     """Score a submission exactly as the challenge does, and print how other rules would change the score.
@@ -264,7 +255,7 @@ def score(
     from connectomics.metrics.tables import print_table, score_table, scores_files
     from connectomics.pipeline.score import score as run
 
-    chosen = rules_of(config, overrides, rules)
+    chosen = opt.rules_of(config, overrides, rules)
     with terminal.counted("scoring") as advance:
         scores = run(
             submission, truth, out=out, crops=crops, crop_names=crop, classes=class_name, rules=chosen, progress=advance

@@ -5,15 +5,12 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
-from connectomics.progress import Progress, silent
+from connectomics.progress import Progress, lines, silent
 
 log = logging.getLogger(__name__)
-
-#: Seconds between two progress lines in a log.
-_EVERY = 10.0
 
 
 def say(text: str) -> None:
@@ -44,39 +41,27 @@ def counted(what: str) -> Iterator[Progress]:
             with _bar() as advance:
                 yield advance
         else:
-            yield _lines(what, time.perf_counter())
-
-
-def when_needed(what: str) -> Progress:
-    """Return a progress like `counted` that starts with the first call that leaves work and ends when none is left."""
-    running: list[tuple[AbstractContextManager[Progress], Progress]] = []
-
-    def advance(done: int, total: int, name: str = "", /) -> None:
-        if not running and done < total:
-            shown = counted(what)
-            running.append((shown, shown.__enter__()))
-        if running:
-            running[0][1](done, total, name)
-            if done >= total:
-                running.pop()[0].__exit__(None, None, None)
-
-    return advance
+            yield lines(what, say)
 
 
 @contextmanager
-def stages() -> Iterator[Progress]:
-    """Yield a progress that shows each step (its ``what``) as `counted` does, if it leaves work when it starts."""
+def stages(what: str | None = None) -> Iterator[Progress]:
+    """Yield a progress that shows each step as `counted` does, if it leaves work when it starts: steps are told by
+    their names, or all that is reported is one step, ``what``."""
     with ExitStack() as shown:
         running: dict[str, Progress] = {}
 
         def advance(done: int, total: int, name: str = "", /) -> None:
-            if name not in running and done < total:
+            step, item = (name, "blocks") if what is None else (what, name)
+            if step not in running and done < total:
                 shown.close()
-                running[name] = shown.enter_context(counted(name))
-            if name in running:
-                running[name](done, total, "blocks")
+                running[step] = shown.enter_context(counted(step))
+            if step in running:
+                running[step](done, total, item)
                 if done >= total:
                     shown.close()
+                    if what is not None:
+                        running.clear()
 
         yield advance
 
@@ -97,27 +82,19 @@ def _bar() -> Iterator[Progress]:
         yield advance
 
 
-def _lines(what: str, begin: float) -> Progress:
-    last = begin
-
-    def advance(done: int, total: int, name: str = "", /) -> None:
-        nonlocal last
-        if time.perf_counter() - last >= _EVERY:
-            last = time.perf_counter()
-            left = (last - begin) / done * (total - done) if done else 0.0
-            say(f"{what}: {done}/{total} {name} ({last - begin:.0f} s, {left:.0f} s to go)")
-
-    return advance
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """Print a table, the first column to the left and the others to the right."""
-    widths = [max(len(r[i]) for r in (header, *rows)) for i in range(len(header))]
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table, the first column to the left and the others to the right; numbers get four digits, None is "-"."""
+    shown = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(r[i]) for r in (header, *shown)) for i in range(len(header))]
     if title:
         print(f"\n{title}")
-    for row in (header, ["-" * w for w in widths], *rows):
+    for row in (header, ["-" * w for w in widths], *shown):
         cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
         print("  " + "  ".join(cells).rstrip())
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def triple(values: Sequence[float]) -> str:

@@ -1,11 +1,11 @@
-"""Verbs around training: doctor, plan, train, runs, package."""
+"""Verbs around training: doctor, plan, train, study, runs, package."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from connectomics.cli import terminal
 from connectomics.cli.options import AsJson, Datasets, InArgument, InOption, OutOption, Overrides, Overwrite
 
 if TYPE_CHECKING:
+    from connectomics.pipeline.plan import Plans
     from connectomics.pipeline.runs import Run
 
 # text, because an override, which may hold a URL, can take its place
@@ -57,7 +58,9 @@ def doctor(
 
 def plan(
     root: Annotated[str, typer.Argument(help="Data root: a folder or s3:// URL.")],
-    class_name: Annotated[list[str], typer.Option("--class", help="Class to segment; may be repeated.")],
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Class to segment; may be repeated.", show_default=False)
+    ] = None,
     dataset: Datasets = None,
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
     minutes: Annotated[
@@ -67,6 +70,18 @@ def plan(
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
     ] = True,
+    challenge: Annotated[
+        bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
+    ] = False,
+    crops: Annotated[str | None, typer.Option(help="--challenge: crop table; default: the root's own.")] = None,
+    data_root: Annotated[Path | None, OutOption(help="--challenge: data root to fetch into if ROOT is remote.")] = None,
+    from_atoms: Annotated[
+        bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
+    ] = False,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="--challenge: memory of the GPU to plan for, GB, if it is not in this machine.")
+    ] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
@@ -76,8 +91,21 @@ def plan(
       pytc plan data --class mito --class er --class mt
 
       pytc plan data --class nuc --out plans --minutes 30 --no-trial
+
+      pytc plan data --challenge --out plans --gpu-memory 80 --gpu-tflops 40
     """
-    from connectomics.pipeline.plan import hours
+    if challenge:
+        from connectomics.cli.challenge_verbs import plan_all
+
+        plan_all(
+            root, out=out, classes=class_name, datasets=dataset, crops=crops, data_root=data_root, minutes=minutes,
+            from_atoms=from_atoms, gpu=(gpu_memory, gpu_tflops), trial=trial, overwrite=overwrite,
+        )  # fmt: skip
+        return
+    if not class_name:
+        raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
+    if crops or data_root or from_atoms or gpu_memory or gpu_tflops:
+        raise typer.BadParameter("--crops, --data-root, --from-atoms and --gpu-... belong to --challenge")
     from connectomics.pipeline.plan import plan as make_plan
 
     with terminal.counted("measuring") as advance:
@@ -85,6 +113,12 @@ def plan(
             root, class_name, out=out, datasets=dataset, minutes=minutes, trial=trial, overwrite=overwrite,
             progress=advance,
         )  # fmt: skip
+    _print_plans(found)
+
+
+def _print_plans(found: Plans) -> None:
+    from connectomics.pipeline.plan import hours
+
     data, machine = found.data, found.machine
     rows = [
         [
@@ -160,10 +194,11 @@ def train(
     from connectomics.pipeline.train import train as run
 
     folder = run_dir or choose_run_dir(composed, checkpoint)
-    decoding = terminal.when_needed("decoding crops into the cache")
-    with _explaining_how_to_resume(["pytc", "train", str(config), *(overrides or [])], folder, resume):
+    command = ["pytc", "train", str(config), *(overrides or [])]
+    decoding = terminal.stages("decoding crops into the cache")
+    with _explaining_how_to_resume(command, folder, resume), decoding as advance:
         result = run(
-            composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=decoding
+            composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=advance
         )
     if fast_dev_run:
         print("the run works: one batch and one validation crop passed")
@@ -194,6 +229,57 @@ def _explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool
             raise InterruptError(f"interrupted; rerun the same command to resume from {last}") from None
         again = shlex.join([*command, "--run-dir", str(folder), "--checkpoint", str(last)])
         raise InterruptError(f"interrupted; to resume: {again}") from None
+
+
+def study(
+    file: Annotated[Path, InArgument(help="Study file, such as tutorials/studies/phantom.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, OutOption(help="Folder; default {output_dir}/studies/{name of the file}.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Rows to train at the same time, each in a process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and their states; train nothing.")] = False,
+    as_json: AsJson = False,
+) -> int:
+    """Train each arm of a study file with each seed on each fold, and write one table and a page.
+
+    Rerun the same command to resume: only missing rows are trained. The exit status is 1 if a row failed.
+
+    Examples:
+
+      pytc study tutorials/studies/phantom.yaml --dry-run
+
+      pytc study tutorials/studies/lucchi_ablation.yaml --workers 2 dataset.data_root=data
+    """
+    from connectomics.pipeline.study import study as run_study
+
+    with terminal.counted("training rows") if not dry_run else nullcontext(None) as advance:
+        found = run_study(file, out, overrides=overrides or [], workers=workers, dry_run=dry_run, progress=advance)
+    if as_json:
+        print(json.dumps({"folder": str(found.folder), "arms": found.arms, "rows": found.rows}, indent=1))
+        return 0 if dry_run else int(bool(found.unfinished))
+    if dry_run:
+        rows = [[r["arm"], str(r["seed"]), r["fold"] or "-", r["state"], r["folder"]] for r in found.rows]
+        terminal.table(["arm", "seed", "fold", "state", "folder"], rows)
+        return 0
+    first, *others = found.scores
+    columns = ["arm", "state", "rows", first, "95 %", "- base", "95 %", *others, "last", "steps", "CPU s", "device s"]
+    terminal.table(columns, [
+        [
+            arm["arm"], arm["state"], f"{arm['complete']}/{arm['rows']}", terminal.number(arm[first]),
+            _range(arm, first), terminal.number(arm.get(f"{first} - base")), _range(arm, f"{first} - base"),
+            *[terminal.number(arm[name]) for name in (*others, "last")],
+            *[terminal.number(arm[name], 0) for name in ("steps", "cpu_s", "device_s")],
+        ]
+        for arm in found.arms
+    ])  # fmt: skip
+    for row in found.unfinished:
+        print(f"{row['arm']}, seed {row['seed']} {row['fold']}: {row['state']} {row['error']}".rstrip())
+    print(f"table: {found.folder / 'study.csv'}\npage: {found.folder / 'study.html'}")
+    return int(bool(found.unfinished))
+
+
+def _range(arm: Mapping[str, Any], name: str) -> str:
+    low, high = arm.get(f"{name} low"), arm.get(f"{name} high")
+    return "-" if low is None or high is None else f"{low:.4f} to {high:.4f}"
 
 
 def runs(
@@ -300,11 +386,11 @@ def package(
 
       pytc package outputs/cellmap_mito/version_0/checkpoints/best.ckpt --out mito.pytc --scores outputs/scores.json
     """
-    from connectomics.pipeline.package import package as pack
+    from connectomics.pipeline.package import write_package
 
-    made, target = pack(
+    made = write_package(
         source, out, scores=scores, license_name=license_name, description=description, overwrite=overwrite
     )
     shown = ("architecture", "parameters", "classes", "voxel_size", "validation", "license")
     print(json.dumps({key: made.about.get(key) for key in shown}))
-    print(f"{target} ({target.stat().st_size / 1e6:.1f} MB)")
+    print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

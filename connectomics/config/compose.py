@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 from connectomics.config.heads import heads_of
 from connectomics.config.schema import RunConfig
-from connectomics.config.values import read
+from connectomics.config.values import flat, read
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
 _PRIMARY = "connectomics_run"
@@ -30,6 +30,9 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
         MissingError: the file does not exist. ConfigError: a key is unknown (the message names the nearest key), or a
             value has the wrong type or is out of range.
     """
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    if path is None and not given:
+        return RunConfig()  # without Hydra, whose import takes longer than many a verb
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -37,7 +40,6 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
     file = None if path is None else Path(path).expanduser()
     where = str(file or "the configuration")
     if file is not None:
@@ -186,22 +188,13 @@ def _check_parts(config: RunConfig, where: str) -> None:
     ):
         if wrong:
             raise ConfigError(f"{where}: {message}")
-    for key, value in _leaves(asdict(config)):
+    for key, value in flat(asdict(config)).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{where}: {key} must be a finite number, got {value}")
     try:
         heads_of(config)
     except (ConfigError, UnknownNameError) as error:
         raise ConfigError(f"{where}: {error}") from error
-
-
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested dicts with its dotted key."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:

@@ -126,6 +126,17 @@ def head_classes(config: RunConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(head.class_name for head in config.model.heads))
 
 
+def instance_classes(config: RunConfig) -> tuple[str, ...]:
+    """Return the classes whose instance ids a batch has: those of heads, then those of ``data.gap_nm``.
+
+    Raises `UnknownNameError` if one of the latter is not one of the trained classes.
+    """
+    for name in config.data.gap_nm:
+        if name not in config.dataset.classes:
+            raise unknown_name("class", name, config.dataset.classes, "data.gap_nm (of dataset.classes)")
+    return tuple(dict.fromkeys((*head_classes(config), *config.data.gap_nm)))
+
+
 def channel_names(config: RunConfig) -> tuple[str, ...]:
     """Return the channel names of a prediction: the classes, then the heads that are written."""
     written = (name for head in heads_of(config) if head.write for name in head.channel_names)

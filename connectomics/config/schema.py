@@ -17,6 +17,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from connectomics.config.intensity_range import check_intensity_range
 from connectomics.config.values import STRICT_KEYS, checked, one_of
+from connectomics.geometry import Index, Triple, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
 #: which take at most a thousand windows and no backward pass (``data.validation_windows``).
@@ -36,8 +37,23 @@ def _is_tta(value: Any) -> bool:
     return bool(given) and valid and len(set(given)) == len(given)
 
 
+def _are_groups(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
 def _is_batch_size(value: Any) -> bool:
     return value == "auto" or (type(value) is int and value >= 1)
+
+
+def _are_class_weights(value: Any) -> bool:
+    if value == "inverse_frequency":
+        return True
+    numbers = value.values() if isinstance(value, dict) else ["?"]
+    return all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < float("inf") for n in numbers)
+
+
+def _are_lengths(values: Any) -> bool:
+    return all(0 < float(length) < float("inf") for length in values.values())
 
 
 def _is_init_bias(value: Any) -> bool:
@@ -126,6 +142,7 @@ class ModelConfig(Group):
     mednext_size: str = "B"  # S | B | M | L
     mednext_kernel_size: int = 3  # 3 | 5
     deep_supervision: bool = False
+    dropout: Annotated[float | None, Field(ge=0, lt=1)] = None  # share of channels to drop; None: the network's default
     #: how data.inputs enter the network: encoder (one per input, registered) | channels (stacked)
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
@@ -135,6 +152,11 @@ class ModelConfig(Group):
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
+    #: weights of classes in the loss, by name (default 1), or inverse_frequency: by their share of training voxels
+    class_weights: Annotated[Any, checked(_are_class_weights, "must be inverse_frequency, or numbers by class")] = (
+        field(default_factory=dict)
+    )
+    class_weight_cap: Annotated[float, Field(ge=1)] = 10.0  # inverse_frequency: most, relative to the smallest weight
     heads: list[HeadConfig] = field(default_factory=list)  # their channels come after those of the classes
 
 
@@ -173,8 +195,16 @@ class DataConfig(Group):
     cache_gb: Annotated[float | None, _FROM_0] = None  # limit of cache_dir; drops the least recently used crops
     chunk_cache_mb: Annotated[int, _FROM_0] = 64  # decoded chunks per process, without the crop cache
     allow_missing_raw: bool = False  # train and predict if some raw chunks are missing (masked; probability 0)
-    sampling: dict[str, float] = field(default_factory=dict)  # weights of class | dataset | volume | uniform
-    class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class; default 1
+    sampling: dict[str, float] = field(default_factory=dict)  # class | dataset | volume | uniform | instance | hard
+    class_weights: dict[str, float] = field(default_factory=dict)  # of sampling by class or instance; default 1
+    #: training: whether a voxel of which exactly half is present counts as present, or every other one does
+    label_ties: Annotated[str, one_of("present", "alternate")] = "present"
+    soft_labels: bool = False  # training: the target of a voxel that a boundary cuts is the share that is present
+    #: class with IDs -> nm: its voxels this near another object are not trained as present, so that objects stay apart
+    gap_nm: Annotated[dict[str, float], checked(_are_lengths, "must be lengths above 0 by class")] = field(
+        default_factory=dict
+    )
+    gap_state: Annotated[str, one_of("absent", "unknown")] = "absent"  # what the voxels of gap_nm become
     min_known: Annotated[float, Field(ge=0, le=1)] = 0.0  # least share of known voxels in a patch, if possible
     inputs: list[InputConfig] = field(default_factory=list)  # further inputs at other voxel sizes
     #: auto | table | [low, high], or one of these by data set; null: table, else auto
@@ -221,6 +251,8 @@ class TrainingConfig(Group):
     precision: Annotated[str, one_of("16-mixed", "bf16-mixed", "32")] = "16-mixed"
     gradient_clip_val: Annotated[float | None, _FROM_0] = 1.0
     accumulate_grad_batches: Annotated[int, _FROM_1] = 1
+    channels_last: bool = False  # memory format of the weights; unet_2d works in it anyway
+    compile: bool = False  # train with torch.compile
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is kept; 0: none
     val_every_n_epochs: Annotated[int, _FROM_1] = 1
     val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score
@@ -275,6 +307,8 @@ class InferenceConfig(Group):
     #: none | variance (over tta and checkpoints) | entropy | dropout
     uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"
     dropout_samples: Annotated[int, Field(ge=2)] = 8  # passes with active dropout, for uncertainty=dropout
+    #: predict: also write group classes as unions of predicted atoms: true (all that follow) | names
+    groups: Annotated[Any, checked(_are_groups, "must be true, false or a list of classes")] = False
     skip_empty: bool = True  # predict: skip windows of constant raw (padding) or without raw; they become 0
     mask: str | None = None  # predict: skip voxels where this label volume is 0; a path, or one in {dataset}.zarr
     dtype: Annotated[str, one_of("uint8", "float16")] = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)
@@ -345,3 +379,20 @@ class RunConfig(Group):
     def channels(self) -> int:
         """Number of output channels for the classes, one each; those of ``model.heads`` come after them."""
         return self.model.out_channels if self.model.out_channels is not None else len(self.dataset.classes)
+
+    @property
+    def voxel_size(self) -> Triple:
+        """Voxel size of the run, nm, z y x."""
+        return triple(self.dataset.voxel_size, "dataset.voxel_size")
+
+    @property
+    def patch(self) -> Index:
+        """Shape of a training patch, voxels z y x."""
+        z, y, x = self.data.patch_size
+        return z, y, x
+
+    @property
+    def window(self) -> Index:
+        """Shape of what the network sees at once in validation and prediction, voxels z y x."""
+        z, y, x = self.inference.window or self.patch
+        return z, y, x

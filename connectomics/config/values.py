@@ -85,6 +85,15 @@ def plain(value: Any) -> dict[str, Any]:
     return fields
 
 
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested mappings as one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return found
+
+
 def _plain_item(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from connectomics.cellmap.catalog import Crop, LabelArray
 from connectomics.cellmap.classes import atoms_of
 from connectomics.cellmap.labels import arrays_needed
 from connectomics.cellmap.summary import label_counts
-from connectomics.errors import InputError
+from connectomics.errors import InputError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import s3, store
 from connectomics.io.fingerprint import fingerprint
+from connectomics.io.replacing import write_file
 
 _MOST = 2**22  # voxels of a region of a crop that are counted at the finest level
 _ENOUGH = 2**18  # voxels of a coarser level that say how many there are
@@ -67,13 +68,8 @@ class LabelCounter:
             return {state: int(n) for state, n in json.loads(path.read_text(encoding="utf-8")).items()}
         except (OSError, ValueError, AttributeError, TypeError):
             counts = label_counts(label, part)
-        temporary = path.with_suffix(f".{os.getpid()}.part")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(counts), encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # a folder that cannot be written only costs counting again
+        with suppress(WriteError):  # a folder that cannot be written only costs counting again
+            write_file(path, json.dumps(counts).encode())
         return counts
 
 
@@ -107,6 +103,21 @@ def content_of(crop: Crop, classes: Sequence[str], counter: LabelCounter) -> Con
                 absent.add(name)  # other classes exclude it, or a group that holds it is absent
     known = max(((c["present"] + c["absent"]) * volume[n] for n, c in counts.items()), default=0.0)
     return Content(known, present, frozenset(absent))
+
+
+def present_shares(crops: Sequence[Crop], classes: Sequence[str], counter: LabelCounter) -> dict[str, float]:
+    """Return by class the present share of the annotated volume of all crops, 0 to 1; 0 if none is annotated.
+
+    A class without an array counts by the arrays of its atoms.
+    """
+    present, known = dict.fromkeys(classes, 0.0), dict.fromkeys(classes, 0.0)
+    for crop in crops:
+        for name in classes:
+            own = [name] if name in crop.labels else [atom for atom in atoms_of(name) if atom in crop.labels]
+            counts = [(counter(crop, crop.labels[n]), float(np.prod(crop.labels[n].grid.voxel_size))) for n in own]
+            present[name] += sum(c["present"] * volume for c, volume in counts)
+            known[name] += max(((c["present"] + c["absent"]) * volume for c, volume in counts), default=0.0)
+    return {name: min(1.0, present[name] / known[name]) if known[name] else 0.0 for name in classes}
 
 
 def check_states(contents: Sequence[Content], classes: Sequence[str]) -> list[str]:

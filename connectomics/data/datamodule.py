@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import EPOCH_PATCHES, RunConfig
 from connectomics.data.cache import cache_folder, prepare
-from connectomics.data.contents import LabelCounter
+from connectomics.data.contents import LabelCounter, present_shares
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
 from connectomics.data.loader import PatchLoader
@@ -66,6 +66,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self.progress = progress
         self.split: Split | None = None
         self.normalization: dict[str, Chosen] = {}  # of each data set, after `setup`
+        self.present_shares: dict[str, float] = {}  # of the training crops, if ``model.class_weights`` needs them
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
 
@@ -109,6 +110,8 @@ class CellMapDataModule(pl.LightningDataModule):
             progress=self.progress,
         )
         check_known(self._train.volumes)
+        if isinstance(cfg.model.class_weights, str):
+            self.present_shares = present_shares(train, cfg.dataset.classes, counter)
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property
@@ -128,7 +131,7 @@ class CellMapDataModule(pl.LightningDataModule):
         data = self.config.data
         rank, world = self._place()
         return PatchSampler(
-            self.train_dataset.sampled_crops(),
+            self.train_dataset.sampled_crops(objects=data.sampling.get("instance", 0) > 0),
             EPOCH_PATCHES if data.patches_per_epoch is None else data.patches_per_epoch,
             classes=self.train_dataset.classes,
             sampling=data.sampling,
@@ -136,6 +139,7 @@ class CellMapDataModule(pl.LightningDataModule):
             seed=self.config.system.seed,
             rank=rank,
             world=world,
+            regions=self.train_dataset.reader.regions,
         )
 
     def _place(self) -> tuple[int, int]:

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import atoms_of
+from connectomics.errors import InputError
 from connectomics.geometry import Box, Triple, triple
 
 log = logging.getLogger(__name__)
@@ -136,13 +138,7 @@ def cut(
     Crops that reach across are on both sides, each with a region. If at most one plane is annotated, everything is for
     training.
     """
-    found = [profile for crop in crops for profile in _profiles(crop, classes)]
-    extents = [_extent([profiles[axis] for _, profiles in found]) for axis in range(3)]
-    axis = int(np.argmax([high - low for low, high in extents]))
-    low, high = extents[axis]
-    profiles = [(name, per_axis[axis]) for name, per_axis in found]
-    thickest = max((profile.thickness for _, profile in profiles), default=0.0)
-    width = max(min(max(gap), _MOST_GAP * (high - low)), thickest)
+    axis, width, profiles = _along_the_longest_axis(crops, classes, gap)
     choices = []
     for is_first in rng.permutation([True, False]):
         faces = _best_faces(profiles, width, 1 - train_share, bool(is_first))
@@ -160,6 +156,51 @@ def cut(
         ", ".join(crop.key for crop in crops), "zyx"[axis], above - below, max(gap),
     )  # fmt: skip
     return (upper, lower) if is_first else (lower, upper)
+
+
+def slabs(
+    crops: Sequence[Crop], classes: Sequence[str], number: int, gap: Triple
+) -> list[tuple[list[Crop], list[Crop]]]:
+    """Cut crops that belong together into ``number`` slabs across the longest axis of their annotation; return
+    (training, validation) for each slab: the slab validates, the rest trains.
+
+    All slabs hold about the same annotated volume. As in `cut`, neither side uses a gap on both faces of the slab.
+
+    Raises:
+        InputError: too little is annotated for so many slabs.
+    """
+    axis, width, profiles = _along_the_longest_axis(crops, classes, gap)
+    faces = np.unique(np.concatenate([p.begin + p.thickness for _, p in profiles])) if profiles else np.zeros(0)
+    below = sum((_volume_below(p, p.known, faces) for _, p in profiles), np.zeros(len(faces)))
+    whole = reduce(Box.hull, [crop.box for crop in crops])
+    wanted = below[-1] * np.arange(1, number) / number if len(faces) else np.zeros(0)
+    cuts = [float(faces[int(np.argmin(np.abs(below - volume)))]) for volume in wanted]
+    bounds = [whole.begin[axis], *cuts, whole.end[axis]]
+    found = []
+    for begin, end in pairwise(bounds):
+        rest = [(whole.begin[axis], begin - width), (end + width, whole.end[axis])]
+        train = [part for low, high in rest if high > low for part in _parts(crops, whole, axis, low, high)]
+        found.append((train, _parts(crops, whole, axis, begin, end) if end > begin else []))
+    if len(found) < number or not all(train and held for train, held in found):
+        names = ", ".join(crop.key for crop in crops)
+        raise InputError(
+            f"{names}: cannot be cut into {number} parts along {'zyx'[axis]} with gaps of {width:.0f} nm (half a "
+            "patch); use fewer folds or smaller patches"
+        )
+    return found
+
+
+def _along_the_longest_axis(
+    crops: Sequence[Crop], classes: Sequence[str], gap: Triple
+) -> tuple[int, float, list[tuple[str, _Profile]]]:
+    """The longest axis of the annotation, the width of a gap on it (nm), and the classes' profiles along it."""
+    found = [profile for crop in crops for profile in _profiles(crop, classes)]
+    extents = [_extent([profiles[axis] for _, profiles in found]) for axis in range(3)]
+    axis = int(np.argmax([high - low for low, high in extents]))
+    low, high = extents[axis]
+    profiles = [(name, per_axis[axis]) for name, per_axis in found]
+    thickest = max((profile.thickness for _, profile in profiles), default=0.0)
+    return axis, max(min(max(gap), _MOST_GAP * (high - low)), thickest), profiles
 
 
 def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Profile, _Profile, _Profile]]]:

@@ -88,11 +88,10 @@ def of_crops(config: RunConfig, crops: Sequence[Crop]) -> dict[str, Chosen]:
     for crop in crops:
         boxes.setdefault(crop.dataset, []).append(crop.box)
         sources.setdefault(crop.dataset, crop.raw_source)
-    size = triple(config.dataset.voxel_size, "dataset.voxel_size")
     found = {}
     for name, source in sources.items():
         chosen = kept(config, name, spec)
-        found[name] = chosen or choose(spec, name, source, [boxes[name]], size)
+        found[name] = chosen or choose(spec, name, source, [boxes[name]], config.voxel_size)
         if chosen is None:
             log.info("%s: %s", name, found[name])
     return found
@@ -120,8 +119,7 @@ def for_prediction(
     if known:
         chosen = replace(known[0], origin=f"the model ({known[0].origin})")
     else:
-        size = triple(config.dataset.voxel_size, "dataset.voxel_size")
-        chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], size)
+        chosen = choose(config.data.intensity_range, dataset, Multiscale.open(raw), [[], boxes], config.voxel_size)
     log.info("%s: %s", dataset, chosen)
     own = next((one for one in (kept(of, dataset, None) for of in trained) if one is not None), None)
     if own is not None and own.normalization.range != chosen.normalization.range:

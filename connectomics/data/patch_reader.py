@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from connectomics.data.arrays import CropArrays
 from connectomics.data.augmentation import CoordinateMap, PatchAugmentor, SpatialAugmentor, sample
 from connectomics.data.patches import PackedPatch
+from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
@@ -56,14 +57,17 @@ class PatchReader:
         inputs: Sequence[tuple[PatchShape, Sequence[CropVolume]]] = (),
         augmentor: PatchAugmentor | None = None,
         min_known: float = 0.0,
+        regions: Regions | None = None,
     ) -> None:
         """``volumes``: the crops at the run's voxel size. ``inputs``: each further input with the same crops at its
-        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it."""
+        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it.
+        ``regions``: of the crops, if patches should say theirs."""
         self.volumes = list(volumes)
         self.shape = shape
         self.inputs = [(given, list(at)) for given, at in inputs]
         self.augmentor = augmentor
         self.min_known = min_known
+        self.regions = regions
 
     def read(self, request: PatchRequest) -> PackedPatch:
         """Return the patch of a request: a function of the request alone."""
@@ -85,6 +89,7 @@ class PatchReader:
             states=states,
             grid=grid,
             crop=request.index,
+            region=None if self.regions is None else self.regions.number(request.index, center),
             seed=int(rng.integers(2**63 - 1)),
             drawn_by=request.drawn_by,
             normalization=volume.normalized,
@@ -105,39 +110,27 @@ class PatchReader:
         grid = place_known(volume.grid, self.shape.voxels, request.point, rng, known_share, self.min_known)
         begin = volume.grid.index_range(grid.box)[0]
         grid = volume.grid.crop(volume.raw_extent.inside(begin, grid.shape), grid.shape)  # shifted inside the raw
-        spatial = None if self.augmentor is None else self.augmentor.spatial
-        if spatial is None:
+        if self.augmentor is None or self.augmentor.spatial is None:
             return grid, CoordinateMap.identity(), rng
         center = volume.grid.to_index(np.asarray(grid.box.center))
-        moved = spatial.draw(rng)
-        if spatial.may_leave:
-            moved = _inside(moved, spatial, rng, center, grid.shape, volume.grid.shape)
+        moved = self._draw_map(self.augmentor.spatial, center, volume.grid.shape, rng)
         if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
-            half = (np.array(grid.shape) - 1) / 2
-            start = center + moved.outer_shift - moved.outer @ half
+            start = center + moved.outer_shift - moved.outer @ ((np.array(grid.shape) - 1) / 2)
             moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
         return grid, moved, rng
 
-
-def _inside(
-    moved: CoordinateMap,
-    spatial: SpatialAugmentor,
-    rng: np.random.Generator,
-    center: NDArray[np.float64],
-    shape: Index,
-    crop: Index,
-) -> CoordinateMap:
-    """Return ``moved`` or the first of some further draws that stays mostly inside the crop; none does: the best."""
-    least = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, shape, crop)
-    best, share = moved, share_inside(moved, center, shape, crop)
-    for _ in range(_DRAWS - 1):
-        if share >= least:
-            break
-        moved = spatial.draw(rng)
-        found = share_inside(moved, center, shape, crop)
-        if found > share:
-            best, share = moved, found
-    return best
+    def _draw_map(
+        self, spatial: SpatialAugmentor, center: NDArray[np.float64], crop: Index, rng: np.random.Generator
+    ) -> CoordinateMap:
+        """Draw a map; draw again if most of the patch would come from beyond the crop, where nothing is known."""
+        if not spatial.may_leave:
+            return spatial.draw(rng)
+        enough = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, self.shape.voxels, crop)
+        drawn: list[tuple[float, CoordinateMap]] = []
+        while len(drawn) < _DRAWS and (not drawn or drawn[-1][0] < enough):
+            moved = spatial.draw(rng)
+            drawn.append((share_inside(moved, center, self.shape.voxels, crop), moved))
+        return max(drawn, key=lambda found: found[0])[1]
 
 
 def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index, crop: Index) -> float:

@@ -40,9 +40,10 @@ class PackedPatch:
     #: int32 (I, D, H, W), for each of ``instances`` the object at a voxel: 1 to 2^24, 0 where the class is known to be
     #: absent, -1 where the class or the object is unknown; only valid within one class and one patch
     ids: NDArray[np.int32] | None = None
+    region: int | None = None  # number of the region that holds the patch's center, see `connectomics.data.regions`
 
     def dense(self, classes: Sequence[str] | None = None) -> dict[str, Any]:
-        """Return ``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 0/1 and ``known``
+        """Return ``image`` (1, D, H, W) float32 on the unit scale, ``label`` (C, D, H, W) float32 and ``known``
         bool in the order of ``classes``, further inputs as ``image_1``, ``image_2``..., and ``ids`` if any."""
         label, known = self.states.dense(self.codes, classes)
         objects = {} if self.ids is None else {"ids": self.ids}
@@ -55,8 +56,10 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
     Returns:
         ``image`` (B, 1, D, H, W) float32 on the unit scale, and ``image_1``... for further inputs; ``mean`` and ``std``
         (B,) float32, used by `centered`; ``codes`` (B, D, H, W) uint8, int16 or int32; ``present`` and
-        ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code k of sample b;
-        ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 if patches have them.
+        ``known_states`` (B, C, K) bool: whether class c is present, and known, in voxels of code k of sample b; with
+        soft labels ``fraction`` (B, C, K) uint8, in sixteenths;
+        ``seed`` and ``crop`` (B,) int64; ``ids`` (B, I, D, H, W) int32 and ``region`` (B,) int64 if
+        patches have them.
     """
     if not patches:
         raise InputError("a batch needs at least one patch")
@@ -72,9 +75,19 @@ def collate(patches: Sequence[PackedPatch]) -> dict[str, torch.Tensor]:
         tables[:, number, :, : len(patch.states)] = patch.states.tables()
     batch["codes"] = torch.from_numpy(codes)
     batch["present"], batch["known_states"] = torch.from_numpy(tables[0]), torch.from_numpy(tables[1])
+    soft = [p.states.fraction_table() for p in patches]
+    if soft[0] is not None:
+        fraction = np.zeros(tables.shape[1:], np.uint8)
+        for number, table in enumerate(soft):
+            assert table is not None, "patches of one run are read alike"
+            fraction[number, :, : table.shape[1]] = table
+        batch["fraction"] = torch.from_numpy(fraction)
     ids = [p.ids for p in patches if p.ids is not None]
     if ids:
         batch["ids"] = torch.from_numpy(np.stack(ids))
+    regions = [p.region for p in patches if p.region is not None]
+    if regions:
+        batch["region"] = torch.tensor(regions, dtype=torch.int64)
     for name in ("mean", "std"):
         batch[name] = torch.tensor([getattr(p.normalization, name) for p in patches], dtype=torch.float32)
     for name in ("seed", "crop"):

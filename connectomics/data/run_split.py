@@ -12,7 +12,16 @@ import numpy as np
 from connectomics.cellmap.catalog import Crop, LabelArray, informs
 from connectomics.config import RunConfig
 from connectomics.data.contents import Content, LabelCounter, check_states, content_of
-from connectomics.data.splits import Split, check_leaks, leave_one_out, split_by_crop, split_by_dataset
+from connectomics.data.holdout import slabs
+from connectomics.data.splits import (
+    Split,
+    check_leaks,
+    entry_of,
+    groups_of,
+    leave_one_out,
+    split_by_crop,
+    split_by_dataset,
+)
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Triple, triple
@@ -68,10 +77,53 @@ def run_split(
     return split, train, val
 
 
+def run_folds(
+    config: RunConfig, crops: Sequence[Crop], counter: LabelCounter, by: str, number: int
+) -> dict[str, Split]:
+    """Return the splits of a cross-validation, by name; the validation sides together hold all crops.
+
+    Args:
+        by: ``crop``: whole crops, in ``number`` folds of about the same annotated volume; crops that overlap or lie
+            nearer than half a patch stay in one fold. ``box``: every crop is cut into ``number`` slabs
+            (`connectomics.data.holdout.slabs`). ``dataset``: one fold for each data set.
+
+    Raises:
+        InputError: there are fewer groups of crops, or too little is annotated, for so many folds.
+    """
+    classes, margin = config.dataset.classes, half_patch(config)
+    usable = [kept for crop in crops if (kept := _fine_labels(crop, config)) is not None]
+    _say_what_is_coarse(crops, usable, config)
+    if by == "dataset":
+        return leave_one_out(usable)
+    groups = [[usable[n] for n in group] for group in groups_of(usable, margin)]
+    sides: list[tuple[list[Crop], list[Crop]]] = [([], []) for _ in range(number)]
+    if by == "box":
+        for group in groups:
+            for side, parts in zip(sides, slabs(group, classes, number, margin), strict=True):
+                side[0].extend(parts[0])
+                side[1].extend(parts[1])
+    else:
+        if len(groups) < number:
+            raise InputError(
+                f"cannot make {number} folds of {len(usable)} crops: they form {len(groups)} groups that lie half a "
+                "patch apart; use fewer folds, or folds of boxes (by: box)"
+            )
+        known = [max(content_of(crop, classes, counter).known for crop in group) for group in groups]
+        held = [0.0] * number
+        for at in np.argsort(-np.asarray(known), kind="stable"):  # the largest first, each into the smallest fold
+            smallest = int(np.argmin(held))
+            held[smallest] += known[at] or 1e-9
+            for fold, side in enumerate(sides):
+                side[int(fold == smallest)].extend(groups[at])
+    return {
+        f"{by}{fold}": Split(*(tuple(entry_of(crop) for crop in side) for side in both))
+        for fold, both in enumerate(sides, start=1)
+    }
+
+
 def half_patch(config: RunConfig) -> Triple:
     """Return half a patch in nm (z, y, x): the smallest distance between training and validation."""
-    patch, size = config.data.patch_size, config.dataset.voxel_size
-    return triple([p / 2 * s for p, s in zip(patch, size, strict=True)])
+    return triple([n / 2 * size for n, size in zip(config.patch, config.voxel_size, strict=True)])
 
 
 def check_known(volumes: Sequence[CropVolume]) -> None:

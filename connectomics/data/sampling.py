@@ -12,20 +12,17 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.catalog import Crop
-from connectomics.cellmap.classes import atoms_of
+from connectomics.data.foreground import ObjectPoints
 from connectomics.data.holdout import capped_shares
+from connectomics.data.regions import Regions, region_weights
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Triple, VoxelGrid
 
 T = TypeVar("T")
 
-STRATEGIES = ("class", "dataset", "volume", "uniform")
+STRATEGIES = ("class", "dataset", "volume", "uniform", "instance", "hard")
 DEFAULT_SAMPLING = {"class": 0.7, "volume": 0.3}
 
-_POINTS = 2048  # positions kept for each crop and class: enough that patches differ, small whatever the crop
-_READ = 2**24  # label voxels read at once while looking for them
-_PIECE = 2**20  # voxels that get their random priorities at once
 _INSIDE = 0.25  # share of tilings that lie inside the crop
 _BLOCK = 256  # positions whose random numbers are drawn together
 
@@ -37,7 +34,7 @@ class PatchRequest:
     index: int  # of the crop's volume in the data set
     point: Triple | None  # world position (nm, z y x) that the patch must contain; None for a uniform place in the crop
     seed: tuple[int, ...]  # random seed of the patch: its exact place and its augmentation
-    drawn_by: str = ""  # "class mito", "dataset", "volume" or "uniform"; empty if no sampler drew it
+    drawn_by: str = ""  # "class mito", "instance mito", "dataset", ...; empty if no sampler drew it
 
 
 @dataclass(frozen=True)
@@ -48,83 +45,8 @@ class SampledCrop:
     volume: float  # in any unit that all crops share; > 0
     #: class -> world positions (n, 3), nm, where the class is present; empty or no key if it is not
     points: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-
-
-# -- where a class is --------------------------------------------------------------------------------------------------
-class Reservoir:
-    """A uniform random choice without replacement from a stream of items, in bounded memory.
-
-    Every item gets a random priority, and the smallest stay (Efraimidis and Spirakis 2006): the choice depends on the
-    order of items and the random stream, not on the pieces in which they arrive.
-    """
-
-    def __init__(self, count: int, rng: np.random.Generator) -> None:
-        self._count, self._rng = count, rng
-        self._priorities = np.zeros(0)
-        self._items = np.zeros((0, 3))
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    @property
-    def items(self) -> NDArray[np.float64]:
-        """The chosen items, (n, 3), in random order."""
-        return self._items[np.argsort(self._priorities)]
-
-    def add(self, n: int, items: Callable[[NDArray[np.intp]], NDArray[np.float64]], weight: float = 1.0) -> None:
-        """Offer ``n`` items, each with a chance in proportion to ``weight``; ``items(numbers)`` gives some of them."""
-        priorities = self._rng.standard_exponential(n) / weight
-        if len(self._items) == self._count:
-            chosen = np.flatnonzero(priorities < self._priorities.max())
-        else:
-            chosen = np.arange(n)
-        if len(chosen) > self._count:
-            chosen = chosen[np.argpartition(priorities[chosen], self._count)[: self._count]]
-        merged = np.concatenate([self._priorities, priorities[chosen]])
-        kept = np.concatenate([self._items, items(chosen)])
-        order = np.argsort(merged, kind="stable")[: self._count]
-        self._priorities, self._items = merged[order], kept[order]
-
-
-def foreground_points(crop: Crop, class_name: str, seed: int) -> NDArray[np.float64]:
-    """Return world positions (n, 3), nm, of voxels where a class is present: at most 2048, uniform over its volume.
-
-    Reads the coarsest level of the class's array (of its atoms' arrays if it has none), or the finest level if the
-    class is lost in the coarsest. Empty if the class is not present.
-    """
-    names = [class_name] if class_name in crop.labels else [a for a in atoms_of(class_name) if a in crop.labels]
-    kept = Reservoir(_POINTS, np.random.default_rng([seed, *class_name.encode()]))
-    for name in names:
-        _offer_points(crop, name, kept)
-    return kept.items
-
-
-def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
-    """Offer every voxel of one array in which its class is present, weighted by the voxel's volume."""
-    label = crop.labels[name]
-    levels = label.source.levels
-    for number in dict.fromkeys((len(levels) - 1, 0)):
-        grid = crop.within(levels[number].grid)
-        first = levels[number].grid.index_range(grid.box)[0] if grid.size else (0, 0, 0)
-        volume = float(np.prod(grid.voxel_size))
-        edge = max(1, int(_READ / max(1, grid.shape[1] * grid.shape[2])))
-        chunk = levels[number].chunks[0]
-        if edge > chunk:
-            edge -= edge % chunk  # no chunk is decoded twice
-        found = 0
-        for begin, block in grid.blocks((edge, grid.shape[1], grid.shape[2])):
-            stored = label.read_stored(np.add(first, begin), block.shape, number)
-            present = label.annotation.decode(stored)[0].reshape(-1)
-            for start in range(0, present.size, _PIECE):
-                index = np.flatnonzero(present[start : start + _PIECE]) + start
-                found += len(index)
-                kept.add(len(index), _positions(block, index), volume)
-        if found:
-            return
-
-
-def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[np.intp]], NDArray[np.float64]]:
-    return lambda numbers: block.to_world(np.stack(np.unravel_index(index[numbers], block.shape), axis=-1))
+    #: class -> positions in its objects, for ``instance``
+    objects: Mapping[str, ObjectPoints] = field(default_factory=dict)
 
 
 # -- the place of a patch ----------------------------------------------------------------------------------------------
@@ -228,7 +150,7 @@ def check_sampling(
             number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight < 0:
                 raise ConfigError(f"{key}: the weight of {name!r} is {weight!r}; give a number of at least 0")
-    mixture = {name: float(sampling.get(name, 0.0)) for name in STRATEGIES} if sampling else dict(DEFAULT_SAMPLING)
+    mixture = {name: float((sampling or DEFAULT_SAMPLING).get(name, 0.0)) for name in STRATEGIES}
     if not sum(mixture.values()) > 0:
         raise ConfigError(f"data.sampling: all weights are 0; give one of {', '.join(STRATEGIES)} a weight above 0")
     return mixture, {name: float(class_weights.get(name, 1.0)) for name in classes}
@@ -248,13 +170,17 @@ class _Wheel:
 class PatchSampler:
     """Yields the `PatchRequest`s of an epoch, which depend only on (seed, epoch, position in the epoch).
 
-    Each is drawn by one of four strategies, mixed by ``sampling``:
+    Each is drawn by one of six strategies, mixed by ``sampling``:
 
     - ``class``: a class by its weight among those that are present anywhere, then a crop evenly among those that have
       it, so that a large crop does not dominate, then one of its positions evenly;
     - ``dataset``: a data set evenly, then a crop of it by volume, then a uniform place;
     - ``volume``: a crop by capped volume (`connectomics.data.holdout.capped_shares`), then a uniform place;
-    - ``uniform``: a crop evenly, then a uniform place.
+    - ``uniform``: a crop evenly, then a uniform place;
+    - ``instance``: a class by its weight among those with objects, then one of its objects in all crops evenly, then
+      one of the object's positions evenly: a small object is seen as often as a large one;
+    - ``hard``: a region of a crop by its recent loss (`prefer`, `connectomics.data.regions`), then a place in it.
+      The weights change between epochs only, so that requests do not depend on how far ahead workers read.
 
     Strategies and classes are drawn stratified: of 256 successive requests from a multiple of 256 on, each has its
     share to within two. With several processes each takes every ``world``-th request, so all together see one epoch.
@@ -271,16 +197,21 @@ class PatchSampler:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        regions: Regions | None = None,
     ) -> None:
         """``crops`` in the order of the data set's volumes; ``length``: requests an epoch, of all processes together,
-        rounded up so that each process has as many (else training hangs).
+        rounded up so that each process has as many (else training hangs). ``regions``: of the crops, for ``hard``.
 
-        Raises as `check_sampling`, and `ConfigError` if ``class`` is the only strategy and no such class is present.
+        Raises as `check_sampling`, and `ConfigError` if nothing can be drawn by the strategies that have a weight.
         """
         if not crops or length < 1 or min(crop.volume for crop in crops) <= 0:
             raise InputError(f"a sampler needs crops with a volume and a length, found {len(crops)} crops, {length}")
         mixture, weights = check_sampling(sampling or {}, class_weights or {}, classes)
+        if mixture["hard"] > 0 and regions is None:
+            raise InputError("a sampler needs regions of the crops to draw hard ones; pass regions=Regions.of(...)")
         self._points = [crop.points for crop in crops]
+        self.regions = regions
+        self.prefer(None)
         self._length = -(-length // world) * world
         self._seed, self._rank, self._world = seed, rank, world
         self._epoch = 0
@@ -289,16 +220,26 @@ class PatchSampler:
         having = {c: [i for i, crop in enumerate(crops) if len(crop.points.get(c, ()))] for c in classes}
         #: the classes that requests are drawn for
         self.drawn_classes = tuple(c for c in classes if having[c] and weights[c] > 0 and mixture["class"] > 0)
-        self._having = [having[c] for c in self.drawn_classes]
-        self._labels = [f"class {c}" for c in self.drawn_classes] + list(STRATEGIES[1:])
-        share = mixture["class"] / (sum(weights[c] for c in self.drawn_classes) or 1.0)
-        outcomes = [share * weights[c] for c in self.drawn_classes] + [mixture.get(s, 0.0) for s in STRATEGIES[1:]]
-        if not sum(outcomes) > 0:
+        self._having = {c: having[c] for c in self.drawn_classes}
+        self._objects = {c: [crop.objects.get(c) for crop in crops] for c in classes if mixture["instance"] > 0}
+        self._object_starts = {
+            c: np.cumsum([0, *(0 if found is None else len(found) for found in of_crops)])
+            for c, of_crops in self._objects.items()
+        }
+        with_objects = [c for c, starts in self._object_starts.items() if starts[-1] and weights[c] > 0]
+        outcomes = {f"class {c}": weights[c] for c in self.drawn_classes}
+        outcomes = _scaled(outcomes, mixture["class"]) | {s: mixture[s] for s in ("dataset", "volume", "uniform")}
+        outcomes |= _scaled({f"instance {c}": weights[c] for c in with_objects}, mixture["instance"])
+        outcomes["hard"] = mixture["hard"]
+        if not sum(outcomes.values()) > 0:
+            only = " and ".join(name for name, weight in mixture.items() if weight > 0)
+            what = "present" if mixture["class"] > 0 else "annotated with IDs"
             raise ConfigError(
-                f"data.sampling: only class has a weight, but none of {', '.join(classes)} is present in the training "
+                f"data.sampling: only {only} has a weight, but none of {', '.join(classes)} is {what} in the training "
                 "crops with a weight above 0; give volume or uniform a weight, or take other crops or classes"
             )
-        self._outcome = _Wheel(dict(enumerate(outcomes)))
+        self._labels = [(label, *label.partition(" ")[::2]) for label in outcomes]  # with strategy and class
+        self._outcome = _Wheel(dict(enumerate(outcomes.values())))
         self._by_volume = _by_volume(crops, range(len(crops)))
         of_dataset: dict[str, list[int]] = {}
         for number, crop in enumerate(crops):
@@ -309,6 +250,14 @@ class PatchSampler:
     def epoch(self) -> int:
         """The epoch that the next iteration gives."""
         return self._epoch
+
+    def prefer(self, losses: NDArray[np.float64] | None) -> None:
+        """Set the recent loss of every region (R,), by which ``hard`` draws them; NaN: there is none.
+
+        None draws evenly. Call it between epochs, in all processes with the same losses.
+        """
+        n = 0 if self.regions is None else len(self.regions)
+        self._region_edges = np.cumsum(region_weights(np.full(n, np.nan) if losses is None else losses))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch; the trainer calls this before each epoch."""
@@ -333,14 +282,25 @@ class PatchSampler:
     def request(self, epoch: int, position: int) -> PatchRequest:
         """Return the request at one position of one epoch, of all processes together."""
         what, first, second = self._numbers(epoch, position)
-        outcome = self._outcome(what)
-        label = self._labels[outcome]
+        label, strategy, name = self._labels[self._outcome(what)]
         seed = (self._seed, epoch, position, 1)
-        if outcome < len(self.drawn_classes):
-            crop = _pick(self._having[outcome], first)
-            found = self._points[crop][self.drawn_classes[outcome]]
+        if strategy == "class":
+            crop = _pick(self._having[name], first)
+            found = self._points[crop][name]
             z, y, x = found[int(second * len(found))].tolist()
             return PatchRequest(crop, (z, y, x), seed, label)
+        if strategy == "instance":
+            starts = self._object_starts[name]
+            number = int(first * starts[-1])
+            crop = int(np.searchsorted(starts, number, side="right")) - 1
+            objects = self._objects[name][crop]
+            assert objects is not None
+            return PatchRequest(crop, objects.of(number - int(starts[crop]), second), seed, label)
+        if label == "hard":
+            assert self.regions is not None
+            region = int(np.searchsorted(self._region_edges, first * self._region_edges[-1], side="right"))
+            place = np.random.default_rng((self._seed, epoch, position, 2)).random(3)
+            return PatchRequest(*self.regions.place(min(region, len(self.regions) - 1), place), seed, label)
         if label == "dataset":
             return PatchRequest(_pick(self._of_dataset, first)(second), None, seed, label)
         if label == "volume":
@@ -356,6 +316,12 @@ class PatchSampler:
             drawn[:, 0] = (rng.permutation(_BLOCK) + drawn[:, 0]) / _BLOCK  # one in each of as many equal strata
             self._block = (epoch, number, drawn.tolist())
         return self._block[2][row]
+
+
+def _scaled(weights: Mapping[str, float], total: float) -> dict[str, float]:
+    """Return the weights so that their sum is ``total``."""
+    factor = total / (sum(weights.values()) or 1.0)
+    return {name: factor * weight for name, weight in weights.items()}
 
 
 def _by_volume(crops: Sequence[SampledCrop], numbers: Sequence[int]) -> _Wheel:

@@ -8,7 +8,6 @@ cut in two (`connectomics.data.holdout`), so an entry of a split is a crop or a 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from connectomics.data.contents import Content
 from connectomics.data.holdout import cut, held_out_groups
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Box, Triple, triple
+from connectomics.io.replacing import write_file
 
 log = logging.getLogger(__name__)
 
@@ -37,15 +37,11 @@ class Split:
 
     def save(self, path: Path) -> None:
         """Write YAML with one entry per line."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = ["# Which crops are trained on and which validate. Move lines between the lists as you like."]
         for name, keys in (("train", self.train), ("val", self.val)):
             lines.append(f"{name}:" + ("" if keys else " []"))
             lines += [f"  - {key}" for key in keys]
-        # named after the process: several of a run may write the same split at once
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_file(path, ("\n".join(lines) + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Split:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
-from connectomics.data.sampling import foreground_points
+from connectomics.data.foreground import foreground_points
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
 
@@ -48,15 +48,15 @@ class WindowShape:
 
 def validation_shape(config: RunConfig) -> WindowShape:
     """Return how a run's validation slides over crops."""
-    window, inference = config.inference.window or config.data.patch_size, config.inference
-    return WindowShape((window[0], window[1], window[2]), inference.overlap, inference.context, inference.block_size)
+    inference = config.inference
+    return WindowShape(config.window, inference.overlap, inference.context, inference.block_size)
 
 
 def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:
     """Return the validation crops or, if they take more windows than ``data.validation_windows``, the parts of them
     that every validation of the run sees."""
     parts = validation_parts(
-        [VoxelGrid.covering(crop.box, config.dataset.voxel_size) for crop in crops],
+        [VoxelGrid.covering(crop.box, config.voxel_size) for crop in crops],
         validation_shape(config),
         config.data.validation_windows,
         lambda number, name: foreground_points(crops[number], name, config.system.seed),

@@ -41,6 +41,8 @@ class CropVolume:
     context: Index = (0, 0, 0)  # voxels of raw that the cache keeps around the crop
     allow_missing_raw: bool = False  # whether `check` accepts crops with missing raw chunks
     instances: tuple[str, ...] = ()  # those of classes that have object IDs
+    alternate_ties: bool = False  # see `read_labels`
+    soft: bool = False  # whether labels are fractions, see `read_labels`
 
     @property
     def name(self) -> str:
@@ -207,7 +209,7 @@ class CropVolume:
         grid = self.grid.crop((z, y, x), shape)
         if not self.classes or grid.size == 0:
             empty = np.zeros(grid.shape, np.uint8)
-            return (z, y, x), LabelCodes(grid, empty, StateTable(self.classes, self.instances).states)
+            return (z, y, x), LabelCodes(grid, empty, StateTable(self.classes, self.instances, self.soft).states)
         return (z, y, x), LabelCodes.of(self.decode_labels(grid))
 
     def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
@@ -230,14 +232,16 @@ class CropVolume:
 
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
         """Return three-state labels on a grid of this lattice from Zarr, never from the cache."""
-        return read_labels(self.crop, self.classes, grid, self.instances)
+        return read_labels(
+            self.crop, self.classes, grid, self.instances, alternate_ties=self.alternate_ties, soft=self.soft
+        )
 
     def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
         """Return `label_codes`, unknown also where there is no raw."""
         return self.label_codes(grid).restricted(self.read_raw(grid)[1])
 
     def read_labels(self, grid: VoxelGrid) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return ``label`` float32 0/1 and ``known`` bool, (C, d, h, w); unknown also where there is no raw."""
+        """Return ``label`` float32 and ``known`` bool, (C, d, h, w); unknown also where there is no raw."""
         return self.read_label_codes(grid).dense()
 
     def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:

@@ -149,14 +149,6 @@ def fill_holes(instances: NDArray[Any], connectivity: int = 26) -> NDArray[Any]:
     return filled.view(np.bool_) if volume.dtype == np.bool_ else filled
 
 
-def narrowest_unsigned(largest: int) -> np.dtype[Any]:
-    """The narrowest unsigned integer type that holds ``largest``."""
-    for dtype in (np.uint8, np.uint16, np.uint32, np.uint64):
-        if 0 <= largest <= np.iinfo(dtype).max:
-            return np.dtype(dtype)
-    raise InputError(f"ids must lie between 0 and 2^64 - 1, got {largest}")
-
-
 def neighbor_steps(connectivity: int) -> list[Index]:
     """Return the steps (z, y, x) from a voxel to its neighbors."""
     every = [(z, y, x) for z in (-1, 0, 1) for y in (-1, 0, 1) for x in (-1, 0, 1)]
@@ -176,22 +168,11 @@ def components(mask: NDArray[np.bool_], connectivity: int) -> NDArray[Any]:
 
 
 def _compact(instances: NDArray[Any]) -> NDArray[Any]:
-    """Ids 1..n without gaps, in the order of the ids they had, in the narrowest type."""
+    """Ids 1..n by their first voxel, in the narrowest type."""
     import fastremap
 
-    ids = fastremap.unique(instances)
-    ids = ids[ids != 0]
-    narrow = narrowest_unsigned(int(ids.size))
-    if ids.size == 0:
-        return np.zeros(instances.shape, narrow)
-    if int(ids[-1]) == ids.size:
-        return instances.astype(narrow, copy=False)
-    if int(ids[-1]) < 4 * instances.size:
-        table = np.zeros(int(ids[-1]) + 1, narrow)
-        table[ids] = np.arange(1, ids.size + 1)
-        return table[instances]
-    remapped = fastremap.remap(instances, {int(k): n for n, k in enumerate(ids, start=1)} | {0: 0})
-    return remapped.astype(narrow, copy=False)
+    numbered, _ = fastremap.renumber(np.ascontiguousarray(instances), preserve_zero=True, in_place=False)
+    return np.asarray(numbered.astype(np.min_scalar_type(int(numbered.max())), copy=False))
 
 
 def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:

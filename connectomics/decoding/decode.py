@@ -6,107 +6,90 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from connectomics.decoding.cellmap_postprocess import (
-    components,
-    fill_holes,
-    filter_by_size,
-    finished,
-    semantic_to_instance,
-)
+from connectomics.decoding.affinities.segment import segment
+from connectomics.decoding.cellmap_postprocess import components, finished
 from connectomics.decoding.parameters import DECODERS, DecodeParameters
 from connectomics.decoding.probabilities import above, unit_of
-from connectomics.decoding.watershed.forest import flood, grow
+from connectomics.decoding.watershed.forest import flood, grow, split
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.errors import InputError
 
 
 def decode_class(
-    probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
+    probabilities: NDArray[Any],
+    voxel_size: Sequence[float],
+    parameters: DecodeParameters,
+    *,
+    boundary: NDArray[Any] | None = None,
+    head: HeadValues | None = None,
+    affinities: tuple[NDArray[Any], ArrayLike] | None = None,
 ) -> NDArray[Any]:
     """Decode the probabilities of one class.
+
+    Objects with a boundary are found where there is none, and then grown back over it: a watershed on the boundary
+    probability, so that they meet where it is highest. Foreground that touches no object is dropped.
 
     Args:
         probabilities: (D, H, W), see `connectomics.decoding.probabilities.above`.
         voxel_size: nm, z y x.
         parameters: what to do.
+        boundary: (D, H, W) probability of the boundary between objects (another class, or the boundary head of the
+            class), if ``parameters.has_boundary``. ``threshold`` holds for it too.
+        head: distances, if ``parameters.height`` is distance.
+        affinities: (K, D, H, W) and their offsets (`connectomics.decoding.affinities.segment`), if the method reads
+            them.
 
     Returns:
-        (D, H, W): uint8 0/1 for the method ``threshold``, else ids 1..n in the narrowest unsigned type.
+        (D, H, W): uint8 0/1 for the method ``threshold``, else ids 1..n by their first voxel in z-y-x order, in the
+        narrowest unsigned type.
     """
+    volume = np.asarray(probabilities)
+    if volume.ndim != 3:
+        raise InputError(f"decoding needs a (D, H, W) volume, got shape {volume.shape}")
+    if volume.size == 0:
+        return np.zeros(volume.shape, np.uint8)
+    connectivity, min_voxels = parameters.connectivity, parameters.min_voxels(voxel_size)
     if parameters.is_registered:
-        return _decode_registered(probabilities, voxel_size, parameters)
-    return decode_mask(above(probabilities, parameters.threshold), voxel_size, parameters)
+        ids = _registered(volume, voxel_size, parameters)
+        return finished(ids, min_voxels, connectivity, parameters.fill_holes)
+    mask = above(volume, parameters.threshold)
+    if parameters.is_local:
+        return mask.astype(np.uint8)
+    if affinities is not None:
+        pieces: NDArray[Any] = segment(*affinities, mask, parameters).labels
+    else:
+        cores = mask if boundary is None else mask & ~above(boundary, parameters.threshold)
+        pieces = _pieces(cores, voxel_size, parameters, head)
+    labels = finished(pieces, min_voxels, connectivity, parameters.fill_holes)
+    if boundary is not None:
+        labels = grow(mask, boundary, labels, connectivity).astype(labels.dtype)
+    return labels if parameters.kind == "instance" else (labels > 0).astype(np.uint8)
 
 
-def _decode_registered(
-    probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
-) -> NDArray[Any]:
-    values = np.asarray(probabilities, np.float32) / np.float32(unit_of(probabilities.dtype))
+def _registered(probabilities: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters) -> NDArray[Any]:
+    values = probabilities.astype(np.float32) / np.float32(unit_of(probabilities.dtype))
     ids = np.asarray(DECODERS[parameters.method](values, voxel_size, parameters))
     if ids.shape != values.shape or ids.dtype.kind not in "iu":
         raise InputError(
             f"decoder {parameters.method!r}: expected integer ids of shape {values.shape}, got {ids.dtype} of shape "
             f"{ids.shape}; fix the function given to register_decoder"
         )
-    if ids.size == 0:
-        return np.zeros(ids.shape, np.uint8)
-    min_voxels = parameters.min_voxels(voxel_size)
-    return finished(np.ascontiguousarray(ids), min_voxels, parameters.connectivity, parameters.fill_holes)
+    return np.ascontiguousarray(ids)
 
 
-def decode_mask(
-    mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters, head: HeadValues | None = None
+def _pieces(
+    mask: NDArray[np.bool_], voxel_size: Sequence[float], parameters: DecodeParameters, head: HeadValues | None
 ) -> NDArray[Any]:
-    """Decode a mask of foreground as `decode_class` does; ``head``: distances, if ``parameters.height`` needs them."""
-    if mask.ndim != 3:
-        raise InputError(f"decoding needs a (D, H, W) volume, got shape {mask.shape}")
-    min_voxels, connectivity = parameters.min_voxels(voxel_size), parameters.connectivity
+    """Connected components of a mask, or the pieces of a watershed."""
+    connectivity, reach = parameters.connectivity, parameters.min_distance_nm
     if parameters.height == "distance":
         if head is None or head.values.shape != mask.shape:
             found = "none" if head is None else f"one of {head.values.shape}"
             raise InputError(f"decoding with height distance needs that head of shape {mask.shape}, got {found}")
-        if mask.size == 0:
-            return np.zeros(mask.shape, np.uint8)
         rule = LearnedDistance.of(head.scale_nm, parameters.max_depth_nm, head.values.dtype)
-        heights = rule.heights(mask, head.values)
-        pieces = flood(heights, connectivity, voxel_size, parameters.min_distance_nm, rule.floor)
-        return finished(pieces, min_voxels, connectivity, parameters.fill_holes)
-    if parameters.method != "threshold":
-        return semantic_to_instance(
-            mask,
-            min_voxels,
-            parameters.method,
-            connectivity=connectivity,
-            fill_holes=parameters.fill_holes,
-            min_distance=parameters.min_distance_nm,
-            max_depth=parameters.max_depth_nm,
-            voxel_size=voxel_size,
-        )
-    if parameters.is_local or mask.size == 0:
-        return mask.astype(np.uint8)
-    pieces = components(mask, connectivity)
-    if parameters.fill_holes:
-        pieces = fill_holes(pieces, connectivity)
-    return (filter_by_size(pieces, min_voxels) > 0).astype(np.uint8)
-
-
-def decode_between(
-    mask: NDArray[np.bool_], boundary: NDArray[Any], voxel_size: Sequence[float], parameters: DecodeParameters
-) -> NDArray[Any]:
-    """Decode objects that touch: find them where there is no boundary, then grow them back over it.
-
-    Args:
-        mask: (D, H, W), where the class is.
-        boundary: (D, H, W) probability of the boundary between objects (another class, or the boundary head of the
-            class), see `connectomics.decoding.probabilities.above`.
-        voxel_size: nm, z y x.
-        parameters: ``threshold`` holds for the boundary too.
-
-    Returns:
-        (D, H, W) ids 1..n by their first voxel in z-y-x order. Growing is a watershed on the boundary probability:
-        objects meet where it is highest. Foreground that touches no object is dropped.
-    """
-    cores = decode_mask(mask & ~above(boundary, parameters.threshold), voxel_size, parameters)
-    return grow(mask, boundary, cores, parameters.connectivity).astype(cores.dtype)
+        return flood(rule.heights(mask, head.values), connectivity, voxel_size, reach, rule.floor)
+    if parameters.method == "watershed":
+        return split(mask, connectivity, voxel_size, reach, parameters.max_depth_nm)
+    return components(mask, connectivity)

@@ -23,7 +23,7 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
-from connectomics.io.artifacts import Difference, about, changed_inputs, identity, publish
+from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.tables import ROWS, Column, table
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group
@@ -42,7 +42,7 @@ _OURS = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{
 
 @contextmanager
 def label_array(
-    location: Path, grid: VoxelGrid, dtype: np.dtype[Any], *, class_name: str, kind: str, about: Mapping[str, Any]
+    location: Path, grid: VoxelGrid, dtype: np.dtype[Any], attrs: Mapping[str, Any]
 ) -> Iterator[ArrayWriter]:
     """Open a writer for the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``).
 
@@ -52,15 +52,15 @@ def label_array(
     Args:
         location: local path of the group; see `existing_labels` for what may be replaced.
         dtype: unsigned integer that holds every id.
-        kind: ``semantic`` (0/1) or ``instance`` (ids).
-        about: more keys of the ``connectomics`` attribute (parameters, source, provenance).
+        attrs: what `label_attrs` returns.
     """
     partial = partial_of(location)
-    attrs = label_attrs(grid, class_name=class_name, kind=kind, about=about)
     ensure_group(location.parent)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        yield create_multiscale(partial, [grid], dtype, attrs={"connectomics": attrs}, name=class_name)[0]
+        yield create_multiscale(partial, [grid], dtype, attrs={"connectomics": dict(attrs)}, name=attrs["class_name"])[
+            0
+        ]
         publish(partial, location)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -71,15 +71,29 @@ def partial_of(location: Path) -> Path:
     return location.with_name(f".{location.name}.partial")
 
 
-def label_attrs(grid: VoxelGrid, *, class_name: str, kind: str, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``connectomics`` attribute of finished labels; arguments as for `label_array`."""
+def label_attrs(
+    grid: VoxelGrid,
+    class_name: str,
+    parameters: DecodeParameters,
+    source: Mapping[str, Any],
+    provenance: Provenance,
+    objects: int,
+) -> dict[str, Any]:
+    """Return the ``connectomics`` attribute of finished labels.
+
+    source: what the probabilities were made from; its ``unknown`` holds for the labels too. objects: a mask: 0 or 1.
+    """
     return {
         "artefact": "labels",
         "class_name": class_name,
-        "kind": kind,
+        "kind": parameters.kind,
         "grid": grid.to_dict(),
         "version": __version__,
-        **about,
+        "decode": plain(parameters),
+        "source": dict(source),
+        **provenance.to_dict(),
+        "objects": objects,
+        **({"unknown": source["unknown"]} if "unknown" in source else {}),
         "complete": True,
     }
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import StrictBool, StrictFloat, StrictInt
 
 from connectomics.cellmap.classes import CLASSES, is_instance_class
-from connectomics.config.values import one_of, plain, read
+from connectomics.config.values import one_of, read
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import triple
 
@@ -149,10 +149,8 @@ def register_decoder(
 
 
 def default_parameters(class_name: str) -> DecodeParameters:
-    """Return components of at least 10,000 nm^3 (a cube of 21.5 nm) for instance classes, else a threshold."""
-    if is_instance_class(class_name):
-        return DecodeParameters(method="cc3d", min_size_nm3=1e4)
-    return DecodeParameters()
+    """Return the parameters of a class that the configuration does not mention."""
+    return DecodeParameters(**_defaults(class_name))
 
 
 def decode_parameters(
@@ -174,10 +172,14 @@ def decode_parameters(
             raise unknown_name("class", name, {*names, *CLASSES}, "decoding.classes")
     result = {}
     for name in names:
-        result[name] = _changed(default_parameters(name), default or {}, "decoding.default")
-        result[name] = _changed(result[name], own.get(name, {}), f"decoding.classes.{name}")
+        values = {**_defaults(name), **(default or {})}
+        where = "decoding.default"
+        if name in own:
+            where = f"{where} and decoding.classes.{name}" if default else f"decoding.classes.{name}"
+        result[name] = read(DecodeParameters, {**values, **own.get(name, {})}, where, ConfigError)
     return result
 
 
-def _changed(parameters: DecodeParameters, values: Mapping[str, Any], where: str) -> DecodeParameters:
-    return read(DecodeParameters, {**plain(parameters), **values}, where, ConfigError)
+def _defaults(class_name: str) -> dict[str, Any]:
+    """Components of at least 10,000 nm^3 (a cube of 21.5 nm) for instance classes, else a threshold."""
+    return {"method": "cc3d", "min_size_nm3": 1e4} if is_instance_class(class_name) else {}

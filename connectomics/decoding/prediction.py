@@ -152,7 +152,7 @@ class Foreground:
 
     source: Multiscale
     boundary: OnGrid | None
-    threshold: float
+    parameters: DecodeParameters
 
     @classmethod
     def open(cls, location: str, parameters: DecodeParameters) -> Self:
@@ -160,11 +160,11 @@ class Foreground:
         source = open_probabilities(location)
         boundary = open_boundary(source, parameters)
         on_grid = None if boundary is None else OnGrid(boundary, source.levels[0].grid)
-        return cls(source, on_grid, parameters.threshold)
+        return cls(source, on_grid, parameters)
 
     def mask(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
         """Return where the class is, boundaries included."""
-        return above(read_block(self.source, begin, shape), self.threshold)
+        return above(read_block(self.source, begin, shape), self.parameters.threshold)
 
     def boundaries(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Return the boundary probability, as stored; only if the parameters name a boundary."""
@@ -175,7 +175,7 @@ class Foreground:
         """Return where the class is and no boundary."""
         mask = self.mask(begin, shape)
         if self.boundary is not None and mask.any():
-            mask &= ~above(self.boundary.read(begin, shape), self.threshold)
+            mask &= ~above(self.boundaries(begin, shape), self.parameters.threshold)
         return mask
 
 

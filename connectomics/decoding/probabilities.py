@@ -36,7 +36,7 @@ def above(probabilities: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
     """
     values = np.asarray(probabilities)
     if values.dtype == np.bool_:
-        return values & (threshold < 1.0)
+        return values if threshold < 1.0 else np.zeros_like(values)
     if values.dtype == np.uint8:
         # The small term keeps a threshold that was itself a stored value (128/255) from falling below it.
         return values > math.floor(threshold * 255 + 1e-9)

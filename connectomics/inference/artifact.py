@@ -142,15 +142,11 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
         return True
     try:
         difference = task.difference(task.folder / TASK_FILE)
+        other = str(difference) if difference else ""
     except MetadataError as error:
-        raise WriteError(
-            f"{task.folder} holds a prediction whose task cannot be read ({error}); overwrite it, or choose "
-            "another output folder"
-        ) from error
-    if difference:
-        raise WriteError(
-            f"{task.folder} holds a prediction {difference}; overwrite it, or choose another output folder"
-        )
+        other = f"whose task cannot be read ({error})"
+    if other:
+        raise WriteError(f"{task.folder} holds a prediction {other}; overwrite it, or choose another output folder")
     return True
 
 

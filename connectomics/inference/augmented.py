@@ -208,7 +208,7 @@ def dropout_on(module: torch.nn.Module) -> Iterator[None]:
     if not layers:
         raise InputError(
             "inference.uncertainty=dropout needs a network that was trained with dropout, but this one has no dropout "
-            "layers; train with dropout (unet: model.options.dropout=0.1), or choose another kind of uncertainty"
+            "layers; train with model.dropout=0.1, for example, or choose another kind of uncertainty"
         )
     before = [layer.training for layer in layers]
     for layer in layers:

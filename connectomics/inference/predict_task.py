@@ -54,17 +54,15 @@ class PredictTask(BlockTask):
     Attributes:
         raw: location of the raw multiscale group. output: local folder, ``{out}/{dataset}.zarr/{crop}``.
         classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
-        voxel_size: voxel size of the network, nm, z y x.
-        window: voxels that the network sees at once, z y x; a symmetry that exchanges axes sees a window of the volume
-            whose axes are exchanged too.
+        voxel_size: of the network, nm, z y x. window: voxels that the network sees at once, z y x (see `windows_seen`).
         checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
         normalization: how raw values become the network's input.
         overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`. batch_size: too, or ``auto``:
             found by trial in each worker.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
-        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision).
-        dtype: of the stored probabilities, ``uint8`` (255 p) or ``float16`` (p). pyramid: also write coarser levels.
+        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). pyramid: also write
+            coarser levels. dtype: of the stored probabilities, ``uint8`` (255 p) or ``float16`` (p).
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
@@ -78,6 +76,7 @@ class PredictTask(BlockTask):
     kind: ClassVar[str] = "predict"
     free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
+    networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
     raw: str
     output: str
@@ -123,11 +122,10 @@ class PredictTask(BlockTask):
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._require_valid()
-        for sizes, what in [
-            (self.voxel_size, "the voxel size"),
-            *((sizes, "a further input of") for given in self.inputs for sizes in given),
-        ]:
-            require_unchanged(chosen, sizes, what)
+        require_unchanged(chosen, self.voxel_size, "the voxel size")
+        for size, shape in self.inputs:
+            require_unchanged(chosen, size, "a further input of")
+            require_unchanged(chosen, shape, "a further input of")
         for together in self._windows_seen.values():
             channel_maps(together, self._channel_attributes)  # refuses affinities without a counterpart
 
@@ -167,8 +165,7 @@ class PredictTask(BlockTask):
     @property
     def model(self) -> dict[str, Any]:
         """What the attributes say of the model."""
-        data = self.to_dict()
-        return {name: data[name] for name in _OF_MODEL}
+        return {name: value for name, value in self.to_dict().items() if name in _OF_MODEL}
 
     def made_from(self) -> dict[str, str]:
         whole = max((layout.target for layout, _ in self.layouts), key=lambda grid: grid.size)
@@ -214,9 +211,8 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        windows = tuple(self._windows_seen)
-        how = (self.channels, self.voxel_size, windows, self.overlap, self.context, self.block_size, volume)
-        return [(Layout(grid, *how), tuple(names)) for grid, names in grids.items()]
+        how = (self.voxel_size, tuple(self._windows_seen), self.overlap, self.context, self.block_size, volume)
+        return [(Layout(grid, self.channels, *how), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
     def groups(self) -> list[artifact.Group]:
@@ -240,7 +236,7 @@ class PredictTask(BlockTask):
     @property
     def members(self) -> int:
         """Networks that are averaged."""
-        return max(1, len(self.checkpoints))
+        return max(1, len(self.networks or self.checkpoints))
 
     def averages(self, networks: Sequence[Network]) -> OrientedAverages:
         """Return the averages of the networks that the task asks for."""
@@ -252,8 +248,7 @@ class PredictTask(BlockTask):
     def plan(self) -> list[Plan]:
         """Return what each distinct target grid costs, without running anything."""
         batch = MOST_ON_CPU if isinstance(self.batch_size, str) else self.batch_size
-        each = self.members * max(1, self.dropout_samples)
-        passes = [each * len(together) for together in self._windows_seen.values()]
+        passes = [self.members * len(s) * max(1, self.dropout_samples) for s in self._windows_seen.values()]
         return [layout.plan(batch, passes) for layout, _ in self.layouts]
 
     def locate(self, block: int) -> tuple[int, int]:
@@ -333,6 +328,8 @@ class PredictTask(BlockTask):
 
     def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
         """Return the networks, ready on a device; raises `InputError` if this process cannot load them."""
+        if self.networks:
+            return nullcontext(self.networks)
         raise InputError(
             f"the network of {self.output} was given in memory, not as a file: call run_predict_task with it again"
         )
@@ -361,22 +358,9 @@ class PredictTask(BlockTask):
         return {**artifact.common_attributes(provenance), "classes": classes, "model": self.model}
 
 
-class _GivenTask(PredictTask):
-    """A task with its networks, for this process only."""
-
-    networks: tuple[Network, ...] = ()  # no field: neither stored nor compared
-
-    @property
-    def members(self) -> int:
-        return len(self.networks)
-
-    def open_networks(self, device: str) -> AbstractContextManager[Sequence[Network]]:
-        return nullcontext(self.networks) if self.networks else super().open_networks(device)
-
-
 def given(task: PredictTask, networks: Sequence[Network]) -> PredictTask:
     """Return the task with its networks, which are ready on the device: for engines that work in this process."""
-    found = _GivenTask(**{f.name: getattr(task, f.name) for f in fields(PredictTask)})
+    found = PredictTask(**{f.name: getattr(task, f.name) for f in fields(PredictTask)})
     object.__setattr__(found, "networks", tuple(networks))
     return found
 

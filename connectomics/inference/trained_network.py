@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from connectomics.cellmap.classes import atoms_of
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
 from connectomics.errors import unknown_name
@@ -56,6 +57,28 @@ class TrainedNetwork(nn.Module):
         if entry is None:
             raise unknown_name("data set", dataset, known, "the model's normalization")
         return Normalization.from_dict(entry, f"data.normalization of {dataset}")
+
+
+def with_unions(run: Callable[..., Tensor], channels: Sequence[str], unions: Sequence[str]) -> Callable[..., Tensor]:
+    """Return ``run`` with one more channel for each group class of ``unions``, after its own ``channels``.
+
+    Atomic classes exclude each other, so the probability of their union is the sum of their probabilities (Kolmogorov's
+    third axiom), here at most 1 because a network does not know that they exclude each other. The maximum, and
+    1 - prod(1 - p) for independent classes, are too low where parts meet: at the border of membrane and lumen both are
+    0.5, and the sum is 1.
+
+    Args:
+        run: returns probabilities (B, C, D, H, W) of ``channels``.
+    """
+    if not unions:
+        return run
+    parts = [[channels.index(atom) for atom in atoms_of(name)] for name in unions]
+
+    def with_groups(*inputs: Tensor) -> Tensor:
+        found = run(*inputs)
+        return torch.cat([found, *(found[:, part].sum(1, keepdim=True).clamp(max=1) for part in parts)], dim=1)
+
+    return with_groups
 
 
 def weights_hash(network: nn.Module) -> str:

@@ -26,6 +26,7 @@ R = TypeVar("R")
 
 # Seconds before the first retry, and at most between retries; tensorstore gets the same values.
 FIRST_DELAY, LONGEST_DELAY = 0.1, 5.0
+_THREADS = 16
 _DENIED = "access is denied; a bucket that does not allow listing also answers this for objects that do not exist"
 
 
@@ -60,11 +61,11 @@ def objects(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int
     return sorted(_described(item) for item in listed or [])
 
 
-def in_parallel(ask: Callable[[T], R], items: Sequence[T], threads: int = 16) -> list[R]:
+def in_parallel(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
     """Call ``ask`` for every item in several threads; raise the first error and cancel the rest."""
     if len(items) < 2:
         return [ask(item) for item in items]
-    pool = ThreadPoolExecutor(max_workers=min(threads, len(items)))
+    pool = ThreadPoolExecutor(max_workers=min(_THREADS, len(items)))
     try:
         return list(pool.map(ask, items))
     finally:

@@ -205,7 +205,6 @@ def create_multiscale(
     chunks: Sequence[int] = DEFAULT_CHUNKS,
     attrs: Mapping[str, Any] | None = None,
     name: str = "",
-    fill_value: float = 0,
     overwrite: bool = False,
     clevel: int = 1,
 ) -> list[ArrayWriter]:
@@ -224,7 +223,7 @@ def create_multiscale(
     _clear(path, overwrite)
     ensure_group(path)
     writers = [
-        create_array(path / f"s{k}", grid.shape, dtype, chunks=chunks, fill_value=fill_value, clevel=clevel, grid=grid)
+        create_array(path / f"s{k}", grid.shape, dtype, chunks=chunks, clevel=clevel, grid=grid)
         for k, grid in enumerate(grids)
     ]
     # the group's attributes come last: a group that names its levels has them all
@@ -261,7 +260,6 @@ def write_multiscale(
     chunks: Sequence[int] = DEFAULT_CHUNKS,
     name: str = "",
     overwrite: bool = False,
-    clevel: int = 1,
 ) -> None:
     """Write a whole volume with its pyramid; the group appears in one step, whole or not at all.
 
@@ -280,9 +278,7 @@ def write_multiscale(
         ensure_group(path.parent)
     part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        writers = create_multiscale(
-            part, grids, values.dtype, chunks=chunks, attrs=attrs, name=name or path.name, clevel=clevel
-        )
+        writers = create_multiscale(part, grids, values.dtype, chunks=chunks, attrs=attrs, name=name or path.name)
         for k, writer in enumerate(writers):
             writer.write((0, 0, 0), values)
             if k + 1 < len(writers):

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
-from connectomics.decoding.affinities.segment import affinities_to_instances
-from connectomics.decoding.cellmap_postprocess import fill_holes, filter_by_size
-from connectomics.decoding.decode import decode_between, decode_class, decode_mask
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
@@ -169,26 +167,16 @@ class CropScore:
 
     def _decode(self, name: str) -> NDArray[np.unsignedinteger]:
         chosen: DecodeParameters = self.total.parameters[name]
-        if chosen.is_registered:
-            return decode_class(self._kept[name], self.grid.voxel_size, chosen)
-        mask = above(self._kept[name], chosen.threshold)
-        if name in self._affinities:
-            found = affinities_to_instances(
-                self._affinities[name],
-                self.total.affinities[name][1],
-                mask,
-                chosen.method,
-                bias_short=chosen.bias_short,
-                bias_long=chosen.bias_long,
-                merge_threshold=chosen.merge_threshold,
-            )
-            found = fill_holes(found, chosen.connectivity) if chosen.fill_holes else found
-            return filter_by_size(found, chosen.min_voxels(self.grid.voxel_size))
-        if chosen.has_boundary:
-            walls = self._kept[chosen.boundary] if chosen.boundary else self._heads[name]
-            return decode_between(mask, walls, self.grid.voxel_size, chosen)
-        head = HeadValues(self._heads[name], self.total.heads[name][1]) if chosen.height else None
-        return decode_mask(mask, self.grid.voxel_size, chosen, head)
+        walls = self._kept[chosen.boundary] if chosen.boundary else self._heads.get(name)
+        offsets = self.total.affinities[name][1] if name in self._affinities else None
+        return decode_class(
+            self._kept[name],
+            self.grid.voxel_size,
+            chosen,
+            boundary=walls if chosen.has_boundary else None,
+            head=HeadValues(self._heads[name], self.total.heads[name][1]) if chosen.height == "distance" else None,
+            affinities=None if offsets is None else (self._affinities[name], offsets),
+        )
 
     def _count(self, name: str, found: NDArray[np.bool_], label: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         counts = Counts.of(found, label, known)

@@ -35,8 +35,9 @@ from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
 from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
 from connectomics.models.batch_labels import labels_of
+from connectomics.models.gaps import with_gaps
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
-from connectomics.models.losses import build_loss
+from connectomics.models.losses import build_loss, weigh_classes
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +75,14 @@ class ConnectomicsModule(pl.LightningModule):
         self.heads = heads_of(config)
         self.channel_groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
         self.network = build_network(config, sum(self.channel_groups))
-        self.loss = build_loss(config.model.loss_functions, config.model.loss_weights, config.model.loss_options)
+        model, (z, y, x) = config.model, config.dataset.voxel_size
+        self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
+        weigh_classes(self.loss, config)
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
         self.intensity = BatchAugmentor.of(config)
         self.seen = ClassCounts(self.classes)  # in the epoch so far
+        self.sample_losses: Tensor | None = None  # (B,), of the classes, in the latest training batch
         self.counts = PooledCounts(len(self.classes))
         self.head_scores = HeadScores(self.heads)
         self.challenge = ChallengeScore(config) if config.training.val_score else None
@@ -122,10 +126,12 @@ class ConnectomicsModule(pl.LightningModule):
         labels = labels_of(batch)
         inputs = (batch[name] for name in input_names(len(self.config.data.inputs)))
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self.channel_groups)
-        result = self.loss(logits, labels)
+        result = self.loss(logits, with_gaps(labels, batch, self.config))
+        self.sample_losses = result.samples
         total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
-            heads = self.head_losses(of_heads, ids_of(batch))
+            ids = ids_of(batch)[:, : len(self.head_losses.classes)]  # those for gaps come after them
+            heads = self.head_losses(of_heads, ids)
             total = total + heads.total
             parts |= {f"train/loss/{name}": value for name, value in heads.parts.items()}
         tally = labels.tally()
@@ -144,12 +150,12 @@ class ConnectomicsModule(pl.LightningModule):
         # Lightning reduces an epoch's means over processes when they are first read, which the first process may
         # already have done for its progress line: the others must do it here, before all processes add the counts.
         _ = self.trainer.callback_metrics
-        metrics = self.seen.metrics(self._of_all_processes(self.seen.values))
+        metrics = self.seen.metrics(self.of_all_processes(self.seen.values))
         self.seen.reset()
         for logger in self.trainer.loggers:  # at the step at which Lightning logs the epoch's means
             logger.log_metrics({**metrics, "epoch": self.current_epoch}, step=max(0, self.trainer.global_step - 1))
 
-    def _of_all_processes(self, counts: Tensor) -> Tensor:
+    def of_all_processes(self, counts: Tensor) -> Tensor:
         """Return the sum of ``counts`` over all processes; ``counts`` itself does not change."""
         total = counts.to(self.device, copy=True)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -179,10 +185,14 @@ class ConnectomicsModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Store the normalization of the training data in the configuration: it belongs to the model."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "normalization", None) if stage == "fit" else None
+        data = getattr(self.trainer, "datamodule", None)
+        found = getattr(data, "normalization", None) if stage == "fit" else None
         if found:
             entries = {name: chosen.to_dict() for name, chosen in found.items()}
             self.config = with_normalization(self.config, entries)
+
+        if stage == "fit":
+            weigh_classes(self.loss, self.config, getattr(data, "present_shares", {}))
 
     def on_validation_epoch_start(self) -> None:
         """Start new counts."""
@@ -242,7 +252,7 @@ class ConnectomicsModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Add the counts of all processes and log the scores."""
-        scores = PooledCounts.scores(self._of_all_processes(self.counts.values))
+        scores = PooledCounts.scores(self.of_all_processes(self.counts.values))
         dice, iou = scores.mean(scores.dice), scores.mean(scores.iou)
         if dice is None:
             self._log_once(
@@ -259,12 +269,12 @@ class ConnectomicsModule(pl.LightningModule):
         if self.challenge is not None:
             values |= self._challenge_scores(self.challenge)
         if self.heads:
-            values |= self.head_scores.scores(self._of_all_processes(self.head_scores.values))
+            values |= self.head_scores.scores(self.of_all_processes(self.head_scores.values))
         # all processes have the same numbers; sync_dist only tells Lightning so
         self.log_dict(values, sync_dist=True, batch_size=1)
 
     def _challenge_scores(self, challenge: ChallengeScore) -> dict[str, float]:
-        values = challenge.scores(self._of_all_processes(challenge.values))
+        values = challenge.scores(self.of_all_processes(challenge.values))
         missing = [name for name in self.classes if f"val/{name}/score" not in values]
         if missing:
             self._log_once(
@@ -319,7 +329,7 @@ class ConnectomicsModule(pl.LightningModule):
             "classes": list(self.classes),
             "voxel_size": [float(v) for v in self.config.dataset.voxel_size],  # nm, z y x
             "config": config_to_dict(self.config),
-            "seen": self._of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
+            "seen": self.of_all_processes(self.seen.values).cpu(),  # in the epoch so far, by all processes
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 from torch import nn
 
 from connectomics.config import RunConfig
+from connectomics.config.schema import TrainingConfig
 from connectomics.data.dataset.build import inputs_of
-from connectomics.errors import InputError
+from connectomics.errors import ConfigError, InputError
 from connectomics.models.fusion import channels_for, with_inputs
-from connectomics.models.registry import build_model, check_patch_size, fixed_patch_size
+from connectomics.models.memory_format import set_channels_last
+from connectomics.models.registry import build_model, check_patch_size, dropout_options, fixed_patch_size
+from connectomics.models.stages import stages_for
 
 
 def build_network(config: RunConfig, channels: int) -> nn.Module:
@@ -29,8 +32,16 @@ def build_network(config: RunConfig, channels: int) -> nn.Module:
     return with_inputs(network, config.model.fusion, ratios)
 
 
+def prepare_training(network: nn.Module, training: TrainingConfig) -> None:
+    """Set the memory format, and compile the forward pass, as a run asks for; names of weights do not change."""
+    if training.channels_last:
+        set_channels_last(network)
+    if training.compile:
+        network.compile()
+
+
 def model_options(config: RunConfig) -> dict[str, Any]:
-    """Return the options of `build_model` in a configuration."""
+    """Return the options of `build_model` in a configuration; raise `ConfigError` or `InputError`."""
     options = dict(config.model.options)
     if config.model.architecture == "mednext":
         options = {
@@ -38,7 +49,25 @@ def model_options(config: RunConfig) -> dict[str, Any]:
             "mednext_kernel_size": config.model.mednext_kernel_size,
             **options,
         }
+    if options.get("strides") == "auto":
+        options = {**options, **_stages(config)}
+    if config.model.dropout is not None:
+        options = {**dropout_options(config.model.architecture, config.model.dropout), **options}
     return options
+
+
+def _stages(config: RunConfig) -> dict[str, Any]:
+    """Return strides and kernels for the voxel size and the patch, for ``model.options.strides=auto``."""
+    architecture = config.model.architecture
+    if architecture not in ("dynunet", "residual_unet"):
+        raise ConfigError(
+            f"model.options.strides=auto is for dynunet and residual_unet, got {architecture}; give a list"
+        )
+    strides, kernels = stages_for(config.dataset.voxel_size, config.data.patch_size)
+    found: dict[str, Any] = {"strides": strides, "kernel_size": kernels}
+    if architecture == "dynunet":
+        found["upsample_kernel_size"] = strides[1:]
+    return found
 
 
 def inference_window(config: RunConfig) -> list[int]:

@@ -16,6 +16,7 @@ from connectomics.errors import ConfigError
 from connectomics.lightning.averaging import AveragedWeights
 from connectomics.lightning.callbacks import BestCheckpoint, EndWorkers, PicturePanel
 from connectomics.lightning.devices import Machine, this_machine
+from connectomics.lightning.hard_examples import HardExamples
 from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.resuming import EpochSums, LatestState, RandomState, ResumeTable
 from connectomics.lightning.schedule import Schedule
@@ -109,6 +110,8 @@ def _callbacks(config: RunConfig, folder: Path, fast_dev_run: bool, validate: bo
     if fast_dev_run:
         return callbacks
     callbacks += [Timing(folder / "timing.json"), ResumeTable(), EpochSums()]
+    if config.data.sampling.get("hard", 0) > 0:
+        callbacks.append(HardExamples())
     if config.logging.images and config.logging.use_tensorboard:
         callbacks.append(PicturePanel())
     if validate and config.early_stopping.patience > 0:

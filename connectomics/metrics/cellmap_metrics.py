@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,8 +12,15 @@ from connectomics.errors import InputError
 from connectomics.metrics.overlaps import pair_counts
 
 
+class Pooled:
+    """Dataclasses of numbers that pool over blocks and crops: ``+`` adds field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))  # type: ignore[call-overload]
+
+
 @dataclass(frozen=True)
-class Counts:
+class Counts(Pooled):
     """Voxel counts of a class; they add up over blocks and crops."""
 
     tp: int = 0
@@ -38,9 +46,6 @@ class Counts:
         tp = int(np.count_nonzero(a & b))
         fp, fn = int(np.count_nonzero(a)) - tp, int(np.count_nonzero(b)) - tp
         return cls(tp, fp, fn, size - tp - fp - fn)
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.tn + other.tn)
 
     @property
     def known(self) -> int:

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
-from connectomics.metrics.cellmap_metrics import Counts, evaluate_instance
+from connectomics.metrics.cellmap_metrics import Counts, Pooled, evaluate_instance
 from connectomics.metrics.challenge.results import Panoptic, instance_ratios
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.metrics.challenge.scoring import score_instance
 
 T = TypeVar("T")
+
+_LEVEL = 0.95  # share of the draws inside an interval
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -27,7 +29,7 @@ def bootstrap_interval(
     statistic: Callable[[T], float],
     *,
     samples: int = 1000,
-    level: float = 0.95,
+    level: float = _LEVEL,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Return a percentile bootstrap interval, over crops, of a pooled measure.
@@ -81,7 +83,7 @@ def _total(items: Sequence[Any]) -> Any:
 
 # -- one label, and many -----------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class InstanceSums:
+class InstanceSums(Pooled):
     """What pools over crops for a class scored as instances: the challenge's counts and sums, and the usual measures.
 
     ``rand_error``, ``voi_split`` and ``voi_merge`` are sums of crop values, weighted by the crop's number of true
@@ -97,9 +99,6 @@ class InstanceSums:
     voi_split: float = 0.0
     voi_merge: float = 0.0
     weight: int = 0
-
-    def __add__(self, other: InstanceSums) -> InstanceSums:
-        return InstanceSums(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def ratios(self) -> tuple[float, float, float]:
@@ -220,8 +219,6 @@ def summarize(
     by: Sequence[Literal["class", "crop", "dataset"]] = ("class",),
     *,
     samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> list[dict[str, Any]]:
     """Return rows of pooled measures, grouped by class, crop, data set or several of them, sorted.
@@ -232,7 +229,6 @@ def summarize(
     intervals over crops: ``dice_low`` and ``dice_high``, ``score_low`` and ``score_high``, and for instances
     ``combined_low`` and ``combined_high``.
     """
-    options = {"samples": samples, "level": level, "seed": seed}
     rules = get_rules(rules)
     rows = []
     for key, group in sorted(_grouped(labels, by).items()):
@@ -240,10 +236,10 @@ def summarize(
         counts = [_total([label.counts for label in crop]) for crop in _grouped(group, ("dataset", "crop")).values()]
         row |= {"crops": len(counts), **_total(counts).to_dict()}
         if len(counts) > 1:
-            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, **options)  # type: ignore[arg-type]
+            row["dice_low"], row["dice_high"] = bootstrap_interval(counts, lambda c: c.dice, samples=samples)
         classes = {label.class_name for label in group}
         if len(classes) == 1:
-            row |= _class_score(group, rules, options)
+            row |= _class_score(group, rules, samples)
         rows.append(row)
     return rows
 
@@ -256,19 +252,19 @@ def _grouped(labels: Iterable[LabelEvaluation], by: Sequence[str]) -> dict[tuple
     return groups
 
 
-def _class_score(group: Sequence[LabelEvaluation], rules: Rules, options: Mapping[str, Any]) -> dict[str, Any]:
+def _class_score(group: Sequence[LabelEvaluation], rules: Rules, samples: int) -> dict[str, Any]:
     """Return the challenge's score of one class, with its interval, and its instance measures."""
     sums = [label.instances for label in group if label.instances is not None]
     row: dict[str, Any] = {}
     if sums:
         row |= {"instance_crops": len(sums), **_total(sums).to_dict()}
         if len(sums) > 1:
-            row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, **options)
+            row["combined_low"], row["combined_high"] = bootstrap_interval(sums, lambda s: s.combined, samples=samples)
     items: list[Any] = [item for item in (label.scored(rules) for label in group) if item is not None]
     if items:
         row["score"] = score_of(_total(items))
     if len(items) > 1:
-        row["score_low"], row["score_high"] = bootstrap_interval(items, score_of, **options)
+        row["score_low"], row["score_high"] = bootstrap_interval(items, score_of, samples=samples)
     return row
 
 
@@ -276,19 +272,18 @@ def totals(
     labels: Sequence[LabelEvaluation],
     *,
     samples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
     rules: str | Rules = DEFAULT_RULES,
 ) -> dict[str, float | None]:
     """Return the challenge's three totals over annotated crops.
 
     ``instance`` and ``semantic`` are plain means over classes, ``overall`` is their geometric mean (by Panoptic Quality
     the plain mean over all classes); None if no class of a kind could be scored. Each has a bootstrap interval over
-    crops (``overall_low``, ``overall_high``); a draw without any crop of a class leaves the class out.
+    crops (``overall_low``, ``overall_high``); a draw without any crop of a class leaves the class out, and without any
+    draw there is no interval.
     """
     rules = get_rules(rules)
     crops = sorted(_grouped(labels, ("dataset", "crop")))
-    draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed)])
+    draws = np.vstack([np.ones((1, len(crops)), np.int64), _draws(len(crops), samples, seed=0)])
     kinds: dict[bool, list[NDArray[np.float64]]] = {True: [], False: []}
     for (name,), group in sorted(_grouped(labels, ("class",)).items()):
         there = [(label, item) for label in group if (item := label.scored(rules)) is not None]
@@ -305,9 +300,9 @@ def totals(
         found["overall"] = np.sqrt(both[0] * both[1]) if len(both) == 2 else None
     row: dict[str, float | None] = {name: None if v is None else float(v[0]) for name, v in found.items()}
     for name, drawn in found.items():
-        if drawn is not None and len(crops) > 1:
-            drawn = drawn[1:][np.isfinite(drawn[1:])]
-            row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, level)
+        drawn = np.zeros(0) if drawn is None else drawn[1:][np.isfinite(drawn[1:])]
+        if len(crops) > 1 and len(drawn):
+            row[f"{name}_low"], row[f"{name}_high"] = _quantiles(drawn, _LEVEL)
     return row
 
 

@@ -65,22 +65,15 @@ def _count(first, second, number, keys_a, keys_b, counts, used):  # type: ignore
 @njit(cache=True, nogil=True)
 def _count_pairs(first, second, known, use_known, keys_a, keys_b, counts, used):  # type: ignore[no-untyped-def]  # pragma: no cover
     """Add the pairs of two flat volumes; return the table (maybe a larger one) and the number of used slots."""
-    n = first.size
-    i = 0
+    n, i = first.size, 0
     while i < n:
         if use_known and not known[i]:
             i += 1
             continue
-        a = first[i]
-        b = second[i]
-        start = i
+        a, b, start = first[i], second[i], i
         i += 1
-        if use_known:
-            while i < n and known[i] and first[i] == a and second[i] == b:
-                i += 1
-        else:
-            while i < n and first[i] == a and second[i] == b:
-                i += 1
+        while i < n and first[i] == a and second[i] == b and (not use_known or known[i]):
+            i += 1
         keys_a, keys_b, counts, used = _count(np.uint64(a), np.uint64(b), i - start, keys_a, keys_b, counts, used)
     return keys_a, keys_b, counts, used
 

@@ -6,6 +6,7 @@ Importing this package imports neither torch nor MONAI; `connectomics.models.los
 from connectomics.models.registry import (
     build_model,
     check_patch_size,
+    dropout_options,
     fixed_patch_size,
     has_deep_supervision,
     list_models,
@@ -16,6 +17,7 @@ from connectomics.models.registry import (
 __all__ = [
     "build_model",
     "check_patch_size",
+    "dropout_options",
     "fixed_patch_size",
     "has_deep_supervision",
     "list_models",

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from connectomics.cellmap.labels import FRACTION_STEPS
 from connectomics.errors import InputError
 
 _THRESHOLD = 0.5  # a voxel with a label above this counts as present
@@ -111,6 +112,7 @@ class PackedLabels(Labels):
     codes: Tensor
     present: Tensor  # bool (B, C, K)
     known: Tensor  # bool (B, C, K)
+    fraction: Tensor | None = None  # uint8 (B, C, K), soft labels in sixteenths; the label is then fraction / 16
 
     def __post_init__(self) -> None:
         tables = self.present.shape
@@ -123,6 +125,11 @@ class PackedLabels(Labels):
             raise InputError(
                 f"the tables of {len(self.codes)} samples must be two bool (B, C, K), got present {tuple(tables)} of "
                 f"{self.present.dtype} and known {tuple(self.known.shape)} of {self.known.dtype}"
+            )
+        if self.fraction is not None and (self.fraction.shape != tables or self.fraction.dtype != torch.uint8):
+            raise InputError(
+                f"the fractions must be uint8 {tuple(tables)}, as present, got {self.fraction.dtype} "
+                f"{tuple(self.fraction.shape)}"
             )
         if self.codes.device.type == "cpu" and self.codes.numel():
             low, high = (int(v) for v in torch.aminmax(self.codes))
@@ -149,7 +156,11 @@ class PackedLabels(Labels):
     def of(self, channel: int) -> tuple[Tensor, Tensor]:
         """Return label and known of a class, (B, D, H, W): two look-ups in tables of B K numbers."""
         # index_select of a flat index is torch's fastest look-up on a CPU
-        label = self.present[:, channel].reshape(-1).float().index_select(0, self._places)
+        table = self.present if self.fraction is None else self.fraction
+        values = table[:, channel].reshape(-1).float()
+        if self.fraction is not None:
+            values = values / FRACTION_STEPS
+        label = values.index_select(0, self._places)
         known = self.known[:, channel].reshape(-1).index_select(0, self._places)
         return label.view(self.codes.shape), known.view(self.codes.shape)
 
@@ -162,12 +173,13 @@ class PackedLabels(Labels):
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Labels:
-    """Return the labels of a batch: ``codes``, ``present`` and ``known_states``, or ``label`` and ``known``.
+    """Return the labels of a batch: ``codes``, ``present``, ``known_states`` and, if they are soft, ``fraction``; or
+    ``label`` and ``known``.
 
     Raises `InputError` if neither are there or they do not fit each other.
     """
     if {"codes", "present", "known_states"} <= batch.keys():
-        return PackedLabels(batch["codes"], batch["present"], batch["known_states"])
+        return PackedLabels(batch["codes"], batch["present"], batch["known_states"], batch.get("fraction"))
     if {"label", "known"} <= batch.keys():
         return DenseLabels(batch["label"], batch["known"].bool())
     raise InputError(

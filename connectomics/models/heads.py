@@ -25,7 +25,7 @@ class HeadLosses(nn.Module):
         super().__init__()
         self.heads = tuple(heads)
         self.classes = tuple(dict.fromkeys(head.class_name for head in heads))
-        self.losses = nn.ModuleList(build_loss(head.losses) for head in heads)
+        self.losses = nn.ModuleList(build_loss(head.losses, voxel_size=head.voxel_size) for head in heads)
 
     def forward(self, outputs: Sequence[Sequence[Tensor]], ids: Tensor) -> LossResult:
         """Return the weighted sum, and the loss of each head by its name.
@@ -63,7 +63,7 @@ def ids_of(batch: Mapping[str, Tensor]) -> Tensor:
     """Return the instance ids of a batch of a loader; `InputError` if it has none."""
     if "ids" not in batch:
         raise InputError(
-            "a batch must have instance ids (ids: int32 (B, I, D, H, W)) to train model.heads, got "
-            f"{', '.join(map(str, batch)) or 'nothing'}"
+            "a batch must have instance ids (ids: int32 (B, I, D, H, W)) to train model.heads or with data.gap_nm, "
+            f"got {', '.join(map(str, batch)) or 'nothing'}"
         )
     return batch["ids"]

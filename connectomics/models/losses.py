@@ -7,8 +7,9 @@ independent sigmoid channel. For a batch of B samples and the run's C classes, t
 
 where loss_bc is computed from the n_bc known voxels of class c in sample b, and N is the number of voxels of a sample.
 So an unknown class contributes 0 and leaves the other classes unchanged; the gradients of a batch are the mean of those
-of its parts (accumulation and data-parallel training give what one large batch gives); and what stands at an unknown
-voxel, even NaN, has no influence. If nothing is known, the loss is zero with zero gradients, still part of the graph.
+of its parts (accumulation and data-parallel training give what one large batch gives, unless a loss is ``pooled``); and
+what stands at an unknown voxel, even NaN, has no influence. If nothing is known, the loss is zero with zero gradients,
+still part of the graph. ``model.class_weights`` multiplies the r_bc of a class (see `class_weights`).
 
 For deep supervision, labels become the *fraction* of the fine voxels that is labeled: a threshold would erase membranes
 thinner than a coarse voxel. The formulas equal the usual ones for 0/1 labels and have their minimum at prediction =
@@ -19,66 +20,38 @@ To add a loss, write a frozen dataclass whose fields are its options, and regist
 
 from __future__ import annotations
 
+import logging
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
+from torch import Tensor
 
-from connectomics.config.values import STRICT_KEYS, read
-from connectomics.errors import InputError, unknown_name
-from connectomics.models.batch_labels import Labels
+from connectomics.config import RunConfig
+from connectomics.config.values import read
+from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.geometry import Triple
+from connectomics.models.boxes import box_maximum, box_steps
+from connectomics.models.masked_loss import ClassLoss, KnownVoxels, LossResult, MaskedLoss, downsample
 
-_LOGITS_ON_GPU = 2**24  # logits of several classes that are processed together: about 1.5 GB of intermediate values
-_FULL_WEIGHT = 1 / 64  # known share of a sample from which a class has its full weight
+log = logging.getLogger(__name__)
+
+__all__ = [
+    "LOSSES",
+    "ClassLoss",
+    "KnownVoxels",
+    "LossResult",
+    "MaskedLoss",
+    "build_loss",
+    "downsample",
+    "register_loss",
+]
 
 NotNegative = Annotated[float, Field(strict=True, ge=0)]
 Positive = Annotated[float, Field(strict=True, gt=0)]
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Value of a loss: ``total`` for the backward pass, and by loss name the unweighted, detached parts."""
-
-    total: Tensor
-    parts: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class KnownVoxels:
-    """Classes of samples at one size: each row holds the N voxels of one class in one sample, zero where unknown."""
-
-    logits: Tensor  # float32 (rows, N)
-    target: Tensor  # float32 (rows, N), 0..1
-    known: Tensor  # float32 (rows, N), 0 or 1
-    count: Tensor  # (rows,), number of known voxels
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over known voxels (rows,), 0 if none is known; ``values`` (rows, N) are zero if unknown."""
-        return values.sum(1) / self.count.clamp(min=1)
-
-    def cross_entropy(self, pos_weight: Tensor | None = None) -> Tensor:
-        """Return the binary cross entropy of every voxel (rows, N), known or not."""
-        return functional.binary_cross_entropy_with_logits(
-            self.logits, self.target, reduction="none", pos_weight=pos_weight
-        )
-
-
-@dataclass(frozen=True)
-class ClassLoss(ABC):
-    """A loss with its options."""
-
-    __pydantic_config__ = STRICT_KEYS
-
-    @abstractmethod
-    def __call__(self, batch: KnownVoxels) -> Tensor:
-        """Return one value per row, (rows,): from the known voxels of one class in one sample."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +60,44 @@ class TverskyLoss(ClassLoss):
 
     With probability p and target y, TP is the mean over known voxels of min(p, y), FP of p - min(p, y), FN of
     y - min(p, y) (arXiv:2303.16296). ``smooth``, a share of the known voxels, is added to numerator and denominator.
+    In a sample without the class, the loss is 1 - smooth / (alpha P + smooth) for the mean probability P: with the
+    default it stays near 1 until P is far below 1e-4; a larger ``smooth`` counts few false positives for less.
+
+    ``pooled`` takes the means over all samples of a batch, as "batch Dice" of nnU-Net (arXiv:1809.10486) does: steadier
+    for rare classes, but then a batch split over processes or accumulated steps is not what one large batch is.
     """
 
     alpha: NotNegative = 0.3
     beta: NotNegative = 0.7
     smooth: Positive = 1e-4
+    pooled: bool = False
 
     def __call__(self, batch: KnownVoxels) -> Tensor:
         probability = torch.sigmoid(batch.logits) * batch.known
-        tp = batch.mean(torch.minimum(probability, batch.target))
-        fp = batch.mean(probability) - tp
-        fn = batch.mean(batch.target) - tp
+        tp = batch.mean(torch.minimum(probability, batch.target), self.pooled)
+        fp = batch.mean(probability, self.pooled) - tp
+        fn = batch.mean(batch.target, self.pooled) - tp
         return 1 - (tp + self.smooth) / (tp + self.alpha * fp + self.beta * fn + self.smooth)
 
 
 @dataclass(frozen=True)
 class DiceLoss(ClassLoss):
-    """1 - 2 TP / (2 TP + FP + FN): `TverskyLoss` with alpha = beta = 1/2 (arXiv:1606.04797)."""
+    """1 - 2 TP / (2 TP + FP + FN): `TverskyLoss` with alpha = beta = 1/2, and its ``smooth`` and ``pooled``.
+
+    ``squared`` is the form of V-Net (arXiv:1606.04797): 1 - 2 S / (mean p^2 + mean y^2), S the mean of p y. It has no
+    kink at p = y, and its minimum there for fractions, too.
+    """
 
     smooth: Positive = 1e-4
+    squared: bool = False
+    pooled: bool = False
 
     def __call__(self, batch: KnownVoxels) -> Tensor:
-        return TverskyLoss(0.5, 0.5, self.smooth)(batch)
+        if not self.squared:
+            return TverskyLoss(0.5, 0.5, self.smooth, self.pooled)(batch)
+        p, y = torch.sigmoid(batch.logits) * batch.known, batch.target
+        both, sizes = batch.mean(p * y, self.pooled), batch.mean(p * p + y * y, self.pooled)
+        return 1 - (both + self.smooth) / (sizes / 2 + self.smooth)
 
 
 @dataclass(frozen=True)
@@ -137,6 +126,35 @@ class BalancedBCELoss(ClassLoss):
         share = batch.mean(y).clamp(self.least, 1 - self.least)[:, None]
         weight = y / (2 * share) + (1 - y) / (2 * (1 - share))
         return batch.mean(batch.cross_entropy() * weight * batch.known)
+
+
+@dataclass(frozen=True)
+class BoundaryBCELoss(ClassLoss):
+    """Binary cross entropy in which voxels near a boundary of the class weigh more, a weighted mean over known voxels.
+
+    As in U-Net (arXiv:1505.04597, formula 2), so that thin gaps and membranes count, but with the same weight in a band
+    instead of one that falls off. A voxel is in the band if a voxel of the other state is known within ``width_nm`` of
+    its center along each axis (a box, found by max pooling on the device). Voxels in the band have the weight
+    ``boundary_weight``, others 1; a fraction y that differs from all around it by less than 1 has a weight in between.
+
+    ``width_nm`` None stands for two of the smallest voxel side, at each size of deep supervision.
+    """
+
+    boundary_weight: Annotated[float, Field(strict=True, ge=1)] = 5.0
+    width_nm: Positive | None = None
+
+    def __call__(self, batch: KnownVoxels) -> Tensor:
+        weight = self.weights(batch)
+        total = weight.sum(1).clamp(min=torch.finfo(weight.dtype).tiny)
+        return (batch.cross_entropy() * weight).sum(1) / total
+
+    def weights(self, batch: KnownVoxels) -> Tensor:
+        """Return the weight of every voxel (rows, N), 0 where it is unknown."""
+        width = 2 * min(batch.voxel_size) if self.width_nm is None else self.width_nm
+        states = torch.stack([batch.target, batch.known - batch.target], 1).unflatten(2, batch.shape)
+        states = box_maximum(states, box_steps(width, batch.voxel_size))
+        near = (2 * states.amin(1)).clamp(max=1).flatten(1)  # 1 where both states are near
+        return (1 + (self.boundary_weight - 1) * near) * batch.known
 
 
 @dataclass(frozen=True)
@@ -170,20 +188,25 @@ class FocalLoss(ClassLoss):
 
 @dataclass(frozen=True)
 class DiceCELoss(ClassLoss):
-    """``lambda_dice`` times `DiceLoss` plus ``lambda_ce`` times `BCEWithLogitsLoss`."""
+    """``lambda_dice`` times `DiceLoss`, with its options, plus ``lambda_ce`` times `BCEWithLogitsLoss`."""
 
     lambda_dice: NotNegative = 1.0
     lambda_ce: NotNegative = 1.0
     smooth: Positive = 1e-4
+    squared: bool = False
+    pooled: bool = False
 
     def __call__(self, batch: KnownVoxels) -> Tensor:
-        return self.lambda_dice * DiceLoss(self.smooth)(batch) + self.lambda_ce * BCEWithLogitsLoss()(batch)
+        dice = DiceLoss(self.smooth, self.squared, self.pooled)(batch)
+        return self.lambda_dice * dice + self.lambda_ce * BCEWithLogitsLoss()(batch)
 
 
 LOSSES: dict[str, type[ClassLoss]] = {
     kind.__name__: kind
-    for kind in (DiceLoss, FocalLoss, BCEWithLogitsLoss, BalancedBCELoss, MSELoss, DiceCELoss, TverskyLoss)
-}
+    for kind in (
+        DiceLoss, FocalLoss, BCEWithLogitsLoss, BalancedBCELoss, BoundaryBCELoss, MSELoss, DiceCELoss, TverskyLoss,
+    )
+}  # fmt: skip
 
 
 def register_loss(kind: type[ClassLoss]) -> type[ClassLoss]:
@@ -207,145 +230,15 @@ def register_loss(kind: type[ClassLoss]) -> type[ClassLoss]:
     return kind
 
 
-class MaskedLoss(nn.Module):
-    """A weighted sum of losses over known voxels, with deep supervision.
-
-    Coarser outputs have the weights 1/2, 1/4, ... relative to the full size (as in nnU-Net). For each class and sample
-    the weights are divided by their sum over the sizes at which the class has known voxels, so that a small known
-    region, which fills no coarse voxel, counts as much as the others.
-
-    Classes are processed one after another (on a GPU several at once), so that labels are unpacked for one class at a
-    time. The gradient of a class is computed along with its value: the backward pass needs 4 bytes per voxel and
-    class, instead of about 20 for two losses. There is no second derivative.
-    """
-
-    def __init__(self, losses: Mapping[str, ClassLoss], weights: Mapping[str, float]) -> None:
-        super().__init__()
-        self.losses = dict(losses)
-        self.weights = dict(weights)
-        self.at_once: int | None = None  # classes that are processed together; None: one, and several on a GPU
-
-    def forward(self, logits: Tensor | Sequence[Tensor], labels: Labels) -> LossResult:
-        """Return the loss of a batch, computed in float32 also under autocast.
-
-        Args:
-            logits: (B, C, D, H, W), or a sequence of them, full size first, each side dividing the one before.
-            labels: of the same B, C, D, H, W; for tensors, `DenseLabels(label, known)`.
-
-        Raises:
-            InputError: the shapes do not fit each other.
-        """
-        outputs = [logits] if isinstance(logits, Tensor) else list(logits)
-        if not outputs or tuple(outputs[0].shape) != labels.shape:
-            found = tuple(outputs[0].shape) if outputs else "none"
-            raise InputError(
-                f"logits and labels must have one shape (B, C, D, H, W), got logits {found}, labels {labels.shape}"
-            )
-        wanted = torch.is_grad_enabled() and any(output.requires_grad for output in outputs)
-        # float32 also for half precision: the gradient scale that keeps halves from vanishing applies only in backward
-        gradients = [torch.empty_like(output, dtype=torch.float32) for output in outputs] if wanted else []
-        factors = outputs[0].new_tensor([self.weights[name] for name in self.losses], dtype=torch.float32)
-        factors = factors / labels.channels
-        means = torch.zeros_like(factors)
-        together = self.at_once or _classes_at_once(labels)
-        with torch.autocast(labels.device.type, enabled=False):
-            for first in range(0, labels.channels, together):
-                some = slice(first, min(first + together, labels.channels))
-                label, known = _labels_of(labels, some)
-                with torch.set_grad_enabled(wanted):
-                    leaves = [output.detach()[:, some].float().requires_grad_(wanted) for output in outputs]
-                    values = self._of_classes(leaves, label, known)
-                    if wanted:
-                        slopes = torch.autograd.grad((values * factors).sum(), leaves)
-                        for gradient, slope in zip(gradients, slopes, strict=True):
-                            gradient[:, some] = slope
-                means = means + values.detach()
-            total = (means * factors).sum()
-        if wanted:
-            total = _WithGradients.apply(total, len(gradients), *gradients, *outputs)
-        return LossResult(total, dict(zip(self.losses, means / labels.channels, strict=True)))
-
-    def _of_classes(self, logits: Sequence[Tensor], label: Tensor, known: Tensor) -> Tensor:
-        """Return per loss (L,) the mean over samples of the weighted losses of some classes, summed over these.
-
-        ``logits`` by level, label and known: (B, K, D, H, W).
-        """
-        samples = len(label)
-        levels = []
-        for level in logits:
-            if level.shape[2:] != label.shape[2:]:
-                label, known = downsample(label, known, level.shape[2:])
-            # `where` instead of a product: NaN times zero is NaN, in the value and in the gradient
-            rows, target = (torch.where(known, values, 0.0).flatten(0, 1).flatten(1) for values in (level, label))
-            mask = known.flatten(0, 1).flatten(1)
-            levels.append(KnownVoxels(rows, target, mask.float(), mask.sum(1)))
-        share = (levels[0].count / (levels[0].known.shape[1] * _FULL_WEIGHT)).clamp(max=1)
-        # known on a coarse level implies known on the finest
-        weight = torch.stack([(level.count > 0).float() * 0.5**n for n, level in enumerate(levels)])
-        weight = weight / weight.sum(0).clamp(min=torch.finfo(weight.dtype).tiny)
-        values = torch.stack([torch.stack([loss(level) for level in levels]) for loss in self.losses.values()])
-        return (values * weight * share).sum((1, 2)) / samples
-
-
-def _classes_at_once(labels: Labels) -> int:
-    """Return how many classes are processed together on the device of the labels."""
-    if labels.device.type == "cpu":
-        return 1
-    return max(1, _LOGITS_ON_GPU // (labels.batch * math.prod(labels.shape[2:])))
-
-
-def _labels_of(labels: Labels, some: slice) -> tuple[Tensor, Tensor]:
-    """Return label and known of some classes, (B, K, D, H, W)."""
-    label, known = zip(*(labels.of(channel) for channel in range(some.start, some.stop)), strict=True)
-    if len(label) == 1:  # no copy
-        return label[0][:, None], known[0][:, None]
-    return torch.stack(label, 1), torch.stack(known, 1)
-
-
-class _WithGradients(torch.autograd.Function):
-    """A value whose gradients are already computed."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
-        """``tensors``: ``count`` gradients, then the ``count`` tensors that they belong to."""
-        ctx.save_for_backward(*tensors[:count])
-        ctx.dtypes = [tensor.dtype for tensor in tensors[count:]]
-        return value.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients times the upstream gradient, in the dtype of the tensors."""
-        gradients = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[2 + len(gradients) :]
-        results: list[Tensor | None] = []
-        for gradient, dtype, needed in zip(gradients, ctx.dtypes, wanted, strict=True):
-            into = torch.empty_like(gradient, dtype=dtype) if needed else None
-            results.append(None if into is None else torch.mul(gradient, upstream, out=into))
-        return (None, None, *[None] * len(gradients), *results)
-
-
-def downsample(label: Tensor, known: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Downsample label (B, C, D, H, W) float and known (bool) to ``size`` (d, h, w).
-
-    The label becomes the mean of the fine voxels, and a coarse voxel is known if all of its fine voxels are.
-    Raises `InputError` if ``size`` does not divide the size of the label.
-    """
-    full = label.shape[2:]
-    if any(n % m for n, m in zip(full, size, strict=True)):
-        raise InputError(f"a deep-supervision output of {tuple(size)} voxels does not divide the label's {tuple(full)}")
-    factor = tuple(n // m for n, m in zip(full, size, strict=True))
-    clean = torch.where(known, label, 0.0)
-    coarse_unknown = functional.max_pool3d((~known).to(clean.dtype), factor, factor)
-    return functional.avg_pool3d(clean, factor, factor), coarse_unknown == 0
-
-
 def build_loss(
     names: Sequence[str],
     weights: Sequence[float] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    voxel_size: Triple = (1.0, 1.0, 1.0),
 ) -> MaskedLoss:
     """Return a `MaskedLoss` of names of `LOSSES`, a weight for each (default 1), and options by name.
+
+    ``voxel_size``: of the labels, nm, z y x, for losses whose options are lengths.
 
     Raises:
         UnknownNameError: a loss is unknown, or has options but is not used.
@@ -366,4 +259,52 @@ def build_loss(
         if name not in names:
             raise unknown_name("loss", name, names, "model.loss_options (only losses of model.loss_functions)")
     built = {n: read(LOSSES[n], given.get(n) or {}, f"model.loss_options.{n}", InputError) for n in names}
-    return MaskedLoss(built, dict(zip(names, factors, strict=True)))
+    return MaskedLoss(built, dict(zip(names, factors, strict=True)), voxel_size)
+
+
+def class_weights(
+    given: Mapping[str, float] | str, cap: float, classes: Sequence[str], present: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the weight of every class in the loss, from ``model.class_weights``.
+
+    A mapping gives weights by class (default 1). "inverse_frequency" gives weights in proportion to 1 / f, where f is
+    the present share of the known voxels of the training crops, at most ``cap`` times the smallest, with the mean 1
+    (arXiv:1411.4734 scales by the median of f instead). A class that is never present has the weight 1.
+
+    Args:
+        given, cap: ``model.class_weights`` and ``model.class_weight_cap``.
+        present: f by class, 0 to 1; only read for "inverse_frequency".
+
+    Raises:
+        UnknownNameError: a mapping has a class that is not one of ``classes``.
+    """
+    if not isinstance(given, str):
+        for name in given:
+            if name not in classes:
+                raise unknown_name("class", name, classes, "model.class_weights (of dataset.classes)")
+        return {name: float(given.get(name, 1.0)) for name in classes}
+    inverse = {name: 1 / present[name] for name in classes if present.get(name, 0) > 0}
+    most = cap * min(inverse.values(), default=1.0)
+    capped = {name: min(value, most) for name, value in inverse.items()}
+    mean = sum(capped.values()) / max(1, len(capped))
+    return {name: capped[name] / mean if name in capped else 1.0 for name in classes}
+
+
+def weigh_classes(loss: MaskedLoss, config: RunConfig, present: Mapping[str, float] | None = None) -> None:
+    """Set the weights of classes in a loss as ``model.class_weights`` says.
+
+    ``present``: the present share of each class in the training crops; None before training, when weights that depend
+    on it are not set. Raises as `class_weights`, and `ConfigError` if the shares are needed and there are none.
+    """
+    given = config.model.class_weights
+    if not given or (present is None and isinstance(given, str)):
+        return
+    if isinstance(given, str) and not present:
+        raise ConfigError(
+            f"model.class_weights={given} needs a data module with present_shares, as CellMapDataModule has; give "
+            "numbers by class"
+        )
+    weights = class_weights(given, config.model.class_weight_cap, config.dataset.classes, present or {})
+    loss.class_weights = torch.tensor(list(weights.values()), dtype=torch.float32)
+    if present:
+        log.info("weights of classes in the loss: %s", ", ".join(f"{n} {w:.3g}" for n, w in weights.items()))

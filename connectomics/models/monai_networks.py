@@ -11,16 +11,22 @@ from torch.utils.checkpoint import checkpoint
 
 
 class MedNeXtNetwork(nn.Module):
-    """MONAI's MedNeXt with deep supervision as a list, and with gradient checkpointing.
+    """MONAI's MedNeXt with deep supervision as a list, gradient checkpointing, and channel dropout after each stage.
 
     With ``gradient_checkpointing`` the activations inside a stage are recomputed in the backward pass: about a third
     more time for a fraction of the memory. Parameter names do not depend on it, so checkpoints fit both.
     """
 
     def __init__(
-        self, *, deep_supervision: bool = False, gradient_checkpointing: bool = False, **keywords: Any
+        self,
+        *,
+        deep_supervision: bool = False,
+        gradient_checkpointing: bool = False,
+        dropout: float = 0.0,
+        **keywords: Any,
     ) -> None:
         super().__init__()
+        self.dropout = nn.Dropout3d(dropout)
         self.net = MedNeXt(spatial_dims=3, deep_supervision=deep_supervision, **keywords)
         self.deep_supervision = deep_supervision
         self.gradient_checkpointing = gradient_checkpointing
@@ -36,17 +42,17 @@ class MedNeXtNetwork(nn.Module):
         x = net.stem(image)
         skips: list[Tensor] = []
         for stage, down in zip(net.enc_stages, net.down_blocks, strict=True):
-            x = self._run(stage, x)
+            x = self.dropout(self._run(stage, x))
             skips.append(x)
             x = self._run(down, x)
-        x = self._run(net.bottleneck, x)
+        x = self.dropout(self._run(net.bottleneck, x))
         supervise = self.deep_supervision and self.training
         coarse: list[Tensor] = []
         for level, (up, stage) in enumerate(zip(net.up_blocks, net.dec_stages, strict=True)):
             if supervise:
                 coarse.append(net.out_blocks[level](x))
             x = self._run(up, x) + skips[-(level + 1)]
-            x = self._run(stage, x)
+            x = self.dropout(self._run(stage, x))
         logits = net.out_0(x)
         return [logits, *reversed(coarse)] if supervise else logits
 

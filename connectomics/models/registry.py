@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import ConnectomicsError, InputError, unknown_name
+from connectomics.models.architectures import ARCHITECTURES, Architecture, Multiple, per_axis
 
 if TYPE_CHECKING:
     from torch import nn
-
-Multiple = tuple[int, int, int]
 
 # arguments that `build_model` passes itself; a configuration sets these elsewhere (model.in_channels, ...)
 _RESERVED = frozenset({"self", "spatial_dims", "in_channels", "out_channels", "img_size", "deep_supervision"})
@@ -35,131 +33,6 @@ _MEDNEXT_SIZES = {
     "L": ((3, 4, 8, 8, 8), (3, 4, 8, 8, 8)),
 }
 _MEDNEXT_KERNELS = (3, 5, 7)
-
-
-def _per_axis(factor: Any) -> Multiple:
-    """Return one number, or three (z, y, x), as three."""
-    if isinstance(factor, Sequence):
-        z, y, x = (int(f) for f in factor)
-        return z, y, x
-    return int(factor), int(factor), int(factor)
-
-
-def _stride_product(strides: Sequence[Any]) -> Multiple:
-    z, y, x = (math.prod(axis) for axis in zip(*(_per_axis(s) for s in strides), strict=True))
-    return z, y, x
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One network of the registry."""
-
-    description: str  # one line for `pytc train --list-models`
-    #: name of a class in monai.networks.nets, "module:name" of one of this package, or a function (see
-    #: `register_model`); its signature gives the options
-    constructor: str | Callable[..., nn.Module]
-    defaults: Mapping[str, Any]  # options whose default differs from MONAI's, or that MONAI requires
-    #: from all options to what the sides of a patch must be divisible by, z, y, x
-    multiple: Callable[[Mapping[str, Any]], Multiple]
-    #: from all options to the smallest patch, z y x; None: any with more than one voxel at the coarsest level
-    smallest: Callable[[Mapping[str, Any]], Multiple] | None = None
-    own_options: tuple[str, ...] = ()  # options that our wrapper reads in addition to the constructor's
-    hidden: tuple[str, ...] = ()  # options of the constructor that have no use here
-    deep_supervision: bool = False  # whether it can also return coarser logits
-    fixed_size: bool = False  # whether it is built for one patch size
-    #: parts of the names of parameters that MONAI creates and never uses; they are frozen, because data-parallel
-    #: training waits for the gradient of every trainable parameter
-    idle: tuple[str, ...] = ()
-
-
-_UNET_STAGES: dict[str, Any] = {"channels": (16, 32, 64, 128, 256), "strides": (2, 2, 2, 2)}
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "mednext": Architecture(
-        "MedNeXt S/B/M/L (mednext_size), kernel 3 or 5 (mednext_kernel_size): large-kernel convolutions, best results",
-        "MedNeXt",
-        {
-            "mednext_size": "S",
-            "mednext_kernel_size": 3,
-            "gradient_checkpointing": False,
-            "init_filters": 32,
-            "use_residual_connection": True,
-        },
-        lambda o: _per_axis(2 ** (len(o["blocks_down"]) if "blocks_down" in o else 4)),
-        own_options=("mednext_size", "mednext_kernel_size", "gradient_checkpointing"),
-        hidden=("kernel_size",),
-        deep_supervision=True,
-    ),
-    "unet": Architecture(
-        "residual U-Net with strided convolutions; small and quick, good on a CPU",
-        "UNet",
-        {**_UNET_STAGES, "num_res_units": 2},
-        lambda o: _stride_product(o["strides"]),
-    ),
-    "unet_2d": Architecture(
-        "2-D U-Net on the planes of a patch such as [1,256,256], 2.5-D with planes=3 or 5; quickest on a CPU",
-        "connectomics.models.unet_2d:PlaneUNet",
-        {"features": (32, 64, 128, 256, 256), "planes": 1, "stem": 1},
-        lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
-        smallest=lambda o: (int(o["planes"]), *2 * (int(o["stem"]) * 2 ** len(o["features"]),)),
-        deep_supervision=True,
-    ),
-    "basic_unet": Architecture(
-        "plain U-Net with two convolutions a stage and max pooling",
-        "BasicUNet",
-        {"features": (32, 32, 64, 128, 256, 32)},
-        lambda o: _per_axis(2**4),
-    ),
-    "dynunet": Architecture(
-        "nnU-Net's U-Net: strides and kernels per stage, deep supervision",
-        "DynUNet",
-        {"kernel_size": (3, 3, 3, 3, 3), "strides": (1, 2, 2, 2, 2), "upsample_kernel_size": (2, 2, 2, 2)},
-        lambda o: _stride_product(o["strides"]),
-        deep_supervision=True,
-    ),
-    "segresnet": Architecture(
-        "residual encoder with a light decoder (BraTS 2018 winner without its autoencoder branch)",
-        "SegResNet",
-        {"init_filters": 16, "blocks_down": (1, 2, 2, 4)},
-        lambda o: _per_axis(2 ** (len(o["blocks_down"]) - 1)),
-    ),
-    "attention_unet": Architecture(
-        "U-Net whose skip connections are gated by attention",
-        "AttentionUnet",
-        _UNET_STAGES,
-        lambda o: _stride_product(o["strides"]),
-    ),
-    "unetr": Architecture(
-        "vision transformer encoder with a convolutional decoder; built for one patch size",
-        "UNETR",
-        {},
-        lambda o: _per_axis(2**4),
-        fixed_size=True,
-        idle=("norm_cross_attn",),
-    ),
-    "swin_unetr": Architecture(
-        "shifted-window transformer encoder with a convolutional decoder; much memory",
-        "SwinUNETR",
-        {"patch_size": 2, "feature_size": 24},
-        # patch embedding, then four times merged
-        lambda o: _per_axis(int(o["patch_size"]) * 16),
-    ),
-    "flexible_unet": Architecture(
-        "U-Net decoder on an EfficientNet or ResNet encoder (option backbone)",
-        "FlexibleUNet",
-        {"backbone": "efficientnet-b0"},
-        lambda o: _per_axis(2**5),
-        hidden=("pretrained",),  # MONAI has weights for two dimensions only
-        idle=("encoder._conv_head", "encoder._bn1", "encoder._fc"),  # of EfficientNet, whose classifier is not there
-    ),
-    "vnet": Architecture(
-        "V-Net: residual stages of 5x5x5 convolutions",
-        "VNet",
-        {},
-        lambda o: _per_axis(2**4),
-        hidden=("dropout_prob",),  # deprecated in MONAI
-    ),
-}
 
 
 def register_model(
@@ -192,7 +65,7 @@ def register_model(
     there = ARCHITECTURES.get(name)
     if there is not None and isinstance(there.constructor, str):
         raise InputError(f"model {name!r} is a network of this package; register yours under another name")
-    sides = _per_axis(list(multiple))
+    sides = per_axis(list(multiple))
     known = Architecture(description, constructor, dict(defaults or {}), lambda options: sides)
     ARCHITECTURES[name] = replace(known, deep_supervision=deep_supervision, fixed_size=fixed_size)
 
@@ -211,6 +84,23 @@ def _architecture(name: str) -> Architecture:
 def has_deep_supervision(architecture: str) -> bool:
     """Return whether the network can be trained with ``deep_supervision=True``; raises `UnknownNameError`."""
     return _architecture(architecture).deep_supervision
+
+
+def dropout_options(architecture: str, share: float) -> dict[str, Any]:
+    """Return the options of `build_model` that drop a share of the channels (0 to 1) throughout the network.
+
+    Raises:
+        UnknownNameError: the architecture is unknown. InputError: it is a registered network without this option.
+    """
+    known = _architecture(architecture)
+    constructor = _constructor(known)
+    allowed = _options(known, constructor)
+    if allowed is not None and not set(known.dropout) <= allowed:
+        raise InputError(
+            f"model {architecture!r} has no option {' or '.join(known.dropout)}, which model.dropout sets; set "
+            "model.dropout=null, or add the option to its constructor"
+        )
+    return {name: (share, share) if name == "dropout_prob_up" else share for name in known.dropout}
 
 
 def fixed_patch_size(architecture: str) -> bool:

@@ -6,18 +6,12 @@ the sums do not depend on the block shape or on the order of the blocks.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from connectomics.errors import CorruptDataError
-from connectomics.geometry import VoxelGrid
-from connectomics.io.write import write_file
 
 #: Voxels of a block unless a task says otherwise, z y x.
 BLOCK = (256, 256, 256)
@@ -40,25 +34,16 @@ class BlockSums:
     tables: dict[str, NDArray[np.int64]]
     pairs: NDArray[np.uint64]
 
-    def save(self, path: Path) -> None:
-        """Write the file in one step."""
-        import numcodecs
-
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, ids=self.ids, pairs=self.pairs, **self.tables)
-        write_file(path, numcodecs.Blosc(cname="zstd", clevel=1, shuffle=1).encode(buffer.getvalue()))
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays by name, as a block stores them."""
+        return {"ids": self.ids, "pairs": self.pairs, **self.tables}
 
     @classmethod
-    def load(cls, path: Path) -> BlockSums:
-        """Read what `save` wrote; raises `CorruptDataError`."""
-        import numcodecs
-
-        try:
-            with np.load(io.BytesIO(numcodecs.Blosc().decode(path.read_bytes())), allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            return cls(arrays.pop("ids"), arrays, arrays.pop("pairs"))
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise CorruptDataError(f"cannot read {path}: {error}; measure again with --overwrite") from error
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> BlockSums:
+        """Invert `arrays`."""
+        tables = {name: table for name, table in arrays.items() if name not in ("ids", "pairs")}
+        return cls(arrays["ids"], tables, arrays["pairs"])
 
     def select(self, rows: NDArray[np.bool_] | slice) -> BlockSums:
         """Return the sums of some rows, with all pairs."""
@@ -138,15 +123,3 @@ def compact(labels: NDArray[Any], *, semantic: bool) -> tuple[NDArray[np.uint32]
         if new:
             ids[int(new) - 1] = old
     return np.ascontiguousarray(numbered, np.uint32), ids
-
-
-def with_margin(
-    grid: VoxelGrid, begin: Sequence[int], shape: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Add one voxel around a block as far as the grid goes.
-
-    Returns the first voxel, the shape, and where in it the block begins (it ends at that + ``shape``).
-    """
-    first = np.maximum(np.asarray(begin, np.int64) - 1, 0)
-    end = np.minimum(np.asarray(begin, np.int64) + shape + 1, grid.shape)
-    return first, end - first, np.asarray(begin, np.int64) - first

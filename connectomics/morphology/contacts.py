@@ -19,16 +19,9 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.morphology.block_sums import (
-    BLOCK,
-    NO_PAIRS,
-    BlockSums,
-    compact,
-    empty_tables,
-    sum_in_memory,
-    with_margin,
-)
+from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, empty_tables, sum_in_memory
 from connectomics.morphology.instances import step_areas
+from connectomics.tasks.blocks import with_halo
 
 DEFAULT_NM = 30.0
 #: Tables of `contacts_of_block` and their widths.
@@ -129,12 +122,13 @@ def contacts_of_block(
 
     grid = of.levels[0].grid
     halo = halo_of(grid, nm)
-    first, size, low = with_margin(grid, begin, shape)
-    stored, _ = of.read_level(0, first, size.tolist(), absent_is_missing=False)
+    first, size, inner = with_halo(begin, shape, (1, 1, 1), grid.shape)
+    stored, _ = of.read_level(0, first, size, absent_is_missing=False)
+    low, high = np.asarray(inner), np.asarray(inner) + np.asarray(shape)
     labels, ids = compact(stored, semantic=semantic[0])
     found, pairs = empty_tables(TABLES, len(ids)), NO_PAIRS
     if len(ids):
-        surface = surface_labels(labels, low, low + shape, found["steps"])
+        surface = surface_labels(labels, low, high, found["steps"])
         if surface.any():
             around = grid.crop(begin, shape).grow(halo.tolist())
             others, other_ids = compact(to.read_nearest(around, 0)[0], semantic=semantic[1])

@@ -18,15 +18,8 @@ from numpy.typing import NDArray
 
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.morphology.block_sums import (
-    BLOCK,
-    NO_PAIRS,
-    BlockSums,
-    compact,
-    empty_tables,
-    sum_in_memory,
-    with_margin,
-)
+from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, empty_tables, sum_in_memory
+from connectomics.tasks.blocks import with_halo
 
 #: Tables of `instances_of_block` and their widths.
 TABLES = {"sizes": 1, "sums": 3, "boxes": 6, "steps": 7}
@@ -100,12 +93,14 @@ def instances_of_block(
     """Measure the block of ``shape`` voxels from ``begin`` (z y x, finest level); memory about 20 bytes per voxel."""
     from connectomics.morphology.measure_kernels import measure
 
-    first, size, low = with_margin(source.levels[0].grid, begin, shape)
-    stored, _ = source.read_level(0, first, size.tolist(), absent_is_missing=False)
+    first, size, inner = with_halo(begin, shape, (1, 1, 1), source.levels[0].grid.shape)
+    stored, _ = source.read_level(0, first, size, absent_is_missing=False)
     labels, ids = compact(stored, semantic=semantic)
     found = empty_tables(TABLES, len(ids))
     if len(ids):
-        measure(labels, low, low + shape, first, found["sizes"][:, 0], found["sums"], found["boxes"], found["steps"])
+        low, high = np.asarray(inner), np.asarray(inner) + np.asarray(shape)
+        sizes, origin = found["sizes"][:, 0], np.asarray(first)
+        measure(labels, low, high, origin, sizes, found["sums"], found["boxes"], found["steps"])
     return BlockSums(ids, found, NO_PAIRS).select(found["sizes"][:, 0] > 0)  # others lie in the margin only
 
 

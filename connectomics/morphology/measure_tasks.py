@@ -37,13 +37,9 @@ from connectomics.morphology.instances import Instances, instances_of_block
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.blocks import Lattice
+from connectomics.tasks.blocks import BlockFiles, Lattice
 
 STAGE = "blocks"
-
-
-def _load_sums(files: Sequence[Path], number: int) -> BlockSums:
-    return BlockSums.load(files[number])
 
 
 _PLACE = (Column("dataset", "text"), Column("crop", "text"))
@@ -176,8 +172,9 @@ class TableTask(BlockTask):
         columns = (*_PLACE, *self.columns)
         with table(self.path, columns, json.dumps({"kind": self.kind, **self.to_dict()})) as out:
             for crop, labels in enumerate(self.inputs):
-                grid, files = labels.grid, [self.sums_file(n) for n in range(begins[crop], begins[crop + 1])]
-                for found in sum_blocks(len(files), partial(_load_sums, files), self.tables):
+                grid, first = labels.grid, begins[crop]
+                load = partial(self._sums_of, first)
+                for found in sum_blocks(begins[crop + 1] - first, load, self.tables):
                     for begin in range(0, len(found.ids), ROWS):
                         values = self._write(out, labels, grid, found, slice(begin, begin + ROWS))
                         totals.update(self.totals(values))
@@ -221,9 +218,13 @@ class TableTask(BlockTask):
         crop = bisect.bisect_right(begins, number) - 1
         return crop, *Lattice(self.inputs[crop].shape, self.block_shape).region(number - begins[crop])
 
-    def sums_file(self, number: int) -> Path:
-        """Return where the sums of a block are stored."""
-        return self.folder / STAGE / str(number)
+    @property
+    def sums(self) -> BlockFiles:
+        """What the blocks store: their `BlockSums`."""
+        return BlockFiles(self.folder / STAGE)
+
+    def _sums_of(self, first: int, number: int) -> BlockSums:
+        return BlockSums.of(self.sums.load(first + number))
 
     def _begins(self) -> list[int]:
         """Number of the first block of every crop, and of all blocks."""
@@ -246,7 +247,7 @@ class TableWorker(BlockWorker):
         if crop != self._crop:
             self._sources = tuple(Multiscale.open(labels.location) for labels in self._task.volumes(crop))
             self._crop = crop
-        self._task.measure_block(crop, self._sources, begin, shape).save(self._task.sums_file(number))
+        self._task.sums.save(number, self._task.measure_block(crop, self._sources, begin, shape).arrays)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,11 @@ On disk, under ``output``::
     {id}.ply             a mesh, written in one step (or {id}.obj, or {id} and {id}:0 with an info file)
     meshes.csv           `COLUMNS`, one row per mesh; written when all meshes are complete
     task.json            the task
-    .done-*, .boxes, .meshes   while it is made: done-maps, and results that later stages read
+    .done-*, .boxes, .objects, .meshes   while it is made: done-maps, and results that later stages read
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -32,7 +31,7 @@ from connectomics.morphology.mesh_files import check_format, file_name, write_in
 from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
-from connectomics.tasks.blocks import Lattice
+from connectomics.tasks.blocks import BlockFiles, Lattice
 
 BOXES, MESHES = "boxes", "meshes"
 TABLE_FILE = "meshes.csv"
@@ -137,10 +136,9 @@ class MeshTask(BlockTask):
         self.labels.check_unchanged()
         if stage == MESHES:
             write_info(self.folder, self.file_format)
-            if not self._objects_file.exists():
+            if not (self._chosen.folder / "0").exists():
                 ids, boxes = self._objects()
-                rows = np.column_stack([ids.view(np.int64), boxes])
-                write_file(self._objects_file, rows.astype("<i8").tobytes())
+                self._chosen.save(0, {"ids": ids, "boxes": boxes})
 
     def blocks(self, stage: str) -> int:
         return len(self.lattice) if stage == BOXES else len(self.objects()[0])
@@ -152,16 +150,18 @@ class MeshTask(BlockTask):
         ids, _ = self.objects()
         with table(self.folder / TABLE_FILE, COLUMNS) as out:
             for begin in range(0, len(ids), ROWS):
-                rows = [json.loads(self.row_file(n).read_text()) for n in range(begin, min(begin + ROWS, len(ids)))]
-                columns: dict[str, Any] = {c.name: [row[c.name] for row in rows] for c in COLUMNS}
-                files = columns.pop("file")
-                out.write({**{name: np.asarray(column) for name, column in columns.items()}, "file": files})
+                some = ids[begin : begin + ROWS]
+                stored = b"".join(self.row_file(begin + n).read_bytes() for n in range(len(some)))
+                rows = np.frombuffer(stored, "<f8").reshape(-1, 5)
+                files = [file_name(label, self.file_format) for label in some.tolist()]
+                names = (column.name for column in COLUMNS[1:-1])
+                out.write({"id": some, **dict(zip(names, rows.T, strict=True)), "file": files})
         self.clean()
 
     def clean(self) -> None:
         """Remove what is only needed while the meshes are made; safe to repeat after a run was killed."""
         remove_unfinished(self.folder)
-        for folder in (".boxes", ".meshes"):
+        for folder in (".boxes", ".objects", ".meshes"):
             shutil.rmtree(self.folder / folder, ignore_errors=True)
         for stage in self.stages:
             (self.folder / f".done-{stage}").unlink(missing_ok=True)
@@ -178,15 +178,16 @@ class MeshTask(BlockTask):
 
     def objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Return IDs (n,) and boxes (n, 6; voxels, both ends inside) of the objects to mesh, in block order."""
-        stored = np.frombuffer(self._objects_file.read_bytes(), "<i8").reshape(-1, 7)
-        return stored[:, 0].view(np.uint64), stored[:, 1:]
+        stored = self._chosen.load(0)
+        return stored["ids"], stored["boxes"]
 
-    def box_file(self, number: int) -> Path:
-        """Return where the boxes of a block are stored."""
-        return self.folder / ".boxes" / str(number)
+    @property
+    def boxes(self) -> BlockFiles:
+        """The boxes of the objects in each block, as `BlockSums`."""
+        return BlockFiles(self.folder / ".boxes")
 
     def row_file(self, number: int) -> Path:
-        """Return where an object's row of the table is stored."""
+        """Return where the numbers of a mesh's row are stored (5 float64), from its vertices to its stride."""
         return self.folder / ".meshes" / str(number)
 
     @property
@@ -195,8 +196,8 @@ class MeshTask(BlockTask):
         return Lattice(self.labels.shape, self.block_shape)
 
     @property
-    def _objects_file(self) -> Path:
-        return self.folder / ".meshes" / "objects"
+    def _chosen(self) -> BlockFiles:
+        return BlockFiles(self.folder / ".objects")
 
     def _objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self.labels.semantic:
@@ -205,7 +206,7 @@ class MeshTask(BlockTask):
         elif self.table:
             ids, boxes = _boxes_of_table(Path(self.table), Multiscale.open(self.labels.location).levels[0].grid)
         else:
-            parts = list(sum_blocks(len(self.lattice), lambda n: BlockSums.load(self.box_file(n)), {"boxes": 6}))
+            parts = list(sum_blocks(len(self.lattice), lambda n: BlockSums.of(self.boxes.load(n)), {"boxes": 6}))
             ids = np.concatenate([np.zeros(0, np.uint64), *(part.ids for part in parts)])
             boxes = np.concatenate([np.zeros((0, 6), np.int64), *(part.tables["boxes"] for part in parts)])
         if not self.ids:
@@ -243,7 +244,7 @@ class _Boxes(BlockWorker):
         found = find_objects(labels.view(np.int32), len(ids))
         inner = [[*(s.start for s in box), *(s.stop - 1 for s in box)] for box in found]
         boxes = np.array(inner, np.int64).reshape(-1, 6) + np.array([*begin, *begin])
-        BlockSums(ids, {"boxes": boxes}, NO_PAIRS).save(self._task.box_file(number))
+        self._task.boxes.save(number, BlockSums(ids, {"boxes": boxes}, NO_PAIRS).arrays)
 
 
 class _Meshes(BlockWorker):
@@ -265,13 +266,5 @@ class _Meshes(BlockWorker):
             max_vertices=task.max_vertices,
         )
         write_mesh(task.folder, label, mesh, task.file_format)
-        row = {
-            "id": label,
-            "vertices": len(mesh.vertices),
-            "faces": len(mesh.faces),
-            "volume_nm3": mesh.volume,
-            "area_nm2": mesh.area,
-            "stride_voxels": mesh.stride,
-            "file": file_name(label, task.file_format),
-        }
-        write_file(task.row_file(number), json.dumps(row).encode())
+        row = [len(mesh.vertices), len(mesh.faces), mesh.volume, mesh.area, mesh.stride]
+        write_file(task.row_file(number), np.array(row, "<f8").tobytes())

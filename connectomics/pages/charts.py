@@ -6,7 +6,7 @@ Bars are macros of ``templates/parts.html.j2``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,12 @@ class Series:
     strong: bool = False
 
 
+def series(name: str, points: Iterable[tuple[float, float]], strong: bool = False) -> list[Series]:
+    """Return the line through (x, y) points, without those of unknown x; nothing if no point is left."""
+    x, y = np.array([p for p in points if math.isfinite(p[0])], np.float64).reshape(-1, 2).T
+    return [Series(name, x, y, strong)] if len(x) else []
+
+
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """Return round numbers from ``low`` to ``high`` in steps of 1, 2 or 5 x 10^k."""
     span = high - low
@@ -54,7 +60,7 @@ def thin(x: NDArray[np.float64], y: NDArray[np.float64], most: int = _MOST_POINT
 
 
 def line_chart(
-    series: Sequence[Series],
+    lines: Sequence[Series],
     title: str,
     x_label: str,
     y_range: tuple[float, float] | None = None,
@@ -67,9 +73,9 @@ def line_chart(
 
     Limits of the axes: y from 0 or the lowest value, x from the lowest, to the highest, if they are not given.
     """
-    if not series:
+    if not lines:
         return Markup("")
-    xs, ys = (np.concatenate([getattr(s, axis) for s in series]) for axis in "xy")
+    xs, ys = (np.concatenate([getattr(line, axis) for line in lines]) for axis in "xy")
     low, high = y_range or (min(0.0, float(ys.min())), float(ys.max()))
     high = high if high > low else low + 1.0
     left, right = x_range or (float(xs.min()), float(xs.max()))
@@ -82,14 +88,14 @@ def line_chart(
         return _TOP + (high - min(max(y, low), high)) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
 
     whole = x_label in ("epoch", "step")  # there is no half of them
-    lines = []
-    for k, line in enumerate(series):
+    drawn = []
+    for k, line in enumerate(lines):
         kind = "strong" if line.strong else f"s{k % _COLORS}" + (" dash" if k >= _COLORS else "")
         x, y = thin(line.x, line.y)
         points = [(px(a), py(b), a, b) for a, b in zip(x, y, strict=True)]
-        lines.append({"name": line.name, "kind": kind, "points": points, "end": py(float(y[-1]))})
+        drawn.append({"name": line.name, "kind": kind, "points": points, "end": py(float(y[-1]))})
     return page.render(
-        "chart", title=title, x_label=x_label, y_label=y_label, lines=lines, names=_end_labels(lines),
+        "chart", title=title, x_label=x_label, y_label=y_label, lines=drawn, names=_end_labels(drawn),
         x_ticks=[(px(v), v) for v in ticks(left, right) if not whole or float(v).is_integer()],
         y_ticks=[(py(v), v) for v in ticks(low, high)],
         diagonal=[(px(v), py(v)) for v in (max(low, left), min(high, right))] if diagonal else [],

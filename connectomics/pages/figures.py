@@ -14,19 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from connectomics.errors import InputError
-from connectomics.pages.colors import (
-    ERROR_COLORS,
-    FILL,
-    FN,
-    FP,
-    NOT_KNOWN,
-    OBJECT_COLORS,
-    OUTLINE,
-    PREDICTION,
-    TP,
-    WRONG,
-)
-from connectomics.pages.colors import TRUTH as TRUTH
+from connectomics.pages import colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,8 +53,8 @@ def to_rgb(picture: NDArray[Any]) -> Picture:
 def object_colors(ids: ArrayLike) -> Picture:
     """Return RGB (..., 3) for object IDs (any shape): `OBJECT_COLORS` in turn, black for 0."""
     values = np.asarray(ids).astype(np.int64)
-    rows = np.where(values > 0, (values - 1) % (len(OBJECT_COLORS) - 1) + 1, 0)
-    return OBJECT_COLORS[rows]
+    rows = np.where(values > 0, (values - 1) % (len(colors.OBJECT_COLORS) - 1) + 1, 0)
+    return colors.OBJECT_COLORS[rows]
 
 
 def edges(labels: ArrayLike) -> NDArray[np.bool_]:
@@ -80,18 +68,18 @@ def edges(labels: ArrayLike) -> NDArray[np.bool_]:
     return found & (values != 0)
 
 
-def label_layer(labels: ArrayLike, colors: ArrayLike, fill: int = FILL) -> Picture:
+def label_layer(labels: ArrayLike, color: ArrayLike, fill: int = colors.FILL) -> Picture:
     """Return regions as a transparent picture (H, W, 4): filled with alpha ``fill``, their edges opaque.
 
     Args:
         labels: (H, W), bool or integer, 0 background; edges separate neighboring values.
-        colors: one RGB for all, or (H, W, 3) per pixel (see `object_colors`).
+        color: one RGB for all, or (H, W, 3) per pixel (see `object_colors`).
     """
     values = np.asarray(labels)
     if values.ndim != 2:
         raise InputError(f"expected labels of shape (H, W), got {values.shape}")
     layer = np.zeros((*values.shape, 4), np.uint8)
-    layer[..., :3] = np.asarray(colors, np.uint8)
+    layer[..., :3] = np.asarray(color, np.uint8)
     layer[..., 3] = np.where(values != 0, np.where(edges(values), 255, fill), 0)
     layer[values == 0] = 0
     return layer
@@ -111,26 +99,26 @@ def error_map(
     if true.shape != found.shape:
         raise InputError(f"truth and prediction must have one shape, got {true.shape} and {found.shape}")
     out = np.zeros(true.shape, np.uint8)
-    out[true & found] = TP
-    out[~true & found] = FP
-    out[true & ~found] = FN
+    out[true & found] = colors.TP
+    out[~true & found] = colors.FP
+    out[true & ~found] = colors.FN
     if wrong_object is not None:
-        out[true & found & np.asarray(wrong_object, bool)] = WRONG
+        out[true & found & np.asarray(wrong_object, bool)] = colors.WRONG
     if known is not None:
-        out[~np.asarray(known, bool)] = NOT_KNOWN
+        out[~np.asarray(known, bool)] = colors.NOT_KNOWN
     return out
 
 
 def error_layer(errors: ArrayLike) -> Picture:
     """Return an error map as a transparent picture (..., 4)."""
-    return ERROR_COLORS[np.asarray(errors)]
+    return colors.ERROR_COLORS[np.asarray(errors)]
 
 
 def heat_layer(probability: ArrayLike) -> Picture:
     """Return probabilities in [0, 1] as a transparent picture (H, W, 4): orange, more opaque if more probable."""
     values = np.clip(np.asarray(probability, np.float32), 0, 1)
     layer = np.zeros((*values.shape, 4), np.uint8)
-    layer[..., :3] = PREDICTION
+    layer[..., :3] = colors.PREDICTION
     layer[..., 3] = (values * 225 + 0.5).astype(np.uint8)
     layer[layer[..., 3] == 0] = 0
     return layer
@@ -173,7 +161,7 @@ def scale_bar(picture: NDArray[Any], pixel_nm: float, text: bool = True) -> Pict
     length = scale_bar_length(width * pixel_nm)
     margin, thick = max(3, width // 32), max(2, height // 90)
     end, top = margin + max(2, round(length / pixel_nm)), height - margin - thick
-    out[top - 1 : top + thick + 1, margin - 1 : end + 1] = OUTLINE
+    out[top - 1 : top + thick + 1, margin - 1 : end + 1] = colors.OUTLINE
     out[top : top + thick, margin:end] = 255
     size = max(9, width // 24)
     if text and height > 6 * size:
@@ -187,7 +175,9 @@ def letter(picture: NDArray[Any], text: str, at: tuple[int, int], size: int = 12
 
     image = Image.fromarray(to_rgb(picture))
     draw = ImageDraw.Draw(image)
-    draw.text(at, text, font=ImageFont.load_default(size), fill=(255, 255, 255), stroke_width=1, stroke_fill=OUTLINE)
+    draw.text(
+        at, text, font=ImageFont.load_default(size), fill=(255, 255, 255), stroke_width=1, stroke_fill=colors.OUTLINE
+    )
     return np.asarray(image)
 
 
@@ -283,9 +273,9 @@ def overlay_picture(
         if found is not None:
             shown = resize(found.take(position[axis], axis), (height, width), "nearest")
             shown = shown if mask is None else np.where(mask, shown, 0)
-            picture = overlay(picture, label_layer(shown, object_colors(shown) if instances else PREDICTION))
+            picture = overlay(picture, label_layer(shown, object_colors(shown) if instances else colors.PREDICTION))
         if mask is not None:
-            picture = overlay(picture, error_layer(np.where(mask, 0, NOT_KNOWN)))
+            picture = overlay(picture, error_layer(np.where(mask, 0, colors.NOT_KNOWN)))
         pictures.append(letter(scale_bar(picture, 1 / scale), name, (5, 3), max(10, longest // 20)))
     tallest = max(len(picture) for picture in pictures)
     return side_by_side([np.pad(p, ((0, tallest - len(p)), (0, 0), (0, 0)), constant_values=255) for p in pictures])

@@ -136,11 +136,6 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(environment().get_template(f"{template}.html.j2").render(values).strip())
 
 
-def section(anchor: str, title: str, template: str, **values: Any) -> Section:
-    """Return a section whose body is a rendered template."""
-    return Section(anchor, title, render(template, **values))
-
-
 def note(*messages: str) -> Markup:
     """Return a line for each message: something is missing or could not be read."""
     return Markup("").join(Markup('<p class="note">{}</p>').format(message) for message in messages)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.geometry import Box
 from connectomics.phantom import kinds, shapes
-from connectomics.phantom.shapes import BALL, BOWL, DISC, unit
+from connectomics.phantom.shapes import BALL, BOWL, DISC, cell_distance, distance, unit
 from connectomics.phantom.textures import Floats
 
 #: Objects keep this distance (nm), which the bending of the world (see `render`) cannot close.
@@ -60,8 +60,8 @@ def place(seed: int, box: Box) -> Objects:
     builder.vesicles()
     table = np.array([row[:3] for row in builder.rows], np.int64).reshape(-1, 3)
     parameters = np.array([row[3] for row in builder.rows]).reshape(-1, shapes.PARAMETERS)
-    boxes = [shapes.bounds(s, p, BOWL_MARGIN if s == BOWL else MARGIN) for s, _, _, p in builder.rows]
-    return Objects(builder.cell, builder.nucleus, parameters, table, np.array(boxes).reshape(-1, 6))
+    bounds = shapes.bounds(table, parameters, MARGIN, BOWL_MARGIN)
+    return Objects(builder.cell, builder.nucleus, parameters, table, bounds)
 
 
 class _Builder:
@@ -69,7 +69,7 @@ class _Builder:
 
     def __init__(self, seed: int, box: Box) -> None:
         self.rng = np.random.default_rng(np.random.SeedSequence([0xCE11, seed]))
-        self.box = box
+        self.box, self.begin, self.end = box, np.array(box.begin, float), np.array(box.end, float)
         self.extent = float(min(box.extent))
         # Organelles of a small world are smaller, so that it still holds some of every kind; membranes are not.
         self.scale = float(np.clip((self.extent / 1600.0) ** 0.6, 0.5, 1.3))
@@ -86,8 +86,7 @@ class _Builder:
     # -- the cell and its nucleus ------------------------------------------------------------------------------------
     def _bodies(self) -> tuple[Floats, Floats]:
         """The cell ends in the world on two sides; the nucleus is near the opposite edge, cut by the world's end."""
-        begin, end = np.array(self.box.begin), np.array(self.box.end)
-        size = end - begin
+        begin, end, size = self.begin, self.end, self.end - self.begin
         at_end = self.rng.integers(0, 2, 3)[1:] == 1  # on which side of y and x the cell ends
         body_begin, body_end, center = begin - size, end + size, begin + size * 0.5
         inset = size[1:] * self.rng.uniform(0.13, 0.17, 2)
@@ -147,7 +146,7 @@ class _Builder:
             ]
             if self._stack(kinds.ER, sheets, _ER_GROUP):
                 for sheet in sheets:
-                    self.er_nodes.extend(shapes.ring(sheet, np.arctan2(sheet[8], sheet[7]), 10))
+                    self.er_nodes.extend(shapes.rings(sheet, [(np.arctan2(sheet[8], sheet[7]), 10)]))
 
     def golgi(self) -> None:
         """Stacks of four to six thin bowls with swollen rims, and room around them for their vesicles."""
@@ -183,9 +182,8 @@ class _Builder:
             path = self._walk(self.er_nodes[which], radius, 26.0, steps, 0.32, group=_ER_GROUP)
             if len(path) >= 5:
                 wanted -= 1
-                self._new(
-                    kinds.ER, shapes.segments(path, radius * self.rng.uniform(0.9, 1.1, len(path)), self._direction())
-                )
+                radii = radius * self.rng.uniform(0.9, 1.1, len(path))
+                self._new(kinds.ER, shapes.segments(path, radii, self._direction()))
                 self.taken.add(np.column_stack([path, np.full(len(path), radius)]), _ER_GROUP)
                 self.er_nodes[which] = path[-1]  # no stars: another tubule starts elsewhere
                 self.er_nodes.extend(path[3:-2:4])
@@ -250,7 +248,7 @@ class _Builder:
             yield attempt
 
     def _anywhere(self, n: int) -> Floats:
-        return self.rng.uniform(np.array(self.box.begin) - 40.0, np.array(self.box.end) + 40.0, (n, 3))
+        return self.rng.uniform(self.begin - 40.0, self.end + 40.0, (n, 3))
 
     def _direction(self) -> Floats:
         return unit(self.rng.normal(size=3))
@@ -270,12 +268,8 @@ class _Builder:
 
     def _fits(self, balls: Floats, ignored: int = -1) -> bool:
         """Whether spheres lie in the cytoplasm, clear of everything, with at least one of them in the world."""
-        if not np.all((balls[:, :3] > self.box.begin) & (balls[:, :3] < self.box.end), axis=1).any():
-            return False
-        to_cell, to_nucleus = shapes.body_distances(self.cell, self.nucleus, balls[:, :3])
-        room = balls[:, 3] + GAP
-        within = np.all(to_cell < -room - kinds.RUFFLES) and np.all(to_nucleus > room + 6.0)
-        return bool(within) and self.taken.free(balls, GAP, ignored)
+        within = _in_cytoplasm(self.cell, self.nucleus, self.begin, self.end, balls)
+        return within and self.taken.free(balls, GAP, ignored)
 
     def _new(self, kind: int, primitives: list[tuple[int, Floats]]) -> None:
         self.numbers[kind] += 1
@@ -329,51 +323,72 @@ class _Builder:
         return np.array(path)
 
 
+#: Last sphere of each cell, all spheres (with group and the one before in their cell), origin and edge of the cells.
+_Taken = tuple[NDArray[np.int64], Floats, Floats, float]
+
+
 class _Occupancy:
     """A growing set of spheres (z, y, x, radius; nm), in lists by cell of ``edge`` nm; border cells reach beyond."""
 
     def __init__(self, box: Box, edge: float) -> None:
-        self._origin, self._edge = np.asarray(box.begin, np.float64), edge
-        self._last = np.full(np.maximum(1, np.ceil(np.asarray(box.extent) / edge)).astype(int), -1, np.int64)
-        self._spheres = np.empty((1024, 6))  # sphere, group, index of the one before it in its cell
-        self._count = 0
-        self._largest = 0.0
+        last = np.full(np.maximum(1, np.ceil(np.asarray(box.extent) / edge)).astype(int), -1, np.int64)
+        self._taken: _Taken = (last, np.empty((1024, 6)), np.asarray(box.begin, np.float64), edge)
+        self._count, self._largest = 0, 0.0
 
     def free(self, spheres: Floats, gap: float, ignored: int = -1) -> bool:
         """Whether ``spheres`` keep ``gap`` nm from all that is there, spheres of the group ``ignored`` apart."""
-        reach = spheres[:, 3:] + self._largest + gap
-        low, high = self._cells(spheres[:, :3] - reach), self._cells(spheres[:, :3] + reach)
-        return not _hits(self._last, self._spheres, low, high, spheres, gap, ignored)
+        return not _hits(self._taken, self._largest + gap, spheres, gap, ignored)
 
     def add(self, spheres: Floats, group: int = 0) -> None:
         """Take the place of ``spheres``."""
-        while self._count + len(spheres) > len(self._spheres):
-            self._spheres = np.concatenate([self._spheres, np.empty_like(self._spheres)])
-        for sphere, cell in zip(spheres, map(tuple, self._cells(spheres[:, :3])), strict=True):
-            self._spheres[self._count] = *sphere, group, self._last[cell]
-            self._last[cell] = self._count
-            self._count += 1
+        last, there, origin, edge = self._taken
+        while self._count + len(spheres) > len(there):
+            there = np.concatenate([there, np.empty_like(there)])
+            self._taken = (last, there, origin, edge)
+        _insert(self._taken, spheres, group, self._count)
+        self._count += len(spheres)
         self._largest = max(self._largest, float(spheres[:, 3].max(initial=0.0)))
-
-    def _cells(self, points: Floats) -> NDArray[np.int64]:
-        cells = np.floor((points - self._origin) / self._edge).astype(np.int64)
-        return np.clip(cells, 0, np.array(self._last.shape) - 1)
 
 
 @njit(cache=True, nogil=True)
-def _hits(
-    last: NDArray[np.int64],
-    there: Floats,
-    low: NDArray[np.int64],
-    high: NDArray[np.int64],
-    spheres: Floats,
-    gap: float,
-    ignored: int,
-) -> bool:
+def _in_cytoplasm(cell: Floats, nucleus: Floats, begin: Floats, end: Floats, balls: Floats) -> bool:
+    """Whether spheres are within the cytoplasm, with the center of one of them between ``begin`` and ``end``."""
+    inside = False
+    for ball in balls:
+        z, y, x, room = ball[0], ball[1], ball[2], ball[3] + GAP
+        if cell_distance(cell, z, y, x) >= -room - kinds.RUFFLES or distance(BALL, nucleus, z, y, x) <= room + 6.0:
+            return False
+        inside |= begin[0] < z < end[0] and begin[1] < y < end[1] and begin[2] < x < end[2]
+    return inside
+
+
+@njit(cache=True, nogil=True)
+def _cell(taken: _Taken, sphere: Floats, reach: float) -> NDArray[np.int64]:
+    """The cell that is ``reach`` nm from the center of a sphere on every axis, or the last one before the border."""
+    cell = np.empty(3, np.int64)
+    for axis in range(3):
+        place = np.int64(np.floor((sphere[axis] + reach - taken[2][axis]) / taken[3]))
+        cell[axis] = min(max(place, 0), taken[0].shape[axis] - 1)
+    return cell
+
+
+@njit(cache=True, nogil=True)
+def _insert(taken: _Taken, spheres: Floats, group: int, count: int) -> None:
+    last, there = taken[0], taken[1]
     for i in range(len(spheres)):
-        for z in range(low[i, 0], high[i, 0] + 1):
-            for y in range(low[i, 1], high[i, 1] + 1):
-                for x in range(low[i, 2], high[i, 2] + 1):
+        z, y, x = _cell(taken, spheres[i], 0.0)
+        there[count + i, :4], there[count + i, 4], there[count + i, 5] = spheres[i], group, last[z, y, x]
+        last[z, y, x] = count + i
+
+
+@njit(cache=True, nogil=True)
+def _hits(taken: _Taken, reach: float, spheres: Floats, gap: float, ignored: int) -> bool:
+    last, there, _, _ = taken
+    for i in range(len(spheres)):
+        low, high = _cell(taken, spheres[i], -reach - spheres[i, 3]), _cell(taken, spheres[i], reach + spheres[i, 3])
+        for z in range(low[0], high[0] + 1):
+            for y in range(low[1], high[1] + 1):
+                for x in range(low[2], high[2] + 1):
                     j = last[z, y, x]
                     while j >= 0:
                         square = 0.0

@@ -33,8 +33,8 @@ from connectomics.phantom.textures import (
 
 #: The smooth textures at a point, about -1 to 1: coarse and fine.
 Texture = tuple[float, float]
-#: Shape, kind and number, and the parameters, of one primitive or of all.
-Thing = tuple[NDArray[np.int64], Floats]
+#: Shape, kind and number of all primitives (n, 3), and their parameters.
+Things = tuple[NDArray[np.int64], Floats]
 
 # A spheroid's distance is of first order only and may grow faster than the distance walked.
 _SPHEROID_SLACK = 1.5
@@ -147,9 +147,10 @@ def _background(dn: float, dc: float, point: Point, texture: Texture, seed: int,
 
 
 @njit(cache=True, nogil=True)
-def _inside(thing: Thing, d: float, point: Point, texture: Texture, seed: int, textured: bool) -> tuple[int, float]:
+def _inside(
+    kind: int, number: int, row: Floats, d: float, point: Point, texture: Texture, seed: int, textured: bool
+) -> tuple[int, float]:
     """Class and gray value inside an object; its membrane, if it is a simple one, is not yet in the gray value."""
-    (_, kind, number), row = thing
     gray = kinds.GRAY[kind, 0] + kinds.GRAY[kind, 1] * texture[0] + kinds.GRAY[kind, 2] * texture[1]
     if kind == kinds.MITO:
         return _mitochondrion(gray, row, d, point, texture[0], seed + 1000 * number)
@@ -169,10 +170,11 @@ def _inside(thing: Thing, d: float, point: Point, texture: Texture, seed: int, t
 
 @njit(cache=True, nogil=True)
 def _near_object(
-    thing: Thing, d: float, dn: float, dc: float, point: Point, texture: Texture, seed: int, textured: bool
+    things: Things, i: int, d: float, dn: float, dc: float, point: Point, texture: Texture, seed: int, textured: bool
 ) -> tuple[int, float]:
     """Class and gray value of a point near an object: the background, and the object over it."""
-    shape, kind, _ = thing[0]
+    table, parameters = things
+    shape, kind, number, row = table[i, 0], table[i, 1], table[i, 2], parameters[i]
     atom, gray = _CYTO, 0.0
     cover = _step(3.0, -4.0, d)
     if cover < 1.0:
@@ -182,7 +184,7 @@ def _near_object(
         gray -= 38.0 * bound * _step(24.0, 16.0, d) * _step(1.0, 5.0, d)
     if cover == 0.0:
         return atom, gray
-    inner_atom, inner = _inside(thing, d, point, texture, seed, textured)
+    inner_atom, inner = _inside(kind, number, row, d, point, texture, seed, textured)
     gray += (inner - gray) * cover
     if kind != kinds.MITO and kind != kinds.PORE:
         wall = _MEMBRANE_GRAY + (18.0 if kind == kinds.MT else 0.0)
@@ -216,7 +218,7 @@ def _bend(axes: Axes, seed: int) -> tuple[Floats, Floats]:
 
 @njit(cache=True, nogil=True)
 def _nearest_objects(
-    axes: Axes, q: Floats, span: Floats, things: Thing, bounds: Floats, nearest: Floats, owner: NDArray[np.int32]
+    axes: Axes, q: Floats, span: Floats, things: Things, bounds: Floats, nearest: Floats, owner: NDArray[np.int32]
 ) -> None:
     """Set the distance (nm) to the nearest primitive within its margin of a voxel, and the primitive's index.
 
@@ -257,14 +259,13 @@ def _shade(
     q: Floats,
     nearest: Floats,
     bodies: tuple[Floats, Floats, bool, bool],
-    things: Thing,
+    things: Things,
     textures: tuple[Floats, Floats, Floats],
     seed: int,
     out: tuple[NDArray[np.uint8], NDArray[np.int32], Floats],
 ) -> None:
     """Set class and gray value (unless empty) of every voxel; the owner becomes -1 outside of objects."""
     cell, nucleus, near_nucleus, near_surface = bodies
-    table, parameters = things
     low, fine, ruffles = textures
     atoms, owner, gray = out
     for a in range(nearest.shape[0]):
@@ -278,8 +279,7 @@ def _shade(
                 if i < 0:
                     atom, value = _background(dn, dc, (z, y, x), texture, seed, gray.size > 0)
                 else:
-                    thing = (table[i], parameters[i])
-                    atom, value = _near_object(thing, d, dn, dc, (z, y, x), texture, seed, gray.size > 0)
+                    atom, value = _near_object(things, i, d, dn, dc, (z, y, x), texture, seed, gray.size > 0)
                 atoms[a, b, c] = atom
                 if d >= 0.0:
                     owner[a, b, c] = -1

@@ -12,8 +12,11 @@ Every shape is one row of parameters, so that a block's shapes can be evaluated 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numba import njit
+from numpy.typing import NDArray
 
 from connectomics.phantom.textures import Floats
 
@@ -23,8 +26,10 @@ BALL, TUBE, BOWL, DISC = 0, 1, 2, 3
 
 def parameters(*parts: float | Floats) -> Floats:
     """One row of parameters from its parts in order; the rest is 0."""
-    values = np.concatenate([np.atleast_1d(part) for part in parts])
-    return np.pad(values, (0, PARAMETERS - len(values)))
+    values = np.hstack(parts)
+    row = np.zeros(PARAMETERS)
+    row[: len(values)] = values
+    return row
 
 
 @njit(cache=True, nogil=True)
@@ -79,30 +84,33 @@ def body_distances(cell: Floats, nucleus: Floats, points: Floats) -> tuple[Float
     return to_cell, to_nucleus
 
 
-def bounds(shape: int, p: Floats, margin: float) -> Floats:
-    """Begin and end (nm, z y x) of a box that holds the shape and ``margin`` nm around it, (6,)."""
-    begin = end = p[0:3]
-    if shape == TUBE:
-        end, r = p[3:6], max(p[6], p[7])
-    elif shape == BALL:
-        r = max(p[6], p[7])
-    elif shape == BOWL:
-        begin = end = p[0:3] + p[3:6] * p[6] * (1 + p[7]) / 2  # the middle of the cap's height
-        r = np.hypot(p[6] * p[8], p[6] * (1 - p[7]) / 2) + max(p[9], p[10])
-    else:
-        r = np.hypot(p[6], p[7])
-    return np.concatenate([np.minimum(begin, end) - r - margin, np.maximum(begin, end) + r + margin])
+@njit(cache=True, nogil=True)
+def bounds(table: NDArray[np.int64], parameters: Floats, margin: float, bowl_margin: float) -> Floats:
+    """Boxes (begin, end; nm, z y x) that hold each shape and a margin around it, (n, 6)."""
+    boxes = np.empty((len(table), 6))
+    for i, p in enumerate(parameters):
+        shape, begin, end = table[i, 0], p[0:3], p[0:3]
+        if shape == TUBE:
+            end = p[3:6]
+        elif shape == BOWL:
+            begin = end = p[0:3] + p[3:6] * p[6] * (1 + p[7]) / 2  # the middle of the cap's height
+        if shape == BOWL:
+            r = np.hypot(p[6] * p[8], p[6] * (1 - p[7]) / 2) + max(p[9], p[10]) + bowl_margin
+        else:
+            r = (np.hypot(p[6], p[7]) if shape == DISC else max(p[6], p[7])) + margin
+        boxes[i, 0:3], boxes[i, 3:6] = np.minimum(begin, end) - r, np.maximum(begin, end) + r
+    return boxes
 
 
 def unit(vector: Floats) -> Floats:
     """Return a vector of length 1."""
-    return np.asarray(vector / np.linalg.norm(vector))
+    return np.asarray(vector / np.sqrt(vector @ vector))
 
 
 def across(vector: Floats, guess: Floats) -> Floats:
     """A unit vector at right angles to ``vector``, near ``guess``."""
     flat = guess - vector * float(vector @ guess) / float(vector @ vector)
-    if np.linalg.norm(flat) < 1e-6:
+    if flat @ flat < 1e-12:
         return across(vector, np.roll(guess, 1) + 0.1)
     return unit(flat)
 
@@ -123,13 +131,17 @@ def bowl(center: Floats, axis: Floats, radius: float, aperture: float, half: flo
     return parameters(center, axis, radius, np.cos(aperture), np.sin(aperture), half, rim)
 
 
-def ring(bowl: Floats, angle: float, n: int) -> Floats:
-    """``n`` points on the middle of a bowl at ``angle`` from its axis."""
+def rings(bowl: Floats, circles: Iterable[tuple[float, int]]) -> Floats:
+    """Points (n, 3) on the middle of a bowl: rings at an angle from its axis, of a number of points each."""
     axis = bowl[3:6]
     u = across(axis, np.array([0.3, 0.5, 0.8]))
-    around = (np.arange(n) * (2 * np.pi / n))[:, None]
-    side = np.sin(angle) * (np.cos(around) * u + np.sin(around) * np.cross(axis, u))
-    return np.asarray(bowl[0:3] + bowl[6] * (np.cos(angle) * axis + side))
+    v = np.cross(axis, u)
+    points = []
+    for angle, n in circles:
+        around = (np.arange(n) * (2 * np.pi / n))[:, None]
+        side = np.sin(angle) * (np.cos(around) * u + np.sin(around) * v)
+        points.append(bowl[0:3] + bowl[6] * (np.cos(angle) * axis + side))
+    return np.concatenate(points)
 
 
 def bowl_balls(bowl: Floats) -> Floats:
@@ -137,6 +149,5 @@ def bowl_balls(bowl: Floats) -> Floats:
     radius, half = float(bowl[6]), float(bowl[10])
     aperture = float(np.arctan2(bowl[8], bowl[7]))
     angles = np.linspace(0.0, aperture, max(2, int(aperture * radius / half) + 2))
-    rings = [ring(bowl, a, max(1, int(np.ceil(2 * np.pi * radius * np.sin(a) / half)))) for a in angles]
-    centers = np.concatenate(rings)
+    centers = rings(bowl, ((a, max(1, int(np.ceil(2 * np.pi * radius * np.sin(a) / half)))) for a in angles))
     return np.column_stack([centers, np.full(len(centers), half)])

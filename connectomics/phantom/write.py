@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from connectomics.errors import WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import publish
 from connectomics.io.location import local_path
-from connectomics.io.replacing import not_ours
+from connectomics.io.replacing import not_ours, unfinished
 from connectomics.io.write import (
     ArrayWriter,
     build_levels,
@@ -64,14 +62,14 @@ def make_phantom(
     wanted = options or PhantomOptions()
     target = local_path(out).absolute()
     _check_target(target, wanted.overwrite)
-    part = target.parent / f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = unfinished(target.parent, f".{target.name}.part-")
     try:
         part.mkdir(parents=True)
         info = _write(part, wanted, progress or (lambda line: None))
         publish(part, target)
+    except WriteError:
+        raise
     except OSError as error:
-        if isinstance(error, WriteError):
-            raise
         raise WriteError(f"cannot write a phantom to {target}: {error.strerror or error}; nothing was kept") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -9,24 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.config import RunConfig, as_config, import_plugins
 from connectomics.config.schema import EngineConfig
-from connectomics.config.values import plain
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
-from connectomics.decoding.decode import decode_between, decode_class, decode_mask
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.label_artifact import (
-    BLOCK,
     clear_unknown,
     existing_labels,
     has_tables,
     inputs_of,
     label_array,
+    label_attrs,
     partial_of,
     unknown_of,
     unknown_share,
@@ -35,7 +33,7 @@ from connectomics.decoding.label_artifact import (
 )
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import StoredHead, find_arrays, open_boundary, open_prediction, read_on
-from connectomics.decoding.probabilities import above, read_block
+from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
@@ -231,7 +229,7 @@ class DecodeJob:
     siblings: tuple[str, ...]
     parameters: DecodeParameters
     table: str
-    task: LabelsTask | None
+    task: LabelsTask | None = None
 
     @property
     def name(self) -> str:
@@ -242,6 +240,12 @@ class DecodeJob:
     def unknown(self) -> dict[str, Any]:
         """The attribute ``unknown``, if parts of the prediction were given up."""
         return unknown_of(self.source, self.boundary)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the prediction says of itself, for the labels made from it."""
+        said = self.source.attrs["connectomics"]
+        return {**{k: v for k, v in said.items() if k not in ("artefact", "complete")}, **self.unknown}
 
     @property
     def made_from(self) -> dict[str, str]:
@@ -314,13 +318,13 @@ def decode_jobs(
         location = out / f"{dataset}.zarr" / crop / name
         siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
-        task = None
+        job = DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table)
         if kind is not None:
-            origin = {**_origin(source), **unknown_of(source, boundary)}
-            task = kind(source.location, str(location), name, chosen, source=origin, table=table)
+            task = kind(source.location, str(location), name, chosen, source=job.origin, table=table)
             if chosen.has_boundary:  # growing takes as much memory as a watershed
                 task = replace(task, block_shape=WATERSHED_BLOCK)
-        jobs.append(DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table, task))
+            job = replace(job, task=task)
+        jobs.append(job)
     return jobs
 
 
@@ -344,17 +348,10 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
     grid, parameters = job.source.levels[0].grid, job.parameters
     labels = _labels_of(job)
     objects = int(labels.max(initial=0))
-    about = {
-        "decode": plain(parameters),
-        "source": _origin(job.source),
-        **job.unknown,
-        **Provenance(made_from=job.made_from).to_dict(),
-        "objects": objects,
-    }
-    clear_unknown(labels, about, grid)
-    with label_array(
-        job.location, grid, labels.dtype, class_name=job.class_name, kind=parameters.kind, about=about
-    ) as writer:
+    provenance = Provenance(made_from=job.made_from)
+    attrs = label_attrs(grid, job.class_name, parameters, job.origin, provenance, objects)
+    clear_unknown(labels, attrs, grid)
+    with label_array(job.location, grid, labels.dtype, attrs) as writer:
         write_whole(writer, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
@@ -365,20 +362,12 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
 def _labels_of(job: DecodeJob) -> NDArray[Any]:
     """Decode one array in memory and return its labels (D, H, W)."""
     grid, parameters = job.source.levels[0].grid, job.parameters
-    if parameters.is_registered:
-        return decode_class(read_on(job.source, grid), grid.voxel_size, parameters)
-    mask = np.zeros(grid.shape, np.bool_)
-    for begin, block in grid.blocks(BLOCK):
-        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        mask[z, y, x] = above(read_block(job.source, begin, block.shape), parameters.threshold)
-    if job.boundary is None:
-        return decode_mask(mask, grid.voxel_size, parameters, job.head.all() if job.head else None)
-    return decode_between(mask, read_on(job.boundary, grid), grid.voxel_size, parameters)
-
-
-def _origin(source: Multiscale) -> dict[str, Any]:
-    """Return what a prediction says of itself, for the labels made from it."""
-    return {k: v for k, v in source.attrs["connectomics"].items() if k not in ("artefact", "complete")}
+    values = read_on(job.source, grid)
+    if not parameters.is_registered:
+        values = above(values, parameters.threshold)  # frees the probabilities
+    walls = None if job.boundary is None else read_on(job.boundary, grid)
+    head = job.head.all() if job.head else None
+    return decode_class(values, grid.voxel_size, parameters, boundary=walls, head=head)
 
 
 def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:

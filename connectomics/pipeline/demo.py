@@ -118,6 +118,9 @@ def prepare_demo(
         InputError: ``out`` is not empty (without ``overwrite``). WriteError: it holds files of something else.
         MissingError: ``data`` is not a data set.
     """
+    from connectomics.phantom import PhantomOptions, make_phantom
+    from connectomics.pipeline.hold_out import hold_out
+
     if out.exists() and any(out.iterdir()):
         if not overwrite:
             raise InputError(f"{out} is not empty; give another --out, or --overwrite to start over")
@@ -125,36 +128,27 @@ def prepare_demo(
         foreign = next((path for path in sorted(out.iterdir()) if path.name not in own), None)
         if foreign is not None:
             raise not_ours(foreign, "demo")
-    cache = f"data.cache_dir={out / 'cache'}"  # decoded crops belong to the demo's folder
-    timings: dict[str, float] = {}
-    if data is None:
-        from connectomics.phantom import PhantomOptions, make_phantom
-
-        root, chosen = out / "data", PhantomOptions(preset=preset)
-        composed = load_config(config or tutorial("phantom"), cache, overrides, f"dataset.data_root={root}")
-        _start(out)
-        with stage("making the phantom", timings, "making the phantom"):
-            make_phantom(root, chosen)
-        return Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, progress, timings)
-
-    from connectomics.pipeline.hold_out import hold_out
-
-    data = data.resolve()
-    if not (data / f"{data.name}.zarr").is_dir():
-        raise MissingError(f"{data} is not a data set: expected {data.name}.zarr in it (recon-1/em, recon-1/labels)")
-    file = config or tutorial(data.name.replace("-", "_"))
-    base = load_config(file, overrides)
-    _start(out)
-    parts = hold_out(data, out / "data", base.dataset.classes)
-    split = out / "split.yaml"
-    write_file(split, f"train: [{', '.join(parts.train)}]\nval: [{', '.join(parts.val)}]\n".encode())
-    fixed = [f"dataset.data_root={parts.root}", f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
-    composed = load_config(file, cache, overrides, fixed)
-    return Demo(out, composed, parts.root, parts.crop_table, parts.truth, stage, progress, timings)
-
-
-def _start(out: Path) -> None:
-    """Make an empty folder that is marked as the demo's."""
+    if data is not None:
+        data = data.resolve()
+        if not (data / f"{data.name}.zarr").is_dir():
+            raise MissingError(
+                f"{data} is not a data set: expected {data.name}.zarr in it (recon-1/em, recon-1/labels)"
+            )
+    file = config or tutorial("phantom" if data is None else data.name.replace("-", "_"))
+    root, split, chosen = out / "data", out / "split.yaml", PhantomOptions(preset=preset)
+    fixed = [f"dataset.data_root={root}"]
+    if data is not None:
+        fixed += [f"dataset.datasets=[{data.name}]", f"dataset.split_file={split}"]
+    # decoded crops belong to the demo's folder
+    composed = load_config(file, f"data.cache_dir={out / 'cache'}", overrides, fixed)
     if out.exists():
         put_aside(out)
     write_file(out / MARK, b"{}\n")
+    made = Demo(out, composed, root, root / "test_crops.csv", root / "truth.zarr", stage, progress)
+    if data is None:
+        with stage("making the phantom", made.timings, "making the phantom"):
+            make_phantom(root, chosen)
+    else:
+        train, val = hold_out(data, root, composed.dataset.classes)
+        write_file(split, f"train: [{', '.join(train)}]\nval: [{', '.join(val)}]\n".encode())
+    return made

@@ -12,13 +12,11 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.config import RunConfig
-from connectomics.config.values import plain
 from connectomics.data.volumes import CropVolume
-from connectomics.decoding.decode import decode_mask
-from connectomics.decoding.label_artifact import existing_labels, label_array, write_whole
+from connectomics.decoding.decode import decode_class
+from connectomics.decoding.label_artifact import existing_labels, label_array, label_attrs, write_whole
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError
-from connectomics.geometry import triple
 from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs
@@ -54,10 +52,9 @@ def best_interval(histogram: NDArray[np.int64]) -> Interval:
 def fit_intervals(config: RunConfig, catalog: Catalog) -> dict[str, Interval]:
     """Return the best interval of every class on the annotated crops of a configuration."""
     data = config.dataset
-    size = triple(data.voxel_size, "dataset.voxel_size")
     histograms = {name: np.zeros((2, BINS), np.int64) for name in data.classes}
     for crop in catalog.crops(data.datasets, data.crops, data.classes):
-        volume = CropVolume(crop, tuple(data.classes), size)
+        volume = CropVolume(crop, tuple(data.classes), config.voxel_size)
         for _, block in volume.grid.blocks((128, 128, 128)):
             raw, _ = volume.read_raw(block)
             label, known = volume.read_labels(block)
@@ -86,16 +83,11 @@ def write_labels(
         (low, high), chosen, grid = intervals[entry.class_name], parameters[entry.class_name], entry.grid
         raw, inside = Multiscale.open(raw_locations[entry.dataset]).read_raw(grid)
         values = np.rint(raw)
-        labels = decode_mask((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
-        about = {
-            "decode": plain(chosen),
-            "source": {"baseline": {"low": low, "high": high}},
-            "objects": int(labels.max(initial=0)),
-            **Provenance().to_dict(),
-        }
+        labels = decode_class((values >= low) & (values <= high) & inside, grid.voxel_size, chosen)
+        source = {"baseline": {"low": low, "high": high}}
+        attrs = label_attrs(grid, entry.class_name, chosen, source, Provenance(), int(labels.max(initial=0)))
         location = output_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
         existing_labels(location, chosen, {}, overwrite=True)  # refuses to replace files that decode did not write
-        how: dict[str, Any] = {"class_name": entry.class_name, "kind": chosen.kind, "about": about}
-        with label_array(location, grid, labels.dtype, **how) as writer:
+        with label_array(location, grid, labels.dtype, attrs) as writer:
             write_whole(writer, labels)
         update_attrs(location.parent, {"connectomics": {"artefact": "labels", "complete": True}})

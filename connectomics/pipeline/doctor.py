@@ -248,13 +248,10 @@ def _disk_speed(folder: Path) -> tuple[float, float]:
 
 def _file_system(folder: Path) -> str:
     """Return the type of the file system of a folder, "" if the system does not tell."""
-    try:
-        lines = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    mounts = [line.split()[1:3] for line in lines]
-    inside = [(place, kind) for place, kind in mounts if folder.is_relative_to(place.replace("\\040", " "))]
-    return max(inside, key=lambda pair: len(pair[0]))[1] if inside else ""
+    import psutil
+
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype if mounts else ""
 
 
 def _reach(source: str | None) -> Finding:

@@ -10,19 +10,18 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
-from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import IncompleteError, MetadataError, MissingError, unknown_name
+from connectomics.errors import IncompleteError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, get_rules
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.open_root import open_root
-from connectomics.pipeline.results import Labels, Scores
+from connectomics.pipeline.results import Labels, Scores, chosen_arrays
 from connectomics.progress import Progress
 
 _BLOCK = (128, 128, 128)
@@ -100,7 +99,7 @@ def _compare_all(
     progress: Progress | None,
 ) -> dict[str, Any]:
     version = get_rules(rules)
-    found = _chosen(labels, datasets, crops, classes)
+    found = chosen_arrays(labels, datasets, crops, classes)
     rows: list[LabelEvaluation] = []
     left_out: list[str] = []
     unknown: dict[str, float] = {}
@@ -128,30 +127,16 @@ def _compare_all(
     return {
         "rules": version.version,
         "verified": version.verified,
-        "by_rules": [row.to_dict() for row in moves(overall, total["overall"])],
+        "by_rules": moves(overall, total["overall"]),
         "totals": total,
         "classes": {row.pop("class"): _with_intervals(row) for row in summarize(rows, ("class",), **options)},
         "datasets": [_with_intervals(row) for row in summarize(rows, ("dataset", "class"), **options)],
-        "crops": [_crop_row(row, version) for row in rows],
+        "crops": [
+            row.to_dict() | ({} if (item := row.scored(version)) is None else {"score": score_of(item)}) for row in rows
+        ],
         "left_out": left_out,
         "unknown": unknown,
     }
-
-
-def _chosen(
-    labels: str | Path, datasets: Sequence[str] | None, crops: Sequence[str] | None, classes: Sequence[str] | None
-) -> list[tuple[str, str, str]]:
-    """The arrays below ``labels`` that were asked for; `UnknownNameError` for a name that none of them has."""
-    found = list(find_arrays(labels))
-    for place, what, wanted in ((0, "data set", datasets), (1, "crop", crops), (2, "class", classes)):
-        if wanted is None:
-            continue
-        there = {item[place] for item in found}
-        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
-        for name in sorted(names - there):
-            raise unknown_name(what, name, there, str(labels))
-        found = [item for item in found if item[place] in names]
-    return found
 
 
 def _opened(location: str) -> Multiscale:
@@ -162,12 +147,6 @@ def _opened(location: str) -> Multiscale:
     if not about.get("complete", False):
         raise IncompleteError(f"{location} is only half written; run decode again to finish it")
     return Multiscale.open(location)
-
-
-def _crop_row(label: LabelEvaluation, rules: Rules) -> dict[str, Any]:
-    """One class in one crop, with what the challenge makes of it."""
-    item = label.scored(rules)
-    return label.to_dict() | ({} if item is None else {"score": score_of(item)})
 
 
 def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:
@@ -186,15 +165,9 @@ def _compare(prediction: Multiscale, crop: Crop, name: str, rules: str) -> Label
         ids, known = read_instances(crop, name, grid)
         found, _ = prediction.read_level(0, (0, 0, 0), grid.shape)
         return evaluate_label(
-            found,
-            ids,
-            known,
-            voxel_size=grid.voxel_size,
-            dataset=crop.dataset,
-            crop=crop.name,
-            class_name=name,
+            found, ids, known, voxel_size=grid.voxel_size, dataset=crop.dataset, crop=crop.name, class_name=name,
             rules=rules,
-        )
+        )  # fmt: skip
     counts = Counts()
     for begin, block in grid.blocks(_BLOCK):
         truth = read_labels(crop, [name], block)

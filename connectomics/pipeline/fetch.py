@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.cellmap.fetch import PUBLIC, Missing, open_source, resolve_table, transfer
-from connectomics.cellmap.fetch import plan_fetch as plan_objects
-from connectomics.config import RunConfig, load_config
+from connectomics.cellmap.fetch import PUBLIC, Missing, open_source, plan_fetch, resolve_table, transfer
+from connectomics.config import RunConfig, as_config
 from connectomics.data.dataset.build import patch_options, run_dataset
 from connectomics.data.dataset.dataset_cellmap import Mode
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io.store import StoreOptions
-from connectomics.progress import Progress, silent
+from connectomics.progress import Progress, Shown, showing
 
 
 @dataclass
@@ -33,12 +32,6 @@ class Needs:
         """Add a grid on a raw group."""
         if grid.size:
             self.raw.setdefault(location, []).append(grid)
-
-    def add_around(self, boxes: Iterable[tuple[str, Box]], voxel_sizes: Sequence[Triple], context: float) -> None:
-        """Add raw at each of ``voxel_sizes`` (nm, z y x) in boxes (see `boxes_of_crops`) and ``context`` nm around."""
-        for location, box in boxes:
-            for size in voxel_sizes:
-                self.add(location, VoxelGrid.covering(box.grow(context), size))
 
 
 def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
@@ -58,82 +51,12 @@ def needs_of_config(config: RunConfig, catalog: Catalog) -> Needs:
     return found
 
 
-def boxes_of_crops(crops: Sequence[Crop]) -> list[tuple[str, Box]]:
-    """Return (raw group, box in nm) for crops of a catalog."""
-    return [(crop.raw, crop.box) for crop in crops]
-
-
 def boxes_of_table(catalog: Catalog, table: CropTable) -> list[tuple[str, Box]]:
     """Return (raw group, box in nm) for every crop of a table of crops without labels."""
     return [
         (catalog.raw_location(rows[0].dataset), reduce(Box.hull, [row.grid.box for row in rows]))
         for rows in table.crops().values()
     ]
-
-
-def plan_fetch(
-    root: str | Path,
-    *,
-    source: str | None = None,
-    endpoint: str | None = None,
-    config: RunConfig | str | Path | None = None,
-    datasets: Sequence[str] | None = None,
-    crops: Sequence[str] | None = None,
-    classes: Sequence[str] | None = None,
-    voxel_sizes: Sequence[Triple] | None = None,
-    context_nm: float = 512.0,
-    crop_table: str | None = None,
-    labels: bool = True,
-    dry_run: bool = False,
-    progress: Progress | None = None,
-) -> tuple[Missing, StoreOptions]:
-    """Return what `fetch` would transfer, and how the source is read; arguments as for `fetch`.
-
-    Lists objects; with ``dry_run`` nothing is written (else the crop table is kept in the root).
-    """
-    if config is not None and any((datasets, crops, classes, voxel_sizes)):
-        raise InputError("--for determines what is fetched; leave out --dataset, --crop, --class and --voxel-size")
-    if context_nm < 0:
-        raise InputError(f"--context: expected nm, at least 0, got {context_nm:g}")
-    if not labels and config is None and crop_table is None and not voxel_sizes:
-        raise InputError("nothing to fetch: --no-labels leaves raw only, so give --voxel-size, --crops or --for")
-    options = StoreOptions(endpoint=endpoint).resolved()
-    if endpoint is not None:  # the reader of chunks takes it from the environment
-        os.environ["AWS_ENDPOINT_URL"] = endpoint
-    place = Path(root).expanduser()
-    catalog = open_source(source or PUBLIC, options)
-    table = None if crop_table is None else resolve_table(crop_table, None if dry_run else place)
-    boxes = [] if table is None else boxes_of_table(catalog, table)
-    if config is not None:
-        composed = config if isinstance(config, RunConfig) else load_config(config)
-        needs, sizes = needs_of_config(composed, catalog), [triple(composed.dataset.voxel_size)]
-        classes = composed.dataset.classes
-    else:
-        wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []
-        needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
-        boxes = boxes_of_crops(wanted) + boxes
-    needs.add_around(boxes, sizes, context_nm)
-    plan = plan_objects(catalog.root, needs.crops if labels else [], classes, needs.raw, options, progress or silent)
-    return Missing.below(place, plan), options
-
-
-def transfer_missing(
-    missing: Missing,
-    root: str | Path,
-    options: StoreOptions,
-    *,
-    threads: int = 16,
-    progress: Progress | None = None,
-) -> int:
-    """Transfer what `plan_fetch` found to be missing; return the number of objects."""
-    begin = time.perf_counter()
-
-    def tell(done: int, number: int, size: int, total: int) -> None:
-        if progress is not None:
-            rate = size / 1e6 / max(time.perf_counter() - begin, 1e-9)
-            progress(done, number, f"{size / 1e6:.1f} of {total / 1e6:.1f} MB, {rate:.1f} MB/s")
-
-    return transfer(missing, Path(root).expanduser(), options, threads=threads, progress=tell)
 
 
 def fetch(
@@ -150,6 +73,9 @@ def fetch(
     crop_table: str | None = None,
     labels: bool = True,
     threads: int = 16,
+    dry_run: bool = False,
+    planned: Callable[[Missing], None] | None = None,
+    shown: Shown | None = None,
     progress: Progress | None = None,
 ) -> Catalog:
     """Fetch public challenge data: labels, and the raw chunks under and around their crops.
@@ -162,18 +88,54 @@ def fetch(
         config: only what this configuration reads; excludes the next four.
         datasets, crops, classes: only these. voxel_sizes: raw for these voxel sizes (nm, z y x); None: 8 nm.
         context_nm: raw around each crop, nm.
-        crop_table: also raw under the crops of this table: "challenge", a file or a URL.
+        crop_table: also raw under the crops of this table: "challenge", a file or a URL (kept in the root).
         labels: whether to fetch labels. threads: objects to transfer at a time.
+        dry_run: only list the objects; write nothing. planned: called with what is missing, before it is transferred.
+        progress: called while objects are listed and transferred; shown: or a progress for each of the two.
 
     Returns:
-        The catalog of the root.
+        The catalog of the root; with ``dry_run``, of the source.
 
     Raises:
         InputError, UnknownNameError, MissingError: the request. StoreError, WriteError: the transfer.
     """
-    missing, options = plan_fetch(
-        root, source=source, endpoint=endpoint, config=config, datasets=datasets, crops=crops, classes=classes,
-        voxel_sizes=voxel_sizes, context_nm=context_nm, crop_table=crop_table, labels=labels, progress=progress,
-    )  # fmt: skip
-    transfer_missing(missing, root, options, threads=threads, progress=progress)
+    if config is not None and any((datasets, crops, classes, voxel_sizes)):
+        raise InputError("--for determines what is fetched; leave out --dataset, --crop, --class and --voxel-size")
+    if context_nm < 0:
+        raise InputError(f"--context: expected nm, at least 0, got {context_nm:g}")
+    if not labels and config is None and crop_table is None and not voxel_sizes:
+        raise InputError("nothing to fetch: --no-labels leaves raw only, so give --voxel-size, --crops or --for")
+    options = StoreOptions(endpoint=endpoint).resolved()
+    if endpoint is not None:  # the reader of chunks takes it from the environment
+        os.environ["AWS_ENDPOINT_URL"] = endpoint
+    place, show = Path(root).expanduser(), shown or showing(progress)
+    with show("listing objects") as advance:
+        catalog = open_source(source or PUBLIC, options)
+        table = None if crop_table is None else resolve_table(crop_table, None if dry_run else place)
+        boxes = [] if table is None else boxes_of_table(catalog, table)
+        if config is not None:
+            composed = as_config(config)
+            needs, sizes = needs_of_config(composed, catalog), [composed.voxel_size]
+            classes = composed.dataset.classes
+        else:
+            wanted = catalog.crops(datasets, crops, classes) if labels or datasets or crops or table is None else []
+            needs, sizes = Needs(wanted), list(voxel_sizes or [(8.0, 8.0, 8.0)])
+            boxes = [(crop.raw, crop.box) for crop in wanted] + boxes
+        for location, box in boxes:
+            for size in sizes:
+                needs.add(location, VoxelGrid.covering(box.grow(context_nm), size))
+        plan = plan_fetch(catalog.root, needs.crops if labels else [], classes, needs.raw, options, advance)
+        missing = Missing.below(place, plan)
+    if planned is not None:
+        planned(missing)
+    if dry_run:
+        return catalog
+    begin = time.perf_counter()
+    with show("fetching") as advance:
+
+        def tell(done: int, number: int, size: int, total: int) -> None:
+            rate = size / 1e6 / max(time.perf_counter() - begin, 1e-9)
+            advance(done, number, f"{size / 1e6:.1f} of {total / 1e6:.1f} MB, {rate:.1f} MB/s")
+
+        transfer(missing, place, options, threads=threads, progress=tell)
     return Catalog.open(str(root))

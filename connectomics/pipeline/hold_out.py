@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,9 @@ _SHARES = (0.6, 0.15, 0.25)  # training, validation, test
 _BLOCK = (256, 256, 256)  # voxels in memory at once
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Where the parts are: data root, crop table and ground truth of the test parts, keys of the other crops."""
-
-    root: Path
-    crop_table: Path
-    truth: Path
-    train: tuple[str, ...]
-    val: tuple[str, ...]
-
-
-def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> HeldOut:
-    """Cut every crop of a data set along its longest side and write the parts to the new data root ``out``.
+def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Cut every crop of a data set along its longest side and write the parts to the new data root ``out``, with
+    ``test_crops.csv`` and ``truth.zarr`` of the test parts; return the keys of the training and the validation crops.
 
     Part k of crop N (1 training, 2 validation, 3 test) becomes crop ``10 N + k``.
 
@@ -59,8 +49,8 @@ def hold_out(dataset: Path, out: Path, classes: Sequence[str]) -> HeldOut:
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    train, val = (tuple(f"{dataset.name}/crop{n}" for n in sorted(written) if n % 10 == k) for k in (1, 2))
-    return HeldOut(out, out / "test_crops.csv", out / "truth.zarr", train, val)
+    train, val = ([f"{dataset.name}/crop{n}" for n in sorted(written) if n % 10 == k] for k in (1, 2))
+    return train, val
 
 
 def _write(dataset: str, crops: Sequence[Crop], out: Path, classes: Sequence[str]) -> set[int]:

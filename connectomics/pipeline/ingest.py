@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from connectomics.cellmap.catalog import Catalog
@@ -11,7 +11,7 @@ from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_lab
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
 from connectomics.io.formats import open_volume
-from connectomics.progress import Progress, silent
+from connectomics.progress import Progress, Shown, showing
 
 _KINDS = ("", "semantic", "instance")
 
@@ -33,6 +33,8 @@ def ingest(
     slices: frozenset[int] | None = None,
     format_name: str | None = None,
     overwrite: bool = False,
+    written: Callable[[Path], object] | None = None,
+    shown: Shown | None = None,
     progress: Progress | None = None,
 ) -> Catalog:
     """Import raw and labels (TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into the CellMap layout, with pyramids.
@@ -49,6 +51,8 @@ def ingest(
         unknown: the label value of voxels that nobody annotated. known: a mask volume, nonzero where annotated.
         slices: annotated sections (z); all others are unknown.
         format_name: the format, if the file name does not tell.
+        written: called with the location of each volume once it is written.
+        progress: called while volumes are written; shown: or a progress for each of them.
 
     Returns:
         The catalog of the root.
@@ -56,52 +60,21 @@ def ingest(
     Raises:
         InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
     """
-    for _ in ingest_files(
-        root, dataset, raw=raw, labels=labels or {}, label_map=label_map, values=values, crop=crop,
-        voxel_size=voxel_size, begin=begin, value_range=value_range, unknown=unknown, known=known, slices=slices,
-        format_name=format_name, overwrite=overwrite, shown=lambda what: nullcontext(progress or silent),
-    ):  # fmt: skip
-        pass
-    return Catalog.open(str(root))
-
-
-def ingest_files(
-    root: str | Path,
-    dataset: str,
-    *,
-    raw: str | None,
-    labels: Mapping[str, str],
-    label_map: str | None,
-    values: str | Path | None,
-    crop: str,
-    voxel_size: Triple | None,
-    begin: Sequence[float] | None,
-    value_range: tuple[float, float] | None,
-    unknown: int | None,
-    known: str | None,
-    slices: frozenset[int] | None,
-    format_name: str | None,
-    overwrite: bool,
-    shown: Callable[[str], AbstractContextManager[Progress]],
-) -> Iterator[Path]:
-    """Do what `ingest` says, and yield the location of each volume once it is written.
-
-    ``shown`` shows the progress of a volume, by its name.
-    """
     if raw is None and not labels and label_map is None:
         raise InputError("nothing to ingest: give --raw, --labels CLASS=FILE or --label-map")
     if (label_map is None) != (values is None):
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
-    place = Path(root).expanduser()
+    place, show, tell = Path(root).expanduser(), shown or showing(progress), written or (lambda _: None)
     with ExitStack() as stack:
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
-            with shown(f"raw {source.location}") as progress:
-                yield ingest_raw(
-                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=progress
+            with show(f"raw {source.location}") as advance:
+                done = ingest_raw(
+                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=advance
                 )
+            tell(done)
         drawn = []
-        for head, file in labels.items():
+        for head, file in (labels or {}).items():
             name, _, kind = head.partition(":")
             if kind not in _KINDS:
                 raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
@@ -113,7 +86,9 @@ def ingest_files(
         annotated = Known(unknown, mask, slices)
         start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in drawn:
-            with shown(f"labels of {item.class_name}") as progress:
-                yield ingest_labels(
-                    place, dataset, crop, item, voxel_size, start, annotated, overwrite=overwrite, progress=progress
+            with show(f"labels of {item.class_name}") as advance:
+                done = ingest_labels(
+                    place, dataset, crop, item, voxel_size, start, annotated, overwrite=overwrite, progress=advance
                 )
+            tell(done)
+    return Catalog.open(str(root))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from connectomics.config.schema import EngineConfig
-from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Index
 from connectomics.io.location import local_path
@@ -23,65 +22,20 @@ from connectomics.morphology.block_sums import BLOCK
 from connectomics.morphology.contacts import ContactSpec, halo_of
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask, TableTask
+from connectomics.morphology.mesh_task import MeshTask
+from connectomics.pipeline.results import chosen_arrays
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 #: Data set, crop and class of a label array.
 Place = tuple[str, str, str]
 
 
 def measure_labels(
-    labels_dir: str | Path,
-    output_dir: str | Path,
-    *,
-    classes: Collection[str] | None = None,
-    datasets: Collection[str] | None = None,
-    crops: Collection[str] | None = None,
-    contacts: Sequence[ContactSpec] = (),
-    table_format: str = "csv",
-    block: Sequence[int] = BLOCK,
-    engine: EngineConfig | None = None,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> dict[str, Any]:
-    """Measure the instances of a folder of labels, ``{dataset}.zarr/{crop}/{class}``, and write the tables.
-
-    A semantic class (attribute ``connectomics.kind``) is measured as one instance with ID 1. Arrays without that
-    attribute hold IDs. Unfinished tables of a killed run are completed; finished tables of the same labels are kept.
-    Memory: 20 bytes per voxel of a block (contacts: 30, with the halo), and 50 bytes per instance of a crop.
-
-    Args:
-        classes, datasets, crops: only these; by default all. Contacts may name other classes than ``classes``.
-        contacts: contacts to measure in every crop that has both classes.
-        table_format: ``csv`` or ``parquet``.
-        block: voxels to read at once, z y x; choose smaller blocks for contacts over a large distance.
-        engine: the processes that work; None: this process.
-        overwrite: replace tables of other labels, and start over.
-
-    Returns:
-        For JSON: ``labels``, and lists ``classes`` and ``contacts`` with the totals of each table and its ``file``.
-
-    Raises:
-        MissingError: no labels there, or no crop has both classes of a contact. UnknownNameError: a class, data set or
-            crop does not exist. IncompleteError: labels are half written. MetadataError: not labels. InputError: the
-            contact distance is too far, or the format is unknown. WriteError: the output holds something else. All of
-            these are raised before anything is measured. BlocksFailedError, EngineError.
-    """
-    tasks = measure_tasks(
-        labels_dir,
-        output_dir,
-        classes=classes,
-        datasets=datasets,
-        crops=crops,
-        contacts=contacts,
-        table_format=table_format,
-        block=block,
-    )
-    return {"labels": str(labels_dir), **measure_tables(tasks, engine=engine, overwrite=overwrite, progress=progress)}
-
-
-def measure_tables(
     tasks: Sequence[TableTask],
     *,
     engine: EngineConfig | None = None,
@@ -89,24 +43,51 @@ def measure_tables(
     resume: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Run what is missing of the tasks of `measure_tasks`; arguments, result and errors as in `measure_labels`.
+    """Write the missing tables of the tasks of `measure_tasks`.
+
+    Unfinished tables of a killed run are completed; finished tables of the same labels are kept. Memory: 20 bytes per
+    voxel of a block (contacts: 30, with the halo), and 50 bytes per instance of a crop.
 
     Args:
+        engine: the processes that work; None: this process.
+        overwrite: replace tables of other labels, and start over.
         resume: raise `MissingError` if none of the tasks was started. With ``overwrite``: keep their output.
+
+    Returns:
+        For JSON: lists ``classes`` and ``contacts`` with the totals of each table and its ``file``.
+
+    Raises:
+        WriteError: the output holds something else; raised before anything is measured. BlocksFailedError, EngineError.
     """
-    if resume and not overwrite and not any(task.path.exists() or (task.folder / TASK_FILE).exists() for task in tasks):
-        raise nothing_to_resume(tasks[0].path.parent)
-    for task in tasks:
-        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
-    with open_engine(engine) as workers:
-        for task in tasks:
-            if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):
-                task.clean()
+    run_tasks(tasks, tasks[0].path.parent, engine, progress, overwrite=overwrite, resume=resume)
     found = [(task, json.loads(task.summary_file.read_text()) | {"file": str(task.path)}) for task in tasks]
     return {
         "classes": [summary for task, summary in found if isinstance(task, MeasureTask)],
         "contacts": [summary for task, summary in found if isinstance(task, ContactsTask)],
     }
+
+
+def run_tasks(
+    tasks: Sequence[TableTask | MeshTask],
+    out: Path,
+    engine: EngineConfig | None,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    resume: bool,
+    around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext(),
+) -> None:
+    """Check all tasks with output below ``out``, then do what is missing of each, within ``around`` of its folder."""
+    begun = any((task.folder / TASK_FILE).exists() or Path(task.output).is_file() for task in tasks)
+    if resume and not overwrite and not begun:
+        raise MissingError(f"--resume: no unfinished output of this command in {out}; leave --resume out to start")
+    for task in tasks:
+        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
+    with open_engine(engine) as workers:
+        for task in tasks:
+            with around(task.folder):
+                if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):
+                    task.clean()
 
 
 def measure_tasks(
@@ -120,7 +101,22 @@ def measure_tasks(
     table_format: str = "csv",
     block: Sequence[int] = BLOCK,
 ) -> list[TableTask]:
-    """Return the tasks of `measure_labels`, one per table; same arguments and errors. Writes nothing."""
+    """Return the tasks that measure the instances of a folder of labels, ``{dataset}.zarr/{crop}/{class}``.
+
+    There is one for each table. A semantic class (attribute ``connectomics.kind``) is measured as one instance with ID
+    1. Arrays without that attribute hold IDs. Writes nothing.
+
+    Args:
+        classes, datasets, crops: only these; by default all. Contacts may name other classes than ``classes``.
+        contacts: contacts to measure in every crop that has both classes.
+        table_format: ``csv`` or ``parquet``.
+        block: voxels to read at once, z y x; choose smaller blocks for contacts over a large distance.
+
+    Raises:
+        MissingError: no labels there, or no crop has both classes of a contact. UnknownNameError: a class, data set or
+            crop does not exist. IncompleteError: labels are half written. MetadataError: not labels. InputError: the
+            contact distance is too far, or the format is unknown.
+    """
     root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
     check_format(f"table.{table_format}")
     places = find_labels(root, datasets, crops)
@@ -166,20 +162,10 @@ def measure_tasks(
 
 
 def find_labels(root: Path, datasets: Collection[str] | None, crops: Collection[str] | None) -> list[Place]:
-    """Return the label arrays of a folder, only of these data sets and crops (by default all).
-
-    Raises:
-        MissingError: no labels there. UnknownNameError: a data set or crop does not exist.
-    """
-    places = list(find_arrays(root))
+    """Return the label arrays of a folder, see `chosen_arrays`; `MissingError` if there are none."""
+    places = chosen_arrays(root, datasets, crops)
     if not places:
         raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
-    for what, index, wanted in (("data set", 0, datasets), ("crop", 1, crops)):
-        existing = {place[index] for place in places}
-        for name in wanted or ():
-            if name not in existing:
-                raise unknown_name(what, name, existing, str(root))
-        places = [place for place in places if not wanted or place[index] in wanted]
     return places
 
 
@@ -187,11 +173,6 @@ def open_labels(root: Path, place: Place) -> LabelVolume:
     """Return one label volume of a folder; errors as `LabelVolume.open`."""
     dataset, crop, name = place
     return LabelVolume.open(dataset, crop, os.path.abspath(root / f"{dataset}.zarr" / crop / name))
-
-
-def nothing_to_resume(folder: Path) -> MissingError:
-    """Return the error of ``--resume`` if no output was started."""
-    return MissingError(f"--resume: no unfinished output of this command in {folder}; leave --resume out to start")
 
 
 def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:

@@ -8,19 +8,20 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from connectomics.config.schema import EngineConfig
 from connectomics.decoding.label_artifact import TABLE_FILE as INSTANCE_TABLE
 from connectomics.errors import InputError, UnknownNameError, unknown_name
 from connectomics.io.location import local_path
 from connectomics.io.tables import read_columns
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
-from connectomics.pipeline.measure import find_labels, nothing_to_resume, open_labels
-from connectomics.progress import Progress, named, silent
-from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.block_task import TASK_FILE
+from connectomics.pipeline.measure import find_labels, open_labels, run_tasks
+from connectomics.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,14 @@ def mesh_labels(
         InputError: zmesh is not installed, or the instance table is of other labels. UnknownNameError: an ID does not
         exist. WriteError: the output holds meshes of another task. BlocksFailedError, EngineError.
     """
-    if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
-        raise nothing_to_resume(tasks[0].folder.parents[2])
-    for task in tasks:
-        task.check(overwrite=task.starts_over(overwrite=overwrite, resume=resume))
+    run_tasks(
+        tasks, tasks[0].folder.parents[2], engine, progress, overwrite=overwrite, resume=resume,
+        around=_removed_if_unknown,
+    )  # fmt: skip
     found = []
-    with open_engine(engine) as workers:
-        for task in tasks:
-            with _removed_if_unknown(task.folder):
-                if not run_task(task, workers, named(progress, task.name), overwrite=overwrite, resume=resume):
-                    task.clean()
-            strides = read_columns(task.folder / TABLE_FILE, ["stride_voxels"])["stride_voxels"]
-            found.append(Meshed(task.folder, len(strides), int(np.count_nonzero(strides > 1))))
+    for task in tasks:
+        strides = read_columns(task.folder / TABLE_FILE, ["stride_voxels"])["stride_voxels"]
+        found.append(Meshed(task.folder, len(strides), int(np.count_nonzero(strides > 1))))
     return found
 
 

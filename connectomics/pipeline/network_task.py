@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from connectomics.cellmap.classes import atoms_of
 from connectomics.config import RunConfig, as_config, load_config
 from connectomics.config.heads import channel_names
 from connectomics.errors import InputError, MissingError
@@ -58,8 +59,8 @@ class NetworkPredictTask(PredictTask):
         where = ", ".join(self.checkpoints)
         remedy = "restore the original checkpoint, or rerun the prediction with --overwrite"
         for network in found.values():
-            channels = channel_names(network.config)
-            if channels != self.classes:
+            channels, unions = _channels(network, self)
+            if (*channels, *unions) != self.classes:
                 raise InputError(
                     f"{where}: the network gives {', '.join(channels)}, but the prediction {self.output} was started "
                     f"with {', '.join(self.classes)}; {remedy}"
@@ -83,6 +84,7 @@ def ready(
     """
     import torch
 
+    from connectomics.inference.trained_network import with_unions
     from connectomics.models.memory_format import set_channels_last
 
     last = task.channels_last
@@ -99,8 +101,17 @@ def ready(
             if task.uncertainty == "dropout":
                 stack.enter_context(dropout_on(network))
             run: Callable[..., torch.Tensor] = network.probabilities
-            runs.append(torch.compile(run) if task.compile else run)
+            runs.append(with_unions(torch.compile(run) if task.compile else run, *_channels(network, task)))
         yield runs
+
+
+def _channels(
+    network: TrainedNetwork | ConnectomicsModule, task: PredictTask
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the network's channels, and the group classes of a task that are unions of them."""
+    channels = channel_names(network.config)
+    others = (name for name in task.classes if name not in channels)
+    return channels, tuple(name for name in others if set(atoms_of(name)) <= set(channels))
 
 
 def load_networks(

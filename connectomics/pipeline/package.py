@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
-import uuid
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from connectomics.config.heads import channel_names
 from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
-from connectomics.io.replacing import not_ours
+from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
@@ -45,66 +44,42 @@ def load_model(path: str | Path) -> TrainedNetwork:
     return load_network(str(path))
 
 
-def package(
+def write_package(
     source: str | Path | Run,
     out: str | Path | None = None,
     *,
-    scores: str | Path | None = None,
-    license_name: str = "",
-    description: str = "",
-    overwrite: bool = False,
-) -> tuple[Package, Path]:
-    """Write a trained network to one file; return its description and its path.
-
-    Args:
-        source: a run or its folder (for its best checkpoint), or a checkpoint.
-        out: the file; default ``{run}.pytc``.
-        scores: ``scores.json`` to store in it.
-
-    Raises:
-        MissingError, InputError: a path is wrong. WriteError: the file exists, or is not a package.
-    """
-    run = source.folder if isinstance(source, Run) else Path(source)
-    choices = [run / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
-    checkpoint = next((file for file in choices if file.exists()), None)
-    if checkpoint is None:
-        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
-    known = None if scores is None else read_json(scores)
-    if scores is not None and known is None:
-        raise MissingError(f"no scores at {scores}; create them with `pytc score`, or omit --scores")
-    name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
-    target = Path(out) if out is not None else Path(f"{name}{SUFFIX}")
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; give a file name, such as {target / (name + SUFFIX)}")
-    made = write_package(
-        checkpoint, target, scores=known, license_name=license_name, description=description, overwrite=overwrite
-    )
-    return made, target
-
-
-def write_package(
-    checkpoint: str | Path,
-    out: str | Path,
-    *,
-    scores: Mapping[str, Any] | None = None,
+    scores: Mapping[str, Any] | str | Path | None = None,
     license_name: str = "",
     description: str = "",
     overwrite: bool = False,
 ) -> Package:
-    """Write a package of a checkpoint.
+    """Write a trained network to one file.
 
     Args:
-        checkpoint: of `pytc train`; training data and last validation scores are read from its run folder, if any.
-        out: the file, written atomically.
-        scores: scores to store (``scores.json`` of score, or the summary of evaluate).
+        source: a run or its folder (for its best checkpoint), or a checkpoint; training data and last validation scores
+            are read from the run folder, if any.
+        out: the file, written atomically; default ``{run}.pytc``.
+        scores: scores to store in it, or their file (``scores.json``).
 
     Raises:
-        WriteError: the file exists (with ``overwrite``: and is not a package). Also what `load_network` raises.
+        MissingError, InputError: a path is wrong. WriteError: the file exists (with ``overwrite``: and is not a
+        package). Also what `load_network` raises.
     """
     import torch
     from safetensors.torch import save
 
-    target = local_path(out)
+    run = source.folder if isinstance(source, Run) else Path(source)
+    name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
+    target = local_path(f"{name}{SUFFIX}" if out is None else out)
+    choices = [run / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
+    checkpoint = next((file for file in choices if file.exists()), None)
+    if checkpoint is None:
+        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
+    known = read_json(scores) if isinstance(scores, str | Path) else scores
+    if scores is not None and known is None:
+        raise MissingError(f"no scores at {scores}; create them with `pytc score`, or omit --scores")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file name, such as {target / (name + SUFFIX)}")
     if target.exists() and not overwrite:
         raise WriteError(f"{target} exists; add --overwrite to replace it, or give another name")
     if target.exists() and not is_package(target):
@@ -115,7 +90,7 @@ def write_package(
     result = answer(module, [torch.from_numpy(image) for image in images])
     test = {f"input-{n}": torch.from_numpy(image) for n, image in enumerate(images)} | {"output": result.contiguous()}
     members = {WEIGHTS: save(weights), TEST: save(test)}
-    config, folder = module.config, Path(checkpoint).resolve().parent.parent
+    config, folder = module.config, checkpoint.resolve().parent.parent
     split = folder / "split.yaml"
     about = {
         "format": FORMAT,
@@ -123,11 +98,11 @@ def write_package(
         "architecture": config.model.architecture,
         "classes": list(config.dataset.classes),
         "channels": list(channel_names(config)),
-        "voxel_size": [float(v) for v in config.dataset.voxel_size],
+        "voxel_size": list(config.voxel_size),
         "normalization": config.data.normalization,
-        "window": list(config.inference.window or config.data.patch_size),
+        "window": list(config.window),
         "parameters": sum(p.numel() for p in module.parameters()),
-        "scores": dict(scores or {}),
+        "scores": dict(known or {}),
         "validation": {
             name: value for name, value in last_values(folder / "metrics.csv").items() if name[:4] == "val/"
         },
@@ -137,7 +112,7 @@ def write_package(
         "config": config_to_dict(config),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in members.items()},
     }
-    _write_zip(target, {ABOUT: json.dumps(about, indent=1).encode(), **members})
+    write_file(target, _zipped({ABOUT: json.dumps(about, indent=1).encode(), **members}))
     return Package(target, about)
 
 
@@ -151,17 +126,10 @@ def _test_images(config: RunConfig) -> list[np.ndarray]:
     return [generator.random((1, 1, *shape), dtype=np.float32) for shape in shapes]
 
 
-def _write_zip(target: Path, members: Mapping[str, bytes]) -> None:
-    part = target.with_name(f".{target.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as file:
-            for name, data in members.items():
-                # with a fixed date, the same model gives the same bytes
-                file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
-        part.replace(target)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise WriteError(
-            f"cannot write {target}: {error.strerror or error}; free space or give another path"
-        ) from error
+def _zipped(members: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as file:
+        for name, data in members.items():
+            # with a fixed date, the same model gives the same bytes
+            file.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), data)
+    return content.getvalue()

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import BlocksFailedError, InputError, MissingError
-from connectomics.geometry import triple
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
@@ -62,7 +62,7 @@ def predict(
     accept_failed: Accepted | Collection[int] = (),
     progress: Progress | None = None,
 ) -> Probabilities:
-    """Predict crops or a box by sliding window, block by block.
+    """Predict crops or a box by sliding window, block by block; return the probabilities.
 
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
@@ -77,12 +77,8 @@ def predict(
         accept_failed: numbers of blocks that may fail, by crop (`predict_cellmap_crops`).
         progress: called for the blocks of each region.
 
-    Returns:
-        The probabilities.
-
     Raises:
-        ConfigError, InputError, MissingError, UnknownNameError, WriteError, BlocksFailedError, StoreError,
-        OutOfMemoryError: see `predict_cellmap_crops`.
+        ConfigError: the configuration. All others: see `predict_cellmap_crops`.
     """
     composed, paths = network_and_config(network, config, overrides)
     targets, table = chosen_targets(composed, paths, crops, box)
@@ -137,11 +133,7 @@ def predict_cellmap_crops(
             All are in memory at once, which is little compared to a block, and their order does not matter.
         output_dir: folder of the predictions.
         targets: regions; None: `targets_of` the configuration.
-        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one and ``system.accelerator`` allows it.
-        overwrite: replace predictions that were made with other settings or another checkpoint.
-        resume: only continue: an error if nothing was started. With ``overwrite``: replace predictions of other
-            settings, and keep those of the present settings.
-        progress: called for the blocks of each stage of each target.
+        device, overwrite, resume: as for `predict`. progress: called for the blocks of each stage of each target.
         accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
             attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
 
@@ -255,15 +247,14 @@ def _tasks(
         trained = replace(
             config, model=network.config.model, data=replace(config.data, inputs=network.config.data.inputs)
         )
-        window = inference_window(trained)
+        inference_window(trained)  # refuses what the network cannot take
         if config.inference.uncertainty == "dropout":
             with dropout_on(network):  # refused before anything is written
                 pass
-    channels, about = channel_names(network.config), channel_attributes(network.config)
-    options = config.inference
+    options, about = config.inference, channel_attributes(network.config)
+    channels = (*channel_names(network.config), *unions_of(config.dataset.classes, options.groups))
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
-    voxel_size = triple(config.dataset.voxel_size, "dataset.voxel_size")
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out = local_path(output_dir)
     return [
@@ -271,9 +262,9 @@ def _tasks(
             raw=absolute(catalog.raw_location(target.dataset)),
             output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
             classes=channels,
-            targets=grids_of(target, channels, about, voxel_size),
-            voxel_size=voxel_size,
-            window=(window[0], window[1], window[2]),
+            targets=grids_of(target, channels, about, config.voxel_size),
+            voxel_size=config.voxel_size,
+            window=config.window,
             checkpoint=common_hash(list(networks)),
             checkpoints=tuple(map(os.path.abspath, checkpoints)),
             normalization=normalizations[target.dataset],

@@ -6,22 +6,44 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.config import RunConfig
 from connectomics.errors import MissingError, unknown_name
 from connectomics.io.multiscale import Multiscale
 
 if TYPE_CHECKING:
+    from connectomics.config import RunConfig
     from connectomics.metrics.challenge.results import SubmissionScore
 
 #: Rows that a table in a notebook shows.
 _ROWS = 20
+
+
+def chosen_arrays(
+    root: str | Path,
+    datasets: Collection[str] | None = None,
+    crops: Collection[str] | None = None,
+    classes: Collection[str] | None = None,
+) -> list[tuple[str, str, str]]:
+    """Return data set, crop and class of the arrays in a folder, sorted; only these (``crop7`` or ``7``), by default
+    all. Raises `UnknownNameError` for a name that none of them has."""
+    from connectomics.decoding.prediction import find_arrays
+
+    found = list(find_arrays(root))
+    for place, what, wanted in ((0, "data set", datasets), (1, "crop", crops), (2, "class", classes)):
+        if not wanted:
+            continue
+        there = {item[place] for item in found}
+        names = {f"crop{name}" if what == "crop" and f"crop{name}" in there else name for name in wanted}
+        for name in sorted(names - there):
+            raise unknown_name(what, name, there, str(root))
+        found = [item for item in found if item[place] in names]
+    return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,16 +92,9 @@ class ArrayFolder:
             class_name: the class. crop, dataset: may be left out if only one has the class.
 
         Raises:
-            UnknownNameError: no such array. MissingError: several arrays fit.
+            UnknownNameError: no such data set, crop or class. MissingError: several arrays fit.
         """
-        fits = [
-            (d, c, n)
-            for d, c, n in self.arrays
-            if n == class_name and crop in (None, c, c.removeprefix("crop")) and dataset in (None, d)
-        ]
-        if not fits:
-            there = ["/".join(item) for item in self.arrays]
-            raise unknown_name("array", "/".join(filter(None, (dataset, crop, class_name))), there, str(self.folder))
+        fits = chosen_arrays(self.folder, dataset and [dataset], crop and [crop], [class_name])
         if len(fits) > 1:
             names = ", ".join("/".join(item) for item in fits[:6])
             raise MissingError(

@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import MissingError, unknown_name
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import BlockTask, run_task
@@ -15,11 +14,12 @@ from connectomics.tasks.block_task import TASK_FILE, fields_of, read_task
 from connectomics.tasks.failures import accepted_of
 
 if TYPE_CHECKING:
-    from connectomics.tasks.estimate import Estimate
+    from connectomics.config.schema import EngineConfig
 
 #: `BlockTask.kind` -> its class, which is imported when a task of the kind is run.
 TASK_KINDS: dict[str, str] = {
     "predict": "connectomics.pipeline.network_task:NetworkPredictTask",
+    "average": "connectomics.decoding.average_task:AverageTask",
     "measure": "connectomics.morphology.measure_tasks:MeasureTask",
     "mask": "connectomics.decoding.blocks.labels_task:MaskTask",
     "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",
@@ -46,23 +46,21 @@ def load_task(path: Path) -> BlockTask:
 
 
 def run_stored_task(
-    file: Path,
+    task: BlockTask,
     engine: EngineConfig,
     *,
-    device: str | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     resume: bool = False,
     accept: Mapping[str, Collection[int]] | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Do the missing blocks of a stored task on an engine; return a line about the result.
+    """Do the missing blocks of a task of `load_task` on an engine; return a line about the result.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one.
         overwrite: start over, and replace the output of another task. resume: fail if nothing was started.
         accept: blocks that may fail.
     """
-    task, chosen = load_task(file), _device(device)
     (accepted,) = accepted_of([task], accept or {})
     replaces = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=replaces):
@@ -70,22 +68,12 @@ def run_stored_task(
     if resume and not overwrite and not (task.folder / TASK_FILE).exists():
         raise MissingError(f"--resume: {task.name} was not started at {task.folder}; leave --resume out to start")
     advance = named(progress or silent, task.name)
-    run_task(task, engine, advance, device=chosen, overwrite=replaces, accept=accepted)
+    run_task(task, engine, advance, device=device, overwrite=replaces, accept=accepted)
     return f"{task.name}: complete"
 
 
-def estimate_stored_task(
-    file: Path, engine: EngineConfig, *, device: str | None = None, overwrite: bool = False, resume: bool = False
-) -> Estimate:
-    """Return the cost of what is missing of a stored task, from one block that is tried."""
-    from connectomics.tasks.estimate import estimate
-
-    task = load_task(file)
-    replaces = task.starts_over(overwrite=overwrite, resume=resume)
-    return estimate([task], engine, _device(device), overwrite=replaces)
-
-
-def _device(name: str | None) -> str:
+def task_device(name: str | None) -> str:
+    """Return the device ``name`` (``cpu``, ``cuda``, ``cuda:1``) if it exists; by default a GPU if there is one."""
     from connectomics.tasks.pool import gpu_count
 
     if name is None:

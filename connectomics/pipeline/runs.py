@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from connectomics.config.values import flat
 from connectomics.errors import InputError, MetadataError, MissingError
 from connectomics.lightning.run_state import ENVIRONMENT_FILE, RunState, state_of
 
@@ -116,9 +117,9 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     """Return the values of all runs for each configuration key (``model.architecture``) in which they differ."""
     if len(runs) < 2:
         raise InputError(f"expected at least two runs to compare, got {len(runs)}")
-    flat = [dict(_flat(run.config)) for run in runs]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = {key: [config.get(key) for config in flat] for key in keys}
+    configs = [flat(run.config) for run in runs]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = {key: [config.get(key) for config in configs] for key in keys}
     return {key: values for key, values in rows.items() if any(value != values[0] for value in values)}
 
 
@@ -128,6 +129,14 @@ def last_values(table: Path) -> dict[str, float]:
     for row in _rows(table):
         values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
     return values
+
+
+def best_values(run: Run) -> dict[str, float]:
+    """Return the values of all metrics in the validation with the best score; {} if nothing was validated."""
+    for row in _rows(run.folder / "metrics.csv"):
+        if row.get(run.monitor) and float(row[run.monitor]) == run.best:
+            return {k: float(v) for k, v in row.items() if v}
+    return {}
 
 
 def _folders(place: Path, deep: int) -> Iterator[Path]:
@@ -155,11 +164,3 @@ def _environment(file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MetadataError(f"{file} is not valid JSON ({error})") from error
     return dict(found[-1]) if found else {}
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for name, part in value.items():
-            yield from _flat(part, f"{key}.{name}" if key else str(name))
-    else:
-        yield key, value

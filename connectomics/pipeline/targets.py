@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
@@ -55,11 +56,16 @@ def targets_of(
         return [box_target(config, box)]
     table = crop_table if crop_table is not None else config.dataset.crop_table
     if table is not None:
-        return table_targets(CropTable.resolve(table), config.dataset.classes)
-    crops = Catalog.open(config.dataset.data_root).crops(
-        config.dataset.datasets, config.dataset.crops, config.dataset.classes
-    )
-    return [crop_target(crop, config.dataset.classes) for crop in crops]
+        return table_targets(CropTable.resolve(table), predicted_classes(config))
+    classes = predicted_classes(config)
+    crops = Catalog.open(config.dataset.data_root).crops(config.dataset.datasets, config.dataset.crops, classes)
+    return [crop_target(crop, classes) for crop in crops]
+
+
+def predicted_classes(config: RunConfig) -> list[str]:
+    """Return the classes of a prediction: those of the network, then the groups of ``inference.groups``."""
+    classes = config.dataset.classes
+    return [*classes, *unions_of(classes, config.inference.groups)]
 
 
 def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> list[Target]:
@@ -87,7 +93,7 @@ def kept_out_targets(config: RunConfig, checkpoints: Sequence[str | Path]) -> li
             f"no crop of {data.data_root} was kept out of the training of "
             f"{', '.join(map(str, checkpoints))}; name the crops yourself: dataset.crops=[...]"
         )
-    return [crop_target(crop, data.classes) for crop in kept]
+    return [crop_target(crop, predicted_classes(config)) for crop in kept]
 
 
 def crop_target(crop: Crop, classes: Sequence[str]) -> Target:
@@ -123,7 +129,7 @@ def box_target(config: RunConfig, text: str) -> Target:
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
     name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
-    return Target(dataset, name, dict.fromkeys(config.dataset.classes, grid))
+    return Target(dataset, name, dict.fromkeys(predicted_classes(config), grid))
 
 
 def chosen_targets(

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -19,6 +19,7 @@ from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
 from connectomics.pipeline.runs import Run, open_run
+from connectomics.pipeline.targets import predicted_classes
 from connectomics.progress import Progress
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def train(
     overwrite: bool = False,
     fast_dev_run: bool = False,
     datamodule: pl.LightningDataModule | None = None,
+    callbacks: Sequence[pl.Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
     """Train the network of a configuration.
@@ -78,6 +80,7 @@ def train(
         overwrite: train in a folder that holds a run, and replace its checkpoints.
         fast_dev_run: train one batch and validate a part of one crop, to test whether it runs; write no file.
         datamodule: provides the batches of `ConnectomicsModule`; None: `CellMapDataModule` of the configuration.
+        callbacks: further callbacks of the trainer.
         progress: called while crops are decoded into the cache; None: log a line from time to time.
 
     Returns:
@@ -97,6 +100,7 @@ def train(
     from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
 
     check_config(config)
+    predicted_classes(config)  # refuses groups that do not follow, before training
     folder = local_path(out) if out is not None else choose_run_dir(config, checkpoint)
     checkpoint = _start(folder, checkpoint, resume, overwrite or fast_dev_run)
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
@@ -121,7 +125,7 @@ def train(
                 save_environment(folder)
                 (folder / "run.log").touch()
             data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
-            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run)
+            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, callbacks)
     return _result(config, folder, trainer, fast_dev_run)
 
 
@@ -160,11 +164,13 @@ def _fit(
     machine: Machine,
     checkpoint: str | Path | None,
     fast_dev_run: bool,
+    callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
     """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.monitors import check_monitored_classes
+    from connectomics.lightning.network import prepare_training
     from connectomics.lightning.trainer import build_trainer
 
     data.setup("fit")
@@ -180,7 +186,10 @@ def _fit(
         log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
     if checkpoint is None and config.model.init_bias is not None:
         _set_output_bias(config, module, data)
-    trainer = build_trainer(config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine)
+    prepare_training(module.network, config.training)
+    trainer = build_trainer(
+        config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine, callbacks=callbacks
+    )
     resumed = None if checkpoint is None else str(checkpoint)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)

@@ -26,18 +26,18 @@ from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters,
 from connectomics.decoding.prediction import (
     StoredAffinities,
     StoredHead,
-    find_arrays,
     open_boundary,
     open_prediction,
     read_on,
 )
 from connectomics.decoding.probabilities import as_bytes, read_block
-from connectomics.errors import InputError, MissingError, WriteError, unknown_name
+from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.artifacts import identity
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
+from connectomics.pipeline.results import chosen_arrays
 from connectomics.pipeline.tune_results import TunedClass, write_results
 from connectomics.pipeline.tune_space import SearchSpace, Volume, pooled_scores, threshold_of
 from connectomics.progress import Progress, silent
@@ -95,15 +95,12 @@ def tune(
     if trials < 1 or (seconds is not None and not seconds > 0):
         raise InputError(f"tuning needs at least one trial and a positive time, got {trials} and {seconds} s")
     folder = local_path(out)
-    found = list(find_arrays(predictions_dir))
+    found = chosen_arrays(predictions_dir)
     if not found:
         raise MissingError(f"no predictions in {predictions_dir}: run predict on annotated crops first")
     names = sorted({name for _, _, name in found})
-    for name in sorted(classes or ()):
-        if name not in names:
-            raise unknown_name("class", name, names, str(predictions_dir))
+    chosen = sorted({name for _, _, name in chosen_arrays(predictions_dir, classes=classes)})
     parameters = {name: (base or {}).get(name) or default_parameters(name) for name in names}
-    chosen = [name for name in names if classes is None or name in classes]
     catalog = Catalog.open(root)
     begin = time.monotonic()
     found_in = {n: _predictions(Path(predictions_dir), catalog, found, n, parameters[n]) for n in names}
@@ -153,10 +150,10 @@ def _volume(prediction: _Prediction, name: str, ids: bool, base: DecodeParameter
     source, grid = prediction.source, prediction.source.levels[0].grid
     boundary = None if prediction.boundary is None else as_bytes(read_on(prediction.boundary, grid))
     head = None if prediction.head is None else prediction.head.all()
-    values, offsets = None, None
+    affinities = None
     if base.method in AFFINITY_METHODS:
         stored = StoredAffinities.open(source)
-        values, offsets = stored.read((0, 0, 0), grid.shape), stored.offsets
+        affinities = stored.read((0, 0, 0), grid.shape), stored.offsets
     if ids:
         truth, known = read_instances(prediction.crop, name, grid)
         probability = as_bytes(read_on(source, grid))
@@ -165,7 +162,7 @@ def _volume(prediction: _Prediction, name: str, ids: bool, base: DecodeParameter
         truth, known = np.zeros(grid.shape, np.bool_), np.zeros(grid.shape, np.bool_)
         for at, block, p, k in _blocks(prediction, name):
             probability[at], truth[at], known[at] = block, p & k, k
-    return Volume(probability, boundary, truth, known, grid.voxel_size, values, offsets, head)
+    return Volume(probability, boundary, truth, known, grid.voxel_size, affinities, head)
 
 
 def _identities(predictions: list[_Prediction]) -> dict[str, str]:

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.affinities.segment import decode_affinities
-from connectomics.decoding.decode import decode_between, decode_class, decode_mask
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
-from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import Panoptic
@@ -38,7 +36,7 @@ class Volume:
     Attributes:
         probability: 0 to 255. boundary: probability of the boundary between objects, if the parameters read it.
         truth: ids, or bool for a class scored by overlap. known: where the ground truth is known.
-        affinities, offsets: (K, D, H, W) and (K, 3), if the method reads them. head: of distances, if it is read.
+        affinities: (K, D, H, W) and their offsets (K, 3), if the method reads them. head: of distances, if it is read.
     """
 
     probability: NDArray[np.uint8]
@@ -46,8 +44,7 @@ class Volume:
     truth: NDArray[Any]
     known: NDArray[np.bool_]
     voxel_size: tuple[float, float, float]
-    affinities: NDArray[Any] | None = None
-    offsets: NDArray[np.int64] | None = None
+    affinities: tuple[NDArray[Any], NDArray[np.int64]] | None = None
     head: HeadValues | None = None
 
 
@@ -127,17 +124,10 @@ def pooled_scores(
     rules = get_rules(rules)
     total: Any = None
     for volume in volumes:
-        mask = above(volume.probability, parameters.threshold)
-        if volume.affinities is not None and volume.offsets is not None:
-            labels = decode_affinities(
-                volume.probability, volume.affinities, volume.offsets, volume.voxel_size, parameters
-            )
-        elif parameters.is_registered:
-            labels = decode_class(volume.probability, volume.voxel_size, parameters)
-        elif volume.boundary is not None:
-            labels = decode_between(mask, volume.boundary, volume.voxel_size, parameters)
-        else:
-            labels = decode_mask(mask, volume.voxel_size, parameters, volume.head)
+        labels = decode_class(
+            volume.probability, volume.voxel_size, parameters,
+            boundary=volume.boundary, head=volume.head, affinities=volume.affinities,
+        )  # fmt: skip
         item = _scored(labels, volume, rules)
         total = item if total is None else total + item
         yield score_of(total)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
-from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Triple, VoxelGrid, triple
-from connectomics.metrics.challenge.align import TRANSLATION_NAMES, VOXEL_SIZE_NAMES
+from connectomics.errors import MetadataError
+from connectomics.geometry import Triple, VoxelGrid
+from connectomics.metrics.challenge.align import source_of
+from connectomics.metrics.challenge.blocks import SlabComponents
 from connectomics.metrics.challenge.rules import instance_limit
 from connectomics.metrics.challenge.zarr_v2 import Archive, ZarrArray
 from connectomics.submission.findings import Finding, error, warning
@@ -50,74 +51,66 @@ def slabs(archive: Archive, array: ZarrArray) -> Iterator[NDArray[Any] | None]:
 
 
 # -- the grid ----------------------------------------------------------------------------------------------------------
-def check_grid(array: ZarrArray, entry: TableEntry) -> list[Finding]:
+def check_grid(array: ZarrArray, entry: TableEntry) -> Iterator[Finding]:
     """Compare voxel size, translation, shape and axis order with the table."""
     target, path = entry.grid, array.path
     shape = (array.shape[0], array.shape[1], array.shape[2])
     try:
-        size = _attribute(array.attrs, VOXEL_SIZE_NAMES)
-        first = _attribute(array.attrs, TRANSLATION_NAMES)
-        if size is not None and min(size) <= 0:
-            raise InputError(f"voxel_size must be positive, got {size}")
-    except InputError as problem:
-        return [error("attributes", path, str(problem), "three numbers, nm, z y x", _EXPORT)]
-    findings = []
+        own = source_of(array, array.attrs)
+    except MetadataError as problem:
+        yield error("attributes", path, str(problem), "three numbers, nm, z y x", _EXPORT)
+        return
+    size, first = own.voxel_size, own.translation
     if size is None:
-        findings.append(_absent_attribute(path, "voxel_size", target.voxel_size, shape, target))
+        yield _absent_attribute(path, "voxel_size", target.voxel_size, shape, target)
     if first is None:
-        findings.append(_absent_attribute(path, "translation", target.translation, shape, target))
-    swapped = _axis_order(path, size, first, shape, target)
-    if swapped:
-        return findings + swapped
-    if size is not None and first is not None:
-        return findings + _check_placement(path, VoxelGrid(size, first, shape), target)
-    if size is not None and not _same(size, target.voxel_size):
-        findings.append(error("voxel-size", path, f"voxel_size {_text(size)}", _text(target.voxel_size), _EXPORT))
-    return findings
+        yield _absent_attribute(path, "translation", target.translation, shape, target)
+    if swapped := list(_axis_order(path, size, first, shape, target)):
+        yield from swapped
+    elif size is not None and first is not None:
+        yield from _check_placement(path, VoxelGrid(size, first, shape), target)
+    elif size is not None and not _same(size, target.voxel_size):
+        yield error("voxel-size", path, f"voxel_size {_text(size)}", _text(target.voxel_size), _EXPORT)
 
 
-def _check_placement(path: str, own: VoxelGrid, target: VoxelGrid) -> list[Finding]:
+def _check_placement(path: str, own: VoxelGrid, target: VoxelGrid) -> Iterator[Finding]:
     """Check whether an array with all of its attributes lies on the table's grid, or at least covers it."""
     same_size = _same(own.voxel_size, target.voxel_size)
+    rule = "shape" if same_size else "voxel-size"
+    share = math.prod(target.box.intersect(own.box).extent) / max(math.prod(target.box.extent), 1e-300)
     if same_size and own.shape == target.shape:
         shift = target.to_index(own.translation)
         worst = float(np.max(np.abs(shift)))
-        if worst < 1e-3:
-            return []
-        what = f"translation {_text(own.translation)}, off by {_text([float(s) for s in shift])} voxels"
-        hint = "it is the center of the first voxel, not its corner; " if abs(worst - 0.5) < 1e-3 else ""
-        kind = error if worst >= 0.5 else warning
-        return [kind("translation", path, what, _text(target.translation), hint + _EXPORT)]
-    if own.shape == target.shape:
+        if worst >= 1e-3:
+            what = f"translation {_text(own.translation)}, off by {_text([float(s) for s in shift])} voxels"
+            hint = "it is the center of the first voxel, not its corner; " if abs(worst - 0.5) < 1e-3 else ""
+            kind = error if worst >= 0.5 else warning
+            yield kind("translation", path, what, _text(target.translation), hint + _EXPORT)
+    elif own.shape == target.shape:
         what = f"voxel_size {_text(own.voxel_size)} with the table's shape"
-        return [error("voxel-size", path, what, _text(target.voxel_size), f"the portal would stretch it; {_EXPORT}")]
-    share = math.prod(target.box.intersect(own.box).extent) / max(math.prod(target.box.extent), 1e-300)
-    rule = "shape" if same_size else "voxel-size"
-    if share < 1 - 1e-6:
+        yield error("voxel-size", path, what, _text(target.voxel_size), f"the portal would stretch it; {_EXPORT}")
+    elif share < 1 - 1e-6:
         what = f"{own}, which covers {share:.1%} of the crop"
-        return [error(rule, path, what, str(target), f"the rest counts as background; {_EXPORT}")]
-    what = f"{own}, another {rule.replace('-', ' ')}"
-    return [warning(rule, path, what, str(target), f"the portal resamples it by its own rules; {_EXPORT}")]
+        yield error(rule, path, what, str(target), f"the rest counts as background; {_EXPORT}")
+    else:
+        what = f"{own}, another {rule.replace('-', ' ')}"
+        yield warning(rule, path, what, str(target), f"the portal resamples it by its own rules; {_EXPORT}")
 
 
 def _axis_order(
-    path: str, size: Triple | None, first: Triple | None, shape: Sequence[int], target: VoxelGrid
-) -> list[Finding]:
+    path: str, size: Triple | None, first: Triple | None, shape: Sequence[float], target: VoxelGrid
+) -> Iterator[Finding]:
     """Find values that are the table's in another order."""
-    findings = []
+    # A permuted shape is wrong only if the voxel size says that it should be the table's.
+    comparable = size is None or _same(sorted(size), sorted(target.voxel_size))
     for name, own, wanted in (
         ("voxel_size", size, target.voxel_size),
         ("translation", first, target.translation),
-        ("shape", tuple(float(n) for n in shape), tuple(float(n) for n in target.shape)),
+        ("shape", shape if comparable else None, target.shape),
     ):
-        if own is None or _same(own, wanted) or not _same(sorted(own), sorted(wanted)):
-            continue
-        # A permuted shape is wrong only if the voxel size says that it should be the table's.
-        if name == "shape" and size is not None and not _same(sorted(size), sorted(target.voxel_size)):
-            continue
-        what = f"{name} {_text(own)}, the table's in another order"
-        findings.append(error("axis-order", path, what, f"{_text(wanted)} (z, y, x)", _EXPORT))
-    return findings
+        if own is not None and not _same(own, wanted) and _same(sorted(own), sorted(wanted)):
+            what = f"{name} {_text(own)}, the table's in another order"
+            yield error("axis-order", path, what, f"{_text(wanted)} (z, y, x)", _EXPORT)
 
 
 def _absent_attribute(path: str, name: str, value: Triple, shape: Sequence[int], target: VoxelGrid) -> Finding:
@@ -130,14 +123,6 @@ def _absent_attribute(path: str, name: str, value: Triple, shape: Sequence[int],
     return error(
         rule, path, what, f"{expected} and shape {target.shape}", f"the portal would center or pad it; {_EXPORT}"
     )
-
-
-def _attribute(attrs: dict[str, Any], names: Sequence[str]) -> Triple | None:
-    for name in names:
-        if attrs.get(name) is not None:
-            value = attrs[name]
-            return triple(value[-3:] if isinstance(value, list) else value, name)
-    return None
 
 
 def _same(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -173,14 +158,14 @@ class Summary:
 def summarize(archive: Archive, array: ZarrArray, count_components: bool) -> Summary:
     """Read an array slab by slab; memory is about six bytes per voxel of a slab."""
     result = Summary()
-    counter = ComponentCounter() if count_components else None
+    counter = SlabComponents() if count_components else None
     unsigned = array.dtype.kind in "bu"
     narrow = count_components and array.dtype.kind == "u" and array.dtype.itemsize <= 2
     used = np.zeros(1 << 16, np.bool_) if narrow else None
     for slab in slabs(archive, array):
         if slab is None or not slab.any():
             if counter is not None:
-                counter.add(None)
+                counter.skip()
             continue
         if slab.dtype.kind == "f":
             missing = np.isnan(slab)
@@ -193,127 +178,78 @@ def summarize(archive: Archive, array: ZarrArray, count_components: bool) -> Sum
         if used is not None:
             used[slab] = True
         if counter is not None and result.whole:
-            counter.add(slab.astype(np.int64) if slab.dtype.kind == "f" else slab)
+            counter.add(np.ascontiguousarray(slab, np.int64 if slab.dtype.kind == "f" else None))
     if used is not None:
         result.used = int(used[1:].sum())
     if counter is not None and result.whole:
-        result.components = counter.number()
+        parents = counter.parents()
+        result.components = int(np.count_nonzero(parents == np.arange(parents.size))) - 1
     return result
-
-
-class ComponentCounter:
-    """Counts the 26-connected components of equal value in a volume given slab by slab along its first axis."""
-
-    def __init__(self) -> None:
-        self._total = 0
-        self._links: list[NDArray[np.int64]] = []
-        self._last: tuple[NDArray[np.generic], NDArray[np.int64]] | None = None
-
-    def add(self, slab: NDArray[np.generic] | None) -> None:
-        """Add the next slab; None for an empty one."""
-        if slab is None:
-            self._last = None
-            return
-        import cc3d
-
-        from connectomics.metrics.challenge.blocks import touching
-
-        parts, number = cc3d.connected_components(np.ascontiguousarray(slab), connectivity=26, return_N=True)
-        if self._last is not None:
-            self._links.append(touching(*self._last, slab[0], self._numbers(parts[0])))
-        self._last = slab[-1].copy(), self._numbers(parts[-1])
-        self._total += int(number)
-
-    def _numbers(self, parts: NDArray[Any]) -> NDArray[np.int64]:
-        """Return the numbers of a slab's components, counted through all slabs."""
-        return np.where(parts > 0, parts.astype(np.int64) + self._total, 0)
-
-    def number(self) -> int:
-        """Return the number of components in all slabs together."""
-        from connectomics.metrics.challenge.blocks import unite
-
-        parent = np.arange(self._total + 1)
-        unite(parent, self._links)
-        return int(np.count_nonzero(parent == np.arange(parent.size))) - 1
 
 
 def check_content(
     archive: Archive, array: ZarrArray, class_name: str, truth: tuple[Archive, ZarrArray] | None
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Check the chunk names and values; `CorruptDataError` names a chunk that cannot be read.
 
     ``truth``: the ground truth of the array and where it is, if known.
     """
     path = array.path
-    findings = _chunk_names(archive, array)
+    # Chunks with other names are not found and read as 0.
+    strange = sorted(n for n in archive.files_below(path) if not n.startswith(".") and not array.is_chunk(n))
+    if strange:
+        what = f"{len(strange)} files that are not chunks of it, such as {path}/{strange[0]}"
+        advice = "they are not read; set dimension_separator and chunks in .zarray as they were written"
+        yield error("chunk-names", path, what, f"names like {path}/{array.chunk_name((0, 0, 0))}", advice)
     is_instance = is_instance_class(class_name)
     found = summarize(archive, array, is_instance)
     if found.nan:
-        advice = "they count as background; write 0"
-        findings.append(warning("nan", path, f"{found.nan} voxels that are NaN", "numbers", advice))
+        yield warning("nan", path, f"{found.nan} voxels that are NaN", "numbers", "they count as background; write 0")
     if found.low < 0:
         what = f"negative values (down to {found.low:.6g}) in {array.dtype}"
         advice = "ids have wrapped or background is not 0; export it with an unsigned type that holds the ids"
-        findings.append(error("dtype", path, what, "0 for background, ids above", advice))
+        yield error("dtype", path, what, "0 for background, ids above", advice)
     if array.dtype.kind == "f" and found.whole:
         advice = "it is read, but wastes space; export it again"
-        findings.append(warning("dtype", path, f"whole numbers as {array.dtype}", "unsigned integers", advice))
+        yield warning("dtype", path, f"whole numbers as {array.dtype}", "unsigned integers", advice)
     elif array.dtype.kind == "f":
         what = f"fractions (up to {found.high:.6g}) in {array.dtype}, such as probabilities"
-        advice = "every voxel above 0 counts as present; decode and export it"
-        findings.append(error("dtype", path, what, "labels", advice))
+        yield error("dtype", path, what, "labels", "every voxel above 0 counts as present; decode and export it")
     largest = None if truth is None else _largest(*truth)
     if is_instance and found.components is not None:
-        findings += _check_instances(array, found, found.components, class_name, largest)
+        yield from _check_instances(array, found, found.components, class_name, largest)
     if found.foreground == 0 and largest is None:
         advice = "every object of the ground truth counts as missed; check the threshold"
-        findings.append(warning("empty", path, "no voxel above 0", "some, unless the class is absent", advice))
+        yield warning("empty", path, "no voxel above 0", "some, unless the class is absent", advice)
     elif found.foreground == 0 and largest:
         advice = "all of it counts as missed; check the threshold"
-        findings.append(error("empty", path, "no voxel above 0", "some: the ground truth is not empty", advice))
-    return findings
-
-
-def _chunk_names(archive: Archive, array: ZarrArray) -> list[Finding]:
-    """Report files of the array that are not chunks of it: chunks with other names are not found and read as 0."""
-    files = archive.files_below(array.path)
-    strange = sorted(name for name in files if not name.startswith(".") and not array.is_chunk(name))
-    if not strange:
-        return []
-    what = f"{len(strange)} files that are not chunks of it, such as {array.path}/{strange[0]}"
-    expected = f"names like {array.path}/{array.chunk_name((0, 0, 0))}"
-    advice = "they are not read; set dimension_separator and chunks in .zarray as they were written"
-    return [error("chunk-names", array.path, what, expected, advice)]
+        yield error("empty", path, "no voxel above 0", "some: the ground truth is not empty", advice)
 
 
 def _check_instances(
     array: ZarrArray, found: Summary, components: int, class_name: str, largest: float | None
-) -> list[Finding]:
+) -> Iterator[Finding]:
     """Check ids and number of instances; ``largest`` is the largest id of the ground truth, None if unknown."""
-    path, findings = array.path, []
+    path = array.path
     top = np.iinfo(array.dtype).max if array.dtype.kind == "u" and array.dtype.itemsize <= 2 else None
     if top is not None and found.used == top and components > top:
         what = f"{components} objects, but ids 1 to {top} of {array.dtype} all in use"
         advice = "ids beyond the type have probably wrapped; export it with a type that holds them"
-        findings.append(error("wrapped-ids", path, what, "a type that holds every id", advice))
+        yield error("wrapped-ids", path, what, "a type that holds every id", advice)
     if found.high > np.iinfo(np.uint32).max:
-        what = f"ids up to {found.high:.6g}"
-        findings.append(warning("large-ids", path, what, "ids that fit in 32 bits", "renumber them; export does"))
-    if largest == 0:
-        return findings
+        what, advice = f"ids up to {found.high:.6g}", "renumber them; export does"
+        yield warning("large-ids", path, what, "ids that fit in 32 bits", advice)
     assumed = _FEW.get(class_name, _USUAL) if largest is None else int(largest)
-    if components > instance_limit(assumed):
-        limit, what = math.floor(instance_limit(assumed)), f"{components} objects"
-        if largest is not None:
-            advice = "the crop is dropped from the class's score; remove small objects"
-            expected = f"at most {limit} for {assumed} true ones"
-            findings.append(error("too-many-instances", path, what, expected, advice))
-        else:
-            needed = next(n for n in range(assumed, components + 2) if components <= instance_limit(n))
-            advice = f"the crop is dropped unless the ground truth holds at least {needed}; remove small objects"
-            expected = f"at most {limit} if there are {assumed}"
-            findings.append(warning("too-many-instances", path, what, expected, advice))
-    return findings
+    limit, what = math.floor(instance_limit(assumed)), f"{components} objects"
+    if largest == 0 or components <= instance_limit(assumed):
+        return
+    if largest is not None:
+        advice = "the crop is dropped from the class's score; remove small objects"
+        yield error("too-many-instances", path, what, f"at most {limit} for {assumed} true ones", advice)
+    else:
+        needed = next(n for n in range(assumed, components + 2) if components <= instance_limit(n))
+        advice = f"the crop is dropped unless the ground truth holds at least {needed}; remove small objects"
+        yield warning("too-many-instances", path, what, f"at most {limit} if there are {assumed}", advice)
 
 
 def _largest(archive: Archive, truth: ZarrArray) -> float:

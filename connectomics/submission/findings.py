@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from connectomics.config.values import plain
@@ -38,11 +39,5 @@ class Finding:
         return plain(self)
 
 
-def error(rule: str, path: str, found: str, expected: str, what_to_do: str) -> Finding:
-    """Return a finding of severity ``error``."""
-    return Finding("error", rule, path, found, expected, what_to_do)
-
-
-def warning(rule: str, path: str, found: str, expected: str, what_to_do: str) -> Finding:
-    """Return a finding of severity ``warning``."""
-    return Finding("warning", rule, path, found, expected, what_to_do)
+error = partial(Finding, "error")
+warning = partial(Finding, "warning")

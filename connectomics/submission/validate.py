@@ -89,18 +89,17 @@ def _open_truth(truth: str | Path, table: CropTable) -> Archive:
 
 
 # -- names and sizes ---------------------------------------------------------------------------------------------------
-def _check_names(archive: Archive) -> list[Finding]:
+def _check_names(archive: Archive) -> Iterator[Finding]:
     """Check the list of files alone."""
-    findings = []
     seen: set[str] = set()
     junk, nested = [], []
     for entry in archive.entries:
         name = entry.name
         parts = name.replace("\\", "/").split("/")
         shown = name if len(name) <= 120 else f"{name[:40]}..."
-        findings += [error(rule, shown, found, expected, _PACK) for rule, found, expected in entry.problems]
+        yield from (error(rule, shown, found, expected, _PACK) for rule, found, expected in entry.problems)
         if name in seen:
-            findings.append(error("duplicate", name, "the name twice", "every name once", _PACK))
+            yield error("duplicate", name, "the name twice", "every name once", _PACK)
         seen.add(name)
         if parts[0] == "__MACOSX" or parts[-1] in _JUNK or parts[-1].startswith("._"):
             junk.append(name)
@@ -108,18 +107,17 @@ def _check_names(archive: Archive) -> list[Finding]:
             nested.append(name)
     if nested:
         what = "an archive in the archive" if len(nested) == 1 else f"{len(nested)} archives in the archive"
-        findings.append(error("nested-archive", nested[0], what, "the arrays themselves", _PACK))
+        yield error("nested-archive", nested[0], what, "the arrays themselves", _PACK)
     if junk:
         what, advice = f"{len(junk)} files of the operating system", "zip -d submission.zip '__MACOSX/*' '*/.DS_Store'"
-        findings.append(warning("junk", junk[0], what, "Zarr files only", f"remove them: {advice}"))
+        yield warning("junk", junk[0], what, "Zarr files only", f"remove them: {advice}")
     size = sum(e.size for e in archive.entries)
     if size > MAX_UNPACKED_BYTES:
         expected = f"at most {MAX_UNPACKED_BYTES / 1024**3:.0f} GB"
         advice = "compress the chunks (export does) and leave out pyramids and margins"
-        findings.append(error("unpacked-size", ".", f"{size / 1024**3:.1f} GB unpacked", expected, advice))
+        yield error("unpacked-size", ".", f"{size / 1024**3:.1f} GB unpacked", expected, advice)
     if archive.is_zip and sum(e.stored for e in archive.entries) > Path(archive.location).stat().st_size:
-        findings.append(error("overlap", ".", "files that share bytes, as in a zip bomb", "separate files", _PACK))
-    return findings
+        yield error("overlap", ".", "files that share bytes, as in a zip bomb", "separate files", _PACK)
 
 
 # -- the group and its crops -------------------------------------------------------------------------------------------
@@ -215,20 +213,24 @@ def _not_an_array(archive: Archive, path: str) -> str | None:
     return "a folder without .zarray"
 
 
-def _check_array(archive: Archive, entry: TableEntry, path: str, reference: Archive | None) -> list[Finding]:
+def _check_array(archive: Archive, entry: TableEntry, path: str, reference: Archive | None) -> Iterator[Finding]:
     try:
         array = open_array(archive, path)
     except (MetadataError, CorruptDataError) as problem:
-        return [error("metadata", path, str(problem), "a readable Zarr v2 array", "export it again")]
+        yield error("metadata", path, str(problem), "a readable Zarr v2 array", "export it again")
+        return
+    voxels, limit = math.prod(array.shape), Rules.max_size_ratio
     if len(array.shape) != 3:
         expected = f"three axes, {entry.grid.shape}"
-        return [error("rank", path, f"shape {array.shape}", expected, "remove the other axes")]
-    voxels, limit = math.prod(array.shape), Rules.max_size_ratio
+        yield error("rank", path, f"shape {array.shape}", expected, "remove the other axes")
+        return
     if voxels > limit * entry.grid.size:
         what = f"{voxels} voxels, {voxels / entry.grid.size:.0f} times the crop's"
-        expected = f"at most {limit} times {entry.grid.size}"
-        return [error("too-large", path, what, expected, "export it on the table's grid")]
-    findings = check_grid(array, entry)
+        yield error(
+            "too-large", path, what, f"at most {limit} times {entry.grid.size}", "export it on the table's grid"
+        )
+        return
+    yield from check_grid(array, entry)
     try:
         truth = None
         if reference is not None:
@@ -238,11 +240,10 @@ def _check_array(archive: Archive, entry: TableEntry, path: str, reference: Arch
                 truth = reference, open_array(reference, found)
             else:
                 expected, advice = f"an array in {reference.location}", "give the ground truth of this table"
-                findings.append(warning("no-truth", path, "no ground truth for it", expected, advice))
-        findings += check_content(archive, array, entry.class_name, truth)
+                yield warning("no-truth", path, "no ground truth for it", expected, advice)
+        yield from check_content(archive, array, entry.class_name, truth)
     except CorruptDataError as problem:
-        findings.append(error("corrupt", path, str(problem), "chunks that can be read", "export it again"))
-    return findings
+        yield error("corrupt", path, str(problem), "chunks that can be read", "export it again")
 
 
 def _hint(name: str, known: list[str]) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
-from collections.abc import Iterable, Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import WriteError
+from connectomics.errors import CorruptDataError, WriteError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
 
@@ -57,6 +61,43 @@ class Lattice:
     def _place(self, number: int) -> Index:
         _, y, x = self.counts
         return number // (y * x), number // x % y, number % x
+
+
+def with_halo(
+    begin: Sequence[int], shape: Sequence[int], halo: Sequence[int], whole: Sequence[int]
+) -> tuple[Index, Index, Index]:
+    """Add ``halo`` voxels on every side of a block, as far as the volume (``whole`` voxels) goes.
+
+    Returns the first voxel, the shape, and where in it the block begins; all z y x.
+    """
+    z, y, x = (max(0, int(b - h)) for b, h in zip(begin, halo, strict=True))
+    d, h, w = (int(min(b + n + r, m)) - s for b, n, r, m, s in zip(begin, shape, halo, whole, (z, y, x), strict=True))
+    return (z, y, x), (d, h, w), (int(begin[0]) - z, int(begin[1]) - y, int(begin[2]) - x)
+
+
+@dataclass(frozen=True)
+class BlockFiles:
+    """The files ``folder/0``, ``folder/1``, ... that blocks leave for later stages: arrays by name."""
+
+    folder: Path
+
+    def save(self, number: int, arrays: Mapping[str, Any]) -> None:
+        """Store the arrays of a block in one step, compressed; the same arrays give the same bytes."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+            for name, values in arrays.items():
+                with file.open(f"{name}.npy", "w", force_zip64=True) as part:
+                    np.lib.format.write_array(part, np.asanyarray(values), allow_pickle=False)
+        write_file(self.folder / str(number), buffer.getbuffer())
+
+    def load(self, number: int, *names: str) -> dict[str, NDArray[Any]]:
+        """Read some arrays of a block, or all; `CorruptDataError` if that fails."""
+        path = self.folder / str(number)
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return {name: stored[name] for name in names or stored.files}
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
 
 
 class DoneMap:

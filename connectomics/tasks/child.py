@@ -1,7 +1,8 @@
 """A process that does blocks for the process that started it, and ends with it.
 
 `connectomics.tasks.supervise.Child` starts it with one end of a socket. It receives a `Job` (close the open worker, if
-any, and open this one), a list of block numbers, or None (close the worker). It sends the messages below.
+any, and open this one), a list of block numbers, or None (close the worker). It sends `Opened` for a job; and for a
+list the number of each block with None (it is written) or its error, and None once the list has ended.
 """
 
 from __future__ import annotations
@@ -46,20 +47,6 @@ class Opened:
     """The worker is open, or ``error`` says why it cannot be opened."""
 
     error: Exception | None = None
-
-
-@dataclass(frozen=True)
-class BlockEnded:
-    """A block is written, or failed with ``why``; ``stop``: none of the others can be done."""
-
-    number: int
-    why: str = ""
-    stop: Exception | None = None
-
-
-@dataclass(frozen=True)
-class ListEnded:
-    """All blocks of the list have ended."""
 
 
 def main(handle: int, number: int) -> None:
@@ -116,14 +103,13 @@ def _open(job: Job, number: int, held: ExitStack, connection: Connection) -> Wor
 
 
 def _work(worker: Worker, blocks: list[int], connection: Connection) -> None:
+    from connectomics.errors import ConnectomicsError
     from connectomics.tasks.pool import SYSTEMATIC, one_line, outcomes
 
     for number, error in outcomes(worker, blocks):
-        if error is None:
-            connection.send(BlockEnded(number))
-        elif isinstance(error, SYSTEMATIC):
-            connection.send(BlockEnded(number, stop=error))
+        if error is not None and not isinstance(error, SYSTEMATIC):
+            error = ConnectomicsError(one_line(error))  # others may not be picklable
+        connection.send((number, error))
+        if isinstance(error, SYSTEMATIC):
             return
-        else:
-            connection.send(BlockEnded(number, one_line(error)))
-    connection.send(ListEnded())
+    connection.send(None)

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import wait
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from connectomics.config.schema import EngineConfig
 from connectomics.machine import usable_cores
 from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import Job
 from connectomics.tasks.pool import Batch, Engine, Pool, batches, device_of, gpu_count
 from connectomics.tasks.supervise import TICK_S, Child, make_job
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 
 def open_engine(config: EngineConfig | None = None, device: str = "cpu") -> Engine:
@@ -26,7 +29,9 @@ def open_engine(config: EngineConfig | None = None, device: str = "cpu") -> Engi
     Raises:
         EngineError: a scheduler does not answer, a library is not installed, or a queue takes no job.
     """
-    chosen = EngineConfig() if config is None else config
+    from connectomics.config import RunConfig
+
+    chosen = RunConfig().engine if config is None else config
     if chosen.name == "dask":
         from connectomics.tasks.cluster import DaskEngine
 

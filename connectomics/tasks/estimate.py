@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import ConnectomicsError
 from connectomics.tasks.block_task import BlockTask, Cost
 from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.engines import number_of_workers
 from connectomics.tasks.supervise import Child, make_job
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 _TWICE_S = 10.0  # a faster block is timed again: the first run loads and compiles
 
@@ -163,17 +166,17 @@ def _time_block(child: Child, task: BlockTask, stage: str, engine: EngineConfig,
     for _ in range(2):
         begin = time.perf_counter()
         child.give(job, [middle])
-        batch, done = None, False
+        batch, done, failed = None, False, dict[int, str]()
         while batch is None or not batch.ended:
             wait([child.connection], 0.02)
             held = max(held, child.held)
-            batch = child.step()
-            done |= batch is not None and bool(batch.done)  # it may report the block before the list ends
+            if (batch := child.step()) is not None:  # it may report the block before the list ends
+                done, failed = done or bool(batch.done), {**failed, **batch.failed}
         seconds = min(seconds, time.perf_counter() - begin)
         if batch.stop is not None:
             raise batch.stop
         if not done:
-            raise ConnectomicsError(batch.unopened or f"block {middle}: {batch.failed[middle]}")
+            raise ConnectomicsError(batch.unopened or f"block {middle}: {failed[middle]}")
         if seconds > _TWICE_S:
             break
     return seconds, held

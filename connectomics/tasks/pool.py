@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from connectomics.errors import ConnectomicsError, EngineError, OutOfMemoryError, WriteError
 from connectomics.io.store import StoreError
@@ -90,23 +90,49 @@ class Engine(ABC):
         """End the processes."""
 
 
+class Tally:
+    """What has become of the blocks that a worker was given, since the last report."""
+
+    def __init__(self, blocks: Sequence[int] = ()) -> None:
+        self.left = list(blocks)
+        self._done: list[int] = []
+        self._failed: dict[int, str] = {}
+        self._since = time.monotonic()
+
+    def add(self, number: int, error: Exception | None) -> Batch | None:
+        """Add a block that is written or failed; return the last report if its error is `SYSTEMATIC`."""
+        self.left.remove(number)  # the first, or nearly
+        if isinstance(error, SYSTEMATIC):
+            return self.report(stop=error, stopped=number)
+        if error is None:
+            self._done.append(number)
+        else:
+            self._failed[number] = one_line(error)
+        return None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to report what is new, before the last block ends."""
+        return bool(self._done or self._failed) and time.monotonic() - self._since >= REPORT_S
+
+    def report(self, *, ended: bool = True, **more: Any) -> Batch:
+        """Return what is new; ``more``: other fields of `Batch`."""
+        now, left = time.monotonic(), tuple(self.left) if ended else ()
+        batch = Batch(tuple(self._done), self._failed, left, now - self._since, ended=ended, **more)
+        self._done, self._failed, self._since = [], {}, now
+        return batch
+
+
 def batches(worker: Worker, blocks: Sequence[int]) -> Iterator[Batch]:
     """Do ``blocks`` and report every `REPORT_S` and at the end."""
-    begin = time.perf_counter()
-    left, done, failed = list(blocks), list[int](), dict[int, str]()
+    tally = Tally(blocks)
     for number, error in outcomes(worker, blocks):
-        left.remove(number)  # the first, or nearly
-        if isinstance(error, SYSTEMATIC):
-            yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin, error, stopped=number)
+        if (last := tally.add(number, error)) is not None:
+            yield last
             return
-        if error is None:
-            done.append(number)
-        else:
-            failed[number] = one_line(error)
-        if left and (now := time.perf_counter()) - begin >= REPORT_S:
-            yield Batch(tuple(done), failed, seconds=now - begin, ended=False)
-            begin, done, failed = now, [], {}
-    yield Batch(tuple(done), failed, tuple(left), time.perf_counter() - begin)
+        if tally.left and tally.is_due:
+            yield tally.report(ended=False)
+    yield tally.report()
 
 
 def outcomes(worker: Worker, blocks: Sequence[int]) -> Iterator[tuple[int, Exception | None]]:

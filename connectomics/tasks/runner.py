@@ -7,10 +7,10 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from connectomics.config.schema import EngineConfig
 from connectomics.errors import EngineError
 from connectomics.progress import Progress
 from connectomics.tasks.block_task import BlockTask
@@ -19,6 +19,9 @@ from connectomics.tasks.engines import open_engine
 from connectomics.tasks.failures import Failures
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Batch, Engine, Pool
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 _SECONDS = 1.0  # a batch should take about this long: then handing it over costs nothing
 _MOST = 256  # blocks in a batch

@@ -16,17 +16,19 @@ import subprocess
 import sys
 import time
 import uuid
-from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from connectomics.config.schema import EngineConfig
-from connectomics.errors import EngineError
+from connectomics.errors import ConnectomicsError, EngineError
 from connectomics.tasks.block_task import BlockTask
-from connectomics.tasks.child import BlockEnded, Job, ListEnded, Opened
-from connectomics.tasks.pool import REPORT_S, Batch
+from connectomics.tasks.child import Job, Opened
+from connectomics.tasks.pool import Batch, Tally
+
+if TYPE_CHECKING:
+    from connectomics.config.schema import EngineConfig
 
 TICK_S = 0.25  # between two checks of a block's time and memory
 _OPENING = 10  # loading a network may take this many times the limit of a block
@@ -65,15 +67,12 @@ class Child:
         self.connection = Connection(ours.detach())
         self._job: Job | None = None
         self._opening = False
-        self._left: deque[int] = deque()
-        self._done: list[int] = []
-        self._failed: dict[int, str] = {}
-        self._since = self._last_message = 0.0  # time of the last report; time of the last message
+        self._tally = Tally()
+        self._last_message = 0.0
 
     def give(self, job: Job, blocks: Sequence[int]) -> None:
         """Make it do these blocks; only after the blocks before have ended."""
-        self._left, self._done, self._failed = deque(blocks), [], {}
-        self._since = self._last_message = time.monotonic()
+        self._tally, self._last_message = Tally(blocks), time.monotonic()
         with contextlib.suppress(OSError):  # it has died: `step` reports that
             if self._job is None or self._job.token != job.token:
                 self._job, self._opening = job, True
@@ -100,9 +99,7 @@ class Child:
         if over:
             self.end()
             return self._dead(over)
-        if (self._done or self._failed) and time.monotonic() - self._since >= REPORT_S:
-            return self._report(ended=False)
-        return None
+        return self._tally.report(ended=False) if self._tally.is_due else None
 
     @property
     def alive(self) -> bool:
@@ -124,39 +121,23 @@ class Child:
         self._process.wait()
         self.connection.close()
 
-    def _receive(self, message: object) -> Batch | None:
-        """Process a message; return the batch if the message is its last one."""
+    def _receive(self, message: Any) -> Batch | None:
+        """Process a message (`connectomics.tasks.child`); return the batch if it is the last one."""
         self._last_message = time.monotonic()
-        if isinstance(message, Opened):
-            self._opening = False
-            if message.error is not None:
-                self._job = None
-                return self._report(stop=message.error)
-        elif isinstance(message, BlockEnded):
-            self._left.remove(message.number)
-            if message.stop is not None:
-                return self._report(stop=message.stop, stopped=message.number)
-            if message.why:
-                self._failed[message.number] = message.why
-            else:
-                self._done.append(message.number)
-        elif isinstance(message, ListEnded):
-            return self._report()
-        return None
-
-    def _report(
-        self, stop: Exception | None = None, unopened: str = "", ended: bool = True, stopped: int | None = None
-    ) -> Batch:
-        now = time.monotonic()
-        left = tuple(self._left) if ended else ()
-        batch = Batch(tuple(self._done), self._failed, left, now - self._since, stop, unopened, ended, stopped)
-        self._done, self._failed, self._since = [], {}, now
-        return batch
+        if message is None:
+            return self._tally.report()
+        if not isinstance(message, Opened):
+            return self._tally.add(*message)
+        self._opening = False
+        if message.error is None:
+            return None
+        self._job = None
+        return self._tally.report(stop=message.error)
 
     def _over(self) -> str:
         """Return which limit is exceeded, as a line, or ""."""
         job = self._job
-        if job is None or not self._left:
+        if job is None or not self._tally.left:
             return ""
         limit = job.timeout_s
         if limit is not None and time.monotonic() - self._last_message > limit * (_OPENING if self._opening else 1):
@@ -177,10 +158,10 @@ class Child:
 
     def _dead(self, why: str) -> Batch:
         """Report a dead process: its current block has failed, unless it had not started yet."""
-        if self._opening or not self._left:
-            return self._report(unopened=why)
-        self._failed[self._left.popleft()] = why
-        return self._report()
+        if self._opening or not self._tally.left:
+            return self._tally.report(unopened=why)
+        self._tally.add(self._tally.left[0], ConnectomicsError(why))
+        return self._tally.report()
 
 
 def _signal_name(number: int) -> str:

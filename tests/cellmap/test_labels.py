@@ -16,7 +16,7 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.cellmap.summary import label_counts
-from connectomics.data.sampling import foreground_points
+from connectomics.data.foreground import foreground_points
 from connectomics.errors import InputError, MetadataError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.pipeline.hold_out import hold_out

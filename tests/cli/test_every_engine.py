@@ -20,10 +20,12 @@ from connectomics.config.schema import (
 )
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.blocks.labels_task import MaskTask
 from connectomics.decoding.blocks.stitched_task import ComponentsTask, StitchedTask
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask
+from connectomics.io.multiscale import Multiscale
 from connectomics.morphology import ContactSpec
 from connectomics.pipeline.measure import measure_tasks
 from connectomics.pipeline.mesh import mesh_tasks
@@ -83,6 +85,8 @@ def tasks(inputs: Path, out: Path) -> Iterator[BlockTask]:
     labels = out / "4"
     yield from measure_tasks(labels, out / "measures", contacts=[ContactSpec.parse("mito:mito:30")], block=BLOCK)
     yield from mesh_tasks(labels, out / "meshes", "mito")
+    mean, grid = str(out / "mean/jrc_a.zarr/crop1/mito"), Multiscale.open(source).grid
+    yield AverageTask((source, source), mean, grid, block_shape=(64, 64, 64))
     yield from predict_tasks(inputs / "net.ckpt", out=out / "predicted", config=config_of(inputs), device="cpu")[0]
 
 

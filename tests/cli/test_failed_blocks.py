@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from connectomics.cli import main, terminal
+from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, ModelConfig, RunConfig
 from connectomics.inference.predict_task import require_complete
@@ -100,7 +100,7 @@ def test_a_stored_task_accepts_as_well(folder, tmp_path, capsys):
 
 
 def test_a_log_gets_plain_lines_of_progress(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(terminal, "_EVERY", 0.0)
+    monkeypatch.setattr("connectomics.progress.EVERY", 0.0)
     assert predict(folder, tmp_path / "out", "--accept-failed", "3") == 0
     said = capsys.readouterr().err.splitlines()
     assert "crop1 of set-a, predict ..." in said

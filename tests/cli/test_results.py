@@ -303,7 +303,7 @@ def test_half_written_labels_and_probabilities_are_refused(
 def test_progress_in_a_log_is_a_line_now_and_then(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(terminal, "_EVERY", 0.0)
+    monkeypatch.setattr("connectomics.progress.EVERY", 0.0)
     with terminal.counted("scoring") as advance:
         advance(1, 3, "crop1/mito")
     lines = capsys.readouterr().err.splitlines()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.config import RunConfig
-from connectomics.config.heads import head_classes
+from connectomics.config.heads import instance_classes
 from connectomics.data.augmentation import (
     BatchAugmentor,
     CoordinateMap,
@@ -256,7 +256,7 @@ def test_batches_have_ids_where_they_are_asked_for(root: Path) -> None:
 def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "head_classes", lambda config: INSTANCES)  # as heads of the network would ask
+    monkeypatch.setattr(build, "instance_classes", lambda config: INSTANCES)  # as heads of the network would ask
     found = []
     for options in ({}, {"cache": "disk", "cache_dir": str(tmp_path), "num_workers": 2}):
         config = RunConfig()
@@ -275,7 +275,7 @@ def test_an_epoch_with_ids_does_not_depend_on_workers_or_cache(
         assert a["ids"].shape == (2, 2, 16, 16, 16)
         assert torch.equal(a["ids"], b["ids"])
         assert torch.equal(a["image"], b["image"])
-    assert head_classes is not build.head_classes
+    assert instance_classes is not build.instance_classes
     assert build.patch_options(config).instances == INSTANCES
 
 
@@ -366,4 +366,4 @@ def test_what_does_not_fit_is_refused(root: Path) -> None:
 
 
 def test_a_run_without_heads_asks_for_no_ids() -> None:
-    assert head_classes(RunConfig()) == ()
+    assert instance_classes(RunConfig()) == ()

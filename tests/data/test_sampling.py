@@ -14,17 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
-from connectomics.data import sampling
+from connectomics.data import foreground
 from connectomics.data.contents import Content
+from connectomics.data.foreground import Reservoir, foreground_points
 from connectomics.data.holdout import capped_shares
-from connectomics.data.sampling import (
-    PatchSampler,
-    Reservoir,
-    SampledCrop,
-    foreground_points,
-    place_known,
-    place_patch,
-)
+from connectomics.data.sampling import PatchSampler, SampledCrop, place_known, place_patch
 from connectomics.data.splits import (
     Split,
     check_leaks,
@@ -398,11 +392,11 @@ def test_points_are_uniform_over_voxels_however_they_are_read(tmp_path: Path, mo
     write_raw(tmp_path, "set-a", np.zeros(grid.shape, np.uint8), grid)
     write_label(tmp_path, "set-a", "crop1", "mito", values, grid)
     crop = Catalog.open(str(tmp_path)).crop("set-a", "crop1")
-    monkeypatch.setattr(sampling, "_POINTS", 1000)
+    monkeypatch.setattr(foreground, "_POINTS", 1000)
     whole = foreground_points(crop, "mito", seed=0)
     assert len(np.unique(whole, axis=0)) == 1000
-    monkeypatch.setattr(sampling, "_READ", 16 * 16 * 2)
-    monkeypatch.setattr(sampling, "_PIECE", 100)
+    monkeypatch.setattr(foreground, "_READ", 16 * 16 * 2)
+    monkeypatch.setattr(foreground, "_PIECE", 100)
     assert np.array_equal(foreground_points(crop, "mito", seed=0), whole)
     sparse = float(np.mean(whole[:, 0] > 32 * 4.0))
     assert sparse == pytest.approx(512 / 4608, abs=0.04)  # 11 %; slab by slab it was half

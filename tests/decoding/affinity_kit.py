@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.decoding.affinities.segment import affinities_of, segment
+from connectomics.decoding.cellmap_postprocess import finished
+from connectomics.decoding.parameters import DecodeParameters
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ensure_group, write_multiscale
@@ -29,6 +31,12 @@ def cells(shape: tuple[int, int, int], number: int, reach: float, seed: int = 0)
         closer = distance < np.minimum(nearest, reach**2)
         ids[closer], nearest[closer] = i, distance[closer]
     return ids
+
+
+def instances(affinities, offsets, mask=None, method="mutex_watershed", *, min_size=0, **more) -> np.ndarray:
+    """The numbered instances of `segment`; ``more``: other parameters."""
+    found = segment(affinities, offsets, mask, DecodeParameters(method=method, **more))
+    return finished(found.labels, min_size, 26, fill_holes=False)
 
 
 def noisy(ids: np.ndarray, offsets: np.ndarray, noise: float, seed: int = 0) -> np.ndarray:

@@ -7,13 +7,10 @@ import itertools
 import numpy as np
 import pytest
 
-from connectomics.decoding.affinities.segment import (
-    affinities_of,
-    affinities_to_instances,
-    segment,
-)
+from connectomics.decoding.affinities.segment import affinities_of, segment
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError
+from tests.decoding.affinity_kit import instances
 
 OFFSETS = np.array(
     [(1, 0, 0), (0, 1, 0), (0, 0, 1), (-3, 0, 0), (0, 3, 1), (0, -2, 3)]
@@ -154,7 +151,7 @@ def test_mwatershed_finds_the_same():
 
     _, affinities = noisy()
     offsets = OFFSETS[[0, 1, 2, 4]]
-    found = affinities_to_instances(affinities, offsets, bias_short=0.4, bias_long=0.6)
+    found = instances(affinities, offsets, bias_short=0.4, bias_long=0.6)
     signed = affinities - np.array([0.4, 0.4, 0.4, 0.6])[:, None, None, None]
     theirs = mwatershed.agglom(signed, offsets.tolist())
     inside = theirs > 0  # single voxels are 0 there
@@ -178,7 +175,7 @@ def test_waterz_unites_the_same_fragments():
     theirs[0, 1:], theirs[1, :, 1:] = affinities[0, :-1], affinities[1, :, :-1]
     theirs[2, :, :, 1:] = affinities[2, :, :, :-1]
     united = next(waterz.agglomerate(theirs, [0.5], fragments=fragments.reshape(truth.shape).astype(np.uint64)))
-    found = affinities_to_instances(affinities[:3], UNITS, method="agglomeration", merge_threshold=0.5)
+    found = instances(affinities[:3], UNITS, method="agglomeration", merge_threshold=0.5)
     assert same_partition(found, united)
 
 
@@ -198,14 +195,14 @@ def test_affinities_of_labels():
 def test_perfect_affinities_give_the_instances(method):
     truth = touching_balls()
     affinities = affinities_of(truth, OFFSETS)
-    found = affinities_to_instances(affinities, OFFSETS, truth > 0, method)
+    found = instances(affinities, OFFSETS, truth > 0, method)
     assert same_partition(found, truth)
     assert found.dtype == np.uint8
     first = [np.flatnonzero(found.ravel() == i)[0] for i in range(1, found.max() + 1)]
     assert first == sorted(first)
-    np.testing.assert_array_equal(affinities_to_instances(affinities / 255, OFFSETS, truth > 0, method), found)
+    np.testing.assert_array_equal(instances(affinities / 255, OFFSETS, truth > 0, method), found)
     half = (affinities / 255).astype(np.float16)
-    np.testing.assert_array_equal(affinities_to_instances(half, OFFSETS, truth > 0, method), found)
+    np.testing.assert_array_equal(instances(half, OFFSETS, truth > 0, method), found)
 
 
 def test_one_leaking_affinity_joins_two_objects_only_without_long_offsets():
@@ -216,17 +213,17 @@ def test_one_leaking_affinity_joins_two_objects_only_without_long_offsets():
     affinities = affinities_of(ids, offsets)
     affinities[2, :, :, 5] = 100
     affinities[2, 3, 3, 5] = 250
-    assert affinities_to_instances(affinities[:3], offsets[:3]).max() == 1
-    assert same_partition(affinities_to_instances(affinities, offsets), ids)
+    assert instances(affinities[:3], offsets[:3]).max() == 1
+    assert same_partition(instances(affinities, offsets), ids)
     # and a mean over the border is not moved by one voxel of it
-    assert same_partition(affinities_to_instances(affinities[:3], offsets[:3], method="agglomeration"), ids)
+    assert same_partition(instances(affinities[:3], offsets[:3], method="agglomeration"), ids)
 
 
 def test_small_instances_are_left_out_and_the_others_closed_up():
     ids = np.zeros((4, 8, 8), int)
     ids[0, 0, :2], ids[1:, 2:6, 2:6], ids[0, 7, 7] = 1, 2, 3
     affinities = affinities_of(ids, UNITS)
-    found = affinities_to_instances(affinities, UNITS, ids > 0, min_size=3)
+    found = instances(affinities, UNITS, ids > 0, min_size=3)
     np.testing.assert_array_equal(found, ids == 2)
 
 
@@ -254,12 +251,10 @@ def test_nothing_to_segment(method):
 )
 def test_bad_input_is_told_in_one_line(affinities, offsets, told):
     with pytest.raises(InputError, match=told) as error:
-        affinities_to_instances(affinities, offsets)
+        instances(affinities, offsets)
     assert "\n" not in str(error.value)
 
 
-def test_bad_masks_and_methods():
+def test_bad_masks():
     with pytest.raises(InputError, match="expected a bool mask"):
-        affinities_to_instances(np.zeros((3, 4, 4, 4)), UNITS, np.ones((4, 4, 4)))
-    with pytest.raises(InputError, match="unknown method 'multicut'"):
-        affinities_to_instances(np.zeros((3, 4, 4, 4)), UNITS, method="multicut")
+        instances(np.zeros((3, 4, 4, 4)), UNITS, np.ones((4, 4, 4)))

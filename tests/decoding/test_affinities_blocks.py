@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
-from connectomics.decoding.affinities.segment import affinities_of, affinities_to_instances
+from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
@@ -22,7 +22,16 @@ from connectomics.io.write import update_attrs
 from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
-from tests.decoding.affinity_kit import OFFSETS, SIZE, cells, difference, noisy, read_labels, write_prediction
+from tests.decoding.affinity_kit import (
+    OFFSETS,
+    SIZE,
+    cells,
+    difference,
+    instances,
+    noisy,
+    read_labels,
+    write_prediction,
+)
 from tests.trees import contents
 
 METHODS = ["mutex_watershed", "agglomeration"]
@@ -57,7 +66,7 @@ def test_perfect_affinities_give_the_truth_whatever_the_blocks(perfect, truth, t
     assert (same.voi_split, same.voi_merge, same.faces) == (0, 0, 0)
     assert same.objects == same.reference
     np.testing.assert_array_equal(found > 0, truth > 0)
-    whole = affinities_to_instances(affinities_of(truth, OFFSETS), OFFSETS, truth > 0, method)
+    whole = instances(affinities_of(truth, OFFSETS), OFFSETS, truth > 0, method)
     np.testing.assert_array_equal(found, whole)  # number by number: by their first voxels
     with (Path(task.output) / "instances.csv").open() as file:
         assert [int(row["voxels"]) for row in csv.DictReader(file)] == np.bincount(truth.ravel())[1:][
@@ -75,7 +84,7 @@ def test_under_noise_the_difference_from_the_whole_array_is_small(truth, tmp_pat
     location = write_prediction(tmp_path, np.where(truth, 255, 0).astype(np.uint8), affinities, OFFSETS)
     task = task_of(location, tmp_path, method=method, min_size_nm3=50 * 512.0)
     run_task(task)
-    whole = affinities_to_instances(affinities, OFFSETS, truth > 0, method, min_size=50)
+    whole = instances(affinities, OFFSETS, truth > 0, method, min_size=50)
     found = difference(read_labels(task.output), whole)
     assert found.voi_split < 0.05
     assert found.voi_merge < 0.05

@@ -1,4 +1,4 @@
-"""Objects between the walls of another class, block by block: `decode_between` on the whole array, number by number."""
+"""Objects between the walls of another class, block by block: `decode_class` on the whole array, number by number."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy import ndimage
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
-from connectomics.decoding.decode import decode_between
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.prediction import read_on
 from connectomics.decoding.probabilities import above
@@ -103,7 +103,7 @@ def test_blocks_give_the_labels_of_the_whole_array(
     task = task_of(folder, cell, walls, parameters, block, voxel_size)
     run_task(task)
     found = read(task.output)
-    expected = decode_between(above(cell, 0.1), walls, voxel_size, parameters)
+    expected = decode_class(above(cell, 0.1), voxel_size, parameters, boundary=walls)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype
 
@@ -129,7 +129,7 @@ def test_walls_on_another_grid_are_the_same_in_every_block(tmp_path_factory, see
     run_task(task)
     moved = read_on(Multiscale.open(str(folder / "in/d.zarr/c/pm")), grid)
     np.testing.assert_array_equal(
-        read(task.output), decode_between(above(cell, 0.3), moved, (8.0, 8.0, 8.0), parameters)
+        read(task.output), decode_class(above(cell, 0.3), (8.0, 8.0, 8.0), parameters, boundary=moved)
     )
 
 
@@ -148,7 +148,7 @@ def test_organelles_of_the_phantom(phantom, tmp_path, name, wall, method):
     parameters = DecodeParameters(threshold=0.4, method=method, boundary="pm", fill_holes=True)
     task = task_of(tmp_path, cell, walls, parameters, (16, 24, 24), crop.grid.voxel_size)
     run_task(task)
-    expected = decode_between(above(cell, 0.4), walls, crop.grid.voxel_size, parameters)
+    expected = decode_class(above(cell, 0.4), crop.grid.voxel_size, parameters, boundary=walls)
     np.testing.assert_array_equal(read(task.output), expected)
     assert expected.max() > 0
 
@@ -223,7 +223,7 @@ def test_a_core_in_several_pieces_is_one_object(tmp_path):
     task = task_of(tmp_path, cell, walls, parameters, (6, 7, 8))
     run_task(task)
     np.testing.assert_array_equal(read(task.output), (cell > 0).astype(np.uint8))
-    assert decode_between(cell > 127, walls, (8, 8, 8), parameters)[12, 12, 12] == 1
+    assert decode_class(cell > 127, (8, 8, 8), parameters, boundary=walls)[12, 12, 12] == 1
     task = replace(task, parameters=replace(parameters, fill_holes=False))
     run_task(task, overwrite=True)
     assert read(task.output)[12, 12, 12] == 0  # the island holds together with no core

@@ -179,7 +179,7 @@ def test_labels_lie_on_the_predictions_grid_and_say_where_they_came_from(tmp_pat
 
 
 def test_blocks_of_a_semantic_class_join_without_a_seam(tmp_path, monkeypatch):
-    monkeypatch.setattr("connectomics.pipeline.decode.BLOCK", (64, 64, 64))
+    monkeypatch.setattr("connectomics.decoding.prediction._BLOCK", (64, 64, 64))
     write_prediction(tmp_path / "p", name="er")
     decode_predictions(tmp_path / "p", tmp_path / "l", {"er": DecodeParameters(threshold=0.2)})
     np.testing.assert_array_equal(read(tmp_path / "l/phantom.zarr/crop7/er")[0], above(probabilities(), 0.2))
@@ -378,13 +378,13 @@ def test_leftovers_of_a_killed_run_do_not_count(tmp_path):
 
 def test_touching_objects_are_separated_by_a_boundary_class(tmp_path):
     """Two cells that fill the volume, a wall between them: two objects that together cover everything."""
-    from connectomics.decoding.decode import decode_between
+    from connectomics.decoding.decode import decode_class
 
     mask = np.ones((8, 8, 20), bool)
     walls = np.zeros(mask.shape, np.uint8)
     walls[:, :, 9:11] = [200, 240]
     parameters = DecodeParameters(method="cc3d", boundary="pm")
-    labels = decode_between(mask, walls, (8.0, 8.0, 8.0), parameters)
+    labels = decode_class(mask, (8.0, 8.0, 8.0), parameters, boundary=walls)
     assert set(np.unique(labels)) == {1, 2}
     assert len(np.unique(labels[:, :, :9])) == len(np.unique(labels[:, :, 11:])) == 1
     assert labels.all()

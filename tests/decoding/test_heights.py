@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from connectomics.decoding.decode import decode_between, decode_mask
+from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.decoding.watershed.watershed_task import WatershedTask
@@ -85,9 +85,9 @@ def test_blocks_give_the_labels_of_the_whole_array(
     run_task(WatershedTask(str(source), str(output), "mito", parameters, block))
     mask = probability > (0.1 * 255 if dtype == np.uint8 else np.float16(0.1))
     if kind == "distance":
-        expected = decode_mask(mask, SIZE, parameters, HeadValues(values, 16.0))
+        expected = decode_class(mask, SIZE, parameters, head=HeadValues(values, 16.0))
     else:
-        expected = decode_between(mask, values, SIZE, parameters)
+        expected = decode_class(mask, SIZE, parameters, boundary=values)
     np.testing.assert_array_equal(read(output), expected)
 
 
@@ -107,7 +107,7 @@ def test_a_distance_is_flooded_as_a_watershed_is_defined(seed, cut_off):
     for number, voxel in enumerate(reference.seeds(mask, height, (2, 2, 2), 26), start=1):
         cores[voxel] = number
     expected = reference.watershed(mask, height, cores, 26, floor=floor)
-    np.testing.assert_array_equal(decode_mask(mask, SIZE, parameters, HeadValues(values, 16.0)), expected)
+    np.testing.assert_array_equal(decode_class(mask, SIZE, parameters, head=HeadValues(values, 16.0)), expected)
 
 
 def test_the_floor_is_where_a_distance_is_stored_as_the_largest():
@@ -177,4 +177,4 @@ def test_parameters_that_do_not_go_together_are_refused():
             DecodeParameters(**{"method": "watershed", **wrong})
     chosen = DecodeParameters(method="watershed", height="distance")
     with pytest.raises(InputError, match="height distance needs that head of shape"):
-        decode_mask(np.ones((2, 2, 2), bool), SIZE, chosen)
+        decode_class(np.ones((2, 2, 2), bool), SIZE, chosen)

@@ -104,3 +104,20 @@ def test_training_that_finds_no_memory_says_so_in_one_line(no_memory: None, tmp_
     with pytest.raises(InputError, match="the run does not fit in GPU memory") as error:
         train(config_on("cuda", "32"), tmp_path / "run", datamodule=MadeUpData())
     assert "\n" not in str(error.value)
+
+
+def test_the_cost_of_a_study_row_has_device_seconds_on_a_gpu(device: str, tmp_path: Path) -> None:
+    from connectomics.pipeline.study_callback import RowCallback
+
+    config = config_on(device, "32", training__max_epochs=2)
+    counted = RowCallback(until=None)
+    train(config, tmp_path / "run", datamodule=MadeUpData(), callbacks=[counted])
+    assert counted.cpu_s > 0
+    assert (counted.device_s is None) == (device == "cpu")
+    assert not counted.stopped
+    before = (counted.cpu_s, counted.device_s)
+    again = RowCallback(until=None)  # a run that is resumed goes on counting
+    config.training.max_epochs = 3
+    train(config, tmp_path / "run", resume=True, datamodule=MadeUpData(), callbacks=[again])
+    assert again.cpu_s > before[0]
+    assert device == "cpu" or again.device_s > before[1]  # type: ignore[operator]

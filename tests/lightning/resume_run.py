@@ -16,10 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from connectomics.config import RunConfig
 from connectomics.data.loader import PatchLoader
+from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, PatchSampler, SampledCrop
+from connectomics.geometry import VoxelGrid
 from tests.lightning.synthetic_run import MadeUpData, Patches, tiny_config
 
 BATCHES = 7  # an epoch; with 2 accumulated, optimizer steps follow batches 1, 3, 5 and 6
+
+REGIONS = Regions.of([VoxelGrid((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (40, 4, 4))], (4, 4, 4))
 
 
 class Requested(Dataset[dict[str, torch.Tensor]]):
@@ -30,9 +34,18 @@ class Requested(Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, request: PatchRequest) -> dict[str, torch.Tensor]:
         _, epoch, position, _ = request.seed
-        sample = dict(self._patches[(5 * epoch + position) % 50])
+        place = 0 if request.point is None else int(request.point[0])  # with hard examples, patches differ by region
+        sample = dict(self._patches[(5 * epoch + position + place) % 50])
         noise = torch.randn(sample["image"].shape, generator=torch.Generator().manual_seed(1000 * epoch + position))
-        return {**sample, "image": sample["image"] + 0.1 * noise, "place": torch.tensor([epoch, position])}
+        return {
+            **sample,
+            "image": sample["image"] + 0.1 * noise,
+            "place": torch.tensor([epoch, position]),
+        } | self._region(request)
+
+    @staticmethod
+    def _region(request: PatchRequest) -> dict[str, torch.Tensor]:
+        return {} if request.point is None else {"region": torch.tensor(REGIONS.number(request.index, request.point))}
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -42,12 +55,15 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 class RequestedData(MadeUpData):
     """As `MadeUpData`, with a sampler and workers."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, hard: bool = False) -> None:
         super().__init__(crops=1)
-        self._workers = workers
+        self._workers, self._hard = workers, hard
 
     def train_dataloader(self) -> DataLoader[Any]:
-        sampler = PatchSampler([SampledCrop("a", 1.0)], 2 * BATCHES + 1, classes=["mito"], seed=5)
+        sampler = PatchSampler(
+            [SampledCrop("a", 1.0)], 2 * BATCHES + 1, classes=["mito"], seed=5,
+            sampling={"hard": 1.0} if self._hard else None, regions=REGIONS,
+        )  # fmt: skip
         return PatchLoader(
             Requested(),
             sampler,
@@ -71,6 +87,7 @@ class Diary(pl.Callback):
                 raise ArithmeticError("killed")
             os.kill(os.getpid(), signal.Signals[self.how])
         row = [trainer.global_step, trainer.current_epoch, batch_idx, batch["place"].tolist()]
+        row += [batch["region"].tolist()] if "region" in batch else []
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -95,11 +112,14 @@ def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: 
     build = trainer_module.build_trainer
     diary = Diary(folder / "diary.txt", die_at, how)
     folder.mkdir(exist_ok=True)
-    trainer_module.build_trainer = lambda *a, **k: build(*a, **k, callbacks=[diary])
+    trainer_module.build_trainer = lambda *a, **k: build(*a, **{**k, "callbacks": [diary]})
     last = folder / "checkpoints" / "last.ckpt"
     try:
         train(
-            config_of(**changes), folder, checkpoint=last if last.is_file() else None, datamodule=RequestedData(workers)
+            config_of(**changes),
+            folder,
+            checkpoint=last if last.is_file() else None,
+            datamodule=RequestedData(workers, "hard" in config_of(**changes).data.sampling),
         )
     finally:
         trainer_module.build_trainer = build

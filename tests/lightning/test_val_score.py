@@ -18,7 +18,6 @@ from connectomics.config import RunConfig
 from connectomics.config.schema import HeadConfig
 from connectomics.data.volumes import CropVolume
 from connectomics.decoding import decode_class, decode_parameters
-from connectomics.decoding.decode import decode_between, decode_mask
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError
@@ -244,7 +243,7 @@ def test_objects_between_walls() -> None:
     one.finish()
     stored = np.rint(values * 255).astype(np.uint8)
     chosen = score.parameters["mito"]
-    ids = decode_between(above(stored[0], 0.5), stored[1], VOXEL, chosen)
+    ids = decode_class(above(stored[0], 0.5), VOXEL, chosen, boundary=stored[1])
     row = evaluate_label(ids, crop.ids["mito"], crop.known[0], voxel_size=VOXEL)
     assert row is not None
     assert row.instances is not None
@@ -277,9 +276,9 @@ def test_objects_from_a_head(height: str) -> None:
     stored = np.rint(values * 255).astype(np.uint8)
     mask, chosen = above(stored[0], 0.5), score.parameters["mito"]
     expected = (
-        decode_between(mask, stored[3], VOXEL, chosen)
+        decode_class(mask, VOXEL, chosen, boundary=stored[3])
         if height == "boundary"
-        else decode_mask(mask, VOXEL, chosen, HeadValues(stored[4], 16.0))
+        else decode_class(mask, VOXEL, chosen, head=HeadValues(stored[4], 16.0))
     )
     np.testing.assert_array_equal(found, expected)
     assert found.max() == 2

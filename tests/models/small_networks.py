@@ -10,6 +10,7 @@ TINY: dict[str, tuple[int, dict[str, Any]]] = {
     "unet_2d": (32, {"features": [4, 8, 8, 8]}),
     "basic_unet": (32, {"features": [4, 4, 8, 8, 8, 4]}),
     "dynunet": (32, {"filters": [4, 4, 8, 8, 8]}),
+    "residual_unet": (32, {"strides": [1, 2, 2, 2], "kernel_size": [3, 3, 3, 3]}),
     "segresnet": (16, {"init_filters": 8}),
     "attention_unet": (32, {"channels": [4, 4, 8, 8, 8]}),
     "unetr": (32, {"feature_size": 4, "hidden_size": 12, "mlp_dim": 16, "num_heads": 2}),

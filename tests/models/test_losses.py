@@ -6,10 +6,12 @@ import math
 import weakref
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import maximum_filter
 from torch import Tensor
 from torch.nn import functional
 
@@ -228,7 +230,9 @@ class TestFormulas:
         value = build_loss(["MSELoss"])(logits, DenseLabels(target, known)).total
         torch.testing.assert_close(value, functional.mse_loss(torch.sigmoid(logits), target))
 
-    @pytest.mark.parametrize("name", ["DiceLoss", "TverskyLoss", "BCEWithLogitsLoss", "BalancedBCELoss", "MSELoss"])
+    @pytest.mark.parametrize(
+        "name", ["DiceLoss", "TverskyLoss", "BCEWithLogitsLoss", "BalancedBCELoss", "BoundaryBCELoss", "MSELoss"]
+    )
     def test_the_minimum_lies_at_the_target_also_for_fractions(self, name: str) -> None:
         target = torch.tensor([0.05, 0.3, 0.5, 0.8, 0.95]).reshape(1, 1, 5, 1, 1)
         known = torch.ones_like(target).bool()
@@ -309,6 +313,10 @@ class Plain:
         if name == "BalancedBCELoss":
             share = total_y.clamp(0.05, 0.95)[..., None, None, None]
             return (entropy * (y / (2 * share) + (1 - y) / (2 * (1 - share)))).sum(axes) / n
+        if name == "BoundaryBCELoss":  # the other state within two voxels along each axis: a box of five voxels
+            near = [maximum_filter(state.numpy(), (1, 1, 5, 5, 5), mode="constant") for state in (y * k, (1 - y) * k)]
+            w = (1 + 4 * torch.from_numpy(2 * np.minimum(*near)).clamp(max=1)) * k
+            return (entropy * w).sum(axes) / w.sum(axes).clamp(min=1e-9)
         if name == "MSELoss":
             return ((p - y) ** 2 * k).sum(axes) / n
         ce, dice = entropy.sum(axes) / n, tversky(0.5, 0.5)

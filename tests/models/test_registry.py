@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from connectomics.errors import InputError, UnknownNameError
+from connectomics.inference.augmented import dropout_on
 from connectomics.models import (
     build_model,
     check_patch_size,
+    dropout_options,
     fixed_patch_size,
     has_deep_supervision,
     list_models,
+    register_model,
     required_multiple,
 )
 from connectomics.models.batch_labels import DenseLabels
@@ -126,7 +129,30 @@ def test_dynunet_keeps_no_graph_alive_after_a_step() -> None:
     assert all(not head.requires_grad for head in network.net.heads)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_network_drops_channels_on_request(name: str) -> None:
+    """Monte-Carlo dropout needs layers that can be active in evaluation, and values that differ between passes."""
+    torch.manual_seed(0)
+    side, options = TINY[name]
+    network = build_model(name, 1, 1, patch_size=[side] * 3, options={**dropout_options(name, 0.3), **options}).eval()
+    image = torch.rand(1, 1, side, side, side)
+    with torch.inference_mode():
+        plain = network(image)
+        assert torch.equal(network(image), plain)
+        with dropout_on(network):
+            assert not torch.equal(network(image), network(image))
+        assert torch.equal(network(image), plain)
+
+
 class TestRefusals:
+    def test_dropout_of_a_network_that_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("connectomics.models.registry.ARCHITECTURES", {})
+        register_model("own", lambda in_channels, out_channels: torch.nn.Conv3d(in_channels, out_channels, 1), "own")
+        with pytest.raises(InputError, match=r"'own' has no option dropout, which model\.dropout sets"):
+            dropout_options("own", 0.1)
+        register_model("own", lambda in_channels, out_channels, dropout: torch.nn.Dropout3d(dropout), "own")
+        assert dropout_options("own", 0.1) == {"dropout": 0.1}
+
     def test_an_unknown_architecture_names_the_nearest(self) -> None:
         with pytest.raises(UnknownNameError, match="did you mean 'mednext'"):
             build_model("mednextt", 1, 1)
@@ -146,7 +172,7 @@ class TestRefusals:
             build_model("segresnet", 1, 1, options={"init_filters": 5})
 
     def test_deep_supervision_where_there_is_none(self) -> None:
-        with pytest.raises(InputError, match="these have: mednext, unet_2d, dynunet"):
+        with pytest.raises(InputError, match="these have: mednext, unet_2d, dynunet, residual_unet"):
             build_model("unet", 1, 1, deep_supervision=True)
 
     @pytest.mark.parametrize("channels", [(0, 1), (1, 0)])
@@ -163,6 +189,8 @@ class TestPatchSize:
             ("mednext", {"blocks_down": [1, 1]}, (4, 4, 4)),
             ("unet", {"strides": [[1, 2, 2], 2], "channels": [4, 8, 8]}, (2, 4, 4)),
             ("dynunet", {"strides": [1, [1, 2, 2], 2]}, (2, 4, 4)),
+            ("residual_unet", {}, (16, 16, 16)),
+            ("residual_unet", {"strides": [1, [1, 2, 2], 2]}, (2, 4, 4)),
             ("segresnet", {}, (8, 8, 8)),
             ("swin_unetr", {}, (32, 32, 32)),
         ],

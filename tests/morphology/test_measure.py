@@ -17,7 +17,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.morphology import ContactSpec, measure_contacts, measure_instances
 from connectomics.morphology.instances import direction_shares
-from connectomics.pipeline.measure import measure_labels
+from connectomics.pipeline.measure import measure_labels, measure_tasks
 
 START = (804.0, -102.5, 404.0)
 BLOCK = (5, 7, 6)
@@ -288,25 +288,25 @@ def test_where_nothing_was_found_the_tables_are_empty(tmp_path: Path) -> None:
 def test_bad_input_is_named(labels: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(MissingError, match="run decode first"):
-        measure_labels(tmp_path / "nowhere", out)
+        measure_labels(measure_tasks(tmp_path / "nowhere", out))
     with pytest.raises(UnknownNameError, match="did you mean 'mito'"):
-        measure_labels(labels, out, classes=["mitos"])
+        measure_labels(measure_tasks(labels, out, classes=["mitos"]))
     with pytest.raises(UnknownNameError, match="did you mean 'crop1'"):
-        measure_labels(labels, out, crops=["crop11"])
+        measure_labels(measure_tasks(labels, out, crops=["crop11"]))
     with pytest.raises(UnknownNameError, match="unknown class 'nuc'"):
-        measure_labels(labels, out, contacts=[ContactSpec("mito", "nuc")])
+        measure_labels(measure_tasks(labels, out, contacts=[ContactSpec("mito", "nuc")]))
     stored(labels, noise(2), (8, 8, 8), "nuc", crop="crop3")
     with pytest.raises(MissingError, match="holds both"):
-        measure_labels(labels, out, contacts=[ContactSpec("mito", "nuc")])
+        measure_labels(measure_tasks(labels, out, contacts=[ContactSpec("mito", "nuc")]))
     with pytest.raises(InputError, match="too far"):
-        measure_labels(labels, out, classes=["er"], contacts=[ContactSpec("mito", "er", 5000)])
+        measure_labels(measure_tasks(labels, out, classes=["er"], contacts=[ContactSpec("mito", "er", 5000)]))
     stored(labels, noise(2), (8, 8, 8), "ld", complete=False)
     with pytest.raises(IncompleteError, match="half written"):
-        measure_labels(labels, out, classes=["ld"])
+        measure_labels(measure_tasks(labels, out, classes=["ld"]))
     stored(labels, noise(2), (8, 8, 8), "np", artefact="probability")
     with pytest.raises(MetadataError, match="expected labels, found probability"):
-        measure_labels(labels, out, classes=["np"])
+        measure_labels(measure_tasks(labels, out, classes=["np"]))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WriteError, match="cannot write"):
-        measure_labels(labels, tmp_path / "file", classes=["mito"])
+        measure_labels(measure_tasks(labels, tmp_path / "file", classes=["mito"]))
     assert not list(out.glob(".*"))

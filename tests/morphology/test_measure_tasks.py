@@ -53,7 +53,9 @@ def tasks_of(labels: Path, out: Path, **options: object) -> tuple[MeasureTask, C
 # -- tables ------------------------------------------------------------------------------------------------------------
 def test_parquet_holds_what_csv_holds_and_says_the_units(labels: Path, tmp_path: Path) -> None:
     for form in tables.FORMATS:
-        measure_labels(labels, tmp_path, classes=["mito"], contacts=[CONTACT], table_format=form, block=BLOCK)
+        measure_labels(
+            measure_tasks(labels, tmp_path, classes=["mito"], contacts=[CONTACT], table_format=form, block=BLOCK)
+        )
     for name in ("mito", "contacts_mito_er_16nm"):
         plain, found = rows_of(tmp_path / f"{name}.csv"), pq.read_table(tmp_path / f"{name}.parquet")
         assert found.column_names == list(plain[0])
@@ -79,7 +81,7 @@ def test_parquet_holds_what_csv_holds_and_says_the_units(labels: Path, tmp_path:
 
 def test_an_unknown_table_format_is_refused(labels: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown table format 'xlsx'"):
-        measure_labels(labels, tmp_path / "out", table_format="xlsx")
+        measure_labels(measure_tasks(labels, tmp_path / "out", table_format="xlsx"))
     assert not (tmp_path / "out").exists()
 
 
@@ -241,7 +243,7 @@ def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: 
     task.save(task.folder / TASK_FILE)
     (mesh.folder / ".boxes").mkdir()
     assert not run_task(task)
-    measure_labels(labels, task.path.parent, classes=["mito"], block=BLOCK)
+    measure_labels(measure_tasks(labels, task.path.parent, classes=["mito"], block=BLOCK))
     mesh_labels([mesh])
     hidden = [path for folder in (task.path.parent, mesh.folder) for path in folder.iterdir() if path.name[0] == "."]
     assert hidden == []

@@ -81,12 +81,12 @@ def test_the_table_says_shares_and_hides_empty_classes() -> None:
     table = Confusion.none(["a<b", "b", "golgi"])
     truth = rows([1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [0] * 5)
     table.add(truth, np.ones_like(truth), rows([1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0] * 5))
-    body = confusion.section(table, [], 1.0).body
+    body = confusion.section(table, [], 1.0)
     assert "a&lt;b" in body
     assert "golgi" not in body
     assert '<data value="0.75">75 %</data>' in body
     assert '<data value="0.25">25 %</data>' in body
-    assert "No confusion table" in confusion.section(Confusion.none([]), [], 1.0).body
+    assert "No confusion table" in confusion.section(Confusion.none([]), [], 1.0)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
@@ -142,8 +142,8 @@ def test_the_section_draws_a_line_a_class_and_the_ideal() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, 20000, dtype=np.uint8)
     r.add(values, rng.random(20000) < values / 255, np.ones(20000, bool))
-    body = calibration.section({"er": r, "nothing": Reliability()}, 1.0).body
+    body = calibration.section({"er": r, "nothing": Reliability()}, 1.0)
     assert body.count('<polyline class="line') == 1
     assert '<line class="ideal"' in body
     assert r.error() < 0.03
-    assert "No calibration" in calibration.section({}, 1.0).body
+    assert "No calibration" in calibration.section({}, 1.0)

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from connectomics.cli import main
+from connectomics.config.values import flat
 from connectomics.pages import OtherRun, ReportOptions, ReportSources, build_report
-from connectomics.pages.report import compare, run_folder
+from connectomics.pages.report import compare
 
 from .conftest import Made
 from .test_report import Reader
@@ -32,7 +33,7 @@ def a_run(folder: Path, rate: float, dice: float, **config: object) -> Path:
 @pytest.fixture
 def body(tmp_path: Path) -> str:
     runs = [a_run(tmp_path / "x/version_0", 0.1, 0.6), a_run(tmp_path / "y/version_0", 0.2, 0.8, extra=1)]
-    return compare.section([(run, None) for run in runs]).body
+    return compare.section([(run, None) for run in runs])
 
 
 def test_only_what_differs_of_the_configuration_is_shown(body: str) -> None:
@@ -61,7 +62,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
 
 
 def test_nested_keys_are_flattened() -> None:
-    assert run_folder.flat({"a": {"b": {"c": 1}, "d": []}, "e": {}}) == {"a.b.c": 1, "a.d": [], "e": {}}
+    assert flat({"a": {"b": {"c": 1}, "d": []}, "e": {}}) == {"a.b.c": 1, "a.d": [], "e": {}}
 
 
 def test_scores_of_submissions_are_set_side_by_side(made: Made, tmp_path: Path) -> None:
@@ -100,7 +101,7 @@ def test_a_run_that_is_not_whole_is_said(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_run_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)]).body
+    body = compare.section([(a_run(tmp_path / "one", 0.1, 0.5), None), (tmp_path / "empty", None)])
     assert "is not a run folder" in body
 
 

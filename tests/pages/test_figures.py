@@ -43,9 +43,9 @@ def test_truth_prediction_agreement_and_wrong_objects_have_different_colours() -
 
 
 def test_regions_are_filled_faintly_and_edged_opaquely() -> None:
-    layer = figures.label_layer(SQUARE, figures.TRUTH)
+    layer = figures.label_layer(SQUARE, colors.TRUTH)
     assert layer[0, 0].tolist() == [0, 0, 0, 0]
-    assert layer[2, 3].tolist() == [*figures.TRUTH, 255]
+    assert layer[2, 3].tolist() == [*colors.TRUTH, 255]
     assert 0 < layer[4, 5, 3] < 255
     touching = np.array([[1, 1, 2, 2]])
     assert figures.edges(touching).tolist() == [[False, True, True, False]]
@@ -59,8 +59,8 @@ def test_objects_next_to_each_other_in_number_differ_in_colour() -> None:
 
 def test_an_overlay_of_full_opacity_shows_the_layer_and_of_none_the_picture() -> None:
     gray = np.full(SQUARE.shape, 100, np.uint8)
-    layer = figures.label_layer(SQUARE, figures.PREDICTION, fill=255)
-    assert figures.overlay(gray, layer)[4, 5].tolist() == list(figures.PREDICTION)
+    layer = figures.label_layer(SQUARE, colors.PREDICTION, fill=255)
+    assert figures.overlay(gray, layer)[4, 5].tolist() == list(colors.PREDICTION)
     assert np.all(figures.overlay(gray, layer, opacity=0) == 100)
     with pytest.raises(InputError, match="H, W, 4"):
         figures.overlay(gray, layer[:4])

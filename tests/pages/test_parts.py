@@ -88,9 +88,9 @@ def test_metrics_are_read_column_by_column_without_gaps(tmp_path: Path) -> None:
 
 def test_metrics_with_nothing_in_them_are_said(tmp_path: Path) -> None:
     (tmp_path / "metrics.csv").write_text("epoch,step,something\n0,1,3\n")
-    assert "holds no losses or scores" in training.curves(tmp_path).body
+    assert "holds no losses or scores" in training.curves(tmp_path)
     (tmp_path / "metrics.csv").write_text("")
-    assert "holds no losses or scores" in training.curves(tmp_path).body
+    assert "holds no losses or scores" in training.curves(tmp_path)
 
 
 def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Pa
         table = Scores.load(path)
         assert table.overall == content["overall_score"]
         assert len(table.results) == content["num_evals_done"]
-        body = score_sections.section(table, None, {}).body
+        body = score_sections.section(table, None, {})
         for entry in content["label_scores"].values():
             assert repr(float(entry.get("combined_score", entry.get("iou")))) in body
 
@@ -138,7 +138,7 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     classes = {"mito": {"dice": 0.8, "iou": 0.67, "crops": 2, "dice_interval": [0.7, 0.9]}, "er": {"dice": None}}
     rows = [{"dataset": "d", "crop": f"crop{k}", "class": "mito", "dice": k / 10} for k in (9, 3)]
     path.write_text(json.dumps({"classes": classes, "crops": rows}))
-    body = score_sections.evaluation_section(path).body
+    body = score_sections.evaluation_section(path)
     assert body.index("crop3") < body.index("crop9")
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
     assert "bootstrap over crops" in body
@@ -150,14 +150,14 @@ def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) ->
     path = tmp_path / "evaluation.json"
     both = {"dice_interval": [0.8, 0.8], "score_interval": [0.7, 0.7]}
     path.write_text(json.dumps({"classes": {"mito": {"dice": 0.8, "crops": 1, **both}}, "crops": []}))
-    body = score_sections.evaluation_section(path).body
+    body = score_sections.evaluation_section(path)
     assert " to <data" not in body
     assert "<u" not in body
 
 
 def test_intervals_are_explained_where_there_are_scores(made: Made) -> None:
     table = Scores.load(made.root / "scores/scores.json")
-    assert "1000 times" in score_sections.section(table, None, {}, "baseline").body
+    assert "1000 times" in score_sections.section(table, None, {}, "baseline")
 
 
 def test_epochs_have_whole_ticks() -> None:

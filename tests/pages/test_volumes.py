@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.pages.report import pictures, slice_viewer
 from connectomics.pages.report.volumes import Findings, Item, Labels, examine, plain_labels, plane_grid, read_plane
 
@@ -95,7 +96,7 @@ def test_large_volumes_are_looked_through_block_by_block_and_only_in_part() -> N
     assert truth.layers == {0, 576}
     assert found.share == pytest.approx(0.2)
     assert found.position == (5, 300, 400)
-    assert found.fn == 1
+    assert found.counts.fn == 1
 
 
 def test_an_empty_class_shows_the_middle_of_its_crop() -> None:
@@ -133,7 +134,7 @@ def test_splits_and_merges_are_wrong_objects_and_missed_ones_are_not() -> None:
     looked = examine(item)
     assert looked.matched == {1: 5, 2: 7}
     assert looked.partner == {5: 1, 6: 1, 7: 2}
-    assert (looked.tp, looked.fp, looked.fn) == (9, 1, 1)
+    assert looked.counts == Counts(9, 1, 1, 2)
     wrong = pictures.wrong_objects(read_plane(item, 0, 0, 64), looked)
     assert wrong.astype(int).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
 
@@ -146,7 +147,7 @@ def test_what_is_not_annotated_is_neither_counted_nor_shown_as_an_error() -> Non
         "d", "c", "er", grid, truth=Fixed(grid, False, truth, known), prediction=Fixed(grid, False, found, known)
     )
     looked = examine(item)
-    assert (looked.tp, looked.fp, looked.fn, looked.unknown) == (0, 1, 1, 2)
+    assert (looked.counts, looked.unknown) == (Counts(0, 1, 1, 0), 2)
     layers = pictures.layers(item, read_plane(item, 0, 0, 64), looked)
     assert layers["errors"][0, 1].tolist() == layers["errors"][0, 3].tolist()
     assert layers["truth"][0, 1].tolist() == layers["errors"][0, 1].tolist()

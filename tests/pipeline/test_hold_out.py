@@ -29,9 +29,10 @@ def test_the_parts_are_the_crop_in_states_and_places(tmp_path: Path, monkeypatch
     rng = np.random.default_rng(0)
     values = rng.choice([0, 1, 255], (10, 10, 40)).astype(np.uint8)
     values[:, :, 30:] = rng.choice([0, 1], (10, 10, 10))  # the test part has nothing unknown
-    held = hold_out(root_with(tmp_path / "all", values) / "set-a", tmp_path / "cut", ["mito", "ld"])
-    assert (held.train, held.val) == (("set-a/crop71",), ("set-a/crop72",))
-    catalog = Catalog.open(str(held.root))
+    out = tmp_path / "cut"
+    sides = hold_out(root_with(tmp_path / "all", values) / "set-a", out, ["mito", "ld"])
+    assert sides == (["set-a/crop71"], ["set-a/crop72"])
+    catalog = Catalog.open(str(out))
     whole = read_labels(Catalog.open(str(tmp_path / "all")).crop("set-a", "crop7"), ["mito"], grid_of((10, 10, 40)))
     for name, where in (("crop71", slice(0, 24)), ("crop72", slice(24, 30))):
         crop = catalog.crop("set-a", name)
@@ -40,8 +41,8 @@ def test_the_parts_are_the_crop_in_states_and_places(tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(part.present, whole.present[..., where])
         stored = crop.labels["mito"].annotation.counts
         assert stored == {k: v for k, v in counts(part, "mito").items() if k != "present"}
-    (entry,) = CropTable.load(held.crop_table)
-    truth = PlainArray.open(held.truth / "crop73/mito")
+    (entry,) = CropTable.load(out / "test_crops.csv")
+    truth = PlainArray.open(out / "truth.zarr/crop73/mito")
     assert truth.grid == entry.grid
     np.testing.assert_array_equal(truth.read(), values[:, :, 30:])
 
@@ -56,6 +57,7 @@ def test_nothing_is_left_of_what_cannot_be_cut(tmp_path: Path) -> None:
 def test_a_class_that_covers_only_a_part_makes_no_empty_arrays(tmp_path: Path) -> None:
     root = root_with(tmp_path / "all", np.ones((4, 4, 40), np.uint8))
     write_label(root, "set-a", "crop7", "ld", np.ones((4, 4, 8), np.uint8), grid_of((4, 4, 8)))
-    held = hold_out(root / "set-a", tmp_path / "cut", ["mito", "ld"])
-    assert sorted(Catalog.open(str(held.root)).crop("set-a", "crop72").labels) == ["mito"]
-    assert [e.class_name for e in CropTable.load(held.crop_table)] == ["mito"]
+    out = tmp_path / "cut"
+    hold_out(root / "set-a", out, ["mito", "ld"])
+    assert sorted(Catalog.open(str(out)).crop("set-a", "crop72").labels) == ["mito"]
+    assert [e.class_name for e in CropTable.load(out / "test_crops.csv")] == ["mito"]

@@ -85,7 +85,7 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     large.step_seconds = 1.0
     assert hours(large) == pytest.approx(300 * 2000 / 3600)
     assert (small.settings["model.architecture"], small.settings["training.precision"]) == ("unet_2d", "32")
-    assert small.settings["data.patch_size"] == [1, 96, 96], "the largest multiple of 32 in crops of 112 voxels"
+    assert small.settings["data.patch_size"] == [1, 32, 32], "the largest multiple of 32 in crops of 56 voxels"
     assert hours(small, cores=2) == pytest.approx(1), "120 CPU minutes on two cores"
     (fast,) = propose(data, replace(CPU, cpu_bf16=True), "r", minutes=30)
     assert (fast.settings["training.precision"], fast.settings["training.max_cpu_minutes"]) == ("bf16-mixed", 30)
@@ -101,8 +101,10 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
 
 
 def test_a_two_dimensional_network_works_coarsely_and_returns_every_voxel(balls: Path) -> None:
-    """A ball of 400 nm spans 12 voxels of 16 nm; pm needs the 4 nm of the raw."""
-    plans = {plan.classes: plan.settings for plan in propose(data_facts(str(balls), ["nuc", "pm"]), CPU, "r")}
+    """A ball of 400 nm spans 12 voxels of 16 nm; what is thin needs the 4 nm of the raw."""
+    data = data_facts(str(balls), ["nuc"])
+    thin = replace(data.classes[0], name="pm", chord_nm=30.0)
+    plans = {plan.classes: plan.settings for plan in propose(replace(data, classes=(*data.classes, thin)), CPU, "r")}
     nuc, pm = plans["nuc",], plans["pm",]
     assert (nuc["dataset.voxel_size"], nuc["model.options"]["stem"]) == ([8.0] * 3, 2)
     assert (pm["dataset.voxel_size"], pm["model.options"]["stem"]) == ([4.0] * 3, 1)

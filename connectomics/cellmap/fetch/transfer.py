@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import threading
 import urllib.request
 import uuid
@@ -82,18 +81,16 @@ def resolve_table(where: str, keep_in: Path | None = None) -> CropTable:
     """
     if not where.startswith(("http://", "https://")):
         return CropTable.resolve(where)
-    name = "crop_table.json" if where.split("?")[0].endswith(".json") else "crop_table.csv"
+    is_json = where.split("?")[0].endswith(".json")
     try:
         with urllib.request.urlopen(where, timeout=60) as answer:
             data = answer.read(_MOST)
     except OSError as error:
         raise MissingError(f"cannot read the crop table {where}: {error}; check the address") from error
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
-        file.write_bytes(data)
-        table = CropTable.load(file)
+    table = CropTable.parse(data, where, is_json=is_json)
     if keep_in is not None:
-        write_file(require_own(keep_in / name, lambda there: there == data, "fetch"), data)
+        file = keep_in / ("crop_table.json" if is_json else "crop_table.csv")
+        write_file(require_own(file, lambda there: there == data, "fetch"), data)
     return table
 
 

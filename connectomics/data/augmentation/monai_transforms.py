@@ -51,14 +51,15 @@ class Augmentor:
         """Return the image (1, D, H, W) after a chain that changes only the image."""
         return np.ascontiguousarray(np.asarray(self._apply({"image": image})["image"]), dtype=np.float32)
 
-    def __call__(self, sample: Mapping[str, NDArray[Any]]) -> Sample:
-        """Return the augmented sample; raises `ConfigError` if a transform fails or changes what a sample holds."""
+    def __call__(self, sample: Mapping[str, NDArray[Any]], soft: bool = False) -> Sample:
+        """Return the augmented sample, labels as fractions if ``soft``; raises `ConfigError` if a transform fails or
+        changes what a sample holds."""
         moved = self._apply(_as_floats(sample))
         arrays = {name: np.ascontiguousarray(np.asarray(moved[name])) for name in (*_KEYS, "ids") if name in moved}
         result = {
             **sample,
             "image": arrays["image"].astype(np.float32, copy=False),
-            "label": (arrays["label"] >= 0.5).astype(np.float32),
+            "label": (arrays["label"] if soft else arrays["label"] >= 0.5).astype(np.float32),
             "known": arrays["known"] > _ALL_KNOWN,
         }
         return {**result, "ids": _as_ids(arrays["ids"])} if "ids" in arrays else result

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelCodes
-from connectomics.cellmap.labels import LabelVolume, words_for
+from connectomics.cellmap.labels import FRACTION_STEPS, LabelVolume, words_for
 from connectomics.data.augmentation.argument_rules import several
 from connectomics.data.augmentation.intensity_from_monai import recognize
 from connectomics.data.augmentation.monai_transforms import Augmentor, agree, build_augmentor
@@ -69,24 +69,27 @@ class PatchAugmentor:
         if not self.moves_labels:
             image = self.others.image_only(patch.images[0])
             return replace(patch, images=(image, *patch.images[1:]))
-        moved = self.others(patch.dense())
+        moved = self.others(patch.dense(), soft=patch.states.fractions is not None)
         codes = LabelCodes.of(_packed(moved["label"], moved["known"], patch))
         ids = None
         if patch.ids is not None:
-            ids = agree(moved["ids"], patch.instances, moved["label"], moved["known"], patch.states.classes)
+            ids = agree(moved["ids"], patch.instances, moved["label"] >= 0.5, moved["known"], patch.states.classes)
         images = (moved["image"], *patch.images[1:])
         return replace(patch, images=images, codes=codes.codes, states=codes.states, ids=ids)
 
 
 def _packed(label: NDArray[np.float32], known: NDArray[np.bool_], patch: PackedPatch) -> LabelVolume:
-    """Return dense labels (C, D, H, W) as one bit per class."""
+    """Return dense labels (C, D, H, W) as one bit per class, and their fractions if the patch has soft labels."""
     classes = patch.states.classes
     words = np.zeros((2, words_for(len(classes)), *label.shape[1:]), np.uint64)
     for channel in range(len(classes)):
         word, bit = divmod(channel, 64)
-        words[0, word] |= ((label[channel] > 0) & known[channel]).astype(np.uint64) << np.uint64(bit)
+        words[0, word] |= ((label[channel] >= 0.5) & known[channel]).astype(np.uint64) << np.uint64(bit)
         words[1, word] |= known[channel].astype(np.uint64) << np.uint64(bit)
-    return LabelVolume(patch.grid, classes, words[0], words[1])
+    fractions = None
+    if patch.states.fractions is not None:
+        fractions = np.where(known, np.rint(FRACTION_STEPS * label), 0).astype(np.uint8)
+    return LabelVolume(patch.grid, classes, words[0], words[1], fractions=fractions)
 
 
 def _refuse_rotations(augmentations: Mapping[str, Any], voxel_size: Sequence[float]) -> None:

@@ -64,7 +64,7 @@ def _build_labels(
 ) -> tuple[LabelStates, dict[str, dict[str, int]], dict[str, NDArray[np.int32]]]:
     """Write the codes; return what they mean, counts by class, and lattice indices of voxels of each class."""
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
-    table = StateTable(classes, volume.instances)
+    table = StateTable(classes, volume.instances, volume.soft)
     histogram = np.zeros(1, np.int64)
     seeds = np.array([_seed(volume.crop.key, name) for name in classes], np.uint64)
     priorities, places = np.zeros((len(classes), POINTS), np.uint64), np.zeros((len(classes), POINTS), np.int64)

@@ -3,9 +3,9 @@
 ``entry.json`` describes the files: grids, classes, classes with object IDs, the crop, counts by class, and type, size
 and checksums of each file. ``raw.npy`` uint8 (D, H, W): raw with context. ``inside.npy`` bool: where there is raw, or
 one True if there is raw everywhere. ``codes.npy`` (d, h, w): rows of ``states.npy`` in the narrowest type, empty if
-nothing is known. ``states.npy`` uint64 (K, 2, W), or (K, 2 W + I) with object IDs, see `LabelStates.to_array`.
-``points.npy`` int32 (n, 3): lattice indices of voxels of each class, one class after the other. ``used`` is touched
-whenever the entry is opened.
+nothing is known. ``states.npy`` uint64 (K, 2, W), or (K, 2 W + I + F) with object IDs or soft labels, see
+`LabelStates.to_array`. ``points.npy`` int32 (n, 3): lattice indices of voxels of each class, one class after the other.
+``used`` is touched whenever the entry is opened.
 """
 
 from __future__ import annotations
@@ -80,6 +80,8 @@ def cache_key(volume: CropVolume) -> str:
     }
     if volume.instances:  # entries without object IDs keep the names of earlier versions
         content["instances"] = volume.instances
+    if volume.alternate_ties or volume.soft:
+        content["ties, soft"] = (volume.alternate_ties, volume.soft)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{crop.dataset}-{crop.name}-{digest[:20]}"
 

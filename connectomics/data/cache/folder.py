@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 from connectomics.data.cache.entry import (
     ARRAYS,
     DESCRIPTION,
-    FORMAT,
     USED,
     CachedCrop,
     cache_key,
@@ -53,7 +52,6 @@ class EntryInfo:
     size: int  # bytes on disk
     used: float  # when it was last opened, seconds since 1970
     processes: int  # how many living processes use it
-    current: bool  # whether its description has the current format
 
     @property
     def name(self) -> str:
@@ -275,7 +273,6 @@ def _info(folder: Path, processes: int) -> EntryInfo:
         size=_size(folder),
         used=used,
         processes=processes,
-        current=data.get("format") == FORMAT,
     )
 
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from connectomics.data.cache.entry import POINTS, cache_key, open_entry
 from connectomics.data.cache.folder import CropCache
 from connectomics.data.cache.locks import SHARED_MEMORY
 from connectomics.errors import ConnectomicsError, WriteError
-from connectomics.progress import Progress
+from connectomics.progress import Progress, lines
 
 if TYPE_CHECKING:
     from connectomics.data.volumes import CropVolume
@@ -32,7 +31,6 @@ Task = TypeVar("Task")
 
 BUSY = "busy"  # what a function returns for a task that it does not want to wait for now
 _LITTLE = 64 << 20  # bytes to decode for which starting processes does not pay
-_EVERY = 10.0  # seconds between two lines in a log
 _GB = 1e9
 
 
@@ -76,7 +74,7 @@ def prepare(
         if volume.cache is not None:
             by_folder.setdefault(volume.cache, []).append(volume)
     for folder, group in by_folder.items():
-        _prepare_folder(CropCache(folder), group, processes, budget, progress or _log_lines())
+        _prepare_folder(CropCache(folder), group, processes, budget, progress or lines("decoding crops", log.info))
 
 
 def _prepare_folder(
@@ -110,11 +108,11 @@ def _prepare_folder(
 
 def forecast(volume: CropVolume) -> int:
     """Return the bytes that the entry of a volume will take: one per voxel of raw (two if raw chunks are missing), one
-    per voxel of labels (two with object IDs), and positions."""
+    per voxel of labels (two with object IDs or soft labels), and positions."""
     raw, labels = volume.cached_raw_grid, volume.grid.size if volume.classes else 0
     missing, _, _ = volume.crop.raw_source.missing_chunks(raw)
     points = 12 * min(POINTS, labels) * len(volume.classes) + 4096 * words_for(len(volume.classes))
-    return raw.size * (2 if missing else 1) + labels * (2 if volume.instances else 1) + points
+    return raw.size * (2 if missing else 1) + labels * (2 if volume.instances or volume.soft else 1) + points
 
 
 def _within(cache: CropCache, wanted: list[_Wanted], budget: int | None) -> list[_Wanted]:
@@ -205,20 +203,6 @@ def build_task(task: tuple[Path, CropVolume, str], wait: bool) -> object:
     """Build one entry; return `BUSY` if another process builds it and ``wait`` is False."""
     folder, volume, name = task
     return None if CropCache(folder).build(volume, name, wait=wait) else BUSY
-
-
-def _log_lines() -> Progress:
-    """Progress as a line in the log every ten seconds."""
-    begin = last = time.monotonic()
-
-    def progress(done: int, total: int, what: str = "", /) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _EVERY:
-            last = now
-            log.info("decoding crops: %d of %d, %s (%.0f s)", done, total, what, now - begin)
-
-    return progress
 
 
 def _gb(size: int) -> str:

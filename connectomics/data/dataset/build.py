@@ -10,7 +10,7 @@ import numpy as np
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
-from connectomics.config.heads import head_classes
+from connectomics.config.heads import head_classes, instance_classes
 from connectomics.data.augmentation import PatchAugmentor, augmentations_of
 from connectomics.data.dataset.dataset_cellmap import CellMapDataset, CellMapMultiClassDataset, Mode, PatchOptions
 from connectomics.data.normalization import of_crops
@@ -32,7 +32,10 @@ def patch_options(cfg: RunConfig) -> PatchOptions:
         min_known=data.min_known,
         inputs=inputs_of(cfg),
         chunk_cache_bytes=data.chunk_cache_mb << 20,
-        instances=head_classes(cfg),
+        instances=instance_classes(cfg),
+        regions=data.sampling.get("hard", 0) > 0,
+        alternate_ties=data.label_ties == "alternate",
+        soft_labels=data.soft_labels,
     )
 
 
@@ -48,6 +51,8 @@ def run_dataset(
     if not chosen.normalizations:
         chosen = replace(chosen, normalizations=normalizations(cfg, crops))
     augmentor = None
+    if mode != "train":  # IDs for gaps are only needed in training
+        chosen = replace(chosen, instances=head_classes(cfg))
     if mode == "train":
         extents = [np.asarray(cfg.data.patch_size, np.float64)]
         extents += [np.multiply(shape, np.divide(size, cfg.dataset.voxel_size)) for size, shape in inputs_of(cfg)]

@@ -15,9 +15,11 @@ from connectomics.cellmap.catalog import Catalog, Crop, informs
 from connectomics.data.augmentation import Augmentor, GivenAugmentor, PatchAugmentor, SpatialAugmentor, agree
 from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
+from connectomics.data.foreground import ObjectPoints, foreground_points, object_points
 from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
 from connectomics.data.patches import PackedPatch
-from connectomics.data.sampling import PatchRequest, SampledCrop, foreground_points
+from connectomics.data.regions import Regions
+from connectomics.data.sampling import PatchRequest, SampledCrop
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
 from connectomics.geometry import Index, Triple, VoxelGrid, triple
@@ -45,6 +47,9 @@ class PatchOptions:
     inputs: tuple[PatchShape | tuple[Triple, Index], ...] = ()
     chunk_cache_bytes: int = 64 << 20  # decoded chunks that a process keeps when it reads without the crop cache
     instances: tuple[str, ...] = ()  # classes with object IDs; samples then have ``ids``, see `PackedPatch`
+    regions: bool = False  # whether a patch says in which region of its crop it is, see `connectomics.data.regions`
+    alternate_ties: bool = False  # training: see `connectomics.cellmap.labels.read_labels`
+    soft_labels: bool = False  # training: labels are fractions; an augmentor in MONAI makes them 0 or 1 again
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> PatchOptions:
@@ -130,8 +135,10 @@ class CropPatches(BaseDataset):
         for volume in self.volumes:
             volume.check()
         further = list(zip(inputs, self.input_volumes, strict=True))
-        self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known)
+        regions = Regions.of([volume.grid for volume in self.volumes], self.patch_size) if options.regions else None
+        self.reader = PatchReader(self.volumes, own, further, in_reading, options.min_known, regions)
         self._points: dict[tuple[int, str], NDArray[np.float64]] = {}
+        self._objects: dict[tuple[int, str], ObjectPoints] = {}
         self._rng: np.random.Generator | None = None
 
     def _volume(
@@ -156,6 +163,8 @@ class CropPatches(BaseDataset):
             context=context if margin is None else (margin, margin, margin),
             allow_missing_raw=options.allow_missing_raw,
             instances=tuple(options.instances) if classes else (),  # further inputs have no labels
+            alternate_ties=options.alternate_ties and self.mode == "train",
+            soft=options.soft_labels and self.mode == "train" and bool(classes),
         )
 
     @property
@@ -163,10 +172,15 @@ class CropPatches(BaseDataset):
         """Every volume that patches are read from."""
         return [*self.volumes, *(volume for at in self.input_volumes for volume in at)]
 
-    def sampled_crops(self) -> list[SampledCrop]:
-        """What a `PatchSampler` needs of each crop."""
+    def sampled_crops(self, objects: bool = False) -> list[SampledCrop]:
+        """What a `PatchSampler` needs of each crop; with ``objects``, read positions in those of every class."""
         return [
-            SampledCrop(v.dataset, float(v.grid.size), {c: self.points(i, c) for c in self.classes})
+            SampledCrop(
+                v.dataset,
+                float(v.grid.size),
+                {c: self.points(i, c) for c in self.classes},
+                {c: self._objects_of(i, c) for c in self.classes if objects},
+            )
             for i, v in enumerate(self.volumes)
         ]
 
@@ -181,6 +195,13 @@ class CropPatches(BaseDataset):
             # both are in random order; hundreds of crops with dozens of classes must not fill the memory with places
             self._points[key] = found[: max(64, _MOST_POINTS // (len(self.volumes) * len(self.classes)))].copy()
         return self._points[key]
+
+    def _objects_of(self, volume: int, class_name: str) -> ObjectPoints:
+        """`object_points` of that crop, found once."""
+        key = (volume, class_name)
+        if key not in self._objects:
+            self._objects[key] = object_points(self.volumes[volume].crop, class_name, self.options.seed)
+        return self._objects[key]
 
     def _stream(self, index: int) -> np.random.Generator:
         """The random stream of a plain index: the worker's own in training, the sample's own otherwise."""
@@ -216,7 +237,7 @@ class CropPatches(BaseDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader worker starts its own random stream, and only the sampler needs the positions
-        return {**self.__dict__, "_rng": None, "_points": {}}
+        return {**self.__dict__, "_rng": None, "_points": {}, "_objects": {}}
 
 
 class CellMapDataset(CropPatches):

@@ -21,10 +21,11 @@ from connectomics.decoding.blocks.pieces import FACES_KEPT, SIDES, StoredBlocks
 from connectomics.decoding.blocks.stitched_task import Labeled, StitchedTask
 from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.decoding.prediction import StoredAffinities
-from connectomics.decoding.probabilities import above, open_probabilities, read_block
+from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import InputError
 from connectomics.geometry import Index
 from connectomics.tasks.block_task import Cost
+from connectomics.tasks.blocks import with_halo
 
 BLOCK = (192, 192, 192)  # voxels of a block: a block and its halo take about 1 GB where everything is foreground
 _CONTEXT = 16  # voxels of a halo beyond the longest offset
@@ -44,17 +45,15 @@ class AffinitiesTask(StitchedTask):
         segment(np.zeros((len(affinities.offsets), 1, 1, 1), np.uint8), affinities.offsets)  # checks the offsets
 
     def open_labeler(self) -> Callable[[int], Labeled]:
-        source, lattice = open_probabilities(self.input), self.lattice
-        affinities = StoredAffinities.open(source)
+        foreground, lattice = self.open_foreground(), self.lattice
+        affinities = StoredAffinities.open(foreground.source)
         parameters, halo = self.parameters, self.halo
 
         def label(number: int) -> Labeled:
             begin, shape = lattice.region(number)
-            low = [max(0, b - h) for b, h in zip(begin, halo, strict=True)]
-            high = [min(n, b + s + h) for b, s, h, n in zip(begin, shape, halo, lattice.shape, strict=True)]
-            size = [b - a for a, b in zip(low, high, strict=True)]
-            core = tuple(slice(b - a, b - a + s) for a, b, s in zip(low, begin, shape, strict=True))
-            mask = above(read_block(source, low, size), parameters.threshold)
+            low, size, inner = with_halo(begin, shape, halo, lattice.shape)
+            core = tuple(slice(b, b + n) for b, n in zip(inner, shape, strict=True))
+            mask = foreground.mask(low, size)
             if not mask[core].any():
                 return _cut_out(np.zeros(size, np.int32), 0, np.empty((0, 2), np.int64), core)
             found = segment(affinities.read(low, size), affinities.offsets, mask, parameters)
@@ -126,18 +125,14 @@ def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], co
 def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Yield for each face between blocks the pairs of nodes (m, 2) that agree and their scores (m,)."""
     load = lru_cache(maxsize=FACES_KEPT)(lambda n: blocks.load(n, *SIDES, *(f"beyond{side}" for side in SIDES)))
-    for block in range(len(blocks.lattice)):
-        if not blocks.count(block):
-            continue
-        for step, other in blocks.lattice.neighbors(block, 6):
-            if blocks.count(other):
-                axis = step.index(1)
-                low, high = load(block), load(other)
-                first = np.concatenate([low[f"{axis}+"].ravel(), low[f"beyond{axis}+"].ravel()])
-                second = np.concatenate([high[f"beyond{axis}-"].ravel(), high[f"{axis}-"].ravel()])
-                pairs, scores = agreement(first, second)
-                good = scores >= threshold
-                yield pairs[good] + [blocks.offsets[block] - 1, blocks.offsets[other] - 1], scores[good]
+    for block, other, step in blocks.borders(6):
+        axis = step.index(1)
+        low, high = load(block), load(other)
+        first = np.concatenate([low[f"{axis}+"].ravel(), low[f"beyond{axis}+"].ravel()])
+        second = np.concatenate([high[f"beyond{axis}-"].ravel(), high[f"{axis}-"].ravel()])
+        pairs, scores = agreement(first, second)
+        good = scores >= threshold
+        yield pairs[good] + [blocks.offsets[block] - 1, blocks.offsets[other] - 1], scores[good]
 
 
 def agreement(first: NDArray[Any], second: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:

@@ -16,7 +16,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from connectomics.decoding.affinities.mutex_kernels import _EMPTY, append, pair_key, slot_of
+from connectomics.decoding.affinities.mutex_kernels import append
+from connectomics.decoding.blocks import pair_table
 from connectomics.decoding.blocks.component_kernels import Array, Ints, Ints32, Keys, root_of, unite
 
 
@@ -62,20 +63,9 @@ def strongest_links(values: Array, nodes: Ints32, offsets: Ints, low: int, numbe
 @numba.njit(cache=True, nogil=True)
 def _grown(table: Keys, edge: Ints32) -> Any:
     """Table and edges with room again, and how many they hold: pairs whose edge is -1 are left out."""
-    live = 0
-    for at in range(len(table)):
-        if table[at] != _EMPTY and edge[at] >= 0:
-            live += 1
-    size = len(table)
-    while size < 4 * live:
-        size *= 2
-    larger, larger_edge = np.full(size, _EMPTY, np.uint64), np.empty(size, np.int32)
-    for at in range(len(table)):
-        if table[at] != _EMPTY and edge[at] >= 0:
-            slot = slot_of(larger, table[at])
-            larger[slot] = table[at]
-            larger_edge[slot] = edge[at]
-    return larger, larger_edge, live
+    live = (table != pair_table.EMPTY) & (edge >= 0)
+    larger = pair_table.enlarged(table, live)
+    return larger, pair_table.moved(edge, table, live, larger), np.sum(live)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -90,7 +80,7 @@ def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
     Ordered by where a pair first touches.
     """
     shape = labels.shape
-    table, edge = np.full(4096, _EMPTY, np.uint64), np.empty(4096, np.int32)
+    table, edge = np.full(4096, pair_table.EMPTY, np.uint64), np.empty(4096, np.int32)
     ends, sums, counts = np.empty((1024, 2), np.int32), np.empty(1024, np.int64), np.empty(1024, np.int64)
     m = 0
     for k in range(len(offsets)):
@@ -101,8 +91,8 @@ def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
                     a, b = labels[z, y, x], labels[z + dz, y + dy, x + dx]
                     if a == b or a == 0 or b == 0:
                         continue
-                    key = pair_key(a, b)
-                    slot = slot_of(table, key)
+                    key = pair_table.pair_key(a, b)
+                    slot = pair_table.slot_of(table, key)
                     if table[slot] != key:
                         if m == len(sums):
                             more = np.empty((2 * m, 2), np.int32)
@@ -118,7 +108,7 @@ def region_graph(values: Array, labels: Ints32, offsets: Ints) -> Any:
                         m += 1
                         if 2 * m > len(table):
                             table, edge, _ = _grown(table, edge)
-                            slot = slot_of(table, key)
+                            slot = pair_table.slot_of(table, key)
                     sums[edge[slot]] += values[k, z, y, x]
                     counts[edge[slot]] += 1
     return ends[:m].copy(), sums[:m].copy(), counts[:m].copy()
@@ -144,7 +134,7 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
     size = 4096
     while size < 4 * m:
         size *= 2
-    table, edge = np.full(size, _EMPTY, np.uint64), np.full(size, -1, np.int32)
+    table, edge = np.full(size, pair_table.EMPTY, np.uint64), np.full(size, -1, np.int32)
     alive, version = np.ones(m, np.bool_), np.zeros(m, np.int32)
     # lists of the edges at each region: an edge has two records, 2 e at its first end and 2 e + 1 at its second
     head, tail = np.full(number + 1, -1, np.int64), np.full(number + 1, -1, np.int64)
@@ -152,8 +142,8 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
     used = m  # places of the table that are taken, also by pairs that are none any more
     heap = [(0.0, np.int64(-1), np.int64(0)) for _ in range(0)]
     for e in range(m):
-        slot = slot_of(table, pair_key(ends[e, 0], ends[e, 1]))
-        table[slot], edge[slot] = pair_key(ends[e, 0], ends[e, 1]), e
+        slot = pair_table.slot_of(table, pair_table.pair_key(ends[e, 0], ends[e, 1]))
+        table[slot], edge[slot] = pair_table.pair_key(ends[e, 0], ends[e, 1]), e
         for side in range(2):
             append(head, tail, after, ends[e, side], 2 * e + side)
             degree[ends[e, side]] += 1
@@ -166,7 +156,7 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
             continue
         a, b = root_of(parent, ends[row, 0]), root_of(parent, ends[row, 1])
         alive[row] = False
-        edge[slot_of(table, pair_key(a, b))] = -1
+        edge[pair_table.slot_of(table, pair_table.pair_key(a, b))] = -1
         if degree[a] < degree[b]:
             a, b = b, a
         parent[b] = a
@@ -176,10 +166,10 @@ def merge_regions(ends: Ints32, sums: Ints, counts: Ints, number: int, limit: fl
             f = record >> 1
             if alive[f]:
                 other = root_of(parent, ends[f, 1 - (record & 1)])
-                old = slot_of(table, pair_key(b, other))
+                old = pair_table.slot_of(table, pair_table.pair_key(b, other))
                 edge[old] = -1
-                key = pair_key(a, other)
-                slot = slot_of(table, key)
+                key = pair_table.pair_key(a, other)
+                slot = pair_table.slot_of(table, key)
                 if table[slot] == key and edge[slot] >= 0:
                     kept = np.int64(edge[slot])
                     if f < kept:  # the earlier row stands for both, so that ties do not depend on a, b

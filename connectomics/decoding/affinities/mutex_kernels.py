@@ -17,35 +17,8 @@ from typing import Any
 import numba
 import numpy as np
 
+from connectomics.decoding.blocks import pair_table
 from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Keys, Labels, root_of
-
-_EMPTY = np.uint64(0xFFFFFFFFFFFFFFFF)
-_SHIFT = np.uint64(32)
-_LOW = np.uint64(0xFFFFFFFF)
-
-
-@numba.njit(cache=True, nogil=True)
-def pair_key(a: Any, b: Any) -> Any:
-    """One number for an unordered pair of nodes."""
-    low, high = (a, b) if a < b else (b, a)
-    return (np.uint64(low) << _SHIFT) | np.uint64(high)
-
-
-@numba.njit(cache=True, nogil=True)
-def slot_of(table: Keys, key: Any) -> Any:
-    """Where ``key`` is in a hash table whose length is a power of two, or the free place where it belongs."""
-    mask = np.uint64(len(table) - 1)
-    # the finalizer of MurmurHash3 (A. Appleby, public domain): every bit of the key moves every bit of the place
-    mixed = key
-    mixed ^= mixed >> np.uint64(33)
-    mixed *= np.uint64(0xFF51AFD7ED558CCD)
-    mixed ^= mixed >> np.uint64(33)
-    mixed *= np.uint64(0xC4CEB9FE1A85EC53)
-    mixed ^= mixed >> np.uint64(33)
-    at = mixed & mask
-    while table[at] != _EMPTY and table[at] != key:
-        at = (at + np.uint64(1)) & mask
-    return at
 
 
 @numba.njit(cache=True, nogil=True)
@@ -77,39 +50,22 @@ def place_edges(values: Array, nodes: Ints32, offset: Ints, next_place: Ints, ed
 
 
 @numba.njit(cache=True, nogil=True)
-def _is_live(key: Any, parent: Ints32) -> Any:
-    """Whether a place of the table holds a pair of nodes that still are roots."""
-    if key == _EMPTY:
-        return False
-    a, b = np.int64(key >> _SHIFT), np.int64(key & _LOW)
-    return parent[a] == a and parent[b] == b
-
-
-@numba.njit(cache=True, nogil=True)
-def _live_keys(table: Keys, parent: Ints32) -> Any:
-    live = 0
-    for key in table:
-        live += _is_live(key, parent)
-    keys = np.empty(live, np.uint64)
-    live = 0
-    for key in table:
-        if _is_live(key, parent):
-            keys[live] = key
-            live += 1
-    return keys
+def _live(table: Keys, parent: Ints32) -> Any:
+    """Which places of a table hold a pair of nodes that still are roots."""
+    live = np.zeros(len(table), np.bool_)
+    for at in range(len(table)):
+        key = table[at]
+        if key != pair_table.EMPTY:
+            a, b = np.int64(key >> pair_table.SHIFT), np.int64(key & pair_table.LOW)
+            live[at] = parent[a] == a and parent[b] == b
+    return live
 
 
 @numba.njit(cache=True, nogil=True)
 def _grown(table: Keys, parent: Ints32) -> Any:
     """A table with room again, and how many it holds: pairs of what are no clusters any more are left out."""
-    keys = _live_keys(table, parent)
-    size = len(table)
-    while size < 4 * len(keys):
-        size *= 2
-    larger = np.full(size, _EMPTY, np.uint64)
-    for key in keys:
-        larger[slot_of(larger, key)] = key
-    return larger, len(keys)
+    live = _live(table, parent)
+    return pair_table.enlarged(table, live), np.sum(live)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -153,7 +109,7 @@ def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: In
     after = np.empty(1024, np.int32)
     records = 0
     free = np.int32(-1)  # records that can be used again
-    table = np.full(4096, _EMPTY, np.uint64)
+    table = np.full(4096, pair_table.EMPTY, np.uint64)
     used = 0
     for i in range(len(steps)):
         for e in range(bins[i], bins[i + 1]):
@@ -162,8 +118,8 @@ def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: In
             b = root_of(parent, nodes[at + steps[i]])
             if a == b:
                 continue
-            key = pair_key(a, b)
-            slot = slot_of(table, key)
+            key = pair_table.pair_key(a, b)
+            slot = pair_table.slot_of(table, key)
             if table[slot] == key:
                 continue
             if attractive[i]:
@@ -174,8 +130,8 @@ def cluster(edges: Labels, bins: Ints, steps: Ints, attractive: Flags, nodes: In
                 while record >= 0:
                     following = after[record]
                     other = root_of(parent, partner[record])
-                    key = pair_key(a, other)
-                    slot = slot_of(table, key)
+                    key = pair_table.pair_key(a, other)
+                    slot = pair_table.slot_of(table, key)
                     if table[slot] != key:
                         table[slot] = key
                         used += 1
@@ -224,9 +180,7 @@ def number_trees(parent: Ints32, numbers: Ints32) -> int:
 @numba.njit(cache=True, nogil=True)
 def roots_apart(table: Keys, parent: Ints32) -> Ints:
     """(m, 2) the pairs of `cluster`'s table that are still pairs of roots, in the order of their numbers."""
-    keys = _live_keys(table, parent)
-    keys.sort()
+    keys = np.sort(table[_live(table, parent)])
     pairs = np.empty((len(keys), 2), np.int64)
-    for i in range(len(keys)):
-        pairs[i, 0], pairs[i, 1] = np.int64(keys[i] >> _SHIFT), np.int64(keys[i] & _LOW)
+    pairs[:, 0], pairs[:, 1] = pair_table.nodes_of(keys)
     return pairs

@@ -8,16 +8,13 @@ so the result depends on the input alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from connectomics.decoding.cellmap_postprocess import finished
-from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters
-from connectomics.decoding.probabilities import above
+from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError
 
 _FINE = 65535  # steps in [0, 1] to which affinities that are not uint8 are rounded
@@ -37,59 +34,6 @@ class Segments:
     labels: NDArray[np.int32]
     count: int
     apart: NDArray[np.int64]
-
-
-def affinities_to_instances(
-    affinities: ArrayLike,
-    offsets: ArrayLike,
-    mask: NDArray[np.bool_] | None = None,
-    method: str = "mutex_watershed",
-    *,
-    bias_short: float = 0.5,
-    bias_long: float = 0.5,
-    merge_threshold: float = 0.5,
-    min_size: int = 0,
-) -> NDArray[Any]:
-    """Return the instances of a volume from its affinities.
-
-    Args:
-        affinities, offsets, mask: as for `segment`.
-        method, bias_short, bias_long, merge_threshold: as in `DecodeParameters`.
-        min_size: voxels; smaller instances are removed.
-
-    Returns:
-        (D, H, W) ids 1..n by their first voxel in z-y-x order, 0 background, in the narrowest unsigned type.
-    """
-    if method not in AFFINITY_METHODS:
-        raise InputError(f"unknown method {method!r}; use one of {', '.join(AFFINITY_METHODS)}")
-    if method == "mutex_watershed":
-        parameters = DecodeParameters(method=method, bias_short=bias_short, bias_long=bias_long)
-    else:
-        parameters = DecodeParameters(method=method, merge_threshold=merge_threshold)
-    found = segment(affinities, offsets, mask, parameters)
-    return finished(found.labels, min_size, 26, fill_holes=False)
-
-
-def decode_affinities(
-    probabilities: NDArray[Any],
-    affinities: NDArray[Any],
-    offsets: ArrayLike,
-    voxel_size: Sequence[float],
-    parameters: DecodeParameters,
-) -> NDArray[Any]:
-    """Decode one class in memory with a method that reads affinities (`connectomics.decoding.decode.decode_class`).
-
-    Args:
-        probabilities: (D, H, W) of the class, see `connectomics.decoding.probabilities.above`.
-        affinities, offsets: as for `segment`.
-        voxel_size: nm, z y x.
-        parameters: what to do; those for blocks are ignored.
-
-    Returns:
-        (D, H, W) ids 1..n by their first voxel in z-y-x order, in the narrowest unsigned type.
-    """
-    found = segment(affinities, offsets, above(probabilities, parameters.threshold), parameters)
-    return finished(found.labels, parameters.min_voxels(voxel_size), parameters.connectivity, parameters.fill_holes)
 
 
 def segment(

@@ -79,35 +79,33 @@ def measure(labels: Array, begin: Ints, shape: Ints, sizes: Ints, first: Ints, b
 
 
 @numba.njit(cache=True, nogil=True)
-def join(parent: Ints, low: Labels, high: Labels, low_offset: int, high_offset: int, reach: int) -> None:
-    """Unite the pieces that touch across a border, in the union-find forest ``parent``.
+def touching(low: Labels, high: Labels, reach: int) -> Ints:
+    """The pairs of labels (n, 2) that touch across a border between blocks; a pair may come several times.
 
     Args:
-        low, high: (h, w) labels on both sides of the border (an edge: one row; a corner: one voxel), 0 background;
-            label i of ``low`` is node ``low_offset + i - 1``.
+        low, high: (h, w) labels on both sides of the border (an edge: one row; a corner: one voxel), 0 background.
         reach: largest sum of the steps along both axes between voxels that hold together.
     """
     rows, columns = low.shape
     side = min(reach, 1)
+    pairs, n = np.empty((1024, 2), np.int64), 0
     for y in range(rows):
         for x in range(columns):
             a = low[y, x]
             if a == 0:
                 continue
-            previous = np.uint32(0)
-            for dy in range(-side, side + 1):
-                v = y + dy
-                if v < 0 or v >= rows:
-                    continue
-                for dx in range(-side, side + 1):
-                    u = x + dx
-                    if u < 0 or u >= columns or abs(dy) + abs(dx) > reach:
-                        continue
+            for v in range(max(0, y - side), min(rows, y + side + 1)):
+                for u in range(max(0, x - side), min(columns, x + side + 1)):
                     b = high[v, u]
-                    if b == 0 or b == previous:
+                    if b == 0 or abs(v - y) + abs(u - x) > reach:
                         continue
-                    previous = b
-                    unite(parent, low_offset + np.int64(a) - 1, high_offset + np.int64(b) - 1)
+                    if n > 0 and pairs[n - 1, 0] == a and pairs[n - 1, 1] == b:  # runs of one pair are long
+                        continue
+                    if n == len(pairs):
+                        pairs = np.concatenate((pairs, np.empty_like(pairs)))
+                    pairs[n, 0], pairs[n, 1] = a, b
+                    n += 1
+    return pairs[:n]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -9,24 +9,14 @@ Removing the parts of one object from this graph leaves the pieces of its comple
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.pieces import (
-    FACES_KEPT,
-    Pieces,
-    StoredBlocks,
-    border,
-    faces_of,
-    number_trees,
-    opposite,
-    reach,
-)
-from connectomics.decoding.cellmap_postprocess import DUAL, components, neighbor_steps
+from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, faces_of, number_trees
+from connectomics.decoding.cellmap_postprocess import DUAL, components
 
 
 def block_parts(labels: NDArray[np.uint32], connectivity: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
@@ -74,10 +64,10 @@ def fill(
         table = np.concatenate(([-1], objects_in(block)))
         object_of[offsets[block] : offsets[block + 1]] = table[blocks.load(block, "of")["of"]]
     forest, contacts = np.arange(len(object_of)), []
-    for pairs in _across(blocks, connectivity):
+    for pairs in blocks.touching(DUAL[connectivity]):
         same = object_of[pairs[:, 0]] == object_of[pairs[:, 1]]
         join_pairs(forest, pairs[same])
-        contacts.append(pairs[~same])
+        contacts.append(np.unique(pairs[~same], axis=0))
     nodes = Pieces.empty(number_trees(forest))  # the parts of the volume
     edges = [np.sort(forest[pairs], axis=1) for pairs in contacts]
     for block in range(len(lattice)):
@@ -110,50 +100,10 @@ def _grouped(keys: NDArray[np.int64], values: NDArray[np.int64], n: int) -> tupl
     return np.searchsorted(keys[order], np.arange(n + 1)), values[order]
 
 
-def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[NDArray[np.int64]]:
-    """Pairs of parts that touch across a border of blocks, counted through all blocks."""
-    dual = DUAL[connectivity]
-    faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
-    for block in range(len(blocks.lattice)):
-        for step, other in blocks.lattice.neighbors(block, dual):
-            low, high = border(faces(block), step), border(faces(other), opposite(step))
-            pairs = _pairs(low, high, reach(step, dual))
-            yield pairs - 1 + blocks.offsets[[block, other]]
-
-
-def _pairs(low: NDArray[np.uint32], high: NDArray[np.uint32], apart: int) -> NDArray[np.int64]:
-    """(n, 2) which labels of two planes touch: voxels that are at most ``apart`` from lying opposite each other."""
-    side = range(-min(apart, 1), min(apart, 1) + 1)
-    steps = [(y, x) for y in side for x in side if abs(y) + abs(x) <= apart]
-    found = [_distinct(*_shifted(low, high, step)) for step in steps]
-    return np.unique(np.concatenate(found), axis=0)
-
-
 def _touching(parts: NDArray[np.uint32], connectivity: int) -> NDArray[np.uint32]:
     """(n, 2) which parts of a block touch, each pair once, the smaller first."""
-    found = [np.zeros((0, 2), np.int64)]
-    for step in (s for s in neighbor_steps(connectivity) if s > (0, 0, 0)):  # each pair once
-        one, other = _shifted(parts, parts, step)
-        differ = one != other
-        if differ.any():
-            a, b = one[differ], other[differ]
-            found.append(_distinct(np.minimum(a, b), np.maximum(a, b)))
-    return np.unique(np.concatenate(found), axis=0).astype(np.uint32)
+    import cc3d
 
-
-def _shifted(
-    one: NDArray[np.uint32], other: NDArray[np.uint32], step: tuple[int, ...]
-) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-    """The parts of two arrays of one shape that lie on each other where the second is moved back by ``step``."""
-    here = tuple(slice(max(0, -s), n - max(0, s)) for s, n in zip(step, one.shape, strict=True))
-    there = tuple(slice(max(0, s), n - max(0, -s)) for s, n in zip(step, one.shape, strict=True))
-    return one[here], other[there]
-
-
-def _distinct(one: NDArray[np.uint32], other: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """(n, 2) the distinct pairs of two arrays of one shape."""
-    key = (one.astype(np.uint64) << np.uint64(32) | other).reshape(-1)
-    if key.size:
-        key = key[np.concatenate(([True], key[1:] != key[:-1]))]  # runs of one pair are long
-    key = np.unique(key)
-    return np.stack((key >> np.uint64(32), key & np.uint64(0xFFFFFFFF)), axis=1).astype(np.int64)
+    neighbors: Any = connectivity  # cc3d's stubs ask for literal numbers
+    pairs = sorted(cc3d.region_graph(parts, connectivity=neighbors))
+    return np.array(pairs, np.uint32).reshape(-1, 2)

@@ -21,7 +21,6 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from connectomics.config.values import plain
 from connectomics.decoding.label_artifact import (
     BLOCK,
     clear_unknown,
@@ -32,7 +31,8 @@ from connectomics.decoding.label_artifact import (
     partial_of,
 )
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.decoding.probabilities import above, open_probabilities, read_block
+from connectomics.decoding.prediction import Foreground
+from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
@@ -201,17 +201,9 @@ class LabelsTask(BlockTask):
     def finish(self) -> None:
         if not self.is_complete:
             _remove_unfinished_chunks(self.folder / "s0")
-            grid, origin = self.grid, dict(self.source)
-            about = {
-                "decode": plain(self.parameters),
-                "source": origin,
-                **self.provenance.to_dict(),
-                "objects": self.conclude(),
-            }
-            if "unknown" in origin:
-                about["unknown"] = origin["unknown"]
-                clear_unknown(ArrayWriter.open(self.folder / "s0"), about, grid)
-            ours = label_attrs(grid, class_name=self.class_name, kind=self.parameters.kind, about=about)
+            grid, objects = self.grid, self.conclude()
+            ours = label_attrs(grid, self.class_name, self.parameters, self.source, self.provenance, objects)
+            clear_unknown(ArrayWriter.open(self.folder / "s0"), ours, grid)
             sync(os.fspath(self.folder))
             update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -281,13 +273,12 @@ class MaskTask(LabelsTask):
 
 class _MaskWorker(BlockWorker):
     def __init__(self, task: MaskTask) -> None:
-        self._source, self._lattice = open_probabilities(task.input), task.lattice
-        self._writer = ArrayWriter.open(task.folder / "s0")
-        self._threshold, self._foreground_file = task.parameters.threshold, task.foreground_file
+        self._foreground, self._lattice = Foreground.open(task.input, task.parameters), task.lattice
+        self._writer, self._foreground_file = ArrayWriter.open(task.folder / "s0"), task.foreground_file
 
     def do(self, number: int) -> None:
         begin, shape = self._lattice.region(number)
-        mask = above(read_block(self._source, begin, shape), self._threshold)
+        mask = self._foreground.mask(begin, shape)
         if mask.any() and not self._foreground_file.exists():
             write_file(self._foreground_file, b"")
         self._writer.write(begin, mask.view(np.uint8))

@@ -6,22 +6,16 @@ union-find forest, numbers its trees, and adds up their pieces to objects.
 
 from __future__ import annotations
 
-import io
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import CorruptDataError
 from connectomics.geometry import Index
-from connectomics.io.write import write_file
-from connectomics.tasks.blocks import RANK, Lattice
+from connectomics.tasks.blocks import RANK, BlockFiles, Lattice
 
 Number = TypeVar("Number", bound=np.generic)
 #: The faces of a block by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h).
@@ -108,35 +102,14 @@ def reach(step: Index, connectivity: int) -> int:
 
 # -- files -------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class StoredBlocks:
-    """The files ``folder/0``, ``folder/1``, ... that the blocks of a lattice leave for later stages: arrays by name.
+class StoredBlocks(BlockFiles):
+    """What the blocks of a lattice leave for later stages.
 
     Every block has ``count`` (its labels are 1..count), the columns of its `Pieces` and its six `SIDES`; a task may add
     more.
     """
 
     lattice: Lattice
-    folder: Path
-
-    def save(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Store the arrays of a block in one step, compressed; the same arrays give the same bytes."""
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
-            for name, values in arrays.items():
-                about = zipfile.ZipInfo(f"{name}.npy")  # its date is constant
-                about.compress_type = zipfile.ZIP_DEFLATED
-                with file.open(about, "w", force_zip64=True) as part:
-                    np.lib.format.write_array(part, np.asanyarray(values), allow_pickle=False)
-        write_file(self.folder / str(number), buffer.getbuffer())
-
-    def load(self, number: int, *names: str) -> dict[str, NDArray[Any]]:
-        """Read some arrays of a block; `CorruptDataError` if that fails."""
-        path = self.folder / str(number)
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return {name: stored[name] for name in names}
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
 
     def pieces(self, number: int) -> Pieces:
         """Read the pieces of a block."""
@@ -156,6 +129,23 @@ class StoredBlocks:
         """Return how many labels a block has."""
         return int(self.offsets[number + 1] - self.offsets[number])
 
+    def borders(self, connectivity: int) -> Iterator[tuple[int, int, Index]]:
+        """Yield two neighboring blocks that both have labels, and the step from the first to the second."""
+        for block in range(len(self.lattice)):
+            if self.count(block):
+                for step, other in self.lattice.neighbors(block, connectivity):
+                    if self.count(other):
+                        yield block, other, step
+
+    def touching(self, connectivity: int) -> Iterator[NDArray[np.int64]]:
+        """Yield for each border between blocks the pairs of nodes (n, 2) that touch across it."""
+        from connectomics.decoding.blocks.component_kernels import touching
+
+        faces = lru_cache(maxsize=FACES_KEPT)(self.faces)
+        for block, other, step in self.borders(connectivity):
+            low, high = border(faces(block), step), border(faces(other), opposite(step))
+            yield touching(low, high, reach(step, connectivity)) + (self.offsets[[block, other]] - 1)
+
 
 # -- from pieces to objects --------------------------------------------------------------------------------------------
 def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]:
@@ -165,18 +155,11 @@ def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]
         (nodes,) the union-find forest over the nodes of `StoredBlocks.offsets`: the parent of each, whose number is at
         most its own; a root is its own parent.
     """
-    from connectomics.decoding.blocks.component_kernels import join
+    from connectomics.decoding.blocks.component_kernels import join_pairs
 
-    offsets = blocks.offsets
-    forest = np.arange(offsets[-1])
-    faces = lru_cache(maxsize=FACES_KEPT)(blocks.faces)
-    for block in range(len(blocks.lattice)):
-        if not blocks.count(block):
-            continue
-        for step, other in blocks.lattice.neighbors(block, connectivity):
-            if blocks.count(other):
-                low, high = border(faces(block), step), border(faces(other), opposite(step))
-                join(forest, low, high, int(offsets[block]), int(offsets[other]), reach(step, connectivity))
+    forest = np.arange(blocks.offsets[-1])
+    for pairs in blocks.touching(connectivity):
+        join_pairs(forest, pairs)
     return forest
 
 

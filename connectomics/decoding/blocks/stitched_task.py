@@ -4,7 +4,7 @@ In the stage ``label`` every block is segmented alone. The leading process then 
 to objects (`StitchedTask.unite`), fills their holes if asked, drops small ones, and numbers the rest 1..n by their
 first voxel in z-y-x order. In the stage ``write`` the blocks get the labels of the objects. With a boundary (a class or
 a head) these objects are cores, found where there is no boundary: the stage ``cores`` writes them, and the stage
-``grow`` grows them back over the boundary, as `connectomics.decoding.decode.decode_between` does.
+``grow`` grows them back over the boundary, as `connectomics.decoding.decode.decode_class` does.
 
 The unfinished output::
 
@@ -42,7 +42,7 @@ from connectomics.decoding.blocks.pieces import (
     relabel,
     unite_touching,
 )
-from connectomics.decoding.cellmap_postprocess import components, narrowest_unsigned
+from connectomics.decoding.cellmap_postprocess import components
 from connectomics.decoding.label_artifact import write_tables
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.stitch import grown_block, grown_objects
@@ -93,7 +93,7 @@ class StitchedTask(LabelsTask):
 
     def stored(self, stage: str = "label") -> StoredBlocks:
         """Return what the blocks of a stage leave for later ones."""
-        return StoredBlocks(self.lattice, self.scratch / stage)
+        return StoredBlocks(self.scratch / stage, self.lattice)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -106,13 +106,13 @@ class StitchedTask(LabelsTask):
         if stage == "label":
             self._create("labels", np.dtype(np.uint32))
         if stage == "cores" and not self._is_there("cores"):
-            self._create("cores", narrowest_unsigned(len(self._united())))
+            self._create("cores", np.min_scalar_type(len(self._united())))
         if stage == "grow":
             self._create("parts", np.dtype(np.uint32))
         if stage == "write" and not self.has_labels:
             objects = len(self._grown() if self.parameters.has_boundary else self._united())
             instances = self.parameters.kind == "instance"
-            self.create_labels(narrowest_unsigned(objects) if instances else np.dtype(np.uint8))
+            self.create_labels(np.min_scalar_type(objects) if instances else np.dtype(np.uint8))
 
     def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
         fills = self.parameters.fill_holes
@@ -259,7 +259,7 @@ def load_mapped(folder: Path) -> dict[str, NDArray[Any]]:
 class ComponentsTask(StitchedTask):
     """Connected components of the probabilities of a class, or the mask of those kept (method ``threshold``).
 
-    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary) on the whole
+    The labels are those of `connectomics.decoding.decode.decode_class` on the whole
     array, number by number, whatever the blocks.
     """
 

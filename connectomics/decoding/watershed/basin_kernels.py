@@ -9,11 +9,10 @@ compares the voxels' numbers there.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 
+from connectomics.decoding.blocks import pair_table
 from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32
 
 
@@ -162,17 +161,6 @@ def before(height: Ints32, worse: int, better: int, worse2: int, better2: int) -
 
 
 @numba.njit(cache=True, nogil=True)
-def slot(keys: Ints, key: Any) -> Any:
-    """Where a key is in the table, or the free place for it."""
-    mask = len(keys) - 1
-    mixed = np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)
-    at = np.int64(mixed >> np.uint64(20)) & mask
-    while keys[at] != -1 and keys[at] != key:
-        at = (at + 1) & mask
-    return at
-
-
-@numba.njit(cache=True, nogil=True)
 def basin_edges(
     height: Ints32,
     label: Array,
@@ -193,7 +181,7 @@ def basin_edges(
         The two basins, the worse and the better voxel of each edge (m,).
     """
     _, rows, columns = shape
-    keys = np.full(1 << 12, -1, np.int64)
+    keys = np.full(1 << 12, pair_table.EMPTY, np.uint64)
     worse, better = np.empty(1 << 12, np.int64), np.empty(1 << 12, np.int64)
     count = 0
     near, lowest = np.empty(len(offsets), np.int64), np.empty(len(offsets), np.int64)
@@ -229,21 +217,19 @@ def basin_edges(
                         near[number], lowest[number] = other, n
                         number += 1
                 for i in range(number):
-                    key = (np.int64(min(own, near[i])) << 32) | np.int64(max(own, near[i]))
-                    at = slot(keys, key)
-                    if keys[at] == -1:
+                    key = pair_table.pair_key(np.int64(own), near[i])
+                    at = pair_table.slot_of(keys, key)
+                    if keys[at] == pair_table.EMPTY:
                         keys[at], worse[at], better[at] = key, v, lowest[i]
                         count += 1
                     elif before(height, v, lowest[i], worse[at], better[at]):
                         worse[at], better[at] = v, lowest[i]
                 if 2 * count > len(keys):
-                    old_keys, old_worse, old_better = keys, worse, better
-                    keys = np.full(4 * len(keys), -1, np.int64)
-                    worse, better = np.empty(len(keys), np.int64), np.empty(len(keys), np.int64)
-                    for k in range(len(old_keys)):
-                        if old_keys[k] != -1:
-                            at = slot(keys, old_keys[k])
-                            keys[at], worse[at], better[at] = old_keys[k], old_worse[k], old_better[k]
-    chosen = np.flatnonzero(keys != -1)
-    both = keys[chosen]
-    return both >> 32, both & 0xFFFFFFFF, worse[chosen], better[chosen]
+                    kept = keys != pair_table.EMPTY
+                    larger = pair_table.enlarged(keys, kept)
+                    worse = pair_table.moved(worse, keys, kept, larger)
+                    better = pair_table.moved(better, keys, kept, larger)
+                    keys = larger
+    chosen = np.flatnonzero(keys != pair_table.EMPTY)
+    ones, twos = pair_table.nodes_of(keys[chosen])
+    return ones, twos, worse[chosen], better[chosen]

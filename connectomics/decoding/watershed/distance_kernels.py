@@ -97,25 +97,12 @@ def along_line(f: Ints, n: int, weight: int, cap: int, place: Any, start: Any, o
 
 
 @numba.njit(cache=True, nogil=True)
-def along_y(values: Ints32, begin: int, out: Ints32, weight: int, cap: int) -> None:
-    """`along_line` along y of ``values`` (d, h, w); ``out`` (d, e, w) takes the rows from ``begin`` on. ``out`` may be
-    the first rows of ``values`` itself."""
-    height = values.shape[1]
-    line, result = np.empty(height, np.int64), np.empty(height, np.int64)
-    place, start = np.empty(height + 1, np.int64), np.empty(height + 1, np.int64)
-    for z in range(values.shape[0]):
-        for x in range(values.shape[2]):
-            for y in range(height):
-                line[y] = values[z, y, x]
-            along_line(line, height, weight, cap, place, start, result)
-            for y in range(out.shape[1]):
-                out[z, y, x] = result[begin + y]
+def along_rows(values: Ints32, begin: int, out: Ints32, weight: int, cap: int, outside: int) -> None:
+    """`along_line` along the last axis of ``values`` (d, h, w); ``out`` (d, h, e) takes what begins at ``begin``.
 
-
-@numba.njit(cache=True, nogil=True)
-def along_x(values: Ints32, begin: int, out: Ints32, weight: int, cap: int, outside: int) -> None:
-    """`along_line` along x of ``values`` (d, h, w); ``out`` (d, h, e) takes minus the values from ``begin`` on, and
-    ``outside`` where they are zero. ``out`` may be ``values`` itself."""
+    ``outside``: if not 0, ``out`` takes heights: minus the values, and ``outside`` where they are zero. ``out`` may be
+    the beginning of ``values`` itself.
+    """
     width = values.shape[2]
     line, result = np.empty(width, np.int64), np.empty(width, np.int64)
     place, start = np.empty(width + 1, np.int64), np.empty(width + 1, np.int64)
@@ -126,4 +113,4 @@ def along_x(values: Ints32, begin: int, out: Ints32, weight: int, cap: int, outs
             along_line(line, width, weight, cap, place, start, result)
             for x in range(out.shape[2]):
                 d = result[begin + x]
-                out[z, y, x] = outside if d == 0 else -d
+                out[z, y, x] = d if outside == 0 else (outside if d == 0 else -d)

@@ -24,6 +24,7 @@ from connectomics.decoding.blocks.pieces import number_trees
 from connectomics.decoding.cellmap_postprocess import neighbor_steps
 from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, boundary_heights, depth_heights
 from connectomics.geometry import Index
+from connectomics.tasks.blocks import with_halo
 
 #: Lower than any height: no edge joins two seeds.
 NO_FLOOR = int(np.iinfo(np.int32).min)
@@ -87,11 +88,7 @@ class Part:
 
     def grown(self, more: Sequence[int] = (0, 0, 0)) -> tuple[Index, Index]:
         """Return first voxel and shape of the part with its halo and ``more`` voxels on every side."""
-        sides = [a + m for a, m in zip(self.halo, more, strict=True)]
-        z, y, x = (max(0, b - s) for b, s in zip(self.begin, sides, strict=True))
-        ends = (min(w, b + n + s) for w, b, n, s in zip(self.whole, self.begin, self.shape, sides, strict=True))
-        d, h, w = (e - b for e, b in zip(ends, (z, y, x), strict=True))
-        return (z, y, x), (d, h, w)
+        return with_halo(self.begin, self.shape, np.add(self.halo, more).tolist(), self.whole)[:2]
 
 
 def fragments(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from connectomics.decoding.blocks import pair_table
 from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Labels, root_of
-from connectomics.decoding.watershed.basin_kernels import before, slot
+from connectomics.decoding.watershed.basin_kernels import before
 
 
 @numba.njit(cache=True, nogil=True)
@@ -102,7 +103,7 @@ def border_edges(
     Returns:
         The labels on both sides, the number of the worse and of the better voxel, their heights; each (m,).
     """
-    keys = np.full(1 << 10, -1, np.int64)
+    keys = np.full(1 << 10, pair_table.EMPTY, np.uint64)
     numbers = np.empty((1 << 10, 2), np.int64)
     levels = np.empty((1 << 10, 2), np.int32)
     count = 0
@@ -122,9 +123,9 @@ def border_edges(
                         worse, better, worse_height, better_height = there, here, g, h
                     else:
                         worse, better, worse_height, better_height = here, there, h, g
-                    key = (np.int64(low[y, x]) << 32) | np.int64(high[v, u])
-                    at = slot(keys, key)
-                    if keys[at] == -1:
+                    key = (np.uint64(low[y, x]) << pair_table.SHIFT) | np.uint64(high[v, u])
+                    at = pair_table.slot_of(keys, key)
+                    if keys[at] == pair_table.EMPTY:
                         keys[at] = key
                         count += 1
                     elif not (
@@ -142,21 +143,12 @@ def border_edges(
                     numbers[at, 0], numbers[at, 1] = worse, better
                     levels[at, 0], levels[at, 1] = worse_height, better_height
             if 4 * count > len(keys):
-                old_keys, old_numbers, old_levels = keys, numbers, levels
-                keys = np.full(4 * len(keys), -1, np.int64)
-                numbers = np.empty((len(keys), 2), np.int64)
-                levels = np.empty((len(keys), 2), np.int32)
-                for k in range(len(old_keys)):
-                    if old_keys[k] != -1:
-                        at = slot(keys, old_keys[k])
-                        keys[at], numbers[at], levels[at] = old_keys[k], old_numbers[k], old_levels[k]
-    chosen = np.flatnonzero(keys != -1)
-    both = keys[chosen]
-    return (
-        both >> 32,
-        both & 0xFFFFFFFF,
-        numbers[chosen, 0],
-        numbers[chosen, 1],
-        levels[chosen, 0],
-        levels[chosen, 1],
-    )
+                kept = keys != pair_table.EMPTY
+                larger = pair_table.enlarged(keys, kept)
+                numbers = pair_table.moved(numbers, keys, kept, larger)
+                levels = pair_table.moved(levels, keys, kept, larger)
+                keys = larger
+    chosen = np.flatnonzero(keys != pair_table.EMPTY)
+    ones, twos = pair_table.nodes_of(keys[chosen])
+    numbers, levels = numbers[chosen], levels[chosen]
+    return ones, twos, numbers[:, 0], numbers[:, 1], levels[:, 0], levels[:, 1]

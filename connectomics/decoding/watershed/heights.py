@@ -88,21 +88,18 @@ def depth_heights(
     Returns:
         (d + 2, h + 2, w + 2) int32: the part with a rim of `OUTSIDE` around it.
     """
-    from connectomics.decoding.watershed.distance_kernels import along_x, along_y, along_z
+    from connectomics.decoding.watershed.distance_kernels import along_rows, along_z
 
     depth, height, width = (int(n) for n in shape)
     (wz, wy, wx), cap = rule.weights, rule.cap
     out = np.full((depth + 2, height + 2, width + 2), OUTSIDE, np.int32)
     inner = out[1:-1, 1:-1, 1:-1]
-    if tuple(shape) == mask.shape:  # all of it: in place
-        along_z(mask, 0, inner, wz, cap)
-        along_y(inner, 0, inner, wy, cap)
-        along_x(inner, 0, inner, wx, cap, OUTSIDE)
-        return out
-    values = np.empty((depth, *mask.shape[1:]), np.int32)
+    # a whole array is computed in place
+    values = inner if tuple(shape) == mask.shape else np.empty((depth, *mask.shape[1:]), np.int32)
+    rows = values[:, :height]
     along_z(mask, int(begin[0]), values, wz, cap)
-    along_y(values, int(begin[1]), values[:, :height], wy, cap)
-    along_x(values[:, :height], int(begin[2]), inner, wx, cap, OUTSIDE)
+    along_rows(values.transpose(0, 2, 1), int(begin[1]), rows.transpose(0, 2, 1), wy, cap, 0)
+    along_rows(rows, int(begin[2]), inner, wx, cap, OUTSIDE)
     return out
 
 

@@ -6,7 +6,7 @@ fragments of all blocks that hold a voxel of one core are one from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 
@@ -62,7 +62,6 @@ def join(
     """
     from connectomics.decoding.watershed.forest_kernels import join_seeded
 
-    faces = lru_cache(maxsize=FACES_KEPT)(partial(_faces, blocks))
     parts = []
     forest = np.arange(blocks.offsets[-1])
     holder = np.full(cores + 1, -1, np.int64)  # the first fragment of each core
@@ -80,7 +79,7 @@ def join(
             holder[core[new]] = nodes[new]  # a core occurs once in a block
             forest[nodes] = holder[core]
         parts.append(_shifted(Edges(**stored), first - 1, first - 1))
-        parts.extend(_across(blocks, block, connectivity, faces))
+    parts.extend(_across(blocks, connectivity))
     if parts:
         edges = Edges(*(np.concatenate([getattr(part, name) for part in parts]) for name in _EDGES))
         join_seeded(edges.ones, edges.twos, edges.worse_height <= floor, edges.order, seeded, forest)
@@ -125,16 +124,15 @@ def _faces(blocks: StoredBlocks, block: int) -> Faces:
     return blocks.faces(block), {name.removeprefix("height"): plane for name, plane in heights.items()}
 
 
-def _across(blocks: StoredBlocks, block: int, connectivity: int, faces: Callable[[int], Faces]) -> Iterator[Edges]:
-    """Yield the edges to the blocks that come after this one."""
+def _across(blocks: StoredBlocks, connectivity: int) -> Iterator[Edges]:
+    """Yield the edges across each border between blocks."""
     from connectomics.decoding.watershed.forest_kernels import border_edges
 
-    for step, other in blocks.lattice.neighbors(block, connectivity):
-        if not blocks.count(other):
-            continue
+    load = lru_cache(maxsize=FACES_KEPT)(partial(_faces, blocks))
+    for block, other, step in blocks.borders(connectivity):
         sides = []
         for number, way in ((block, step), (other, opposite(step))):
-            labels, heights = faces(number)
+            labels, heights = load(number)
             plane = border(labels, way)
             sides.append((plane, border(heights, way), _numbers(blocks, number, way).reshape(plane.shape)))
         (low, low_height, low_number), (high, high_height, high_number) = sides

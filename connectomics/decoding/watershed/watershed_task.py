@@ -27,7 +27,7 @@ BLOCK = (192, 192, 192)
 class WatershedTask(StitchedTask):
     """The objects of a class, split where they are narrow, or where a head sees a border (``parameters.height``).
 
-    The labels are those of `connectomics.decoding.decode.decode_class` (`decode_between` with a boundary) on the whole
+    The labels are those of `connectomics.decoding.decode.decode_class` on the whole
     array, number by number, whatever the blocks: depth is exact up to ``parameters.max_depth_nm``, and probabilities
     are read this far (and the reach of the seeds) beyond a block.
     """

@@ -65,7 +65,9 @@ def _last_three(attrs: Mapping[str, Any], names: tuple[str, ...], where: str) ->
     except (TypeError, ValueError):
         values = ()
     if len(values) != 3 or not all(map(math.isfinite, values)):
-        raise MetadataError(f"{where}: attribute {name!r} must be three numbers (z y x, nm), got {attrs[name]!r}")
+        raise MetadataError(
+            f"{where}: attribute {name!r} must be three numbers (nm, z y x, finite), got {attrs[name]!r}"
+        )
     return values[0], values[1], values[2]
 
 

@@ -18,14 +18,15 @@ from numpy.typing import NDArray
 
 from connectomics.errors import InputError, WriteError
 from connectomics.metrics.challenge.align import Readable
-from connectomics.metrics.challenge.scoring import Box, VolumePair, prediction_array, truth_array, where_parts
+from connectomics.metrics.challenge.instance_distances import Box
+from connectomics.metrics.challenge.scoring import prediction_array, truth_array, where_parts
 from connectomics.metrics.overlaps import OverlapCounter, Overlaps, label_dtype
 
 _PLANES = 64  # slabs of whole chunks, as chunks usually are
 
 
-class BlockPair(VolumePair):
-    """A ground truth and a prediction of one shape, read slab by slab. Use it in a ``with`` block.
+class BlockPair:
+    """What `InMemoryPair` is, for volumes that are read slab by slab. Use it in a ``with`` block.
 
     ``memory_bytes`` limits the memory apart from the instance tables. The scratch files take 4 bytes per voxel and the
     ground truth's own size, in the folder for temporary files; leaving the block removes them. Raises `InputError` for
@@ -94,14 +95,11 @@ class BlockPair(VolumePair):
 
     def _label(self) -> None:
         """Find components slab by slab with provisional numbers, then their final numbers in ``_lut``."""
-        import cc3d
-
         folder = Path(self._folder.name)
         self._parts = _Scratch(folder / "components", self.shape, np.dtype(np.uint32))
         self._labels = _Scratch(folder / "truth", self.shape, label_dtype(self._truth.dtype))
         values: list[NDArray[Any]] = [np.zeros(1, self._pred.dtype.newbyteorder("="))]
-        joins: list[NDArray[np.int64]] = []
-        count, above = 0, None
+        components = SlabComponents()
         for begin, end in self._slabs():
             size = (end - begin, *self.shape[1:])
             truth = truth_array(self._truth.read((begin, 0, 0), size))
@@ -109,27 +107,20 @@ class BlockPair(VolumePair):
             self._labels.write(begin, truth)
             pred, nan = prediction_array(self._pred.read((begin, 0, 0), size))
             self.nan_voxels += nan
-            local, n = cc3d.connected_components(pred, return_N=True)
-            of_label = np.zeros(n + 1, pred.dtype)
-            _values_of(local, pred, of_label)
-            numbers = np.arange(count, count + n + 1, dtype=np.uint32)
-            numbers[0] = 0
-            parts = numbers[local]
-            if above is not None:
-                joins.append(touching(*above, pred[0], parts[0]))
-            above = (pred[-1].copy(), parts[-1].copy())
+            before = components.count
+            parts = components.add(pred)
+            if components.count >= np.iinfo(np.uint32).max:
+                raise InputError(f"{self._pred.where}: more than {components.count} components; nothing can be matched")
+            of_part = np.zeros(components.count - before, pred.dtype)
+            _values_of(parts, pred, before, of_part)
             self._parts.write(begin, parts)
-            values.append(of_label[1:])
-            count += n
-            if count >= np.iinfo(np.uint32).max:
-                raise InputError(f"{self._pred.where}: more than {count} components; nothing can be matched")
+            values.append(of_part)
         if self.max_truth > self._max_label:
             raise InputError(
                 f"{self._truth.where}: ground-truth labels up to {self.max_truth} need tables larger than the memory; "
                 f"renumber the ground truth to at most {self._max_label}"
             )
-        parent = np.arange(count + 1)
-        unite(parent, joins)
+        parent = components.parents()
         roots = np.flatnonzero(parent == np.arange(parent.size))
         rank = np.zeros(parent.size, np.uint32)
         rank[roots] = np.arange(roots.size)
@@ -163,12 +154,49 @@ class _Scratch:
         return np.memmap(self._path, self._dtype, "r", offset, (end - begin, *self._shape[1:]))
 
 
+class SlabComponents:
+    """The 26-connected components of equal value of a volume that is given slab by slab along z.
+
+    ``count`` is the number of provisional components so far: those of each slab on its own.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._joins = [np.zeros((0, 2), np.int64)]
+        self._above: tuple[NDArray[Any], NDArray[np.uint32]] | None = None
+
+    def add(self, slab: NDArray[Any]) -> NDArray[np.uint32]:
+        """Return the provisional component numbers of the next slab, 0 for background."""
+        import cc3d
+
+        local, n = cc3d.connected_components(slab, return_N=True)
+        numbers = np.arange(self.count, self.count + n + 1, dtype=np.uint32)
+        numbers[0] = 0
+        parts: NDArray[np.uint32] = numbers[local]
+        if self._above is not None:
+            self._joins.append(_touching(*self._above, slab[0], parts[0]))
+        self._above = slab[-1].copy(), parts[-1].copy()
+        self.count += n
+        return parts
+
+    def skip(self) -> None:
+        """Take the next slab to be background."""
+        self._above = None
+
+    def parents(self) -> NDArray[np.int64]:
+        """Return, by provisional number, the smallest number of the same component of the whole volume."""
+        parent = np.arange(self.count + 1)
+        _unite(parent, np.concatenate(self._joins))
+        return parent
+
+
 @njit(cache=True, nogil=True)
-def _values_of(labels, values, out):  # type: ignore[no-untyped-def]  # pragma: no cover
-    for z in range(labels.shape[0]):
-        for y in range(labels.shape[1]):
-            for x in range(labels.shape[2]):
-                out[labels[z, y, x]] = values[z, y, x]
+def _values_of(parts, values, before, out):  # type: ignore[no-untyped-def]  # pragma: no cover
+    for z in range(parts.shape[0]):
+        for y in range(parts.shape[1]):
+            for x in range(parts.shape[2]):
+                if parts[z, y, x] != 0:
+                    out[parts[z, y, x] - before - 1] = values[z, y, x]
 
 
 @njit(cache=True, nogil=True)
@@ -194,7 +222,7 @@ def _touching_runs(value_a, part_a, value_b, part_b, out):  # type: ignore[no-un
     return n
 
 
-def touching(
+def _touching(
     value_a: NDArray[Any], part_a: NDArray[Any], value_b: NDArray[Any], part_b: NDArray[Any]
 ) -> NDArray[np.int64]:
     """Return the pairs (n, 2) of components of two neighboring planes that touch with equal values (26 neighbors)."""
@@ -206,13 +234,9 @@ def touching(
     return np.unique(out[:n], axis=0)
 
 
-def unite(parent: NDArray[np.int64], pairs: list[NDArray[np.int64]]) -> None:
-    """Unite pairs (n, 2) of numbers; ``parent`` (0, 1, ...) then holds the smallest number of each set."""
-    _unite(parent, np.concatenate([np.zeros((0, 2), np.int64), *pairs]))
-
-
 @njit(cache=True, nogil=True)
 def _unite(parent, pairs):  # type: ignore[no-untyped-def]  # pragma: no cover
+    """Unite pairs (n, 2) of numbers; ``parent`` (0, 1, ...) then holds the smallest number of each set."""
     for i in range(pairs.shape[0]):
         a, b = pairs[i, 0], pairs[i, 1]
         while parent[a] != a:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,34 +23,31 @@ if TYPE_CHECKING:
 Box = tuple[slice, slice, slice]
 
 
+@dataclass
 class Distances:
     """The capped distance (nm) of every ground-truth label to its match, by rules; each is computed once."""
 
-    def __init__(
-        self,
-        pair: VolumePair,
-        overlaps: Overlaps,
-        matched: NDArray[np.int64],
-        voxel_size: Triple,
-        cap: float,
-        workers: int,
-    ) -> None:
-        self._pair, self._overlaps, self._matched = pair, overlaps, matched
-        self._voxel_size, self._cap, self._workers = voxel_size, cap, workers
-        self._known: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = []  # second components, and their distances
+    pair: VolumePair
+    overlaps: Overlaps
+    matched: NDArray[np.int64]
+    voxel_size: Triple
+    cap: float
+    workers: int
+    #: Second components, and the distances with them.
+    _known: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = field(default_factory=list)
 
     def by(self, rules: Rules) -> NDArray[np.float32]:
         """Return the distances by these rules, (T,)."""
-        part_is_matched = np.zeros(self._overlaps.n_parts + 1, bool)
-        part_is_matched[self._matched] = True
-        second = rules.second_part(self._overlaps.truth_ids, part_is_matched)
-        compared = (self._matched > 0) | (second > 0)
-        distances = np.full(self._matched.size, rules.unmatched_distance(self._cap), np.float32)
+        part_is_matched = np.zeros(self.overlaps.n_parts + 1, bool)
+        part_is_matched[self.matched] = True
+        second = rules.second_part(self.overlaps.truth_ids, part_is_matched)
+        compared = (self.matched > 0) | (second > 0)
+        distances = np.full(self.matched.size, rules.unmatched_distance(self.cap), np.float32)
         distances[compared] = self._compared(second, compared)[compared]
         return distances
 
     def _compared(self, second: NDArray[np.int64], compared: NDArray[np.bool_]) -> NDArray[np.float32]:
-        overlaps, matched, voxel_size, cap = self._overlaps, self._matched, self._voxel_size, self._cap
+        overlaps, matched, voxel_size, cap = self.overlaps, self.matched, self.voxel_size, self.cap
         distances = np.full(matched.size, np.nan, np.float32)
         for other, known in self._known:
             same = compared & (other == second)
@@ -60,16 +58,16 @@ class Distances:
         distances[identical] = 0.0
         # A face of one box that lies beyond the other's is a voxel at least that far from the other mask.
         distances[compared & _beyond(overlaps.truth_boxes, found, voxel_size, cap)] = cap
-        budget = MemoryBudget(self._pair.scratch_bytes)
+        budget = MemoryBudget(self.pair.scratch_bytes)
 
         def one(row: int) -> None:
             parts = [int(p) for p in (matched[row], second[row]) if p]
             with budget.held(scratch_bytes(overlaps.truth_boxes[row], found[row])):
-                distances[row] = _distance(self._pair, overlaps, row, parts, found[row], voxel_size, cap)
+                distances[row] = _distance(self.pair, overlaps, row, parts, found[row], voxel_size, cap)
 
         todo = np.flatnonzero(compared & np.isnan(distances))
         volume = _volume(overlaps.truth_boxes[todo]) + _volume(found[todo])
-        with ThreadPoolExecutor(max(1, self._workers)) as threads:
+        with ThreadPoolExecutor(max(1, self.workers)) as threads:
             list(threads.map(one, todo[np.argsort(-volume, kind="stable")].tolist()))
         self._known.append((second, distances))
         return distances

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from connectomics.config.values import plain
 from connectomics.geometry import Triple
+from connectomics.metrics.cellmap_metrics import Pooled
 from connectomics.metrics.challenge.rules import RULES, Rules
 
 SCORED = "scored"
@@ -20,16 +21,13 @@ FAILED = "matching_failed"
 
 
 @dataclass(frozen=True)
-class Panoptic:
+class Panoptic(Pooled):
     """Counts of Panoptic Quality (Kirillov et al., CVPR 2019): matches are pairs with IoU above 1/2."""
 
     tp: int = 0
     fp: int = 0
     fn: int = 0
     iou_sum: float = 0.0
-
-    def __add__(self, other: Panoptic) -> Panoptic:
-        return Panoptic(self.tp + other.tp, self.fp + other.fp, self.fn + other.fn, self.iou_sum + other.iou_sum)
 
     @classmethod
     def of_segment(cls, tp: int, fp: int, fn: int) -> Panoptic:
@@ -272,7 +270,7 @@ class SubmissionScore:
             "submitted_only": self.submitted_only.to_dict(),
             "rules": self.rules,
             "verified": self.verified,
-            "by_rules": [row.to_dict() for row in self.moves],
+            "by_rules": moves({name: totals.overall for name, totals in self.by_rules.items()}, self.totals.overall),
             "warnings": list(self.warnings),
         }
 
@@ -281,34 +279,19 @@ class SubmissionScore:
         """Return the scores per class with missing labels counted."""
         return self.totals.classes
 
-    @property
-    def moves(self) -> list[RulesRow]:
-        """Return the overall score by each of the compared rules, and how far it moves."""
-        return moves({name: totals.overall for name, totals in self.by_rules.items()}, self.totals.overall)
 
-
-@dataclass(frozen=True)
-class RulesRow:
-    """An overall score by some rules; ``moves`` is its difference to the score by the requested rules."""
-
-    rules: str
-    verified: bool
-    summary: str
-    overall: float | None
-    moves: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return plain(self)
-
-
-def moves(overall: Mapping[str, float | None], asked: float | None) -> list[RulesRow]:
-    """Return one row per version of the rules, from its overall score; ``asked``: by the requested rules."""
-    rows = []
-    for name, value in overall.items():
-        by = None if value is None or asked is None else value - asked
-        rows.append(RulesRow(name, RULES[name].verified, RULES[name].summary, value, by))
-    return rows
+def moves(overall: Mapping[str, float | None], asked: float | None) -> list[dict[str, Any]]:
+    """Return a row for each version of the rules: its overall score, and how far it moves from ``asked``."""
+    return [
+        {
+            "rules": name,
+            "verified": RULES[name].verified,
+            "summary": RULES[name].summary,
+            "overall": value,
+            "moves": None if value is None or asked is None else value - asked,
+        }
+        for name, value in overall.items()
+    ]
 
 
 # -- pooling -----------------------------------------------------------------------------------------------------------

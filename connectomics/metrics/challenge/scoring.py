@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,11 @@ from connectomics.metrics.challenge.results import (
 )
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.overlaps import OverlapCounter, Overlaps, label_array
+
+if TYPE_CHECKING:
+    from connectomics.metrics.challenge.blocks import BlockPair
+
+VolumePair: TypeAlias = "InMemoryPair | BlockPair"  # in memory or on disk
 
 
 # -- the two functions -------------------------------------------------------------------------------------------------
@@ -60,14 +65,11 @@ def score_instance(
     """
     rules = get_rules(rules)
     spacing = triple(voxel_size, "voxel_size")
-    parts_input, nan_voxels = prediction_array(pred)
-    if nan_voxels:
-        warnings.warn(nan_message(nan_voxels), stacklevel=2)
-    labels = truth_array(truth)
-    check_shapes(parts_input, labels)
-    pair = InMemoryPair(parts_input, labels)
+    pair = InMemoryPair(pred, truth)
+    if pair.nan_voxels:
+        warnings.warn(nan_message(pair.nan_voxels), stacklevel=2)
     others = tuple(RULES.values()) if compare else ()
-    return score_pair(pair, spacing, rules, workers or usable_cores(), nan_voxels, others)
+    return score_pair(pair, spacing, rules, workers or usable_cores(), others)
 
 
 def score_semantic(pred: ArrayLike, truth: ArrayLike) -> SemanticScore:
@@ -123,51 +125,28 @@ def nan_message(voxels: int) -> str:
 
 
 # -- volumes -----------------------------------------------------------------------------------------------------------
-class VolumePair:
-    """A ground truth and the components of a prediction, in memory or on disk."""
+class InMemoryPair:
+    """Two volumes (D, H, W) in memory; the prediction is split into 26-connected components of equal value.
 
-    shape: tuple[int, int, int]
-    max_truth: int
-    n_parts: int
-    scratch_bytes: int
+    Raises `InputError` for unusable types or shapes (see `score_instance`).
+    """
 
-    def overlaps(self) -> Overlaps:
-        """Return sizes, boxes and overlapping pairs, by the ground truth's own labels."""
-        raise NotImplementedError
-
-    def count_truth(self) -> int:
-        """Return the number of labels other than 0 in the ground truth."""
-        raise NotImplementedError
-
-    def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
-        """Return, inside ``box``, where the ground truth is ``truth_id``."""
-        raise NotImplementedError
-
-    def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
-        """Return, inside ``box``, where the component is one of two numbers; the second may be 0 for none."""
-        raise NotImplementedError
-
-    def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
-        """Return the predicted values (N,) of components (N,) whose first voxels are ``first`` (N, 3), z y x."""
-        raise NotImplementedError
-
-
-class InMemoryPair(VolumePair):
-    """Two volumes (D, H, W) in memory; the prediction is split into 26-connected components of equal value."""
-
-    def __init__(self, pred: NDArray[Any], truth: NDArray[Any]) -> None:
+    def __init__(self, pred: ArrayLike, truth: ArrayLike) -> None:
         import cc3d
 
-        self._pred, self._truth = pred, truth
-        self.shape = (truth.shape[0], truth.shape[1], truth.shape[2])
-        self.scratch_bytes = max(pred.nbytes + truth.nbytes, 1 << 26)
-        self.max_truth = int(truth.max())
+        self._pred, self.nan_voxels = prediction_array(pred)
+        self._truth = truth_array(truth)
+        check_shapes(self._pred, self._truth)
+        self.shape = self._truth.shape
+        self.scratch_bytes = max(self._pred.nbytes + self._truth.nbytes, 1 << 26)
+        self.max_truth = int(self._truth.max())
         if self.max_truth >= 1 << 63:
             raise InputError(f"ground-truth labels must be below 2^63, got {self.max_truth}")
-        self._parts, self.n_parts = cc3d.connected_components(pred, return_N=True, out_dtype=np.uint32)
+        self._parts, self.n_parts = cc3d.connected_components(self._pred, return_N=True, out_dtype=np.uint32)
         self._rank: dict[int, int] | None = None
 
     def overlaps(self) -> Overlaps:
+        """Return sizes, boxes and overlapping pairs, by the ground truth's own labels."""
         # Tables have an entry for every label up to the largest, so sparse labels are renumbered, in order.
         if self.max_truth > max(1 << 16, self._truth.size // 16):
             import fastremap
@@ -181,6 +160,7 @@ class InMemoryPair(VolumePair):
         return self._count(self.max_truth)
 
     def count_truth(self) -> int:
+        """Return the number of labels other than 0 in the ground truth."""
         import fastremap
 
         return int(np.count_nonzero(fastremap.unique(self._truth)))
@@ -191,13 +171,16 @@ class InMemoryPair(VolumePair):
         return counter.result()
 
     def truth_mask(self, truth_id: int, box: Box) -> NDArray[np.bool_]:
+        """Return, inside ``box``, where the ground truth is ``truth_id``."""
         label = truth_id if self._rank is None else self._rank[truth_id]
         return np.asarray(self._truth[box] == label)
 
     def parts_mask(self, parts: tuple[int, int], box: Box) -> NDArray[np.bool_]:
+        """Return, inside ``box``, where the component is one of two numbers; the second may be 0 for none."""
         return where_parts(self._parts[box], parts)
 
     def prediction_values(self, parts: NDArray[np.int64], first: NDArray[np.int32]) -> NDArray[Any]:
+        """Return the predicted values (N,) of components (N,) whose first voxels are ``first`` (N, 3), z y x."""
         return self._pred[tuple(first.T)]
 
 
@@ -263,18 +246,13 @@ def match(overlaps: Overlaps, max_truth: int, rules: Rules) -> NDArray[np.int64]
 
 
 def score_pair(
-    pair: VolumePair,
-    voxel_size: Triple,
-    rules: Rules,
-    workers: int,
-    nan_voxels: int = 0,
-    others: Sequence[Rules] = (),
+    pair: VolumePair, voxel_size: Triple, rules: Rules, workers: int, others: Sequence[Rules] = ()
 ) -> InstanceScore:
-    """Return the instance score of a `VolumePair`; see `score_instance`. ``others``: further rules for ``sums``."""
+    """Return the instance score of two volumes; see `score_instance`. ``others``: further rules for ``sums``."""
 
     def dropped(status: str, truths: int) -> InstanceScore:
         counted = Panoptic(fp=pair.n_parts, fn=truths)
-        return InstanceScore(0, 0, 0, 0.0, 0, status, rules.version, rules.verified, nan_voxels, counted)
+        return InstanceScore(0, 0, 0, 0.0, 0, status, rules.version, rules.verified, pair.nan_voxels, counted)
 
     if rules.too_many(pair.max_truth, pair.n_parts):
         return dropped(TOO_MANY, pair.count_truth())
@@ -304,7 +282,7 @@ def score_pair(
         SCORED,
         rules.version,
         rules.verified,
-        nan_voxels,
+        pair.nan_voxels,
         _panoptic(overlaps),
         _table(pair, overlaps, matched, found.by(rules)),
         sums,

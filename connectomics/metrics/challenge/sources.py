@@ -169,7 +169,13 @@ def read_targets(
     """
     store = FolderStore(truth)
     if table is None:
-        targets = _targets_of_truth(store)
+        arrays = {crop: GroupSubmission(store).classes(crop) for crop in store.folders()}
+        targets = [
+            _target(store, crop, name, "", None)
+            for crop, there in arrays.items()
+            for name in there
+            if not (name.endswith(_MASK) and name.removesuffix(_MASK) in there)
+        ]
     else:
         from connectomics.cellmap.crop_table import CropTable
 
@@ -190,17 +196,6 @@ def read_targets(
     if not chosen:
         raise InputError(f"{truth}: none of the crops {sorted(asked)} has the classes {sorted(asked_classes)}")
     return chosen, store.folders()
-
-
-def _targets_of_truth(store: Store) -> list[Target]:
-    targets = []
-    for crop in store.folders():
-        names = [name for name in store.folders(crop) if is_array(store, f"{crop}/{name}")]
-        for name in names:
-            if name.endswith(_MASK) and name.removesuffix(_MASK) in names:
-                continue
-            targets.append(_target(store, crop, name, "", None))
-    return targets
 
 
 def _target(store: Store, crop: str, class_name: str, dataset: str, grid: VoxelGrid | None) -> Target:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
+from numpy.typing import NDArray
 
 from connectomics.errors import InputError
+from connectomics.geometry import Index, VoxelGrid
 from connectomics.machine import usable_cores
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.align import Aligned, Readable
@@ -24,15 +27,7 @@ from connectomics.metrics.challenge.results import (
     pool,
 )
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
-from connectomics.metrics.challenge.scoring import (
-    InMemoryPair,
-    check_shapes,
-    missing_score,
-    nan_message,
-    prediction_array,
-    score_pair,
-    truth_array,
-)
+from connectomics.metrics.challenge.scoring import InMemoryPair, missing_score, nan_message, score_pair, truth_array
 from connectomics.metrics.challenge.sources import (
     Masked,
     Submission,
@@ -89,7 +84,7 @@ def score_submission(
     try:
         folders = names_in_truth(source, truth_crops)
         others = tuple(RULES.values()) if compare else ()
-        memory = memory_bytes or _half_of_free()
+        memory = memory_bytes or max(1 << 30, psutil.virtual_memory().available // 2)
         scorer = _Scorer(source, folders, rules, workers or usable_cores(), memory, others)
         results = []
         for done, result in enumerate(scorer.run(targets), start=1):
@@ -141,7 +136,8 @@ class _Scorer:
         truth: Readable = target.truth
         score: InstanceScore | SemanticScore
         if missing:
-            ids = _count_ids(truth) if is_instance else int(_any(truth))
+            slabs = (truth.read(*slab) for slab in _slabs(target.grid))
+            ids = _count_ids(slabs) if is_instance else int(any((slab > 0).any() for slab in slabs))
             score = missing_score(self._rules, is_instance, ids, target.grid.size)
         else:
             label = self._source.label(self._folders[target.crop], target.class_name)
@@ -172,54 +168,35 @@ class _Scorer:
         voxel_size = target.grid.voxel_size
         if not resampling and need > self._memory:
             with self._budget.held(self._memory), BlockPair(pred, truth, self._memory) as blocks:
-                return score_pair(blocks, voxel_size, self._rules, self._workers, blocks.nan_voxels, self._others)
+                return score_pair(blocks, voxel_size, self._rules, self._workers, self._others)
         with self._budget.held(need + resampling):
-            values, nan_voxels = prediction_array(pred.read())
-            labels = truth_array(truth.read())
-            check_shapes(values, labels)
-            pair = InMemoryPair(values, labels)
-            return score_pair(pair, voxel_size, self._rules, self._inner, nan_voxels, self._others)
+            pair = InMemoryPair(pred.read(), truth.read())
+            return score_pair(pair, voxel_size, self._rules, self._inner, self._others)
 
     def _semantic(self, pred: Readable, truth: Readable, target: Target, resampling: int) -> SemanticScore:
         counts, nan_voxels = Counts(), 0
         with self._budget.held(resampling):  # the slabs themselves need little memory
-            for begin, shape in _slabs(target.grid.shape):
-                a = pred.read(begin, shape)
+            for slab in _slabs(target.grid):
+                a = pred.read(*slab)
                 nan_voxels += int(np.count_nonzero(np.isnan(a))) if a.dtype.kind == "f" else 0
-                counts += Counts.of(a, truth.read(begin, shape))
+                counts += Counts.of(a, truth.read(*slab))
         return SemanticScore(counts.tp, counts.fp, counts.fn, nan_voxels=nan_voxels)
 
 
-Block = tuple[tuple[int, int, int], tuple[int, int, int]]
-
-
-def _slabs(shape: tuple[int, ...]) -> Iterator[Block]:
+def _slabs(grid: VoxelGrid) -> Iterator[tuple[Index, Index]]:
     """Yield the first voxel and shape of slabs along z that together cover a volume."""
-    n_z, n_y, n_x = shape
-    planes = max(1, _SLAB_VOXELS // (n_y * n_x))
-    for first in range(0, n_z, planes):
-        yield (first, 0, 0), (min(planes, n_z - first), n_y, n_x)
+    planes = max(1, _SLAB_VOXELS // (grid.shape[1] * grid.shape[2]))
+    yield from ((begin, slab.shape) for begin, slab in grid.blocks((planes, *grid.shape[1:])))
 
 
-def _count_ids(truth: Readable) -> int:
-    """Return the number of labels other than 0, slab by slab."""
+def _count_ids(slabs: Iterator[NDArray[Any]]) -> int:
+    """Return the number of labels other than 0."""
     import fastremap
 
     found: set[int] = set()
-    for begin, shape in _slabs(truth.shape):
-        found.update(fastremap.unique(truth_array(truth.read(begin, shape))).tolist())
+    for slab in slabs:
+        found.update(fastremap.unique(truth_array(slab)).tolist())
     return len(found - {0})
-
-
-def _any(truth: Readable) -> bool:
-    """Return whether a voxel is above 0, slab by slab."""
-    return any(bool((truth.read(*block) > 0).any()) for block in _slabs(truth.shape))
-
-
-def _half_of_free() -> int:
-    import psutil
-
-    return max(1 << 30, int(psutil.virtual_memory().available) // 2)
 
 
 def _ignored(

@@ -20,7 +20,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
@@ -45,6 +44,8 @@ def _inflate(data: bytes, size: int) -> bytes:
 
 
 def _zstd(data: bytes, size: int) -> bytes:
+    import pyarrow as pa
+
     with pa.CompressedInputStream(pa.py_buffer(data), "zstd") as stream:
         return bytes(stream.read(size))
 

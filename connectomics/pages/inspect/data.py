@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -295,27 +295,20 @@ def _data_keys(config: RunConfig) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Return dataclasses, numbers and containers as JSON has them; large arrays as their shape."""
+    return json.loads(json.dumps(value, default=_json_value))
+
+
+def _json_value(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
+        return vars(value)
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return dict(value)
     if isinstance(value, np.ndarray) and value.size > 16:
         return f"array of {' x '.join(map(str, value.shape))}"
-    if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool) or value is None else str(value)
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else str(value)
 
 
 def as_text(value: Any) -> str:
     """Return a value as JSON on one line, numbers with at most four digits."""
-
-    def rounded(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: rounded(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [rounded(v) for v in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
-    return json.dumps(rounded(plain(value)), ensure_ascii=False)
+    rounded = json.loads(json.dumps(plain(value)), parse_float=lambda text: float(f"{float(text):.4g}"))
+    return json.dumps(rounded, ensure_ascii=False)

@@ -15,6 +15,12 @@ from connectomics.pages.inspect.numbers import by_class
 from connectomics.pages.inspect.patch_pictures import viewers
 
 _MOST_PICTURES = 16  # patches with pictures; the numbers are over all patches
+#: Template and heading of each section.
+_SECTIONS = (
+    ("warnings", "What looks wrong"), ("patches", "Patches"), ("classes", "Classes"),
+    ("values", "Values of the images"), ("loader", "Loader and memory"), ("missing_raw", "Missing raw"),
+    ("configuration", "Configuration of the data"),
+)  # fmt: skip
 
 
 def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
@@ -35,21 +41,15 @@ def write_page(out: str | Path, inspection: Inspection, *, overwrite: bool = Fal
     """Write the page atomically and return its path; errors as `check_out`."""
     path = check_out(out, overwrite=overwrite)
     title = f"What the network gets: {inspection.name}"
-    classes = by_class([p.labels for p in inspection.patches])
-    patches = [_patch(patch, inspection.classes) for patch in inspection.patches[:_MOST_PICTURES]]
-    values = {"inspection": inspection, "speed": inspection.speed, "classes": classes}
-    sections = [
-        page.section("looks", "What looks wrong", "inspect/warnings", warnings=inspection.warnings()),
-        page.section("patches", "Patches", "inspect/patches", patches=patches, **values),
-        page.section("classes", "Classes", "inspect/classes", **values),
-        page.section("values", "Values of the images", "inspect/values", **values),
-        page.section("loader", "Loader and memory", "inspect/loader", **values),
-        page.section("raw", "Missing raw", "inspect/missing_raw", **values),
-        page.section(
-            "configuration", "Configuration of the data", "inspect/configuration",
-            keys={key: as_text(value) for key, value in inspection.configuration.items()},
-        ),
-    ]  # fmt: skip
+    values: dict[str, Any] = {
+        "inspection": inspection,
+        "speed": inspection.speed,
+        "warnings": inspection.warnings(),
+        "classes": by_class([p.labels for p in inspection.patches]),
+        "patches": [_patch(patch, inspection.classes) for patch in inspection.patches[:_MOST_PICTURES]],
+        "keys": {key: as_text(value) for key, value in inspection.configuration.items()},
+    }
+    sections = [page.Section(name, heading, page.render(f"inspect/{name}", **values)) for name, heading in _SECTIONS]
     header = page.render("inspect/header", title=title, known=pooled_known(inspection.patches), **values)
     whole = page.document(title, header, sections, "This page is one file.", styles=["inspect.css"])
     write_file(path, whole.encode("utf-8"))

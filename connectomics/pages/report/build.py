@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+from markupsafe import Markup
+
 from connectomics.errors import ConnectomicsError, InputError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pages import page
 from connectomics.pages.report import compare, crops, data_summary, score_sections, training, voxel_counts
-from connectomics.pages.report.library import Library
+from connectomics.pages.report.library import Library, Wanted
 from connectomics.pages.report.scores import Scores
 from connectomics.pages.report.sources import ReportOptions, ReportSources
 from connectomics.progress import Progress, silent
@@ -48,10 +50,10 @@ def build_report(
     baseline = _load_scores(sources.baseline_scores, sources.baseline_name, problems)
     runs = [] if sources.run is None else [(sources.run, sources.scores)]
     runs += [(other.run, other.scores) for other in sources.others]
-    evaluation = sources.evaluation
     library = Library.open(sources)
     try:
-        expected = 1 + voxel_counts.crops_of(library) + crops.planned(library, table, options)
+        wanted = _wanted(library)
+        expected = 1 + len({(one.dataset, one.crop) for one in wanted}) + min(len(wanted), options.max_pictures)
         done = itertools.count(1)
 
         def step(what: str) -> None:
@@ -60,13 +62,15 @@ def build_report(
         sections = [_part("what", "What was run", lambda: training.provenance(sources, table))]
         if len(runs) > 1:
             sections.append(_part("runs", "Runs compared", lambda: compare.section(runs)))
+        datasets = {one.crop: one.dataset for one in wanted if one.dataset}
         sections.append(_part("scores", "Scores", lambda: score_sections.section(
-            table, baseline, _datasets(library), sources.baseline_name, problems)))  # fmt: skip
-        if evaluation is not None:
+            table, baseline, datasets, sources.baseline_name, problems)))  # fmt: skip
+        if (evaluation := sources.evaluation) is not None:
             title = "Evaluation on annotated crops"
             sections.append(_part("evaluation", title, lambda: score_sections.evaluation_section(evaluation)))
+        order = ", worst first" if table else ""
         sections += [
-            _part("crops", "Crops", lambda: crops.section(library, table, options, step)),
+            _part("crops", f"Crops{order}", lambda: crops.section(library, table, options, step)),
             *voxel_counts.sections(library, options, step),
             _part("training", "Training", lambda: training.curves(sources.run)),
             _part("time", "Where the time went", lambda: training.time(sources)),
@@ -85,10 +89,10 @@ def build_report(
     return path
 
 
-def _part(anchor: str, title: str, make: Callable[[], page.Section]) -> page.Section:
-    """Return a section, or a section with the error if its sources cannot be read: the other sections remain."""
+def _part(anchor: str, title: str, body: Callable[[], Markup]) -> page.Section:
+    """Return a section, with the error in it if its sources cannot be read: the other sections remain."""
     try:
-        return make()
+        return page.Section(anchor, title, body())
     except ConnectomicsError as error:
         return page.Section(anchor, title, page.note(str(error)))
 
@@ -101,9 +105,9 @@ def _load_scores(path: Path | None, what: str, problems: list[str]) -> Scores | 
         return None
 
 
-def _datasets(library: Library) -> dict[str, str]:
-    """Return the data set of each crop, as far as it is known; the section on crops reports the errors."""
+def _wanted(library: Library) -> list[Wanted]:
+    """Return the classes of the crops, as far as they are known; the section on crops reports the errors."""
     try:
-        return {wanted.crop: wanted.dataset for wanted in library.wanted() if wanted.dataset}
+        return library.wanted()
     except ConnectomicsError:
-        return {}
+        return []

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.decoding.probabilities import as_bytes
+from connectomics.metrics.cellmap_metrics import Pooled
 from connectomics.pages import charts, page
 from connectomics.pages.report.volumes import Item, spread_blocks
 
@@ -25,19 +27,12 @@ _MOST_LINES = 8
 _UNSURE = (0.05, 0.95)
 
 
-def _zeros() -> NDArray[np.int64]:
-    return np.zeros(_LEVELS, np.int64)
-
-
 @dataclass
-class Reliability:
+class Reliability(Pooled):
     """Known voxels by stored probability k/255: ``voxels`` and those where the class is ``present``, int64 (256,)."""
 
-    voxels: NDArray[np.int64] = field(default_factory=_zeros)
-    present: NDArray[np.int64] = field(default_factory=_zeros)
-
-    def __add__(self, other: Reliability) -> Reliability:
-        return Reliability(self.voxels + other.voxels, self.present + other.present)
+    voxels: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LEVELS, np.int64))
+    present: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LEVELS, np.int64))
 
     def add(self, probability: NDArray[np.uint8], present: NDArray[np.bool_], known: NDArray[np.bool_]) -> None:
         """Count a block; all arrays of one shape."""
@@ -48,13 +43,12 @@ class Reliability:
         """Count an item with truth and probabilities, on the probabilities' grid; return the share that was read."""
         assert item.truth is not None
         assert item.probability is not None
-        grid, looked = item.probability.grid, 0
-        for begin, block in spread_blocks(grid, most_voxels):
+        blocks, share = spread_blocks(item.probability.grid, most_voxels)
+        for begin, block in blocks:
             values, stored = item.probability.read_level(0, begin, block.shape)
             truth, known = item.truth.read(block)
             self.add(as_bytes(values), truth != 0, known & stored)
-            looked += block.size
-        return looked / grid.size if grid.size else 1.0
+        return share
 
     def bins(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
         """Return voxels, mean probability and share present of `BINS` equal bins; NaN in a bin without voxels."""
@@ -83,7 +77,7 @@ class Reliability:
         return Reliability(np.where(inside, self.voxels, 0), np.where(inside, self.present, 0))
 
 
-def section(found: Mapping[str, Reliability], share: float) -> page.Section:
+def section(found: Mapping[str, Reliability], share: float) -> Markup:
     """Return the reliability diagram and a table by class; ``share``: the part of the voxels that was read."""
     counted = {name: r for name, r in found.items() if r.voxels.any()}
     errors = {name: r.unsure().error() for name, r in counted.items()}
@@ -97,8 +91,8 @@ def section(found: Mapping[str, Reliability], share: float) -> page.Section:
     chart = charts.line_chart(
         lines, f"Reliability{more}", "probability", (0, 1), x_range=(0, 1), diagonal=True, y_label="share present"
     )
-    return page.section(
-        "calibration", "Calibration", "report/calibration", rows=[_row(name, counted[name]) for name in order],
+    return page.render(
+        "report/calibration", rows=[_row(name, counted[name]) for name in order],
         chart=chart, share=share, bins=BINS, least=_LEAST,
     )  # fmt: skip
 

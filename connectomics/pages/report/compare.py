@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
+from connectomics.config.values import flat
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder
@@ -45,7 +44,7 @@ class Compared:
                 problems.append(f"{name}: {error}")
                 return empty
 
-        config = read(lambda: run_folder.flat(run_folder.read_config(run) or {}), {})
+        config = read(lambda: flat(run_folder.read_config(run) or {}), {})
         metrics = run / "metrics.csv"
         columns = read(lambda: run_folder.read_metrics(metrics) if metrics.is_file() else {}, {})
         timing = read(lambda: run_folder.read_timing(run) or {}, {})
@@ -61,14 +60,14 @@ class Compared:
         return [value for _, _, value in self.columns.get(column, ())]
 
 
-def section(runs: Sequence[tuple[Path, Path | None]]) -> page.Section:
+def section(runs: Sequence[tuple[Path, Path | None]]) -> Markup:
     """Return the comparison of two or more runs, (folder, scores.json or None) each; the first is the report's own."""
     names = short_names([run for run, _ in runs])
     loaded = [Compared.load(name, run, scores) for name, (run, scores) in zip(names, runs, strict=True)]
     configured = [run for run in loaded if run.config]
     keys = list(dict.fromkeys(key for run in configured for key in run.config))
-    return page.section(
-        "runs", "Runs compared", "report/compare", runs=loaded, names=names, summary=_summary(loaded),
+    return page.render(
+        "report/compare", runs=loaded, names=names, summary=_summary(loaded),
         charts=_charts(loaded), tables=_class_tables(loaded), most_classes=_MOST_CLASSES,
         configured=configured, differences=_differences(configured, keys), n_keys=len(keys),
     )  # fmt: skip
@@ -129,17 +128,18 @@ def _charts(runs: Sequence[Compared]) -> list[Markup]:
                  ("gpu_memory_bytes", "GPU memory, GB", 1e-9))  # fmt: skip
     made = []
     for column, title, limits in columns:
-        curves = {run.name: [(epoch, v) for epoch, _, v in run.columns.get(column, ())] for run in runs}
-        made.append(charts.line_chart(_lines(curves), title, "epoch", limits))
+        curves = [(run.name, [(epoch, v) for epoch, _, v in run.columns.get(column, ())]) for run in runs]
+        made.append(_chart(curves, title, limits))
     for key, title, scale in resources:
-        curves = {run.name: by_epoch(run.timing, key, scale) for run in runs}
-        made.append(charts.line_chart(_lines(curves), title, "epoch"))
+        made.append(_chart([(run.name, by_epoch(run.timing, key, scale)) for run in runs], title))
     return [chart for chart in made if chart]
 
 
-def _lines(curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[charts.Series]:
-    kept = {name: np.array([p for p in points if math.isfinite(p[0])]) for name, points in curves.items()}
-    return [charts.Series(name, points[:, 0], points[:, 1]) for name, points in kept.items() if len(points)]
+def _chart(
+    curves: Sequence[tuple[str, Sequence[tuple[float, float]]]], title: str, limits: tuple[float, float] | None = None
+) -> Markup:
+    lines = [line for name, points in curves for line in charts.series(name, points)]
+    return charts.line_chart(lines, title, "epoch", limits)
 
 
 def _class_tables(runs: Sequence[Compared]) -> list[tuple]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from connectomics.pages import page
@@ -80,10 +81,9 @@ class Confusion:
             return 1.0
         # on a coarser grid, a prediction that alternates between voxels would be sampled by chance
         grid = max((item.grid for item in shown), key=lambda g: g.size)
-        looked = 0
-        n = len(self.classes)
-        for _, block in spread_blocks(grid, most_voxels // len(shown), _BLOCK):
-            truth, known, found = (np.zeros((n, block.size), bool) for _ in range(3))
+        blocks, share = spread_blocks(grid, most_voxels // len(shown), _BLOCK)
+        for _, block in blocks:
+            truth, known, found = (np.zeros((len(self.classes), block.size), bool) for _ in range(3))
             for item in shown:
                 assert item.truth is not None
                 assert item.prediction is not None
@@ -93,8 +93,7 @@ class Confusion:
                 truth[row], found[row] = (values != 0).ravel(), (predicted != 0).ravel()
                 known[row] = (there & inside).ravel()
             self.add(truth, known, found)
-            looked += block.size
-        return looked / grid.size if grid.size else 1.0
+        return share
 
 
 def _bits(masks: NDArray[np.bool_]) -> NDArray[np.uint64]:
@@ -109,8 +108,7 @@ def _ones(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     return counts
 
 
-def section(confusion: Confusion, problems: Sequence[str], share: float) -> page.Section:
+def section(confusion: Confusion, problems: Sequence[str], share: float) -> Markup:
     """Return the table; ``share``: the part of the voxels that was read."""
     rows = [k for k, n in enumerate(confusion.there) if n or confusion.empty[k]]
-    title = "Confusion between classes"
-    return page.section("confusion", title, "report/confusion", c=confusion, rows=rows, problems=problems, share=share)
+    return page.render("report/confusion", c=confusion, rows=rows, problems=problems, share=share)

@@ -54,20 +54,9 @@ def choose(crops: Mapping[CropKey, Sequence[Wanted]], most: int, best: Sequence[
 
     A quarter of them is reserved for the ``best``.
     """
-    rounds = max((len(w) for w in crops.values()), default=0)
-    order = [wanted[k] for k in range(rounds) for wanted in crops.values() if k < len(wanted)]
+    order = [one for row in itertools.zip_longest(*crops.values()) for one in row if one is not None]
     reserved = best[: max(0, most) // 4]
     return set(list(dict.fromkeys([*reserved, *order]))[: max(0, most)])
-
-
-def planned(library: Library, table: Scores | None, options: ReportOptions) -> int:
-    """Return the number of classes that `section` draws, one step each."""
-    try:
-        crops = ranked(library.wanted(), table)
-    except ConnectomicsError:  # the section reports it
-        return 0
-    everything = itertools.chain.from_iterable(crops.values())
-    return len(choose(crops, options.max_pictures, extremes(everything, table)[1]))
 
 
 # -- the section -------------------------------------------------------------------------------------------------------
@@ -83,17 +72,14 @@ class Drawn:
     thumbnail: str = ""
 
 
-def section(
-    library: Library, table: Scores | None, options: ReportOptions, step: Callable[[str], None]
-) -> page.Section:
+def section(library: Library, table: Scores | None, options: ReportOptions, step: Callable[[str], None]) -> Markup:
     """Return all crops with their pictures; ``step`` is called after each class with pictures."""
-    title = "Crops, worst first" if table is not None else "Crops"
     try:
         crops = ranked(library.wanted(), table)
     except ConnectomicsError as error:
-        return page.Section("crops", title, page.note(f"No pictures: {error}"))
+        return page.note(f"No pictures: {error}")
     if not crops:
-        return page.Section("crops", title, page.note("No pictures: neither truth nor predictions were given."))
+        return page.note("No pictures: neither truth nor predictions were given.")
     everything = [one for wanted in crops.values() for one in wanted]
     worst, best = extremes(everything, table)
     chosen = choose(crops, options.max_pictures, best)
@@ -128,8 +114,8 @@ def section(
         )
     rows = [("Worst", [drawn_by[w] for w in worst]), ("Best", [drawn_by[w] for w in best])]
     with_probability = library.sources.probabilities is not None
-    return page.section(
-        "crops", title, "report/crops", problems=problems, with_probability=with_probability, crops=parts, table=table,
+    return page.render(
+        "report/crops", problems=problems, with_probability=with_probability, crops=parts, table=table,
         extremes=[(name, [d for d in drawn if d.thumbnail]) for name, drawn in rows], shown_value=scores.shown_value,
     )  # fmt: skip
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.errors import ConnectomicsError
 from connectomics.pages import page
@@ -37,7 +39,7 @@ class ClassState:
         return tuple(n / self.voxels for n in (present, self.absent, self.unknown))
 
 
-def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> page.Section:
+def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> Markup:
     """Return what is annotated (in the data root), and what the network was trained on (in the run)."""
     try:
         annotated: dict[str, Any] | None = None if data_root is None else _annotated(str(data_root), max_arrays)
@@ -45,7 +47,7 @@ def section(data_root: Path | str | None, run: Path | None, max_arrays: int) -> 
     except ConnectomicsError as error:
         annotated, problem = None, str(error)
     seen = None if run is None else _seen(run)
-    return page.section("data", "Data", "report/data_summary", annotated=annotated, problem=problem, seen=seen)
+    return page.render("report/data_summary", annotated=annotated, problem=problem, seen=seen)
 
 
 def _seen(run: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -152,12 +153,9 @@ class Listed:
 def listed(drawn: Sequence[tuple[Item, Findings]], most: int) -> list[Listed]:
     """Return at most ``most`` mistakes of a crop: the first of every class, then the second of every class, ..."""
     by_class = [
-        [Listed(k, item.class_name, mistake) for mistake in objects.mistakes(item.grid)]
-        for k, (item, found) in enumerate(drawn)
-        if (objects := _compared(item, found)) is not None
+        [Listed(k, item.class_name, mistake) for mistake in found.mistakes] for k, (item, found) in enumerate(drawn)
     ]
-    rounds = max(map(len, by_class), default=0)
-    return [rows[k] for k in range(rounds) for rows in by_class if k < len(rows)][:most]
+    return [one for row in zip_longest(*by_class) for one in row if one is not None][:most]
 
 
 def tables(
@@ -169,10 +167,10 @@ def tables(
     """
     rows, partly = [], []
     for item, found in drawn:
-        objects = _compared(item, found)
+        objects = found.objects
         if objects is None:
             continue
-        kinds = Counter(mistake.kind for mistake in objects.mistakes(item.grid))
+        kinds = Counter(mistake.kind for mistake in found.mistakes)
         numbers = (len(objects.truth), len(objects.found), len(found.matched), *(kinds[kind] for kind in KINDS))
         rows.append((item.class_name, numbers, kinds.total()))
         if found.share < 1 or not objects.whole:
@@ -184,9 +182,3 @@ def tables(
         "report/objects", rows=rows, partly=partly, total=sum(total for *_, total in rows), shown=order,
         symbols=SYMBOLS, clickable=clickable, anchors=anchors, share=SHARE, poor=POOR,
     )  # fmt: skip
-
-
-def _compared(item: Item, found: Findings) -> Objects | None:
-    """Return the objects of truth and prediction if both are instances."""
-    both = all(part is not None and part.instance for part in (item.truth, item.prediction))
-    return found.objects if both else None

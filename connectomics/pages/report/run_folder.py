@@ -78,18 +78,6 @@ def numbers(timing: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in timing.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 
-def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return a configuration with one level: ``{"data": {"patch_size": 3}}`` becomes ``{"data.patch_size": 3}``."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{before}{key}"
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
-        else:
-            found[name] = value
-    return found
-
-
 def by_epoch(timing: Mapping[str, Any], key: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """Return (epoch, value times ``scale``) of ``by_epoch`` in ``timing.json``, for the epochs with a value."""
     rows = timing.get("by_epoch", [])

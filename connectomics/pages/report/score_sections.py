@@ -33,15 +33,15 @@ def section(
     datasets: Mapping[str, str],
     baseline_name: str = "baseline",
     problems: Sequence[str] = (),
-) -> page.Section:
+) -> Markup:
     """Return the tables by class and by crop; ``datasets``: data set by crop; ``problems``: lines to put first."""
     if scores is None:
-        return page.Section("scores", "Scores", page.note(*(problems or ["No scores: no scores.json was given."])))
+        return page.note(*(problems or ["No scores: no scores.json was given."]))
     crops = scores.by_crop()
     means = {crop: read.mean_score(results) for crop, results in (baseline.by_crop() if baseline else {}).items()}
     names = sorted({r.class_name for r in scores.results}, key=lambda n: ("combined_score" not in scores.classes[n], n))
-    return page.section(
-        "scores", "Scores", "report/scores", problems=problems, scores=scores, baseline=baseline,
+    return page.render(
+        "report/scores", problems=problems, scores=scores, baseline=baseline,
         baseline_name=baseline_name,
         tables=[table for is_instance in (True, False) if (table := _class_table(scores, baseline, is_instance))],
         intervals=read.class_intervals(scores), crops=crops, names=names, datasets=datasets, baseline_means=means,
@@ -61,7 +61,7 @@ def _class_table(scores: Scores, baseline: Scores | None, is_instance: bool) -> 
     return {"is_instance": is_instance, "rows": rows}
 
 
-def evaluation_section(path: Path) -> page.Section:
+def evaluation_section(path: Path) -> Markup:
     """Return voxel measures of ``evaluate`` by class, with intervals, and the worst crops."""
     data = read.load_json(path)
     classes, crops = data.get("classes"), data.get("crops")
@@ -73,8 +73,8 @@ def evaluation_section(path: Path) -> page.Section:
         | {key: _interval(entry, key) for key in ("score_interval", "dice_interval")}
         for name, entry in classes.items()
     ]
-    return page.section(
-        "evaluation", "Evaluation on annotated crops", "report/evaluation",
+    return page.render(
+        "report/evaluation",
         measures=[m for m in _MEASURES if any(m in entry for entry in classes.values())],
         classes=sorted(rows, key=lambda row: -(row["dice"] or 0.0)),
         worst=sorted(crops, key=lambda row: optional(row.get("dice")) or 0.0)[:_MOST_WORST],

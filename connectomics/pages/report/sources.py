@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError
+
+if TYPE_CHECKING:
+    from connectomics.cellmap.crop_table import CropTable
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,10 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from connectomics import __version__
+from connectomics.config.values import flat
 from connectomics.errors import MetadataError, MissingError
 from connectomics.machine import usable_cores
 from connectomics.pages import charts, page
@@ -40,7 +39,7 @@ _MAIN_KEYS = {
 
 
 # -- what was run ------------------------------------------------------------------------------------------------------
-def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
+def provenance(sources: ReportSources, table: Scores | None) -> Markup:
     """Return facts about the run, its predictions, the submission and its score, and the software."""
     problems: list[str] = []
     groups: dict[str, dict[str, Any]] = {
@@ -56,9 +55,7 @@ def provenance(sources: ReportSources, table: Scores | None) -> page.Section:
     labels = attributes_by_class(sources.labels)
     decoding = {name: about["decode"] for name, about in sorted(labels.items()) if "decode" in about}
     keys = list(dict.fromkeys(key for parameters in decoding.values() for key in parameters))
-    return page.section(
-        "what", "What was run", "report/provenance", problems=problems, groups=groups, decoding=decoding, keys=keys
-    )
+    return page.render("report/provenance", problems=problems, groups=groups, decoding=decoding, keys=keys)
 
 
 def _run_facts(sources: ReportSources, problems: list[str]) -> dict[str, Any]:
@@ -75,7 +72,7 @@ def _run_facts(sources: ReportSources, problems: list[str]) -> dict[str, Any]:
     written = datetime.fromtimestamp((sources.run / "config.yaml").stat().st_mtime).astimezone()
     if unfinished := run_folder.unfinished_state(sources.run):
         problems.append(f"This run is not complete: it is {unfinished}.")
-    shown = run_folder.flat(config)
+    shown = flat(config)
     facts = {name: _plain(name, shown[key]) for name, key in _MAIN_KEYS.items() if shown.get(key) is not None}
     return {"configured": written.strftime("%Y-%m-%d %H:%M %Z"), **facts}
 
@@ -131,7 +128,7 @@ def _artifact_facts(sources: ReportSources, problems: list[str]) -> dict[str, An
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
-def curves(run: Path | None) -> page.Section:
+def curves(run: Path | None) -> Markup:
     """Return curves of ``metrics.csv`` (losses, validation measures, learning rate) and of ``timing.json``."""
     if run is None:
         raise MissingError("No training curves: no run folder was given.")
@@ -149,17 +146,15 @@ def curves(run: Path | None) -> page.Section:
     if rate is not None and len({v for _, _, v in columns[rate]}) > 1:  # a constant rate needs no chart
         made.insert(3, charts.line_chart(_series(columns, rate, "rate"), "Learning rate", "epoch"))
     if not any(made):
-        note = page.note(f"No training curves: {path} holds no losses or scores.")
-        return page.Section("training", "Training", note)
+        return page.note(f"No training curves: {path} holds no losses or scores.")
     dice = columns.get("val/dice", ())
     best, last = max(dice, key=lambda point: point[2], default=None), dice[-1] if dice else None
-    return page.section("training", "Training", "report/training", best=best, last=last, charts=made)
+    return page.render("report/training", best=best, last=last, charts=made)
 
 
 def _series(columns: Columns, name: str, label: str, axis: int = 0, strong: bool = False) -> list[charts.Series]:
     """Return the line of a column over epochs (``axis`` 0) or steps (1), if it has points."""
-    points = np.array([p for p in columns.get(name, ()) if math.isfinite(p[axis])], np.float64)
-    return [charts.Series(label, points[:, axis], points[:, 2], strong)] if len(points) else []
+    return charts.series(label, ((p[axis], p[2]) for p in columns.get(name, ())), strong)
 
 
 def _loss_chart(columns: Columns) -> Markup:
@@ -191,14 +186,14 @@ def _resource_charts(run: Path) -> list[Markup]:
         ("Share of training spent waiting for data", (("waiting", "data_wait_share", 1.0),)),
         ("Memory, GB", (("processes", "memory_bytes", 1e-9), ("GPU", "gpu_memory_bytes", 1e-9))),
     ):
-        points = {name: np.array(run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines}
-        series = [charts.Series(name, p[:, 0], p[:, 1]) for name, p in points.items() if len(p)]
+        by_epoch = ((name, run_folder.by_epoch(timing, key, scale)) for name, key, scale in lines)
+        series = [line for name, points in by_epoch for line in charts.series(name, points)]
         made.append(charts.line_chart(series, title, "epoch", (0.0, 1.0) if "Share" in title else None))
     return made
 
 
 # -- time and configuration --------------------------------------------------------------------------------------------
-def time(sources: ReportSources) -> page.Section:
+def time(sources: ReportSources) -> Markup:
     """Return bars by stage, and of the parts of training."""
     timing = None if sources.run is None else run_folder.read_timing(sources.run)
     numbers = run_folder.numbers(timing or {})
@@ -209,13 +204,13 @@ def time(sources: ReportSources) -> page.Section:
     facts = {name: page.count(numbers[name]) for name in names if name in numbers}
     if "samples_per_s" in numbers:
         facts["samples per second"] = f"{numbers['samples_per_s']:.3g}"
-    return page.section(
-        "time", "Where the time went", "report/time",
+    return page.render(
+        "report/time",
         stages=sources.stages, has_timing=timing is not None, times=times, facts=facts,
     )  # fmt: skip
 
 
-def configuration(run: Path | None) -> page.Section:
+def configuration(run: Path | None) -> Markup:
     """Return ``config.yaml``, word for word."""
     if run is None:
         raise MissingError("No configuration: no run folder was given.")
@@ -226,4 +221,4 @@ def configuration(run: Path | None) -> page.Section:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise MetadataError(f"cannot read {path}: {error}") from error
-    return page.section("configuration", "Configuration", "report/configuration", name=path.name, content=content)
+    return page.render("report/configuration", name=path.name, content=content)

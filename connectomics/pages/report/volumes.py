@@ -7,7 +7,7 @@ Everything is read on a grid in nm, so that all parts of a picture are registere
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,12 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.probabilities import unit_of
 from connectomics.errors import IncompleteError, MetadataError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import resample, store
 from connectomics.io.multiscale import Multiscale, PlainArray
+from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
-from connectomics.pages.report.objects import Objects
+from connectomics.pages.report.objects import Mistake, Objects
 
 _BLOCK = (64, 256, 512)
 _THRESHOLD = 0.5  # of a probability that stands in for missing labels
@@ -133,8 +134,8 @@ class Item:
 
     @property
     def instance(self) -> bool:
-        """Whether the truth or the prediction has object IDs."""
-        return any(part is not None and part.instance for part in (self.truth, self.prediction))
+        """Whether truth and prediction have object IDs."""
+        return all(part is not None and part.instance for part in (self.truth, self.prediction))
 
 
 def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> Multiscale | None:
@@ -160,43 +161,39 @@ class Findings:
     """
 
     position: tuple[int, int, int] = (0, 0, 0)
-    tp: int = 0
-    fp: int = 0
-    fn: int = 0
+    counts: Counts = field(default_factory=Counts)
     unknown: int = 0
     share: float = 1.0
     partner: dict[int, int] = field(default_factory=dict)
     matched: dict[int, int] = field(default_factory=dict)
     objects: Objects | None = None
+    mistakes: list[Mistake] = field(default_factory=list)
 
 
 def examine(item: Item, most_voxels: int = 1 << 27) -> Findings:
     """Read an item in blocks; beyond ``most_voxels`` only evenly spread slabs along z."""
     found = Findings(objects=Objects() if item.instance else None)
     errors, truths = ([np.zeros(n) for n in item.grid.shape] for _ in range(2))  # voxels by plane of each axis
-    looked = 0
-    for begin, block in spread_blocks(item.grid, most_voxels):
-        looked += block.size
+    blocks, found.share = spread_blocks(item.grid, most_voxels)
+    for begin, block in blocks:
         true, predicted, known = read_pair(item, block)
         t, p = (true != 0) & known, (predicted != 0) & known
-        both = int(np.count_nonzero(t & p))
-        found.tp += both
-        found.fp += int(np.count_nonzero(p)) - both
-        found.fn += int(np.count_nonzero(t)) - both
-        found.unknown += known.size - int(np.count_nonzero(known))
+        counts = Counts.of(p, t, known)
+        found.counts += counts
+        found.unknown += block.size - counts.known
         for mask, profiles in ((t != p, errors), (t, truths)):
             for axis, profile in enumerate(profiles):
                 others = tuple(a for a in range(3) if a != axis)
                 profile[begin[axis] : begin[axis] + block.shape[axis]] += mask.sum(axis=others)
         if found.objects is not None:
             found.objects.add(begin, true, predicted, known)
-    found.share = looked / item.grid.size if item.grid.size else 1.0
     z, y, x = (
         _peak(e / max(e.max(initial=0), 1) + t / max(t.max(initial=0), 1)) for e, t in zip(errors, truths, strict=True)
     )
     found.position = (z, y, x)
     if found.objects is not None:
         found.partner, found.matched = found.objects.match()
+        found.mistakes = found.objects.mistakes(item.grid)
     return found
 
 
@@ -211,15 +208,17 @@ def read_pair(item: Item, grid: VoxelGrid) -> tuple[NDArray[Any], NDArray[Any], 
 
 
 def spread_blocks(
-    grid: VoxelGrid, most_voxels: int, shape: tuple[int, int, int] = _BLOCK
-) -> Iterator[tuple[tuple[int, int, int], VoxelGrid]]:
-    """Yield the blocks of a grid with their first voxels; beyond ``most_voxels`` only evenly spread slabs."""
+    grid: VoxelGrid, most_voxels: int, shape: Index = _BLOCK
+) -> tuple[list[tuple[Index, VoxelGrid]], float]:
+    """Return blocks of a grid with their first voxels, and the share of the grid that they are.
+
+    They are all blocks, or beyond ``most_voxels`` those of evenly spread slabs.
+    """
     layers = math.ceil(grid.shape[0] / shape[0])
     wanted = max(1, int(layers * min(1.0, most_voxels / max(1, grid.size))))
-    chosen = set(np.linspace(0, layers - 1, wanted).round().astype(int).tolist()) if wanted < layers else None
-    for begin, block in grid.blocks(shape):
-        if chosen is None or begin[0] // shape[0] in chosen:
-            yield begin, block
+    chosen = set(np.linspace(0, layers - 1, min(wanted, layers)).round().astype(int).tolist())
+    blocks = [(begin, block) for begin, block in grid.blocks(shape) if begin[0] // shape[0] in chosen]
+    return blocks, sum(block.size for _, block in blocks) / grid.size if grid.size else 1.0
 
 
 def _peak(profile: NDArray[np.float64]) -> int:

@@ -17,14 +17,6 @@ from connectomics.pages.report.volumes import Item
 _MOST_LINES = 5
 
 
-def crops_of(library: Library) -> int:
-    """Return the number of crops that `sections` reads, one step each."""
-    try:
-        return len({(wanted.dataset, wanted.crop) for wanted in library.wanted()})
-    except ConnectomicsError:
-        return 0
-
-
 def sections(library: Library, options: ReportOptions, step: Callable[[str], None]) -> list[page.Section]:
     """Return both sections; crops and classes that cannot be read are left out and listed."""
     problems: list[str] = []
@@ -63,5 +55,6 @@ def sections(library: Library, options: ReportOptions, step: Callable[[str], Non
         lines = [*lines[:_MOST_LINES], f"{len(lines) - _MOST_LINES} more were left out."]
     means = {name: sum(found) / len(found) if found else 1.0 for name, found in shares.items()}
     return [
-        confusion.section(table, lines, means["confusion"]), calibration.section(reliabilities, means["calibration"])
-    ]  # fmt: skip
+        page.Section("confusion", "Confusion between classes", confusion.section(table, lines, means["confusion"])),
+        page.Section("calibration", "Calibration", calibration.section(reliabilities, means["calibration"])),
+    ]

@@ -1,0 +1,231 @@
+"""Merge the predictions of several runs: for each class the best one, or the mean of several, up to a submission."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from connectomics.cellmap.crop_table import CropTable
+from connectomics.config import RunConfig
+from connectomics.config.schema import EngineConfig
+from connectomics.config.values import plain
+from connectomics.decoding.average_task import AverageTask
+from connectomics.decoding.parameters import decode_parameters
+from connectomics.decoding.prediction import find_arrays, open_prediction
+from connectomics.errors import InputError, MissingError, WriteError
+from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import about, publish
+from connectomics.io.location import local_path
+from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
+from connectomics.io.write import ensure_group
+from connectomics.pipeline.decode import decode_predictions
+from connectomics.pipeline.merge_choice import Candidate, Choice, choose, run_scores, tuned_scores
+from connectomics.pipeline.results import Labels, Probabilities
+from connectomics.pipeline.runs import Run, open_run
+from connectomics.progress import Progress, named, silent
+from connectomics.submission import ExportResult, export_submission
+from connectomics.tasks import open_engine, run_task
+from connectomics.tasks.lock import leading
+
+log = logging.getLogger(__name__)
+
+_MARK = "# written by pytc merge"
+
+
+@dataclass(frozen=True, repr=False)
+class Merged:
+    """The result of `merge`.
+
+    Attributes:
+        probabilities: the merged probabilities. choices: what was used, by class.
+        labels, submission: decoded from them, and packed; None if ``out`` is a folder of probabilities.
+    """
+
+    probabilities: Probabilities
+    choices: Mapping[str, Choice]
+    labels: Labels | None = None
+    submission: ExportResult | None = None
+
+    def __repr__(self) -> str:
+        where = self.submission.path if self.submission else self.probabilities.folder
+        return f"Merged({str(where)!r}: {len(self.choices)} classes)"
+
+
+def merge(
+    sources: Sequence[Run | Probabilities | str | Path],
+    *,
+    out: str | Path,
+    tuned: Sequence[str | Path] = (),
+    crops: CropTable | str | Path | None = None,
+    classes: Collection[str] | None = None,
+    average: int = 1,
+    config: RunConfig | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Merged:
+    """Make one submission of several runs: for each class the best by validation score, or the mean of the best.
+
+    Rerun the same call to resume it: merged, decoded and packed arrays are kept. Means are computed block by block.
+
+    Args:
+        sources: folders of probabilities. A run, its folder, a checkpoint or a package is predicted first.
+        out: ``.zip``: decode, pack and check a submission; what was merged and decoded is in a folder beside it
+            (``submission.merge``). Another name: a folder for the merged probabilities, for `pytc tune`.
+        tuned: folders of `pytc tune`, one for each source: validation scores and decoding parameters. Without them, the
+            scores of runs are their validation Dice.
+        crops: crop table, its path or "challenge" (the default for a submission): the grids of means and submission.
+        classes: only these. average: number of predictions to average, the best by score.
+        config: its ``decoding`` replaces the tuned parameters; ``engine`` runs the blocks.
+        overwrite: replace merged probabilities and labels that were made from others.
+
+    Raises:
+        InputError, MissingError: nothing to merge, scores that cannot be compared, or a prediction that does not cover
+            a mean. WriteError: another output is in the way. Also what `predict`, `decode` and `export` raise.
+    """
+    if not sources:
+        raise InputError("nothing to merge: give run folders or folders that predict wrote")
+    if tuned and len(tuned) != len(sources):
+        raise InputError(f"--tuned: expected one folder for each of the {len(sources)} sources, got {len(tuned)}")
+    target, settings = local_path(out), config or RunConfig()
+    packs = target.suffix == ".zip"
+    table = CropTable.resolve(crops or "challenge") if crops is not None or packs else None
+    work = target.with_suffix(".merge") if packs else target
+    folder = work / "probabilities" if packs else target
+    with leading(work):
+        candidates = _candidates(sources, tuned, work / "predicted", table, overwrite, progress)
+        own = settings.decoding
+        named_there = {name for c in candidates for _, _, name in find_arrays(c.folder)} if own.classes else set()
+        given = decode_parameters(named_there & set(own.classes), own.default, own.classes)
+        choices = choose(candidates, average=average, classes=classes, parameters=given)
+        _combine(choices, folder, table, settings.engine, overwrite, named(progress, "merging"))
+        _write_choices(work, choices)
+        probabilities = Probabilities(folder, settings, table)
+        if not packs:
+            return Merged(probabilities, choices)
+        labels = work / "labels"
+        parameters = {name: choice.parameters for name, choice in choices.items()}
+        decode_predictions(
+            folder, labels, parameters, classes=list(choices), overwrite=overwrite, resume=overwrite,
+            blockwise_above=own.blockwise_above, block_progress=progress, engine=settings.engine, table=own.table,
+        )  # fmt: skip
+        selected = None if table is None else CropTable(tuple(row for row in table if row.class_name in choices))
+        result = export_submission(
+            labels, target, crops=selected if classes is not None else table, probabilities_dir=folder,
+            progress=named(progress, "packing"),
+        )  # fmt: skip
+    return Merged(probabilities, choices, Labels(labels, settings, table), result)
+
+
+def _candidates(
+    sources: Sequence[Run | Probabilities | str | Path],
+    tuned: Sequence[str | Path],
+    place: Path,
+    table: CropTable | None,
+    overwrite: bool,
+    progress: Progress,
+) -> list[Candidate]:
+    """Return the sources as folders of predictions with scores; networks are predicted below ``place``."""
+    found: list[Candidate] = []
+    for number, source in enumerate(sources):
+        path = source.folder if isinstance(source, Run | Probabilities) else Path(source).expanduser()
+        if not path.exists():
+            raise MissingError(f"{path} does not exist; expected a run folder, or a folder that predict wrote")
+        run = open_run(path) if (path / "config.yaml").is_file() else None
+        scores = tuned_scores(Path(tuned[number])) if tuned else {} if run is None else run_scores(run)
+        if run is not None or path.is_file():
+            from connectomics.pipeline.predict import predict
+
+            to = place / f"{number + 1}-{path.stem}"
+            predict(path, out=to, crops=table, overwrite=overwrite, resume=overwrite, progress=progress)
+            path = to
+        if any(path.resolve() == other.folder.resolve() for other in found):
+            raise InputError(f"{path} is given twice; give each prediction once")
+        found.append(Candidate(path, scores))
+    return found
+
+
+def _combine(
+    choices: Mapping[str, Choice],
+    folder: Path,
+    table: CropTable | None,
+    engine: EngineConfig,
+    overwrite: bool,
+    progress: Progress,
+) -> None:
+    """Write the chosen probabilities of all crops below ``folder``."""
+    there = {root: set(find_arrays(root)) for choice in choices.values() for root in choice.ranked}
+    if folder.resolve() in {root.resolve() for root in there}:
+        raise InputError(f"cannot merge into {folder}, which is one of the predictions; choose another output")
+    grids = {} if table is None else {(row.dataset, row.crop_name, row.class_name): row.grid for row in table}
+    arrays = sorted(array for array in set().union(*there.values()) if array[2] in choices)
+    with open_engine(engine) as workers:
+        for done, array in enumerate(arrays, start=1):
+            dataset, crop, name = array
+            choice = choices[name]
+            roots = [root for root in choice.ranked if array in there[root]][: choice.average]
+            places = [root / f"{dataset}.zarr" / crop / name for root in roots]
+            target = folder / f"{dataset}.zarr" / crop / name
+            if len(places) == 1:
+                open_prediction(roots[0], *array)  # refuses what is not complete
+                _link(places[0], target, overwrite)
+            else:
+                grid, dtype = _grid_and_dtype(roots, array)
+                task = AverageTask(tuple(map(str, places)), str(target), grids.get(array, grid), dtype)
+                run_task(task, workers, overwrite=overwrite, resume=overwrite)
+            progress(done, len(arrays), "/".join(array))
+
+
+def _grid_and_dtype(roots: Sequence[Path], array: tuple[str, str, str]) -> tuple[VoxelGrid, str]:
+    """Return the finest grid of several predictions of one array, and the more precise of their types."""
+    levels = [open_prediction(root, *array).levels[0] for root in roots]
+    finest = min(levels, key=lambda level: max(level.grid.voxel_size))
+    return finest.grid, "float16" if any(level.dtype.kind == "f" for level in levels) else "uint8"
+
+
+def _link(source: Path, target: Path, overwrite: bool) -> None:
+    """Put a class with its heads at ``target``: hard links on the same disk, copies on another."""
+    there = about(target)
+    if target.exists():
+        if there.get("artefact") != "probability":
+            raise not_ours(target, "merge")
+        if there.get("id") and there.get("id") == about(source).get("id"):
+            return
+        if not overwrite:
+            raise WriteError(f"{target} holds another prediction; overwrite it (--overwrite), or choose other output")
+    for group in (target.parent.parent, target.parent):
+        ensure_group(group)
+    part = unfinished(target.parent, f".{target.name}.part-")
+    try:
+        shutil.copytree(source, part, copy_function=_link_file)
+        publish(part, target)
+    except OSError as error:
+        raise WriteError(f"cannot write {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _link_file(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or a file system without links
+        shutil.copy2(source, target)
+
+
+def _write_choices(folder: Path, choices: Mapping[str, Choice]) -> None:
+    """Write ``merge.json`` (what was used, and why) and ``decoding.yaml`` (for `pytc decode --config`)."""
+    import yaml
+
+    rows = {
+        name: {
+            "used": [str(root) for root in choice.used], "measure": choice.measure, "scores": dict(choice.scores),
+            "parameters": plain(choice.parameters),
+        }
+        for name, choice in choices.items()
+    }  # fmt: skip
+    write_json(require_own(folder / "merge.json", has_keys("classes"), "merge"), {"classes": rows})
+    text = yaml.safe_dump({"decoding": {"classes": {name: row["parameters"] for name, row in rows.items()}}})
+    write_file(require_own(folder / "decoding.yaml", contains(_MARK), "merge"), f"{_MARK}\n{text}".encode())

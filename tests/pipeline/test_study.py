@@ -1,0 +1,416 @@
+"""A study: rows of arms, seeds and folds, trained once each, resumed, compared in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from connectomics.cellmap.catalog import Catalog
+from connectomics.cli import main
+from connectomics.config import load_config
+from connectomics.data.contents import LabelCounter, content_of
+from connectomics.data.run_split import run_folds
+from connectomics.errors import ConfigError, InputError, MissingError, UnknownNameError
+from connectomics.geometry import VoxelGrid
+from connectomics.pipeline.study import StudyResult, study
+from connectomics.pipeline.study_file import BASE, changed, load_study
+from connectomics.pipeline.study_table import arm_table, interval
+from connectomics.tasks.lock import leading
+from tests.cellmap.roots import write_label, write_raw
+
+COST = ("cpu_s", "device_s", "folder")
+
+
+def base_of(root: Path) -> dict[str, Any]:
+    """A run that trains in about a second."""
+    return {
+        "system": {"accelerator": "cpu", "num_cpus": 1, "num_gpus": 0},
+        "dataset": {
+            "data_root": str(root), "datasets": ["set-a"], "classes": ["mito"], "voxel_size": [8, 8, 8],
+            "train_val_split": 0.7,
+        },
+        "model": {"architecture": "unet", "options": {"channels": [4, 8], "strides": [2], "num_res_units": 1}},
+        "data": {"patch_size": [16, 16, 16], "batch_size": 2, "patches_per_epoch": 8, "num_workers": 0},
+        "optimizer": {"lr": 0.01},
+        "scheduler": {"name": "cosine"},
+        "training": {"max_epochs": 3, "precision": "32", "ema": 0.5},
+        "checkpoint": {"save_top_k": 1},
+        "early_stopping": {"patience": 0},
+        "logging": {"use_tensorboard": False, "log_every_n_steps": 2},
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One crop of 96 x 32 x 32 voxels with bright blobs."""
+    folder = tmp_path_factory.mktemp("study") / "root"
+    grid = VoxelGrid((8.0,) * 3, (4.0,) * 3, (96, 32, 32))
+    z, y, x = np.meshgrid(*grid.axes(), indexing="ij")
+    waves = np.sin(z / 40) + np.sin(y / 50) + np.sin(x / 60)
+    raw = np.clip(110 + 30 * waves + np.random.default_rng(0).normal(0, 12, grid.shape), 0, 255).astype(np.uint8)
+    write_raw(folder, "set-a", raw, grid)
+    write_label(folder, "set-a", "crop1", "mito", (waves > 0.8).astype(np.uint8), grid)
+    return folder
+
+
+def write(folder: Path, root: Path, name: str = "tiny", **content: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump({"base": base_of(root), "seeds": [1, 2], **content}, sort_keys=False))
+    return file
+
+
+def without_cost(result: StudyResult) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    arms, rows = ([{k: v for k, v in row.items() if k not in COST} for row in t] for t in (result.arms, result.rows))
+    return arms, rows
+
+
+FACTORS = {"optimizer.lr": [0.001], "loss": {"dice": {"model.loss_functions": ["DiceLoss"], "model.loss_weights": [1]}}}
+
+
+@pytest.fixture(scope="module")
+def done(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyResult]:
+    folder = tmp_path_factory.mktemp("done")
+    file = write(folder, root, factors=FACTORS, scores=["val/dice", "val/mito/iou"])
+    return file, study(file, folder / "out")
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+def test_rows_are_the_base_and_single_changes_times_seeds(done: tuple[Path, StudyResult]) -> None:
+    rows = done[1].rows
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, seed) for arm in (BASE, "optimizer.lr=0.001", "loss=dice") for seed in (1, 2)
+    ]
+    assert {row["state"] for row in rows} == {"complete"}
+    assert {row["steps"] for row in rows} == {12}
+    assert all(row["cpu_s"] > 0 and row["device_s"] is None for row in rows)
+    assert done[1].unfinished == []
+    assert len(list((done[1].folder / "folds").iterdir())) == 1  # all share one split
+
+
+def test_scores_are_those_of_the_selected_weights(done: tuple[Path, StudyResult]) -> None:
+    for row in done[1].rows:
+        with (done[1].folder / "rows" / row["folder"] / "metrics.csv").open() as file:
+            logged = [line for line in csv.DictReader(file) if line["val/dice"]]
+        best = max(logged, key=lambda line: float(line["val/dice"]))
+        assert row["val/dice"] == float(best["val/dice"])
+        assert row["val/mito/iou"] == float(best["val/mito/iou"])
+        assert row["last"] == float(logged[-1]["val/dice"])
+
+
+def test_means_and_intervals(done: tuple[Path, StudyResult]) -> None:
+    with (done[1].folder / "study.csv").open() as file:
+        table = {line["arm"]: line for line in csv.DictReader(file)}
+    values = {arm: [r["val/dice"] for r in done[1].rows if r["arm"] == arm] for arm in table}
+    for arm, line in table.items():
+        one, two = values[arm]
+        half = 12.7062047 * abs(one - two) / 2  # t(0.975, 1) s / sqrt(2), s = |a - b| / sqrt(2)
+        assert float(line["val/dice"]) == pytest.approx((one + two) / 2)
+        assert float(line["val/dice low"]) == pytest.approx((one + two) / 2 - half, abs=1e-6)
+        if arm != BASE:
+            apart = [a - b for a, b in zip(values[arm], values[BASE], strict=True)]
+            assert float(line["val/dice - base"]) == pytest.approx(sum(apart) / 2, abs=1e-9)
+    assert table[BASE]["val/dice - base"] == ""
+    assert interval([0.5]) == (0.5, None, None)
+    assert interval([]) == (None, None, None)
+
+
+def test_a_seed_counts_only_with_all_of_its_folds(done: tuple[Path, StudyResult]) -> None:
+    arms = load_study(done[0])[2][:1]
+    rows = [
+        {"arm": BASE, "seed": s, "fold": f, "state": state, "s": value, "last": value, "steps": 1, "cpu_s": 1.0,
+         "device_s": None}
+        for s, f, state, value in ((1, "a", "complete", 0.2), (1, "b", "complete", 0.4), (2, "a", "complete", 0.9),
+                                   (2, "b", "failed", None))
+    ]  # fmt: skip
+    (line,) = arm_table(arms, rows, ["s"])
+    assert (line["s"], line["s low"], line["complete"], line["state"]) == (pytest.approx(0.3), None, 3, "failed")
+
+
+def test_the_page_has_curves_of_every_arm_and_escapes(done: tuple[Path, StudyResult]) -> None:
+    text = (done[1].folder / "study.html").read_text()
+    for arm in (BASE, "optimizer.lr=0.001", "loss=dice"):
+        assert f"{arm}: val/dice" in text
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
+
+
+# -- the same again --------------------------------------------------------------------------------------------------
+def test_the_same_seed_gives_the_same_table(done: tuple[Path, StudyResult], tmp_path: Path) -> None:
+    again = study(done[0], tmp_path / "again")
+    assert without_cost(again) == without_cost(done[1])
+    scores = [row["val/dice"] for row in again.rows if row["arm"] == BASE]
+    assert scores[0] != scores[1]  # the seeds do something
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_rows_and_one_that_is_killed_fails_alone(
+    done: tuple[Path, StudyResult], tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "killed_at_import.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = write(tmp_path, root, factors={"plugins": [["killed_at_import"]]}, seeds=[1])
+    base, killed = study(file, tmp_path / "out", workers=2).rows
+    assert base["val/dice"] == done[1].rows[0]["val/dice"]
+    assert base["identity"] == done[1].rows[0]["identity"]
+    assert (killed["state"], killed["error"]) == ("failed", "its process ended with code -9; see output.log")
+    assert (tmp_path / "out/rows" / base["folder"] / "output.log").stat().st_size > 0
+
+
+def test_a_finished_study_trains_nothing(done: tuple[Path, StudyResult], monkeypatch: pytest.MonkeyPatch) -> None:
+    import connectomics.pipeline.train
+
+    monkeypatch.setattr(connectomics.pipeline.train, "train", None)  # a call would fail
+    assert study(done[0], done[1].folder) == done[1]
+
+
+def test_a_changed_base_means_new_rows(done: tuple[Path, StudyResult]) -> None:
+    before = done[1].rows
+    changed_rows = study(done[0], done[1].folder, overrides=["data.batch_size=1"], dry_run=True).rows
+    assert {row["state"] for row in changed_rows} == {"missing"}
+    assert not {row["identity"] for row in changed_rows} & {row["identity"] for row in before}
+    moved = study(done[0], done[1].folder, overrides=["data.cache_dir=/elsewhere"], dry_run=True).rows
+    assert [row["identity"] for row in moved] == [row["identity"] for row in before]  # a place changes no result
+
+
+def test_changed_labels_mean_new_rows(tmp_path: Path, root: Path) -> None:
+    import shutil
+
+    shutil.copytree(root, tmp_path / "root")  # keeps the times: the same data elsewhere
+    file, moved = write(tmp_path, root, factors={}), write(tmp_path, tmp_path / "root", "moved", factors={})
+    first = [row["identity"] for row in study(file, tmp_path / "out", dry_run=True).rows]
+    assert [row["identity"] for row in study(moved, tmp_path / "out", dry_run=True).rows] == first
+    chunk = next(p for p in (tmp_path / "root").rglob("groundtruth/crop1/mito/s0/0*") if p.exists())
+    chunk = chunk if chunk.is_file() else next(p for p in chunk.rglob("*") if p.is_file())
+    chunk.write_bytes(chunk.read_bytes())
+    assert not set(first) & {row["identity"] for row in study(moved, tmp_path / "out", dry_run=True).rows}
+    assert not (tmp_path / "out").exists()
+
+
+# -- resuming and failing --------------------------------------------------------------------------------------------
+def test_a_half_trained_row_resumes(tmp_path: Path, root: Path, done: tuple[Path, StudyResult],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from connectomics.pipeline.study_callback import RowCallback
+
+    real = RowCallback.on_train_epoch_end
+
+    def interrupted(self: RowCallback, trainer: Any, *args: Any) -> None:
+        real(self, trainer, *args)
+        if trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RowCallback, "on_train_epoch_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        study(done[0], tmp_path / "out")
+    monkeypatch.undo()
+    states = [row["state"] for row in study(done[0], tmp_path / "out", dry_run=True).rows]
+    assert states == ["started", *["missing"] * 5]
+    assert without_cost(study(done[0], tmp_path / "out")) == without_cost(done[1])
+
+
+def test_a_failed_row_does_not_stop_the_others(tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    factors = {"weights": {"none": {"model.weights": str(tmp_path / "no.ckpt")}}}
+    file = write(tmp_path, root, factors=factors, seeds=[1])
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "training.max_epochs=1"]) == 1
+    said = capfd.readouterr()
+    assert "weights=none, seed 1 : failed no checkpoint at" in said.out
+    rows = study(file, tmp_path / "out", overrides=["training.max_epochs=1"], dry_run=True).rows
+    assert [row["state"] for row in rows] == ["complete", "failed"]
+    # the cause is fixed: the row is done, the other one is kept
+    (checkpoint,) = (tmp_path / "out/rows").glob("base-*/checkpoints/best.ckpt")
+    (tmp_path / "no.ckpt").write_bytes(checkpoint.read_bytes())
+    assert main(["-q", "study", str(file), "--out", str(tmp_path / "out"), "training.max_epochs=1", "--json"]) == 0
+    said = capfd.readouterr()
+    assert [row["state"] for row in json.loads(said.out[said.out.index("{") :])["rows"]] == ["complete", "complete"]
+
+
+def test_a_row_of_another_process_is_left_to_it(tmp_path: Path, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path, root, seeds=[1])
+    (row,) = study(file, tmp_path / "out", dry_run=True).rows
+    folder = tmp_path / "out/rows" / row["folder"]
+    with leading(folder):
+        assert [row["state"] for row in study(file, tmp_path / "out").unfinished] == ["missing"]
+    assert "is working on" in caplog.text
+    assert not folder.exists()
+
+
+def test_a_row_that_was_never_validated_is_not_complete(tmp_path: Path, root: Path) -> None:
+    file = write(tmp_path, root, seeds=[1], overrides={"training.val_every_n_epochs": 2, "training.max_epochs": 1})
+    for _ in range(2):  # not after a second try either
+        (row,) = study(file, tmp_path / "out").unfinished
+        assert (row["state"], row["val/dice"]) == ("failed", None)
+        assert "never validated, so there is no val/dice" in row["error"]
+
+
+def test_a_score_that_does_not_exist_is_named(done: tuple[Path, StudyResult], tmp_path: Path, root: Path) -> None:
+    file = write(tmp_path, root, factors=FACTORS, scores=["val/mito/iuo"])
+    with pytest.raises(UnknownNameError, match=r"unknown score 'val/mito/iuo'.*did you mean 'val/mito/iou'"):
+        study(file, done[1].folder, dry_run=True)
+
+
+# -- halving ---------------------------------------------------------------------------------------------------------
+def test_halving_stops_arms_and_continues_the_others_as_if_they_had_not_stopped(
+    done: tuple[Path, StudyResult], tmp_path: Path, root: Path
+) -> None:
+    file = write(tmp_path, root, factors=FACTORS, scores=["val/dice"], halving={"steps": [3, 8], "keep": 0.5})
+    found = study(file, tmp_path / "out")
+    full = {(row["arm"], row["seed"]): row for row in done[1].rows}
+    state = {row["arm"]: row["state"] for row in found.rows}
+    assert state[BASE] == "complete"
+    assert sorted(state.values()) in (["complete", "complete", "stopped"], ["complete", "stopped", "stopped"])
+    for row in found.rows:
+        if row["state"] == "complete":
+            assert row["val/dice"] == full[row["arm"], row["seed"]]["val/dice"]  # the schedule is the whole one
+            assert row["steps"] == 12
+        else:
+            assert row["steps"] in (4, 8)  # the end of the epoch that reaches a rung
+    stopped = next(line for line in found.arms if line["state"] == "stopped")
+    assert stopped["val/dice"] is None  # never compared with complete arms
+    assert study(file, tmp_path / "out") == found
+    assert found.unfinished == []
+
+
+# -- folds -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data sets: four crops, of which two overlap, and one."""
+    folder = tmp_path_factory.mktemp("several")
+    rng = np.random.default_rng(1)
+    for name, places in (("set-a", (0, 8, 64, 128)), ("set-b", (0,))):
+        write_raw(
+            folder,
+            name,
+            rng.integers(0, 255, (192, 16, 16), dtype=np.uint8),
+            VoxelGrid((8.0,) * 3, (4.0,) * 3, (192, 16, 16)),
+        )
+        for number, at in enumerate(places, start=1):
+            grid = VoxelGrid((8.0,) * 3, (4.0 + 8 * at, 4.0, 4.0), (32, 16, 16))
+            write_label(folder, name, f"crop{number}", "mito", (rng.random(grid.shape) < 0.3).astype(np.uint8), grid)
+    return folder
+
+
+@pytest.mark.parametrize(("by", "number"), [("crop", 2), ("crop", 4), ("dataset", 2), ("box", 2)])
+def test_folds_hold_out_everything_once_and_never_leak(several: Path, by: str, number: int) -> None:
+    from connectomics.data.splits import check_leaks
+
+    config = load_config(None, [
+        f"dataset.data_root={several}", "dataset.classes=[mito]", "data.patch_size=[8,8,8]"])  # fmt: skip
+    crops = Catalog.open(str(several)).crops(None, None, ["mito"])
+    folds = run_folds(config, crops, LabelCounter(), by, number)
+    assert len(folds) == number
+    held: dict[str, float] = {}
+    for name, split in folds.items():
+        train, val = split.select(crops)
+        assert train
+        assert check_leaks(train, val, name, (32.0, 32.0, 32.0)) == []  # raises if they overlap
+        for crop in val:
+            held[crop.key] = held.get(crop.key, 0.0) + content_of(crop, ["mito"], LabelCounter()).known
+    assert held == {crop.key: pytest.approx(content_of(crop, ["mito"], LabelCounter()).known) for crop in crops}
+
+
+def test_too_many_folds_are_refused(several: Path) -> None:
+    config = load_config(None, [
+        f"dataset.data_root={several}", "dataset.classes=[mito]", "data.patch_size=[8,8,8]"])  # fmt: skip
+    crops = Catalog.open(str(several)).crops(None, None, ["mito"])
+    with pytest.raises(InputError, match="cannot make 5 folds of 5 crops: they form 4 groups"):
+        run_folds(config, crops, LabelCounter(), "crop", 5)
+    with pytest.raises(InputError, match="cannot be cut into 40 parts along z"):
+        run_folds(config, crops, LabelCounter(), "box", 40)
+
+
+def test_folds_of_one_crop_are_trained_and_evaluated(tmp_path: Path, root: Path) -> None:
+    file = write(
+        tmp_path, root, seeds=[1], folds={"by": "box", "number": 3}, scores=["val/dice", "evaluate/mito/dice"],
+        overrides={"training.max_epochs": 1, "inference.window": [16, 16, 16], "data.patch_size": [8, 8, 8]},
+    )  # fmt: skip
+    found = study(file, tmp_path / "out")
+    assert [(row["fold"], row["state"]) for row in found.rows] == [(f"box{n}", "complete") for n in (1, 2, 3)]
+    assert all(row["evaluate/mito/dice"] is not None for row in found.rows)
+    middle = yaml.safe_load(next((found.folder / "folds").glob("box2-*.yaml")).read_text())
+    assert (len(middle["train"]), len(middle["val"])) == (2, 1)
+    (line,) = found.arms
+    assert line["val/dice"] == pytest.approx(np.mean([row["val/dice"] for row in found.rows]))
+    assert not list(found.folder.glob("rows/*/probabilities"))
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"factor": {}}, r"unknown key 'factor'; did you mean 'factors'"),
+        ({"factors": {"optimizer.lrr": [1]}}, r"tiny.yaml, optimizer.lrr=1: unknown key 'optimizer.lrr'.*optimizer.lr"),
+        ({"factors": {"optimizer.lr": [-1]}}, r"optimizer.lr=-1: optimizer.lr must be at least 0"),
+        ({"factors": {"optimizer.lr": 1}}, "factor optimizer.lr must be a list of values"),
+        ({"factors": {"system.seed": [1, 2]}}, "cannot change system.seed.*give seeds"),
+        ({"factors": {"dataset.datasets": [["a"]]}}, "cannot change dataset.datasets"),
+        ({"factors": {"optimizer.lr": [0.02, 0.02]}}, "are the same configuration|twice"),
+        ({"factors": {"optimizer.lr.x": [1]}}, "cannot set optimizer.lr.x: optimizer.lr holds a value"),
+        ({"overrides": {"~data.augmentations.RandFlipd": None}}, "there is no such key"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"folds": {"by": "crops"}}, "folds.by must be one of crop, box, dataset"),
+        ({"halving": {"steps": [8, 4]}}, "ascending order"),
+        ({"best": "min"}, "best is min, but checkpoint.mode of val/dice is max"),
+        ({"scores": ["evaluate/mito/dice"], "halving": {"steps": [4]}}, "put a val/ score first"),
+        ({"overrides": {"system.cpu_processes": 2}}, "one device"),
+        ({"base": 3}, "base must be a configuration file or its content"),
+    ],
+)  # fmt: skip
+def test_wrong_files_are_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_study(write(tmp_path, tmp_path, **content))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match="no study file"):
+        load_study(tmp_path / "no.yaml")
+
+
+def test_a_grid_has_all_combinations(tmp_path: Path) -> None:
+    factors = {"optimizer.lr": [0.1, 0.2], "schedule": {"none": {"scheduler.name": "constant"}, "as_is": None}}
+    _, _, arms = load_study(write(tmp_path, tmp_path, factors=factors, mode="grid"))
+    assert [arm.name for arm in arms] == [
+        f"optimizer.lr={lr} schedule={name}" for lr in (0.1, 0.2) for name in ("none", "as_is")
+    ]
+    assert [(a.config.optimizer.lr, a.config.scheduler.name) for a in arms[:2]] == [(0.1, "constant"), (0.1, "cosine")]
+
+
+def test_a_mapping_replaces_and_a_level_of_the_base_is_the_base(tmp_path: Path) -> None:
+    study_file = write(tmp_path, tmp_path, factors={"optimizer.lr": [0.01, 0.02]})
+    _, base, arms = load_study(study_file, ["optimizer.weight_decay=0.5"])
+    assert [arm.name for arm in arms] == [BASE, "optimizer.lr=0.02"]
+    assert {arm.config.optimizer.weight_decay for arm in arms} == {0.5}
+    other = changed(base, {"model.options": {"channels": [8, 16], "strides": [2]}}, "here")
+    assert "num_res_units" not in other.model.options
+    assert "num_res_units" not in changed(base, {"~model.options.num_res_units": None}, "here").model.options
+    assert base.model.options["num_res_units"] == 1
+    assert math.isclose(other.optimizer.lr, 0.01)
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "tutorials/studies").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_the_studies_that_ship_are_valid(file: Path) -> None:
+    content, _, arms = load_study(file)
+    assert len(arms) > 1
+    assert content.seeds
+
+
+def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    text = (root / "docs/studies.md").read_text(encoding="utf-8")
+    block, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    file = tmp_path / "doc.yaml"
+    file.write_text(block.replace("../phantom.yaml", str(root / "tutorials/phantom.yaml")) + halving)
+    content, _, arms = load_study(file)
+    named = re.findall(r"`([^`]+)`", re.findall(r"This file has six \*arms\*: (.*?), each", text, re.S)[0])
+    assert [arm.name for arm in arms] == named
+    assert "RandScaleIntensityd" not in arms[-1].config.data.augmentations
+    assert content.halving is not None
