@@ -98,8 +98,8 @@ def take(block: NDArray[Any], begin: Sequence[int], index: Sequence[NDArray[np.i
     """Return the voxels ``index`` (a list for each of the last three axes) of a block that starts at ``begin``; a view
     if they are in order."""
     low, high = hull(index)
-    part = tuple(slice(lo - b, hi - b) for b, lo, hi in zip(begin, low, high, strict=True))
-    block = block[..., part[0], part[1], part[2]]  # first, so that an axis is mirrored in what is needed of the others
+    z, y, x = (slice(lo - b, hi - b) for b, lo, hi in zip(begin, low, high, strict=True))
+    block = block[..., z, y, x]  # first, so that an axis is mirrored in what is needed of the others
     for axis, (first, wanted) in enumerate(zip(low, index, strict=True), start=-3):
         if not np.array_equal(wanted, np.arange(first, first + len(wanted))):
             block = np.take(block, wanted - first, axis=axis)

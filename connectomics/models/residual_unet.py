@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from connectomics.errors import InputError, unknown_name
+from connectomics.geometry import Index
+from connectomics.models.architectures import per_axis
 
 _STEPS = (1, 2, 4, 8, 10, 10)  # channels of the stages, relative to the first
 _NNUNET = (1, 3, 4, 6, 6, 6)  # residual blocks of the stages
@@ -56,8 +58,8 @@ class ResidualEncoderUNet(nn.Module):
             )
         first, blocks = SIZES[size.upper()]
         widths = [first * step for step in _STEPS[:stages]]
-        steps = [_three(stride) for stride in strides]
-        kernels = [_three(kernel) for kernel in kernel_size]
+        steps = [per_axis(stride) for stride in strides]
+        kernels = [per_axis(kernel) for kernel in kernel_size]
         if max(steps[0]) > 1:
             raise InputError(f"the stride of the first stage must be 1, got {strides[0]}")
         self.deep_supervision = deep_supervision
@@ -106,9 +108,7 @@ class ResidualEncoderUNet(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions, and a shortcut: average pooling for a stride, a 1 x 1 x 1 convolution for new channels."""
 
-    def __init__(
-        self, channels_in: int, channels_out: int, kernel: tuple[int, ...], stride: tuple[int, ...] = (1, 1, 1)
-    ) -> None:
+    def __init__(self, channels_in: int, channels_out: int, kernel: Index, stride: Index = (1, 1, 1)) -> None:
         super().__init__()
         self.first = nn.Sequential(*_convolution(channels_in, channels_out, kernel, stride), nn.LeakyReLU(0.01, True))
         self.second = nn.Sequential(*_convolution(channels_out, channels_out, kernel))
@@ -123,15 +123,11 @@ class ResidualBlock(nn.Module):
 
 
 def _convolution(
-    channels_in: int, channels_out: int, kernel: tuple[int, ...], stride: tuple[int, ...] = (1, 1, 1)
+    channels_in: int, channels_out: int, kernel: Index, stride: Index = (1, 1, 1)
 ) -> tuple[nn.Module, nn.Module]:
-    padding = tuple(k // 2 for k in kernel)
+    padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
     return nn.Conv3d(channels_in, channels_out, kernel, stride=stride, padding=padding), _norm(channels_out)
 
 
 def _norm(channels: int) -> nn.Module:
     return nn.InstanceNorm3d(channels, affine=True)
-
-
-def _three(value: Sequence[int] | int) -> tuple[int, ...]:
-    return (int(value),) * 3 if isinstance(value, int) else tuple(int(v) for v in value)

@@ -38,9 +38,9 @@ def write_study_page(
     texts = {name: [f"{k} = {json.dumps(v)}" for k, v in of.items()] for name, of in changes.items()}
     codes = sorted({row["code"] for row in rows if row["code"]})
     sections = [
-        page.section("result", "Result", "study/result", changes=texts, codes=codes, **values),
+        page.Section("result", "Result", page.render("study/result", changes=texts, codes=codes, **values)),
         page.Section("curves", "Learning curves", _curves(curves)),
-        page.section("rows", "Rows", "study/rows", **values),
+        page.Section("rows", "Rows", page.render("study/rows", **values)),
     ]
     complete = sum(row["state"] == "complete" for row in rows)
     header = page.render("study/header", title=title, complete=complete, **values)

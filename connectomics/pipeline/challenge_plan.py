@@ -133,7 +133,10 @@ def plan_challenge(
     source = remote if data_root is not None else None
     if remote is None and set(datasets or Catalog.open(root).datasets) <= public_datasets():
         source = PUBLIC
-    write_file(folder / "Makefile", run_book(place, table_name, list(files), notes, source).encode())
+    planned = {name for item in found for name in (*item.classes, *unions.get(item.name, ()))}
+    asked = {row.class_name for row in table}
+    part = () if asked <= planned else sorted(asked & planned)
+    write_file(folder / "Makefile", run_book(place, table_name, list(files), notes, source, part).encode())
     plans = Plans(data, machine, {item.name: item for item in found}, files)
     return ChallengePlan(plans, folder / "Makefile", unions, costs, absent)
 

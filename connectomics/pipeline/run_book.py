@@ -27,6 +27,8 @@ PYTC ?= pytc
 DATA := @DATA@
 CROPS ?= @CROPS@
 PLANS ?= @PLANS@
+# what to validate, if the crop table also asks for classes that no configuration has
+CLASSES ?= @CLASSES@
 # options and overrides of single steps, such as TRAIN="system.num_gpus=4"
 FETCH ?=
 TRAIN ?=
@@ -75,19 +77,27 @@ done/merge: $(PLANS:%=done/tune-%)
 	@mkdir -p done && touch $@
 
 validate: done/merge
-	$(PYTC) validate submission.zip --crops $(CROPS)
+	$(PYTC) validate submission.zip --crops $(CROPS) $(CLASSES:%=--class %)
 
 .PHONY: all fetch train predict tune decode merge validate
 .SECONDARY:
 """
 
 
-def run_book(root: str, crops: str, plans: Sequence[str], notes: Sequence[str], source: str | None) -> str:
+def run_book(
+    root: str,
+    crops: str,
+    plans: Sequence[str],
+    notes: Sequence[str],
+    source: str | None,
+    classes: Sequence[str] = (),
+) -> str:
     """Return the text of the Makefile.
 
     Args:
         root: data root. crops: crop table of the submission, its path or "challenge". plans: names of configurations
             beside the Makefile. notes: lines for its top.
+        classes: what to validate; none: all that the table asks for.
         source: where `pytc fetch` finds the data, ``s3://bucket``; None: nowhere, the step does nothing.
     """
     fetch = "@: these data are not public"
@@ -98,6 +108,7 @@ def run_book(root: str, crops: str, plans: Sequence[str], notes: Sequence[str], 
         "@DATA@": _word(root),
         "@CROPS@": _word(crops),
         "@PLANS@": " ".join(plans),
+        "@CLASSES@": " ".join(classes),
         "@FETCH@": fetch,
     }
     text = _BOOK

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -208,14 +208,9 @@ def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.Lig
 
     weights = config.model.weights
     keep = [] if weights is None else output_names(checkpoint_config(read_checkpoint(weights), weights))
-    batches: Iterable[Any] = ()
-    if config.model.init_bias == "prevalence":
-        first_batches = getattr(data, "first_batches", None)
-        if first_batches is None:
-            raise ConfigError(
-                "model.init_bias=prevalence needs a data module with first_batches(); give a number instead"
-            )
-        batches = first_batches()
+    if config.model.init_bias == "prevalence" and not hasattr(data, "first_batches"):
+        raise ConfigError("model.init_bias=prevalence needs a data module with first_batches(); give a number instead")
+    batches = data.first_batches() if config.model.init_bias == "prevalence" else ()  # type: ignore[attr-defined]
     begin_at_prevalence(module, batches, keep)
 
 

@@ -112,7 +112,7 @@ def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: 
     build = trainer_module.build_trainer
     diary = Diary(folder / "diary.txt", die_at, how)
     folder.mkdir(exist_ok=True)
-    trainer_module.build_trainer = lambda *a, **k: build(*a, **{**k, "callbacks": [diary]})
+    trainer_module.build_trainer = lambda *a, callbacks=(), **k: build(*a, **k, callbacks=[*callbacks, diary])
     last = folder / "checkpoints" / "last.ckpt"
     try:
         train(

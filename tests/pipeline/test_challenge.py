@@ -63,6 +63,8 @@ def test_all_48_classes_are_planned(phantom: Path, tmp_path: Path) -> None:
     assert f"CROPS ?= {phantom / 'test_crops.csv'}" in book
     assert ": these data are not public" in book
     assert "no step was tried and no speed given" in book
+    (line,) = (line for line in book.splitlines() if line.startswith("CLASSES ?= "))
+    assert set(line.split()[2:]) == set(SCORED) - set(found.absent)  # what it can give
     with pytest.raises(WriteError, match="--overwrite"):
         plan_challenge(str(phantom), out=tmp_path, trial=False)
     (tmp_path / "Makefile").write_text("all:\n")
