@@ -32,7 +32,7 @@ class CtrlC(pl.Callback):
 def ctrl_c_in(epoch: int) -> Iterator[None]:
     build = trainer_module.build_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **k, callbacks=[CtrlC(epoch)]))
+        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **{**k, "callbacks": [CtrlC(epoch)]}))
         yield
 
 

@@ -42,7 +42,7 @@ def averaged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, States]:
     states = States()
     build = trainer_module.build_trainer
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **k, callbacks=[states]))
+        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **{**k, "callbacks": [states]}))
         config = tiny_config(training__ema=0.5, model__options=BATCH_NORM)
         run = train(config, tmp_path_factory.mktemp("averaged") / "run", datamodule=MadeUpData(crops=1))
     return run, states

@@ -123,7 +123,7 @@ def test_two_epochs_and_two_resumed_equal_four(
     config = load_config(four_epochs.folder / "config.yaml")
     build = trainer_module.build_trainer
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **k, callbacks=[StopAfter(2)]))
+        patch.setattr(trainer_module, "build_trainer", lambda *a, **k: build(*a, **{**k, "callbacks": [StopAfter(2)]}))
         with pytest.raises(ArithmeticError):
             train(config, tmp_path / "run", datamodule=MadeUpData())
     torch.manual_seed(99)  # a new process starts anywhere
