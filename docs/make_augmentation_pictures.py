@@ -68,6 +68,7 @@ SHEETS: dict[str, Sheet] = {
     "contrast": _of("factor", 0.6, 0.8, 1.4),
     "brightness": _of("shift", -0.15, 0.08, 0.15),
     "gamma": _of("exponent", 0.6, 1.3, 1.7),
+    "invert": Sheet((("inverted", {}),)),
     "drift": Sheet(tuple((f"amplitude {a:g}", {"amplitude": a, "length": 80}) for a in (0.05, 0.1, 0.2)), 1),
     "noise": _of("std", 0.02, 0.05, 0.1),
     "shifted_sections": Sheet(

@@ -252,6 +252,15 @@ class Gamma(Kind):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Invert(Kind):
+    """The opposite contrast, 1 - value: membranes are dark in some data and bright in others."""
+
+    @staticmethod
+    def apply(image: Tensor) -> Tensor:
+        return image.neg_().add_(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drift(Kind):
     """Brightness that changes smoothly from section to section.
 
@@ -381,6 +390,6 @@ class Cutout(Kind):
 #: every kind by its name in ``data.intensity``, in the order of application
 KINDS: dict[str, type[Kind]] = {
     "charging": Charging, "stripes": Stripes, "blur": Blur, "resolution": Resolution, "poisson": Poisson, "gain": Gain,
-    "contrast": Contrast, "brightness": Brightness, "gamma": Gamma, "drift": Drift, "noise": Noise,
+    "contrast": Contrast, "brightness": Brightness, "gamma": Gamma, "invert": Invert, "drift": Drift, "noise": Noise,
     "shifted_sections": ShiftedSections, "missing_sections": MissingSections, "cutout": Cutout,
 }  # fmt: skip
