@@ -219,12 +219,12 @@ class DataConfig(Group):
 class OptimizerConfig(Group):
     """The optimizer; SGD uses Nesterov momentum."""
 
-    name: Annotated[str, one_of("AdamW", "Adam", "SGD")] = "AdamW"
+    name: Annotated[str, one_of("AdamW", "Adam", "RAdam", "SGD")] = "AdamW"
     lr: Annotated[float, _FROM_0] = 1e-3
     weight_decay: Annotated[float, _FROM_0] = 1e-5
     momentum: Annotated[float, _FROM_0] = 0.9  # SGD
     betas: Annotated[list[float], checked(_are_betas, "must be two numbers from 0 to below 1")] = field(
-        default_factory=lambda: [0.9, 0.999]  # Adam, AdamW
+        default_factory=lambda: [0.9, 0.999]  # Adam, AdamW, RAdam
     )
     decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
 

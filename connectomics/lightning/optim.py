@@ -33,9 +33,9 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-    kind = torch.optim.AdamW if config.name == "AdamW" else torch.optim.Adam
+    kinds = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam, "RAdam": torch.optim.RAdam}
     beta1, beta2 = config.betas
-    return kind(groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
+    return kinds[config.name](groups, lr=config.lr, betas=(beta1, beta2), weight_decay=config.weight_decay)
 
 
 def learning_rate(config: SchedulerConfig, lr: float, warm: float, progress: float) -> float:
