@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 from connectomics.io.location import local_path
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.io.write import write_file
-from connectomics.metrics.challenge.results import InstanceScore, SubmissionScore
 from connectomics.metrics.challenge.rules import trust
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from connectomics.metrics.challenge.results import SubmissionScore
 
 
 _FILES = {
@@ -124,6 +125,8 @@ def crop_rows(score: SubmissionScore) -> list[dict[str, Any]]:
 
 def instance_rows(score: SubmissionScore) -> list[dict[str, Any]]:
     """Return one row per true instance: its match, their IoU, and the distance in nm."""
+    from connectomics.metrics.challenge.results import InstanceScore
+
     rows = []
     for result in score.results:
         if isinstance(result.score, InstanceScore) and result.score.instances is not None:

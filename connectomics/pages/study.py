@@ -59,7 +59,7 @@ def _curves(curves: Curves) -> Markup:
     charts_made = [chart for chart in made if chart]
     if not charts_made:
         return page.note("No row has been validated yet.")
-    return Markup('<div class="charts">{}</div>').format(Markup("").join(charts_made))
+    return page.render("study/curves", charts=charts_made)
 
 
 def _mean(rows: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:

@@ -15,7 +15,6 @@ from connectomics.cellmap.crop_table import TableEntry
 from connectomics.errors import MetadataError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.metrics.challenge.align import source_of
-from connectomics.metrics.challenge.blocks import SlabComponents
 from connectomics.metrics.challenge.rules import instance_limit
 from connectomics.metrics.challenge.zarr_v2 import Archive, ZarrArray
 from connectomics.submission.findings import Finding, error, warning
@@ -157,6 +156,8 @@ class Summary:
 
 def summarize(archive: Archive, array: ZarrArray, count_components: bool) -> Summary:
     """Read an array slab by slab; memory is about six bytes per voxel of a slab."""
+    from connectomics.metrics.challenge.blocks import SlabComponents  # with compiled code, slow to import
+
     result = Summary()
     counter = SlabComponents() if count_components else None
     unsigned = array.dtype.kind in "bu"

@@ -266,8 +266,8 @@ def test_held_out_masks_of_instance_classes_become_instances(tmp_path: Path) -> 
     mask = np.zeros(shape, np.uint8)
     mask[2:4, 2:4, 64:66] = mask[5:7, 5:7, 72:75] = mask[2:6, 2:6, 5:9] = 1
     write_label(tmp_path / "root", "set-a", "crop1", "mito", mask, grid_of(shape))
-    held = hold_out(tmp_path / "root" / "set-a", tmp_path / "out", ["mito"])
-    truth = np.asarray(zarr.open_array(held.truth / "crop13" / "mito", mode="r")[...])
+    hold_out(tmp_path / "root" / "set-a", tmp_path / "out", ["mito"])
+    truth = np.asarray(zarr.open_array(tmp_path / "out" / "truth.zarr" / "crop13" / "mito", mode="r")[...])
     assert truth.shape == (8, 8, 20)
     assert set(np.unique(truth)) == {0, 1, 2}
     np.testing.assert_array_equal(truth > 0, mask[:, :, 60:] > 0)

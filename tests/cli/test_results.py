@@ -228,7 +228,7 @@ def test_evaluate_by_class_crop_and_data_set(
     assert total["overall_low"] <= total["overall"] <= total["overall_high"]
     for name, columns in (("class", "score_low"), ("dataset", "dataset"), ("crop", "crop")):
         assert columns in rows(tmp_path / f"evaluation_per_{name}.csv")[0]
-    assert "Over known voxels only" in evaluation_section(out).body
+    assert "Over known voxels only" in evaluation_section(out)
 
 
 def test_one_key_says_the_rules_of_score_and_evaluate(

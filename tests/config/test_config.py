@@ -81,7 +81,7 @@ def test_overrides_win_and_reach_keys_that_no_file_sets() -> None:
         ("data.intensity_range=autom", "got 'autom'"),
         ("data.intensity_range={jrc_hela-2: [5, 5]}", "data.intensity_range of jrc_hela-2 must be auto"),
         ("inference.window=[8,8]", "three positive numbers"),
-        ("inference.tta=flip", "inference.tta must be none, flips, section, all.*got 'flip'"),
+        ("inference.tta=flip", "inference.tta must be none, flips, section, planes, all.*got 'flip'"),
         ("inference.tta=[zyx,-zzx]", "each z, y, x in some order"),
         ("inference.tta=[zyx,zyx]", "none twice"),
         ("inference.tta=[]", "inference.tta must be"),
