@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from connectomics.cellmap.catalog import Crop, LabelArray, informs
+from connectomics.cellmap.classes import atoms_of
 from connectomics.config import RunConfig
 from connectomics.data.contents import Content, LabelCounter, check_states, content_of
 from connectomics.data.holdout import slabs
@@ -54,6 +55,7 @@ def run_split(
     else:
         usable = [fine.get(c.key, c) for c in crops if c.key in fine or dataset.crops is not None]
         _say_what_is_coarse(crops, usable, config)
+        usable = _annotated(usable, config)
         split = _make(config, usable, [content_of(crop, classes, counter) for crop in usable], margin)
     train, val = split.select(usable, where)
     if not train:
@@ -93,6 +95,7 @@ def run_folds(
     classes, margin = config.dataset.classes, half_patch(config)
     usable = [kept for crop in crops if (kept := _fine_labels(crop, config)) is not None]
     _say_what_is_coarse(crops, usable, config)
+    usable = _annotated(usable, config)
     if by == "dataset":
         return leave_one_out(usable)
     groups = [[usable[n] for n in group] for group in groups_of(usable, margin)]
@@ -158,6 +161,30 @@ def _make(config: RunConfig, crops: Sequence[Crop], contents: Sequence[Content],
             f"{', '.join(folds)}, and run once for each"
         )
     return folds[dataset.held_out[0]]
+
+
+def _annotated(crops: list[Crop], config: RunConfig) -> list[Crop]:
+    """Return the crops that annotate a class itself, or all of its atoms; all crops if there is none, or if
+    ``dataset.crops`` names them.
+
+    Other crops know a class only where a part of it, or a class that excludes it, was drawn: what is known there
+    depends on what it is, and a network would learn the wrong share of it.
+    """
+    classes = config.dataset.classes
+    kept = [
+        crop
+        for crop in crops
+        if any(name in crop.labels or crop.labels.keys() >= set(atoms_of(name)) for name in classes)
+    ]
+    if config.dataset.crops is not None or not kept or len(kept) == len(crops):
+        return crops
+    left = [crop.key for crop in crops if crop not in kept]
+    log.warning(
+        "%s annotate none of the classes %s themselves, only parts of them or classes that exclude them, and are left "
+        "out; name them in dataset.crops to use them",
+        ", ".join(left[:4] + ["..."] * (len(left) > 4)), ", ".join(classes),
+    )  # fmt: skip
+    return kept
 
 
 # -- labels that are too coarse ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from connectomics.cellmap.ingest import Drawn, Known, ingest_labels, ingest_raw
 from connectomics.config import RunConfig
 from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.datamodule import CellMapDataModule
+from connectomics.data.run_split import run_split
 from connectomics.data.sampling import PatchRequest
 from connectomics.data.splits import Split, parse_entry
 from connectomics.data.validation_windows import validation_shape
@@ -254,3 +255,22 @@ def test_coarse_labels_are_left_out_unless_asked_for(tmp_path: Path, caplog: pyt
     config = config_of(root, ("er",))
     with pytest.raises(InputError, match=r"nothing is left.*coarse_labels=true"):
         CellMapDataModule(config).setup()
+
+
+def test_crops_that_only_imply_a_class_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """crop2 draws the membrane of mitochondria and vesicles, so mito is known there only where one of them is."""
+    shape = (32, 32, 64)
+    write_raw(tmp_path, "set-a", np.full(shape, 99, np.uint8), grid_of(shape))
+    for crop, name in (("crop1", "mito"), ("crop2", "mito_mem"), ("crop2", "ves")):
+        write_label(tmp_path, "set-a", crop, name, labels_with_blobs(shape), grid_of(shape))
+    crops = Catalog.open(str(tmp_path)).crops(None, None, ["mito"])
+    config = config_of(tmp_path)
+    _, train, val = run_split(config, crops, None, LabelCounter())
+    assert {crop.name for crop in (*train, *val)} == {"crop1"}
+    assert "set-a/crop2 annotate none of the classes mito themselves" in caplog.text
+    config.dataset.crops = ["crop1", "crop2"]
+    _, train, val = run_split(config, crops, None, LabelCounter())
+    assert {crop.name for crop in (*train, *val)} == {"crop1", "crop2"}
+    config.dataset.crops, implied = None, [crop for crop in crops if crop.name == "crop2"]
+    _, train, val = run_split(config, implied, None, LabelCounter())
+    assert train
