@@ -53,9 +53,9 @@ def em_spatial(voxel_size: Sequence[float], strength: float) -> Arguments:
 def em_intensity(voxel_size: Sequence[float], patch_size: Sequence[int], strength: float) -> Arguments:
     """Return the intensity part of the preset ``em``: nothing for ``strength`` 0.
 
-    Gamma is COSEM's (0.75 to 1.33); contrast, brightness, blur, lower resolution and noise are nnU-Net v2's with
-    its standard deviations of images taken as 0.2 of the range. Inverting is ours: a network that
-    has not seen it is lost on data with bright membranes. Missing and shifted sections are for serial sections.
+    Gamma is COSEM's (0.75 to 1.33); contrast, brightness, blur, lower resolution and noise are nnU-Net v2's with its
+    standard deviations of images taken as 0.2 of the range. A network that never saw inverted patches is lost on data
+    with bright membranes. Missing and shifted sections are for serial sections.
     """
     if strength <= 0:
         return {}
