@@ -6,7 +6,7 @@
 
 tests: everything in tests/gpu that is marked ``gpu``. inference: prediction from Zarr to Zarr beside the bare forward
 passes and MONAI's inferer. training: patches per second with the real loader beside a constant batch, memory, and where
-a step's time goes. learning: a real training (tutorials/lucchi.yaml) and its foreground IoU against time.
+a step's time goes. learning: a real training (tutorials/lucchi_gpu.yaml) and its foreground IoU against time.
 
 Each section is a process with a share of the time; whatever happens to it, the next one runs. ``gpu.json`` and
 ``gpu.md`` in ``--out`` are replaced after every row. Needs no network, no writable home and no installation: a checkout

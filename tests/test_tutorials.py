@@ -10,7 +10,7 @@ from connectomics.config import load_config
 from connectomics.pipeline.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = {"fib25_medulla", "lucchi", "vnc_larva"}
+REAL = {"baseline_official", "fib25_medulla", "lucchi", "lucchi_gpu", "vnc_larva"}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "tutorials").glob("*.yaml")), ids=lambda p: p.stem)
@@ -24,8 +24,10 @@ def test_one_step(file: Path, request: pytest.FixtureRequest, tmp_path: Path) ->
     if not real:
         patch = "[32,32,32]" if file.stem == "phantom" else "[16,16,32]"  # large kernels are slow on a CPU
         small += ["dataset.datasets=[phantom-iso]", f"data.patch_size={patch}", f"inference.window={patch}"]
-    if file.stem == "lucchi":  # its network is for a GPU
+    if file.stem == "lucchi_gpu":
         small += ["data.patch_size=[16,32,32]", "inference.window=null"]
+    if file.stem == "baseline_official":
+        small += ["model.options.features=[8,16,32,64,128]"]
     if file.stem != "phantom":  # one configuration looks at validation too; for large networks it takes too long here
         small += ["dataset.train_val_split=1.0", "data.cache=none"]
     if file.stem.startswith("cellmap"):  # its planes are not as long on both sides then

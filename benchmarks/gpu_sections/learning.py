@@ -1,4 +1,4 @@
-"""Section ``learning``: a real training (tutorials/lucchi.yaml) for the time that is left, and its foreground IoU.
+"""Section ``learning``: a real training (tutorials/lucchi_gpu.yaml) for the time that is left, and its foreground IoU.
 
 The last fifth of the annotated planes validates; its labels are never trained on. What is trained is the tutorial as it
 is, but for the length of the training.
@@ -32,7 +32,7 @@ from connectomics.pipeline.targets import crop_target
 from gpu_sections.record import LeftOutError, Section
 from gpu_sections.steps import Turns, measure
 
-RECIPE = Path(__file__).resolve().parents[2] / "tutorials" / "lucchi.yaml"
+RECIPE = Path(__file__).resolve().parents[2] / "tutorials" / "lucchi_gpu.yaml"
 DATASET, CLASS = "lucchi-train", "mito"
 TRAIN_SHARE = 0.8  # of the planes
 _EPOCHS = 10  # each ends with a validation
