@@ -46,7 +46,7 @@ WAY = (
 def first_line(room: str) -> str:
     """Return the first sentence of a room's docstring."""
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text(encoding="utf-8"))) or ""
-    return text.split("\n")[0].split(": ")[-1].rstrip(".").replace("`", "")
+    return text.split("\n")[0].split(". ")[0].split(": ")[-1].rstrip(".").replace("`", "")
 
 
 def lines_of(room: str) -> int:

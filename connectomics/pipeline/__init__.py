@@ -1,1 +1,1 @@
-"""What the verbs do: one module for each, called by the command line, the front door and the scripts."""
+"""What the verbs do: one module for each verb, called by the command line, the front door and the scripts."""
