@@ -140,7 +140,9 @@ def test_the_run_book_quotes_for_make_and_for_the_shell(tmp_path: Path) -> None:
     book = run_book("/a b/$x", "challenge", ["p"], ["note"], "s3://public")
     (tmp_path / "Makefile").write_text(book)
     (tmp_path / "p.yaml").write_text("")
-    said = subprocess.run(["make", "-n"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["make", "--no-print-directory", "-n"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     lines = [shlex.split(line) for line in said.splitlines() if line.startswith("pytc")]
     assert [words[1] for words in lines] == ["fetch", "train", "predict", "predict", "tune", "merge", "validate"]
     assert lines[0][2] == "/a b/$x"
@@ -155,7 +157,7 @@ def test_the_names_of_the_challenge_s_data_sets() -> None:
 def steps(folder: Path, *variables: str) -> Iterator[list[str]]:
     """Words of the commands that make would run."""
     said = subprocess.run(
-        ["make", "-n", *variables], cwd=folder, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", *variables], cwd=folder, capture_output=True, text=True, check=True
     ).stdout.replace("\\\n", " ")
     for line in said.splitlines():
         yield shlex.split(line)
