@@ -323,6 +323,8 @@ def _choose_2d(
         plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")
     else:
         plan.choose("inference.tta", ["zyx", "z-yx", "zy-x", "z-y-x"], "sections are thick: in-plane flips only")
+    plan.choose("optimizer.lr", 2e-3, "docs/recipe.md")
+    plan.choose("optimizer.weight_decay", 1e-2, "docs/recipe.md")
     plan.choose("training.max_cpu_minutes", _CPU_MINUTES if minutes is None else minutes, _said(minutes))
 
 
@@ -353,8 +355,6 @@ def _choose_training(plan: Plan) -> None:
     """Set what holds for every network; docs/recipe.md has the measurements."""
     if "training.max_epochs" not in plan.settings:
         plan.choose("training.max_epochs", -1, "the time ends the training")
-    plan.choose("optimizer.lr", 2e-3, "docs/recipe.md")
-    plan.choose("optimizer.weight_decay", 1e-2, "docs/recipe.md")
     plan.choose("optimizer.decay_norm_and_bias", False, "decay is for the weights of convolutions")
     plan.choose("scheduler.name", "cosine", "a finished schedule gains more than a longer training")
     plan.choose("scheduler.warmup_steps", 50, "as above")
