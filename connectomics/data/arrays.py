@@ -22,11 +22,11 @@ class CropArrays:
 
     raw: NDArray[np.uint8]  # (D, H, W)
     raw_begin: Index  # lattice index of raw[0, 0, 0]
-    inside: NDArray[np.bool_] | None  # (D, H, W), False where there is no raw; None if there is raw everywhere
+    inside: NDArray[np.bool_] | None  # (D, H, W), whether a voxel has raw; None if all have
     codes: NDArray[np.unsignedinteger]  # uint8, uint16 or uint32 (d, h, w), rows of states
     codes_begin: Index  # lattice index of codes[0, 0, 0]
     states: LabelStates  # what the codes mean
-    fill: float = 0.0  # image value, on the unit scale, where there is no raw: the mean of tissue
+    fill: float = 0.0  # image value, on the unit scale, of voxels without raw: the mean of tissue
 
     def mirrored(self, extent: Extent, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
         """Return arrays whose raw covers lattice indices ``lo`` to ``hi`` (exclusive), mirrored where the volume ends.

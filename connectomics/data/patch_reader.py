@@ -122,7 +122,7 @@ class PatchReader:
     def _draw_map(
         self, spatial: SpatialAugmentor, center: NDArray[np.float64], crop: Index, rng: np.random.Generator
     ) -> CoordinateMap:
-        """Draw a map; draw again if most of the patch would come from beyond the crop, where nothing is known."""
+        """Draw a map; repeat the draw, at most eight times, if much of the patch would come from outside the crop."""
         if not spatial.may_leave:
             return spatial.draw(rng)
         enough = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, self.shape.voxels, crop)

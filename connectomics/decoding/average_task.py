@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from connectomics import __version__
-from connectomics.decoding.label_artifact import partial_of, unknown_of
+from connectomics.decoding.label_artifact import partial_of, title_of, unknown_of
 from connectomics.decoding.prediction import open_prediction
 from connectomics.decoding.probabilities import OnGrid, unit_of
 from connectomics.errors import InputError, WriteError
@@ -79,8 +79,7 @@ class AverageTask(BlockTask):
 
     @property
     def name(self) -> str:
-        output = Path(self.output)
-        return f"{output.parent.parent.name.removesuffix('.zarr')}/{output.parent.name}/{output.name}"
+        return title_of(Path(self.output))
 
     @property
     def folder(self) -> Path:

@@ -28,7 +28,7 @@ def decode_class(
 ) -> NDArray[Any]:
     """Decode the probabilities of one class.
 
-    Objects with a boundary are found where there is none, and then grown back over it: a watershed on the boundary
+    Objects with a boundary are found outside of the boundary, and then grown back over it: a watershed on the boundary
     probability, so that they meet where it is highest. Foreground that touches no object is dropped.
 
     Args:

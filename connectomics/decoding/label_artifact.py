@@ -66,6 +66,11 @@ def label_array(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def title_of(location: Path) -> str:
+    """Return ``{dataset}/{crop}/{class}`` of an array at ``{dataset}.zarr/{crop}/{class}``."""
+    return f"{location.parent.parent.name.removesuffix('.zarr')}/{location.parent.name}/{location.name}"
+
+
 def partial_of(location: Path) -> Path:
     """Return the hidden folder beside ``location`` that holds unfinished labels."""
     return location.with_name(f".{location.name}.partial")

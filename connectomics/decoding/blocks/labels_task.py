@@ -29,6 +29,7 @@ from connectomics.decoding.label_artifact import (
     inputs_of,
     label_attrs,
     partial_of,
+    title_of,
 )
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.prediction import Foreground
@@ -109,8 +110,7 @@ class LabelsTask(BlockTask):
 
     @property
     def name(self) -> str:
-        output = Path(self.output)
-        return f"{output.parent.parent.name.removesuffix('.zarr')}/{output.parent.name}/{output.name}"
+        return title_of(Path(self.output))
 
     @property
     def folder(self) -> Path:
