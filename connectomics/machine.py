@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import tempfile
+from pathlib import Path
 
 
 def usable_cores() -> int:
@@ -15,6 +17,17 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def cpu_has_bfloat16() -> bool:
+    """Return whether the processor has bfloat16 instructions; without them bfloat16 is slower than float32."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def ensure_numba_cache() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from connectomics.config import RunConfig
-from connectomics.machine import usable_cores
+from connectomics.machine import cpu_has_bfloat16, usable_cores
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +38,11 @@ def choose_machine(config: RunConfig, gpus: int, bf16_cpu: bool) -> Machine:
     """Return devices and precision for a run.
 
     If fewer GPUs are available than ``system.num_gpus``, those are used, or the CPU if there is none. On the CPU
-    float16 is tens of times slower than float32: ``16-mixed`` becomes bfloat16 if the processor supports it, else 32.
+    float16 is tens of times slower than float32, and bfloat16 about ten times without instructions for it: mixed
+    precision becomes bfloat16 if the processor has them, else 32.
 
     Args:
-        config: the run. gpus: available CUDA devices. bf16_cpu: see `cpu_has_bfloat16`.
+        config: the run. gpus: available CUDA devices. bf16_cpu: see `connectomics.machine.cpu_has_bfloat16`.
     """
     system, precision = config.system, config.training.precision
     notes = []
@@ -57,9 +56,11 @@ def choose_machine(config: RunConfig, gpus: int, bf16_cpu: bool) -> Machine:
         )
     if used:
         return Machine("gpu", used, precision, tuple(notes))
-    if precision == "16-mixed":
-        precision = "bf16-mixed" if bf16_cpu else "32"
-        notes.append(f"precision 16-mixed is for GPUs: using {precision} on the CPU")
+    possible = "bf16-mixed" if bf16_cpu else "32"
+    if precision not in ("32", possible):
+        why = "is for GPUs" if precision == "16-mixed" else "needs instructions that this processor lacks"
+        notes.append(f"precision {precision} {why}: using {possible} on the CPU")
+        precision = possible
     return Machine("cpu", system.cpu_processes, precision, tuple(notes))
 
 
@@ -70,17 +71,6 @@ def this_machine(config: RunConfig) -> Machine:
     for note in machine.notes if is_first_process() else ():
         log.warning(note)
     return machine
-
-
-def cpu_has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions; without them bfloat16 is slower than float32."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def set_threads(config: RunConfig, processes: int) -> int:

@@ -19,7 +19,7 @@ from connectomics.errors import InputError, WriteError
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.store import is_s3
 from connectomics.io.write import write_file
-from connectomics.machine import usable_cores
+from connectomics.machine import cpu_has_bfloat16, usable_cores
 from connectomics.pipeline.data_facts import ClassFacts, DataFacts, data_facts
 from connectomics.progress import Progress, silent
 
@@ -164,17 +164,8 @@ def machine_facts(folder: Path) -> MachineFacts:
     memory, disk = psutil.virtual_memory().available, shutil.disk_usage(existing).free
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return MachineFacts(
-        usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk, _cpu_bf16()
+        usable_cores(), memory, card.name if card else None, card.total_memory if card else 0, disk, cpu_has_bfloat16()
     )
-
-
-def _cpu_bf16() -> bool:
-    """Return whether the CPU has instructions for bfloat16 (x86 on Linux; elsewhere it is not known: False)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def propose(data: DataFacts, machine: MachineFacts, root: str, *, minutes: float | None = None) -> list[Plan]:

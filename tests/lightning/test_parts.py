@@ -18,7 +18,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from connectomics.config.schema import OptimizerConfig, SchedulerConfig
 from connectomics.errors import ConfigError
 from connectomics.lightning.callbacks import BestCheckpoint
-from connectomics.lightning.devices import Machine, choose_machine, cpu_has_bfloat16, is_first_process, set_threads
+from connectomics.lightning.devices import Machine, choose_machine, is_first_process, set_threads
+from connectomics.machine import cpu_has_bfloat16
 from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane, panel
@@ -70,8 +71,11 @@ class TestMachine:
         assert (on_gpu.accelerator, on_gpu.devices) == ("gpu", 1)
 
     @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16-mixed"), (False, "32")])
-    def test_float16_is_not_for_the_cpu(self, bf16: bool, expected: str) -> None:
-        assert choose_machine(tiny_config(training__precision="16-mixed"), 0, bf16_cpu=bf16).precision == expected
+    @pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+    def test_the_cpu_computes_in_what_it_has_instructions_for(self, precision: str, bf16: bool, expected: str) -> None:
+        machine = choose_machine(tiny_config(training__precision=precision), 0, bf16_cpu=bf16)
+        assert machine.precision == expected
+        assert bool([n for n in machine.notes if precision in n]) == (precision != expected)
 
     def test_processes_and_threads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[int] = []
