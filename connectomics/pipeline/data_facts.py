@@ -1,13 +1,15 @@
 """Measure a data root: voxel sizes, extents, volume and thickness of each class, range of raw.
 
 Thickness is the mean chord: the mean length of the runs of present voxels along the three axes. For convex bodies it is
-4 V / S (Cauchy; a ball of diameter d has 2 d / 3). It needs neither instances nor surfaces.
+4 V / S (Cauchy; a ball of diameter d has 2 d / 3). It needs no surfaces. With instance IDs, a run ends where another
+instance begins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +34,7 @@ class ClassFacts:
             attributes, else from the crops that were read.
         chord_nm: mean chord in some crops of each data set, None if the class is present nowhere.
         test_nm: median voxel size of the class in the challenge, None if it has none.
+        touching: share of the faces of instances that are shared with another instance, 0 without instance IDs.
     """
 
     name: str
@@ -40,6 +43,7 @@ class ClassFacts:
     share: float
     chord_nm: float | None
     test_nm: float | None
+    touching: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def data_facts(
 def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] | None) -> ClassFacts:
     own = [crop for crop in crops if name in crop.labels and crop.labels[name].grid.size]
     volumes = np.zeros(2)  # present and known, um^3
-    lengths, runs = np.zeros(3), np.zeros(3)
+    lengths, runs, shared = np.zeros(3), np.zeros(3), 0
     may_have = []
     for crop in own:
         counts = said_counts(crop.labels[name])
@@ -106,8 +110,8 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         crop, counts = may_have[place]
         if number >= _MOST_CROPS and runs.any():
             break
-        found, length, begun = _measure(crop.labels[name])
-        lengths, runs = lengths + length, runs + begun
+        found, length, begun, touches = _measure(crop.labels[name])
+        lengths, runs, shared = lengths + length, runs + begun, shared + touches
         if counts is None:
             volumes += found
     return ClassFacts(
@@ -117,6 +121,7 @@ def _class_facts(name: str, crops: Sequence[Crop], test_sizes: Sequence[float] |
         share=float(volumes[0] / volumes[1]) if volumes[1] else 0.0,
         chord_nm=float(np.mean(lengths / runs)) if runs.all() else None,
         test_nm=float(np.median(test_sizes)) if test_sizes else None,
+        touching=float(shared / runs.sum()) if runs.all() else 0.0,
     )
 
 
@@ -131,30 +136,41 @@ def across_datasets(crops: Sequence[Crop]) -> list[int]:
     return sorted(rank, key=lambda number: rank[number])
 
 
-def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return present and known volume (um^3), and per axis total length (nm) and number of runs of present voxels."""
+def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], int]:
+    """Measure a label array: present and known volume (um^3), and per axis total length (nm) and number of runs; touches.
+
+    A run is a line of present voxels of one instance. Touches are runs that begin where another instance ends.
+    """
     size = np.asarray(label.grid.voxel_size)
     _, height, width = label.grid.shape
-    volumes, lengths, runs = np.zeros(2), np.zeros(3), np.zeros(3, np.int64)
-    before: NDArray[np.bool_] | None = None  # the last plane of the block above, where runs along z may start
+    volumes, lengths, runs, touches = np.zeros(2), np.zeros(3), np.zeros(3, np.int64), 0
+    before: NDArray[Any] | None = None  # the last plane of the block above, where runs along z may start
     for begin, block in label.grid.blocks((max(1, _SLAB // max(1, height * width)), height, width)):
-        inside, known = label.annotation.decode(label.read_stored(begin, block.shape))
+        stored = label.read_stored(begin, block.shape)
+        inside, known = label.annotation.decode(stored)
+        ids = np.where(inside, stored, 0) if label.annotation.kind == "instance" else inside
         count = np.array([np.count_nonzero(inside), np.count_nonzero(known)])
         volumes += count * (float(size.prod()) / 1e9)
         lengths += count[0] * size
-        runs += _run_starts(inside, before)
-        before = inside[-1]
-    return volumes, lengths, runs
+        begun, touching = _run_starts(ids, before)
+        runs, touches = runs + begun, touches + touching
+        before = ids[-1]
+    return volumes, lengths, runs, touches
 
 
-def _run_starts(inside: NDArray[np.bool_], before: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-    """Count the runs of present voxels that start in a block, along z, y and x; ``before``: the plane above it."""
-    found = []
+def _run_starts(ids: NDArray[Any], before: NDArray[Any] | None) -> tuple[NDArray[np.int64], int]:
+    """Count the runs that start in a block, along z, y and x, and touches; ``before``: the plane above it."""
+    found, touches = [], 0
     for axis in range(3):
-        lines = np.moveaxis(inside, axis, 0)
-        first = lines[0] & ~before if axis == 0 and before is not None else lines[0]
-        found.append(np.count_nonzero(first) + np.count_nonzero(lines[1:] & ~lines[:-1]))
-    return np.asarray(found)
+        lines = np.moveaxis(ids, axis, 0)
+        first = np.zeros_like(lines[0]) if axis or before is None else before
+        starts = 0
+        for ends, begins in ((first, lines[0]), (lines[:-1], lines[1:])):
+            begun = (begins != 0) & (begins != ends)
+            starts += np.count_nonzero(begun)
+            touches += np.count_nonzero(begun & (ends != 0))
+        found.append(starts)
+    return np.asarray(found), touches
 
 
 def _gray_percentiles(crops: Sequence[Crop]) -> tuple[float, float, float]:

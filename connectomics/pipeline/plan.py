@@ -34,6 +34,8 @@ CHORD_VOXELS = 4.0
 CHORD_PIXELS = 12.0
 #: Sections at least this much thicker than pixels are not interchangeable with the other planes.
 ANISOTROPIC = 1.5
+#: Share of the faces of instances that are shared with another instance, above which the network learns boundaries.
+TOUCHING = 0.02
 _CPU_MINUTES = 120.0
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
@@ -268,12 +270,17 @@ def _plan(
     classes = tuple(facts.name for facts, _ in group)
     plan = Plan(size, classes)
     plan.settings |= {"dataset.data_root": root, "dataset.classes": list(classes)}
-    voxel = _voxel(size, data)
+    # sections that are thicker than that stay as they are
+    thickness = size if data.raw_voxel is None else max(size, data.raw_voxel[0])
+    voxel = [thickness if thickness >= ANISOTROPIC * size else size, size, size]
     plan.choose("dataset.voxel_size", voxel, "; ".join(why for _, why in group))
     if machine.gpu is None:
         _choose_2d(plan, stem, voxel, data, machine, minutes)
     else:
         _choose_3d(plan, data, machine, minutes)
+    for facts, _ in group:
+        if facts.touching > TOUCHING:
+            _choose_instances(plan, facts, planes=machine.gpu is None)
     _choose_training(plan)
     voxels = data.volume_um3 * 1e9 / math.prod(voxel)
     disk = voxels * 3 * 8  # raw and labels, with as much context again on each side
@@ -285,12 +292,6 @@ def _plan(
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of the known voxels")
     return plan
-
-
-def _voxel(size: float, data: DataFacts) -> list[float]:
-    """Return the voxel size, z y x: sections that are thicker than that stay as they are."""
-    thickness = size if data.raw_voxel is None else max(size, data.raw_voxel[0])
-    return [thickness if thickness >= ANISOTROPIC * size else size, size, size]
 
 
 def _choose_2d(
@@ -340,6 +341,18 @@ def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: floa
 
 def _said(minutes: float | None) -> str:
     return "the default; the learning rate falls to zero over it" if minutes is None else "as given"
+
+
+def _choose_instances(plan: Plan, facts: ClassFacts, *, planes: bool) -> None:
+    """Add a head that separates the instances of a class, and decode with it (docs/instances.md)."""
+    assert facts.chord_nm is not None
+    head = {"kind": "boundary" if planes else "affinities", "class_name": facts.name}
+    watershed = {"method": "watershed", "height": "boundary", "min_distance_nm": round(facts.chord_nm / 2)}
+    decoding = watershed if planes else {"method": "mutex_watershed"}
+    why = f"{facts.touching:.0%} of the faces of {facts.name} instances touch another instance"
+    plan.choose("model.heads", [*plan.settings.get("model.heads", []), head], why)
+    classes = {**plan.settings.get("decoding.classes", {}), facts.name: decoding}
+    plan.choose("decoding.classes", classes, f"{facts.name} is separated by the head")
 
 
 def _choose_training(plan: Plan) -> None:

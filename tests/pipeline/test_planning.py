@@ -44,6 +44,24 @@ def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, mon
     assert facts.share == pytest.approx(4 / 3 * np.pi * 200**3 / 448**3, rel=0.01)
 
 
+def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight cubes of 8 voxels in a cube of 16: half of the faces are shared; the ends of runs do not depend on blocks."""
+    monkeypatch.setattr(facts_module, "_SLAB", 5 * 32**2)
+    grid = grid_of((32, 32, 32), 8.0)
+    ids = np.zeros(grid.shape, np.uint16)
+    ids[8:24, 8:24, 8:24] = 1 + np.kron(np.arange(8).reshape(2, 2, 2), np.ones((8, 8, 8))).astype(np.uint16)
+    write_raw(tmp_path, "set", np.zeros(grid.shape, np.uint8), grid)
+    write_label(tmp_path, "set", "crop1", "cell", ids, grid, kind="instance")
+    write_label(tmp_path, "set", "crop1", "mito", (ids > 0).astype(np.uint8), grid)
+    cell, mito = (data := data_facts(str(tmp_path), ["cell", "mito"])).classes
+    assert (cell.chord_nm, cell.touching) == (pytest.approx(64.0), pytest.approx(0.5))
+    assert (mito.chord_nm, mito.touching) == (pytest.approx(128.0), 0.0)
+    for machine, kind, method in ((CPU, "boundary", "watershed"), (H200, "affinities", "mutex_watershed")):
+        plans = [plan for plan in propose(data, machine, "r") if "cell" in plan.classes]
+        assert [(head.kind, head.class_name) for head in plans[0].config().model.heads] == [(kind, "cell")]
+        assert plans[0].settings["decoding.classes"]["cell"]["method"] == method
+
+
 def test_a_class_of_the_last_data_set_is_found(tmp_path: Path) -> None:
     """13 crops without ld come first; their counts say so, and what is read is spread over data sets."""
     grid = grid_of((8, 8, 8), 4.0)
