@@ -274,7 +274,7 @@ class EarlyStoppingConfig(Group):
     """When to stop before the last epoch."""
 
     monitor: str = "val/dice"
-    patience: Annotated[int, _FROM_0] = 50  # validations without a better value; 0: never stop early
+    patience: Annotated[int, _FROM_0] = 0  # validations without a better value that end the training; 0: never stop early
     mode: Annotated[str, _MODE] = "max"
 
 

@@ -364,7 +364,6 @@ def _choose_training(plan: Plan) -> None:
     plan.choose("scheduler.warmup_steps", 50, "as above")
     plan.choose("training.ema", 0.99, "averaged weights validate smoothly")
     plan.choose("model.init_bias", "prevalence", "training does not begin with learning how rare a class is")
-    plan.choose("early_stopping.patience", 0, "the length is fixed")
     plan.choose("data.augmentation", {"preset": "em", "strength": 1.0}, "docs/recipe.md")
 
 

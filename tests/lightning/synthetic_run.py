@@ -34,6 +34,7 @@ def tiny_config(**changes: Any) -> RunConfig:
     config.optimizer.lr = 1e-2
     config.training.precision = "32"
     config.training.max_epochs = 2
+    config.early_stopping.patience = 50
     config.logging.log_every_n_steps = 1
     config.inference.block_size = [12, 32, 32]
     for key, value in changes.items():
