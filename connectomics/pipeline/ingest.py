@@ -18,12 +18,13 @@ _KINDS = ("", "semantic", "instance")
 
 def ingest(
     root: str | Path,
-    dataset: str,
+    dataset: str | None = None,
     *,
     raw: str | None = None,
     labels: Mapping[str, str] | None = None,
     label_map: str | None = None,
     values: str | Path | None = None,
+    proposals: str | Path | None = None,
     crop: str = "crop1",
     voxel_size: Triple | None = None,
     begin: Sequence[float] | None = None,
@@ -40,10 +41,11 @@ def ingest(
     """Import raw and labels (TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into the CellMap layout, with pyramids.
 
     Args:
-        root: data root, created if it does not exist. dataset: name of the data set in it.
+        root: data root, created if it does not exist. dataset: name of the data set in it (not for ``proposals``).
         raw: raw volume, such as ``stack.tif`` or ``raw.h5:/volume``.
         labels: class -> volume; ``mito:instance`` or ``mito:semantic`` states the kind.
         label_map: one volume with the labels of all classes. values: CSV that says what its values mean.
+        proposals: folder of `propose`, instead: import the labels of its boxes that are ``done``, with 255 for unknown.
         crop: crop for the labels, ``crop1``.
         voxel_size: nm, z y x; None: the file's (labels: else the raw's).
         begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
@@ -60,11 +62,24 @@ def ingest(
     Raises:
         InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
     """
-    if raw is None and not labels and label_map is None:
-        raise InputError("nothing to ingest: give --raw, --labels CLASS=FILE or --label-map")
+    nothing = raw is None and not labels and label_map is None
+    if (
+        (nothing and proposals is None)
+        or (proposals is None) == (dataset is None)
+        or not (nothing or proposals is None)
+    ):
+        raise InputError(
+            "nothing to ingest, or too much: give --dataset with --raw, --labels CLASS=FILE or --label-map, or give "
+            "--proposals alone"
+        )
     if (label_map is None) != (values is None):
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
     place, show, tell = Path(root).expanduser(), shown or showing(progress), written or (lambda _: None)
+    if proposals is not None or dataset is None:
+        from connectomics.pipeline.proposals import ingest_proposals
+
+        ingest_proposals(place, Path(proposals or ""), overwrite=overwrite, tell=tell, show=show)
+        return Catalog.open(str(root))
     with ExitStack() as stack:
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
