@@ -176,6 +176,10 @@ def ingest(
     proposals: Annotated[
         Path | None, InOption(help="Instead: a folder of `pytc propose`; its boxes that are done become crops.")
     ] = None,
+    done: Annotated[
+        str | None,
+        typer.Option(metavar="1,4-6", help="With --proposals: ranks that are done, if the table has no yes."),
+    ] = None,
     crop: Annotated[str, typer.Option(help="Crop for the labels: crop1, crop2, ...")] = "crop1",
     voxel_size: Annotated[
         str | None, typer.Option(help="nm, 8 or z,y,x; default: the file's (labels: else the raw's).")
@@ -207,7 +211,7 @@ def ingest(
 
       pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
 
-      pytc ingest data --proposals rounds/1
+      pytc ingest data --proposals rounds/1 --done 1,3
     """
     from connectomics.errors import InputError
     from connectomics.pipeline.ingest import ingest as run
@@ -222,10 +226,10 @@ def ingest(
     start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")
     run(
         root, dataset, raw=raw, labels=files, label_map=label_map, values=values, proposals=proposals,
-        crop=crop,
+        done=() if done is None else _numbers(done, "--done"), crop=crop,
         voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
         value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
-        slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
+        slices=None if slices is None else _numbers(slices, "--slices"), format_name=format_name, overwrite=overwrite,
         written=print, shown=terminal.counted,
     )  # fmt: skip
 
@@ -290,7 +294,7 @@ def propose(
         print(out / name)
 
 
-def _sections(text: str) -> frozenset[int]:
+def _numbers(text: str, option: str) -> frozenset[int]:
     """``0,5,10-12`` as numbers."""
     from connectomics.errors import InputError
 
@@ -300,7 +304,7 @@ def _sections(text: str) -> frozenset[int]:
             first, dash, last = part.partition("-")
             found |= set(range(int(first), int(last) + 1)) if dash else {int(first)}
     except ValueError as error:
-        raise InputError(f"--slices: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
+        raise InputError(f"{option}: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
     return frozenset(found)
 
 

@@ -31,14 +31,14 @@ class Area:
     """Where boxes of one data set may lie.
 
     Attributes:
-        dataset: its name. raw: its raw. box: the part of the raw to choose from, nm.
+        dataset: its name. raw: its raw. box: the part of the raw to choose from, nm; None: nothing is chosen there.
         crops: what is annotated. held: boxes (nm) that stay out of the training, with the distance to keep from them.
         inside: returns whether a box, by its grid, is wanted.
     """
 
     dataset: str
     raw: Multiscale
-    box: Box
+    box: Box | None
     crops: Sequence[Crop]
     held: Sequence[Box]
     inside: Callable[[VoxelGrid], bool] = field(default=lambda grid: True)
@@ -51,7 +51,7 @@ class Area:
         Args:
             size: voxels, z y x. voxel_size: nm. classes: a box is annotated where one of these is known.
         """
-        box = self.box.intersect(self.raw.grid.box)
+        box = self.raw.grid.box if self.box is None else self.box.intersect(self.raw.grid.box)
         whole = [int(n / v + 1e-3) for n, v in zip(box.extent, voxel_size, strict=True)]
         first = triple(np.add(box.begin, np.divide(voxel_size, 2)))
         lattice = VoxelGrid(voxel_size, first, (whole[0], whole[1], whole[2]))
@@ -111,6 +111,8 @@ def annotated_boxes(
         numbers = rng.choice(int(counts.prod()), size=min(most, int(counts.prod())), replace=False)
         for at in np.stack(np.unravel_index(numbers, counts), axis=1):
             found.append(VoxelGrid.centered(corner + (at + 0.5) * extent, voxel_size, size))
+    if not found:
+        return []
     return [found[n] for n in sorted(rng.choice(len(found), size=min(most, len(found)), replace=False))]
 
 

@@ -65,8 +65,8 @@ class Bottleneck:
     def _take(self, layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         import torch
 
-        flat = output.detach().float().movedim(1, 0).flatten(1)
-        sums = torch.stack([flat.sum(1), flat.square().sum(1)]).double().cpu().numpy()
+        flat = output.detach().double().movedim(1, 0).flatten(1)
+        sums = torch.stack([flat.sum(1), flat.square().sum(1)]).cpu().numpy()
         self._sums = sums if self._number == 0 else self._sums + sums
         self._number += flat.shape[1]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -25,6 +25,7 @@ def ingest(
     label_map: str | None = None,
     values: str | Path | None = None,
     proposals: str | Path | None = None,
+    done: Collection[int] = (),
     crop: str = "crop1",
     voxel_size: Triple | None = None,
     begin: Sequence[float] | None = None,
@@ -46,6 +47,7 @@ def ingest(
         labels: class -> volume; ``mito:instance`` or ``mito:semantic`` states the kind.
         label_map: one volume with the labels of all classes. values: CSV that says what its values mean.
         proposals: folder of `propose`, instead: import the labels of its boxes that are ``done``, with 255 for unknown.
+        done: ranks of proposals that are done, too; this is written into their table.
         crop: crop for the labels, ``crop1``.
         voxel_size: nm, z y x; None: the file's (labels: else the raw's).
         begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
@@ -63,14 +65,11 @@ def ingest(
         InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
     """
     nothing = raw is None and not labels and label_map is None
-    if (
-        (nothing and proposals is None)
-        or (proposals is None) == (dataset is None)
-        or not (nothing or proposals is None)
-    ):
+    if proposals is not None and (dataset is not None or not nothing):
+        raise InputError("--proposals names data sets and files itself; leave out --dataset, --raw and labels")
+    if proposals is None and (nothing or dataset is None or done):
         raise InputError(
-            "nothing to ingest, or too much: give --dataset with --raw, --labels CLASS=FILE or --label-map, or give "
-            "--proposals alone"
+            "nothing to ingest: give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
         )
     if (label_map is None) != (values is None):
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
@@ -78,7 +77,7 @@ def ingest(
     if proposals is not None or dataset is None:
         from connectomics.pipeline.proposals import ingest_proposals
 
-        ingest_proposals(place, Path(proposals or ""), overwrite=overwrite, tell=tell, show=show)
+        ingest_proposals(place, Path(proposals or ""), done, overwrite=overwrite, tell=tell, show=show)
         return Catalog.open(str(root))
     with ExitStack() as stack:
         if raw is not None:

@@ -85,7 +85,7 @@ def write_table(path: Path, proposals: Sequence[Proposal]) -> None:
     for one in proposals:
         numbers = ["" if np.isnan(v) else f"{v:.4g}" for v in (one.score, one.uncertainty, one.novelty)]
         place = [*map(repr, one.grid.box.begin), *one.grid.shape, *map(repr, one.grid.voxel_size)]
-        classes = " ".join(f"{name}:{kind}" for name, kind in one.classes.items())
+        classes = " ".join(f"{name}:{kind}" for name, kind in one.classes.items()) or MAP
         done = "yes" if one.done else "no"
         writer.writerow([one.rank, one.dataset, one.crop, *place, *numbers, one.reason, classes, done])
     write_file(path, stream.getvalue().encode())
@@ -113,8 +113,9 @@ def _row(row: Mapping[str, str], place: str) -> Proposal:
         first = [b + s / 2 for b, s in zip(begin, size, strict=True)]
         grid = VoxelGrid((size[0], size[1], size[2]), (first[0], first[1], first[2]), shape)  # type: ignore[arg-type]
         rank = int(row["rank"])
+        score, uncertainty, novelty = (float(row.get(name) or "nan") for name in ("score", "uncertainty", "novelty"))
     except (ValueError, OverflowError) as error:
-        raise MetadataError(f"{place}: expected numbers for rank, begin, shape and voxel ({error})") from error
+        raise MetadataError(f"{place}: expected numbers for rank, begin, shape, voxel and scores ({error})") from error
     done = row["done"].strip().lower()
     if done not in ("yes", "no"):
         raise MetadataError(f"{place}: done must be yes or no, got {row['done']!r}")
@@ -126,7 +127,8 @@ def _row(row: Mapping[str, str], place: str) -> Proposal:
         if kind not in ("semantic", "instance"):
             raise MetadataError(f"{place}: classes must be CLASS:semantic or CLASS:instance, or {MAP}, got {word!r}")
         classes[name] = "semantic" if kind == "semantic" else "instance"
-    return Proposal(rank, row["dataset"], row["crop"], grid, classes=classes, done=done == "yes")
+    place, why = (rank, row["dataset"], row["crop"], grid), row.get("reason") or ""
+    return Proposal(*place, why, score, uncertainty, novelty, classes, done == "yes")
 
 
 # -- label files -------------------------------------------------------------------------------------------------------
@@ -185,35 +187,50 @@ def write_tiff(place: Path, values: NDArray[Any], grid: VoxelGrid) -> None:
 
 # -- back into a data root ---------------------------------------------------------------------------------------------
 def ingest_proposals(
-    root: Path, folder: Path, *, overwrite: bool, tell: Callable[[Path], object], show: Shown
+    root: Path,
+    folder: Path,
+    ranks: Collection[int] = (),
+    *,
+    overwrite: bool,
+    tell: Callable[[Path], object],
+    show: Shown,
 ) -> list[Proposal]:
     """Write the labels of all proposals that are ``done`` as crops of a data root; return these proposals.
 
-    A crop that is there already with the same voxels is kept, or replaced with ``overwrite``. Where a label is 255, and
-    for classes that are not in the column ``classes``, nothing is known. All files are checked before the first is
-    written. If the folder has a ``split.yaml``, the crops are added to its training side.
+    ``ranks`` are done, too; the table then says so. Labels that are in the data root already are kept, or replaced with
+    ``overwrite``. Where a label is 255, and for classes that are not in the column ``classes``, nothing is known. All
+    files are checked before the first is written. If the folder has a ``split.yaml``, the crops are added to its
+    training side.
 
     Raises:
         InputError: nothing is done, or a file does not fit its row. MissingError, MetadataError: a file, or the table.
         WriteError: another crop has the name.
     """
     catalog = Catalog.open(str(root))
-    done = [row for row in read_table(folder) if row.done]
+    rows = read_table(folder)
+    if wrong := sorted(set(ranks) - {row.rank for row in rows}):
+        raise InputError(f"{folder / TABLE} has no proposal of rank {wrong[0]}; it has 1 to {len(rows)}")
+    if ranks:
+        rows = [replace(row, done=row.done or row.rank in ranks) for row in rows]
+    done = [row for row in rows if row.done]
     if not done:
         raise InputError(f"{folder / TABLE}: no proposal is done; correct the labels of one, then write yes in its row")
     with ExitStack() as stack:
-        drawn = {row.key: _drawn(folder, row, stack) for row in done}
-        left = [row for row in done if overwrite or not _is_there(catalog, row, drawn[row.key])]
-        for row in left:
+        jobs = list[tuple[Proposal, Drawn]]()
+        for row in done:
+            there = _there(catalog, row)
+            jobs += [(row, d) for d in _drawn(folder, row, stack) if overwrite or d.class_name not in there]
+        for row, drawn in jobs:
             raw = Multiscale.open(catalog.raw_location(row.dataset)).grid
             begin = np.subtract(row.grid.box.begin, raw.box.begin).tolist()
-            for item in drawn[row.key]:
-                with show(f"{row.key}: {item.class_name}") as advance:
-                    place = ingest_labels(
-                        root, row.dataset, row.crop, item, row.grid.voxel_size, begin, Known(UNKNOWN),
-                        overwrite=overwrite, progress=advance,
-                    )  # fmt: skip
-                tell(place)
+            with show(f"{row.key}: {drawn.class_name}") as advance:
+                place = ingest_labels(
+                    root, row.dataset, row.crop, drawn, row.grid.voxel_size, begin, Known(UNKNOWN),
+                    overwrite=overwrite, progress=advance,
+                )  # fmt: skip
+            tell(place)
+    if ranks:
+        write_table(folder / TABLE, rows)
     if (folder / SPLIT).is_file():
         split = Split.load(folder / SPLIT)
         write = [row.key for row in done if row.key not in split.train]
@@ -221,14 +238,14 @@ def ingest_proposals(
     return done
 
 
-def _is_there(catalog: Catalog, row: Proposal, drawn: Collection[Drawn]) -> bool:
-    """Whether all classes of a proposal are in the data root; `WriteError` if a crop of its name lies elsewhere."""
+def _there(catalog: Catalog, row: Proposal) -> Collection[str]:
+    """The classes of a proposal that are in the data root; `WriteError` if a crop of its name lies elsewhere."""
     if row.crop not in catalog.crop_names(row.dataset):
-        return False
+        return ()
     crop = catalog.crop(row.dataset, row.crop)
     if crop.labels and not np.allclose([*crop.box.begin, *crop.box.end], [*row.grid.box.begin, *row.grid.box.end]):
         raise WriteError(f"{row.key} is another crop of {catalog.root} ({crop.box}); change the crop in {TABLE}")
-    return {item.class_name for item in drawn} <= crop.labels.keys()
+    return crop.labels.keys()
 
 
 def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Placed = tuple[int, VoxelGrid]  # a box, and the number of its area
+
 #: Views that are compared if neither test-time augmentation nor several networks are asked for: flips of y and x.
 _VIEWS = ("zyx", "zy-x", "z-yx", "z-y-x")
 
@@ -115,8 +117,8 @@ def propose(
     search = Search(composed, paths, chosen_size, chosen_device(composed, device))
     rng = np.random.default_rng([seed, 0xAC71])
     areas = search.areas(datasets, box)
-    grids = search.candidates(areas, max(candidates, budget), rng)
-    found = search.choose(areas, grids, method, budget, rng, advance)
+    free = search.candidates(areas, max(candidates, budget), rng)
+    found = search.choose(areas, free, method, budget, rng, advance)
     prefix = f".{place.name}.partial-"
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(place.parent, prefix)
@@ -124,7 +126,7 @@ def propose(
     try:
         search.write(partial, found, file_format, advance)
         facts = {"data": str(root), "network": ", ".join(map(str, paths)), "method": method, "seed": seed}
-        search.write_page(partial, found, {**facts, "boxes looked at": sum(map(len, grids))})
+        search.write_page(partial, found, {**facts, "boxes to choose from": len(free)})
         publish(partial, require_place(place, overwrite))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -160,22 +162,20 @@ class Search:
 
     # -- where boxes may lie -------------------------------------------------------------------------------------------
     def areas(self, datasets: Sequence[str] | None, box: str | None) -> list[Area]:
-        """Return where boxes may lie in each data set; raises `InputError` for a data set that is held out."""
+        """Return where boxes may lie in each data set; raises `InputError` if one that is asked for is held out."""
         data = self.config.dataset
         catalog = Catalog.open(data.data_root)
         target = None if box is None else box_target(self.config, box)
         if target is not None and datasets:
             raise InputError("--dataset and --box exclude each other; give one of them")
-        names = [target.dataset] if target is not None else list(dict.fromkeys(datasets or catalog.datasets))
+        asked = [target.dataset] if target is not None else list(datasets or [])
         held = data.held_out if data.split in ("dataset", "leave_one_out") else []
-        asked = target is not None or datasets
-        for name in names:
+        for name in asked:
             catalog.location(name)
-            if asked and name in held:
+            if name in held:
                 raise InputError(f"data set {name} is held out (dataset.held_out of the run); choose among the others")
-        table, margin = test_table(data.data_root), half_patch(self.config)
-        areas = []
-        for name in (n for n in names if n not in held):
+        table, margin, areas = test_table(data.data_root), half_patch(self.config), list[Area]()
+        for name in (n for n in catalog.datasets if n not in held):
             crops = [catalog.crop(name, crop) for crop in catalog.crop_names(name)]
             crops = [crop for crop in crops if crop.labels]
             boxes = [crop.box for crop in self._validation(crops)]
@@ -184,7 +184,8 @@ class Search:
             mask = mask_of(catalog, name, self.config.inference.mask)
             inside = {} if mask is None else {"inside": Mask(mask, self.config.voxel_size).touches}
             part = raw.grid.box if target is None else next(iter(target.grids.values())).box
-            areas.append(Area(name, raw, part, crops, [one.grow(margin) for one in boxes], **inside))
+            box_or_none = part if not asked or name in asked else None
+            areas.append(Area(name, raw, box_or_none, crops, [one.grow(margin) for one in boxes], **inside))
         if not areas:
             raise InputError(f"all data sets of {data.data_root} are held out; there is nothing to choose from")
         return areas
@@ -199,42 +200,39 @@ class Search:
         entries = [entry for file in self._splits() for entry in Split.load(file).val if parse_entry(entry)[0] in keys]
         return select_entries(entries, crops)
 
-    def candidates(self, areas: Sequence[Area], most: int, rng: np.random.Generator) -> list[list[VoxelGrid]]:
-        """Return the candidates of each area; raises `InputError` if there are none."""
-        found, refused = [], Counter[str]()
-        for area in areas:
-            classes, share = self.classes, math.ceil(most / len(areas))
-            grids, why = area.candidates(self.size, self.config.voxel_size, classes, share, rng)
-            found.append(grids)
+    def candidates(self, areas: Sequence[Area], most: int, rng: np.random.Generator) -> list[Placed]:
+        """Return the candidates of all areas; raises `InputError` if there are none."""
+        found, refused = list[Placed](), Counter[str]()
+        asked = [(number, area) for number, area in enumerate(areas) if area.box is not None]
+        for number, area in asked:
+            share = math.ceil(most / len(asked))
+            grids, why = area.candidates(self.size, self.config.voxel_size, self.classes, share, rng)
+            found += [(number, grid) for grid in grids]
             refused += why
-        if not any(found):
+        if not found:
             reasons = ", ".join(f"{number} {why}" for why, number in refused.most_common()) or "none at all"
-            shape = "x".join(map(str, self.size))
+            shape, names = "x".join(map(str, self.size)), ", ".join(area.dataset for _, area in asked)
             raise InputError(
-                f"no free box of {shape} voxels in {', '.join(area.dataset for area in areas)} ({reasons}); choose a "
-                "smaller --size, another --box, or fetch more raw"
+                f"no free box of {shape} voxels in {names} ({reasons}); choose a smaller --size, another --box, or "
+                "fetch more raw"
             )
         return found
 
     # -- which boxes ---------------------------------------------------------------------------------------------------
     def choose(
-        self, areas: Sequence[Area], grids: Sequence[Sequence[VoxelGrid]], method: str, budget: int,
-        rng: np.random.Generator, progress: Progress,
-    ) -> list[Proposal]:  # fmt: skip
-        """Return the chosen candidates with their places, names and reasons."""
-        flat = [(number, grid) for number, of in enumerate(grids) for grid in of]
+        self, areas: Sequence[Area], flat: Sequence[Placed], method: str, budget: int, rng: Any, progress: Progress
+    ) -> list[Proposal]:
+        """Return the chosen candidates of ``flat`` with their places, names and reasons."""
         known = [(number, crop.box) for number, area in enumerate(areas) for crop in area.crops]
         reach = max(n * v for n, v in zip(self.config.window, self.config.voxel_size, strict=True))
-        pool = Pool(
-            [grid.box for _, grid in flat], np.array([number for number, _ in flat]),
-            [box for _, box in known], [number for number, _ in known], reach=reach,
-        )  # fmt: skip
+        boxes, groups = [grid.box for _, grid in flat], np.array([number for number, _ in flat])
+        pool = Pool(boxes, groups, [box for _, box in known], [number for number, _ in known], reach=reach)
         if method == "random":
             found = choose_random(pool, budget, rng)
         elif method == "even":
             found = choose_even(pool, budget)
         else:
-            pool = self._observed(pool, areas, grids, rng, progress)
+            pool = self._observed(pool, areas, flat, rng, progress)
             found = choose_uncertain(pool, budget)
         if len(found) < budget:
             log.warning("only %d boxes are free, %d were asked for", len(found), budget)
@@ -257,34 +255,28 @@ class Search:
         return max(taken, default=0) + 1
 
     def _observed(
-        self, pool: Pool, areas: Sequence[Area], grids: Sequence[Sequence[VoxelGrid]], rng: np.random.Generator,
-        progress: Progress,
-    ) -> Pool:  # fmt: skip
-        """The pool with what the networks say of the candidates, and of boxes in annotated crops."""
-        most = math.ceil(sum(map(len, grids)) / (4 * len(areas)))
-        references = []
-        for area in areas:
-            boxes = annotated_boxes(area.crops, self.size, self.config.voxel_size, most, rng) if area.crops else []
-            references.append([grid for grid in boxes if has_content(area.raw, grid)])
-        total, done = sum(map(len, [*grids, *references])), 0
-        uncertainty, features, annotated = list[float](), list[NDArray[Any]](), list[NDArray[Any]]()
+        self, pool: Pool, areas: Sequence[Area], flat: Sequence[Placed], rng: Any, progress: Progress
+    ) -> Pool:
+        """The pool with what the networks say of the candidates ``flat``, and of boxes in annotated crops."""
+        most = math.ceil(len(flat) / (4 * len(areas)))
+        boxes = [
+            (n, annotated_boxes(a.crops, self.size, self.config.voxel_size, most, rng)) for n, a in enumerate(areas)
+        ]
+        known = [(number, grid) for number, of in boxes for grid in of if has_content(areas[number].raw, grid)]
+        looks, jobs = list[tuple[float, NDArray[np.float64]]](), [*flat, *known]
         with ExitStack() as stack:
-            observers = self._observers(areas, [of[0] if of else None for of in grids], stack)
-            for name, observer, own, known in zip(areas, observers, grids, references, strict=True):
-                for number, grid in enumerate([*own, *known] if observer is not None else []):
-                    assert observer is not None
-                    seen, vector = observer.look(grid)
-                    (features if number < len(own) else annotated).append(vector)
-                    uncertainty += [seen] * (number < len(own))
-                    done += 1
-                    progress(done, total, f"{name.dataset}, looking at boxes")
-        both = np.array(features), np.array(annotated).reshape(len(annotated), len(features[0]))
-        return replace(pool, uncertainty=np.array(uncertainty), features=both[0], annotated_features=both[1])
+            observers = self._observers(areas, dict(jobs), stack)
+            for done, (number, grid) in enumerate(jobs, start=1):
+                looks.append(observers[number].look(grid))
+                progress(done, len(jobs), "looking at boxes")
+        features, own = np.array([vector for _, vector in looks]), len(flat)
+        uncertainty = np.array([seen for seen, _ in looks[:own]])
+        return replace(pool, uncertainty=uncertainty, features=features[:own], annotated_features=features[own:])
 
     def _observers(
-        self, areas: Sequence[Area], firsts: Sequence[VoxelGrid | None], stack: ExitStack
-    ) -> list[Observer | None]:
-        """What looks at the boxes of each data set, as long as ``stack`` is open; None for one without candidates."""
+        self, areas: Sequence[Area], grids: Mapping[int, VoxelGrid], stack: ExitStack
+    ) -> dict[int, Observer]:
+        """What looks at boxes, as long as ``stack`` is open, by number of the area; ``grids``: any box of each area."""
         import torch
 
         from connectomics.inference.uncertainty import Bottleneck, Observer
@@ -293,28 +285,18 @@ class Search:
         kind = "dropout" if options.uncertainty == "dropout" else "variance"
         alone = len(self.paths) * len(symmetries(options.tta)) == 1 and kind != "dropout"
         looking = replace(options, uncertainty=kind, tta=list(_VIEWS) if alone else options.tta, compile=False)
-        config = replace(self.config, inference=looking)
+        config, device = replace(self.config, inference=looking), self.device
         networks = load_networks(self.paths, config)
-        targets = [
-            Target(area.dataset, "look", dict.fromkeys(self.classes, first))
-            for area, first in zip(areas, firsts, strict=True)
-            if first is not None
-        ]
-        tasks = network_tasks(config, networks, self.paths, "unused", targets, self.device)
-        runs = stack.enter_context(ready(list(networks.values()), tasks[0], self.device))
-        window = [
-            torch.rand(1, 1, *shape, device=self.device)
-            for shape in (tasks[0].window, *(n for _, n in tasks[0].inputs))
-        ]
+        targets = [Target(areas[n].dataset, "look", dict.fromkeys(self.classes, grid)) for n, grid in grids.items()]
+        tasks = network_tasks(config, networks, self.paths, "unused", targets, device)
+        runs = stack.enter_context(ready(list(networks.values()), tasks[0], device))
+        shapes = [tasks[0].window, *(shape for _, shape in tasks[0].inputs)]
+        window = [torch.zeros(1, 1, *shape, device=device) for shape in shapes]
         bottlenecks = [Bottleneck(network, *window) for network in networks.values()]
         for bottleneck in bottlenecks:
             stack.callback(bottleneck.close)
         classes = len(config.dataset.classes)
-        made = {
-            t.dataset: Observer(task, runs, bottlenecks, self.device, classes)
-            for t, task in zip(targets, tasks, strict=True)
-        }
-        return [made.get(area.dataset) for area in areas]
+        return {n: Observer(task, runs, bottlenecks, device, classes) for n, task in zip(grids, tasks, strict=True)}
 
     # -- what is written -----------------------------------------------------------------------------------------------
     def write(self, folder: Path, found: Sequence[Proposal], file_format: str, progress: Progress) -> None:
