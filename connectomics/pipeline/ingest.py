@@ -10,10 +10,11 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
-from connectomics.io.formats import open_volume
+from connectomics.io.formats import VolumeSource, open_volume
 from connectomics.progress import Progress, Shown, showing
 
 _KINDS = ("", "semantic", "instance")
+_SOURCES = "give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
 
 
 def ingest(
@@ -64,13 +65,11 @@ def ingest(
     Raises:
         InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
     """
-    nothing = raw is None and not labels and label_map is None
-    if proposals is not None and (dataset is not None or not nothing):
+    volumes = raw is not None or bool(labels) or label_map is not None
+    if proposals is not None and (dataset is not None or volumes):
         raise InputError("--proposals names data sets and files itself; leave out --dataset, --raw and labels")
-    if proposals is None and (nothing or dataset is None or done):
-        raise InputError(
-            "nothing to ingest: give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
-        )
+    if proposals is None and (dataset is None or done or not volumes):
+        raise InputError(f"nothing to ingest: {_SOURCES}")
     if (label_map is None) != (values is None):
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
     place, show, tell = Path(root).expanduser(), shown or showing(progress), written or (lambda _: None)
@@ -83,17 +82,10 @@ def ingest(
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
             with show(f"raw {source.location}") as advance:
-                done = ingest_raw(
-                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=advance
-                )
-            tell(done)
-        drawn = []
-        for head, file in (labels or {}).items():
-            name, _, kind = head.partition(":")
-            if kind not in _KINDS:
-                raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
-            volume = stack.enter_context(open_volume(file, format_name))
-            drawn.append(Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic"))
+                what = (place, dataset, source, voxel_size, value_range)
+                tell(ingest_raw(*what, overwrite=overwrite, progress=advance))
+        files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
+        drawn = [_drawn(head, volume) for head, volume in files.items()]
         if label_map is not None and values is not None:
             drawn += drawn_by_table(stack.enter_context(open_volume(label_map, format_name)), Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
@@ -101,8 +93,14 @@ def ingest(
         start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in drawn:
             with show(f"labels of {item.class_name}") as advance:
-                done = ingest_labels(
-                    place, dataset, crop, item, voxel_size, start, annotated, overwrite=overwrite, progress=advance
-                )
-            tell(done)
+                where = (place, dataset, crop, item, voxel_size, start, annotated)
+                tell(ingest_labels(*where, overwrite=overwrite, progress=advance))
     return Catalog.open(str(root))
+
+
+def _drawn(head: str, volume: VolumeSource) -> Drawn:
+    """The labels of ``CLASS``, ``CLASS:instance`` or ``CLASS:semantic``."""
+    name, _, kind = head.partition(":")
+    if kind not in _KINDS:
+        raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
+    return Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import write_file
 from connectomics.io.write import update_attrs, write_multiscale
 from connectomics.progress import Shown
+
+log = logging.getLogger(__name__)
 
 TABLE, LABELS, SPLIT = "proposals.csv", "labels", "split.yaml"
 FORMATS = ("zarr", "tiff")
@@ -194,8 +197,8 @@ def ingest_proposals(
     overwrite: bool,
     tell: Callable[[Path], object],
     show: Shown,
-) -> list[Proposal]:
-    """Write the labels of all proposals that are ``done`` as crops of a data root; return these proposals.
+) -> None:
+    """Write the labels of all proposals that are ``done`` as crops of a data root.
 
     ``ranks`` are done, too; the table then says so. Labels that are in the data root already are kept, or replaced with
     ``overwrite``. Where a label is 255, and for classes that are not in the column ``classes``, nothing is known. All
@@ -220,6 +223,8 @@ def ingest_proposals(
         for row in done:
             there = _there(catalog, row)
             jobs += [(row, d) for d in _drawn(folder, row, stack) if overwrite or d.class_name not in there]
+            if there and not overwrite:
+                log.info("%s is in the data root already and is kept; --overwrite replaces it", row.key)
         for row, drawn in jobs:
             raw = Multiscale.open(catalog.raw_location(row.dataset)).grid
             begin = np.subtract(row.grid.box.begin, raw.box.begin).tolist()
@@ -235,7 +240,6 @@ def ingest_proposals(
         split = Split.load(folder / SPLIT)
         write = [row.key for row in done if row.key not in split.train]
         replace(split, train=(*split.train, *write)).save(folder / SPLIT)
-    return done
 
 
 def _there(catalog: Catalog, row: Proposal) -> Collection[str]:
