@@ -83,18 +83,19 @@ def ingest(
             source = stack.enter_context(open_volume(raw, format_name))
             with show(f"raw {source.location}") as advance:
                 what = (place, dataset, source, voxel_size, value_range)
-                tell(ingest_raw(*what, overwrite=overwrite, progress=advance))
+                made = ingest_raw(*what, overwrite=overwrite, progress=advance)
+            tell(made)
         files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
         drawn = [_drawn(head, volume) for head, volume in files.items()]
         if label_map is not None and values is not None:
             drawn += drawn_by_table(stack.enter_context(open_volume(label_map, format_name)), Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
-        annotated = Known(unknown, mask, slices)
         start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in drawn:
             with show(f"labels of {item.class_name}") as advance:
-                where = (place, dataset, crop, item, voxel_size, start, annotated)
-                tell(ingest_labels(*where, overwrite=overwrite, progress=advance))
+                where = (place, dataset, crop, item, voxel_size, start, Known(unknown, mask, slices))
+                made = ingest_labels(*where, overwrite=overwrite, progress=advance)
+            tell(made)
     return Catalog.open(str(root))
 
 
