@@ -157,7 +157,7 @@ class Pool:
 @dataclass(frozen=True)
 class Choice:
     """A chosen candidate: its number, and at the time of the choice its score, novelty and distance (nm) to the nearest
-    annotated or chosen box of its data set; NaN if the method does not use them."""
+    annotated or chosen box of its data set; NaN if the method does not use them, or there is no such box."""
 
     number: int
     score: float = float("nan")
@@ -214,7 +214,8 @@ def choose_uncertain(pool: Pool, budget: int) -> list[Choice]:
         spread = 1 - pool.reach / (distance + pool.reach)
         score = pool.uncertainty * new * spread / (1 + taken[pool.groups])
         best = int(np.argmax(np.where(free, score, -1.0)))
-        found.append(Choice(best, float(score[best]), float(new[best]), float(distance[best])))
+        nearest = float(novelty[best]) if np.isfinite(novelty[best]) else float("nan")
+        found.append(Choice(best, float(score[best]), nearest, float(distance[best])))
         free[best], taken[pool.groups[best]] = False, taken[pool.groups[best]] + 1
         novelty = np.minimum(novelty, apart(own[best]))
         distance = np.minimum(distance, pool.distances(pool.boxes[best], int(pool.groups[best])))

@@ -204,8 +204,8 @@ class Search:
         """Return the candidates of all areas; raises `InputError` if there are none."""
         found, refused = list[Placed](), Counter[str]()
         asked = [(number, area) for number, area in enumerate(areas) if area.box is not None]
-        for number, area in asked:
-            share = math.ceil(most / len(asked))
+        for done, (number, area) in enumerate(asked):
+            share = math.ceil((most - len(found)) / (len(asked) - done))
             grids, why = area.candidates(self.size, self.config.voxel_size, self.classes, share, rng)
             found += [(number, grid) for grid in grids]
             refused += why
@@ -347,15 +347,12 @@ class Search:
 
 def _reason(method: str, choice: Choice, pool: Pool) -> str:
     """Why a box was chosen, in words."""
-    near = (
-        "" if not choice.distance < math.inf else f"{choice.distance:.0f} nm from the nearest annotated or chosen box"
-    )
-    if method == "random":
-        return "drawn at random"
-    if method == "even":
-        return near or "in the middle of the data set"
-    above = (pool.uncertainty < pool.uncertainty[choice.number]).mean()
-    words = (
-        f"more uncertain than {above:.0%} of the boxes, {choice.novelty:.2g} standard deviations from what is annotated"
-    )
-    return ", ".join([words, *([near] if near else [])])
+    words = []
+    if method == "uncertainty":
+        above = (pool.uncertainty < pool.uncertainty[choice.number]).mean()
+        words.append(f"more uncertain than {above:.0%} of the boxes")
+    if not math.isnan(choice.novelty):
+        words.append(f"{choice.novelty:.2g} standard deviations from annotated and chosen boxes")
+    if choice.distance < math.inf:  # neither infinite nor NaN
+        words.append(f"{choice.distance:.0f} nm from the nearest of its data set")
+    return ", ".join(words) or ("drawn at random" if method == "random" else "in the middle of the data set")
