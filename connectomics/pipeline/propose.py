@@ -34,7 +34,7 @@ from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, unknown_name
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.inference.raw import Mask
-from connectomics.inference.symmetry import symmetries
+from connectomics.inference.symmetry import IDENTITY, symmetries
 from connectomics.inference.windows import whole_index
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 
 Placed = tuple[int, VoxelGrid]  # a box, and the number of its area
 
-#: Views that are compared if neither test-time augmentation nor several networks are asked for: flips of y and x.
+#: Views that are compared if there would be only one: flips of y and x.
 _VIEWS = ("zyx", "zy-x", "z-yx", "z-y-x")
 
 
@@ -283,8 +283,11 @@ class Search:
 
         options = self.config.inference
         kind = "dropout" if options.uncertainty == "dropout" else "variance"
-        alone = len(self.paths) * len(symmetries(options.tta)) == 1 and kind != "dropout"
-        looking = replace(options, uncertainty=kind, tta=list(_VIEWS) if alone else options.tta, compile=False)
+        # windows with exchanged axes would cost a cube of raw for each section
+        views = [str(symmetry) for symmetry in symmetries(options.tta) if symmetry.axes == IDENTITY.axes]
+        if len(self.paths) * len(views) < 2 and kind != "dropout":
+            views = list(_VIEWS)
+        looking = replace(options, uncertainty=kind, tta=views, compile=False)
         config, device = replace(self.config, inference=looking), self.device
         networks = load_networks(self.paths, config)
         targets = [Target(areas[n].dataset, "look", dict.fromkeys(self.classes, grid)) for n, grid in grids.items()]
