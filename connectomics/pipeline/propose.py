@@ -34,7 +34,7 @@ from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, unknown_name
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.inference.raw import Mask
-from connectomics.inference.symmetry import IDENTITY, symmetries
+from connectomics.inference.symmetry import symmetries, windows_seen
 from connectomics.inference.windows import whole_index
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
@@ -281,14 +281,15 @@ class Search:
 
         from connectomics.inference.uncertainty import Bottleneck, Observer
 
-        options = self.config.inference
+        config, device, options = self.config, self.device, self.config.inference
         kind = "dropout" if options.uncertainty == "dropout" else "variance"
-        # windows with exchanged axes would cost a cube of raw for each section
-        views = [str(symmetry) for symmetry in symmetries(options.tta) if symmetry.axes == IDENTITY.axes]
+        # windows of another shape would cost a cube of raw for each section
+        kept = windows_seen(symmetries(options.tta), config.window).get(config.window, ())
+        views = list(map(str, kept))
         if len(self.paths) * len(views) < 2 and kind != "dropout":
             views = list(_VIEWS)
         looking = replace(options, uncertainty=kind, tta=views, compile=False)
-        config, device = replace(self.config, inference=looking), self.device
+        config = replace(config, inference=looking)
         networks = load_networks(self.paths, config)
         targets = [Target(areas[n].dataset, "look", dict.fromkeys(self.classes, grid)) for n, grid in grids.items()]
         tasks = network_tasks(config, networks, self.paths, "unused", targets, device)

@@ -349,7 +349,7 @@ def test_wrong_folders_are_one_line(
     ("before", "after", "said"),
     [
         (",no\n", ",perhaps\n", "done must be yes or no, got 'perhaps'"),
-        (",crop1", ",volume1", "a crop's name is crop and a number"),
+        (",crop3", ",volume3", "a crop's name is crop and a number"),
         (",2,16,16,", ",2,x,16,", "expected numbers for rank"),
         ("mito:instance", "mito", "CLASS:semantic or CLASS:instance"),
         ("begin_z_nm", "z", "columns ['begin_z_nm'] are missing"),
