@@ -130,8 +130,8 @@ def _row(row: Mapping[str, str], place: str) -> Proposal:
         if kind not in ("semantic", "instance"):
             raise MetadataError(f"{place}: classes must be CLASS:semantic or CLASS:instance, or {MAP}, got {word!r}")
         classes[name] = "semantic" if kind == "semantic" else "instance"
-    place, why = (rank, row["dataset"], row["crop"], grid), row.get("reason") or ""
-    return Proposal(*place, why, score, uncertainty, novelty, classes, done == "yes")
+    box, why = (rank, row["dataset"], row["crop"], grid), row.get("reason") or ""
+    return Proposal(*box, why, score, uncertainty, novelty, classes, done == "yes")
 
 
 # -- label files -------------------------------------------------------------------------------------------------------
