@@ -242,9 +242,7 @@ def propose(
     budget: Annotated[int, typer.Option(help="Number of boxes.")] = 10,
     size: Annotated[str, typer.Option(help="Size of a box, voxels of the network, z,y,x.")] = "1,256,256",
     method: Annotated[str, typer.Option(help="uncertainty, or to compare with: random, even.")] = "uncertainty",
-    datasets: Annotated[
-        list[str] | None, typer.Option("--dataset", help="Only this data set; may be repeated.", show_default=False)
-    ] = None,
+    datasets: opt.Datasets = None,
     box: Annotated[
         str | None, typer.Option(help="Only within DATASET:z0,y0,x0:z1,y1,x1 (nm).", show_default=False)
     ] = None,
@@ -254,6 +252,7 @@ def propose(
     checkpoint: Annotated[
         list[Path] | None, InOption(help="A further network, for an ensemble; may be repeated.", show_default=False)
     ] = None,
+    config: Annotated[Path | None, InOption(help="Configuration; default: that of the run or package.")] = None,
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,
 ) -> None:
@@ -272,23 +271,18 @@ def propose(
     from connectomics.pipeline.propose import propose as run
 
     shape = opt.numbers_of(size, "--size", (3,), "three whole numbers of voxels, z,y,x")
-    if any(n != int(n) for n in shape):
+    if not all(n.is_integer() for n in shape):
         raise InputError(f"--size: expected three whole numbers of voxels, z,y,x, got {size!r}")
     with terminal.stage("proposing"), terminal.stages() as advance:
         found = run(
             [network, *(checkpoint or ())], root, out=out, budget=budget, size=[int(n) for n in shape], method=method,
             datasets=datasets, box=box, candidates=candidates, seed=seed, file_format=file_format,
-            overrides=overrides or (), device=device, overwrite=overwrite, progress=advance,
+            config=config, overrides=overrides or (), device=device, overwrite=overwrite, progress=advance,
         )  # fmt: skip
-    rows = [
-        [
-            f"{p.rank}",
-            p.key,
-            terminal.triple(p.grid.box.begin),
-            *(None if v != v else v for v in (p.score, p.uncertainty, p.novelty)),
-        ]
-        for p in found
-    ]
+    rows = []
+    for p in found:
+        scores = [None if value != value else value for value in (p.score, p.uncertainty, p.novelty)]
+        rows.append([str(p.rank), p.key, " ".join(f"{v:.7g}" for v in p.grid.box.begin), *scores])
     terminal.table(["rank", "crop", "begin nm", "score", "uncertainty", "novelty"], rows)
     for name in ("proposals.csv", "proposals.html", "labels"):
         print(out / name)

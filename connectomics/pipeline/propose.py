@@ -205,7 +205,7 @@ class Search:
         found, refused = list[Placed](), Counter[str]()
         asked = [(number, area) for number, area in enumerate(areas) if area.box is not None]
         for done, (number, area) in enumerate(asked):
-            share = math.ceil((most - len(found)) / (len(asked) - done))
+            share = max(1, math.ceil((most - len(found)) / (len(asked) - done)))
             grids, why = area.candidates(self.size, self.config.voxel_size, self.classes, share, rng)
             found += [(number, grid) for grid in grids]
             refused += why

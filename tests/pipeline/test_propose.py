@@ -305,6 +305,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     [
         (["--budget", 0], "budget must be at least 1"),
         (["--size", "1,2"], "--size: expected three whole numbers"),
+        (["--size", "inf,2,2"], "--size: expected three whole numbers"),
         (["--size", "1.5,2,2"], "--size: expected three whole numbers"),
         (["--size", "0,2,2"], "size must be three whole numbers >= 1"),
         (["--size", "1,900,900"], "too small for a box"),
