@@ -20,7 +20,7 @@ from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, ModelConfig, RunConfig
-from connectomics.data.candidates import Pool, choose_even, choose_random, choose_uncertain
+from connectomics.data.candidates import Area, Pool, choose_even, choose_random, choose_uncertain
 from connectomics.data.run_split import half_patch
 from connectomics.data.splits import Split
 from connectomics.errors import MetadataError
@@ -30,7 +30,7 @@ from connectomics.inference.uncertainty import Bottleneck, Observer
 from connectomics.io.formats import open_volume
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.proposals import Proposal, read_table, without_unknown, write_labels, write_table
-from tests.cellmap.roots import grid_of, write_raw
+from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.pipeline.test_predict_crops import save_checkpoint
 
 SIZE = (2, 16, 16)
@@ -216,6 +216,27 @@ def test_no_object_is_called_unknown() -> None:
     found = without_unknown(np.array([0, 254, 255, 256]))
     assert found.tolist() == [0, 254, 256, 257]
     assert found.dtype == np.uint16
+
+
+def test_what_is_free_in_closed_form(tmp_path: Path) -> None:
+    """Of eight sections, 0 to 2 are annotated, 7 is held out with a margin of one, 4 is black, and 3 outside a mask."""
+    raw = np.random.default_rng(0).integers(1, 255, (8, 8, 8), dtype=np.uint8)
+    raw[4] = 0
+    write_raw(tmp_path, "a", raw, grid_of((8, 8, 8)))
+    drawn = np.full((8, 8, 8), 255, np.uint8)
+    drawn[:3] = 0
+    write_label(tmp_path, "a", "crop1", "mito", drawn, grid_of((8, 8, 8)), unknown=255)
+    catalog = Catalog.open(str(tmp_path))
+    held = grid_of((8, 8, 8)).crop((7, 0, 0), (1, 8, 8)).box.grow(8.0)
+    source = Multiscale.open(catalog.raw_location("a"))
+    area = Area("a", source, source.grid.box, catalog.crops(), [held], lambda grid: grid.translation[0] != 28.0)
+    how: Any = ((1, 8, 8), (8.0, 8.0, 8.0), ["mito"], 99, np.random.default_rng(0))
+    found, refused = area.candidates(*how)
+    assert [grid.translation[0] for grid in found] == [5 * 8.0 + 4.0]
+    assert refused == {"annotated": 3, "at or near held-out crops": 2, "without raw": 1, "outside the mask": 1}
+    chunk = next(Path(catalog.raw_location("a"), "s0").glob("0/0/0*"))
+    chunk.unlink()
+    assert area.candidates(*how)[0] == []
 
 
 # -- the choice, in closed form ----------------------------------------------------------------------------------------
