@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.data.candidates import (
     METHODS,
@@ -105,9 +106,9 @@ def propose(
     """
     whole_index(list(size), "size", 1)
     chosen_size = (int(size[0]), int(size[1]), int(size[2]))
-    for name, number in (("budget", budget), ("candidates", candidates)):
-        if number < 1:
-            raise InputError(f"{name} must be at least 1, got {number}")
+    for name, number, least in (("budget", budget, 1), ("candidates", candidates, 1), ("seed", seed, 0)):
+        if number < least:
+            raise InputError(f"{name} must be at least {least}, got {number}")
     for what, word, words in (("method", method, METHODS), ("format", file_format, FORMATS)):
         if word not in words:
             raise unknown_name(what, word, words)
@@ -174,7 +175,8 @@ class Search:
             catalog.location(name)
             if name in held:
                 raise InputError(f"data set {name} is held out (dataset.held_out of the run); choose among the others")
-        table, margin, areas = test_table(data.data_root), half_patch(self.config), list[Area]()
+        margin, areas, table = half_patch(self.config), list[Area](), list(test_table(data.data_root))
+        table += CropTable.resolve(data.crop_table) if data.crop_table is not None else []
         for name in (n for n in catalog.datasets if n not in held):
             crops = [catalog.crop(name, crop) for crop in catalog.crop_names(name)]
             crops = [crop for crop in crops if crop.labels]

@@ -325,6 +325,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     ("words", "said"),
     [
         (["--budget", 0], "budget must be at least 1"),
+        (["--seed", -1], "seed must be at least 0"),
         (["--size", "1,2"], "--size: expected three whole numbers"),
         (["--size", "inf,2,2"], "--size: expected three whole numbers"),
         (["--size", "1.5,2,2"], "--size: expected three whole numbers"),
