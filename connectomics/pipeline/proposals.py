@@ -249,8 +249,8 @@ def _there(catalog: Catalog, row: Proposal) -> Collection[str]:
     crop = catalog.crop(row.dataset, row.crop)
     if crop.labels and not np.allclose([*crop.box.begin, *crop.box.end], [*row.grid.box.begin, *row.grid.box.end]):
         raise WriteError(
-            f"{row.key} is another crop of {catalog.root} ({crop.box}); give this one a free number, in {TABLE} and as the "
-            f"name of its folder in {LABELS}/"
+            f"{row.key} is another crop of {catalog.root} ({crop.box}); give this one a free number, in {TABLE} "
+            f"and as the name of its folder in {LABELS}/"
         )
     return crop.labels.keys()
 
