@@ -60,7 +60,7 @@ class Bottleneck:
 
     def clear(self) -> None:
         """Forget what went through the layer."""
-        self._number, self._sums = 0, np.zeros(0)
+        self._number, self._sums = 0, np.zeros((2, 0))
 
     def _take(self, layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
         import torch

@@ -29,6 +29,7 @@ from connectomics.inference.predict_task import PredictTask
 from connectomics.inference.uncertainty import Bottleneck, Observer
 from connectomics.io.formats import open_volume
 from connectomics.io.multiscale import Multiscale
+from connectomics.models.registry import build_model
 from connectomics.pipeline.proposals import Proposal, read_table, without_unknown, write_labels, write_table
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.pipeline.test_predict_crops import save_checkpoint
@@ -310,6 +311,26 @@ def test_uncertainty_in_closed_form(tmp_path: Path, views: tuple[str, ...], expe
         task.normalization.unit(np.full((1, 1, 1), 100, np.float32)), np.ones((1, 1, 1), bool)
     )
     assert features == pytest.approx([2 * float(value[0, 0, 0]), 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("unet_2d", {"features": [4, 6, 8]}),
+        ("unet", {"channels": [4, 6, 8], "strides": [2, 2], "num_res_units": 0}),
+        ("residual_unet", {"size": "S", "strides": [1, 2], "kernel_size": [3, 3]}),
+    ],
+)
+def test_features_are_those_of_the_deepest_stage(architecture: str, options: dict[str, Any]) -> None:
+    network = build_model(architecture, 1, 2, patch_size=[16, 16, 16], deep_supervision=False, options=options).eval()
+    bottleneck = Bottleneck(network, torch.zeros(1, 1, 16, 16, 16))
+    assert bottleneck.features.size == 0
+    with torch.inference_mode():
+        network(torch.rand(2, 1, 16, 16, 16))
+    channels = 32 if architecture == "residual_unet" else 8
+    assert bottleneck.features.shape == (2 * channels,)
+    assert bottleneck.features.std() > 0
+    bottleneck.close()
 
 
 # -- wrong input -------------------------------------------------------------------------------------------------------
