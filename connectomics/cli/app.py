@@ -70,6 +70,7 @@ for name, verb, text in (
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
+    ("propose", data_verbs.propose, "Propose what to annotate next, with labels to correct."),
     ("merge", challenge_verbs.merge, "Make one submission of several runs."),
     ("export", score_verbs.export, "Pack labels into the zip that the portal takes."),
     ("validate", score_verbs.validate, "Check a submission before uploading it."),

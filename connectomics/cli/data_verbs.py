@@ -1,4 +1,4 @@
-"""Verbs that make, bring or look at data: phantom, demo, fetch, ingest, describe."""
+"""Verbs that make, bring or look at data: phantom, demo, fetch, ingest, propose, describe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InOption, OutArgument, OutOption
+from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.cellmap.fetch import Missing
@@ -158,7 +158,7 @@ def _print_missing(missing: Missing) -> None:
 
 def ingest(
     root: Annotated[Path, OutArgument(help="Data root; created if it does not exist.")],
-    dataset: Annotated[str, typer.Option(help="Name of the data set in the root.")],
+    dataset: Annotated[str | None, typer.Option(help="Name of the data set in the root.", show_default=False)] = None,
     raw: Annotated[str | None, typer.Option(help="Raw volume.", metavar="FILE")] = None,
     labels: Annotated[
         list[str] | None,
@@ -172,6 +172,13 @@ def ingest(
     ] = None,
     values: Annotated[
         Path | None, InOption(metavar="CSV", help="What the values of --label-map mean: value,class[,kind].")
+    ] = None,
+    proposals: Annotated[
+        Path | None, InOption(help="Instead: a folder of `pytc propose`; its boxes that are done become crops.")
+    ] = None,
+    done: Annotated[
+        str | None,
+        typer.Option(metavar="1,4-6", help="With --proposals: ranks that are done, if the table has no yes."),
     ] = None,
     crop: Annotated[str, typer.Option(help="Crop for the labels: crop1, crop2, ...")] = "crop1",
     voxel_size: Annotated[
@@ -203,6 +210,8 @@ def ingest(
       pytc ingest data --dataset my-cell --labels mito=mito.h5:/labels --labels er=er.tif --begin 400,0,0
 
       pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
+
+      pytc ingest data --proposals rounds/1 --done 1,3
     """
     from connectomics.errors import InputError
     from connectomics.pipeline.ingest import ingest as run
@@ -216,15 +225,70 @@ def ingest(
     low_high = None if value_range is None else opt.numbers_of(value_range, "--range", (2,), "LOW,HIGH")
     start = None if begin is None else opt.numbers_of(begin, "--begin", (3,), "z,y,x in nm")
     run(
-        root, dataset, raw=raw, labels=files, label_map=label_map, values=values, crop=crop,
+        root, dataset, raw=raw, labels=files, label_map=label_map, values=values, proposals=proposals,
+        done=() if done is None else _numbers(done, "--done"), crop=crop,
         voxel_size=None if voxel_size is None else opt.voxel_size_of(voxel_size), begin=start,
         value_range=None if low_high is None else (low_high[0], low_high[1]), unknown=unknown, known=known,
-        slices=None if slices is None else _sections(slices), format_name=format_name, overwrite=overwrite,
+        slices=None if slices is None else _numbers(slices, "--slices"), format_name=format_name, overwrite=overwrite,
         written=print, shown=terminal.counted,
     )  # fmt: skip
 
 
-def _sections(text: str) -> frozenset[int]:
+def propose(
+    network: Annotated[Path, InArgument(metavar="RUN", help="Run folder, checkpoint or model package.")],
+    root: Annotated[str, typer.Argument(metavar="DATA", help="Data root; a folder or s3:// URL.")],
+    overrides: opt.Overrides = None,
+    out: Annotated[Path, OutOption(help="Folder to make.")] = Path("outputs/proposals"),
+    budget: Annotated[int, typer.Option(help="Number of boxes.")] = 10,
+    size: Annotated[str, typer.Option(help="Size of a box, voxels of the network, z,y,x.")] = "1,256,256",
+    method: Annotated[str, typer.Option(help="uncertainty, or to compare with: random, even.")] = "uncertainty",
+    datasets: opt.Datasets = None,
+    box: Annotated[
+        str | None, typer.Option(help="Only within DATASET:z0,y0,x0:z1,y1,x1 (nm).", show_default=False)
+    ] = None,
+    candidates: Annotated[int, typer.Option(help="Boxes to look at, at most.")] = 400,
+    seed: Annotated[int, typer.Option(help="Random seed of the candidates, and of random.")] = 0,
+    file_format: Annotated[str, typer.Option("--format", help="Label files: zarr, or tiff stacks.")] = "zarr",
+    checkpoint: Annotated[
+        list[Path] | None, InOption(help="A further network, for an ensemble; may be repeated.", show_default=False)
+    ] = None,
+    config: Annotated[Path | None, InOption(help="Configuration; default: that of the run or package.")] = None,
+    device: opt.Device = None,
+    overwrite: opt.Overwrite = False,
+) -> None:
+    """Propose what to annotate next: boxes where the network is unsure and that are unlike what is annotated, spread
+    over space and data sets, with its prediction as labels to correct. `pytc ingest --proposals` takes them back.
+
+    Examples:
+
+      pytc propose runs/first data --budget 10 --size 1,256,256 --out rounds/1
+
+      pytc propose runs/first data --box my-cell:0,0,0:4000,4000,4000 --size 32,128,128 --format tiff --out rounds/1
+
+      pytc propose runs/first data --method random --seed 1 --out rounds/random inference.tta=flips
+    """
+    from connectomics.errors import InputError
+    from connectomics.pipeline.propose import propose as run
+
+    shape = opt.numbers_of(size, "--size", (3,), "three whole numbers of voxels, z,y,x")
+    if not all(n.is_integer() for n in shape):
+        raise InputError(f"--size: expected three whole numbers of voxels, z,y,x, got {size!r}")
+    with terminal.stage("proposing"), terminal.stages() as advance:
+        found = run(
+            [network, *(checkpoint or ())], root, out=out, budget=budget, size=[int(n) for n in shape], method=method,
+            datasets=datasets, box=box, candidates=candidates, seed=seed, file_format=file_format,
+            config=config, overrides=overrides or (), device=device, overwrite=overwrite, progress=advance,
+        )  # fmt: skip
+    rows = []
+    for p in found:
+        scores = [None if value != value else value for value in (p.score, p.uncertainty, p.novelty)]
+        rows.append([str(p.rank), p.key, " ".join(f"{v:.7g}" for v in p.grid.box.begin), *scores])
+    terminal.table(["rank", "crop", "begin nm", "score", "uncertainty", "novelty"], rows)
+    for name in ("proposals.csv", "proposals.html", "labels"):
+        print(out / name)
+
+
+def _numbers(text: str, option: str) -> frozenset[int]:
     """``0,5,10-12`` as numbers."""
     from connectomics.errors import InputError
 
@@ -234,7 +298,7 @@ def _sections(text: str) -> frozenset[int]:
             first, dash, last = part.partition("-")
             found |= set(range(int(first), int(last) + 1)) if dash else {int(first)}
     except ValueError as error:
-        raise InputError(f"--slices: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
+        raise InputError(f"{option}: expected numbers and ranges, such as 0,5,10-12, got {text!r}") from error
     return frozenset(found)
 
 

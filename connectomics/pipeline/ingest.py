@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,20 +10,23 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_labels, ingest_raw
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
-from connectomics.io.formats import open_volume
+from connectomics.io.formats import VolumeSource, open_volume
 from connectomics.progress import Progress, Shown, showing
 
 _KINDS = ("", "semantic", "instance")
+_SOURCES = "give --dataset with --raw, --labels CLASS=FILE or --label-map, or give --proposals"
 
 
 def ingest(
     root: str | Path,
-    dataset: str,
+    dataset: str | None = None,
     *,
     raw: str | None = None,
     labels: Mapping[str, str] | None = None,
     label_map: str | None = None,
     values: str | Path | None = None,
+    proposals: str | Path | None = None,
+    done: Collection[int] = (),
     crop: str = "crop1",
     voxel_size: Triple | None = None,
     begin: Sequence[float] | None = None,
@@ -40,10 +43,12 @@ def ingest(
     """Import raw and labels (TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into the CellMap layout, with pyramids.
 
     Args:
-        root: data root, created if it does not exist. dataset: name of the data set in it.
+        root: data root, created if it does not exist. dataset: name of the data set in it (not for ``proposals``).
         raw: raw volume, such as ``stack.tif`` or ``raw.h5:/volume``.
         labels: class -> volume; ``mito:instance`` or ``mito:semantic`` states the kind.
         label_map: one volume with the labels of all classes. values: CSV that says what its values mean.
+        proposals: folder of `propose`, instead: import the labels of its boxes that are ``done``, with 255 for unknown.
+        done: ranks of proposals that are done, too; this is written into their table.
         crop: crop for the labels, ``crop1``.
         voxel_size: nm, z y x; None: the file's (labels: else the raw's).
         begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
@@ -60,35 +65,43 @@ def ingest(
     Raises:
         InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
     """
-    if raw is None and not labels and label_map is None:
-        raise InputError("nothing to ingest: give --raw, --labels CLASS=FILE or --label-map")
+    volumes = raw is not None or bool(labels) or label_map is not None
+    if proposals is not None and (dataset is not None or volumes):
+        raise InputError("--proposals names data sets and files itself; leave out --dataset, --raw and labels")
+    if proposals is None and (dataset is None or done or not volumes):
+        raise InputError(f"nothing to ingest: {_SOURCES}")
     if (label_map is None) != (values is None):
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
     place, show, tell = Path(root).expanduser(), shown or showing(progress), written or (lambda _: None)
+    if proposals is not None or dataset is None:
+        from connectomics.pipeline.proposals import ingest_proposals
+
+        ingest_proposals(place, Path(proposals or ""), done, overwrite=overwrite, tell=tell, show=show)
+        return Catalog.open(str(root))
     with ExitStack() as stack:
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
             with show(f"raw {source.location}") as advance:
-                done = ingest_raw(
-                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=advance
-                )
-            tell(done)
-        drawn = []
-        for head, file in (labels or {}).items():
-            name, _, kind = head.partition(":")
-            if kind not in _KINDS:
-                raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
-            volume = stack.enter_context(open_volume(file, format_name))
-            drawn.append(Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic"))
+                what = (place, dataset, source, voxel_size, value_range)
+                made = ingest_raw(*what, overwrite=overwrite, progress=advance)
+            tell(made)
+        files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
+        drawn = [_drawn(head, volume) for head, volume in files.items()]
         if label_map is not None and values is not None:
             drawn += drawn_by_table(stack.enter_context(open_volume(label_map, format_name)), Path(values))
         mask = None if known is None else stack.enter_context(open_volume(known, format_name))
-        annotated = Known(unknown, mask, slices)
         start = None if begin is None else (begin[0], begin[1], begin[2])
         for item in drawn:
             with show(f"labels of {item.class_name}") as advance:
-                done = ingest_labels(
-                    place, dataset, crop, item, voxel_size, start, annotated, overwrite=overwrite, progress=advance
-                )
-            tell(done)
+                where = (place, dataset, crop, item, voxel_size, start, Known(unknown, mask, slices))
+                made = ingest_labels(*where, overwrite=overwrite, progress=advance)
+            tell(made)
     return Catalog.open(str(root))
+
+
+def _drawn(head: str, volume: VolumeSource) -> Drawn:
+    """The labels of ``CLASS``, ``CLASS:instance`` or ``CLASS:semantic``."""
+    name, _, kind = head.partition(":")
+    if kind not in _KINDS:
+        raise InputError(f"labels of {name}: expected kind instance or semantic, got {kind!r}")
+    return Drawn(name, volume, None if not kind else "instance" if kind == "instance" else "semantic")

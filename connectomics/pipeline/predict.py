@@ -103,7 +103,7 @@ def predict_tasks(
     composed, paths = network_and_config(network, config, overrides)
     targets, _ = chosen_targets(composed, paths, crops, box)
     place = chosen_device(composed, device)
-    tasks = _tasks(composed, load_networks(paths, composed), paths, out, targets, place)
+    tasks = network_tasks(composed, load_networks(paths, composed), paths, out, targets, place)
     return tasks, composed.engine, place
 
 
@@ -152,7 +152,7 @@ def predict_cellmap_crops(
     place = chosen_device(config, device)
     given_paths = [checkpoint_path] if isinstance(checkpoint_path, str | Path) else list(checkpoint_path or ())
     networks = load_networks(given_paths, config) if model is None else _given_network(model, config, given_paths)
-    tasks = _tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
+    tasks = network_tasks(config, networks, given_paths if model is None else (), output_dir, targets, place)
     if resume and not overwrite and not any((task.folder / TASK_FILE).exists() for task in tasks):
         raise MissingError(f"--resume: there is nothing to resume below {output_dir}; run without --resume to start")
     blocks = accept_failed if isinstance(accept_failed, Mapping) else {"": accept_failed} if accept_failed else {}
@@ -230,7 +230,7 @@ def known_device(name: str) -> str:
     return name
 
 
-def _tasks(
+def network_tasks(
     config: RunConfig,
     networks: Mapping[str, TrainedNetwork | ConnectomicsModule],
     checkpoints: Sequence[str | Path],
@@ -238,7 +238,10 @@ def _tasks(
     targets: Sequence[Target] | None,
     device: str,
 ) -> list[NetworkPredictTask]:
-    """Return a task for each target. The networks have the same inputs and channels."""
+    """Return a task for each target (None: those of the configuration), below ``output_dir``; nothing is written.
+
+    The networks, by the hash of their weights, have the same inputs and channels; ``checkpoints`` are their files.
+    """
     from connectomics.inference.trained_network import common_hash
     from connectomics.lightning.network import inference_window
 

@@ -31,6 +31,7 @@ VERBS = (
     "mesh",
     "evaluate",
     "tune",
+    "propose",
     "export",
     "validate",
     "score",
