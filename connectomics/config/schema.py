@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
-from connectomics.config.values import STRICT_KEYS, checked, one_of
+from connectomics.config.values import Group, checked, one_of
 from connectomics.geometry import Index, Triple, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
@@ -79,16 +79,6 @@ _SIZE = Annotated[list[float], _THREE]
 _SHAPE = Annotated[list[int], _THREE]
 
 
-class Group:
-    """Base class of all groups of a configuration."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT_KEYS
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, ``default`` if there is no such key."""
-        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
-
-
 @dataclass
 class SystemConfig(Group):
     """The machine."""
@@ -146,7 +136,9 @@ class ModelConfig(Group):
     #: how data.inputs enter the network: encoder (one per input, registered) | channels (stacked)
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
-    weights: str | None = None  # start from this checkpoint or package; output channels are matched by class name
+    weights: str | None = None  # start from this run folder, checkpoint or package; output channels by class name
+    freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
+    update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
     init_bias: Annotated[Any, checked(_is_init_bias, "must be prevalence, a number, or null")] = None
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
@@ -227,6 +219,7 @@ class OptimizerConfig(Group):
         default_factory=lambda: [0.9, 0.999]  # Adam, AdamW, RAdam
     )
     decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor of lr for each stage away from the output
 
 
 @dataclass

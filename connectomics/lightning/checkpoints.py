@@ -203,8 +203,10 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     for key, before, now in (
         ("training.ema", trained.training.ema, module.config.training.ema),
         ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
+        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
+        ("model.freeze", trained.model.freeze, module.config.model.freeze),
     ):
-        if bool(before) != bool(now):
+        if bool(before) != bool(now) if key == "training.ema" else before != now:
             raise InputError(
                 f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "
                 "or start a new run with model.weights"
