@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.package import load_model
     from connectomics.pipeline.plan import plan
     from connectomics.pipeline.predict import predict
+    from connectomics.pipeline.pretrain import pretrain
     from connectomics.pipeline.report import report
     from connectomics.pipeline.results import Labels, Probabilities, Scores
     from connectomics.pipeline.runs import Run
@@ -64,6 +65,7 @@ _FRONT_DOOR = {
     "open_root": "pipeline.open_root",
     "plan": "pipeline.plan",
     "predict": "pipeline.predict",
+    "pretrain": "pipeline.pretrain",
     "report": "pipeline.report",
     "score": "pipeline.score",
     "show": "pipeline.show",
@@ -91,6 +93,7 @@ __all__ = [
     "open_root",
     "plan",
     "predict",
+    "pretrain",
     "report",
     "score",
     "show",

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -67,6 +68,15 @@ def checked(rule: Callable[[Any], bool], message: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 3 and all(0 < n < math.inf for n in value)
+
+
+_THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
+Size = Annotated[list[float], _THREE]  # nm, z y x
+Shape = Annotated[list[int], _THREE]  # voxels, z y x
 
 
 def read(

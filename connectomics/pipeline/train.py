@@ -96,7 +96,7 @@ def train(
     from connectomics.lightning.checkpoints import check_resumable
     from connectomics.lightning.devices import is_first_process, set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
-    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.lightning.pretraining import module_of
     from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
 
     check_config(config)
@@ -109,7 +109,7 @@ def train(
         if machine.accelerator == "gpu":
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions use by default
         pl.seed_everything(config.system.seed, workers=True, verbose=False)
-        module = ConnectomicsModule(config if checkpoint is None else _continued(config, checkpoint))
+        module = module_of(config if checkpoint is None else _continued(config, checkpoint))
         config = module.config
         module.only_a_look = fast_dev_run
         if checkpoint is not None:
