@@ -178,7 +178,9 @@ def stages_from_output(config: RunConfig, network: nn.Module, channels: int) -> 
         for hook in hooks:
             hook.remove()
     axes = output_axes(config, network, channels)
-    return {p: 0 if axes[name] else at + 1 - found.get(p, 1) for name, p in network.named_parameters()}
+    away = {p: 0 if axes[name] else at + 1 - found.get(p, 1) for name, p in network.named_parameters()}
+    used = sorted(set(away.values()))  # without those of which all parameters belong to the output
+    return {parameter: used.index(stage) for parameter, stage in away.items()}
 
 
 def probe_images(config: RunConfig) -> list[Tensor]:

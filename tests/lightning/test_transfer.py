@@ -95,7 +95,9 @@ def test_stages_are_counted_from_the_output_through_the_bottleneck() -> None:
 @pytest.mark.parametrize("architecture", sorted(set(list_models()) - {"unetr", "swin_unetr"}))  # those are slow
 def test_every_network_has_its_output_in_stage_0(architecture: str) -> None:
     patch = {"unet_2d": [1, 64, 64], "flexible_unet": [64, 64, 64]}.get(architecture, [32, 32, 32])
-    options = {"unet_2d": {"features": [8, 16]}, "unet": {"channels": [4, 8], "strides": [2]}}.get(architecture, {})
+    options = {"unet_2d": {"features": [8, 16], "stem": 2}, "unet": {"channels": [4, 8], "strides": [2]}}.get(
+        architecture, {}
+    )
     found = stages(model__architecture=architecture, model__mednext_size="S", model__options=options,
                    data__patch_size=patch)  # fmt: skip
     assert min(found.values()) == 0
