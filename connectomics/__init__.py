@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.package import load_model
     from connectomics.pipeline.plan import plan
     from connectomics.pipeline.predict import predict
+    from connectomics.pipeline.pretrain import pretrain
     from connectomics.pipeline.propose import propose
     from connectomics.pipeline.report import report
     from connectomics.pipeline.results import Labels, Probabilities, Scores
@@ -65,6 +66,7 @@ _FRONT_DOOR = {
     "open_root": "pipeline.open_root",
     "plan": "pipeline.plan",
     "predict": "pipeline.predict",
+    "pretrain": "pipeline.pretrain",
     "propose": "pipeline.propose",
     "report": "pipeline.report",
     "score": "pipeline.score",
@@ -93,6 +95,7 @@ __all__ = [
     "open_root",
     "plan",
     "predict",
+    "pretrain",
     "propose",
     "report",
     "score",

@@ -87,7 +87,8 @@ class Crop:
         dataset: the data set's name.
         name: ``crop234``.
         raw: location of the data set's raw multiscale group.
-        labels: the label arrays by class name; a class without an array is unknown in this crop.
+        labels: the label arrays by class name; a class without an array is unknown in this crop. Without any, the crop
+            is a part of raw.
         options: how the arrays are read (cache, threads, endpoint); not compared.
         not_annotated: names of further groups that are no class of the challenge and have no annotation (``all``).
         region: the part of the crop that is used (nm), such as one side of a split; None: all of it.
@@ -109,7 +110,7 @@ class Crop:
     @cached_property
     def grid(self) -> VoxelGrid:
         """The finest grid among the crop's label arrays that have voxels, cut to the region."""
-        there = [label.grid for label in self._readable()]
+        there = [label.grid for label in self._readable()] or [self.raw_source.grid]
         grids = [grid for grid in there if grid.size] or there
         finest = min(grids, key=lambda g: (g.voxel_size[0] * g.voxel_size[1] * g.voxel_size[2], g.translation))
         return self.within(finest)
@@ -140,7 +141,7 @@ class Crop:
         closed = [label for label in arrays if "source" not in label.__dict__]
         errors = in_parallel(self._open, closed) if store.is_s3(self.raw) else [self._open(label) for label in closed]
         broken = {label.class_name: error for label, error in zip(closed, errors, strict=True) if error is not None}
-        if len(broken) == len(arrays):
+        if broken and len(broken) == len(arrays):
             raise next(iter(broken.values()))
         for name, error in broken.items():
             log.warning(

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import challenge_verbs, data_verbs, look_verbs, predict_verbs, score_verbs, train_verbs
+from connectomics.cli import (
+    challenge_verbs,
+    data_verbs,
+    look_verbs,
+    predict_verbs,
+    pretrain_verb,
+    score_verbs,
+    train_verbs,
+)
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -59,6 +67,7 @@ for name, verb, text in (
     ("inspect", look_verbs.inspect, "Show training batches as the network gets them."),
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
     ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),
+    ("pretrain", pretrain_verb.pretrain, "Pre-train a network on raw, without labels."),
     ("train", train_verbs.train, "Train a network."),
     ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),

@@ -196,7 +196,7 @@ def train(
     folder = run_dir or choose_run_dir(composed, checkpoint)
     command = ["pytc", "train", str(config), *(overrides or [])]
     decoding = terminal.stages("decoding crops into the cache")
-    with _explaining_how_to_resume(command, folder, resume), decoding as advance:
+    with explaining_how_to_resume(command, folder, resume), decoding as advance:
         result = run(
             composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=advance
         )
@@ -211,7 +211,7 @@ def train(
 
 
 @contextmanager
-def _explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool) -> Iterator[None]:
+def explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool) -> Iterator[None]:
     """After Ctrl-C, print the command that resumes this very run."""
     from connectomics.cli import InterruptError
     from connectomics.lightning.devices import is_first_process

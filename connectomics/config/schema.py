@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
-from connectomics.config.values import STRICT_KEYS, checked, one_of
+from connectomics.config.pretraining import PretrainingConfig
+from connectomics.config.values import Group, Shape, Size, checked, one_of
 from connectomics.geometry import Index, Triple, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
 #: which take at most a thousand windows and no backward pass (``data.validation_windows``).
 EPOCH_PATCHES = 2000
-
-
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(0 < n < math.inf for n in value)
 
 
 def _is_tta(value: Any) -> bool:
@@ -64,7 +60,6 @@ def _are_betas(values: Any) -> bool:
     return len(values) == 2 and all(0 <= beta < 1 for beta in values)
 
 
-_THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
@@ -75,18 +70,6 @@ _FROM_0 = Field(ge=0)
 _FROM_1 = Field(ge=1)
 _POSITIVE = Field(gt=0)
 _MODE = one_of("min", "max")
-_SIZE = Annotated[list[float], _THREE]
-_SHAPE = Annotated[list[int], _THREE]
-
-
-class Group:
-    """Base class of all groups of a configuration."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT_KEYS
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, ``default`` if there is no such key."""
-        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
 
 
 @dataclass
@@ -110,7 +93,7 @@ class DatasetConfig(Group):
     datasets: list[str] | None = None  # None: all data sets of the root
     crops: list[str] | None = None  # None: all training crops
     classes: list[str] = field(default_factory=lambda: ["nuc", "mito", "er"])
-    voxel_size: _SIZE = field(default_factory=lambda: [8.0, 8.0, 8.0])  # nm, z y x
+    voxel_size: Size = field(default_factory=lambda: [8.0, 8.0, 8.0])  # nm, z y x
     train_val_split: Annotated[float, Field(gt=0, le=1)] = 0.85  # share of the annotated volume used for training
     split: Annotated[str, one_of("crop", "dataset", "leave_one_out")] = "crop"
     held_out: list[str] = field(default_factory=list)  # data sets to validate on (split: dataset, leave_one_out)
@@ -146,7 +129,9 @@ class ModelConfig(Group):
     #: how data.inputs enter the network: encoder (one per input, registered) | channels (stacked)
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
-    weights: str | None = None  # start from this checkpoint or package; output channels are matched by class name
+    weights: str | None = None  # start from this run folder, checkpoint or package; output channels by class name
+    freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
+    update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
     init_bias: Annotated[Any, checked(_is_init_bias, "must be prevalence, a number, or null")] = None
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
@@ -164,8 +149,8 @@ class ModelConfig(Group):
 class InputConfig(Group):
     """A further input of the network: a patch with the same center at another voxel size."""
 
-    voxel_size: _SIZE = field(default_factory=lambda: [32.0, 32.0, 32.0])  # nm, z y x
-    patch_size: _SHAPE = field(default_factory=lambda: [64, 64, 64])  # voxels of that size, z y x
+    voxel_size: Size = field(default_factory=lambda: [32.0, 32.0, 32.0])  # nm, z y x
+    patch_size: Shape = field(default_factory=lambda: [64, 64, 64])  # voxels of that size, z y x
 
 
 @dataclass
@@ -180,7 +165,7 @@ class AugmentationConfig(Group):
 class DataConfig(Group):
     """Patches, loaders, augmentation."""
 
-    patch_size: _SHAPE = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
+    patch_size: Shape = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
     batch_size: Annotated[int, _FROM_1] = 2
     patches_per_epoch: Annotated[int | None, _FROM_1] = None  # of all processes together; None: 2000
     #: most windows of one validation, a fixed subset; None: all of every crop
@@ -227,6 +212,7 @@ class OptimizerConfig(Group):
         default_factory=lambda: [0.9, 0.999]  # Adam, AdamW, RAdam
     )
     decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor of lr for each stage away from the output
 
 
 @dataclass
@@ -294,12 +280,12 @@ class LoggingConfig(Group):
 class InferenceConfig(Group):
     """The network over a volume."""
 
-    window: Annotated[list[int], _THREE] | None = None  # voxels; None: data.patch_size
+    window: Shape | None = None  # voxels; None: data.patch_size
     overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of a window that the next window also covers
     blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
     #: windows per forward pass; auto: predict finds the fastest number
     batch_size: Annotated[Any, checked(_is_batch_size, "must be at least 1, or auto")] = 1
-    block_size: _SHAPE = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
+    block_size: Shape = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
     #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
     #: [zyx, -zyx]
@@ -371,6 +357,7 @@ class RunConfig(Group):
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     output_dir: Annotated[str, _LOCAL] = "outputs"  # runs go to {output_dir}/{name}/version_N
     name: str = "run"  # set from the file's name
     plugins: list[str] = field(default_factory=list)  # importable modules that add networks, losses, decoders

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -23,6 +24,17 @@ T = TypeVar("T")
 #: Put into a dataclass as ``__pydantic_config__``: unknown keys are refused, numbers are finite, and text fields also
 #: take numbers (``crops: [234]``).
 STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class Group:
+    """Base class of all groups of a configuration."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_KEYS
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, ``default`` if there is no such key."""
+        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
+
 
 #: How pydantic's words for common rules read in our messages; the rest keeps its own words.
 _RULES = {
@@ -56,6 +68,15 @@ def checked(rule: Callable[[Any], bool], message: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+def _is_triple(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 3 and all(0 < n < math.inf for n in value)
+
+
+_THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
+Size = Annotated[list[float], _THREE]  # nm, z y x
+Shape = Annotated[list[int], _THREE]  # voxels, z y x
 
 
 def read(

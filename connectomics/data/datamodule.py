@@ -14,15 +14,17 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import EPOCH_PATCHES, RunConfig
+from connectomics.config.pretraining import is_pretraining
 from connectomics.data.cache import cache_folder, prepare
 from connectomics.data.contents import LabelCounter, present_shares
 from connectomics.data.dataset.build import patch_options, run_dataset
-from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset
+from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
 from connectomics.data.loader import PatchLoader
 from connectomics.data.normalization import Chosen, of_crops
 from connectomics.data.patches import collate
+from connectomics.data.raw_parts import FixedPatches, raw_parts
 from connectomics.data.run_split import check_known, run_split
 from connectomics.data.sampling import PatchSampler, check_sampling
 from connectomics.data.splits import Split
@@ -85,24 +87,14 @@ class CellMapDataModule(pl.LightningDataModule):
                 f"patches have one channel of raw; model.in_channels is {cfg.model.in_channels}, set it to 1"
             )
         check_sampling(cfg.data.sampling, cfg.data.class_weights, cfg.dataset.classes)  # before any decoding
-        store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
-        crops = Catalog.open(cfg.dataset.data_root, store).crops(
-            cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
-        )
-        file = self.run_dir / "split.yaml" if self.run_dir else None
-        if cfg.dataset.split_file:
-            file = Path(cfg.dataset.split_file)
         options = patch_options(cfg)
-        folder = cache_folder(options.cache, options.cache_dir)  # counts are kept beside decoded crops
-        counter = LabelCounter(None if folder is None else folder / "counts")
-        self.split, train, val = run_split(cfg, crops, file, counter)
-        if file is not None and not file.is_file() and _is_first_process():
-            self.split.save(file)
+        without_labels = is_pretraining(cfg)
+        train, val = raw_parts(cfg) if without_labels else self._split_crops(options)
         self.normalization = of_crops(cfg, [*train, *val])
         normalizations = {name: chosen.normalization for name, chosen in self.normalization.items()}
         options = replace(options, normalizations=normalizations)
         self._train = run_dataset(cfg, train, "train", options)
-        self._val = run_dataset(cfg, seen_parts(cfg, val), "val", options)
+        self._val = run_dataset(cfg, val if without_labels else seen_parts(cfg, val), "val", options)
         prepare(
             (*self._train.all_volumes, *self._val.all_volumes),
             processes=min(max(1, cfg.data.num_workers), usable_cores()),
@@ -110,8 +102,25 @@ class CellMapDataModule(pl.LightningDataModule):
             progress=self.progress,
         )
         check_known(self._train.volumes)
+
+    def _split_crops(self, options: PatchOptions) -> tuple[list[Crop], list[Crop]]:
+        """Return the training and the validation crops, and keep their split."""
+        cfg = self.config
+        store = StoreOptions(cache_bytes=cfg.data.chunk_cache_mb << 20)
+        crops = Catalog.open(cfg.dataset.data_root, store).crops(
+            cfg.dataset.datasets, cfg.dataset.crops, cfg.dataset.classes
+        )
+        file = self.run_dir / "split.yaml" if self.run_dir else None
+        if cfg.dataset.split_file:
+            file = Path(cfg.dataset.split_file)
+        folder = cache_folder(options.cache, options.cache_dir)  # counts are kept beside decoded crops
+        counter = LabelCounter(None if folder is None else folder / "counts")
+        self.split, train, val = run_split(cfg, crops, file, counter)
+        if file is not None and not file.is_file() and _is_first_process():
+            self.split.save(file)
         if isinstance(cfg.model.class_weights, str):
             self.present_shares = present_shares(train, cfg.dataset.classes, counter)
+        return train, val
 
     # -- loaders -----------------------------------------------------------------------------------------------------
     @property
@@ -181,8 +190,26 @@ class CellMapDataModule(pl.LightningDataModule):
             yield collate([dataset.reader.read(sampler.request(0, position))])
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Return batches of one `CropVolume`, each process its share."""
+        """Return batches of one `CropVolume`, each process its share; for pre-training always of the same patches."""
+        if is_pretraining(self.config):
+            patches = self._held_out_patches()
+            return DataLoader(patches, batch_size=self.config.data.batch_size, collate_fn=collate)
         return DataLoader(ValidationCrops(self.val_volumes, *self._place()), batch_size=1, collate_fn=list)
+
+    def _held_out_patches(self) -> FixedPatches:
+        """Return about as many patches of held-out raw as cover it, at most ``data.validation_windows``."""
+        assert self._val is not None, "setup() comes first"
+        cfg, (rank, world) = self.config, self._place()
+        volumes = self._val.volumes
+        if not volumes:
+            return FixedPatches(self._val.reader, [])
+        count = -(-sum(volume.grid.size for volume in volumes) // math.prod(cfg.data.patch_size))
+        count = min(count, cfg.data.validation_windows or count)
+        sampler = PatchSampler(
+            self._val.sampled_crops(), count, classes=self._val.classes, sampling={"volume": 1.0},
+            seed=cfg.system.seed, rank=rank, world=world,
+        )  # fmt: skip
+        return FixedPatches(self._val.reader, list(sampler))
 
 
 def _is_first_process() -> bool:

@@ -231,7 +231,13 @@ class CropVolume:
         return None if self._cached is None else self._cached.counts
 
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
-        """Return three-state labels on a grid of this lattice from Zarr, never from the cache."""
+        """Return three-state labels on a grid of this lattice from Zarr, never from the cache.
+
+        A crop without labels is a part of raw (`connectomics.data.raw_parts`): its only class is present everywhere.
+        """
+        if not self.crop.labels:
+            everywhere = np.ones((1, *grid.shape), np.uint64)
+            return LabelVolume(grid, self.classes, everywhere, everywhere)
         return read_labels(
             self.crop, self.classes, grid, self.instances, alternate_ties=self.alternate_ties, soft=self.soft
         )

@@ -17,6 +17,7 @@ import torch
 
 from connectomics.config import RunConfig, config_from_dict, import_plugins
 from connectomics.config.heads import heads_of
+from connectomics.config.pretraining import is_pretraining
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.inference.trained_network import TrainedNetwork
@@ -161,6 +162,10 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
     """Return the configuration to build the network with, and the state dictionary."""
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
+    if is_pretraining(trained):
+        raise InputError(
+            f"{path} was pre-trained without labels and predicts no class; train with model.weights={path}"
+        )
     if config is not None:
         check_classes(path, trained.dataset.classes, config.dataset.classes)
         check_heads(path, trained, config)
@@ -203,8 +208,10 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     for key, before, now in (
         ("training.ema", trained.training.ema, module.config.training.ema),
         ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
+        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
+        ("model.freeze", trained.model.freeze, module.config.model.freeze),
     ):
-        if bool(before) != bool(now):
+        if bool(before) != bool(now) if key == "training.ema" else before != now:
             raise InputError(
                 f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "
                 "or start a new run with model.weights"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
-from connectomics.errors import InputError
+from connectomics.data.patches import centered, input_names
+from connectomics.errors import InputError, MissingError
 from connectomics.lightning.checkpoints import checkpoint_config, describe, read_checkpoint
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.network import build_network
+from connectomics.lightning.network import output_axes
+from connectomics.lightning.run_state import latest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ _PREFIX = "network."
 
 
 def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
-    """Copy the network's weights of a checkpoint or a package into ``module`` if they fit by name and shape.
+    """Copy the network's weights of a run folder, checkpoint or package into ``module`` if they fit by name and shape.
 
     For fine-tuning on other data or classes: optimizer, epoch and random state are new. An output channel is copied
     from the channel with the same meaning, the class of the same name or the same head, at any position; the other
@@ -35,16 +37,18 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also `InputError` if less than a
             quarter of the network's weights match: the checkpoint holds another network.
     """
-    content = read_checkpoint(path)
-    trained = checkpoint_config(content, path)
+    file = weights_file(path)
+    content = read_checkpoint(file)
+    trained = checkpoint_config(content, file)
     found, wanted = output_names(trained), output_names(module.config)
     pairs = [(found.index(name), number) for number, name in enumerate(wanted) if name in found]
-    own = {name: value for name, value in module.state_dict().items() if name.startswith(_PREFIX)}
-    axes = output_axes(module, len(wanted))
+    own = module.network.state_dict()
+    stored = {name.removeprefix(_PREFIX): value for name, value in content["state_dict"].items()}
+    axes = output_axes(module.config, module.network, len(wanted))
     taken: dict[str, Tensor] = {}
     copied = 0
-    for name in own.keys() & content["state_dict"].keys():
-        if mapped := _mapped(own[name], content["state_dict"][name], axes[name], len(found), pairs):
+    for name in own.keys() & stored.keys():
+        if mapped := _mapped(own[name], stored[name], axes[name], len(found), pairs):
             taken[name], count = mapped
             copied += count
     weights = sum(value.numel() for value in own.values())
@@ -53,10 +57,9 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
             f"model.weights={path} holds a {describe(trained)}, the configuration a {describe(module.config)}: only "
             f"{copied} of {weights} weights fit; use the same `model` settings"
         )
-    module.load_state_dict(taken, strict=False)
+    module.network.load_state_dict(taken, strict=False)
     new = sorted(own.keys() - taken.keys())
-    log.info("weights of %s: %d tensors copied, new: %s", path, len(taken), ", ".join(new[:6]) or "none")
-    parts = []
+    parts = [f"{len(taken)} of {len(own)} tensors copied, new tensors: {', '.join(new[:6]) or 'none'}"]
     for what, names in (
         ("from the checkpoint", [name for name in wanted if name in found]),
         ("new", [name for name in wanted if name not in found]),
@@ -64,27 +67,44 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
     ):
         if names:
             parts.append(f"{what}: {', '.join(name.split(' ')[0] for name in names)}")
-    log.info("output channels by name: %s", "; ".join(parts))
+    log.info("weights of %s: %s", file, "; ".join([parts[0], f"output channels {parts[1]}", *parts[2:]]))
     return len(taken)
+
+
+def weights_file(path: str | Path) -> Path:
+    """Return the file that ``model.weights`` names: of a run folder its best checkpoint, else its last one."""
+    given = Path(path)
+    if not given.is_dir():
+        return given
+    best = given / "checkpoints/best.ckpt"
+    found = best if best.is_file() else latest_checkpoint(given)
+    if found is None:
+        raise MissingError(f"model.weights={path} is a folder without checkpoints; give a run folder or a checkpoint")
+    return found
+
+
+def update_batch_norm(module: ConnectomicsModule, batches: Iterable[Mapping[str, Tensor]]) -> None:
+    """Measure the statistics of batch normalization, frozen ones included, on training batches; the weights stay."""
+
+    class OfBatch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module.network
+
+        def forward(self, batch: Mapping[str, Tensor]) -> None:
+            self.network(batch["image"], *(batch[name] for name in input_names(len(module.config.data.inputs))))
+
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    if not any(isinstance(part, kinds) for part in module.network.modules()):
+        log.warning("model.update_batch_norm has no effect: %s has no batch norm", describe(module.config))
+    torch.optim.swa_utils.update_bn((centered(batch) for batch in batches), OfBatch())
+    module.train(module.training)  # frozen norms stay in evaluation mode
 
 
 def output_names(config: RunConfig) -> list[str]:
     """Return what each output channel of a network predicts: the classes, then the channels of all heads."""
     heads = (f"{name} {head.predicts}" for head in heads_of(config) for name in head.channel_names)
     return [*config.dataset.classes, *heads]
-
-
-def output_axes(module: ConnectomicsModule, channels: int) -> dict[str, tuple[int, ...]]:
-    """Return for each tensor of the network the axes that grow with the number of output channels, found by comparison
-    with the same network with one more channel."""
-    with torch.random.fork_rng(devices=[]):
-        larger = build_network(module.config, channels + 1).state_dict()
-    return {
-        f"{_PREFIX}{name}": tuple(
-            axis for axis, (n, more) in enumerate(zip(value.shape, larger[name].shape, strict=True)) if n != more
-        )
-        for name, value in module.network.state_dict().items()
-    }
 
 
 def _mapped(

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -29,7 +29,7 @@ from connectomics.io.normalization import Normalization
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, load_module
 from connectomics.lightning.monitors import check_monitors
-from connectomics.lightning.network import build_network, inference_window
+from connectomics.lightning.network import build_network, freeze, inference_window, stages_from_output
 from connectomics.lightning.optim import build_optimizer
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
@@ -75,6 +75,8 @@ class ConnectomicsModule(pl.LightningModule):
         self.heads = heads_of(config)
         self.channel_groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
         self.network = build_network(config, sum(self.channel_groups))
+        self._frozen_norms = freeze(self.network, config.model.freeze)
+        self.train()
         model, (z, y, x) = config.model, config.dataset.voxel_size
         self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
         weigh_classes(self.loss, config)
@@ -121,6 +123,13 @@ class ConnectomicsModule(pl.LightningModule):
         return torch.sigmoid(self.network(image, *inputs).float())
 
     # -- training ----------------------------------------------------------------------------------------------------
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts; norms that ``model.freeze`` names stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen_norms:
+            self.network.get_submodule(name).eval()
+        return self
+
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of a batch over known voxels; zero, with a graph, if nothing is known."""
         labels = labels_of(batch)
@@ -141,7 +150,7 @@ class ConnectomicsModule(pl.LightningModule):
         means = {"train/loss": total.detach(), "train/known": known, **parts}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         self.log("train/loss_step", total.detach(), on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
         return total
 
@@ -164,7 +173,10 @@ class ConnectomicsModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return the optimizer; `Schedule` sets its learning rate before each batch."""
-        return build_optimizer((p for p in self.parameters() if p.requires_grad), self.config.optimizer)
+        stages = None
+        if self.config.optimizer.layer_decay < 1:
+            stages = stages_from_output(self.config, self.network, sum(self.channel_groups))
+        return build_optimizer((p for p in self.parameters() if p.requires_grad), self.config.optimizer, stages)
 
     # -- validation --------------------------------------------------------------------------------------------------
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
+from connectomics.config.pretraining import is_pretraining
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.lightning.validation import ValidationCrop
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
@@ -16,6 +17,8 @@ _HEAD_METRICS = {"affinities": "dice", "boundary": "dice", "distance": "mae", "l
 
 def logged_names(config: RunConfig) -> list[str]:
     """Return the metrics that a run logs per epoch; those of a class only if the validation crops contain it."""
+    if is_pretraining(config):
+        return ["val/loss", "train/loss", "train/lr"]
     metrics = ["dice", "iou", *(["score"] if config.training.val_score else [])]
     heads = heads_of(config)
     return [
@@ -55,10 +58,13 @@ def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | 
         monitors["checkpoint"] = config.checkpoint.monitor
     if config.early_stopping.patience > 0:
         monitors["early_stopping"] = config.early_stopping.monitor
-    own = [crop for crop in crops if crop is not None]
+    own: list[ValidationCrop] | None = None
     for group, monitor in monitors.items():
         first, *of = monitor.split("/")[:-1]
-        if first != "val" or not of or any(_holds(config, crop, of, monitor.endswith("/score")) for crop in own):
+        if first != "val" or not of:
+            continue
+        own = [crop for crop in crops if crop is not None] if own is None else own
+        if any(_holds(config, crop, of, monitor.endswith("/score")) for crop in own):
             continue
         what = f"no known voxel where {of[0]} is present"
         if len(of) > 1 or monitor.endswith("/score"):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from connectomics.config import RunConfig
 from connectomics.config.schema import TrainingConfig
 from connectomics.data.dataset.build import inputs_of
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError, InputError, nearest
 from connectomics.models.fusion import channels_for, with_inputs
 from connectomics.models.memory_format import set_channels_last
-from connectomics.models.registry import build_model, check_patch_size, dropout_options, fixed_patch_size
+from connectomics.models.registry import (
+    build_model,
+    check_patch_size,
+    dropout_options,
+    fixed_patch_size,
+    required_multiple,
+)
 from connectomics.models.stages import stages_for
 
 
@@ -92,3 +101,94 @@ def inference_window(config: RunConfig) -> list[int]:
             f"{config.data.patch_size}, inference.window {window}; set inference.window=null"
         )
     return window
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Exclude the parameters from training whose names match a pattern of ``model.freeze`` (``*``, ``?``, ``[...]``).
+
+    Returns:
+        Names of the norms with running statistics that must stay in evaluation mode: those whose scale (NAME.weight)
+        matches, also if they have none.
+
+    Raises:
+        ConfigError: a pattern matches no parameter, or all match one.
+    """
+    names = [name for name, _ in network.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = nearest(pattern, names) or names[0]
+            raise ConfigError(
+                f"model.freeze: {pattern!r} matches none of the network's {len(names)} parameters, which are called "
+                f"{near}, for example; patterns compare whole names, so use {near.split('.')[0]}.* for all of a part"
+            )
+
+    def matches(name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+    for name, parameter in network.named_parameters():
+        if matches(name):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ConfigError(f"model.freeze={list(patterns)} leaves no parameter to train; remove a pattern")
+    norms = ((name, module) for name, module in network.named_modules() if hasattr(module, "running_mean"))
+    return [name for name, _ in norms if matches(f"{name}.weight")]
+
+
+def output_axes(config: RunConfig, network: nn.Module, channels: int) -> dict[str, tuple[int, ...]]:
+    """Return for each tensor of a run's network, which has ``channels`` output channels, the axes that grow with their
+    number, found by comparison with the same network with one more channel."""
+    with torch.random.fork_rng(devices=[]):
+        larger = build_network(config, channels + 1).state_dict()
+    return {
+        name: tuple(
+            axis for axis, (n, more) in enumerate(zip(value.shape, larger[name].shape, strict=True)) if n != more
+        )
+        for name, value in network.state_dict().items()
+    }
+
+
+def stages_from_output(config: RunConfig, network: nn.Module, channels: int) -> dict[nn.Parameter, int]:
+    """Return how many stages each parameter of a run's network is away from its output.
+
+    Parameters of the output channels are in stage 0. Going backward through the network, each change of the resolution
+    of its convolutions starts a new stage, from 1 on. The blocks of a transformer have one resolution, so they are one
+    stage.
+    """
+    at = 0  # stages so far
+    shape: Sequence[int] = ()
+    found: dict[nn.Parameter, int] = {}
+
+    def note(module: nn.Module, given: Any, result: Any) -> None:
+        nonlocal at, shape
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim > 2 and max(result.shape[2:]) > 1:  # not on a pooled image
+            at += result.shape[2:] != shape
+            shape = result.shape[2:]
+        found.update(dict.fromkeys(module.parameters(recurse=False), at))
+
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    device = next(network.parameters()).device
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.no_grad():
+            network.eval().forward(*(image.to(device) for image in probe_images(config)))  # not a compiled one
+    finally:
+        for module, mode in modes.items():  # norms that are frozen have their own
+            module.training = mode
+        for hook in hooks:
+            hook.remove()
+    axes = output_axes(config, network, channels)
+    away = {p: 0 if axes[name] else at + 1 - found.get(p, 1) for name, p in network.named_parameters()}
+    used = sorted(set(away.values()))  # without those of which all parameters belong to the output
+    return {parameter: used.index(stage) for parameter, stage in away.items()}
+
+
+def probe_images(config: RunConfig) -> list[Tensor]:
+    """Return random inputs of a run's network (1, 1, D, H, W), as small as it takes."""
+    size, inputs = list(config.data.patch_size), inputs_of(config)
+    if not inputs and not fixed_patch_size(config.model.architecture):
+        multiple = required_multiple(config.model.architecture, model_options(config))
+        size = [min(n, 2 * m) for n, m in zip(size, multiple, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [size, *(list(shape) for _, shape in inputs)]
+    return [torch.rand((1, 1, *shape), generator=generator) for shape in shapes]

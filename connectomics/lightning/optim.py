@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,19 +12,27 @@ from torch import nn
 from connectomics.config.schema import OptimizerConfig, SchedulerConfig
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, stages: Mapping[nn.Parameter, int] | None = None
+) -> torch.optim.Optimizer:
     """Return the optimizer of a configuration; SGD uses Nesterov momentum.
 
     With ``decay_norm_and_bias=false``, parameters of one axis, which are biases and the scales of norms, have no weight
-    decay: they are the second group.
+    decay. ``stages``: how many stages each parameter is away from the output, for ``layer_decay``. Groups of parameters
+    are sorted by stage, those with weight decay first; `Schedule` multiplies the learning rate by their ``lr_scale``.
     """
-    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
-    if not config.decay_norm_and_bias:
-        vectors = [parameter for parameter in groups[0]["params"] if parameter.ndim < 2]
-        groups = [
-            {"params": [parameter for parameter in groups[0]["params"] if parameter.ndim >= 2]},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+    found: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        kind = ((stages or {}).get(parameter, 0), not config.decay_norm_and_bias and parameter.ndim < 2)
+        found.setdefault(kind, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": found[stage, plain],
+            "lr_scale": config.layer_decay**stage,
+            **({"weight_decay": 0.0} if plain else {}),
+        }
+        for stage, plain in sorted(found)
+    ]
     if config.name == "SGD":
         return torch.optim.SGD(
             groups,

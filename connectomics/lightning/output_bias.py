@@ -10,15 +10,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from connectomics.config import RunConfig
-from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import ConfigError
-from connectomics.lightning.fine_tuning import output_axes, output_names
+from connectomics.lightning.fine_tuning import output_names
 from connectomics.lightning.module import ConnectomicsModule
-from connectomics.lightning.network import model_options
+from connectomics.lightning.network import output_axes, probe_images
 from connectomics.models.batch_labels import labels_of
 from connectomics.models.heads import ids_of
-from connectomics.models.registry import fixed_patch_size, required_multiple
 from connectomics.models.targets import head_labels
 
 log = logging.getLogger(__name__)
@@ -84,18 +81,17 @@ def output_biases(module: ConnectomicsModule) -> list[nn.Parameter]:
     They are found by trying: among the vectors that have one number for each channel, those that shift an output of
     the network by just what is added to them.
     """
-    axes = output_axes(module, sum(module.channel_groups))
-    own = dict(module.named_parameters())
+    axes = output_axes(module.config, module.network, sum(module.channel_groups))
+    own = dict(module.network.named_parameters())
     candidates = [name for name in own if name.endswith(".bias") and own[name].ndim == 1 and axes.get(name) == (0,)]
-    prefix = "network."
     probe = copy.deepcopy(module.network).cpu().train()
     parameters = dict(probe.named_parameters())
-    images = _images(module.config)
+    images = probe_images(module.config)
     before = _outputs(probe, images)
     found: list[nn.Parameter] = []
     open_sizes = set(range(len(before)))
     for name in reversed(candidates):
-        parameter = parameters[name.removeprefix(prefix)]
+        parameter = parameters[name]
         shift = torch.linspace(0.5, 1.0, len(parameter))
         with torch.no_grad():
             parameter.add_(shift)
@@ -125,14 +121,3 @@ def _outputs(network: nn.Module, images: list[Tensor]) -> list[Tensor]:
         torch.manual_seed(0)
         logits = network(*images)
     return [logits] if isinstance(logits, Tensor) else list(logits)
-
-
-def _images(config: RunConfig) -> list[Tensor]:
-    """Return random inputs of the network, as small as it takes."""
-    size, inputs = list(config.data.patch_size), inputs_of(config)
-    if not inputs and not fixed_patch_size(config.model.architecture):
-        multiple = required_multiple(config.model.architecture, model_options(config))
-        size = [min(n, 2 * m) for n, m in zip(size, multiple, strict=True)]
-    generator = torch.Generator().manual_seed(0)
-    shapes = [size, *(list(shape) for _, shape in inputs)]
-    return [torch.rand((1, 1, *shape), generator=generator) for shape in shapes]

@@ -69,6 +69,17 @@ def panel(plane: Plane) -> NDArray[np.uint8]:
     return (_join(rows, axis=0) * 255).round().astype(np.uint8)
 
 
+def gray_panel(rows: Sequence[Sequence[NDArray[np.float32]]]) -> NDArray[np.uint8]:
+    """Return rows of pictures (H, W) as one, (height, width, 3) uint8; the first of each row sets its gray range."""
+    lines = []
+    for row in rows:
+        step = max(1, -(-max(row[0].shape) // _LARGEST))
+        low, high = float(row[0].min()), float(row[0].max())
+        shown = [np.clip((tile[::step, ::step] - low) / max(high - low, 1e-6), 0, 1) for tile in row]
+        lines.append(_join([np.asarray(tile, np.float64)[..., None].repeat(3, axis=-1) for tile in shown], axis=1))
+    return (_join(lines, axis=0) * 255).round().astype(np.uint8)
+
+
 def _tint(
     image: NDArray[np.float32], color: tuple[int, int, int], strength: NDArray[np.floating[Any]]
 ) -> NDArray[np.float64]:

@@ -63,7 +63,7 @@ class Schedule(Callback):
         rate = learning_rate(scheduler, self.config.optimizer.lr, warm, progress)
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)  # no scale in older checkpoints
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last optimizer step."""

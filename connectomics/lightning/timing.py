@@ -164,7 +164,7 @@ class PlainProgress(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Print the scores of the epoch."""
         if trainer.is_global_zero:
-            shown = ["train/loss", "val/dice", "val/iou", "val/score"]
+            shown = ["train/loss", "val/loss", "val/dice", "val/iou", "val/score"]
             self._print(trainer, f"step {trainer.global_step}", shown, time.perf_counter())
 
     def _print(self, trainer: pl.Trainer, where: str, names: list[str], now: float) -> None:

@@ -13,9 +13,10 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
+from connectomics.data.raw_parts import box_of
 from connectomics.data.splits import kept_out
 from connectomics.errors import ConfigError, InputError, MissingError
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.normalization import Normalization
 
@@ -117,18 +118,10 @@ def table_targets(table: CropTable, classes: Sequence[str]) -> list[Target]:
 
 def box_target(config: RunConfig, text: str) -> Target:
     """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
-    parts = text.rsplit(":", 2)
-    try:
-        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
-        dataset = parts[0]
-    except ValueError as error:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
-    box = Box(begin, end)
-    if not dataset or box.is_empty:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
+    dataset, box = box_of(text)
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
-    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
+    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
     return Target(dataset, name, dict.fromkeys(predicted_classes(config), grid))
 
 

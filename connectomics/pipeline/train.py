@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -96,7 +96,7 @@ def train(
     from connectomics.lightning.checkpoints import check_resumable
     from connectomics.lightning.devices import is_first_process, set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
-    from connectomics.lightning.module import ConnectomicsModule
+    from connectomics.lightning.pretraining import module_of
     from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
 
     check_config(config)
@@ -109,7 +109,7 @@ def train(
         if machine.accelerator == "gpu":
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions use by default
         pl.seed_everything(config.system.seed, workers=True, verbose=False)
-        module = ConnectomicsModule(config if checkpoint is None else _continued(config, checkpoint))
+        module = module_of(config if checkpoint is None else _continued(config, checkpoint))
         config = module.config
         module.only_a_look = fast_dev_run
         if checkpoint is not None:
@@ -169,6 +169,7 @@ def _fit(
     """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.devices import is_first_process
+    from connectomics.lightning.fine_tuning import update_batch_norm
     from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.network import prepare_training
     from connectomics.lightning.trainer import build_trainer
@@ -184,6 +185,8 @@ def _fit(
         check_monitored_classes(config, (crops[number] for number in range(len(crops))))
     elif not validate:
         log.warning("no crop to validate on: only the latest state is kept, and training does not stop early")
+    if checkpoint is None and config.model.weights is not None and config.model.update_batch_norm:
+        update_batch_norm(module, _first_batches(data, "model.update_batch_norm", "set it to false"))
     if checkpoint is None and config.model.init_bias is not None:
         _set_output_bias(config, module, data)
     prepare_training(module.network, config.training)
@@ -203,15 +206,24 @@ def _fit(
 def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.LightningDataModule) -> None:
     """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
-    from connectomics.lightning.fine_tuning import output_names
+    from connectomics.lightning.fine_tuning import output_names, weights_file
     from connectomics.lightning.output_bias import begin_at_prevalence
 
-    weights = config.model.weights
-    keep = [] if weights is None else output_names(checkpoint_config(read_checkpoint(weights), weights))
-    if config.model.init_bias == "prevalence" and not hasattr(data, "first_batches"):
-        raise ConfigError("model.init_bias=prevalence needs a data module with first_batches(); give a number instead")
-    batches = data.first_batches() if config.model.init_bias == "prevalence" else ()  # type: ignore[attr-defined]
+    keep: list[str] = []
+    if config.model.weights is not None:
+        weights = weights_file(config.model.weights)
+        keep = output_names(checkpoint_config(read_checkpoint(weights), weights))
+    batches: Iterable[dict[str, Any]] = ()
+    if config.model.init_bias == "prevalence":
+        batches = _first_batches(data, "model.init_bias=prevalence", "give a number instead")
     begin_at_prevalence(module, batches, keep)
+
+
+def _first_batches(data: pl.LightningDataModule, key: str, hint: str) -> Iterator[dict[str, Any]]:
+    if not hasattr(data, "first_batches"):
+        raise ConfigError(f"{key} needs a data module with first_batches(); {hint}")
+    found: Iterator[dict[str, Any]] = data.first_batches()
+    return found
 
 
 def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from connectomics.errors import InputError, MissingError
-from connectomics.lightning.fine_tuning import begin_with, output_axes, output_names
+from connectomics.lightning.fine_tuning import begin_with, output_names
 from connectomics.lightning.module import ConnectomicsModule
+from connectomics.lightning.network import output_axes
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train
 from tests.lightning.heads_run import head_config
@@ -103,9 +104,9 @@ def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
     other.model.heads[1].scale_nm = 1234.0  # another distance
     module = ConnectomicsModule(other)
     begin_with(tmp_path / "first.ckpt", module)
-    axes = output_axes(module, 4)
+    axes = output_axes(module.config, module.network, 4)
     for name, value in weights(module).items():
-        if axes[f"network.{name}"] == (0,):
+        if axes[name] == (0,):
             old = first.network.state_dict()[name]
             assert torch.equal(value[:3], old[[0, 1, 3]])
 
