@@ -260,7 +260,7 @@ class EarlyStoppingConfig(Group):
     """When to stop before the last epoch."""
 
     monitor: str = "val/dice"
-    patience: Annotated[int, _FROM_0] = 0  # validations without a better value that end the training; 0: never stop early
+    patience: Annotated[int, _FROM_0] = 0  # end after so many validations without a better value; 0: never
     mode: Annotated[str, _MODE] = "max"
 
 

@@ -137,7 +137,7 @@ def across_datasets(crops: Sequence[Crop]) -> list[int]:
 
 
 def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], int]:
-    """Measure a label array: present and known volume (um^3), and per axis total length (nm) and number of runs; touches.
+    """Measure a label array: present and known volume (um^3), total length (nm) and number of runs per axis; touches.
 
     A run is a line of present voxels of one instance. Touches are runs that begin where another instance ends.
     """

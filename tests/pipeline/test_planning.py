@@ -45,7 +45,7 @@ def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, mon
 
 
 def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight cubes of 8 voxels in a cube of 16: half of the faces are shared; the ends of runs do not depend on blocks."""
+    """Eight cubes of 8 voxels in a cube of 16: half of the faces are shared, however the volume is read."""
     monkeypatch.setattr(facts_module, "_SLAB", 5 * 32**2)
     grid = grid_of((32, 32, 32), 8.0)
     ids = np.zeros(grid.shape, np.uint16)
