@@ -224,8 +224,11 @@ class Catalog:
             self._crop_names[dataset] = sorted(crops, key=lambda name: int(name.removeprefix("crop")))
         return self._crop_names[dataset]
 
-    def crop(self, dataset: str, name: str) -> Crop:
-        """Return one crop with all of its classes; other groups (``all``) are listed in `Crop.not_annotated`."""
+    def crop(self, dataset: str, name: str, raw: str | None = None) -> Crop:
+        """Return one crop with all of its classes; other groups (``all``) are listed in `Crop.not_annotated`.
+
+        ``raw``: location of the raw if the data set has none itself.
+        """
         names = self.crop_names(dataset)
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
@@ -236,7 +239,7 @@ class Catalog:
         # a group named like a class counts as one, so that the run that reads it finds a lost annotation
         others = tuple(a.class_name for a in found if a.class_name not in CLASSES and not a.is_annotated)
         labels = {a.class_name: a for a in found if a.class_name not in others}
-        return Crop(dataset, name, self.raw_location(dataset), labels, self.options, others)
+        return Crop(dataset, name, raw or self.raw_location(dataset), labels, self.options, others)
 
     def _each(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Call ``ask`` for every item: in sequence on a disk, in several threads on S3, where answers take long."""

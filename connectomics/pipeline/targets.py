@@ -115,8 +115,8 @@ def table_targets(table: CropTable, classes: Sequence[str]) -> list[Target]:
     return targets
 
 
-def box_target(config: RunConfig, text: str) -> Target:
-    """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
+def parse_box(text: str) -> tuple[str, Box]:
+    """Return data set and box of ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm); `InputError` for anything else."""
     parts = text.rsplit(":", 2)
     try:
         begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
@@ -126,9 +126,15 @@ def box_target(config: RunConfig, text: str) -> Target:
     box = Box(begin, end)
     if not dataset or box.is_empty:
         raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
+    return dataset, box
+
+
+def box_target(config: RunConfig, text: str) -> Target:
+    """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
+    dataset, box = parse_box(text)
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
-    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*begin, *end))
+    name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))
     return Target(dataset, name, dict.fromkeys(predicted_classes(config), grid))
 
 
