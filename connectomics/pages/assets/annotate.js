@@ -23,7 +23,9 @@
   const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
   const choose = (name, value) => { document.querySelector(`input[name=${name}][value=${value}]`).checked = true; };
   const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+  let failed = false; // the last message is an error, and stays until the next section or stroke
   const say = (text, bad = false) => {
+    failed = bad;
     $("status").textContent = text;
     $("status").classList.toggle("bad", bad);
   };
@@ -63,18 +65,28 @@
       if (planes.get(old) !== null) planes.delete(old);
     }
     const at = Number(path.slice(path.lastIndexOf("/") + 1));
-    if (at === z) show();
-    else if (Math.abs(at - z) === 1) neighbors();
+    if (at === z) {
+      show();
+      ready();
+    } else if (Math.abs(at - z) === 1) neighbors();
+  }
+
+  function ready() { // says whether all of the section is there
+    if (!queue.length && !failed) say([...paths(z)].every(([path]) => plane(path)) ? "saved" : "loading …");
+  }
+
+  function* paths(at) { // what a section consists of
+    if (at < -mz || at >= depth + mz) return;
+    yield [`raw/${at}`, Uint8Array];
+    if (at < 0 || at >= depth) return;
+    for (const one of classes) {
+      yield [path_of("labels", one, at), arrays[one.bytes]];
+      if (one.predicted) yield [path_of("predicted", one, at), arrays[one.bytes]];
+    }
   }
 
   function need(at) {
-    if (at < -mz || at >= depth + mz) return;
-    load(`raw/${at}`, Uint8Array);
-    if (at < 0 || at >= depth) return;
-    for (const one of classes) {
-      load(path_of("labels", one, at), arrays[one.bytes]);
-      if (one.predicted) load(path_of("predicted", one, at), arrays[one.bytes]);
-    }
+    for (const [path, type] of paths(at)) load(path, type);
   }
 
   function go(to) {
@@ -83,7 +95,9 @@
     $("z").value = z;
     history.replaceState(null, "", `#z=${z}`);
     show();
+    failed = false;
     for (const step of [0, 1, -1, 2, -2]) need(z + step);
+    ready();
   }
 
   // -- pictures -----------------------------------------------------------------------------------------------------
@@ -244,8 +258,8 @@
       }
       await sleep(1500);
     }
-    busy = false;
-    say("saved");
+    busy = failed = false;
+    ready();
   }
 
   function put(one, at, x, y, w, h, values) {
@@ -537,5 +551,4 @@
   contrast();
   buttons();
   go(z);
-  say("saved");
 })();
