@@ -8,7 +8,6 @@ the coarser levels, now or, if the process is killed, when the crop is opened fo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class EditableLabels:
             raise MetadataError(f"{label.location} holds {self.dtype}; only uint8, uint16 and uint32 can be drawn")
         self._writer: ArrayWriter | None = None
         self.unknown, self.largest = found.unknown, 0
-        self._survey(self._free_value() if found.unknown is None else found.unknown)
+        self._survey()
         if about(self._place).get("complete") is False:
             self._writer = self._open()
             self.finish()
@@ -135,31 +134,22 @@ class EditableLabels:
         self._label = LabelArray(self.name, str(self._place))
 
     # -- before the first stroke ---------------------------------------------------------------------------------------
-    def _free_value(self) -> int:
-        """The value that the encoding names for unknown voxels (255 if none) although there are none."""
+    def _survey(self) -> None:
+        """Find the largest ID, and a value for unknown voxels that no object has if the annotation gives none."""
+        free = {255, int(np.iinfo(self.dtype).max)} if self.unknown is None else set()
         for attrs in (self._label._finest_attrs(), self._label.source.attrs):
             kind = attrs.get("cellmap", {}).get("annotation", {}).get("annotation_type") or {}
-            if "unknown" in kind.get("encoding", {}):
-                return int(kind["encoding"]["unknown"])
-        return 255
-
-    def _survey(self, unknown: int) -> None:
-        """Find the largest ID, and whether ``unknown`` may stand for unknown voxels: if no object has this value."""
-        taken = not 0 <= unknown <= np.iinfo(self.dtype).max
-        for values in self._blocks():
-            taken = taken or (self.unknown is None and bool((values == unknown).any()))
-            self.largest = max(self.largest, self._largest(values, unknown))
-        self.unknown = None if taken else unknown
-        if self.kind == "semantic":
-            self.largest = 0
-
-    def _largest(self, values: NDArray[Any], unknown: int | None = None) -> int:
-        value = self.unknown if unknown is None else unknown
-        return int(values.max(initial=0, where=True if value is None else values != value))
-
-    def _blocks(self) -> Iterator[NDArray[Any]]:
+            free |= {int(kind["encoding"]["unknown"])} if free and "unknown" in kind.get("encoding", {}) else set()
+        free = {value for value in free if 0 <= value <= np.iinfo(self.dtype).max}
         for begin, block in self.grid.blocks(_BLOCK):
-            yield self._label.read_stored(begin, block.shape)
+            values = self._label.read_stored(begin, block.shape)
+            free = {value for value in free if not (values == value).any()}
+            if self.kind == "instance":
+                self.largest = max(self.largest, self._largest(values))
+        self.unknown = min(free - {self.absent, _PRESENT}, default=self.unknown)
+
+    def _largest(self, values: NDArray[Any]) -> int:
+        return int(values.max(initial=0, where=True if self.unknown is None else values != self.unknown))
 
     def _begin(self) -> ArrayWriter:
         """Mark the labels as unfinished: until `finish` there are no counts that the drawn voxels could contradict."""
@@ -184,8 +174,8 @@ class EditableLabels:
         try:
             attrs = {k: v for k, v in self._label.source.attrs.items() if k != "multiscales"}
             (copy,) = create_multiscale(folder, [self.grid], self.dtype, attrs=attrs, name=self.name)
-            for (begin, _), values in zip(self.grid.blocks(_BLOCK), self._blocks(), strict=True):
-                copy.write(begin, values.astype(self.dtype, copy=False))
+            for begin, block in self.grid.blocks(_BLOCK):
+                copy.write(begin, self._label.read_stored(begin, block.shape).astype(self.dtype, copy=False))
             update_attrs(folder / "s0", self._label.annotation.to_attrs())
             build_levels(folder, len(self._label.source.levels), "label")
             publish(folder, self._place)

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --mute-audio --no-first-run --window-size=1200,800 "
-    "--disable-background-networking --disable-component-update --disable-sync --remote-debugging-port=0"
-).split()
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--mute-audio", "--no-first-run", "--window-size=1200,800",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0",
+]  # fmt: skip
 
 
 class Tab:

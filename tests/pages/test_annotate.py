@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,14 +18,12 @@ import zarr
 from numpy.typing import NDArray
 
 import connectomics as cx
-from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.catalog import Catalog
-from connectomics.cellmap.editing import EditableLabels
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
-from connectomics.errors import ConnectomicsError, InputError, MetadataError, MissingError, UnknownNameError, WriteError
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Box, VoxelGrid
-from connectomics.io.write import create_array, update_attrs, write_multiscale
+from connectomics.io.write import update_attrs, write_multiscale
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 from tests.pages.devtools import browser
 from tests.trees import contents
