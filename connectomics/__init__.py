@@ -24,6 +24,7 @@ from connectomics.machine import ensure_numba_cache
 if TYPE_CHECKING:
     from connectomics.config import load_config
     from connectomics.geometry import Box, VoxelGrid
+    from connectomics.pipeline.annotate import annotate
     from connectomics.pipeline.decode import decode
     from connectomics.pipeline.evaluate import evaluate
     from connectomics.pipeline.export import export
@@ -56,6 +57,7 @@ _FRONT_DOOR = {
     "Probabilities": "pipeline.results",
     "Run": "pipeline.runs",
     "Scores": "pipeline.results",
+    "annotate": "pipeline.annotate",
     "decode": "pipeline.decode",
     "evaluate": "pipeline.evaluate",
     "export": "pipeline.export",
@@ -84,6 +86,7 @@ __all__ = [
     "Scores",
     "VoxelGrid",
     "__version__",
+    "annotate",
     "decode",
     "evaluate",
     "export",

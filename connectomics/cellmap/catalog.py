@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
-from connectomics.errors import MetadataError, MissingError, unknown_name
-from connectomics.geometry import Box, VoxelGrid
+from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
+from connectomics.geometry import Box, VoxelGrid, triple
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.s3 import in_parallel
@@ -225,8 +225,11 @@ class Catalog:
             self._crop_names[dataset] = sorted(crops, key=lambda name: int(name.removeprefix("crop")))
         return self._crop_names[dataset]
 
-    def crop(self, dataset: str, name: str) -> Crop:
-        """Return one crop with all of its classes; other groups (``all``) are listed in `Crop.not_annotated`."""
+    def crop(self, dataset: str, name: str, raw: str | None = None) -> Crop:
+        """Return one crop with all of its classes; other groups (``all``) are listed in `Crop.not_annotated`.
+
+        ``raw``: location of the raw if the data set has none itself.
+        """
         names = self.crop_names(dataset)
         if name not in names:
             raise unknown_name("crop", name, names, f"data set {dataset} of {self.root}")
@@ -237,7 +240,7 @@ class Catalog:
         # a group named like a class counts as one, so that the run that reads it finds a lost annotation
         others = tuple(a.class_name for a in found if a.class_name not in CLASSES and not a.is_annotated)
         labels = {a.class_name: a for a in found if a.class_name not in others}
-        return Crop(dataset, name, self.raw_location(dataset), labels, self.options, others)
+        return Crop(dataset, name, raw or self.raw_location(dataset), labels, self.options, others)
 
     def _each(self, ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Call ``ask`` for every item: in sequence on a disk, in several threads on S3, where answers take long."""
@@ -288,3 +291,16 @@ def informs(class_name: str, available: Iterable[str]) -> bool:
     if known.is_group:
         return bool(there & set(known.atoms))
     return any(class_name in CLASSES[name].atoms for name in there if name in CLASSES)
+
+
+def box_of(text: str) -> tuple[str, Box]:
+    """Return the data set and the box (faces, nm) of ``DATASET:z0,y0,x0:z1,y1,x1``; raise `InputError`."""
+    parts = text.rsplit(":", 2)
+    try:
+        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
+    except ValueError as error:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
+    box = Box(begin, end)
+    if not parts[0] or box.is_empty:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
+    return parts[0], box

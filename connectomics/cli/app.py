@@ -64,6 +64,7 @@ for name, verb, text in (
     ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
     ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),
     ("describe", data_verbs.describe, "Print data sets, crops, voxel sizes, classes, what is annotated."),
+    ("annotate", look_verbs.annotate, "Draw labels of a crop in a browser."),
     ("inspect", look_verbs.inspect, "Show training batches as the network gets them."),
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
     ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),

@@ -1,18 +1,18 @@
-"""Verbs that look at data and results: inspect, cache, view."""
+"""Verbs that look at data and results, or draw: inspect, cache, view, annotate."""
 
 from __future__ import annotations
 
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from connectomics.cli import terminal
-from connectomics.cli.options import AsJson, Classes, Crops, InOption, OutOption, Overrides, Overwrite
+from connectomics.cli.options import AsJson, Classes, Crops, InOption, OutOption, Overrides, Overwrite, voxel_size_of
 
 if TYPE_CHECKING:
     from connectomics.data.cache import CropCache, EntryInfo
@@ -226,14 +226,61 @@ def view(
         print(f"state: {state}")
     for layer in found.layers:
         print(f"  {layer.name}{'' if layer.visible else ' (off)'}")
-    print(viewing.url, flush=True)
+    _serve(viewing.url, viewing.close, browser)
+
+
+def annotate(
+    root: Annotated[str, typer.Argument(help="Local data root: raw, and the ground truth of its crops.")],
+    dataset: Annotated[str | None, typer.Option(help="Data set; default: that of --box, or the only one.")] = None,
+    crop: Annotated[str | None, typer.Option(help="Crop to draw, existing or (with --box) new: 7 or crop7.")] = None,
+    class_name: Annotated[
+        list[str] | None, typer.Option("--class", help="Class to draw; may be repeated; default: all of the crop.")
+    ] = None,
+    box: Annotated[
+        str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm: where the new crop is.", show_default=False)
+    ] = None,
+    voxel_size: Annotated[
+        str | None, typer.Option(help="Of a new crop, nm: 8 or z,y,x; default: that of the raw.")
+    ] = None,
+    labels: Annotated[Path | None, InOption(help="Folder that decode wrote: offered where voxels are unknown.")] = None,
+    raw: Annotated[str | None, typer.Option(help="Data root with the raw, if the first one has labels only.")] = None,
+    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
+    browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+) -> None:
+    """Draw labels of a crop in a browser: brush, fill, unknown voxels, instance IDs, and acceptance of a prediction.
+
+    Every stroke is on disk at once; rerun the same command to resume. Prints a link; the page is served to this machine
+    only, until Ctrl-C. On a cluster, forward its port with ssh.
+
+    Examples:
+
+      pytc annotate data --dataset my-cell --crop 1
+
+      pytc annotate data --crop 2 --box my-cell:0,0,0:800,1600,1600 --class mito --class er --labels outputs/labels
+    """
+    from connectomics.pipeline.annotate import annotate as run
+
+    size = None if voxel_size is None else voxel_size_of(voxel_size)
+    drawing = run(
+        root, dataset, crop, classes=class_name, box=box, voxel_size=size, labels=labels, raw=raw, port=port
+    )  # fmt: skip
+    for name, item in drawing.labels.items():
+        print(f"  {name} ({item.kind}): {item.grid}")
+    if drawing.left_out:
+        print(f"not shown: {', '.join(drawing.left_out)}; name them by --class")
+    _serve(drawing.url, drawing.close, browser)
+
+
+def _serve(url: str, close: Callable[[], None], browser: bool) -> None:
+    """Print the link and wait for Ctrl-C."""
+    print(url, flush=True)
     if browser:
         import webbrowser
 
-        webbrowser.open(viewing.url)
+        webbrowser.open(url)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
         print("closed")
     finally:
-        viewing.close()
+        close()

@@ -207,11 +207,13 @@ def create_multiscale(
     name: str = "",
     overwrite: bool = False,
     clevel: int = 1,
+    fill_value: float = 0,
 ) -> list[ArrayWriter]:
     """Create an OME-NGFF 0.4 multiscale group with one empty array per grid (finest first: s0, s1, ...).
 
     Args:
         location: local path of the group. attrs: further group attributes. name: its name, by default the folder's.
+        fill_value: value of voxels that are never written.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
 
     Returns:
@@ -223,7 +225,7 @@ def create_multiscale(
     _clear(path, overwrite)
     ensure_group(path)
     writers = [
-        create_array(path / f"s{k}", grid.shape, dtype, chunks=chunks, clevel=clevel, grid=grid)
+        create_array(path / f"s{k}", grid.shape, dtype, chunks=chunks, clevel=clevel, grid=grid, fill_value=fill_value)
         for k, grid in enumerate(grids)
     ]
     # the group's attributes come last: a group that names its levels has them all

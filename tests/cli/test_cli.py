@@ -22,6 +22,7 @@ VERBS = (
     "demo",
     "phantom",
     "describe",
+    "annotate",
     "inspect",
     "cache",
     "train",

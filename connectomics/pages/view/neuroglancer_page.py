@@ -7,8 +7,9 @@ from typing import Any
 
 from connectomics.errors import InputError, MissingError
 from connectomics.io.store import is_s3
+from connectomics.pages.local_server import LOOPBACK
 from connectomics.pages.view.layers import Layer, Layers
-from connectomics.pages.view.volume_server import LOOPBACK, VolumeServer
+from connectomics.pages.view.volume_server import VolumeServer
 
 _PIXELS = 600  # of the window that the first view should fit into
 

@@ -13,24 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from connectomics.errors import ConnectomicsError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import multiscales_attrs
+from connectomics.pages.local_server import LOOPBACK, Answer, LocalServer
 
-LOOPBACK = "127.0.0.1"
 _EDGE = 64  # voxels of a computed chunk along each axis
 _KEPT = 256  # computed chunks in memory, up to 1 MB each
 
@@ -71,80 +66,30 @@ class MadeVolume:
         return out.tobytes()
 
 
-class VolumeServer:
-    """Serves roots and made volumes until it is closed; ``url`` is the start of all addresses, with the secret."""
+class VolumeServer(LocalServer):
+    """Serves roots and made volumes to any page that knows the secret, until it is closed."""
+
+    any_origin = True
 
     def __init__(
         self, roots: Mapping[str, Path], made: Mapping[str, MadeVolume], address: str = LOOPBACK, port: int = 0
     ) -> None:
         """Start to serve ``roots`` and ``made`` under their names; ``port`` 0: any free port."""
-        secret = secrets.token_urlsafe(16)
-        places = {name: Path(root).resolve() for name, root in roots.items()}
-        document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name].document(path))
+        self._places = {name: Path(root).resolve() for name, root in roots.items()}
+        self._made = made
+        self._document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name].document(path))
+        super().__init__(address, port)
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                given, _, rest = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
-                kind, _, rest = rest.partition("/")
-                name, _, path = rest.partition("/")
-                data: bytes | None = None
-                status = 404
-                if not secrets.compare_digest(given.encode(), secret.encode()):
-                    status = 403
-                elif kind == "files" and name in places:
-                    data = _file_below(places[name], path)
-                elif kind == "made" and name in made:
-                    try:
-                        data = document(name, path)
-                    except ConnectomicsError as error:
-                        status, data = 500, None
-                        self.log_error("%s", error)
-                self._send(200 if data is not None else status, data or b"")
-
-            def _send(self, status: int, data: bytes) -> None:
-                part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-                headers = {"Access-Control-Allow-Origin": "*", "Accept-Ranges": "bytes"}
-                headers["X-Content-Type-Options"] = "nosniff"
-                if status == 200 and part is not None and int(part[1]) < len(data):
-                    first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
-                    headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-                    status, data = 206, data[first : last + 1]
-                self.send_response(status)
-                for key, value in {**headers, "Content-Length": str(len(data))}.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Log no requests."""
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                """Ignore that the page has closed the connection."""
-
-        self._server = Server((address, port), Handler)
-        self.url = f"http://{address}:{self._server.server_address[1]}/{secret}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def get(self, path: str) -> Answer:
+        """Return a file of a root, or a document of a made volume."""
+        kind, _, rest = path.partition("/")
+        name, _, inner = rest.partition("/")
+        data: bytes | None = None
+        if kind == "files" and name in self._places:
+            data = _file_below(self._places[name], inner)
+        elif kind == "made" and name in self._made:
+            data = self._document(name, inner)
+        return Answer(status=404) if data is None else Answer(data)
 
 
 def _file_below(root: Path, path: str) -> bytes | None:
