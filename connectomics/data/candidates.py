@@ -57,7 +57,7 @@ class Area:
         lattice = VoxelGrid(voxel_size, first, (whole[0], whole[1], whole[2]))
         shape = [n // s for n, s in zip(whole, size, strict=True)]
         places = int(np.prod(shape, dtype=np.int64))
-        found, refused = [], Counter[str](["too small for a box"] * (places == 0))
+        found, refused = [], Counter[str](["data set smaller than a box"] * (places == 0))
         drawn = rng.choice(places, size=min(places, max(_DRAWN, 2 * most)), replace=False)
         for number in drawn:
             grid = lattice.crop(np.multiply(np.unravel_index(int(number), shape), size).tolist(), size)

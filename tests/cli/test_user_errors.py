@@ -66,7 +66,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     ],
     "ingest": [
         ("{new}", "nothing to ingest: give --dataset"),
-        ("{new} --proposals {empty}", "no proposals.csv"),
+        ("{root} --proposals {empty}", "no proposals.csv"),
         ("{new} --dataset a", "nothing to ingest"),
         ("{new} --dataset a --raw {empty}", "empty"),
         ("{new} --dataset a --raw {text}", "unknown format"),
@@ -345,7 +345,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{run} {root} --out {new} --dataset set-b", "did you mean 'set-a'"),
         ("{run} {root} --out {new} --box set-a:0,0,0:9,9", "a box is"),
         ("{run} {root} --out {new} --size 8,64,64", "no free box"),
-        ("{run} {root} --out {new} --checkpoint {run}", "same weights"),
         ("{run} {root} --out {new} --device cuda:99", "cuda:99"),
         ("{run} {root} --out {new} inference.ttta=flips", "tta"),
     ],

@@ -351,7 +351,7 @@ def failure(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         (["--size", "inf,2,2"], "--size: expected three whole numbers"),
         (["--size", "1.5,2,2"], "--size: expected three whole numbers"),
         (["--size", "0,2,2"], "size must be three whole numbers >= 1"),
-        (["--size", "1,900,900"], "too small for a box"),
+        (["--size", "1,900,900"], "data set smaller than a box"),
         (["--method", "entropy"], "unknown method 'entropy'"),
         (["--format", "png"], "unknown format 'png'"),
         (["--dataset", "phantom-isoo"], "did you mean 'phantom-iso'"),
