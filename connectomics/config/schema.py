@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
-from connectomics.config.values import STRICT_KEYS, checked, one_of
+from connectomics.config.output import OutputConfig
+from connectomics.config.values import Group, checked, one_of
 from connectomics.geometry import Index, Triple, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
@@ -77,16 +78,6 @@ _POSITIVE = Field(gt=0)
 _MODE = one_of("min", "max")
 _SIZE = Annotated[list[float], _THREE]
 _SHAPE = Annotated[list[int], _THREE]
-
-
-class Group:
-    """Base class of all groups of a configuration."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT_KEYS
-
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, ``default`` if there is no such key."""
-        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
 
 
 @dataclass
@@ -369,6 +360,7 @@ class RunConfig(Group):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     output_dir: Annotated[str, _LOCAL] = "outputs"  # runs go to {output_dir}/{name}/version_N

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 from pydantic_core import PydanticCustomError
@@ -23,6 +23,17 @@ T = TypeVar("T")
 #: Put into a dataclass as ``__pydantic_config__``: unknown keys are refused, numbers are finite, and text fields also
 #: take numbers (``crops: [234]``).
 STRICT_KEYS = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+class Group:
+    """Base class of all groups of a configuration."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT_KEYS
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, ``default`` if there is no such key."""
+        return getattr(self, key, default) if key in getattr(self, "__dataclass_fields__", ()) else default
+
 
 #: How pydantic's words for common rules read in our messages; the rest keeps its own words.
 _RULES = {

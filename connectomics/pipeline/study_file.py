@@ -23,8 +23,7 @@ from connectomics.config import (
     load_config,
     save_config,
 )
-from connectomics.config.schema import Group
-from connectomics.config.values import one_of, read
+from connectomics.config.values import Group, one_of, read
 from connectomics.errors import ConfigError, ConnectomicsError, MissingError, nearest
 
 BASE = "base"  # name of the arm without a change, in an ablation
