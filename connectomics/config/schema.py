@@ -314,6 +314,7 @@ class EngineConfig(Group):
 
     name: Annotated[str, one_of("local", "dask")] = "local"
     workers: Annotated[int, _FROM_0] = 1  # processes; local: 1 is this process itself, 0 one per GPU
+    share: bool = False  # local: other processes may run the same command and do other blocks (job arrays)
     attempts: Annotated[int, _FROM_1] = 3  # how often a block is tried
     block_timeout_s: Annotated[float | None, _POSITIVE] = None  # replace a worker that needs longer for one block
     memory_gb: Annotated[float | None, _POSITIVE] = None  # replace a worker that uses more memory

@@ -46,18 +46,23 @@ def test_others_read_what_was_written(tmp_path: Path, dtype: str, codec: str) ->
     group = zarr.open_group(tmp_path / "a.zarr", mode="r", zarr_format=3)
     array = group["crop1/mito/s0"]
     np.testing.assert_array_equal(array[:], values)
-    assert array.shards == SHARD and array.chunks == (16, 16, 16)
+    assert array.shards == SHARD
+    assert array.chunks == (16, 16, 16)
     assert array.metadata.dimension_names == ("z", "y", "x")
     ome = dict(group["crop1/mito"].attrs)["ome"]
-    assert ome["version"] == "0.5" and "version" not in ome["multiscales"][0]
+    assert ome["version"] == "0.5"
+    assert "version" not in ome["multiscales"][0]
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": writer.location}}
     np.testing.assert_array_equal(tensorstore.open(spec).result().read().result(), values)
     ours = Multiscale.open(tmp_path / "a.zarr" / "crop1" / "mito")
-    assert ours.grid == GRID and ours.levels[0].chunks == SHARD
+    assert ours.grid == GRID
+    assert ours.levels[0].chunks == SHARD
     read, inside = ours.read_level(0, (0, 0, 0), GRID.shape)
     assert inside.all(), "an empty shard is data"
     np.testing.assert_array_equal(read, values)
-    np.testing.assert_array_equal(ArrayWriter.open(writer.location).read((5, 6, 7), (60, 80, 30)), values[5:65, 6:86, 7:37])
+    np.testing.assert_array_equal(
+        ArrayWriter.open(writer.location).read((5, 6, 7), (60, 80, 30)), values[5:65, 6:86, 7:37]
+    )
     files = [path for path in Path(writer.location, "c").rglob("*") if path.is_file()]
     assert len(files) == math.prod(math.ceil(n / s) for n, s in zip(GRID.shape, SHARD, strict=True)) - 1
     codecs = json.loads(Path(writer.location, "zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
