@@ -184,6 +184,8 @@ def decode_predictions(
     )  # fmt: skip
     if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    shared = engine is not None and engine.share
+    resume = resume or shared  # what other jobs have written is kept
     for job in jobs:
         job.finished(overwrite=job.replaces(overwrite=overwrite, resume=resume))
     results, failed = list[DecodedArray](), list[str]()
@@ -193,7 +195,7 @@ def decode_predictions(
             replaces = job.replaces(overwrite=overwrite, resume=resume)
             result = job.finished(overwrite=replaces)
             if result is None and job.task is None:
-                with leading(partial_of(job.location)):
+                with leading(partial_of(job.location), wait=shared):
                     result = job.finished(overwrite=replaces) or _decode_whole(job)
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
