@@ -119,7 +119,7 @@ def decode_estimate(
     source, decoding = Probabilities.open(probabilities), config.decoding
     parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
     above, table = decoding.blockwise_above, decoding.table
-    how = {"blockwise_above": above, "table": table, "storage": Storage.of(config.output)}
+    how: dict[str, Any] = {"blockwise_above": above, "table": table, "storage": Storage.of(config.output)}
     jobs = decode_jobs(source.folder, out, parameters, classes=classes, **how)
     left = [j for j in jobs if j.finished(overwrite=j.replaces(overwrite=overwrite, resume=resume)) is None]
     tasks = [job.task for job in left if job.task is not None]
