@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import ConnectomicsError, EngineError, InputError, UnknownNameError
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.decode import decode_predictions
+from connectomics.pipeline.decode import decode
 from connectomics.pipeline.job_array import array_script, submit_array
 from tests.decoding.test_blocks import noise, write_input
 
@@ -152,7 +151,6 @@ def test_a_job_array_in_slurm(slurm: Path, tmp_path: Path) -> None:
     values = noise(26, (90, 60, 60))
     write_input(tmp_path / "p", values)
     os.rename(tmp_path / "p/in.zarr", tmp_path / "p/a.zarr")
-    parameters = {"mito": DecodeParameters(method="cc3d")}
     config = tmp_path / "decode.yaml"
     config.write_text(
         "decoding: {blockwise_above: 1000, classes: {mito: {method: cc3d}}}\noutput: {chunk: [16, 16, 16]}\n"
@@ -173,7 +171,7 @@ def test_a_job_array_in_slurm(slurm: Path, tmp_path: Path) -> None:
     states = subprocess.run(["scontrol", "show", "job", number], capture_output=True, text=True, check=True).stdout
     assert states.count("JobState=COMPLETED") == 3, f"{states}\n{texts}"
     assert "Restarts=1" in states, "the job that got the signal ran twice"
-    decode_predictions(tmp_path / "p", tmp_path / "whole", parameters)
+    decode(tmp_path / "p", out=tmp_path / "whole", config=config)
     labels = [Multiscale.open(tmp_path / name / "a.zarr/crop1/mito") for name in ("l", "whole")]
     found, expected = (volume.read_level(0, (0, 0, 0), values.shape)[0] for volume in labels)
     np.testing.assert_array_equal(found, expected)
