@@ -24,6 +24,17 @@ def fragments_each(edge: int, block: int) -> float:
     return (1 + min(150, edge) / block) ** 3
 
 
+def files_of_class(edge: int, shard: int) -> int:
+    """Return the number of files of a class with ``output.format=0.5`` and a pyramid: the shards and the zarr.json of
+    each level, down to a level of at most 64 voxels, and the zarr.json of the group."""
+    files = 1
+    while True:
+        files += blocks_along(edge, shard) ** 3 + 1
+        if edge <= 64:
+            return files
+        edge = blocks_along(edge, 2)
+
+
 def table(edge: int, block: int, chunk: int, instances: int) -> Iterator[tuple[str, str, str]]:
     """Yield (quantity, calculation, value) for a cube of ``edge`` voxels and one class."""
     voxels, blocks, chunks = edge**3, blocks_along(edge, block) ** 3, blocks_along(edge, chunk) ** 3
@@ -40,6 +51,9 @@ def table(edge: int, block: int, chunk: int, instances: int) -> Iterator[tuple[s
     yield "block faces, scratch", f"6 x {block}^2 x 4 bytes per block before compression", f"{faces / 1e9:.0f} GB"
     yield "files of an array", f"ceil({edge}/{chunk})^3 chunks", f"{chunks:,}"
     yield "files of three further levels", "each an eighth", f"{pyramid:,}"
+    for shard in (256, 512):
+        name = f"files with OME-Zarr 0.5, shards of {shard}^3"
+        yield name, f"sum over levels of ceil(n/{shard})^3 + 1", f"{files_of_class(edge, shard):,}"
     yield "fragments of instances", f"{instances:,} x (1 + 150/{block})^3", f"{fragments / 1e6:.0f} million"
     yield "fragment tables", f"{FRAGMENT_BYTES} bytes each", f"{fragments * FRAGMENT_BYTES / 1e9:.1f} GB"
     yield "memory for merging them", f"{MERGING_BYTES} bytes each", f"{fragments * MERGING_BYTES / 1e9:.1f} GB"

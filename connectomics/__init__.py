@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from connectomics.pipeline.runs import Run
     from connectomics.pipeline.score import score
     from connectomics.pipeline.show import show
+    from connectomics.pipeline.status import status
     from connectomics.pipeline.study import study
     from connectomics.pipeline.train import train
     from connectomics.pipeline.validate import validate
@@ -73,6 +74,7 @@ _FRONT_DOOR = {
     "report": "pipeline.report",
     "score": "pipeline.score",
     "show": "pipeline.show",
+    "status": "pipeline.status",
     "study": "pipeline.study",
     "train": "pipeline.train",
     "validate": "pipeline.validate",
@@ -103,6 +105,7 @@ __all__ = [
     "report",
     "score",
     "show",
+    "status",
     "study",
     "train",
     "validate",

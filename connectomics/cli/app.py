@@ -9,6 +9,7 @@ import typer
 
 from connectomics.cli import (
     challenge_verbs,
+    cluster_verbs,
     data_verbs,
     look_verbs,
     predict_verbs,
@@ -78,6 +79,8 @@ for name, verb, text in (
     ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
     ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
+    ("status", cluster_verbs.status, "Print blocks done and failed, rate and forecast of an output."),
+    ("array", cluster_verbs.array, "Run a command as a job array of SLURM or LSF."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
     ("propose", data_verbs.propose, "Propose what to annotate next, with labels to correct."),

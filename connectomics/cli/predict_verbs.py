@@ -273,6 +273,8 @@ def run_task(
       pytc run-task outputs/labels/jrc_cos7-1a.zarr/crop234/mito/task.json --dry-run
 
       pytc run-task task.json engine.name=dask engine.address=tcp://10.0.0.1:8786 --device cuda
+
+      pytc run-task task.json engine.share=true
     """
     from connectomics.pipeline.run_task import load_task, run_stored_task, task_device
     from connectomics.tasks.failures import parse_accepted

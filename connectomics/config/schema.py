@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
+from connectomics.config.output import OutputConfig
 from connectomics.config.pretraining import PretrainingConfig
 from connectomics.config.values import Group, Shape, Size, checked, one_of
 from connectomics.geometry import Index, Triple, triple
@@ -309,6 +310,7 @@ class EngineConfig(Group):
 
     name: Annotated[str, one_of("local", "dask")] = "local"
     workers: Annotated[int, _FROM_0] = 1  # processes; local: 1 is this process itself, 0 one per GPU
+    share: bool = False  # local: other processes may run the same command and do other blocks (job arrays)
     attempts: Annotated[int, _FROM_1] = 3  # how often a block is tried
     block_timeout_s: Annotated[float | None, _POSITIVE] = None  # replace a worker that needs longer for one block
     memory_gb: Annotated[float | None, _POSITIVE] = None  # replace a worker that uses more memory
@@ -355,6 +357,7 @@ class RunConfig(Group):
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)

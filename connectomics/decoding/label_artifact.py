@@ -25,6 +25,7 @@ from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.sharded import Storage
 from connectomics.io.tables import ROWS, Column, table
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group
 from connectomics.tasks.block_task import TASK_FILE
@@ -37,12 +38,12 @@ COLUMNS = (
     "center_z_nm", "center_y_nm", "center_x_nm",
 )  # fmt: skip
 #: What decode writes into the folder of a class.
-_OURS = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{re.escape(PARQUET_FILE)}")
+_OURS = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{re.escape(PARQUET_FILE)}|zarr\.json")
 
 
 @contextmanager
 def label_array(
-    location: Path, grid: VoxelGrid, dtype: np.dtype[Any], attrs: Mapping[str, Any]
+    location: Path, grid: VoxelGrid, dtype: np.dtype[Any], attrs: Mapping[str, Any], storage: Storage
 ) -> Iterator[ArrayWriter]:
     """Open a writer for the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``).
 
@@ -52,15 +53,18 @@ def label_array(
     Args:
         location: local path of the group; see `existing_labels` for what may be replaced.
         dtype: unsigned integer that holds every id.
-        attrs: what `label_attrs` returns.
+        attrs: what `label_attrs` returns. storage: how the array is stored.
     """
     partial = partial_of(location)
-    ensure_group(location.parent)
+    ensure_group(location.parent, zarr_format=storage.zarr_format)
+    shards = (storage.shard or storage.block(BLOCK)) if storage.is_sharded else None
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        yield create_multiscale(partial, [grid], dtype, attrs={"connectomics": dict(attrs)}, name=attrs["class_name"])[
-            0
-        ]
+        (writer,) = create_multiscale(
+            partial, [grid], dtype, chunks=storage.chunk, shards=shards, codec="zstd",
+            attrs={"connectomics": dict(attrs)}, name=attrs["class_name"],
+        )  # fmt: skip
+        yield writer
         publish(partial, location)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -116,12 +120,18 @@ def inputs_of(location: str, parameters: DecodeParameters) -> dict[str, str]:
 
 
 def existing_labels(
-    location: Path, parameters: DecodeParameters, made_from: Mapping[str, str], *, overwrite: bool = False
+    location: Path,
+    parameters: DecodeParameters,
+    made_from: Mapping[str, str],
+    storage: Storage,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any] | None:
     """Return the ``connectomics`` attribute of complete labels with these parameters and inputs at ``location``.
 
     Args:
-        made_from: role -> identity of the inputs, `connectomics.io.artifacts`.
+        made_from: role -> identity of the inputs, `connectomics.io.artifacts`. storage: how labels are to be stored;
+            another version of OME-Zarr makes other labels.
         overwrite: labels may be replaced and count as absent.
 
     Returns:
@@ -144,6 +154,8 @@ def existing_labels(
         raise WriteError(f"{location} holds labels that are only half written; overwrite them (--overwrite)")
     mine = plain(parameters)
     names = [name for name in mine if there.get("decode", {}).get(name) != mine[name]]
+    if (location / "zarr.json").exists() != storage.is_sharded:
+        names.append("output.format")
     difference = Difference(names, changed_inputs(there.get("made_from", {}), made_from))
     if difference:
         raise WriteError(
@@ -160,7 +172,8 @@ def has_tables(location: Path, kind: str, table: str) -> bool:
 def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:
     """Write an array that is in memory, block by block, to avoid a second copy."""
     depth, height, width = labels.shape
-    for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(BLOCK):
+    whole = [max(1, b // c) * c for b, c in zip(BLOCK, writer.chunks, strict=True)]
+    for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(whole):
         z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
         writer.write(begin, labels[z, y, x])
 

@@ -2,7 +2,8 @@
 
 Under the output folder::
 
-    {class}/s0           the probabilities, Zarr v2, in an OME-NGFF 0.4 multiscale group; with a pyramid s1, s2, ... too
+    {class}/s0           the probabilities, in an OME-NGFF multiscale group (`connectomics.io.sharded.Storage`); with a
+                         pyramid s1, s2, ... too
     {class}/uncertainty  the class's uncertainty if requested, a multiscale group like its parent
     task.json            the task, with the same id and made_from as the groups (`connectomics.io.artifacts`)
     .done-{stage}        one byte per block (`connectomics.tasks.DoneMap`)
@@ -31,6 +32,8 @@ from connectomics.inference.layout import Layout
 from connectomics.io import resample, store
 from connectomics.io.artifacts import Provenance, about
 from connectomics.io.levels import halve_raw, level_grids
+from connectomics.io.metadata import names_levels
+from connectomics.io.sharded import Storage
 from connectomics.io.write import (
     ArrayWriter,
     create_array,
@@ -46,10 +49,8 @@ log = logging.getLogger(__name__)
 
 UNCERTAINTY = "uncertainty"  # the kind of artifact, and the name of its group below that of the class
 UNITS = {"uint8": 1 / 255, "float16": 1.0}  # value = stored * unit, by dtype
-LEVELS_AT_ONCE = 3  # of a pyramid, from one block
 _COARSEST = 64  # voxels: longest axis of a pyramid's coarsest level
 _PIECE = 128  # target voxels written at a time along each axis: float32 copies stay small beside a block
-_CHUNK = 64  # voxels; chunks of a prediction divide it
 
 
 @dataclass(frozen=True)
@@ -81,24 +82,28 @@ class Group:
     @property
     def is_made(self) -> bool:
         """Whether its finest array is complete on disk: the group's attributes are written last."""
-        return (self.place / ".zattrs").exists() and "multiscales" in store.read_attrs(str(self.place))
+        return store.is_group(self.place) and names_levels(store.read_attrs(str(self.place)))
+
+    @property
+    def _stored(self) -> dict[str, Any]:
+        """How its arrays are stored: arguments of `create_array`."""
+        return {"chunks": self.layout.chunks, "shards": self.layout.shards}
 
     def make(self) -> None:
         """Create the group with its finest array, empty; replaces what is there."""
         attrs, grid = {"connectomics": self.attributes(None)}, self.layout.target
         if self.place.parent.suffix != ".zarr":
-            ensure_group(self.place.parent)
-        create_multiscale(
-            self.place, [grid], self.dtype, chunks=self.layout.chunks, attrs=attrs, name=self.place.name, overwrite=True
-        )
+            ensure_group(self.place.parent, zarr_format=self.layout.storage.zarr_format)
+        name = self.place.name
+        create_multiscale(self.place, [grid], self.dtype, attrs=attrs, name=name, overwrite=True, **self._stored)
 
     def make_level(self, level: int) -> bool:
         """Create the array of a coarser level if it is missing; returns whether it was."""
         place = self.place / f"s{level}"
-        if (place / ".zarray").exists():
+        if store.is_array(place):
             return False
         grid = self.grids[level]
-        create_array(place, grid.shape, self.dtype, chunks=self.layout.chunks, overwrite=True, grid=grid)
+        create_array(place, grid.shape, self.dtype, overwrite=True, grid=grid, **self._stored)
         return True
 
     def array(self, level: int = 0) -> ArrayWriter:
@@ -107,7 +112,7 @@ class Group:
 
     def close(self, provenance: Provenance, gaps: Mapping[str, Any]) -> None:
         """Record that it is complete, with its provenance, its gaps (`connectomics.inference.gaps`) and all levels."""
-        levels = multiscales_attrs(self.grids, self.place.name)
+        levels = multiscales_attrs(self.grids, self.place.name, self.layout.storage.zarr_format)
         update_attrs(self.place, {**levels, "connectomics": {**self.attributes(provenance), **gaps}})
 
     def attributes(self, provenance: Provenance | None) -> dict[str, Any]:
@@ -133,7 +138,10 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
             f"{task.folder} exists and was not written by a prediction: remove it, or choose another output folder"
         )
     if overwrite:
-        foreign = [p for p in there if not p.name.startswith(".") and p.name != TASK_FILE and not _is_prediction(p)]
+        foreign = [
+            p for p in there
+            if not p.name.startswith(".") and p.name not in (TASK_FILE, "zarr.json") and not _is_prediction(p)
+        ]  # fmt: skip
         if foreign:
             raise WriteError(
                 f"{foreign[0]} lies in the prediction to be replaced but was not written by predict; move it "
@@ -179,18 +187,21 @@ def write_probability(
     require_probabilities(float(probability.min()), float(probability.max()))
     start, block = layout.blocks[number]
     origin = layout.regions[number][0]
-    for offset, piece in block.blocks([max(c, _PIECE // c * c) for c in layout.chunks]):
+    stored = np.empty(block.shape, writer.dtype)  # written at once: a block may be a single shard
+    for offset, piece in block.blocks((_PIECE,) * 3):
         begin, shape = layout.region(piece)
         values = probability[tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))]
         if not layout.same_voxels:
             values = resample.linear(values, layout.model.crop(begin, shape), piece)
         values = np.clip(values, 0, 1)
+        at = tuple(slice(a, a + n) for a, n in zip(offset, piece.shape, strict=True))
         if absent is not None:
-            values[absent[tuple(slice(a, a + n) for a, n in zip(offset, piece.shape, strict=True))]] = 0
+            values[absent[at]] = 0
         if writer.dtype == np.uint8:
             values *= np.float32(255)
             np.rint(values, out=values)
-        writer.write([a + b for a, b in zip(start, offset, strict=True)], values.astype(writer.dtype))
+        stored[at] = values
+    writer.write(start, stored)
 
 
 def save_cellmap_predictions(
@@ -231,15 +242,23 @@ def save_cellmap_predictions(
     return [place / name for name in classes]
 
 
+def levels_at_once(storage: Storage) -> int:
+    """Return how many levels of a pyramid are made from one block: with shards one, since three would need blocks of
+    eight shards along each axis."""
+    return 1 if storage.is_sharded else 3
+
+
 def pyramid_blocks(groups: Sequence[Group], stage: int) -> list[tuple[Group, int, Lattice]]:
-    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level:
-    cubes that begin at chunk borders, each of which gives the next three levels."""
-    level = LEVELS_AT_ONCE * stage
-    return [
-        (group, level, Lattice(group.grids[level].shape, (_CHUNK << LEVELS_AT_ONCE,) * 3))
-        for group in groups
-        if level + 1 < len(group.grids)
-    ]
+    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level,
+    which begin where files of the next levels do: each gives the next `levels_at_once`."""
+    found = []
+    for group in groups:
+        storage = group.layout.storage
+        at_once = levels_at_once(storage)
+        if at_once * stage + 1 < len(group.grids):
+            z, y, x = (n << at_once for n in group.layout.shards or storage.chunk)
+            found.append((group, at_once * stage, Lattice(group.grids[at_once * stage].shape, (z, y, x))))
+    return found
 
 
 @dataclass(frozen=True)
@@ -258,18 +277,17 @@ class PyramidWorker(BlockWorker):
 
 def _average(group: Group, level: int, begin: Sequence[int], shape: Sequence[int]) -> None:
     """Write the part of the levels after ``level`` that lies over a cube of it."""
-    source, target, *coarser = (
-        group.array(n) for n in range(level, min(level + LEVELS_AT_ONCE, len(group.grids) - 1) + 1)
-    )
+    last = min(level + levels_at_once(group.layout.storage), len(group.grids) - 1)
+    source, *targets = (group.array(n) for n in range(level, last + 1))
     origin = [b // 2 for b in begin]
     values = np.empty([-(-n // 2) for n in shape], dtype=source.dtype)
-    pieces = Lattice((values.shape[0], values.shape[1], values.shape[2]), (_CHUNK,) * 3)
+    pieces = Lattice((values.shape[0], values.shape[1], values.shape[2]), (_PIECE // 2,) * 3)
     for first, size in map(pieces.region, range(len(pieces))):
         low = [b + 2 * f for b, f in zip(begin, first, strict=True)]
         high = [min(lo + 2 * n, m) for lo, n, m in zip(low, size, source.shape, strict=True)]
         piece = halve_raw(source.read(low, [h - lo for h, lo in zip(high, low, strict=True)]))
         values[tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))] = piece
-        target.write([o + f for o, f in zip(origin, first, strict=True)], piece)
-    for array in coarser:
-        origin, values = [o // 2 for o in origin], halve_raw(values)
+    for number, array in enumerate(targets):
+        if number:
+            origin, values = [o // 2 for o in origin], halve_raw(values)
         array.write(origin, values)

@@ -199,7 +199,7 @@ def confirm_missing(task: PredictTask) -> None:
     gone = np.flatnonzero(counts > before)
     if len(gone) and not task.allow_missing_raw:
         if (done := _done_map(task)) is not None:
-            done.mark(map(int, gone), done=False)
+            done.mark(map(int, gone), 0)
         raise StoreError(
             f"{task.name}: raw under {len(gone)} blocks went missing while they were predicted (the first "
             f"{_first(task, counts - before)}); restore it, then rerun the same command to predict them again"

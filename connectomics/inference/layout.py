@@ -13,14 +13,15 @@ from functools import cached_property, reduce
 
 import numpy as np
 
+from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import WindowLattice
 from connectomics.io.mirror import Extent
+from connectomics.io.sharded import Storage
 
-_CHUNK = 64  # voxels; halved down to the smallest below if a chunk would exceed a block
-_SMALLEST_CHUNK = 8
+_SMALLEST_CHUNK = 8  # voxels: a chunk that would exceed a block is halved down to that
 _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
 
 
@@ -36,6 +37,7 @@ class Layout:
         voxel_size: of the network, nm, z y x. overlap, context: see `WindowLattice.over`.
         windows: window shapes, each with a lattice of its own; several if windows are permuted (`windows_seen`).
         block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
+        storage: how the arrays are stored: sharded blocks are whole shards.
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
 
@@ -47,6 +49,7 @@ class Layout:
     context: Index | None
     block_size: Index
     volume: VoxelGrid | None = None
+    storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
     @cached_property
     def same_voxels(self) -> bool:
@@ -78,25 +81,51 @@ class Layout:
         return z, y, x
 
     @cached_property
+    def shards(self) -> Index | None:
+        """Voxels of a file of the written arrays, z y x; None: a file is a chunk."""
+        if not self.storage.is_sharded:
+            return None
+        if self.storage.shard is None:
+            return self.block_shape
+        z, y, x = (self._unit(axis, chunk) for axis, chunk in enumerate(self.storage.chunk))
+        return z, y, x
+
+    @cached_property
     def block_shape(self) -> Index:
-        """Block shape in voxels of the target, z y x (the last blocks are smaller)."""
+        """Block shape in voxels of the target, z y x (the last blocks are smaller).
+
+        Raises `InputError` if a block does not hold a shard.
+        """
         z, y, x = (self._along(axis)[1] for axis in range(3))
         scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
-        chunk, width = self.chunks[2], max(window[2] for window in self.windows)
-        while x > chunk and plane * (x * scale[2] + width) > _SUMS_BYTES:
-            x = math.ceil(x / (2 * chunk)) * chunk
+        unit, width = self._unit(2, self.chunks[2]), max(window[2] for window in self.windows)
+        while x > unit and plane * (x * scale[2] + width) > _SUMS_BYTES:
+            x = math.ceil(x / (2 * unit)) * unit
         return z, y, x
 
     def _along(self, axis: int) -> tuple[int, int]:
         """Chunk and block along one axis, in voxels of the target."""
         n, size = self.target.shape[axis], self.target.voxel_size[axis]
         most = int(self.block_size[axis] * self.voxel_size[axis] / size + 1e-6)
-        chunk = _CHUNK
-        while chunk > most and chunk > _SMALLEST_CHUNK:
-            chunk //= 2
-        count = math.ceil(n / max(chunk, most // chunk * chunk))
-        return chunk, math.ceil(n / (count * chunk)) * chunk  # blocks of about one size rather than a thin last one
+        chunk = self.storage.chunk[axis]
+        while self.storage.shard is None and chunk > most and chunk > _SMALLEST_CHUNK:
+            chunk = max(_SMALLEST_CHUNK, chunk // 2)
+        unit = self._unit(axis, chunk)
+        if self.storage.shard is not None and unit > max(most, chunk):
+            size_there = math.ceil(unit * size / self.voxel_size[axis] - 1e-6)
+            raise InputError(
+                f"output.shard of {unit} voxels is larger than a block of {most} along {'zyx'[axis]}, and one worker "
+                f"must write a whole shard; set inference.block_size to at least {size_there} there, or a smaller "
+                "output.shard"
+            )
+        count = math.ceil(n / max(unit, most // unit * unit))
+        return chunk, math.ceil(n / (count * unit)) * unit  # blocks of about one size rather than a thin last one
+
+    def _unit(self, axis: int, chunk: int) -> int:
+        """Voxels along an axis of which a block is a multiple: a chunk, or a shard (no more than the target needs)."""
+        shard = self.storage.shard
+        return chunk if shard is None else min(shard[axis], math.ceil(self.target.shape[axis] / chunk) * chunk)
 
     @cached_property
     def blocks(self) -> list[tuple[Index, VoxelGrid]]:

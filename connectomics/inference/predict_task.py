@@ -33,6 +33,7 @@ from connectomics.io.artifacts import require_complete as require_complete
 from connectomics.io.fingerprint import content_identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
 from connectomics.tasks import TASK_FILE, BlockTask, Cost, Lattice, Worker, run_task
@@ -71,6 +72,7 @@ class PredictTask(BlockTask):
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
         about: what the attributes of channels that are no classes say (``artefact``, ``class_name``, ...).
+        storage: how arrays are stored.
     """
 
     kind: ClassVar[str] = "predict"
@@ -105,6 +107,7 @@ class PredictTask(BlockTask):
     mask: str | None = None
     allow_missing_raw: bool = False
     about: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
+    storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         chosen = symmetries(self.symmetries)
@@ -212,7 +215,7 @@ class PredictTask(BlockTask):
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
         how = (self.voxel_size, tuple(self._windows_seen), self.overlap, self.context, self.block_size, volume)
-        return [(Layout(grid, self.channels, *how), tuple(names)) for grid, names in grids.items()]
+        return [(Layout(grid, self.channels, *how, self.storage), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
     def groups(self) -> list[artifact.Group]:
@@ -262,10 +265,12 @@ class PredictTask(BlockTask):
     @property
     def stages(self) -> tuple[str, ...]:
         levels = max(len(group.grids) for group in self.groups) - 1
-        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(math.ceil(levels / artifact.LEVELS_AT_ONCE))))
+        number = math.ceil(levels / artifact.levels_at_once(self.storage))
+        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(number)))
 
     def check(self, *, overwrite: bool = False) -> bool:
         self.averages([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
+        _ = [layout.block_shape for layout, _ in self.layouts]  # refuses shards that no block holds
         there = artifact.require_own_output(self, overwrite)
         if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
             return False
@@ -280,7 +285,7 @@ class PredictTask(BlockTask):
 
     def prepare(self, stage: str) -> None:
         if stage == PREDICT:
-            ensure_group(self.folder, {"connectomics": self._attributes(None)})
+            ensure_group(self.folder, {"connectomics": self._attributes(None)}, self.storage.zarr_format)
             if not all(group.is_made for group in self.groups):  # someone may have removed an array
                 gaps.forget(self.folder)
             for group in self.groups:  # in this order: making a group removes what lies in it
@@ -289,7 +294,7 @@ class PredictTask(BlockTask):
             gaps.keep_missing(self, self._missing_raw)
             return
         for group, level, _ in self._pyramid_blocks(stage):
-            last = min(level + artifact.LEVELS_AT_ONCE, len(group.grids) - 1)
+            last = min(level + artifact.levels_at_once(self.storage), len(group.grids) - 1)
             if any([group.make_level(n) for n in range(level + 1, last + 1)]):
                 (self.folder / f".done-{stage}").unlink(missing_ok=True)
 
@@ -316,7 +321,8 @@ class PredictTask(BlockTask):
         stored = len(self.groups) * np.dtype(self.dtype).itemsize
         written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
         read = max(RawSource(self.raw, self.normalization).bytes_behind(layout.seen) for layout, _ in self.layouts)
-        return Cost(read=read, written=written, memory=max(plan.bytes for plan in self.plan()) + _WORKER_BYTES)
+        memory = max(plan.bytes for plan in self.plan()) + 3 * written // len(self.groups)  # of one array at a time
+        return Cost(read=read, written=written, memory=memory + _WORKER_BYTES)
 
     @contextmanager
     def open_worker(self, stage: str, device: str) -> Iterator[Worker]:

@@ -31,6 +31,7 @@ from connectomics.io.location import (
     split_s3,
     was_forked,
 )
+from connectomics.io.sharded import ABSENT
 from connectomics.io.store import exists, list_objects, object_exists, read_attrs, read_json
 
 # The keys of each numcodecs compressor that tensorstore accepts; it refuses any other ("checksum").
@@ -54,6 +55,7 @@ class StoredArray:
         zarr_format: 2 or 3. shape: voxels. dtype: native numpy dtype (bool, integer or float).
         leading: number of stored axes of length 1 (t, c) before those of ``shape``, which leaves them out.
         chunks: voxels of one stored file (of a sharded array: of a shard). fill_value: value of absent chunks.
+        absent_is_fill: whether absent chunks are data (`connectomics.io.sharded`).
 
     Raises:
         MissingError: there is no array. MetadataError: its metadata is broken or not supported.
@@ -64,9 +66,7 @@ class StoredArray:
     dtype: np.dtype[Any]
 
     def __init__(self, location: Location, options: StoreOptions = DEFAULT_OPTIONS, leading: int = 0) -> None:
-        self.location = normalize(location)
-        self.leading = leading
-        self.options = options.resolved()
+        self.location, self.leading, self.options = normalize(location), leading, options.resolved()
         self._opened: tuple[Any, Any] | None = None
         self._in_child: Any = None  # how a forked process reads it
         self.zarr_format, self._metadata_name = 2, ".zarray"
@@ -88,6 +88,7 @@ class StoredArray:
                 "write one time point and channel as a separate volume"
             )
         self.shape, self.chunks = self.shape[leading:], self.chunks[leading:]
+        self.absent_is_fill: bool = self.zarr_format == 3 and ABSENT.items() <= meta.get("attributes", {}).items()
         if self.dtype.kind not in "biuf":
             raise MetadataError(f"{self.location} holds {self.dtype}; expected bool, integers or floats")
 
@@ -144,13 +145,15 @@ class StoredArray:
         return values, inside
 
     def present_chunks(self, begin: Sequence[int], end: Sequence[int]) -> NDArray[np.bool_]:
-        """Return whether the chunks with indices ``begin`` to ``end`` (exclusive, one per axis) are stored; bool.
+        """Return whether the chunks ``begin`` to ``end`` (exclusive indices) are stored, or `absent_is_fill`; bool.
 
         A long row of chunks is listed. A short one is asked for chunk by chunk, on S3 16 at a time.
 
         Raises `StoreError` if that is unknown: a chunk cannot be looked up, or the whole array is gone.
         """
         shape = [int(e) - int(b) for b, e in zip(begin, end, strict=True)]
+        if self.absent_is_fill:
+            return np.ones(shape, bool)
         locations = [self.chunk_location(i) for i in product(*map(range, map(int, begin), map(int, end)))]
         row = -(-self.shape[-1] // self.chunks[-1])
         least, most = (_LISTED_S3, _PAGE) if is_s3(self.location) else (_LISTED, 4 * shape[-1])

@@ -6,14 +6,14 @@ the space axes z, y, x; axes t and c may precede them if the arrays have length 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import triple
+from connectomics.geometry import VoxelGrid, triple
 
 # Axes that may precede z, y, x, and their types.
 _KINDS = {"t": "time", "c": "channel"}
@@ -61,6 +61,31 @@ def parse_multiscales(
             size, first = _transformed(size, first, transformation, leading, place)
         levels.append((dataset["path"].strip("/"), size * unit, first * unit))
     return levels
+
+
+def names_levels(attrs: Mapping[str, Any]) -> bool:
+    """Return whether these are the attributes of a multiscale group."""
+    return "multiscales" in attrs or "multiscales" in (attrs.get("ome") or {})
+
+
+def multiscales_attrs(grids: Sequence[VoxelGrid], name: str, zarr_format: int = 2) -> dict[str, Any]:
+    """Return the OME-NGFF attributes for levels s0, s1, ... on ``grids`` (z y x, nanometers): ``multiscales`` of
+    version 0.4 for Zarr v2, ``ome`` of version 0.5 for Zarr v3."""
+    datasets = []
+    for k, grid in enumerate(grids):
+        scale = {"type": "scale", "scale": list(grid.voxel_size)}
+        translation = {"type": "translation", "translation": list(grid.translation)}
+        datasets.append({"path": f"s{k}", "coordinateTransformations": [scale, translation]})
+    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
+    multiscale = {
+        "name": name,
+        "axes": axes,
+        "datasets": datasets,
+        "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0, 1.0]}],
+    }
+    if zarr_format == 3:
+        return {"ome": {"version": "0.5", "multiscales": [multiscale]}}
+    return {"multiscales": [{"version": "0.4", **multiscale}]}
 
 
 def leading_axes(attrs: Mapping[str, Any], where: str) -> int:

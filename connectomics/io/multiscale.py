@@ -20,7 +20,7 @@ from connectomics.errors import CorruptDataError, InputError, MetadataError, Mis
 from connectomics.geometry import VoxelGrid, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
-from connectomics.io.metadata import leading_axes, parse_multiscales
+from connectomics.io.metadata import leading_axes, names_levels, parse_multiscales
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
@@ -85,7 +85,7 @@ class Multiscale:
             there = exists(where, options)
             hint = "it has no .zattrs; restore its metadata" if there else "the path does not exist"
             raise MissingError(f"no multiscale volume at {where}: {hint}") from error
-        if "multiscales" not in attrs and object_exists(join(where, ".zarray"), options):
+        if not names_levels(attrs) and object_exists(join(where, ".zarray"), options):
             raise MetadataError(f"{where} is an array, expected a multiscale group; open it as PlainArray")
         found: list[tuple[Level, StoredArray]] = []
         absent = []

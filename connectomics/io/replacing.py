@@ -23,6 +23,7 @@ import psutil
 
 from connectomics.errors import InputError, WriteError
 from connectomics.io.location import Location, local_path
+from connectomics.io.store import is_array, is_group
 
 #: Whether the content of a file is what a verb writes.
 IsOwn = Callable[[bytes], bool]
@@ -86,7 +87,7 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise WriteError(f"{path} is already there; pass overwrite=True to replace it, or choose another place")
-    if (path / ".zarray").exists():
+    if is_array(path):
         return
     for inner in sorted(path.iterdir()) if path.is_dir() else [path]:
         # hidden: metadata, and leftovers of a killed writer
@@ -199,7 +200,6 @@ def _remove_aside(location: Path) -> None:
 
 def _is_level(path: Path) -> bool:
     """Whether a folder holds an array, or the beginning of one: attributes but no chunk."""
-    if not path.is_dir() or (path / ".zgroup").exists():
+    if not path.is_dir() or is_group(path):
         return False
-    made = (path / ".zarray").exists() or (path / "zarr.json").exists()
-    return made or all(inner.name.startswith(".") for inner in path.iterdir())
+    return is_array(path) or all(inner.name.startswith(".") for inner in path.iterdir())

@@ -108,6 +108,20 @@ def read_attrs(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> d
     return attributes
 
 
+def is_array(path: Path) -> bool:
+    """Return whether a local folder is a Zarr array, v2 or v3."""
+    return (path / ".zarray").exists() or _node_type(path) == "array"
+
+
+def is_group(path: Path) -> bool:
+    """Return whether a local folder is a Zarr group, v2 or v3."""
+    return (path / ".zgroup").exists() or _node_type(path) == "group"
+
+
+def _node_type(path: Path) -> str:
+    return str((read_json(path / "zarr.json") or {}).get("node_type", ""))
+
+
 def unreadable(location: Location, error: OSError) -> StoreError:
     """Return the error for a local file that exists and cannot be read."""
     return StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions")

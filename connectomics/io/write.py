@@ -1,8 +1,9 @@
-"""Write Zarr v2 arrays and OME-NGFF 0.4 multiscales that any tool opens. Local paths only.
+"""Write arrays and OME-NGFF multiscales that any tool opens: 0.4 (Zarr v2) or 0.5 (Zarr v3, sharded). Local paths only.
 
 Every file (metadata or chunk) is written under a temporary name and renamed, so a killed run leaves whole files or
-none; `write_multiscale` does the same with the whole group. Chunks are compressed with Blosc-zstd; chunk keys use "/".
-Every written chunk is stored, also one of zeros, because an absent chunk of raw means "no raw there".
+none; `write_multiscale` does the same with the whole group. Chunks of v2 are compressed with Blosc-zstd; chunk keys use
+"/". Every written chunk of v2 is stored, also one of zeros, because an absent chunk of raw means "no raw there"; shards
+are described in `connectomics.io.sharded`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from numpy.typing import DTypeLike, NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.array import StoredArray
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
-from connectomics.io.location import Location, local_path
+from connectomics.io.location import Location, StoreOptions, local_path
+from connectomics.io.metadata import multiscales_attrs as multiscales_attrs  # re-exported
 from connectomics.io.replacing import publish, put_aside, require_replaceable, write_json
 from connectomics.io.replacing import write_file as write_file  # re-exported
-from connectomics.io.store import read_json
+from connectomics.io.sharded import Codec, array_metadata, encode
+from connectomics.io.store import is_array, read_json
 
 Kind = Literal["raw", "label"]
 
@@ -32,22 +36,24 @@ DEFAULT_CHUNKS = (64, 64, 64)
 
 
 class ArrayWriter:
-    """A Zarr v2 array open for writing (returned by `create_array`, `create_multiscale` and `ArrayWriter.open`).
+    """An array open for writing (returned by `create_array`, `create_multiscale` and `ArrayWriter.open`).
 
-    Picklable. Several processes may write at once if the faces of their blocks lie on chunk borders (or the array's
-    end). Any other block re-reads the chunks that it covers in part and needs a single writer.
+    Picklable. Several processes may write at once if the faces of their blocks lie on the borders of ``chunks`` (or
+    the array's end). Any other block re-reads the chunks that it covers in part and needs a single writer.
 
     Attributes:
         location: path of the array.
-        shape: voxels, z y x. dtype: numpy dtype. chunks: voxels, z y x.
+        shape: voxels, z y x. dtype: numpy dtype. chunks: voxels of a stored file, z y x.
         grid: where the array lies, or None if its attributes do not say.
     """
 
     def __init__(self, location: Location) -> None:
         self.location = _local(location)
         meta = read_json(Path(self.location, ".zarray"))
+        self._sharded: StoredArray | None = None
         if meta is None:
-            raise MissingError(f"no Zarr v2 array at {self.location} (.zarray is missing); create it first")
+            self._open_sharded()
+            return
         try:
             self.shape: tuple[int, ...] = tuple(int(n) for n in meta["shape"])
             self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
@@ -62,10 +68,17 @@ class ArrayWriter:
                 f"{self.location}: expected an array in C order with keys z/y/x and Blosc, "
                 f"got order {order!r}, separator {separator!r}, compressor {self._compressor!r}"
             )
-        attrs = read_json(Path(self.location, ".zattrs")) or {}
-        self.grid: VoxelGrid | None = None
-        if len(self.shape) == 3 and "voxel_size" in attrs and "translation" in attrs:
-            self.grid = VoxelGrid(attrs["voxel_size"], attrs["translation"], self.shape)
+        self.grid = _grid_of(read_json(Path(self.location, ".zattrs")) or {}, self.shape)
+
+    def _open_sharded(self) -> None:
+        if not is_array(Path(self.location)):
+            raise MissingError(f"no Zarr array at {self.location} (.zarray is missing); create it first")
+        self._sharded = stored = StoredArray(self.location, StoreOptions(cache_bytes=0))
+        names = [codec.get("name") for codec in stored.metadata.get("codecs", [])]
+        if names != ["sharding_indexed"] or not stored.absent_is_fill:
+            raise MetadataError(f"{self.location}: expected a sharded array of this program, got the codecs {names}")
+        self.shape, self.chunks, self.dtype = stored.shape, stored.chunks, stored.dtype
+        self.fill_value, self.grid = stored.fill_value, _grid_of(stored.attrs, stored.shape)
 
     @classmethod
     def open(cls, location: Location) -> ArrayWriter:
@@ -92,26 +105,36 @@ class ArrayWriter:
             raise InputError(f"{self.location} holds {self.dtype}; cannot write {block.dtype} without loss: convert it")
         if block.size == 0:
             return
-        codec = chunk_codec(self._compressor)
         for index, inner, outer in self._chunks_of(start, stop):
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
             valid = [min(c, n - o) for c, n, o in zip(self.chunks, self.shape, origin, strict=True)]
             whole = all(s.start == 0 and s.stop >= v for s, v in zip(inner, valid, strict=True))
-            chunk = None if whole else self._read_chunk(codec, index)
+            chunk = None if whole else self._read_chunk(index)
             if chunk is None:
                 chunk = np.full(self.chunks, self.fill_value, dtype=self.dtype)
             chunk[inner] = block[outer]
-            write_file(Path(self.location, *map(str, index)), codec.encode(np.ascontiguousarray(chunk)))
+            self._write_chunk(index, chunk)
+
+    def _write_chunk(self, index: tuple[int, ...], chunk: NDArray[Any]) -> None:
+        if self._sharded is None:
+            path, data = Path(self.location, *map(str, index)), chunk_codec(self._compressor).encode(chunk)
+        else:
+            path, data = Path(self._sharded.chunk_location(index)), encode(self._sharded.metadata, chunk)
+        if data is None:  # all of it is the fill value
+            path.unlink(missing_ok=True)
+        else:
+            write_file(path, data)
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Return the stored values of a block inside the array (voxels); unwritten chunks give the fill value."""
         out = np.full(tuple(shape), self.fill_value, dtype=self.dtype)
         if out.size == 0:
             return out
-        codec = chunk_codec(self._compressor)
+        if self._sharded is not None:
+            return self._sharded.read(begin, shape)[0]
         stop = [int(b) + int(n) for b, n in zip(begin, shape, strict=True)]
         for index, inner, outer in self._chunks_of(begin, stop):
-            chunk = self._read_chunk(codec, index)
+            chunk = self._read_chunk(index)
             if chunk is not None:
                 out[outer] = chunk[inner]
         return out
@@ -128,7 +151,9 @@ class ArrayWriter:
             inner = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, origin, strict=True))
             yield index, inner, tuple(slice(lo - b, h - b) for lo, h, b in zip(low, high, begin, strict=True))
 
-    def _read_chunk(self, codec: Any, index: tuple[int, ...]) -> NDArray[Any] | None:
+    def _read_chunk(self, index: tuple[int, ...]) -> NDArray[Any] | None:
+        if self._sharded is not None:
+            return self._sharded.read([i * c for i, c in zip(index, self.chunks, strict=True)], self.chunks)[0]
         path = Path(self.location, *map(str, index))
         try:
             data = path.read_bytes()
@@ -137,7 +162,9 @@ class ArrayWriter:
         if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # Blosc itself would read beyond them
             raise CorruptDataError(f"{len(data)} bytes are not a whole chunk: {path}; delete it and write it again")
         try:
-            return np.frombuffer(codec.decode(data), dtype=self.dtype).reshape(self.chunks).copy()
+            return (
+                np.frombuffer(chunk_codec(self._compressor).decode(data), dtype=self.dtype).reshape(self.chunks).copy()
+            )
         except (RuntimeError, ValueError) as error:
             raise CorruptDataError(f"cannot decode the chunk {path}: {error}; delete it and write it again") from error
 
@@ -162,8 +189,10 @@ def create_array(
     overwrite: bool = False,
     clevel: int = 1,
     grid: VoxelGrid | None = None,
+    shards: Sequence[int] | None = None,
+    codec: Codec = "blosc",
 ) -> ArrayWriter:
-    """Create an empty Zarr v2 array (any number of axes) and its parent groups, and open it for writing.
+    """Create an empty array (any number of axes) and its parent groups, and open it for writing.
 
     Args:
         location: local path of the array; inside a ``*.zarr`` folder the groups above it are created, too.
@@ -171,6 +200,8 @@ def create_array(
         attrs: attributes; ``grid`` (whose shape must be ``shape``) adds ``voxel_size`` and ``translation`` in nm.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
         clevel: Blosc-zstd level, 0 to 9.
+        shards: voxels of a file: Zarr v3, sharded; clipped to as many chunks as the shape has. None: Zarr v2.
+        codec: of a sharded array, see `connectomics.io.sharded`.
     """
     path = Path(_local(location))
     size = tuple(int(n) for n in shape)
@@ -181,16 +212,23 @@ def create_array(
         raise InputError(f"{path}: the grid has {grid.shape} voxels, the array {size}; they must agree")
     _clear(path, overwrite)
     if any(parent.suffix == ".zarr" for parent in path.parents):
-        ensure_group(path.parent)
+        ensure_group(path.parent, zarr_format=2 if shards is None else 3)
+    attributes = dict(attrs or {})
+    if grid is not None:
+        attributes |= {"voxel_size": list(grid.voxel_size), "translation": list(grid.translation)}
+    if shards is not None:
+        files = [min(int(s), -(-max(1, n) // c) * c) for s, n, c in zip(shards, size, steps, strict=True)]
+        how: dict[str, Any] = {"codec": codec, "clevel": int(clevel), "fill_value": fill_value}
+        write_json(
+            path / "zarr.json", array_metadata(size, np.dtype(dtype), steps, files, attributes=attributes, **how)
+        )
+        return ArrayWriter(path)
     meta = {
         "zarr_format": 2, "shape": list(size), "chunks": [max(1, min(c, n)) for c, n in zip(steps, size, strict=False)],
         "dtype": np.dtype(dtype).str,
         "compressor": {"id": "blosc", "cname": "zstd", "clevel": int(clevel), "shuffle": 1, "blocksize": 0},
         "fill_value": fill_value, "order": "C", "filters": None, "dimension_separator": "/",
     }  # fmt: skip
-    attributes = dict(attrs or {})
-    if grid is not None:
-        attributes |= {"voxel_size": list(grid.voxel_size), "translation": list(grid.translation)}
     if attributes:
         write_json(path / ".zattrs", attributes)
     write_json(path / ".zarray", meta)
@@ -208,13 +246,16 @@ def create_multiscale(
     overwrite: bool = False,
     clevel: int = 1,
     fill_value: float = 0,
+    shards: Sequence[int] | None = None,
+    codec: Codec = "blosc",
 ) -> list[ArrayWriter]:
-    """Create an OME-NGFF 0.4 multiscale group with one empty array per grid (finest first: s0, s1, ...).
+    """Create an OME-NGFF multiscale group with one empty array per grid (finest first: s0, s1, ...).
 
     Args:
         location: local path of the group. attrs: further group attributes. name: its name, by default the folder's.
         fill_value: value of voxels that are never written.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
+        shards, codec: as for `create_array`; with ``shards``, OME-NGFF 0.5, else 0.4.
 
     Returns:
         One `ArrayWriter` per level.
@@ -223,32 +264,19 @@ def create_multiscale(
     if not grids:
         raise InputError(f"{path}: a multiscale needs at least one grid")
     _clear(path, overwrite)
-    ensure_group(path)
-    writers = [
-        create_array(path / f"s{k}", grid.shape, dtype, chunks=chunks, clevel=clevel, grid=grid, fill_value=fill_value)
-        for k, grid in enumerate(grids)
-    ]
-    # the group's attributes come last: a group that names its levels has them all
-    write_json(path / ".zattrs", {**dict(attrs or {}), **multiscales_attrs(grids, name or path.name)})
-    return writers
-
-
-def multiscales_attrs(grids: Sequence[VoxelGrid], name: str) -> dict[str, Any]:
-    """Return the OME-NGFF 0.4 ``multiscales`` attribute for levels s0, s1, ... on ``grids`` (z y x, nanometers)."""
-    datasets = []
-    for k, grid in enumerate(grids):
-        scale = {"type": "scale", "scale": list(grid.voxel_size)}
-        translation = {"type": "translation", "translation": list(grid.translation)}
-        datasets.append({"path": f"s{k}", "coordinateTransformations": [scale, translation]})
-    axes = [{"name": axis, "type": "space", "unit": "nanometer"} for axis in "zyx"]
-    multiscale = {
-        "version": "0.4",
-        "name": name,
-        "axes": axes,
-        "datasets": datasets,
-        "coordinateTransformations": [{"type": "scale", "scale": [1.0, 1.0, 1.0]}],
+    zarr_format = 2 if shards is None else 3
+    ensure_group(path, zarr_format=zarr_format)
+    how: dict[str, Any] = {
+        "chunks": chunks,
+        "clevel": clevel,
+        "shards": shards,
+        "codec": codec,
+        "fill_value": fill_value,
     }
-    return {"multiscales": [multiscale]}
+    writers = [create_array(path / f"s{k}", grid.shape, dtype, grid=grid, **how) for k, grid in enumerate(grids)]
+    # the group's attributes come last: a group that names its levels has them all
+    update_attrs(path, {**dict(attrs or {}), **multiscales_attrs(grids, name or path.name, zarr_format)})
+    return writers
 
 
 def write_multiscale(
@@ -321,17 +349,26 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
     update_attrs(path, multiscales_attrs(grids, name))
 
 
-def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None) -> None:
-    """Make ``location`` a Zarr v2 group, and every folder above it up to the nearest ``*.zarr`` root.
+def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None, zarr_format: int = 2) -> None:
+    """Make ``location`` a Zarr group, and every folder above it up to the nearest ``*.zarr`` root.
 
-    Existing groups stay as they are; ``attrs`` are merged into the group's (see `update_attrs`).
+    Existing groups stay as they are; ``attrs`` are merged into the group's (see `update_attrs`). A group of Zarr v3 in
+    one of v2 is a `WriteError`, since other tools would not find it.
     """
     path = Path(_local(location))
     root = next((p for p in (path, *path.parents) if p.suffix == ".zarr"), path)
-    if (path / ".zarray").exists():
+    if is_array(path):
         raise WriteError(f"cannot create a group at {path}: an array is already there; choose another place")
     for folder in (path, *path.parents):
-        if not (folder / ".zgroup").exists() and not (folder / "zarr.json").exists():
+        is_v3 = (folder / "zarr.json").exists()
+        if zarr_format == 3 and not is_v3 and (folder / ".zgroup").exists():
+            raise WriteError(
+                f"{folder} is a Zarr v2 group, in which OME-Zarr 0.5 (Zarr v3) cannot be written; choose another "
+                "output folder, or output.format=0.4"
+            )
+        if not is_v3 and zarr_format == 3:
+            write_json(folder / "zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": {}})
+        elif not is_v3 and not (folder / ".zgroup").exists():
             write_json(folder / ".zgroup", {"zarr_format": 2})
         if folder == root:
             break
@@ -340,12 +377,22 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None) -> 
 
 
 def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
-    """Set top-level attributes of a Zarr v2 group or array, keeping the others, in one atomic rewrite of .zattrs."""
+    """Set top-level attributes of a Zarr group or array, keeping the others, in one atomic rewrite of their file."""
     path = Path(_local(location))
+    node = read_json(path / "zarr.json")
+    if node is not None and not (path / ".zgroup").exists() and not (path / ".zarray").exists():
+        write_json(path / "zarr.json", {**node, "attributes": {**node.get("attributes", {}), **attrs}})
+        return
     if not (path / ".zgroup").exists() and not (path / ".zarray").exists():
-        raise MissingError(f"no Zarr v2 group or array at {path}; make it first (ensure_group, create_array)")
+        raise MissingError(f"no Zarr group or array at {path}; make it first (ensure_group, create_array)")
     old = read_json(path / ".zattrs") or {}
     write_json(path / ".zattrs", {**old, **attrs})
+
+
+def _grid_of(attrs: Mapping[str, Any], shape: Sequence[int]) -> VoxelGrid | None:
+    if len(shape) != 3 or "voxel_size" not in attrs or "translation" not in attrs:
+        return None
+    return VoxelGrid(attrs["voxel_size"], attrs["translation"], (shape[0], shape[1], shape[2]))
 
 
 def _local(location: Location) -> str:

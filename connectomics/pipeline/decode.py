@@ -40,6 +40,7 @@ from connectomics.errors import BlocksFailedError, InputError, MissingError, Wri
 from connectomics.io.artifacts import Provenance
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.progress import Progress, named, silent
@@ -97,6 +98,7 @@ def decode(
         block_progress=progress or silent,
         engine=chosen.engine,
         table=chosen.decoding.table,
+        storage=Storage.of(chosen.output),
     )
     return Labels(local_path(out), chosen, source.crops, tuple(Path(item.location) for item in done))
 
@@ -117,7 +119,8 @@ def decode_estimate(
     source, decoding = Probabilities.open(probabilities), config.decoding
     parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
     above, table = decoding.blockwise_above, decoding.table
-    jobs = decode_jobs(source.folder, out, parameters, classes=classes, blockwise_above=above, table=table)
+    how: dict[str, Any] = {"blockwise_above": above, "table": table, "storage": Storage.of(config.output)}
+    jobs = decode_jobs(source.folder, out, parameters, classes=classes, **how)
     left = [j for j in jobs if j.finished(overwrite=j.replaces(overwrite=overwrite, resume=resume)) is None]
     tasks = [job.task for job in left if job.task is not None]
     finished, whole = len(jobs) - len(left), len(left) - len(tasks)
@@ -153,6 +156,7 @@ def decode_predictions(
     block_progress: Progress = silent,
     engine: EngineConfig | None = None,
     table: str = "csv",
+    storage: Storage = Storage(),  # noqa: B008 (frozen)
 ) -> list[DecodedArray]:
     """Decode every class of every crop in a predictions folder, and return one result per array.
 
@@ -168,15 +172,20 @@ def decode_predictions(
         blockwise_above: voxels; larger arrays are decoded block by block.
         block_progress: called for the blocks of each stage of such an array.
         engine: runs the blocks; None: this process.
-        table: ``parquet``: instance tables are written as Parquet too.
+        table: ``parquet``: instance tables are written as Parquet too. storage: how labels are stored.
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
     out = local_path(output_dir)
-    jobs = decode_jobs(predictions_dir, out, parameters, classes=classes, blockwise_above=blockwise_above, table=table)
+    jobs = decode_jobs(
+        predictions_dir, out, parameters,
+        classes=classes, blockwise_above=blockwise_above, table=table, storage=storage,
+    )  # fmt: skip
     if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    shared = engine is not None and engine.share
+    resume = resume or shared  # what other jobs have written is kept
     for job in jobs:
         job.finished(overwrite=job.replaces(overwrite=overwrite, resume=resume))
     results, failed = list[DecodedArray](), list[str]()
@@ -186,7 +195,7 @@ def decode_predictions(
             replaces = job.replaces(overwrite=overwrite, resume=resume)
             result = job.finished(overwrite=replaces)
             if result is None and job.task is None:
-                with leading(partial_of(job.location)):
+                with leading(partial_of(job.location), wait=shared):
                     result = job.finished(overwrite=replaces) or _decode_whole(job)
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
@@ -215,7 +224,7 @@ class DecodeJob:
         source: its probabilities. boundary: what separates its objects, if anything. head: its distances, if needed.
         location: where the labels go.
         siblings: the predicted classes of this crop.
-        table: ``csv`` or ``parquet``.
+        table: ``csv`` or ``parquet``. storage: how the labels are stored.
         task: how it is decoded block by block; None: whole, in this process.
     """
 
@@ -229,6 +238,7 @@ class DecodeJob:
     siblings: tuple[str, ...]
     parameters: DecodeParameters
     table: str
+    storage: Storage
     task: LabelsTask | None = None
 
     @property
@@ -273,7 +283,7 @@ class DecodeJob:
             WriteError: unfinished labels, or something that may not be replaced (`existing_labels`), is in the way.
         """
         may_replace = overwrite or (self.task is not None and self.task.is_begun)
-        there = existing_labels(self.location, self.parameters, self.made_from, overwrite=may_replace)
+        there = existing_labels(self.location, self.parameters, self.made_from, self.storage, overwrite=may_replace)
         partial = partial_of(self.location)
         if not may_replace and there is None and (partial / TASK_FILE).exists():
             if self.task is None:
@@ -295,6 +305,7 @@ def decode_jobs(
     classes: Collection[str] | None = None,
     blockwise_above: int = BLOCKWISE_ABOVE,
     table: str = "csv",
+    storage: Storage = Storage(),  # noqa: B008 (frozen)
 ) -> list[DecodeJob]:
     """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
     root, out = Path(predictions_dir), local_path(output_dir)
@@ -318,11 +329,12 @@ def decode_jobs(
         location = out / f"{dataset}.zarr" / crop / name
         siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
-        job = DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table)
+        job = DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table, storage)
         if kind is not None:
             task = kind(source.location, str(location), name, chosen, source=job.origin, table=table)
             if chosen.has_boundary:  # growing takes as much memory as a watershed
                 task = replace(task, block_shape=WATERSHED_BLOCK)
+            task = replace(task, block_shape=storage.block(task.block_shape), storage=storage)
             job = replace(job, task=task)
         jobs.append(job)
     return jobs
@@ -351,7 +363,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
     provenance = Provenance(made_from=job.made_from)
     attrs = label_attrs(grid, job.class_name, parameters, job.origin, provenance, objects)
     clear_unknown(labels, attrs, grid)
-    with label_array(job.location, grid, labels.dtype, attrs) as writer:
+    with label_array(job.location, grid, labels.dtype, attrs, job.storage) as writer:
         write_whole(writer, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)

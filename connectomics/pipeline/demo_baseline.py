@@ -19,6 +19,7 @@ from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError
 from connectomics.io.artifacts import Provenance
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 
 BINS = 256
@@ -87,7 +88,9 @@ def write_labels(
         source = {"baseline": {"low": low, "high": high}}
         attrs = label_attrs(grid, entry.class_name, chosen, source, Provenance(), int(labels.max(initial=0)))
         location = output_dir / f"{entry.dataset}.zarr" / entry.crop_name / entry.class_name
-        existing_labels(location, chosen, {}, overwrite=True)  # refuses to replace files that decode did not write
-        with label_array(location, grid, labels.dtype, attrs) as writer:
+        existing_labels(
+            location, chosen, {}, Storage(), overwrite=True
+        )  # refuses to replace files that decode did not write
+        with label_array(location, grid, labels.dtype, attrs, Storage()) as writer:
             write_whole(writer, labels)
         update_attrs(location.parent, {"connectomics": {"artefact": "labels", "complete": True}})

@@ -26,6 +26,7 @@ from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
 from connectomics.io.location import local_path
+from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
@@ -259,7 +260,7 @@ def network_tasks(
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
-    out = local_path(output_dir)
+    out, storage = local_path(output_dir), Storage.of(config.output)
     return [
         NetworkPredictTask(
             raw=absolute(catalog.raw_location(target.dataset)),
@@ -289,6 +290,7 @@ def network_tasks(
             mask=mask_of(catalog, target.dataset, options.mask),
             allow_missing_raw=config.data.allow_missing_raw,
             about=about,
+            storage=storage,
         )
         for target in chosen
     ]

@@ -30,6 +30,7 @@ from connectomics.errors import InputError, MetadataError, MissingError, WriteEr
 from connectomics.geometry import Box
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, changed_inputs
+from connectomics.io.sharded import Storage
 from connectomics.io.write import write_file
 from connectomics.tasks.memory import free_unused, use_one_heap
 
@@ -112,6 +113,8 @@ class BlockTask(ABC):
     def settings(self) -> dict[str, Any]:
         """Return what decides the output besides the inputs: all fields except those in `free` and `places`."""
         kept = {name: value for name, value in self.to_dict().items() if name not in self.free | self.places}
+        if kept.get("storage") == plain(Storage()):  # as in tasks that were stored before there was a choice
+            del kept["storage"]
         return dict(json.loads(json.dumps(kept)))  # as read from a file
 
     @property

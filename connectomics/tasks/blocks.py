@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from connectomics.errors import CorruptDataError, WriteError
 from connectomics.geometry import Index
 from connectomics.io.write import write_file
+
+DONE, FAILED = 1, 2  # bytes of a done-map; all others: not done
 
 RANK = {6: 1, 18: 2, 26: 3}  # connectivity -> along how many axes at once a neighbor may lie
 
@@ -103,7 +106,9 @@ class BlockFiles:
 class DoneMap:
     """A file beside the output: a line that names the task, then one byte per block, 1 once its data is written.
 
-    A block that was being computed when a run was killed stays 0 and is done again. Only the leading process writes it.
+    A block that was being computed when a run was killed stays 0 and is done again; so is one that has `FAILED`. The
+    leading process writes it, or with ``engine.share`` each process the blocks that it has claimed. The file beside it,
+    ``.rate``, has a line for each change: the time (s) and the number of finished blocks.
     """
 
     def __init__(self, path: Path, blocks: int, key: str) -> None:
@@ -123,7 +128,16 @@ class DoneMap:
                 f"the done-map {path} is of another task (expected {key} with {blocks} blocks); overwrite the "
                 "output, or choose another output folder"
             )
-        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == 1  # a new array
+        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE  # a new array
+
+    def reload(self) -> None:
+        """Read what other processes have marked; if one has finished the task and removed the map, all is done."""
+        try:
+            stored = self.path.read_bytes()
+        except FileNotFoundError:
+            self._done[:] = True
+        else:
+            self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE
 
     def __len__(self) -> int:
         return len(self._done)
@@ -138,8 +152,8 @@ class DoneMap:
         """Numbers of the blocks that are not done, ascending."""
         return np.flatnonzero(~self._done)
 
-    def mark(self, blocks: Iterable[int], done: bool = True) -> None:
-        """Record that ``blocks`` are finished (``done=False``: must be done again); on disk when this returns."""
+    def mark(self, blocks: Iterable[int], state: int = 1) -> None:
+        """Record that ``blocks`` are finished (or another state: `FAILED`, 0); on disk when this returns."""
         numbers = sorted(blocks)
         if not numbers:
             return
@@ -147,12 +161,20 @@ class DoneMap:
             with self.path.open("r+b") as file:
                 for number in numbers:
                     file.seek(len(self._head) + number)
-                    file.write(bytes([done]))
+                    file.write(bytes([state]))
                 file.flush()
                 os.fsync(file.fileno())
+            self._done[numbers] = state == DONE
+            with self.path.with_name(f"{self.path.name}.rate").open("a") as rate:
+                rate.write(f"{time.time():.3f} {self.count}\n")
         except OSError as error:
             raise WriteError(f"cannot write the done-map {self.path}: {error.strerror}; free space there") from error
-        self._done[numbers] = done
+
+
+def remove_traces(folder: Path) -> None:
+    """Remove what lies beside the done-maps of a task that is about to be finished."""
+    for path in folder.glob(".done-*.*"):
+        path.unlink(missing_ok=True)
 
 
 def sync(folder: str) -> None:

@@ -9,6 +9,7 @@ from multiprocessing.connection import wait
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from connectomics.errors import ConfigError
 from connectomics.machine import usable_cores
 from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.child import Job
@@ -32,15 +33,18 @@ def open_engine(config: EngineConfig | None = None, device: str = "cpu") -> Engi
     from connectomics.config import RunConfig
 
     chosen = RunConfig().engine if config is None else config
+    if chosen.name == "dask" and chosen.share:
+        raise ConfigError("engine.share needs engine.name=local: the jobs of a job array have no scheduler")
     if chosen.name == "dask":
         from connectomics.tasks.cluster import DaskEngine
 
         return DaskEngine(chosen, device)
     workers = number_of_workers(chosen, device)
     limited = chosen.block_timeout_s is not None or chosen.memory_gb is not None
-    if workers == 1 and not limited:  # limits can only be enforced on another process
-        return Here(chosen, device)
-    return Processes(chosen, workers, device)
+    here = workers == 1 and not limited  # limits can only be enforced on another process
+    engine = Here(chosen, device) if here else Processes(chosen, workers, device)
+    engine.share = chosen.share
+    return engine
 
 
 def number_of_workers(config: EngineConfig, device: str) -> int:

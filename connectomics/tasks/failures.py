@@ -38,6 +38,11 @@ class Failures:
         self._any_done = False
         self._logged = 0
 
+    @property
+    def given_up(self) -> list[int]:
+        """Blocks that failed in every attempt."""
+        return self._given_up
+
     def take(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Process the failures of a batch.
 

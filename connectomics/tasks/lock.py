@@ -22,10 +22,11 @@ _WAIT_S = 0.3  # the previous holder may be removing the file right now
 
 
 @contextlib.contextmanager
-def leading(folder: Path) -> Iterator[None]:
+def leading(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the one process that works on the output in ``folder`` while the block runs.
 
-    Raises `WriteError` if another process does, named by process and machine, or if the folder cannot be written.
+    With ``wait``, wait while another process does. Else raises `WriteError` if one does, named by process and machine,
+    or if the folder cannot be written.
     """
     from filelock import FileLock, Timeout
 
@@ -33,7 +34,7 @@ def leading(folder: Path) -> Iterator[None]:
     lock = FileLock(path, mode=0o666, fallback_to_soft=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=_WAIT_S)
+        lock.acquire(timeout=-1 if wait else _WAIT_S)
     except Timeout as error:
         who = path.read_text(errors="replace") if path.exists() else ""
         raise WriteError(

@@ -76,6 +76,8 @@ class Engine(ABC):
 
     #: how often a block is tried
     attempts: int
+    #: whether other processes do blocks of the same tasks (`connectomics.tasks.claims`)
+    share: bool = False
 
     @abstractmethod
     def pool(self, task: BlockTask, stage: str) -> Pool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from connectomics.errors import EngineError
+from connectomics.errors import EngineError, InputError
 from connectomics.progress import Progress
 from connectomics.tasks.block_task import BlockTask
-from connectomics.tasks.blocks import DoneMap, sync
+from connectomics.tasks.blocks import FAILED, DoneMap, remove_traces, sync
 from connectomics.tasks.engines import open_engine
 from connectomics.tasks.failures import Failures
 from connectomics.tasks.lock import leading
@@ -62,11 +62,20 @@ def run_task(
         EngineError: no worker can start.
         what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
     """
+    from connectomics.tasks.claims import refuse_if_shared, run_shared  # which does stages as here
+
+    if engine is not None and engine.share:
+        if accept:
+            raise InputError("--accept-failed: blocks are accepted by one process; leave engine.share out")
+        with ExitStack() as stack:
+            chosen = engine if isinstance(engine, Engine) else stack.enter_context(open_engine(engine, device))
+            return run_shared(task, chosen, progress, overwrite=overwrite)
     overwrite = task.starts_over(overwrite=overwrite, resume=resume)
     if not task.check(overwrite=overwrite):
         return False
     with ExitStack() as stack:
         stack.enter_context(leading(task.folder))
+        refuse_if_shared(task)
         if not task.check(overwrite=overwrite):  # another process has just finished it
             return False
         chosen = engine if isinstance(engine, Engine) else stack.enter_context(open_engine(engine, device))
@@ -74,19 +83,23 @@ def run_task(
         for stage in task.stages:
             task.prepare(stage)
             done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-            reporter = _Reporter(stage, done, progress)
+            reporter = Reporter(stage, done, progress)
             reporter.report(now=True)
             if done.count < len(done):
                 failures = Failures(task, stage, len(done), chosen.attempts, accept)
                 with chosen.pool(task, stage) as pool:
-                    _run_stage(task, stage, pool, done, failures, reporter)
+                    queue = Queue(done.missing, task.run_length(stage), pool)
+                    run_stage(task, stage, pool, queue, Marker(done, os.fspath(task.folder)), failures, reporter)
+                failures.close()
+        remove_traces(task.folder)
         task.finish()
     return True
 
 
-def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures: Failures, reporter: _Reporter) -> None:
-    queue = _Queue(done.missing, task.run_length(stage), pool)
-    marker = _Marker(done, os.fspath(task.folder))
+def run_stage(
+    task: BlockTask, stage: str, pool: Pool, queue: Queue, marker: Marker, failures: Failures, reporter: Reporter
+) -> None:
+    """Do the blocks of a queue; those that fail in every attempt are in ``failures``. Raises what stops the run."""
     running = unopened = 0
     try:
         while True:
@@ -107,12 +120,11 @@ def _run_stage(task: BlockTask, stage: str, pool: Pool, done: DoneMap, failures:
             queue.learn(batch)
             reporter.report(more=marker.waiting)
     finally:
-        marker.mark()  # also what was done before an error or Ctrl-C
+        marker.mark(failures.given_up)  # also what was done before an error or Ctrl-C
     reporter.report(now=True)
-    failures.close()
 
 
-class _Queue:
+class Queue:
     """Hands out missing blocks in batches whose length fits the time that blocks take."""
 
     def __init__(self, missing: np.ndarray, run: int, pool: Pool) -> None:
@@ -152,11 +164,11 @@ class _Queue:
             self._length = max(self._length, number)
 
 
-class _Marker:
+class Marker:
     """Marks finished blocks in the done-map once they are on disk; not one by one, because waiting is slow."""
 
-    def __init__(self, done: DoneMap, folder: str) -> None:
-        self._done, self._folder = done, folder
+    def __init__(self, done: DoneMap, folder: str, release: Callable[[list[int]], None] | None = None) -> None:
+        self._done, self._folder, self._release = done, folder, release
         self._finished: list[int] = []
         self._next = time.monotonic() + _MARK_S
 
@@ -171,18 +183,21 @@ class _Marker:
         if time.monotonic() >= self._next:
             self.mark()
 
-    def mark(self) -> None:
-        """Wait for the disk and mark all finished blocks."""
+    def mark(self, failed: Collection[int] = ()) -> None:
+        """Wait for the disk and mark all finished blocks, and those that have failed."""
         begin = time.monotonic()
         if self._finished:
             sync(self._folder)
             self._done.mark(self._finished)
+            if self._release is not None:
+                self._release(self._finished)
             self._finished = []
+        self._done.mark(failed, FAILED)
         end = time.monotonic()
         self._next = end + max(_MARK_S, (end - begin) / _MARK_SHARE)
 
 
-class _Reporter:
+class Reporter:
     """Calls progress, but not too often."""
 
     def __init__(self, stage: str, done: DoneMap, progress: Progress | None) -> None:

@@ -286,6 +286,20 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{task} engine.worker=3", "did you mean 'engine.workers'"),
         ("{task} --overwrite --device tpu", "tpu"),
     ],
+    "status": [
+        ("", "usage:OUT"),
+        ("{nowhere}", "nowhere"),
+        ("{empty}", "no task.json below"),
+        ("{text}", "text.txt"),
+    ],
+    "array": [
+        ("-- decode a b", "usage:--jobs"),
+        ("--jobs 2", "usage:WORDS"),
+        ("--jobs 0 -- decode a b", "at least 1 job"),
+        ("--jobs 2 --time soon -- decode a b", "hours:minutes"),
+        ("--jobs 2 --queue pbs -- decode a b", "slurm"),
+        ("--jobs 2 -- train {config}", "expected a command of predict"),
+    ],
     "evaluate": [
         ("{labels}", "usage:ROOT"),
         ("{nowhere} {root}", "nowhere"),

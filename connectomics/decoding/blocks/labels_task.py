@@ -37,10 +37,10 @@ from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
-from connectomics.io.artifacts import Difference, publish
+from connectomics.io.artifacts import Difference, about, publish
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.sharded import Storage
 from connectomics.io.write import (
-    DEFAULT_CHUNKS,
     ArrayWriter,
     create_array,
     ensure_group,
@@ -64,6 +64,7 @@ class LabelsTask(BlockTask):
         block_shape: voxels of a block, z y x; whole chunks of 64 are fastest.
         source: what the probabilities were made from, recorded with the output.
         table: ``parquet``: the instance table is written as Parquet too.
+        storage: how the labels are stored, and the arrays that stages leave; blocks are whole shards.
     """
 
     #: Methods that a subclass decodes.
@@ -78,6 +79,7 @@ class LabelsTask(BlockTask):
     block_shape: Index = BLOCK
     source: Mapping[str, Any] = field(default_factory=dict, hash=False)
     table: str = "csv"
+    storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         z, y, x = (int(n) for n in self.block_shape)
@@ -87,6 +89,11 @@ class LabelsTask(BlockTask):
         object.__setattr__(self, "output", absolute(self.output))
         if min(z, y, x) < 1:
             raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {(z, y, x)}")
+        if self.storage.is_sharded and self.storage.block((z, y, x)) != (z, y, x):
+            raise ConfigError(
+                f"blocks of {[z, y, x]} voxels are no multiple of {list(self.storage.unit)}, so that two of them would "
+                "write one shard; choose block_shape or output.shard to fit"
+            )
         if self.table not in ("csv", "parquet"):
             raise ConfigError(f"table must be csv or parquet, got {self.table!r}")
         if self.parameters.method not in self.methods:
@@ -146,13 +153,15 @@ class LabelsTask(BlockTask):
             )
         self.check_input()
         may_replace = overwrite or begun is not None  # begun by a run that was allowed to
-        there = existing_labels(Path(self.output), self.parameters, self.made_from(), overwrite=may_replace)
+        there = existing_labels(
+            Path(self.output), self.parameters, self.made_from(), self.storage, overwrite=may_replace
+        )
         return there is None or not has_tables(Path(self.output), there.get("kind", ""), self.table)
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite or not self.is_begun:
             shutil.rmtree(self.folder, ignore_errors=True)
-            ensure_group(self.folder)
+            ensure_group(self.folder, zarr_format=self.storage.zarr_format)
             self.begin()
         elif self.is_complete:
             self._remove_done_maps()
@@ -171,7 +180,7 @@ class LabelsTask(BlockTask):
     @property
     def is_complete(self) -> bool:
         """Whether only the last rename is missing: the attributes are written after all else."""
-        return (self.folder / ".zattrs").exists()
+        return bool(about(self.folder))
 
     def blocks(self, stage: str) -> int:
         return 0 if self.is_complete else len(self.lattice)
@@ -180,21 +189,28 @@ class LabelsTask(BlockTask):
         """Make the array of the labels if it is missing; all that was written before is then on the disk."""
         if not self.has_labels:
             sync(os.fspath(self.folder))
-            grid = self.grid
-            # overwrite: a killed run may have left the attributes only
-            create_array(self.folder / "s0", grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True)
+            self.create("s0", dtype, self.grid)
+
+    def create(self, array: str, dtype: np.dtype[Any], grid: VoxelGrid | None = None) -> None:
+        """Make an array of the shape of the output below `folder`."""
+        shards = (self.storage.shard or self.block_shape) if self.storage.is_sharded else None
+        # overwrite: a killed run may have left the attributes only
+        create_array(
+            self.folder / array, self.grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True, shards=shards,
+            codec="zstd",
+        )  # fmt: skip
 
     @property
     def has_labels(self) -> bool:
         """Whether the array of the labels was made."""
-        return (self.folder / "s0" / ".zarray").exists()
+        return store.is_array(self.folder / "s0")
 
     @property
     def chunks(self) -> Index:
         """Chunks that no two blocks share: the default ones, or a whole block if it is no multiple of them."""
         z, y, x = (
             c if b % c == 0 or b >= n else b
-            for b, c, n in zip(self.block_shape, DEFAULT_CHUNKS, self.grid.shape, strict=True)
+            for b, c, n in zip(self.block_shape, self.storage.chunk, self.grid.shape, strict=True)
         )
         return z, y, x
 
@@ -205,7 +221,8 @@ class LabelsTask(BlockTask):
             ours = label_attrs(grid, self.class_name, self.parameters, self.source, self.provenance, objects)
             clear_unknown(ArrayWriter.open(self.folder / "s0"), ours, grid)
             sync(os.fspath(self.folder))
-            update_attrs(self.folder, {"connectomics": ours, **multiscales_attrs([grid], self.class_name)})
+            levels = multiscales_attrs([grid], self.class_name, self.storage.zarr_format)
+            update_attrs(self.folder, {"connectomics": ours, **levels})
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._remove_done_maps()
         publish(self.folder, Path(self.output))

@@ -47,7 +47,8 @@ from connectomics.decoding.label_artifact import write_tables
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.stitch import grown_block, grown_objects
 from connectomics.errors import WriteError
-from connectomics.io.write import ArrayWriter, create_array
+from connectomics.io.store import is_array
+from connectomics.io.write import ArrayWriter
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
 
 
@@ -144,11 +145,11 @@ class StitchedTask(LabelsTask):
 
     # -- within ------------------------------------------------------------------------------------------------------
     def _is_there(self, array: str) -> bool:
-        return (self.scratch / array / ".zarray").exists()
+        return is_array(self.scratch / array)
 
     def _create(self, array: str, dtype: np.dtype[Any]) -> None:
         if not self._is_there(array):
-            create_array(self.scratch / array, self.grid.shape, dtype, chunks=self.chunks)
+            self.create(f"{self.scratch.name}/{array}", dtype)
 
     def _open_grower(self) -> Callable[[int], Labeled]:
         foreground, lattice, connectivity = self.open_foreground(), self.lattice, self.parameters.connectivity

@@ -17,6 +17,7 @@ from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
+from connectomics.io.metadata import names_levels
 from connectomics.io.store import is_s3
 from connectomics.pages.colors import CLASS_COLORS, KNOWN_COLOR
 from connectomics.pages.view.volume_server import MadeVolume
@@ -188,10 +189,10 @@ def _artifacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield a class's group and those below it (uncertainty, affinities) with their attributes."""
     attrs = store.read_attrs(str(place))
     about = attrs.get("connectomics")
-    if isinstance(about, dict) and "multiscales" in attrs:
+    if isinstance(about, dict) and names_levels(attrs):
         yield place, about
     for name in store.list_groups(str(place)):
-        if (place / name / ".zgroup").exists():
+        if store.is_group(place / name):
             yield from _artifacts(place / name)
 
 
