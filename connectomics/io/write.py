@@ -266,13 +266,8 @@ def create_multiscale(
     _clear(path, overwrite)
     zarr_format = 2 if shards is None else 3
     ensure_group(path, zarr_format=zarr_format)
-    how: dict[str, Any] = {
-        "chunks": chunks,
-        "clevel": clevel,
-        "shards": shards,
-        "codec": codec,
-        "fill_value": fill_value,
-    }
+    how: dict[str, Any] = {"chunks": chunks, "clevel": clevel, "shards": shards, "codec": codec}
+    how["fill_value"] = fill_value
     writers = [create_array(path / f"s{k}", grid.shape, dtype, grid=grid, **how) for k, grid in enumerate(grids)]
     # the group's attributes come last: a group that names its levels has them all
     update_attrs(path, {**dict(attrs or {}), **multiscales_attrs(grids, name or path.name, zarr_format)})
