@@ -294,7 +294,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     ],
     "array": [
         ("-- decode a b", "usage:--jobs"),
-        ("--jobs 2", "usage:WORDS"),
+        ("--jobs 2", "usage:words"),
         ("--jobs 0 -- decode a b", "at least 1 job"),
         ("--jobs 2 --time soon -- decode a b", "hours:minutes"),
         ("--jobs 2 --queue pbs -- decode a b", "slurm"),
