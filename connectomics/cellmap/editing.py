@@ -70,7 +70,7 @@ class EditableLabels:
             place: ``.../labels/groundtruth/{crop}/{class}``, which is free.
         """
         kind: Kind = "instance" if is_instance_class(name) else "semantic"
-        dtype = np.dtype(np.uint32 if kind == "instance" else np.uint8)
+        dtype: np.dtype[Any] = np.dtype(np.uint32 if kind == "instance" else np.uint8)
         unknown = int(np.iinfo(dtype).max)
         counts = {"absent": 0, "unknown": grid.size}
         annotation = Annotation(name, kind, 0, unknown, counts)
