@@ -14,6 +14,7 @@ from connectomics.config import RunConfig
 from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest
+from connectomics.data.splits import box_of
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.geometry import Box, Triple, triple
 from connectomics.io.multiscale import Multiscale
@@ -35,19 +36,6 @@ class FixedPatches(Dataset[PackedPatch]):
 
     def __getitem__(self, number: int) -> PackedPatch:
         return self.reader.read(self.requests[number])
-
-
-def box_of(text: str) -> tuple[str, Box]:
-    """Return the data set and the box (faces, nm) of ``DATASET:z0,y0,x0:z1,y1,x1``; raise `InputError`."""
-    parts = text.rsplit(":", 2)
-    try:
-        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
-    except ValueError as error:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
-    box = Box(begin, end)
-    if not parts[0] or box.is_empty:
-        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
-    return parts[0], box
 
 
 def raw_parts(config: RunConfig) -> tuple[list[Crop], list[Crop]]:

@@ -94,6 +94,19 @@ def parse_entry(entry: str, where: str = "the split") -> tuple[str, Box | None]:
     return key, region
 
 
+def box_of(text: str) -> tuple[str, Box]:
+    """Return the data set and the box (faces, nm) of ``DATASET:z0,y0,x0:z1,y1,x1``; raise `InputError`."""
+    parts = text.rsplit(":", 2)
+    try:
+        begin, end = (triple([float(v) for v in part.split(",")], "a corner") for part in parts[1:])
+    except ValueError as error:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm, got {text!r} ({error})") from error
+    box = Box(begin, end)
+    if not parts[0] or box.is_empty:
+        raise InputError(f"a box is DATASET:z0,y0,x0:z1,y1,x1 in nm with each end above its begin, got {text!r}")
+    return parts[0], box
+
+
 def entry_of(crop: Crop) -> str:
     """Return the entry of a crop, with its region."""
     if crop.region is None:

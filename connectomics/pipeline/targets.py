@@ -13,8 +13,7 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
-from connectomics.data.raw_parts import box_of
-from connectomics.data.splits import kept_out
+from connectomics.data.splits import box_of, kept_out
 from connectomics.errors import ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
