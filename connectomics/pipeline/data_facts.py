@@ -167,8 +167,8 @@ def _run_starts(ids: NDArray[Any], before: NDArray[Any] | None) -> tuple[NDArray
         starts = 0
         for ends, begins in ((first, lines[0]), (lines[:-1], lines[1:])):
             begun = (begins != 0) & (begins != ends)
-            starts += np.count_nonzero(begun)
-            touches += np.count_nonzero(begun & (ends != 0))
+            starts += int(np.count_nonzero(begun))
+            touches += int(np.count_nonzero(begun & (ends != 0)))
         found.append(starts)
     return np.asarray(found), touches
 
