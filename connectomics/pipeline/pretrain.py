@@ -27,7 +27,7 @@ def pretrain(
     callbacks: Sequence[pl.Callback] = (),
     progress: Progress | None = None,
 ) -> Run:
-    """Pre-train the network of a configuration to reconstruct raw, see its group ``pretraining``.
+    """Train the network of a configuration to reconstruct raw, see its group ``pretraining``.
 
     Start a training with it by ``model.weights={run folder}``.
 
