@@ -260,7 +260,7 @@ def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monk
 @pytest.mark.parametrize(
     "function",
     [
-        *("stitched_task.unite_touching", "stitched_task.save_mapped", "stitched_task.create_array"),
+        *("stitched_task.unite_touching", "stitched_task.save_mapped", "stitched_task.StitchedTask.create"),
         "stitched_task.write_tables",
         *("labels_task.create_array", "labels_task.update_attrs", "labels_task.shutil.rmtree", "labels_task.publish"),
     ],
