@@ -126,7 +126,7 @@ def encode(metadata: Mapping[str, Any], values: NDArray[Any]) -> bytes | None:
     one = {key: value for key, value in metadata.items() if key != "attributes"} | {"shape": list(values.shape)}
     context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, "data_copy_concurrency": {"limit": 1}})
     spec = {"driver": "zarr3", "kvstore": {"driver": "memory"}, "metadata": one, "create": True}
-    array = tensorstore.open(spec, context=context).result()  # a store in memory of its own
+    array = tensorstore.open(spec, context=context).result()  # a new store in memory
     with tensorstore.Transaction() as whole:  # else each chunk would write the shard again
         array.with_transaction(whole).write(values).result()
     assert array.kvstore is not None

@@ -20,7 +20,7 @@ def hide_blocks(image: Tensor, ratio: float, block: Sequence[int], generator: to
         generator: of the CPU.
 
     Returns:
-        The image with hidden blocks, and where they are, bool (D, H, W).
+        The image with hidden blocks, and a mask of them, bool (D, H, W).
     """
     cells = [-(-n // b) + 1 for n, b in zip(image.shape, block, strict=True)]
     count = cells[0] * cells[1] * cells[2]
@@ -42,7 +42,7 @@ def blind_spots(image: Tensor, ratio: float, generator: torch.Generator) -> tupl
         image: (D, H, W) float. ratio: expected share of replaced voxels. generator: of the CPU.
 
     Returns:
-        The image with replaced voxels, and where they are, bool (D, H, W).
+        The image with replaced voxels, and a mask of them, bool (D, H, W).
     """
     shape = torch.tensor(image.shape)
     hidden = torch.rand(image.shape, generator=generator) < ratio

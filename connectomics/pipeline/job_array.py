@@ -86,7 +86,7 @@ def submit_array(script: str, queue: str, logs: str | Path) -> str:
     try:
         found = subprocess.run(command, input=script, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
-        raise EngineError(f"{command[0]} is not installed here; run it where it is: {path} is written") from error
+        raise EngineError(f"{command[0]} is not installed on this machine; submit {path} on one that has it") from error
     if found.returncode:
         raise EngineError(f"{command[0]} refused {path}: {' '.join(found.stderr.split())[:300]}")
     return " ".join(found.stdout.split())

@@ -54,7 +54,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, options: dict, error: type
 def test_without_a_queue_the_script_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     script = array_script(["decode", "p", "l"], "lsf", 2, logs=tmp_path)
-    with pytest.raises(EngineError, match="bsub is not installed here"):
+    with pytest.raises(EngineError, match="bsub is not installed on this machine"):
         submit_array(script, "lsf", tmp_path)
     assert (tmp_path / "array.lsf.sh").read_text() == script
 

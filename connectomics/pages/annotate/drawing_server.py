@@ -5,7 +5,7 @@ Addresses below the secret::
     (nothing)                    the page
     raw/{z}                      uint8 (H + 2 m, W + 2 m): section z of the raw with a margin of m voxels
     labels/{class}/{z}           (H, W) in the labels' type, as stored
-    predicted/{class}/{z}        the same of the prediction; unknown where there is none
+    predicted/{class}/{z}        the same of the prediction; unknown outside of it
     labels/{class}/{z}?y=&x=&height=&width=     POST: a rectangle of a section in the labels' type, which is stored
 
 Values are little endian. Sections of raw may lie up to ``margin[0]`` before the first one and after the last one.

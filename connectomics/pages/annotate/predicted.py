@@ -50,7 +50,7 @@ class PredictedLabels:
             raise InputError(f"{labels.name}: predicted IDs up to {self.largest} do not fit into {labels.dtype}")
 
     def read(self, z: int) -> NDArray[Any]:
-        """Return section ``z`` of the drawn labels' grid in their encoding, (H, W); unknown where nothing is predicted.
+        """Return section ``z`` of the drawn labels' grid in their encoding, (H, W); unknown if not predicted.
 
         IDs from the value of unknown on are one larger than in the file.
         """
