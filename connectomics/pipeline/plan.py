@@ -40,7 +40,7 @@ _CPU_MINUTES = 120.0
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
 _PIXELS = 256  # side of a 2-D patch at most
-_BATCH_PIXELS = 2**21  # of a training step of the 2-D network
+_BATCH_PIXELS = 2**19  # of a training step of the 2-D network
 
 
 @dataclass(frozen=True)
@@ -307,9 +307,10 @@ def _choose_2d(
     extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
     plan.choose("data.patch_size", [1, side, side], f"{side * voxel[1]:.0f} nm; crops are {extents} nm (median)")
     plan.choose("data.batch_size", max(8, _BATCH_PIXELS // side**2), f"{_BATCH_PIXELS} pixels in a step")
-    epoch = 100 * plan.settings["data.batch_size"]
-    plan.choose("data.patches_per_epoch", epoch, "100 steps between validations")
-    plan.choose("inference.window", [16, side, side], "planes of the patch's size")
+    epoch = 400 * plan.settings["data.batch_size"]
+    plan.choose("data.patches_per_epoch", epoch, "400 steps between validations")
+    plan.choose("inference.window", [16, 2 * side, 2 * side], "16 planes, twice a patch wide; smaller in small volumes")
+    plan.choose("inference.overlap", [0.0, 0.125, 0.125], "planes are independent; a quarter of a patch within them")
     isotropic = voxel[0] == voxel[1]
     if isotropic:
         plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")
