@@ -22,8 +22,9 @@ from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pipeline.data_facts import DataFacts, data_facts
 from connectomics.pipeline.plan import MARK as PLAN_MARK
-from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose, try_step
+from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose
 from connectomics.pipeline.run_book import MARK, public_datasets, run_book
+from connectomics.pipeline.trial_step import try_step
 from connectomics.progress import Progress, silent
 
 #: Operations of a training step per forward pass: the backward pass takes twice as many.
