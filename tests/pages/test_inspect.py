@@ -23,10 +23,18 @@ from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.patches import centered
 from connectomics.errors import InputError, WriteError
 from connectomics.pages.inspect.data import Inspection, as_text, equal, inspect_data
-from connectomics.pages.inspect.loader_speed import LoaderSpeed, memory_of, take
-from connectomics.pages.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
+from connectomics.pages.inspect.numbers import (
+    LabelNumbers,
+    LoaderSpeed,
+    RawShare,
+    ValueRange,
+    by_class,
+    image_warnings,
+    label_warnings,
+    memory_of,
+    take,
+)
 from connectomics.pages.inspect.page import write_page
-from connectomics.pages.inspect.raw_presence import RawShare
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 from .test_report import CHROMIUM, Reader, browse, needs_browser
