@@ -147,10 +147,7 @@ class Crop:
 
     def within(self, grid: VoxelGrid) -> VoxelGrid:
         """Return the voxels of ``grid`` that touch the crop's region; all of them if it has none."""
-        if self.region is None:
-            return grid
-        part = grid.slices(self.region)
-        return grid.crop([s.start for s in part], [s.stop - s.start for s in part])
+        return grid if self.region is None else grid.part(self.region)[1]
 
     @cached_property
     def raw_source(self) -> Multiscale:

@@ -91,8 +91,7 @@ def _raw_chunks(crop: Crop, voxel_size: Triple | None) -> dict[str, Any]:
     """Raw chunks under the crop: ``missing``, ``total``, ``first_missing`` (such as s0/3/4/5, or None)."""
     raw = crop.raw_source
     if voxel_size is None:
-        part = raw.grid.slices(crop.box)
-        grid = raw.grid.crop([s.start for s in part], [s.stop - s.start for s in part])
+        _, grid = raw.grid.part(crop.box)
     else:
         grid = VoxelGrid.covering(crop.box, voxel_size)
     missing, total, first = raw.missing_chunks(grid)

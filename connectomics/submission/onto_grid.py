@@ -120,9 +120,8 @@ def _read(source: Source, grid: VoxelGrid) -> tuple[NDArray[Any], VoxelGrid]:
     box = grid.box
     if not source.grid.same_lattice(grid):
         box = box.grow(source.grid.voxel_size)
-    z, y, x = source.grid.slices(box)
-    part = source.grid.crop((z.start, y.start, x.start), (z.stop - z.start, y.stop - y.start, x.stop - x.start))
-    return source.read((z.start, y.start, x.start), part.shape) if part.size else np.zeros(part.shape, np.uint8), part
+    begin, part = source.grid.part(box)
+    return source.read(begin, part.shape) if part.size else np.zeros(part.shape, np.uint8), part
 
 
 def _mask_of_probability(source: Source, grid: VoxelGrid, threshold: float) -> NDArray[np.uint8]:
