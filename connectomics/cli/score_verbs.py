@@ -119,8 +119,7 @@ def tune(
     root: Annotated[str, typer.Argument(help="Data root with the ground truth of those crops.")],
     overrides: opt.Overrides = None,
     config: Annotated[
-        Path | None,
-        InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules."),
+        Path | None, InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules.")
     ] = None,
     out: Annotated[Path, OutOption(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
         "outputs/tuned"
@@ -180,8 +179,7 @@ def export(
     class_name: opt.Classes = None,
     dataset: opt.Datasets = None,
     probabilities: Annotated[
-        Path | None,
-        InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels."),
+        Path | None, InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an array of the table is missing.")] = False,
 ) -> None:

@@ -334,12 +334,7 @@ validate: done/merge
 
 
 def run_book(
-    root: str,
-    crops: str,
-    plans: Sequence[str],
-    notes: Sequence[str],
-    source: str | None,
-    classes: Sequence[str] = (),
+    root: str, crops: str, plans: Sequence[str], notes: Sequence[str], source: str | None, classes: Sequence[str] = ()
 ) -> str:
     """Return the text of the Makefile.
 

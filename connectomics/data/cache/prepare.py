@@ -51,11 +51,7 @@ class _Wanted:
 
 
 def prepare(
-    volumes: Sequence[CropVolume],
-    budget: int | None = None,
-    *,
-    processes: int = 1,
-    progress: Progress | None = None,
+    volumes: Sequence[CropVolume], budget: int | None = None, *, processes: int = 1, progress: Progress | None = None
 ) -> None:
     """Decode every volume that has a cache (`CropVolume.cache`) into it, unless that was done, and check all entries.
     Processes that prepare the same volumes at once divide the work.
