@@ -280,7 +280,7 @@ def _steps(share: Interval, known: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:
     """The intervals of ``classes``, narrowed by all arrays in ``own`` (see the module's docstring)."""
-    if all(name in own and _is_settled(own[name]) for name in classes):
+    if all(name in own and np.all(own[name][1] - own[name][0] < 1e-4) for name in classes):
         return {name: own[name] for name in classes}
     nothing: Interval = (np.zeros(tuple(shape), np.float32), np.ones(tuple(shape), np.float32))
     # every group that tells about one of the atoms, and every atom of those groups
@@ -316,7 +316,3 @@ def _tighten(share: Interval, lo: Fraction | None, hi: Fraction) -> Interval:
     new_lo = own_lo if lo is None else np.clip(lo, own_lo, own_hi)
     new_hi = np.clip(hi, own_lo, own_hi)
     return new_lo.astype(np.float32), np.maximum(new_hi, new_lo).astype(np.float32)
-
-
-def _is_settled(share: Interval) -> bool:
-    return bool(np.all(share[1] - share[0] < 1e-4))
