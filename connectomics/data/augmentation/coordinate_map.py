@@ -43,8 +43,9 @@ class Displacement:
         """Return the displacement (..., 3) at offsets (..., 3), in float64."""
         count = np.array(self.vectors.shape[1:])
         place = np.moveaxis(np.asarray(offsets, np.float64) / np.array(self.spacing) + (count - 1) / 2, -1, 0)
-        found = [map_coordinates(v, place, np.float64, order=1, mode="nearest") for v in self.vectors]
-        return np.stack(found, axis=-1)
+        # [..., None]: scipy takes no single position
+        found = [map_coordinates(v, place[..., None], np.float64, order=1, mode="nearest") for v in self.vectors]
+        return np.concatenate(found, axis=-1)
 
 
 @dataclass(frozen=True, eq=False)
