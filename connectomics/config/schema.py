@@ -34,6 +34,11 @@ def _is_tta(value: Any) -> bool:
     return bool(given) and valid and len(set(given)) == len(given)
 
 
+def _is_overlap(value: Any) -> bool:
+    shares = value if isinstance(value, list | tuple) and len(value) == 3 else [value]
+    return all(type(share) in (int, float) and 0 <= share < 1 for share in shares)
+
+
 def _are_class_weights(value: Any) -> bool:
     if value == "inverse_frequency":
         return True
@@ -271,7 +276,8 @@ class InferenceConfig(Group):
     """The network over a volume."""
 
     window: Shape | None = None  # voxels; None: data.patch_size
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25  # share of a window that the next window also covers
+    #: share of a window that the next window also covers: one number, or z y x; 0 along z for a 2-D network
+    overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.25
     blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
     #: windows per forward pass; auto: predict finds the fastest number
     batch_size: Annotated[Any, _BATCH] = 1

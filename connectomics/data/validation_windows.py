@@ -14,6 +14,7 @@ from connectomics.config import RunConfig
 from connectomics.data.foreground import foreground_points
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
+from connectomics.inference.windows import WindowFit
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +24,10 @@ class WindowShape:
     """How validation slides over a grid; see `connectomics.inference.sliding.predict_blocks`."""
 
     window: Index
-    overlap: float
+    overlap: Sequence[float] | float
     context: Sequence[int] | int | None
     block_size: Sequence[int] | int
+    fit: WindowFit | None = None
 
     def count(self, grid: VoxelGrid) -> int:
         """Return the number of windows that a grid takes."""
@@ -49,7 +51,7 @@ class WindowShape:
 def validation_shape(config: RunConfig) -> WindowShape:
     """Return how a run's validation slides over crops."""
     inference = config.inference
-    return WindowShape(config.window, inference.overlap, inference.context, inference.block_size)
+    return WindowShape(config.window, inference.overlap, inference.context, inference.block_size, WindowFit.of(config))
 
 
 def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:

@@ -17,7 +17,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
-from connectomics.inference.windows import WindowLattice
+from connectomics.inference.windows import WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
@@ -34,8 +34,8 @@ class Layout:
 
     Attributes:
         target: the grid to write. channels: of the network's output.
-        voxel_size: of the network, nm, z y x. overlap, context: see `WindowLattice.over`.
-        windows: window shapes, each with a lattice of its own; several if windows are permuted (`windows_seen`).
+        voxel_size: of the network, nm, z y x. context: see `WindowLattice.over`.
+        windows: each with a lattice of its own; several if windows are permuted (`windows_seen`).
         block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
         storage: how the arrays are stored: sharded blocks are whole shards.
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
@@ -44,8 +44,7 @@ class Layout:
     target: VoxelGrid
     channels: int
     voxel_size: Triple
-    windows: tuple[Index, ...]
-    overlap: float
+    windows: tuple[Windows, ...]
     context: Index | None
     block_size: Index
     volume: VoxelGrid | None = None
@@ -72,7 +71,7 @@ class Layout:
     def lattices(self) -> list[WindowLattice]:
         """The windows over `model`, for each window shape."""
         extent = None if self.volume is None else Extent.of(self.volume, self.model)
-        return [WindowLattice.over(self.model, window, self.overlap, self.context, extent) for window in self.windows]
+        return [windows.over(self.model, self.context, extent) for windows in self.windows]
 
     @cached_property
     def chunks(self) -> Index:
@@ -99,7 +98,7 @@ class Layout:
         z, y, x = (self._along(axis)[1] for axis in range(3))
         scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
-        unit, width = self._unit(2, self.chunks[2]), max(window[2] for window in self.windows)
+        unit, width = self._unit(2, self.chunks[2]), max(windows.size[2] for windows in self.windows)
         while x > unit and plane * (x * scale[2] + width) > _SUMS_BYTES:
             x = math.ceil(x / (2 * unit)) * unit
         return z, y, x

@@ -27,7 +27,7 @@ from connectomics.inference.predict_worker import MOST_ON_CPU, PredictWorker
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import Plan
 from connectomics.inference.symmetry import Symmetry, channel_maps, require_unchanged, symmetries, windows_seen
-from connectomics.inference.windows import BLENDINGS, whole_index
+from connectomics.inference.windows import BLENDINGS, WindowFit, Windows, overlap_per_axis, whole_index
 from connectomics.io.artifacts import Provenance, is_complete, put_aside
 from connectomics.io.artifacts import require_complete as require_complete
 from connectomics.io.fingerprint import content_identity
@@ -42,8 +42,8 @@ PREDICT = "predict"  # the first stage
 _PRECISIONS = ("32", "bf16", "fp16")
 _PYRAMID = "pyramid-"  # the other stages, with a number from 1
 _OF_MODEL = (
-    "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
-    "symmetries", "dropout_samples", "skip_empty", "normalization",
+    "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
+    "views", "symmetries", "dropout_samples", "skip_empty", "normalization",
 )  # fmt: skip
 _WORKER_BYTES = 256 << 20  # that a worker holds besides its block: pieces being written, caches of the reader
 
@@ -58,8 +58,8 @@ class PredictTask(BlockTask):
         voxel_size: of the network, nm, z y x. window: voxels that the network sees at once, z y x (see `windows_seen`).
         checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
         normalization: how raw values become the network's input.
-        overlap, blending, context: see `connectomics.inference.sliding.predict_blocks`. batch_size: too, or ``auto``:
-            found by trial in each worker.
+        overlap, blending, context, batch_size: see `connectomics.inference.sliding.predict_blocks`; batch_size too, or
+            ``auto``: found by trial in each worker. multiple: of `WindowFit`; None: windows do not shrink.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). pyramid: also write
@@ -71,8 +71,7 @@ class PredictTask(BlockTask):
         skip_empty: leave out windows whose raw is constant or absent; probability is 0 where there are no others.
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
-        about: what the attributes of channels that are no classes say (``artefact``, ``class_name``, ...).
-        storage: how arrays are stored.
+        about: attributes of channels that are no classes (``artefact``, ``class_name``, ...). storage: of arrays.
     """
 
     kind: ClassVar[str] = "predict"
@@ -89,7 +88,8 @@ class PredictTask(BlockTask):
     checkpoint: str
     checkpoints: tuple[str, ...] = ()
     normalization: Normalization = Normalization()  # noqa: RUF009 (frozen)
-    overlap: float = 0.25
+    overlap: Triple = (0.25, 0.25, 0.25)
+    multiple: Index | None = None
     blending: str = "gaussian"
     context: Index | None = None
     block_size: Index = (256, 256, 256)
@@ -118,6 +118,8 @@ class PredictTask(BlockTask):
             "voxel_size": triple(self.voxel_size, "voxel_size"),
             "window": whole_index(self.window, "window", 1),
             "block_size": whole_index(self.block_size, "block_size", 1),
+            "overlap": overlap_per_axis(self.overlap),
+            "multiple": None if self.multiple is None else whole_index(self.multiple, "multiple", 1),
             "context": None if self.context is None else whole_index(self.context, "context", 0),
             "inputs": tuple((triple(size, "inputs"), whole_index(n, "inputs", 1)) for size, n in self.inputs),
             "symmetries": tuple(map(str, chosen)),
@@ -214,7 +216,9 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        how = (self.voxel_size, tuple(self._windows_seen), self.overlap, self.context, self.block_size, volume)
+        windows = Windows(self.window, self.overlap, self.multiple and WindowFit(self.multiple))
+        seen = tuple(map(windows.seen_by, self._windows_seen.values()))
+        how = (self.voxel_size, seen, self.context, self.block_size, volume)
         return [(Layout(grid, self.channels, *how, self.storage), tuple(names)) for grid, names in grids.items()]
 
     @cached_property
@@ -251,8 +255,8 @@ class PredictTask(BlockTask):
     def plan(self) -> list[Plan]:
         """Return what each distinct target grid costs, without running anything."""
         batch = MOST_ON_CPU if isinstance(self.batch_size, str) else self.batch_size
-        passes = [self.members * len(s) * max(1, self.dropout_samples) for s in self._windows_seen.values()]
-        return [layout.plan(batch, passes) for layout, _ in self.layouts]
+        each = self.members * max(1, self.dropout_samples)
+        return [layout.plan(batch, [each * len(s) for s in self._windows_seen.values()]) for layout, _ in self.layouts]
 
     def locate(self, block: int) -> tuple[int, int]:
         """Return the index of the layout that a block of the first stage belongs to, and its number there."""

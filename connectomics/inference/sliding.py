@@ -37,7 +37,7 @@ from connectomics.inference.blending import (
     windows_to_run,
 )
 from connectomics.inference.raw import FurtherInput
-from connectomics.inference.windows import WindowLattice, importance_map, whole_index
+from connectomics.inference.windows import WindowFit, WindowLattice, importance_map, whole_index
 
 if TYPE_CHECKING:
     import torch
@@ -85,13 +85,14 @@ def plan(
     *,
     channels: int,
     window: Sequence[int] | int,
-    overlap: float = 0.25,
+    overlap: Sequence[float] | float = 0.25,
     batch_size: int = 1,
     block_size: Sequence[int] | int = 256,
     context: Sequence[int] | int | None = None,
+    fit: WindowFit | None = None,
 ) -> Plan:
     """Return what `predict_blocks` with these arguments will cost."""
-    lattice = WindowLattice.over(grid, window, overlap, context)
+    lattice = WindowLattice.over(grid, window, overlap, context, None, fit)
     return plan_regions(lattice, _block_regions(grid, block_size), channels=channels, batch_size=batch_size)
 
 
@@ -133,7 +134,7 @@ def predict_blocks(
     *,
     channels: int,
     window: Sequence[int] | int,
-    overlap: float = 0.25,
+    overlap: Sequence[float] | float = 0.25,
     blending: str = "gaussian",
     batch_size: int = 1,
     block_size: Sequence[int] | int = 256,
@@ -143,6 +144,7 @@ def predict_blocks(
     blocks: Collection[int] | None = None,
     inputs: Sequence[FurtherInput] = (),
     extent: Extent | None = None,
+    fit: WindowFit | None = None,
 ) -> Iterator[tuple[VoxelGrid, NDArray[np.float32]]]:
     """Predict ``grid`` block by block.
 
@@ -154,7 +156,7 @@ def predict_blocks(
             returns one tensor (B, channels, d, h, w). It is called without gradients and must be in evaluation mode.
         channels: number of output channels.
         window: window shape, voxels z y x.
-        overlap: share of a window that its neighbor sees too, [0, 1).
+        overlap: share of a window that its neighbor sees too, [0, 1), one for all axes or z y x.
         blending: ``gaussian`` or ``constant`` weights.
         batch_size: windows that go through the network together.
         block_size: block shape, voxels z y x; see the module for what it costs.
@@ -165,6 +167,7 @@ def predict_blocks(
         inputs: further inputs of the network, read for every window.
         extent: where there is raw, in voxels of ``grid``: windows stay inside if it is large enough, and values
             beyond it are 0. None: there is raw everywhere.
+        fit: how windows may shrink if fewer voxels are wanted; None: they have one size everywhere.
 
     Yields:
         Grid and values (channels, d, h, w), float32, of each block, in order.
@@ -172,7 +175,7 @@ def predict_blocks(
     Raises:
         InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
-    lattice = WindowLattice.over(grid, window, overlap, context, extent)
+    lattice = WindowLattice.over(grid, window, overlap, context, extent, fit)
     regions = _block_regions(grid, block_size)
     if blocks is not None:
         wrong = [b for b in blocks if not 0 <= b < len(regions)]

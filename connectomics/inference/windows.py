@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
+from connectomics.models.registry import required_multiple, takes_any_window
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +30,84 @@ def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
     if len(numbers) != 3 or min(numbers) < least:
         raise InputError(f"{what} must be three whole numbers >= {least} (z, y, x), got {values!r}")
     return numbers[0], numbers[1], numbers[2]
+
+
+def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
+    """Return the overlap along z, y and x (one number stands for all axes); `InputError` outside [0, 1)."""
+    z, y, x = (float(share) for share in (overlap if isinstance(overlap, Sequence) else (overlap,) * 3))
+    if min(z, y, x) < 0 or max(z, y, x) >= 1:
+        raise InputError(f"overlap must be at least 0 and below 1, got {overlap}")
+    return z, y, x
+
+
+@dataclass(frozen=True)
+class WindowFit:
+    """How windows may shrink along an axis where fewer voxels are wanted than they hold.
+
+    For networks whose value at a voxel depends on the voxels around it alone, whatever the size of the window.
+
+    Attributes:
+        multiple: sides of windows are multiples of it, voxels z y x.
+        alike: a letter for each axis; windows keep equal sides along axes with the same letter.
+    """
+
+    multiple: Index
+    alike: str = "zyx"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> WindowFit | None:
+        """Return how the windows of a run's network may shrink; None: its windows have one size."""
+        model = config.model
+        if config.data.inputs or not takes_any_window(model.architecture, model.options):
+            return None
+        return cls(required_multiple(model.architecture, model.options))
+
+    def sides(self, most: Index, wanted: Sequence[int], overlaps: Sequence[int]) -> Index:
+        """Return the sides of the smallest windows with which no more windows cover ``wanted`` voxels.
+
+        Args:
+            most: sides of the largest windows. wanted: voxels to cover. overlaps: voxels that windows share.
+        """
+        unit, least = dict.fromkeys(self.alike, 1), dict.fromkeys(self.alike, 1)
+        for letter, multiple in zip(self.alike, self.multiple, strict=True):
+            unit[letter] = math.lcm(unit[letter], multiple)
+        for letter, side, n, shared in zip(self.alike, most, wanted, overlaps, strict=True):
+            number = max(1, math.ceil((n - shared) / (side - shared)))
+            needed = math.ceil((n + (number - 1) * shared) / number)
+            least[letter] = max(least[letter], min(side, math.ceil(needed / unit[letter]) * unit[letter]))
+        z, y, x = (least[letter] for letter in self.alike)
+        return z, y, x
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a network along the axes of a volume, z y x.
+
+    Attributes:
+        size: voxels. overlap: share of a window that the next one sees too.
+        fit: how they may shrink; None: they have this size everywhere.
+    """
+
+    size: Index
+    overlap: Triple
+    fit: WindowFit | None = None
+
+    def over(self, grid: VoxelGrid, context: Sequence[int] | None, extent: Extent | None) -> WindowLattice:
+        """Return them over a grid, see `WindowLattice.over`."""
+        return WindowLattice.over(grid, self.size, self.overlap, context, extent, self.fit)
+
+    def seen_by(self, chosen: Sequence[Symmetry]) -> Windows:
+        """Return the windows that become these in every one of the symmetries, which agree in their size."""
+        letters = list("zyx")
+        for symmetry in chosen:
+            for a, b in enumerate(chosen[0].before(symmetry.axes)):  # exchanged by one of two
+                letters = [letters[a] if letter == letters[b] else letter for letter in letters]
+        most: dict[str, float] = {}
+        for letter, share in zip(letters, (self.overlap[chosen[0].axes.index(axis)] for axis in range(3)), strict=True):
+            most[letter] = max(share, most.get(letter, 0.0))
+        overlap = overlap_per_axis([most[letter] for letter in letters])
+        fit = None if self.fit is None else WindowFit(chosen[0].before(self.fit.multiple), "".join(letters))
+        return Windows(chosen[0].before(self.size), overlap, fit)
 
 
 @dataclass(frozen=True)
@@ -51,30 +132,35 @@ class WindowLattice:
         cls,
         grid: VoxelGrid,
         window: Sequence[int] | int,
-        overlap: float = 0.25,
+        overlap: Sequence[float] | float = 0.25,
         context: Sequence[int] | int | None = None,
         extent: Extent | None = None,
+        fit: WindowFit | None = None,
     ) -> WindowLattice:
         """Return the windows over ``grid`` and ``context`` voxels on every side of it, as far as there is raw.
 
-        ``context=None`` takes half the overlap, at least 8 and at most a quarter of the window, so that a voxel at a
-        face of the grid is as far from a window's face as any other voxel; it takes less, down to half of that, on an
-        axis where the grid then fits into one window. A grid smaller than a window gets one centered window, shifted
-        inside the raw. A window leaves the raw only if the raw is smaller than the window, or if the grid leaves it.
+        ``context=None`` takes half the overlap, at least 8 and at most a quarter of the window (none along an axis
+        without overlap), so that a voxel at a face of the grid is as far from a window's face as any other voxel; it
+        takes less, down to half of that, on an axis where the grid then fits into one window. A grid smaller than a
+        window gets one centered window, shifted inside the raw. A window leaves the raw only if the raw is smaller than
+        the window, or if the grid leaves it. With ``fit`` windows are as small as covers the grid.
 
         Raises `InputError` for an empty grid, ``overlap`` outside [0, 1) or a negative context.
         """
-        size = whole_index(window, "window", 1)
+        most = whole_index(window, "window", 1)
         if grid.size == 0:
             raise InputError(f"nothing to predict in an empty grid ({grid})")
-        if not 0 <= overlap < 1:
-            raise InputError(f"overlap must be at least 0 and below 1, got {overlap}")
         given = None if context is None else whole_index(context, "context", 0)
-        starts = []
-        for axis, (n, w) in enumerate(zip(grid.shape, size, strict=True)):
-            margin = _default_context(n, w, overlap) if given is None else given[axis]
-            raw = None if extent is None or extent.is_empty else (extent.low[axis], extent.high[axis])
-            starts.append(_scan(n, w, overlap, margin, raw))
+        raws, spans, shared = [], [], []
+        for axis, (n, w, share) in enumerate(zip(grid.shape, most, overlap_per_axis(overlap), strict=True)):
+            margin = _default_context(n, w, share) if given is None else given[axis]
+            raws.append(None if extent is None or extent.is_empty else (extent.low[axis], extent.high[axis]))
+            spans.append(_span(n, margin, raws[-1]))
+            shared.append(w - max(1, int(w * (1 - share))))
+        size = most if fit is None else fit.sides(most, [end - begin for begin, end in spans], shared)
+        starts = [
+            _scan(span, w, w - min(o, w - 1), raw) for span, w, o, raw in zip(spans, size, shared, raws, strict=True)
+        ]
         return cls(grid, size, (starts[0], starts[1], starts[2]), extent)
 
     @property
@@ -103,20 +189,23 @@ class WindowLattice:
 
 
 def _default_context(n: int, window: int, overlap: float) -> int:
-    wanted = min(max(8, math.ceil(window * overlap / 2)), window // 4)
+    wanted = min(max(8, math.ceil(window * overlap / 2)), window // 4) if overlap else 0
     spare = (window - n) // 2
     return spare if wanted / 2 <= spare < wanted else wanted
 
 
-def _scan(n: int, window: int, overlap: float, margin: int, raw: tuple[int, int] | None) -> tuple[int, ...]:
-    """Window starts along an axis of ``n`` voxels: the rule of `monai.data.utils.dense_patch_slices`, over the voxels
-    and a margin, as far as there is raw (from ``raw[0]`` to ``raw[1]``, exclusive; None: everywhere)."""
+def _span(n: int, margin: int, raw: tuple[int, int] | None) -> tuple[int, int]:
+    """First and last (exclusive) voxel to cover along an axis of ``n`` voxels: these and a margin, as far as there is
+    raw (from ``raw[0]`` to ``raw[1]``, exclusive; None: everywhere)."""
     begin, end = -margin, n + margin
-    if raw is not None:
-        begin, end = min(0, max(begin, raw[0])), max(n, min(end, raw[1]))
+    return (begin, end) if raw is None else (min(0, max(begin, raw[0])), max(n, min(end, raw[1])))
+
+
+def _scan(span: tuple[int, int], window: int, step: int, raw: tuple[int, int] | None) -> tuple[int, ...]:
+    """Window starts over a span of voxels, by the rule of `monai.data.utils.dense_patch_slices`."""
+    begin, end = span
     spare = window - (end - begin)
     if spare < 0:
-        step = max(1, int(window * (1 - overlap)))
         return *range(begin, end - window, step), end - window
     start = begin - spare // 2
     if raw is not None:

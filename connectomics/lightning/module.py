@@ -24,6 +24,7 @@ from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
+from connectomics.inference.windows import WindowFit
 from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.challenge_score import ChallengeScore
@@ -239,6 +240,7 @@ class ConnectomicsModule(pl.LightningModule):
             block_size=validation_block(self.config, grid, sum(self.channel_groups), self.window),
             context=settings.context,
             extent=_extent_of(crop, grid),
+            fit=WindowFit.of(self.config),
             device=str(self.device),
             inputs=[FurtherInput(crop.read_input, size, shape) for size, shape in inputs_of(self.config)],
         ):

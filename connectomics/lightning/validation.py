@@ -14,6 +14,7 @@ from connectomics.cellmap.label_codes import LabelCodes
 from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import plan
+from connectomics.inference.windows import WindowFit
 from connectomics.io.mirror import Extent
 
 _PREDICTION = 3 << 30  # largest prediction of a block in bytes, if blocks of 32 voxels per side allow it
@@ -94,6 +95,7 @@ def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: 
         "overlap": config.inference.overlap,
         "batch_size": 1 if config.inference.batch_size == "auto" else config.inference.batch_size,
         "context": config.inference.context,
+        "fit": WindowFit.of(config),
     }
     while plan(grid, block_size=size, **settings).bytes > _PREDICTION:
         axes = [axis for axis in ((2,) if size[2] > _LEAST else (0, 1)) if size[axis] > _LEAST]

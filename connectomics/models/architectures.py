@@ -45,6 +45,9 @@ class Architecture:
     hidden: tuple[str, ...] = ()  # options of the constructor that have no use here
     deep_supervision: bool = False  # whether it can also return coarser logits
     fixed_size: bool = False  # whether it is built for one patch size
+    #: from all options to whether a voxel's value depends on the voxels around it alone, whatever the size of the
+    #: window: no statistics over the window, no positions in it
+    any_window: Callable[[Mapping[str, Any]], bool] = lambda options: False
     #: parts of the names of parameters that MONAI creates and never uses; they are frozen, because data-parallel
     #: training waits for the gradient of every trainable parameter
     idle: tuple[str, ...] = ()
@@ -81,6 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
         smallest=lambda o: (int(o["planes"]), *2 * (int(o["stem"]) * 2 ** len(o["features"]),)),
         deep_supervision=True,
+        any_window=lambda o: o.get("norm", "batch") == "batch",
     ),
     "basic_unet": Architecture(
         "plain U-Net with two convolutions a stage and max pooling",

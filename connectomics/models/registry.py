@@ -118,6 +118,13 @@ def required_multiple(architecture: str, options: Mapping[str, Any] | None = Non
     return _of_stages(architecture, known.multiple, options)
 
 
+def takes_any_window(architecture: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Return whether a voxel's value is the same in windows of any size (away from their faces); raises
+    `UnknownNameError`. ``options`` are those of `build_model`."""
+    known = _architecture(architecture)
+    return known.any_window({**known.defaults, **(options or {})})
+
+
 def _of_stages(
     architecture: str, rule: Callable[[Mapping[str, Any]], Multiple], options: Mapping[str, Any] | None
 ) -> Multiple:

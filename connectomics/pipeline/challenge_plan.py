@@ -18,12 +18,14 @@ from connectomics.config import RunConfig
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box
 from connectomics.inference.symmetry import symmetries
+from connectomics.inference.windows import overlap_per_axis
 from connectomics.io import store
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pipeline.data_facts import DataFacts, data_facts
 from connectomics.pipeline.plan import MARK as PLAN_MARK
-from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose, try_step
+from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose
+from connectomics.pipeline.trial_step import try_step
 from connectomics.progress import Progress, silent
 
 #: Operations of a training step per forward pass: the backward pass takes twice as many.
@@ -175,7 +177,8 @@ def plan_cost(plan: Plan, table: CropTable, machine: MachineFacts, gpu: TargetGp
 def _predict_hours(config: RunConfig, table: CropTable, seconds: float) -> float:
     """Return the hours of predicting a crop table, if a training step takes ``seconds`` for a patch."""
     window, size = config.inference.window or config.data.patch_size, config.dataset.voxel_size
-    stride = [max(1.0, n * (1 - config.inference.overlap)) * s for n, s in zip(window, size, strict=True)]
+    overlap = overlap_per_axis(config.inference.overlap)
+    stride = [max(1.0, n * (1 - share)) * s for n, share, s in zip(window, overlap, size, strict=True)]
     windows = 0
     for rows in table.crops().values():
         extent = functools.reduce(Box.hull, [row.grid.box for row in rows]).extent

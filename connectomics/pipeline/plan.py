@@ -1,14 +1,13 @@
 """Write configurations that train on a data root with this machine, with the reason for each choice.
 
-`connectomics.pipeline.data_facts` measures the data; this module measures cores, memory, GPU memory, free disk, and the
-seconds of one training step.
+`connectomics.pipeline.data_facts` measures the data, `connectomics.pipeline.trial_step` a training step; this module
+looks at cores, memory, GPU memory and free disk.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from connectomics.io.store import is_s3
 from connectomics.io.write import write_file
 from connectomics.machine import cpu_has_bfloat16, usable_cores
 from connectomics.pipeline.data_facts import ClassFacts, DataFacts, data_facts
+from connectomics.pipeline.trial_step import try_step
 from connectomics.progress import Progress, silent
 
 #: First line of the configurations that are written.
@@ -40,7 +40,7 @@ _CPU_MINUTES = 120.0
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
 _PIXELS = 256  # side of a 2-D patch at most
-_BATCH_PIXELS = 2**21  # of a training step of the 2-D network
+_BATCH_PIXELS = 2**19  # of a training step of the 2-D network
 
 
 @dataclass(frozen=True)
@@ -192,33 +192,6 @@ def propose(data: DataFacts, machine: MachineFacts, root: str, *, minutes: float
     ]
 
 
-def try_step(plan: Plan, machine: MachineFacts) -> None:
-    """Measure one training step and store its batch size, seconds and memory in the plan.
-
-    On a GPU, the batch is the largest that fits in memory (doubling, then bisection); on the CPU, that of the plan.
-    """
-    import torch
-
-    batch = int(plan.settings["data.batch_size"])
-    if machine.gpu is None:
-        plan.step_seconds, plan.step_memory = _step(plan, batch)
-        return
-    fits, fails = 0, 0
-    while fails - fits > 1 or (fails == 0 and batch <= 64):
-        try:
-            plan.step_seconds, plan.step_memory = _step(plan, batch)
-            fits = batch
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            fails = batch
-        batch = (fits + fails) // 2 if fails else 2 * batch
-    if fits == 0:
-        raise InputError(
-            f"{plan.name}: not even one patch of {plan.settings['data.patch_size']} fits into the GPU's memory"
-        )
-    plan.choose("data.batch_size", fits, "the largest batch that fits in GPU memory, by trial")
-
-
 def hours(plan: Plan, cores: int = 1) -> float | None:
     """Return the hours of the whole training: those of its time limit, else by the measured step, else None."""
     if (limit := plan.settings.get("training.max_cpu_minutes")) is not None:
@@ -307,9 +280,10 @@ def _choose_2d(
     extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
     plan.choose("data.patch_size", [1, side, side], f"{side * voxel[1]:.0f} nm; crops are {extents} nm (median)")
     plan.choose("data.batch_size", max(8, _BATCH_PIXELS // side**2), f"{_BATCH_PIXELS} pixels in a step")
-    epoch = 100 * plan.settings["data.batch_size"]
-    plan.choose("data.patches_per_epoch", epoch, "100 steps between validations")
-    plan.choose("inference.window", [16, side, side], "planes of the patch's size")
+    epoch = 400 * plan.settings["data.batch_size"]
+    plan.choose("data.patches_per_epoch", epoch, "400 steps between validations")
+    plan.choose("inference.window", [16, 2 * side, 2 * side], "16 planes, twice a patch wide; smaller in small volumes")
+    plan.choose("inference.overlap", [0.0, 0.125, 0.125], "planes are independent; a quarter of a patch within them")
     isotropic = voxel[0] == voxel[1]
     if isotropic:
         plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")
@@ -365,35 +339,3 @@ def _choose_training(plan: Plan) -> None:
     plan.choose("training.ema", 0.99, "averaged weights validate smoothly")
     plan.choose("model.init_bias", "prevalence", "training does not begin with learning how rare a class is")
     plan.choose("data.augmentation", {"preset": "em", "strength": 1.0}, "docs/recipe.md")
-
-
-def _step(plan: Plan, batch: int) -> tuple[float, int]:
-    """Return the seconds of a training step on random patches, and its memory: of the GPU, or of this process."""
-    import psutil
-    import torch
-
-    from connectomics.lightning.module import ConnectomicsModule
-    from connectomics.models.batch_labels import DenseLabels
-
-    config = plan.config()
-    device = "cuda" if torch.cuda.is_available() and config.model.architecture != "unet_2d" else "cpu"
-    module = ConnectomicsModule(config).to(device).train()
-    optimizer = torch.optim.AdamW(module.parameters(), config.optimizer.lr)
-    shape = (batch, len(plan.classes), *config.data.patch_size)
-    image = torch.rand(batch, 1, *config.data.patch_size, device=device)
-    labels = DenseLabels(torch.rand(shape, device=device).round(), torch.ones(shape, dtype=torch.bool, device=device))
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds = math.inf
-    for _ in range(2):  # the first step allocates buffers and chooses algorithms
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16, enabled=config.training.precision == "bf16-mixed"):
-            loss = module.loss(module.network(image), labels).total
-        loss.backward()
-        optimizer.step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds = min(seconds, time.perf_counter() - begin)
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
-    return seconds, int(memory)

@@ -25,6 +25,7 @@ from connectomics.inference.artifact import save_cellmap_predictions as save_cel
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
+from connectomics.inference.windows import WindowFit, overlap_per_axis
 from connectomics.io.location import local_path
 from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
@@ -260,7 +261,7 @@ def network_tasks(
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
-    out, storage = local_path(output_dir), Storage.of(config.output)
+    out, storage, fit = local_path(output_dir), Storage.of(config.output), WindowFit.of(config)
     return [
         NetworkPredictTask(
             raw=absolute(catalog.raw_location(target.dataset)),
@@ -272,7 +273,8 @@ def network_tasks(
             checkpoint=common_hash(list(networks)),
             checkpoints=tuple(map(os.path.abspath, checkpoints)),
             normalization=normalizations[target.dataset],
-            overlap=options.overlap,
+            overlap=overlap_per_axis(options.overlap),
+            multiple=None if fit is None else fit.multiple,
             blending=options.blending,
             context=None if options.context is None else (options.context,) * 3,
             block_size=(options.block_size[0], options.block_size[1], options.block_size[2]),

@@ -7,6 +7,7 @@ import pytest
 
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.layout import Layout
+from connectomics.inference.windows import Windows
 
 GRIDS = {
     "same": VoxelGrid((8, 8, 8), (4.5, -20, 3), (300, 70, 65)),
@@ -18,7 +19,8 @@ GRIDS = {
 
 
 def layout_of(grid: VoxelGrid, block: int = 128, channels: int = 2) -> Layout:
-    return Layout(grid, channels, (8.0, 8.0, 8.0), ((32, 32, 32),), 0.25, None, (block, block, block))
+    windows = Windows((32, 32, 32), (0.25, 0.25, 0.25))
+    return Layout(grid, channels, (8.0, 8.0, 8.0), (windows,), None, (block, block, block))
 
 
 @pytest.mark.parametrize("name", list(GRIDS))

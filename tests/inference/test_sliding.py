@@ -12,7 +12,8 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.blending import planned_reads
 from connectomics.inference.sliding import plan, predict_blocks
-from connectomics.inference.windows import WindowLattice, importance_map
+from connectomics.inference.symmetry import symmetries
+from connectomics.inference.windows import WindowFit, WindowLattice, Windows, importance_map
 from connectomics.io.mirror import Extent
 
 
@@ -203,6 +204,37 @@ def test_every_voxel_is_covered_by_windows():
             covered[max(0, s) : max(0, s + w)] = True
         assert covered.all()
         assert list(starts) == sorted(set(starts))
+
+
+def test_fitted_windows_cover_every_voxel_with_no_more_windows():
+    for n, w, overlap in itertools.product((1, 15, 16, 17, 40, 63, 130), (16, 48), (0.0, 0.25, 0.6)):
+        grid, fit = grid_of((n, n, 7)), WindowFit((8, 4, 1))
+        fitted, whole = (WindowLattice.over(grid, w, overlap, fit=f) for f in (fit, None))
+        assert all(side <= w and side % unit == 0 for side, unit in zip(fitted.window, fit.multiple, strict=True))
+        for axis in range(2):
+            covered = np.zeros(n, bool)
+            for s in fitted.starts[axis]:
+                covered[max(0, s) : max(0, s + fitted.window[axis])] = True
+            assert covered.all()
+            assert len(fitted.starts[axis]) <= len(whole.starts[axis])
+        assert fitted.window[0] < n + 2 * 12 + 8 or len(fitted.starts[0]) > 1, "no larger than what is wanted"
+
+
+def test_windows_that_are_exchanged_keep_equal_sides():
+    windows = Windows((1, 64, 64), (0.0, 0.25, 0.25), WindowFit((1, 8, 8)))
+    turned = windows.seen_by(symmetries(["yzx", "y-zx"]))  # the network's planes lie along z and x
+    assert (turned.size, turned.overlap, turned.fit) == ((64, 1, 64), (0.25, 0.0, 0.25), WindowFit((8, 1, 8), "zyx"))
+    assert turned.over(grid_of((30, 20, 100)), (0, 0, 0), None).window == (32, 1, 64)
+    section = windows.seen_by(symmetries("section"))  # y and x exchanged
+    sides = section.over(grid_of((20, 30, 50)), (0, 0, 0), None).window
+    assert sides == (1, 56, 56)
+
+
+def test_overlap_of_each_axis():
+    lattice = WindowLattice.over(grid_of((40, 40, 40)), 16, (0.0, 0.5, 0.25), context=0)
+    assert lattice.starts == ((0, 16, 24), (0, 8, 16, 24), (0, 12, 24))
+    with pytest.raises(InputError, match="overlap must be at least 0 and below 1"):
+        WindowLattice.over(grid_of((8, 8, 8)), 8, (0.0, 1.0, 0.5))
 
 
 def test_reads_each_voxel_once_in_a_row_of_blocks():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from connectomics.errors import InputError, UnknownNameError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.sliding import predict_blocks
+from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 from connectomics.models import build_model
 from connectomics.models.batch_labels import DenseLabels
 from connectomics.models.losses import build_loss
@@ -164,6 +168,29 @@ def test_windows_of_planes_equal_the_whole(window: tuple[int, int, int]) -> None
         inner = slice(y + rim, y + window[1] - rim)
         assert abs(found[:, :, inner, inner] - whole[:, :, inner, inner]).max() < 1e-5
     assert abs(found - whole).max() < (1e-5 if window[1] == 64 else 0.5)
+
+
+def test_planes_of_three_directions_in_fitted_windows_equal_the_whole(tmp_path) -> None:
+    """One window a plane, smaller than asked for: the mean over the planes along z, y and x of the whole volume."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(PlaneUNet(1, 2, features=(4, 8)), torch.nn.Sigmoid()).eval()
+    grid = VoxelGrid((8.0, 8.0, 8.0), (0.0, 0.0, 0.0), (12, 22, 40))
+    raw = np.random.default_rng(0).integers(0, 256, grid.shape, dtype=np.uint8)
+    write_multiscale(tmp_path / "raw.zarr" / "em", raw, grid, kind="raw")
+    task = PredictTask(
+        raw=str(tmp_path / "raw.zarr" / "em"), output=str(tmp_path / "out.zarr" / "crop1"), classes=("mito", "er"),
+        targets={"er": grid}, voxel_size=(8, 8, 8), window=(4, 64, 64), checkpoint="", multiple=(1, 2, 2),
+        overlap=(0.0, 0.25, 0.25), symmetries=("zyx", "yzx", "xzy"), dtype="float16",
+    )  # fmt: skip
+    assert task.plan()[0].voxels < 1.04 * 3 * grid.size  # 22 planes along y in windows of 4
+    run_predict_task(task, network)
+    volume = torch.from_numpy(raw / np.float32(255))
+    with torch.inference_mode():
+        turned = [network(volume.permute(axes)[None, None])[0] for axes in ((0, 1, 2), (1, 2, 0), (2, 1, 0))]
+    back = [turned[0], turned[1].permute(0, 3, 1, 2), turned[2].permute(0, 3, 2, 1)]
+    wanted = torch.stack(back).mean(0)[1].numpy()
+    found = Multiscale.open(f"{task.output}/er").read_level(0, (0, 0, 0), grid.shape)[0]
+    np.testing.assert_allclose(found, wanted, atol=1e-3)
 
 
 class TestRefusals:

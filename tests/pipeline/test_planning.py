@@ -16,6 +16,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
+from connectomics.pipeline.trial_step import try_step
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 CPU = MachineFacts(cores=4, memory=16 << 30, gpu=None, gpu_memory=0, disk=100 << 30)
@@ -60,6 +61,10 @@ def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, mon
         plans = [plan for plan in propose(data, machine, "r") if "cell" in plan.classes]
         assert [(head.kind, head.class_name) for head in plans[0].config().model.heads] == [(kind, "cell")]
         assert plans[0].settings["decoding.classes"]["cell"]["method"] == method
+    one = next(plan for plan in propose(data, CPU, "r") if "cell" in plan.classes)
+    try_step(one, CPU)
+    assert one.step_seconds is not None
+    assert one.step_seconds > 0
 
 
 def test_a_class_of_the_last_data_set_is_found(tmp_path: Path) -> None:
