@@ -18,9 +18,9 @@ from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
 from connectomics.geometry import Index, Triple, VoxelGrid
 
-#: a rotated patch should have at least this share of the labeled voxels of a straight one: a plane across a thin crop
-#: would have few; it is drawn again, at most so often
-_LEAST_INSIDE, _DRAWS = 0.75, 8
+#: a rotated patch should have at least this share of the known voxels of a straight one: a plane across a thin crop, or
+#: across single annotated planes, would have few; it is drawn again, at most so often
+_LEAST_KNOWN, _DRAWS = 0.75, 16
 
 
 class PatchShape(NamedTuple):
@@ -113,36 +113,35 @@ class PatchReader:
         if self.augmentor is None or self.augmentor.spatial is None:
             return grid, CoordinateMap.identity(), rng
         center = volume.grid.to_index(np.asarray(grid.box.center))
-        moved = self._draw_map(self.augmentor.spatial, center, volume.grid.shape, rng)
+        moved = self._draw_map(self.augmentor.spatial, center, volume, rng)
         if moved.right_angles:  # of a patch with even and odd sides, it may point between voxels: half a voxel aside
             start = center + moved.outer_shift - moved.outer @ ((np.array(grid.shape) - 1) / 2)
             moved = replace(moved, outer_shift=moved.outer_shift + np.rint(start) - start)
         return grid, moved, rng
 
     def _draw_map(
-        self, spatial: SpatialAugmentor, center: NDArray[np.float64], crop: Index, rng: np.random.Generator
+        self, spatial: SpatialAugmentor, center: NDArray[np.float64], volume: CropVolume, rng: np.random.Generator
     ) -> CoordinateMap:
-        """Draw a map; repeat the draw, at most eight times, if much of the patch would come from outside the crop."""
+        """Draw a map; repeat the draw, at most 16 times, if labels of much of the patch would be unknown."""
         if not spatial.may_leave:
             return spatial.draw(rng)
-        enough = _LEAST_INSIDE * share_inside(CoordinateMap.identity(), center, self.shape.voxels, crop)
+        straight = CoordinateMap.identity()
+        enough = _LEAST_KNOWN * volume.known_share(places(straight, center, self.shape.voxels))
         drawn: list[tuple[float, CoordinateMap]] = []
         while len(drawn) < _DRAWS and (not drawn or drawn[-1][0] < enough):
             moved = spatial.draw(rng)
-            drawn.append((share_inside(moved, center, self.shape.voxels, crop), moved))
+            drawn.append((volume.known_share(places(moved, center, self.shape.voxels)), moved))
         return max(drawn, key=lambda found: found[0])[1]
 
 
-def share_inside(moved: CoordinateMap, center: NDArray[np.float64], shape: Index, crop: Index) -> float:
-    """Return the share of a patch that a map takes from within a crop, where labels are.
+def places(moved: CoordinateMap, center: NDArray[np.float64], shape: Index) -> NDArray[np.float64]:
+    """Return where a map takes voxels of a patch from, up to 8 along each axis: lattice indices (n, 3) of the crop.
 
-    Estimated at up to 8 places along each axis. ``center``: of the patch, lattice index of the crop; ``shape`` and
-    ``crop``: voxels.
+    ``center``: of the patch, lattice index of the crop; ``shape``: voxels.
     """
     axes = [np.linspace(-(n - 1) / 2, (n - 1) / 2, min(n, 8)) for n in shape]
     offsets = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3)
-    places = center + moved(offsets)
-    return float(((places >= -0.5) & (places <= np.array(crop) - 0.5)).all(axis=1).mean())
+    return center + moved(offsets)
 
 
 def _sample(

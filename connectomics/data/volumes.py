@@ -202,6 +202,17 @@ class CropVolume:
         codes = labels.codes if labels.codes.shape == grid.shape else _cut(labels.codes, first, begin, grid.shape)
         return LabelCodes(grid, codes, labels.states)
 
+    def known_share(self, places: NDArray[np.float64]) -> float:
+        """Return the share of places (n, 3), lattice indices, where any label is known; without a cache, the share that
+        lies in the crop."""
+        index = np.floor(places + 0.5).astype(np.int64)
+        inside = ((index >= 0) & (index < self.grid.shape)).all(axis=1)
+        if self._cached is None:
+            return float(inside.mean())
+        kept = self._cached.arrays()
+        z, y, x = (index[inside] - kept.codes_begin).T
+        return float(kept.states.known.any(axis=1)[kept.codes[z, y, x]].sum() / len(places))
+
     def _decode_codes(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[Index, LabelCodes]:
         """Label codes from Zarr of the part of lattice indices ``lo`` to ``hi`` in the crop, and where it begins."""
         z, y, x = (min(max(0, int(b)), n) for b, n in zip(lo, self.grid.shape, strict=True))

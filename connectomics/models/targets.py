@@ -123,7 +123,8 @@ def distance(ids: Tensor, voxel_size: Triple, scale_nm: float) -> tuple[Tensor, 
 def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[Tensor, Tensor]:
     """Return the distance (nm) from each voxel center to the nearest voxel box with another id, up to a reach.
 
-    Known if neither an unknown voxel nor a face of the patch is nearer. Returns two (B, D, H, W), float32 and bool.
+    Known if neither an unknown voxel nor a face of the patch is nearer; in a patch of one plane (D = 1) only what lies
+    in the plane counts. Returns two (B, D, H, W), float32 and bool.
 
     The squared distance is computed axis by axis, as in Felzenszwalb and Huttenlocher (Theory of Computing 8, 2012),
     but with ids instead of two sets: a voxel s steps away with the same id adds the s steps to its best distance so
@@ -132,12 +133,17 @@ def border_distance(ids: Tensor, voxel_size: Triple, reach_nm: float) -> tuple[T
     """
     unknown = (ids < 0).int()
     best = torch.full_like(ids, 2 * _UNIT)
-    for axis in range(3):
+    for axis in _axes(ids):
         best = _along(best, ids, unknown, axis, voxel_size[axis], reach_nm)
     far = best >= 2 * _UNIT
     known = (ids >= 0) & (far | (best % 2 == 0))
     squared = (best // 2).clamp_(max=_UNIT).double().mul_(reach_nm**2 / _UNIT)
     return squared.sqrt_().float(), known
+
+
+def _axes(ids: Tensor) -> tuple[int, ...]:
+    """Return the axes along which targets look: not z in patches of one plane, which say nothing about it."""
+    return (0, 1, 2) if ids.shape[1] > 1 else (1, 2)
 
 
 def _fixed(gap_nm: float, reach_nm: float) -> int:
@@ -177,10 +183,11 @@ def shape_descriptors(ids: Tensor, voxel_size: Triple, sigma_nm: float) -> tuple
     result = torch.zeros((ids.shape[0], 10, *ids.shape[1:]), dtype=torch.float32, device=ids.device)
     kernels = [_moments(n, side, sigma_nm, ids.device) for n, side in zip(ids.shape[1:], voxel_size, strict=True)]
     seen = (ids >= 0).float()
-    for axis in range(3):
+    for axis in _axes(ids):
         seen = _apply(seen, kernels[axis][0], axis)
     known = seen >= 1 - _UNSEEN
-    edge = functional.pad((ids < 0).float()[:, None], (1,) * 6, value=1.0)
+    edge = functional.pad((ids < 0).float()[:, None], (1,) * 4, value=1.0)
+    edge = functional.pad(edge, (0, 0, 0, 0, 1, 1), value=float(ids.shape[1] > 1))
     cut = functional.max_pool3d(edge, 3, 1)[:, 0] > 0  # next to something unknown
     for sample in range(ids.shape[0]):
         for number, box in _objects(ids[sample]):

@@ -15,7 +15,7 @@ from connectomics.data.augmentation import BatchAugmentor, CoordinateMap, Spatia
 from connectomics.data.augmentation.spatial_transforms import PatchFrame
 from connectomics.data.augmentation.tissue_transforms import Elastic, Rotation, Symmetry, section_axis
 from connectomics.data.dataset.build import run_dataset
-from connectomics.data.patch_reader import share_inside
+from connectomics.data.patch_reader import places
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import ConfigError
 from tests.cellmap.roots import grid_of, write_label, write_raw
@@ -183,8 +183,32 @@ def test_a_thin_crop_is_not_cut_across(tmp_path: Path, strength: int) -> None:
     assert np.array_equal(again.images[0], patches[3].images[0])
 
 
-def test_the_share_inside_a_crop() -> None:
-    straight = share_inside(CoordinateMap.identity(), np.array([5.0, 20, 20]), (1, 16, 16), (10, 40, 40))
-    assert straight == 1
+def test_patches_lie_along_single_annotated_planes(tmp_path: Path) -> None:
+    """Every sixth plane of a crop is annotated, all others are unknown; with a cache, patches are drawn along them."""
+    raw = np.random.default_rng(0).integers(0, 255, (40, 60, 60), dtype=np.uint8)
+    write_raw(tmp_path, "set-a", raw, grid_of((40, 60, 60)))
+    labels = np.full((40, 60, 60), 255, np.uint8)
+    labels[2::6] = 1
+    write_label(tmp_path, "set-a", "crop1", "mito", labels, grid_of((40, 60, 60)), unknown=255)
+    shares = {}
+    for cache in ("none", "disk"):
+        config = load_config(
+            None, "data.patch_size=[1,24,24]", "dataset.classes=[mito]", f"dataset.data_root={tmp_path}",
+            "data.augmentation={preset: em, strength: 1}", "model.architecture=unet", "data.min_known=0.5",
+            f"data.cache={cache}", f"data.cache_dir={tmp_path / 'cache'}",
+        )  # fmt: skip
+        dataset = run_dataset(config, Catalog.open(str(tmp_path)).crops(None, None, ["mito"]), "train")
+        patches = [dataset.reader.read(PatchRequest(0, None, (7, n))) for n in range(60)]
+        shares[cache] = np.mean([np.take(p.states.known.any(1), p.codes).mean() for p in patches])
+    assert shares["disk"] > 0.6 > 1.5 * shares["none"]
+
+
+def test_the_share_that_is_known(tmp_path: Path) -> None:
+    write_raw(tmp_path, "set-a", np.zeros((10, 40, 40), np.uint8), grid_of((10, 40, 40)))
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones((10, 40, 40), np.uint8), grid_of((10, 40, 40)))
+    config = load_config(None, "dataset.classes=[mito]", f"dataset.data_root={tmp_path}", "model.architecture=unet")
+    (volume,) = run_dataset(config, Catalog.open(str(tmp_path)).crops(None, None, ["mito"]), "train").volumes
+    straight = places(CoordinateMap.identity(), np.array([5.0, 20, 20]), (1, 16, 16))
+    assert volume.known_share(straight) == 1
     upright = CoordinateMap.affine([[0, 1, 0], [1, 0, 0], [0, 0, 1]])
-    assert share_inside(upright, np.array([3.5, 20, 20]), (1, 16, 16), (8, 40, 40)) == 0.5
+    assert volume.known_share(places(upright, np.array([4.5, 20, 20]), (1, 16, 16))) == 0.5

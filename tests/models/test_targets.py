@@ -147,6 +147,21 @@ def test_boundaries_are_distances_cut_off(width: float) -> None:
     np.testing.assert_array_equal(target[0].numpy()[expected_known] > 0, (expected <= width)[expected_known])
 
 
+@pytest.mark.parametrize("target", [lambda ids: boundary(ids, ISO, 20.0), lambda ids: distance(ids, ISO, 16.0)])
+def test_in_a_patch_of_one_plane_only_the_plane_counts(target: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """As in the middle of many equal planes; nothing is unknown because of the faces above and below."""
+    plane = blobs(5, (9, 30, 30))[:, 4:5]
+    thick = plane.expand(-1, 41, -1, -1).contiguous()
+    found, known = target(plane)
+    expected, expected_known = (values[:, 20:21] for values in target(thick))
+    assert 0.3 < known.float().mean() < 1
+    assert torch.equal(known, expected_known)
+    torch.testing.assert_close(found[known], expected[known])
+    descriptors, whole = shape_descriptors(plane, ISO, 12.0)
+    assert whole.float().mean() > 0.1 * (plane > 0).float().mean()
+    assert not descriptors[0, 3].any(), "a plane has no extent along z"
+
+
 # -- shape descriptors -----------------------------------------------------------------------------------------------
 def plain_descriptors(ids: NDArray[np.int32], size: tuple[float, ...], sigma: float) -> NDArray[np.float64]:
     """Object by object over the whole array, with moments in absolute coordinates."""
