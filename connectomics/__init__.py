@@ -49,36 +49,12 @@ if TYPE_CHECKING:
 
     __version__: str
 
-#: Name -> module that defines it.
-_FRONT_DOOR = {
-    "Box": "geometry",
-    "VoxelGrid": "geometry",
-    "load_config": "config",
-    "Labels": "pipeline.results",
-    "Probabilities": "pipeline.results",
-    "Run": "pipeline.runs",
-    "Scores": "pipeline.results",
-    "annotate": "pipeline.annotate",
-    "decode": "pipeline.decode",
-    "evaluate": "pipeline.evaluate",
-    "export": "pipeline.export",
-    "fetch": "pipeline.fetch",
-    "ingest": "pipeline.ingest",
+#: Where a name is defined, if not in ``pipeline.{name}``.
+_MODULES = {
+    "Box": "geometry", "VoxelGrid": "geometry", "load_config": "config", "Labels": "pipeline.results",
+    "Probabilities": "pipeline.results", "Scores": "pipeline.results", "Run": "pipeline.runs",
     "load_model": "pipeline.package",
-    "merge": "pipeline.merge",
-    "open_root": "pipeline.open_root",
-    "plan": "pipeline.plan",
-    "predict": "pipeline.predict",
-    "pretrain": "pipeline.pretrain",
-    "propose": "pipeline.propose",
-    "report": "pipeline.report",
-    "score": "pipeline.score",
-    "show": "pipeline.show",
-    "status": "pipeline.status",
-    "study": "pipeline.study",
-    "train": "pipeline.train",
-    "validate": "pipeline.validate",
-}
+}  # fmt: skip
 
 __all__ = [
     "Box",
@@ -120,9 +96,9 @@ def __getattr__(name: str) -> Any:
             return version("connectomics-cellmap")
         except PackageNotFoundError:  # imported from a folder that is not installed
             return "0+unknown"
-    if name not in _FRONT_DOOR:
+    if name not in __all__:
         raise AttributeError(f"module 'connectomics' has no attribute {name!r}")
-    value = getattr(import_module(f"connectomics.{_FRONT_DOOR[name]}"), name)
+    value = getattr(import_module(f"connectomics.{_MODULES.get(name, f'pipeline.{name}')}"), name)
     globals()[name] = value
     return value
 

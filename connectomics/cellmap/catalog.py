@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.classes import CLASSES
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
-from connectomics.geometry import Box, VoxelGrid, triple
+from connectomics.geometry import Box, Index, VoxelGrid, triple
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.s3 import in_parallel
@@ -32,6 +33,17 @@ R = TypeVar("R")
 
 GROUND_TRUTH = "recon-1/labels/groundtruth"
 EM = "recon-1/em"
+_BLOCK_VOXELS = 2**24  # of a label array read at once
+
+
+class LabelBlock(NamedTuple):
+    """A block of labels: first index in what is read, grid, stored values, where the class is present, where known."""
+
+    begin: Index
+    grid: VoxelGrid
+    stored: NDArray[Any]
+    present: NDArray[np.bool_]
+    known: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,17 @@ class LabelArray:
         An absent chunk gives the fill value, which may mean absent or unknown: writers leave such chunks out.
         """
         return self.source.read_level(level, begin, shape, absent_is_missing=False)[0]
+
+    def blocks(self, part: VoxelGrid | None = None, level: int = 0) -> Iterator[LabelBlock]:
+        """Yield a level, or only the ``part`` of its grid, in blocks of whole planes, so that memory is bounded."""
+        whole, chunk = self.source.levels[level].grid, self.source.levels[level].chunks[0]
+        grid = whole if part is None else part
+        first = whole.index_range(grid.box)[0] if grid.size else (0, 0, 0)
+        depth = max(1, _BLOCK_VOXELS // max(1, grid.shape[1] * grid.shape[2]))
+        depth -= depth % chunk if depth > chunk else 0  # no chunk is decoded twice
+        for begin, block in grid.blocks((depth, grid.shape[1], grid.shape[2])):
+            stored = self.read_stored(np.add(first, begin), block.shape, level)
+            yield LabelBlock(begin, block, stored, *self.annotation.decode(stored))
 
     @cached_property
     def annotation(self) -> Annotation:
@@ -124,10 +147,7 @@ class Crop:
 
     def within(self, grid: VoxelGrid) -> VoxelGrid:
         """Return the voxels of ``grid`` that touch the crop's region; all of them if it has none."""
-        if self.region is None:
-            return grid
-        part = grid.slices(self.region)
-        return grid.crop([s.start for s in part], [s.stop - s.start for s in part])
+        return grid if self.region is None else grid.part(self.region)[1]
 
     @cached_property
     def raw_source(self) -> Multiscale:

@@ -127,9 +127,7 @@ def read_labels(
     known = np.zeros_like(present)
     ids = np.zeros((len(with_ids), *grid.shape), np.uint64)
     fractions = np.zeros((len(names), *grid.shape), np.uint8) if soft else None
-    inside = grid.slices(crop.box)
-    begin = [s.start for s in inside]
-    touched = grid.crop(begin, [s.stop - s.start for s in inside])
+    begin, touched = grid.part(crop.box)
     arrays = arrays_needed(crop, names)
     for offset, block in touched.blocks(_block_shape(arrays, grid)):
         read = _read_block(arrays, block, with_ids)
@@ -212,22 +210,19 @@ def _read_block(arrays: Mapping[str, LabelArray], block: VoxelGrid, with_ids: Se
 def _read_array(label: LabelArray, block: VoxelGrid, with_ids: bool) -> Reading:
     """Bounds of the class's share in every voxel of ``block`` from one array, and if needed the ids where this array
     says that the class is present, else 0."""
-    grid = label.grid
-    part = grid.slices(block.box)
-    begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
+    begin, part = label.grid.part(block.box)
     no_ids = np.zeros(block.shape if with_ids else (0, 0, 0), np.uint64)
-    if min(shape) == 0:
+    if part.size == 0:
         return (np.zeros(block.shape, np.float32), np.ones(block.shape, np.float32)), no_ids
-    values = label.read_stored(begin, shape)
+    values = label.read_stored(begin, part.shape)
     present, known = label.annotation.decode(values)
-    part_grid = grid.crop(begin, shape)
-    coverage = resample.area_coverage(part_grid, block)
-    lo = resample.area_fraction(present, part_grid, block) * coverage
-    absent = resample.area_fraction(known & ~present, part_grid, block) * coverage
+    coverage = resample.area_coverage(part, block)
+    lo = resample.area_fraction(present, part, block) * coverage
+    absent = resample.area_fraction(known & ~present, part, block) * coverage
     interval = lo, np.float32(1.0) - absent
     if not with_ids or label.annotation.kind != "instance":
         return interval, no_ids
-    return interval, np.where(_vote(interval)[0], vote_ids(values, present, part_grid, block), 0)
+    return interval, np.where(_vote(interval)[0], vote_ids(values, present, part, block), 0)
 
 
 def vote_ids(
@@ -285,7 +280,7 @@ def _steps(share: Interval, known: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 def _narrow(own: Mapping[str, Interval], classes: Sequence[str], shape: Sequence[int]) -> dict[str, Interval]:
     """The intervals of ``classes``, narrowed by all arrays in ``own`` (see the module's docstring)."""
-    if all(name in own and _is_settled(own[name]) for name in classes):
+    if all(name in own and np.all(own[name][1] - own[name][0] < 1e-4) for name in classes):
         return {name: own[name] for name in classes}
     nothing: Interval = (np.zeros(tuple(shape), np.float32), np.ones(tuple(shape), np.float32))
     # every group that tells about one of the atoms, and every atom of those groups
@@ -321,7 +316,3 @@ def _tighten(share: Interval, lo: Fraction | None, hi: Fraction) -> Interval:
     new_lo = own_lo if lo is None else np.clip(lo, own_lo, own_hi)
     new_hi = np.clip(hi, own_lo, own_hi)
     return new_lo.astype(np.float32), np.maximum(new_hi, new_lo).astype(np.float32)
-
-
-def _is_settled(share: Interval) -> bool:
-    return bool(np.all(share[1] - share[0] < 1e-4))

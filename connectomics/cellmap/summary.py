@@ -13,8 +13,6 @@ from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
 
-_SLAB = 2**24  # voxels of a label array read at a time
-
 
 def summarize(
     root: str,
@@ -93,8 +91,7 @@ def _raw_chunks(crop: Crop, voxel_size: Triple | None) -> dict[str, Any]:
     """Raw chunks under the crop: ``missing``, ``total``, ``first_missing`` (such as s0/3/4/5, or None)."""
     raw = crop.raw_source
     if voxel_size is None:
-        part = raw.grid.slices(crop.box)
-        grid = raw.grid.crop([s.start for s in part], [s.stop - s.start for s in part])
+        _, grid = raw.grid.part(crop.box)
     else:
         grid = VoxelGrid.covering(crop.box, voxel_size)
     missing, total, first = raw.missing_chunks(grid)
@@ -125,13 +122,9 @@ def label_counts(label: LabelArray, part: VoxelGrid | None = None, level: int = 
     Args:
         part: the part of the level's grid to count; None: all of it.
     """
-    whole = label.source.levels[level].grid
-    grid = whole if part is None else part
-    first = whole.index_range(grid.box)[0] if grid.size else (0, 0, 0)
-    depth = max(1, _SLAB // max(1, grid.shape[1] * grid.shape[2]))
-    present = known_voxels = 0
-    for begin, block in grid.blocks((depth, grid.shape[1], grid.shape[2])):
-        is_present, known = label.annotation.decode(label.read_stored(np.add(first, begin), block.shape, level))
-        present += int(is_present.sum())
-        known_voxels += int(known.sum())
-    return {"present": present, "absent": known_voxels - present, "unknown": grid.size - known_voxels}
+    present = known = voxels = 0
+    for block in label.blocks(part, level):
+        present += int(block.present.sum())
+        known += int(block.known.sum())
+        voxels += block.grid.size
+    return {"present": present, "absent": known - present, "unknown": voxels - known}

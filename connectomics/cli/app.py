@@ -7,16 +7,7 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import (
-    challenge_verbs,
-    cluster_verbs,
-    data_verbs,
-    look_verbs,
-    predict_verbs,
-    pretrain_verb,
-    score_verbs,
-    train_verbs,
-)
+from connectomics.cli import data_verbs, look_verbs, plan_verbs, predict_verbs, score_verbs, train_verbs
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -68,8 +59,8 @@ for name, verb, text in (
     ("annotate", look_verbs.annotate, "Draw labels of a crop in a browser."),
     ("inspect", look_verbs.inspect, "Show training batches as the network gets them."),
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
-    ("plan", train_verbs.plan, "Measure data and machine, and write configurations that fit."),
-    ("pretrain", pretrain_verb.pretrain, "Pre-train a network on raw, without labels."),
+    ("plan", plan_verbs.plan, "Measure data and machine, and write configurations that fit."),
+    ("pretrain", train_verbs.pretrain, "Pre-train a network on raw, without labels."),
     ("train", train_verbs.train, "Train a network."),
     ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
@@ -79,12 +70,12 @@ for name, verb, text in (
     ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
     ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
-    ("status", cluster_verbs.status, "Print blocks done and failed, rate and forecast of an output."),
-    ("array", cluster_verbs.array, "Run a command as a job array of SLURM or LSF."),
+    ("status", predict_verbs.status, "Print blocks done and failed, rate and forecast of an output."),
+    ("array", predict_verbs.array, "Run a command as a job array of SLURM or LSF."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),
     ("propose", data_verbs.propose, "Propose what to annotate next, with labels to correct."),
-    ("merge", challenge_verbs.merge, "Make one submission of several runs."),
+    ("merge", plan_verbs.merge, "Make one submission of several runs."),
     ("export", score_verbs.export, "Pack labels into the zip that the portal takes."),
     ("validate", score_verbs.validate, "Check a submission before uploading it."),
     ("score", score_verbs.score, "Score a submission exactly as the challenge does."),

@@ -94,8 +94,7 @@ def fetch(
         str | None, typer.Option(help="Another S3 server; default: AWS_ENDPOINT_URL, else Amazon.")
     ] = None,
     config: Annotated[
-        Path | None,
-        InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context."),
+        Path | None, InOption("--for", help="Only what this configuration reads: crops, classes, raw levels, context.")
     ] = None,
     dataset: opt.Datasets = None,
     crop: opt.Crops = None,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import AsJson, Classes, Crops, InOption, OutOption, Overrides, Overwrite, voxel_size_of
+from connectomics.cli.options import InOption, OutOption
 
 if TYPE_CHECKING:
     from connectomics.data.cache import CropCache, EntryInfo
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 
 def inspect(
     config: Annotated[str, typer.Argument(help="Configuration: a file, or a tutorial's name (phantom, cellmap_cos7).")],
-    overrides: Overrides = None,
+    overrides: opt.Overrides = None,
     out: Annotated[Path, OutOption(help="The page to write.")] = Path("inspect.html"),
     batches: Annotated[int, typer.Option(help="Number of batches.")] = 2,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """Show training batches as the network gets them, after every augmentation: slices with labels and unknown voxels,
     where each patch comes from, what is known and present, missing raw, loader speed and memory. Warns of what looks
@@ -96,7 +97,7 @@ def cache(
         list[str] | None, typer.Option(metavar="DATASET/CROP", help="Only entries of this crop; may be repeated.")
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> int:
     """List the crops that were decoded for training, verify them, or remove them.
 
@@ -187,14 +188,14 @@ def view(
     predictions: Annotated[Path | None, InOption(help="Folder that predict wrote.")] = None,
     labels: Annotated[Path | None, InOption(help="Folder that decode wrote.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set; default: the only one.")] = None,
-    crop: Crops = None,
-    class_name: Classes = None,
-    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
+    crop: opt.Crops = None,
+    class_name: opt.Classes = None,
+    port: opt.Port = 0,
     bind: Annotated[
         str, typer.Option(help="Address to listen on; the default serves this machine only.")
     ] = "127.0.0.1",
     state: Annotated[Path | None, OutOption(help="Write the page's state here, as JSON, to share it.")] = None,
-    browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+    browser: opt.Browser = False,
     napari: Annotated[bool, typer.Option("--napari", help="Use napari instead, if it is installed.")] = False,
 ) -> None:
     """View raw, ground truth, known voxels, probabilities, labels and uncertainty in world coordinates.
@@ -244,8 +245,8 @@ def annotate(
     ] = None,
     labels: Annotated[Path | None, InOption(help="Folder that decode wrote: offered where voxels are unknown.")] = None,
     raw: Annotated[str | None, typer.Option(help="Data root with the raw, if the first one has labels only.")] = None,
-    port: Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)] = 0,
-    browser: Annotated[bool, typer.Option("--open", help="Open the browser.")] = False,
+    port: opt.Port = 0,
+    browser: opt.Browser = False,
 ) -> None:
     """Draw labels of a crop in a browser: brush, fill, unknown voxels, instance IDs, and acceptance of a prediction.
 
@@ -260,7 +261,7 @@ def annotate(
     """
     from connectomics.pipeline.annotate import annotate as run
 
-    size = None if voxel_size is None else voxel_size_of(voxel_size)
+    size = None if voxel_size is None else opt.voxel_size_of(voxel_size)
     drawing = run(
         root, dataset, crop, classes=class_name, box=box, voxel_size=size, labels=labels, raw=raw, port=port
     )  # fmt: skip

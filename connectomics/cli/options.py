@@ -64,6 +64,13 @@ Resume = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cost; do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Port = Annotated[int, typer.Option(help="Port of the page; 0: any free port.", min=0, max=65535)]
+Browser = Annotated[bool, typer.Option("--open", help="Open the browser.")]
+Checkpoint = Annotated[Path | None, InOption(help="Resume from this checkpoint.")]
+ResumeRun = Annotated[
+    bool, typer.Option("--resume", help="Resume from the run folder's last checkpoint; start if there is none.")
+]
+FastDevRun = Annotated[bool, typer.Option("--fast-dev-run", help="Run one batch of everything.")]
 RulesConfig = Annotated[Path | None, InOption("--config", help="Configuration whose score.rules to use.")]
 Rules = Annotated[str | None, typer.Option("--rules", help="Short for score.rules=...")]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
+
+if TYPE_CHECKING:
+    from connectomics.metrics.challenge.results import SubmissionScore
 
 _MEASURES = ("score", "dice", "iou", "precision", "recall", "rand_error", "voi_split", "voi_merge")
 _HEADS = ("score", "dice", "iou", "precision", "recall", "rand error", "split", "merge")
@@ -116,8 +119,7 @@ def tune(
     root: Annotated[str, typer.Argument(help="Data root with the ground truth of those crops.")],
     overrides: opt.Overrides = None,
     config: Annotated[
-        Path | None,
-        InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules."),
+        Path | None, InOption(help="Configuration: decoding.default and decoding.classes to start from, score.rules.")
     ] = None,
     out: Annotated[Path, OutOption(help="Folder for decoding.yaml, tuning.json, tuning.png and the trials.")] = Path(
         "outputs/tuned"
@@ -177,8 +179,7 @@ def export(
     class_name: opt.Classes = None,
     dataset: opt.Datasets = None,
     probabilities: Annotated[
-        Path | None,
-        InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels."),
+        Path | None, InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels.")
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an array of the table is missing.")] = False,
 ) -> None:
@@ -252,7 +253,7 @@ def score(
 
       pytc score submission.zip truth.zarr --class mito --crop 557 --out outputs/scores score.rules=2026-07-affine
     """
-    from connectomics.metrics.tables import print_table, score_table, scores_files
+    from connectomics.metrics.tables import scores_files
     from connectomics.pipeline.score import score as run
 
     chosen = opt.rules_of(config, overrides, rules)
@@ -263,10 +264,28 @@ def score(
     for warning in scores["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if scores.result is not None:
-        print_table(score_table(scores.result))
+        print_score(scores.result)
     print_rules(scores["by_rules"])
     for path in scores_files(out).values():
         print(path)
+
+
+def print_score(score: SubmissionScore) -> None:
+    """Print a submission's score by class, with both totals."""
+    from connectomics.metrics.challenge.rules import trust
+    from connectomics.metrics.tables import class_rows
+
+    rows: list[list[object]] = []
+    for row in class_rows(score):
+        ratio = row["f1"] if row["kind"] == "instance" else row["iou"]
+        numbers = (row["score"], row["score_submitted_only"], ratio, row["normalized_hausdorff_distance"])
+        missing = f"{row['missing']}/{row['crops']}" if row["missing"] else ""
+        rows.append([row["class"], *map(terminal.number, (*numbers, row["panoptic_quality"])), missing])
+    for name in ("instance", "semantic", "overall"):
+        totals = (getattr(score.totals, name), getattr(score.submitted_only, name))
+        rows.append([f"all: {name}", *map(terminal.number, totals), "", "", "", ""])
+    header = ["class", "score", "submitted only", "F1 or IoU", "distance", "PQ", "missing"]
+    terminal.table(header, rows, f"Challenge score, rules {score.rules}, {trust(score.verified)}")
 
 
 def report(

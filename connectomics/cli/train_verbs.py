@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import AsJson, Datasets, InArgument, InOption, OutOption, Overrides, Overwrite
+from connectomics.cli.options import InArgument, InOption, OutOption
 
 if TYPE_CHECKING:
-    from connectomics.pipeline.plan import Plans
+    from connectomics.config import RunConfig
     from connectomics.pipeline.runs import Run
+    from connectomics.progress import Progress
 
 # text, because an override, which may hold a URL, can take its place
 Config = Annotated[
@@ -29,7 +31,7 @@ def doctor(
     s3: Annotated[
         str | None, typer.Option("--s3", help="Also check this bucket, s3://...; 'public' for the CellMap data.")
     ] = None,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> int:
     """Check versions, GPU, memory, limits, disk speed and S3, and advise. The exit status is 1 if a run would fail.
 
@@ -56,109 +58,13 @@ def doctor(
     return 1 if problems else 0
 
 
-def plan(
-    root: Annotated[str, typer.Argument(help="Data root: a folder or s3:// URL.")],
-    class_name: Annotated[
-        list[str] | None, typer.Option("--class", help="Class to segment; may be repeated.", show_default=False)
-    ] = None,
-    dataset: Datasets = None,
-    out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Time of a training; without a GPU of all cores together. Default: 120 without a GPU."),
-    ] = None,
-    trial: Annotated[
-        bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")
-    ] = True,
-    challenge: Annotated[
-        bool, typer.Option("--challenge", help="Plan all 48 scored classes, with a Makefile from data to submission.")
-    ] = False,
-    crops: Annotated[str | None, typer.Option(help="--challenge: crop table; default: the root's own.")] = None,
-    data_root: Annotated[Path | None, OutOption(help="--challenge: data root to fetch into if ROOT is remote.")] = None,
-    from_atoms: Annotated[
-        bool, typer.Option("--from-atoms", help="--challenge: predict groups as unions of their atoms where possible.")
-    ] = False,
-    gpu_memory: Annotated[
-        float | None, typer.Option(help="--challenge: memory of the GPU to plan for, GB, if it is not in this machine.")
-    ] = None,
-    gpu_tflops: Annotated[float | None, typer.Option(help="--challenge: its sustained TFLOP/s in training.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
-
-    Examples:
-
-      pytc plan data --class mito --class er --class mt
-
-      pytc plan data --class nuc --out plans --minutes 30 --no-trial
-
-      pytc plan data --challenge --out plans --gpu-memory 80 --gpu-tflops 40
-    """
-    if challenge:
-        from connectomics.cli.challenge_verbs import plan_all
-
-        plan_all(
-            root, out=out, classes=class_name, datasets=dataset, crops=crops, data_root=data_root, minutes=minutes,
-            from_atoms=from_atoms, gpu=(gpu_memory, gpu_tflops), trial=trial, overwrite=overwrite,
-        )  # fmt: skip
-        return
-    if not class_name:
-        raise typer.BadParameter("give --class, once or several times, or --challenge for all scored classes")
-    if crops or data_root or from_atoms or gpu_memory or gpu_tflops:
-        raise typer.BadParameter("--crops, --data-root, --from-atoms and --gpu-... belong to --challenge")
-    from connectomics.pipeline.plan import plan as make_plan
-
-    with terminal.counted("measuring") as advance:
-        found = make_plan(
-            root, class_name, out=out, datasets=dataset, minutes=minutes, trial=trial, overwrite=overwrite,
-            progress=advance,
-        )  # fmt: skip
-    _print_plans(found)
-
-
-def _print_plans(found: Plans) -> None:
-    from connectomics.pipeline.plan import hours
-
-    data, machine = found.data, found.machine
-    rows = [
-        [
-            facts.name, str(facts.crops), f"{facts.present_um3:.3g}", f"{100 * facts.share:.2g} %",
-            "-" if facts.chord_nm is None else f"{facts.chord_nm:.0f}",
-            "-" if facts.test_nm is None else f"{facts.test_nm:g}",
-        ]
-        for facts in data.classes
-    ]  # fmt: skip
-    terminal.table(["class", "crops", "present um^3", "of known", "mean chord nm", "asked at nm"], rows)
-    low, middle, high = data.gray
-    print(
-        f"{data.crops} crops, {data.volume_um3:.3g} um^3; raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
-    )
-    gpu = machine.gpu or "no GPU"
-    print(f"{machine.cores} cores, {machine.memory / 1e9:.0f} GB, {gpu}, {machine.disk / 1e9:.0f} GB of disk free")
-    for item, file in found.files.items():
-        print(f"\n{item}: {', '.join(found.plans[item].classes)}")
-        for reason in found.plans[item].reasons:
-            print(f"  {reason}")
-        step = found.plans[item]
-        if step.step_seconds is not None and step.step_memory is not None:
-            print(f"  a step takes {step.step_seconds:.2f} s and {step.step_memory / 1e9:.1f} GB")
-        if (length := hours(step, machine.cores)) is not None:
-            print(f"  about {length:.1f} h of training, without start-up")
-        print(f"  pytc train {file}")
-    absent = [facts.name for facts in data.classes if facts.chord_nm is None]
-    if absent:
-        print(f"\nleft out, because they are not present anywhere: {', '.join(absent)}")
-
-
 def train(
     config: Config = None,
-    overrides: Overrides = None,
-    checkpoint: Annotated[Path | None, InOption(help="Resume from this checkpoint.")] = None,
+    overrides: opt.Overrides = None,
+    checkpoint: opt.Checkpoint = None,
     run_dir: Annotated[Path | None, OutOption(help="Run folder; default {output_dir}/{name}/version_N.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from the run folder's last checkpoint; start if there is none.")
-    ] = False,
-    fast_dev_run: Annotated[bool, typer.Option("--fast-dev-run", help="Run one batch of everything.")] = False,
+    resume: opt.ResumeRun = False,
+    fast_dev_run: opt.FastDevRun = False,
     list_models: Annotated[
         bool, typer.Option("--list-models", help="Print the architectures (with FILE also its plugins'), and stop.")
     ] = False,
@@ -185,18 +91,10 @@ def train(
         return
     if config is None:
         raise typer.BadParameter("give a configuration file (or --list-models)")
-    from connectomics.errors import ConfigError
+    composed, words = load_config(config, overrides or []), ["train", config, *(overrides or [])]
+    with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
+        from connectomics.pipeline.train import train as run
 
-    if resume and run_dir is None:
-        raise ConfigError("--resume needs the run folder; give --run-dir")
-    composed = load_config(config, overrides or [])
-    from connectomics.pipeline.train import choose_run_dir
-    from connectomics.pipeline.train import train as run
-
-    folder = run_dir or choose_run_dir(composed, checkpoint)
-    command = ["pytc", "train", str(config), *(overrides or [])]
-    decoding = terminal.stages("decoding crops into the cache")
-    with explaining_how_to_resume(command, folder, resume), decoding as advance:
         result = run(
             composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=advance
         )
@@ -210,15 +108,58 @@ def train(
         print(f"last checkpoint: {result.last_checkpoint}")
 
 
+def pretrain(
+    config: Annotated[str, typer.Argument(help="Configuration file of the training to prepare.")],
+    overrides: opt.Overrides = None,
+    checkpoint: opt.Checkpoint = None,
+    run_dir: Annotated[
+        Path | None, OutOption(help="Run folder; default {output_dir}/{name}_pretrained/version_N.")
+    ] = None,
+    resume: opt.ResumeRun = False,
+    fast_dev_run: opt.FastDevRun = False,
+) -> None:
+    """Pre-train the network of a configuration on raw, without labels: it reconstructs hidden voxels.
+
+    Examples:
+
+      pytc pretrain tutorials/lucchi.yaml --run-dir runs/raw training.max_cpu_minutes=30
+
+      pytc pretrain tutorials/cellmap_mito.yaml --run-dir runs/raw pretraining.block_nm=[64,64,64] --resume
+
+      pytc pretrain tutorials/lucchi.yaml pretraining.objective=denoise
+    """
+    from connectomics.config import load_config
+    from connectomics.config.pretraining import pretraining_config
+
+    composed = pretraining_config(load_config(config, overrides or []))
+    words = ["pretrain", config, *(overrides or [])]
+    with _running(composed, words, checkpoint, run_dir, resume) as (folder, advance):
+        from connectomics.pipeline.pretrain import pretrain as run
+
+        run(composed, folder, checkpoint=checkpoint, resume=resume, fast_dev_run=fast_dev_run, progress=advance)
+    if fast_dev_run:
+        print("the run works: one batch of training and one of validation passed")
+        return
+    print(f"run folder: {folder}\nto start with it: pytc train FILE.yaml model.weights={folder}")
+
+
 @contextmanager
-def explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool) -> Iterator[None]:
-    """After Ctrl-C, print the command that resumes this very run."""
+def _running(
+    config: RunConfig, words: Sequence[str], checkpoint: Path | None, run_dir: Path | None, resume: bool
+) -> Iterator[tuple[Path, Progress]]:
+    """Yield the run folder and a progress; after Ctrl-C, print the command that resumes this very run."""
     from connectomics.cli import InterruptError
+    from connectomics.errors import ConfigError
     from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
+    from connectomics.pipeline.train import choose_run_dir
 
+    if resume and run_dir is None:
+        raise ConfigError("--resume needs the run folder; give --run-dir")
+    folder = run_dir or choose_run_dir(config, checkpoint)
     try:
-        yield
+        with terminal.stages("decoding crops into the cache") as advance:
+            yield folder, advance
     except KeyboardInterrupt:
         if not is_first_process():  # the first one says it
             raise InterruptError("") from None
@@ -227,17 +168,17 @@ def explaining_how_to_resume(command: Sequence[str], folder: Path, resume: bool)
             raise InterruptError("interrupted before the first checkpoint: rerun the same command") from None
         if resume:
             raise InterruptError(f"interrupted; rerun the same command to resume from {last}") from None
-        again = shlex.join([*command, "--run-dir", str(folder), "--checkpoint", str(last)])
+        again = shlex.join(["pytc", *words, "--run-dir", str(folder), "--checkpoint", str(last)])
         raise InterruptError(f"interrupted; to resume: {again}") from None
 
 
 def study(
     file: Annotated[Path, InArgument(help="Study file, such as tutorials/studies/phantom.yaml.")],
-    overrides: Overrides = None,
+    overrides: opt.Overrides = None,
     out: Annotated[Path | None, OutOption(help="Folder; default {output_dir}/studies/{name of the file}.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Rows to train at the same time, each in a process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the rows and their states; train nothing.")] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> int:
     """Train each arm of a study file with each seed on each fold, and write one table and a page.
 
@@ -284,7 +225,7 @@ def _range(arm: Mapping[str, Any], name: str) -> str:
 def runs(
     folders: Annotated[list[Path] | None, InArgument(help="Folders to search; default outputs.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Print the differences of these run folders.")] = False,
-    as_json: AsJson = False,
+    as_json: opt.AsJson = False,
 ) -> None:
     """List runs with their state and best score, or compare some: configuration, scores, code.
 
@@ -374,7 +315,7 @@ def package(
     scores: Annotated[Path | None, InOption(help="scores.json of score, to store its quality.")] = None,
     license_name: Annotated[str, typer.Option("--license", help="License of the weights, such as CC-BY-4.0.")] = "",
     description: Annotated[str, typer.Option(help="What it is for, in a sentence.")] = "",
-    overwrite: Overwrite = False,
+    overwrite: opt.Overwrite = False,
 ) -> None:
     """Pack a trained network into one file: weights, configuration, classes, voxel size, scores, and a test input with
     its output. `pytc predict --checkpoint FILE` and connectomics.load_model(FILE) verify it and use it.

@@ -34,14 +34,6 @@ def _is_tta(value: Any) -> bool:
     return bool(given) and valid and len(set(given)) == len(given)
 
 
-def _are_groups(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _is_batch_size(value: Any) -> bool:
-    return value == "auto" or (type(value) is int and value >= 1)
-
-
 def _is_overlap(value: Any) -> bool:
     shares = value if isinstance(value, list | tuple) and len(value) == 3 else [value]
     return all(type(share) in (int, float) and 0 <= share < 1 for share in shares)
@@ -54,24 +46,23 @@ def _are_class_weights(value: Any) -> bool:
     return all(isinstance(n, int | float) and not isinstance(n, bool) and 0 <= n < float("inf") for n in numbers)
 
 
-def _are_lengths(values: Any) -> bool:
-    return all(0 < float(length) < float("inf") for length in values.values())
-
-
-def _is_init_bias(value: Any) -> bool:
-    return value is None or value == "prevalence" or (type(value) in (int, float) and math.isfinite(value))
-
-
-def _are_betas(values: Any) -> bool:
-    return len(values) == 2 and all(0 <= beta < 1 for beta in values)
-
-
 _LOCAL = checked(lambda place: place is None or "://" not in place, "must be a folder on a local disk")
 _TTA = checked(
     _is_tta,
     "must be none, flips, section, planes, all, or a list of symmetries, none twice, each z, y, x in some order with "
     "signs, as in [zyx,-zyx,x-yz]",
 )
+_BATCH = checked(lambda n: n == "auto" or (type(n) is int and n >= 1), "must be at least 1, or auto")
+_BIAS = checked(
+    lambda bias: bias in (None, "prevalence") or (type(bias) in (int, float) and math.isfinite(bias)),
+    "must be prevalence, a number, or null",
+)
+_GROUPS = checked(
+    lambda given: isinstance(given, bool) or (isinstance(given, list) and all(isinstance(name, str) for name in given)),
+    "must be true, false or a list of classes",
+)
+_BETAS = checked(lambda two: len(two) == 2 and all(0 <= n < 1 for n in two), "must be two numbers from 0 to below 1")
+_LENGTHS = checked(lambda by: all(0 < float(nm) < math.inf for nm in by.values()), "must be lengths above 0 by class")
 _FROM_0 = Field(ge=0)
 _FROM_1 = Field(ge=1)
 _POSITIVE = Field(gt=0)
@@ -139,7 +130,7 @@ class ModelConfig(Group):
     freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
     update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
-    init_bias: Annotated[Any, checked(_is_init_bias, "must be prevalence, a number, or null")] = None
+    init_bias: Annotated[Any, _BIAS] = None
     loss_functions: list[str] = field(default_factory=lambda: ["DiceLoss", "BCEWithLogitsLoss"])
     loss_weights: list[float] = field(default_factory=lambda: [1.0, 1.0])
     loss_options: dict[str, Any] = field(default_factory=dict)  # loss name -> its keyword arguments
@@ -192,9 +183,7 @@ class DataConfig(Group):
     label_ties: Annotated[str, one_of("present", "alternate")] = "present"
     soft_labels: bool = False  # training: the target of a voxel that a boundary cuts is the share that is present
     #: class with IDs -> nm: its voxels this near another object are not trained as present, so that objects stay apart
-    gap_nm: Annotated[dict[str, float], checked(_are_lengths, "must be lengths above 0 by class")] = field(
-        default_factory=dict
-    )
+    gap_nm: Annotated[dict[str, float], _LENGTHS] = field(default_factory=dict)
     gap_state: Annotated[str, one_of("absent", "unknown")] = "absent"  # what the voxels of gap_nm become
     min_known: Annotated[float, Field(ge=0, le=1)] = 0.0  # least share of known voxels in a patch, if possible
     inputs: list[InputConfig] = field(default_factory=list)  # further inputs at other voxel sizes
@@ -214,7 +203,7 @@ class OptimizerConfig(Group):
     lr: Annotated[float, _FROM_0] = 1e-3
     weight_decay: Annotated[float, _FROM_0] = 1e-5
     momentum: Annotated[float, _FROM_0] = 0.9  # SGD
-    betas: Annotated[list[float], checked(_are_betas, "must be two numbers from 0 to below 1")] = field(
+    betas: Annotated[list[float], _BETAS] = field(
         default_factory=lambda: [0.9, 0.999]  # Adam, AdamW, RAdam
     )
     decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
@@ -291,7 +280,7 @@ class InferenceConfig(Group):
     overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.25
     blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
     #: windows per forward pass; auto: predict finds the fastest number
-    batch_size: Annotated[Any, checked(_is_batch_size, "must be at least 1, or auto")] = 1
+    batch_size: Annotated[Any, _BATCH] = 1
     block_size: Shape = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
     #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
@@ -301,7 +290,7 @@ class InferenceConfig(Group):
     uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"
     dropout_samples: Annotated[int, Field(ge=2)] = 8  # passes with active dropout, for uncertainty=dropout
     #: predict: also write group classes as unions of predicted atoms: true (all that follow) | names
-    groups: Annotated[Any, checked(_are_groups, "must be true, false or a list of classes")] = False
+    groups: Annotated[Any, _GROUPS] = False
     skip_empty: bool = True  # predict: skip windows of constant raw (padding) or without raw; they become 0
     mask: str | None = None  # predict: skip voxels where this label volume is 0; a path, or one in {dataset}.zarr
     dtype: Annotated[str, one_of("uint8", "float16")] = "uint8"  # of stored probabilities: uint8 (255 p) | float16 (p)

@@ -74,11 +74,8 @@ class Area:
         if any(_overlap(grid.box, box) for box in self.held):
             return "at or near held-out crops"
         for crop in self.crops:
-            if _overlap(grid.box, crop.box):
-                part = grid.slices(crop.box)
-                shared = grid.crop([s.start for s in part], [s.stop - s.start for s in part])
-                if read_labels(crop, classes, shared).known.any():
-                    return "annotated"
+            if _overlap(grid.box, crop.box) and read_labels(crop, classes, grid.part(crop.box)[1]).known.any():
+                return "annotated"
         if not self.inside(grid):
             return "outside the mask"
         return None if has_content(self.raw, grid) else "without raw"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.cellmap.catalog import Crop, LabelArray
+from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import atoms_of
-from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Triple, VoxelGrid, triple
 
 _POINTS = 2048  # positions kept for each crop and class: enough that patches differ, small whatever the crop
-_READ = 2**24  # label voxels read at once while looking for them
 _PIECE = 2**20  # voxels that get their random priorities at once
 _OBJECT_POINTS = 2**18  # positions kept of all objects of a class in a crop: 6 MB; each object has at least one
 _MOST_OF_ONE = 512  # positions of one object
@@ -74,30 +73,14 @@ def _offer_points(crop: Crop, name: str, kept: Reservoir) -> None:
     for number in dict.fromkeys((len(levels) - 1, 0)):
         volume = float(np.prod(levels[number].grid.voxel_size))
         found = 0
-        for _, block, _, present in _present_blocks(crop, label, number):
+        for _, block, _, there, _ in label.blocks(crop.within(levels[number].grid), number):
+            present = there.reshape(-1)
             for start in range(0, present.size, _PIECE):
                 index = np.flatnonzero(present[start : start + _PIECE]) + start
                 found += len(index)
                 kept.add(len(index), _positions(block, index), volume)
         if found:
             return
-
-
-def _present_blocks(
-    crop: Crop, label: LabelArray, number: int
-) -> Iterator[tuple[Index, VoxelGrid, NDArray[np.unsignedinteger], NDArray[np.bool_]]]:
-    """Yield a level of an array within the crop in blocks of whole planes: first index, grid, and flat stored values
-    and where the class is present."""
-    level = label.source.levels[number]
-    grid = crop.within(level.grid)
-    first = level.grid.index_range(grid.box)[0] if grid.size else (0, 0, 0)
-    edge = max(1, int(_READ / max(1, grid.shape[1] * grid.shape[2])))
-    chunk = level.chunks[0]
-    if edge > chunk:
-        edge -= edge % chunk  # no chunk is decoded twice
-    for begin, block in grid.blocks((edge, grid.shape[1], grid.shape[2])):
-        stored = label.read_stored(np.add(first, begin), block.shape, number)
-        yield begin, block, stored.reshape(-1), label.annotation.decode(stored)[0].reshape(-1)
 
 
 def _positions(block: VoxelGrid, index: NDArray[np.intp]) -> Callable[[NDArray[np.intp]], NDArray[np.float64]]:
@@ -139,7 +122,8 @@ def object_points(crop: Crop, class_name: str, seed: int) -> ObjectPoints:
         return ObjectPoints(np.zeros((0, 3)), np.zeros(1, np.int64))
     rng = np.random.default_rng([seed, *class_name.encode()])
     grid, most = crop.within(label.source.levels[0].grid), _MOST_OF_ONE
-    for begin, _, stored, present in _present_blocks(crop, label, 0):
+    for begin, _, values, there, _ in label.blocks(grid):
+        stored, present = values.reshape(-1), there.reshape(-1)
         start = begin[0] * grid.shape[1] * grid.shape[2]  # blocks span whole planes
         for first in range(0, present.size, _PIECE):
             index = np.flatnonzero(present[first : first + _PIECE]) + first

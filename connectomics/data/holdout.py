@@ -111,7 +111,6 @@ def _moves(side: NDArray[np.bool_], spare: NDArray[np.intp]) -> NDArray[np.bool_
 
 
 # -- cutting a group -------------------------------------------------------------------------------------------------
-_SLAB = 2**24  # label voxels read at once
 _ENOUGH = 2**18  # voxels of a label level that suffice to see where annotation lies
 _MOST_GAP = 0.25  # of the length that is cut
 
@@ -212,16 +211,11 @@ def _profiles(crop: Crop, classes: Sequence[str]) -> list[tuple[str, tuple[_Prof
             label = crop.labels[name]
             levels = label.source.levels
             number = max((n for n, level in enumerate(levels) if n == 0 or level.grid.size >= _ENOUGH), default=0)
-            full = levels[number].grid
-            grid = crop.within(full)
+            grid = crop.within(levels[number].grid)
             if not grid.size:
                 continue
-            first = full.index_range(grid.box)[0]
             sums = [np.zeros((2, n)) for n in grid.shape]
-            depth = max(1, _SLAB // max(1, grid.shape[1] * grid.shape[2]))
-            for begin, block in grid.blocks((depth, grid.shape[1], grid.shape[2])):
-                stored = label.read_stored(np.add(first, begin), block.shape, number)
-                present, known = label.annotation.decode(stored)
+            for begin, block, _, present, known in label.blocks(grid, number):
                 for axis in range(3):
                     others = tuple(a for a in range(3) if a != axis)
                     at = slice(begin[axis], begin[axis] + block.shape[axis])

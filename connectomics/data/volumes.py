@@ -298,8 +298,7 @@ class CropVolume:
             return
         source = self.crop.raw_source
         level = source.levels[source.level_for(self.voxel_size)].grid
-        under = level.slices(self.crop.box)  # on raw's own lattice: without the neighbors that interpolation looks at
-        part = level.crop([s.start for s in under], [s.stop - s.start for s in under])
+        _, part = level.part(self.crop.box)  # on raw's own lattice: without the neighbors that interpolation looks at
         missing, number, first = source.missing_chunks(part)
         if missing:
             raise InputError(

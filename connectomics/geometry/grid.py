@@ -197,6 +197,12 @@ class VoxelGrid:
         hi = [max(low, min(e, n)) for low, e, n in zip(lo, end, self.shape, strict=True)]
         return slice(lo[0], hi[0]), slice(lo[1], hi[1]), slice(lo[2], hi[2])
 
+    def part(self, box: Box) -> tuple[Index, VoxelGrid]:
+        """Return the begin index and the grid of the voxels that touch ``box``, clipped as `slices` are."""
+        z, y, x = self.slices(box)
+        begin = (z.start, y.start, x.start)
+        return begin, self.crop(begin, (z.stop - z.start, y.stop - y.start, x.stop - x.start))
+
     def blocks(self, block_shape: Sequence[int]) -> Iterator[tuple[Index, VoxelGrid]]:
         """Yield (begin index, grid) of the blocks of this grid in z-y-x order; border blocks are smaller."""
         step = [max(1, int(b)) for b in block_shape]

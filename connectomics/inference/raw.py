@@ -81,9 +81,8 @@ class Mask:
         self.touches = lru_cache(_REMEMBERED_WINDOWS)(self._touches)
 
     def _touches(self, window: VoxelGrid) -> bool:
-        part = self._source.levels[self._level].grid.slices(window.box)
-        begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
-        if min(shape) <= 0:
+        begin, part = self._source.levels[self._level].grid.part(window.box)
+        if not part.size:
             return False
-        values, _ = self._source.read_level(self._level, begin, shape, absent_is_missing=False)
+        values, _ = self._source.read_level(self._level, begin, part.shape, absent_is_missing=False)
         return bool((values > 0).any())

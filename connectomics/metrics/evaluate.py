@@ -25,12 +25,7 @@ _LEVEL = 0.95  # share of the draws inside an interval
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
 def bootstrap_interval(
-    items: Sequence[T],
-    statistic: Callable[[T], float],
-    *,
-    samples: int = 1000,
-    level: float = _LEVEL,
-    seed: int = 0,
+    items: Sequence[T], statistic: Callable[[T], float], *, samples: int = 1000, level: float = _LEVEL, seed: int = 0
 ) -> tuple[float, float]:
     """Return a percentile bootstrap interval, over crops, of a pooled measure.
 
@@ -269,10 +264,7 @@ def _class_score(group: Sequence[LabelEvaluation], rules: Rules, samples: int) -
 
 
 def totals(
-    labels: Sequence[LabelEvaluation],
-    *,
-    samples: int = 1000,
-    rules: str | Rules = DEFAULT_RULES,
+    labels: Sequence[LabelEvaluation], *, samples: int = 1000, rules: str | Rules = DEFAULT_RULES
 ) -> dict[str, float | None]:
     """Return the challenge's three totals over annotated crops.
 

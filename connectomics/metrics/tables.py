@@ -1,4 +1,4 @@
-"""Write scores: ``scores.json``, CSV per class, crop and instance, and tables for the terminal. Writes are atomic."""
+"""Write scores: ``scores.json``, CSV per class, crop and instance. Writes are atomic."""
 
 from __future__ import annotations
 
@@ -13,11 +13,8 @@ from typing import TYPE_CHECKING, Any
 from connectomics.io.location import local_path
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.io.write import write_file
-from connectomics.metrics.challenge.rules import trust
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from connectomics.metrics.challenge.results import SubmissionScore
 
 
@@ -133,40 +130,3 @@ def instance_rows(score: SubmissionScore) -> list[dict[str, Any]]:
             names = {"crop": result.crop, "class": result.class_name}
             rows += [{**names, **row} for row in result.score.instances.rows()]
     return rows
-
-
-# -- the terminal ------------------------------------------------------------------------------------------------------
-def score_table(score: SubmissionScore) -> Table:
-    """Return a rich table of a submission's score: one line per class, then both totals."""
-    from rich.table import Table
-
-    table = Table(title=f"Challenge score, rules {score.rules}, {trust(score.verified)}")
-    table.add_column("class", no_wrap=True)
-    for heading in ("score", "submitted only", "F1 or IoU", "distance", "PQ", "missing"):
-        table.add_column(heading, justify="right")
-    for row in class_rows(score):
-        ratio = row["f1"] if row["kind"] == "instance" else row["iou"]
-        numbers = (row["score"], row["score_submitted_only"], ratio, row["normalized_hausdorff_distance"])
-        missing = f"{row['missing']}/{row['crops']}" if row["missing"] else ""
-        table.add_row(row["class"], *map(_number, numbers), _number(row["panoptic_quality"]), missing)
-    table.add_section()
-    for name, whole, part in (
-        ("instance", score.totals.instance, score.submitted_only.instance),
-        ("semantic", score.totals.semantic, score.submitted_only.semantic),
-        ("overall", score.totals.overall, score.submitted_only.overall),
-    ):
-        table.add_row(name, _number(whole), _number(part), style="bold" if name == "overall" else None)
-    return table
-
-
-def print_table(table: Table) -> None:
-    """Print a table at the terminal's width."""
-    from rich.console import Console
-
-    Console().print(table)
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

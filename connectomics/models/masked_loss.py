@@ -99,10 +99,7 @@ class MaskedLoss(nn.Module):
     class_weights: Tensor | None
 
     def __init__(
-        self,
-        losses: Mapping[str, ClassLoss],
-        weights: Mapping[str, float],
-        voxel_size: Triple = (1.0, 1.0, 1.0),
+        self, losses: Mapping[str, ClassLoss], weights: Mapping[str, float], voxel_size: Triple = (1.0, 1.0, 1.0)
     ) -> None:
         """``voxel_size``: of the full size, nm, z y x."""
         super().__init__()

@@ -30,7 +30,7 @@ def write_study_page(
     """Write a self-contained page and return its path; raise `WriteError` if it cannot be written.
 
     Args:
-        arms, rows: the tables of `connectomics.pipeline.study_table`. scores: those of the tables; the first decides.
+        arms, rows: the tables of `connectomics.pipeline.study`. scores: those of the tables; the first decides.
         curves: metrics of each row. changes: what each arm changes in the base.
         outdated: number of row folders that belong to no row of the study.
     """

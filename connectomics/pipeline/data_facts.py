@@ -20,7 +20,6 @@ from connectomics.data.contents import said_counts
 from connectomics.geometry import Triple, VoxelGrid, triple
 from connectomics.progress import Progress, silent
 
-_SLAB = 2**24  # label voxels read at once
 _MOST_CROPS = 12  # most crops whose thickness is measured per class, spread over the data sets
 
 
@@ -142,12 +141,9 @@ def _measure(label: LabelArray) -> tuple[NDArray[np.float64], NDArray[np.float64
     A run is a line of present voxels of one instance. Touches are runs that begin where another instance ends.
     """
     size = np.asarray(label.grid.voxel_size)
-    _, height, width = label.grid.shape
     volumes, lengths, runs, touches = np.zeros(2), np.zeros(3), np.zeros(3, np.int64), 0
     before: NDArray[Any] | None = None  # the last plane of the block above, where runs along z may start
-    for begin, block in label.grid.blocks((max(1, _SLAB // max(1, height * width)), height, width)):
-        stored = label.read_stored(begin, block.shape)
-        inside, known = label.annotation.decode(stored)
+    for _, _, stored, inside, known in label.blocks():
         ids = np.where(inside, stored, 0) if label.annotation.kind == "instance" else inside
         count = np.array([np.count_nonzero(inside), np.count_nonzero(known)])
         volumes += count * (float(size.prod()) / 1e9)

@@ -66,8 +66,8 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     """
     from connectomics.cellmap.crop_table import CropTable
     from connectomics.pages import OtherRun
-    from connectomics.pages.report.score_sections import evaluation_section
     from connectomics.pages.report.scores import Scores as ScoresFile
+    from connectomics.pages.report.scores import evaluation_section
     from connectomics.pipeline.results import ArrayFolder
     from connectomics.pipeline.runs import open_run
 

@@ -23,13 +23,7 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.config.values import plain, read
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
-from connectomics.decoding.prediction import (
-    StoredAffinities,
-    StoredHead,
-    open_boundary,
-    open_prediction,
-    read_on,
-)
+from connectomics.decoding.prediction import StoredAffinities, StoredHead, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import as_bytes, read_block
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.artifacts import identity

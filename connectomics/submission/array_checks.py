@@ -216,7 +216,9 @@ def check_content(
     elif array.dtype.kind == "f":
         what = f"fractions (up to {found.high:.6g}) in {array.dtype}, such as probabilities"
         yield error("dtype", path, what, "labels", "every voxel above 0 counts as present; decode and export it")
-    largest = None if truth is None else _largest(*truth)
+    largest = None
+    if truth is not None:
+        largest = max((float(slab.max()) for slab in slabs(*truth) if slab is not None and slab.size), default=0.0)
     if is_instance and found.components is not None:
         yield from _check_instances(array, found, found.components, class_name, largest)
     if found.foreground == 0 and largest is None:
@@ -251,7 +253,3 @@ def _check_instances(
         needed = next(n for n in range(assumed, components + 2) if components <= instance_limit(n))
         advice = f"the crop is dropped unless the ground truth holds at least {needed}; remove small objects"
         yield warning("too-many-instances", path, what, f"at most {limit} if there are {assumed}", advice)
-
-
-def _largest(archive: Archive, truth: ZarrArray) -> float:
-    return max((float(slab.max()) for slab in slabs(archive, truth) if slab is not None and slab.size), default=0.0)

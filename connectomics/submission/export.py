@@ -76,9 +76,7 @@ class ExportResult:
     def summary(self) -> str:
         """The result in a few lines, for the terminal."""
         before = f" ({self.resumed} arrays were there from an interrupted run)" if self.resumed else ""
-        lines = [
-            f"{self.path}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}",
-        ]
+        lines = [f"{self.path}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}"]
         if self.kept is not None:
             lines.append(f"{self.kept} is the earlier submission still, since this one has errors")
         if not self.is_zip:

@@ -114,47 +114,37 @@ def _slices(begin: Index, grid: VoxelGrid) -> tuple[slice, ...]:
     return tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
 
 
-def _region(source: Source, grid: VoxelGrid) -> tuple[Index, VoxelGrid] | None:
-    """The part of the source that decides the values on ``grid``, one voxel more on each side; None where there is
-    none."""
+def _read(source: Source, grid: VoxelGrid) -> tuple[NDArray[Any], VoxelGrid]:
+    """The part of the source that decides the values on ``grid``, one voxel more on each side, and where it lies; empty
+    if there is none."""
     box = grid.box
     if not source.grid.same_lattice(grid):
         box = box.grow(source.grid.voxel_size)
-    slices = source.grid.slices(box)
-    begin = (slices[0].start, slices[1].start, slices[2].start)
-    shape = [s.stop - s.start for s in slices]
-    return None if min(shape) == 0 else (begin, source.grid.crop(begin, shape))
+    begin, part = source.grid.part(box)
+    return source.read(begin, part.shape) if part.size else np.zeros(part.shape, np.uint8), part
 
 
 def _mask_of_probability(source: Source, grid: VoxelGrid, threshold: float) -> NDArray[np.uint8]:
-    region = _region(source, grid)
-    if region is None:
-        return np.zeros(grid.shape, np.uint8)
-    block = source.read(region[0], region[1].shape)
+    block, part = _read(source, grid)
     # A threshold that was itself a stored value (128/255 of 255) must not fall below it.
     cut = math.floor(threshold + 1e-9) if block.dtype == np.uint8 else largest_below(block.dtype, threshold)
     noisy = threshold + _NOISE * source.scale / 255.0
     # Interpolation and averages never leave the range of the values: most blocks need neither.
-    if float(block.max()) <= cut:
+    if float(block.max(initial=0)) <= cut:
         return np.zeros(grid.shape, np.uint8)
-    if region[1].same_lattice(grid) and region[1].shape == grid.shape:
+    if part.same_lattice(grid) and part.shape == grid.shape:
         return (block > cut).view(np.uint8)
-    if float(block.min()) > noisy:
-        mask = np.ones(grid.shape, np.bool_)
-    else:
-        mask = resample.linear(block, region[1], grid) > noisy
+    mask = np.ones(grid.shape, np.bool_) if float(block.min()) > noisy else resample.linear(block, part, grid) > noisy
     return _inside_only(mask, source, grid).view(np.uint8)
 
 
 def _mask_of_labels(source: Source, grid: VoxelGrid) -> NDArray[np.uint8]:
-    region = _region(source, grid)
-    if region is None:
-        return np.zeros(grid.shape, np.uint8)
-    mask: NDArray[np.bool_] = source.read(region[0], region[1].shape) > 0
+    block, part = _read(source, grid)
+    mask: NDArray[np.bool_] = block > 0
     if not mask.any():
         return np.zeros(grid.shape, np.uint8)
-    if not (region[1].same_lattice(grid) and region[1].shape == grid.shape):
-        mask = _inside_only(resample.area_fraction(mask, region[1], grid) >= _HALF, source, grid)
+    if not (part.same_lattice(grid) and part.shape == grid.shape):
+        mask = _inside_only(resample.area_fraction(mask, part, grid) >= _HALF, source, grid)
     return mask.view(np.uint8)
 
 
@@ -167,10 +157,7 @@ def _inside_only(mask: NDArray[np.bool_], source: Source, grid: VoxelGrid) -> ND
 
 
 def _ids(source: Source, grid: VoxelGrid, numbers: NDArray[Any] | None, limit: int) -> NDArray[Any]:
-    region = _region(source, grid)
-    if region is None:
-        return np.zeros(grid.shape, np.uint8)
-    block = source.read(region[0], region[1].shape)
+    block, part = _read(source, grid)
     if block.dtype == np.bool_:
         block = block.view(np.uint8)
     if numbers is not None:
@@ -182,7 +169,7 @@ def _ids(source: Source, grid: VoxelGrid, numbers: NDArray[Any] | None, limit: i
             f"{source.location} holds the id {int(block.min()) if int(block.min()) < 0 else int(block.max())}, "
             f"expected 0 to {limit}; decode it again"
         )
-    return resample.nearest(block, region[1], grid)
+    return resample.nearest(block, part, grid)
 
 
 def _components(job: Job) -> NDArray[Any]:

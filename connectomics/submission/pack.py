@@ -37,11 +37,7 @@ class PlainArrayWriter:
         self.chunks = tuple(max(1, min(c, n)) for c, n in zip(CHUNK, grid.shape, strict=True))
         write_json(
             folder / ".zattrs",
-            {
-                "voxel_size": list(grid.voxel_size),
-                "translation": list(grid.translation),
-                "connectomics": dict(about),
-            },
+            {"voxel_size": list(grid.voxel_size), "translation": list(grid.translation), "connectomics": dict(about)},
         )
         write_json(
             folder / ".zarray",

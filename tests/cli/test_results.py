@@ -19,8 +19,7 @@ from connectomics.cli import main, terminal
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import create_multiscale, ensure_group
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, ZarrArray
-from connectomics.pages.report.score_sections import evaluation_section
-from connectomics.pages.report.scores import Scores
+from connectomics.pages.report.scores import Scores, evaluation_section
 
 CLASSES = ("mito", "ld", "er")
 CHOSEN = [word for name in CLASSES for word in ("--class", name)]

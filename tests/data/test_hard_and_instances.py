@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from connectomics.cellmap import catalog
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.data import foreground
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
@@ -54,7 +55,7 @@ class TestObjects:
 
     def test_positions_do_not_depend_on_the_blocks(self, crop: Crop, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = object_points(crop, "mito", seed=1)
-        monkeypatch.setattr(foreground, "_READ", 20 * 20 * 3)
+        monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 20 * 20 * 3)
         parts = object_points(crop, "mito", seed=1)
         np.testing.assert_array_equal(parts.starts, whole.starts)
         np.testing.assert_array_equal(parts.points, whole.points)

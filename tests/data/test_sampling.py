@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from connectomics.cellmap import catalog
 from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.data import foreground
 from connectomics.data.contents import Content
@@ -395,7 +396,7 @@ def test_points_are_uniform_over_voxels_however_they_are_read(tmp_path: Path, mo
     monkeypatch.setattr(foreground, "_POINTS", 1000)
     whole = foreground_points(crop, "mito", seed=0)
     assert len(np.unique(whole, axis=0)) == 1000
-    monkeypatch.setattr(foreground, "_READ", 16 * 16 * 2)
+    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 16 * 16 * 2)
     monkeypatch.setattr(foreground, "_PIECE", 100)
     assert np.array_equal(foreground_points(crop, "mito", seed=0), whole)
     sparse = float(np.mean(whole[:, 0] > 32 * 4.0))

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from connectomics.cli.score_verbs import print_score
 from connectomics.errors import (
     ConnectomicsError,
     IncompleteError,
@@ -319,7 +320,7 @@ def test_tables_are_written_whole(truth: Path, submission: Path, tmp_path: Path)
 
 def test_the_terminal_shows_both_totals(truth: Path, submission: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(submission / "crop1/er")
-    tables.print_table(tables.score_table(score_submission(submission, truth, rules="2026-07")))
+    print_score(score_submission(submission, truth, rules="2026-07"))
     shown = capsys.readouterr().out
     for text in ("2026-07", "not verified", "overall", "mito", "1/1"):
         assert text in shown

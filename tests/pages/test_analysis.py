@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import create_multiscale
-from connectomics.pages.report import calibration, confusion
-from connectomics.pages.report.calibration import Reliability
-from connectomics.pages.report.confusion import Confusion
 from connectomics.pages.report.volumes import Item
+from connectomics.pages.report.voxel_counts import Confusion, Reliability, calibration_section, confusion_section
 
 from .test_volumes import Fixed
 
@@ -81,12 +79,12 @@ def test_the_table_says_shares_and_hides_empty_classes() -> None:
     table = Confusion.none(["a<b", "b", "golgi"])
     truth = rows([1, 1, 1, 1, 0], [0, 0, 0, 0, 1], [0] * 5)
     table.add(truth, np.ones_like(truth), rows([1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0] * 5))
-    body = confusion.section(table, [], 1.0)
+    body = confusion_section(table, [], 1.0)
     assert "a&lt;b" in body
     assert "golgi" not in body
     assert '<data value="0.75">75 %</data>' in body
     assert '<data value="0.25">25 %</data>' in body
-    assert "No confusion table" in confusion.section(Confusion.none([]), [], 1.0)
+    assert "No confusion table" in confusion_section(Confusion.none([]), [], 1.0)
 
 
 # -- calibration -------------------------------------------------------------------------------------------------------
@@ -142,8 +140,8 @@ def test_the_section_draws_a_line_a_class_and_the_ideal() -> None:
     rng = np.random.default_rng(0)
     values = rng.integers(0, 256, 20000, dtype=np.uint8)
     r.add(values, rng.random(20000) < values / 255, np.ones(20000, bool))
-    body = calibration.section({"er": r, "nothing": Reliability()}, 1.0)
+    body = calibration_section({"er": r, "nothing": Reliability()}, 1.0)
     assert body.count('<polyline class="line') == 1
     assert '<line class="ideal"' in body
     assert r.error() < 0.03
-    assert "No calibration" in calibration.section({}, 1.0)
+    assert "No calibration" in calibration_section({}, 1.0)

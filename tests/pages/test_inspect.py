@@ -22,11 +22,20 @@ from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.patches import centered
 from connectomics.errors import InputError, WriteError
+from connectomics.machine import usable_cores
 from connectomics.pages.inspect.data import Inspection, as_text, equal, inspect_data
-from connectomics.pages.inspect.loader_speed import LoaderSpeed, memory_of, take
-from connectomics.pages.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
+from connectomics.pages.inspect.numbers import (
+    LabelNumbers,
+    LoaderSpeed,
+    RawShare,
+    ValueRange,
+    by_class,
+    image_warnings,
+    label_warnings,
+    memory_of,
+    take,
+)
 from connectomics.pages.inspect.page import write_page
-from connectomics.pages.inspect.raw_presence import RawShare
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 from .test_report import CHROMIUM, Reader, browse, needs_browser
@@ -100,7 +109,7 @@ def test_what_is_shown_is_what_the_loader_gives_bit_for_bit(root: Path, found: I
     assert found.same
 
 
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="the loader takes no more workers than there are cores")
+@pytest.mark.skipif(usable_cores() < 2, reason="the loader takes no more workers than there are cores")
 def test_two_workers_give_the_same_patches_as_none(root: Path, found: Inspection) -> None:
     with_workers = inspect_data(configured(root, "data.num_workers=2", intensity=NOISE), batches=2)
     assert with_workers.same

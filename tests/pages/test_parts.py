@@ -13,7 +13,7 @@ import pytest
 
 from connectomics.errors import MetadataError
 from connectomics.pages import charts, page
-from connectomics.pages.report import run_folder, score_sections, scores, training
+from connectomics.pages.report import run_folder, scores, training
 from connectomics.pages.report.crops import choose, extremes, ranked
 from connectomics.pages.report.library import Wanted
 from connectomics.pages.report.scores import Scores
@@ -107,7 +107,7 @@ def test_scores_of_the_official_scorer_are_read_as_they_are(shared_reference: Pa
         table = Scores.load(path)
         assert table.overall == content["overall_score"]
         assert len(table.results) == content["num_evals_done"]
-        body = score_sections.section(table, None, {})
+        body = scores.section(table, None, {})
         for entry in content["label_scores"].values():
             assert repr(float(entry.get("combined_score", entry.get("iou")))) in body
 
@@ -138,7 +138,7 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     classes = {"mito": {"dice": 0.8, "iou": 0.67, "crops": 2, "dice_interval": [0.7, 0.9]}, "er": {"dice": None}}
     rows = [{"dataset": "d", "crop": f"crop{k}", "class": "mito", "dice": k / 10} for k in (9, 3)]
     path.write_text(json.dumps({"classes": classes, "crops": rows}))
-    body = score_sections.evaluation_section(path)
+    body = scores.evaluation_section(path)
     assert body.index("crop3") < body.index("crop9")
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
     assert "bootstrap over crops" in body
@@ -150,14 +150,14 @@ def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) ->
     path = tmp_path / "evaluation.json"
     both = {"dice_interval": [0.8, 0.8], "score_interval": [0.7, 0.7]}
     path.write_text(json.dumps({"classes": {"mito": {"dice": 0.8, "crops": 1, **both}}, "crops": []}))
-    body = score_sections.evaluation_section(path)
+    body = scores.evaluation_section(path)
     assert " to <data" not in body
     assert "<u" not in body
 
 
 def test_intervals_are_explained_where_there_are_scores(made: Made) -> None:
     table = Scores.load(made.root / "scores/scores.json")
-    assert "1000 times" in score_sections.section(table, None, {}, "baseline")
+    assert "1000 times" in scores.section(table, None, {}, "baseline")
 
 
 def test_epochs_have_whole_ticks() -> None:

@@ -13,7 +13,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import Counts
-from connectomics.pages.report import pictures, slice_viewer
+from connectomics.pages.report import crops, slice_viewer
 from connectomics.pages.report.volumes import Findings, Item, Labels, examine, plain_labels, plane_grid, read_plane
 
 from .conftest import GRIDS, Made, balls
@@ -55,7 +55,7 @@ def test_a_slice_keeps_the_true_proportions_of_oblong_voxels(made: Made) -> None
     xz = read_plane(item, 1, 10, longest=512)
     assert xz.truth.shape == (12, 28)
     assert xz.extent == pytest.approx((12 * 20.96, 28 * 8.0))
-    row = pictures.draw_plane(item, xz, Findings(), itertools.count()).html
+    row = crops.draw_plane(item, xz, Findings(), itertools.count()).html
     assert f'viewBox="0 0 {28 * 8.0:g} {12 * 20.96:g}"' in row
     assert 'preserveAspectRatio="none"' in row
 
@@ -135,7 +135,7 @@ def test_splits_and_merges_are_wrong_objects_and_missed_ones_are_not() -> None:
     assert looked.matched == {1: 5, 2: 7}
     assert looked.partner == {5: 1, 6: 1, 7: 2}
     assert looked.counts == Counts(9, 1, 1, 2)
-    wrong = pictures.wrong_objects(read_plane(item, 0, 0, 64), looked)
+    wrong = crops.wrong_objects(read_plane(item, 0, 0, 64), looked)
     assert wrong.astype(int).tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
 
 
@@ -148,7 +148,7 @@ def test_what_is_not_annotated_is_neither_counted_nor_shown_as_an_error() -> Non
     )
     looked = examine(item)
     assert (looked.counts, looked.unknown) == (Counts(0, 1, 1, 0), 2)
-    layers = pictures.layers(item, read_plane(item, 0, 0, 64), looked)
+    layers = crops.layers(item, read_plane(item, 0, 0, 64), looked)
     assert layers["errors"][0, 1].tolist() == layers["errors"][0, 3].tolist()
     assert layers["truth"][0, 1].tolist() == layers["errors"][0, 1].tolist()
 
@@ -157,7 +157,7 @@ def test_raw_that_is_not_there_is_left_transparent(made: Made) -> None:
     item = item_of(made, "crop7")
     outside = item.grid.crop((0, 0, -40), (1, 30, 60))
     plane = read_plane(Item("d", "crop7", "mito", outside, truth=item.truth, raw=item.raw), 0, 0, 64)
-    gray = pictures.gray_layer(plane, (0.0, 255.0))
+    gray = crops.gray_layer(plane, (0.0, 255.0))
     assert gray.shape == (30, 60, 4)
     assert not gray[:, :2, 3].any()
     assert gray[:, 40:, 3].all()

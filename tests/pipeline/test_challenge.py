@@ -23,9 +23,15 @@ from connectomics.config import load_config
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.challenge_plan import forward_flops, gpu_of, plan_challenge, plan_cost
+from connectomics.pipeline.challenge_plan import (
+    forward_flops,
+    gpu_of,
+    plan_challenge,
+    plan_cost,
+    public_datasets,
+    run_book,
+)
 from connectomics.pipeline.plan import hours
-from connectomics.pipeline.run_book import public_datasets, run_book
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.s3_server import FolderServer
 

@@ -13,7 +13,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.demo_baseline import Interval, best_interval, intensity_histogram, write_labels
+from connectomics.pipeline.demo import Interval, best_interval, intensity_histogram, write_labels
 
 GRID = VoxelGrid((8, 8, 8), (804.0, 1604.0, 404.0), (70, 40, 33))
 

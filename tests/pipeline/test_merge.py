@@ -21,8 +21,7 @@ from connectomics.errors import InputError, MissingError, UnknownNameError, Writ
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.merge import merge
-from connectomics.pipeline.merge_choice import Candidate, ClassScore, choose, tuned_scores
+from connectomics.pipeline.merge import Candidate, ClassScore, choose, merge, tuned_scores
 from connectomics.tasks import run_task
 from tests.cellmap.roots import grid_of
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.cellmap import catalog
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.pipeline import data_facts as facts_module
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
 from connectomics.pipeline.trial_step import try_step
@@ -39,7 +39,7 @@ def balls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts_module, "_SLAB", 5 * 112**2)  # blocks of five planes change nothing
+    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 5 * 112**2)  # blocks of five planes change nothing
     (facts,) = data_facts(str(balls), ["nuc"]).classes
     assert facts.chord_nm == pytest.approx(2 / 3 * 400, rel=0.03)
     assert facts.share == pytest.approx(4 / 3 * np.pi * 200**3 / 448**3, rel=0.01)
@@ -47,7 +47,7 @@ def test_the_mean_chord_of_a_ball_is_two_thirds_of_its_diameter(balls: Path, mon
 
 def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight cubes of 8 voxels in a cube of 16: half of the faces are shared, however the volume is read."""
-    monkeypatch.setattr(facts_module, "_SLAB", 5 * 32**2)
+    monkeypatch.setattr(catalog, "_BLOCK_VOXELS", 5 * 32**2)
     grid = grid_of((32, 32, 32), 8.0)
     ids = np.zeros(grid.shape, np.uint16)
     ids[8:24, 8:24, 8:24] = 1 + np.kron(np.arange(8).reshape(2, 2, 2), np.ones((8, 8, 8))).astype(np.uint16)

@@ -20,9 +20,8 @@ from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.run_split import run_folds
 from connectomics.errors import ConfigError, InputError, MissingError, UnknownNameError
 from connectomics.geometry import VoxelGrid
-from connectomics.pipeline.study import StudyResult, study
+from connectomics.pipeline.study import StudyResult, arm_table, interval, study
 from connectomics.pipeline.study_file import BASE, changed, load_study
-from connectomics.pipeline.study_table import arm_table, interval
 from connectomics.tasks.lock import leading
 from tests.cellmap.roots import write_label, write_raw
 

@@ -95,12 +95,7 @@ def resolve_table(where: str, keep_in: Path | None = None) -> CropTable:
 
 
 def transfer(
-    missing: Missing,
-    root: Path,
-    options: StoreOptions,
-    *,
-    threads: int = 16,
-    progress: Moved = lambda *_: None,
+    missing: Missing, root: Path, options: StoreOptions, *, threads: int = 16, progress: Moved = lambda *_: None
 ) -> int:
     """Download the missing objects below ``root``; return the number of downloaded objects.
 
@@ -188,10 +183,7 @@ def _free(root: Path) -> int:
 
 
 def _results(
-    pool: ThreadPoolExecutor,
-    files: Iterable[tuple[int, RemoteFile]],
-    threads: int,
-    work: Callable[[RemoteFile], None],
+    pool: ThreadPoolExecutor, files: Iterable[tuple[int, RemoteFile]], threads: int, work: Callable[[RemoteFile], None]
 ) -> Iterator[tuple[int, RemoteFile, Exception | None]]:
     """Each file when its work ends, with its error. Few are submitted ahead, so an interrupt stops the work soon."""
     todo = iter(files)

@@ -6,13 +6,11 @@ names a transform that is in neither of the two.
 """
 
 from connectomics.data.augmentation.coordinate_map import CoordinateMap, Displacement
-from connectomics.data.augmentation.intensity_augmentor import BatchAugmentor, IntensityAugmentor
-from connectomics.data.augmentation.intensity_from_monai import recognize
+from connectomics.data.augmentation.intensity_augmentor import BatchAugmentor, IntensityAugmentor, recognize
 from connectomics.data.augmentation.intensity_kinds import KINDS
 from connectomics.data.augmentation.monai_transforms import Augmentor, GivenAugmentor, agree, build_augmentor
-from connectomics.data.augmentation.patch_augmentor import PatchAugmentor
+from connectomics.data.augmentation.patch_augmentor import PatchAugmentor, SpatialAugmentor
 from connectomics.data.augmentation.presets import augmentations_of
-from connectomics.data.augmentation.spatial_augmentor import SpatialAugmentor
 from connectomics.data.augmentation.warp import sample
 
 __all__ = [

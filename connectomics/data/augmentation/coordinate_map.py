@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from functools import cached_property
-from itertools import product
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.ndimage import map_coordinates
 
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, triple
@@ -41,17 +41,11 @@ class Displacement:
 
     def at(self, offsets: ArrayLike) -> Floats:
         """Return the displacement (..., 3) at offsets (..., 3), in float64."""
-        offsets = np.asarray(offsets, np.float64)
         count = np.array(self.vectors.shape[1:])
-        place = np.clip(offsets / np.array(self.spacing) + (count - 1) / 2, 0, count - 1)
-        below = np.minimum(np.floor(place).astype(np.intp), np.maximum(count - 2, 0))
-        share = place - below
-        found = np.zeros(offsets.shape, np.float64)
-        for corner in product((0, 1), repeat=3):
-            weight = np.prod(np.where(corner, share, 1 - share), axis=-1)
-            z, y, x = np.moveaxis(np.minimum(below + corner, count - 1), -1, 0)
-            found += weight[..., None] * np.moveaxis(self.vectors[:, z, y, x], 0, -1)
-        return found
+        place = np.moveaxis(np.asarray(offsets, np.float64) / np.array(self.spacing) + (count - 1) / 2, -1, 0)
+        # [..., None]: scipy takes no single position
+        found = [map_coordinates(v, place[..., None], np.float64, order=1, mode="nearest") for v in self.vectors]
+        return np.concatenate(found, axis=-1)
 
 
 @dataclass(frozen=True, eq=False)

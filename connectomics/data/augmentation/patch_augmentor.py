@@ -18,16 +18,119 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.label_codes import LabelCodes
 from connectomics.cellmap.labels import FRACTION_STEPS, LabelVolume, words_for
+from connectomics.config.values import read
 from connectomics.data.augmentation.argument_rules import several
-from connectomics.data.augmentation.intensity_from_monai import recognize
+from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
+from connectomics.data.augmentation.intensity_augmentor import recognize
 from connectomics.data.augmentation.monai_transforms import Augmentor, agree, build_augmentor
-from connectomics.data.augmentation.spatial_augmentor import SpatialAugmentor
+from connectomics.data.augmentation.spatial_transforms import TRANSFORMS, PatchFrame, SpatialTransform
+from connectomics.data.augmentation.tissue_transforms import TISSUE_TRANSFORMS, TissueTransform
 from connectomics.data.patches import PackedPatch
 from connectomics.errors import ConfigError
+from connectomics.geometry import Triple, triple
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class SpatialAugmentor:
+    """Random flips, rotations, affine, zoom and elastic transforms of a patch, drawn together."""
+
+    transforms: tuple[tuple[str, SpatialTransform], ...]  # by name, in order of application; at most one is elastic
+    frame: PatchFrame  # size and voxel size of the patch
+    extent: Triple  # size of the largest patch that a map is used for, voxels, z y x; elastic fields cover it
+
+    @classmethod
+    def split(
+        cls,
+        augmentations: Mapping[str, Any],
+        patch_size: Sequence[int],
+        extent: Sequence[float] | None = None,
+        voxel_size: Sequence[float] = (1.0, 1.0, 1.0),
+    ) -> tuple[SpatialAugmentor | None, dict[str, Any]]:
+        """Return the augmentor for the transforms of `TRANSFORMS`, and the other transforms in their order.
+
+        A transform of `TRANSFORMS` stays with the others if it asks for what one pass does not do (another size, an
+        image mode that is not linear, a second elastic field) or if a transform that moves labels comes before it.
+
+        Args:
+            augmentations: ``data.augmentations``: name of a MONAI transform -> arguments.
+            patch_size: voxels, z y x.
+            extent: size of the largest patch around the same center that uses the map (coarser inputs), in voxels of
+                this patch.
+            voxel_size: nm, z y x. Rotations and shears are in nm, and a quarter turn between axes of different voxel
+                size is refused.
+
+        Raises:
+            ConfigError: an argument is unknown or has a bad value, or a transform would move image or label alone.
+        """
+        frame = PatchFrame(
+            (int(patch_size[0]), int(patch_size[1]), int(patch_size[2])), triple(voxel_size, "voxel_size")
+        )
+        fused: list[tuple[str, SpatialTransform]] = []
+        remaining: dict[str, Any] = {}
+        before_labels = True
+        for name, values in augmentations.items():
+            if values is None:
+                continue
+            found = _read(str(name), values, frame)
+            fits = found is not None and before_labels and found.fits_one_pass(frame)
+            if found is not None and found.has_field and any(transform.has_field for _, transform in fused):
+                if str(name) in TISSUE_TRANSFORMS:
+                    raise ConfigError(f"data.augmentations.{name}: a patch has one elastic deformation; remove one")
+                fits = False
+            if found is not None and fits:
+                fused += [(str(name), transform) for transform in found.expanded()]
+                continue
+            remaining[str(name)] = values
+            before_labels = before_labels and not _moves_labels(values)
+        if not fused:
+            return None, remaining
+        z, y, x = np.maximum(frame.size, frame.size if extent is None else np.asarray(extent, np.float64)).tolist()
+        return cls(tuple(fused), frame, (float(z), float(y), float(x))), remaining
+
+    def draw(self, rng: np.random.Generator) -> CoordinateMap:
+        """Draw one map from MONAI's distributions. Its ``parameters`` say what was drawn."""
+        drawn = CoordinateMap.identity()
+        # an offset goes through the last transform first; an elastic field must cover what the later ones ask for
+        for name, transform in reversed(self.transforms):
+            found = transform.draw(rng, name, np.abs(drawn.bounds(self.extent)).max(0), self.frame)
+            drawn = drawn if found is None else found.then(drawn)
+        return drawn
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether a draw may be repeated if it leaves the crop: if it has a transform of the tissue."""
+        return any(isinstance(transform, TissueTransform) for _, transform in self.transforms)
+
+    def reach(self, shape: Sequence[float]) -> Floats:
+        """Return the largest source offset (3,) of any draw, voxels, for a patch of ``shape`` voxels."""
+        half = (np.asarray(shape, np.float64) - 1) / 2
+        for _, transform in reversed(self.transforms):
+            half = transform.reach(half, self.frame)
+        return half
+
+
+def _read(name: str, values: Any, frame: PatchFrame) -> SpatialTransform | None:
+    base, _, suffix = name.rpartition("_")
+    kind = {**TRANSFORMS, **TISSUE_TRANSFORMS}.get(base if base and suffix.isdigit() else name)
+    if kind is None:
+        return None
+    found = read(kind, values, f"data.augmentations.{name}", ConfigError)
+    try:
+        found.check(frame)
+    except ConfigError as error:
+        raise ConfigError(f"data.augmentations.{name}: {error}") from error
+    return found
+
+
+def _moves_labels(values: Any) -> bool:
+    """Return whether labels are among the keys of a transform; also true if the keys cannot be read."""
+    keys = several(values.get("keys") if isinstance(values, Mapping) else None)
+    return not all(isinstance(key, str) for key in keys) or bool({"label", "known"} & set(keys))
+
+
+# -- all of a patch's augmentation -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PatchAugmentor:
     """The augmentation of training patches in a loader worker."""

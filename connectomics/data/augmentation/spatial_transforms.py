@@ -16,14 +16,7 @@ from numpy.random import Generator
 from pydantic import BeforeValidator, Field
 
 from connectomics.config.values import STRICT_KEYS, checked, one_of
-from connectomics.data.augmentation.argument_rules import (
-    Number,
-    Probability,
-    Range,
-    is_sequence,
-    number_range,
-    several,
-)
+from connectomics.data.augmentation.argument_rules import Number, Probability, Range, is_sequence, number_range, several
 from connectomics.data.augmentation.coordinate_map import CoordinateMap, Floats
 from connectomics.data.augmentation.elastic_field import draw_field, largest_displacement
 from connectomics.errors import ConfigError

@@ -20,12 +20,7 @@ _WHOLE = 1e-6
 _TILE = 64
 
 
-def sample(
-    arrays: CropArrays,
-    center: ArrayLike,
-    map: CoordinateMap,
-    shape: Index,
-) -> Patch:
+def sample(arrays: CropArrays, center: ArrayLike, map: CoordinateMap, shape: Index) -> Patch:
     """Return image float32 (D, H, W) in [0, 1] and codes (D, H, W) in the dtype of ``arrays.codes``.
 
     Raw is interpolated trilinearly over those of the eight neighbors that hold raw; the code is that of the nearest

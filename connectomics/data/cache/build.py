@@ -40,23 +40,23 @@ def build(volume: CropVolume, folder: Path) -> None:
 
 def _build_raw(volume: CropVolume, folder: Path) -> None:
     grid = volume.cached_raw_grid
-    raw = RowsFile(folder / "raw.npy", np.dtype(np.uint8), grid.shape)
-    inside: RowsFile | None = None
+    raw, inside = folder / "raw.npy", folder / "inside.npy"
+    new_array(raw, np.dtype(np.uint8), grid.shape)
     for begin, row in _rows(grid):
         values, mask = np.empty(row.shape, np.uint8), np.empty(row.shape, bool)
         for (_, _, x), block in row.blocks(_BLOCK):
             at = (..., slice(x, x + block.shape[2]))
             values[at], mask[at] = volume.decode_raw(block)
-        raw.write(begin, values)
-        if inside is None and not mask.all():  # the first hole: all earlier rows are complete
-            inside = RowsFile(folder / "inside.npy", np.dtype(bool), grid.shape)
+        write_rows(raw, begin, values)
+        if not inside.exists() and not mask.all():  # the first hole: all earlier rows are complete
+            new_array(inside, np.dtype(bool), grid.shape)
             for earlier, whole in _rows(grid):
                 if earlier < begin:
-                    inside.write(earlier, np.ones(whole.shape, bool))
-        if inside is not None:
-            inside.write(begin, mask)
-    if inside is None:
-        np.save(folder / "inside.npy", np.ones((1, 1, 1), bool))
+                    write_rows(inside, earlier, np.ones(whole.shape, bool))
+        if inside.exists():
+            write_rows(inside, begin, mask)
+    if not inside.exists():
+        np.save(inside, np.ones((1, 1, 1), bool))
 
 
 def _build_labels(
@@ -69,7 +69,8 @@ def _build_labels(
     seeds = np.array([_seed(volume.crop.key, name) for name in classes], np.uint64)
     priorities, places = np.zeros((len(classes), POINTS), np.uint64), np.zeros((len(classes), POINTS), np.int64)
     used = np.zeros(len(classes), np.int64)
-    file = RowsFile(path, code_dtype(1), grid.shape if classes else (0, 0, 0))
+    dtype = code_dtype(1)
+    new_array(path, dtype, grid.shape if classes else (0, 0, 0))
     for begin, row in _rows(grid) if classes else ():
         values = np.empty(row.shape, np.uint32)
         for (_, _, x), block in row.blocks(_BLOCK):
@@ -83,11 +84,12 @@ def _build_labels(
                 codes, (*begin, x), grid.shape[1], grid.shape[2],
                 starts, members, seeds, priorities, places, used, histogram,
             )  # fmt: skip
-        if code_dtype(len(table)) != file.dtype:
-            file = file.widened(code_dtype(len(table)))
-        file.write(begin, values.astype(file.dtype))
+        if code_dtype(len(table)) != dtype:
+            dtype = code_dtype(len(table))
+            widen(path, dtype)
+        write_rows(path, begin, values)
     if classes and len(table) == 1:
-        RowsFile(path, code_dtype(1), (0, 0, 0))  # nothing is known, as everywhere beyond the codes
+        new_array(path, dtype, (0, 0, 0))  # nothing is known, as everywhere beyond the codes
     present, known = table.states.tables()
     counts, points = {}, {}
     for number, name in enumerate(classes):
@@ -100,43 +102,28 @@ def _build_labels(
     return table.states, counts, points
 
 
-class RowsFile:
-    """An ``.npy`` file of three axes that is written in bars of blocks. Its space is allocated first, so that a full
-    disk is an error before the work."""
+def new_array(path: Path, dtype: np.dtype[np.generic], shape: Index) -> None:
+    """Make an ``.npy`` file. Its space is allocated first, so that a full disk is an error before the work."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
-    def __init__(self, path: Path, dtype: np.dtype[np.generic], shape: Index) -> None:
-        self.path, self.dtype, self.shape = path, dtype, shape
-        with path.open("wb") as file:
-            header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.flush()
-            self._offset = file.tell()
-            size = int(np.prod(shape)) * dtype.itemsize
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), self._offset, size)
-            else:
-                file.truncate(self._offset + size)
 
-    def write(self, begin: tuple[int, int], values: NDArray[np.generic]) -> None:
-        """Store ``values`` (d, h, W), which span the last axis, at planes and lines from ``begin``."""
-        _, lines, width = self.shape
-        with self.path.open("r+b") as file:
-            for z, plane in enumerate(values):
-                place = ((begin[0] + z) * lines + begin[1]) * width * self.dtype.itemsize
-                file.seek(self._offset + place)
-                np.ascontiguousarray(plane).tofile(file)
+def write_rows(path: Path, begin: tuple[int, int], values: NDArray[np.generic]) -> None:
+    """Store ``values`` (d, h, W), which span the last axis, in an ``.npy`` file at planes and lines from ``begin``."""
+    at = tuple(slice(b, b + n) for b, n in zip(begin, values.shape, strict=False))
+    np.lib.format.open_memmap(path, "r+")[at] = values
 
-    def widened(self, dtype: np.dtype[np.generic]) -> RowsFile:
-        """Replace this file by one with the same values in another type; return that."""
-        narrow = self.path.rename(self.path.with_suffix(".narrow"))
-        wide = RowsFile(self.path, dtype, self.shape)
-        with narrow.open("rb") as file:
-            file.seek(self._offset)
-            for z in range(self.shape[0]):
-                plane = np.fromfile(file, self.dtype, self.shape[1] * self.shape[2])
-                wide.write((z, 0), plane.reshape(1, *self.shape[1:]).astype(dtype))
-        narrow.unlink()
-        return wide
+
+def widen(path: Path, dtype: np.dtype[np.generic]) -> None:
+    """Replace an ``.npy`` file by one with the same values in another type."""
+    narrow = path.rename(path.with_suffix(".narrow"))
+    planes = np.load(narrow, mmap_mode="r")
+    new_array(path, dtype, planes.shape)
+    for z, plane in enumerate(planes):
+        write_rows(path, (z, 0), plane[None])
+    narrow.unlink()
 
 
 def settle(path: Path) -> None:

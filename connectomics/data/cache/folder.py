@@ -21,15 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from connectomics.data.cache.entry import (
-    ARRAYS,
-    DESCRIPTION,
-    USED,
-    CachedCrop,
-    cache_key,
-    is_name,
-    open_entry,
-)
+from connectomics.data.cache.entry import ARRAYS, DESCRIPTION, USED, CachedCrop, cache_key, is_name, open_entry
 from connectomics.data.cache.locks import Lease, lease_of_process, leased, locked
 from connectomics.errors import ConnectomicsError, WriteError
 from connectomics.io.location import local_path

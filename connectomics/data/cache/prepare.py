@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
+
 from connectomics.cellmap.labels import words_for
 from connectomics.data.cache.entry import POINTS, cache_key, open_entry
 from connectomics.data.cache.folder import CropCache
@@ -49,11 +51,7 @@ class _Wanted:
 
 
 def prepare(
-    volumes: Sequence[CropVolume],
-    budget: int | None = None,
-    *,
-    processes: int = 1,
-    progress: Progress | None = None,
+    volumes: Sequence[CropVolume], budget: int | None = None, *, processes: int = 1, progress: Progress | None = None
 ) -> None:
     """Decode every volume that has a cache (`CropVolume.cache`) into it, unless that was done, and check all entries.
     Processes that prepare the same volumes at once divide the work.
@@ -149,7 +147,7 @@ def _make_sure_of_space(cache: CropCache, missing: list[_Wanted], chosen: list[_
     in_memory = SHARED_MEMORY.is_dir() and cache.folder.resolve().is_relative_to(SHARED_MEMORY)
     free = shutil.disk_usage(cache.folder).free
     if in_memory:
-        free = min([free, *_available_memory()])
+        free = min(free, psutil.virtual_memory().available)
     own = {entry.name for entry in chosen}
     idle = [e for e in cache.entries() if e.name not in own and not e.processes] if budget is not None else []
     if needed > free + sum(entry.size for entry in idle):
@@ -165,11 +163,6 @@ def _make_sure_of_space(cache: CropCache, missing: list[_Wanted], chosen: list[_
                 "crop cache %s: removed %d entries (%s) that were not used lately, for data.cache_gb=%.6g",
                 cache.folder, len(removed), _gb(sum(e.size for e in removed)), budget / _GB,
             )  # fmt: skip
-
-
-def _available_memory() -> list[int]:
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
 
 
 def _build(cache: CropCache, missing: Sequence[_Wanted], processes: int, advance: Callable[[int, str], None]) -> None:

@@ -40,14 +40,7 @@ from connectomics.io import store
 from connectomics.io.artifacts import Difference, about, publish
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
-from connectomics.io.write import (
-    ArrayWriter,
-    create_array,
-    ensure_group,
-    multiscales_attrs,
-    update_attrs,
-    write_file,
-)
+from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs, write_file
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
 from connectomics.tasks.blocks import Lattice, sync
 

@@ -109,7 +109,7 @@ def fragments(
         cores: labels (0 none) of ``part.grown()``, each a seed; instead of ``radius``, and without a floor.
         floor: edges between voxels that are no higher join anything, also seeds.
     """
-    from connectomics.decoding.watershed import basin_kernels, forest_kernels
+    from connectomics.decoding.watershed import forest_kernels as kernels
 
     shape = np.asarray(height.shape, np.int64)
     start, size = part.grown()
@@ -123,8 +123,8 @@ def fragments(
     root = np.zeros(flat.size, np.int32 if flat.size < 1 << 31 else np.int64)
     if cores is not None:
         _plant(cores, root.reshape(height.shape), flat)
-    basin_kernels.descend(flat, shape, offsets, cut, root, OUTSIDE)
-    lowest = basin_kernels.number_basins(root, shape, low, high)
+    kernels.descend(flat, shape, offsets, cut, root, OUTSIDE)
+    lowest = kernels.number_basins(root, shape, low, high)
     n = len(lowest)
     seeded, core = np.zeros(n + 1, np.bool_), np.zeros(n + 1, np.int64)
     if cores is not None:
@@ -134,22 +134,22 @@ def fragments(
     elif radius is not None:
         inside = np.flatnonzero(_within(lowest, shape, low, high))
         found = np.zeros(len(inside), np.bool_)
-        basin_kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
+        kernels.peaks(flat, shape, steps, np.asarray(radius, np.int64), lowest[inside], OUTSIDE, found)
         seeded[1 + inside[found]] = True
     out_worse, out_better = np.zeros(n + 1, np.int64), np.zeros(n + 1, np.int64)
-    ones, twos, worse, better = basin_kernels.basin_edges(
+    ones, twos, worse, better = kernels.basin_edges(
         flat, root, shape, offsets, low, high, OUTSIDE, out_worse, out_better
     )
     order = np.lexsort((better, flat[better], worse, flat[worse]))
     parent, kept = np.empty(n + 1, np.int64), np.zeros(len(ones), np.bool_)
-    forest_kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
+    kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
     trees = np.flatnonzero(parent[1:] == np.arange(1, n + 1)) + 1
     number_trees(parent)  # 0 stays 0; trees 1..k in the order of their first voxels
     number = parent
     held, basins = np.zeros(len(trees) + 1, np.int64), np.flatnonzero(core)
     held[number[basins]] = core[basins]  # one at most: without a floor no edge joins two seeds
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    forest_kernels.rename(root, number)
+    kernels.rename(root, number)
     labels = root.reshape(height.shape)[box]
     labels = labels.view(np.uint32) if root.dtype == np.int32 else labels.astype(np.uint32)
     worse, better = worse[kept], better[kept]

@@ -1,4 +1,10 @@
-"""Numba kernels that join basins and fragments to a seeded forest; see `connectomics.decoding.watershed.forest`."""
+"""Numba kernels that find the basins of a region, their seeds and the edges between them, and join them to a seeded
+forest; `connectomics.decoding.watershed.forest` says what they compute.
+
+A region's heights lie in one array with a rim of one voxel on every side, ``outside`` where a voxel belongs to nothing;
+voxels are named by their index in it (flat). That order is the z-y-x order of the volume, so comparing two indices
+compares the voxels' numbers there.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +13,228 @@ import numpy as np
 
 from connectomics.decoding.blocks import pair_table
 from connectomics.decoding.blocks.component_kernels import Array, Flags, Ints, Ints32, Labels, root_of
-from connectomics.decoding.watershed.basin_kernels import before
 
 
+@numba.njit(cache=True, nogil=True)
+def descend(height: Ints32, shape: Ints, offsets: Ints, cut: Flags, root: Array, outside: int) -> None:
+    """Where a drop of water ends that goes from voxel to lowest neighbor: ``root[v]`` for every voxel v.
+
+    Args:
+        height: (D * H * W,) of the region with its rim. shape: D, H, W.
+        offsets: from a voxel to its neighbors.
+        cut: low z, high z, low y, ...: whether the region goes on there; the outermost voxels then stay where they are,
+            since not all of their neighbors are known.
+        root: (D * H * W,) takes the result; 0 where ``outside``. A voxel of a core must come with the first voxel of
+            its core; all others with 0.
+    """
+    depth, rows, columns = shape
+    for z in range(1, depth - 1):
+        for y in range(1, rows - 1):
+            edge = (
+                (z == 1 and cut[0]) or (z == depth - 2 and cut[1]) or (y == 1 and cut[2]) or (y == rows - 2 and cut[3])
+            )
+            for x in range(1, columns - 1):
+                v = (z * rows + y) * columns + x
+                lowest = height[v]
+                if lowest == outside or root[v] != 0:
+                    continue
+                best = v
+                if not (edge or (x == 1 and cut[4]) or (x == columns - 2 and cut[5])):
+                    for offset in offsets:
+                        n = v + offset
+                        h = height[n]
+                        if h < lowest or (h == lowest and n < best):
+                            lowest, best = h, n
+                root[v] = best
+    for v in range(len(root)):
+        end = root[v]
+        if end == 0:
+            continue
+        while root[end] != end:
+            end = root[end]
+        at = v
+        while root[at] != end:
+            root[at], at = end, root[at]
+
+
+@numba.njit(cache=True, nogil=True)
+def number_basins(root: Array, shape: Ints, low: Ints, high: Ints) -> Ints:
+    """Turn roots, in place, into basins 1..n by their first voxel in the box from ``low`` to ``high`` (without).
+
+    0 for a basin that has no voxel there. Returns the lowest voxel of each basin (n,).
+    """
+    n = 0
+    _, rows, columns = shape
+    for z in range(low[0], high[0]):
+        for y in range(low[1], high[1]):
+            for x in range(low[2], high[2]):
+                at = root[(z * rows + y) * columns + x]
+                if at > 0 and root[at] > 0:
+                    n += 1
+                    root[at] = -n  # a root tells its number by its sign; all others still name their root
+    lowest = np.empty(n, np.int64)
+    for v in range(len(root)):
+        at = root[v]
+        if at < 0:
+            lowest[-at - 1] = v
+        elif at > 0:
+            root[v] = min(root[at], 0)
+    for v in range(len(root)):
+        root[v] = -root[v]
+    return lowest
+
+
+@numba.njit(cache=True, nogil=True)
+def peaks(height: Ints32, shape: Ints, steps: Ints, radius: Ints, candidates: Ints, outside: int, found: Flags) -> None:
+    """Which of some voxels are the lowest of what holds together with them in the box of ``radius`` around them.
+
+    Args:
+        steps: (k, 3) from a voxel to its neighbors, z y x. radius: voxels, z y x.
+        candidates: (n,) voxels; the volume ends where their boxes leave the region. found: (n,) takes the answer.
+    """
+    depth, rows, columns = shape
+    rz, ry, rx = radius
+    by, bx = 2 * ry + 1, 2 * rx + 1
+    size = (2 * rz + 1) * by * bx
+    seen = np.full(size, -1, np.int64)
+    queue = np.empty(size, np.int64)
+    for i in range(len(candidates)):
+        v = candidates[i]
+        z, y, x = v // (rows * columns), v // columns % rows, v % columns
+        own = height[v]
+        lower = False  # anywhere in the box? Most often that decides it
+        for nz in range(max(1, z - rz), min(depth - 1, z + rz + 1)):
+            for ny in range(max(1, y - ry), min(rows - 1, y + ry + 1)):
+                row = (nz * rows + ny) * columns
+                for n in range(row + max(1, x - rx), row + min(columns - 1, x + rx + 1)):
+                    if height[n] < own or (height[n] == own and n < v):
+                        lower = True
+                        break
+                if lower:
+                    break
+            if lower:
+                break
+        if not lower:
+            found[i] = True
+            continue
+        middle = (rz * by + ry) * bx + rx
+        seen[middle] = i
+        queue[0] = middle
+        first, last, reached = 0, 1, False
+        while first < last and not reached:
+            at = queue[first]
+            first += 1
+            dz, dy, dx = at // (by * bx), at // bx % by, at % bx
+            for k in range(len(steps)):
+                ez, ey, ex = dz + steps[k, 0], dy + steps[k, 1], dx + steps[k, 2]
+                if ez < 0 or ez > 2 * rz or ey < 0 or ey >= by or ex < 0 or ex >= bx:
+                    continue
+                nz, ny, nx = z + ez - rz, y + ey - ry, x + ex - rx
+                if nz < 1 or nz >= depth - 1 or ny < 1 or ny >= rows - 1 or nx < 1 or nx >= columns - 1:
+                    continue
+                n = (nz * rows + ny) * columns + nx
+                to = (ez * by + ey) * bx + ex
+                if height[n] == outside or seen[to] == i:
+                    continue
+                if height[n] < own or (height[n] == own and n < v):
+                    reached = True
+                    break
+                seen[to] = i
+                queue[last] = to
+                last += 1
+        found[i] = not reached
+
+
+@numba.njit(cache=True, nogil=True)
+def below(height: Ints32, a: int, b: int) -> bool:
+    """Whether voxel a comes before voxel b: it is lower, or as high and first."""
+    return height[a] < height[b] or (height[a] == height[b] and a < b)
+
+
+@numba.njit(cache=True, nogil=True)
+def before(height: Ints32, worse: int, better: int, worse2: int, better2: int) -> bool:
+    """Whether the edge between ``worse`` and ``better`` comes before the other one."""
+    if worse != worse2:
+        return below(height, worse, worse2)
+    return below(height, better, better2)
+
+
+@numba.njit(cache=True, nogil=True)
+def basin_edges(
+    height: Ints32,
+    label: Array,
+    shape: Ints,
+    offsets: Ints,
+    low: Ints,
+    high: Ints,
+    outside: int,
+    out_worse: Ints,
+    out_better: Ints,
+) -> tuple[Ints, Ints, Ints, Ints]:
+    """The first edge between every two basins that touch in the box from ``low`` to ``high`` (without).
+
+    Args:
+        out_worse, out_better: (n + 1,) zeros; take the first edge of every basin to a voxel beyond the box.
+
+    Returns:
+        The two basins, the worse and the better voxel of each edge (m,).
+    """
+    _, rows, columns = shape
+    keys = np.full(1 << 12, pair_table.EMPTY, np.uint64)
+    worse, better = np.empty(1 << 12, np.int64), np.empty(1 << 12, np.int64)
+    count = 0
+    near, lowest = np.empty(len(offsets), np.int64), np.empty(len(offsets), np.int64)
+    for z in range(low[0], high[0]):
+        for y in range(low[1], high[1]):
+            rim = z == low[0] or z == high[0] - 1 or y == low[1] or y == high[1] - 1
+            for x in range(low[2], high[2]):
+                v = (z * rows + y) * columns + x
+                own = label[v]
+                if own == 0:
+                    continue
+                border = rim or x == low[2] or x == high[2] - 1
+                number = 0
+                for offset in offsets:
+                    n = v + offset
+                    if border:
+                        nz, ny, nx = n // (rows * columns), n // columns % rows, n % columns
+                        if nz < low[0] or nz >= high[0] or ny < low[1] or ny >= high[1] or nx < low[2] or nx >= high[2]:
+                            if height[n] != outside:
+                                w, b = (v, n) if below(height, n, v) else (n, v)
+                                if out_worse[own] == 0 or before(height, w, b, out_worse[own], out_better[own]):
+                                    out_worse[own], out_better[own] = w, b
+                            continue
+                    other = label[n]
+                    if other == own or other == 0 or not below(height, n, v):
+                        continue
+                    for i in range(number):
+                        if near[i] == other:
+                            if below(height, n, lowest[i]):
+                                lowest[i] = n
+                            break
+                    else:
+                        near[number], lowest[number] = other, n
+                        number += 1
+                for i in range(number):
+                    key = pair_table.pair_key(np.int64(own), near[i])
+                    at = pair_table.slot_of(keys, key)
+                    if keys[at] == pair_table.EMPTY:
+                        keys[at], worse[at], better[at] = key, v, lowest[i]
+                        count += 1
+                    elif before(height, v, lowest[i], worse[at], better[at]):
+                        worse[at], better[at] = v, lowest[i]
+                if 2 * count > len(keys):
+                    kept = keys != pair_table.EMPTY
+                    larger = pair_table.enlarged(keys, kept)
+                    worse = pair_table.moved(worse, keys, kept, larger)
+                    better = pair_table.moved(better, keys, kept, larger)
+                    keys = larger
+    chosen = np.flatnonzero(keys != pair_table.EMPTY)
+    ones, twos = pair_table.nodes_of(keys[chosen])
+    return ones, twos, worse[chosen], better[chosen]
+
+
+# -- joining them ------------------------------------------------------------------------------------------------------
 @numba.njit(cache=True, nogil=True)
 def contract(
     height: Ints32,

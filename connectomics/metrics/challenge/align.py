@@ -108,7 +108,8 @@ class Aligned:
         centered = [0, 0, 0]
         visible = list(shape)
         if source.voxel_size is None:
-            centered = [_centered(own_n, n) for own_n, n in zip(shape, grid.shape, strict=True)]
+            pairs = zip(shape, grid.shape, strict=True)  # cropped or padded around the middle
+            centered = [(n - own_n) // 2 if own_n < n else -((own_n - n) // 2) for own_n, n in pairs]
             visible = list(grid.shape)
         offset = [0, 0, 0] if source.translation is None else _offset(source.translation, grid)
         self._first = [c + o for c, o in zip(centered, offset, strict=True)]
@@ -167,11 +168,6 @@ class Aligned:
             picked[(slice(None),) * axis + (index == 0,)] = 0
             image = picked
         return image
-
-
-def _centered(own: int, target: int) -> int:
-    """Return the position of the first voxel if an axis is cropped or padded around its middle."""
-    return (target - own) // 2 if own < target else -((own - target) // 2)
 
 
 def _offset(translation: Triple, grid: VoxelGrid) -> list[int]:

@@ -185,9 +185,15 @@ class SlabComponents:
 
     def parents(self) -> NDArray[np.int64]:
         """Return, by provisional number, the smallest number of the same component of the whole volume."""
-        parent = np.arange(self.count + 1)
-        _unite(parent, np.concatenate(self._joins))
-        return parent
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        one, two = np.concatenate(self._joins).T
+        joins = coo_array((np.ones(len(one), bool), (one, two)), (self.count + 1, self.count + 1))
+        n, component = connected_components(joins, directed=False)
+        smallest = np.empty(n, np.int64)
+        smallest[component[::-1]] = np.arange(self.count, -1, -1)  # the last value that is assigned to a place stays
+        return smallest[component]
 
 
 @njit(cache=True, nogil=True)
@@ -232,22 +238,3 @@ def _touching(
         out = np.empty((n, 2), np.int64)
         _touching_runs(value_a, part_a, value_b, part_b, out)
     return np.unique(out[:n], axis=0)
-
-
-@njit(cache=True, nogil=True)
-def _unite(parent, pairs):  # type: ignore[no-untyped-def]  # pragma: no cover
-    """Unite pairs (n, 2) of numbers; ``parent`` (0, 1, ...) then holds the smallest number of each set."""
-    for i in range(pairs.shape[0]):
-        a, b = pairs[i, 0], pairs[i, 1]
-        while parent[a] != a:
-            parent[a] = parent[parent[a]]
-            a = parent[a]
-        while parent[b] != b:
-            parent[b] = parent[parent[b]]
-            b = parent[b]
-        if a < b:
-            parent[b] = a
-        elif b < a:
-            parent[a] = b
-    for i in range(parent.size):
-        parent[i] = parent[parent[i]]

@@ -29,9 +29,19 @@ from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError
 from connectomics.geometry import Triple, VoxelGrid
-from connectomics.pages.inspect.loader_speed import LoaderSpeed, take
-from connectomics.pages.inspect.numbers import LabelNumbers, ValueRange, by_class, image_warnings, label_warnings
-from connectomics.pages.inspect.raw_presence import MissingRaw, RawShare, missing_raw, where_raw_is
+from connectomics.pages.inspect.numbers import (
+    LabelNumbers,
+    LoaderSpeed,
+    MissingRaw,
+    RawShare,
+    ValueRange,
+    by_class,
+    image_warnings,
+    label_warnings,
+    missing_raw,
+    take,
+    where_raw_is,
+)
 from connectomics.progress import Progress, silent
 
 _MOST_WARNINGS = 12  # about single images

@@ -1,14 +1,193 @@
-"""Batches in numbers: values of images, known and present voxels; and warnings if something looks wrong."""
+"""Batches in numbers: values of images, known and present voxels, raw, the loader's speed and memory; and warnings if
+something looks wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import multiprocessing
+import os
+import time
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
+from torch import Tensor
 
-from connectomics.pages.inspect.raw_presence import RawShare
+from connectomics.data.arrays import CropArrays
+from connectomics.data.augmentation import PatchAugmentor
+from connectomics.data.patch_reader import PatchReader
+from connectomics.data.sampling import PatchRequest
+from connectomics.data.volumes import CropVolume
+
+Batch = Mapping[str, Tensor]
+
+_LEAST = 8  # batches to time, if the epoch has as many
+_PER_WORKER = 4  # batches to time for each worker: the first ones were read before the clock started
+_LONGEST = 20.0  # seconds after which timing ends
+
+
+@dataclass(frozen=True)
+class ProcessMemory:
+    """Memory of one process, bytes: its pages in memory, and those of no other process.
+
+    ``proportional`` divides shared pages by the number of processes that share them: the sum over processes is a total.
+    """
+
+    name: str
+    resident: int
+    private: int
+    proportional: int
+
+    @property
+    def shared(self) -> int:
+        """Pages that other processes have too: libraries, batches in transit, mapped files of the crop cache."""
+        return self.resident - self.private
+
+
+@dataclass(frozen=True)
+class LoaderSpeed:
+    """Time and memory that a loader takes.
+
+    ``first_s``: seconds until the first batch, in which workers start. ``timed_s``: for all ``timed_batches``.
+    ``memory``: of the main process and every worker while they read; empty if the system does not say.
+    """
+
+    workers: int
+    first_s: float
+    timed_batches: int
+    timed_s: float
+    batch_size: int
+    batch_bytes: int
+    memory: tuple[ProcessMemory, ...]
+
+    @property
+    def patches_per_s(self) -> float | None:
+        """Patches per second, None if there were too few batches to measure."""
+        return self.timed_batches * self.batch_size / self.timed_s if self.timed_batches and self.timed_s > 0 else None
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Bytes of tensors per second."""
+        return self.timed_batches * self.batch_bytes / self.timed_s if self.timed_batches and self.timed_s > 0 else None
+
+
+def take(loader: Iterable[Batch], number: int, workers: int) -> tuple[list[Batch], LoaderSpeed]:
+    """Return the first ``number`` batches of a loader with ``workers`` workers (fewer if it ends), and its speed.
+
+    Workers prefetch, so batches that were ready before the first one was taken do not count: with workers the clock
+    starts after as many more batches as there are workers. Batches are not processed while the clock runs.
+    """
+    before = {process.pid for process in multiprocessing.active_children()}
+    begin = time.perf_counter()
+    batches: Iterator[Batch] = iter(loader)
+    taken = list(islice(batches, 1))
+    first = time.perf_counter() - begin
+    taken += islice(batches, max(0, number - 1, workers))
+    memory = _memory(before)  # at the end of an epoch the workers end too
+    goal = max(_LEAST, _PER_WORKER * workers)
+    begin, timed, elapsed = time.perf_counter(), 0, 0.0
+    while timed < goal and elapsed < _LONGEST and next(batches, None) is not None:
+        timed += 1
+        elapsed = time.perf_counter() - begin
+    later = _memory(before)
+    memory = later if len(later) >= len(memory) else memory
+    size = sum(tensor.nbytes for tensor in taken[0].values()) if taken else 0
+    batch_size = len(taken[0]["image"]) if taken else 0
+    return taken[:number], LoaderSpeed(workers, first, timed, elapsed, batch_size, size, memory)
+
+
+def _memory(before: Container[int | None]) -> tuple[ProcessMemory, ...]:
+    """Return the memory of this process and of its children that did not exist ``before``."""
+    children = sorted(p.pid for p in multiprocessing.active_children() if p.pid is not None and p.pid not in before)
+    names = {os.getpid(): "main process", **{pid: f"worker {k}" for k, pid in enumerate(children, start=1)}}
+    found = [memory_of(pid, name) for pid, name in names.items()]
+    return tuple(memory for memory in found if memory is not None)
+
+
+def memory_of(pid: int, name: str) -> ProcessMemory | None:
+    """Return the memory of a process; None if the system does not say or the process has ended."""
+    try:
+        found = psutil.Process(pid).memory_full_info()
+        return ProcessMemory(name, found.rss, found.uss, found.pss)
+    except (psutil.Error, AttributeError):  # only Linux has pss
+        return None
+
+
+@dataclass(frozen=True)
+class RawShare:
+    """``none``: share of an image's voxels without raw; ``zero``, ``one``: shares of the others at exactly 0 and 1."""
+
+    none: float
+    zero: float
+    one: float
+
+    @classmethod
+    def of(cls, image: NDArray[np.float32], there: NDArray[np.bool_]) -> RawShare:
+        """Measure an image; ``there``: where it has raw, of the same shape."""
+        values = image[there]
+        zero, one = ((values == end).sum() / max(1, values.size) for end in (0, 1))
+        return cls((image.size - values.size) / image.size, float(zero), float(one))
+
+
+@dataclass(frozen=True)
+class MissingRaw:
+    """Number of missing chunks of a crop's raw (with the context that patches can reach), and the ``first`` of them."""
+
+    crop: str
+    missing: int
+    total: int
+    first: str | None
+
+
+class RawPresence(CropVolume):
+    """A crop whose raw is white, without mirroring and filling: a patch of it is 0 exactly where there is no raw."""
+
+    @classmethod
+    def of(cls, volume: CropVolume) -> RawPresence:
+        """Copy a crop; an open cache entry stays in use."""
+        made = cls.__new__(cls)
+        made.__setstate__(volume.__getstate__())
+        return made
+
+    def arrays(self, lo: Sequence[int], hi: Sequence[int]) -> CropArrays:
+        """Return the crop's arrays of that part alone, with white as raw."""
+        whole = self.plain_arrays(lo, hi)
+        low = np.clip(np.subtract(lo, whole.raw_begin), 0, whole.raw.shape)
+        high = np.clip(np.subtract(hi, whole.raw_begin), low, whole.raw.shape)
+        part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+        z, y, x = (int(b + a) for b, a in zip(whole.raw_begin, low, strict=True))
+        return replace(
+            whole,
+            raw=np.full([s.stop - s.start for s in part], 255, np.uint8),
+            raw_begin=(z, y, x),
+            fill=0.0,
+            inside=None if whole.inside is None else np.ascontiguousarray(whole.inside[part]),
+        )
+
+
+def where_raw_is(reader: PatchReader, request: PatchRequest) -> list[NDArray[np.bool_]] | None:
+    """Return where each image of a patch has raw, bool (D, H, W): inside the volume, and in no missing chunk.
+
+    The same request is read from a crop whose raw is white, so that 0 means no raw. None if a MONAI transform moves
+    the patch after reading.
+    """
+    augmentor = reader.augmentor
+    if augmentor is not None and augmentor.moves_labels:
+        return None
+    here = replace(request, index=0)
+    further = [(shape, [RawPresence.of(at[request.index])]) for shape, at in reader.inputs]
+    spatial = None if augmentor is None else PatchAugmentor(augmentor.spatial, None)
+    volume = RawPresence.of(reader.volumes[request.index])
+    white = PatchReader([volume], reader.shape, further, spatial, reader.min_known).read(here)
+    return [image[0] > 0 for image in white.images]
+
+
+def missing_raw(volume: CropVolume) -> MissingRaw:
+    """Count the raw chunks of a crop with the context that patches can reach."""
+    return MissingRaw(volume.crop.key, *volume.crop.raw_source.missing_chunks(volume.cached_raw_grid))
+
 
 # Shares that give a warning: of known voxels below, of raw at exactly 0 or 1 above, of voxels without raw above.
 _FEW_KNOWN, _CLIPPED, _NO_RAW = 0.01, 0.05, 0.5

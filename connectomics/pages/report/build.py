@@ -13,7 +13,7 @@ from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pages import page
-from connectomics.pages.report import compare, crops, data_summary, score_sections, training, voxel_counts
+from connectomics.pages.report import compare, crops, data_summary, scores, training, voxel_counts
 from connectomics.pages.report.library import Library, Wanted
 from connectomics.pages.report.scores import Scores
 from connectomics.pages.report.sources import ReportOptions, ReportSources
@@ -63,11 +63,11 @@ def build_report(
         if len(runs) > 1:
             sections.append(_part("runs", "Runs compared", lambda: compare.section(runs)))
         datasets = {one.crop: one.dataset for one in wanted if one.dataset}
-        sections.append(_part("scores", "Scores", lambda: score_sections.section(
+        sections.append(_part("scores", "Scores", lambda: scores.section(
             table, baseline, datasets, sources.baseline_name, problems)))  # fmt: skip
         if (evaluation := sources.evaluation) is not None:
             title = "Evaluation on annotated crops"
-            sections.append(_part("evaluation", title, lambda: score_sections.evaluation_section(evaluation)))
+            sections.append(_part("evaluation", title, lambda: scores.evaluation_section(evaluation)))
         order = ", worst first" if table else ""
         sections += [
             _part("crops", f"Crops{order}", lambda: crops.section(library, table, options, step)),
@@ -81,7 +81,7 @@ def build_report(
     finally:
         library.close()
     header = page.render("report/header", title=sources.title)
-    header += score_sections.headline(table, baseline, sources.baseline_name)
+    header += scores.headline(table, baseline, sources.baseline_name)
     whole = page.document(sources.title, header, sections, f"This page is one file of {_SIZE}.").encode()
     size = page.size(len(whole) + len("000.0 MB") - len(_SIZE))
     before, after = whole.rsplit(_SIZE.encode(), 1)  # the last one is ours: shown files may contain the same letters

@@ -147,10 +147,14 @@ def _class_tables(runs: Sequence[Compared]) -> list[tuple]:
 
     A class whose values are all the same has no best value.
     """
+    dice = [
+        {name: max(run.values(f"val/{name}/dice")) for name in run_folder.class_names(run.columns, "dice")}
+        for run in runs
+    ]
     tables = []
     for title, values in (
         ("Challenge score by class", [_challenge_scores(run) for run in runs]),
-        ("Validation Dice by class, best of each run", [_validation_dice(run) for run in runs]),
+        ("Validation Dice by class, best of each run", dice),
     ):
         if sum(map(bool, values)) >= 2:
             by_class: dict[str, list[float]] = {}
@@ -165,10 +169,6 @@ def _challenge_scores(run: Compared) -> dict[str, float]:
     classes = {} if run.scores is None else run.scores.classes
     values = {n: optional(e.get("score", e.get("combined_score", e.get("iou")))) for n, e in classes.items()}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _validation_dice(run: Compared) -> dict[str, float]:
-    return {name: max(run.values(f"val/{name}/dice")) for name in run_folder.class_names(run.columns, "dice")}
 
 
 def _differences(runs: Sequence[Compared], keys: Sequence[str]) -> list[tuple[str, list[str | None]]]:

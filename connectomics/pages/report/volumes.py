@@ -107,11 +107,10 @@ def submitted_labels(archive: Store, crop: str, class_name: str, grid: VoxelGrid
 
 def _read_nearest(array: PlainArray | ZarrArray, place: VoxelGrid, grid: VoxelGrid) -> Labels:
     """Return the values of an array on the grid ``place`` nearest to the voxels of ``grid``; outside is unknown."""
-    part = place.slices(grid.box)
-    begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
+    begin, part = place.part(grid.box)
     z, y, x = resample.inside_axes(place, grid)
     known = z[:, None, None] & y[:, None] & x
-    return resample.nearest(array.read(begin, shape), place.crop(begin, shape), grid), known
+    return resample.nearest(array.read(begin, part.shape), part, grid), known
 
 
 # -- one class of one crop ---------------------------------------------------------------------------------------------
