@@ -2,7 +2,8 @@
 
 `PredictTask` says everything that the output depends on. Its first stage goes through the blocks of every distinct
 target grid: probabilities on the network's lattice (`connectomics.inference.sliding`), resampled to the target's voxels
-and stored (`connectomics.inference.artifact`). Further stages make the levels of a pyramid, three at a time.
+and stored (`connectomics.inference.artifact`). Further stages make the levels of a pyramid
+(`connectomics.tasks.pyramid`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from connectomics.io.normalization import Normalization
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
-from connectomics.tasks import TASK_FILE, BlockTask, Cost, Lattice, Worker, run_task
+from connectomics.tasks import TASK_FILE, BlockTask, Cost, Worker, run_task
+from connectomics.tasks.pyramid import Pyramid, PyramidStage, pyramid_stages
 
 PREDICT = "predict"  # the first stage
 _PRECISIONS = ("32", "bf16", "fp16")
-_PYRAMID = "pyramid-"  # the other stages, with a number from 1
 _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "blending", "context", "precision", "views",
     "symmetries", "dropout_samples", "skip_empty", "normalization",
@@ -264,9 +265,11 @@ class PredictTask(BlockTask):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        levels = max(len(group.grids) for group in self.groups) - 1
-        number = math.ceil(levels / artifact.levels_at_once(self.storage))
-        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(number)))
+        return (PREDICT, *pyramid_stages(self._pyramids))
+
+    @property
+    def _pyramids(self) -> list[Pyramid]:
+        return [group.levels for group in self.groups]
 
     def check(self, *, overwrite: bool = False) -> bool:
         self.averages([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
@@ -293,18 +296,13 @@ class PredictTask(BlockTask):
                     group.make()
             gaps.keep_missing(self, self._missing_raw)
             return
-        for group, level, _ in self._pyramid_blocks(stage):
-            last = min(level + artifact.levels_at_once(self.storage), len(group.grids) - 1)
-            if any([group.make_level(n) for n in range(level + 1, last + 1)]):
-                (self.folder / f".done-{stage}").unlink(missing_ok=True)
-
-    def _pyramid_blocks(self, stage: str) -> list[tuple[artifact.Group, int, Lattice]]:
-        return artifact.pyramid_blocks(self.groups, int(stage.removeprefix(_PYRAMID)) - 1)
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            levels.prepare(self, stage)
 
     def blocks(self, stage: str) -> int:
-        if stage == PREDICT:
-            return sum(len(layout.blocks) for layout, _ in self.layouts)
-        return sum(len(lattice) for *_, lattice in self._pyramid_blocks(stage))
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            return levels.blocks
+        return sum(len(layout.blocks) for layout, _ in self.layouts)
 
     def run_length(self, stage: str) -> int:
         if stage != PREDICT:
@@ -314,10 +312,8 @@ class PredictTask(BlockTask):
         return math.ceil(layout.target.shape[2] / layout.block_shape[2])
 
     def cost(self, stage: str) -> Cost:
-        if stage != PREDICT:
-            voxels = max(math.prod(lattice.region(0)[1]) for *_, lattice in self._pyramid_blocks(stage))
-            size = voxels * np.dtype(self.dtype).itemsize
-            return Cost(read=size, written=size // 7, memory=size + _WORKER_BYTES)
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            return levels.cost
         stored = len(self.groups) * np.dtype(self.dtype).itemsize
         written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
         read = max(RawSource(self.raw, self.normalization).bytes_behind(layout.seen) for layout, _ in self.layouts)
@@ -326,8 +322,8 @@ class PredictTask(BlockTask):
 
     @contextmanager
     def open_worker(self, stage: str, device: str) -> Iterator[Worker]:
-        if stage != PREDICT:
-            yield artifact.PyramidWorker(self._pyramid_blocks(stage))
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            yield levels.worker()
         else:
             with self.open_networks(device) as networks:
                 yield PredictWorker(self, networks, device)
