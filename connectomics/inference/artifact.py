@@ -31,7 +31,7 @@ from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
 from connectomics.io import resample, store
 from connectomics.io.artifacts import Provenance, about
-from connectomics.io.metadata import names_levels
+from connectomics.io.metadata import names_levels, parse_multiscales
 from connectomics.io.write import (
     ArrayWriter,
     create_multiscale,
@@ -71,14 +71,19 @@ class Group:
     @property
     def levels(self) -> Pyramid:
         """Its levels."""
-        target = self.layout.target
-        grids = tuple(pyramid_grids(target)) if self.pyramid else (target,)
+        grids = tuple(pyramid_grids(self.layout.target, self.pyramid))
         return Pyramid(self.place, grids, "raw", self.dtype, **self._stored)
 
     @property
     def is_made(self) -> bool:
         """Whether its finest array is complete on disk: the group's attributes are written last."""
         return store.is_group(self.place) and names_levels(store.read_attrs(str(self.place)))
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether its attributes name all levels that it should have."""
+        named = parse_multiscales(store.read_attrs(str(self.place)), str(self.place))
+        return len(named) >= len(self.levels.grids)
 
     @property
     def _stored(self) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class PredictTask(BlockTask):
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). pyramid: also write
-            coarser levels. dtype: of the stored probabilities, ``uint8`` (255 p) or ``float16`` (p).
+            coarser levels, if need be of a finished prediction. dtype: of the stored probabilities, ``uint8`` (255 p)
+            or ``float16`` (p).
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
@@ -77,7 +78,7 @@ class PredictTask(BlockTask):
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
     networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
@@ -153,6 +154,9 @@ class PredictTask(BlockTask):
             raise InputError(
                 f"dropout_samples must be at least 2 with 'dropout' and 0 without, got {samples} with {kind!r}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pyramid": False}  # as in done-maps from when it was not free
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
@@ -275,7 +279,8 @@ class PredictTask(BlockTask):
         self.averages([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
         _ = [layout.block_shape for layout, _ in self.layouts]  # refuses shards that no block holds
         there = artifact.require_own_output(self, overwrite)
-        if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
+        places = (self.folder, *(group.place for group in self.groups))
+        if there and not overwrite and all(map(is_complete, places)) and all(g.has_levels for g in self.groups):
             return False
         gaps.require_raw(self, self._missing_raw)
         return True

@@ -30,10 +30,13 @@ _PIECE = 128  # voxels read at a time along each axis: float32 sums stay small b
 _HELD = 256 << 20  # bytes that a worker holds besides its block: pieces being written, caches of the reader
 
 
-def pyramid_grids(grid: VoxelGrid) -> list[VoxelGrid]:
-    """Return the grids of all levels over an array on ``grid``, itself first; the last one fits into 64^3 voxels."""
+def pyramid_grids(grid: VoxelGrid, wanted: bool = True) -> list[VoxelGrid]:
+    """Return the grids of all levels over an array on ``grid``, itself first; the last one fits into 64^3 voxels.
+
+    wanted: False: only itself.
+    """
     longest, levels = max(grid.shape), 1
-    while longest > _COARSEST:
+    while wanted and longest > _COARSEST:
         longest, levels = -(-longest // 2), levels + 1
     return level_grids(grid, levels)
 
@@ -74,9 +77,11 @@ class Pyramid:
         place = self.place / f"s{level}"
         if store.is_array(place):
             return False
-        how = {"chunks": self.chunks, "shards": self.shards}
         grid = self.grids[level]
-        create_array(place, grid.shape, self.dtype, overwrite=True, grid=grid, codec=self.codec, **how)
+        create_array(
+            place, grid.shape, self.dtype, chunks=self.chunks, shards=self.shards, codec=self.codec, grid=grid,
+            overwrite=True,
+        )  # fmt: skip
         return True
 
     def fill(self, level: int, begin: Sequence[int], shape: Sequence[int]) -> None:
