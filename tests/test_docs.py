@@ -78,7 +78,7 @@ def test_a_whole_cell_runs(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as viewer:
         assert viewer.stdout is not None
-        said = []
+        said: list[str] = []
         while not (said and said[-1].startswith("http")):
             said.append(viewer.stdout.readline())
             assert said[-1], said

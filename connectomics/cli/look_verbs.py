@@ -187,7 +187,9 @@ def view(
     predictions: Annotated[Path | None, InOption(help="Folder that predict wrote.")] = None,
     labels: Annotated[Path | None, InOption(help="Folder that decode wrote.")] = None,
     tables: Annotated[Path | None, InOption(help="Folder that measure wrote: properties of instances.")] = None,
-    meshes: Annotated[Path | None, InOption(help="Folder that mesh wrote, with --format precomputed.")] = None,
+    meshes: Annotated[
+        Path | None, InOption(help="Folder that mesh wrote, with --format multilod or precomputed.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set; default: the only one.")] = None,
     crop: Crops = None,
     class_name: Classes = None,

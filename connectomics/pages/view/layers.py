@@ -67,7 +67,7 @@ class ViewSources:
     """What to show; at least one of data root (local or s3://), predictions and labels.
 
     ``dataset`` None: the only one. ``crops`` (with truth, results, or in the table of test crops) and ``classes`` None:
-    all. ``tables``: folder that measure wrote; ``meshes``: folder of precomputed meshes that mesh wrote.
+    all. ``tables``: folder that measure wrote; ``meshes``: folder that mesh wrote in a format of neuroglancer.
     """
 
     data_root: str | None = None
