@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typer.main import get_command
 
 import connectomics
 from connectomics.cli.app import app
+from connectomics.io.multiscale import Multiscale
 
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
@@ -31,11 +33,10 @@ def commands(file: Path) -> list[str]:
     ]
 
 
-def test_the_guide_runs(tmp_path: Path) -> None:
-    found = commands(ROOT / "docs/guide.md")
-    assert len(found) > 12
+def run_all(found: list[str], folder: Path) -> None:
+    """Run commands one after another in a folder; fails with the output of the first that fails."""
     for name in ("tutorials", "scripts", "connectomics"):
-        (tmp_path / name).symlink_to(ROOT / name)
+        (folder / name).symlink_to(ROOT / name)
     with subprocess.Popen(
         [sys.executable, "-m", "tests.reader"],
         stdin=subprocess.PIPE,
@@ -47,18 +48,51 @@ def test_the_guide_runs(tmp_path: Path) -> None:
         assert reader.stdin is not None
         assert reader.stdout is not None
         for command in found:
-            said = tmp_path / "said.txt"
-            request = {"words": shlex.split(command), "cwd": str(tmp_path), "said": str(said)}
+            said = folder / "said.txt"
+            request = {"words": shlex.split(command), "cwd": str(folder), "said": str(said)}
             print(json.dumps(request), file=reader.stdin, flush=True)
             code = reader.stdout.readline().strip()
             assert code == "0", f"{command}\n{said.read_text()[-5000:]}"
+
+
+def test_the_guide_runs(tmp_path: Path) -> None:
+    found = commands(ROOT / "docs/guide.md")
+    assert len(found) > 12
+    run_all(found, tmp_path)
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
+def test_a_whole_cell_runs(tmp_path: Path) -> None:
+    """Every command of the page, the last one until it serves."""
+    pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
+    page = ROOT / "docs/whole-cell.md"
+    run_all(commands(page), tmp_path)
+    place = "cell7.zarr/box_0_0_0_640_640_640/mito"
+    for folder in ("out/probabilities", "out/labels"):
+        levels = Multiscale.open(tmp_path / folder / place).levels
+        assert [level.grid.shape for level in levels] == [(80, 80, 80), (40, 40, 40)]
+    assert (tmp_path / "out/tables/contacts_mito_er_30nm.csv").stat().st_size > 0
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
+    (view,) = shown(page)
+    words = [sys.executable, "-u", "-m", "connectomics", *shlex.split(view)[1:], "--state", "state.json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as viewer:
+        assert viewer.stdout is not None
+        said: list[str] = []
+        while not (said and said[-1].startswith("http")):
+            said.append(viewer.stdout.readline())
+            assert said[-1], said
+        viewer.send_signal(signal.SIGINT)
+    assert "  labels of er, ld, mito, nuc in box_0_0_0_640_640_640\n" in said
+    state = json.loads((tmp_path / "state.json").read_text())
+    (mito,) = (layer for layer in state["layers"] if layer["name"].startswith("mito labels"))
+    assert len(mito["source"]) == 3, "labels, properties, meshes"
+
+
 def test_other_pages_have_no_command_that_is_not_run() -> None:
-    guide = set(commands(ROOT / "docs/guide.md"))
+    run = {command for name in ("guide", "whole-cell") for command in commands(ROOT / f"docs/{name}.md")}
     for page in PAGES:
-        unknown = [c for c in commands(page) if c not in guide | MAKE]
+        unknown = [c for c in commands(page) if c not in run | MAKE]
         assert unknown == [], page.name
 
 

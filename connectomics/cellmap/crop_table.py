@@ -13,6 +13,7 @@ from typing import Any
 
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
 from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.io import store
 from connectomics.io.write import write_file
 
 _COLUMNS = ("crop_name", "dataset", "class_label", "voxel_size", "translation", "shape")
@@ -104,6 +105,13 @@ class CropTable:
         if isinstance(table, CropTable):
             return table
         return cls.challenge() if str(table) == "challenge" else cls.load(table)
+
+    @classmethod
+    def of_root(cls, root: str) -> CropTable:
+        """Return the test crops of a data root, local or s3://: its ``test_crops.csv``, else the challenge's table."""
+        own = store.join(root, "test_crops.csv")
+        found = store.read_bytes(own)
+        return cls.challenge() if found is None else cls.parse(found, own, is_json=False)
 
     def save(self, path: str | Path) -> None:
         """Write the table as CSV with the official manifest's columns, in one step."""

@@ -187,6 +187,10 @@ def view(
     root: Annotated[str | None, typer.Argument(help="Data root: raw, and the ground truth of its crops.")] = None,
     predictions: Annotated[Path | None, InOption(help="Folder that predict wrote.")] = None,
     labels: Annotated[Path | None, InOption(help="Folder that decode wrote.")] = None,
+    tables: Annotated[Path | None, InOption(help="Folder that measure wrote: properties of instances.")] = None,
+    meshes: Annotated[
+        Path | None, InOption(help="Folder that mesh wrote, with --format multilod or precomputed.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set; default: the only one.")] = None,
     crop: opt.Crops = None,
     class_name: opt.Classes = None,
@@ -200,6 +204,9 @@ def view(
 ) -> None:
     """View raw, ground truth, known voxels, probabilities, labels and uncertainty in world coordinates.
 
+    If there are many classes and crops, each crop is one layer with its classes as segments. --crop also takes test
+    crops, --class shows a class alone. Instances have their size, contacts and meshes, if there are such files.
+
     Prints a link; the page is served to this machine only, until Ctrl-C. On a cluster, forward its port with ssh.
 
     Examples:
@@ -210,12 +217,12 @@ def view(
     """
     from connectomics.io.replacing import has_keys, require_own
     from connectomics.io.write import write_file
-    from connectomics.pages.view import ViewSources, collect_layers, open_viewer
+    from connectomics.pages.view import ViewSources, collect_layers, open_viewer, summary
 
     if state is not None:
         require_own(state, has_keys("dimensions", "layers"), "view")
     chosen = (None if crop is None else tuple(crop), None if class_name is None else tuple(class_name))
-    found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen))
+    found = collect_layers(ViewSources(root, predictions, labels, dataset, *chosen, tables, meshes))
     if napari:
         from connectomics.pages.view.in_napari import show_in_napari
 
@@ -225,8 +232,7 @@ def view(
     if state is not None:
         write_file(state, json.dumps(viewing.state, indent=1).encode())
         print(f"state: {state}")
-    for layer in found.layers:
-        print(f"  {layer.name}{'' if layer.visible else ' (off)'}")
+    print("\n".join(summary(found)))
     _serve(viewing.url, viewing.close, browser)
 
 

@@ -217,7 +217,9 @@ def mesh(
     ids: Annotated[list[int] | None, typer.Option("--id", help="Only this instance; may be repeated.")] = None,
     dataset: opt.Datasets = None,
     crop: opt.Crops = None,
-    file_format: Annotated[str, typer.Option("--format", help="ply, obj or precomputed (neuroglancer).")] = "ply",
+    file_format: Annotated[
+        str, typer.Option("--format", help="ply, obj, or for neuroglancer precomputed or multilod (levels of detail).")
+    ] = "ply",
     simplify: Annotated[int, typer.Option(help="Keep one triangle of so many, as far as the error allows.")] = 1,
     max_error_nm: Annotated[
         float | None, typer.Option(help="How far simplification may move the surface; default: a voxel.")

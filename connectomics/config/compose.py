@@ -231,7 +231,8 @@ def known_keys(schema: type = RunConfig, prefix: str = "") -> list[str]:
 
 
 def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the older keys ``resolution`` and ``use_cache`` by those of the schema, which win if both are given."""
+    """Replace the older keys ``resolution``, ``use_cache`` and ``inference.pyramid`` by those of the schema, which win
+    if both are given."""
     renamed = {key: dict(group) if isinstance(group, Mapping) else group for key, group in data.items()}
     dataset, values = renamed.get("dataset"), renamed.get("data")
     inputs = values.get("inputs") if isinstance(values, dict) else None
@@ -248,6 +249,10 @@ def _renamed(data: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"data.use_cache must be true or false, got {use_cache!r}")
         if values.get("cache") is None:
             values["cache"] = "disk" if use_cache else "none"
+    inference = renamed.get("inference")
+    if isinstance(inference, dict) and (pyramid := inference.pop("pyramid", False)):  # false was the default
+        output = renamed.setdefault("output", {})
+        output.setdefault("pyramid", pyramid)
     return renamed
 
 
@@ -265,6 +270,8 @@ def _override(text: str) -> str:
     key = key.lstrip("+")
     if key == "dataset.resolution":
         key = "dataset.voxel_size"
+    if key == "inference.pyramid":
+        key = "output.pyramid"
     if key == "data.use_cache" and value.lower() in ("true", "false"):
         key, value = "data.cache", "disk" if value.lower() == "true" else "none"
     override = f"++{key}={value}"

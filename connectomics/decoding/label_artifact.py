@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from connectomics.errors import WriteError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
+from connectomics.io.levels import halve_labels
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.io.tables import ROWS, Column, table
@@ -43,15 +44,16 @@ _OURS = re.compile(rf"\..*|s\d+|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|{
 
 @contextmanager
 def label_array(
-    location: Path, grid: VoxelGrid, dtype: np.dtype[Any], attrs: Mapping[str, Any], storage: Storage
-) -> Iterator[ArrayWriter]:
-    """Open a writer for the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``).
+    location: Path, grids: Sequence[VoxelGrid], dtype: np.dtype[Any], attrs: Mapping[str, Any], storage: Storage
+) -> Iterator[list[ArrayWriter]]:
+    """Open writers for the levels of the labels at ``location`` (``{out}/{dataset}.zarr/{crop}/{class}``).
 
     Everything goes to a hidden folder beside it. It replaces ``location`` when the block ends without an error, else it
     is removed. Only one process at a time may do this (`connectomics.tasks.lock.leading`).
 
     Args:
         location: local path of the group; see `existing_labels` for what may be replaced.
+        grids: of the levels, finest first.
         dtype: unsigned integer that holds every id.
         attrs: what `label_attrs` returns. storage: how the array is stored.
     """
@@ -60,11 +62,10 @@ def label_array(
     shards = (storage.shard or storage.block(BLOCK)) if storage.is_sharded else None
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        (writer,) = create_multiscale(
-            partial, [grid], dtype, chunks=storage.chunk, shards=shards, codec="zstd",
+        yield create_multiscale(
+            partial, grids, dtype, chunks=storage.chunk, shards=shards, codec="zstd",
             attrs={"connectomics": dict(attrs)}, name=attrs["class_name"],
         )  # fmt: skip
-        yield writer
         publish(partial, location)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -169,13 +170,16 @@ def has_tables(location: Path, kind: str, table: str) -> bool:
     return kind != "instance" or all((location / name).exists() for name in _table_files(table))
 
 
-def write_whole(writer: ArrayWriter, labels: NDArray[Any]) -> None:
-    """Write an array that is in memory, block by block, to avoid a second copy."""
-    depth, height, width = labels.shape
-    whole = [max(1, b // c) * c for b, c in zip(BLOCK, writer.chunks, strict=True)]
-    for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(whole):
-        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        writer.write(begin, labels[z, y, x])
+def write_whole(levels: Sequence[ArrayWriter], labels: NDArray[Any]) -> None:
+    """Write an array that is in memory, and its coarser levels, block by block, to avoid a second copy."""
+    for number, writer in enumerate(levels):
+        if number:
+            labels = halve_labels(labels)
+        depth, height, width = labels.shape
+        whole = [max(1, b // c) * c for b, c in zip(BLOCK, writer.chunks, strict=True)]
+        for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(whole):
+            z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+            writer.write(begin, labels[z, y, x])
 
 
 # -- the instance table ------------------------------------------------------------------------------------------------

@@ -31,25 +31,22 @@ from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
 from connectomics.io import resample, store
 from connectomics.io.artifacts import Provenance, about
-from connectomics.io.levels import halve_raw, level_grids
-from connectomics.io.metadata import names_levels
-from connectomics.io.sharded import Storage
+from connectomics.io.metadata import names_levels, parse_multiscales
 from connectomics.io.write import (
     ArrayWriter,
-    create_array,
     create_multiscale,
     ensure_group,
     multiscales_attrs,
     update_attrs,
     write_multiscale,
 )
-from connectomics.tasks import TASK_FILE, BlockTask, BlockWorker, Lattice
+from connectomics.tasks import TASK_FILE, BlockTask
+from connectomics.tasks.pyramid import Pyramid, pyramid_grids
 
 log = logging.getLogger(__name__)
 
 UNCERTAINTY = "uncertainty"  # the kind of artifact, and the name of its group below that of the class
 UNITS = {"uint8": 1 / 255, "float16": 1.0}  # value = stored * unit, by dtype
-_COARSEST = 64  # voxels: longest axis of a pyramid's coarsest level
 _PIECE = 128  # target voxels written at a time along each axis: float32 copies stay small beside a block
 
 
@@ -72,17 +69,21 @@ class Group:
     about: Mapping[str, Any] = field(hash=False)
 
     @property
-    def grids(self) -> list[VoxelGrid]:
-        """The grids of its levels, finest first."""
-        longest, levels = max(self.layout.target.shape), 1
-        while self.pyramid and longest > _COARSEST:
-            longest, levels = -(-longest // 2), levels + 1
-        return level_grids(self.layout.target, levels)
+    def levels(self) -> Pyramid:
+        """Its levels."""
+        grids = tuple(pyramid_grids(self.layout.target, self.pyramid))
+        return Pyramid(self.place, grids, "raw", self.dtype, **self._stored)
 
     @property
     def is_made(self) -> bool:
         """Whether its finest array is complete on disk: the group's attributes are written last."""
         return store.is_group(self.place) and names_levels(store.read_attrs(str(self.place)))
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether its attributes name all levels that it should have."""
+        named = parse_multiscales(store.read_attrs(str(self.place)), str(self.place))
+        return len(named) >= len(self.levels.grids)
 
     @property
     def _stored(self) -> dict[str, Any]:
@@ -97,22 +98,13 @@ class Group:
         name = self.place.name
         create_multiscale(self.place, [grid], self.dtype, attrs=attrs, name=name, overwrite=True, **self._stored)
 
-    def make_level(self, level: int) -> bool:
-        """Create the array of a coarser level if it is missing; returns whether it was."""
-        place = self.place / f"s{level}"
-        if store.is_array(place):
-            return False
-        grid = self.grids[level]
-        create_array(place, grid.shape, self.dtype, overwrite=True, grid=grid, **self._stored)
-        return True
-
-    def array(self, level: int = 0) -> ArrayWriter:
-        """Open one of its arrays."""
-        return ArrayWriter.open(self.place / f"s{level}")
+    def array(self) -> ArrayWriter:
+        """Open its finest array."""
+        return ArrayWriter.open(self.place / "s0")
 
     def close(self, provenance: Provenance, gaps: Mapping[str, Any]) -> None:
         """Record that it is complete, with its provenance, its gaps (`connectomics.inference.gaps`) and all levels."""
-        levels = multiscales_attrs(self.grids, self.place.name, self.layout.storage.zarr_format)
+        levels = multiscales_attrs(self.levels.grids, self.place.name, self.layout.storage.zarr_format)
         update_attrs(self.place, {**levels, "connectomics": {**self.attributes(provenance), **gaps}})
 
     def attributes(self, provenance: Provenance | None) -> dict[str, Any]:
@@ -240,54 +232,3 @@ def save_cellmap_predictions(
         attrs = {"connectomics": {**common_attributes(Provenance()), "class_name": name, "scale": UNITS["uint8"]}}
         write_multiscale(place / name, stored, grid, attrs=attrs, overwrite=True)
     return [place / name for name in classes]
-
-
-def levels_at_once(storage: Storage) -> int:
-    """Return how many levels of a pyramid are made from one block: with shards one, since three would need blocks of
-    eight shards along each axis."""
-    return 1 if storage.is_sharded else 3
-
-
-def pyramid_blocks(groups: Sequence[Group], stage: int) -> list[tuple[Group, int, Lattice]]:
-    """Return each group with levels to make in a stage (from 0), their source level, and the blocks of that level,
-    which begin where files of the next levels do: each gives the next `levels_at_once`."""
-    found = []
-    for group in groups:
-        storage = group.layout.storage
-        at_once = levels_at_once(storage)
-        if at_once * stage + 1 < len(group.grids):
-            z, y, x = (n << at_once for n in group.layout.shards or storage.chunk)
-            found.append((group, at_once * stage, Lattice(group.grids[at_once * stage].shape, (z, y, x))))
-    return found
-
-
-@dataclass(frozen=True)
-class PyramidWorker(BlockWorker):
-    """Makes `pyramid_blocks`, numbered group by group."""
-
-    blocks: Sequence[tuple[Group, int, Lattice]]
-
-    def do(self, number: int) -> None:
-        for group, level, lattice in self.blocks:
-            if number < len(lattice):
-                _average(group, level, *lattice.region(number))
-                break
-            number -= len(lattice)
-
-
-def _average(group: Group, level: int, begin: Sequence[int], shape: Sequence[int]) -> None:
-    """Write the part of the levels after ``level`` that lies over a cube of it."""
-    last = min(level + levels_at_once(group.layout.storage), len(group.grids) - 1)
-    source, *targets = (group.array(n) for n in range(level, last + 1))
-    origin = [b // 2 for b in begin]
-    values = np.empty([-(-n // 2) for n in shape], dtype=source.dtype)
-    pieces = Lattice((values.shape[0], values.shape[1], values.shape[2]), (_PIECE // 2,) * 3)
-    for first, size in map(pieces.region, range(len(pieces))):
-        low = [b + 2 * f for b, f in zip(begin, first, strict=True)]
-        high = [min(lo + 2 * n, m) for lo, n, m in zip(low, size, source.shape, strict=True)]
-        piece = halve_raw(source.read(low, [h - lo for h, lo in zip(high, low, strict=True)]))
-        values[tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))] = piece
-    for number, array in enumerate(targets):
-        if number:
-            origin, values = [o // 2 for o in origin], halve_raw(values)
-        array.write(origin, values)

@@ -2,7 +2,8 @@
 
 `PredictTask` says everything that the output depends on. Its first stage goes through the blocks of every distinct
 target grid: probabilities on the network's lattice (`connectomics.inference.sliding`), resampled to the target's voxels
-and stored (`connectomics.inference.artifact`). Further stages make the levels of a pyramid, three at a time.
+and stored (`connectomics.inference.artifact`). Further stages make the levels of a pyramid
+(`connectomics.tasks.pyramid`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from connectomics.io.normalization import Normalization
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
-from connectomics.tasks import TASK_FILE, BlockTask, Cost, Lattice, Worker, run_task
+from connectomics.tasks import TASK_FILE, BlockTask, Cost, Worker, run_task
+from connectomics.tasks.pyramid import Pyramid, PyramidStage, pyramid_stages
 
 PREDICT = "predict"  # the first stage
 _PRECISIONS = ("32", "bf16", "fp16")
-_PYRAMID = "pyramid-"  # the other stages, with a number from 1
 _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
     "views", "symmetries", "dropout_samples", "skip_empty", "normalization",
@@ -63,7 +64,8 @@ class PredictTask(BlockTask):
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). pyramid: also write
-            coarser levels. dtype: of the stored probabilities, ``uint8`` (255 p) or ``float16`` (p).
+            coarser levels, if need be of a finished prediction. dtype: of the stored probabilities, ``uint8`` (255 p)
+            or ``float16`` (p).
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
@@ -75,7 +77,7 @@ class PredictTask(BlockTask):
     """
 
     kind: ClassVar[str] = "predict"
-    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw"})
+    free: ClassVar[frozenset[str]] = frozenset({"batch_size", "allow_missing_raw", "pyramid"})
     places: ClassVar[frozenset[str]] = frozenset({"raw", "output", "mask", "checkpoints"})
     networks: ClassVar[tuple[Network, ...]] = ()  # of `given`: in this process only, neither stored nor compared
 
@@ -154,6 +156,9 @@ class PredictTask(BlockTask):
             raise InputError(
                 f"dropout_samples must be at least 2 with 'dropout' and 0 without, got {samples} with {kind!r}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "pyramid": False}  # as in done-maps from when it was not free
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
@@ -268,15 +273,18 @@ class PredictTask(BlockTask):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        levels = max(len(group.grids) for group in self.groups) - 1
-        number = math.ceil(levels / artifact.levels_at_once(self.storage))
-        return (PREDICT, *(f"{_PYRAMID}{n + 1}" for n in range(number)))
+        return (PREDICT, *pyramid_stages(self._pyramids))
+
+    @property
+    def _pyramids(self) -> list[Pyramid]:
+        return [group.levels for group in self.groups]
 
     def check(self, *, overwrite: bool = False) -> bool:
         self.averages([lambda *inputs: inputs[0]] * self.members)  # refuses the variance over one pass
         _ = [layout.block_shape for layout, _ in self.layouts]  # refuses shards that no block holds
         there = artifact.require_own_output(self, overwrite)
-        if there and not overwrite and all(map(is_complete, (self.folder, *(group.place for group in self.groups)))):
+        places = (self.folder, *(group.place for group in self.groups))
+        if there and not overwrite and all(map(is_complete, places)) and all(g.has_levels for g in self.groups):
             return False
         gaps.require_raw(self, self._missing_raw)
         return True
@@ -297,18 +305,13 @@ class PredictTask(BlockTask):
                     group.make()
             gaps.keep_missing(self, self._missing_raw)
             return
-        for group, level, _ in self._pyramid_blocks(stage):
-            last = min(level + artifact.levels_at_once(self.storage), len(group.grids) - 1)
-            if any([group.make_level(n) for n in range(level + 1, last + 1)]):
-                (self.folder / f".done-{stage}").unlink(missing_ok=True)
-
-    def _pyramid_blocks(self, stage: str) -> list[tuple[artifact.Group, int, Lattice]]:
-        return artifact.pyramid_blocks(self.groups, int(stage.removeprefix(_PYRAMID)) - 1)
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            levels.prepare(self, stage)
 
     def blocks(self, stage: str) -> int:
-        if stage == PREDICT:
-            return sum(len(layout.blocks) for layout, _ in self.layouts)
-        return sum(len(lattice) for *_, lattice in self._pyramid_blocks(stage))
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            return levels.blocks
+        return sum(len(layout.blocks) for layout, _ in self.layouts)
 
     def run_length(self, stage: str) -> int:
         if stage != PREDICT:
@@ -318,10 +321,8 @@ class PredictTask(BlockTask):
         return math.ceil(layout.target.shape[2] / layout.block_shape[2])
 
     def cost(self, stage: str) -> Cost:
-        if stage != PREDICT:
-            voxels = max(math.prod(lattice.region(0)[1]) for *_, lattice in self._pyramid_blocks(stage))
-            size = voxels * np.dtype(self.dtype).itemsize
-            return Cost(read=size, written=size // 7, memory=size + _WORKER_BYTES)
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            return levels.cost
         stored = len(self.groups) * np.dtype(self.dtype).itemsize
         written = max(math.prod(layout.block_shape) for layout, _ in self.layouts) * stored
         read = max(RawSource(self.raw, self.normalization).bytes_behind(layout.seen) for layout, _ in self.layouts)
@@ -330,8 +331,8 @@ class PredictTask(BlockTask):
 
     @contextmanager
     def open_worker(self, stage: str, device: str) -> Iterator[Worker]:
-        if stage != PREDICT:
-            yield artifact.PyramidWorker(self._pyramid_blocks(stage))
+        if (levels := PyramidStage.of(stage, self._pyramids)) is not None:
+            yield levels.worker()
         else:
             with self.open_networks(device) as networks:
                 yield PredictWorker(self, networks, device)

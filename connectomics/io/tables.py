@@ -175,25 +175,32 @@ def remove_unfinished(folder: Path, name: str = "*") -> None:
                 path.unlink(missing_ok=True)
 
 
-def read_columns(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+def read_columns(path: Path, names: Sequence[str], rows: Mapping[str, str] | None = None) -> dict[str, NDArray[Any]]:
     """Read columns of numbers of a CSV or Parquet table: ``id`` as uint64, others as float64 (NaN where not known).
+
+    ``rows``: only those with these texts in these columns (data set, crop); None: all.
 
     Raises:
         InputError: a column is missing or holds no numbers, or the suffix names no format.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.csv
     import pyarrow.parquet
 
     check_format(path)
+    chosen = dict(rows or {})
     types = {name: pa.uint64() if name == "id" else pa.float64() for name in names}
+    types |= dict.fromkeys(chosen, pa.string())
     try:
         if path.suffix == ".csv":
-            wanted = pa.csv.ConvertOptions(include_columns=list(names), column_types=types)
+            wanted = pa.csv.ConvertOptions(include_columns=list(types), column_types=types)
             found = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=wanted)
         else:
             with pa.parquet.ParquetFile(path) as file:
-                found = file.read(columns=list(names), use_threads=False)
+                found = file.read(columns=list(types), use_threads=False)
+        for name, text in chosen.items():
+            found = found.filter(pc.equal(found[name], text))
         columns = {name: found[name].to_numpy() for name in names}
         if "id" in columns and columns["id"].dtype.kind not in "ui":
             raise ValueError("its ids must be whole numbers")

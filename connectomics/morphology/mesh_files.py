@@ -1,4 +1,4 @@
-"""Meshes as files: PLY (binary), OBJ (text), and Neuroglancer's single-resolution precomputed meshes.
+"""Meshes as files: PLY (binary), OBJ (text), and Neuroglancer's precomputed meshes of one or several resolutions.
 
 Vertices are world positions in nm, order x, y, z; float32 except in OBJ, so exact to 0.06 nm at a distance of 1 mm.
 """
@@ -6,15 +6,22 @@ Vertices are world positions in nm, order x, y, z; float32 except in OBJ, so exa
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from connectomics.errors import InputError
+from connectomics.geometry import VoxelGrid
 from connectomics.io.write import write_file
+from connectomics.morphology.mesh_levels import INFO, SurfaceLevel, encode_levels
 from connectomics.morphology.mesh_surface import Mesh
 
-FORMATS = ("ply", "obj", "precomputed")
+FORMATS = ("ply", "obj", "precomputed", "multilod")
+
+#: Neuroglancer's ``info``, by format.
+_INFO: dict[str, dict[str, Any]] = {"precomputed": {"@type": "neuroglancer_legacy_mesh"}, "multilod": INFO}
 
 
 def check_format(name: str) -> None:
@@ -24,14 +31,22 @@ def check_format(name: str) -> None:
 
 
 def file_name(label: int, form: str) -> str:
-    """Return the file name of an object's mesh; a precomputed mesh also has the manifest ``{id}:0``."""
-    return str(label) if form == "precomputed" else f"{label}.{form}"
+    """Return the file name of an object's mesh; a precomputed mesh also has the manifest ``{id}:0``, or ``{id}.index``
+    if it has several levels of detail (``multilod``)."""
+    return str(label) if form in _INFO else f"{label}.{form}"
 
 
 def write_info(folder: Path, form: str) -> None:
     """Write what a folder of precomputed meshes also needs: Neuroglancer's ``info``."""
-    if form == "precomputed":
-        write_file(folder / "info", json.dumps({"@type": "neuroglancer_legacy_mesh"}).encode())
+    if form in _INFO:
+        write_file(folder / "info", json.dumps(_INFO[form]).encode())
+
+
+def write_levels(folder: Path, label: int, levels: Sequence[SurfaceLevel], grid: VoxelGrid) -> None:
+    """Write an object's mesh at several levels of detail into ``folder``, the index last; raises `WriteError`."""
+    index, fragments = encode_levels(levels, grid)
+    write_file(folder / str(label), fragments)
+    write_file(folder / f"{label}.index", index)
 
 
 def write_mesh(folder: Path, label: int, mesh: Mesh, form: str) -> Path:

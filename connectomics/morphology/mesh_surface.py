@@ -87,34 +87,31 @@ def mesh_object(
     Raises:
         InputError: the object is not in its box, or is too long.
     """
-    grid = source.levels[0].grid
-    low, high = np.asarray(box[:3], np.int64), np.asarray(box[3:], np.int64)
-    if (high - low + 2).max() * 2 > _FARTHEST or ((high - low + 2) * grid.voxel_size).max() > _FARTHEST:
-        raise InputError(f"object {label} of {source.location} is too long to mesh: {(high - low + 1).tolist()} voxels")
-    thing, stride, filled = _Object(source, label, low, high, semantic), 1, 0.5
-    while True:
-        found = thing.surface(stride, filled, max_vertices, span)
-        if found is None:
-            stride *= 2
-        elif len(found[1]) or not filled:
-            break
-        else:
-            filled = 0.0  # thinner than these voxels: then count every voxel that the object touches
-    corners, faces = found
-    if not len(faces):
-        raise InputError(f"object {label} of {source.location} is not where its table says; decode or measure again")
-    # corners count half samples from the sample before the object's first
-    samples = corners / 2 + (low // stride - 1)
-    vertices = grid.to_world(samples * stride + (stride - 1) / 2)
-    if simplify > 1:
-        limit = max(grid.voxel_size) * stride if max_error_nm is None else max_error_nm
-        vertices, faces = _simplified(vertices, faces, simplify, limit)
+    grid, thing = source.levels[0].grid, StoredObject.of(source, label, box, semantic)
+    stride, corners, faces = thing.surface_within(1, max_vertices, span)
+    corners += 2 * (thing.low // stride - 1)
+    mesh = world_mesh(grid, corners, faces, stride)
+    if simplify == 1:
+        return mesh
+    limit = max(grid.voxel_size) * stride if max_error_nm is None else max_error_nm
+    vertices, faces = _simplified(mesh.vertices, mesh.faces, simplify, limit)
+    return Mesh(np.ascontiguousarray(vertices), np.ascontiguousarray(faces), stride)
+
+
+def world_mesh(grid: VoxelGrid, corners: NDArray[np.int64], faces: NDArray[np.uint32], stride: int) -> Mesh:
+    """Return the mesh of a surface in world coordinates.
+
+    Args:
+        grid: of the labels. corners: (n, 3) z y x, half samples of ``stride`` voxels from the sample of index 0.
+        faces: (m, 3) rows of ``corners``, clockwise seen from outside.
+    """
+    vertices = grid.to_world(corners / 2 * stride + (stride - 1) / 2)
     # z y x to x y z is a reflection: reversed triangles face outward again
     return Mesh(np.ascontiguousarray(vertices[:, ::-1]), np.ascontiguousarray(faces[:, ::-1]), stride)
 
 
 @dataclass(frozen=True)
-class _Object:
+class StoredObject:
     """One object of a label volume, with the voxels that hold it: smallest and largest z y x, both inside."""
 
     source: Multiscale
@@ -122,6 +119,34 @@ class _Object:
     low: NDArray[np.int64]
     high: NDArray[np.int64]
     semantic: bool
+
+    @classmethod
+    def of(cls, source: Multiscale, label: int, box: Sequence[int], semantic: bool) -> StoredObject:
+        """Return the object in a box (6,); `InputError` if it is too long."""
+        size = source.levels[0].grid.voxel_size
+        low, high = np.asarray(box[:3], np.int64), np.asarray(box[3:], np.int64)
+        if (high - low + 2).max() * 2 > _FARTHEST or ((high - low + 2) * size).max() > _FARTHEST:
+            extent = (high - low + 1).tolist()
+            raise InputError(f"object {label} of {source.location} is too long to mesh: {extent} voxels")
+        return cls(source, label, low, high, semantic)
+
+    def surface_within(self, stride: int, most: int, span: int) -> tuple[int, NDArray[np.int64], NDArray[np.uint32]]:
+        """Return the `surface` with at most ``most`` vertices, of voxels of at least ``stride``, and their stride.
+
+        Raises `InputError` if the object is not in its box.
+        """
+        filled = 0.5
+        while True:
+            found = self.surface(stride, filled, most, span)
+            if found is None:
+                stride *= 2
+            elif len(found[1]):
+                return stride, *found
+            elif not filled:
+                where = f"object {self.label} of {self.source.location}"
+                raise InputError(f"{where} is not where its table says; decode or measure again")
+            else:
+                filled = 0.0  # thinner than these voxels: then count every voxel that the object touches
 
     def surface(
         self, stride: int, filled: float, most: int, span: int

@@ -2,7 +2,7 @@
 
 On disk, under ``output``::
 
-    {id}.ply             a mesh, written in one step (or {id}.obj, or {id} and {id}:0 with an info file)
+    {id}.ply             a mesh, written in one step (or {id}.obj, or with an info file {id} and {id}:0 or {id}.index)
     meshes.csv           `COLUMNS`, one row per mesh; written when all meshes are complete
     task.json            the task
     .done-*, .boxes, .objects, .meshes   while it is made: done-maps, and results that later stages read
@@ -11,6 +11,7 @@ On disk, under ``output``::
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +28,9 @@ from connectomics.io.tables import ROWS, Column, read_columns, remove_unfinished
 from connectomics.io.write import write_file
 from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, sum_blocks
 from connectomics.morphology.label_volume import LabelVolume
-from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_mesh
-from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, mesh_object
+from connectomics.morphology.mesh_files import check_format, file_name, write_info, write_levels, write_mesh
+from connectomics.morphology.mesh_levels import surface_levels
+from connectomics.morphology.mesh_surface import LEAST_VERTICES, SPAN, Mesh, mesh_object, world_mesh
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE, BlockWorker
 from connectomics.tasks.blocks import BlockFiles, Lattice
@@ -81,6 +83,8 @@ class MeshTask(BlockTask):
             raise InputError(
                 f"simplify must be 1 or more and max_error_nm above 0, got {self.simplify} and {self.max_error_nm}"
             )
+        if self.file_format == "multilod" and self.simplify != 1:
+            raise InputError("multilod has levels of detail instead of simplification; leave simplify (--simplify) out")
         if self.max_vertices < LEAST_VERTICES:
             raise InputError(f"max_vertices must be at least {LEAST_VERTICES}, got {self.max_vertices}")
 
@@ -256,6 +260,10 @@ class _Meshes(BlockWorker):
 
     def do(self, number: int) -> None:
         task, label = self._task, int(self._ids[number])
+        if task.file_format == "multilod":
+            mesh = self._levels(label, self._boxes[number].tolist())
+            self._keep(number, mesh)
+            return
         mesh = mesh_object(
             self._source,
             label,
@@ -266,5 +274,16 @@ class _Meshes(BlockWorker):
             max_vertices=task.max_vertices,
         )
         write_mesh(task.folder, label, mesh, task.file_format)
+        self._keep(number, mesh)
+
+    def _levels(self, label: int, box: Sequence[int]) -> Mesh:
+        """Write all levels of detail of an object; return the finest."""
+        task, grid = self._task, self._source.levels[0].grid
+        semantic, most = task.labels.semantic, task.max_vertices
+        levels = surface_levels(self._source, label, box, semantic=semantic, max_vertices=most)
+        write_levels(task.folder, label, levels, grid)
+        return world_mesh(grid, levels[0].corners, levels[0].faces, levels[0].stride)
+
+    def _keep(self, number: int, mesh: Mesh) -> None:
         row = [len(mesh.vertices), len(mesh.faces), mesh.volume, mesh.area, mesh.stride]
-        write_file(task.row_file(number), np.array(row, "<f8").tobytes())
+        write_file(self._task.row_file(number), np.array(row, "<f8").tobytes())

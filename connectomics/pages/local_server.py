@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, BinaryIO, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from connectomics.errors import ConnectomicsError, InputError
 
 LOOPBACK = "127.0.0.1"
 _MOST_BODY = 1 << 26  # bytes that one request may send
+_PIECE = 1 << 20  # bytes of a file read at a time
 _OWN_HOST = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")  # any port: ssh may forward another one
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a request gets: its content, the HTTP status, and the MIME type."""
+    """What a request gets: its content (``data``, or that of a ``file``), the HTTP status, and the MIME type."""
 
     data: bytes = b""
     status: int = 200
     mime: str = "application/octet-stream"
+    file: Path | None = None
+
+    def opened(self) -> BinaryIO:
+        """Open the content: a part of a large file is read alone."""
+        return io.BytesIO(self.data) if self.file is None else self.file.open("rb")
 
 
 class LocalServer:
@@ -111,23 +120,36 @@ class _Handler(BaseHTTPRequestHandler):
         return bool(_OWN_HOST.fullmatch(host)) and (origin == f"http://{host}" or (origin is None and not writes))
 
     def _send(self, answer: Answer) -> None:
-        status, data = answer.status, answer.data
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"Accept-Ranges": "bytes", "X-Content-Type-Options": "nosniff", "Content-Type": answer.mime}
         if self.server.local.any_origin:
             headers["Access-Control-Allow-Origin"] = "*"
         else:
             headers |= {"Cache-Control": "no-store", "X-Frame-Options": "DENY", "Referrer-Policy": "same-origin"}
-        if status == 200 and part is not None and int(part[1]) < len(data):
-            first, last = int(part[1]), min(int(part[2] or len(data) - 1), len(data) - 1)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            status, data = 206, data[first : last + 1]
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+        with answer.opened() as content:
+            status, size = answer.status, content.seek(0, os.SEEK_END)
+            part = _range(self.headers.get("Range", ""), size) if status == 200 else None
+            first, end = part or (0, size)
+            if part is not None:
+                headers["Content-Range"] = f"bytes {first}-{end - 1}/{size}"
+                status = 206
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(end - first)}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            content.seek(first)
+            while self.command != "HEAD" and (data := content.read(min(_PIECE, end - content.tell()))):
+                self.wfile.write(data)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log no requests."""
+
+
+def _range(text: str, size: int) -> tuple[int, int] | None:
+    """Begin and end (exclusive) of what a header ``Range`` asks for: ``bytes=2-4``, ``bytes=2-``, or ``bytes=-3`` for
+    the last three. None if there is no such part."""
+    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", text)
+    if asked is None or not (asked[1] or asked[2]):
+        return None
+    first = int(asked[1]) if asked[1] else max(0, size - int(asked[2]))
+    end = min(int(asked[2]) + 1, size) if asked[1] and asked[2] else size
+    return (first, end) if first < end else None

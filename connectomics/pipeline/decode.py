@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from connectomics.config import RunConfig, as_config, import_plugins
+from connectomics.config.output import wants_pyramid
 from connectomics.config.schema import EngineConfig
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask
 from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask, objects_of
@@ -48,6 +49,7 @@ from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
+from connectomics.tasks.pyramid import pyramid_grids
 
 if TYPE_CHECKING:
     from connectomics.tasks.estimate import Estimate
@@ -99,6 +101,7 @@ def decode(
         engine=chosen.engine,
         table=chosen.decoding.table,
         storage=Storage.of(chosen.output),
+        pyramid=chosen.output.pyramid,
     )
     return Labels(local_path(out), chosen, source.crops, tuple(Path(item.location) for item in done))
 
@@ -118,17 +121,17 @@ def decode_estimate(
     import_plugins(config.plugins)
     source, decoding = Probabilities.open(probabilities), config.decoding
     parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
+    how: dict[str, Any] = {"classes": classes, "storage": Storage.of(config.output), "pyramid": config.output.pyramid}
     above, table = decoding.blockwise_above, decoding.table
-    how: dict[str, Any] = {"blockwise_above": above, "table": table, "storage": Storage.of(config.output)}
-    jobs = decode_jobs(source.folder, out, parameters, classes=classes, **how)
+    jobs = decode_jobs(source.folder, out, parameters, blockwise_above=above, table=table, **how)
     left = [j for j in jobs if j.finished(overwrite=j.replaces(overwrite=overwrite, resume=resume)) is None]
     tasks = [job.task for job in left if job.task is not None]
-    finished, whole = len(jobs) - len(left), len(left) - len(tasks)
-    line = f"{len(jobs)} array(s): {finished} decoded already, {whole} to decode whole, {len(tasks)} block by block"
+    already, whole = f"{len(jobs) - len(left)} decoded already", f"{len(left) - len(tasks)} to decode whole"
+    line = f"{len(jobs)} array(s): {already}, {whole}, {len(tasks)} block by block"
     if not tasks:
         return line, None
-    replaces = overwrite or not all(task.is_begun for task in tasks)  # resumes what is begun, replaces other output
-    return line, estimate(tasks, config.engine, overwrite=replaces, resume=resume)
+    again = overwrite or not all(task.is_begun for task in tasks)  # resumes what is begun, replaces other output
+    return line, estimate(tasks, config.engine, overwrite=again, resume=resume)
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def decode_predictions(
     engine: EngineConfig | None = None,
     table: str = "csv",
     storage: Storage = Storage(),  # noqa: B008 (frozen)
+    pyramid: bool | str = "auto",
 ) -> list[DecodedArray]:
     """Decode every class of every crop in a predictions folder, and return one result per array.
 
@@ -173,6 +177,7 @@ def decode_predictions(
         block_progress: called for the blocks of each stage of such an array.
         engine: runs the blocks; None: this process.
         table: ``parquet``: instance tables are written as Parquet too. storage: how labels are stored.
+        pyramid: whether to write coarser levels; ``auto``: of large arrays (`connectomics.config.output`).
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
@@ -180,7 +185,7 @@ def decode_predictions(
     out = local_path(output_dir)
     jobs = decode_jobs(
         predictions_dir, out, parameters,
-        classes=classes, blockwise_above=blockwise_above, table=table, storage=storage,
+        classes=classes, blockwise_above=blockwise_above, table=table, storage=storage, pyramid=pyramid,
     )  # fmt: skip
     if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
         raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
@@ -224,7 +229,7 @@ class DecodeJob:
         source: its probabilities. boundary: what separates its objects, if anything. head: its distances, if needed.
         location: where the labels go.
         siblings: the predicted classes of this crop.
-        table: ``csv`` or ``parquet``. storage: how the labels are stored.
+        table: ``csv`` or ``parquet``. storage: how the labels are stored. pyramid: whether they have coarser levels.
         task: how it is decoded block by block; None: whole, in this process.
     """
 
@@ -239,6 +244,7 @@ class DecodeJob:
     parameters: DecodeParameters
     table: str
     storage: Storage
+    pyramid: bool = False
     task: LabelsTask | None = None
 
     @property
@@ -306,6 +312,7 @@ def decode_jobs(
     blockwise_above: int = BLOCKWISE_ABOVE,
     table: str = "csv",
     storage: Storage = Storage(),  # noqa: B008 (frozen)
+    pyramid: bool | str = "auto",
 ) -> list[DecodeJob]:
     """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
     root, out = Path(predictions_dir), local_path(output_dir)
@@ -329,12 +336,13 @@ def decode_jobs(
         location = out / f"{dataset}.zarr" / crop / name
         siblings = tuple(n for d, c, n in found if (d, c) == (dataset, crop))
         kind = task_of(chosen, source.levels[0].grid.size > blockwise_above)
-        job = DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table, storage)
+        levels = wants_pyramid(pyramid, source.levels[0].grid.size)
+        job = DecodeJob(dataset, crop, name, source, boundary, head, location, siblings, chosen, table, storage, levels)
         if kind is not None:
             task = kind(source.location, str(location), name, chosen, source=job.origin, table=table)
             if chosen.has_boundary:  # growing takes as much memory as a watershed
                 task = replace(task, block_shape=WATERSHED_BLOCK)
-            task = replace(task, block_shape=storage.block(task.block_shape), storage=storage)
+            task = replace(task, block_shape=storage.block(task.block_shape), storage=storage, pyramid=levels)
             job = replace(job, task=task)
         jobs.append(job)
     return jobs
@@ -363,11 +371,11 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
     provenance = Provenance(made_from=job.made_from)
     attrs = label_attrs(grid, job.class_name, parameters, job.origin, provenance, objects)
     clear_unknown(labels, attrs, grid)
-    with label_array(job.location, grid, labels.dtype, attrs, job.storage) as writer:
-        write_whole(writer, labels)
+    with label_array(job.location, pyramid_grids(grid, job.pyramid), labels.dtype, attrs, job.storage) as writers:
+        write_whole(writers, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
-            write_tables(Path(writer.location).parent, found, grid, job.table)
+            write_tables(Path(writers[0].location).parent, found, grid, job.table)
     return job.decoded(objects)
 
 

@@ -234,6 +234,6 @@ def write_labels(
         existing_labels(
             location, chosen, {}, Storage(), overwrite=True
         )  # refuses to replace files that decode did not write
-        with label_array(location, grid, labels.dtype, attrs, Storage()) as writer:
-            write_whole(writer, labels)
+        with label_array(location, [grid], labels.dtype, attrs, Storage()) as writers:
+            write_whole(writers, labels)
         update_attrs(location.parent, {"connectomics": {"artefact": "labels", "complete": True}})

@@ -18,6 +18,7 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.heads import channel_attributes, channel_names
+from connectomics.config.output import wants_pyramid
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import BlocksFailedError, InputError, MissingError
@@ -283,7 +284,7 @@ def network_tasks(
             channels_last=options.channels_last,
             compile=options.compile,
             dtype=options.dtype,
-            pyramid=options.pyramid,
+            pyramid=wants_pyramid(config.output.pyramid, max(grid.size for grid in target.grids.values())),
             inputs=inputs_of(trained),
             symmetries=tuple(map(str, symmetries(options.tta))),
             uncertainty=options.uncertainty,

@@ -47,7 +47,7 @@ from connectomics.pipeline.predict import chosen_device, network_tasks, predict_
 from connectomics.pipeline.proposals import FORMATS, Proposal
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
-from connectomics.pipeline.targets import Target, box_target, mask_of, predicted_classes, test_table
+from connectomics.pipeline.targets import Target, box_target, mask_of, predicted_classes
 from connectomics.progress import Progress, named, silent
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class Search:
             catalog.location(name)
             if name in held:
                 raise InputError(f"data set {name} is held out (dataset.held_out of the run); choose among the others")
-        margin, areas, table = half_patch(self.config), list[Area](), list(test_table(data.data_root))
+        margin, areas, table = half_patch(self.config), list[Area](), list(CropTable.of_root(data.data_root))
         table += CropTable.resolve(data.crop_table) if data.crop_table is not None else []
         for name in (n for n in catalog.datasets if n not in held):
             crops = [catalog.crop(name, crop) for crop in catalog.crop_names(name)]
@@ -253,7 +253,7 @@ class Search:
         """A number from which on no crop of the data root, and no test crop of its data sets, has one."""
         catalog = Catalog.open(self.config.dataset.data_root)
         taken = [int(name.removeprefix("crop")) for dataset in catalog.datasets for name in catalog.crop_names(dataset)]
-        taken += [entry.crop for entry in test_table(catalog.root) if entry.dataset in catalog.datasets]
+        taken += [entry.crop for entry in CropTable.of_root(catalog.root) if entry.dataset in catalog.datasets]
         return max(taken, default=0) + 1
 
     def _observed(

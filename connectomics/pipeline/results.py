@@ -77,8 +77,7 @@ class ArrayFolder:
     @property
     def arrays(self) -> list[tuple[str, str, str]]:
         """Data set, crop and class of every array, sorted."""
-        found = self.folder.glob("*.zarr/*/*/.zattrs")
-        return sorted((f.parents[2].name.removesuffix(".zarr"), f.parents[1].name, f.parent.name) for f in found)
+        return chosen_arrays(self.folder)
 
     @property
     def classes(self) -> list[str]:

@@ -132,17 +132,10 @@ def chosen_targets(
         raise ConfigError("--crops and --box exclude each other; give one of them")
     if crops == "val":
         return kept_out_targets(config, checkpoints), None
-    table = test_table(config.dataset.data_root) if crops == "test" else None
+    table = CropTable.of_root(config.dataset.data_root) if crops == "test" else None
     if table is None and crops is not None:
         table = CropTable.resolve(crops)
     return targets_of(config, crop_table=table, box=box), table
-
-
-def test_table(root: str) -> CropTable:
-    """Return the test crops of a data root: its ``test_crops.csv``, else the challenge's table."""
-    own = store.join(root, "test_crops.csv")
-    found = store.read_bytes(own)
-    return CropTable.challenge() if found is None else CropTable.parse(found, own, is_json=False)
 
 
 def normalizations_of(

@@ -84,7 +84,7 @@ def elsewhere(task: Labels, name: str) -> Labels:
 @pytest.mark.parametrize(
     ("kind", "workers", "kills", "edge"),
     [
-        pytest.param("components", 1, 1, 64, id="here"),
+        pytest.param("components", 1, 1, 80, id="here"),
         pytest.param("components", 1, 20, 160, id="here-20", marks=pytest.mark.slow),
         pytest.param("components", 2, 20, 192, id="two-processes-20", marks=pytest.mark.slow),
         pytest.param("walls", 1, 20, 160, id="walls-20", marks=pytest.mark.slow),
@@ -93,7 +93,7 @@ def elsewhere(task: Labels, name: str) -> Labels:
     ],
 )
 def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tmp_path, kind, workers, kills, edge):
-    whole = task_of_kind(kind, tmp_path, (edge, edge, edge), 16)
+    whole = replace(task_of_kind(kind, tmp_path, (edge, edge, edge), 16), pyramid=True)
     run_task(whole)
     task = elsewhere(whole, "killed")
     file = tmp_path / "task.json"

@@ -32,7 +32,7 @@ BOX = "set-a:0,0,0:384,384,512"
 
 def box_config(root: Path) -> RunConfig:  # noqa: F811
     config = config_of(root)
-    return replace(config, inference=replace(config.inference, pyramid=True))
+    return replace(config, output=replace(config.output, pyramid=True))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -279,7 +279,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     stored(labels, noise())
     with pytest.raises(UnknownNameError, match="unknown class 'mitos'"):
         mesh_tasks(labels, out, "mitos")
-    with pytest.raises(InputError, match="ply, obj or precomputed"):
+    with pytest.raises(InputError, match="ply, obj, precomputed or multilod"):
         mesh_tasks(labels, out, "mito", file_format="stl")
     with pytest.raises(InputError, match="simplify must be 1 or more"):
         mesh_tasks(labels, out, "mito", simplify=0)

@@ -239,7 +239,7 @@ def test_a_browser_shows_raw_and_labels_in_one_place(cube: Path, tmp_path: Path)
             names = [layer.name for layer in viewing.viewer.state.layers]
     finally:
         viewing.close()
-    assert names == ["raw", "mito truth crop1", "mito known crop1"]
+    assert names == ["raw", "mito truth crop1", "mito known crop1", "crops"]
     boxes = []
     for picture in pictures.values():
         bright = np.abs(picture - picture[364, 236]).max(axis=2) < 8  # the middle of the box

@@ -25,7 +25,7 @@ from connectomics.io.artifacts import about
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.pages.view.layers import _artifacts
-from connectomics.pipeline.decode import decode_jobs, decode_predictions
+from connectomics.pipeline.decode import decode, decode_jobs, decode_predictions
 from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.submission import export_submission
 from tests.trees import contents
@@ -100,6 +100,19 @@ def test_voxels_and_tables_do_not_depend_on_the_format(ways: dict[str, Way], nam
     assert old.arrays("l")["mito/s0"].max() > 1, "there are instances"
     assert contents(new.folder / "t")["mito.csv"] == contents(old.folder / "t")["mito.csv"]
     assert about(new.folder / "l/a.zarr/crop1/mito")["complete"] is True
+
+
+def test_decode_uses_the_configuration_with_either_format(ways: dict[str, Way], tmp_path: Path) -> None:
+    """The classes of a folder decide which parameters of the configuration count."""
+    found = {}
+    for name, way in ways.items():
+        config = load_config(
+            None, f"output.format={name[:3]}", "decoding.classes.mito={method: threshold, threshold: 0.7}"
+        )
+        labels = decode(way.folder / "p", out=tmp_path / name, config=config)
+        assert labels.classes == ["mito"]
+        found[name] = about(tmp_path / name / "a.zarr/crop1/mito")["decode"]["threshold"]
+    assert set(found.values()) == {0.7}
 
 
 def files_of(shape: tuple[int, ...], shard: tuple[int, ...]) -> int:

@@ -82,9 +82,9 @@ class AffinitiesTask(StitchedTask):
         scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
         return stitched(int(blocks.offsets[-1]), pairs, scores, _apart(blocks))
 
-    def cost(self, stage: str) -> Cost:
+    def label_cost(self, stage: str) -> Cost:
         if stage != "label":
-            return super().cost(stage)
+            return super().label_cost(stage)
         affinities = StoredAffinities.open(open_probabilities(self.input))
         shapes = zip(self.lattice.shape, self.block_shape, self.halo, strict=True)
         around = int(np.prod([min(n, b + 2 * h) for n, b, h in shapes]))

@@ -4,7 +4,7 @@ Unfinished output lies in a hidden folder beside the labels, which it replaces a
 
     .{class}.partial/task.json   the task; beside it the done-maps of the run
     .{class}.partial/.blocks     what stages leave for later ones
-    .{class}.partial/s0          the labels
+    .{class}.partial/s0          the labels; with a pyramid s1, s2, ... too
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from connectomics.io.sharded import Storage
 from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs, write_file
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
 from connectomics.tasks.blocks import Lattice, sync
+from connectomics.tasks.pyramid import Pyramid, PyramidStage, pyramid_grids, pyramid_stages
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class LabelsTask(BlockTask):
         source: what the probabilities were made from, recorded with the output.
         table: ``parquet``: the instance table is written as Parquet too.
         storage: how the labels are stored, and the arrays that stages leave; blocks are whole shards.
+        pyramid: whether to write coarser levels, in further stages (`connectomics.tasks.pyramid`).
     """
 
     #: Methods that a subclass decodes.
     methods: ClassVar[tuple[str, ...]]
-    free: ClassVar[frozenset[str]] = frozenset({"source"})
+    free: ClassVar[frozenset[str]] = frozenset({"source", "pyramid"})
     places: ClassVar[frozenset[str]] = frozenset({"input", "output"})
 
     input: str
@@ -73,6 +75,7 @@ class LabelsTask(BlockTask):
     source: Mapping[str, Any] = field(default_factory=dict, hash=False)
     table: str = "csv"
     storage: Storage = Storage()  # noqa: RUF009 (frozen)
+    pyramid: bool = False
 
     def __post_init__(self) -> None:
         z, y, x = (int(n) for n in self.block_shape)
@@ -96,6 +99,23 @@ class LabelsTask(BlockTask):
             )
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
+    @property
+    @abstractmethod
+    def label_stages(self) -> tuple[str, ...]:
+        """Names of the stages that write the labels."""
+
+    @abstractmethod
+    def prepare_labels(self, stage: str) -> None:
+        """Make what the blocks of one of these stages need; nothing is finished yet."""
+
+    @abstractmethod
+    def label_worker(self, stage: str) -> Worker:
+        """Return what does the blocks of one of these stages."""
+
+    @abstractmethod
+    def label_cost(self, stage: str) -> Cost:
+        """Return what the largest block of one of these stages takes."""
+
     @abstractmethod
     def conclude(self) -> int:
         """After the last stage, write what lies beside the labels; return the number of objects (a mask: 0 or 1)."""
@@ -175,8 +195,47 @@ class LabelsTask(BlockTask):
         """Whether only the last rename is missing: the attributes are written after all else."""
         return bool(about(self.folder))
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (*self.label_stages, *pyramid_stages(self._pyramids))
+
+    def prepare(self, stage: str) -> None:
+        if self.is_complete:
+            return
+        if (levels := PyramidStage.of(stage, self._pyramids)) is None:
+            self.prepare_labels(stage)
+        else:
+            self._clear_unknown()  # before other levels are made from it; the same again if this was done
+            levels.prepare(self, stage)
+
     def blocks(self, stage: str) -> int:
-        return 0 if self.is_complete else len(self.lattice)
+        if self.is_complete:
+            return 0
+        levels = PyramidStage.of(stage, self._pyramids)
+        return len(self.lattice) if levels is None else levels.blocks
+
+    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
+        levels = PyramidStage.of(stage, self._pyramids)
+        return nullcontext(self.label_worker(stage) if levels is None else levels.worker())
+
+    def cost(self, stage: str) -> Cost:
+        levels = PyramidStage.of(stage, self._pyramids)
+        return self.label_cost(stage) if levels is None else levels.cost
+
+    @property
+    def level_grids(self) -> list[VoxelGrid]:
+        """The grids of the levels of the output, finest first; read from the input."""
+        return pyramid_grids(self.grid, self.pyramid)
+
+    @property
+    def _pyramids(self) -> list[Pyramid]:
+        if not self.pyramid:
+            return []
+        dtype = ArrayWriter.open(self.folder / "s0").dtype if self.has_labels else np.dtype(np.uint64)  # at most
+        return [Pyramid(self.folder, tuple(self.level_grids), "label", dtype, self.chunks, self._shards, "zstd")]
+
+    def _clear_unknown(self) -> None:
+        clear_unknown(ArrayWriter.open(self.folder / "s0"), self.source, self.grid)
 
     def create_labels(self, dtype: np.dtype[Any]) -> None:
         """Make the array of the labels if it is missing; all that was written before is then on the disk."""
@@ -186,12 +245,15 @@ class LabelsTask(BlockTask):
 
     def create(self, array: str, dtype: np.dtype[Any], grid: VoxelGrid | None = None) -> None:
         """Make an array of the shape of the output below `folder`."""
-        shards = (self.storage.shard or self.block_shape) if self.storage.is_sharded else None
         # overwrite: a killed run may have left the attributes only
         create_array(
-            self.folder / array, self.grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True, shards=shards,
-            codec="zstd",
+            self.folder / array, self.grid.shape, dtype, grid=grid, chunks=self.chunks, overwrite=True,
+            shards=self._shards, codec="zstd",
         )  # fmt: skip
+
+    @property
+    def _shards(self) -> Index | None:
+        return (self.storage.shard or self.block_shape) if self.storage.is_sharded else None
 
     @property
     def has_labels(self) -> bool:
@@ -209,12 +271,16 @@ class LabelsTask(BlockTask):
 
     def finish(self) -> None:
         if not self.is_complete:
-            _remove_unfinished_chunks(self.folder / "s0")
-            grid, objects = self.grid, self.conclude()
-            ours = label_attrs(grid, self.class_name, self.parameters, self.source, self.provenance, objects)
-            clear_unknown(ArrayWriter.open(self.folder / "s0"), ours, grid)
+            grids, objects = self.level_grids, self.conclude()
+            for level in self.folder.glob("s*"):
+                if int(level.name[1:]) < len(grids):
+                    _remove_unfinished_chunks(level)
+                else:  # from a run that wanted a pyramid
+                    shutil.rmtree(level)
+            ours = label_attrs(grids[0], self.class_name, self.parameters, self.source, self.provenance, objects)
+            self._clear_unknown()
             sync(os.fspath(self.folder))
-            levels = multiscales_attrs([grid], self.class_name, self.storage.zarr_format)
+            levels = multiscales_attrs(grids, self.class_name, self.storage.zarr_format)
             update_attrs(self.folder, {"connectomics": ours, **levels})
         shutil.rmtree(self.scratch, ignore_errors=True)
         self._remove_done_maps()
@@ -258,15 +324,14 @@ class MaskTask(LabelsTask):
             raise ConfigError(f"the mask of {self.class_name}: expected a threshold only, got {self.parameters}")
 
     @property
-    def stages(self) -> tuple[str, ...]:
+    def label_stages(self) -> tuple[str, ...]:
         return ("write",)
 
-    def prepare(self, stage: str) -> None:
-        if not self.is_complete:
-            self.create_labels(np.dtype(np.uint8))
+    def prepare_labels(self, stage: str) -> None:
+        self.create_labels(np.dtype(np.uint8))
 
-    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
-        return nullcontext(_MaskWorker(self))
+    def label_worker(self, stage: str) -> Worker:
+        return _MaskWorker(self)
 
     @property
     def foreground_file(self) -> Path:
@@ -276,7 +341,7 @@ class MaskTask(LabelsTask):
     def conclude(self) -> int:
         return int(self.foreground_file.exists())
 
-    def cost(self, stage: str) -> Cost:
+    def label_cost(self, stage: str) -> Cost:
         voxels = self.largest_block
         return Cost(read=2 * voxels, written=voxels, memory=6 * voxels)
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,12 +96,10 @@ class StitchedTask(LabelsTask):
         return StoredBlocks(self.scratch / stage, self.lattice)
 
     @property
-    def stages(self) -> tuple[str, ...]:
+    def label_stages(self) -> tuple[str, ...]:
         return ("label", "cores", "grow", "write") if self.parameters.has_boundary else ("label", "write")
 
-    def prepare(self, stage: str) -> None:
-        if self.is_complete:
-            return
+    def prepare_labels(self, stage: str) -> None:
         # each array is made last: if it exists, all else does
         if stage == "label":
             self._create("labels", np.dtype(np.uint32))
@@ -115,17 +112,17 @@ class StitchedTask(LabelsTask):
             instances = self.parameters.kind == "instance"
             self.create_labels(np.min_scalar_type(objects) if instances else np.dtype(np.uint8))
 
-    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
+    def label_worker(self, stage: str) -> Worker:
         fills = self.parameters.fill_holes
         if stage == "label":
-            return nullcontext(_LabelWorker(self, stage, self.open_labeler(), "labels", fills))
+            return _LabelWorker(self, stage, self.open_labeler(), "labels", fills)
         if stage == "cores":
-            return nullcontext(_WriteWorker(self, "labels", self.scratch / "cores", fills))
+            return _WriteWorker(self, "labels", self.scratch / "cores", fills)
         if stage == "grow":
-            return nullcontext(_LabelWorker(self, stage, self._open_grower(), "parts", False))
+            return _LabelWorker(self, stage, self._open_grower(), "parts", False)
         if self.parameters.has_boundary:
-            return nullcontext(_WriteWorker(self, "parts", self.folder / "s0", False))
-        return nullcontext(_WriteWorker(self, "labels", self.folder / "s0", fills))
+            return _WriteWorker(self, "parts", self.folder / "s0", False)
+        return _WriteWorker(self, "labels", self.folder / "s0", fills)
 
     def conclude(self) -> int:
         array = "parts" if self.parameters.has_boundary else "labels"
@@ -135,7 +132,7 @@ class StitchedTask(LabelsTask):
         write_tables(self.folder, objects, self.grid, self.table)
         return len(objects)
 
-    def cost(self, stage: str) -> Cost:
+    def label_cost(self, stage: str) -> Cost:
         voxels = self.largest_block
         if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)

@@ -80,9 +80,9 @@ class WatershedTask(StitchedTask):
         _, floor = self._open_heights(self.open_foreground())
         return join(blocks, self.parameters.connectivity, floor, seeded)
 
-    def cost(self, stage: str) -> Cost:
+    def label_cost(self, stage: str) -> Cost:
         if stage != "label":
-            return super().cost(stage)
+            return super().label_cost(stage)
         halo = np.zeros(3, int) if self.parameters.height == "distance" else np.asarray(self._rule.halo)
         block, near = np.asarray(self.block_shape), np.asarray(self.block_shape) + 2 * np.asarray(self._radius)
         read, part = int(np.prod(near + 2 * halo)), int(np.prod(near))

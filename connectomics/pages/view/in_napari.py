@@ -13,6 +13,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import is_s3
 from connectomics.pages.view.layers import Layer, Layers
+from connectomics.pages.view.volume_server import MadeVolume
 
 
 class LazyVolume:
@@ -41,11 +42,13 @@ def levels_of(layer: Layer, layers: Layers) -> list[LazyVolume]:
     name, _, below = rest.partition("/")
     if kind == "made":
         made = layers.made[name]
+        assert isinstance(made, MadeVolume)
 
-        def values(begin: list[int], shape: list[int]) -> NDArray[Any]:
-            return made.values(made.grid.crop(begin, shape)).astype(made.dtype)
+        def volume(grid: VoxelGrid) -> LazyVolume:
+            dtype = np.dtype(made.dtype)
+            return LazyVolume(grid, dtype, lambda begin, shape: made.values(grid.crop(begin, shape)).astype(dtype))
 
-        return [LazyVolume(made.grid, np.dtype(made.dtype), values)]
+        return [volume(grid) for grid in made.grids]
     source = Multiscale.open(layer.address if is_s3(layer.address) else str(layers.roots[name] / below))
 
     def level(number: int) -> LazyVolume:

@@ -1,9 +1,14 @@
-"""The layers of the viewer: raw, truth, known voxels, probabilities, labels, uncertainty."""
+"""The layers of the viewer: raw, truth, known voxels, probabilities, labels, uncertainty.
+
+Every class of every crop is a layer, unless that would be too many: then each crop has one layer for the truth and one
+for each result, in which the classes are segments (`connectomics.pages.view.class_maps`).
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -13,37 +18,56 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.errors import InputError, MissingError, unknown_name
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.metadata import names_levels
+from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import is_s3
 from connectomics.pages.colors import CLASS_COLORS, KNOWN_COLOR
-from connectomics.pages.view.volume_server import MadeVolume
+from connectomics.pages.view import segment_properties
+from connectomics.pages.view.class_maps import class_numbers, known_share, result_map, truth_map
+from connectomics.pages.view.volume_server import Made, MadeVolume
 
 _WRITERS = {"predictions": "predict", "labels": "decode"}  # command that writes the folder of an option
+_MOST_LAYERS = 24  # of the truth, and of each result, if every class has its own
+_MOST_CROPS = 8  # crops with truth, or with a result, that are shown if none is named
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer of the viewer: probabilities are 0 to 255, masks 0 and 1.
 
-    ``address``: ``files/{name}/...`` or ``made/{name}/...`` of a `VolumeServer`, or an s3:// URL.
+    Attributes:
+        what: truth, known, labels, probability, ... crop: its crop; "": all. class_name: its class; "": several, each a
+            segment or a part of the value.
+        address: ``files/{name}/...`` or ``made/{name}/...`` of a `VolumeServer`, or an s3:// URL.
+        more: addresses of the properties and the meshes of its segments.
     """
 
-    name: str
+    what: str
     kind: Literal["raw", "probability", "mask", "ids"]
     address: str
+    class_name: str = ""
+    crop: str = ""
     color: str = "#ffffff"
     visible: bool = True
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name in the viewer, ``mito truth crop1``."""
+        return " ".join(filter(None, (self.class_name, self.what, self.crop)))
 
 
 @dataclass(frozen=True)
 class ViewSources:
     """What to show; at least one of data root (local or s3://), predictions and labels.
 
-    ``dataset`` None: the only one. ``crops`` and ``classes`` None: all.
+    ``dataset`` None: the only one. ``crops`` (with truth, results, or in the table of test crops) and ``classes`` None:
+    all. ``tables``: folder that measure wrote; ``meshes``: folder that mesh wrote in a format of neuroglancer.
     """
 
     data_root: str | None = None
@@ -52,22 +76,40 @@ class ViewSources:
     dataset: str | None = None
     crops: tuple[str, ...] | None = None
     classes: tuple[str, ...] | None = None
+    tables: Path | None = None
+    meshes: Path | None = None
 
 
 @dataclass
 class Layers:
-    """The layers of one data set; the first view of ``extent`` nm is at ``position``, nm, z y x."""
+    """The layers of one data set; the first view of ``extent`` nm is at ``position``, nm, z y x.
+
+    Attributes:
+        boxes: the box of each crop. notes: what was left out or joined, and how to see it.
+    """
 
     dataset: str
     layers: list[Layer] = field(default_factory=list)
     roots: dict[str, Path] = field(default_factory=dict)
-    made: dict[str, MadeVolume] = field(default_factory=dict)
+    made: dict[str, Made] = field(default_factory=dict)
+    boxes: dict[str, Box] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     position: tuple[float, float, float] = (0.0, 0.0, 0.0)
     extent: float = 1000.0
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """One array of a result, with what its attributes say."""
+
+    crop: str
+    class_name: str
+    path: Path
+    about: Mapping[str, Any]
+
+
 def collect_layers(sources: ViewSources) -> Layers:
-    """Find the layers of one data set.
+    """Find the layers of one data set: at most a few dozen, unless more crops are named.
 
     Raises:
         InputError: no source is given, labels are given as predictions (or the reverse), or there are several data
@@ -76,21 +118,71 @@ def collect_layers(sources: ViewSources) -> Layers:
     places = {"predictions": sources.predictions, "labels": sources.labels}
     if sources.data_root is None and not any(places.values()):
         raise InputError("nothing to look at: give a data root, --predictions or --labels")
+    for option, folder in (("--tables", sources.tables), ("--meshes", sources.meshes)):
+        if folder is not None and not folder.is_dir():
+            raise MissingError(f"{option}: there is no folder {folder}; give one that measure (mesh) wrote")
     catalog = None if sources.data_root is None else Catalog.open(sources.data_root)
     found = Layers(_data_set(sources, catalog))
-    boxes: list[VoxelGrid] = []
+    results = {name: _stored(found, name, place, sources) for name, place in places.items() if place is not None}
+    of_results = list(dict.fromkeys(item.crop for items in results.values() for item in items))
+    truth = [] if catalog is None or found.dataset not in catalog.datasets else catalog.crop_names(found.dataset)
+    tests = {} if sources.data_root is None else _test_boxes(sources.data_root, found.dataset)
+    named = _named(sources.crops, [*truth, *of_results, *tests])
+    focus: list[Box] = []
     if catalog is not None and found.dataset in catalog.datasets:
-        boxes += _of_root(found, catalog, sources)
-    for name, place in places.items():
-        if place is not None:
-            boxes += _of_folder(found, name, place, sources)
+        predicted = {item.class_name for items in results.values() for item in items}
+        chosen = _first(found, "truth", [name for name in of_results if name in truth], truth, named)
+        focus += _of_root(found, catalog, sources, chosen, predicted)
+    for name, items in results.items():
+        chosen = _first(found, name, [], list(dict.fromkeys(item.crop for item in items)), named)
+        boxes = _of_result(found, name, [item for item in items if item.crop in chosen], sources)
+        focus = [*boxes, *focus]
+    if named is not None:
+        found.boxes |= {name: tests[name] for name in named if name in tests and name not in found.boxes}
     if not found.layers:
         raise MissingError(f"nothing of {found.dataset} to look at: found no raw, no labels and no predictions")
-    if boxes:
-        box = min(boxes, key=lambda grid: grid.size).box
-        found.position = box.center
-        found.extent = max(e - b for b, e in zip(box.begin, box.end, strict=True))
+    _look_at(found, focus, named)
     return found
+
+
+def _look_at(found: Layers, focus: Sequence[Box], named: Sequence[str] | None) -> None:
+    """Set the first view: the first named crop, or the largest result, or the first crop with truth."""
+    wanted = [found.boxes[name] for name in named or () if name in found.boxes] or list(focus)
+    if wanted:
+        found.position = wanted[0].center
+        found.extent = max(wanted[0].extent)
+
+
+def _test_boxes(root: str, dataset: str) -> dict[str, Box]:
+    boxes: dict[str, Box] = {}
+    for row in CropTable.of_root(root):
+        if row.dataset == dataset:
+            boxes[row.crop_name] = boxes.get(row.crop_name, row.grid.box).hull(row.grid.box)
+    return boxes
+
+
+def _named(wanted: Sequence[str] | None, there: Sequence[str]) -> list[str] | None:
+    """Return the names of the wanted crops (7 means crop7), None for all; `UnknownNameError` if one is nowhere."""
+    if wanted is None:
+        return None
+    names = [f"crop{name}" if name.isdigit() else name for name in wanted]
+    for name in names:
+        if name not in there:
+            raise unknown_name("crop", name, there)
+    return names
+
+
+def _first(
+    found: Layers, what: str, before: Sequence[str], there: Sequence[str], named: Sequence[str] | None
+) -> list[str]:
+    """Return the crops to show of those that are ``there``: the named ones, else the first few, ``before`` first."""
+    if named is not None:
+        return [name for name in there if name in named]
+    order = list(dict.fromkeys([*before, *there]))
+    if len(order) > _MOST_CROPS:
+        left = len(order) - _MOST_CROPS
+        found.notes.append(f"{what}: {left} more crops are not shown; name them by --crop")
+    return order[:_MOST_CROPS]
 
 
 def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
@@ -113,33 +205,60 @@ def _data_set(sources: ViewSources, catalog: Catalog | None) -> str:
     return names[0]
 
 
-def _of_root(found: Layers, catalog: Catalog, sources: ViewSources) -> list[VoxelGrid]:
-    """Add raw and the truth of the crops; return the grids of the crops."""
+def _of_root(
+    found: Layers, catalog: Catalog, sources: ViewSources, crops: Sequence[str], predicted: set[str]
+) -> list[Box]:
+    """Add raw and the truth of some crops: of the predicted classes, if none are named. Return the crops' boxes."""
     location = catalog.raw_location(found.dataset)
     if is_s3(location):
         found.layers.append(Layer("raw", "raw", location))
     else:
         found.roots["raw"] = Path(location)
         found.layers.append(Layer("raw", "raw", "files/raw"))
-    wanted = _chosen("crop", sources.crops, catalog.crop_names(found.dataset))
-    grids, there = [], set[str]()
-    for name in wanted:
-        crop = catalog.crop(found.dataset, name)
-        there |= set(crop.labels)
-        classes = _chosen("class", sources.classes, sorted(crop.labels), may_be_missing=len(wanted) > 1)
-        grids.append(crop.grid)
-        for class_name, color in zip(classes, cycle(CLASS_COLORS), strict=False):
-            _add_truth(found, crop, class_name, color, visible=name == wanted[0])
-    if sources.predictions is None and sources.labels is None:  # predictions may have classes without truth
+    opened = [catalog.crop(found.dataset, name) for name in crops]
+    there = {name for crop in opened for name in crop.labels}
+    wanted = sources.classes or (tuple(sorted(predicted & there)) or None)
+    shown = {}
+    for crop in opened:
+        classes = _chosen("class", wanted, sorted(crop.labels), may_be_missing=len(opened) > 1 or bool(predicted))
+        shown[crop] = [name for name in classes if crop.labels[name].grid.size]
+        found.boxes[crop.name] = crop.grid.box
+    if not predicted and opened:  # predictions may have classes without truth
         _chosen("class", sources.classes, sorted(there))
-    return grids
+    number = sum(len(classes) for classes in shown.values())
+    if 2 * number > _MOST_LAYERS:
+        found.notes.append(
+            f"truth: {number} arrays are one layer per crop, with the classes as segments; name classes by --class "
+            "(and crops by --crop) to see each alone, with its instances"
+        )
+    for crop, classes in shown.items():
+        if 2 * number > _MOST_LAYERS and classes:
+            _add_truth_map(found, crop, classes, visible=crop is opened[0])
+            continue
+        for class_name, color in zip(classes, cycle(CLASS_COLORS), strict=False):
+            _add_truth(found, crop, class_name, color, visible=crop is opened[0])
+    return [found.boxes[name] for name in crops]
+
+
+def _add_truth_map(found: Layers, crop: Crop, classes: Sequence[str], *, visible: bool) -> None:
+    """Add the truth of a crop as one layer, and the share of classes that are known."""
+    more = _names(found, f"{crop.name}-names", classes)
+    found.made |= {f"{crop.name}-truth": truth_map(crop, classes), f"{crop.name}-known": known_share(crop, classes)}
+    found.layers.append(Layer("truth", "ids", f"made/{crop.name}-truth", crop=crop.name, visible=visible, more=(more,)))
+    found.layers.append(
+        Layer("known", "probability", f"made/{crop.name}-known", "", crop.name, KNOWN_COLOR, visible=False)
+    )
+
+
+def _names(found: Layers, address: str, classes: Sequence[str]) -> str:
+    """Add the names of the segments of a map of classes; return the address."""
+    found.made[address] = segment_properties.of_classes(class_numbers(classes))
+    return f"made/{address}"
 
 
 def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visible: bool) -> None:
     """Add the truth of a class (IDs or a mask) and the mask of known voxels."""
     label = crop.labels[class_name]
-    if label.grid.size == 0:
-        return
 
     def mask(part: VoxelGrid) -> LabelVolume:
         return read_labels(crop, [class_name], part)
@@ -148,7 +267,7 @@ def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visibl
         address = f"{crop.name}-{class_name}-{key}"
         found.made[address] = MadeVolume(label.grid, np.uint32 if key == "ids" else np.uint8, values)
         kind: Literal["ids", "mask"] = "ids" if key == "ids" else "mask"
-        found.layers.append(Layer(f"{class_name} {what} {crop.name}", kind, f"made/{address}", color, visible))
+        found.layers.append(Layer(what, kind, f"made/{address}", class_name, crop.name, color, visible))
 
     if label.annotation.kind == "instance":
         add("truth", "ids", lambda part: read_instances(crop, class_name, part)[0], color, visible)
@@ -157,19 +276,17 @@ def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visibl
     add("known", "known", lambda part: mask(part).known_of(class_name), KNOWN_COLOR, False)
 
 
-def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> list[VoxelGrid]:
-    """Add predictions or labels, as the arrays describe themselves; return the grids of the classes."""
+def _stored(found: Layers, name: str, folder: Path, sources: ViewSources) -> list[_Stored]:
+    """Find the arrays of the chosen classes in predictions or labels, as they describe themselves."""
     root = folder / f"{found.dataset}.zarr"
     if not root.is_dir():
         return []
     found.roots[name] = root
-    grids = []
+    arrays = []
     for crop in store.list_groups(str(root)):
-        if sources.crops is not None and crop not in sources.crops:
-            continue
-        classes = store.list_groups(str(root / crop))
-        chosen = [c for c in classes if sources.classes is None or c in sources.classes]
-        for class_name, color in zip(chosen, cycle(CLASS_COLORS), strict=False):
+        for class_name in store.list_groups(str(root / crop)):
+            if sources.classes is not None and class_name not in sources.classes:
+                continue
             for path, about in _artifacts(root / crop / class_name):
                 kind = str(about.get("artefact"))
                 if (kind == "labels") != (name == "labels"):  # would look like a bad result
@@ -178,11 +295,35 @@ def _of_folder(found: Layers, name: str, folder: Path, sources: ViewSources) -> 
                         f"{path} holds {kind}: give {folder} by --{other}, and by --{name} a folder of "
                         f"'pytc {_WRITERS[name]}'"
                     )
-                title, address = f"{class_name} {{}} {crop}", f"files/{name}/{os.path.relpath(path, root)}"
-                found.layers.append(_layer_of(title, about, address, color))
-            if grid := store.read_attrs(str(root / crop / class_name)).get("connectomics", {}).get("grid"):
-                grids.append(VoxelGrid.from_dict(grid))
-    return grids
+                arrays.append(_Stored(crop, class_name, path, about))
+    return arrays
+
+
+def _of_result(found: Layers, name: str, arrays: Sequence[_Stored], sources: ViewSources) -> list[Box]:
+    """Add a result, array by array or as one layer per crop; return the boxes of its crops, the largest first."""
+    crops: dict[str, list[_Stored]] = {}
+    for item in arrays:
+        crops.setdefault(item.crop, []).append(item)
+    for crop, items in crops.items():
+        grids = [VoxelGrid.from_dict(item.about["grid"]) for item in items if item.about.get("grid")]
+        grids = grids or [Multiscale.open(items[0].path).grid]
+        found.boxes[crop] = max(grids, key=lambda grid: math.prod(grid.box.extent)).box
+    joined = len(arrays) > _MOST_LAYERS
+    if joined:
+        found.notes.append(
+            f"{name}: {len(arrays)} arrays are one layer per crop, with the classes as segments; name classes by "
+            "--class (and crops by --crop) to see each alone"
+        )
+    for crop, items in crops.items():
+        main = {item.class_name: item.path for item in items if item.about.get("artefact") in ("labels", "probability")}
+        if joined and main:
+            more = _names(found, f"{crop}-{name}-names", list(main))
+            found.made[f"{crop}-{name}"] = result_map(main)
+            found.layers.append(Layer(name, "ids", f"made/{crop}-{name}", crop=crop, more=(more,)))
+            continue
+        colors = dict(zip(dict.fromkeys(item.class_name for item in items), cycle(CLASS_COLORS), strict=False))
+        found.layers += [_layer_of(found, name, item, colors[item.class_name], sources) for item in items]
+    return sorted((found.boxes[crop] for crop in crops), key=lambda box: -math.prod(box.extent))
 
 
 def _artifacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -196,13 +337,32 @@ def _artifacts(place: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield from _artifacts(place / name)
 
 
-def _layer_of(title: str, about: dict[str, Any], address: str, color: str) -> Layer:
-    artifact = str(about.get("artefact"))
+def _layer_of(found: Layers, name: str, item: _Stored, color: str, sources: ViewSources) -> Layer:
+    address = f"files/{name}/{os.path.relpath(item.path, found.roots[name])}"
+    artifact = str(item.about.get("artefact"))
     if artifact == "labels":
-        return Layer(title.format("labels"), "ids" if about.get("kind") == "instance" else "mask", address, color)
+        instances = item.about.get("kind") == "instance"
+        more = _of_instances(found, item, sources) if instances else ()
+        kind: Literal["ids", "mask"] = "ids" if instances else "mask"
+        return Layer("labels", kind, address, item.class_name, item.crop, color, more=more)
     if artifact == "affinity":
-        artifact = f"affinity {tuple(about.get('offset', ()))}"
-    return Layer(title.format(artifact), "probability", address, color, visible=False)
+        artifact = f"affinity {tuple(item.about.get('offset', ()))}"
+    return Layer(artifact, "probability", address, item.class_name, item.crop, color, visible=False)
+
+
+def _of_instances(found: Layers, item: _Stored, sources: ViewSources) -> tuple[str, ...]:
+    """Add what there is of the instances in labels: their properties and their meshes; return the addresses."""
+    more = []
+    place = (found.dataset, item.crop, item.class_name)
+    properties = segment_properties.of_instances(item.path, sources.tables, *place)
+    if properties is not None:
+        address = f"{item.crop}-{item.class_name}-instances"
+        found.made[address] = properties
+        more.append(f"made/{address}")
+    if sources.meshes is not None and sources.meshes.joinpath(*place, "info").exists():
+        found.roots["meshes"] = sources.meshes
+        more.append("/".join(("files/meshes", *place)))
+    return tuple(more)
 
 
 def _chosen(
