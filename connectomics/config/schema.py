@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
+from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.output import OutputConfig
 from connectomics.config.pretraining import PretrainingConfig
 from connectomics.config.values import Group, Shape, Size, checked, one_of
@@ -241,6 +242,7 @@ class TrainingConfig(Group):
     channels_last: bool = False  # memory format of the weights; unet_2d works in it anyway
     compile: bool = False  # train with torch.compile
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is kept; 0: none
+    mean_teacher: MeanTeacherConfig = field(default_factory=MeanTeacherConfig)
     val_every_n_epochs: Annotated[int, _FROM_1] = 1
     val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score
 
