@@ -76,6 +76,7 @@ for name, verb, text in (
     ("package", train_verbs.package, "Pack a trained network into one file."),
     ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
     ("decode", predict_verbs.decode, "Turn probabilities into labels and instances."),
+    ("apply-edits", predict_verbs.apply_edits, "Merge, split, delete or reclassify instances by a log."),
     ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
     ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),

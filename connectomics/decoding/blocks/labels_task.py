@@ -111,6 +111,10 @@ class LabelsTask(BlockTask):
         """Raise an error if the input cannot be decoded; by default it must hold probabilities."""
         open_probabilities(self.input)
 
+    def further_attrs(self) -> dict[str, Any]:
+        """Return what else the finished labels say of themselves."""
+        return {}
+
     # -- what it is --------------------------------------------------------------------------------------------------
     def made_from(self) -> dict[str, str]:
         return inputs_of(self.input, self.parameters)
@@ -219,6 +223,7 @@ class LabelsTask(BlockTask):
             _remove_unfinished_chunks(self.folder / "s0")
             grid, objects = self.grid, self.conclude()
             ours = label_attrs(grid, self.class_name, self.parameters, self.source, self.provenance, objects)
+            ours |= self.further_attrs()
             clear_unknown(ArrayWriter.open(self.folder / "s0"), ours, grid)
             sync(os.fspath(self.folder))
             levels = multiscales_attrs([grid], self.class_name, self.storage.zarr_format)
