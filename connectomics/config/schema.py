@@ -132,6 +132,8 @@ class ModelConfig(Group):
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
     weights: str | None = None  # start from this run folder, checkpoint or package; output channels by class name
+    #: who wrote them: connectomics | nnunet (residual encoder, for residual_unet) | state_dict (the same tensor names)
+    weights_format: Annotated[str, one_of("connectomics", "nnunet", "state_dict")] = "connectomics"
     freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
     update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random

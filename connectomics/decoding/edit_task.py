@@ -350,6 +350,6 @@ class _WriteWorker(BlockWorker):
         values = self._reader.read(begin, shape)[self._name]
         self._writer.write(begin, values.astype(self._writer.dtype))
         labels, number_of = fastremap.renumber(values, in_place=True)
-        ids = np.array(sorted(filter(None, number_of), key=number_of.__getitem__), np.uint64)
+        ids = np.array(sorted(filter(None, number_of), key=lambda one: number_of[one]), np.uint64)
         pieces = Pieces.measured(labels.astype(np.uint32), len(ids), begin, self._lattice.shape)
         self._tables.save(number, {"ids": ids, **pieces.columns})

@@ -97,8 +97,10 @@ def read_edits(path: str | Path) -> list[Edit]:
         if not isinstance(data, dict) or ("id" in data and "ids" in data):
             raise InputError(f"{where}: expected an edit with keys op, class, and id or ids, got {line[:60]}")
         data.pop("comment", None)
-        renamed = {"class": "class_name", "id": "ids"}
-        values = {renamed.get(key, key): [value] if key == "id" else value for key, value in data.items()}
+        renamed: dict[str, str] = {"class": "class_name", "id": "ids"}
+        values: dict[str, Any] = {
+            renamed.get(key, key): [value] if key == "id" else value for key, value in data.items()
+        }
         try:
             found.append(read(Edit, {**values, "line": number}, where, InputError))
         except InputError as error:
