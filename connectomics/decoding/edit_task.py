@@ -350,6 +350,7 @@ class _WriteWorker(BlockWorker):
         values = self._reader.read(begin, shape)[self._name]
         self._writer.write(begin, values.astype(self._writer.dtype))
         labels, number_of = fastremap.renumber(values, in_place=True)
-        ids = np.array(sorted(filter(None, number_of), key=lambda one: number_of[one]), np.uint64)
+        number_of.pop(0, None)
+        ids = np.array(sorted(number_of, key=lambda one: number_of[one]), np.uint64)
         pieces = Pieces.measured(labels.astype(np.uint32), len(ids), begin, self._lattice.shape)
         self._tables.save(number, {"ids": ids, **pieces.columns})

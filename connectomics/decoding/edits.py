@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from connectomics.config.values import STRICT_KEYS, one_of, read
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.geometry import Index, Triple
+from connectomics.io.write import write_file
 
 #: class -> IDs of a block, (d, h, w) uint64
 Volumes = dict[str, NDArray[np.uint64]]
@@ -97,10 +98,9 @@ def read_edits(path: str | Path) -> list[Edit]:
         if not isinstance(data, dict) or ("id" in data and "ids" in data):
             raise InputError(f"{where}: expected an edit with keys op, class, and id or ids, got {line[:60]}")
         data.pop("comment", None)
-        renamed: dict[str, str] = {"class": "class_name", "id": "ids"}
-        values: dict[str, Any] = {
-            renamed.get(key, key): [value] if key == "id" else value for key, value in data.items()
-        }
+        values: dict[str, Any] = {("class_name" if key == "class" else key): value for key, value in data.items()}
+        if "id" in values:
+            values["ids"] = [values.pop("id")]
         try:
             found.append(read(Edit, {**values, "line": number}, where, InputError))
         except InputError as error:
@@ -117,6 +117,14 @@ def append_edit(path: str | Path, edit: Edit) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def drop_edit(path: str | Path) -> None:
+    """Remove the last edit of a log, in one step."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    while lines and not lines.pop().strip():
+        pass
+    write_file(Path(path), "".join(lines).encode())
 
 
 # -- which instances there are -----------------------------------------------------------------------------------------

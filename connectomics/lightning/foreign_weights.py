@@ -88,7 +88,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             # numbers of numpy, in the logs of nnU-Net, are built from plain bytes
             kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
             scalar = np.float64(0).__reduce__()[0]
-            safe = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
+            safe: list[Any] = [np.dtype, scalar, (scalar, "numpy.core.multiarray.scalar"), *kinds]
             with torch.serialization.safe_globals(safe):
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
