@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from connectomics.config import load_config
     from connectomics.geometry import Box, VoxelGrid
     from connectomics.pipeline.annotate import annotate
+    from connectomics.pipeline.apply_edits import apply_edits
     from connectomics.pipeline.decode import decode
     from connectomics.pipeline.evaluate import evaluate
     from connectomics.pipeline.export import export
@@ -65,6 +66,7 @@ __all__ = [
     "VoxelGrid",
     "__version__",
     "annotate",
+    "apply_edits",
     "decode",
     "evaluate",
     "export",

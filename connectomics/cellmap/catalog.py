@@ -115,6 +115,7 @@ class Crop:
         options: how the arrays are read (cache, threads, endpoint); not compared.
         not_annotated: names of further groups that are no class of the challenge and have no annotation (``all``).
         region: the part of the crop that is used (nm), such as one side of a split; None: all of it.
+        excluded: boxes (nm) of a part of raw whose voxels do not count.
     """
 
     dataset: str
@@ -124,6 +125,7 @@ class Crop:
     options: StoreOptions = field(default=DEFAULT_OPTIONS, compare=False, repr=False)
     not_annotated: tuple[str, ...] = ()
     region: Box | None = None
+    excluded: tuple[Box, ...] = ()
 
     @property
     def key(self) -> str:

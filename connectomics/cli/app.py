@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from connectomics.cli import data_verbs, look_verbs, plan_verbs, predict_verbs, score_verbs, train_verbs
+from connectomics.cli import (
+    data_verbs,
+    look_verbs,
+    package_verb,
+    plan_verbs,
+    predict_verbs,
+    score_verbs,
+    train_verbs,
+)
 
 WAY = """Segment cells in volume electron microscopy, from volumes to a scored submission.
 
@@ -54,8 +62,8 @@ for name, verb, text in (
     ("demo", data_verbs.demo, "Run everything on synthetic data, with a score and a report."),
     ("phantom", data_verbs.phantom, "Make a synthetic data root with known ground truth."),
     ("fetch", data_verbs.fetch, "Fetch public challenge data: labels, and raw around them."),
-    ("ingest", data_verbs.ingest, "Import your volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),
-    ("describe", data_verbs.describe, "Print data sets, crops, voxel sizes, classes, what is annotated."),
+    ("ingest", data_verbs.ingest, "Import volumes: TIFF, HDF5, NRRD, MRC, N5, precomputed, Zarr."),
+    ("describe", data_verbs.describe, "Print data sets, crops, voxel sizes, classes, annotations."),
     ("annotate", look_verbs.annotate, "Draw labels of a crop in a browser."),
     ("inspect", look_verbs.inspect, "Show training batches as the network gets them."),
     ("cache", look_verbs.cache, "List, verify or remove crops decoded for training."),
@@ -64,9 +72,10 @@ for name, verb, text in (
     ("train", train_verbs.train, "Train a network."),
     ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
-    ("package", train_verbs.package, "Pack a trained network into one file."),
+    ("package", package_verb.package, "Pack a trained network into one file."),
     ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
     ("decode", predict_verbs.decode, "Turn probabilities into labels and instances."),
+    ("apply-edits", predict_verbs.apply_edits, "Merge, split, delete or reclassify instances by a log."),
     ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
     ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),

@@ -251,6 +251,9 @@ def annotate(
     ] = None,
     labels: Annotated[Path | None, InOption(help="Folder that decode wrote: offered where voxels are unknown.")] = None,
     raw: Annotated[str | None, typer.Option(help="Data root with the raw, if the first one has labels only.")] = None,
+    edits: Annotated[
+        Path | None, OutOption(help="Log of apply-edits: also merge, split and delete instances of --labels.")
+    ] = None,
     port: opt.Port = 0,
     browser: opt.Browser = False,
 ) -> None:
@@ -264,12 +267,16 @@ def annotate(
       pytc annotate data --dataset my-cell --crop 1
 
       pytc annotate data --crop 2 --box my-cell:0,0,0:800,1600,1600 --class mito --class er --labels outputs/labels
+
+      pytc annotate checks --raw data --crop 2 --box my-cell:0,0,0:800,1600,1600 --class mito --labels outputs/labels
+      --edits edits.jsonl
     """
     from connectomics.pipeline.annotate import annotate as run
 
     size = None if voxel_size is None else opt.voxel_size_of(voxel_size)
     drawing = run(
-        root, dataset, crop, classes=class_name, box=box, voxel_size=size, labels=labels, raw=raw, port=port
+        root, dataset, crop, classes=class_name, box=box, voxel_size=size, labels=labels, raw=raw, edits=edits,
+        port=port,
     )  # fmt: skip
     for name, item in drawing.labels.items():
         print(f"  {name} ({item.kind}): {item.grid}")

@@ -139,6 +139,43 @@ def decode(
         print(location)
 
 
+def apply_edits(
+    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
+    edits: Annotated[Path, InArgument(help="Log of edits, one (JSON) a line.")],
+    out: Annotated[Path, OutOption(help="Folder for the edited labels.")],
+    overrides: opt.EngineOverrides = None,
+    undo: Annotated[int, typer.Option(help="Leave out so many of the last edits.")] = 0,
+    overwrite: opt.Overwrite = False,
+    resume: opt.Resume = False,
+    dry_run: opt.DryRun = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Apply a log of edits (merge, split, delete, reclassify) to instances, block by block. The labels themselves stay;
+    a shorter log undoes the last edits.
+
+    Examples:
+
+      pytc apply-edits outputs/labels edits.jsonl --out outputs/proofread
+
+      pytc apply-edits outputs/labels edits.jsonl --out outputs/proofread --undo 1 --overwrite
+    """
+    from connectomics.pipeline.apply_edits import edit_tasks, run_edits
+
+    engine = opt.engine_config(overrides)
+    tasks = edit_tasks(labels, edits, out, undo=undo)
+    if dry_run:
+        _try(tasks, engine, overwrite, resume)
+        return
+    with terminal.stages() as advance:
+        done = run_edits(tasks, engine, overwrite=overwrite, resume=resume, progress=advance)
+    if as_json:
+        print(json.dumps(done, indent=1))
+        return
+    keys = ("line", "op", "dataset", "crop", "class", "ids", "to", "new")
+    terminal.table(keys, [[" ".join(map(str, e[k])) if k == "ids" else e.get(k) for k in keys] for e in done])
+    print(out)
+
+
 def measure(
     labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
     out: Annotated[Path, OutOption(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],

@@ -13,7 +13,7 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InArgument, InOption, OutOption
+from connectomics.cli.options import InArgument, OutOption
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
@@ -307,30 +307,3 @@ def _described(run: Run) -> dict[str, Any]:
         "checkpoint": None if run.checkpoint is None else str(run.checkpoint),
         "environment": dict(run.environment),
     }
-
-
-def package(
-    source: Annotated[Path, InArgument(help="Checkpoint, or run folder (then its best checkpoint).")],
-    out: Annotated[Path | None, OutOption(help="The file; default {run}.pytc.")] = None,
-    scores: Annotated[Path | None, InOption(help="scores.json of score, to store its quality.")] = None,
-    license_name: Annotated[str, typer.Option("--license", help="License of the weights, such as CC-BY-4.0.")] = "",
-    description: Annotated[str, typer.Option(help="What it is for, in a sentence.")] = "",
-    overwrite: opt.Overwrite = False,
-) -> None:
-    """Pack a trained network into one file: weights, configuration, classes, voxel size, scores, and a test input with
-    its output. `pytc predict --checkpoint FILE` and connectomics.load_model(FILE) verify it and use it.
-
-    Examples:
-
-      pytc package outputs/cellmap_mito/version_0 --license CC-BY-4.0
-
-      pytc package outputs/cellmap_mito/version_0/checkpoints/best.ckpt --out mito.pytc --scores outputs/scores.json
-    """
-    from connectomics.pipeline.package import write_package
-
-    made = write_package(
-        source, out, scores=scores, license_name=license_name, description=description, overwrite=overwrite
-    )
-    shown = ("architecture", "parameters", "classes", "voxel_size", "validation", "license")
-    print(json.dumps({key: made.about.get(key) for key in shown}))
-    print(f"{made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

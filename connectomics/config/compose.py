@@ -171,6 +171,10 @@ def _check_parts(config: RunConfig, where: str) -> None:
             f"scheduler.warmup_epochs is {scheduler.warmup_epochs} and scheduler.warmup_steps is "
             f"{scheduler.warmup_steps}; set one of them to 0",
         ),
+        (
+            training.mean_teacher.weight > 0 and not training.ema,
+            "training.mean_teacher needs averaged weights, which are its teacher; set training.ema, such as 0.99",
+        ),
         (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
         (
             queue and engine.workers < 1,

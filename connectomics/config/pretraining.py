@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.values import Group, Shape, Size, one_of
 from connectomics.errors import ConfigError
 
@@ -55,7 +56,7 @@ def pretraining_config(config: RunConfig) -> RunConfig:
             config.data, sampling=sampling or {"volume": 1.0}, class_weights={}, min_known=0.0, gap_nm={},
             label_ties="present", soft_labels=False, allow_missing_raw=True,
         ),
-        training=replace(config.training, val_score=False),
+        training=replace(config.training, val_score=False, mean_teacher=MeanTeacherConfig()),
         checkpoint=replace(config.checkpoint, monitor="val/loss", mode="min"),
         early_stopping=replace(config.early_stopping, monitor="val/loss", mode="min"),
         inference=replace(config.inference, groups=False),

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from connectomics.config.intensity_range import check_intensity_range
+from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.output import OutputConfig
 from connectomics.config.pretraining import PretrainingConfig
 from connectomics.config.values import Group, Shape, Size, checked, one_of
@@ -127,6 +128,8 @@ class ModelConfig(Group):
     fusion: Annotated[str, one_of("encoder", "channels")] = "encoder"
     options: dict[str, Any] = field(default_factory=dict)  # arguments of the network's constructor
     weights: str | None = None  # start from this run folder, checkpoint or package; output channels by class name
+    #: who wrote them: connectomics | nnunet (residual encoder, for residual_unet) | state_dict (the same tensor names)
+    weights_format: Annotated[str, one_of("connectomics", "nnunet", "state_dict")] = "connectomics"
     freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
     update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
@@ -235,6 +238,7 @@ class TrainingConfig(Group):
     channels_last: bool = False  # memory format of the weights; unet_2d works in it anyway
     compile: bool = False  # train with torch.compile
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of the moving average of weights that is kept; 0: none
+    mean_teacher: MeanTeacherConfig = field(default_factory=MeanTeacherConfig)
     val_every_n_epochs: Annotated[int, _FROM_1] = 1
     val_score: bool = False  # also decode validation crops and log the challenge's score: val/score, val/<class>/score
 

@@ -28,6 +28,7 @@ from connectomics.data.raw_parts import FixedPatches, raw_parts
 from connectomics.data.run_split import check_known, run_split
 from connectomics.data.sampling import PatchSampler, check_sampling
 from connectomics.data.splits import Split
+from connectomics.data.unlabeled import PairedPatches, collate_pairs, unlabeled_dataset, unlabeled_parts
 from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError
@@ -71,6 +72,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self.present_shares: dict[str, float] = {}  # of the training crops, if ``model.class_weights`` needs them
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
+        self._unlabeled: CellMapMultiClassDataset | None = None  # for ``training.mean_teacher``
 
     def setup(self, stage: str | None = None) -> None:
         """Find the crops, split them, and decode them into the cache if there is one."""
@@ -91,6 +93,11 @@ class CellMapDataModule(pl.LightningDataModule):
         without_labels = is_pretraining(cfg)
         train, val = raw_parts(cfg) if without_labels else self._split_crops(options)
         self.normalization = of_crops(cfg, [*train, *val])
+        further: list[Crop] = []
+        if cfg.training.mean_teacher.weight > 0:
+            further = unlabeled_parts(cfg, train, val)
+            new = of_crops(cfg, [part for part in further if part.dataset not in self.normalization])
+            self.normalization |= new
         normalizations = {name: chosen.normalization for name, chosen in self.normalization.items()}
         options = replace(options, normalizations=normalizations)
         self._train = run_dataset(cfg, train, "train", options)
@@ -102,6 +109,7 @@ class CellMapDataModule(pl.LightningDataModule):
             progress=self.progress,
         )
         check_known(self._train.volumes)
+        self._unlabeled = unlabeled_dataset(cfg, further, options) if further else None
 
     def _split_crops(self, options: PatchOptions) -> tuple[list[Crop], list[Crop]]:
         """Return the training and the validation crops, and keep their split."""
@@ -168,14 +176,17 @@ class CellMapDataModule(pl.LightningDataModule):
         workers = min(data.num_workers, usable_cores())
         if workers < data.num_workers:
             log.info("data.num_workers is %d, but this process may use only %d cores", data.num_workers, workers)
+        dataset: Dataset[Any] = self.train_dataset
+        if self._unlabeled is not None:
+            dataset = PairedPatches(self.train_dataset, self._unlabeled, self.config.system.seed)
         if workers:
             # the kernels of the spatial pass are compiled at first use: once here, not in every worker
-            self.train_dataset[sampler.request(0, 0)]
+            dataset[sampler.request(0, 0)]
         return PatchLoader(
-            self.train_dataset,
+            dataset,
             sampler,
             batch_size=data.batch_size,
-            collate=collate,
+            collate=collate if self._unlabeled is None else collate_pairs,
             workers=workers,
             start=data.worker_start,
             persistent=data.persistent_workers,

@@ -227,7 +227,9 @@ def _shared(batch: Any) -> Any:
     """Move a batch's tensors into shared memory. torch does that in the queue's thread, where an error (no space in
     /dev/shm) is only printed, the batch lost, and the main process waits forever."""
     for value in batch.values() if isinstance(batch, Mapping) else ():
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Mapping):
+            _shared(value)
+        elif isinstance(value, torch.Tensor):
             try:
                 value.share_memory_()
             except RuntimeError as error:

@@ -244,10 +244,13 @@ class CropVolume:
     def decode_labels(self, grid: VoxelGrid) -> LabelVolume:
         """Return three-state labels on a grid of this lattice from Zarr, never from the cache.
 
-        A crop without labels is a part of raw (`connectomics.data.raw_parts`): its only class is present everywhere.
+        A crop without labels is a part of raw (`connectomics.data.raw_parts`): its only class is present everywhere but
+        in ``excluded`` boxes, where it is unknown.
         """
         if not self.crop.labels:
             everywhere = np.ones((1, *grid.shape), np.uint64)
+            for box in self.crop.excluded:
+                everywhere[(0, *grid.slices(box))] = 0
             return LabelVolume(grid, self.classes, everywhere, everywhere)
         return read_labels(
             self.crop, self.classes, grid, self.instances, alternate_ties=self.alternate_ties, soft=self.soft

@@ -197,10 +197,10 @@ def _table_files(table: str) -> list[str]:
     return [TABLE_FILE, PARQUET_FILE] if table == "parquet" else [TABLE_FILE]
 
 
-def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
+def write_table(path: Path, objects: Pieces, grid: VoxelGrid, ids: NDArray[np.uint64] | None = None) -> None:
     """Write a row per instance: ID, voxels, volume in nm3, and box and centroid in world nm (z, y, x).
 
-    objects: instances on ``grid`` in the order of their IDs, which count from 1. The suffix of ``path`` is the format.
+    objects: instances on ``grid`` in the order of their ``ids``, None: 1, 2, ... The suffix of ``path`` is the format.
     A box reaches from outer face to outer face of its voxels; the centroid is the mean of voxel centers.
     """
     columns = [
@@ -216,8 +216,9 @@ def write_table(path: Path, objects: Pieces, grid: VoxelGrid) -> None:
             low = first + (part.boxes[:, :3] - 0.5) * size
             high = first + (part.boxes[:, 3:] + 0.5) * size
             center = first + part.sums / part.sizes[:, None] * size
-            ids = np.arange(start + 1, start + len(part) + 1, dtype=np.uint64)
-            values = (ids, part.sizes, part.sizes * np.prod(size), *low.T, *high.T, *center.T)
+            numbers = np.arange(start + 1, start + len(part) + 1, dtype=np.uint64)
+            numbers = numbers if ids is None else ids[start : start + len(part)]
+            values = (numbers, part.sizes, part.sizes * np.prod(size), *low.T, *high.T, *center.T)
             out.write(dict(zip(COLUMNS, values, strict=True)))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import WeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -35,6 +35,13 @@ class AveragedWeights(WeightAveraging):
         super().setup(trainer, pl_module, stage)
         if self._average_model is not None:  # each step reads the number of updates: on a GPU it would make it wait
             self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            self._average_model.module.eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """The network with the averages, in evaluation mode; the teacher of ``training.mean_teacher``."""
+        assert self._average_model is not None, "training has begun"
+        return self._average_model.module.get_submodule("network")
 
     def _update(self, averages: Sequence[Tensor], weights: Sequence[Tensor], count: Any) -> None:
         if not averages[0].is_floating_point():

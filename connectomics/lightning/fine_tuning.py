@@ -14,6 +14,7 @@ from connectomics.config.heads import heads_of
 from connectomics.data.patches import centered, input_names
 from connectomics.errors import InputError, MissingError
 from connectomics.lightning.checkpoints import checkpoint_config, describe, read_checkpoint
+from connectomics.lightning.foreign_weights import foreign_weights
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.network import output_axes
 from connectomics.lightning.run_state import latest_checkpoint
@@ -26,6 +27,9 @@ _PREFIX = "network."
 def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
     """Copy the network's weights of a run folder, checkpoint or package into ``module`` if they fit by name and shape.
 
+    With another ``model.weights_format``, of a file that another program wrote, see `foreign_weights`; its output
+    channels are not copied.
+
     For fine-tuning on other data or classes: optimizer, epoch and random state are new. An output channel is copied
     from the channel with the same meaning, the class of the same name or the same head, at any position; the other
     output channels keep their initial weights. The log lists the matches.
@@ -37,13 +41,20 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         MissingError, CorruptDataError, InputError, ConfigError: see `read_checkpoint`; also `InputError` if less than a
             quarter of the network's weights match: the checkpoint holds another network.
     """
-    file = weights_file(path)
-    content = read_checkpoint(file)
-    trained = checkpoint_config(content, file)
-    found, wanted = output_names(trained), output_names(module.config)
+    foreign, unused = module.config.model.weights_format, list[str]()
+    wanted, found = output_names(module.config), list[str]()
+    if foreign == "connectomics":
+        file = weights_file(path)
+        content = read_checkpoint(file)
+        trained = checkpoint_config(content, file)
+        found, what = output_names(trained), describe(trained)
+        stored = {name.removeprefix(_PREFIX): value for name, value in content["state_dict"].items()}
+    else:
+        file, what = Path(path), f"network of another program ({foreign})"
+        stored, unused = foreign_weights(file, foreign)
+        unused += sorted(stored.keys() - module.network.state_dict().keys())
     pairs = [(found.index(name), number) for number, name in enumerate(wanted) if name in found]
     own = module.network.state_dict()
-    stored = {name.removeprefix(_PREFIX): value for name, value in content["state_dict"].items()}
     axes = output_axes(module.config, module.network, len(wanted))
     taken: dict[str, Tensor] = {}
     copied = 0
@@ -54,7 +65,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
     weights = sum(value.numel() for value in own.values())
     if 4 * copied < weights:
         raise InputError(
-            f"model.weights={path} holds a {describe(trained)}, the configuration a {describe(module.config)}: only "
+            f"model.weights={path} holds a {what}, the configuration a {describe(module.config)}: only "
             f"{copied} of {weights} weights fit; use the same `model` settings"
         )
     module.network.load_state_dict(taken, strict=False)
@@ -64,6 +75,7 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         ("from the checkpoint", [name for name in wanted if name in found]),
         ("new", [name for name in wanted if name not in found]),
         ("unused channels of the checkpoint", [name for name in found if name not in wanted]),
+        ("unused tensors of the file", unused[:6]),
     ):
         if names:
             parts.append(f"{what}: {', '.join(name.split(' ')[0] for name in names)}")

@@ -27,8 +27,10 @@ from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.windows import WindowFit
 from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
+from connectomics.lightning.averaging import AveragedWeights
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, load_module
+from connectomics.lightning.mean_teacher import MeanTeacher
 from connectomics.lightning.monitors import check_monitors
 from connectomics.lightning.network import build_network, freeze, inference_window, stages_from_output
 from connectomics.lightning.optim import build_optimizer
@@ -55,7 +57,9 @@ class ConnectomicsModule(pl.LightningModule):
 
     Logged metrics:
         ``train/loss`` (with heads: the sum over classes and heads), ``train/<loss name>``, ``train/loss/<head>``: means
-        over an epoch; ``train/loss_step``; ``train/known``: share of known labels; ``train/lr``.
+        over an epoch; ``train/loss_step``; ``train/known``: share of known labels; ``train/lr``. With
+        ``training.mean_teacher`` the sum has the weighted consistency, and there are ``train/consistency`` (without the
+        weight), ``train/consistency_weight`` and ``train/confident``, see `Consistency`.
         ``val/dice``, ``val/iou``, ``val/<class>/dice``, ``val/<class>/iou``: pooled over the known voxels of all
         validation crops, for the classes that are present in their ground truth, whatever the network predicts;
         ``val/<head>/dice`` or ``mae``, see `HeadScores`; with ``training.val_score`` also ``val/score`` and
@@ -84,6 +88,7 @@ class ConnectomicsModule(pl.LightningModule):
         self.head_losses = HeadLosses(self.heads)
         self.window = inference_window(config)
         self.intensity = BatchAugmentor.of(config)
+        self.mean_teacher = MeanTeacher(config) if config.training.mean_teacher.weight > 0 else None
         self.seen = ClassCounts(self.classes)  # in the epoch so far
         self.sample_losses: Tensor | None = None  # (B,), of the classes, in the latest training batch
         self.counts = PooledCounts(len(self.classes))
@@ -138,12 +143,16 @@ class ConnectomicsModule(pl.LightningModule):
         logits, *of_heads = split_channels(self(batch["image"], *inputs), self.channel_groups)
         result = self.loss(logits, with_gaps(labels, batch, self.config))
         self.sample_losses = result.samples
-        total, parts = result.total, {f"train/{name}": value for name, value in result.parts.items()}
+        total = result.total
+        parts: dict[str, Any] = {f"train/{name}": value for name, value in result.parts.items()}
         if self.heads:
             ids = ids_of(batch)[:, : len(self.head_losses.classes)]  # those for gaps come after them
             heads = self.head_losses(of_heads, ids)
             total = total + heads.total
             parts |= {f"train/loss/{name}": value for name, value in heads.parts.items()}
+        if self.mean_teacher is not None:
+            more, logged = self._consistency(self.mean_teacher, batch)
+            total, parts = total + more, parts | logged
         tally = labels.tally()
         self.seen.add(tally)
         known = tally[-1].sum() / math.prod(labels.shape)
@@ -154,6 +163,19 @@ class ConnectomicsModule(pl.LightningModule):
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         self.log("train/lr", rate, on_step=False, on_epoch=True, batch_size=1)
         return total
+
+    def _consistency(self, mean_teacher: MeanTeacher, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the weighted consistency loss of the batch's patches without labels, and what is logged of it."""
+        if "unlabeled" not in batch:
+            raise InputError(
+                "training.mean_teacher needs batches with patches without labels (`unlabeled`), as CellMapDataModule "
+                "gives them"
+            )
+        averages = next(c for c in self.trainer.callbacks if isinstance(c, AveragedWeights))  # type: ignore[attr-defined]
+        weight = mean_teacher.weight(self.trainer.global_step)
+        loss, confident = mean_teacher(batch["unlabeled"], self.network, averages.network)
+        logged = {"consistency": loss.detach(), "consistency_weight": weight, "confident": confident}
+        return weight * loss, {f"train/{name}": value for name, value in logged.items()}
 
     def on_train_epoch_end(self) -> None:
         """Log the counts of the epoch to the loggers directly: Lightning's float32 is exact up to 16 million only."""
@@ -185,7 +207,10 @@ class ConnectomicsModule(pl.LightningModule):
         if isinstance(batch, Mapping):
             labels_of(batch)  # check the codes in host memory: on a GPU that would make each step wait
             moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-            return {**moved, "seed": batch["seed"]} if "seed" in batch else moved  # the host reads it
+            for there, here in ((moved, batch), (moved.get("unlabeled", {}), batch.get("unlabeled", {}))):
+                if "seed" in here:  # the host reads it
+                    there["seed"] = here["seed"]
+            return moved
         return batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

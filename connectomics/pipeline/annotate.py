@@ -59,6 +59,7 @@ def annotate(
     voxel_size: Triple | None = None,
     labels: str | Path | None = None,
     raw: str | Path | None = None,
+    edits: str | Path | None = None,
     port: int = 0,
 ) -> Annotating:
     """Serve a page that draws labels of a crop, to this machine only. Every stroke is on disk at once.
@@ -72,13 +73,14 @@ def annotate(
         voxel_size: of a new crop, nm z y x; None: that of the raw.
         labels: folder that `decode` wrote: the page shows its labels where voxels are unknown, to accept them.
         raw: data root with the raw, if ``root`` has labels only. port: of the page; 0: any free port.
+        edits: log of `apply_edits`: the page also merges, splits and deletes instances of ``labels``, a line for each.
 
     Raises:
         InputError: an option is missing or does not fit, classes are on different grids, or the port is not available.
         MissingError, UnknownNameError: a folder, data set, crop or class. WriteError: another process draws this crop,
         or it cannot be written.
     """
-    from connectomics.pages.annotate import DrawingServer, PredictedLabels
+    from connectomics.pages.annotate import DrawingServer, EditLog, PredictedLabels
 
     place = local_path(root)
     catalog = Catalog.open(str(place), _OPTIONS)
@@ -107,7 +109,10 @@ def annotate(
             predicted = {n: PredictedLabels(Path(labels), dataset, e) for n, e in drawn.items() if _has(labels, n)}
             if not predicted:
                 raise MissingError(f"{labels} has no labels of {', '.join(drawn)}; give a folder that decode wrote")
-        server = DrawingServer(f"{dataset} {name}", volume, drawn, predicted, port)
+        if edits is not None and labels is None:
+            raise InputError("--edits corrects instances of a prediction; give its folder with --labels")
+        log = None if edits is None else EditLog(local_path(edits), predicted)
+        server = DrawingServer(f"{dataset} {name}", volume, drawn, predicted, port, log)
         stack.callback(server.close)
         return Annotating(server, stack.pop_all(), left_out)
 

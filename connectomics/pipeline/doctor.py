@@ -37,6 +37,7 @@ _EXTRAS = {
     "view": ("neuroglancer",),
     "formats": ("tifffile", "h5py", "mrcfile", "pynrrd"),
     "mlflow": ("mlflow-skinny",),
+    "bioimageio": ("bioimageio.spec",),
 }
 _GB = 1e9
 _LEAST_MEMORY, _LEAST_SHARED, _LEAST_FREE = 8 * _GB, 1 * _GB, 20 * _GB

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,25 +68,14 @@ def write_package(
     import torch
     from safetensors.torch import save
 
-    run = source.folder if isinstance(source, Run) else Path(source)
-    name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
-    target = local_path(f"{name}{SUFFIX}" if out is None else out)
-    choices = [run / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
-    checkpoint = next((file for file in choices if file.exists()), None)
-    if checkpoint is None:
-        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
+    checkpoint, name = checkpoint_of(source)
     known = read_json(scores) if isinstance(scores, str | Path) else scores
     if scores is not None and known is None:
         raise MissingError(f"no scores at {scores}; create them with `pytc score`, or omit --scores")
-    if target.is_dir():
-        raise InputError(f"{target} is a folder; give a file name, such as {target / (name + SUFFIX)}")
-    if target.exists() and not overwrite:
-        raise WriteError(f"{target} exists; add --overwrite to replace it, or give another name")
-    if target.exists() and not is_package(target):
-        raise not_ours(target, "package")
+    target = target_of(f"{name}{SUFFIX}" if out is None else out, is_package, "package", overwrite)
     module = load_network(checkpoint)
     weights = {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-    images = _test_images(module.config)
+    images = test_images(module.config)
     result = answer(module, [torch.from_numpy(image) for image in images])
     test = {f"input-{n}": torch.from_numpy(image) for n, image in enumerate(images)} | {"output": result.contiguous()}
     members = {WEIGHTS: save(weights), TEST: save(test)}
@@ -116,7 +105,30 @@ def write_package(
     return Package(target, about)
 
 
-def _test_images(config: RunConfig) -> list[np.ndarray]:
+def checkpoint_of(source: str | Path | Run) -> tuple[Path, str]:
+    """Return the best checkpoint of a run or its folder, or the file itself, and a name for what is made of it."""
+    run = source.folder if isinstance(source, Run) else Path(source)
+    name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
+    choices = [run / "checkpoints" / file for file in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
+    checkpoint = next((file for file in choices if file.exists()), None)
+    if checkpoint is None:
+        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
+    return checkpoint, name
+
+
+def target_of(out: str | Path, is_ours: Callable[[Path], bool], what: str, overwrite: bool) -> Path:
+    """Return a file to write; refuse a folder, a file without ``overwrite``, and one that is none of ours."""
+    target = local_path(out)
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file name in it")
+    if target.exists() and not overwrite:
+        raise WriteError(f"{target} exists; add --overwrite to replace it, or give another name")
+    if target.exists() and not is_ours(target):
+        raise not_ours(target, what)
+    return target
+
+
+def test_images(config: RunConfig) -> list[np.ndarray]:
     """Return images (1, 1, d, h, w) float32 in [0, 1] for each input, smaller than a patch if possible."""
     generator = np.random.default_rng(0)
     if config.data.inputs:  # inputs are registered by their extents, so they keep their size

@@ -25,6 +25,7 @@ TASK_KINDS: dict[str, str] = {
     "watershed": "connectomics.decoding.watershed.watershed_task:WatershedTask",
     "components": "connectomics.decoding.blocks.stitched_task:ComponentsTask",
     "affinities": "connectomics.decoding.affinities.affinity_task:AffinitiesTask",
+    "edits": "connectomics.decoding.edit_task:EditTask",
     "contacts": "connectomics.morphology.measure_tasks:ContactsTask",
     "mesh": "connectomics.morphology.mesh_task:MeshTask",
 }

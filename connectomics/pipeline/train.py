@@ -210,7 +210,7 @@ def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.Lig
     from connectomics.lightning.output_bias import begin_at_prevalence
 
     keep: list[str] = []
-    if config.model.weights is not None:
+    if config.model.weights is not None and config.model.weights_format == "connectomics":
         weights = weights_file(config.model.weights)
         keep = output_names(checkpoint_config(read_checkpoint(weights), weights))
     batches: Iterable[dict[str, Any]] = ()

@@ -23,8 +23,11 @@ from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.blocks.labels_task import MaskTask
 from connectomics.decoding.blocks.stitched_task import ComponentsTask, StitchedTask
+from connectomics.decoding.edit_task import EditTask
+from connectomics.decoding.edits import Edit
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask
+from connectomics.geometry import Triple, triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.morphology import ContactSpec
 from connectomics.pipeline.measure import measure_tasks
@@ -85,9 +88,23 @@ def tasks(inputs: Path, out: Path) -> Iterator[BlockTask]:
     labels = out / "4"
     yield from measure_tasks(labels, out / "measures", contacts=[ContactSpec.parse("mito:mito:30")], block=BLOCK)
     yield from mesh_tasks(labels, out / "meshes", "mito")
+    edited = out / "edited/jrc_a.zarr/crop1/mito"
+    seeds = _seeds(labels / "jrc_a.zarr/crop1/mito", 1)
+    yield EditTask(
+        str(labels / "jrc_a.zarr/crop1/mito"), str(edited), "mito", DecodeParameters(method="cc3d"), block_shape=BLOCK,
+        edits=(Edit("split", "mito", (1,), seeds), Edit("merge", "mito", (2, 3)), Edit("delete", "mito", (4,))),
+    )  # fmt: skip
     mean, grid = str(out / "mean/jrc_a.zarr/crop1/mito"), Multiscale.open(source).grid
     yield AverageTask((source, source), mean, grid, block_shape=(64, 64, 64))
     yield from predict_tasks(inputs / "net.ckpt", out=out / "predicted", config=config_of(inputs), device="cpu")[0]
+
+
+def _seeds(labels: Path, number: int) -> tuple[Triple, Triple]:
+    """The first and the last voxel of an instance, nm."""
+    source = Multiscale.open(str(labels))
+    values = source.read_level(0, (0, 0, 0), source.grid.shape, absent_is_missing=False)[0]
+    voxels = np.argwhere(values == number)
+    return triple(source.grid.to_world(voxels[0])), triple(source.grid.to_world(voxels[-1]))
 
 
 def results(out: Path) -> dict[str, bytes]:

@@ -342,6 +342,80 @@ def test_labels_that_cannot_be_drawn_are_refused(root: Path) -> None:
         cx.annotate(root, crop=1, classes=["mito", "nuc"])
 
 
+# -- edits of predicted instances --------------------------------------------------------------------------------------
+@pytest.fixture
+def instances(root: Path, tmp_path: Path) -> Path:
+    """Decoded instances of ves: 1 and 2 side by side, a dumbbell 3, and 255, which the page shows as 256."""
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    values = np.zeros(SHAPE, np.uint16)
+    values[8:14, 5:15, 5:15], values[8:14, 5:15, 15:25] = 1, 2
+    values[6:16, 25:35, 5:15] = values[6:16, 25:35, 30:40] = values[10:12, 29:31, 15:30] = 3
+    values[8:14, 45:55, 5:15] = 255
+    write_decoded(tmp_path / "labels", "ves", values, grid, kind="instance")
+    unknown = np.full(SHAPE, 255, np.uint16)
+    write_label(root, "cube", "crop1", "ves", unknown, grid, unknown=255, kind="instance")
+    return tmp_path / "labels"
+
+
+def edit(op: str, *ids: int, **more: Any) -> bytes:
+    return json.dumps({"op": op, "class": "ves", "ids": ids, **more}).encode()
+
+
+def test_edits_are_lines_of_the_log(root: Path, instances: Path, tmp_path: Path) -> None:
+    log = tmp_path / "edits.jsonl"
+    log.write_text('{"op": "delete", "class": "mito", "id": 4, "crop": "other"}\n')
+    with cx.annotate(root, crop=1, classes=["ves"], labels=instances, edits=log) as drawing:
+        assert json.loads(ask(drawing.url, "edits")[1]) == []
+        assert ask(drawing.url, "edits", edit("merge", 1, 2))[0] == 200
+        status, said = ask(drawing.url, "edits", edit("delete", 256))
+        assert (status, json.loads(said)[1]) == (200, {"op": "delete", "class": "ves", "ids": [256]})
+        assert ask(drawing.url, "edits", edit("split", 3, seeds=[[10, 30, 8], [10, 30, 37]]))[0] == 200
+        assert ask(drawing.url, "edits", edit("delete", 2))[0] == 200
+        assert len(json.loads(ask(drawing.url, "edits?undo=1", b"")[1])) == 3
+        before = log.read_bytes()
+        for body in (b"{", edit("merge", 1), edit("paint", 1), edit("split", 3, seeds=[[1, 2], [3]]), b"[]",
+                     edit("reclassify", 1, to="mito"), edit("delete", 0)):  # fmt: skip
+            assert ask(drawing.url, "edits", body)[0] == 400, body
+        assert ask(drawing.url, "edits", edit("delete", 1), Origin="http://evil.example")[0] == 403
+        assert log.read_bytes() == before
+    lines = [json.loads(line) for line in before.splitlines()]
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    assert lines[1] == {"op": "merge", "class": "ves", "ids": [1, 2], "dataset": "cube", "crop": "box_1"}
+    assert lines[2]["id"] == 255
+    assert lines[3]["seeds"] == [grid.to_world((10, 30, 8)).tolist(), grid.to_world((10, 30, 37)).tolist()]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    made = cx.apply_edits(instances, log, out=tmp_path / "out").folder / "cube.zarr/box_1/ves/s0"
+    found = np.asarray(zarr.open_array(str(made), mode="r")[:])
+    assert set(np.unique(found)) == {0, 1, 3, 256}
+    assert (found[10, 30, 8], found[10, 30, 37], found[10, 10, 20]) == (3, 256, 1)
+
+
+def test_the_last_line_of_another_crop_is_not_undone(root: Path, instances: Path, tmp_path: Path) -> None:
+    log = tmp_path / "edits.jsonl"
+    log.write_text('{"op": "delete", "class": "ves", "id": 4, "crop": "box_2"}\n')
+    with cx.annotate(root, crop=1, classes=["ves"], labels=instances, edits=log) as drawing:
+        assert ask(drawing.url, "edits?undo=1", b"")[0] == 400
+    assert log.read_text().count("box_2") == 1
+
+
+def test_edits_need_a_prediction_with_instances(root: Path, instances: Path, decoded: Path, tmp_path: Path) -> None:
+    for arguments, error, message in (
+        ({"classes": ["ves"]}, InputError, "give its folder with --labels"),
+        ({"classes": ["mito"], "labels": decoded}, InputError, "have no instances to edit"),
+        ({"classes": ["ves"], "labels": instances, "edits": tmp_path / "none/a.jsonl"}, MissingError, "no folder"),
+    ):
+        with pytest.raises(error, match=message):  # type: ignore[arg-type]
+            cx.annotate(root, crop=1, **{"edits": tmp_path / "a.jsonl", **arguments})  # type: ignore[arg-type]
+    with cx.annotate(root, crop=1, classes=["ves"], labels=instances) as drawing:
+        assert ask(drawing.url, "edits")[0] == 404
+        assert ask(drawing.url, "edits", edit("delete", 1))[0] == 404
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    about = {"artefact": "labels", "kind": "instance", "complete": True, "objects": 1, "grid": grid.to_dict()}
+    write_multiscale(instances / "cube.zarr/box_2/ves", np.ones(SHAPE, np.uint16), grid, attrs={"connectomics": about})
+    with pytest.raises(InputError, match=r"several crops .* \(box_1, box_2\)"):
+        cx.annotate(root, crop=1, classes=["ves"], labels=instances, edits=tmp_path / "a.jsonl")
+
+
 # -- the page ----------------------------------------------------------------------------------------------------------
 SAVED = "document.getElementById('status').textContent === 'saved'"
 IS_READY = f"{SAVED} && document.getElementById('place').textContent.startsWith('10 ')"
@@ -446,3 +520,73 @@ def test_strokes_wait_in_the_page_until_they_can_be_saved(root: Path, tmp_path: 
         tab.wait(SAVED)
     drawing.close()
     assert (stored(root, "mito")[10] == 1).sum() > 10
+
+
+@pytest.mark.slow
+def test_a_hand_merges_splits_and_deletes_in_a_browser(root: Path, instances: Path, tmp_path: Path) -> None:
+    log = tmp_path / "edits.jsonl"
+    with (
+        cx.annotate(root, crop=1, classes=["ves"], labels=instances, edits=log) as drawing,
+        browser(drawing.url, tmp_path / "profile") as tab,
+    ):
+        tab.wait(IS_READY)
+        box = tab.js("(() => { const r = document.getElementById('view').getBoundingClientRect();"
+                     "return [r.left, r.top, r.width, r.height]; })()")  # fmt: skip
+        scale = min(box[2] / (SHAPE[2] + 64), box[3] / (SHAPE[1] + 64))
+
+        def click(y: float, x: float) -> None:
+            left = box[0] + (box[2] - (SHAPE[2] + 64) * scale) / 2
+            top = box[1] + (box[3] - (SHAPE[1] + 64) * scale) / 2
+            place = left + (x + 0.5 + 32) * scale, top + (y + 0.5 + 32) * scale
+            tab.drag([place, place])
+
+        def logged(count: int) -> list[dict[str, Any]]:
+            tab.wait(f"document.getElementById('logged').textContent === '{count} here'")
+            return [json.loads(line) for line in log.read_text().splitlines()]
+
+        def color(y: int, x: int) -> list[int]:
+            """Of the canvas at a voxel, red, green and blue."""
+            found = tab.js(
+                "(() => { const c = document.getElementById('view'), k = devicePixelRatio;"
+                f"const s = Math.min(c.width / {SHAPE[2] + 64}, c.height / {SHAPE[1] + 64});"
+                f"const x = (c.width - {SHAPE[2] + 64} * s) / 2 + ({x} + 32.5) * s;"
+                f"const y = (c.height - {SHAPE[1] + 64} * s) / 2 + ({y} + 32.5) * s;"
+                "return [...c.getContext('2d').getImageData(x, y, 1, 1).data]; })()"
+            )
+            return list(found[:3])
+
+        gray = color(2, 2)
+        assert len({tuple(color(10, 10)), tuple(color(10, 18)), tuple(color(50, 10)), tuple(gray)}) == 4
+        tab.key("g")  # merge: two clicks
+        click(10, 10)
+        tab.wait("document.getElementById('status').textContent.includes('click what belongs to it')")
+        click(10, 10)
+        tab.wait("document.getElementById('status').textContent.includes('is the same instance')")
+        assert not log.exists()
+        click(10, 20)
+        assert logged(1)[0]["ids"] == [1, 2]
+        tab.wait(SAVED)
+        assert color(10, 10) == color(10, 18)
+        tab.key("x")  # delete: one click
+        click(50, 10)
+        assert logged(2)[1] == {"op": "delete", "class": "ves", "id": 255, "dataset": "cube", "crop": "box_1"}
+        assert color(50, 10) == gray
+        click(50, 10)  # it is gone
+        tab.wait("document.getElementById('status').textContent.includes('no predicted instance')")
+        tab.key("s")  # split: two clicks in one instance, on different sections
+        click(30, 8)
+        tab.key(".")
+        tab.wait("document.getElementById('place').textContent.startsWith('11 ')")
+        click(10, 20)
+        tab.wait("document.getElementById('status').textContent.includes('that is 1, not 3')")
+        click(30, 37)
+        grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+        assert logged(3)[2]["seeds"] == [grid.to_world((10, 30, 8)).tolist(), grid.to_world((11, 30, 37)).tolist()]
+        click(30, 8)
+        tab.wait("document.getElementById('status').textContent.includes('apply the edits')")
+        tab.screenshot(tmp_path / "edited.png")
+        tab.key("w")  # undo the split
+        assert len(logged(2)) == 2
+        assert tab.errors == []
+    before = np.full(SHAPE, 255, np.uint16)
+    assert np.array_equal(stored(root, "ves"), before)  # nothing was drawn

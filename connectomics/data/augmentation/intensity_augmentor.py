@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from connectomics.config.values import read
 from connectomics.data.augmentation.argument_rules import several
 from connectomics.data.augmentation.intensity_kinds import KINDS, Drawn, Kind
 from connectomics.data.augmentation.intensity_operations import shift_codes
-from connectomics.data.augmentation.presets import augmentations_of
+from connectomics.data.augmentation.presets import augmentations_of, em_intensity
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import Index, Triple, triple
 
@@ -149,6 +149,17 @@ class BatchAugmentor:
         sizes = [config.dataset.voxel_size, *(given.voxel_size for given in config.data.inputs)]
         own, *inputs = (IntensityAugmentor.from_config(kinds, size) for size in sizes)
         return None if own is None else cls(own, tuple(augmentor for augmentor in inputs if augmentor is not None))
+
+    @classmethod
+    def strong(cls, config: RunConfig, strength: float) -> BatchAugmentor | None:
+        """Return the augmentor of the preset ``em`` at a strength and of ``data.intensity``, which overrides it by
+        name, without kinds that move the image; None if there are none."""
+        size = config.dataset.voxel_size
+        kinds = {**em_intensity(size, config.data.patch_size, strength), **config.data.intensity}
+        sizes = [size, *(given.voxel_size for given in config.data.inputs)]
+        found = [IntensityAugmentor.from_config(kinds, of) for of in sizes]
+        kept = [replace(one, kinds=tuple(k for k in one.kinds if not k[1].moves)) for one in found if one is not None]
+        return cls(kept[0], tuple(kept[1:])) if kept and kept[0].kinds else None
 
     def __call__(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the batch with new images and codes; the given tensors are not changed."""

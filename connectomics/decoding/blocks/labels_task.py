@@ -124,6 +124,10 @@ class LabelsTask(BlockTask):
         """Raise an error if the input cannot be decoded; by default it must hold probabilities."""
         open_probabilities(self.input)
 
+    def further_attrs(self) -> dict[str, Any]:
+        """Return what else the finished labels say of themselves."""
+        return {}
+
     # -- what it is --------------------------------------------------------------------------------------------------
     def made_from(self) -> dict[str, str]:
         return inputs_of(self.input, self.parameters)
@@ -278,6 +282,7 @@ class LabelsTask(BlockTask):
                 else:  # from a run that wanted a pyramid
                     shutil.rmtree(level)
             ours = label_attrs(grids[0], self.class_name, self.parameters, self.source, self.provenance, objects)
+            ours |= self.further_attrs()
             self._clear_unknown()
             sync(os.fspath(self.folder))
             levels = multiscales_attrs(grids, self.class_name, self.storage.zarr_format)

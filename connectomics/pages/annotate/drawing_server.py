@@ -7,12 +7,14 @@ Addresses below the secret::
     labels/{class}/{z}           (H, W) in the labels' type, as stored
     predicted/{class}/{z}        the same of the prediction; unknown outside of it
     labels/{class}/{z}?y=&x=&height=&width=     POST: a rectangle of a section in the labels' type, which is stored
+    edits                        the edits of predicted instances, as JSON; POST: one more, or ?undo=1 for one less
 
 Values are little endian. Sections of raw may lie up to ``margin[0]`` before the first one and after the last one.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.pages import page
+from connectomics.pages.annotate.edit_log import EditLog
 from connectomics.pages.annotate.predicted import PredictedLabels
 from connectomics.pages.colors import CLASS_COLORS
 from connectomics.pages.local_server import LOOPBACK, Answer, LocalServer
@@ -47,10 +50,13 @@ class DrawingServer(LocalServer):
         labels: Mapping[str, EditableLabels],
         predicted: Mapping[str, PredictedLabels],
         port: int = 0,
+        edits: EditLog | None = None,
     ) -> None:
-        """Start to serve. ``labels`` of all classes are on one grid. Raises `InputError` if it is too large a section,
-        or if the port is not available."""
+        """Start to serve. ``labels`` of all classes are on one grid; ``edits``: where edits of instances are logged.
+
+        Raises `InputError` if it is too large a section, or if the port is not available."""
         self.labels, self._raw, self._predicted, self._title = labels, raw, predicted, title
+        self._edits = edits
         self._grid = next(iter(labels.values())).grid
         if max(self._grid.shape[1:]) > _LARGEST:
             raise InputError(
@@ -72,6 +78,9 @@ class DrawingServer(LocalServer):
             return Answer(self._page().encode(), mime="text/html; charset=utf-8")
         if found := re.fullmatch(r"raw/(-?\d{1,9})", path):
             return Answer(self._raw_section(int(found[1])).tobytes())
+        if path == "edits" and self._edits is not None:
+            with self._lock:
+                return Answer(json.dumps(self._edits.lines()).encode(), mime="application/json")
         kind, name, z = self._section_of(path)
         if kind == "labels" and name in self.labels:
             with self._lock:
@@ -83,7 +92,11 @@ class DrawingServer(LocalServer):
         return Answer(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
 
     def post(self, path: str, query: Mapping[str, str], body: bytes) -> Answer:
-        """Store a rectangle of a section."""
+        """Store a rectangle of a section, or an edit."""
+        if path == "edits" and self._edits is not None:
+            with self._lock:
+                self._edits.undo() if query.get("undo") else self._edits.add(body)
+                return Answer(json.dumps(self._edits.lines()).encode(), mime="application/json")
         kind, name, z = self._section_of(path)
         if kind != "labels" or name not in self.labels:
             return Answer(status=404)
@@ -125,6 +138,7 @@ class DrawingServer(LocalServer):
             ]  # fmt: skip
         state = {
             "shape": self._grid.shape, "margin": self._margin, "voxel_size": self._grid.voxel_size, "classes": classes,
+            "edits": self._edits is not None,
         }  # fmt: skip
         style, script = (
             Markup(assets.joinpath(f"annotate.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")

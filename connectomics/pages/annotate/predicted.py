@@ -30,7 +30,9 @@ class PredictedLabels:
         """
         if labels.unknown is None:
             raise InputError(f"{labels.name} has no value for unknown voxels, so there is nothing to accept into it")
-        self._labels, self._unknown = labels, labels.unknown
+        self.labels, self._unknown, self.dataset = labels, labels.unknown, dataset
+        #: The crops of the prediction that have the class here.
+        self.crops: list[str] = []
         self._found: list[tuple[Multiscale, dict[str, Any]]] = []
         for found, crop, name in find_arrays(root):
             if (found, name) != (dataset, labels.name):
@@ -42,6 +44,7 @@ class PredictedLabels:
             source = Multiscale.open(place)
             if not source.grid.box.intersect(labels.grid.box).is_empty:
                 self._found.append((source, about))
+                self.crops.append(crop)
         if not self._found:
             raise MissingError(f"{root} has no labels of {labels.name} of {dataset} in {labels.grid.box}")
         #: Largest ID that `read` may return.
@@ -49,21 +52,29 @@ class PredictedLabels:
         if labels.kind == "instance" and self.largest > np.iinfo(labels.dtype).max:
             raise InputError(f"{labels.name}: predicted IDs up to {self.largest} do not fit into {labels.dtype}")
 
+    def to_page(self, number: int) -> int:
+        """Return an ID of the file as `read` shows it."""
+        return number + (number >= self._unknown)
+
+    def to_file(self, number: int) -> int:
+        """Return an ID that `read` shows as it is in the file."""
+        return number - (number > self._unknown)
+
     def read(self, z: int) -> NDArray[Any]:
         """Return section ``z`` of the drawn labels' grid in their encoding, (H, W); unknown if not predicted.
 
         IDs from the value of unknown on are one larger than in the file.
         """
-        grid: VoxelGrid = self._labels.grid.crop((z, 0, 0), (1, *self._labels.grid.shape[1:]))
-        out = np.full(grid.shape[1:], self._unknown, self._labels.dtype)
+        grid: VoxelGrid = self.labels.grid.crop((z, 0, 0), (1, *self.labels.grid.shape[1:]))
+        out = np.full(grid.shape[1:], self._unknown, self.labels.dtype)
         for source, about in self._found:
             values, inside = source.read_nearest(grid, level=0)
             known = inside.astype(np.uint8)
             clear_unknown(known, about, grid)
-            if self._labels.kind == "semantic":
+            if self.labels.kind == "semantic":
                 values = values != 0
             else:
                 values = np.where(values >= self._unknown, values.astype(np.uint64) + np.uint64(1), values)
-            new = np.where(values == 0, self._labels.absent, values).astype(self._labels.dtype)
+            new = np.where(values == 0, self.labels.absent, values).astype(self.labels.dtype)
             out = np.where(known[0] != 0, new[0], out)
         return out

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const $ = (id) => document.getElementById(id);
-  const { shape, margin, voxel_size: voxel, classes } = JSON.parse($("state").textContent);
+  const { shape, margin, voxel_size: voxel, classes, edits: logs } = JSON.parse($("state").textContent);
   const [depth, height, width] = shape;
   const [mz, my, mx] = margin;
   const base = location.pathname.replace(/\/?$/, "/");
@@ -141,7 +141,7 @@
             const { absent, unknown } = one;
             let value = labels[j], strength = alpha;
             if (value === unknown) {
-              value = guess === null ? unknown : guess[j];
+              value = guess === null ? unknown : edited(one, guess[j]);
               if (value === unknown) {
                 if (hatch && one === active && (x + y) % 8 < 2) { r += (215 - r) * 0.4; e += (215 - e) * 0.4; b += (235 - b) * 0.4; }
                 continue;
@@ -365,11 +365,15 @@
     if (tool === "pick") {
       const guess = active.predicted ? plane(path_of("predicted", active, z)) : null;
       if (!inside) return;
-      const found = labels[y * width + x] === active.unknown && guess ? guess[y * width + x] : labels[y * width + x];
+      const found = labels[y * width + x] === active.unknown && guess ? edited(active, guess[y * width + x]) : labels[y * width + x];
       if (found === active.absent || found === active.unknown) return;
       active.id = found;
       choose("tool", "brush");
       buttons();
+      return;
+    }
+    if (["merge", "split", "delete"].includes(tool)) {
+      if (inside) edit(tool, x, y);
       return;
     }
     if (chosen("draws") === "unknown" && active.unknown === null) {
@@ -399,7 +403,7 @@
     const labels = plane(path_of("labels", active, z)), guess = active.predicted ? plane(path_of("predicted", active, z)) : null;
     if (stroke || labels === null || active.unknown === null || (active.predicted && guess === null)) return;
     const before = labels.slice();
-    for (let j = 0; j < labels.length; j++) if (labels[j] === active.unknown) labels[j] = guess ? guess[j] : active.absent;
+    for (let j = 0; j < labels.length; j++) if (labels[j] === active.unknown) labels[j] = guess ? edited(active, guess[j]) : active.absent;
     commit(active, z, before, labels, [0, 0, width, height]);
     refresh();
   }
@@ -408,6 +412,70 @@
     active.next += Number(active.next === active.unknown);
     active.id = active.next++;
     buttons();
+  }
+
+  // -- edits of predicted instances: the server logs them, and the page shows what is merged or deleted ---------------
+  let first = null; // what the first of two clicks chose
+  const edited = (one, value) => one.table?.get(value) ?? value;
+
+  function replay(lines) {
+    for (const one of classes) [one.table, one.split] = [new Map(), new Set()];
+    for (const { op, class: name, ids } of lines) {
+      const one = classes.find((c) => c.name === name);
+      if (op === "split") {
+        one.split.add(ids[0]);
+        continue;
+      }
+      const to = op === "merge" ? ids[0] : one.absent, gone = new Set(op === "merge" ? ids.slice(1) : ids);
+      for (const [from, now] of one.table) if (gone.has(now)) one.table.set(from, to);
+      for (const id of gone) one.table.set(id, to);
+    }
+    $("logged").textContent = `${lines.length} here`;
+    $("unedit").disabled = !lines.length;
+    show();
+  }
+
+  async function log(address, body) {
+    try {
+      const reply = await fetch(base + address, body === undefined ? {} : { method: "POST", body });
+      if (!reply.ok) throw new Error((await reply.text()) || `status ${reply.status}`);
+      failed = false;
+      replay(await reply.json());
+      ready();
+    } catch (error) {
+      say(`the edit is not logged: ${error.message}`, true);
+    }
+  }
+
+  function edit(tool, x, y) {
+    const one = active, labels = plane(path_of("labels", one, z)), guess = one.predicted ? plane(path_of("predicted", one, z)) : null;
+    const there = guess && labels[y * width + x] === one.unknown ? edited(one, guess[y * width + x]) : one.absent;
+    if (one.kind !== "instance" || there === one.absent || there === one.unknown) {
+      say("no predicted instance here", true);
+      return;
+    }
+    if (one.split.has(there)) {
+      say(`${there} is split; apply the edits, then go on with the result`, true);
+      return;
+    }
+    if (tool === "delete") {
+      log("edits", JSON.stringify({ op: tool, class: one.name, ids: [there] }));
+      return;
+    }
+    if (first === null || first.tool !== tool || first.one !== one) {
+      first = { tool, one, id: there, seed: [z, y, x] };
+      say(tool === "merge" ? `${there}: click what belongs to it` : `${there}: click the other part`);
+      failed = true; // the message stays
+      return;
+    }
+    const { id, seed } = first;
+    if ((tool === "merge") === (id === there)) {
+      say(tool === "merge" ? `${there} is the same instance` : `that is ${there}, not ${id}`, true);
+      return;
+    }
+    first = null;
+    const whole = { op: tool, class: one.name, ids: tool === "merge" ? [id, there] : [id] };
+    log("edits", JSON.stringify(tool === "merge" ? whole : { ...whole, seeds: [seed, [z, y, x]] }));
   }
 
   // -- the panel ----------------------------------------------------------------------------------------------------
@@ -478,6 +546,11 @@
     ",": () => go(z - 1), ".": () => go(z + 1), ArrowUp: () => go(z - 1), ArrowDown: () => go(z + 1),
     "+": () => zoom(1.25), "=": () => zoom(1.25), "-": () => zoom(0.8), 0: fit,
     v: () => { active.visible = !active.visible; buttons(); show(); }, h: () => { hidden = !hidden; show(); },
+    ...(logs ? Object.fromEntries([["g", "merge"], ["s", "split"], ["x", "delete"]].map(([key, tool]) => [key, () => {
+      first = null;
+      choose("tool", tool);
+    }])) : {}),
+    ...(logs ? { w: () => $("unedit").click(), Escape: () => { first = null; failed = false; ready(); } } : {}),
     m: () => $("hatch").click(), p: () => $("predicted").click(),
   };
   addEventListener("keydown", (event) => {
@@ -550,5 +623,8 @@
   $("place").title = `voxels of ${voxel.join(" × ")} nm (z, y, x)`;
   contrast();
   buttons();
+  $("edits").hidden = !logs;
+  $("unedit").addEventListener("click", () => log("edits?undo=1", ""));
+  if (logs) log("edits");
   go(z);
 })();
