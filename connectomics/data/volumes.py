@@ -211,7 +211,8 @@ class CropVolume:
             return float(inside.mean())
         kept = self._cached.arrays()
         z, y, x = (index[inside] - kept.codes_begin).T
-        return float(kept.states.known.any(axis=1)[kept.codes[z, y, x]].sum() / len(places))
+        known: NDArray[np.bool_] = np.any(kept.states.known, axis=1)
+        return float(known[kept.codes[z, y, x]].sum() / len(places))
 
     def _decode_codes(self, lo: Sequence[int], hi: Sequence[int]) -> tuple[Index, LabelCodes]:
         """Label codes from Zarr of the part of lattice indices ``lo`` to ``hi`` in the crop, and where it begins."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -90,11 +89,11 @@ class EditTask(LabelsTask):
 
     # -- its life ----------------------------------------------------------------------------------------------------
     @property
-    def stages(self) -> tuple[str, ...]:
+    def label_stages(self) -> tuple[str, ...]:
         return ("survey", "write") if self.edits else ("write",)
 
-    def prepare(self, stage: str) -> None:
-        if stage == "survey" or self.is_complete or self.has_labels:
+    def prepare_labels(self, stage: str) -> None:
+        if stage == "survey" or self.has_labels:
             return
         steps = self.steps
         for number, step in enumerate(steps):
@@ -104,8 +103,8 @@ class EditTask(LabelsTask):
         stored = np.promote_types(Multiscale.open(self.input).levels[0].dtype, np.uint8)
         self.create_labels(np.promote_types(stored, np.min_scalar_type(largest)))
 
-    def open_worker(self, stage: str, device: str) -> AbstractContextManager[Worker]:
-        return nullcontext(_SurveyWorker(self) if stage == "survey" else _WriteWorker(self))
+    def label_worker(self, stage: str) -> Worker:
+        return _SurveyWorker(self) if stage == "survey" else _WriteWorker(self)
 
     def conclude(self) -> int:
         ids, found = _added([self.tables.load(number) for number in range(len(self.lattice))])
@@ -119,7 +118,7 @@ class EditTask(LabelsTask):
     def further_attrs(self) -> dict[str, Any]:
         return {"edits": [as_dict(step) for step in self.steps]} if self.edits else {}
 
-    def cost(self, stage: str) -> Cost:
+    def label_cost(self, stage: str) -> Cost:
         voxels, read = self.largest_block, len(self.classes)
         return Cost(read=8 * voxels * read, written=8 * voxels, memory=(16 * read + 24) * voxels)
 
