@@ -11,11 +11,11 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InArgument, OutOption
+from connectomics.cli.options import InPlaceArgument, OutOption
 
 
 def status(
-    out: Annotated[Path, InArgument(help="Folder that predict, decode, measure or mesh writes, or one above it.")],
+    out: Annotated[Path, InPlaceArgument(help="Folder that predict, decode, measure or mesh writes, or one above it.")],
     as_json: opt.AsJson = False,
 ) -> None:
     """Print how far an output is: blocks done and failed, rate and forecast. Only reads, and works on any machine that

@@ -11,7 +11,7 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
+from connectomics.cli.options import InOption, InPlaceArgument, OutPlaceArgument, OutPlaceOption
 from connectomics.cli.train_verbs import Config
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def predict(
         list[Path] | None,
         InOption(help="Checkpoint, model package or run folder; if given several times, predictions are averaged."),
     ] = None,
-    out: Annotated[Path, OutOption(help="Folder for {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
+    out: Annotated[Path, OutPlaceOption(help="Place of {dataset}.zarr/{crop}/{class}.")] = Path("outputs/predictions"),
     crops: Annotated[
         str | None,
         typer.Option(
@@ -95,8 +95,8 @@ def predict(
 
 
 def decode(
-    predictions: Annotated[Path, InArgument(help="Folder that predict wrote.")],
-    out: Annotated[Path, OutArgument(help="Folder for the labels, in the same layout.")],
+    predictions: Annotated[Path, InPlaceArgument(help="Folder that predict wrote.")],
+    out: Annotated[Path, OutPlaceArgument(help="Folder for the labels, in the same layout.")],
     config: Annotated[Path | None, InOption(help="Configuration with decoding.default and decoding.classes.")] = None,
     class_name: opt.Classes = None,
     overrides: opt.Overrides = None,
@@ -139,8 +139,8 @@ def decode(
 
 
 def measure(
-    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
-    out: Annotated[Path, OutOption(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
+    labels: Annotated[Path, InPlaceArgument(help="Folder of labels that decode wrote.")],
+    out: Annotated[Path, OutPlaceOption(help="Folder for {class}.csv and contacts_{A}_{B}_{NM}nm.csv.")],
     overrides: opt.EngineOverrides = None,
     class_name: opt.Classes = None,
     dataset: opt.Datasets = None,
@@ -209,8 +209,8 @@ def _print_measures(found: Mapping[str, Any]) -> None:
 
 
 def mesh(
-    labels: Annotated[Path, InArgument(help="Folder of labels that decode wrote.")],
-    out: Annotated[Path, OutArgument(help="Folder for {dataset}/{crop}/{class}/{id}.ply.")],
+    labels: Annotated[Path, InPlaceArgument(help="Folder of labels that decode wrote.")],
+    out: Annotated[Path, OutPlaceArgument(help="Folder for {dataset}/{crop}/{class}/{id}.ply.")],
     class_name: Annotated[str, typer.Option("--class", help="Class to mesh.")],
     overrides: opt.EngineOverrides = None,
     ids: Annotated[list[int] | None, typer.Option("--id", help="Only this instance; may be repeated.")] = None,
@@ -255,7 +255,7 @@ def mesh(
 
 
 def run_task(
-    file: Annotated[Path, InArgument(help="A task.json (or .yaml) that predict, decode or measure left.")],
+    file: Annotated[Path, InPlaceArgument(help="A task.json (or .yaml) that predict, decode or measure left.")],
     overrides: opt.EngineOverrides = None,
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,

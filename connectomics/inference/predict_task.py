@@ -33,6 +33,7 @@ from connectomics.io.artifacts import require_complete as require_complete
 from connectomics.io.fingerprint import content_identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+from connectomics.io.place import place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
@@ -53,7 +54,7 @@ class PredictTask(BlockTask):
     """One region to predict: what is read, what is written, and with which parameters.
 
     Attributes:
-        raw: location of the raw multiscale group. output: local folder, ``{out}/{dataset}.zarr/{crop}``.
+        raw: location of the raw multiscale group. output: its folder, ``{out}/{dataset}.zarr/{crop}``.
         classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
         voxel_size: of the network, nm, z y x. window: voxels that the network sees at once, z y x (see `windows_seen`).
         checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
@@ -184,7 +185,7 @@ class PredictTask(BlockTask):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output)
+        return place(self.output)
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder / self.folder.parent.name / self.folder.name))

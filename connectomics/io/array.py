@@ -77,6 +77,7 @@ class StoredArray:
             if meta is None or meta.get("node_type") != "array":
                 raise _no_array(self.location, meta, options)
         self.metadata = meta
+        self._signed = is_s3(self.location) and s3.is_signed(split_s3(self.location)[0], self.options)
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -286,9 +287,10 @@ class StoredArray:
     def _spec(self) -> dict[str, Any]:
         kvstore: dict[str, Any]
         if is_s3(self.location):
+            s3.has_credentials()  # puts them into the environment
             bucket, key = split_s3(self.location)
             kvstore = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "aws_region": self.options.s3_region}
-            kvstore["aws_credentials"] = {"type": "anonymous"}
+            kvstore["aws_credentials"] = {"type": "environment" if self._signed else "anonymous"}
             if self.options.s3_endpoint:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:

@@ -38,8 +38,8 @@ from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BL
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
 from connectomics.io.artifacts import Provenance
-from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import S3Path, output_place, place, remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.pipeline.results import Labels, Probabilities
@@ -100,7 +100,7 @@ def decode(
         table=chosen.decoding.table,
         storage=Storage.of(chosen.output),
     )
-    return Labels(local_path(out), chosen, source.crops, tuple(Path(item.location) for item in done))
+    return Labels(output_place(out), chosen, source.crops, tuple(place(item.location) for item in done))
 
 
 def decode_estimate(
@@ -177,7 +177,7 @@ def decode_predictions(
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
-    out = local_path(output_dir)
+    out = output_place(output_dir)
     jobs = decode_jobs(
         predictions_dir, out, parameters,
         classes=classes, blockwise_above=blockwise_above, table=table, storage=storage,
@@ -205,6 +205,8 @@ def decode_predictions(
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
             if result is not None:
+                if isinstance(left := partial_of(job.location), S3Path):  # of a run that was killed at its very end
+                    remove_tree(left)
                 results.append(result)
                 _warn_of_unknown(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
@@ -308,7 +310,7 @@ def decode_jobs(
     storage: Storage = Storage(),  # noqa: B008 (frozen)
 ) -> list[DecodeJob]:
     """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
-    root, out = Path(predictions_dir), local_path(output_dir)
+    root, out = place(predictions_dir), output_place(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")
     found = list(find_arrays(root))
@@ -367,7 +369,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
         write_whole(writer, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
-            write_tables(Path(writer.location).parent, found, grid, job.table)
+            write_tables(place(writer.location).parent, found, grid, job.table)
     return job.decoded(objects)
 
 

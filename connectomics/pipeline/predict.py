@@ -25,14 +25,14 @@ from connectomics.inference.artifact import save_cellmap_predictions as save_cel
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
-from connectomics.io.location import local_path
+from connectomics.io.location import absolute
+from connectomics.io.place import output_place
 from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import (
     Target,
-    absolute,
     chosen_targets,
     grids_of,
     mask_of,
@@ -87,7 +87,7 @@ def predict(
         None, composed, paths, out, targets=targets, device=device,
         overwrite=overwrite, resume=resume, progress=progress, accept_failed=accept_failed,
     )  # fmt: skip
-    return Probabilities(local_path(out), composed, table, tuple(written))
+    return Probabilities(output_place(out), composed, table, tuple(written))
 
 
 def predict_tasks(
@@ -260,11 +260,11 @@ def network_tasks(
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
-    out, storage = local_path(output_dir), Storage.of(config.output)
+    out, storage = output_place(output_dir), Storage.of(config.output)
     return [
         NetworkPredictTask(
             raw=absolute(catalog.raw_location(target.dataset)),
-            output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
+            output=absolute(out / f"{target.dataset}.zarr" / target.name),
             classes=channels,
             targets=grids_of(target, channels, about, config.voxel_size),
             voxel_size=config.voxel_size,
