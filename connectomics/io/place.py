@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
@@ -49,9 +49,9 @@ class S3Path(PosixPath):
     def is_dir(self, *, follow_symlinks: bool = True) -> bool:
         return any(s3.children(*split_s3(self), DEFAULT_OPTIONS))
 
-    def iterdir(self) -> Iterator[S3Path]:
+    def iterdir(self) -> Generator[S3Path, None, None]:
         prefixes, names = s3.children(*split_s3(self), DEFAULT_OPTIONS)
-        return (self / name for name in (*prefixes, *names))
+        yield from (self / name for name in (*prefixes, *names))
 
     def glob(self, pattern: str, **_: Any) -> Iterator[S3Path]:  # type: ignore[override]
         if "/" in pattern:

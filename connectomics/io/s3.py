@@ -130,7 +130,9 @@ def put(
     """
     from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-    in_parts = not isinstance(data, bytes | bytearray | memoryview)
+    in_parts, size = True, _LARGE
+    if isinstance(data, bytes | bytearray | memoryview):
+        in_parts, size = False, len(data)
     how: Any = {} if match is None else {"mode": "create" if match == "" else {"e_tag": match}}
 
     def ask(store: S3Store) -> str | None:
@@ -139,7 +141,7 @@ def put(
         except (AlreadyExistsError, PreconditionError):
             return None
 
-    return _asked(ask, bucket, key, options, writes=True, large=in_parts or len(data) > _LARGE)
+    return _asked(ask, bucket, key, options, writes=True, large=size >= _LARGE)
 
 
 def copy(bucket: str, key: str, to: str, options: StoreOptions) -> None:
@@ -172,17 +174,14 @@ def objects(bucket: str, key: str, options: StoreOptions) -> list[tuple[str, int
 def pages(bucket: str, key: str, options: StoreOptions) -> Iterator[list[tuple[str, int, str]]]:
     """Yield key, bytes and ETag of every object below ``key``, at any depth, a thousand at a time, in no order."""
     last: str | None = None  # a broken listing goes on after it
-    while True:
-        page = _asked(lambda store, after=last: _page(store, key, after), bucket, key, options)
-        if not page:
-            return
+
+    def ask(store: S3Store) -> list[tuple[str, int, str]]:
+        listed = store.list(f"{key}/" if key else None, offset=last, chunk_size=1000)
+        return [_described(item) for item in next(iter(listed), [])]
+
+    while page := _asked(ask, bucket, key, options):
         yield page
         last = max(item[0] for item in page)
-
-
-def _page(store: S3Store, key: str, after: str | None) -> list[tuple[str, int, str]]:
-    listed = store.list(f"{key}/" if key else None, offset=after, chunk_size=1000)
-    return [_described(item) for item in next(iter(listed), [])]
 
 
 def in_parallel(ask: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -279,7 +278,8 @@ def _asked(
     writes: bool = False,
     large: bool = False,
 ) -> T | None:
-    """The answer, None for "absent". Retries truncated listings, which obstore itself does not do."""
+    """The answer, None for "absent". Retries what obstore itself does not: truncated listings, and conditional writes
+    whose connection breaks (if the first was done, the condition of the second does not hold)."""
     from obstore.exceptions import BaseError
 
     refuse_forked_process()
@@ -292,11 +292,9 @@ def _asked(
             answer = ask(_store(bucket, options, signed, large))
         except (BaseError, OSError) as error:
             reason = str(error).split("Debug source")[0]
-            if writes:
-                raise _not_written(bucket, key, reason) from error
-            if isinstance(error, FileNotFoundError):
+            if isinstance(error, FileNotFoundError) and not writes:
                 return None
-            if signed and _REFUSED.search(reason):  # anyone may be allowed what these credentials are not
+            if signed and not writes and _REFUSED.search(reason):  # anyone may be allowed what these credentials are not
                 try:
                     answer = ask(_store(bucket, options, False, large))
                 except FileNotFoundError:
@@ -305,7 +303,10 @@ def _asked(
                     raise StoreError(message(bucket, key, reason, denied=True)) from error
                 _anonymous.add((bucket, options.s3_endpoint))
                 return answer
-            if "response body" not in reason or not left:
+            broken = "response body" in reason or ("error sending request" in reason and " retries," not in reason)
+            if not broken or not left:
+                if writes:
+                    raise _not_written(bucket, key, reason) from error
                 raise StoreError(message(bucket, key, reason, denied="403 Forbidden" in reason)) from error
         else:
             return answer
