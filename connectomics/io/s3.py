@@ -294,7 +294,9 @@ def _asked(
             reason = str(error).split("Debug source")[0]
             if isinstance(error, FileNotFoundError) and not writes:
                 return None
-            if signed and not writes and _REFUSED.search(reason):  # anyone may be allowed what these credentials are not
+            if (
+                signed and not writes and _REFUSED.search(reason)
+            ):  # anyone may be allowed what these credentials are not
                 try:
                     answer = ask(_store(bucket, options, False, large))
                 except FileNotFoundError:

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
-import socket
-from collections.abc import Callable, Iterator
+import signal
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 
-from tests.chaos.kit import VERBS, Started, Starter, files_in, make_inputs, results, wait_for_files
+from tests.chaos.kit import VERBS, Starter, files_in, make_inputs, results, wait_for_files
 from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer
 
 #: with what a verb is called besides its paths; decode block by block in three ways
@@ -28,6 +30,7 @@ MORE = {
     "sharded": "output.format=0.5 output.chunk=[16,16,16] output.shard=[32,32,32]",
     "measure": "",
     "mesh": "",
+    "export": "",
 }
 
 
@@ -38,6 +41,7 @@ class Bucket:
     folder: Path
     inputs: Path
     objects: Path
+    server: str
     proxy: FaultyProxy
     starter: Starter
 
@@ -67,15 +71,9 @@ class Bucket:
         left = [p.name for p in place.rglob(".*") if p.name not in (".zgroup", ".zattrs", ".zarray")]
         assert not [found for found in left if not found.startswith(".done-") or "." in found[6:]]
 
-    def fails(self, words: list[str], **environment: str) -> str:
+    def fails(self, words: list[str], environment: Mapping[str, str | None] | None = None) -> str:
         """The line that a command ends with."""
-        before = {name: os.environ.get(name) for name in environment}
-        os.environ.update(environment)
-        try:
-            with Starter(Path(mkdtemp(dir=self.folder))) as starter:
-                status, started = starter.run(words)
-        finally:
-            os.environ.update({name: value for name, value in before.items() if value is not None})
+        status, started = self.starter.run(words, environment)
         assert status == 1, started.said
         assert len(started.errors) == 1, started.said
         assert "Traceback" not in started.said
@@ -95,13 +93,13 @@ def bucket() -> Iterator[Bucket]:
                 patch.setenv(name, value)
             with Starter(folder) as starter:
                 make_inputs(inputs, starter)
-                yield Bucket(folder, inputs, objects, proxy, starter)
+                yield Bucket(folder, inputs, objects, server.endpoint, proxy, starter)
     finally:
         patch.undo()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [name for name in MORE if name != "export"])
 def test_the_bytes_on_s3_are_those_of_a_local_run(bucket: Bucket, name: str) -> None:
     words = bucket.command(name, f"s3://{BUCKET}/same-{name}")
     status, started = bucket.starter.run(words)
@@ -111,3 +109,129 @@ def test_the_bytes_on_s3_are_those_of_a_local_run(bucket: Bucket, name: str) -> 
     status, started = bucket.starter.run(words)
     assert status == 0, started.said  # nothing to do
     bucket.check(name, f"same-{name}")
+
+
+def test_from_raw_to_meshes_in_the_bucket(bucket: Bucket) -> None:
+    """Each verb reads from the bucket what the one before wrote there, with credentials from ~/.aws."""
+    at = f"s3://{BUCKET}/way"
+    base = bucket.inputs
+    more = "decoding.default.threshold=0.3 decoding.blockwise_above=1000"
+    way = {
+        "predictions": f"predict {base}/run.yaml --checkpoint {base}/run/checkpoints/last.ckpt --device cpu --out",
+        "labels": f"decode {at}/predictions {{out}} {more}",
+        "measures": f"measure {at}/labels --contact mito:er:30 --out",
+        "meshes": f"mesh {at}/labels {{out}} --class mito",
+    }
+    home = Path(mkdtemp(dir=bucket.folder))
+    (home / "credentials").write_text("[lab]\naws_access_key_id = me\naws_secret_access_key = me\n")
+    environment = {
+        **dict.fromkeys(KEYS), "AWS_PROFILE": "lab", "AWS_SHARED_CREDENTIALS_FILE": str(home / "credentials")
+    }  # fmt: skip
+    for out, words in way.items():
+        for folder in (at, str(home)):
+            place = f"{folder}/{out}"
+            command = words.format(out=place) if "{out}" in words else f"{words} {place}"
+            status, started = bucket.starter.run(command.replace(at, folder).split(), environment)
+            assert status == 0, started.said
+        assert results(bucket.objects / "way" / out) == results(home / out)
+    status, started = bucket.starter.run(["status", f"{at}/predictions", "--json"], environment)
+    assert status == 0, started.said
+    stages = json.loads(started.said)
+    assert {(stage["output"], stage["state"]) for stage in stages} == {
+        ("set-a.zarr/crop1", "complete"), ("set-a.zarr/crop2", "complete")
+    }  # fmt: skip
+    assert all(stage["done"] == stage["blocks"] > 0 for stage in stages)
+
+
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        ("predict", 3),
+        ("components", 3),
+        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("predict", "components", "watershed", "whole")),
+        *(pytest.param(name, 20, marks=pytest.mark.slow) for name in ("sharded", "measure", "mesh")),
+    ],
+)
+def test_killed_at_any_moment_and_run_again_the_bytes_are_the_same(bucket: Bucket, name: str, kills: int) -> None:
+    out, chance, left = f"killed-{name}-{kills}", random.Random(name), kills
+    words = bucket.command(name, f"s3://{BUCKET}/{out}")
+    begin = time.monotonic()
+    bucket.starter.run(words)
+    seconds = time.monotonic() - begin
+    shutil.rmtree(bucket.objects / out)
+    while left:
+        started = bucket.starter.start(words)
+        time.sleep(seconds * chance.random())
+        if started.is_running():
+            started.kill()
+            left -= 1
+        elif (status := started.wait()) == 0:  # start over
+            bucket.check(name, out)
+            shutil.rmtree(bucket.objects / out)
+        else:
+            raise AssertionError((status, started.said))
+    status, started = bucket.starter.run(words)
+    assert status == 0, started.said
+    bucket.check(name, out)
+
+
+@pytest.mark.parametrize("name", ["predict", "components"])
+def test_processes_that_share_an_output_of_which_one_is_killed(bucket: Bucket, name: str) -> None:
+    out = f"shared-{name}"
+    words = [*bucket.command(name, f"s3://{BUCKET}/{out}"), "engine.share=true"]
+    jobs = [bucket.starter.start(words) for _ in range(3)]
+    assert wait_for_files(jobs[0], bucket.objects / out, 8)
+    jobs[0].kill()
+    for job in jobs[1:]:
+        assert job.wait() == 0, job.said
+    bucket.check(name, out)
+
+
+def test_a_second_run_is_refused_while_one_works(bucket: Bucket) -> None:
+    words = bucket.command("predict", f"s3://{BUCKET}/busy")
+    first = bucket.starter.start(words)
+    assert wait_for_files(first, bucket.objects / "busy", 8)
+    os.kill(first.pid, signal.SIGSTOP)
+    try:
+        assert f"process {first.pid} on " in bucket.fails(words)
+    finally:
+        os.kill(first.pid, signal.SIGCONT)
+    assert first.wait() == 0, first.said
+    bucket.check("predict", "busy")
+
+
+#: what is wrong -> the command's output, its environment, what the line says
+WRONG: dict[str, tuple[str, dict[str, str | None], str]] = {
+    "bucket": ("s3://nobucket/x", {}, "NoSuchBucket"),
+    "no credentials": (f"s3://{BUCKET}/x", dict.fromkeys(KEYS), "there are no credentials; set AWS_ACCESS_KEY_ID"),
+    "other credentials": (f"s3://{BUCKET}/x", {"AWS_ACCESS_KEY_ID": "you"}, "access is denied"),
+    "no server": (f"s3://{BUCKET}/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "error sending request"),
+    "another store": ("gs://bucket/x", {}, "this output must be on a local disk or on S3"),
+}
+
+
+@pytest.mark.parametrize("name", ["predict", "components", "measure", "mesh"])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_said_in_one_line_soon(bucket: Bucket, name: str, wrong: str) -> None:
+    out, environment, says = WRONG[wrong]
+    begin = time.monotonic()
+    assert says in bucket.fails(bucket.command(name, out), environment)
+    assert time.monotonic() - begin < 60
+    assert not (bucket.objects / "x").exists()
+
+
+def test_a_submission_is_packed_on_a_disk(bucket: Bucket) -> None:
+    words = bucket.command("export", f"s3://{BUCKET}/x")
+    assert "output must be on a local disk" in bucket.fails(words)
+
+
+def test_a_store_without_conditional_writes_takes_one_process(bucket: Bucket) -> None:
+    words = bucket.command("components", f"s3://{BUCKET}/unconditional")
+    with FaultyProxy(bucket.server) as proxy:
+        proxy.dropped_headers = ("if-none-match", "if-match")
+        environment = {"AWS_ENDPOINT_URL": proxy.endpoint}
+        assert "needs a store with conditional writes" in bucket.fails([*words, "engine.share=true"], environment)
+        status, started = bucket.starter.run(words, environment)
+        assert status == 0, started.said
+        assert "this store ignores conditions" in started.said
+    bucket.check("components", "unconditional")
