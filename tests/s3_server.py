@@ -1,8 +1,9 @@
 """S3 on this machine, for tests and benchmarks: two servers, and a proxy in front of them that makes trouble.
 
 `MotoServer` is moto's, which knows buckets, access rights and S3's own answers, at about a hundred requests a second;
-`FolderServer` serves the objects of a local folder quickly, read only or (``writable``) for the holder of `KEYS`. `FaultyProxy` stands before either, waits,
-fails and counts. All of them run in threads of this process and are context managers:
+`FolderServer` serves the objects of a local folder quickly, read only or (``writable``) for the holder of `KEYS`.
+`FaultyProxy` stands before either, waits, fails and counts. All of them run in threads of this process and are context
+managers:
 
     with FolderServer(folder) as server, FaultyProxy(server.endpoint, latency=0.05, share=1 / 20) as proxy:
         options = StoreOptions(endpoint=proxy.endpoint)   # the folder's files are s3://public/...
@@ -281,7 +282,14 @@ class FaultyProxy(_Running):
                     code = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied", "404": "NoSuchKey"}[fault]
                     self.answer(int(fault), _error(code, self.path), {"Content-Type": "application/xml"})
 
-            do_HEAD = do_PUT = do_POST = do_GET
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_PUT(self) -> None:
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                self.do_GET()
 
             def passed_on(self, cut: bool) -> None:
                 if self.upstream is None:

@@ -129,8 +129,9 @@ def walk(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def remove_tree(path: Path, keep: Collection[str] = ()) -> None:
     """Remove a folder with all that it holds; on S3 all but the files ``keep`` directly in it.
 
-    On S3, metadata of Zarr and records of what is done go first, so that what is left does not count as data, and
-    `TASK_FILE` goes last, so that a killed run still knows whose it is. `WriteError`; locally errors are ignored.
+    On S3, groups are first marked as incomplete and records of what is done removed, so that nobody reads what is left
+    of the data; attributes and `TASK_FILE` go last, so that a killed run still knows whose it is. `WriteError`; locally
+    errors are ignored.
     """
     if not isinstance(path, S3Path):
         shutil.rmtree(path, ignore_errors=True)
@@ -139,9 +140,15 @@ def remove_tree(path: Path, keep: Collection[str] = ()) -> None:
     if not key:
         raise WriteError(f"cannot replace the bucket {path}; choose a folder in it, {path}/name")
     kept = {f"{key}/{name}" for name in (*keep, TASK_FILE)}
-    for only_records in (True, False):
+    for step in ("records", "data", "attributes"):
         for page in s3.pages(bucket, key, DEFAULT_OPTIONS):
-            found = [name for name, *_ in page if name not in kept and (not only_records or _is_record(name))]
+            found = [name for name, *_ in page if name not in kept]
+            if step == "records":
+                for name in filter(_holds_attributes, found):
+                    _mark_incomplete(S3Path(f"s3://{bucket}/{name}"))
+                found = [name for name in found if "/.done-" in name]
+            elif step == "data":
+                found = [name for name in found if not _holds_attributes(name)]
             s3.delete(bucket, found, DEFAULT_OPTIONS)
     if TASK_FILE not in keep:
         (path / TASK_FILE).unlink()
@@ -156,10 +163,7 @@ def move_tree(finished: S3Path, location: S3Path) -> None:
     bucket, source = split_s3(finished)
     target = split_s3(location)[1]
     name = "zarr.json" if (finished / "zarr.json").is_file() else ".zattrs"
-    node = store.read_json(finished / name) or {}
-    about = {"connectomics": {**(node.get("attributes", node).get("connectomics") or {}), "complete": False}}
-    unfinished = {**node, "attributes": about} if name == "zarr.json" else about
-    (location / name).put(json.dumps(unfinished).encode())
+    (location / name).put(_incomplete((finished / name).read_bytes()))
     remove_tree(location, keep=(name, TASK_FILE))
     for page in s3.pages(bucket, source, DEFAULT_OPTIONS):
         keys = [key for key, *_ in page if key != f"{source}/{name}"]
@@ -169,6 +173,23 @@ def move_tree(finished: S3Path, location: S3Path) -> None:
     remove_tree(finished)
 
 
-def _is_record(key: str) -> bool:
-    name = key.rpartition("/")[2]
-    return name.startswith(".") or name == "zarr.json"
+def _holds_attributes(key: str) -> bool:
+    return key.rpartition("/")[2] in (".zattrs", "zarr.json")
+
+
+def _mark_incomplete(path: S3Path) -> None:
+    content = store.read_bytes(path)
+    if content is not None and (marked := _incomplete(content)) != content:
+        path.put(marked)
+
+
+def _incomplete(content: bytes) -> bytes:
+    """Attributes of a group (Zarr v2, or with the rest of ``zarr.json``) that say that it is not complete, and do not
+    name its levels; others unchanged."""
+    try:
+        node = json.loads(content)
+        attrs = node["attributes"] if "zarr_format" in node else node
+        ours = {"connectomics": {**attrs["connectomics"], "complete": False}}
+    except (ValueError, KeyError, TypeError):
+        return content
+    return json.dumps({**node, "attributes": ours} if "zarr_format" in node else ours).encode()

@@ -294,9 +294,7 @@ def _asked(
             reason = str(error).split("Debug source")[0]
             if isinstance(error, FileNotFoundError) and not writes:
                 return None
-            if (
-                signed and not writes and _REFUSED.search(reason)
-            ):  # anyone may be allowed what these credentials are not
+            if signed and not writes and _REFUSED.search(reason):  # perhaps anyone may read
                 try:
                     answer = ask(_store(bucket, options, False, large))
                 except FileNotFoundError:
@@ -305,7 +303,8 @@ def _asked(
                     raise StoreError(message(bucket, key, reason, denied=True)) from error
                 _anonymous.add((bucket, options.s3_endpoint))
                 return answer
-            broken = "response body" in reason or ("error sending request" in reason and " retries," not in reason)
+            given_up = f"after {options.retries} retries" in reason
+            broken = "response body" in reason or ("error sending request" in reason and not given_up)
             if not broken or not left:
                 if writes:
                     raise _not_written(bucket, key, reason) from error

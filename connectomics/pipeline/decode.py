@@ -37,7 +37,7 @@ from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
-from connectomics.io.artifacts import Provenance
+from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import S3Path, output_place, place, remove_tree
 from connectomics.io.sharded import Storage
@@ -210,7 +210,7 @@ def decode_predictions(
                 results.append(result)
                 _warn_of_unknown(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
-                complete = all((job.location.parent / name).exists() for name in job.siblings)
+                complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
             progress(done, len(jobs), job.name)
     if failed:

@@ -1,7 +1,8 @@
 """Starts commands of `pytc`, each in a process of its own that has the large libraries already (see `tests.reader`).
 
-Lines of JSON come in at stdin and are answered by one number a line: {"start": {"words", "cwd", "said"}} (and "environment": changed variables, null for removed ones) by the
-process's id, {"wait": id} by its exit status (negative: the signal that ended it).
+Lines of JSON come in at stdin and are answered by one number a line: {"start": {"words", "cwd", "said"}} by the
+process's id, {"wait": id} by its exit status (negative: the signal that ended it). Beside "start", "environment" has
+variables that are changed (null: removed).
 """
 
 from __future__ import annotations
