@@ -86,20 +86,23 @@ class FolderServer(_Running):
     """The files of ``folder`` as the objects of the public bucket `BUCKET`: GET (with ranges), HEAD, ListObjectsV2.
 
     With ``writable`` the bucket is private: every request must be signed with `KEYS` (the signature is not checked),
-    and PutObject with its conditions, CopyObject and DeleteObjects work, each in one step.
+    and PutObject with its conditions, CopyObject and DeleteObjects work, each in one step. With ``refuses_signed``
+    anyone may read, but a request that is signed is denied: the user may not use this bucket.
     """
 
-    def __init__(self, folder: Path, writable: bool = False) -> None:
+    def __init__(self, folder: Path, writable: bool = False, refuses_signed: bool = False) -> None:
         root = Path(folder)
         lock = threading.RLock()
 
         class Handler(_Handler):
             def is_allowed(self) -> bool:
-                signed = f"Credential={KEYS['AWS_ACCESS_KEY_ID']}/" in self.headers.get("Authorization", "")
-                if writable and not signed:
+                signed = self.headers.get("Authorization", "")
+                known = f"Credential={KEYS['AWS_ACCESS_KEY_ID']}/" in signed
+                allowed = not (signed if refuses_signed else writable and not known)
+                if not allowed:
                     self.rfile.read(int(self.headers.get("Content-Length", "0")))
                     self.answer(403, _error("AccessDenied", self.path))
-                return signed or not writable
+                return allowed
 
             def do_PUT(self) -> None:
                 bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
