@@ -287,10 +287,11 @@ class StoredArray:
     def _spec(self) -> dict[str, Any]:
         kvstore: dict[str, Any]
         if is_s3(self.location):
-            s3.has_credentials()  # puts them into the environment
             bucket, key = split_s3(self.location)
             kvstore = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "aws_region": self.options.s3_region}
-            kvstore["aws_credentials"] = {"type": "environment" if self._signed else "anonymous"}
+            kvstore["aws_credentials"] = {
+                "type": "environment" if self._signed and s3.has_credentials() else "anonymous"
+            }
             if self.options.s3_endpoint:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:

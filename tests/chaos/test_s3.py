@@ -235,3 +235,28 @@ def test_a_store_without_conditional_writes_takes_one_process(bucket: Bucket) ->
         assert status == 0, started.said
         assert "this store ignores conditions" in started.said
     bucket.check("components", "unconditional")
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("predict", "inference.overlap=0.5"), ("components", "decoding.default.threshold=0.6")]
+)
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_while_it_replaces_another_output(bucket: Bucket, name: str, other: str, kills: int) -> None:
+    out, chance = f"replaced-{name}-{kills}", random.Random(name)
+    words = [*bucket.command(name, f"s3://{BUCKET}/{out}"), "--overwrite"]
+    begin = time.monotonic()
+    assert bucket.starter.run([*words, other])[0] == 0
+    seconds = time.monotonic() - begin
+    while kills:
+        started = bucket.starter.start([*words, "--resume"])
+        time.sleep(seconds * chance.random())
+        if started.is_running():
+            started.kill()
+            kills -= 1
+            continue
+        assert started.wait() == 0, started.said
+        bucket.check(name, out)
+        assert bucket.starter.run([*words, other])[0] == 0
+    status, started = bucket.starter.run([*words, "--resume"])
+    assert status == 0, started.said
+    bucket.check(name, out)
