@@ -38,10 +38,10 @@ def input_path(location: Location) -> Path:
 
 
 def output_place(location: Location) -> Path:
-    """Return a local path or S3 place to write to; `WriteError` for another URL, and without credentials."""
+    """Return a local path or S3 place to write to; `WriteError` for another URL."""
     from connectomics.io.place import output_place
 
-    return output_place(location)
+    return output_place(location, credentials=False)
 
 
 def input_place(location: Location) -> Path:

@@ -1,7 +1,6 @@
 """`StoredArray`: one Zarr array, v2 or v3, local or on S3. Reads its metadata, and blocks with a mask of stored chunks.
 
-tensorstore reads the chunks. It is opened on first use in each process; a `StoredArray` pickles as its location and
-metadata.
+tensorstore reads the chunks, and is opened on first use in each process; only location and metadata are pickled.
 """
 
 from __future__ import annotations
@@ -289,9 +288,8 @@ class StoredArray:
         if is_s3(self.location):
             bucket, key = split_s3(self.location)
             kvstore = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "aws_region": self.options.s3_region}
-            kvstore["aws_credentials"] = {
-                "type": "environment" if self._signed and s3.has_credentials() else "anonymous"
-            }
+            signed = self._signed and s3.has_credentials()  # which puts them into the environment
+            kvstore["aws_credentials"] = {"type": "environment" if signed else "anonymous"}
             if self.options.s3_endpoint:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:

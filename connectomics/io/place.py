@@ -97,13 +97,14 @@ def place(location: Location) -> Path:
     return S3Path(f"s3://{'/'.join(split_s3(text)).rstrip('/')}") if is_s3(text) else Path(normalize(text))
 
 
-def output_place(location: Location) -> Path:
-    """Return the `place` of an output; raise `WriteError` for a URL other than ``s3://``, and without credentials.
+def output_place(location: Location, *, credentials: bool = True) -> Path:
+    """Return the `place` of an output; raise `WriteError` for a URL other than ``s3://``, and without ``credentials``.
 
     Sends no request: that the bucket exists and can be written turns out with the first object.
     """
     if isinstance(found := place(location), S3Path):
-        s3.require_credentials(*split_s3(found))
+        if credentials:
+            s3.require_credentials(*split_s3(found))
         return found
     if is_url(location):
         raise WriteError(
