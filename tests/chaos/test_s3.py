@@ -25,7 +25,7 @@ from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer
 MORE = {
     "predict": "",
     "components": "",
-    "watershed": "decoding.default.method=watershed",
+    "watershed": "decoding.default.method=watershed engine.workers=2",
     "whole": "decoding.blockwise_above=1000000",
     "sharded": "output.format=0.5 output.chunk=[16,16,16] output.shard=[32,32,32]",
     "measure": "",
@@ -218,6 +218,26 @@ def test_what_is_wrong_is_said_in_one_line_soon(bucket: Bucket, name: str, wrong
     assert says in bucket.fails(bucket.command(name, out), environment)
     assert time.monotonic() - begin < 60
     assert not (bucket.objects / "x").exists()
+
+
+def test_a_dry_run_writes_nothing_and_a_stored_task_runs_again(bucket: Bucket) -> None:
+    words = bucket.command("predict", f"s3://{BUCKET}/dry")
+    status, started = bucket.starter.run([*words, "--dry-run"])
+    assert status == 0, started.said
+    assert "blocks" in started.said
+    assert not (bucket.objects / "dry").exists()
+    status, started = bucket.starter.run(words)
+    assert status == 0, started.said
+    (task,) = (bucket.objects / "dry").rglob("task.json")
+    done = task.with_name(".done-predict")
+    done.write_bytes(done.read_bytes()[:-1] + b"\0")  # a block that is not done, of an output that is not complete
+    attrs = task.with_name(".zattrs")
+    attrs.write_text(attrs.read_text().replace('"complete": true', '"complete": false'))
+    status, started = bucket.starter.run(["run-task", f"s3://{BUCKET}/{task.relative_to(bucket.objects)}"])
+    assert status == 0, started.said
+    bucket.check("predict", "dry")
+    status, started = bucket.starter.run(["run-task", f"s3://{BUCKET}/{task.relative_to(bucket.objects)}"])
+    assert "nothing to do" in started.said
 
 
 def test_a_submission_is_packed_on_a_disk(bucket: Bucket) -> None:
