@@ -67,7 +67,7 @@ def predict(
 
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
-        out: folder for ``{dataset}.zarr/{crop}/{class}/s0``.
+        out: folder, local or ``s3://bucket/folder``, for ``{dataset}.zarr/{crop}/{class}/s0``.
         config: a configuration or its file; None: the one of the run or package. overrides: ``key=value`` for it.
         crops: a crop table or its path, "challenge", "test" (``test_crops.csv`` of the data root, else the
             challenge's), or "val" (what the network was not trained on); None: all crops of the data root.
