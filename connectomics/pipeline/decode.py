@@ -72,7 +72,7 @@ def decode(
 
     Args:
         probabilities: what `predict` returned, or its folder.
-        out: folder (local or on S3) for the labels, in the same layout; a table of instances goes beside instance labels.
+        out: folder for the labels (local or on S3), in the same layout; a table of instances goes beside instances.
         config: its ``decoding``, ``engine``; a file or a configuration; None: the one that was predicted with.
         classes: only these.
         overwrite: replace labels that were made from another prediction or with other parameters.
