@@ -164,7 +164,7 @@ def test_labels_that_are_replaced_are_whole_or_incomplete_at_every_moment(
         interruption.left = np.inf
         assert np.array_equal(labels(), high), moment
         leftover = [path.name for path in (objects / "out.zarr/c").iterdir() if path.name not in ("er", ".zgroup")]
-        assert leftover in ([], ["zarr.json"], [".er.partial"]), "what a kill at the very end leaves has no task"
+        assert set(leftover) <= {"zarr.json", ".er.partial"}, "what a kill at the very end leaves has no task"
         assert not (objects / "out.zarr/c/.er.partial/task.json").exists()
         run_task(task(0.25), overwrite=True)
         moment += step
