@@ -1,8 +1,9 @@
 """S3 on this machine, for tests and benchmarks: two servers, and a proxy in front of them that makes trouble.
 
 `MotoServer` is moto's, which knows buckets, access rights and S3's own answers, at about a hundred requests a second;
-`FolderServer` serves the objects of a local folder, read only and quickly. `FaultyProxy` stands before either, waits,
-fails and counts. All of them run in threads of this process and are context managers:
+`FolderServer` serves the objects of a local folder quickly, read only or (``writable``) for the holder of `KEYS`.
+`FaultyProxy` stands before either, waits, fails and counts. All of them run in threads of this process and are context
+managers:
 
     with FolderServer(folder) as server, FaultyProxy(server.endpoint, latency=0.05, share=1 / 20) as proxy:
         options = StoreOptions(endpoint=proxy.endpoint)   # the folder's files are s3://public/...
@@ -10,10 +11,12 @@ fails and counts. All of them run in threads of this process and are context man
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import logging
 import os
+import re
 import socket
 import struct
 import threading
@@ -27,9 +30,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 BUCKET = "public"
+KEYS = {"AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "me"}
 Fault = Literal["500", "503", "reset", "truncated", "silence", "403", "404"]
 FAULTS: tuple[Fault, ...] = ("500", "503", "reset", "truncated")
 
@@ -79,22 +83,76 @@ class _Running:
 
 
 class FolderServer(_Running):
-    """The files of ``folder`` as the objects of the public bucket `BUCKET`: GET (with ranges), HEAD, ListObjectsV2."""
+    """The files of ``folder`` as the objects of the public bucket `BUCKET`: GET (with ranges), HEAD, ListObjectsV2.
 
-    def __init__(self, folder: Path) -> None:
+    With ``writable`` the bucket is private: every request must be signed with `KEYS` (the signature is not checked),
+    and PutObject with its conditions, CopyObject and DeleteObjects work, each in one step. With ``refuses_signed``
+    anyone may read, but a request that is signed is denied: the user may not use this bucket.
+    """
+
+    def __init__(self, folder: Path, writable: bool = False, refuses_signed: bool = False) -> None:
         root = Path(folder)
+        lock = threading.RLock()
 
         class Handler(_Handler):
+            def is_allowed(self) -> bool:
+                signed = self.headers.get("Authorization", "")
+                known = f"Credential={KEYS['AWS_ACCESS_KEY_ID']}/" in signed
+                allowed = not (signed if refuses_signed else writable and not known)
+                if not allowed:
+                    self.rfile.read(int(self.headers.get("Content-Length", "0")))
+                    self.answer(403, _error("AccessDenied", self.path))
+                return allowed
+
+            def do_PUT(self) -> None:
+                bucket, _, key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")
+                if not self.is_allowed():
+                    return
+                data = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+                source = unquote(self.headers.get("x-amz-copy-source", "")).lstrip("/").partition("/")[2]
+                with lock:
+                    if bucket != BUCKET or not writable:
+                        self.answer(404, _error("NoSuchBucket", bucket))
+                    elif not self.holds(root / key):
+                        self.answer(412, _error("PreconditionFailed", key))
+                    else:
+                        _store_file(root, key, (root / source).read_bytes() if source else data)
+                        tag = _tag_of(root / key)
+                        body = f"<CopyObjectResult><ETag>{escape(tag)}</ETag></CopyObjectResult>" if source else ""
+                        self.answer(200, body.encode(), {"ETag": tag})
+
+            def holds(self, path: Path) -> bool:
+                if self.headers.get("If-None-Match") == "*":
+                    return not path.is_file()
+                match = self.headers.get("If-Match")
+                return match is None or (path.is_file() and match == _tag_of(path))
+
+            def do_POST(self) -> None:
+                if not self.is_allowed():
+                    return
+                body = self.rfile.read(int(self.headers.get("Content-Length", "0"))).decode()
+                with lock:
+                    keys = re.findall("<Key>(.*?)</Key>", body)
+                    for key in keys:
+                        _remove_file(root, unescape(key))
+                gone = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
+                self.answer(200, f"<DeleteResult>{gone}</DeleteResult>".encode(), {"Content-Type": "application/xml"})
+
             def do_GET(self) -> None:
                 address = urlsplit(self.path)
                 bucket, _, key = unquote(address.path).lstrip("/").partition("/")
+                if not self.is_allowed():
+                    return
                 if bucket != BUCKET:
                     self.answer(404, _error("NoSuchBucket", bucket))
                 elif not key:
                     query = {name: values[0] for name, values in parse_qs(address.query).items()}
-                    self.answer(200, _listing(root, query), {"Content-Type": "application/xml"})
+                    with lock if writable else contextlib.nullcontext():
+                        listing = _listing(root, query)
+                    self.answer(200, listing, {"Content-Type": "application/xml"})
                 else:
-                    self.object(root / key, key)
+                    with lock if writable else contextlib.nullcontext():
+                        self.object(root / key, key)
 
             def do_HEAD(self) -> None:
                 self.do_GET()
@@ -107,7 +165,7 @@ class FolderServer(_Running):
                     return
                 info = path.stat()
                 headers = {
-                    "ETag": f'"{info.st_mtime_ns:x}-{info.st_size:x}"',
+                    "ETag": _tag_of(path) if writable else f'"{info.st_mtime_ns:x}-{info.st_size:x}"',
                     "Last-Modified": formatdate(info.st_mtime, usegmt=True),
                     "Content-Type": "binary/octet-stream",
                     "Accept-Ranges": "bytes",
@@ -180,10 +238,11 @@ class FaultyProxy(_Running):
 
     Whether the n-th request for an object fails, and how, follows from ``seed``, the object and n alone, so that
     threads do not change it. A fault is a status with S3's XML ("500", "503" SlowDown), a connection reset, or a body
-    cut in the middle.
+    cut in the middle (one without a body: the answer is lost, what was asked for is done).
 
     Attributes:
         requests: how many came. failed: how many of each fault were dealt out.
+        dropped_headers: not passed on, as a store does that does not know them ("if-none-match").
         always: part of a path -> fault: what every request for such a path gets ("silence": no answer at all).
     """
 
@@ -200,6 +259,7 @@ class FaultyProxy(_Running):
         self.seen: Counter[str] = Counter()
         self.sent_bytes = 0
         self.always: dict[str, Fault] = {}
+        self.dropped_headers: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         proxy = self
@@ -209,6 +269,7 @@ class FaultyProxy(_Running):
             upstream: http.client.HTTPConnection | None = None
 
             def do_GET(self) -> None:
+                self.body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
                 fault = proxy.fault_of(self.command, self.path, share, seed, faults)
                 if proxy._closing.wait(latency):
                     self.drop()
@@ -227,14 +288,20 @@ class FaultyProxy(_Running):
             def do_HEAD(self) -> None:
                 self.do_GET()
 
+            def do_PUT(self) -> None:
+                self.do_GET()
+
+            def do_POST(self) -> None:
+                self.do_GET()
+
             def passed_on(self, cut: bool) -> None:
                 if self.upstream is None:
                     self.upstream = http.client.HTTPConnection(host, timeout=60)
                     self.upstream.connect()
                     self.upstream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                skip = ("host", "connection", "accept-encoding")
+                skip = ("host", "connection", "accept-encoding", *proxy.dropped_headers)
                 headers = {name: value for name, value in self.headers.items() if name.lower() not in skip}
-                self.upstream.request(self.command, self.path, headers={**headers, "Host": host})
+                self.upstream.request(self.command, self.path, self.body or None, {**headers, "Host": host})
                 response = self.upstream.getresponse()
                 body = response.read()
                 length = response.headers.get("Content-Length", str(len(body)))
@@ -299,6 +366,27 @@ class FaultyProxy(_Running):
         super().__exit__(kind, error, trace)
 
 
+def _store_file(root: Path, key: str, data: bytes) -> None:
+    part = root.with_name(f".{root.name}.part")
+    part.write_bytes(data)
+    (root / key).parent.mkdir(parents=True, exist_ok=True)
+    part.replace(root / key)
+
+
+def _remove_file(root: Path, key: str) -> None:
+    """Remove a file, and the folders that are then empty: a bucket has none."""
+    (root / key).unlink(missing_ok=True)
+    for folder in (root / key).parents:
+        if folder == root or (folder.is_dir() and any(folder.iterdir())):
+            break
+        if folder.is_dir():
+            folder.rmdir()
+
+
+def _tag_of(path: Path) -> str:
+    return f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
+
+
 def _error(code: str, resource: str) -> bytes:
     return (
         f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code><Message>{code}</Message>'
@@ -357,4 +445,4 @@ def _entries(root: Path, prefix: str, delimiter: str) -> dict[str, Path | None]:
     return found
 
 
-__all__ = ["BUCKET", "FAULTS", "Fault", "FaultyProxy", "FolderServer", "MotoServer"]
+__all__ = ["BUCKET", "FAULTS", "KEYS", "Fault", "FaultyProxy", "FolderServer", "MotoServer"]

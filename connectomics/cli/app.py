@@ -9,6 +9,7 @@ import typer
 
 from connectomics.cli import (
     data_verbs,
+    label_verbs,
     look_verbs,
     package_verb,
     plan_verbs,
@@ -74,10 +75,10 @@ for name, verb, text in (
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
     ("package", package_verb.package, "Pack a trained network into one file."),
     ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
-    ("decode", predict_verbs.decode, "Turn probabilities into labels and instances."),
-    ("apply-edits", predict_verbs.apply_edits, "Merge, split, delete or reclassify instances by a log."),
-    ("measure", predict_verbs.measure, "Measure volume, surface and contacts of every instance."),
-    ("mesh", predict_verbs.mesh, "Write a closed surface of every instance."),
+    ("decode", label_verbs.decode, "Turn probabilities into labels and instances."),
+    ("apply-edits", label_verbs.apply_edits, "Merge, split, delete or reclassify instances by a log."),
+    ("measure", label_verbs.measure, "Measure volume, surface and contacts of every instance."),
+    ("mesh", label_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
     ("status", predict_verbs.status, "Print blocks done and failed, rate and forecast of an output."),
     ("array", predict_verbs.array, "Run a command as a job array of SLURM or LSF."),

@@ -1,7 +1,6 @@
 """Options that several verbs share, and how their values are read.
 
-Paths of files that are written must be on a local disk, and ``~`` is the user's home. Places that may also be an S3 URL
-(data roots) are plain text.
+``~`` is the user's home. Most paths must be on a local disk; places may also be on S3. Data roots are plain text.
 """
 
 from __future__ import annotations
@@ -32,16 +31,33 @@ def input_path(location: Location) -> Path:
 
     if is_url(location):
         raise MissingError(
-            f"cannot read {location}: expected a path on a local disk, got a URL. Copy it here first (only data roots "
-            "may be s3:// URLs)"
+            f"cannot read {location}: expected a path on a local disk, got a URL. Copy it here first (only data roots, "
+            "and folders of predictions and labels, may be s3:// URLs)"
         )
     return Path(normalize(location))
+
+
+def output_place(location: Location) -> Path:
+    """Return a local path or S3 place to write to; `WriteError` for another URL."""
+    from connectomics.io.place import output_place
+
+    return output_place(location, credentials=False)
+
+
+def input_place(location: Location) -> Path:
+    """Return a local path or S3 place to read from; `MissingError` for another URL."""
+    from connectomics.io.place import S3Path, place
+
+    return found if isinstance(found := place(location), S3Path) else input_path(location)
 
 
 OutOption = partial(typer.Option, parser=output_path, metavar="PATH")
 OutArgument = partial(typer.Argument, parser=output_path)
 InOption = partial(typer.Option, parser=input_path, metavar="PATH")
 InArgument = partial(typer.Argument, parser=input_path)
+OutPlaceOption = partial(typer.Option, parser=output_place, metavar="PATH")
+OutPlaceArgument = partial(typer.Argument, parser=output_place)
+InPlaceArgument = partial(typer.Argument, parser=input_place)
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="key=value ..., such as training.max_epochs=3", show_default=False)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from connectomics.cli import join_lists, predict_verbs, run_guarded, score_verbs, train_verbs
+from connectomics.cli import join_lists, label_verbs, predict_verbs, run_guarded, score_verbs, train_verbs
 from connectomics.cli.options import input_path, output_path
 
 _MODES = ("train", "test", "predict", "evaluate")
@@ -45,6 +45,6 @@ def _run(options: argparse.Namespace) -> None:
     if options.mode in ("test", "evaluate"):
         config = load_config(options.config, options.overrides)
         file = input_path(options.config)
-        predict_verbs.decode(out / "predictions", out / "labels", file, overrides=options.overrides)
+        label_verbs.decode(out / "predictions", out / "labels", file, overrides=options.overrides)
         rules, root = config.score.rules, config.dataset.data_root
         score_verbs.evaluate(out / "labels", root, out=out / "evaluation.json", rules=rules)

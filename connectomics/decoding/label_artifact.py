@@ -7,7 +7,6 @@ lists their boxes; labels are 0 there.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,9 @@ from connectomics.geometry import Box, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
 from connectomics.io.levels import halve_labels
+from connectomics.io.location import is_s3
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.tables import ROWS, Column, table
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group
@@ -52,7 +53,7 @@ def label_array(
     is removed. Only one process at a time may do this (`connectomics.tasks.lock.leading`).
 
     Args:
-        location: local path of the group; see `existing_labels` for what may be replaced.
+        location: folder of the group; see `existing_labels` for what may be replaced.
         grids: of the levels, finest first.
         dtype: unsigned integer that holds every id.
         attrs: what `label_attrs` returns. storage: how the array is stored.
@@ -60,7 +61,7 @@ def label_array(
     partial = partial_of(location)
     ensure_group(location.parent, zarr_format=storage.zarr_format)
     shards = (storage.shard or storage.block(BLOCK)) if storage.is_sharded else None
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_tree(partial)
     try:
         yield create_multiscale(
             partial, grids, dtype, chunks=storage.chunk, shards=shards, codec="zstd",
@@ -68,7 +69,7 @@ def label_array(
         )  # fmt: skip
         publish(partial, location)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_tree(partial)
 
 
 def title_of(location: Path) -> str:
@@ -151,8 +152,6 @@ def existing_labels(
         raise WriteError(f"{what} was not written by decode; choose another output folder, or move it away")
     if overwrite or not entries:
         return None
-    if there.get("complete") is not True:
-        raise WriteError(f"{location} holds labels that are only half written; overwrite them (--overwrite)")
     mine = plain(parameters)
     names = [name for name in mine if there.get("decode", {}).get(name) != mine[name]]
     if (location / "zarr.json").exists() != storage.is_sharded:
@@ -162,6 +161,10 @@ def existing_labels(
         raise WriteError(
             f"{location} holds labels {difference}; overwrite them (--overwrite), or choose another output folder"
         )
+    if there.get("complete") is not True:
+        if is_s3(location):  # a killed run was moving these very labels here
+            return None
+        raise WriteError(f"{location} holds labels that are only half written; overwrite them (--overwrite)")
     return there
 
 

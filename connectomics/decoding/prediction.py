@@ -32,13 +32,13 @@ def find_arrays(root: str | Path) -> Iterator[tuple[str, str, str]]:
                 yield dataset.removesuffix(".zarr"), crop, name
 
 
-def open_prediction(root: Path, dataset: str, crop: str, name: str) -> Multiscale:
+def open_prediction(root: str | Path, dataset: str, crop: str, name: str) -> Multiscale:
     """Open the probabilities of one class of one crop.
 
     Raises:
         MetadataError: they are not a prediction. IncompleteError: they are half written.
     """
-    return _open(str(root / f"{dataset}.zarr" / crop / name), "probability", "probabilities")
+    return _open(store.join(root, f"{dataset}.zarr", crop, name), "probability", "probabilities")
 
 
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:

@@ -1,4 +1,4 @@
-"""What a prediction leaves on disk: its groups, how values are stored, and what the attributes say.
+"""What a prediction leaves on disk or S3: its groups, how values are stored, and what the attributes say.
 
 Under the output folder::
 
@@ -32,6 +32,7 @@ from connectomics.inference.layout import Layout
 from connectomics.io import resample, store
 from connectomics.io.artifacts import Provenance, about
 from connectomics.io.metadata import names_levels, parse_multiscales
+from connectomics.io.place import output_place
 from connectomics.io.write import (
     ArrayWriter,
     create_multiscale,
@@ -225,7 +226,7 @@ def save_cellmap_predictions(
     if tuple(grid.shape) != values.shape[1:]:
         raise InputError(f"predictions have {values.shape[1:]} voxels, but the grid has {grid.shape}")
     require_probabilities(float(values.min()), float(values.max()))
-    place = Path(output_path)
+    place = output_place(output_path)
     ensure_group(place)
     for name, channel in zip(classes, values, strict=True):
         stored = np.rint(np.clip(channel, 0, 1) * np.float32(255)).astype(np.uint8)

@@ -181,7 +181,7 @@ def kept_missing(task: PredictTask) -> NDArray[np.int64]:
     if not file.exists():
         return np.zeros(blocks, np.int64)
     try:
-        counts: NDArray[np.int64] = np.load(file)
+        counts: NDArray[np.int64] = np.load(io.BytesIO(file.read_bytes()))
     except (OSError, ValueError) as error:
         raise MetadataError(f"cannot read {file} ({error}); predict again with --overwrite") from error
     if counts.shape != (blocks,):

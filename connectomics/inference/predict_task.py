@@ -30,10 +30,10 @@ from connectomics.inference.sliding import Plan
 from connectomics.inference.symmetry import Symmetry, channel_maps, require_unchanged, symmetries, windows_seen
 from connectomics.inference.windows import BLENDINGS, WindowFit, Windows, overlap_per_axis, whole_index
 from connectomics.io.artifacts import Provenance, is_complete, put_aside
-from connectomics.io.artifacts import require_complete as require_complete
 from connectomics.io.fingerprint import content_identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+from connectomics.io.place import place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
@@ -54,18 +54,17 @@ class PredictTask(BlockTask):
     """One region to predict: what is read, what is written, and with which parameters.
 
     Attributes:
-        raw: location of the raw multiscale group. output: local folder, ``{out}/{dataset}.zarr/{crop}``.
+        raw: location of the raw multiscale group. output: its folder, ``{out}/{dataset}.zarr/{crop}``.
         classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
         voxel_size: of the network, nm, z y x. window: voxels that the network sees at once, z y x (see `windows_seen`).
         checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
         normalization: how raw values become the network's input.
-        overlap, blending, context, batch_size: see `connectomics.inference.sliding.predict_blocks`; batch_size too, or
-            ``auto``: found by trial in each worker. multiple: of `WindowFit`; None: windows do not shrink.
+        overlap, blending, context, batch_size: see `predict_blocks`; batch_size also ``auto``: by trial in each worker.
+        multiple: of `WindowFit`; None: windows do not shrink.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
         precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
-        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). pyramid: also write
-            coarser levels, if need be of a finished prediction. dtype: of the stored probabilities, ``uint8`` (255 p)
-            or ``float16`` (p).
+        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). dtype: as stored,
+            ``uint8`` (255 p) or ``float16`` (p). pyramid: also coarser levels, if need be of a finished prediction.
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
@@ -191,7 +190,7 @@ class PredictTask(BlockTask):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output)
+        return place(self.output)
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder / self.folder.parent.name / self.folder.name))

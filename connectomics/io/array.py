@@ -1,7 +1,6 @@
 """`StoredArray`: one Zarr array, v2 or v3, local or on S3. Reads its metadata, and blocks with a mask of stored chunks.
 
-tensorstore reads the chunks. It is opened on first use in each process; a `StoredArray` pickles as its location and
-metadata.
+tensorstore reads the chunks, and is opened on first use in each process; only location and metadata are pickled.
 """
 
 from __future__ import annotations
@@ -77,6 +76,7 @@ class StoredArray:
             if meta is None or meta.get("node_type") != "array":
                 raise _no_array(self.location, meta, options)
         self.metadata = meta
+        self._signed = is_s3(self.location) and s3.is_signed(split_s3(self.location)[0], self.options)
         try:
             self._parse(meta)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -288,7 +288,8 @@ class StoredArray:
         if is_s3(self.location):
             bucket, key = split_s3(self.location)
             kvstore = {"driver": "s3", "bucket": bucket, "path": f"{key}/", "aws_region": self.options.s3_region}
-            kvstore["aws_credentials"] = {"type": "anonymous"}
+            signed = self._signed and s3.has_credentials()  # which puts them into the environment
+            kvstore["aws_credentials"] = {"type": "environment" if signed else "anonymous"}
             if self.options.s3_endpoint:
                 kvstore["endpoint"] = self.options.s3_endpoint
         else:

@@ -116,6 +116,12 @@ def local_path(location: Location) -> Path:
     return Path(normalize(location))
 
 
+def absolute(location: Location) -> str:
+    """Return a location that means the same in every process: local paths absolute, S3 URLs unchanged."""
+    where = normalize(location)
+    return where if is_s3(where) else os.path.abspath(where)
+
+
 def split_s3(location: Location) -> tuple[str, str]:
     """Return bucket and key (without slashes at its ends) of an S3 URL; raise `InputError` if it has no bucket."""
     bucket, _, key = str(location).removeprefix(_S3).partition("/")

@@ -23,6 +23,7 @@ import psutil
 
 from connectomics.errors import InputError, WriteError
 from connectomics.io.location import Location, local_path
+from connectomics.io.place import S3Path, move_tree, remove_tree
 from connectomics.io.store import is_array, is_group
 
 #: Whether the content of a file is what a verb writes.
@@ -96,7 +97,11 @@ def require_replaceable(path: Path, overwrite: bool) -> None:
 
 
 def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """Write a file in one step (temporary name, then rename); missing folders are created. Raises `WriteError`."""
+    """Write a file in one step (temporary name, then rename; on S3 one request). Missing folders are created. Raises
+    `WriteError`."""
+    if isinstance(path, S3Path):
+        path.put(data)
+        return
     local_path(path)  # refuses URLs
     part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
@@ -138,8 +143,12 @@ def _json_value(value: Any) -> Any:
 def publish(finished: Path, location: Path) -> None:
     """Rename a finished folder to ``location``; what was there is removed after the new folder is in place.
 
-    The caller decides whether it may be replaced. If this raises `WriteError`, the old content is unchanged.
+    The caller decides whether it may be replaced. If this raises `WriteError`, the old content is unchanged. On S3 see
+    `connectomics.io.place.move_tree`.
     """
+    if isinstance(finished, S3Path) and isinstance(location, S3Path):
+        move_tree(finished, location)
+        return
     old = _aside(location)
     try:
         if location.exists():
@@ -156,7 +165,11 @@ def publish(finished: Path, location: Path) -> None:
 
 
 def put_aside(location: Path) -> None:
-    """Remove the folder at ``location``, which disappears in one step; raise `WriteError` if that fails."""
+    """Remove the folder at ``location``, which disappears in one step; raise `WriteError` if that fails. On S3 see
+    `connectomics.io.place.remove_tree`."""
+    if isinstance(location, S3Path):
+        remove_tree(location)
+        return
     try:
         location.rename(_aside(location))
     except OSError as error:

@@ -7,6 +7,7 @@ part is a row group. A number that is not known is null in Parquet and empty in 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, WriteError
+from connectomics.io.place import S3Path
 
 FORMATS = ("csv", "parquet")
 #: Rows to write at a time, and rows of a Parquet row group.
@@ -124,6 +126,13 @@ def table(path: Path, columns: Sequence[Column], about: str = "") -> Iterator[Ta
         WriteError: the file cannot be written. InputError: the suffix names no format.
     """
     check_format(path)
+    if isinstance(path, S3Path):
+        with tempfile.TemporaryDirectory() as folder:
+            with table(Path(folder, path.name), columns, about) as made:
+                yield made
+            with Path(folder, path.name).open("rb") as file:
+                path.put(file)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with _naming(path):
@@ -192,12 +201,13 @@ def read_columns(path: Path, names: Sequence[str], rows: Mapping[str, str] | Non
     chosen = dict(rows or {})
     types = {name: pa.uint64() if name == "id" else pa.float64() for name in names}
     types |= dict.fromkeys(chosen, pa.string())
+    source = pa.BufferReader(path.read_bytes()) if isinstance(path, S3Path) else path
     try:
         if path.suffix == ".csv":
             wanted = pa.csv.ConvertOptions(include_columns=list(types), column_types=types)
-            found = pa.csv.read_csv(path, pa.csv.ReadOptions(use_threads=False), convert_options=wanted)
+            found = pa.csv.read_csv(source, pa.csv.ReadOptions(use_threads=False), convert_options=wanted)
         else:
-            with pa.parquet.ParquetFile(path) as file:
+            with pa.parquet.ParquetFile(source) as file:
                 found = file.read(columns=list(types), use_threads=False)
         for name, text in chosen.items():
             found = found.filter(pc.equal(found[name], text))

@@ -1,7 +1,7 @@
-"""Write arrays and OME-NGFF multiscales that any tool opens: 0.4 (Zarr v2) or 0.5 (Zarr v3, sharded). Local paths only.
+"""Write arrays and OME-NGFF multiscales that any tool opens: 0.4 (Zarr v2) or 0.5 (Zarr v3, sharded); local or on S3.
 
-Every file (metadata or chunk) is written under a temporary name and renamed, so a killed run leaves whole files or
-none; `write_multiscale` does the same with the whole group. Chunks of v2 are compressed with Blosc-zstd; chunk keys use
+Every file (metadata or chunk) appears whole or not at all (`connectomics.io.place`), also if a run is killed;
+`write_multiscale` does the same with the whole group. Chunks of v2 are compressed with Blosc-zstd; chunk keys use
 "/". Every written chunk of v2 is stored, also one of zeros, because an absent chunk of raw means "no raw there"; shards
 are described in `connectomics.io.sharded`.
 """
@@ -9,173 +9,31 @@ are described in `connectomics.io.sharded`.
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, WriteError
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.io.array import StoredArray
+from connectomics.io.array_writer import ArrayWriter as ArrayWriter  # re-exported
+from connectomics.io.array_writer import chunk_codec as chunk_codec
+from connectomics.io.array_writer import output_of
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
-from connectomics.io.location import Location, StoreOptions, local_path
+from connectomics.io.location import Location
 from connectomics.io.metadata import multiscales_attrs as multiscales_attrs  # re-exported
+from connectomics.io.place import remove_tree
 from connectomics.io.replacing import publish, put_aside, require_replaceable, write_json
 from connectomics.io.replacing import write_file as write_file  # re-exported
-from connectomics.io.sharded import Codec, array_metadata, encode
+from connectomics.io.sharded import Codec, array_metadata
 from connectomics.io.store import is_array, read_json
 
 Kind = Literal["raw", "label"]
 
 DEFAULT_CHUNKS = (64, 64, 64)
-
-
-class ArrayWriter:
-    """An array open for writing (returned by `create_array`, `create_multiscale` and `ArrayWriter.open`).
-
-    Picklable. Several processes may write at once if the faces of their blocks lie on the borders of ``chunks`` (or
-    the array's end). Any other block re-reads the chunks that it covers in part and needs a single writer.
-
-    Attributes:
-        location: path of the array.
-        shape: voxels, z y x. dtype: numpy dtype. chunks: voxels of a stored file, z y x.
-        grid: where the array lies, or None if its attributes do not say.
-    """
-
-    def __init__(self, location: Location) -> None:
-        self.location = _local(location)
-        meta = read_json(Path(self.location, ".zarray"))
-        self._sharded: StoredArray | None = None
-        if meta is None:
-            self._open_sharded()
-            return
-        try:
-            self.shape: tuple[int, ...] = tuple(int(n) for n in meta["shape"])
-            self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
-            self.dtype = np.dtype(meta["dtype"])
-            self.fill_value = meta["fill_value"] if meta["fill_value"] is not None else 0
-            self._compressor: dict[str, Any] = meta["compressor"]
-            separator, order = meta["dimension_separator"], meta["order"]
-        except (KeyError, TypeError) as error:
-            raise MetadataError(f"{self.location}/.zarray lacks {error}; it was not written by this program") from error
-        if separator != "/" or order != "C" or (self._compressor or {}).get("id") != "blosc" or meta.get("filters"):
-            raise MetadataError(
-                f"{self.location}: expected an array in C order with keys z/y/x and Blosc, "
-                f"got order {order!r}, separator {separator!r}, compressor {self._compressor!r}"
-            )
-        self.grid = _grid_of(read_json(Path(self.location, ".zattrs")) or {}, self.shape)
-
-    def _open_sharded(self) -> None:
-        if not is_array(Path(self.location)):
-            raise MissingError(f"no Zarr array at {self.location} (.zarray is missing); create it first")
-        self._sharded = stored = StoredArray(self.location, StoreOptions(cache_bytes=0))
-        names = [codec.get("name") for codec in stored.metadata.get("codecs", [])]
-        if names != ["sharding_indexed"] or not stored.absent_is_fill:
-            raise MetadataError(f"{self.location}: expected a sharded array of this program, got the codecs {names}")
-        self.shape, self.chunks, self.dtype = stored.shape, stored.chunks, stored.dtype
-        self.fill_value, self.grid = stored.fill_value, _grid_of(stored.attrs, stored.shape)
-
-    @classmethod
-    def open(cls, location: Location) -> ArrayWriter:
-        """Open an array that this module created, to continue writing it. `MissingError`, `MetadataError`."""
-        return cls(location)
-
-    def write(self, begin: Sequence[int], block: NDArray[Any]) -> None:
-        """Store ``block`` with its first voxel at index ``begin`` (voxels, z y x).
-
-        The block must lie inside the array, and its dtype must be castable ("same_kind").
-
-        Raises:
-            InputError: the block does not fit. WriteError: disk full, no permission.
-        """
-        if len(begin) != len(self.shape) or block.ndim != len(self.shape):
-            raise InputError(
-                f"{self.location} has {len(self.shape)} axes, got begin {tuple(begin)}, block {block.shape}"
-            )
-        start = [int(b) for b in begin]
-        stop = [b + n for b, n in zip(start, block.shape, strict=True)]
-        if min(start) < 0 or any(e > n for e, n in zip(stop, self.shape, strict=True)):
-            raise InputError(f"{self.location} holds {self.shape} voxels; cannot write {block.shape} at {tuple(start)}")
-        if not np.can_cast(block.dtype, self.dtype, casting="same_kind"):
-            raise InputError(f"{self.location} holds {self.dtype}; cannot write {block.dtype} without loss: convert it")
-        if block.size == 0:
-            return
-        for index, inner, outer in self._chunks_of(start, stop):
-            origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
-            valid = [min(c, n - o) for c, n, o in zip(self.chunks, self.shape, origin, strict=True)]
-            whole = all(s.start == 0 and s.stop >= v for s, v in zip(inner, valid, strict=True))
-            chunk = None if whole else self._read_chunk(index)
-            if chunk is None:
-                chunk = np.full(self.chunks, self.fill_value, dtype=self.dtype)
-            chunk[inner] = block[outer]
-            self._write_chunk(index, chunk)
-
-    def _write_chunk(self, index: tuple[int, ...], chunk: NDArray[Any]) -> None:
-        if self._sharded is None:
-            path, data = Path(self.location, *map(str, index)), chunk_codec(self._compressor).encode(chunk)
-        else:
-            path, data = Path(self._sharded.chunk_location(index)), encode(self._sharded.metadata, chunk)
-        if data is None:  # all of it is the fill value
-            path.unlink(missing_ok=True)
-        else:
-            write_file(path, data)
-
-    def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-        """Return the stored values of a block inside the array (voxels); unwritten chunks give the fill value."""
-        out = np.full(tuple(shape), self.fill_value, dtype=self.dtype)
-        if out.size == 0:
-            return out
-        if self._sharded is not None:
-            return self._sharded.read(begin, shape)[0]
-        stop = [int(b) + int(n) for b, n in zip(begin, shape, strict=True)]
-        for index, inner, outer in self._chunks_of(begin, stop):
-            chunk = self._read_chunk(index)
-            if chunk is not None:
-                out[outer] = chunk[inner]
-        return out
-
-    def _chunks_of(
-        self, begin: Sequence[int], end: Sequence[int]
-    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
-        """Chunks of the block [begin, end): index, and the shared part inside the chunk and inside the block."""
-        spans = [range(int(b) // c, (e - 1) // c + 1) for b, e, c in zip(begin, end, self.chunks, strict=True)]
-        for index in product(*spans):
-            low = [max(i * c, b) for i, c, b in zip(index, self.chunks, begin, strict=True)]
-            high = [min((i + 1) * c, e) for i, c, e in zip(index, self.chunks, end, strict=True)]
-            origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
-            inner = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, origin, strict=True))
-            yield index, inner, tuple(slice(lo - b, h - b) for lo, h, b in zip(low, high, begin, strict=True))
-
-    def _read_chunk(self, index: tuple[int, ...]) -> NDArray[Any] | None:
-        if self._sharded is not None:
-            return self._sharded.read([i * c for i, c in zip(index, self.chunks, strict=True)], self.chunks)[0]
-        path = Path(self.location, *map(str, index))
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # Blosc itself would read beyond them
-            raise CorruptDataError(f"{len(data)} bytes are not a whole chunk: {path}; delete it and write it again")
-        try:
-            return (
-                np.frombuffer(chunk_codec(self._compressor).decode(data), dtype=self.dtype).reshape(self.chunks).copy()
-            )
-        except (RuntimeError, ValueError) as error:
-            raise CorruptDataError(f"cannot decode the chunk {path}: {error}; delete it and write it again") from error
-
-
-def chunk_codec(compressor: Mapping[str, Any]) -> Any:
-    """Return the codec for written chunks: the same values give the same bytes in every run."""
-    import numcodecs
-    from numcodecs import blosc
-
-    blosc.use_threads = False  # its threads append their parts in the order in which they finish
-    return numcodecs.get_codec(dict(compressor))
 
 
 def create_array(
@@ -195,7 +53,7 @@ def create_array(
     """Create an empty array (any number of axes) and its parent groups, and open it for writing.
 
     Args:
-        location: local path of the array; inside a ``*.zarr`` folder the groups above it are created, too.
+        location: path or s3:// URL of the array; inside a ``*.zarr`` folder the groups above it are created, too.
         shape: voxels (z, y, x). chunks: voxels per chunk, clipped to the shape; the last value is used for more axes.
         attrs: attributes; ``grid`` (whose shape must be ``shape``) adds ``voxel_size`` and ``translation`` in nm.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
@@ -203,7 +61,7 @@ def create_array(
         shards: voxels of a file: Zarr v3, sharded; clipped to as many chunks as the shape has. None: Zarr v2.
         codec: of a sharded array, see `connectomics.io.sharded`.
     """
-    path = Path(_local(location))
+    path = output_of(location)
     size = tuple(int(n) for n in shape)
     steps = [int(c) for c in chunks] + [int(chunks[-1])] * (len(size) - len(chunks))
     if min(size, default=0) < 0 or min(steps) < 1:
@@ -252,7 +110,8 @@ def create_multiscale(
     """Create an OME-NGFF multiscale group with one empty array per grid (finest first: s0, s1, ...).
 
     Args:
-        location: local path of the group. attrs: further group attributes. name: its name, by default the folder's.
+        location: path or s3:// URL of the group. attrs: further group attributes. name: its name, by default the last
+            part of the location.
         fill_value: value of voxels that are never written.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
         shards, codec: as for `create_array`; with ``shards``, OME-NGFF 0.5, else 0.4.
@@ -260,7 +119,7 @@ def create_multiscale(
     Returns:
         One `ArrayWriter` per level.
     """
-    path = Path(_local(location))
+    path = output_of(location)
     if not grids:
         raise InputError(f"{path}: a multiscale needs at least one grid")
     _clear(path, overwrite)
@@ -293,7 +152,7 @@ def write_multiscale(
         levels: number of levels, s0 included. kind: how levels are downsampled, see `connectomics.io.levels`.
         The other arguments are those of `create_multiscale`.
     """
-    path = Path(_local(location))
+    path = output_of(location)
     if data.shape != grid.shape:
         raise InputError(f"{path}: data has shape {data.shape}, its grid {grid.shape}; they must agree")
     grids = level_grids(grid, levels)
@@ -310,7 +169,7 @@ def write_multiscale(
                 values = halve_raw(values) if kind == "raw" else halve_labels(values)
         publish(part, path)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove_tree(part)
 
 
 def build_levels(location: Location, levels: int, kind: Kind) -> None:
@@ -320,9 +179,9 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
     few chunks of source, whatever the volume's size.
 
     Args:
-        location: local path of the group. kind: "raw" (mean) or "label" (majority of eight).
+        location: path or s3:// URL of the group. kind: "raw" (mean) or "label" (majority of eight).
     """
-    path = Path(_local(location))
+    path = output_of(location)
     if kind not in ("raw", "label"):
         raise InputError(f"kind must be 'raw' or 'label', got {kind!r}")
     finest = source = ArrayWriter.open(path / "s0")
@@ -350,7 +209,7 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None, zar
     Existing groups stay as they are; ``attrs`` are merged into the group's (see `update_attrs`). A group of Zarr v3 in
     one of v2 is a `WriteError`, since other tools would not find it.
     """
-    path = Path(_local(location))
+    path = output_of(location)
     root = next((p for p in (path, *path.parents) if p.suffix == ".zarr"), path)
     if is_array(path):
         raise WriteError(f"cannot create a group at {path}: an array is already there; choose another place")
@@ -373,7 +232,7 @@ def ensure_group(location: Location, attrs: Mapping[str, Any] | None = None, zar
 
 def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
     """Set top-level attributes of a Zarr group or array, keeping the others, in one atomic rewrite of their file."""
-    path = Path(_local(location))
+    path = output_of(location)
     node = read_json(path / "zarr.json")
     if node is not None and not (path / ".zgroup").exists() and not (path / ".zarray").exists():
         write_json(path / "zarr.json", {**node, "attributes": {**node.get("attributes", {}), **attrs}})
@@ -382,16 +241,6 @@ def update_attrs(location: Location, attrs: Mapping[str, Any]) -> None:
         raise MissingError(f"no Zarr group or array at {path}; make it first (ensure_group, create_array)")
     old = read_json(path / ".zattrs") or {}
     write_json(path / ".zattrs", {**old, **attrs})
-
-
-def _grid_of(attrs: Mapping[str, Any], shape: Sequence[int]) -> VoxelGrid | None:
-    if len(shape) != 3 or "voxel_size" not in attrs or "translation" not in attrs:
-        return None
-    return VoxelGrid(attrs["voxel_size"], attrs["translation"], (shape[0], shape[1], shape[2]))
-
-
-def _local(location: Location) -> str:
-    return os.path.abspath(local_path(location))
 
 
 def _clear(path: Path, overwrite: bool) -> None:

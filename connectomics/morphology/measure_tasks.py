@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import shutil
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import place, remove_tree
 from connectomics.io.tables import ROWS, Column, Ragged, Table, Values, check_format, remove_unfinished, table
 from connectomics.io.write import write_file
 from connectomics.morphology import contacts, instances
@@ -106,7 +106,7 @@ class TableTask(BlockTask):
     @property
     def path(self) -> Path:
         """The finished table."""
-        return Path(self.output)
+        return place(self.output)
 
     @property
     def folder(self) -> Path:
@@ -152,7 +152,7 @@ class TableTask(BlockTask):
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite:
             self.task_file.unlink(missing_ok=True)  # the old table no longer counts as finished, even if we are killed
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_tree(self.folder)
         if not (self.folder / TASK_FILE).exists():
             self.begin()
 
@@ -200,7 +200,7 @@ class TableTask(BlockTask):
         """Remove what is only needed while the table is made; safe to repeat after a run was killed."""
         for path in (self.path, self.summary_file, self.task_file):
             remove_unfinished(path.parent, path.name)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_tree(self.folder)
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(folder / self.path.name))

@@ -10,7 +10,6 @@ On disk, under ``output``::
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from connectomics.errors import InputError, WriteError, unknown_name
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import place, remove_tree
 from connectomics.io.tables import ROWS, Column, read_columns, remove_unfinished, table
 from connectomics.io.write import write_file
 from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, sum_blocks
@@ -55,7 +55,7 @@ class MeshTask(BlockTask):
 
     Attributes:
         labels: the label volume. class_name: its class.
-        output: local folder of the meshes.
+        output: folder of the meshes.
         table: CSV or Parquet with the columns ``id`` and ``begin_z_nm .. end_x_nm``, the boxes of the objects. If it
             is "", a first pass over the labels finds them, ``block_shape`` voxels (z y x) at once.
         ids: only these objects; (): all.
@@ -100,7 +100,7 @@ class MeshTask(BlockTask):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output)
+        return place(self.output)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -166,7 +166,7 @@ class MeshTask(BlockTask):
         """Remove what is only needed while the meshes are made; safe to repeat after a run was killed."""
         remove_unfinished(self.folder)
         for folder in (".boxes", ".objects", ".meshes"):
-            shutil.rmtree(self.folder / folder, ignore_errors=True)
+            remove_tree(self.folder / folder)
         for stage in self.stages:
             (self.folder / f".done-{stage}").unlink(missing_ok=True)
 
@@ -208,7 +208,7 @@ class MeshTask(BlockTask):
             whole = [0, 0, 0, *(n - 1 for n in self.labels.shape)]
             ids, boxes = np.ones(1, np.uint64), np.array([whole], np.int64)
         elif self.table:
-            ids, boxes = _boxes_of_table(Path(self.table), Multiscale.open(self.labels.location).levels[0].grid)
+            ids, boxes = _boxes_of_table(place(self.table), Multiscale.open(self.labels.location).levels[0].grid)
         else:
             parts = list(sum_blocks(len(self.lattice), lambda n: BlockSums.of(self.boxes.load(n)), {"boxes": 6}))
             ids = np.concatenate([np.zeros(0, np.uint64), *(part.ids for part in parts)])

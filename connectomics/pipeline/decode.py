@@ -38,9 +38,9 @@ from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.watershed_task import BLOCK as WATERSHED_BLOCK
 from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
-from connectomics.io.artifacts import Provenance
-from connectomics.io.location import local_path
+from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import S3Path, output_place, place, remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.pipeline.results import Labels, Probabilities
@@ -74,7 +74,7 @@ def decode(
 
     Args:
         probabilities: what `predict` returned, or its folder.
-        out: folder for the labels, in the same layout; a table of instances goes beside instance labels.
+        out: folder for the labels (local or on S3), in the same layout; a table of instances goes beside instances.
         config: its ``decoding``, ``engine``; a file or a configuration; None: the one that was predicted with.
         classes: only these.
         overwrite: replace labels that were made from another prediction or with other parameters.
@@ -83,8 +83,7 @@ def decode(
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError: the probabilities. BlocksFailedError: some
-        blocks; all other arrays are decoded. WriteError: other labels or files are in the way, another process works on
-        the same labels, or the disk is full.
+        blocks; all other arrays are decoded. WriteError: other files or another process in the way, or a full disk.
     """
     source = Probabilities.open(probabilities)
     chosen = source.config or RunConfig() if config is None else as_config(config)
@@ -103,7 +102,7 @@ def decode(
         storage=Storage.of(chosen.output),
         pyramid=chosen.output.pyramid,
     )
-    return Labels(local_path(out), chosen, source.crops, tuple(Path(item.location) for item in done))
+    return Labels(output_place(out), chosen, source.crops, tuple(place(item.location) for item in done))
 
 
 def decode_estimate(
@@ -182,7 +181,7 @@ def decode_predictions(
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
     """
-    out = local_path(output_dir)
+    out = output_place(output_dir)
     jobs = decode_jobs(
         predictions_dir, out, parameters,
         classes=classes, blockwise_above=blockwise_above, table=table, storage=storage, pyramid=pyramid,
@@ -210,10 +209,12 @@ def decode_predictions(
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
             if result is not None:
+                if isinstance(left := partial_of(job.location), S3Path):  # of a run that was killed at its very end
+                    remove_tree(left)
                 results.append(result)
                 _warn_of_unknown(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
-                complete = all((job.location.parent / name).exists() for name in job.siblings)
+                complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
             progress(done, len(jobs), job.name)
     if failed:
@@ -315,7 +316,7 @@ def decode_jobs(
     pyramid: bool | str = "auto",
 ) -> list[DecodeJob]:
     """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
-    root, out = Path(predictions_dir), local_path(output_dir)
+    root, out = place(predictions_dir), output_place(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")
     found = list(find_arrays(root))
@@ -375,7 +376,7 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
         write_whole(writers, labels)
         if parameters.kind == "instance":
             found = Pieces.measured(labels, objects, (0, 0, 0), labels.shape)
-            write_tables(Path(writers[0].location).parent, found, grid, job.table)
+            write_tables(place(writers[0].location).parent, found, grid, job.table)
     return job.decoded(objects)
 
 
@@ -395,6 +396,5 @@ def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
         share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})
         log.warning(
             "%s: %.3g %% of the volume was not predicted (accepted failed blocks); it is unknown, and its labels are 0",
-            job.name,
-            100 * share,
-        )
+            job.name, 100 * share,
+        )  # fmt: skip

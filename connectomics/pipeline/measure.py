@@ -8,7 +8,6 @@ of A, with or without contact. Each appears in one step when its last crop is me
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import MissingError, unknown_name
 from connectomics.geometry import Index
-from connectomics.io.location import local_path
+from connectomics.io.location import absolute
+from connectomics.io.place import output_place
+from connectomics.io.place import place as place_of
 from connectomics.io.tables import check_format
 from connectomics.morphology.block_sums import BLOCK
 from connectomics.morphology.contacts import ContactSpec, halo_of
@@ -78,7 +79,7 @@ def run_tasks(
     around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext(),
 ) -> None:
     """Check all tasks with output below ``out``, then do what is missing of each, within ``around`` of its folder."""
-    begun = any((task.folder / TASK_FILE).exists() or Path(task.output).is_file() for task in tasks)
+    begun = any((task.folder / TASK_FILE).exists() or place_of(task.output).is_file() for task in tasks)
     if resume and not overwrite and not begun:
         raise MissingError(f"--resume: no unfinished output of this command in {out}; leave --resume out to start")
     for task in tasks:
@@ -117,7 +118,7 @@ def measure_tasks(
             crop does not exist. IncompleteError: labels are half written. MetadataError: not labels. InputError: the
             contact distance is too far, or the format is unknown.
     """
-    root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
+    root, out = place_of(labels_dir), place_of(absolute(output_place(output_dir)))
     check_format(f"table.{table_format}")
     places = find_labels(root, datasets, crops)
     known = {name for _, _, name in places}
@@ -172,7 +173,7 @@ def find_labels(root: Path, datasets: Collection[str] | None, crops: Collection[
 def open_labels(root: Path, place: Place) -> LabelVolume:
     """Return one label volume of a folder; errors as `LabelVolume.open`."""
     dataset, crop, name = place
-    return LabelVolume.open(dataset, crop, os.path.abspath(root / f"{dataset}.zarr" / crop / name))
+    return LabelVolume.open(dataset, crop, absolute(root / f"{dataset}.zarr" / crop / name))
 
 
 def _contact_block(block: Index, inputs: Sequence[LabelVolume], nm: float) -> Index:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,9 @@ import numpy as np
 
 from connectomics.decoding.label_artifact import TABLE_FILE as INSTANCE_TABLE
 from connectomics.errors import InputError, UnknownNameError, unknown_name
-from connectomics.io.location import local_path
+from connectomics.io.location import absolute
+from connectomics.io.place import S3Path, output_place, remove_tree
+from connectomics.io.place import place as place_of
 from connectomics.io.tables import read_columns
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
 from connectomics.pipeline.measure import find_labels, open_labels, run_tasks
@@ -65,12 +65,13 @@ def mesh_labels(
 def _removed_if_unknown(folder: Path) -> Iterator[None]:
     """Remove the folders made for a task if an ID turns out not to exist, which without a table takes a pass over all
     labels to know."""
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    above = () if isinstance(folder, S3Path) else folder.parents  # prefixes go with their objects
+    made = [place for place in (folder, *above) if not place.exists()]
     try:
         yield
     except UnknownNameError:
         if made:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)
         with contextlib.suppress(OSError):  # not empty
             for place in made[1:]:
                 place.rmdir()
@@ -103,7 +104,7 @@ def mesh_tasks(
         MissingError: no labels there. UnknownNameError: a class, data set or crop does not exist. InputError: IDs of
         several crops, or an option out of range. IncompleteError: labels are half written. MetadataError: not labels.
     """
-    root, out = Path(labels_dir), Path(os.path.abspath(local_path(output_dir)))
+    root, out = place_of(labels_dir), place_of(absolute(output_place(output_dir)))
     places = find_labels(root, datasets, crops)
     chosen = [place for place in places if place[2] == class_name]
     if not chosen:
@@ -115,7 +116,7 @@ def mesh_tasks(
     tasks = []
     for place in chosen:
         labels = open_labels(root, place)
-        instances = Path(labels.location) / INSTANCE_TABLE
+        instances = place_of(labels.location) / INSTANCE_TABLE
         task = MeshTask(
             labels=labels,
             class_name=class_name,

@@ -27,14 +27,14 @@ from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.windows import WindowFit, overlap_per_axis
-from connectomics.io.location import local_path
+from connectomics.io.location import absolute
+from connectomics.io.place import output_place
 from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import (
     Target,
-    absolute,
     chosen_targets,
     grids_of,
     mask_of,
@@ -69,7 +69,7 @@ def predict(
 
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
-        out: folder for ``{dataset}.zarr/{crop}/{class}/s0``.
+        out: folder, local or ``s3://bucket/folder``, for ``{dataset}.zarr/{crop}/{class}/s0``.
         config: a configuration or its file; None: the one of the run or package. overrides: ``key=value`` for it.
         crops: a crop table or its path, "challenge", "test" (``test_crops.csv`` of the data root, else the
             challenge's), or "val" (what the network was not trained on); None: all crops of the data root.
@@ -89,7 +89,7 @@ def predict(
         None, composed, paths, out, targets=targets, device=device,
         overwrite=overwrite, resume=resume, progress=progress, accept_failed=accept_failed,
     )  # fmt: skip
-    return Probabilities(local_path(out), composed, table, tuple(written))
+    return Probabilities(output_place(out), composed, table, tuple(written))
 
 
 def predict_tasks(
@@ -262,11 +262,11 @@ def network_tasks(
     chosen = list(targets) if targets is not None else targets_of(config)
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
-    out, storage, fit = local_path(output_dir), Storage.of(config.output), WindowFit.of(config)
+    out, storage, fit = output_place(output_dir), Storage.of(config.output), WindowFit.of(config)
     return [
         NetworkPredictTask(
             raw=absolute(catalog.raw_location(target.dataset)),
-            output=os.path.abspath(Path(out, f"{target.dataset}.zarr", target.name)),
+            output=absolute(out / f"{target.dataset}.zarr" / target.name),
             classes=channels,
             targets=grids_of(target, channels, about, config.voxel_size),
             voxel_size=config.voxel_size,

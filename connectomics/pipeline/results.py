@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import MissingError, unknown_name
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import place as place_of
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
@@ -69,7 +70,7 @@ class ArrayFolder:
             return place
         if isinstance(place, ArrayFolder):
             raise MissingError(f"expected {cls.__name__}, got {place!r}")
-        folder = Path(place).expanduser()
+        folder = place_of(place)
         if not folder.is_dir():
             raise MissingError(f"no folder {folder}; expected one with {{dataset}}.zarr/{{crop}}/{{class}} arrays")
         return cls(folder, config)
@@ -100,7 +101,7 @@ class ArrayFolder:
                 f"{len(fits)} arrays in {self.folder} are of {class_name}: {names}; give crop= (dataset=)"
             )
         found, crop_name, name = fits[0]
-        return Multiscale.open(str(self.folder / f"{found}.zarr" / crop_name / name))
+        return Multiscale.open(self.folder / f"{found}.zarr" / crop_name / name)
 
     def __repr__(self) -> str:
         arrays = self.arrays

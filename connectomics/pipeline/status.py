@@ -10,11 +10,11 @@ from pathlib import Path
 
 from connectomics.errors import ConnectomicsError, MissingError
 from connectomics.io.artifacts import is_complete
+from connectomics.io.place import S3Path, place, walk
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks.block_task import TASK_FILE
-from connectomics.tasks.blocks import DONE, FAILED
+from connectomics.tasks.blocks import DONE, FAILED, RATE_LINES
 
-_LINES = 64  # changes of a done-map that give the rate
 _LINE_BYTES = 40
 _ARRAYS = ("s", "c", ".blocks")  # folders of levels, of chunks and of scratch, which hold no task
 
@@ -61,12 +61,12 @@ class StageStatus:
 def status(folder: str | Path) -> list[StageStatus]:
     """Return the stages of every output of `predict`, blockwise `decode`, `measure` and `mesh` below a folder.
 
-    Only reads; the processes that write may run on any machine that sees the same disk.
+    Only reads; the processes that write may run on any machine that sees the same disk or bucket.
 
     Raises:
         MissingError: there is no such folder, or no task in it.
     """
-    root = Path(folder)
+    root = place(folder)
     found = [stage for path in sorted(_task_files(root)) for stage in _stages(path, root)]
     if not found:
         raise MissingError(
@@ -76,22 +76,22 @@ def status(folder: str | Path) -> list[StageStatus]:
 
 
 def _task_files(root: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(root):
+    for folder, folders, files in walk(root):
         folders[:] = [n for n in folders if n not in _ARRAYS and not (n[:1] == "s" and n[1:].isdigit())]
         if TASK_FILE in files:
-            yield Path(place, TASK_FILE)
+            yield folder / TASK_FILE
 
 
 def _stages(path: Path, root: Path) -> Iterator[StageStatus]:
-    place = path.parent
-    name = os.path.relpath(place, root)
+    output = path.parent
+    name = "/".join(output.relative_to(root).parts) or "."
     try:
         stages = load_task(path).stages
     except (ConnectomicsError, OSError):  # its input has moved; what was done can still be counted
-        stages = tuple(sorted(file.name.removeprefix(".done-") for file in place.glob(".done-*") if not file.suffix))
-    complete = is_complete(place)
+        stages = tuple(sorted(file.name.removeprefix(".done-") for file in output.glob(".done-*") if not file.suffix))
+    complete = is_complete(output)
     for stage in stages:
-        file = place / f".done-{stage}"
+        file = output / f".done-{stage}"
         yield StageStatus(name, stage, complete, *_counts(file), *((None, None) if complete else _rate(file)))
 
 
@@ -104,12 +104,19 @@ def _counts(file: Path) -> tuple[int | None, int | None, int | None]:
     return len(states), states.count(DONE), states.count(FAILED)
 
 
+def _end_of(path: Path) -> bytes:
+    """The last lines of a file; all of an object, which has no more (`connectomics.tasks.DoneMap`)."""
+    if isinstance(path, S3Path):
+        return path.read_bytes()
+    with path.open("rb") as lines:
+        lines.seek(max(0, os.fstat(lines.fileno()).st_size - RATE_LINES * _LINE_BYTES))
+        return lines.read()
+
+
 def _rate(file: Path) -> tuple[float | None, float | None]:
     """Return blocks per second over the latest changes of a done-map, and the seconds since the last one."""
     try:
-        with file.with_name(f"{file.name}.rate").open("rb") as lines:
-            lines.seek(max(0, os.fstat(lines.fileno()).st_size - _LINES * _LINE_BYTES))
-            rows = [line.split() for line in lines.read().splitlines()]
+        rows = [line.split() for line in _end_of(file.with_name(f"{file.name}.rate")).splitlines()]
     except OSError:
         return None, None
     changes = [(float(row[0]), int(row[1])) for row in rows if len(row) == 2 and b"." in row[0]][1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from connectomics.data.splits import kept_out
 from connectomics.errors import ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
+from connectomics.io.location import absolute
 from connectomics.io.normalization import Normalization
 
 
@@ -173,8 +173,3 @@ def mask_of(catalog: Catalog, dataset: str, mask: str | None) -> str | None:
         return None
     inside = store.join(catalog.location(dataset), mask)
     return absolute(inside if not Path(mask).is_absolute() and store.exists(inside) else mask)
-
-
-def absolute(location: str) -> str:
-    """Return a location that means the same in any process."""
-    return location if store.is_s3(location) else os.path.abspath(store.normalize(location))

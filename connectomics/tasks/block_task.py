@@ -30,11 +30,11 @@ from connectomics.errors import InputError, MetadataError, MissingError, WriteEr
 from connectomics.geometry import Box
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, changed_inputs
+from connectomics.io.place import TASK_FILE as TASK_FILE
 from connectomics.io.sharded import Storage
 from connectomics.io.write import write_file
 from connectomics.tasks.memory import free_unused, use_one_heap
 
-TASK_FILE = "task.json"
 _PROVENANCE = "artifact"
 
 
@@ -104,7 +104,7 @@ class BlockTask(ABC):
     @property
     @abstractmethod
     def folder(self) -> Path:
-        """Folder of the unfinished output, `TASK_FILE` and the done-maps; local to all workers (a shared disk)."""
+        """Folder of the unfinished output, `TASK_FILE` and the done-maps; all workers see it (a shared disk, or S3)."""
 
     def made_from(self) -> dict[str, str]:
         """Return role -> identity of each input (`connectomics.io.artifacts.identity`); reads the files."""

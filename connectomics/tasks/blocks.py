@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, WriteError
 from connectomics.geometry import Index
+from connectomics.io.place import S3Path
 from connectomics.io.write import write_file
+from connectomics.tasks.lease import change
 
+RATE_LINES = 64  # changes of a done-map that give the rate
 DONE, FAILED = 1, 2  # bytes of a done-map; all others: not done
 
 RANK = {6: 1, 18: 2, 26: 3}  # connectivity -> along how many axes at once a neighbor may lie
@@ -97,7 +100,8 @@ class BlockFiles:
         """Read some arrays of a block, or all; `CorruptDataError` if that fails."""
         path = self.folder / str(number)
         try:
-            with np.load(path, allow_pickle=False) as stored:
+            file = io.BytesIO(path.read_bytes()) if isinstance(path, S3Path) else path
+            with np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in names or stored.files}
         except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
             raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
@@ -157,6 +161,9 @@ class DoneMap:
         numbers = sorted(blocks)
         if not numbers:
             return
+        if isinstance(self.path, S3Path):
+            self._mark_object(self.path, numbers, state)
+            return
         try:
             with self.path.open("r+b") as file:
                 for number in numbers:
@@ -169,6 +176,22 @@ class DoneMap:
                 rate.write(f"{time.time():.3f} {self.count}\n")
         except OSError as error:
             raise WriteError(f"cannot write the done-map {self.path}: {error.strerror}; free space there") from error
+
+    def _mark_object(self, path: S3Path, numbers: list[int], state: int) -> None:
+        places = np.add(numbers, len(self._head))
+
+        def marked(stored: bytes) -> bytes:
+            values = np.frombuffer(stored, np.uint8).copy()
+            values[places] = state
+            return values.tobytes()
+
+        stored = change(path, marked)
+        if stored is None:
+            raise WriteError(f"the done-map {path} is gone: the output was replaced; rerun the same command")
+        self._done = np.frombuffer(stored, dtype=np.uint8, offset=len(self._head)) == DONE
+        rate = path.with_name(f"{path.name}.rate")
+        lines = (rate.read_bytes() if rate.is_file() else b"").splitlines(keepends=True)[-RATE_LINES:]
+        write_file(rate, b"".join(lines) + f"{time.time():.3f} {self.count}\n".encode())
 
 
 def remove_traces(folder: Path) -> None:

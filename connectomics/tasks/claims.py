@@ -2,7 +2,8 @@
 
 Block n is claimed by a lock on byte n of a file beside the done-map. The kernel (or the file server) holds the lock, so
 it ends with its process, and nobody has to decide when a dead job's blocks are free. It works between machines if the
-file system passes POSIX locks on (NFS, GPFS, Lustre mounted with ``flock``).
+file system passes POSIX locks on (NFS, GPFS, Lustre mounted with ``flock``). On S3 a claim is an object, which counts
+as long as the lease of the process that made it (`connectomics.tasks.lease`).
 """
 
 from __future__ import annotations
@@ -12,37 +13,46 @@ import fcntl
 import os
 import random
 import time
-from collections.abc import Iterable
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import EngineError, WriteError
+from connectomics.io import s3
+from connectomics.io.location import DEFAULT_OPTIONS, split_s3
+from connectomics.io.place import S3Path
 from connectomics.progress import Progress
 from connectomics.tasks.block_task import BlockTask
 from connectomics.tasks.blocks import DoneMap, remove_traces
 from connectomics.tasks.failures import Failures
+from connectomics.tasks.lease import FREE, HELD, Lease, Watch, has_conditions
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine, Pool
 from connectomics.tasks.runner import Marker, Queue, Reporter, run_stage
 
 _POLL_S = 1.0  # between two looks at what the others have done
+_LOOKS = 16  # claims of others that are looked at at a time: whether their processes are alive
 _BUSY = (errno.EACCES, errno.EAGAIN)
 
 
-class Claims:
-    """The blocks of one stage that this process works on; a file of locks, one byte per block."""
+class Claims(ABC):
+    """The blocks of one stage that this process works on."""
 
-    def __init__(self, path: Path, done: DoneMap) -> None:
-        self._file, self._done, self._mine = path.open("a+b"), done, set[int]()
+    def __init__(self, done: DoneMap) -> None:
+        self._done, self._mine = done, set[int]()
 
     def take(self, blocks: Iterable[int]) -> list[int]:
         """Claim blocks and return those that nobody else works on and that are not done.
 
         Raises `EngineError` if the file system has no locks.
         """
-        got = [number for number in blocks if number in self._mine or self._lock(number)]
+        wanted = list(blocks)
+        locked = set(self._lock([number for number in wanted if number not in self._mine]))
+        got = [number for number in wanted if number in self._mine or number in locked]
         if not got:
             return []
         self._mine.update(got)
@@ -53,15 +63,44 @@ class Claims:
 
     def release(self, blocks: Iterable[int]) -> None:
         """Let blocks go; those that are done must be marked before."""
-        for number in self._mine & set(blocks):
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
-            self._mine.discard(number)
+        ours = self._mine & set(blocks)
+        self._unlock(ours)
+        self._mine -= ours
 
+    def any_free(self, blocks: Sequence[int]) -> bool:
+        """Return whether one of these blocks could be claimed; it is ours then."""
+        return any(self.take([number]) for number in blocks)
+
+    @abstractmethod
     def close(self) -> None:
         """Let all blocks go."""
+
+    @abstractmethod
+    def _lock(self, blocks: Sequence[int]) -> Iterable[int]:
+        """Claim blocks; return those that nobody else has."""
+
+    @abstractmethod
+    def _unlock(self, blocks: Collection[int]) -> None: ...
+
+
+class _FileClaims(Claims):
+    """A file of locks, one byte per block."""
+
+    def __init__(self, path: Path, done: DoneMap) -> None:
+        super().__init__(done)
+        self._file = path.open("a+b")
+
+    def close(self) -> None:
         self._file.close()
 
-    def _lock(self, number: int) -> bool:
+    def _unlock(self, blocks: Collection[int]) -> None:
+        for number in blocks:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, number)
+
+    def _lock(self, blocks: Sequence[int]) -> list[int]:
+        return [number for number in blocks if self._is_locked(number)]
+
+    def _is_locked(self, number: int) -> bool:
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
         except OSError as error:
@@ -72,6 +111,67 @@ class Claims:
                 "to another one, or use one process with engine.workers"
             ) from error
         return True
+
+
+class _ObjectClaims(Claims):
+    """An object per claimed block, ``{path}-{block}``, that names the lease of its process, ``{path}-by-{token}``."""
+
+    def __init__(self, path: S3Path, done: DoneMap) -> None:
+        super().__init__(done)
+        token = uuid.uuid4().hex
+        self._path, self._owner, self._lease = path, token.encode(), Lease(_owned(path, token))
+        self._others: dict[bytes, Watch] = {}
+        self._lease.take()
+        if not has_conditions(path):
+            self._lease.close()
+            raise EngineError(
+                f"{path.parent}: engine.share needs a store with conditional writes (If-None-Match), which this one "
+                "ignores; use one process with engine.workers"
+            )
+
+    def any_free(self, blocks: Sequence[int]) -> bool:
+        names = {path.name for path in self._path.parent.glob(f"{self._path.name}-*")}
+        free = [number for number in blocks if self._at(number).name not in names]
+        taken = [number for number in blocks if self._at(number).name in names]
+        return super().any_free([*free[:_LOOKS], *random.sample(taken, min(_LOOKS, len(taken)))])
+
+    def close(self) -> None:
+        try:
+            self.release(self._mine)
+        finally:
+            self._lease.close()
+
+    def _at(self, number: int) -> S3Path:
+        return S3Path(f"{self._path}-{number}")
+
+    def _unlock(self, blocks: Collection[int]) -> None:
+        bucket, _ = split_s3(self._path)
+        s3.delete(bucket, [split_s3(self._at(number))[1] for number in blocks], DEFAULT_OPTIONS)
+
+    def _lock(self, blocks: Sequence[int]) -> list[int]:
+        return [number for number, ours in zip(blocks, s3.in_parallel(self._claim, blocks), strict=True) if ours]
+
+    def _claim(self, number: int) -> bool:
+        path = self._at(number)
+        if path.put(self._owner, match=""):
+            return True
+        found = path.read_tagged()
+        if found is None:
+            return False  # just let go; the next look gets it
+        owner, tag = found
+        if owner == self._owner:
+            return True
+        watch = self._others.setdefault(owner, Watch(_owned(self._path, owner.decode(errors="replace"))))
+        return watch.look()[0] == FREE and path.put(self._owner, match=tag) is not None
+
+
+def _owned(path: S3Path, token: str) -> S3Path:
+    return S3Path(f"{path}-by-{token}")
+
+
+def open_claims(path: Path, done: DoneMap) -> Claims:
+    """Return the claims of this process on the blocks of a done-map, kept in (on S3: beside) ``path``."""
+    return _ObjectClaims(path, done) if isinstance(path, S3Path) else _FileClaims(path, done)
 
 
 class _SharedQueue(Queue):
@@ -109,15 +209,16 @@ def run_shared(task: BlockTask, engine: Engine, progress: Progress | None, *, ov
                 return True
             task.prepare(stage)
             done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-        claims = Claims(_claims_file(task.folder, stage), done)
+        claims = open_claims(_claims_file(task.folder, stage), done)
         try:
             _run_stage_shared(task, stage, engine, done, claims, Reporter(stage, done, progress))
         finally:
             claims.close()
-    with leading(task.folder, wait=True):
+    with leading(task.folder, wait=True) as require_lead:
         if task.check():
             if not all((task.folder / f".done-{stage}").exists() for stage in task.stages):
                 raise WriteError(f"{task.folder} was replaced by another process; rerun the same command")
+            require_lead()
             remove_traces(task.folder)
             task.finish()
     return True
@@ -129,7 +230,7 @@ def _run_stage_shared(
     failures = Failures(task, stage, len(done), engine.attempts, ())
     reporter.report(now=True)
     while len(missing := np.setdiff1d(done.missing, failures.given_up)):
-        if any(claims.take([int(number)]) for number in missing):  # else a network would be loaded for nothing
+        if claims.any_free(missing.tolist()):  # else a network would be loaded for nothing
             with engine.pool(task, stage) as pool:
                 queue = _SharedQueue(missing, task.run_length(stage), pool, claims)
                 marker = Marker(done, os.fspath(task.folder), claims.release)
@@ -145,17 +246,34 @@ def refuse_if_shared(task: BlockTask) -> None:
     """Raise `WriteError` if processes with ``engine.share`` work on the task."""
     for stage in task.stages:
         path = _claims_file(task.folder, stage)
-        if not path.exists():
-            continue
-        with path.open("a+b") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _BUSY:
-                    raise WriteError(
-                        f"other processes share the work on {task.folder}: wait until they have ended, or join them "
-                        "with engine.share=true"
-                    ) from error
+        if _is_shared_on_s3(path) if isinstance(path, S3Path) else _is_shared(path):
+            raise WriteError(
+                f"other processes share the work on {task.folder}: wait until they have ended, or join them with "
+                "engine.share=true"
+            )
+
+
+def _is_shared(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a+b") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in _BUSY
+    return False
+
+
+def _is_shared_on_s3(path: S3Path) -> bool:
+    """Whether a process with a lease is alive; looks for as long as a lease may be silent."""
+    watches = [Watch(found) for found in path.parent.glob(f"{path.name}-by-*")]
+    while watches:
+        states = [watch.look()[0] for watch in watches]
+        if HELD in states:
+            return True
+        watches = [watch for watch, state in zip(watches, states, strict=True) if state != FREE]
+        time.sleep(_POLL_S if watches else 0)
+    return False
 
 
 def _claims_file(folder: Path, stage: str) -> Path:

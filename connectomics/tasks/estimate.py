@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectomics.errors import ConnectomicsError
+from connectomics.io.place import S3Path
 from connectomics.tasks.block_task import BlockTask, Cost
 from connectomics.tasks.blocks import DoneMap
 from connectomics.tasks.engines import number_of_workers
@@ -138,7 +139,9 @@ def _sum(one: int | None, other: int | None) -> int | None:
 def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str, tuple[float, int]], str]:
     """Return seconds and held bytes for a block of each stage that can be tried, and why the others cannot."""
     times: dict[str, tuple[float, int]] = {}
-    beside = next(place for place in task.folder.absolute().parents if place.exists())  # on the disk of the output
+    beside: Path | None = None  # for S3 in the temporary folder of this machine, else on the disk of the output
+    if not isinstance(task.folder, S3Path):
+        beside = next(place for place in task.folder.absolute().parents if place.exists())
     with ExitStack() as stack:
         try:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".dry-run-", dir=beside))

@@ -74,7 +74,7 @@ def run_task(
     if not task.check(overwrite=overwrite):
         return False
     with ExitStack() as stack:
-        stack.enter_context(leading(task.folder))
+        require_lead = stack.enter_context(leading(task.folder))
         refuse_if_shared(task)
         if not task.check(overwrite=overwrite):  # another process has just finished it
             return False
@@ -91,6 +91,7 @@ def run_task(
                     queue = Queue(done.missing, task.run_length(stage), pool)
                     run_stage(task, stage, pool, queue, Marker(done, os.fspath(task.folder)), failures, reporter)
                 failures.close()
+        require_lead()
         remove_traces(task.folder)
         task.finish()
     return True

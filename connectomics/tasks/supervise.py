@@ -41,7 +41,7 @@ def make_job(task: BlockTask, stage: str, device: str, engine: EngineConfig) -> 
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise EngineError(f"{task.name} cannot be sent to another process ({error}); use engine.workers=1") from error
     memory = None if engine.memory_gb is None else engine.memory_gb * 1e9
-    path, folder = tuple(entry or os.getcwd() for entry in sys.path), os.path.abspath(task.folder)
+    path, folder = tuple(entry or os.getcwd() for entry in sys.path), str(task.folder.absolute())
     return Job(uuid.uuid4().hex, pickled, stage, device, folder, path, engine.block_timeout_s, memory)
 
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,14 +88,14 @@ class Starter:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
-    def start(self, words: list[str]) -> Started:
+    def start(self, words: list[str], environment: Mapping[str, str | None] | None = None) -> Started:
         self._number += 1
         said = self._folder / f"said-{self._number}.txt"
         request = {"words": ["pytc", *words], "cwd": str(self._folder), "said": str(said)}
-        return Started(self, self.ask({"start": request}), said)
+        return Started(self, self.ask({"start": request, "environment": dict(environment or {})}), said)
 
-    def run(self, words: list[str]) -> tuple[int, Started]:
-        started = self.start(words)
+    def run(self, words: list[str], environment: Mapping[str, str | None] | None = None) -> tuple[int, Started]:
+        started = self.start(words, environment)
         return started.wait(), started
 
 

@@ -1,7 +1,8 @@
 """Starts commands of `pytc`, each in a process of its own that has the large libraries already (see `tests.reader`).
 
 Lines of JSON come in at stdin and are answered by one number a line: {"start": {"words", "cwd", "said"}} by the
-process's id, {"wait": id} by its exit status (negative: the signal that ended it).
+process's id, {"wait": id} by its exit status (negative: the signal that ended it). Beside "start", "environment" has
+variables that are changed (null: removed).
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ def main() -> None:
         child = os.fork()
         if child == 0:
             os.setsid()
+            for name, value in request.get("environment", {}).items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
             answer(**request["start"])
         print(child, flush=True)
 

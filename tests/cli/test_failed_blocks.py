@@ -13,7 +13,7 @@ import torch
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, ModelConfig, RunConfig
-from connectomics.inference.predict_task import require_complete
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.pages.report.library import unknown_lines

@@ -1,4 +1,4 @@
-"""Paths of the command line: output goes to a local disk, a URL is refused before anything is made of it."""
+"""Paths of the command line: output goes to a local disk or to S3, another URL is refused before anything is made."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ WRITE_TO_A_URL = [
     f"train {TUTORIAL} --run-dir {URL}",
     f"train {TUTORIAL} output_dir={URL}",
     f"train {TUTORIAL} data.cache_dir={URL}",
-    f"predict {TUTORIAL} --checkpoint a.ckpt --out {URL}",
-    f"decode predictions {URL}",
-    f"measure labels --out {URL}",
-    f"mesh labels {URL} --class mito",
+    f"predict {TUTORIAL} --checkpoint a.ckpt --out gs://bucket/x",
+    "decode predictions gs://bucket/x",
+    "measure labels --out gs://bucket/x",
+    "mesh labels gs://bucket/x --class mito",
     f"tune predictions root --out {URL}",
     f"evaluate labels root --out {URL}.json",
     f"export labels {URL}.zip",
@@ -90,7 +90,7 @@ def test_so_do_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [f"decode {URL} out", f"predict {TUTORIAL} --checkpoint {URL}.ckpt"])
+@pytest.mark.parametrize("command", [f"evaluate {URL} root", f"predict {TUTORIAL} --checkpoint {URL}.ckpt"])
 def test_an_input_that_must_be_local_is_refused_too(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -103,13 +103,9 @@ def test_an_input_that_must_be_local_is_refused_too(
 #: every function behind a verb, with a URL where its output goes
 FUNCTIONS: dict[str, Callable[[Path | str], object]] = {
     "write_file": lambda url: write_file(Path(url), b""),
-    "create_array": lambda url: create_array(url, (1, 1, 1), np.uint8),
     "make_phantom": make_phantom,
     "train": lambda url: train(RunConfig(), url),
     "choose_run_dir": lambda url: choose_run_dir(RunConfig(output_dir=str(url))),
-    "decode_predictions": lambda url: decode_predictions("predictions", url),
-    "measure_tasks": lambda url: measure_tasks("labels", url),
-    "mesh_tasks": lambda url: mesh_tasks("labels", url, "mito"),
     "tune": lambda url: tune("predictions", "root", url),
     "export_submission": lambda url: export_submission(".", url),
     "build_report": lambda url: build_report(url, ReportSources()),
@@ -129,6 +125,30 @@ def test_so_does_the_function_behind_each_verb(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(WriteError, match="expected a path, got a URL"):
         FUNCTIONS[name](given(URL))
+    assert list(tmp_path.iterdir()) == []
+
+
+#: functions that write to S3 as well: any other URL is refused, and S3 without credentials
+ON_S3: dict[str, Callable[[Path | str], object]] = {
+    "create_array": lambda url: create_array(url, (1, 1, 1), np.uint8),
+    "decode_predictions": lambda url: decode_predictions("predictions", url),
+    "measure_tasks": lambda url: measure_tasks("labels", url),
+    "mesh_tasks": lambda url: mesh_tasks("labels", url, "mito"),
+}
+
+
+@pytest.mark.parametrize("given", [str, Path])
+@pytest.mark.parametrize("name", ON_S3)
+def test_places_that_cannot_be_written_are_refused_before_anything_is_made(
+    name: str, given: Callable[[str], Path | str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
+    with pytest.raises(WriteError, match="expected a path, got a URL"):
+        ON_S3[name](given("gs://bucket/x"))
+    with pytest.raises(WriteError, match="cannot write s3://bucket/x: there are no credentials; set AWS_ACCESS"):
+        ON_S3[name](given(URL))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -190,7 +210,7 @@ def test_files_that_the_documents_name_are_written_there(way: Way, tmp_path: Pat
 @pytest.mark.parametrize("file", sorted(CLI.glob("*.py")), ids=lambda file: file.stem)
 def test_every_path_of_the_command_line_is_made_in_one_place(file: Path) -> None:
     """An option that is a `Path` and not made by `connectomics.cli.options` would take a URL for a folder."""
-    kinds = {"OutOption", "OutArgument", "InOption", "InArgument"}
+    kinds = {f"{way}{what}{kind}" for way in ("In", "Out") for what in ("", "Place") for kind in ("Option", "Argument")}
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Annotated":
             kind, *about = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]

@@ -262,7 +262,7 @@ def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monk
     [
         *("stitched_task.unite_touching", "stitched_task.save_mapped", "stitched_task.StitchedTask.create"),
         "stitched_task.write_tables",
-        *("labels_task.create_array", "labels_task.update_attrs", "labels_task.shutil.rmtree", "labels_task.publish"),
+        *("labels_task.create_array", "labels_task.update_attrs", "labels_task.remove_tree", "labels_task.publish"),
     ],
 )
 def test_killed_between_the_steps(tmp_path, monkeypatch, function):

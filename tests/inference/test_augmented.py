@@ -23,11 +23,12 @@ from connectomics.inference.augmented import (
     dropout_on,
     entropy,
 )
-from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.raw import RawSource
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.symmetry import IDENTITY, SYMMETRY_SETS, Symmetry, symmetries, windows_seen
 from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from tests.cellmap.roots import grid_of, write_raw
 from tests.trees import contents

@@ -18,7 +18,8 @@ from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import EngineConfig, RunConfig
 from connectomics.errors import InputError, MissingError
-from connectomics.inference.predict_task import PredictTask, require_complete
+from connectomics.inference.predict_task import PredictTask
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.network_task import NetworkPredictTask
 from connectomics.pipeline.predict import predict_tasks

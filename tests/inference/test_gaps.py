@@ -15,8 +15,9 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import BlocksFailedError, InputError, OutOfMemoryError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.background_io import ReadAhead
-from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
 from connectomics.io.write import write_multiscale

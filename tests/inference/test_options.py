@@ -12,9 +12,10 @@ import torch
 
 from connectomics.errors import InputError, MissingError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.inference.predict_worker import best_batch
 from connectomics.inference.raw import RawSource
+from connectomics.io.artifacts import require_complete
 from connectomics.io.levels import halve_raw
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale

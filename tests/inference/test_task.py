@@ -18,7 +18,8 @@ import torch
 
 from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.predict_task import PredictTask, require_complete, run_predict_task
+from connectomics.inference.predict_task import PredictTask, run_predict_task
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale

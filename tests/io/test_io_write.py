@@ -209,7 +209,7 @@ def test_places_that_cannot_be_written(tmp_path):
     with pytest.raises(WriteError, match="cannot write"):
         create_array(tmp_path / "file" / "a", (8, 8, 8), np.uint8)
     with pytest.raises(WriteError, match="expected a path, got a URL"):
-        create_array("s3://bucket/a", (8, 8, 8), np.uint8)
+        create_array("gs://bucket/a", (8, 8, 8), np.uint8)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 9, b"x" * 99, None], ids=["empty", "short", "garbage", "truncated"])

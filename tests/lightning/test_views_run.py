@@ -10,7 +10,8 @@ import torch
 
 from connectomics.config import RunConfig, load_config, tutorial
 from connectomics.errors import InputError
-from connectomics.inference.predict_task import PredictTask, require_complete
+from connectomics.inference.predict_task import PredictTask
+from connectomics.io.artifacts import require_complete
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import targets_of

@@ -14,8 +14,8 @@ from connectomics.config import RunConfig, load_config
 from connectomics.config.heads import channel_attributes, channel_names
 from connectomics.decoding import decode_parameters
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.predict_task import require_complete
 from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import evaluate_instance
 from connectomics.metrics.challenge import score_instance

@@ -15,8 +15,9 @@ from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
-from connectomics.inference.predict_task import PredictTask, require_complete
+from connectomics.inference.predict_task import PredictTask
 from connectomics.inference.trained_network import weights_hash
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, targets_of

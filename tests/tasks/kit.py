@@ -17,6 +17,7 @@ import numpy as np
 
 from connectomics.errors import CorruptDataError, MetadataError, MissingError, WriteError
 from connectomics.geometry import Box
+from connectomics.io.place import place
 from connectomics.io.store import StoreError
 from connectomics.tasks import BlockTask, Cost
 from connectomics.tasks.block_task import TASK_FILE
@@ -72,7 +73,7 @@ class CubeTask(BlockTask):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output)
+        return place(self.output)
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import pytest
 from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, WriteError
 from connectomics.tasks import DoneMap, open_engine, run_task
-from connectomics.tasks.claims import Claims
+from connectomics.tasks.claims import open_claims
 from tests.tasks.kit import CubeTask
 
 SHARE = EngineConfig(share=True)
@@ -68,13 +68,14 @@ def test_the_blocks_of_a_killed_job_are_free(tmp_path: Path) -> None:
 
 def test_a_claimed_block_is_left_to_its_process(tmp_path: Path) -> None:
     done = DoneMap(tmp_path / "map", 5, "key")
-    claims = Claims(tmp_path / "claims", done)
+    claims = open_claims(tmp_path / "claims", done)
     assert claims.take([1, 2]) == [1, 2]
     other = f"""
 from pathlib import Path
 from connectomics.tasks import DoneMap
-from connectomics.tasks.claims import Claims
-print(Claims(Path({str(tmp_path / "claims")!r}), DoneMap(Path({str(tmp_path / "map")!r}), 5, "key")).take(range(5)))
+from connectomics.tasks.claims import open_claims
+done = DoneMap(Path({str(tmp_path / "map")!r}), 5, "key")
+print(open_claims(Path({str(tmp_path / "claims")!r}), done).take(range(5)))
 """
 
     def free() -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -38,7 +37,9 @@ from connectomics.errors import ConfigError, WriteError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, about, publish
+from connectomics.io.location import absolute
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.place import place, remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ArrayWriter, create_array, ensure_group, multiscales_attrs, update_attrs, write_file
 from connectomics.tasks.block_task import TASK_FILE, BlockTask, BlockWorker, Cost, Worker
@@ -52,7 +53,7 @@ class LabelsTask(BlockTask):
 
     Attributes:
         input: location of the multiscale group of the probabilities; its finest level has the grid of the output.
-        output: local folder of the multiscale group of the labels.
+        output: folder of the multiscale group of the labels.
         class_name: recorded with the output.
         parameters: how the probabilities become labels.
         block_shape: voxels of a block, z y x; whole chunks of 64 are fastest.
@@ -134,11 +135,11 @@ class LabelsTask(BlockTask):
 
     @property
     def name(self) -> str:
-        return title_of(Path(self.output))
+        return title_of(place(self.output))
 
     @property
     def folder(self) -> Path:
-        return partial_of(Path(self.output))
+        return partial_of(place(self.output))
 
     @property
     def scratch(self) -> Path:
@@ -171,13 +172,13 @@ class LabelsTask(BlockTask):
         self.check_input()
         may_replace = overwrite or begun is not None  # begun by a run that was allowed to
         there = existing_labels(
-            Path(self.output), self.parameters, self.made_from(), self.storage, overwrite=may_replace
+            place(self.output), self.parameters, self.made_from(), self.storage, overwrite=may_replace
         )
-        return there is None or not has_tables(Path(self.output), there.get("kind", ""), self.table)
+        return there is None or not has_tables(place(self.output), there.get("kind", ""), self.table)
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite or not self.is_begun:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove_tree(self.folder)
             ensure_group(self.folder, zarr_format=self.storage.zarr_format)
             self.begin()
         elif self.is_complete:
@@ -280,16 +281,16 @@ class LabelsTask(BlockTask):
                 if int(level.name[1:]) < len(grids):
                     _remove_unfinished_chunks(level)
                 else:  # from a run that wanted a pyramid
-                    shutil.rmtree(level)
+                    remove_tree(level)
             ours = label_attrs(grids[0], self.class_name, self.parameters, self.source, self.provenance, objects)
             ours |= self.further_attrs()
             self._clear_unknown()
             sync(os.fspath(self.folder))
             levels = multiscales_attrs(grids, self.class_name, self.storage.zarr_format)
             update_attrs(self.folder, {"connectomics": ours, **levels})
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        remove_tree(self.scratch)
         self._remove_done_maps()
-        publish(self.folder, Path(self.output))
+        publish(self.folder, place(self.output))
 
     def relocated(self, folder: Path) -> Self:
         return replace(self, output=str(Path(folder, *Path(self.output).parts[-3:])))
@@ -301,19 +302,13 @@ class LabelsTask(BlockTask):
 
 def _remove_unfinished_chunks(array: Path) -> None:
     """Remove temporary files of chunks that killed processes were writing (`connectomics.io.write`)."""
-    for path in array.rglob(".*.part-*"):
+    for path in () if store.is_s3(array) else array.rglob(".*.part-*"):
         path.unlink(missing_ok=True)
 
 
 def objects_of(task: LabelsTask) -> int:
     """Return the number of objects in the finished labels of a task (a mask: 0 or 1)."""
     return int(store.read_attrs(task.output)["connectomics"]["objects"])
-
-
-def absolute(location: str) -> str:
-    """Return a location that means the same in every process: local paths absolute, URLs unchanged."""
-    where = store.normalize(location)
-    return where if store.is_s3(where) else os.path.abspath(where)
 
 
 @dataclass(frozen=True)

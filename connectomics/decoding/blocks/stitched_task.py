@@ -20,6 +20,7 @@ The unfinished output::
 
 from __future__ import annotations
 
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ from connectomics.decoding.label_artifact import write_tables
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.stitch import grown_block, grown_objects
 from connectomics.errors import WriteError
+from connectomics.io.place import S3Path
 from connectomics.io.store import is_array
 from connectomics.io.write import ArrayWriter
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
@@ -240,6 +242,13 @@ class _WriteWorker(BlockWorker):
 
 def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
     """Store arrays as ``folder/{name}.npy``. `WriteError`."""
+    if isinstance(folder, S3Path):
+        for name, values in arrays.items():
+            with tempfile.TemporaryFile() as file:
+                np.save(file, values)
+                file.seek(0)
+                folder.joinpath(f"{name}.npy").put(file)
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in arrays.items():
@@ -249,8 +258,17 @@ def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
 
 
 def load_mapped(folder: Path) -> dict[str, NDArray[Any]]:
-    """Memory-map what `save_mapped` stored: only what is used is read, and processes of a machine share it."""
+    """Memory-map what `save_mapped` stored: only what is used is read, and processes of a machine share it. From S3 it
+    is first copied into a temporary file of this process."""
+    if isinstance(folder, S3Path):
+        return {path.stem: _mapped_copy(path) for path in folder.glob("*.npy")}
     return {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+
+
+def _mapped_copy(path: S3Path) -> NDArray[Any]:
+    with tempfile.NamedTemporaryFile() as file:  # its name goes, the map stays
+        path.download(file)
+        return np.asarray(np.load(file.name, mmap_mode="r"))
 
 
 @dataclass(frozen=True)
