@@ -27,6 +27,7 @@ from connectomics.decoding.label_artifact import (
     label_array,
     label_attrs,
     partial_of,
+    remove_rest,
     unknown_of,
     unknown_share,
     write_tables,
@@ -40,7 +41,7 @@ from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
 from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.place import S3Path, output_place, place, remove_tree
+from connectomics.io.place import output_place, place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.pipeline.results import Labels, Probabilities
@@ -209,8 +210,7 @@ def decode_predictions(
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
             if result is not None:
-                if isinstance(left := partial_of(job.location), S3Path):  # of a run that was killed at its very end
-                    remove_tree(left)
+                remove_rest(job.location)
                 results.append(result)
                 _warn_of_unknown(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
