@@ -19,6 +19,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import S3Path, output_place, place, remove_tree, walk
 from connectomics.io.write import ArrayWriter, create_array, write_multiscale
 from connectomics.pipeline.decode import decode_jobs, decode_predictions
+from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.tasks import run_task
 from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer, MotoServer
 
@@ -226,6 +227,35 @@ def test_labels_that_were_being_removed_when_a_run_was_killed_are_not_resumed(
             assert np.array_equal(found, values > 127.5), moment
         moment += 1
     assert moment > 4
+
+
+def test_meshes_that_were_being_removed_when_a_run_was_killed_are_not_finished(
+    objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
+    values = np.zeros((12, 12, 24), np.uint8)
+    values[2:9, 2:9, 2:9], values[2:9, 2:9, 14:21] = 1, 2
+    about = {"artefact": "labels", "class_name": "er", "kind": "instance", "complete": True}
+    grid = VoxelGrid((8, 8, 8), (0, 0, 0), values.shape)
+    write_multiscale(tmp_path / "in/d.zarr/c/er", values, grid, attrs={"connectomics": about})
+    (task,) = mesh_tasks(tmp_path / "in", str(ROOT / "meshes"), "er", file_format="multilod")
+    run_task(task)
+    whole = {name: data for name, data in files(objects / "meshes").items() if "task.json" not in name}
+    assert {"d/c/er/1.index", "d/c/er/info", "d/c/er/meshes.csv"} < whole.keys()
+    delete = s3.delete
+
+    def killed_within(bucket: str, keys: list[str], options: s3.StoreOptions) -> None:
+        """A request for several objects that has removed only the first of them."""
+        delete(bucket, keys[:1], options)
+        if len(keys) > 1:
+            raise Kill
+
+    with monkeypatch.context() as patch, pytest.raises(Kill):
+        patch.setattr(s3, "delete", killed_within)
+        task.claim(overwrite=True)
+    assert len(files(objects / "meshes")) < len(whole)
+    run_task(task)
+    assert {name: data for name, data in files(objects / "meshes").items() if "task.json" not in name} == whole
 
 
 def raise_kill(*_: object) -> None:
