@@ -212,9 +212,10 @@ def test_labels_that_were_being_removed_when_a_run_was_killed_are_not_resumed(
     task = MaskTask(str(tmp_path / "in.zarr/c/er"), output, "er", parameters, (16, 16, 16))
     interruption, moment = Interruption(monkeypatch), 0
     while True:
-        with monkeypatch.context() as patch, pytest.raises(Kill):
+        with monkeypatch.context() as patch:
             patch.setattr("connectomics.decoding.blocks.labels_task.publish", raise_kill)
-            run_task(task, overwrite=True)
+            with pytest.raises(Kill):
+                run_task(task, overwrite=True)
         interruption.left = moment
         try:
             task.claim(overwrite=True)
@@ -250,9 +251,10 @@ def test_meshes_that_were_being_removed_when_a_run_was_killed_are_not_finished(
         if len(keys) > 1:
             raise Kill
 
-    with monkeypatch.context() as patch, pytest.raises(Kill):
+    with monkeypatch.context() as patch:
         patch.setattr(s3, "delete", killed_within)
-        task.claim(overwrite=True)
+        with pytest.raises(Kill):
+            task.claim(overwrite=True)
     assert len(files(objects / "meshes")) < len(whole)
     run_task(task)
     assert {name: data for name, data in files(objects / "meshes").items() if "task.json" not in name} == whole
