@@ -171,13 +171,10 @@ def decode_predictions(
 
     Args:
         parameters: by class; a class without an entry gets the defaults of its kind.
-        classes, overwrite, resume: as for `decode`.
-        progress: called after each array.
-        blockwise_above: voxels; larger arrays are decoded block by block.
-        block_progress: called for the blocks of each stage of such an array.
-        engine: runs the blocks; None: this process.
-        table: ``parquet``: instance tables are written as Parquet too. storage: how labels are stored.
-        pyramid: whether to write coarser levels; ``auto``: of large arrays (`connectomics.config.output`).
+        classes, overwrite, resume: as for `decode`. progress: called after each array.
+        blockwise_above: voxels; larger arrays are decoded block by block. block_progress: called for their blocks.
+        engine: runs the blocks; None: this process. storage: how labels are stored.
+        table: ``parquet``: instance tables as Parquet too. pyramid: coarser levels; ``auto``: of large arrays.
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
@@ -212,7 +209,7 @@ def decode_predictions(
             if result is not None:
                 remove_rest(job.location)
                 results.append(result)
-                _warn_of_unknown(job, result)
+                _warn(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
                 complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
@@ -391,7 +388,10 @@ def _labels_of(job: DecodeJob) -> NDArray[Any]:
     return decode_class(values, grid.voxel_size, parameters, boundary=walls, head=head)
 
 
-def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
+def _warn(job: DecodeJob, result: DecodedArray) -> None:
+    wanted = pyramid_grids(job.source.levels[0].grid, job.pyramid)
+    if result.skipped and len(Multiscale.open(result.location).levels) < len(wanted):
+        log.warning("%s: these labels have no coarser levels; to add them, decode again with --overwrite", job.name)
     if job.unknown and not result.skipped:
         share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})
         log.warning(

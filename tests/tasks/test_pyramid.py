@@ -106,6 +106,18 @@ def test_labels_that_are_decoded_whole_have_the_same_levels(tmp_path: Path, stor
     assert found[0][1][:20].any()
 
 
+def test_labels_that_were_finished_without_levels_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_probabilities(tmp_path / "p")
+    for pyramid, says in ((False, ""), (False, ""), (True, "decode again with --overwrite"), (False, "")):
+        caplog.clear()
+        decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=pyramid)
+        assert says in caplog.text
+        assert bool(says) == bool(caplog.text)
+    decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=True, overwrite=True)
+    decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=True)
+    assert not caplog.text
+
+
 class Killed(BaseException):
     pass
 
