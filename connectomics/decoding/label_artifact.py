@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from connectomics.io.artifacts import Difference, Provenance, about, changed_inp
 from connectomics.io.levels import halve_labels
 from connectomics.io.location import is_s3
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.place import remove_tree
+from connectomics.io.place import S3Path, remove_tree
 from connectomics.io.sharded import Storage
 from connectomics.io.tables import ROWS, Column, table
 from connectomics.io.write import ArrayWriter, create_multiscale, ensure_group
 from connectomics.tasks.block_task import TASK_FILE
+from connectomics.tasks.lock import leading
 
 BLOCK = (256, 256, 256)  # voxels held at once; whole chunks of the arrays that are written
 TABLE_FILE, PARQUET_FILE = "instances.csv", "instances.parquet"
@@ -80,6 +81,16 @@ def title_of(location: Path) -> str:
 def partial_of(location: Path) -> Path:
     """Return the hidden folder beside ``location`` that holds unfinished labels."""
     return location.with_name(f".{location.name}.partial")
+
+
+def remove_rest(location: Path) -> None:
+    """Remove what a run that was killed at its very end has left on S3 beside ``location``; not what another run has
+    begun, or works on."""
+    partial = partial_of(location)
+    if isinstance(partial, S3Path) and partial.is_dir():
+        with suppress(WriteError), leading(partial):
+            if not (partial / TASK_FILE).exists():
+                remove_tree(partial)
 
 
 def label_attrs(

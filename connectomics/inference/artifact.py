@@ -121,6 +121,17 @@ def common_attributes(provenance: Provenance | None) -> dict[str, Any]:
     return {"artefact": "probability", "complete": bool(made), "version": connectomics.__version__, **made}
 
 
+def as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task as earlier versions had them, if the output is the same: done-maps name them."""
+    found = {**settings, "pyramid": False}  # was not free
+    if found["multiple"] is None:  # windows did not shrink
+        del found["multiple"]
+    z, *others = found["overlap"]
+    if z and others == [z, z]:  # it was one number; with 0 there was a context
+        found["overlap"] = z
+    return found
+
+
 def require_own_output(task: BlockTask, overwrite: bool) -> bool:
     """Return whether an output of this task (with ``overwrite``: of any) exists; `WriteError` for anything else."""
     there = [] if not task.folder.exists() else [p for p in task.folder.iterdir() if ".part-" not in p.name]

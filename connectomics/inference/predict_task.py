@@ -89,7 +89,7 @@ class PredictTask(BlockTask):
     checkpoint: str
     checkpoints: tuple[str, ...] = ()
     normalization: Normalization = Normalization()  # noqa: RUF009 (frozen)
-    overlap: Triple = (0.25, 0.25, 0.25)
+    overlap: Triple | float = 0.25
     multiple: Index | None = None
     blending: str = "gaussian"
     context: Index | None = None
@@ -157,7 +157,7 @@ class PredictTask(BlockTask):
             )
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "pyramid": False}  # as in done-maps from when it was not free
+        return artifact.as_before(super().settings())
 
     def to_dict(self) -> dict[str, Any]:
         data = super().to_dict()
@@ -220,7 +220,7 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        windows = Windows(self.window, self.overlap, self.multiple and WindowFit(self.multiple))
+        windows = Windows(self.window, overlap_per_axis(self.overlap), self.multiple and WindowFit(self.multiple))
         seen = tuple(map(windows.seen_by, self._windows_seen.values()))
         how = (self.voxel_size, seen, self.context, self.block_size, volume)
         return [(Layout(grid, self.channels, *how, self.storage), tuple(names)) for grid, names in grids.items()]

@@ -34,10 +34,10 @@ def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
 
 def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
     """Return the overlap along z, y and x (one number stands for all axes); `InputError` outside [0, 1)."""
-    z, y, x = (float(share) for share in (overlap if isinstance(overlap, Sequence) else (overlap,) * 3))
-    if min(z, y, x) < 0 or max(z, y, x) >= 1:
-        raise InputError(f"overlap must be at least 0 and below 1, got {overlap}")
-    return z, y, x
+    shares = tuple(map(float, (overlap,) * 3 if isinstance(overlap, int | float) else overlap))
+    if len(shares) != 3 or not all(0 <= share < 1 for share in shares):
+        raise InputError(f"overlap must be at least 0 and below 1, one number or three (z, y, x), got {overlap}")
+    return shares[0], shares[1], shares[2]
 
 
 @dataclass(frozen=True)

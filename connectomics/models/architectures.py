@@ -84,7 +84,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda o: (1, *2 * (int(o["stem"]) * 2 ** (len(o["features"]) - 1),)),
         smallest=lambda o: (int(o["planes"]), *2 * (int(o["stem"]) * 2 ** len(o["features"]),)),
         deep_supervision=True,
-        any_window=lambda o: o.get("norm", "batch") == "batch",
+        # with neighbors, a plane at a face of the window sees copies: a window of one plane would see nothing else
+        any_window=lambda o: o.get("norm", "batch") == "batch" and o["planes"] == 1,
     ),
     "basic_unet": Architecture(
         "plain U-Net with two convolutions a stage and max pooling",

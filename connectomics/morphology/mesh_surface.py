@@ -161,8 +161,9 @@ class StoredObject:
         z, y, x = (self.high // stride + 1 - first).tolist()  # cell c lies between the samples c and c + 1
         mesher = zmesh.Mesher((1, 1, 1))
         keys, faces, n = [np.zeros(0, np.int64)], [np.zeros((0, 3), np.int64)], 0
-        for begin, cells in VoxelGrid((1, 1, 1), (0, 0, 0), (z, y, x)).blocks((max(1, span // stride),) * 3):
-            mask = self._samples(first + begin, np.add(cells.shape, 1), stride, filled)
+        most_cells = span if stride == 1 else max(1, span // 2)  # counts of voxels take more than voxels
+        for begin, cells in VoxelGrid((1, 1, 1), (0, 0, 0), (z, y, x)).blocks((most_cells,) * 3):
+            mask = self._samples(first + begin, np.add(cells.shape, 1), stride, filled, span)
             if mask.all() or not mask.any():
                 continue
             mesher.mesh(mask.view(np.uint8))
@@ -179,21 +180,26 @@ class StoredObject:
         return corners, of[np.concatenate(faces)].astype(np.uint32)
 
     def _samples(
-        self, begin: NDArray[np.int64], shape: NDArray[np.int64], stride: int, filled: float
+        self, begin: NDArray[np.int64], shape: NDArray[np.int64], stride: int, filled: float, span: int
     ) -> NDArray[np.bool_]:
-        """Whether the samples from ``begin`` (``stride`` cubed voxels each) belong to it; none outside its box."""
+        """Whether the samples from ``begin`` (``stride`` cubed voxels each) belong to it; none outside its box. Reads
+        about ``span`` cubed voxels at a time, since a single sample may be larger."""
+        counts = np.zeros(tuple(shape), np.int64 if stride > 1 else np.bool_)  # of its voxels
         start, stop = np.maximum(begin * stride, self.low), np.minimum((begin + shape) * stride, self.high + 1)
-        whole = np.zeros(tuple(shape * stride), np.bool_)
-        if np.all(start < stop):
-            read, _ = self.source.read_level(0, start, (stop - start).tolist(), absent_is_missing=False)
-            inner = tuple(slice(a, b) for a, b in zip(start - begin * stride, stop - begin * stride, strict=True))
-            whole[inner] = read > 0 if self.semantic else read == self.label
-        if stride == 1:
-            return whole
-        d, h, w = (int(n) for n in shape)
-        counts = whole.reshape(d, stride, h, stride, w, stride).sum(axis=(1, 3, 5))
-        made: NDArray[np.bool_] = counts >= max(1, math.ceil(filled * stride**3))
-        return made
+        if not np.all(start < stop):
+            return counts > 0
+        d, h, w = (int(n) for n in stop - start)
+        for first, part in VoxelGrid((1, 1, 1), (0, 0, 0), (d, h, w)).blocks((span + 1,) * 3):
+            low = start + first
+            read, _ = self.source.read_level(0, low, part.shape, absent_is_missing=False)
+            inside = read > 0 if self.semantic else read == self.label
+            if stride > 1:
+                for axis, (n, at) in enumerate(zip(part.shape, low.tolist(), strict=True)):
+                    cuts = np.arange(-(at % stride), n, stride).clip(0)
+                    inside = np.add.reduceat(inside, cuts, axis=axis, dtype=np.int64)
+            at = low // stride - begin
+            counts[tuple(slice(a, a + n) for a, n in zip(at, inside.shape, strict=True))] += inside
+        return counts >= (1 if stride == 1 else max(1, math.ceil(filled * stride**3)))
 
 
 def _simplified(

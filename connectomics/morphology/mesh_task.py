@@ -132,6 +132,7 @@ class MeshTask(BlockTask):
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite and self.folder.exists():
+            (self.folder / TABLE_FILE).unlink(missing_ok=True)  # on S3 a kill may leave a part, which is not finished
             put_aside(self.folder)
         if not (self.folder / TASK_FILE).exists():
             self.begin()

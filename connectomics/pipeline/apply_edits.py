@@ -17,6 +17,7 @@ from connectomics.decoding.parameters import METHODS, DecodeParameters
 from connectomics.errors import InputError, MissingError
 from connectomics.io.artifacts import about
 from connectomics.io.location import local_path
+from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs, write_file
 from connectomics.pipeline.results import Labels, chosen_arrays
@@ -114,6 +115,7 @@ def _task(root: Path, out: Path, place: Place, edits: Sequence[Edit]) -> EditTas
         block_shape=storage.block(BLOCK),
         source=said.get("source", {}),
         storage=storage,
+        pyramid=len(Multiscale.open(folder / name).levels) > 1,
         edits=tuple(own),
         others={other: str(folder / other) for other in names[1:]},
     )

@@ -27,6 +27,7 @@ from connectomics.decoding.label_artifact import (
     label_array,
     label_attrs,
     partial_of,
+    remove_rest,
     unknown_of,
     unknown_share,
     write_tables,
@@ -40,7 +41,7 @@ from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, InputError, MissingError, WriteError, unknown_name
 from connectomics.io.artifacts import Provenance, is_complete
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.place import S3Path, output_place, place, remove_tree
+from connectomics.io.place import output_place, place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
 from connectomics.pipeline.results import Labels, Probabilities
@@ -170,13 +171,10 @@ def decode_predictions(
 
     Args:
         parameters: by class; a class without an entry gets the defaults of its kind.
-        classes, overwrite, resume: as for `decode`.
-        progress: called after each array.
-        blockwise_above: voxels; larger arrays are decoded block by block.
-        block_progress: called for the blocks of each stage of such an array.
-        engine: runs the blocks; None: this process.
-        table: ``parquet``: instance tables are written as Parquet too. storage: how labels are stored.
-        pyramid: whether to write coarser levels; ``auto``: of large arrays (`connectomics.config.output`).
+        classes, overwrite, resume: as for `decode`. progress: called after each array.
+        blockwise_above: voxels; larger arrays are decoded block by block. block_progress: called for their blocks.
+        engine: runs the blocks; None: this process. storage: how labels are stored.
+        table: ``parquet``: instance tables as Parquet too. pyramid: coarser levels; ``auto``: of large arrays.
 
     Raises:
         MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
@@ -209,10 +207,9 @@ def decode_predictions(
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
             if result is not None:
-                if isinstance(left := partial_of(job.location), S3Path):  # of a run that was killed at its very end
-                    remove_tree(left)
+                remove_rest(job.location)
                 results.append(result)
-                _warn_of_unknown(job, result)
+                _warn(job, result)
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
                 complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
@@ -391,7 +388,10 @@ def _labels_of(job: DecodeJob) -> NDArray[Any]:
     return decode_class(values, grid.voxel_size, parameters, boundary=walls, head=head)
 
 
-def _warn_of_unknown(job: DecodeJob, result: DecodedArray) -> None:
+def _warn(job: DecodeJob, result: DecodedArray) -> None:
+    wanted = pyramid_grids(job.source.levels[0].grid, job.pyramid)
+    if result.skipped and len(Multiscale.open(result.location).levels) < len(wanted):
+        log.warning("%s: these labels have no coarser levels; to add them, decode again with --overwrite", job.name)
     if job.unknown and not result.skipped:
         share = unknown_share({**job.unknown, "grid": job.source.levels[0].grid.to_dict()})
         log.warning(

@@ -25,7 +25,7 @@ class StageStatus:
 
     Attributes:
         output: folder of the task, below the folder that was asked for. stage: its name.
-        is_complete: whether the whole output is.
+        is_complete: whether the whole output is, and this stage, which may be added later.
         blocks, done, failed: number of blocks; None: not known. Failed ones are done again by the next run.
         rate: blocks per second of all processes, over the latest changes; None: unknown.
         idle_s: seconds since a block was last marked as done; None: unknown.
@@ -85,14 +85,18 @@ def _task_files(root: Path) -> Iterator[Path]:
 def _stages(path: Path, root: Path) -> Iterator[StageStatus]:
     output = path.parent
     name = "/".join(output.relative_to(root).parts) or "."
+    begun = sorted(file.name.removeprefix(".done-") for file in output.glob(".done-*") if not file.suffix)
     try:
         stages = load_task(path).stages
     except (ConnectomicsError, OSError):  # its input has moved; what was done can still be counted
-        stages = tuple(sorted(file.name.removeprefix(".done-") for file in output.glob(".done-*") if not file.suffix))
+        stages = ()
+    stages = (*stages, *(stage for stage in begun if stage not in stages))  # levels may have been asked for later
     complete = is_complete(output)
     for stage in stages:
         file = output / f".done-{stage}"
-        yield StageStatus(name, stage, complete, *_counts(file), *((None, None) if complete else _rate(file)))
+        blocks, done, failed = _counts(file)
+        ended = complete and blocks == done
+        yield StageStatus(name, stage, ended, blocks, done, failed, *((None, None) if ended else _rate(file)))
 
 
 def _counts(file: Path) -> tuple[int | None, int | None, int | None]:

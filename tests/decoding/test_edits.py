@@ -16,6 +16,7 @@ from connectomics.decoding.edit_task import EditTask, divided
 from connectomics.decoding.edits import Edit, append_edit, read_edits
 from connectomics.errors import ConnectomicsError, InputError, MissingError, WriteError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.levels import halve_labels
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.pipeline.apply_edits import edit_tasks, run_edits
@@ -323,3 +324,23 @@ def test_decoded_labels_keep_what_they_say(tmp_path: Path) -> None:
     assert new["source"] == old["source"]
     assert new["made_from"]["labels of mito"] == old["id"]
     assert new["objects"] == old["objects"] - 1
+
+
+def test_edited_labels_have_coarser_levels_if_the_labels_do(tmp_path: Path) -> None:
+    from connectomics.pipeline.decode import decode_predictions
+    from tests.decoding.test_blocks import write_input
+
+    probability = np.zeros((70, 20, 24), np.uint8)
+    probability[4:30, 2:9, 2:9] = probability[40:66, 8:19, 8:19] = 255
+    write_input(tmp_path / "in", probability)
+    edits = tmp_path / "edits.jsonl"
+    append_edit(edits, Edit("delete", "mito", (1,)))
+    for pyramid in (True, False):
+        out = tmp_path / str(pyramid)
+        decode_predictions(tmp_path / "in", out / "labels", pyramid=pyramid)
+        made = cx.apply_edits(out / "labels", edits, out=out / "edited")
+        source = Multiscale.open(str(made.folder / "in.zarr/crop1/mito"))
+        levels = [source.read_level(n, (0, 0, 0), level.grid.shape)[0] for n, level in enumerate(source.levels)]
+        assert np.array_equal(levels[0], 2 * (np.indices(probability.shape)[0] > 35) * (probability > 0))
+        assert len(levels) == 1 + pyramid
+        assert not pyramid or np.array_equal(levels[1], halve_labels(levels[0]))

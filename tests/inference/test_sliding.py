@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from connectomics.config import load_config
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.blending import planned_reads
 from connectomics.inference.sliding import plan, predict_blocks
 from connectomics.inference.symmetry import symmetries
-from connectomics.inference.windows import WindowFit, WindowLattice, Windows, importance_map
+from connectomics.inference.windows import WindowFit, WindowLattice, Windows, importance_map, overlap_per_axis
 from connectomics.io.mirror import Extent
 
 
@@ -233,8 +234,19 @@ def test_windows_that_are_exchanged_keep_equal_sides():
 def test_overlap_of_each_axis():
     lattice = WindowLattice.over(grid_of((40, 40, 40)), 16, (0.0, 0.5, 0.25), context=0)
     assert lattice.starts == ((0, 16, 24), (0, 8, 16, 24), (0, 12, 24))
-    with pytest.raises(InputError, match="overlap must be at least 0 and below 1"):
-        WindowLattice.over(grid_of((8, 8, 8)), 8, (0.0, 1.0, 0.5))
+    for wrong in ((0.0, 1.0, 0.5), (0.0, 0.1), (-0.1, 0.0, 0.0), float("nan")):
+        with pytest.raises(InputError, match="overlap must be at least 0 and below 1"):
+            WindowLattice.over(grid_of((8, 8, 8)), 8, wrong)
+    assert overlap_per_axis(np.array([0.0, 0.5, 0.25])) == (0.0, 0.5, 0.25)
+
+
+def test_windows_shrink_only_for_networks_that_see_nothing_but_the_voxels_around():
+    def fit(options: str) -> WindowFit | None:
+        return WindowFit.of(load_config(None, "model.architecture=unet_2d", f"model.options={options}"))
+
+    assert fit("{planes: 1}") == WindowFit((1, 16, 16))
+    assert fit("{norm: group}") is None
+    assert fit("{planes: 3}") is None, "in a window of one plane its neighbors would be copies of it"
 
 
 def test_reads_each_voxel_once_in_a_row_of_blocks():

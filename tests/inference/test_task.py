@@ -361,9 +361,9 @@ def test_full_disk_leaves_nothing_taken_for_whole(raw, tmp_path):
         calls.append(1)
         return constant(x)
 
-    import connectomics.io.write as write
+    from connectomics.io import array_writer
 
-    original = write.write_file
+    original = array_writer.write_file
 
     def full(path: Path, data: bytes) -> None:
         if len(calls) > 20:
@@ -371,7 +371,7 @@ def test_full_disk_leaves_nothing_taken_for_whole(raw, tmp_path):
         original(path, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "write_file", full)
+        patch.setattr(array_writer, "write_file", full)
         with pytest.raises(WriteError, match="No space left"):
             run_predict_task(task, network)
     with pytest.raises(IncompleteError):

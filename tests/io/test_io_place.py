@@ -18,6 +18,8 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import S3Path, output_place, place, remove_tree, walk
 from connectomics.io.write import ArrayWriter, create_array, write_multiscale
+from connectomics.pipeline.decode import decode_jobs, decode_predictions
+from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.tasks import run_task
 from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer, MotoServer
 
@@ -169,6 +171,97 @@ def test_labels_that_are_replaced_are_whole_or_incomplete_at_every_moment(
         run_task(task(0.25), overwrite=True)
         moment += step
     assert moment > 20
+
+
+def test_what_another_run_has_begun_on_s3_is_left_alone(objects: Path, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 255, (16, 16, 48), dtype=np.uint8)
+    about = {"artefact": "probability", "class_name": "er", "complete": True}
+    grid = VoxelGrid((8, 8, 8), (0, 0, 0), values.shape)
+    write_multiscale(tmp_path / "in/d.zarr/c/er", values, grid, attrs={"connectomics": about})
+
+    def decode(threshold: float, **how) -> list:  # type: ignore[no-untyped-def]
+        parameters = {"er": DecodeParameters(method="threshold", threshold=threshold)}
+        return decode_predictions(tmp_path / "in", str(ROOT / "out"), parameters, blockwise_above=0, **how)
+
+    decode(0.25)
+    (job,) = decode_jobs(
+        tmp_path / "in", str(ROOT / "out"),
+        {"er": DecodeParameters(method="threshold", threshold=0.75)}, blockwise_above=0,
+    )  # fmt: skip
+    assert job.task is not None
+    job.task.claim(overwrite=True)
+    begun = files(objects / "out/d.zarr/c/.er.partial")
+    assert "task.json" in begun
+    assert decode(0.25)[0].skipped
+    assert files(objects / "out/d.zarr/c/.er.partial") == begun
+    (objects / "out/d.zarr/c/.er.partial/task.json").unlink()
+    assert decode(0.25)[0].skipped
+    assert not (objects / "out/d.zarr/c/.er.partial").exists(), "what was killed at its very end"
+
+
+def test_labels_that_were_being_removed_when_a_run_was_killed_are_not_resumed(
+    objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All was done but the last move; then the run that starts over is killed while it removes that."""
+    values = np.random.default_rng(0).integers(0, 255, (16, 16, 48), dtype=np.uint8)
+    about = {"artefact": "probability", "class_name": "er", "complete": True}
+    grid = VoxelGrid((8, 8, 8), (0, 0, 0), values.shape)
+    write_multiscale(tmp_path / "in.zarr/c/er", values, grid, attrs={"connectomics": about})
+    parameters = DecodeParameters(method="threshold", threshold=0.5)
+    output = f"{ROOT}/out.zarr/c/er"
+    task = MaskTask(str(tmp_path / "in.zarr/c/er"), output, "er", parameters, (16, 16, 16))
+    interruption, moment = Interruption(monkeypatch), 0
+    while True:
+        with monkeypatch.context() as patch:
+            patch.setattr("connectomics.decoding.blocks.labels_task.publish", raise_kill)
+            with pytest.raises(Kill):
+                run_task(task, overwrite=True)
+        interruption.left = moment
+        try:
+            task.claim(overwrite=True)
+            break
+        except Kill:
+            interruption.left = np.inf
+            run_task(task)
+            require_complete(output)
+            found = Multiscale.open(output).read_level(0, (0, 0, 0), values.shape, absent_is_missing=False)[0]
+            assert np.array_equal(found, values > 127.5), moment
+        moment += 1
+    assert moment > 4
+
+
+def test_meshes_that_were_being_removed_when_a_run_was_killed_are_not_finished(
+    objects: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
+    values = np.zeros((12, 12, 24), np.uint8)
+    values[2:9, 2:9, 2:9], values[2:9, 2:9, 14:21] = 1, 2
+    about = {"artefact": "labels", "class_name": "er", "kind": "instance", "complete": True}
+    grid = VoxelGrid((8, 8, 8), (0, 0, 0), values.shape)
+    write_multiscale(tmp_path / "in/d.zarr/c/er", values, grid, attrs={"connectomics": about})
+    (task,) = mesh_tasks(tmp_path / "in", str(ROOT / "meshes"), "er", file_format="multilod")
+    run_task(task)
+    whole = {name: data for name, data in files(objects / "meshes").items() if "task.json" not in name}
+    assert {"d/c/er/1.index", "d/c/er/info", "d/c/er/meshes.csv"} < whole.keys()
+    delete = s3.delete
+
+    def killed_within(bucket: str, keys: list[str], options: s3.StoreOptions) -> None:
+        """A request for several objects that has removed only the first of them."""
+        delete(bucket, keys[:1], options)
+        if len(keys) > 1:
+            raise Kill
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "delete", killed_within)
+        with pytest.raises(Kill):
+            task.claim(overwrite=True)
+    assert len(files(objects / "meshes")) < len(whole)
+    run_task(task)
+    assert {name: data for name, data in files(objects / "meshes").items() if "task.json" not in name} == whole
+
+
+def raise_kill(*_: object) -> None:
+    raise Kill
 
 
 def test_a_public_bucket_is_read_by_anyone_and_with_credentials_it_does_not_know(

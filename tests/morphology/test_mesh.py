@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from connectomics.morphology import Mesh, MeshTask, mesh_object
+from connectomics.morphology.mesh_surface import StoredObject
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 
 START = (804.25, -102.5, 404.13)
@@ -122,6 +124,24 @@ def test_pieces_give_the_mesh_of_the_whole(tmp_path: Path, label: int) -> None:
     assert is_closed(whole)
     assert is_closed(pieces)
     assert _triangles(whole) == _triangles(pieces)
+
+
+def test_voxels_larger_than_a_piece_are_counted_in_pieces(tmp_path: Path) -> None:
+    """Levels of detail of a long object have voxels larger than what fits into memory."""
+    values = ellipsoid((60, 60, 60), (1, 1, 1))
+    thing = StoredObject.of(stored(tmp_path, values), 1, box_of(values, 1), semantic=False)
+    for stride, filled in ((4, 0.5), (32, 0.5), (32, 0.0)):
+        whole = thing.surface(stride, filled, 10**6, 256)
+        tracemalloc.start()
+        pieces = thing.surface(stride, filled, 10**6, 8)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert whole is not None
+        assert pieces is not None
+        assert {tuple(c) for c in whole[0].tolist()} == {tuple(c) for c in pieces[0].tolist()}
+        assert len(whole[1]) == len(pieces[1]) > 0
+        if stride == 32:
+            assert peak < 64**3 / 2, "a cell has eight voxels of 32 cubed"
 
 
 def _triangles(mesh: Mesh) -> list[tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from connectomics.config.output import wants_pyramid
 from connectomics.decoding.blocks.labels_task import LabelsTask, MaskTask
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.errors import WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
@@ -29,7 +31,8 @@ from connectomics.io.sharded import Storage
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of
 from connectomics.pipeline.decode import decode_predictions
-from connectomics.tasks import run_task
+from connectomics.pipeline.status import status
+from connectomics.tasks import DoneMap, run_task
 from tests.trees import contents
 
 SHAPE = (140, 11, 21)
@@ -101,6 +104,18 @@ def test_labels_that_are_decoded_whole_have_the_same_levels(tmp_path: Path, stor
         np.testing.assert_array_equal(one, other)
     assert not found[0][1][26:37].any(), "what is unknown is 0 in every level"
     assert found[0][1][:20].any()
+
+
+def test_labels_that_were_finished_without_levels_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_probabilities(tmp_path / "p")
+    for pyramid, says in ((False, ""), (False, ""), (True, "decode again with --overwrite"), (False, "")):
+        caplog.clear()
+        decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=pyramid)
+        assert says in caplog.text
+        assert bool(says) == bool(caplog.text)
+    decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=True, overwrite=True)
+    decode_predictions(tmp_path / "p", tmp_path / "l", {"mito": INSTANCES}, pyramid=True)
+    assert not caplog.text
 
 
 class Killed(BaseException):
@@ -179,12 +194,40 @@ def test_levels_are_added_to_a_finished_prediction_without_its_network(tmp_path:
     run_predict_task(task("later", False), network)
     later = tmp_path / "later/d.zarr/crop1/mito"
     assert len(Multiscale.open(later).levels) == 1
+    begun = task("later", True)
+    begun.prepare("pyramid-1")
+    DoneMap(begun.folder / ".done-pyramid-1", begun.blocks("pyramid-1"), begun.key)
+    assert [(s.stage, s.state, s.done) for s in status(tmp_path / "later")] == [
+        ("predict", "complete", 12), ("pyramid-1", "unfinished", 0)
+    ]  # fmt: skip
     assert run_predict_task(task("later", True), refuse)
     for one, other in zip(stored_levels(later), stored_levels(tmp_path / "direct/d.zarr/crop1/mito"), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(Multiscale.open(later).levels) == 2
     assert not run_predict_task(task("later", True), refuse)
     assert not run_predict_task(task("later", False), refuse)
+    assert [s.state for s in status(tmp_path / "later")] == ["complete", "complete"]
+
+
+def test_a_prediction_from_when_overlap_was_one_number_goes_on(tmp_path: Path) -> None:
+    grid = VoxelGrid((8, 8, 8), (4, 4, 4), (70, 40, 50))
+    write_multiscale(tmp_path / "raw", np.random.default_rng(0).integers(0, 256, grid.shape, np.uint8), grid)
+    task = PredictTask(
+        raw=str(tmp_path / "raw"), output=str(tmp_path / "d.zarr/crop1"), classes=("mito",), targets={"mito": grid},
+        voxel_size=grid.voxel_size, window=(16, 16, 16), checkpoint="abc", block_size=(32, 32, 32),
+    )  # fmt: skip
+    assert task.key == "2df6d6c2a2496802", "as then"
+    run_predict_task(task, lambda x: x)
+    stored = json.loads((task.folder / "task.json").read_text())
+    stored["overlap"] = 0.25
+    del stored["multiple"]
+    (task.folder / "task.json").write_text(json.dumps(stored))
+    assert not run_predict_task(task, lambda x: x)
+    assert run_predict_task(replace(task, pyramid=True), lambda x: x)
+    for name, value in {"overlap": (0.25, 0.25, 0.5), "multiple": (1, 8, 8)}.items():
+        with pytest.raises(WriteError, match=rf"other settings \({name}\)"):
+            run_predict_task(replace(task, **{name: value}), lambda x: x)
+    assert replace(task, overlap=(0.0, 0.0, 0.0)).settings()["overlap"] == [0, 0, 0], "without a context now"
 
 
 # One process makes a volume three times, until its heaps have settled, and then one of four times as much.

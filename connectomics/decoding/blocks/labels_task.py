@@ -178,6 +178,7 @@ class LabelsTask(BlockTask):
 
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite or not self.is_begun:
+            (self.folder / TASK_FILE).unlink(missing_ok=True)  # killed while it is removed, it is begun no more
             remove_tree(self.folder)
             ensure_group(self.folder, zarr_format=self.storage.zarr_format)
             self.begin()
@@ -198,7 +199,7 @@ class LabelsTask(BlockTask):
     @property
     def is_complete(self) -> bool:
         """Whether only the last rename is missing: the attributes are written after all else."""
-        return bool(about(self.folder))
+        return about(self.folder).get("complete") is True
 
     @property
     def stages(self) -> tuple[str, ...]:
