@@ -111,8 +111,11 @@ def read_edits(path: str | Path) -> list[Edit]:
 def append_edit(path: str | Path, edit: Edit) -> None:
     """Add a line to a log; it is on disk when this returns."""
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write(edit.to_json() + "\n")
+        with Path(path).open("a+b") as file:
+            end = file.tell()
+            file.seek(max(0, end - 1))
+            begin = b"" if file.read(1) in (b"", b"\n") else b"\n"  # the end of a line that an editor left open
+            file.write(begin + edit.to_json().encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -163,7 +166,7 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
     for edit in edits:
         mine, line = boxes[edit.class_name], f"line {edit.line}"
         if there[edit.class_name].semantic:
-            raise InputError(f"{line}: {edit.class_name} is semantic, it has no instances to {edit.op}")
+            raise InputError(f"{line}: {edit.class_name} is semantic, and edits are of instances; leave the line out")
         for number in edit.ids:
             if number not in mine:
                 since = gone.get((edit.class_name, number))
@@ -186,6 +189,9 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
                 largest[edit.to] = 1 if there[edit.to].semantic else largest[edit.to] + 1
                 step = Step(edit, largest[edit.to])
                 boxes[edit.to][step.new] = box
+        if step.new >= _PIECES:
+            full = f"{edit.to or edit.class_name} has IDs up to {step.new - 1}"
+            raise InputError(f"{line}: no ID is left for a new instance: {full}; renumber the labels")
         steps.append(step)
     return steps
 

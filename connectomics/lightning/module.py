@@ -171,7 +171,13 @@ class ConnectomicsModule(pl.LightningModule):
                 "training.mean_teacher needs batches with patches without labels (`unlabeled`), as CellMapDataModule "
                 "gives them"
             )
-        averages = next(c for c in self.trainer.callbacks if isinstance(c, AveragedWeights))  # type: ignore[attr-defined]
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        averages = next((c for c in callbacks if isinstance(c, AveragedWeights)), None)
+        if averages is None:  # not StopIteration, which ends an epoch of Lightning without a word
+            raise InputError(
+                "training.mean_teacher needs the callback AveragedWeights, whose averages are the teacher; train with "
+                "`connectomics.train` and training.ema above 0, or add it to the trainer"
+            )
         weight = mean_teacher.weight(self.trainer.global_step)
         loss, confident = mean_teacher(batch["unlabeled"], self.network, averages.network)
         logged = {"consistency": loss.detach(), "consistency_weight": weight, "confident": confident}

@@ -138,9 +138,10 @@ def run_edits(
     found: dict[int, dict[str, Any]] = {}
     for task in tasks:
         *_, dataset, crop, _ = Path(task.output).parts
-        for step in about(task.output).get("edits", []):
+        done = linked(task.edits, task.class_name)[1]  # their lines may be others than those of a log that came before
+        for step in [{**s, "line": e.line} for s, e in zip(about(task.output).get("edits", []), done, strict=True)]:
             if step["line"] not in found or "to" in step:  # in other classes what leaves is deleted
                 found[step["line"]] = {**step, "dataset": dataset.removesuffix(".zarr"), "crop": crop}
-    done = [found[line] for line in sorted(found)]
-    write_file(out / SUMMARY, json.dumps(done, indent=1).encode())
-    return done
+    summary = [found[line] for line in sorted(found)]
+    write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
+    return summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 import tempfile
 import warnings
@@ -19,6 +20,7 @@ from connectomics.config.heads import channel_names
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.io.normalization import Normalization
 from connectomics.io.replacing import write_file
+from connectomics.models.registry import required_multiple
 from connectomics.pipeline.package import checkpoint_of, target_of, test_images
 from connectomics.pipeline.runs import Run
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from connectomics.inference.trained_network import TrainedNetwork
 
-_STEP = 32  # voxels: sizes of the input are a test image and multiples of this more, if the patch allows them
+_STEP = 32  # voxels: sizes of the input are a test image and multiples of this more, if patch and network allow them
 _CLOSE = 1e-4  # of probabilities, between the network and the exported one
 
 Images = list[NDArray[np.float32]]
@@ -78,9 +80,12 @@ def write_bioimageio(
     raw = [_raw_of(image, normalization) for image in test_images(config)]
     images = [prepared(values, normalization) for values in raw]
     weights, traced, result = _exported(module, images)
-    flexible = not config.data.inputs and all(n % _STEP == 0 for n in config.data.patch_size)
+    multiple = required_multiple(config.model.architecture, config.model.options)
+    steps = [math.lcm(_STEP, n) for n in multiple]
+    flexible = not config.data.inputs and all(n % s == 0 for n, s in zip(images[0].shape[2:], steps, strict=True))
     if flexible:
-        flexible = _agree(module, traced, [np.tile(images[0], (1, 1, 2, 1, 2))])
+        more = [(0, 0), (0, 0), (0, steps[0]), (0, 0), (0, steps[2])]
+        flexible = _agree(module, traced, [np.pad(images[0], more, "wrap")])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         place = Path(folder)
@@ -95,7 +100,7 @@ def write_bioimageio(
             "authors": [{"name": author} for author in authors],
             **({"license": license_name} if license_name else {}),
         }
-        model = _described(config, place, said, raw, result, _preprocessing(normalization), flexible)
+        model = _described(config, place, said, raw, result, _preprocessing(normalization), steps if flexible else None)
         content = io.BytesIO()
         spec.save_bioimageio_package_to_stream(model, output_stream=content)
     write_file(target, content.getvalue())
@@ -222,9 +227,11 @@ def _described(
     raw: Sequence[NDArray[Any]],
     result: NDArray[np.float32],
     preprocessing: Sequence[Mapping[str, Any]],
-    flexible: bool,
+    steps: Sequence[int] | None,
 ) -> Any:
-    """Return bioimageio.spec's description of a model whose files lie in ``place``."""
+    """Return bioimageio.spec's description of a model whose files lie in ``place``.
+
+    ``steps``: multiples of these voxels (z y x) may be added to its input; None: it has one size."""
     import torch
     from bioimageio.spec import ValidationContext
     from bioimageio.spec.model.v0_5 import ModelDescr
@@ -234,10 +241,10 @@ def _described(
 
     def axes(number: int, shape: Sequence[int], channels: Sequence[str], is_output: bool) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{"type": "batch"}, {"type": "channel", "channel_names": list(channels)}]
-        for axis, n, nm in zip("zyx", shape[2:], sizes[number], strict=True):
+        for index, (axis, n, nm) in enumerate(zip("zyx", shape[2:], sizes[number], strict=True)):
             size: Any = int(n)
-            if flexible:
-                size = {"tensor_id": "raw", "axis_id": axis} if is_output else {"min": int(n), "step": _STEP}
+            if steps is not None:
+                size = {"tensor_id": "raw", "axis_id": axis} if is_output else {"min": int(n), "step": steps[index]}
             found.append({"type": "space", "id": axis, "size": size, "unit": "nanometer", "scale": float(nm)})
         return found
 

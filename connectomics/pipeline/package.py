@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.models.registry import check_patch_size, fixed_patch_size
 from connectomics.pipeline.runs import Run, last_values
 
 if TYPE_CHECKING:
@@ -129,13 +130,21 @@ def target_of(out: str | Path, is_ours: Callable[[Path], bool], what: str, overw
 
 
 def test_images(config: RunConfig) -> list[np.ndarray]:
-    """Return images (1, 1, d, h, w) float32 in [0, 1] for each input, smaller than a patch if possible."""
+    """Return images (1, 1, d, h, w) float32 in [0, 1] for each input, smaller than a patch if that fits."""
     generator = np.random.default_rng(0)
-    if config.data.inputs:  # inputs are registered by their extents, so they keep their size
-        shapes = [config.data.patch_size, *[item.patch_size for item in config.data.inputs]]
-    else:
-        shapes = [[_EDGE if n % _EDGE == 0 else n for n in config.data.patch_size]]
+    shapes = [config.data.patch_size, *[item.patch_size for item in config.data.inputs]]
+    small = [_EDGE if n % _EDGE == 0 else n for n in config.data.patch_size]
+    if not config.data.inputs and _takes(config, small):  # inputs are registered by their extents, so they keep them
+        shapes = [small]
     return [generator.random((1, 1, *shape), dtype=np.float32) for shape in shapes]
+
+
+def _takes(config: RunConfig, shape: Sequence[int]) -> bool:
+    try:
+        check_patch_size(config.model.architecture, shape, config.model.options)
+    except InputError:
+        return False
+    return not fixed_patch_size(config.model.architecture)
 
 
 def _zipped(members: Mapping[str, bytes]) -> bytes:

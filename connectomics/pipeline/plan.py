@@ -228,7 +228,7 @@ def _voxel_size(facts: ClassFacts, data: DataFacts, *, planes: bool) -> tuple[fl
         why += f"; the challenge scores it at {facts.test_nm:g} nm, so {size:g} nm was chosen, at most twice that"
     if not planes or size < 2 * finest * 0.99:
         return size, 1, why
-    return size / 2, 2, why + f"; a stem of 2 lets the network see and return voxels of {size / 2:g} nm"
+    return size / 2, 2, why
 
 
 def _plan(
@@ -271,7 +271,8 @@ def _choose_2d(
     plan: Plan, stem: int, voxel: Sequence[float], data: DataFacts, machine: MachineFacts, minutes: float | None
 ) -> None:
     plan.choose("model.architecture", "unet_2d", "there is no GPU: planes give most samples for the time of a CPU")
-    plan.choose("model.options", {"features": [16, 32, 64, 128], "stem": stem}, "as above")
+    reason = f"a stem of 2 lets it see and return voxels of {voxel[1]:g} nm" if stem == 2 else "as above"
+    plan.choose("model.options", {"features": [16, 32, 64, 128], "stem": stem}, reason)
     reason = "the CPU has instructions for it" if machine.cpu_bf16 else "the CPU has no instructions for bfloat16"
     plan.choose("training.precision", "bf16-mixed" if machine.cpu_bf16 else "32", reason)
     most = min(data.extents_nm[1:]) / voxel[1]

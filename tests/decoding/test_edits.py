@@ -232,6 +232,16 @@ def test_repeated_it_does_nothing_and_killed_it_resumes(labels: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in whole.folder.rglob("s0/*")} == before
 
 
+def test_the_summary_has_the_lines_of_this_log(labels: Path, tmp_path: Path) -> None:
+    """Of a class that an earlier log has edited alike, with other lines before it."""
+    er_line = {"op": "delete", "class": "er", "id": 3}
+    cx.apply_edits(labels, log(tmp_path, er_line), out=tmp_path / "out")
+    edits = log(tmp_path, {"op": "delete", "id": 5}, er_line)
+    made = cx.apply_edits(labels, edits, out=tmp_path / "out", overwrite=True, resume=True)
+    told = [(e["line"], e["class"], e["ids"]) for e in json.loads((made.folder / "edits.json").read_text())]
+    assert told == [(1, "mito", [5]), (2, "er", [3])]
+
+
 def test_a_large_instance_is_divided_on_coarser_cells(labels: Path, tmp_path: Path) -> None:
     edits = log(tmp_path, SPLIT)
     tasks = tasks_of(labels, edits, tmp_path / "out", (16, 16, 16), split_voxels=500)
@@ -281,6 +291,14 @@ def test_what_else_is_refused(labels: Path, tmp_path: Path) -> None:
     gone.write_text('{"op": "delete", "class": "mito", "id": 5}\n{"op": "del')
     with pytest.raises(InputError, match="line 2 is no JSON"):
         read_edits(gone)
+    write_labels(labels, "nuc", (dumbbell() > 0).astype(np.uint8), kind="semantic")
+    with pytest.raises(InputError, match="line 1: nuc is semantic, and edits are of instances"):
+        cx.apply_edits(labels, log(tmp_path, {"op": "reclassify", "class": "nuc", "id": 1, "to": "er"}), out=tmp_path)
+    largest = dumbbell().astype(np.uint64)
+    largest[0, 0, 0] = 2**64 - 1
+    write_labels(tmp_path / "large", "mito", largest)
+    with pytest.raises(InputError, match="line 1: no ID is left for a new instance: mito has IDs up to 18446744"):
+        cx.apply_edits(tmp_path / "large", log(tmp_path, SPLIT), out=tmp_path / "b")
     write_labels(labels, "mito", dumbbell(), crop="crop2")
     with pytest.raises(InputError, match="2 arrays fit; give dataset and crop"):
         cx.apply_edits(labels, log(tmp_path, {"op": "delete", "id": 5}), out=tmp_path / "a")
@@ -295,6 +313,10 @@ def test_a_written_line_reads_as_the_edit(tmp_path: Path) -> None:
     for edit in edits:
         append_edit(tmp_path / "edits.jsonl", edit)
     assert read_edits(tmp_path / "edits.jsonl") == edits
+    written = (tmp_path / "edits.jsonl").read_bytes()
+    (tmp_path / "edits.jsonl").write_bytes(written.rstrip(b"\n"))  # as some editors leave a file
+    append_edit(tmp_path / "edits.jsonl", Edit("delete", "mito", (8,)))
+    assert (tmp_path / "edits.jsonl").read_bytes() == written + b'{"op": "delete", "class": "mito", "id": 8}\n'
 
 
 def test_the_verb(labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

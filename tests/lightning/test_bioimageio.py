@@ -18,6 +18,7 @@ from connectomics.io.normalization import Normalization
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.pipeline.bioimageio import prepared, write_bioimageio
+from connectomics.pipeline.package import write_package
 from tests.cli.small_way import pytc
 from tests.lightning.synthetic_run import tiny_config
 
@@ -123,6 +124,19 @@ def test_a_patch_of_another_size_and_further_inputs_have_fixed_sizes(tmp_path: P
     assert [given["id"] for given in about["inputs"]] == ["raw", "raw_1"]
     assert [axis["size"] for axis in about["inputs"][1]["axes"][2:]] == [16, 16, 16]
     assert about["inputs"][1]["axes"][2]["scale"] == 16.0
+
+
+def test_deep_networks_are_tested_on_as_much_as_they_take(tmp_path: Path) -> None:
+    """At 32 voxels per side, the coarsest level of five halvings would be one voxel, which instance norm refuses."""
+    five = {"channels": [4] * 6, "strides": [2] * 5}
+    checkpoint = checkpoint_of(tmp_path, model__architecture="unet", model__options=five, data__patch_size=[64] * 3)
+    (raw,) = described(write_bioimageio(checkpoint, tmp_path / "net.zip"))["inputs"]
+    assert [axis["size"] for axis in raw["axes"][2:]] == [{"min": 64, "step": 32}] * 3
+    assert write_package(checkpoint, tmp_path / "net.pytc.zip").path.exists()
+    wide = {"features": [4, 4, 8], "stem": 16}  # divides 64
+    plane = checkpoint_of(tmp_path, model__architecture="unet_2d", model__options=wide, data__patch_size=[32, 128, 128])
+    (raw,) = described(write_bioimageio(plane, tmp_path / "plane.zip"))["inputs"]
+    assert [axis["size"]["step"] for axis in raw["axes"][2:]] == [32, 64, 64]
 
 
 def test_what_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from connectomics.data.patches import centered
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.lightning.checkpoints import load_module, read_checkpoint
 from connectomics.lightning.mean_teacher import MeanTeacher, consistency, ramp
+from connectomics.lightning.module import ConnectomicsModule
 from connectomics.models.batch_labels import labels_of
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train
@@ -214,6 +215,10 @@ def test_what_it_needs(phantom: Path, tmp_path: Path) -> None:
     config.training.mean_teacher = replace(config.training.mean_teacher, weight=1.0)
     with pytest.raises(InputError, match="patches without labels"):
         train(config, tmp_path / "run", datamodule=MadeUpData())
+    config = config_of(phantom, *ON)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, limit_val_batches=0)
+    with pytest.raises(InputError, match="needs the callback AveragedWeights"):
+        trainer.fit(ConnectomicsModule(config), data_of(config))
 
 
 def test_the_batches_of_a_run_have_raw(phantom: Path) -> None:

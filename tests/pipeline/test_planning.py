@@ -132,6 +132,11 @@ def test_a_two_dimensional_network_works_coarsely_and_returns_every_voxel(balls:
     assert (nuc["dataset.voxel_size"], nuc["model.options"]["stem"]) == ([8.0] * 3, 2)
     assert (pm["dataset.voxel_size"], pm["model.options"]["stem"]) == ([4.0] * 3, 1)
     assert nuc["inference.tta"] == "planes"
+    near = replace(data.classes[0], name="er", chord_nm=110.0)  # alone: 4 nm with a stem of 2
+    (both,) = [p for p in propose(replace(data, classes=(near, thin)), CPU, "r") if "pm" in p.classes]
+    assert both.classes == ("er", "pm")
+    assert both.settings["model.options"]["stem"] == 1
+    assert not any("stem of 2" in reason for reason in both.reasons)
 
 
 def test_thick_sections_stay_as_they_are(tmp_path: Path) -> None:
