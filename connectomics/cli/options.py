@@ -32,7 +32,7 @@ def input_path(location: Location) -> Path:
     if is_url(location):
         raise MissingError(
             f"cannot read {location}: expected a path on a local disk, got a URL. Copy it here first (only data roots, "
-            "and folders of predictions and labels, may be s3:// URLs)"
+            "and what decode, measure, mesh and status read, may be s3:// URLs)"
         )
     return Path(normalize(location))
 
