@@ -175,6 +175,10 @@ def _check_parts(config: RunConfig, where: str) -> None:
             training.mean_teacher.weight > 0 and not training.ema,
             "training.mean_teacher needs averaged weights, which are its teacher; set training.ema, such as 0.99",
         ),
+        (
+            model.weights is None and model.weights_format != "connectomics",
+            f"model.weights_format={model.weights_format} needs model.weights, which is not set; give a file",
+        ),
         (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
         (
             queue and engine.workers < 1,

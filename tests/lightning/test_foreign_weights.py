@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from connectomics.config import RunConfig
-from connectomics.errors import ConnectomicsError, CorruptDataError, InputError, MissingError
+from connectomics.config import RunConfig, load_config
+from connectomics.errors import ConfigError, ConnectomicsError, CorruptDataError, InputError, MissingError
 from connectomics.lightning.fine_tuning import begin_with
 from connectomics.lightning.foreign_weights import foreign_weights
 from connectomics.lightning.module import ConnectomicsModule
@@ -209,3 +209,8 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     options = {"strides": [1, 2], "kernel_size": [3, 3], "size": "M"}
     with pytest.raises(InputError, match=r"network of another program \(nnunet\).*weights fit"):
         begin_with(file, ConnectomicsModule(config_of(model__options=options)))
+
+
+def test_a_format_without_a_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"weights_format=nnunet.*model\.weights, which is not set"):
+        load_config(None, "model.weights_format=nnunet")
