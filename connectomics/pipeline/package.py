@@ -69,6 +69,7 @@ def write_package(
     import torch
     from safetensors.torch import save
 
+    out = None if out is None else local_path(out)
     checkpoint, name = checkpoint_of(source)
     known = read_json(scores) if isinstance(scores, str | Path) else scores
     if scores is not None and known is None:
