@@ -92,6 +92,7 @@ class NNUNet(nn.Module):
 def config_of(**changes: Any) -> RunConfig:
     options = {"strides": [list(s) for s in STRIDES], "kernel_size": [3, 3, 3], "size": "S"}
     model = {"model__architecture": "residual_unet", "model__options": options, "model__weights_format": "nnunet"}
+    model["model__weights"] = "given to begin_with"
     return tiny_config(**{**model, **changes})
 
 
@@ -163,6 +164,7 @@ def test_tensors_by_the_same_names(tmp_path: Path, wrapper: str, prefix: str, na
         torch.save({wrapper: tensors} if wrapper else tensors, path)
     config = tiny_config(
         model__weights_format="state_dict",
+        model__weights="given to begin_with",
         model__options={"channels": [4, 8], "strides": [2], "num_res_units": 0},
     )
     module = ConnectomicsModule(config)
