@@ -242,11 +242,12 @@ def _open(
     signing: Any = dict(zip(names, keys, strict=False)) if keys else {"skip_signature": True}
     seconds = timedelta(seconds=attempt)
     client: Any = {"allow_http": True, "connect_timeout": min(seconds, timedelta(seconds=30)), "read_timeout": seconds}
+    if endpoint is not None:  # obstore refuses None, which would mean Amazon's
+        signing["endpoint"] = endpoint
     if attempt >= _LARGE_S:
         client["timeout"] = seconds
     return S3Store(
         bucket,
-        endpoint=endpoint,
         region=region,
         virtual_hosted_style_request=False,
         client_options=client,

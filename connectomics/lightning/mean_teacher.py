@@ -31,14 +31,14 @@ def ramp(step: int, steps: int) -> float:
 
 
 def consistency(student: Tensor, teacher: Tensor, raw: Tensor, confidence: float) -> Consistency:
-    """Compare the logits of two networks where there is raw and the teacher is sure.
+    """Compare the logits of two networks at voxels with raw of which the teacher is sure.
 
     A class counts at a voxel if the teacher's probability p has max(p, 1 - p) >= ``confidence``, as in FixMatch
     (arXiv:2001.07685). The mean is over all voxels with raw, so few sure voxels have little weight.
 
     Args:
         student, teacher: (B, C, D, H, W); the gradient goes to the student only.
-        raw: bool (B, D, H, W), where there is raw.
+        raw: bool (B, D, H, W), whether a voxel has raw.
     """
     target = torch.sigmoid(teacher.detach().float())
     counted = (torch.maximum(target, 1 - target) >= confidence) & raw[:, None]

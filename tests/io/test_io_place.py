@@ -298,3 +298,15 @@ def test_credentials_that_are_refused_do_not_keep_anyone_from_public_data(
         assert np.array_equal(Multiscale.open("s3://public/m").read_level(0, (0, 0, 0), values.shape)[0], values)
         opened = pickle.loads(pickle.dumps(Multiscale.open("s3://public/m")))
         assert np.array_equal(opened.read_level(0, (0, 0, 0), values.shape)[0], values)
+
+
+def test_without_an_endpoint_requests_go_to_amazon() -> None:
+    """obstore refuses ``endpoint=None``; no request is sent here."""
+    from connectomics.io import s3
+
+    opened = s3._open("bucket", None, "us-east-1", 0, 1.0, 1.0, ())
+    assert "endpoint" not in opened.config
+    assert (
+        s3._open("bucket", "http://localhost:1", "us-east-1", 0, 1.0, 1.0, ()).config["endpoint"]
+        == "http://localhost:1"
+    )
