@@ -36,6 +36,8 @@ _THREADS = 16
 _DENIED = "access is denied; a bucket that does not allow listing also answers this for objects that do not exist"
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REFUSED = re.compile("403 Forbidden|ExpiredToken|InvalidToken|InvalidAccessKeyId")
+# the answer to the second request for a body that was cut, if the object was removed or replaced in between
+_REPLACED = re.compile("404 Not Found|416 Range Not Satisfiable")
 _LARGE, _LARGE_S = 4 << 20, 600.0  # bytes in one request that may take longer than silence otherwise may, and how long
 _anonymous = set[tuple[str, str | None]]()  # buckets (with their endpoint) that refuse our credentials to read
 
@@ -279,8 +281,9 @@ def _asked(
     writes: bool = False,
     large: bool = False,
 ) -> T | None:
-    """The answer, None for "absent". Retries what obstore itself does not: truncated listings, and conditional writes
-    whose connection breaks (if the first was done, the condition of the second does not hold)."""
+    """The answer, None for "absent". Retries what obstore itself does not: truncated listings, objects that others
+    replace or remove while they are read, and conditional writes whose connection breaks (if the first was done, the
+    condition of the second does not hold)."""
     from obstore.exceptions import BaseError
 
     refuse_forked_process()
@@ -306,6 +309,7 @@ def _asked(
                 return answer
             given_up = f"after {options.retries} retries" in reason
             broken = "response body" in reason or ("error sending request" in reason and not given_up)
+            broken |= not writes and _REPLACED.search(reason) is not None
             if not broken or not left:
                 if writes:
                     raise _not_written(bucket, key, reason) from error

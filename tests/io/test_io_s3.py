@@ -72,6 +72,30 @@ def test_what_fails_at_times_is_asked_again(server: FolderServer, fault: Fault) 
     assert all(stored)
 
 
+class CutOnce(FaultyProxy):
+    """Cuts the first answer for every object, and calls ``then`` before the second."""
+
+    then: Callable[[], object]
+
+    def fault_of(self, method: str, path: str, *_: Any) -> Fault | None:
+        super().fault_of(method, path, 0.0, 0, ())
+        number = self.seen[f"{method} {path}"]
+        if number == 2:
+            self.then()
+        return "truncated" if number == 1 else None
+
+
+@pytest.mark.parametrize("content", [None, b"y" * 5000, b"z" * 100], ids=["removed", "replaced", "shorter"])
+def test_an_object_that_changes_while_it_is_read_is_read_whole_or_absent(tmp_path: Path, content: bytes | None) -> None:
+    """As claims and leases do, which other processes write and remove at any time."""
+    file = tmp_path / "a"
+    file.write_bytes(b"x" * 5000)
+    with FolderServer(tmp_path) as server, CutOnce(server.endpoint) as proxy:
+        proxy.then = file.unlink if content is None else lambda: file.write_bytes(content)
+        assert s3.get("public", "a", options(proxy)) == content
+        assert proxy.seen["GET /public/a"] >= 3
+
+
 @pytest.mark.parametrize("fault", [*FAULTS, "403"])
 def test_what_fails_for_ever_is_named(server: FolderServer, fault: Fault) -> None:
     """Neither zeros nor a hole; one line, with the bucket, the level and the chunk."""
