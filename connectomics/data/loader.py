@@ -27,6 +27,7 @@ from torch.utils.data._utils import signal_handling
 
 from connectomics.data.sampling import PatchSampler
 from connectomics.errors import ConnectomicsError, unknown_name
+from connectomics.tasks.memory import keep_freed_memory
 
 WORKER_STARTS = ("forkserver", "spawn")
 
@@ -242,6 +243,7 @@ def _begin_worker(number: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the main process ends workers
     torch.set_num_threads(1)
+    keep_freed_memory()
     # Tensors travel as descriptors of unnamed shared memory, so nothing stays in /dev/shm however a process ends
     # (the strategy file_system leaves names there when a worker and its torch_shm_manager are killed).
     torch.multiprocessing.set_sharing_strategy("file_descriptor")

@@ -21,6 +21,7 @@ from connectomics.lightning.run_state import RunState
 from connectomics.pipeline.runs import Run, open_run
 from connectomics.pipeline.targets import predicted_classes
 from connectomics.progress import Progress
+from connectomics.tasks.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -106,7 +107,9 @@ def train(
     with _clear_errors(folder), _without_noise(), _log_file(None if fast_dev_run else folder / "run.log"):
         machine = this_machine(config)
         set_threads(config, machine.devices if machine.accelerator == "cpu" else 1)
-        if machine.accelerator == "gpu":
+        if machine.accelerator == "cpu":
+            keep_freed_memory()
+        else:
             torch.set_float32_matmul_precision("high")  # TF32, as convolutions use by default
         pl.seed_everything(config.system.seed, workers=True, verbose=False)
         module = module_of(config if checkpoint is None else _continued(config, checkpoint))

@@ -1,4 +1,4 @@
-"""Memory of a process that does blocks: a heap that does not grow, and errors that mean it has run out."""
+"""Memory of a process: how glibc keeps it for blocks and for training steps, and errors that mean it has run out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import functools
 import platform
 import sys
 
-_ARENAS = -8  # of mallopt(3): the number of heaps
+# of mallopt(3): free bytes at the end of a heap that are returned, arrays that get pages of their own, number of heaps
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENAS = -1, -4, -8
 
 
 @functools.cache
@@ -24,6 +25,16 @@ def use_one_heap() -> None:
     """
     if (library := _glibc()) is not None:
         library.mallopt(_ARENAS, 1)
+
+
+def keep_freed_memory() -> None:
+    """Make glibc take large arrays from its heap and keep what is freed: each training step needs the same arrays.
+
+    By default every large array has pages of its own, which the system clears each time.
+    """
+    if (library := _glibc()) is not None:
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def free_unused() -> None:

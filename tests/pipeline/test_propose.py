@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 
 import connectomics as cx
-from connectomics.cellmap.catalog import Catalog
+from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
@@ -32,6 +35,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.models.registry import build_model
 from connectomics.pipeline.proposals import Proposal, read_table, without_unknown, write_labels, write_table
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.conftest import ROOT
 from tests.pipeline.test_predict_crops import save_checkpoint
 
 SIZE = (2, 16, 16)
@@ -211,6 +215,49 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
     overlapping = {name: np.ones(grid.shape, np.uint8) for name in CLASSES}
     write_labels(tmp_path / "other", one, overlapping, "tiff")
     assert not one.file(tmp_path / "other", "label_map", "tiff").exists()
+
+
+@pytest.mark.slow
+def test_rounds_with_the_truth_as_oracle(phantom: Path, tmp_path: Path) -> None:
+    """Both methods begin with the same boxes, and have as many in the second round; a second run adds nothing."""
+
+    def ends_with_mito(crop: Crop) -> bool:
+        if (label := crop.labels.get("mito")) is None:
+            return False
+        depth, *plane = label.grid.shape
+        end = label.read_stored((depth - depth // 4, 0, 0), (depth // 4, *plane))
+        return bool(np.isin(end, (0, 255), invert=True).any())
+
+    crop = next(crop for crop in Catalog.open(str(phantom)).crops() if ends_with_mito(crop))
+    depth, *_ = crop.labels["mito"].grid.shape
+    words = [
+        ROOT / "benchmarks/active_learning.py",
+        ROOT / "tutorials/phantom.yaml",
+        phantom,
+        "--dataset",
+        crop.dataset,
+    ]
+    words += ["--dataset", crop.dataset, "--crop", crop.name, "--class", "mito", "--out", tmp_path / "rounds"]
+    words += ["--seeds", 1, "--boxes", 2, 4, "--size", depth // 4, 12, 12, "--validate", depth // 4, "--minutes", 0.02]
+    size = list(map(float, crop.labels["mito"].grid.voxel_size))
+    words += ["dataset.classes=[mito]", f"dataset.voxel_size={size}", "data.patches_per_epoch=4", "data.num_workers=0"]
+    words += ["data.patch_size=[16,16,16]", "inference.window=[16,16,16]"]
+    run = [sys.executable, *map(str, words)]
+    first = subprocess.run(run, check=True, capture_output=True, text=True).stdout
+    assert first.count("| random |") == first.count("| uncertainty |") == 2
+    boxes = {
+        method: {c.name: c.box for c in Catalog.open(str(tmp_path / f"rounds/{method}-1/data")).crops()}
+        for method in ("random", "uncertainty")
+    }
+    for found in boxes.values():
+        assert len(found) == 5  # one of them validates
+        assert not any(overlap(a, b) for a, b in combinations(found.values(), 2))
+    for name in ("crop1", "crop2", "crop1000"):
+        assert same(boxes["random"][name], boxes["uncertainty"][name])
+    assert (
+        subprocess.run(run, check=True, capture_output=True, text=True).stdout.splitlines()[-4:]
+        == (first.splitlines()[-4:])
+    )
 
 
 def test_no_object_is_called_unknown() -> None:
