@@ -179,6 +179,10 @@ def _check_parts(config: RunConfig, where: str) -> None:
             model.weights is None and model.weights_format != "connectomics",
             f"model.weights_format={model.weights_format} needs model.weights, which is not set; give a file",
         ),
+        (
+            model.weights is None and model.adapters.rank > 0,
+            "model.adapters trains updates of trained weights; set model.weights, or model.adapters.rank=0",
+        ),
         (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
         (
             queue and engine.workers < 1,

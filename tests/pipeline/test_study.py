@@ -339,6 +339,61 @@ def test_folds_of_one_crop_are_trained_and_evaluated(tmp_path: Path, root: Path)
     assert not list(found.folder.glob("rows/*/probabilities"))
 
 
+# -- few labels and other starts -------------------------------------------------------------------------------------
+HELD = "set-a/crop1:640,0,0:768,256,256"  # 16 sections
+
+
+def split_files(folder: Path) -> dict[int, str]:
+    """Split files with so many sections to train on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in (1, 4):
+        train = f"set-a/crop1:0,0,0:{8 * number},256,256"
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump({"train": [train], "val": [HELD]}))
+    return {number: str(folder / f"{number}.yaml") for number in (1, 4)}
+
+
+def transfer(folder: Path, root: Path, weights: Path, **content: Any) -> Path:
+    """A study of the number of sections against the start."""
+    levels = {str(number): {"dataset.split_file": file} for number, file in split_files(folder / "splits").items()}
+    start = {"scratch": {}, "other": {"model.weights": str(weights)},
+             "adapters": {"model.weights": str(weights), "model.adapters": {"rank": 2}}}  # fmt: skip
+    overrides = {"data.patch_size": [1, 16, 16], "model.architecture": "unet_2d", "training.max_epochs": 1,
+                 "model.options": {"features": [4, 8], "stem": 1}, "data.patches_per_epoch": 4}  # fmt: skip
+    factors = {"sections": levels, "start": start}
+    return write(folder, root, "transfer", mode="grid", factors=factors, seeds=[1], overrides=overrides, **content)
+
+
+def test_arms_may_train_on_fewer_sections_and_start_elsewhere(tmp_path: Path, root: Path) -> None:
+    weights = tmp_path / "first.ckpt"
+    file = transfer(tmp_path, root, weights)
+    found = study(file, tmp_path / "out", dry_run=True)
+    assert [(line["sections"], line["start"]) for line in found.arms] == [
+        (sections, start) for sections in ("1", "4") for start in ("scratch", "other", "adapters")
+    ]
+    assert [row["start"] for row in found.rows] == ["scratch", "other", "adapters"] * 2
+    assert len({row["identity"] for row in found.rows}) == 6
+    weights.write_bytes(b"weights")
+    again = study(file, tmp_path / "out", dry_run=True).rows
+    same = [a["identity"] == b["identity"] for a, b in zip(again, found.rows, strict=True)]
+    assert same == [True, False, False] * 2, "what is in the file counts"
+    moved = transfer(tmp_path / "moved", root, weights.rename(tmp_path / "moved.ckpt"))
+    elsewhere = study(moved, tmp_path / "out", dry_run=True).rows
+    assert [row["identity"] for row in elsewhere] == [row["identity"] for row in again], "where it is does not"
+
+
+def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(ConfigError, match="sets dataset.split_file, but folds make the splits"):
+        load_study(transfer(tmp_path, root, tmp_path / "w.ckpt", folds={"by": "box", "number": 2}))
+    file = transfer(tmp_path, root, tmp_path / "w.ckpt")
+    split = tmp_path / "splits/4.yaml"
+    split.write_text(split.read_text().replace("640,0,0", "648,0,0"))
+    with pytest.raises(ConfigError, match=r"4.yaml validates on other crops than .*1.yaml.*same list val"):
+        study(file, tmp_path / "out", dry_run=True)
+    split.unlink()
+    with pytest.raises(MissingError, match=r"4.yaml: no such file"):
+        study(file, tmp_path / "out", dry_run=True)
+
+
 # -- the file --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "message"),
