@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -117,8 +117,8 @@ def _nothing(options: AdaptersConfig, layers: Mapping[str, nn.Module]) -> str:
     """Why no layer has an update."""
     if not layers:
         return (
-            f"model.adapters.layers={options.layers} names layers that are frozen, that train in full, or of the output; "
-            "no update is left to train"
+            f"model.adapters.layers={options.layers} names only layers that are frozen, train in full, or are of the "
+            "output; name others"
         )
     largest = max(layers, key=lambda name: _full_rank(layers[name].weight))  # type: ignore[arg-type]
     most = math.ceil(_full_rank(layers[largest].weight)) - 1  # type: ignore[arg-type]

@@ -65,7 +65,9 @@ def refuse_text(file: Path) -> None:
         begin = opened.read(200)
     text = begin.decode("utf-8", "ignore")
     if text.strip() and len(begin) - len(text.encode()) < 4 and all(c.isprintable() or c in "\r\n\t" for c in text):
-        raise InputError(f"{file} holds no weights: it is a text file, which begins with {text.split(chr(10))[0][:60]!r}")
+        raise InputError(
+            f"{file} holds no weights: it is a text file, which begins with {text.split(chr(10))[0][:60]!r}"
+        )
 
 
 def _of_nnunet(name: str) -> str | None:

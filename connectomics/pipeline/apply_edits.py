@@ -75,7 +75,9 @@ def edit_tasks(labels: Labels | str | Path, edits: str | Path, out: str | Path, 
     """Return the tasks of `apply_edits`, one for each array. Writes nothing; raises as it does."""
     root, target = Labels.open(labels).folder, local_path(out)
     if target.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{target} lies in {root}, the labels themselves, which are never changed; give another folder")
+        raise InputError(
+            f"{target} lies in {root}, the labels themselves, which are never changed; give another folder"
+        )
     places = chosen_arrays(root)
     if not places:
         raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
@@ -150,8 +152,8 @@ def run_edits(
                 found[step["line"]] = {**step, "dataset": dataset.removesuffix(".zarr"), "crop": crop}
     summary = [found[line] for line in sorted(found)]
     for number, step in enumerate(summary):
-        named = [(e["dataset"], e["crop"], e["class"], i) for e in summary[number + 1 :] for i in e["ids"]]
-        if step.get("voxels") == 0 and (step["dataset"], step["crop"], step.get("to"), step["new"]) not in named:
+        later = [(e["dataset"], e["crop"], e["class"], i) for e in summary[number + 1 :] for i in e["ids"]]
+        if step.get("voxels") == 0 and (step["dataset"], step["crop"], step.get("to"), step["new"]) not in later:
             log.warning(
                 "line %d: instance %d of %s is lost: as instance %d of %s it has no voxels, since %s has other "
                 "instances there; delete those in a line before",

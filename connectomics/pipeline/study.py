@@ -42,7 +42,8 @@ class StudyResult:
 
     Attributes:
         folder: holds ``study.csv``, ``rows.csv``, ``study.html``, ``folds/`` and ``rows/`` (run folders).
-        arms: a dictionary for each arm, the rows of ``study.csv``; in a grid with a column for each factor. rows: the same for ``rows.csv``.
+        arms: a dictionary for each arm, the rows of ``study.csv``; in a grid with a column for each factor.
+        rows: the same for ``rows.csv``.
         scores: names of the scores; the first one decides.
     """
 
@@ -69,8 +70,8 @@ def study(
     """Train what is missing of a study, and write its table and page.
 
     A row (arm, seed, fold) is identified by its configuration, its split, its data and the weights that it starts
-    from: if one of them changes, it is another row. Complete rows are kept, half-trained ones resume, failed ones are tried again; a row that fails does
-    not stop the others.
+    from: if one of them changes, it is another row. Complete rows are kept, half-trained ones resume, failed ones are
+    tried again; a row that fails does not stop the others.
 
     Args:
         file: the study file. out: folder; None: ``{output_dir}/studies/{name of the file}``.

@@ -104,7 +104,9 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyFi
     arms = _arms(study, base, file)
     study.scores = study.scores or [base.checkpoint.monitor]
     _check(study, base, file)
-    if study.folds is not None and (own := [a.name for a in arms if a.config.dataset.split_file != base.dataset.split_file]):
+    if study.folds is not None and (
+        own := [a.name for a in arms if a.config.dataset.split_file != base.dataset.split_file]
+    ):
         raise ConfigError(f"{file}: {own[0]} sets dataset.split_file, but folds make the splits; remove one of them")
     return study, base, arms
 

@@ -210,8 +210,8 @@ def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.Lig
     """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
     from connectomics.lightning.fine_tuning import output_names
-    from connectomics.lightning.run_state import weights_file
     from connectomics.lightning.output_bias import begin_at_prevalence
+    from connectomics.lightning.run_state import weights_file
 
     keep: list[str] = []
     if config.model.weights is not None and config.model.weights_format == "connectomics":

@@ -179,7 +179,7 @@ def test_frozen_layers_have_none_and_named_ones_train_in_full(trained: Run, weig
         ({"adapters": {"layers": ["attention"]}}, r"model.adapters.layers: 'attention' matches none of \d+ parameters"),
         ({"adapters": {"train": ["norms"]}}, r"model.adapters.train: 'norms' matches none of"),
         ({"adapters": {"rank": 500}}, r"rank=500 is too large .* model\.\S+\.weight can have rank \d"),
-        ({"adapters": {"layers": ["model.0.*"]}, "model__freeze": ["model.0.*"]}, "names layers that are frozen"),
+        ({"adapters": {"layers": ["model.0.*"]}, "model__freeze": ["model.0.*"]}, "names only layers that are frozen"),
     ],
 )
 def test_wrong_options_are_one_line(trained: Run, changes: dict[str, Any], message: str) -> None:
@@ -202,13 +202,15 @@ def test_a_network_without_such_layers_and_a_run_without_weights_are_refused(tra
     module.network = nn.Sequential(nn.BatchNorm3d(1))  # type: ignore[assignment]
     with pytest.raises(ConfigError, match="unet has no linear layer and no convolution"):
         add_adapters(module)
-    with pytest.raises(ConfigError, match="set model.weights, or model.adapters.rank=0"):
+    with pytest.raises(ConfigError, match=r"set model\.weights, or model\.adapters\.rank=0"):
         ConnectomicsModule(tiny_config(model__adapters=AdaptersConfig(rank=2)))
 
 
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(trained: Run, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"training__ema": 0.9, "training__max_epochs": 2, "model__options": BATCH_NORM,
-                               "model__weights": str(trained.folder), "model__adapters": AdaptersConfig(rank=2)}  # fmt: skip
+    changes: dict[str, Any] = {
+        "training__ema": 0.9, "training__max_epochs": 2, "model__options": BATCH_NORM,
+        "model__weights": str(trained.folder), "model__adapters": AdaptersConfig(rank=2),
+    }  # fmt: skip
     killed_run(tmp_path / "whole", 0, **changes)
     with pytest.raises(ArithmeticError, match="killed"):
         killed_run(tmp_path / "again", 0, (1, 4), **changes)
@@ -238,7 +240,9 @@ def test_a_compiled_network_trains_alike(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     found = []
     for compiled in (False, True):
-        config = adapted_config(trained.folder, training__compile=compiled, training__max_epochs=1, optimizer__name="SGD")
+        config = adapted_config(
+            trained.folder, training__compile=compiled, training__max_epochs=1, optimizer__name="SGD"
+        )
         run = train(config, tmp_path / str(compiled), datamodule=MadeUpData(patches=4, crops=1))
         found.append(read_checkpoint(run.last_checkpoint)["state_dict"])
     assert list(found[0]) == list(found[1])

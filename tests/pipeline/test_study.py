@@ -15,7 +15,7 @@ import yaml
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
-from connectomics.config import load_config
+from connectomics.config import config_from_dict, load_config
 from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.run_split import run_folds
 from connectomics.errors import ConfigError, InputError, MissingError, UnknownNameError
@@ -382,7 +382,7 @@ def test_arms_may_train_on_fewer_sections_and_start_elsewhere(tmp_path: Path, ro
 
 
 def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> None:
-    with pytest.raises(ConfigError, match="sets dataset.split_file, but folds make the splits"):
+    with pytest.raises(ConfigError, match=r"sets dataset\.split_file, but folds make the splits"):
         load_study(transfer(tmp_path, root, tmp_path / "w.ckpt", folds={"by": "box", "number": 2}))
     file = transfer(tmp_path, root, tmp_path / "w.ckpt")
     split = tmp_path / "splits/4.yaml"
@@ -392,6 +392,67 @@ def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> No
     split.unlink()
     with pytest.raises(MissingError, match=r"4.yaml: no such file"):
         study(file, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.slow
+def test_one_table_of_sections_against_starts(phantom: Path, tmp_path: Path) -> None:
+    """From the isotropic data set of the phantom to sections of the other one."""
+    from connectomics.lightning.checkpoints import load_network, read_checkpoint
+    from connectomics.pipeline.train import train
+
+    network = {"model.architecture": "unet_2d", "model.options": {"features": [4, 8], "stem": 1}}
+    small = {"data.patch_size": [1, 32, 32], "data.patches_per_epoch": 16, "training.max_epochs": 2, **network}
+    target = {**base_of(phantom), "dataset": {
+        "data_root": str(phantom), "datasets": ["phantom-aniso"], "crops": ["crop201"], "classes": ["mito"],
+        "voxel_size": [5.24, 4, 4],
+    }}  # fmt: skip
+    elsewhere = {"dataset.datasets": ["phantom-iso"], "dataset.crops": ["crop1"], "dataset.voxel_size": [4, 4, 4]}
+    source = changed(config_from_dict(target), {**small, **elsewhere}, "source")
+    first = train(source, tmp_path / "first")
+    box = Catalog.open(str(phantom)).crop("phantom-aniso", "crop201").box
+    (z, y, x), (_, y1, x1) = box.begin, box.end
+    levels = {}
+    for number in (1, 4):
+        split = {
+            "train": [f"phantom-aniso/crop201:{z + 12 * 5.24},{y},{x}:{z + (12 + number) * 5.24},{y1},{x1}"],
+            "val": [f"phantom-aniso/crop201:{z},{y},{x}:{z + 10 * 5.24},{y1},{x1}"],
+        }
+        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(split))
+        levels[str(number)] = {"dataset.split_file": str(tmp_path / f"{number}.yaml")}
+    start = {"scratch": {}, "other": {"model.weights": str(first.folder)},
+             "adapters": {"model.weights": str(first.folder), "model.adapters": {"rank": 2}}}  # fmt: skip
+    file = tmp_path / "transfer.yaml"
+    content = {"base": target, "overrides": small, "mode": "grid", "seeds": [1, 2], "scores": ["val/mito/iou"],
+               "factors": {"sections": levels, "start": start}}  # fmt: skip
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = study(file, tmp_path / "out")
+    assert found.unfinished == []
+    assert [(line["sections"], line["start"], line["complete"]) for line in found.arms] == [
+        (sections, name, 2) for sections in ("1", "4") for name in start
+    ]
+    with (found.folder / "study.csv").open() as table:
+        assert next(csv.reader(table))[:3] == ["arm", "sections", "start"]
+    text = (found.folder / "study.html").read_text()
+    assert "val/mito/iou by sections and start" in text
+    for row in found.rows:
+        checkpoint = found.folder / "rows" / row["folder"] / "checkpoints/best.ckpt"
+        names = read_checkpoint(checkpoint)["state_dict"]
+        assert any(name.endswith(".up") for name in names) == (row["start"] == "adapters")
+        assert not any(name.endswith(".up") for name in load_network(checkpoint).state_dict())
+    by_seed = [{row["val/mito/iou"] for row in found.rows if row["seed"] == seed} for seed in (1, 2)]
+    assert all(len(values) > 3 for values in by_seed), "sections and starts make a difference"
+    assert study(file, tmp_path / "out") == found
+
+
+@pytest.mark.parametrize("name", ["transfer_mito", "transfer_mito_vnc"])
+def test_the_studies_of_transfer_fit_the_data(name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)  # split files are relative to it
+    found = study(root / f"tutorials/studies/{name}.yaml", overrides=[f"dataset.data_root={shared_data}"], dry_run=True)
+    assert {(line["sections"], line["start"]) for line in found.arms} >= {
+        (sections, start) for sections in ("1", "3", "10") for start in ("scratch", "lucchi", "lucchi_adapters")
+    }
+    assert len(found.rows) == 3 * len(found.arms)
 
 
 # -- the file --------------------------------------------------------------------------------------------------------
@@ -460,7 +521,7 @@ def test_the_studies_that_ship_are_valid(file: Path) -> None:
 def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     text = (root / "docs/studies.md").read_text(encoding="utf-8")
-    block, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    block, starts, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
     file = tmp_path / "doc.yaml"
     file.write_text(block.replace("../phantom.yaml", str(root / "tutorials/phantom.yaml")) + halving)
     content, _, arms = load_study(file)
@@ -468,3 +529,9 @@ def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Pat
     assert [arm.name for arm in arms] == named
     assert "RandScaleIntensityd" not in arms[-1].config.data.augmentations
     assert content.halving is not None
+    file.write_text(f"base: {root / 'tutorials/phantom.yaml'}\n{starts}")
+    assert [arm.levels for arm in load_study(file)[2]] == [
+        {"sections": sections, "start": start}
+        for sections in ("1", "10")
+        for start in ("scratch", "other_data", "adapters", "pretrained")
+    ]
