@@ -153,7 +153,8 @@ def run_edits(
     summary = [found[line] for line in sorted(found)]
     for number, step in enumerate(summary):
         later = [(e["dataset"], e["crop"], e["class"], i) for e in summary[number + 1 :] for i in e["ids"]]
-        if step.get("voxels") == 0 and (step["dataset"], step["crop"], step.get("to"), step["new"]) not in later:
+        own = tuple(step.get(key) for key in ("dataset", "crop", "to", "new"))
+        if "to" in step and step.get("voxels") == 0 and own not in later:
             log.warning(
                 "line %d: instance %d of %s is lost: as instance %d of %s it has no voxels, since %s has other "
                 "instances there; delete those in a line before",

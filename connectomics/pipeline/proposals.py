@@ -38,7 +38,7 @@ MAP = "label_map"  # one volume of all classes, and in column ``classes``: take 
 PORT = 8473  # of the links, so that they are known before anything is served
 _AXES = "zyx"
 _GRID = [f"{what}_{axis}{unit}" for what, unit in (("begin", "_nm"), ("shape", ""), ("voxel", "_nm")) for axis in _AXES]
-COLUMNS = ("rank", "dataset", "crop", *_GRID, "score", "uncertainty", "novelty", "reason", "classes", "done", "link")
+COLUMNS = ("rank", "dataset", "crop", *_GRID, "score", "uncertainty", "novelty", "reason", "link", "classes", "done")
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def write_table(path: Path, proposals: Sequence[Proposal]) -> None:
         place = [*map(repr, one.grid.box.begin), *one.grid.shape, *map(repr, one.grid.voxel_size)]
         classes = " ".join(f"{name}:{kind}" for name, kind in one.classes.items()) or MAP
         done = "yes" if one.done else "no"
-        writer.writerow([one.rank, one.dataset, one.crop, *place, *numbers, one.reason, classes, done, one.link])
+        writer.writerow([one.rank, one.dataset, one.crop, *place, *numbers, one.reason, one.link, classes, done])
     write_file(path, stream.getvalue().encode())
 
 

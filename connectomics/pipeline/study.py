@@ -163,7 +163,7 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
         if key not in identities:
             identities[key] = _data_identity(arm.config)
         weights = arm.config.model.weights
-        if weights not in identities:
+        if weights is not None and weights not in identities:
             identities[weights] = _weights_identity(weights)
         for seed in content.seeds:
             for fold, split in made[about.split_file].items():

@@ -110,8 +110,9 @@ def test_a_split_cuts_at_the_neck_and_the_second_seed_gets_a_new_instance(labels
     assert (found[(before == 5) & (x < 22)] == 5).all()
     assert (found[(before == 5) & (x > 28)] == 301).all()  # the largest before is 300
     assert json.loads((made.folder / "edits.json").read_text()) == [
-        {"line": 1, "op": "split", "class": "mito", "ids": [5], "new": 301, "dataset": "cell", "crop": "crop1"}
-    ]
+        {"line": 1, "op": "split", "class": "mito", "ids": [5], "new": 301, "voxels": (found == 301).sum(),
+         "dataset": "cell", "crop": "crop1"}
+    ]  # fmt: skip
 
 
 def test_seeds_at_the_rim_still_cut_at_the_neck() -> None:
@@ -148,10 +149,9 @@ def test_reclassified_instances_leave_what_the_other_class_has(labels: Path, tmp
     assert (values(alone.folder, "er")[er() == 3] == 3).all()
 
 
-def test_an_instance_that_finds_no_room_is_named(
-    labels: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    move = {"op": "reclassify", "id": 300, "to": "er"}
+def test_an_instance_that_finds_no_room_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    move, labels = {"op": "reclassify", "id": 300, "to": "er"}, tmp_path / "labels"
+    write_labels(labels, "mito", dumbbell())
     write_labels(labels, "er", np.full(GRID.shape, 3, np.uint16))
     found = cx.apply_edits(labels, log(tmp_path, move), out=tmp_path / "full")
     assert "line 1: instance 300 of mito is lost: as instance 4 of er it has no voxels" in caplog.text
