@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from connectomics.lightning.checkpoints import load_module, load_network, read_c
 from connectomics.lightning.fine_tuning import begin_with
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.network import stages_from_output
+from connectomics.lightning.output_bias import begin_at_prevalence
 from connectomics.pipeline.package import write_package
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train
@@ -134,6 +137,30 @@ def test_it_is_the_start_of_another_run(tuned: Run) -> None:
     begin_with(tuned.last_checkpoint, module)
     plain = load_network(tuned.last_checkpoint).state_dict()
     assert all(torch.equal(value, plain[f"network.{name}"]) for name, value in module.network.state_dict().items())
+
+
+@pytest.mark.slow
+def test_a_bioimageio_model_is_plain(tuned: Run, tmp_path: Path) -> None:
+    pytest.importorskip("bioimageio.spec")
+    from connectomics.pipeline.bioimageio import write_bioimageio
+
+    content = read_checkpoint(tuned.last_checkpoint)
+    gray = {"low": 0.0, "high": 255.0, "mean": 0.5, "std": 0.2, "origin": "test"}
+    content["connectomics"]["config"]["data"]["normalization"] = {"cell": gray}
+    torch.save(content, tmp_path / "tuned.ckpt")
+    file = write_bioimageio(tmp_path / "tuned.ckpt", tmp_path / "net.zip", authors=["A. Name"], license_name="MIT")
+    with zipfile.ZipFile(file) as model:
+        network = torch.jit.load(io.BytesIO(model.read("weights.pt")))
+    assert not any("parametrizations" in name for name in network.state_dict())
+
+
+def test_the_output_bias_begins_at_prevalence(trained: Run) -> None:
+    module = started(trained, model__init_bias=-2.0)
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    assert set(begin_at_prevalence(module, ())) == {"mito", "er"}
+    changed = {name for name, value in module.network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all(name.startswith("model.2.") and name.endswith(".bias") for name in changed)
 
 
 def test_new_classes_train_in_full(trained: Run) -> None:
