@@ -91,7 +91,7 @@ def apply_edits(
     if as_json:
         print(json.dumps(done, indent=1))
         return
-    keys = ("line", "op", "dataset", "crop", "class", "ids", "to", "new")
+    keys = ("line", "op", "dataset", "crop", "class", "ids", "to", "new", "voxels")
     terminal.table(keys, [[" ".join(map(str, e[k])) if k == "ids" else e.get(k) for k in keys] for e in done])
     print(out)
 

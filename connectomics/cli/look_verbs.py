@@ -191,6 +191,7 @@ def view(
     meshes: Annotated[
         Path | None, InOption(help="Folder that mesh wrote, with --format multilod or precomputed.")
     ] = None,
+    proposals: Annotated[Path | None, InOption(help="Folder that propose wrote: serves the links of its page.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set; default: the only one.")] = None,
     crop: opt.Crops = None,
     class_name: opt.Classes = None,
@@ -214,7 +215,13 @@ def view(
       pytc view data/phantom --dataset phantom-iso --class mito
 
       pytc view data/phantom --predictions outputs/predictions --labels outputs/labels --open
+
+      pytc view data/phantom --proposals rounds/1
     """
+    if proposals is not None:
+        others = (predictions, labels, tables, meshes, dataset, crop, class_name, state, napari or None)
+        _view_proposals(root, proposals, bind, port, browser, alone=others == (None,) * len(others))
+        return
     from connectomics.io.replacing import has_keys, require_own
     from connectomics.io.write import write_file
     from connectomics.pages.view import ViewSources, collect_layers, open_viewer, summary
@@ -234,6 +241,19 @@ def view(
         print(f"state: {state}")
     print("\n".join(summary(found)))
     _serve(viewing.url, viewing.close, browser)
+
+
+def _view_proposals(root: str | None, folder: Path, bind: str, port: int, browser: bool, *, alone: bool) -> None:
+    from connectomics.errors import InputError
+    from connectomics.pipeline.proposals import read_table
+    from connectomics.pipeline.view_proposals import open_proposals
+
+    if root is None or not alone:
+        raise InputError("--proposals needs the data root, and no other option that says what to show")
+    served = open_proposals(root, folder, bind, port)
+    for row, page in zip(read_table(folder), served, strict=True):
+        print(f"{row.rank}. {row.key}: {page.url}")
+    _serve((folder / "proposals.html").resolve().as_uri(), served[0].close, browser)
 
 
 def annotate(

@@ -128,6 +128,7 @@ def _check_parts(config: RunConfig, where: str) -> None:
     """Check the rules that concern several keys; the schema has the rules of single keys."""
     classes, data, model, engine = config.dataset.classes, config.data, config.model, config.engine
     scheduler, training = config.scheduler, config.training
+    given_for = "adapters" if model.weights_format == "connectomics" else f"weights_format={model.weights_format}"
     queue = engine.cluster != "local"
     given = {"address": engine.address is not None, "cluster": queue, "options": bool(engine.options)}
     unused = next((key for key, is_given in given.items() if is_given and engine.name == "local"), None)
@@ -176,8 +177,8 @@ def _check_parts(config: RunConfig, where: str) -> None:
             "training.mean_teacher needs averaged weights, which are its teacher; set training.ema, such as 0.99",
         ),
         (
-            model.weights is None and model.weights_format != "connectomics",
-            f"model.weights_format={model.weights_format} needs model.weights, which is not set; give a file",
+            model.weights is None and (model.weights_format != "connectomics" or model.adapters.rank > 0),
+            f"model.{given_for} needs model.weights, which is not set; give a file or a run folder",
         ),
         (unused is not None, f"engine.{unused} needs engine.name=dask, got engine.name=local"),
         (

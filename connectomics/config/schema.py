@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from connectomics.config.adapters import AdaptersConfig
 from connectomics.config.intensity_range import check_intensity_range
 from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.output import OutputConfig
@@ -131,6 +132,7 @@ class ModelConfig(Group):
     #: who wrote them: connectomics | nnunet (residual encoder, for residual_unet) | state_dict (the same tensor names)
     weights_format: Annotated[str, one_of("connectomics", "nnunet", "state_dict")] = "connectomics"
     freeze: list[str] = field(default_factory=list)  # patterns (*, ?) of names of parameters that do not train
+    adapters: AdaptersConfig = field(default_factory=AdaptersConfig)
     update_batch_norm: bool = False  # with weights: measure the statistics of batch normalization on the new data
     #: output bias of each class at the start: prevalence (by its share of voxels) | a number; None: random
     init_bias: Annotated[Any, _BIAS] = None

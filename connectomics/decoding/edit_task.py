@@ -116,7 +116,16 @@ class EditTask(LabelsTask):
         return len(ids)
 
     def further_attrs(self) -> dict[str, Any]:
-        return {"edits": [as_dict(step) for step in self.steps]} if self.edits else {}
+        if not self.edits:
+            return {}
+        steps = [(step, as_dict(step)) for step in self.steps]
+        if self.parameters.kind != "semantic":
+            ids, found = _added([self.tables.load(number) for number in range(len(self.lattice))])
+            sizes = dict(zip(ids.tolist(), found.sizes.tolist(), strict=True))
+            for step, said in steps:
+                if step.new and (step.edit.to or step.edit.class_name) == self.class_name:
+                    said["voxels"] = sizes.get(step.new, 0)
+        return {"edits": [said for _, said in steps]}
 
     def label_cost(self, stage: str) -> Cost:
         voxels, read = self.largest_block, len(self.classes)

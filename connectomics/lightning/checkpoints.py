@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connectomics.config import RunConfig, config_from_dict, import_plugins
+from connectomics.config.adapters import AdaptersConfig
 from connectomics.config.heads import heads_of
 from connectomics.config.pretraining import is_pretraining
+from connectomics.config.values import plain
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
 from connectomics.inference.trained_network import TrainedNetwork
+from connectomics.lightning.adapters import merged
+from connectomics.lightning.foreign_weights import refuse_text
 from connectomics.lightning.model_package import check_test, is_package, open_package, package_tensors
 from connectomics.lightning.network import build_network
 
@@ -50,6 +54,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ours = {name: package.about[name] for name in ("format", "version", "classes", "voxel_size", "config")}
         return {"state_dict": package_tensors(package), CHECKPOINT_KEY: ours}
     if not zipfile.is_zipfile(file):
+        refuse_text(file)
         raise CorruptDataError(
             f"{file} ({file.stat().st_size} bytes) is not a PyTorch checkpoint, or it is truncated; use another one, "
             "such as last.ckpt of the same run"
@@ -159,13 +164,15 @@ def load_module(path: str | Path, config: RunConfig | None = None) -> Connectomi
 
 
 def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the configuration to build the network with, and the state dictionary."""
+    """Return the configuration to build the network with, and the state dictionary; adapters are merged into it."""
     content = read_checkpoint(path)
     trained = checkpoint_config(content, path)
     if is_pretraining(trained):
         raise InputError(
             f"{path} was pre-trained without labels and predicts no class; train with model.weights={path}"
         )
+    weights = merged(content["state_dict"], trained.model.adapters)
+    trained = replace(trained, model=replace(trained.model, adapters=AdaptersConfig()))
     if config is not None:
         check_classes(path, trained.dataset.classes, config.dataset.classes)
         check_heads(path, trained, config)
@@ -178,7 +185,7 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
         plugins = list(dict.fromkeys([*config.plugins, *trained.plugins]))
         normalization = trained.data.normalization  # it belongs to the model
         trained = with_normalization(replace(config, model=model, plugins=plugins), normalization)
-    return trained, content["state_dict"]
+    return trained, weights
 
 
 def _fill(module: TrainedNetwork | ConnectomicsModule, weights: Mapping[str, Any], path: str | Path) -> None:
@@ -198,6 +205,18 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     trained = checkpoint_config(content, path)
     check_classes(path, trained.dataset.classes, module.classes)
     check_heads(path, trained, module.config)
+    for key, before, now in (
+        ("training.ema", trained.training.ema, module.config.training.ema),
+        ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
+        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
+        ("model.freeze", trained.model.freeze, module.config.model.freeze),
+        ("model.adapters", *(plain(c.model.adapters) for c in (trained, module.config))),
+    ):
+        if bool(before) != bool(now) if key == "training.ema" else before != now:
+            raise InputError(
+                f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "
+                "or start a new run with model.weights"
+            )
     expected = {name: value.shape for name, value in module.state_dict().items()}
     found = {name: value.shape for name, value in content["state_dict"].items()}
     if expected != found:
@@ -205,17 +224,6 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
             f"checkpoint {path} holds a {describe(trained)}, the configuration a {describe(module.config)}; use "
             "the same `model` settings, or start without the checkpoint"
         )
-    for key, before, now in (
-        ("training.ema", trained.training.ema, module.config.training.ema),
-        ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
-        ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),
-        ("model.freeze", trained.model.freeze, module.config.model.freeze),
-    ):
-        if bool(before) != bool(now) if key == "training.ema" else before != now:
-            raise InputError(
-                f"the run of checkpoint {path} has {key}={before}, the configuration {key}={now}; use the run's value, "
-                "or start a new run with model.weights"
-            )
     if not content.get("optimizer_states"):
         raise InputError(f"checkpoint {path} holds weights only, no optimizer: training cannot resume from it")
 

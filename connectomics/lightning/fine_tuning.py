@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
 from connectomics.data.patches import centered, input_names
-from connectomics.errors import InputError, MissingError
+from connectomics.errors import InputError
+from connectomics.lightning.adapters import merged
 from connectomics.lightning.checkpoints import checkpoint_config, describe, read_checkpoint
 from connectomics.lightning.foreign_weights import foreign_weights
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.network import output_axes
-from connectomics.lightning.run_state import latest_checkpoint
+from connectomics.lightning.run_state import weights_file
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         content = read_checkpoint(file)
         trained = checkpoint_config(content, file)
         found, what = output_names(trained), describe(trained)
-        stored = {name.removeprefix(_PREFIX): value for name, value in content["state_dict"].items()}
+        weights_of = merged(content["state_dict"], trained.model.adapters)
+        stored = {name.removeprefix(_PREFIX): value for name, value in weights_of.items()}
     else:
         file, what = Path(path), f"network of another program ({foreign})"
         stored, unused = foreign_weights(file, foreign)
@@ -81,18 +83,6 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
             parts.append(f"{what}: {', '.join(name.split(' ')[0] for name in names)}")
     log.info("weights of %s: %s", file, "; ".join([parts[0], f"output channels {parts[1]}", *parts[2:]]))
     return len(taken)
-
-
-def weights_file(path: str | Path) -> Path:
-    """Return the file that ``model.weights`` names: of a run folder its best checkpoint, else its last one."""
-    given = Path(path)
-    if not given.is_dir():
-        return given
-    best = given / "checkpoints/best.ckpt"
-    found = best if best.is_file() else latest_checkpoint(given)
-    if found is None:
-        raise MissingError(f"model.weights={path} is a folder without checkpoints; give a run folder or a checkpoint")
-    return found
 
 
 def update_batch_norm(module: ConnectomicsModule, batches: Iterable[Mapping[str, Tensor]]) -> None:

@@ -59,6 +59,17 @@ def foreign_weights(path: str | Path, weights_format: str) -> tuple[dict[str, Te
     return found, others
 
 
+def refuse_text(file: Path) -> None:
+    """Raise `InputError` if a file is text, as a web page or a pointer of Git LFS is, and not weights."""
+    with file.open("rb") as opened:
+        begin = opened.read(200)
+    text = begin.decode("utf-8", "ignore")
+    if text.strip() and len(begin) - len(text.encode()) < 4 and all(c.isprintable() or c in "\r\n\t" for c in text):
+        raise InputError(
+            f"{file} holds no weights: it is a text file, which begins with {text.split(chr(10))[0][:60]!r}"
+        )
+
+
 def _of_nnunet(name: str) -> str | None:
     for pattern, ours in _NNUNET:
         match = re.match(pattern, name)
@@ -79,6 +90,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a file, wherever in it they are, without prefixes that wrappers add."""
     if not file.is_file():
         raise MissingError(f"model.weights: no file at {file}; give a file of weights")
+    refuse_text(file)
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file

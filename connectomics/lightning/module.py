@@ -80,7 +80,7 @@ class ConnectomicsModule(pl.LightningModule):
         self.heads = heads_of(config)
         self.channel_groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
         self.network = build_network(config, sum(self.channel_groups))
-        self._frozen_norms = freeze(self.network, config.model.freeze)
+        self.frozen_norms = freeze(self.network, config.model.freeze)
         self.train()
         model, (z, y, x) = config.model, config.dataset.voxel_size
         self.loss = build_loss(model.loss_functions, model.loss_weights, model.loss_options, (z, y, x))
@@ -130,9 +130,9 @@ class ConnectomicsModule(pl.LightningModule):
 
     # -- training ----------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all parts; norms that ``model.freeze`` names stay in evaluation mode."""
+        """Set the mode of all parts; frozen norms stay in evaluation mode."""
         super().train(mode)
-        for name in self._frozen_norms:
+        for name in self.frozen_norms:
             self.network.get_submodule(name).eval()
         return self
 

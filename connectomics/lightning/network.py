@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -113,35 +113,49 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a pattern matches no parameter, or all match one.
     """
-    names = [name for name, _ in network.named_parameters()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = nearest(pattern, names) or names[0]
-            raise ConfigError(
-                f"model.freeze: {pattern!r} matches none of the network's {len(names)} parameters, which are called "
-                f"{near}, for example; patterns compare whole names, so use {near.split('.')[0]}.* for all of a part"
-            )
-
-    def matches(name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in patterns)
-
+    frozen = matching(patterns, [name for name, _ in network.named_parameters()], "model.freeze")
     for name, parameter in network.named_parameters():
-        if matches(name):
+        if name in frozen:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise ConfigError(f"model.freeze={list(patterns)} leaves no parameter to train; remove a pattern")
-    norms = ((name, module) for name, module in network.named_modules() if hasattr(module, "running_mean"))
-    return [name for name, _ in norms if matches(f"{name}.weight")]
+    return [
+        name
+        for name in norms_with_statistics(network)
+        if any(fnmatchcase(f"{name}.weight", pattern) for pattern in patterns)
+    ]
+
+
+def matching(patterns: Sequence[str], names: Collection[str], key: str) -> set[str]:
+    """Return the names of parameters that match a pattern; raise `ConfigError` if one of ``key`` matches none."""
+    found = set[str]()
+    for pattern in patterns:
+        matches = {name for name in names if fnmatchcase(name, pattern)}
+        if not matches:
+            near = nearest(pattern, list(names)) or next(iter(names))
+            raise ConfigError(
+                f"{key}: {pattern!r} matches none of {len(names)} parameters of the network, which are called "
+                f"{near}, for example; patterns compare whole names, so use {near.split('.')[0]}.* for all of a part"
+            )
+        found |= matches
+    return found
+
+
+def norms_with_statistics(network: nn.Module) -> list[str]:
+    """Return the names of the norms that have running statistics."""
+    return [name for name, module in network.named_modules() if hasattr(module, "running_mean")]
 
 
 def output_axes(config: RunConfig, network: nn.Module, channels: int) -> dict[str, tuple[int, ...]]:
     """Return for each tensor of a run's network, which has ``channels`` output channels, the axes that grow with their
-    number, found by comparison with the same network with one more channel."""
+    number, found by comparison with the same network with one more channel; none for parts of adapters."""
     with torch.random.fork_rng(devices=[]):
         larger = build_network(config, channels + 1).state_dict()
     return {
         name: tuple(
-            axis for axis, (n, more) in enumerate(zip(value.shape, larger[name].shape, strict=True)) if n != more
+            axis
+            for axis, (n, more) in enumerate(zip(value.shape, larger.get(name, value).shape, strict=True))
+            if n != more
         )
         for name, value in network.state_dict().items()
     }
@@ -164,7 +178,8 @@ def stages_from_output(config: RunConfig, network: nn.Module, channels: int) -> 
         if isinstance(weight, Tensor) and weight.ndim > 2 and max(result.shape[2:]) > 1:  # not on a pooled image
             at += result.shape[2:] != shape
             shape = result.shape[2:]
-        found.update(dict.fromkeys(module.parameters(recurse=False), at))
+        parts = getattr(module, "parametrizations", None)  # adapters, which were called before their layer is done
+        found.update(dict.fromkeys([*module.parameters(recurse=False), *(parts.parameters() if parts else ())], at))
 
     hooks = [module.register_forward_hook(note) for module in network.modules()]
     device = next(network.parameters()).device

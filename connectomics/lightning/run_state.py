@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 import connectomics
-from connectomics.errors import ConnectomicsError, MetadataError, WriteError
+from connectomics.errors import ConnectomicsError, MetadataError, MissingError, WriteError
 from connectomics.io.replacing import has_keys, not_ours, require_own
 from connectomics.io.write import write_file
 
@@ -97,6 +97,18 @@ def state_of(folder: Path) -> RunState:
         if abs(psutil.Process(pid).create_time() - began) < 1:  # else another process has the same number
             return RunState("running", f"process {pid}")
     return RunState("interrupted", "its process was killed")
+
+
+def weights_file(path: str | Path) -> Path:
+    """Return the file that ``model.weights`` names: of a run folder its best checkpoint, else its last one."""
+    given = Path(path)
+    if not given.is_dir():
+        return given
+    best = given / "checkpoints/best.ckpt"
+    found = best if best.is_file() else latest_checkpoint(given)
+    if found is None:
+        raise MissingError(f"model.weights={path} is a folder without checkpoints; give a run folder or a checkpoint")
+    return found
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

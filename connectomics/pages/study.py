@@ -25,20 +25,25 @@ def write_study_page(
     scores: Sequence[str],
     curves: Curves,
     changes: Mapping[str, Mapping[str, Any]],
+    factors: Sequence[str],
     outdated: int,
 ) -> Path:
     """Write a self-contained page and return its path; raise `WriteError` if it cannot be written.
 
     Args:
         arms, rows: the tables of `connectomics.pipeline.study`. scores: those of the tables; the first decides.
-        curves: metrics of each row. changes: what each arm changes in the base.
+        curves: metrics of each row. changes: what each arm changes in the base. factors: of a grid, which are columns
+            of ``arms``; two of them get a table of one against the other.
         outdated: number of row folders that belong to no row of the study.
     """
-    values: dict[str, Any] = {"arms": arms, "rows": rows, "scores": scores, "outdated": outdated}
+    values: dict[str, Any] = {"arms": arms, "rows": rows, "scores": scores, "outdated": outdated, "factors": factors}
+    grid: dict[str, dict[str, Any]] = {}  # two factors: one against the other
+    for arm in arms if len(factors) == 2 else ():
+        grid.setdefault(arm[factors[0]], {})[arm[factors[1]]] = arm
     texts = {name: [f"{k} = {json.dumps(v)}" for k, v in of.items()] for name, of in changes.items()}
     codes = sorted({row["code"] for row in rows if row["code"]})
     sections = [
-        page.Section("result", "Result", page.render("study/result", changes=texts, codes=codes, **values)),
+        page.Section("result", "Result", page.render("study/result", changes=texts, codes=codes, grid=grid, **values)),
         page.Section("curves", "Learning curves", _curves(curves)),
         page.Section("rows", "Rows", page.render("study/rows", **values)),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ from connectomics.tasks.block_task import TASK_FILE
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
+
+log = logging.getLogger(__name__)
 
 #: In the output folder: what each edit did, and the IDs of new instances.
 SUMMARY = "edits.json"
@@ -53,7 +56,7 @@ def apply_edits(
     Args:
         labels: what `decode` returned, or a folder with instance IDs in the same layout.
         edits: the log, see `connectomics.decoding.edits`. undo: leave out so many of its last edits.
-        out: folder for the edited labels; also gets ``edits.json``, with the IDs of new instances.
+        out: folder for the edited labels, not within them; also gets ``edits.json``, with the IDs of new instances.
         engine: the processes that work; None: this process.
         overwrite: replace what another log gave. resume: fail if nothing was started; with ``overwrite``, keep what
             this log gave. progress: called for the blocks of each array.
@@ -71,15 +74,17 @@ def apply_edits(
 def edit_tasks(labels: Labels | str | Path, edits: str | Path, out: str | Path, *, undo: int = 0) -> list[EditTask]:
     """Return the tasks of `apply_edits`, one for each array. Writes nothing; raises as it does."""
     root, target = Labels.open(labels).folder, local_path(out)
-    if root.resolve() == target.resolve():
-        raise InputError(f"{target} holds the labels themselves, which are never changed; give another folder")
+    if target.resolve().is_relative_to(root.resolve()):
+        raise InputError(
+            f"{target} lies in {root}, the labels themselves, which are never changed; give another folder"
+        )
     places = chosen_arrays(root)
     if not places:
         raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
-    log = read_edits(edits)
-    if not 0 <= undo <= len(log):
-        raise InputError(f"undo must be from 0 to the {len(log)} edits of {edits}, got {undo}")
-    placed = [_placed(edit, places, edits) for edit in log[: len(log) - undo]]
+    lines = read_edits(edits)
+    if not 0 <= undo <= len(lines):
+        raise InputError(f"undo must be from 0 to the {len(lines)} edits of {edits}, got {undo}")
+    placed = [_placed(edit, places, edits) for edit in lines[: len(lines) - undo]]
     return [_task(root, target, place, [e for e in placed if (e.dataset, e.crop) == place[:2]]) for place in places]
 
 
@@ -124,7 +129,10 @@ def _task(root: Path, out: Path, place: Place, edits: Sequence[Edit]) -> EditTas
 def run_edits(
     tasks: Sequence[EditTask], engine: EngineConfig | None, *, overwrite: bool, resume: bool, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Do what is missing of the tasks; return, and store in ``edits.json``, what each edit did."""
+    """Do what is missing of the tasks; return, and store in ``edits.json``, what each edit did.
+
+    Warns of new instances without voxels: the other class has instances at all voxels of what was reclassified.
+    """
     out = Path(tasks[0].output).parents[2]
     begun = any((task.folder / TASK_FILE).exists() or Path(task.output).exists() for task in tasks)
     if resume and not overwrite and not begun:
@@ -140,8 +148,17 @@ def run_edits(
         *_, dataset, crop, _ = Path(task.output).parts
         done = linked(task.edits, task.class_name)[1]  # their lines may be others than those of a log that came before
         for step in [{**s, "line": e.line} for s, e in zip(about(task.output).get("edits", []), done, strict=True)]:
-            if step["line"] not in found or "to" in step:  # in other classes what leaves is deleted
+            if step["line"] not in found or "to" in step or "voxels" in step:  # elsewhere what leaves is deleted
                 found[step["line"]] = {**step, "dataset": dataset.removesuffix(".zarr"), "crop": crop}
     summary = [found[line] for line in sorted(found)]
+    for number, step in enumerate(summary):
+        later = [(e["dataset"], e["crop"], e["class"], i) for e in summary[number + 1 :] for i in e["ids"]]
+        own = tuple(step.get(key) for key in ("dataset", "crop", "to", "new"))
+        if "to" in step and step.get("voxels") == 0 and own not in later:
+            log.warning(
+                "line %d: instance %d of %s is lost: as instance %d of %s it has no voxels, since %s has other "
+                "instances there; delete those in a line before",
+                step["line"], step["ids"][0], step["class"], step["new"], step["to"], step["to"],
+            )  # fmt: skip
     write_file(out / SUMMARY, json.dumps(summary, indent=1).encode())
     return summary

@@ -35,9 +35,10 @@ TABLE, LABELS, SPLIT = "proposals.csv", "labels", "split.yaml"
 FORMATS = ("zarr", "tiff")
 UNKNOWN = 255  # in every label file: nobody looked at this voxel
 MAP = "label_map"  # one volume of all classes, and in column ``classes``: take it instead of the classes' own files
+PORT = 8473  # of the links, so that they are known before anything is served
 _AXES = "zyx"
 _GRID = [f"{what}_{axis}{unit}" for what, unit in (("begin", "_nm"), ("shape", ""), ("voxel", "_nm")) for axis in _AXES]
-COLUMNS = ("rank", "dataset", "crop", *_GRID, "score", "uncertainty", "novelty", "reason", "classes", "done")
+COLUMNS = ("rank", "dataset", "crop", *_GRID, "score", "uncertainty", "novelty", "reason", "link", "classes", "done")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Proposal:
         score, uncertainty, novelty: see `connectomics.data.candidates.choose_uncertain`; NaN for other methods.
         classes: class -> ``semantic`` or ``instance``: whose files count once it is done; {} for the label map.
         done: whether somebody looked at all of it, except where a label is 255.
+        link: where `pytc view --proposals` shows it; "" in tables of earlier versions.
     """
 
     rank: int
@@ -62,6 +64,7 @@ class Proposal:
     novelty: float = float("nan")
     classes: Mapping[str, Kind] = field(default_factory=dict, hash=False)
     done: bool = False
+    link: str = ""
 
     @property
     def key(self) -> str:
@@ -79,6 +82,11 @@ class Proposal:
         return self.file(folder, MAP, file_format).with_name(f"{MAP}.csv")
 
 
+def link_of(secret: str, rank: int) -> str:
+    """Return the address at which `pytc view --proposals` shows a proposal, on this machine."""
+    return f"http://127.0.0.1:{PORT}/v/{secret}-{rank}/"
+
+
 # -- the table ---------------------------------------------------------------------------------------------------------
 def write_table(path: Path, proposals: Sequence[Proposal]) -> None:
     """Write ``proposals.csv`` in one step; positions are faces in nm, z y x, as ``pytc predict --box`` takes them."""
@@ -90,7 +98,7 @@ def write_table(path: Path, proposals: Sequence[Proposal]) -> None:
         place = [*map(repr, one.grid.box.begin), *one.grid.shape, *map(repr, one.grid.voxel_size)]
         classes = " ".join(f"{name}:{kind}" for name, kind in one.classes.items()) or MAP
         done = "yes" if one.done else "no"
-        writer.writerow([one.rank, one.dataset, one.crop, *place, *numbers, one.reason, classes, done])
+        writer.writerow([one.rank, one.dataset, one.crop, *place, *numbers, one.reason, one.link, classes, done])
     write_file(path, stream.getvalue().encode())
 
 
@@ -131,7 +139,7 @@ def _row(row: Mapping[str, str], place: str) -> Proposal:
             raise MetadataError(f"{place}: classes must be CLASS:semantic or CLASS:instance, or {MAP}, got {word!r}")
         classes[name] = "semantic" if kind == "semantic" else "instance"
     box, why = (rank, row["dataset"], row["crop"], grid), row.get("reason") or ""
-    return Proposal(*box, why, score, uncertainty, novelty, classes, done == "yes")
+    return Proposal(*box, why, score, uncertainty, novelty, classes, done == "yes", row.get("link") or "")
 
 
 # -- label files -------------------------------------------------------------------------------------------------------
@@ -258,8 +266,8 @@ def _there(catalog: Catalog, row: Proposal) -> Collection[str]:
 def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:
     """The labels of a proposal, opened and checked."""
     if row.classes:
-        return [Drawn(name, _opened(folder, row, name, stack)[0], kind) for name, kind in row.classes.items()]
-    source, file_format = _opened(folder, row, MAP, stack)
+        return [Drawn(name, opened_labels(folder, row, name, stack)[0], kind) for name, kind in row.classes.items()]
+    source, file_format = opened_labels(folder, row, MAP, stack)
     found = drawn_by_table(source, row.values_table(folder, file_format))
     known = {0, UNKNOWN, *(value for item in found for value in item.values or ())}
     if wrong := sorted(set(np.unique(source.read((0, 0, 0), source.shape)).tolist()) - known):
@@ -270,7 +278,11 @@ def _drawn(folder: Path, row: Proposal, stack: ExitStack) -> list[Drawn]:
     return found
 
 
-def _opened(folder: Path, row: Proposal, name: str, stack: ExitStack) -> tuple[VolumeSource, str]:
+def opened_labels(folder: Path, row: Proposal, name: str, stack: ExitStack) -> tuple[VolumeSource, str]:
+    """Return the labels of a class, or of `MAP`, open as long as ``stack`` is, and their format.
+
+    Raises `MissingError`, `UnknownNameError` or `InputError` if there are none, or their shape is not that of the row.
+    """
     there = [(row.file(folder, name, f), f) for f in FORMATS if row.file(folder, name, f).exists()]
     if not there:
         place = row.file(folder, name, "tiff").parent

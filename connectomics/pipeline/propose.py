@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -119,7 +121,9 @@ def propose(
     rng = np.random.default_rng([seed, 0xAC71])
     areas = search.areas(datasets, box)
     free = search.candidates(areas, max(candidates, budget), rng)
-    found = search.choose(areas, free, method, budget, rng, advance)
+    secret = secrets.token_urlsafe(16)  # of the links: who may read the folder may look
+    chosen = search.choose(areas, free, method, budget, rng, advance)
+    found = [replace(one, link=files.link_of(secret, one.rank)) for one in chosen]
     prefix = f".{place.name}.partial-"
     place.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(place.parent, prefix)
@@ -127,6 +131,7 @@ def propose(
     try:
         search.write(partial, found, file_format, advance)
         facts = {"data": str(root), "network": ", ".join(map(str, paths)), "method": method, "seed": seed}
+        facts["links work during"] = shlex.join(["pytc", "view", str(root), "--proposals", str(place)])
         search.write_page(partial, found, {**facts, "boxes to choose from": len(free)})
         publish(partial, require_place(place, overwrite))
     finally:

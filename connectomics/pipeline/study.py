@@ -20,9 +20,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from connectomics.config import RunConfig
-from connectomics.errors import WriteError
+from connectomics.errors import ConfigError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, has_column, require_own
+from connectomics.lightning.run_state import weights_file
 from connectomics.metrics.tables import write_csv
 from connectomics.pages.page import GENERATOR
 from connectomics.pages.study import write_study_page
@@ -41,7 +42,8 @@ class StudyResult:
 
     Attributes:
         folder: holds ``study.csv``, ``rows.csv``, ``study.html``, ``folds/`` and ``rows/`` (run folders).
-        arms: a dictionary for each arm, the rows of ``study.csv``. rows: the same for ``rows.csv``.
+        arms: a dictionary for each arm, the rows of ``study.csv``; in a grid with a column for each factor.
+        rows: the same for ``rows.csv``.
         scores: names of the scores; the first one decides.
     """
 
@@ -67,9 +69,9 @@ def study(
 ) -> StudyResult:
     """Train what is missing of a study, and write its table and page.
 
-    A row (arm, seed, fold) is identified by its configuration, its split and its data: if one of them changes, it is
-    another row. Complete rows are kept, half-trained ones resume, failed ones are tried again; a row that fails does
-    not stop the others.
+    A row (arm, seed, fold) is identified by its configuration, its split, its data and the weights that it starts
+    from: if one of them changes, it is another row. Complete rows are kept, half-trained ones resume, failed ones are
+    tried again; a row that fails does not stop the others.
 
     Args:
         file: the study file. out: folder; None: ``{output_dir}/studies/{name of the file}``.
@@ -139,24 +141,48 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
     crops = Catalog.open(data.data_root).crops(data.datasets, data.crops, data.classes)
     counter = LabelCounter()
     if content.folds is None:
-        splits = {"": run_split(common, crops, Path(data.split_file) if data.split_file else None, counter)[0]}
+        files = list(dict.fromkeys(arm.config.dataset.split_file for arm in arms))
+        for file in files if len(files) > 1 else ():
+            if file is None or not Path(file).is_file():
+                raise MissingError(f"dataset.split_file={file}: no such file; arms that differ in it need one each")
+        made = {file: {"": run_split(common, crops, Path(file) if file else None, counter)[0]} for file in files}
+        for file, splits in made.items():
+            if set(splits[""].val) != set(made[files[0]][""].val):
+                raise ConfigError(
+                    f"{file} validates on other crops than {files[0]}; arms are compared on the same held-out part, so "
+                    "give the split files of a study the same list val"
+                )
     else:
-        splits = run_folds(common, crops, counter, content.folds.by, content.folds.number)
-    identities: dict[str, str] = {}
+        folds = run_folds(common, crops, counter, content.folds.by, content.folds.number)
+        made = {data.split_file: folds}
+    identities: dict[str | None, str] = {None: ""}
     rows = []
     for arm in arms:
         about = arm.config.dataset
         key = repr((about.classes, about.voxel_size))
         if key not in identities:
             identities[key] = _data_identity(arm.config)
+        weights = arm.config.model.weights
+        if weights is not None and weights not in identities:
+            identities[weights] = _weights_identity(weights)
         for seed in content.seeds:
-            for fold, split in splits.items():
+            for fold, split in made[about.split_file].items():
                 mark = hashlib.sha256(repr(split).encode()).hexdigest()[:8]
                 path = out / "folds" / f"{fold or 'split'}-{mark}.yaml"
                 if save and not path.is_file():
                     split.save(path)
-                rows.append(make_row(arm, seed, fold, (split.train, split.val, path), identities[key], out))
+                known = identities[key] + identities[weights]
+                rows.append(make_row(arm, seed, fold, (split.train, split.val, path), known, out))
     return rows
+
+
+def _weights_identity(weights: str) -> str:
+    """Hash of the file that a row starts from; of its path if there is none yet."""
+    try:
+        with weights_file(weights).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, MissingError):
+        return weights
 
 
 def _data_identity(config: RunConfig) -> str:
@@ -296,7 +322,7 @@ def row_table(rows: Sequence[Row], scores: Sequence[str], stopped: Mapping[str, 
             name = "stopped"
         values = scores_of(row, scores)
         found.append({
-            "arm": row.arm, "seed": row.seed, "fold": row.fold, "state": name,
+            "arm": row.arm, **row.levels, "seed": row.seed, "fold": row.fold, "state": name,
             **{key: values.get(key) for key in (*scores, "last")},
             "steps": state.steps or None, "cpu_s": state.cpu_s, "device_s": state.device_s,
             "error": state.error, "identity": row.identity, "folder": row.folder.name, "code": state.code,
@@ -316,7 +342,7 @@ def arm_table(arms: Sequence[Arm], rows: Sequence[Mapping[str, Any]], scores: Se
         own = [row for row in rows if row["arm"] == arm.name]
         complete = [row for row in own if row["state"] == "complete"]
         states = dict.fromkeys(row["state"] for row in own if row["state"] != "complete")
-        line: dict[str, Any] = {"arm": arm.name, "state": ", ".join(states) or "complete"}
+        line: dict[str, Any] = {"arm": arm.name, **arm.levels, "state": ", ".join(states) or "complete"}
         line |= {"rows": len(own), "complete": len(complete)}
         for score in scores:
             values = by_seed[score][arm.name]
@@ -360,5 +386,6 @@ def write_tables(
     old = {path.name for path in (out / "rows").glob("*") if path.is_dir() and path.name[0] != "."}
     write_study_page(
         require_own(out / "study.html", contains(GENERATOR), "study"), file.stem, of_arms, of_rows,
-        content.scores, curves, {arm.name: arm.changes for arm in arms}, len(old - {row.folder.name for row in rows}),
+        content.scores, curves, {arm.name: arm.changes for arm in arms}, list(arms[0].levels),
+        len(old - {row.folder.name for row in rows}),
     )  # fmt: skip

@@ -28,9 +28,11 @@ from connectomics.errors import ConfigError, ConnectomicsError, MissingError, ne
 
 BASE = "base"  # name of the arm without a change, in an ablation
 #: Keys that say where files are: they do not change a result.
-_PLACES = ("output_dir", "name", "data.cache_dir", "dataset.data_root", "dataset.split_file", "logging.mlflow_uri")
-#: Keys that an arm cannot change: all arms are compared on the same held-out data.
-_COMMON = ("data_root", "datasets", "crops", "split", "split_file", "held_out", "train_val_split")
+_PLACES = ("output_dir", "name", "data.cache_dir", "dataset.data_root", "dataset.split_file", "logging.mlflow_uri",
+           "model.weights")  # fmt: skip
+#: Keys that an arm cannot change: all arms are compared on the same held-out data. Split files of arms may differ in
+#: what is trained on.
+_COMMON = ("data_root", "datasets", "crops", "split", "held_out", "train_val_split")
 _FIXED = ("output_dir", "name", "system.seed", *(f"dataset.{name}" for name in _COMMON))
 
 
@@ -68,11 +70,14 @@ class StudyFile(Group):
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing to compare: a configuration, and what it changes in the base (dotted key -> value)."""
+    """One thing to compare: a configuration, and what it changes in the base (dotted key -> value).
+
+    ``levels``: factor -> level, in a grid."""
 
     name: str
     changes: Mapping[str, Any]
     config: RunConfig
+    levels: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyFile, RunConfig, list[Arm]]:
@@ -99,6 +104,10 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyFi
     arms = _arms(study, base, file)
     study.scores = study.scores or [base.checkpoint.monitor]
     _check(study, base, file)
+    if study.folds is not None and (
+        own := [a.name for a in arms if a.config.dataset.split_file != base.dataset.split_file]
+    ):
+        raise ConfigError(f"{file}: {own[0]} sets dataset.split_file, but folds make the splits; remove one of them")
     return study, base, arms
 
 
@@ -183,14 +192,16 @@ def _arms(study: StudyFile, base: RunConfig, file: Path) -> list[Arm]:
             (" ".join(f"{name}={level}" for name, level in zip(factors, combination, strict=True)) or BASE, combination)
             for combination in product(*factors.values())
         ]
-        merged = [(n, {k: v for f, level in zip(factors, c, strict=True) for k, v in factors[f][level].items()})
-                  for n, c in chosen]  # fmt: skip
+        levels = {name: dict(zip(factors, combination, strict=True)) for name, combination in chosen}
+        merged = [(n, {k: v for f, level in of.items() for k, v in factors[f][level].items()})
+                  for n, of in levels.items()]  # fmt: skip
     else:
+        levels = {}
         single = [(f"{name}={level}", changes) for name, found in factors.items() for level, changes in found.items()]
         merged = [(BASE, {}), *single]
     arms: dict[str, Arm] = {}
     for name, changes in merged:
-        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"))
+        arm = Arm(name, changes, changed(base, changes, f"{file}, {name}"), levels.get(name, {}))
         content = json.dumps(config_to_dict(arm.config), sort_keys=True)
         if content not in arms:
             arms[content] = arm
@@ -227,7 +238,7 @@ class Row:
 
     Attributes:
         identity: hash of the configuration, the split and the data; a row with another identity is another row.
-        folder: its run folder, whose name ends with the identity.
+        folder: its run folder, whose name ends with the identity. levels: of its arm.
     """
 
     arm: str
@@ -236,6 +247,7 @@ class Row:
     config: RunConfig = field(repr=False, hash=False)
     identity: str
     folder: Path
+    levels: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def name(self) -> str:
@@ -248,7 +260,8 @@ def make_row(arm: Arm, seed: int, fold: str, split: tuple[Sequence[str], Sequenc
     """Return the row of an arm.
 
     Args:
-        split: entries for training and validation, and their file. data: identity of the data. out: the study's folder.
+        split: entries for training and validation, and their file. data: identity of the data and of the weights that
+            it starts from. out: the study's folder.
     """
     train, held, file = split
     dataset = replace(arm.config.dataset, split="crop", held_out=[], split_file=str(file))
@@ -264,4 +277,4 @@ def make_row(arm: Arm, seed: int, fold: str, split: tuple[Sequence[str], Sequenc
     content = json.dumps([values, list(train), list(held), data], sort_keys=True, default=str)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.=-]+", "_", f"{arm.name}-{fold}-{seed}" if fold else f"{arm.name}-{seed}")[-80:]
-    return Row(arm.name, seed, fold, config, identity, out / "rows" / f"{name}-{identity}")
+    return Row(arm.name, seed, fold, config, identity, out / "rows" / f"{name}-{identity}", arm.levels)

@@ -94,6 +94,7 @@ def train(
     import pytorch_lightning as pl
     import torch
 
+    from connectomics.lightning.adapters import add_adapters
     from connectomics.lightning.checkpoints import check_resumable
     from connectomics.lightning.devices import is_first_process, set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
@@ -115,10 +116,12 @@ def train(
         module = module_of(config if checkpoint is None else _continued(config, checkpoint))
         config = module.config
         module.only_a_look = fast_dev_run
+        if checkpoint is None and config.model.weights is not None:
+            begin_with(config.model.weights, module)
+        if config.model.adapters.rank:
+            add_adapters(module)
         if checkpoint is not None:
             check_resumable(checkpoint, module)
-        elif config.model.weights is not None:
-            begin_with(config.model.weights, module)
         kept = not fast_dev_run and is_first_process()
         if kept:
             require_run_folder(folder)
@@ -209,8 +212,9 @@ def _fit(
 def _set_output_bias(config: RunConfig, module: ConnectomicsModule, data: pl.LightningDataModule) -> None:
     """Set the output biases by ``model.init_bias``; channels that ``model.weights`` has keep theirs."""
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
-    from connectomics.lightning.fine_tuning import output_names, weights_file
+    from connectomics.lightning.fine_tuning import output_names
     from connectomics.lightning.output_bias import begin_at_prevalence
+    from connectomics.lightning.run_state import weights_file
 
     keep: list[str] = []
     if config.model.weights is not None and config.model.weights_format == "connectomics":

@@ -110,8 +110,9 @@ def test_a_split_cuts_at_the_neck_and_the_second_seed_gets_a_new_instance(labels
     assert (found[(before == 5) & (x < 22)] == 5).all()
     assert (found[(before == 5) & (x > 28)] == 301).all()  # the largest before is 300
     assert json.loads((made.folder / "edits.json").read_text()) == [
-        {"line": 1, "op": "split", "class": "mito", "ids": [5], "new": 301, "dataset": "cell", "crop": "crop1"}
-    ]
+        {"line": 1, "op": "split", "class": "mito", "ids": [5], "new": 301, "voxels": (found == 301).sum(),
+         "dataset": "cell", "crop": "crop1"}
+    ]  # fmt: skip
 
 
 def test_seeds_at_the_rim_still_cut_at_the_neck() -> None:
@@ -146,6 +147,22 @@ def test_reclassified_instances_leave_what_the_other_class_has(labels: Path, tmp
     # what er has stays er's
     alone = cx.apply_edits(labels, log(tmp_path, {"op": "reclassify", "id": 300, "to": "er"}), out=tmp_path / "alone")
     assert (values(alone.folder, "er")[er() == 3] == 3).all()
+
+
+def test_an_instance_that_finds_no_room_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    move, labels = {"op": "reclassify", "id": 300, "to": "er"}, tmp_path / "labels"
+    write_labels(labels, "mito", dumbbell())
+    write_labels(labels, "er", np.full(GRID.shape, 3, np.uint16))
+    found = cx.apply_edits(labels, log(tmp_path, move), out=tmp_path / "full")
+    assert "line 1: instance 300 of mito is lost: as instance 4 of er it has no voxels" in caplog.text
+    (step,) = json.loads((found.folder / "edits.json").read_text())
+    assert (step["new"], step["voxels"]) == (4, 0)
+    caplog.clear()
+    made = cx.apply_edits(labels, log(tmp_path, {"op": "delete", "class": "er", "id": 3}, move), out=tmp_path / "room")
+    assert json.loads((made.folder / "edits.json").read_text())[1]["voxels"] == (dumbbell() == 300).sum()
+    again = log(tmp_path, move, {"op": "delete", "class": "er", "id": 4})  # it is meant to be gone
+    cx.apply_edits(labels, again, out=tmp_path / "gone")
+    assert "is lost" not in caplog.text
 
 
 def test_a_semantic_class_can_take_instances(labels: Path, tmp_path: Path) -> None:
@@ -284,8 +301,9 @@ def test_what_else_is_refused(labels: Path, tmp_path: Path) -> None:
     gone = log(tmp_path, {"op": "delete", "id": 5}, {"op": "merge", "ids": [2, 5]})
     with pytest.raises(InputError, match="line 2: mito has no instance 5 after line 1"):
         cx.apply_edits(labels, gone, out=tmp_path / "a")
-    with pytest.raises(InputError, match="never changed"):
-        cx.apply_edits(labels, gone, out=labels)
+    for place in (labels, labels / "proofread", labels / "cell.zarr/crop1"):
+        with pytest.raises(InputError, match="never changed"):
+            cx.apply_edits(labels, gone, out=place)
     with pytest.raises(MissingError, match="no edits at"):
         cx.apply_edits(labels, tmp_path / "none.jsonl", out=tmp_path / "a")
     gone.write_text('{"op": "delete", "class": "mito", "id": 5}\n{"op": "del')

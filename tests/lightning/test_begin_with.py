@@ -111,6 +111,12 @@ def test_heads_are_copied_by_what_they_predict(tmp_path: Path) -> None:
             assert torch.equal(value[:3], old[[0, 1, 3]])
 
 
+def test_a_text_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "weights.ckpt").write_text("base: ../lucchi.yaml\nseeds: [1]\n")
+    with pytest.raises(InputError, match=r"holds no weights: it is a text file, which begins with 'base: \.\./lucchi"):
+        begin_with(tmp_path / "weights.ckpt", ConnectomicsModule(tiny_config()))
+
+
 def test_another_network_is_refused(trained: Run) -> None:
     wide = tiny_config(model__options={"channels": [8, 16], "strides": [2], "num_res_units": 1})
     with pytest.raises(InputError, match=r"only \d+ of \d+ weights fit"):

@@ -192,6 +192,8 @@ class Evil:
 @pytest.mark.parametrize(("make", "error", "message"), [
     (lambda p: torch.save({"network_weights": {}, "x": Evil()}, p), InputError, "not unpickled for safety"),
     (lambda p: p.write_bytes(b"PK\x03\x04 no zip"), CorruptDataError, "cannot be read"),
+    (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d"), InputError,
+     r"holds no weights: it is a text file, which begins with 'version https://git-lfs"),
     (lambda p: torch.save({"a": 1}, p), InputError, "holds no tensors"),
     (lambda p: torch.save({"a.weight": torch.zeros(2)}, p), InputError, "no tensor of nnU-Net"),
     (lambda p: None, MissingError, "no file at"),

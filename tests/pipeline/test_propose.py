@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,72 @@ def done(folder: Path, ranks: set[int], **changes: Any) -> list[Proposal]:
     found = [replace(p, done=p.rank in ranks, **(changes if p.rank in ranks else {})) for p in read_table(folder)]
     write_table(folder / "proposals.csv", found)
     return found
+
+
+def test_each_proposal_has_a_link(first: Path, root: Path) -> None:
+    """It is on the page, and what it shows are raw and labels at the place of the box."""
+    from urllib.request import urlopen
+
+    from connectomics.pages.view import VolumeServer, state_of
+    from connectomics.pipeline.view_proposals import proposal_layers
+
+    rows, page = read_table(first), (first / "proposals.html").read_text()
+    assert len({row.link for row in rows}) == len(rows)
+    assert all(f'href="{row.link}"' in page for row in rows)
+    assert f"pytc view {root} --proposals {first}" in page
+    found = proposal_layers(str(root), first, rows)
+    one, layers = rows[0], found[0]
+    with VolumeServer(layers.roots, layers.made) as server:
+        state = state_of(layers, server.url)
+        assert state["position"] == list(reversed(one.grid.box.center))
+        assert [layer["name"] for layer in state["layers"]] == [
+            "raw", f"mito proposed {one.crop}", f"er proposed {one.crop}", "crops"
+        ]  # fmt: skip
+        raw, mito = (layer["source"].partition("://")[2] for layer in state["layers"][:2])
+        with urlopen(f"{mito}/s0/0/0/0") as answer:
+            kind = np.uint32 if one.classes["mito"] == "instance" else np.uint8
+            values = np.frombuffer(answer.read(), kind).reshape(64, 64, 64)
+        with urlopen(f"{raw}/.zattrs") as answer:
+            assert "multiscales" in json.loads(answer.read())
+    stored = Multiscale.open(one.file(first, "mito", "zarr")).read_level(0, (0, 0, 0), SIZE)[0]
+    assert np.array_equal(values[tuple(map(slice, SIZE))], stored)
+    assert not values[SIZE[0] :].any()
+
+
+@pytest.mark.slow
+def test_the_links_lead_somewhere_while_view_serves(first: Path, root: Path, tmp_path: Path) -> None:
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+    from urllib.error import HTTPError
+    from urllib.request import urlopen
+
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
+    folder = Path(shutil.copytree(first, tmp_path / "1"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rows = [replace(row, link=row.link.replace(":8473/", f":{port}/")) for row in read_table(folder)]
+    write_table(folder / "proposals.csv", rows)  # other tests may have the usual port
+    words = [sys.executable, "-m", "connectomics", "view", str(root), "--proposals", str(folder)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment) as serving:
+        assert serving.stdout is not None
+        said = [serving.stdout.readline().strip() for _ in range(len(rows) + 1)]
+        for row in rows:
+            with urlopen(row.link) as answer:
+                assert b"<html" in answer.read().lower()
+        with pytest.raises(HTTPError):
+            urlopen(rows[0].link.replace("-1/", "-9/"))
+        serving.send_signal(signal.SIGINT)
+    assert said == [*(f"{row.rank}. {row.key}: {row.link}" for row in rows), (folder / "proposals.html").as_uri()]
+
+
+def test_proposals_are_viewed_alone(first: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "needs the data root" in failure(capsys, "view", "--proposals", first)
+    assert "no other option" in failure(capsys, "view", root, "--proposals", first, "--class", "mito")
 
 
 def test_what_is_done_comes_back_at_its_place(

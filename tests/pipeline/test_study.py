@@ -15,7 +15,7 @@ import yaml
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
-from connectomics.config import load_config
+from connectomics.config import config_from_dict, load_config
 from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.run_split import run_folds
 from connectomics.errors import ConfigError, InputError, MissingError, UnknownNameError
@@ -339,6 +339,122 @@ def test_folds_of_one_crop_are_trained_and_evaluated(tmp_path: Path, root: Path)
     assert not list(found.folder.glob("rows/*/probabilities"))
 
 
+# -- few labels and other starts -------------------------------------------------------------------------------------
+HELD = "set-a/crop1:640,0,0:768,256,256"  # 16 sections
+
+
+def split_files(folder: Path) -> dict[int, str]:
+    """Split files with so many sections to train on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in (1, 4):
+        train = f"set-a/crop1:0,0,0:{8 * number},256,256"
+        (folder / f"{number}.yaml").write_text(yaml.safe_dump({"train": [train], "val": [HELD]}))
+    return {number: str(folder / f"{number}.yaml") for number in (1, 4)}
+
+
+def transfer(folder: Path, root: Path, weights: Path, **content: Any) -> Path:
+    """A study of the number of sections against the start."""
+    levels = {str(number): {"dataset.split_file": file} for number, file in split_files(folder / "splits").items()}
+    start = {"scratch": {}, "other": {"model.weights": str(weights)},
+             "adapters": {"model.weights": str(weights), "model.adapters": {"rank": 2}}}  # fmt: skip
+    overrides = {"data.patch_size": [1, 16, 16], "model.architecture": "unet_2d", "training.max_epochs": 1,
+                 "model.options": {"features": [4, 8], "stem": 1}, "data.patches_per_epoch": 4}  # fmt: skip
+    factors = {"sections": levels, "start": start}
+    return write(folder, root, "transfer", mode="grid", factors=factors, seeds=[1], overrides=overrides, **content)
+
+
+def test_arms_may_train_on_fewer_sections_and_start_elsewhere(tmp_path: Path, root: Path) -> None:
+    weights = tmp_path / "first.ckpt"
+    file = transfer(tmp_path, root, weights)
+    found = study(file, tmp_path / "out", dry_run=True)
+    assert [(line["sections"], line["start"]) for line in found.arms] == [
+        (sections, start) for sections in ("1", "4") for start in ("scratch", "other", "adapters")
+    ]
+    assert [row["start"] for row in found.rows] == ["scratch", "other", "adapters"] * 2
+    assert len({row["identity"] for row in found.rows}) == 6
+    weights.write_bytes(b"weights")
+    again = study(file, tmp_path / "out", dry_run=True).rows
+    same = [a["identity"] == b["identity"] for a, b in zip(again, found.rows, strict=True)]
+    assert same == [True, False, False] * 2, "what is in the file counts"
+    moved = transfer(tmp_path / "moved", root, weights.rename(tmp_path / "moved.ckpt"))
+    elsewhere = study(moved, tmp_path / "out", dry_run=True).rows
+    assert [row["identity"] for row in elsewhere] == [row["identity"] for row in again], "where it is does not"
+
+
+def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sets dataset\.split_file, but folds make the splits"):
+        load_study(transfer(tmp_path, root, tmp_path / "w.ckpt", folds={"by": "box", "number": 2}))
+    file = transfer(tmp_path, root, tmp_path / "w.ckpt")
+    split = tmp_path / "splits/4.yaml"
+    split.write_text(split.read_text().replace("640,0,0", "648,0,0"))
+    with pytest.raises(ConfigError, match=r"4.yaml validates on other crops than .*1.yaml.*same list val"):
+        study(file, tmp_path / "out", dry_run=True)
+    split.unlink()
+    with pytest.raises(MissingError, match=r"4.yaml: no such file"):
+        study(file, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.slow
+def test_one_table_of_sections_against_starts(phantom: Path, tmp_path: Path) -> None:
+    """From the isotropic data set of the phantom to sections of the other one."""
+    from connectomics.lightning.checkpoints import load_network, read_checkpoint
+    from connectomics.pipeline.train import train
+
+    network = {"model.architecture": "unet_2d", "model.options": {"features": [4, 8], "stem": 1}}
+    small = {"data.patch_size": [1, 32, 32], "data.patches_per_epoch": 16, "training.max_epochs": 2, **network}
+    target = {**base_of(phantom), "dataset": {
+        "data_root": str(phantom), "datasets": ["phantom-aniso"], "crops": ["crop201"], "classes": ["mito"],
+        "voxel_size": [5.24, 4, 4],
+    }}  # fmt: skip
+    elsewhere = {"dataset.datasets": ["phantom-iso"], "dataset.crops": ["crop1"], "dataset.voxel_size": [4, 4, 4]}
+    source = changed(config_from_dict(target), {**small, **elsewhere}, "source")
+    first = train(source, tmp_path / "first")
+    box = Catalog.open(str(phantom)).crop("phantom-aniso", "crop201").box
+    (z, y, x), (_, y1, x1) = box.begin, box.end
+    levels = {}
+    for number in (1, 4):
+        split = {
+            "train": [f"phantom-aniso/crop201:{z + 12 * 5.24},{y},{x}:{z + (12 + number) * 5.24},{y1},{x1}"],
+            "val": [f"phantom-aniso/crop201:{z},{y},{x}:{z + 10 * 5.24},{y1},{x1}"],
+        }
+        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(split))
+        levels[str(number)] = {"dataset.split_file": str(tmp_path / f"{number}.yaml")}
+    start = {"scratch": {}, "other": {"model.weights": str(first.folder)},
+             "adapters": {"model.weights": str(first.folder), "model.adapters": {"rank": 2}}}  # fmt: skip
+    file = tmp_path / "transfer.yaml"
+    content = {"base": target, "overrides": small, "mode": "grid", "seeds": [1, 2], "scores": ["val/mito/iou"],
+               "factors": {"sections": levels, "start": start}}  # fmt: skip
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    found = study(file, tmp_path / "out")
+    assert found.unfinished == []
+    assert [(line["sections"], line["start"], line["complete"]) for line in found.arms] == [
+        (sections, name, 2) for sections in ("1", "4") for name in start
+    ]
+    with (found.folder / "study.csv").open() as table:
+        assert next(csv.reader(table))[:3] == ["arm", "sections", "start"]
+    text = (found.folder / "study.html").read_text()
+    assert "val/mito/iou by sections and start" in text
+    for row in found.rows:
+        checkpoint = found.folder / "rows" / row["folder"] / "checkpoints/best.ckpt"
+        names = read_checkpoint(checkpoint)["state_dict"]
+        assert any(name.endswith(".up") for name in names) == (row["start"] == "adapters")
+        assert not any(name.endswith(".up") for name in load_network(checkpoint).state_dict())
+    by_seed = [{row["val/mito/iou"] for row in found.rows if row["seed"] == seed} for seed in (1, 2)]
+    assert all(len(values) > 3 for values in by_seed), "sections and starts make a difference"
+    assert study(file, tmp_path / "out") == found
+
+
+@pytest.mark.parametrize("name", ["transfer_mito", "transfer_mito_vnc"])
+def test_the_studies_of_transfer_fit_the_data(name: str, shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)  # split files are relative to it
+    found = study(root / f"tutorials/studies/{name}.yaml", overrides=[f"dataset.data_root={shared_data}"], dry_run=True)
+    assert {(line["sections"], line["start"]) for line in found.arms} >= {
+        (sections, start) for sections in ("1", "3", "10") for start in ("scratch", "lucchi", "lucchi_adapters")
+    }
+    assert len(found.rows) == 3 * len(found.arms)
+
+
 # -- the file --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -405,7 +521,7 @@ def test_the_studies_that_ship_are_valid(file: Path) -> None:
 def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Path) -> None:
     root = Path(__file__).parents[2]
     text = (root / "docs/studies.md").read_text(encoding="utf-8")
-    block, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    block, starts, halving = re.findall(r"```yaml\n(.*?)```", text, re.S)
     file = tmp_path / "doc.yaml"
     file.write_text(block.replace("../phantom.yaml", str(root / "tutorials/phantom.yaml")) + halving)
     content, _, arms = load_study(file)
@@ -413,3 +529,9 @@ def test_the_study_of_the_documentation_has_the_arms_that_it_names(tmp_path: Pat
     assert [arm.name for arm in arms] == named
     assert "RandScaleIntensityd" not in arms[-1].config.data.augmentations
     assert content.halving is not None
+    file.write_text(f"base: {root / 'tutorials/phantom.yaml'}\n{starts}")
+    assert [arm.levels for arm in load_study(file)[2]] == [
+        {"sections": sections, "start": start}
+        for sections in ("1", "10")
+        for start in ("scratch", "other_data", "adapters", "pretrained")
+    ]

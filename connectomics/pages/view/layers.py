@@ -209,12 +209,7 @@ def _of_root(
     found: Layers, catalog: Catalog, sources: ViewSources, crops: Sequence[str], predicted: set[str]
 ) -> list[Box]:
     """Add raw and the truth of some crops: of the predicted classes, if none are named. Return the crops' boxes."""
-    location = catalog.raw_location(found.dataset)
-    if is_s3(location):
-        found.layers.append(Layer("raw", "raw", location))
-    else:
-        found.roots["raw"] = Path(location)
-        found.layers.append(Layer("raw", "raw", "files/raw"))
+    add_raw(found, catalog.raw_location(found.dataset))
     opened = [catalog.crop(found.dataset, name) for name in crops]
     there = {name for crop in opened for name in crop.labels}
     wanted = sources.classes or (tuple(sorted(predicted & there)) or None)
@@ -238,6 +233,13 @@ def _of_root(
         for class_name, color in zip(classes, cycle(CLASS_COLORS), strict=False):
             _add_truth(found, crop, class_name, color, visible=crop is opened[0])
     return [found.boxes[name] for name in crops]
+
+
+def add_raw(found: Layers, location: str, root: str = "raw") -> None:
+    """Add the raw at a location; ``root``: the name that it is served by, if it is on this machine."""
+    if not is_s3(location):
+        found.roots[root] = Path(location)
+    found.layers.append(Layer("raw", "raw", location if is_s3(location) else f"files/{root}"))
 
 
 def _add_truth_map(found: Layers, crop: Crop, classes: Sequence[str], *, visible: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +53,19 @@ def state_of(layers: Layers, url: str) -> dict[str, Any]:
 
 
 def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewing:
-    """Serve the layers and neuroglancer's page.
+    """Serve the layers and neuroglancer's page; see `open_viewers`."""
+    return open_viewers([layers], address, port)[0]
+
+
+def open_viewers(
+    pages: Sequence[Layers], address: str = LOOPBACK, port: int = 0, tokens: Sequence[str | None] = ()
+) -> list[Viewing]:
+    """Serve one page of neuroglancer for each of some layers; to close one closes all.
 
     Args:
-        address: who may connect; default: only this machine. port: of the page; 0: any free port.
+        pages: what each page shows; the same name of a root, or of what is made, is the same thing in all.
+        address: who may connect; default: only this machine. port: of the pages; 0: any free port.
+        tokens: the secret in the address of each page, ``http://{address}:{port}/v/{token}/``; None: a new one.
 
     Raises:
         MissingError: neuroglancer is not installed. InputError: the address or the port is not available.
@@ -65,19 +75,26 @@ def open_viewer(layers: Layers, address: str = LOOPBACK, port: int = 0) -> Viewi
     except ImportError as error:
         raise MissingError("neuroglancer is not installed: run pip install 'connectomics-cellmap[view]'") from error
     try:
-        server = VolumeServer(layers.roots, layers.made, address)
+        server = VolumeServer(
+            dict(item for layers in pages for item in layers.roots.items()),
+            dict(item for layers in pages for item in layers.made.items()),
+            address,
+        )
     except OSError as error:  # an unknown name, an address of another machine
         raise InputError(f"cannot serve at {address}: {error.strerror}; give an address of this machine") from error
-    state = state_of(layers, server.url)
     neuroglancer.set_server_bind_address(address, port)
     try:
-        viewer = neuroglancer.Viewer()
+        viewers = [neuroglancer.Viewer(token=token) for token in tokens or [None] * len(pages)]
     except OSError as error:  # a port that another program or the system uses
         server.close()
         wrong = f"cannot serve the page at port {port} of {address}: {error.strerror}"
         raise InputError(f"{wrong}; give another --port, or 0 for any free port") from error
-    viewer.set_state(state)
-    return Viewing(viewer.get_viewer_url(), state, viewer, server)
+    found = []
+    for layers, viewer in zip(pages, viewers, strict=True):
+        state = state_of(layers, server.url)
+        viewer.set_state(state)
+        found.append(Viewing(viewer.get_viewer_url(), state, viewer, server))
+    return found
 
 
 def _layer(layer: Layer, layers: Layers, url: str) -> dict[str, Any]:
