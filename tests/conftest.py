@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from connectomics.testing.fixtures import phantom  # noqa: F401
+from tests.starter import Starter
 
 try:
     from hypothesis import settings
@@ -37,6 +39,13 @@ def _shared(part: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {part} beside the checkout (set CONNECTOMICS_SHARED to the folder that holds it)")
     return path
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Starts processes that need not import the large libraries."""
+    with Starter(tmp_path_factory.mktemp("starter")) as starter:
+        yield starter
 
 
 @pytest.fixture(scope="session")
