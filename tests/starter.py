@@ -8,9 +8,11 @@ signal that ended it), {"poll": id} the same, or 1000 while it runs.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -146,19 +148,17 @@ def _become(words: list[str], cwd: str, folder: str, environment: dict[str, str]
         os.close(file)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.path[1:1] = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
+    random.seed()
     status = _status(words)
     threading._shutdown()  # type: ignore[attr-defined]
-    _at_exit()
-    # without the end of the interpreter, which touches, and so copies, all that was imported
-    os._exit(status)
-
-
-def _at_exit() -> None:
-    import atexit
-
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    # without the end of the interpreter, which touches, and so copies, all that was imported
+    os._exit(status)
 
 
 def _status(words: list[str]) -> int:
@@ -171,8 +171,7 @@ def _status(words: list[str]) -> int:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     except KeyboardInterrupt:
         traceback.print_exc()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        return -signal.SIGINT
     except BaseException:
         traceback.print_exc()
         return 1
