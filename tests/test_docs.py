@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,28 +35,44 @@ def commands(file: Path) -> list[str]:
     ]
 
 
-def run_all(found: list[str], folder: Path, starter: Starter) -> None:
-    """Run commands one after another in a folder; fails with the output of the first that fails."""
-    for name in ("tutorials", "scripts", "connectomics"):
+def run_all(found: list[str], folder: Path, starter: Starter, small: bool) -> None:
+    """Run commands one after another in a folder; fails with the output of the first that fails.
+
+    ``small``: with a network of fewer channels, and in one process where the page has two.
+    """
+    for name in ("scripts", "connectomics"):
         (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "tutorials", folder / "tutorials")
+    if small:
+        file = folder / "tutorials/phantom.yaml"
+        file.write_text(re.sub(r"channels: \[24, 48, 96, 128\]", "channels: [4, 8, 16, 16]", text := file.read_text()))
+        assert file.read_text() != text
     for command in found:
         program, *words = shlex.split(command)
+        words = [word for word in words if not (small and word == "engine.workers=2")]
         started = starter.run(words if program == "python" else [program, *words], cwd=folder)
         assert started.status == 0, f"{command}\n{started.said[-5000:]}"
 
 
-def test_the_guide_runs(tmp_path: Path, starter: Starter) -> None:
+AS_WRITTEN = pytest.mark.parametrize(
+    "small", [pytest.param(True, id="small"), pytest.param(False, id="as written", marks=pytest.mark.slow)]
+)
+
+
+@AS_WRITTEN
+def test_the_guide_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
     found = commands(ROOT / "docs/guide.md")
     assert len(found) > 12
-    run_all(found, tmp_path, starter)
+    run_all(found, tmp_path, starter, small)
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
-def test_a_whole_cell_runs(tmp_path: Path, starter: Starter) -> None:
+@AS_WRITTEN
+def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
     """Every command of the page, the last one until it serves."""
     pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
     page = ROOT / "docs/whole-cell.md"
-    run_all(commands(page), tmp_path, starter)
+    run_all(commands(page), tmp_path, starter, small)
     place = "cell7.zarr/box_0_0_0_640_640_640/mito"
     for folder in ("out/probabilities", "out/labels"):
         levels = Multiscale.open(tmp_path / folder / place).levels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,6 @@ import pytest
 
 import connectomics as cx
 from connectomics.errors import MissingError, UnknownNameError
-from connectomics.phantom import PhantomOptions, make_phantom
 
 ROOT = Path(__file__).resolve().parents[1]
 FUNCTIONS = [name for name in cx.__all__ if name.islower() and not name.startswith("_")]
@@ -55,9 +55,9 @@ def test_functions_share_one_signature(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("front")
-    make_phantom(folder / "data/phantom", PhantomOptions(preset="tiny"))
+    shutil.copytree(phantom, folder / "data/phantom")
     return folder
 
 
