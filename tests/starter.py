@@ -119,6 +119,8 @@ class Starter:
         self._number += 1
         folder = self._folder / str(self._number)
         folder.mkdir()
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         home = str(self._folder)
         ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": home, "XDG_CACHE_HOME": home}
         changed = {**os.environ, **ours, **(environment or {})}
@@ -143,7 +145,7 @@ def _become(words: list[str], cwd: str, folder: str, environment: dict[str, str]
     os.environ.clear()
     os.environ.update(environment)
     for number, name in ((0, os.devnull), (1, f"{folder}/stdout"), (2, f"{folder}/stderr")):
-        file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        file = os.open(name, os.O_RDWR | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
