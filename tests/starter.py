@@ -150,6 +150,7 @@ def _become(words: list[str], cwd: str, folder: str, environment: dict[str, str]
         os.close(file)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.path[1:1] = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has started with "&"
     random.seed()
     status = _status(words)
     threading._shutdown()  # type: ignore[attr-defined]
