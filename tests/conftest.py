@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from connectomics.testing.fixtures import phantom  # noqa: F401
+from tests.starter import Starter
 
 try:
     from hypothesis import settings
@@ -16,19 +18,22 @@ except ModuleNotFoundError:  # tests/gpu needs no more than pytest and the core 
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# else each of the many processes that are started compiles the package again
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 if settings is not None:
     # a shared machine is slow at times; a test that fails for that says nothing
     settings.register_profile("steady", deadline=None)
     settings.load_profile("steady")
 
 
-#: begun first, so that none of them is still running when everything else is done
-LONGEST = ("test_the_guide_runs", "test_killed_and_resumed_again", "test_two_processes_on_the_cpu")
+#: modules that are begun first, so that no long test still runs when everything else is done
+LONGEST = ("test_docs", "test_every_engine", "test_odd_places", "test_resume_epoch", "test_train", "test_heads")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first."""
-    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+    """The modules with the longest tests first: whole ones, whose fixtures are then made once."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def _shared(part: str) -> Path:
@@ -37,6 +42,13 @@ def _shared(part: str) -> Path:
     if not path.exists():
         pytest.skip(f"no {part} beside the checkout (set CONNECTOMICS_SHARED to the folder that holds it)")
     return path
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    """Starts processes that need not import the large libraries."""
+    with Starter(tmp_path_factory.mktemp("starter")) as starter:
+        yield starter
 
 
 @pytest.fixture(scope="session")

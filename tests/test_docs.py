@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.main import get_command
 import connectomics
 from connectomics.cli.app import app
 from connectomics.io.multiscale import Multiscale
+from tests.starter import Starter
 
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
@@ -33,40 +35,44 @@ def commands(file: Path) -> list[str]:
     ]
 
 
-def run_all(found: list[str], folder: Path) -> None:
-    """Run commands one after another in a folder; fails with the output of the first that fails."""
-    for name in ("tutorials", "scripts", "connectomics"):
+def run_all(found: list[str], folder: Path, starter: Starter, small: bool) -> None:
+    """Run commands one after another in a folder; fails with the output of the first that fails.
+
+    ``small``: with a network of fewer channels, and in one process where the page has two.
+    """
+    for name in ("scripts", "connectomics"):
         (folder / name).symlink_to(ROOT / name)
-    with subprocess.Popen(
-        [sys.executable, "-m", "tests.reader"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ) as reader:
-        assert reader.stdin is not None
-        assert reader.stdout is not None
-        for command in found:
-            said = folder / "said.txt"
-            request = {"words": shlex.split(command), "cwd": str(folder), "said": str(said)}
-            print(json.dumps(request), file=reader.stdin, flush=True)
-            code = reader.stdout.readline().strip()
-            assert code == "0", f"{command}\n{said.read_text()[-5000:]}"
+    shutil.copytree(ROOT / "tutorials", folder / "tutorials")
+    if small:
+        file = folder / "tutorials/phantom.yaml"
+        file.write_text(re.sub(r"channels: \[24, 48, 96, 128\]", "channels: [4, 8, 16, 16]", text := file.read_text()))
+        assert file.read_text() != text
+    for command in found:
+        program, *words = shlex.split(command)
+        words = [word for word in words if not (small and word == "engine.workers=2")]
+        started = starter.run(words if program == "python" else [program, *words], cwd=folder)
+        assert started.status == 0, f"{command}\n{started.said[-5000:]}"
 
 
-def test_the_guide_runs(tmp_path: Path) -> None:
+AS_WRITTEN = pytest.mark.parametrize(
+    "small", [pytest.param(True, id="small"), pytest.param(False, id="as written", marks=pytest.mark.slow)]
+)
+
+
+@AS_WRITTEN
+def test_the_guide_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
     found = commands(ROOT / "docs/guide.md")
     assert len(found) > 12
-    run_all(found, tmp_path)
+    run_all(found, tmp_path, starter, small)
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
-def test_a_whole_cell_runs(tmp_path: Path) -> None:
+@AS_WRITTEN
+def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
     """Every command of the page, the last one until it serves."""
     pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
     page = ROOT / "docs/whole-cell.md"
-    run_all(commands(page), tmp_path)
+    run_all(commands(page), tmp_path, starter, small)
     place = "cell7.zarr/box_0_0_0_640_640_640/mito"
     for folder in ("out/probabilities", "out/labels"):
         levels = Multiscale.open(tmp_path / folder / place).levels
@@ -74,16 +80,11 @@ def test_a_whole_cell_runs(tmp_path: Path) -> None:
     assert (tmp_path / "out/tables/contacts_mito_er_30nm.csv").stat().st_size > 0
     pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
     (view,) = shown(page)
-    words = [sys.executable, "-u", "-m", "connectomics", *shlex.split(view)[1:], "--state", "state.json"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True) as viewer:
-        assert viewer.stdout is not None
-        said: list[str] = []
-        while not (said and said[-1].startswith("http")):
-            said.append(viewer.stdout.readline())
-            assert said[-1], said
-        viewer.send_signal(signal.SIGINT)
-    assert "  labels of er, ld, mito, nuc in box_0_0_0_640_640_640\n" in said
+    viewer = starter.start([*shlex.split(view), "--state", "state.json"], cwd=tmp_path)
+    assert viewer.wait_for(lambda: "\nhttp" in viewer.stdout), viewer.said
+    os.kill(viewer.pid, signal.SIGINT)
+    viewer.wait()
+    assert "  labels of er, ld, mito, nuc in box_0_0_0_640_640_640\n" in viewer.stdout
     state = json.loads((tmp_path / "state.json").read_text())
     (mito,) = (layer for layer in state["layers"] if layer["name"].startswith("mito labels"))
     assert len(mito["source"]) == 3, "labels, properties, meshes"

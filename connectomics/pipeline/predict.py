@@ -33,14 +33,7 @@ from connectomics.io.sharded import Storage
 from connectomics.pipeline.network_task import NetworkPredictTask, load_networks, network_and_config, ready
 from connectomics.pipeline.results import Probabilities
 from connectomics.pipeline.runs import Run
-from connectomics.pipeline.targets import (
-    Target,
-    chosen_targets,
-    grids_of,
-    mask_of,
-    normalizations_of,
-    targets_of,
-)
+from connectomics.pipeline.targets import Target, chosen_targets, grids_of, mask_of, normalizations_of, targets_of
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import TASK_FILE, Engine, open_engine, run_task
 from connectomics.tasks.engines import Here

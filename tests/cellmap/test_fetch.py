@@ -7,10 +7,8 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import s3
 from connectomics.io.store import StoreError, StoreOptions
 from tests.s3_server import FaultyProxy, FolderServer, MotoServer
+from tests.starter import Starter
 
 SIZE = (8.0, 8.0, 8.0)
 
@@ -154,27 +153,18 @@ def number_below(root: Path) -> int:
     return sum(len(files) for _, _, files in os.walk(root))
 
 
-def test_a_fetch_that_is_killed_goes_on(server: FolderServer, phantom: Path, tmp_path: Path) -> None:
+def test_a_fetch_that_is_killed_goes_on(server: FolderServer, phantom: Path, tmp_path: Path, starter: Starter) -> None:
     name = Catalog.open(str(phantom)).crops()[0].name
-    command = [sys.executable, "-m", "connectomics", "fetch", "--from", "s3://public", "--crop", name]
-    arguments = ["--voxel-size", "8", "--threads", "2"]
+    command = ["pytc", "fetch", "--from", "s3://public", "--crop", name, "--voxel-size", "8", "--threads", "2"]
     with FaultyProxy(server.endpoint, latency=0.02) as slow:
-        environment = {**os.environ, "AWS_ENDPOINT_URL": slow.endpoint}
         for _ in range(2):
-            running = subprocess.Popen([*command, *arguments, str(tmp_path / "b")], env=environment)
             seen = number_below(tmp_path / "b")
-            until = time.monotonic() + 60
-            while time.monotonic() < until and running.poll() is None:
-                if number_below(tmp_path / "b") > seen + 10:
-                    break
-                time.sleep(0.02)
-            running.send_signal(signal.SIGKILL)
-            running.wait()
-    environment = {**os.environ, "AWS_ENDPOINT_URL": server.endpoint}
+            running = starter.start([*command, tmp_path / "b"], {"AWS_ENDPOINT_URL": slow.endpoint})
+            running.wait_for(lambda seen=seen: number_below(tmp_path / "b") > seen + 10)  # type: ignore[misc]
+            running.kill()
     for place in ("a", "b"):
-        again = [*command, *arguments, str(tmp_path / place)]
-        ended = subprocess.run(again, env=environment, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stderr[-2000:]
+        ended = starter.run([*command, tmp_path / place], {"AWS_ENDPOINT_URL": server.endpoint})
+        assert ended.status == 0, ended.said[-2000:]
     assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
     assert not list((tmp_path / "b").rglob(".fetching-*"))
 

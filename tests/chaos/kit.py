@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
@@ -24,79 +18,10 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.config import save_config
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.cli.small_way import config_of
+from tests.starter import Started, Starter
 
-ROOT = Path(__file__).resolve().parents[2]
 EDGE = 48  # voxels of raw along each axis
 _ID = re.compile(rb'"id": "[0-9a-f]{32}"')
-
-
-class Started:
-    """One command under way."""
-
-    def __init__(self, starter: Starter, pid: int, said: Path) -> None:
-        self._starter, self.pid, self._said = starter, pid, said
-
-    def wait(self) -> int:
-        """Its exit status."""
-        return self._starter.ask({"wait": self.pid})
-
-    def is_running(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-        self.wait()
-
-    @property
-    def said(self) -> str:
-        return self._said.read_text(encoding="utf-8")
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.said.splitlines() if line.startswith("error:")]
-
-
-class Starter:
-    """Starts real processes of ``pytc`` without the seconds that importing takes; a context manager."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._number = folder, 0
-
-    def __enter__(self) -> Self:
-        home = self._folder / "home"
-        home.mkdir()
-        environment = {
-            **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(home),
-            "XDG_CACHE_HOME": str(home),
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.chaos.starter"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        )  # fmt: skip
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def ask(self, request: object) -> int:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
-
-    def start(self, words: list[str], environment: Mapping[str, str | None] | None = None) -> Started:
-        self._number += 1
-        said = self._folder / f"said-{self._number}.txt"
-        request = {"words": ["pytc", *words], "cwd": str(self._folder), "said": str(said)}
-        return Started(self, self.ask({"start": request, "environment": dict(environment or {})}), said)
-
-    def run(self, words: list[str], environment: Mapping[str, str | None] | None = None) -> tuple[int, Started]:
-        started = self.start(words, environment)
-        return started.wait(), started
 
 
 @dataclass(frozen=True)
@@ -120,7 +45,7 @@ class Verb:
         return self.words.split()[0] in ("predict", "decode", "measure", "mesh")
 
     def command(self, base: Path, out: Path) -> list[str]:
-        return [word.format(base=base, out=out) for word in self.words.split()]
+        return ["pytc", *(word.format(base=base, out=out) for word in self.words.split())]
 
 
 VERBS = {
@@ -186,10 +111,31 @@ def make_inputs(base: Path, starter: Starter) -> None:
     for words in (
         f"train {base}/run.yaml --run-dir {base}/run",
         f"predict {base}/run.yaml --checkpoint {base}/run/checkpoints/last.ckpt --out {base}/predictions --device cpu",
-        f"decode {base}/predictions {base}/labels decoding.default.threshold=0.3",
+        f"decode {base}/predictions {base}/labels decoding.default.threshold=0.3 decoding.blockwise_above=1000",
     ):
-        status, started = starter.run(words.split())
-        assert status == 0, started.said
+        started = starter.run(["pytc", *words.split()])
+        assert started.status == 0, started.said
+
+
+class Whole:
+    """The inputs of all verbs, to be read only, and what each verb gives that nothing happens to."""
+
+    def __init__(self, folder: Path, starter: Starter) -> None:
+        self._folder, self._starter, self.inputs = folder, starter, folder / "inputs"
+        self._found: dict[str, tuple[dict[str, bytes], int]] = {}
+        (self.inputs / "root").mkdir(parents=True)
+        make_inputs(self.inputs, starter)
+
+    def result(self, verb: str, *more: str) -> tuple[dict[str, bytes], int]:
+        """Its results, and how many files it writes; ``more`` words change the command."""
+        name = " ".join((verb, *more))
+        if name not in self._found:
+            out = self._folder / str(len(self._found))
+            started = self._starter.run([*VERBS[verb].command(self.inputs, out), *more])
+            assert started.status == 0, started.said
+            self._found[name] = results(out), files_in(out)
+            assert len(self._found[name][0]) > 0
+        return self._found[name]
 
 
 # -- what is there -----------------------------------------------------------------------------------------------------
@@ -232,11 +178,7 @@ def files_in(folder: Path) -> int:
 
 def wait_for_files(started: Started, folder: Path, number: int) -> bool:
     """Until the command has left so many files, or has ended; whether it still runs."""
-    while started.is_running():
-        if files_in(folder) >= number:
-            return True
-        time.sleep(0.001)
-    return False
+    return started.wait_for(lambda: files_in(folder) >= number)
 
 
 # -- what happens ------------------------------------------------------------------------------------------------------

@@ -21,17 +21,15 @@ import pytest
 
 from tests.chaos.kit import (
     VERBS,
-    Started,
-    Starter,
+    Whole,
     everything,
-    files_in,
-    make_inputs,
     no_permission,
     results,
     small_disk,
     wait_for_files,
 )
 from tests.s3_server import FaultyProxy, FolderServer
+from tests.starter import Started, Starter
 
 
 @dataclass
@@ -39,53 +37,34 @@ class Place:
     """Where the cases of one session are.
 
     Attributes:
-        inputs: of all verbs; each case gets a copy. served: a link to the data root that the S3 server shows.
+        served: a link to the data root that the S3 server shows.
     """
 
     folder: Path
-    inputs: Path
     served: Path
+    whole: Whole
     starter: Starter
-
-    def __post_init__(self) -> None:
-        self._whole: dict[str, tuple[dict[str, bytes], int]] = {}
 
     def serve(self, base: Path) -> None:
         """Let the S3 server show the data root of ``base``."""
         self.served.unlink(missing_ok=True)
         self.served.symlink_to(base / "root")
 
-    def whole(self, verb: str) -> tuple[dict[str, bytes], int]:
-        """What a run gives that nothing happens to, and how many files it writes."""
-        if verb not in self._whole:
-            out = self.folder / "whole" / verb
-            self.serve(self.inputs)
-            status, started = self.starter.run(VERBS[verb].command(self.inputs, out))
-            assert status == 0, started.said
-            self._whole[verb] = results(out), files_in(out)
-            assert len(self._whole[verb][0]) > 0
-        return self._whole[verb]
-
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Place]:
+def place(whole: Whole, starter: Starter) -> Iterator[Place]:
     """Not below pytest's folder: what cannot be removed there would stop it."""
     folder = Path(mkdtemp(prefix="chaos-"))
-    inputs, served = folder / "inputs", folder / "served"
-    (inputs / "root").mkdir(parents=True)
-    served.symlink_to(inputs / "root")
+    served = folder / "served"
+    served.symlink_to(whole.inputs / "root")
     try:
-        with FolderServer(served) as server, FaultyProxy(server.endpoint, share=1 / 20) as proxy:
-            before = os.environ.get("AWS_ENDPOINT_URL")
-            os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
-            try:
-                with Starter(folder) as starter:
-                    make_inputs(inputs, starter)
-                    yield Place(folder, inputs, served, starter)
-            finally:
-                os.environ.pop("AWS_ENDPOINT_URL")
-                if before is not None:
-                    os.environ["AWS_ENDPOINT_URL"] = before
+        with (
+            FolderServer(served) as server,
+            FaultyProxy(server.endpoint, share=1 / 20) as proxy,
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+            yield Place(folder, served, whole, starter)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -95,10 +74,11 @@ class Case:
 
     def __init__(self, place: Place, name: str) -> None:
         self.place, self.name, self.verb = place, name, VERBS[name]
-        self.expected, self.files = place.whole(name)
+        place.serve(place.whole.inputs)
+        self.expected, self.files = place.whole.result(name)
         self.folder = Path(mkdtemp(dir=place.folder))
         self.base, self.out = self.folder / "inputs", self.folder / "out"
-        shutil.copytree(place.inputs, self.base, ignore=shutil.ignore_patterns("cache*"))
+        shutil.copytree(place.whole.inputs, self.base, ignore=shutil.ignore_patterns("cache*"))
         self.out.mkdir()
         place.serve(self.base)
         self.chance = random.Random(name)
@@ -119,7 +99,7 @@ class Case:
         if status == 0:
             assert results(self.out) == self.expected
         else:
-            assert status == 1, started.said
+            assert started.status == 1, started.said
             assert len(started.errors) == 1, started.said
             assert "Traceback" not in started.said
         return status == 0
@@ -131,15 +111,15 @@ class Case:
 
     def fails(self) -> str:
         """The line that it ends with."""
-        status, started = self.place.starter.run(self.command)
-        assert status == 1, started.said
+        started = self.place.starter.run(self.command)
+        assert started.status == 1, started.said
         assert len(started.errors) == 1, started.said
         assert "Traceback" not in started.said
         return started.errors[0]
 
     def succeeds(self, *more: str) -> None:
-        status, started = self.place.starter.run([*self.command, *more])
-        assert status == 0, started.said
+        started = self.place.starter.run([*self.command, *more])
+        assert started.status == 0, started.said
         found = results(self.out)
         assert found.keys() == self.expected.keys()
         assert [name for name in found if found[name] != self.expected[name]] == []

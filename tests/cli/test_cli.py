@@ -16,6 +16,7 @@ from connectomics.cli import main, run_guarded
 from connectomics.errors import CorruptDataError, InputError
 from connectomics.pipeline.predict import known_device
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, plain_root, write_label, write_raw, zarr_of
+from tests.starter import Starter
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = (
@@ -173,13 +174,11 @@ def test_demo_does_not_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "mine").read_text() == "keep"
 
 
-def test_the_plans_script_says_what_it_needs(tmp_path: Path) -> None:
+def test_the_plans_script_says_what_it_needs(starter: Starter) -> None:
     """Its training is one of the guide's commands."""
-    script = [sys.executable, str(ROOT / "scripts/main.py"), "--config", str(ROOT / "tutorials/phantom.yaml")]
-    bad = subprocess.run(
-        [*script, "--mode", "test", "training.max_epochs=1"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert bad.returncode == 1
+    script = [ROOT / "scripts/main.py", "--config", ROOT / "tutorials/phantom.yaml"]
+    bad = starter.run([*script, "--mode", "test", "training.max_epochs=1"])
+    assert bad.status == 1
     assert bad.stderr.strip() == "error: --mode test needs --checkpoint FILE"
 
 

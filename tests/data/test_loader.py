@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -23,9 +21,11 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.data.loader import PatchLoader, WorkerError, _reason
 from connectomics.errors import UnknownNameError
 from tests.data.loader_kit import Modules, Numbers, Volumes, loader
+from tests.starter import Started, Starter
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTS = ["spawn", "forkserver"]
+#: a spawned process imports torch, which takes seconds; one quick test has it
+STARTS = [pytest.param("spawn", marks=pytest.mark.slow), "forkserver"]
 
 
 def sequence(batches: PatchLoader | Iterator[Any]) -> list[tuple[int, int, float]]:
@@ -65,7 +65,7 @@ def test_the_order_does_not_depend_on_the_workers() -> None:
         assert sequence(loader(Numbers(), workers, start=start)) == expected
 
 
-@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+@pytest.mark.parametrize("start", STARTS)
 def test_volumes_that_the_parent_has_read_before(phantom: Path, start: str) -> None:
     from connectomics.data.volumes import CropVolume
 
@@ -175,7 +175,9 @@ def test_a_bug_in_a_worker_keeps_its_traceback() -> None:
 
 
 # -- ends --------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("start", "persistent"), [("forkserver", True), ("spawn", False)])
+@pytest.mark.parametrize(
+    ("start", "persistent"), [("forkserver", True), pytest.param("spawn", False, marks=pytest.mark.slow)]
+)
 def test_a_worker_that_is_killed_is_one_clear_error(start: str, persistent: bool) -> None:
     of_others = shared_memory_of([os.getpid()])  # what tests before this one still hold, which workers inherit
     dying = loader(Numbers("SIGKILL", at=13), 2, start=start, persistent=persistent)
@@ -204,22 +206,11 @@ def test_what_is_said_of_other_ends() -> None:
         assert f"worker 1 of 4 {said}; data.num_workers=0 shows what happens in it" in _reason(0, code, 4)
 
 
-def run_script(folder: Path, start: str, nap_s: float) -> tuple[subprocess.Popen[str], list[int]]:
+def run_script(starter: Starter, folder: Path, start: str, nap_s: float) -> tuple[Started, list[int]]:
     """Start it as a terminal would, the leader of a process group; returns when its workers are at work."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tests.data.loader_kit", str(folder), start, str(nap_s)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = starter.start(["-m", "tests.data.loader_kit", folder, start, nap_s], cwd=ROOT)
     file = folder / "pids.json"
-    deadline = time.monotonic() + 90
-    while not file.is_file():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert process.wait_for(file.is_file), process.said
     return process, json.loads(file.read_text())
 
 
@@ -237,30 +228,28 @@ def group(leader: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("start", "nap_s"), [("spawn", 0.02), ("forkserver", 1.0)])
-def test_an_interrupt_ends_everything_quietly(tmp_path: Path, start: str, nap_s: float) -> None:
+@pytest.mark.parametrize(("start", "nap_s"), [pytest.param("spawn", 0.02, marks=pytest.mark.slow), ("forkserver", 1.0)])
+def test_an_interrupt_ends_everything_quietly(tmp_path: Path, starter: Starter, start: str, nap_s: float) -> None:
     """Ctrl-C in a terminal goes to the whole group; also while workers are in the middle of slow reads."""
-    process, pids = run_script(tmp_path, start, nap_s)
+    process, pids = run_script(starter, tmp_path, start, nap_s)
     members = group(process.pid)
     assert set(pids) <= set(members)
     mapped = shared_memory_of(members)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    assert process.wait() == 130
     assert time.monotonic() - began < 20  # one second on an idle machine
-    assert errors == "interrupted; rerun the same command to resume\n"
-    assert process.returncode == 130
+    assert process.stderr == "interrupted; rerun the same command to resume\n"
     assert gone(members, 10)
     assert not any(os.path.exists(path) for path in mapped)
 
 
-@pytest.mark.parametrize("start", ["spawn", "forkserver"])
-def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, start: str) -> None:
-    process, _ = run_script(tmp_path, start, 0.02)
+@pytest.mark.parametrize("start", STARTS)
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, starter: Starter, start: str) -> None:
+    process, _ = run_script(starter, tmp_path, start, 0.02)
     members = group(process.pid)
     mapped = shared_memory_of(members)
     process.kill()
-    process.communicate(timeout=60)
     assert gone(members, 30)
     assert not any(os.path.exists(path) for path in mapped)
 

@@ -6,8 +6,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,26 +90,25 @@ def elsewhere(task: Labels, name: str) -> Labels:
         pytest.param("mask", 1, 20, 288, id="mask-20", marks=pytest.mark.slow),
     ],
 )
-def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(tmp_path, kind, workers, kills, edge):
+def test_killed_at_any_moment_and_run_again_the_output_is_the_same_to_the_bit(
+    tmp_path, starter, kind, workers, kills, edge
+):
     whole = replace(task_of_kind(kind, tmp_path, (edge, edge, edge), 16), pyramid=True)
     run_task(whole)
     task = elsewhere(whole, "killed")
     file = tmp_path / "task.json"
     task.save(file)
-    command = [sys.executable, "-m", "connectomics", "run-task", str(file), f"engine.workers={workers}"]
+    command = ["pytc", "run-task", file, f"engine.workers={workers}"]
     chance, in_time = random.Random(edge), 0
     for _ in range(kills):
-        leader = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-        before = steps(task)
-        while leader.poll() is None and steps(task) == before:  # it has begun to work
-            time.sleep(0.01)
+        before, leader = steps(task), starter.start(command)
+        leader.wait_for(lambda before=before: steps(task) != before)  # it has begun to work
         time.sleep(0.3 * chance.random())
-        in_time += leader.poll() is None
+        in_time += leader.is_running()
         leader.kill()
-        leader.communicate()
     assert in_time >= 0.9 * kills  # it was not done long before
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
+    done = starter.run(command)
+    assert done.status == 0, done.said
     assert contents(task) == contents(whole)
 
 
@@ -150,33 +147,32 @@ def test_a_chunk_that_cannot_be_read_is_named_the_others_are_done_and_mending_it
     assert contents(task) == contents(whole)
 
 
-def test_the_verb_exits_with_an_error_and_names_the_chunk(tmp_path):
+def test_the_verb_exits_with_an_error_and_names_the_chunk(tmp_path, starter):
     task = task_of(tmp_path, (32, 32, 32), 16)
     (Path(task.input) / "s0" / "1" / "0" / "1").write_bytes(b"no chunk")
     for name in ("second", "third"):  # other crops do not suffer
         shutil.copytree(Path(task.input).parent, tmp_path / "in.zarr" / name)
         shutil.copy(Path(task.input) / "s0/0/0/0", tmp_path / "in.zarr" / name / "mito/s0/1/0/1")
-    command = [sys.executable, "-m", "connectomics", "decode", str(tmp_path), str(tmp_path / "labels")]
-    said = subprocess.run([*command, "decoding.blockwise_above=0"], cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode == 1
+    said = starter.run(["pytc", "decode", tmp_path, tmp_path / "labels", "decoding.blockwise_above=0"])
+    assert said.status == 1
     assert "in/crop1/mito, label: 1 of 1 blocks failed (block 0: " in said.stderr
     assert "s0/1/0/1" in said.stderr
     assert sorted(p.parent.name for p in (tmp_path / "labels" / "in.zarr").glob("*/mito")) == ["second", "third"]
 
 
-def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path):
+def test_a_dry_run_says_what_is_left_and_writes_nothing(tmp_path, starter):
     task = task_of(tmp_path, (32, 32, 32), 16)
     shutil.copytree(Path(task.input), Path(task.input).with_name("er"))
     out = tmp_path / "labels"
-    command = [sys.executable, "-m", "connectomics", "decode", str(tmp_path), str(out), "--dry-run"]
-    said = subprocess.run([*command, "decoding.blockwise_above=0"], cwd=ROOT, capture_output=True, text=True)
-    assert said.returncode == 0, said.stderr
+    command = ["pytc", "decode", tmp_path, out, "--dry-run"]
+    said = starter.run([*command, "decoding.blockwise_above=0"])
+    assert said.status == 0, said.stderr
     assert "2 array(s): 0 decoded already, 0 to decode whole, 2 block by block" in said.stdout
     rows = {line.split()[0]: line.split()[1:3] for line in said.stdout.splitlines() if line.strip()}
     assert rows["label"] == ["1", "1"]
     assert rows["write"] == ["2", "2"]  # of the mask too
     assert not out.exists()
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = starter.run(command)
     assert "2 array(s): 0 decoded already, 2 to decode whole, 0 block by block" in said.stdout
 
 

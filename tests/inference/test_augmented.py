@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -403,13 +400,11 @@ def files_of(task: PredictTask) -> dict[str, bytes]:
     }
 
 
-def test_dropout_killed_and_resumed_gives_the_same_bytes(raw, tmp_path):
+def test_dropout_killed_and_resumed_gives_the_same_bytes(raw, tmp_path, starter):
     options = {"uncertainty": "dropout", "dropout_samples": 3, "symmetries": ["zyx", "z-yx"]}
     task = task_of(raw, tmp_path / "a", batch_size=2, **options)
     task.save(tmp_path / "wanted.json")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    command = [sys.executable, "-c", _KILLED, str(tmp_path / "wanted.json")]
-    assert subprocess.run(command, env=environment, check=False).returncode == -signal.SIGKILL
+    assert starter.run(["-c", _KILLED, tmp_path / "wanted.json"]).status == -signal.SIGKILL
     done = Path(task.output) / ".done-predict"
     blocks = done.read_bytes()[-task.blocks("predict") :]
     assert 0 < sum(blocks) < len(blocks)

@@ -67,7 +67,8 @@ def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_pat
         assert np.abs(stored.astype(np.float32) - expected[channel]).max() < 5e-4 + 1e-5, "half a step of float16"
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow  # `tests/tasks/test_processes.py` kills workers of a smaller task
+@pytest.mark.parametrize("kills", [1, 10])
 def test_a_worker_that_is_killed_costs_nothing_but_time(
     root: Path,  # noqa: F811
     checkpoint: Path,  # noqa: F811
@@ -108,15 +109,20 @@ def test_a_stored_task_runs_again_anywhere(root: Path, checkpoint: Path, tmp_pat
     assert bytes_of(folder) == before
 
 
-def test_another_checkpoint_in_its_place_is_refused(root: Path, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("engine", [None, pytest.param(TWO, marks=pytest.mark.slow)], ids=["here", "two processes"])
+def test_another_checkpoint_in_its_place_is_refused(
+    root: Path,  # noqa: F811
+    checkpoint: Path,  # noqa: F811
+    tmp_path: Path,
+    engine: EngineConfig | None,
+) -> None:
     config = config_of(root, crops=["crop2"])
     path = tmp_path / "best.ckpt"
     shutil.copy(checkpoint, path)
     ((task,), *_) = predict_tasks(path, out=tmp_path / "out", config=config, device="cpu")
     save_checkpoint(path, config_of(root), 7)
-    for engine in (None, TWO):
-        with pytest.raises(InputError, match=r"best\.ckpt: the weights are not those .* expected " + task.checkpoint):
-            run_task(task, engine)
+    with pytest.raises(InputError, match=r"best\.ckpt: the weights are not those .* expected " + task.checkpoint):
+        run_task(task, engine)
     save_checkpoint(path, config_of(root, classes=["er", "ld"]), 7)
     with pytest.raises(InputError, match=r"best\.ckpt: the network gives er, ld, but the prediction .* er, mito"):
         run_task(task)

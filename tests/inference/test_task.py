@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +19,7 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
+from tests.starter import Started, Starter
 from tests.trees import contents
 
 RAW_GRID = VoxelGrid((4, 4, 4), (2, 2, 2), (96, 96, 160))
@@ -205,29 +202,24 @@ run_predict_task(PredictTask.load(sys.argv[1]), slow)
 """
 
 
-def run_script(task: PredictTask, folder: Path, pause: float) -> subprocess.Popen[str]:
+def run_script(starter: Starter, task: PredictTask, folder: Path, pause: float) -> Started:
     folder.mkdir(exist_ok=True)
     task.save(folder / "wanted.json")
-    command = [sys.executable, "-c", _SCRIPT, str(folder / "wanted.json"), str(pause)]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    return starter.start(["-c", _SCRIPT, folder / "wanted.json", pause])
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(raw, tmp_path, kills):
+def test_killed_at_random_moments_and_resumed_gives_the_same_bytes(raw, tmp_path, kills, starter):
     """Each time later after the imports, so that the last ones find blocks that are marked as done."""
     task = task_of(raw, tmp_path / "a", TARGETS["same voxels"], batch_size=2, pyramid=True)
     moments = np.random.default_rng(kills).uniform(0.05, 3.0, kills)
     for seconds in sorted(moments):
-        process = run_script(task, tmp_path / "a", 0.02)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "here\n"
+        process = run_script(starter, task, tmp_path / "a", 0.02)
+        assert process.wait_for(lambda started=process: started.stdout == "here\n"), process.said
         time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    resumed = run_script(task, tmp_path / "a", 0)
-    resumed.communicate()
-    assert resumed.returncode == 0
+        process.kill()
+    resumed = run_script(starter, task, tmp_path / "a", 0)
+    assert resumed.wait() == 0, resumed.said
     whole = replace(task, output=str(tmp_path / "b" / "a.zarr" / "crop1"))
     run_predict_task(whole, lambda x: torch.cat([torch.nn.functional.avg_pool3d(x, 3, 1, 1), 1 - x], 1))
     assert files_of(task) == files_of(whole)

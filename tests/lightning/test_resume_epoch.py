@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import torch
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.lightning.run_state import state_of
 from tests.lightning.resume_run import BATCHES, run
+from tests.starter import Starter
 
 ROOT = Path(__file__).resolve().parents[2]
 #: what depends on the steps alone; timing does not
@@ -68,7 +67,7 @@ KILLS = (((0, 6), 3), ((1, 4), 6), ((1, 6), 6), ((2, 1), 8))
 
 
 # starting workers takes seconds each time
-@pytest.mark.parametrize(("workers", "kills"), [(0, KILLS), (2, KILLS[1::2])], ids=["alone", "two workers"])
+@pytest.mark.parametrize(("workers", "kills"), [(0, KILLS), (2, KILLS[1:2])], ids=["alone", "two workers"])
 def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, workers: int, kills: Any) -> None:
     folder = tmp_path / "run"
     for die_at, step in kills:
@@ -79,11 +78,12 @@ def test_killed_and_resumed_again_and_again(undisturbed: Path, tmp_path: Path, w
     assert_same(folder, undisturbed)
 
 
-def test_a_process_that_is_killed_goes_on_with_other_workers(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_goes_on_with_other_workers(
+    undisturbed: Path, tmp_path: Path, starter: Starter
+) -> None:
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "tests.lightning.resume_run", str(folder), "1", "1", "5", "SIGKILL"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    done = starter.run(["-m", "tests.lightning.resume_run", folder, "1", "1", "5", "SIGKILL"], cwd=ROOT)
+    assert done.status == -signal.SIGKILL, done.stderr[-3000:]
     assert len(list((folder / "checkpoints").glob("last*"))) == 1  # no half-written one beside it
     torch.manual_seed(99)
     run(folder, workers=0)
@@ -107,19 +107,16 @@ def test_with_a_limit_of_steps(tmp_path: Path) -> None:
 
 
 # -- told to end -------------------------------------------------------------------------------------------------------
-def told_to_end(folder: Path, at: tuple[int, int], how: str, **environment: str) -> str:
+def told_to_end(starter: Starter, folder: Path, at: tuple[int, int], how: str, environment: dict[str, str]) -> str:
     """The run as a process that gets a signal at a batch of an epoch; what it logged."""
-    command = [sys.executable, "-m", "tests.lightning.resume_run", str(folder), "0", *map(str, at), how]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
-    )
-    assert done.returncode == -signal.SIGINT, done.stderr[-3000:]  # as by Ctrl-C
+    done = starter.run(["-m", "tests.lightning.resume_run", folder, "0", *at, how], environment, ROOT)
+    assert done.status == -signal.SIGINT, done.stderr[-3000:]  # as by Ctrl-C
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert state_of(folder).name == "interrupted"
     return (folder / "run.log").read_text()
 
 
-def test_a_run_that_is_told_to_end_keeps_its_state_first(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_run_that_is_told_to_end_keeps_its_state_first(undisturbed: Path, tmp_path: Path, starter: Starter) -> None:
     """Within an epoch after the next step, which ``every_n_steps`` would not have kept; in its end after validation.
     After SIGUSR1 a SLURM job is queued again: ``scontrol`` is a stand-in, the variables are those of a job's step, so
     Lightning believes it is in one."""
@@ -130,7 +127,7 @@ def test_a_run_that_is_told_to_end_keeps_its_state_first(undisturbed: Path, tmp_
     job = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     job |= {"SLURM_JOB_NAME": "mito", "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
     for at, how, step in (((1, 4), "SIGUSR1", 7), ((1, 6), "SIGTERM", 8)):
-        said = told_to_end(folder, at, how, **job)
+        said = told_to_end(starter, folder, at, how, job)
         assert f"stopping after {how}: the state after step {step} is saved" in said
         assert read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] == step
         assert "requeued job 4711" in said

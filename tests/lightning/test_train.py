@@ -5,10 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import choose_run_dir, train
 from tests.lightning.split_batch_run import step
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
+from tests.starter import Starter
 
 
 def table(run_dir: Path, column: str) -> list[float]:
@@ -231,37 +229,34 @@ class TestRunDir:
         assert choose_run_dir(config, tmp_path / "some.ckpt") == tmp_path / "run" / "version_0"
 
 
-def run_script(name: str, *arguments: str) -> str:
+def run_script(starter: Starter, name: str, *arguments: object) -> str:
     """What a script of this folder prints when it runs in processes of its own."""
-    script = Path(__file__).with_name(name)
-    environment = {k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "NODE_RANK", "CONNECTOMICS_RUN_DIR")}
-    environment |= {"PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = dict.fromkeys(("LOCAL_RANK", "NODE_RANK", "CONNECTOMICS_RUN_DIR"))
+    done = starter.run([Path(__file__).with_name(name), *arguments], environment)
+    assert done.status == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def run_two_processes(folder: Path, resume: str) -> dict[str, Any]:
-    said = run_script("synthetic_run.py", str(folder), resume)
+def run_two_processes(starter: Starter, folder: Path, resume: str) -> dict[str, Any]:
+    said = run_script(starter, "synthetic_run.py", folder, resume)
     line = next(line for line in said.splitlines() if line.startswith("{"))
     return json.JSONDecoder().raw_decode(line)[0]  # both processes may print on one line
 
 
-def test_a_batch_in_two_steps_or_two_processes_trains_as_the_whole_one(tmp_path: Path) -> None:
+def test_a_batch_in_two_steps_or_two_processes_trains_as_the_whole_one(tmp_path: Path, starter: Starter) -> None:
     """Also if a class is known to one of the processes only."""
     whole = step(tmp_path / "whole", processes=1, accumulate=1)
     accumulated = step(tmp_path / "accumulated", processes=1, accumulate=2)
-    run_script("split_batch_run.py", str(tmp_path / "shared"))
+    run_script(starter, "split_batch_run.py", tmp_path / "shared")
     shared = read_checkpoint(tmp_path / "shared" / "checkpoints" / "last.ckpt")["state_dict"]
     for name, value in whole.items():
         torch.testing.assert_close(accumulated[name], value, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
+def test_two_processes_on_the_cpu(tmp_path: Path, starter: Starter) -> None:
     """One has nothing known in any patch, the other has the only validation crop; they stay in step."""
-    first = run_two_processes(tmp_path, "no")
+    first = run_two_processes(starter, tmp_path, "no")
     run = Path(first["run_dir"])
     assert first["epochs"] == 2
     assert run == tmp_path / "run" / "version_0"  # and no version_1 by the second process
@@ -277,9 +272,9 @@ def test_two_processes_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_resume(tmp_path: Path) -> None:
-    run = Path(run_two_processes(tmp_path, "no")["run_dir"])
-    again = run_two_processes(tmp_path, str(run / "checkpoints" / "last.ckpt"))
+def test_two_processes_resume(tmp_path: Path, starter: Starter) -> None:
+    run = Path(run_two_processes(starter, tmp_path, "no")["run_dir"])
+    again = run_two_processes(starter, tmp_path, str(run / "checkpoints" / "last.ckpt"))
     assert again["run_dir"] == str(run)
     assert again["epochs"] == 3
     assert len(table(run, "train/loss")) == 3

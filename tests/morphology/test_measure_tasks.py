@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from connectomics.tasks.block_task import TASK_FILE
 from connectomics.testing.block_tasks import check_order_does_not_matter, check_round_trip
 from tests.morphology.test_measure import BLOCK, noise, stored
 from tests.morphology.test_measure import rows as rows_of
+from tests.starter import Starter
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTACT = ContactSpec("mito", "er", 16)
@@ -259,7 +258,7 @@ def test_what_a_killed_run_left_half_written_is_removed(labels: Path, tmp_path: 
         pytest.param("mesh", 20, id="mesh-20", marks=pytest.mark.slow),
     ],
 )
-def test_killed_and_run_again(tmp_path: Path, kind: str, kills: int) -> None:
+def test_killed_and_run_again(tmp_path: Path, starter: Starter, kind: str, kills: int) -> None:
     """SIGKILL at random moments to the process that leads; in the end all files are those of an undisturbed run."""
     labels = tmp_path / "labels"
     n = 24 if kills < 20 else 48
@@ -270,19 +269,16 @@ def test_killed_and_run_again(tmp_path: Path, kind: str, kills: int) -> None:
     run_task(undisturbed)
     file = tmp_path / "wanted.json"
     task.save(file)
-    command = [sys.executable, "-m", "connectomics", "run-task", str(file)]
+    command = ["pytc", "run-task", file]
     chance, progress = random.Random(kills), 0
     for _ in range(kills):
-        leader = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = _files(task.folder)
-        while leader.poll() is None and _files(task.folder) == before:  # it has begun to work
-            time.sleep(0.002)
+        before, leader = _files(task.folder), starter.start(command)
+        leader.wait_for(lambda before=before: _files(task.folder) != before)  # type: ignore[misc]  # it has begun to work
         time.sleep(chance.random() * 0.1)
-        progress += leader.poll() is None
+        progress += leader.is_running()
         leader.kill()
-        leader.wait()
     assert progress >= 0.5 * kills  # it was not done long before
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert starter.run(command).status == 0
     assert _outputs(tmp_path / "killed") == _outputs(tmp_path / "whole")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from connectomics.pages.view.layers import _artifacts
 from connectomics.pipeline.decode import decode, decode_jobs, decode_predictions
 from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.submission import export_submission
+from tests.starter import Starter
 from tests.trees import contents
 
 SHAPE = (40, 70, 90)
@@ -180,9 +179,8 @@ run_predict_task(predict_task(Path(sys.argv[1]), Path(sys.argv[2]), STORAGES["0.
 """
 
 
-def test_killed_and_resumed(ways: dict[str, Way], phantom: Path, tmp_path: Path) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(phantom), str(tmp_path / "p")], check=False)
-    assert killed.returncode == -9
+def test_killed_and_resumed(ways: dict[str, Way], phantom: Path, tmp_path: Path, starter: Starter) -> None:
+    assert starter.run(["-c", KILLED, phantom, tmp_path / "p"]).status == -9
     assert list((tmp_path / "p/a.zarr/crop1/mito/s0/c").rglob("*")), "some blocks are written"
     run_predict_task(predict_task(phantom, tmp_path / "p", STORAGES["0.5"]), smooth)
     found = contents(tmp_path / "p/a.zarr/crop1/mito")
