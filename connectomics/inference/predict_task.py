@@ -291,8 +291,7 @@ class PredictTask(BlockTask):
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite and self.folder.exists():
             put_aside(self.folder)
-        if not (self.folder / TASK_FILE).exists():
-            self.begin()
+        self.go_on()
 
     def prepare(self, stage: str) -> None:
         if stage == PREDICT:

@@ -22,7 +22,7 @@ from connectomics.tasks.blocks import BlockFiles, Lattice
 
 GROUP = (4, 4, 4)  # blocks of a group, z y x
 BLOCKS_KEPT = 64  # blocks whose faces a worker keeps in memory; neighbors along z come again after a layer of a group
-_GROUPS_KEPT = 4
+_GROUPS_KEPT = 16  # of which a worker keeps the labels; blocks along x lie in groups along x
 
 
 def groups_of(lattice: Lattice) -> Lattice:
@@ -220,6 +220,5 @@ class GroupLabels:
     def _read(self, group: int) -> dict[int, NDArray[np.int64]]:
         stored = self._groups.load(group, "counts", "tree_of")
         found = self._labels.load(group, "labels")["labels"][stored["tree_of"]]
-        return dict(
-            zip(blocks_of(self._groups.lattice, group), np.split(found, np.cumsum(stored["counts"])[:-1]), strict=True)
-        )
+        of_blocks = np.split(found, np.cumsum(stored["counts"])[:-1])
+        return dict(zip(blocks_of(self._groups.lattice, group), of_blocks, strict=True))

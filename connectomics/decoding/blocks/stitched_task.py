@@ -135,11 +135,12 @@ class StitchedTask(LabelsTask):
         # each array is made last: if it exists, all else does
         if stage == "label":
             self._create("labels", np.dtype(np.uint32))
-        if stage == "cores" and not self._is_there("cores"):
+        if stage == "cores" and not (self._is_there("cores") and self._is_kept("labels")):
             self._create("cores", np.min_scalar_type(len(self._united())))
         if stage == "grow":
             self._create("parts", np.dtype(np.uint32))
-        if stage == "write" and not self.has_labels:
+        kept = self._is_kept("parts" if self.parameters.has_boundary else "labels")
+        if stage == "write" and not (self.has_labels and kept):
             objects = len(self._grown() if self.parameters.has_boundary else self._united())
             instances = self.parameters.kind == "instance"
             self.create_labels(np.min_scalar_type(objects) if instances else np.dtype(np.uint8))
@@ -182,6 +183,9 @@ class StitchedTask(LabelsTask):
     # -- within ------------------------------------------------------------------------------------------------------
     def _is_there(self, array: str) -> bool:
         return is_array(self.scratch / array)
+
+    def _is_kept(self, array: str) -> bool:
+        return (self.scratch / f"{array}_of" / "0").exists()
 
     def _create(self, array: str, dtype: np.dtype[Any]) -> None:
         if not self._is_there(array):

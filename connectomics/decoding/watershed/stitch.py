@@ -111,7 +111,7 @@ def join(groups: StoredGroups, floor: int, seeded: NDArray[np.bool_], cores: int
     for group in groups.parts:
         stored = groups.load(group, "seeded", "core", "there", *_EDGES)
         first = int(groups.offsets[group])
-        seeded[first : first + len(stored["seeded"])] = stored.pop("seeded")
+        seeded[slice(*groups.offsets[group : group + 2])] = stored.pop("seeded")
         core.append(stored.pop("core"))
         stored["twos"][stored["twos"] < 0] = groups.nodes_of(stored.pop("there")) - first
         parts.append(_shifted(Edges(**stored), first, first))
