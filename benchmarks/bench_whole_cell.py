@@ -132,7 +132,7 @@ class LookupWorker(BlockWorker):
     """Looks up the labels of blocks."""
 
     def __init__(self, task: FieldTask) -> None:
-        self._labels = GroupLabels(task.groups(), BlockFiles(task.scratch / "labels_of"))
+        self._labels = GroupLabels(task.groups(), BlockFiles(task.scratch / "labels_of"), kept=128)
 
     def do(self, number: int) -> None:
         assert self._labels.of(number).all()  # every piece belongs to an object
@@ -152,10 +152,11 @@ class MovedGroups(BlockWorker):
             self._groups.save(number, self.moved(found, source, number))
 
     def source(self, number: int) -> int:
-        """Return the first group that the period moves to this one; those at the end of the volume have others."""
-        step = PERIOD // GROUP[0]
+        """Return the first group that the period moves to this one; those at the faces of the volume are others."""
         place, counts = np.asarray(np.unravel_index(number, self._lattice.counts)), np.asarray(self._lattice.counts)
-        return int(np.ravel_multi_index(np.where(place == counts - 1, place, place % step), self._lattice.counts))
+        at_face = (place == 0) | (place == counts - 1)
+        step = PERIOD // GROUP[0]
+        return int(np.ravel_multi_index(np.where(at_face, place, 1 + (place - 1) % step), self._lattice.counts))
 
     def moved(self, found: dict[str, NDArray[Any]], source: int, number: int) -> dict[str, NDArray[Any]]:
         """Return the arrays of a group as those of another one."""

@@ -22,7 +22,6 @@ from connectomics.tasks.blocks import BlockFiles, Lattice
 
 GROUP = (4, 4, 4)  # blocks of a group, z y x
 BLOCKS_KEPT = 64  # blocks whose faces a worker keeps in memory; neighbors along z come again after a layer of a group
-_GROUPS_KEPT = 16  # of which a worker keeps the labels; blocks along x lie in groups along x
 
 
 def groups_of(lattice: Lattice) -> Lattice:
@@ -205,11 +204,14 @@ class StoredGroups(BlockFiles):
 
 
 class GroupLabels:
-    """Gives the labels of blocks, in a worker: those that the leading process stored for the trees of each group."""
+    """Gives the labels of blocks, in a worker: those that the leading process stored for the trees of each group.
 
-    def __init__(self, groups: StoredGroups, labels: BlockFiles) -> None:
+    kept: groups whose labels stay in memory, 8 bytes for each piece; blocks along x lie in groups along x.
+    """
+
+    def __init__(self, groups: StoredGroups, labels: BlockFiles, kept: int = 16) -> None:
         self._groups, self._labels, self._lattice = groups, labels, groups_of(groups.lattice)
-        self._of_group = lru_cache(maxsize=_GROUPS_KEPT)(self._read)
+        self._of_group = lru_cache(maxsize=kept)(self._read)
 
     def of(self, block: int) -> NDArray[np.int64]:
         """Return (n,) the final label of each label 1..n of a block, 0 for background."""
