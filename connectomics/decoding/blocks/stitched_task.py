@@ -290,7 +290,7 @@ class _WriteWorker(BlockWorker):
         begin, shape = self._lattice.region(number)
         found = self._label_of.of(number)
         if self._parameters.kind == "semantic":
-            found = found > 0
+            found = np.minimum(found, 1)
         table = np.concatenate(([0], found)).astype(self._writer.dtype)
         if table.any():
             labels = self._labels.read(begin, shape)
