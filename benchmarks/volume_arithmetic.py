@@ -9,7 +9,10 @@ import argparse
 from collections.abc import Iterator
 
 FRAGMENT_BYTES = 64  # of a row in the fragment table: size, first voxel, box, sums of coordinates
-MERGING_BYTES = 64 + 2 * 8  # merging holds a row, a parent and a new number for each fragment
+GROUP = 4  # blocks along each axis that a worker unites
+#: The main process holds two numbers for each fragment, a parent and a label for each tree of a group, and a row, its
+#: copy in order, and three numbers for each instance.
+UNITING_BYTES = (2 * 4, 2 * 8, 2 * 64 + 3 * 8)
 RATES = (0.83, 5.0, 10.0)  # Mvoxel/s that a GPU writes
 GPUS = (1, 8, 64)
 
@@ -56,7 +59,12 @@ def table(edge: int, block: int, chunk: int, instances: int) -> Iterator[tuple[s
         yield name, f"sum over levels of ceil(n/{shard})^3 + 1", f"{files_of_class(edge, shard):,}"
     yield "fragments of instances", f"{instances:,} x (1 + 150/{block})^3", f"{fragments / 1e6:.0f} million"
     yield "fragment tables", f"{FRAGMENT_BYTES} bytes each", f"{fragments * FRAGMENT_BYTES / 1e9:.1f} GB"
-    yield "memory for merging them", f"{MERGING_BYTES} bytes each", f"{fragments * MERGING_BYTES / 1e9:.1f} GB"
+    groups, trees = blocks_along(blocks_along(edge, block), GROUP) ** 3, instances * fragments_each(edge, GROUP * block)
+    yield f"groups of {GROUP}^3 blocks", f"ceil(ceil({edge}/{block})/{GROUP})^3", f"{groups:,}"
+    yield "trees of the groups", f"{instances:,} x (1 + 150/{GROUP * block})^3", f"{trees / 1e6:.1f} million"
+    memory = sum(n * size for n, size in zip((fragments, trees, instances), UNITING_BYTES, strict=True))
+    each = "{} bytes per fragment, {} per tree, {} per instance".format(*UNITING_BYTES)
+    yield "memory for uniting them", each, f"{memory / 1e9:.1f} GB"
     yield "scheduling", "0.1 to 0.3 ms per block (measured)", f"{blocks * 3e-4:.0f} s at most"
 
 

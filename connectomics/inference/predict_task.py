@@ -37,7 +37,7 @@ from connectomics.io.place import place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ensure_group, update_attrs
 from connectomics.progress import Progress
-from connectomics.tasks import TASK_FILE, BlockTask, Cost, Worker, run_task
+from connectomics.tasks import BlockTask, Cost, Worker, run_task
 from connectomics.tasks.pyramid import Pyramid, PyramidStage, pyramid_stages
 
 PREDICT = "predict"  # the first stage
@@ -291,8 +291,7 @@ class PredictTask(BlockTask):
     def claim(self, *, overwrite: bool = False) -> None:
         if overwrite and self.folder.exists():
             put_aside(self.folder)
-        if not (self.folder / TASK_FILE).exists():
-            self.begin()
+        self.go_on()
 
     def prepare(self, stage: str) -> None:
         if stage == PREDICT:

@@ -153,8 +153,7 @@ class TableTask(BlockTask):
         if overwrite:
             self.task_file.unlink(missing_ok=True)  # the old table no longer counts as finished, even if we are killed
             remove_tree(self.folder)
-        if not (self.folder / TASK_FILE).exists():
-            self.begin()
+        self.go_on()
 
     def prepare(self, stage: str) -> None:
         for labels in self.read_labels:

@@ -10,6 +10,7 @@ On disk, under ``output``::
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import put_aside
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import place, remove_tree
+from connectomics.io.replacing import not_ours
 from connectomics.io.tables import ROWS, Column, read_columns, remove_unfinished, table
 from connectomics.io.write import write_file
 from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, sum_blocks
@@ -46,6 +48,8 @@ COLUMNS = (
     Column("stride_voxels", "count", "voxels"),
     Column("file", "text"),
 )
+#: What mesh writes into its folder.
+_OURS = re.compile(rf"\..*|{re.escape(TASK_FILE)}|{re.escape(TABLE_FILE)}|info|\d+(\.ply|\.obj|\.index|:0)?")
 _EDGES = tuple(f"{end}_{axis}_nm" for end in ("begin", "end") for axis in "zyx")
 
 
@@ -116,13 +120,13 @@ class MeshTask(BlockTask):
         if self.ids and BOXES not in self.stages:
             self._objects()  # an unknown ID is reported before anything is written
         file = self.folder / TASK_FILE
+        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not file.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise WriteError(
-                    f"{self.output} was not written by mesh and is left alone; choose another output folder, or move "
-                    "it away"
-                )
+            if entries:
+                raise not_ours(self.folder, "mesh")
             return True
+        for foreign in (path for path in entries if overwrite and not _OURS.fullmatch(path.name)):
+            raise not_ours(foreign, "mesh")
         if not overwrite and (difference := self.difference(file)):
             raise WriteError(
                 f"{self.output} holds meshes {difference}; overwrite them (--overwrite), or choose another output "
@@ -134,8 +138,7 @@ class MeshTask(BlockTask):
         if overwrite and self.folder.exists():
             (self.folder / TABLE_FILE).unlink(missing_ok=True)  # on S3 a kill may leave a part, which is not finished
             put_aside(self.folder)
-        if not (self.folder / TASK_FILE).exists():
-            self.begin()
+        self.go_on()
 
     def prepare(self, stage: str) -> None:
         self.labels.check_unchanged()

@@ -147,6 +147,15 @@ class BlockTask(ABC):
         self.save(self.folder / TASK_FILE, provenance)
         return provenance
 
+    def go_on(self) -> None:
+        """`begin` in `folder`; if this task was begun there, store what it asks for now (`free`)."""
+        if not (self.folder / TASK_FILE).exists():
+            self.begin()
+            return
+        stored, mine = read_task(self.folder / TASK_FILE), json.loads(json.dumps(self.to_dict()))
+        if any(stored.get(name) != mine.get(name) for name in self.free):
+            self.save(self.folder / TASK_FILE, self.provenance)
+
     @property
     def provenance(self) -> Provenance:
         """Provenance of the output in `folder`."""

@@ -52,13 +52,15 @@ class Lattice:
         d, h, w = (min(b, n - s) for b, n, s in zip(self.block, self.shape, (z, y, x), strict=True))
         return (z, y, x), (d, h, w)
 
-    def neighbors(self, number: int, connectivity: int) -> Iterator[tuple[Index, int]]:
-        """Yield the blocks that come after this one and touch it by a face (connectivity 6), an edge (18) or a corner
-        (26): the step (z, y, x; each -1, 0 or 1) and the number of the block there."""
+    def neighbors(self, number: int, connectivity: int, *, behind: bool = False) -> Iterator[tuple[Index, int]]:
+        """Yield the blocks that come after this one (``behind``: before it) and touch it by a face (connectivity 6), an
+        edge (18) or a corner (26): the step (z, y, x; each -1, 0 or 1) and the number of the block there."""
         place, counts = self._place(number), self.counts
         for step in np.ndindex(3, 3, 3):
             dz, dy, dx = (s - 1 for s in step)
-            if (dz, dy, dx) <= (0, 0, 0) or abs(dz) + abs(dy) + abs(dx) > RANK[connectivity]:
+            if ((dz, dy, dx) >= (0, 0, 0)) == behind or abs(dz) + abs(dy) + abs(dx) not in range(
+                1, RANK[connectivity] + 1
+            ):
                 continue
             z, y, x = place[0] + dz, place[1] + dy, place[2] + dx
             if all(0 <= i < n for i, n in zip((z, y, x), counts, strict=True)):

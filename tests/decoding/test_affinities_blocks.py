@@ -13,6 +13,7 @@ import pytest
 
 from connectomics.decoding.affinities.affinity_task import AffinitiesTask, agreement, stitched
 from connectomics.decoding.affinities.segment import affinities_of
+from connectomics.decoding.blocks import groups
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
@@ -89,6 +90,20 @@ def test_under_noise_the_difference_from_the_whole_array_is_small(truth, tmp_pat
     assert found.voi_split < 0.05
     assert found.voi_merge < 0.05
     assert found.faces < 0.001
+
+
+@pytest.mark.parametrize("group", [(1, 1, 1), (2, 2, 1)])
+def test_groups_give_the_labels_of_one_union_of_all_blocks(truth, tmp_path, monkeypatch, group):
+    """Where blocks disagree, what is apart decides; 4x4x4 blocks, here all, are united as in one step."""
+    location = write_prediction(tmp_path, np.where(truth, 255, 0).astype(np.uint8), noisy(truth, OFFSETS, 2.6), OFFSETS)
+    found = []
+    for name, chosen in (("all", (4, 4, 4)), ("groups", group)):
+        monkeypatch.setattr(groups, "GROUP", chosen)
+        task = task_of(location, tmp_path / name, (17, 20, 23), halo_nm=24.0, stitch_threshold=0.3)
+        run_task(task)
+        found.append(read_labels(task.output))
+    np.testing.assert_array_equal(found[0], found[1])
+    assert found[0].max() > 20
 
 
 def test_an_object_that_turns_outside_a_block_is_one(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
+from connectomics.decoding.blocks import groups
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
@@ -27,6 +29,7 @@ from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 
+STAGES = ("label", "unite", "cores", "grow", "unite-grown", "write")
 KINDS = {"cc3d": ComponentsTask, "watershed": WatershedTask}
 
 
@@ -79,9 +82,10 @@ def task_of(folder, cell, walls, parameters, block, voxel_size=(8.0, 8.0, 8.0), 
     levels=st.sampled_from([2, 8, 255]),
     min_size=st.sampled_from([0.0, 4000.0]),
     fill_holes=st.booleans(),
+    group=st.sampled_from([(1, 1, 1), (1, 2, 1), (4, 4, 4)]),
 )
 def test_blocks_give_the_labels_of_the_whole_array(
-    tmp_path_factory, seed, shape, block, voxel_size, method, connectivity, dtype, levels, min_size, fill_holes
+    tmp_path_factory, seed, shape, block, voxel_size, method, connectivity, dtype, levels, min_size, fill_holes, group
 ):
     """Also with few levels of probability, where most voxels are equally high and their order decides."""
     folder = tmp_path_factory.mktemp("between")
@@ -101,7 +105,8 @@ def test_blocks_give_the_labels_of_the_whole_array(
         **deep,
     )
     task = task_of(folder, cell, walls, parameters, block, voxel_size)
-    run_task(task)
+    with patch.object(groups, "GROUP", group):
+        run_task(task)
     found = read(task.output)
     expected = decode_class(above(cell, 0.1), voxel_size, parameters, boundary=walls)
     np.testing.assert_array_equal(found, expected)
@@ -168,7 +173,7 @@ def test_a_stored_task_goes_on_from_every_stage_where_it_was_stopped(tmp_path, m
     task.save(tmp_path / "task.json")
     assert json.loads((tmp_path / "task.json").read_text())["parameters"]["boundary"] == "pm"
     seen = []
-    for stage in ("label", "cores", "grow", "write"):
+    for stage in STAGES:
 
         def stop(done, number, at="", stage=stage):
             seen.append((at, done, number))
@@ -177,7 +182,7 @@ def test_a_stored_task_goes_on_from_every_stage_where_it_was_stopped(tmp_path, m
 
         with pytest.raises(KeyboardInterrupt):
             run_task(load_task(tmp_path / "task.json"), progress=stop)
-    assert [at for at, done, _ in seen if done == 0] == ["label", "cores", "grow", "write"]  # each began once
+    assert [at for at, done, _ in seen if done == 0] == list(STAGES)  # each began once
     run_task(load_task(tmp_path / "task.json"))
     np.testing.assert_array_equal(read(task.output), expected)
     assert not task.folder.exists()

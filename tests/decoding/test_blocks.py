@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import cc3d
 import numpy as np
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig
 from connectomics.config.values import plain
+from connectomics.decoding.blocks import groups
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
@@ -34,6 +36,8 @@ from connectomics.tasks.blocks import Lattice
 from tests.trees import contents
 
 SIZE = (8.0, 4.0, 5.24)
+#: Groups of blocks that a worker unites.
+GROUPS = [(4, 4, 4), (1, 1, 1), (2, 1, 2)]
 #: share of foreground near which components begin to span the volume: the most contacts across borders
 PERCOLATION = {6: 0.31, 18: 0.14, 26: 0.10}
 
@@ -83,7 +87,8 @@ def files(task: ComponentsTask) -> dict[str, bytes]:
 def test_labels_are_those_of_the_whole_array_number_by_number(tmp_path, connectivity, block):
     values = noise(connectivity)
     task = task_of(tmp_path, values, block, connectivity=connectivity)
-    n = run(task)
+    with patch.object(groups, "GROUP", GROUPS[connectivity % 3]):
+        n = run(task)
     whole = cc3d.connected_components(values > 127, connectivity=connectivity)
     np.testing.assert_array_equal(stored(task), whole)
     assert n == whole.max() == len(rows(task))
@@ -159,14 +164,16 @@ def shells(seed: int) -> np.ndarray:
     connectivity=st.sampled_from([6, 18, 26]),
     least=st.sampled_from([0, 4, 20]),
     method=st.sampled_from(["cc3d", "threshold"]),
+    group=st.sampled_from(GROUPS),
 )
-def test_holes_are_filled_as_in_the_whole_array(tmp_path_factory, seed, block, connectivity, least, method):
+def test_holes_are_filled_as_in_the_whole_array(tmp_path_factory, seed, block, connectivity, least, method, group):
     """Nested shells: a cavity goes to the innermost object around it, whatever blocks it lies in."""
     values = shells(seed)
     parameters = {"connectivity": connectivity, "min_size_nm3": least * float(np.prod(SIZE)), "fill_holes": True}
     task = task_of(tmp_path_factory.mktemp("holes"), values, block, **parameters)
     task = dataclasses.replace(task, parameters=dataclasses.replace(task.parameters, method=method))
-    n = run(task)
+    with patch.object(groups, "GROUP", group):
+        n = run(task)
     expected = decode_class(values, SIZE, task.parameters)
     np.testing.assert_array_equal(stored(task), expected)
     assert n == expected.max()
@@ -206,6 +213,8 @@ def test_each_contact_between_blocks_is_looked_at_once():
         pairs = [(n, m) for n in range(len(lattice)) for _, m in lattice.neighbors(n, connectivity)]
         assert len(pairs) == len(set(pairs)) == expected  # of a 3x3x3 lattice
         assert all(n < m for n, m in pairs)
+        behind = [(m, n) for n in range(len(lattice)) for _, m in lattice.neighbors(n, connectivity, behind=True)]
+        assert sorted(behind) == sorted(pairs)
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -260,7 +269,12 @@ def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monk
 @pytest.mark.parametrize(
     "function",
     [
-        *("stitched_task.unite_touching", "stitched_task.save_mapped", "stitched_task.StitchedTask.create"),
+        *(
+            "stitched_task.joined",
+            "stitched_task.gathered",
+            "stitched_task.save_mapped",
+            "stitched_task.StitchedTask.create",
+        ),
         "stitched_task.write_tables",
         *("labels_task.create_array", "labels_task.update_attrs", "labels_task.remove_tree", "labels_task.publish"),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from connectomics.decoding.blocks import groups
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.watershed.watershed_task import WatershedTask
@@ -49,9 +52,10 @@ def noise(seed, shape):
     max_depth=st.sampled_from([12.0, 30.0, 200.0]),
     min_size=st.sampled_from([0.0, 4000.0]),
     fill_holes=st.booleans(),
+    group=st.sampled_from([(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4)]),
 )
 def test_blocks_give_the_labels_of_the_whole_array(
-    tmp_path_factory, seed, shape, block, voxel_size, connectivity, min_distance, max_depth, min_size, fill_holes
+    tmp_path_factory, seed, shape, block, voxel_size, connectivity, min_distance, max_depth, min_size, fill_holes, group
 ):
     folder = tmp_path_factory.mktemp("watershed")
     values = noise(seed, shape)
@@ -66,7 +70,8 @@ def test_blocks_give_the_labels_of_the_whole_array(
     )
     source = write(folder, values, voxel_size)
     output = folder / "out" / "d.zarr" / "c" / "mito"
-    run_task(WatershedTask(str(source), str(output), "mito", parameters, block))
+    with patch.object(groups, "GROUP", group):
+        run_task(WatershedTask(str(source), str(output), "mito", parameters, block))
     found = read(output)
     expected = decode_class(values, voxel_size, parameters)
     np.testing.assert_array_equal(found, expected)

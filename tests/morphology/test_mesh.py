@@ -309,6 +309,11 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     mesh_labels(mesh_tasks(labels, out, "mito", ids=[7]))
     with pytest.raises(WriteError, match="made with other settings \\(ids, simplify\\)"):
         mesh_labels(mesh_tasks(labels, out, "mito", simplify=3))
+    note = out / "set-a/crop1/mito/note"
+    note.write_text("mine")
+    with pytest.raises(WriteError, match="note was not written by mesh and is left alone"):
+        mesh_labels(mesh_tasks(labels, out, "mito", simplify=3), overwrite=True)
+    note.unlink()
     mesh_labels(mesh_tasks(labels, out, "mito", simplify=3), overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/set-a").mkdir()

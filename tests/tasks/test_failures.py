@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import logging
 import re
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from connectomics.config.schema import EngineConfig
-from connectomics.errors import BlocksFailedError, ConfigError, InputError, OutOfMemoryError
+from connectomics.errors import BlocksFailedError, ConfigError, CorruptDataError, InputError, OutOfMemoryError
 from connectomics.io.store import StoreError
 from connectomics.tasks import run_task
-from connectomics.tasks.blocks import DoneMap
+from connectomics.tasks.blocks import FAILED, DoneMap
 from connectomics.tasks.failures import accepted_of, parse_accepted, spell
 from tests.tasks.kit import CubeTask, CubeWorker
 
@@ -145,3 +152,57 @@ def test_blocks_of_a_stage_that_needs_all_are_not_accepted(tmp_path: Path) -> No
         run_task(task, accept=[3])
     assert "--accept-failed" not in str(error.value)
     assert DoneMap(task.folder / ".done-second", 8, task.key).missing.tolist() == [3]
+
+
+# -- many blocks -------------------------------------------------------------------------------------------------------
+@dataclass
+class Flaky:
+    """A worker that writes nothing: one block in 1,000 fails once, one in 10,000 always."""
+
+    tries: Counter[int] = field(default_factory=Counter)
+
+    def run(self, blocks: Sequence[int]) -> Iterator[int]:
+        for number in blocks:
+            self.tries[number] += 1
+            if number % 10_000 == 13 or (number % 1000 == 7 and self.tries[number] == 1):
+                raise CorruptDataError(f"no good data for {number}")
+            yield number
+
+
+class FlakyTask(CubeTask):
+    worker = Flaky()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return ("first",)
+
+    def open_worker(self, stage: str, device: str) -> nullcontext[Flaky]:
+        return nullcontext(self.worker)
+
+    def finish(self) -> None:
+        (self.folder / "sum").write_text("0")
+
+
+@pytest.mark.slow
+def test_100_000_blocks_of_which_some_fail_end_in_one_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = FlakyTask(str(tmp_path / "out"), accepting=True, count=100_000)
+    always, once = set(range(13, 100_000, 10_000)), set(range(7, 100_000, 1000))
+    before, cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with caplog.at_level(logging.WARNING), pytest.raises(BlocksFailedError) as error:
+        run_task(task)
+    cpu, held = time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(f"{cpu:.1f} s CPU, {held / 1024:.0f} MB more")
+    assert cpu < 60
+    assert held < 100 * 1024
+    said = str(error.value)
+    assert "10 of 100000 blocks failed (block 13 at" in said
+    assert "; and 5 more); the others are done." in said
+    assert said.endswith(f"--accept-failed set/out:{','.join(map(str, sorted(always)))}")
+    assert len(caplog.records) == 5
+    assert all(task.worker.tries[n] == (3 if n in always else 2 if n in once else 1) for n in range(100_000))
+    done = DoneMap(task.folder / ".done-first", 100_000, task.key)
+    assert set(done.missing.tolist()) == always
+    assert np.count_nonzero(np.frombuffer(done.path.read_bytes()[-100_000:], np.uint8) == FAILED) == 10
+    task.worker.tries.clear()
+    assert run_task(task, accept=always)
+    assert set(task.worker.tries) == always

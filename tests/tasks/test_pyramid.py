@@ -169,6 +169,7 @@ def test_a_pyramid_is_no_other_output(tmp_path: Path) -> None:
             with begun.open_worker(stage, "cpu") as worker:
                 list(worker.run(range(begun.blocks(stage))))
         run_task(replace(task, pyramid=not first))
+        assert type(task).load(Path(task.output) / "task.json").pyramid is not first
         assert len(stored_levels(task.output)) == (1 if first else 3)
         assert sorted(p.name for p in Path(task.output).glob("s*")) == (["s0"] if first else ["s0", "s1", "s2"])
 
@@ -204,6 +205,7 @@ def test_levels_are_added_to_a_finished_prediction_without_its_network(tmp_path:
     for one, other in zip(stored_levels(later), stored_levels(tmp_path / "direct/d.zarr/crop1/mito"), strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(Multiscale.open(later).levels) == 2
+    assert PredictTask.load(later.parent / "task.json").pyramid
     assert not run_predict_task(task("later", True), refuse)
     assert not run_predict_task(task("later", False), refuse)
     assert [s.state for s in status(tmp_path / "later")] == ["complete", "complete"]

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.decoding.affinities.segment import segment
-from connectomics.decoding.blocks.pieces import FACES_KEPT, SIDES, StoredBlocks
+from connectomics.decoding.blocks.groups import BLOCKS_KEPT, Group, StoredGroups, number_trees
+from connectomics.decoding.blocks.pieces import SIDES
 from connectomics.decoding.blocks.stitched_task import Labeled, StitchedTask
 from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.decoding.prediction import StoredAffinities
@@ -72,15 +73,11 @@ class AffinitiesTask(StitchedTask):
             z, y, x = (n + _CONTEXT for n in StoredAffinities.open(source).reach)
         return z, y, x
 
-    def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
-        if blocks.offsets[-1] >= 1 << 31:
-            raise InputError(
-                f"{self.name}: {blocks.offsets[-1]} pieces are too many, expected fewer than 2^31; choose larger blocks"
-            )
-        found = list(_agreeing(blocks, self.parameters.stitch_threshold))
-        pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
-        scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
-        return stitched(int(blocks.offsets[-1]), pairs, scores, _apart(blocks))
+    def unite_group(self, group: Group, groups: StoredGroups) -> NDArray[np.int64]:
+        return unite_group(group, groups, self.parameters.stitch_threshold)
+
+    def unite(self, groups: StoredGroups) -> NDArray[np.int64]:
+        return unite_groups(groups, self.name)
 
     def label_cost(self, stage: str) -> Cost:
         if stage != "label":
@@ -122,17 +119,73 @@ def _cut_out(labels: NDArray[np.int32], count: int, apart: NDArray[np.int64], co
     return Labeled(table[labels[core]], len(at_face) - 1, extra)
 
 
-def _agreeing(blocks: StoredBlocks, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+def unite_group(group: Group, groups: StoredGroups, threshold: float) -> NDArray[np.int64]:
+    """Unite the pieces of a group, unless pairs that agree connect them to pieces beyond; store the rest for
+    `unite_groups`.
+
+    What no pair connects has no influence on each other. So what pairs connect within the group only is decided here.
+
+    Returns:
+        (group.size,) the tree of each piece.
+    """
+    from connectomics.decoding.blocks.component_kernels import join_pairs
+
+    found = list(_agreeing(group, threshold))
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *(pairs for pairs, _ in found)])
+    scores = np.concatenate([np.empty(0), *(scores for _, scores in found)])
+    apart = np.concatenate([group.blocks.load(n, "apart")["apart"] + group.first(n) - 1 for n in group.parts])
+    connected = np.arange(group.nodes)
+    join_pairs(connected, pairs)
+    is_open = np.zeros(number_trees(connected), np.bool_)
+    is_open[connected[group.size :]] = True
+    is_open = is_open[connected]
+    here = ~is_open[pairs[:, 0]]
+    trees = np.arange(group.size)
+    join_pairs(trees, _of_firsts(stitched(group.size, pairs[here], scores[here], apart[~is_open[apart].all(axis=1)])))
+    n = number_trees(trees)
+    names = group.named(pairs[~here].ravel()).reshape(-1, 4)
+    ours = names[:, 0] < names[:, 2]  # of pairs between two groups, the one with the smaller block stores them
+    left = {"pairs": names[ours], "scores": scores[~here][ours]}
+    left["apart"] = group.named(apart[is_open[apart].all(axis=1)].ravel()).reshape(-1, 4)
+    groups.store(group, trees, n, np.empty((0, 2), np.int64), **left)
+    return trees
+
+
+def unite_groups(groups: StoredGroups, name: str) -> NDArray[np.int64]:
+    """Return the forest over the trees of all groups. ``name`` of the task, for `InputError`."""
+    from connectomics.decoding.blocks.component_kernels import join_pairs
+
+    stored = [groups.load(n, "pairs", "scores", "apart") for n in groups.parts]
+    pairs, scores, apart = (np.concatenate([one[key] for one in stored]) for key in ("pairs", "scores", "apart"))
+    # numbered by block and label, as ties are decided
+    keys, ends = np.unique(np.concatenate([pairs, apart]).reshape(-1, 2) @ [1 << 32, 1], return_inverse=True)
+    if len(keys) >= 1 << 31:
+        raise InputError(f"{name}: {len(keys)} pieces are too many, expected fewer than 2^31; choose larger blocks")
+    ends = ends.reshape(-1, 2)
+    found = _of_firsts(stitched(len(keys), ends[: len(pairs)], scores, ends[len(pairs) :]))
+    forest, nodes = np.arange(groups.offsets[-1]), groups.nodes_of(np.stack(np.divmod(keys, 1 << 32), axis=1))
+    join_pairs(forest, nodes[found])
+    return forest
+
+
+def _of_firsts(firsts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return (n, 2) each node and the first node of its object."""
+    return np.stack([np.arange(len(firsts)), firsts], axis=1)
+
+
+def _agreeing(group: Group, threshold: float) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Yield for each face between blocks the pairs of nodes (m, 2) that agree and their scores (m,)."""
-    load = lru_cache(maxsize=FACES_KEPT)(lambda n: blocks.load(n, *SIDES, *(f"beyond{side}" for side in SIDES)))
-    for block, other, step in blocks.borders(6):
-        axis = step.index(1)
+    blocks = group.blocks
+    load = lru_cache(maxsize=BLOCKS_KEPT)(lambda n: blocks.load(n, *SIDES, *(f"beyond{side}" for side in SIDES)))
+    for block, other, step in group.borders(6, behind=True):
+        axis = next(a for a in range(3) if step[a])
+        here, there = ("+", "-") if step[axis] > 0 else ("-", "+")
         low, high = load(block), load(other)
-        first = np.concatenate([low[f"{axis}+"].ravel(), low[f"beyond{axis}+"].ravel()])
-        second = np.concatenate([high[f"beyond{axis}-"].ravel(), high[f"{axis}-"].ravel()])
+        first = np.concatenate([low[f"{axis}{here}"].ravel(), low[f"beyond{axis}{here}"].ravel()])
+        second = np.concatenate([high[f"beyond{axis}{there}"].ravel(), high[f"{axis}{there}"].ravel()])
         pairs, scores = agreement(first, second)
         good = scores >= threshold
-        yield pairs[good] + [blocks.offsets[block] - 1, blocks.offsets[other] - 1], scores[good]
+        yield pairs[good] + group.bases(block, other), scores[good]
 
 
 def agreement(first: NDArray[Any], second: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -177,9 +230,3 @@ def stitched(
     mutex.number_trees(forest, numbers)
     first = np.unique(numbers, return_index=True)[1]
     return np.asarray(first[numbers - 1], np.int64)
-
-
-def _apart(blocks: StoredBlocks) -> NDArray[np.int64]:
-    """Return (n, 2) the nodes that their blocks separate."""
-    found = [blocks.load(n, "apart")["apart"] + blocks.offsets[n] - 1 for n in range(len(blocks.lattice))]
-    return np.concatenate(found)

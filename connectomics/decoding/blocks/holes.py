@@ -3,19 +3,19 @@
 A hole of an object is a piece of its complement (background and other objects) that reaches neither the box of the
 object nor the border of the volume; only its background is filled, by the innermost object around it. A block cannot
 show whether such a piece is closed. So every block is cut into parts: pieces of equal label, connected as background is
-(`DUAL`). Parts that continue in neighboring blocks are united, and the contacts of the united parts form a small graph.
-Removing the parts of one object from this graph leaves the pieces of its complement.
+(`DUAL`). Parts that continue in neighboring blocks are united, first within groups of blocks, and the contacts of the
+united parts form a small graph. Removing the parts of one object from this graph leaves the pieces of its complement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, faces_of, number_trees
+from connectomics.decoding.blocks.groups import Group, StoredGroups, gathered, number_trees
+from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, faces_of
 from connectomics.decoding.cellmap_postprocess import DUAL, components
 
 
@@ -41,63 +41,98 @@ def store_parts(blocks: StoredBlocks, number: int, labels: NDArray[np.uint32], c
     blocks.save(number, {**about, **table.columns, **faces_of(parts)})
 
 
+def unite_parts(
+    parts: Group, tree_of: NDArray[np.int64], labels: Group, groups: StoredGroups, connectivity: int
+) -> None:
+    """Unite the parts of a group that belong to one object, or to none; store what `fill` needs.
+
+    tree_of: (labels.size,) the tree of each label of the group.
+    """
+    from connectomics.decoding.blocks.component_kernels import join_pairs
+
+    object_of, touch = np.empty(parts.size, np.int64), []
+    for block, begin, end in zip(parts.parts, parts.offsets, parts.offsets[1:], strict=False):
+        stored, first = parts.blocks.load(block, "of", "touching"), labels.first(block)
+        object_of[begin:end] = np.concatenate(([-1], tree_of[first : first + labels.count(block)]))[stored["of"]]
+        touch.append(stored["touching"].astype(np.int64) - 1 + begin)
+    forest, beyond = np.arange(parts.size), [np.empty((0, 2), np.int64)]
+    for pairs in parts.touching(DUAL[connectivity]):
+        if len(pairs) and pairs[0, 1] >= parts.size:
+            beyond.append(np.unique(pairs, axis=0))
+            continue
+        same = object_of[pairs[:, 0]] == object_of[pairs[:, 1]]
+        join_pairs(forest, pairs[same])
+        touch.append(np.unique(pairs[~same], axis=0))
+    n = number_trees(forest)
+    of = np.empty(n, np.int64)
+    of[forest] = object_of
+    edges = _distinct([forest[pairs] for pairs in touch], n)
+    groups.store(parts, forest, n, np.concatenate(beyond), of=of, touching=edges)
+
+
 def fill(
-    blocks: StoredBlocks, objects_in: Callable[[int], NDArray[np.int64]], connectivity: int, n: int
+    groups: StoredGroups, trees: StoredGroups, objects: NDArray[np.int64], connectivity: int, n: int
 ) -> tuple[Pieces, NDArray[np.int64]]:
     """Give every cavity to the innermost object around it.
 
     Args:
-        blocks: what `store_parts` stored.
-        objects_in: block number -> (labels of the block,) the object 0..n-1 of each of its labels 1...
+        groups: what `unite_parts` stored.
+        trees: of the labels; objects: (trees of all groups,) the object 0..n-1 of each.
         connectivity: of the objects. n: number of objects.
 
     Returns:
-        The filled objects, and (parts of all blocks,) int64 the object of each part now, -1 for background.
+        The filled objects, and (parts of all groups,) int64 the object of each part now, -1 for background.
 
-    Memory: 16 bytes a part of all blocks, about 150 bytes a part of the volume and 16 bytes for each contact of two.
+    Memory: 4 bytes for each part of a block, 16 for each part of a group, about 150 for each part of the volume and 16
+    for each contact of two.
     """
     from connectomics.decoding.blocks.component_kernels import fill_cavities, gather, join_pairs
 
-    offsets, lattice = blocks.offsets, blocks.lattice
-    object_of = np.empty(offsets[-1], np.int64)  # of the parts of blocks
-    for block in range(len(lattice)):
-        table = np.concatenate(([-1], objects_in(block)))
-        object_of[offsets[block] : offsets[block + 1]] = table[blocks.load(block, "of")["of"]]
+    offsets = groups.offsets
+    object_of = np.empty(offsets[-1], np.int64)  # of the parts of groups
+    for group in groups.parts:
+        first, last = trees.offsets[group : group + 2]
+        of_tree = np.concatenate((objects[first:last], [-1]))  # the background, -1, reads the last entry
+        object_of[offsets[group] : offsets[group + 1]] = of_tree[groups.load(group, "of")["of"]]
     forest, contacts = np.arange(len(object_of)), []
-    for pairs in blocks.touching(DUAL[connectivity]):
+    for group in groups.parts:
+        pairs = groups.links(group)
         same = object_of[pairs[:, 0]] == object_of[pairs[:, 1]]
         join_pairs(forest, pairs[same])
-        contacts.append(np.unique(pairs[~same], axis=0))
-    nodes = Pieces.empty(number_trees(forest))  # the parts of the volume
-    edges = [np.sort(forest[pairs], axis=1) for pairs in contacts]
-    for block in range(len(lattice)):
-        of_volume, part = forest[offsets[block] : offsets[block + 1]], blocks.pieces(block)
-        gather(of_volume, *part.columns.values(), *nodes.columns.values())
-        edges.append(np.sort(of_volume[blocks.load(block, "touching")["touching"].astype(np.int64) - 1], axis=1))
+        contacts += [pairs[~same], groups.load(group, "touching")["touching"] + offsets[group]]
+    nodes = gathered(groups, forest, number_trees(forest))  # the parts of the volume
+    edges = _distinct([forest[pairs] for pairs in contacts], len(nodes))
     owner = np.empty(len(nodes), np.int64)
     owner[forest] = object_of
-    objects = Pieces.empty(n)
+    filled = Pieces.empty(n)
     known = owner >= 0
-    gather(owner[known], *nodes.take(known).columns.values(), *objects.columns.values())
-    size = np.prod(objects.boxes[:, 3:].astype(np.int64) - objects.boxes[:, :3] + 1, axis=1)
-    order = np.lexsort((objects.first, size))  # inner objects have smaller boxes
-    ones, twos = np.unique(np.concatenate(edges), axis=0).T
+    gather(owner[known], *nodes.take(known).columns.values(), *filled.columns.values())
+    size = np.prod(filled.boxes[:, 3:].astype(np.int64) - filled.boxes[:, :3] + 1, axis=1)
+    order = np.lexsort((filled.first, size))  # inner objects have smaller boxes
+    ones, twos = edges.T
     near = _grouped(np.concatenate((ones, twos)), np.concatenate((twos, ones)), len(nodes))
     members = _grouped(owner[known], np.flatnonzero(known), n)
-    holder = fill_cavities(order, owner, nodes.boxes, objects.boxes, *members, *near)
+    holder = fill_cavities(order, owner, nodes.boxes, filled.boxes, *members, *near)
     cavity = (owner < 0) & (holder >= 0)
     inner = nodes.take(cavity)
     # a cavity lies within the box of its object, after its first voxel
-    np.add.at(objects.sizes, holder[cavity], inner.sizes)
-    np.add.at(objects.sums, holder[cavity], inner.sums)
+    np.add.at(filled.sizes, holder[cavity], inner.sizes)
+    np.add.at(filled.sums, holder[cavity], inner.sums)
     owner[cavity] = holder[cavity]
-    return objects, owner[forest]
+    return filled, owner[forest]
 
 
 def _grouped(keys: NDArray[np.int64], values: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The values of every key 0..n-1, as begins (n + 1,) and a list of all."""
     order = np.argsort(keys, kind="stable")
     return np.searchsorted(keys[order], np.arange(n + 1)), values[order]
+
+
+def _distinct(pairs: list[NDArray[np.int64]], n: int) -> NDArray[np.int64]:
+    """The pairs (m, 2) of different numbers below ``n``, each once, the smaller first."""
+    found = np.sort(np.concatenate([np.empty((0, 2), np.int64), *pairs]), axis=1)
+    keys = np.unique((found[:, 0] * n + found[:, 1])[found[:, 0] < found[:, 1]])
+    return np.stack([keys // max(n, 1), keys % max(n, 1)], axis=1)
 
 
 def _touching(parts: NDArray[np.uint32], connectivity: int) -> NDArray[np.uint32]:

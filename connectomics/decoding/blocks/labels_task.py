@@ -184,6 +184,8 @@ class LabelsTask(BlockTask):
             self.begin()
         elif self.is_complete:
             self._remove_done_maps()
+        else:
+            self.go_on()
 
     @property
     def is_begun(self) -> bool:

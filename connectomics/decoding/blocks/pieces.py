@@ -1,14 +1,13 @@
 """What is kept of a labeled block: its pieces (a table) and the labels on its faces; and how pieces become objects.
 
-Every block leaves one file. The leading process unites the pieces that touch across the faces of blocks in a
-union-find forest, numbers its trees, and adds up their pieces to objects.
+Every block leaves one file. `connectomics.decoding.blocks.groups` unites the pieces that touch across the faces of
+blocks in a union-find forest, numbers its trees, and adds up their pieces to objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +19,6 @@ from connectomics.tasks.blocks import RANK, BlockFiles, Lattice
 Number = TypeVar("Number", bound=np.generic)
 #: The faces of a block by axis and side: ``0-`` is z at its begin (h, w), ``2+`` x at its end (d, h).
 SIDES = tuple(f"{axis}{sign}" for axis in range(3) for sign in "-+")
-FACES_KEPT = 16  # blocks whose faces are cached; neighbors along x and y come again soon
 
 
 @dataclass(frozen=True)
@@ -119,69 +117,12 @@ class StoredBlocks(BlockFiles):
         """Read the labels on the faces of a block."""
         return self.load(number, *SIDES)
 
-    @cached_property
-    def offsets(self) -> NDArray[np.int64]:
-        """(blocks + 1,): label i of block n is node ``offsets[n] + i - 1`` of all labels of all blocks."""
-        counts = (int(self.load(n, "count")["count"]) for n in range(len(self.lattice)))
-        return np.concatenate(([0], np.cumsum(np.fromiter(counts, np.int64, len(self.lattice)))))
-
     def count(self, number: int) -> int:
-        """Return how many labels a block has."""
-        return int(self.offsets[number + 1] - self.offsets[number])
-
-    def borders(self, connectivity: int) -> Iterator[tuple[int, int, Index]]:
-        """Yield two neighboring blocks that both have labels, and the step from the first to the second."""
-        for block in range(len(self.lattice)):
-            if self.count(block):
-                for step, other in self.lattice.neighbors(block, connectivity):
-                    if self.count(other):
-                        yield block, other, step
-
-    def touching(self, connectivity: int) -> Iterator[NDArray[np.int64]]:
-        """Yield for each border between blocks the pairs of nodes (n, 2) that touch across it."""
-        from connectomics.decoding.blocks.component_kernels import touching
-
-        faces = lru_cache(maxsize=FACES_KEPT)(self.faces)
-        for block, other, step in self.borders(connectivity):
-            low, high = border(faces(block), step), border(faces(other), opposite(step))
-            yield touching(low, high, reach(step, connectivity)) + (self.offsets[[block, other]] - 1)
+        """Read how many labels a block has."""
+        return int(self.load(number, "count")["count"])
 
 
 # -- from pieces to objects --------------------------------------------------------------------------------------------
-def unite_touching(blocks: StoredBlocks, connectivity: int) -> NDArray[np.int64]:
-    """Unite all labels that touch across the borders of blocks.
-
-    Returns:
-        (nodes,) the union-find forest over the nodes of `StoredBlocks.offsets`: the parent of each, whose number is at
-        most its own; a root is its own parent.
-    """
-    from connectomics.decoding.blocks.component_kernels import join_pairs
-
-    forest = np.arange(blocks.offsets[-1])
-    for pairs in blocks.touching(connectivity):
-        join_pairs(forest, pairs)
-    return forest
-
-
-def number_trees(forest: NDArray[np.int64]) -> int:
-    """Replace every node of a forest, in place, by the number 0..n-1 of its tree; return n."""
-    from connectomics.decoding.blocks.component_kernels import number_roots
-
-    return int(number_roots(forest))
-
-
-def gathered(blocks: StoredBlocks, trees: NDArray[np.int64], n: int) -> Pieces:
-    """Return the objects 0..n-1 of the pieces of all blocks; ``trees`` (nodes,): the object of each."""
-    from connectomics.decoding.blocks.component_kernels import gather
-
-    found = Pieces.empty(n)
-    for block in range(len(blocks.lattice)):
-        if blocks.count(block):
-            part, at = blocks.pieces(block), blocks.offsets[block : block + 2]
-            gather(trees[at[0] : at[1]], *part.columns.values(), *found.columns.values())
-    return found
-
-
 def numbered(objects: Pieces, min_voxels: int) -> tuple[Pieces, NDArray[np.int64]]:
     """Keep the objects of at least ``min_voxels``, ordered by their first voxel in z-y-x order.
 
@@ -193,10 +134,3 @@ def numbered(objects: Pieces, min_voxels: int) -> tuple[Pieces, NDArray[np.int64
     label = np.zeros(len(objects), np.int64)
     label[chosen] = np.arange(1, len(chosen) + 1)
     return objects.take(chosen), label
-
-
-def relabel(values: NDArray[np.int64], table: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ``table[values]``, computed in place to avoid a second array of all pieces."""
-    for begin in range(0, len(values), 1 << 20):
-        values[begin : begin + (1 << 20)] = table[values[begin : begin + (1 << 20)]]
-    return values

@@ -1,20 +1,22 @@
 """Segmentations that are made block by block and stitched; among them connected components.
 
-In the stage ``label`` every block is segmented alone. The leading process then unites the pieces of neighboring blocks
-to objects (`StitchedTask.unite`), fills their holes if asked, drops small ones, and numbers the rest 1..n by their
-first voxel in z-y-x order. In the stage ``write`` the blocks get the labels of the objects. With a boundary (a class or
-a head) these objects are cores, found where there is no boundary: the stage ``cores`` writes them, and the stage
-``grow`` grows them back over the boundary, as `connectomics.decoding.decode.decode_class` does.
+In the stage ``label`` every block is segmented alone. In the stage ``unite`` the pieces of neighboring blocks are
+united within groups of blocks (`StitchedTask.unite_group`). The leading process then unites the groups to objects
+(`StitchedTask.unite`), fills their holes if asked, drops small ones, and numbers the rest 1..n by their first voxel in
+z-y-x order. In the stage ``write`` the blocks get the labels of the objects. With a boundary (a class or a head) these
+objects are cores, found where there is no boundary: the stage ``cores`` writes them, the stage ``grow`` grows them back
+over the boundary, as `connectomics.decoding.decode.decode_class` does, and ``unite-grown`` unites what has grown.
 
 The unfinished output::
 
     .{class}.partial/task.json            the task; beside it the done-maps of the run
     .{class}.partial/.blocks/labels       labels 1..k of every block, uint32 Zarr
-    .{class}.partial/.blocks/{stage}/N    what block N leaves for later stages (`StoredBlocks`)
-    .{class}.partial/.blocks/labels_of    the object label of every piece, 0 if it is too small
+    .{class}.partial/.blocks/label/N      what block N leaves for later stages (`StoredBlocks`); to fill holes ``holes``
+    .{class}.partial/.blocks/label-groups/N   what group N leaves for the leading process (`StoredGroups`)
+    .{class}.partial/.blocks/labels_of/N  the object label of every tree of group N, 0 if it is too small
     .{class}.partial/.blocks/objects_of_labels   the table of the objects
-    .{class}.partial/.blocks/cores, parts, parts_of, objects_of_parts   with a boundary: the labels of the cores, and
-                                          what grows, as above
+    .{class}.partial/.blocks/cores, parts, grow, grow-groups, parts_of, objects_of_parts   with a boundary: the labels
+                                          of the cores, and what grows, as above
     .{class}.partial/s0, instances.csv    the output
 """
 
@@ -30,27 +32,31 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.holes import block_parts, fill, store_parts
-from connectomics.decoding.blocks.labels_task import LabelsTask
-from connectomics.decoding.blocks.pieces import (
-    Pieces,
-    StoredBlocks,
-    faces_of,
+from connectomics.decoding.blocks.groups import (
+    BLOCKS_KEPT,
+    GROUP,
+    Group,
+    GroupLabels,
+    StoredGroups,
     gathered,
+    groups_of,
+    joined,
     number_trees,
-    numbered,
-    relabel,
-    unite_touching,
 )
+from connectomics.decoding.blocks.holes import block_parts, fill, store_parts, unite_parts
+from connectomics.decoding.blocks.labels_task import LabelsTask
+from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, faces_of, numbered
 from connectomics.decoding.cellmap_postprocess import components
 from connectomics.decoding.label_artifact import write_tables
 from connectomics.decoding.prediction import Foreground
-from connectomics.decoding.watershed.stitch import grown_block, grown_objects
+from connectomics.decoding.watershed.forest import NO_FLOOR
+from connectomics.decoding.watershed.stitch import grown_block, grown_objects, unite_group
 from connectomics.errors import WriteError
 from connectomics.io.place import S3Path
 from connectomics.io.store import is_array
 from connectomics.io.write import ArrayWriter
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
+from connectomics.tasks.blocks import BlockFiles
 
 
 @dataclass(frozen=True)
@@ -77,13 +83,28 @@ class StitchedTask(LabelsTask):
     def open_labeler(self) -> Callable[[int], Labeled]:
         """Return what segments a block, by its number; made once in each process of the stage ``label``."""
 
-    def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
-        """Find the pieces that belong together, in the leading process.
+    def unite_group(self, group: Group, groups: StoredGroups) -> NDArray[np.int64]:
+        """Unite the pieces of a group of blocks as far as nothing beyond it matters, and store the group.
 
         Returns:
-            (nodes,) a forest as `unite_touching` gives it.
+            (group.size,) the tree of each piece.
         """
-        return unite_touching(blocks, self.parameters.connectivity)
+        trees, links = joined(group, self.parameters.connectivity)
+        groups.store(group, trees, number_trees(trees), links)
+        return trees
+
+    def unite(self, groups: StoredGroups) -> NDArray[np.int64]:
+        """Find the trees of groups that belong together, in the leading process.
+
+        Returns:
+            (nodes,) the union-find forest: the parent of each tree, whose number is at most its own.
+        """
+        from connectomics.decoding.blocks.component_kernels import join_pairs
+
+        forest = np.arange(groups.offsets[-1])
+        for group in groups.parts:
+            join_pairs(forest, groups.links(group))
+        return forest
 
     # -- its life ----------------------------------------------------------------------------------------------------
     def check_input(self) -> None:
@@ -97,19 +118,29 @@ class StitchedTask(LabelsTask):
         """Return what the blocks of a stage leave for later ones."""
         return StoredBlocks(self.scratch / stage, self.lattice)
 
+    def groups(self, stage: str = "label") -> StoredGroups:
+        """Return what the groups of the blocks of a stage leave for the leading process."""
+        return StoredGroups(self.scratch / f"{stage}-groups", self.lattice)
+
     @property
     def label_stages(self) -> tuple[str, ...]:
-        return ("label", "cores", "grow", "write") if self.parameters.has_boundary else ("label", "write")
+        between = ("cores", "grow", "unite-grown") if self.parameters.has_boundary else ()
+        return ("label", "unite", *between, "write")
+
+    def blocks(self, stage: str) -> int:
+        unites = stage.startswith("unite") and not self.is_complete
+        return len(groups_of(self.lattice)) if unites else super().blocks(stage)
 
     def prepare_labels(self, stage: str) -> None:
         # each array is made last: if it exists, all else does
         if stage == "label":
             self._create("labels", np.dtype(np.uint32))
-        if stage == "cores" and not self._is_there("cores"):
+        if stage == "cores" and not (self._is_there("cores") and self._is_kept("labels")):
             self._create("cores", np.min_scalar_type(len(self._united())))
         if stage == "grow":
             self._create("parts", np.dtype(np.uint32))
-        if stage == "write" and not self.has_labels:
+        kept = self._is_kept("parts" if self.parameters.has_boundary else "labels")
+        if stage == "write" and not (self.has_labels and kept):
             objects = len(self._grown() if self.parameters.has_boundary else self._united())
             instances = self.parameters.kind == "instance"
             self.create_labels(np.min_scalar_type(objects) if instances else np.dtype(np.uint8))
@@ -118,6 +149,8 @@ class StitchedTask(LabelsTask):
         fills = self.parameters.fill_holes
         if stage == "label":
             return _LabelWorker(self, stage, self.open_labeler(), "labels", fills)
+        if stage.startswith("unite"):
+            return _UniteWorker(self, stage == "unite-grown")
         if stage == "cores":
             return _WriteWorker(self, "labels", self.scratch / "cores", fills)
         if stage == "grow":
@@ -136,6 +169,11 @@ class StitchedTask(LabelsTask):
 
     def label_cost(self, stage: str) -> Cost:
         voxels = self.largest_block
+        if stage.startswith("unite"):
+            blocks = int(np.prod(np.minimum(GROUP, self.lattice.counts)))
+            z, y, x = np.minimum(self.block_shape, self.grid.shape).tolist()
+            faces = 2 * (z * y + z * x + y * x) * (4 if self.parameters.method in ("cc3d", "threshold") else 8)
+            return Cost(read=2 * blocks * faces, written=faces, memory=(BLOCKS_KEPT + 2) * faces)
         if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
         if stage == "grow":
@@ -145,6 +183,9 @@ class StitchedTask(LabelsTask):
     # -- within ------------------------------------------------------------------------------------------------------
     def _is_there(self, array: str) -> bool:
         return is_array(self.scratch / array)
+
+    def _is_kept(self, array: str) -> bool:
+        return (self.scratch / f"{array}_of" / "0").exists()
 
     def _create(self, array: str, dtype: np.dtype[Any]) -> None:
         if not self._is_there(array):
@@ -162,31 +203,32 @@ class StitchedTask(LabelsTask):
 
     def _grown(self) -> Pieces:
         """Unite what has grown from each core; store what the stage ``write`` needs."""
-        blocks = self.stored("grow")
+        groups = self.groups("grow")
         cores = len(load_mapped(self.scratch / "objects_of_labels")["sizes"])
-        kept, label_of = grown_objects(blocks, self.parameters.connectivity, cores)
-        self._keep("parts", kept, label_of, blocks)
+        kept, label_of = grown_objects(groups, cores)
+        self._keep("parts", kept, label_of, groups)
         return kept
 
     def _united(self) -> Pieces:
-        """Unite the pieces, fill the holes, number the objects; store what the next stage needs."""
-        blocks = self.stored()
-        trees = self.unite(blocks)
-        n = number_trees(trees)
+        """Unite the trees, fill the holes, number the objects; store what the next stage needs."""
+        groups = self.groups()
+        object_of = self.unite(groups)
+        n = number_trees(object_of)
         if self.parameters.fill_holes:
-            parts, at = self.stored("holes"), blocks.offsets
-            objects, object_of = fill(parts, lambda k: trees[at[k] : at[k + 1]], self.parameters.connectivity, n)
-            blocks = parts
+            trees, groups = groups, self.groups("holes")
+            objects, object_of = fill(groups, trees, object_of, self.parameters.connectivity, n)
         else:
-            objects, object_of = gathered(blocks, trees, n), trees
+            objects = gathered(groups, object_of, n)
         kept, label = numbered(objects, self.parameters.min_voxels(self.grid.voxel_size))
         # the background, -1, reads the last entry
-        self._keep("labels", kept, relabel(object_of, np.concatenate((label, [0]))), blocks)
+        self._keep("labels", kept, np.concatenate((label, [0]))[object_of], groups)
         return kept
 
-    def _keep(self, array: str, objects: Pieces, label_of: NDArray[np.int64], blocks: StoredBlocks) -> None:
-        """Store the label of each piece in an array of pieces, and the table of the objects."""
-        save_mapped(self.scratch / f"{array}_of", label_of=label_of, offsets=blocks.offsets)
+    def _keep(self, array: str, objects: Pieces, label_of: NDArray[np.int64], groups: StoredGroups) -> None:
+        """Store the label of each tree in an array of pieces, by group, and the table of the objects."""
+        files = BlockFiles(self.scratch / f"{array}_of")
+        for group in groups.parts:
+            files.save(group, {"labels": label_of[slice(*groups.offsets[group : group + 2])]})
         save_mapped(self.scratch / f"objects_of_{array}", **objects.columns)
 
 
@@ -214,6 +256,25 @@ class _LabelWorker(BlockWorker):
             store_parts(self._holes, number, block.labels, self._connectivity)
 
 
+class _UniteWorker(BlockWorker):
+    """Unites groups of blocks."""
+
+    def __init__(self, task: StitchedTask, grown: bool) -> None:
+        self._task, self._grown = task, grown
+        self._fill, self._connectivity = task.parameters.fill_holes, task.parameters.connectivity
+
+    def do(self, number: int) -> None:
+        stage = "grow" if self._grown else "label"
+        group, groups = Group(self._task.stored(stage), number), self._task.groups(stage)
+        if self._grown:
+            unite_group(group, groups, self._connectivity, NO_FLOOR, cored=True)
+            return
+        trees = self._task.unite_group(group, groups)
+        if self._fill:
+            parts = Group(self._task.stored("holes"), number)
+            unite_parts(parts, trees, group, self._task.groups("holes"), self._connectivity)
+
+
 class _WriteWorker(BlockWorker):
     """Gives the pieces in an array of blocks the labels of their objects."""
 
@@ -222,14 +283,14 @@ class _WriteWorker(BlockWorker):
         self._labels = ArrayWriter.open(task.scratch / array)
         self._writer = ArrayWriter.open(into)
         self._fill, self._parameters = fill_holes, task.parameters
-        stored = load_mapped(task.scratch / f"{array}_of")
-        self._label_of, self._offsets = stored["label_of"], stored["offsets"]
+        groups = task.groups("grow" if array == "parts" else "holes" if fill_holes else "label")
+        self._label_of = GroupLabels(groups, BlockFiles(task.scratch / f"{array}_of"))
 
     def do(self, number: int) -> None:
         begin, shape = self._lattice.region(number)
-        found = self._label_of[self._offsets[number] : self._offsets[number + 1]]
+        found = self._label_of.of(number)
         if self._parameters.kind == "semantic":
-            found = found > 0
+            found = np.minimum(found, 1)
         table = np.concatenate(([0], found)).astype(self._writer.dtype)
         if table.any():
             labels = self._labels.read(begin, shape)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.pieces import number_trees
+from connectomics.decoding.blocks.groups import number_trees
 from connectomics.decoding.cellmap_postprocess import neighbor_steps
 from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, boundary_heights, depth_heights
 from connectomics.geometry import Index
@@ -140,9 +140,16 @@ def fragments(
     ones, twos, worse, better = kernels.basin_edges(
         flat, root, shape, offsets, low, high, OUTSIDE, out_worse, out_better
     )
-    order = np.lexsort((better, flat[better], worse, flat[worse]))
-    parent, kept = np.empty(n + 1, np.int64), np.zeros(len(ones), np.bool_)
-    kernels.contract(flat, ones, twos, worse, better, order, seeded, out_worse, out_better, floor, parent, kept)
+    leaving = np.flatnonzero(out_worse)  # basins with an edge to beyond the part, which ranks among the others
+    all_worse, all_better = np.concatenate((worse, out_worse[leaving])), np.concatenate((better, out_better[leaving]))
+    order = np.lexsort((all_better, flat[all_better], all_worse, flat[all_worse]))
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    out = np.full(n + 1, len(order))
+    out[leaving] = ranks[len(ones) :]
+    parent, kept = np.arange(n + 1), np.zeros(len(ones), np.bool_)
+    order = order[order < len(ones)]
+    kernels.contract(ones, twos, ranks, order, flat[worse] <= floor, n + 1, seeded, out, parent, kept)
     trees = np.flatnonzero(parent[1:] == np.arange(1, n + 1)) + 1
     number_trees(parent)  # 0 stays 0; trees 1..k in the order of their first voxels
     number = parent

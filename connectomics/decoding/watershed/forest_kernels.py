@@ -237,47 +237,45 @@ def basin_edges(
 # -- joining them ------------------------------------------------------------------------------------------------------
 @numba.njit(cache=True, nogil=True)
 def contract(
-    height: Ints32,
     ones: Ints,
     twos: Ints,
-    worse: Ints,
-    better: Ints,
+    ranks: Ints,
     order: Ints,
+    flat: Flags,
+    own: int,
     seeded: Flags,
-    out_worse: Ints,
-    out_better: Ints,
-    floor: int,
+    out: Ints,
     parent: Ints,
     kept: Flags,
 ) -> None:
-    """Unite the basins of a region that no other region can keep apart, and find the edges that may matter elsewhere.
+    """Unite the nodes of a region that no other region can keep apart, and find the edges that may matter elsewhere.
 
     Args:
-        ones, twos, worse, better: (m,) the edges between basins (1-based). order: (m,) first to last.
-        seeded, out_worse, out_better: (n + 1,) by basin, changed in place: whether it holds a seed, and its first
-            edge out of the region (0: none).
-        floor: edges no higher than this unite whatever holds seeds.
-        parent: (n + 1,) takes the union-find forest. kept: (m,) takes which edges are left between what is not united.
+        ones, twos: (m,) the edges; ``ones`` are nodes of the region, which are those below ``own``.
+        ranks: (m,) place of each edge in the order of all. order: (m,) the edges from first to last.
+        flat: (m,) edges that unite whatever holds seeds.
+        seeded: (n,) whether a node holds a seed; beyond the region false if unknown. Changed in place.
+        out: (n,) rank of the first edge that leaves the region from each node, larger than all if none does. Changed.
+        parent: (n,) a union-find forest of what is one from the start; takes the result.
+        kept: (m,) takes which edges are left between what is not united.
     """
-    near = np.arange(len(parent))  # what the edges so far join, whether or not it may be united already
+    near = parent.copy()  # what the edges so far join, whether or not it may be united already
     claimed = seeded.copy()
-    for i in range(len(parent)):
-        parent[i] = i
     for e in order:
         one, two = root_of(near, ones[e]), root_of(near, twos[e])
-        flat = height[worse[e]] <= floor
         # Joined already by edges that come first (two seeds are joined from the start): this one is in no forest.
-        if one == two or (claimed[one] and claimed[two] and not flat):
+        if one == two or (claimed[one] and claimed[two] and not flat[e]):
             continue
         near[max(one, two)] = min(one, two)
         claimed[min(one, two)] = claimed[one] or claimed[two]
+        if twos[e] >= own:
+            kept[e] = True
+            continue
         one, two = root_of(parent, ones[e]), root_of(parent, twos[e])
-        free = flat
+        free = flat[e]
         for side in (one, two):
             # The first edge that leaves something without a seed is in the forest.
-            if not seeded[side] and (
-                out_worse[side] == 0 or before(height, worse[e], better[e], out_worse[side], out_better[side])
-            ):
+            if not seeded[side] and ranks[e] < out[side]:
                 free = True
         if not free:
             kept[e] = True
@@ -285,10 +283,7 @@ def contract(
         to, gone = min(one, two), max(one, two)
         parent[gone] = to
         seeded[to] = seeded[to] or seeded[gone]
-        if out_worse[gone] != 0 and (
-            out_worse[to] == 0 or before(height, out_worse[gone], out_better[gone], out_worse[to], out_better[to])
-        ):
-            out_worse[to], out_better[to] = out_worse[gone], out_better[gone]
+        out[to] = min(out[to], out[gone])
 
 
 @numba.njit(cache=True, nogil=True)

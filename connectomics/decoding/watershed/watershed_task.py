@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.decoding.blocks.pieces import StoredBlocks
+from connectomics.decoding.blocks.groups import Group, StoredGroups
 from connectomics.decoding.blocks.stitched_task import Labeled, StitchedTask
 from connectomics.decoding.prediction import Foreground, StoredHead
 from connectomics.decoding.watershed.forest import Part, fragments, seed_radius
 from connectomics.decoding.watershed.heights import DepthRule, depth_heights
-from connectomics.decoding.watershed.stitch import join, to_store
+from connectomics.decoding.watershed.stitch import join, to_store, unite_group
 from connectomics.geometry import Index
 from connectomics.tasks.block_task import Cost
 
@@ -75,10 +75,11 @@ class WatershedTask(StitchedTask):
 
         return of_mask, -rule.cap
 
-    def unite(self, blocks: StoredBlocks) -> NDArray[np.int64]:
-        seeded = np.zeros(int(blocks.offsets[-1]), np.bool_)
-        _, floor = self._open_heights(self.open_foreground())
-        return join(blocks, self.parameters.connectivity, floor, seeded)
+    def unite_group(self, group: Group, groups: StoredGroups) -> NDArray[np.int64]:
+        return unite_group(group, groups, self.parameters.connectivity, self._floor)
+
+    def unite(self, groups: StoredGroups) -> NDArray[np.int64]:
+        return join(groups, self._floor, np.zeros(int(groups.offsets[-1]), np.bool_))
 
     def label_cost(self, stage: str) -> Cost:
         if stage != "label":
@@ -88,6 +89,10 @@ class WatershedTask(StitchedTask):
         read, part = int(np.prod(near + 2 * halo)), int(np.prod(near))
         rows = int(near[0] * np.prod((near + 2 * halo)[1:]))  # distances along z, before those along y and x
         return Cost(read=read, written=4 * int(np.prod(block)), memory=2 * read + max(4 * rows, 12 * part))
+
+    @property
+    def _floor(self) -> int:
+        return self._open_heights(self.open_foreground())[1]
 
     @property
     def _radius(self) -> Index:
