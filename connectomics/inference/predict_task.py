@@ -46,7 +46,7 @@ _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
     "views", "symmetries", "dropout_samples", "skip_empty", "normalization",
 )  # fmt: skip
-_WORKER_BYTES = 256 << 20  # that a worker holds besides its block: pieces being written, caches of the reader
+_WORKER_BYTES = 320 << 20  # that a worker holds besides its block: kernels, pieces being written, caches of the reader
 
 
 @dataclass(frozen=True)

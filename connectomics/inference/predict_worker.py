@@ -207,13 +207,18 @@ class PredictWorker:
 
 def _in_turn(dtype: np.dtype[Any]) -> Callable[[tuple[int, ...]], NDArray[Any]]:
     """Return what gives memory for values of this type, one of two arrays in turn: one is written, one is computed."""
-    arrays = [np.empty(0, dtype)] * 2
+    import torch
+
+    kind = {"uint8": torch.uint8, "float32": torch.float32}[dtype.name]
+    arrays: list[NDArray[Any]] = [np.empty(0, dtype)] * 2
 
     def into(shape: tuple[int, ...]) -> NDArray[Any]:
         arrays.reverse()
         size = math.prod(shape)
         if arrays[0].size < size:
-            arrays[0] = np.empty(size, dtype)
+            arrays[0] = torch.empty(
+                size, dtype=kind
+            ).numpy()  # numpy asks for huge pages, which some machines give slowly
         return arrays[0][:size].reshape(shape)
 
     return into

@@ -194,7 +194,9 @@ def predict_blocks(
 
 def new_values(shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Return new memory for values: whoever gets them may keep them."""
-    return np.empty(shape, np.float32)
+    import torch
+
+    return torch.empty(shape, dtype=torch.float32).numpy()
 
 
 def predict_regions(
