@@ -29,6 +29,7 @@ from connectomics.errors import InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
+from connectomics.inference.probability_values import require_probabilities
 from connectomics.io import resample, store
 from connectomics.io.artifacts import Provenance, about
 from connectomics.io.metadata import names_levels, parse_multiscales
@@ -166,32 +167,30 @@ def _is_prediction(path: Path) -> bool:
     return about(path).get("artefact") not in (None, "labels")
 
 
-def require_probabilities(low: float, high: float) -> None:
-    """Raise `InputError` if a network's smallest and largest value are not probabilities."""
-    if not np.isfinite([low, high]).all():
-        raise InputError(
-            "the network's output has values that are not finite (NaN or infinite); check the checkpoint, or use full "
-            "precision"
-        )
-    if low < -1e-3 or high > 1 + 1e-3:
-        raise InputError(
-            f"the network must give probabilities, got values from {low:.4g} to {high:.4g}; apply a sigmoid to logits"
-        )
-
-
 def write_probability(
     layout: Layout,
     number: int,
-    probability: NDArray[np.float32],
+    probability: NDArray[Any],
     writer: ArrayWriter,
     absent: NDArray[np.bool_] | None = None,
 ) -> None:
     """Resample one class of a block (values on its region of the network's lattice) and store it in the array's dtype:
-    uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``."""
-    require_probabilities(float(probability.min()), float(probability.max()))
+    uint8 as round(255 p), float16 as p; 0 at the block's voxels that are ``absent``. uint8 is stored as it is."""
     start, block = layout.blocks[number]
+    if probability.dtype == np.uint8:
+        if absent is not None:
+            probability[absent] = 0
+        writer.write(start, probability)
+        return
+    require_probabilities(float(probability.min()), float(probability.max()))
     origin = layout.regions[number][0]
     stored = np.empty(block.shape, writer.dtype)  # written at once: a block may be a single shard
+    if writer.dtype == np.uint8 and not layout.same_voxels:
+        resample.linear(probability, layout.model.crop(origin, probability.shape), block, stored)
+        if absent is not None:
+            stored[absent] = 0
+        writer.write(start, stored)
+        return
     for offset, piece in block.blocks((_PIECE,) * 3):
         begin, shape = layout.region(piece)
         values = probability[tuple(slice(b - o, b - o + n) for b, o, n in zip(begin, origin, shape, strict=True))]

@@ -1,8 +1,8 @@
 """Blend windows into blocks that follow each other along x and share raw and windows.
 
-A `BlockRow` keeps what one block leaves for the next: raw, and the weighted sums of windows that reach into it. What is
-read, and in which order, follows from the lattice, the blocks and a mask alone, so it can be read ahead
-(`planned_reads`).
+A `BlockRow` keeps what one block leaves for the next: raw, and the weighted sums of windows that reach into it. Its
+memory is used again by every block and row (`Buffers`): fresh memory costs more than the arithmetic. What is read, and
+in which order, follows from the lattice, the blocks and a mask alone, so it can be read ahead (`planned_reads`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from connectomics.errors import InputError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.inference.background_io import ReadAhead
+from connectomics.inference.probability_values import divide, require_probabilities
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.windows import WindowLattice
 
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
 Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
 Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
+Into = Callable[[tuple[int, ...]], NDArray[Any]]  # gives memory for values (C, d, h, w): float32, or uint8 for 255 p
 
 LEAST_WIDTH = 32  # voxels along x of raw per read, if windows are narrower: a chunk is decoded for each read
 SLAB_VOXELS = 1 << 22  # voxels of raw per read: keeps what `read` needs beside its result small
+SLAB_WIDTH = 64  # voxels along x of sums that lie together: the width of most chunks
 _BATCHES_AHEAD = 2  # batches whose further inputs are read while the network computes
 
 
@@ -74,6 +77,18 @@ def windows_to_run(lattice: WindowLattice, inside: Inside | None) -> Inside | No
     return lambda window: lattice.sees_raw(window) and (inside is None or inside(window))
 
 
+def reach(lattice: WindowLattice, region: Region) -> int:
+    """Return how many voxels along x of the lattice's grid the windows over a region see, from the region's begin."""
+    begin, width = region[0][2], region[1][2]
+    last = lattice.touching(2, begin, begin + width)[-1]
+    return min(lattice.grid.shape[2], max(lattice.starts[2][last] + lattice.window[2], begin + width)) - begin
+
+
+def slabs_of(lattice: WindowLattice, region: Region) -> int:
+    """Return how many slabs of sums hold what the windows over a region see."""
+    return math.ceil((region[0][2] % SLAB_WIDTH + reach(lattice, region)) / SLAB_WIDTH)
+
+
 def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return first and last (exclusive) voxel along z and y of the windows with these ascending numbers."""
     (z0, z1), (y0, y1) = (
@@ -104,6 +119,23 @@ def _slabs(
         yield lattice.grid.crop((first, y0, begin), (min(step, z1 - first), y1 - y0, end - begin))
 
 
+class Buffers:
+    """Memory that is used again, by name: float32, not initialized."""
+
+    def __init__(self) -> None:
+        self._flat: dict[str, torch.Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], device: str = "cpu") -> torch.Tensor:
+        """Return a tensor; the one that was returned for the name before is no longer valid."""
+        import torch
+
+        size = math.prod(shape)
+        if name not in self._flat or self._flat[name].numel() < size:
+            self._flat.pop(name, None)  # first, so that both are never there
+            self._flat[name] = torch.empty(size, dtype=torch.float32, device=device)
+        return self._flat[name][:size].view(*shape)
+
+
 @dataclass(frozen=True)
 class Forward:
     """How windows go through a network.
@@ -112,6 +144,7 @@ class Forward:
         network: see `connectomics.inference.sliding.predict_blocks`, as ``channels`` to ``inputs``.
         skip_empty: whether windows of constant raw are left out.
         inside: returns whether a window, by its grid, is run; None: every window.
+        buffers: memory for what goes in.
     """
 
     network: Callable[..., torch.Tensor]
@@ -122,12 +155,13 @@ class Forward:
     inputs: tuple[FurtherInput, ...] = ()
     skip_empty: bool = False
     inside: Inside | None = None
+    buffers: Buffers = field(default_factory=Buffers, compare=False)
 
     def __call__(self, *inputs: list[NDArray[np.float32]]) -> torch.Tensor:
         """Return (B, channels, d, h, w) float32 of B windows (d, h, w), and of B of each further input."""
         import torch
 
-        batch, *further = (torch.from_numpy(np.stack(arrays)[:, None]).to(self.device) for arrays in inputs)
+        batch, *further = (self._batch(f"input {n}", arrays) for n, arrays in enumerate(inputs))
         mixed: Any = contextlib.nullcontext()
         if self.autocast is not None:
             mixed = torch.autocast(torch.device(self.device).type, dtype=self.autocast)
@@ -139,9 +173,18 @@ class Forward:
                 raise InputError(f"the network must give one tensor of shape {wanted}, got {found}")
             return out.float()
 
+    def _batch(self, name: str, arrays: list[NDArray[np.float32]]) -> torch.Tensor:
+        batch = self.buffers(name, (len(arrays), 1, *arrays[0].shape))
+        np.stack(arrays, out=batch.numpy()[:, 0])
+        return batch.to(self.device)
+
 
 class BlockRow:
-    """Regions with the same z and y extent, in ascending x, each of which uses windows and raw of the one before."""
+    """Regions with the same z and y extent, in ascending x, each of which uses windows and raw of the one before.
+
+    The sums are a ring of slabs (channels + 1, dz, dy, `SLAB_WIDTH`; last the weights) along x: nothing is copied from
+    block to block, and a block's voxels lie together. They are 0 beyond what is still wanted.
+    """
 
     def __init__(
         self,
@@ -149,20 +192,24 @@ class BlockRow:
         lattice: WindowLattice,
         forward: Forward,
         weights: torch.Tensor,
-        begin: Index,
-        shape: Index,
+        region: Region,
+        slabs: int,
+        buffers: Buffers,
     ) -> None:
+        """Begin at ``region``; ``slabs`` is the largest number of `slabs_of` this and those that will follow."""
         self._read, self._lattice, self._forward, self._weights = read, lattice, forward, weights
+        begin, shape = region
         self._begin, self._shape = begin[:2], shape[:2]
         z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
         self._numbers = z, y  # of the windows
-        self._hull = hull(lattice, z, y)
+        self._hull = (z0, z1), (y0, y1) = hull(lattice, z, y)
         self._x = begin[2]  # first voxel of the latest region
         self._next_column = 0  # window columns before this one are in the sums, or touch nothing that is still wanted
-        self._raw: NDArray[np.float32] | None = None
-        self._raw_begin = 0
-        self._sums: torch.Tensor | None = None  # (channels + 1, dz, dy, x): weighted values, and last the weights
-        self._sums_begin = begin[2]
+        most = max(lattice.window[2], LEAST_WIDTH)
+        self._raw: NDArray[np.float32] = buffers("raw", (z1 - z0, y1 - y0, most)).numpy()
+        self._raw_begin = self._raw_end = lattice.starts[2][0]  # voxels along x that it holds
+        self._sums = buffers("sums", (slabs, forward.channels + 1, *self._shape, SLAB_WIDTH), forward.device)
+        self._sums.zero_()
 
     def continues_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
         """Return whether a region can follow in this row, after the latest one or one that begins at ``after``."""
@@ -170,71 +217,46 @@ class BlockRow:
             self._x if after is None else after
         )
 
-    def advance(self, x0: int, x1: int, keep: int | None) -> NDArray[np.float32]:
+    def advance(self, x0: int, x1: int, keep: int | None, into: Into) -> NDArray[Any]:
         """Return the values of voxels ``x0`` to ``x1``; keep sums from ``keep`` on for the next region (None: none)."""
         lattice, width = self._lattice, self._lattice.window[2]
         touching = lattice.touching(2, x0, x1)
         columns = range(max(touching.start, self._next_column), touching.stop)
-        end = min(lattice.grid.shape[2], max(lattice.starts[2][touching[-1]] + width, x1))
-        sums = self._extended(x0, end)
+        end = x0 + reach(lattice, ((*self._begin, x0), (*self._shape, x1 - x0)))
         for start, read_to in _columns(lattice, columns):  # never holds more raw than one column's, or `LEAST_WIDTH`
-            if self._raw is None or start + width > self._raw_begin + self._raw.shape[2]:
+            if start + width > self._raw_end:
                 self._fetch(start, read_to)
-            self._run(start, sums, x0)
+            self._run(start, x0, end)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
-        following = lattice.starts[2][self._next_column :]
-        if keep is None or self._raw is None or not following:
-            self._raw = None
-        else:
-            cut = max(0, following[0] - self._raw_begin)
-            self._raw, self._raw_begin = self._raw[..., cut:].copy(), self._raw_begin + cut
-        if keep is not None:
-            self._sums, self._sums_begin = sums[..., min(keep, end) - x0 :].clone(), keep
-        return self._normalized(sums, x0, x1)
+        return self._normalized(x0, x1, min(end, x1 if keep is None else keep), into)
 
-    def _extended(self, x0: int, end: int) -> torch.Tensor:
-        """Return sums for voxels ``x0`` to ``end``: what was carried over, and zeros."""
-        import torch
-
-        sums = torch.zeros(
-            (self._forward.channels + 1, *self._shape, end - x0), dtype=torch.float32, device=self._forward.device
-        )
-        if self._sums is not None:
-            carried = self._sums[..., x0 - self._sums_begin :]
-            sums[..., : carried.shape[3]] = carried
-            self._sums = None
-        return sums
+    def _parts(self, begin: int, end: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+        """Yield the slabs of voxels ``begin`` to ``end`` along x, the place in each, and which voxels these are."""
+        for first in range(begin - begin % SLAB_WIDTH, end, SLAB_WIDTH):
+            low, high = max(first, begin), min(first + SLAB_WIDTH, end)
+            slab = self._sums[first // SLAB_WIDTH % len(self._sums)]
+            yield slab, slice(low - first, high - first), slice(low - begin, high - begin)
 
     def _fetch(self, begin: int, end: int) -> None:
         """Hold raw of voxels ``begin`` to ``end`` along x; read only what is not there yet."""
-        (z0, z1), (y0, y1) = self._hull
-        shape, have = (z1 - z0, y1 - y0, end - begin), 0
-        before, self._raw = self._raw, None
-        kept = None
-        if before is not None and begin < self._raw_begin + before.shape[2]:
-            kept = before[..., begin - self._raw_begin :].copy()
-        if before is not None and before.shape == shape:
-            raw = before  # reuse its memory: a second array would add a third to what a prediction takes
-        else:
-            del before
-            raw = np.empty(shape, dtype=np.float32)
-        if kept is not None:
-            have = kept.shape[2]
-            raw[..., :have] = kept
-        del kept
+        (z0, _), (y0, _) = self._hull
+        have, shift = max(0, self._raw_end - begin), begin - self._raw_begin
+        if have and shift:
+            for plane in self._raw:  # numpy copies what it moves within an array: no more than a plane
+                plane[:, :have] = plane[:, shift : shift + have]
+        new = self._raw[..., have : end - begin]
         if self._forward.inside is not None:
-            raw[..., have:] = 0  # parts outside a mask are neither read nor used
+            new[...] = 0  # parts outside a mask are neither read nor used
         for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
             block = self._read(grid)
             if block.shape != grid.shape:
                 raise InputError(f"read must give an array of shape {grid.shape} for {grid}, got {block.shape}")
             z, y, _ = self._lattice.grid.index_range(grid.box)[0]
-            raw[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1], have:] = block
-        self._raw = raw
-        self._raw_begin = begin
+            new[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1]] = block
+        self._raw_begin, self._raw_end = begin, end
 
-    def _run(self, start: int, sums: torch.Tensor, x0: int) -> None:
-        """Add the windows that begin at ``start`` along x to ``sums``, which begin at ``x0``."""
+    def _run(self, start: int, x0: int, x1: int) -> None:
+        """Add the windows that begin at ``start`` along x to the sums of voxels ``x0`` to ``x1``."""
         size, forward = self._lattice.window, self._forward
         windows = self._wanted(start)
         grids = [self._lattice.grid.crop(at, size) for at in windows]
@@ -246,7 +268,7 @@ class BlockRow:
                 further = ([read(grid) for grid in around] for read in readers)
                 out = forward([self._window(at) for at in batch], *further)
                 for values, at in zip(out, batch, strict=True):
-                    self._add(values, at, sums, x0)
+                    self._add(values, at, x0, x1)
 
     def _wanted(self, x: int) -> list[Index]:
         """Return the first voxels of the windows to run that begin at ``x``."""
@@ -261,31 +283,39 @@ class BlockRow:
     def _window(self, at: Index) -> NDArray[np.float32]:
         corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
         part = tuple(slice(a - c, a - c + n) for a, c, n in zip(at, corner, self._lattice.window, strict=True))
-        return cast("NDArray[np.float32]", self._raw)[part]
+        return self._raw[part]
 
-    def _add(self, values: torch.Tensor, at: Index, sums: torch.Tensor, x0: int) -> None:
-        """Add the network's ``values`` of the window that begins at ``at``."""
-        size = self._lattice.window
-        block = (*self._begin, x0), (*self._shape, sums.shape[3])
-        into, of = zip(*map(_overlap, at, size, *block), strict=True)
-        weights = self._weights[of]
-        sums[(slice(0, -1), *into)].addcmul_(values[(slice(None), *of)], weights)
-        sums[(-1, *into)].add_(weights)
+    def _add(self, values: torch.Tensor, at: Index, x0: int, x1: int) -> None:
+        """Add the network's ``values`` of the window that begins at ``at`` to voxels ``x0`` to ``x1``."""
+        block = (*self._begin, x0), (*self._shape, x1 - x0)
+        (*into, x), (*of, x_of) = zip(*map(_overlap, at, self._lattice.window, *block), strict=True)
+        for slab, here, there in self._parts(x0 + x.start, x0 + x.stop):
+            part = (*of, slice(x_of.start + there.start, x_of.start + there.stop))
+            weights = self._weights[part]
+            slab[(slice(0, -1), *into, here)].addcmul_(values[(slice(None), *part)], weights)
+            slab[(-1, *into, here)].add_(weights)
 
-    def _normalized(self, sums: torch.Tensor, x0: int, x1: int) -> NDArray[np.float32]:
-        if self._forward.skip_empty or self._forward.inside is not None:  # voxels that no window covers become 0 / 1
-            sums[-1:].masked_fill_(sums[-1:] == 0, 1)
-        # a new array: a view would keep all sums alive while the caller holds the block
-        values = sums[:-1, ..., : x1 - x0] / sums[-1:, ..., : x1 - x0]
-        if self._lattice.leaves_raw:
-            self._clear_beyond(values, (*self._begin, x0))
-        if not math.isfinite(float(values.sum())):
+    def _normalized(self, x0: int, x1: int, clear: int, into: Into) -> NDArray[Any]:
+        """Return the values of voxels ``x0`` to ``x1``; the sums of voxels ``x0`` to ``clear`` become 0."""
+        out = into((self._forward.channels, *self._shape, x1 - x0))
+        lows, highs = [], []
+        for slab, here, there in self._parts(x0, x1):
+            if self._lattice.leaves_raw:
+                self._clear_beyond(slab[:-1, ..., here], (*self._begin, x0 + there.start))
+            low, high = divide(slab, here, out, there)
+            lows.append(low)
+            highs.append(high)
+        for slab, here, _ in self._parts(x0, clear):
+            slab[..., here].zero_()
+        if not math.isfinite(sum(lows) + sum(highs)):
             begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
             raise NotFiniteError(
                 f"the network's output has values that are not finite (NaN or infinite) in the block "
                 f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
             )
-        return cast("NDArray[np.float32]", values.cpu().numpy())
+        if out.dtype == np.uint8:
+            require_probabilities(min(lows), max(highs))
+        return out
 
     def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
         """Set values (C, d, h, w), which start at voxel ``begin``, to 0 where there is no raw. One voxel beyond the raw

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Any
 
 import numpy as np
 
@@ -144,6 +145,11 @@ class Layout:
         shape = [h - b for b, h in zip(low, high, strict=True)]
         return (low[0], low[1], low[2]), (shape[0], shape[1], shape[2])
 
+    def value_type(self, dtype: str, uncertainty: str) -> np.dtype[Any]:
+        """Return the dtype in which blocks wait to be written: uint8 if they are written as they are."""
+        as_they_are = self.same_voxels and len(self.windows) == 1 and (dtype, uncertainty) == ("uint8", "none")
+        return np.dtype(np.uint8 if as_they_are else np.float32)
+
     @property
     def seen(self) -> VoxelGrid:
         """A grid of as many voxels of `model` as the windows over a block see at most."""
@@ -153,10 +159,11 @@ class Layout:
                 shape[axis] = max(shape[axis], min(s[-1] + w - s[0], block[axis] + 2 * (w - 1)))
         return self.model.crop((0, 0, 0), shape)
 
-    def plan(self, batch_size: int, passes: Sequence[int]) -> Plan:
+    def plan(self, batch_size: int, passes: Sequence[int], dtype: str = "float16", uncertainty: str = "none") -> Plan:
         """Return what the blocks cost if each window of a lattice takes so many passes."""
+        value_bytes = self.value_type(dtype, uncertainty).itemsize
         first, *rest = (
-            plan_regions(lattice, self.regions, channels=self.channels, batch_size=batch_size).times(times)
+            plan_regions(lattice, self.regions, self.channels, batch_size, value_bytes).times(times)
             for lattice, times in zip(self.lattices, passes, strict=True)
         )
         return reduce(Plan.with_windows_of, rest, first)

@@ -46,7 +46,7 @@ _OF_MODEL = (
     "checkpoint", "classes", "voxel_size", "window", "overlap", "multiple", "blending", "context", "precision",
     "views", "symmetries", "dropout_samples", "skip_empty", "normalization",
 )  # fmt: skip
-_WORKER_BYTES = 256 << 20  # that a worker holds besides its block: pieces being written, caches of the reader
+_WORKER_BYTES = 320 << 20  # that a worker holds besides its block: kernels, pieces being written, caches of the reader
 
 
 @dataclass(frozen=True)
@@ -259,8 +259,8 @@ class PredictTask(BlockTask):
     def plan(self) -> list[Plan]:
         """Return what each distinct target grid costs, without running anything."""
         batch = MOST_ON_CPU if isinstance(self.batch_size, str) else self.batch_size
-        each = self.members * max(1, self.dropout_samples)
-        return [layout.plan(batch, [each * len(s) for s in self._windows_seen.values()]) for layout, _ in self.layouts]
+        passes = [self.members * max(1, self.dropout_samples) * len(s) for s in self._windows_seen.values()]
+        return [layout.plan(batch, passes, self.dtype, self.uncertainty) for layout, _ in self.layouts]
 
     def locate(self, block: int) -> tuple[int, int]:
         """Return the index of the layout that a block of the first stage belongs to, and its number there."""

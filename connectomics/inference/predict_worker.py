@@ -8,18 +8,19 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, OutOfMemoryError
 from connectomics.inference import gaps
-from connectomics.inference.artifact import Group, require_probabilities, write_probability
+from connectomics.inference.artifact import Group, write_probability
 from connectomics.inference.augmented import LARGEST, Network, entropy
 from connectomics.inference.background_io import ReadAhead, WriteBehind
 from connectomics.inference.blending import Forward, NotFiniteError, planned_reads
 from connectomics.inference.layout import Layout
+from connectomics.inference.probability_values import in_threads, require_probabilities
 from connectomics.inference.raw import FurtherInput, Mask, RawSource
 from connectomics.inference.sliding import predict_regions
 from connectomics.io.write import ArrayWriter
@@ -126,8 +127,10 @@ class PredictWorker:
             if written is not None:
                 yield written
 
-    def _values(self, layout: Layout, numbers: Sequence[int], full: bool) -> Generator[NDArray[np.float32], None, None]:
-        """Yield the values of a layout's blocks, with raw read ahead of the network; ``full``: in full precision."""
+    def _values(self, layout: Layout, numbers: Sequence[int], full: bool) -> Generator[NDArray[Any], None, None]:
+        """Yield the values of a layout's blocks, with raw read ahead of the network; ``full``: in full precision.
+
+        Values are valid until the next but one block."""
         regions = [layout.regions[number] for number in numbers]
         touches = None if self._mask is None else self._mask.touches
         with ExitStack() as stack:
@@ -138,12 +141,13 @@ class PredictWorker:
                     None if full else autocast(self._task.precision), self._inputs, self._task.skip_empty, touches,
                 )  # fmt: skip
                 read = stack.enter_context(ReadAhead(self._source.read, planned_reads(lattice, regions, touches)))
-                values = predict_regions(read, lattice, forward, regions, self._task.blending)
+                into = _in_turn(layout.value_type(self._task.dtype, self._task.uncertainty))
+                values = predict_regions(read, lattice, forward, regions, self._task.blending, into)
                 found.append(stack.enter_context(closing(values)))
             for _ in regions:
                 yield self._averages.merged([next(values) for values in found])
 
-    def _write(self, item: tuple[int, int, int, NDArray[np.float32]]) -> None:
+    def _write(self, item: tuple[int, int, int, NDArray[Any]]) -> None:
         """Store a block's channels and their uncertainty: index of its layout, its number, its number there, values."""
         index, number, inside, block = item
         layout = self._task.layouts[index][0]
@@ -151,13 +155,17 @@ class PredictWorker:
             groups = [group for group in self._task.groups if group.layout is layout]
             self._writers[index] = [(group, group.array()) for group in groups]
         absent = self._presences[index].absent(inside) if self._missing[number] else None
-        for group, writer in self._writers[index]:
+
+        def write(channel: tuple[Group, ArrayWriter]) -> None:
+            group, writer = channel
             values = block[group.channel]
             if group.uncertainty == "entropy":
                 values = entropy(values)
             elif group.uncertainty:  # a share of the largest possible value
                 values = block[len(self._task.classes) + group.channel] / np.float32(LARGEST[group.uncertainty])
             write_probability(layout, inside, values, writer, absent)
+
+        in_threads(write, self._writers[index], "write")
 
     def _tried(self) -> int:
         """Run a window of noise through the networks; return the batch size."""
@@ -195,6 +203,25 @@ class PredictWorker:
         rate = batch * math.prod(task.window) / seconds(batch) / 1e6
         log.info("%s: batches of %d windows (%.2f Mvoxel/s on %s)", task.name, batch, rate, self._device)
         return batch
+
+
+def _in_turn(dtype: np.dtype[Any]) -> Callable[[tuple[int, ...]], NDArray[Any]]:
+    """Return what gives memory for values of this type, one of two arrays in turn: one is written, one is computed."""
+    import torch
+
+    kind = {"uint8": torch.uint8, "float32": torch.float32}[dtype.name]
+    arrays: list[NDArray[Any]] = [np.empty(0, dtype)] * 2
+
+    def into(shape: tuple[int, ...]) -> NDArray[Any]:
+        arrays.reverse()
+        size = math.prod(shape)
+        if arrays[0].size < size:
+            arrays[0] = torch.empty(
+                size, dtype=kind
+            ).numpy()  # numpy asks for huge pages, which some machines give slowly
+        return arrays[0][:size].reshape(shape)
+
+    return into
 
 
 def best_batch(seconds: Callable[[int], float], most: int) -> int:

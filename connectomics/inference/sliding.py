@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +29,15 @@ from connectomics.inference.background_io import MAX_VOXELS_AHEAD
 from connectomics.inference.blending import (
     LEAST_WIDTH,
     SLAB_VOXELS,
+    SLAB_WIDTH,
     BlockRow,
+    Buffers,
     Forward,
+    Into,
     Read,
     Region,
     hull,
+    slabs_of,
     windows_to_run,
 )
 from connectomics.inference.raw import FurtherInput
@@ -96,8 +100,10 @@ def plan(
     return plan_regions(lattice, _block_regions(grid, block_size), channels=channels, batch_size=batch_size)
 
 
-def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels: int, batch_size: int = 1) -> Plan:
-    """Return what `predict_regions` over ``regions`` will cost."""
+def plan_regions(
+    lattice: WindowLattice, regions: Sequence[Region], channels: int, batch_size: int = 1, value_bytes: int = 4
+) -> Plan:
+    """Return what `predict_regions` over ``regions`` will cost, with values of so many bytes."""
     windows, most, row, ran = 0, 0, None, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
@@ -106,7 +112,7 @@ def plan_regions(lattice: WindowLattice, regions: Sequence[Region], *, channels:
         row = key
         windows += len(z) * len(y) * len(range(max(x.start, ran), x.stop))
         ran = x.stop
-        most = max(most, _working_bytes(lattice, (begin, shape), channels, batch_size))
+        most = max(most, _working_bytes(lattice, (begin, shape), channels, batch_size, value_bytes))
     return Plan(len(regions), windows, lattice.count, windows * math.prod(lattice.window), most)
 
 
@@ -114,17 +120,15 @@ def _block_regions(grid: VoxelGrid, block_size: Sequence[int] | int) -> list[Reg
     return [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
 
 
-def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int) -> int:
-    """Sums with their carry, two results, raw (with a slab while it is read, and what is read ahead) and a batch."""
+def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int, value_bytes: int) -> int:
+    """Sums, two results, raw (with a slab while it is read, and what is read ahead) and a batch."""
     begin, shape = region
-    z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
-    extents = (*hull(lattice, z, y), (lattice.starts[2][x[0]], lattice.starts[2][x[-1]] + lattice.window[2]))
-    width = min(extents[2][1], lattice.grid.shape[2]) - begin[2]
-    sums = (channels + 1) * shape[0] * shape[1] * (2 * width - shape[2])
+    z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
+    sums = (channels + 1) * shape[0] * shape[1] * slabs_of(lattice, region) * SLAB_WIDTH
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
-    raw = math.prod(end - start for start, end in extents[:2]) * max(lattice.window[2], LEAST_WIDTH)
-    results = 2 * channels * math.prod(shape)
-    return 4 * (sums + results + raw + 2 * min(raw, SLAB_VOXELS) + min(raw, MAX_VOXELS_AHEAD) + batch)
+    raw = math.prod(end - start for start, end in hull(lattice, z, y)) * max(lattice.window[2], LEAST_WIDTH)
+    results = 2 * value_bytes * channels * math.prod(shape)
+    return results + 4 * (sums + raw + 2 * min(raw, SLAB_VOXELS) + min(raw, MAX_VOXELS_AHEAD) + batch)
 
 
 def predict_blocks(
@@ -188,14 +192,24 @@ def predict_blocks(
         yield grid.crop(begin, shape), next(values)
 
 
+def new_values(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return new memory for values: whoever gets them may keep them."""
+    import torch
+
+    return torch.empty(shape, dtype=torch.float32).numpy()
+
+
 def predict_regions(
     read: Read,
     lattice: WindowLattice,
     forward: Forward,
     regions: Sequence[Region],
     blending: str = "gaussian",
-) -> Generator[NDArray[np.float32], None, None]:
-    """Predict parts of a lattice's grid, which may overlap: yields (channels, d, h, w), float32, of each in turn.
+    into: Into = new_values,
+) -> Generator[NDArray[Any], None, None]:
+    """Predict parts of a lattice's grid, which may overlap: yields (channels, d, h, w) of each in turn.
+
+    ``into`` gives the memory for a shape, and the dtype: float32, or uint8 for probabilities, as round(255 p).
 
     Consecutive regions with the same extent along z and y and ascending begins along x share their windows. Raw that no
     window sees is not read. ``read``, ``blending`` and the errors are those of `predict_blocks`.
@@ -204,12 +218,14 @@ def predict_regions(
         raise InputError(f"batch_size must be at least 1, got {forward.batch_size}")
     weights = importance_map(lattice.window, blending).to(forward.device)
     forward = replace(forward, inside=windows_to_run(lattice, forward.inside))
-    row: BlockRow | None = None
-    for number, (begin, shape) in enumerate(regions):
+    for begin, shape in regions:
         if min(begin) < 0 or any(b + s > n for b, s, n in zip(begin, shape, lattice.grid.shape, strict=True)):
             raise InputError(f"a region from {begin} of {shape} voxels does not lie in {lattice.grid}")
+    buffers, slabs = Buffers(), max((slabs_of(lattice, region) for region in regions), default=0)
+    row: BlockRow | None = None
+    for number, (begin, shape) in enumerate(regions):
         if row is None or not row.continues_with(begin, shape):
-            row = BlockRow(read, lattice, forward, weights, begin, shape)
+            row = BlockRow(read, lattice, forward, weights, (begin, shape), slabs, buffers)
         following = regions[number + 1] if number + 1 < len(regions) else None
         keep = following[0][2] if following is not None and row.continues_with(*following, after=begin[2]) else None
-        yield row.advance(begin[2], begin[2] + shape[2], keep)
+        yield row.advance(begin[2], begin[2] + shape[2], keep, into)

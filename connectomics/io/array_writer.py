@@ -100,6 +100,9 @@ class ArrayWriter:
             index, inner, outer = part
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
             valid = [min(c, n - o) for c, n, o in zip(self.chunks, self.shape, origin, strict=True)]
+            if block[outer].shape == self.chunks:
+                self._write_chunk(index, np.ascontiguousarray(block[outer], self.dtype))
+                return
             whole = all(s.start == 0 and s.stop >= v for s, v in zip(inner, valid, strict=True))
             chunk = None if whole else self._read_chunk(index)
             if chunk is None:

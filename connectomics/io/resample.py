@@ -57,14 +57,18 @@ class AxisTable:
 Tables = tuple[AxisTable, AxisTable, AxisTable]
 
 
-def linear(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
+def linear(
+    block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid, out: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
     """Return raw values of ``block`` (D, H, W) on ``block_grid`` at the voxels of ``target_grid``; float32.
+
+    If ``out`` is given, probabilities p are stored there as uint8, round(255 p).
 
     Per axis linear interpolation, or the box average if the target is coarser (see the module). Beyond the block its
     edge values are repeated; a target voxel partly beyond it is the average over the part inside.
     """
     _check(block, block_grid)
-    return apply(block, raw_tables(block_grid, target_grid))
+    return apply(block, raw_tables(block_grid, target_grid), out)
 
 
 def area_fraction(block: NDArray[Any], block_grid: VoxelGrid, target_grid: VoxelGrid) -> NDArray[np.float32]:
@@ -146,12 +150,14 @@ def overlap_tables(source: VoxelGrid, target: VoxelGrid) -> tuple[Tables, list[N
     return (tables[0], tables[1], tables[2]), shares
 
 
-def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
-    """Return the target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer."""
+def apply(block: NDArray[Any], tables: Tables, quantized: NDArray[np.uint8] | None = None) -> NDArray[Any]:
+    """Return the target values, float32, of a source ``block`` (D, H, W) to which the tables' indices refer; or in
+    ``quantized`` as round(255 p)."""
     from connectomics.io.resample_kernels import weighted_sums
 
     z, y, x = tables
-    out = np.zeros((len(z.first), len(y.first), len(x.first)), dtype=np.float32)
+    shape = (len(z.first), len(y.first), len(x.first)) if quantized is None else (1, 1, len(x.first))
+    out = np.zeros(shape, dtype=np.float32)
     if out.size == 0 or block.size == 0:
         return out
     source = block.view(np.uint8) if block.dtype == np.bool_ else block
@@ -163,8 +169,9 @@ def apply(block: NDArray[Any], tables: Tables) -> NDArray[np.float32]:
         *(y.first, y.count, y.weights),
         *(x.first, x.count, x.weights),
         out,
+        np.empty((0, 0, 0), np.uint8) if quantized is None else quantized,
     )
-    return out
+    return out if quantized is None else quantized
 
 
 def all_present(present: NDArray[np.bool_], tables: Tables) -> NDArray[np.bool_]:

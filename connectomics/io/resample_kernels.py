@@ -8,6 +8,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+_ZERO, _ONE, _FULL = np.float32(0), np.float32(1), np.float32(255)
+
 
 @numba.njit(cache=True, nogil=True)
 def weighted_sums(
@@ -16,22 +18,23 @@ def weighted_sums(
     y_first: NDArray[np.int64], y_count: NDArray[np.int64], y_weight: NDArray[np.float32],
     x_first: NDArray[np.int64], x_count: NDArray[np.int64], x_weight: NDArray[np.float32],
     out: NDArray[np.float32],
+    quantized: NDArray[np.uint8],
 ) -> None:  # fmt: skip
     """out[t, u, v] = sum over k, l, m of z_weight[t, k] y_weight[u, l] x_weight[v, m] block[z_first[t] + k, ...].
 
-    For each output row the source rows are summed first (contiguous, vectorized), then the row is resampled along x:
-    the only temporary is one row.
+    If ``quantized`` is not empty, it becomes rint(255 out), with ``out``, of one row only, from 0 to 1. For each output
+    row the source rows are summed first (contiguous, vectorized), then the row is resampled along x: the only temporary
+    is one row.
     """
-    depth, height, width = out.shape
-    x_low = block.shape[2]
-    x_high = 0
-    for v in range(width):
+    x_low, x_high, copied = block.shape[2], 0, True
+    for v in range(len(x_first)):
+        copied &= x_count[v] == 1 and x_weight[v, 0] == 1 and x_first[v] == x_first[0] + v
         if x_count[v] > 0:
             x_low = min(x_low, x_first[v])
             x_high = max(x_high, x_first[v] + x_count[v])
     row = np.zeros(block.shape[2], dtype=np.float32)
-    for t in range(depth):
-        for u in range(height):
+    for t in range(len(z_first)):
+        for u in range(len(y_first)):
             first = True
             for k in range(z_count[t]):
                 for m in range(y_count[u]):
@@ -44,14 +47,21 @@ def weighted_sums(
                     else:
                         for x in range(x_low, x_high):
                             row[x] += weight * np.float32(source[x])
+            line = out[0, 0] if quantized.size else out[t, u]
             if first:  # no source row: outside the block
-                out[t, u, :] = 0
-                continue
-            for v in range(width):
-                total = np.float32(0)
-                for k in range(x_count[v]):
-                    total += x_weight[v, k] * row[x_first[v] + k]
-                out[t, u, v] = total
+                line[:] = 0
+            elif copied:
+                line[:] = row[x_low:x_high]
+            else:
+                for v in range(len(line)):
+                    total = np.float32(0)
+                    for k in range(x_count[v]):
+                        total += x_weight[v, k] * row[x_first[v] + k]
+                    line[v] = total
+            if quantized.size:
+                stored = quantized[t, u]
+                for v in range(len(line)):
+                    stored[v] = np.uint8(np.int32(np.rint(min(max(line[v], _ZERO), _ONE) * _FULL)))
 
 
 @numba.njit(cache=True, nogil=True)

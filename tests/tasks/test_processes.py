@@ -14,6 +14,8 @@ from connectomics.config.schema import EngineConfig
 from connectomics.errors import BlocksFailedError, EngineError, MissingError, WriteError
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.blocks import DoneMap
+from connectomics.tasks.engines import number_of_workers
+from connectomics.tasks.pool import device_of
 from tests.tasks import lead
 from tests.tasks.kit import CubeTask, CubeWorker, outputs
 
@@ -29,6 +31,19 @@ def undisturbed(tmp_path: Path) -> dict[str, bytes]:
 def opened(task: CubeTask, stage: str) -> int:
     """In how many processes a worker was opened."""
     return len(list(task.folder.glob(f"{stage}.*.opened")))
+
+
+@pytest.mark.parametrize(("gpus", "wanted", "workers"), [(3, None, 3), (1, None, 1), (2, 5, 5), (4, 2, 2)])
+def test_workers_have_the_visible_gpus_in_turn(monkeypatch, gpus: int, wanted: int | None, workers: int) -> None:
+    """One worker for each GPU if no number is given; CUDA_VISIBLE_DEVICES decides which GPUs are visible."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert number_of_workers(EngineConfig(workers=wanted), "cuda") == workers
+    assert number_of_workers(EngineConfig(workers=wanted), "cpu") == (wanted or 1)
+    assert [device_of("cuda", n) for n in range(workers)] == [f"cuda:{n % gpus}" for n in range(workers)]
+    assert device_of("cuda:0", workers) == "cuda:0"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(EngineError, match="no GPU is visible here"):
+        device_of("cuda", 0)
 
 
 def test_two_processes_write_what_one_writes_and_are_kept_from_stage_to_stage(
