@@ -233,6 +233,19 @@ def test_a_network_without_such_layers_and_a_run_without_weights_are_refused(tra
         ConnectomicsModule(tiny_config(model__adapters=AdaptersConfig(rank=2)))
 
 
+def test_weights_that_the_start_lacks_are_not_frozen_at_random_values(trained: Run, tmp_path: Path) -> None:
+    content = read_checkpoint(trained.last_checkpoint)
+    lost = [name for name in content["state_dict"] if name.startswith("network.model.0.")]
+    assert lost
+    content["state_dict"] = {name: value for name, value in content["state_dict"].items() if name not in lost}
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(InputError, match=r"part\.ckpt has no model\.0\.\S+ that fits, .* model\.adapters\.train"):
+        begin_with(tmp_path / "part.ckpt", ConnectomicsModule(adapted_config("any")))
+    assert begin_with(tmp_path / "part.ckpt", ConnectomicsModule(adapted_config("any", adapters={"rank": 0})))
+    module = ConnectomicsModule(adapted_config("any", adapters={"train": ["model.0.*"]}))
+    assert begin_with(tmp_path / "part.ckpt", module)
+
+
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(trained: Run, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "training__ema": 0.9, "training__max_epochs": 2, "model__options": BATCH_NORM,
