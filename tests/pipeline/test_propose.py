@@ -284,6 +284,23 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
     assert not one.file(tmp_path / "other", "label_map", "tiff").exists()
 
 
+def test_a_table_without_rows_or_with_other_links_is_no_accident(
+    first: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
+    from connectomics.pipeline.view_proposals import open_proposals
+
+    folder = Path(shutil.copytree(first, tmp_path / "1"))
+    wrong = ["http://[127", "http://127.0.0.1:port/v/a/", "http://127.0.0.1:99999/v/a/", "see notes"]
+    rows = read_table(folder)
+    write_table(folder / "proposals.csv", [replace(row, link=link) for row, link in zip(rows, wrong, strict=True)])
+    served = open_proposals(root, folder)
+    served[0].close()
+    assert len({page.url for page in served}) == len(wrong)
+    write_table(folder / "proposals.csv", [])
+    assert "lists no proposal" in failure(capsys, "view", root, "--proposals", folder)
+
+
 @pytest.mark.slow
 def test_rounds_with_the_truth_as_oracle(phantom: Path, tmp_path: Path) -> None:
     """Both methods begin with the same boxes, and have as many in the second round; a second run adds nothing."""
