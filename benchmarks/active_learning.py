@@ -7,13 +7,15 @@ of boxes and the same processor time in each round. The end of the volume valida
 
     python benchmarks/active_learning.py tutorials/lucchi.yaml data --dataset lucchi-train --class mito --out active
 
-writes ``results.csv`` (method, seed, boxes, minutes, IoU) and prints its table. After an interruption it goes on.
+writes ``results.csv`` (method, seed, boxes, minutes, IoU) and prints its table. After an interruption the same command
+goes on; other options need another folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,11 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         options.out.mkdir(parents=True, exist_ok=True)
+        asked = {name: value for name, value in vars(options).items() if name not in ("out", "methods", "seeds")}
+        text, file = json.dumps(asked, default=str), options.out / "options.json"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{options.out} holds rounds of other options, {file.read_text()}; give another --out")
+        file.write_text(text, encoding="utf-8")
         catalog = cx.open_root(options.root)
         self.raw = Path(catalog.raw_location(options.dataset))
         self.truth: LabelArray = catalog.crop(options.dataset, options.crop).labels[options.name]
@@ -127,8 +134,10 @@ class Study:
             pytc("propose", run, root, "--out", folder, "--budget", budget, "--size", size, "--method", method,
                  "--box", f"{self.options.dataset}:{box}", "--seed", seed, "inference.tta=none")  # fmt: skip
         rows = proposals.read_table(folder)
+        if len(rows) != budget:
+            sys.exit(f"{folder} has {len(rows)} boxes, {budget} were asked for: no more are free; give fewer --boxes")
         for row in rows:
-            shutil.rmtree(row.file(folder, self.options.name, "zarr"))
+            shutil.rmtree(row.file(folder, self.options.name, "zarr"), ignore_errors=True)
             proposals.write_labels(folder, row, {self.options.name: self.labels(row.grid)}, "zarr")
         cx.ingest(root, proposals=folder, done=[row.rank for row in rows], overwrite=True)
 

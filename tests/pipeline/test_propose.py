@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -299,6 +301,19 @@ def test_a_table_without_rows_or_with_other_links_is_no_accident(
     assert len({page.url for page in served}) == len(wrong)
     write_table(folder / "proposals.csv", [])
     assert "lists no proposal" in failure(capsys, "view", root, "--proposals", folder)
+
+
+def test_rounds_of_other_options_are_not_continued(phantom: Path, tmp_path: Path) -> None:
+    rounds = runpy.run_path(str(ROOT / "benchmarks/active_learning.py"))["Study"]
+    crop = next(crop for crop in Catalog.open(str(phantom)).crops() if "mito" in crop.labels)
+    options = Namespace(
+        root=phantom, dataset=crop.dataset, crop=crop.name, name="mito", validate=2, out=tmp_path / "rounds",
+        minutes=1.0, boxes=[2, 4], methods=["random"], seeds=[1],
+    )  # fmt: skip
+    rounds(options)
+    rounds(Namespace(**{**vars(options), "methods": ["uncertainty"], "seeds": [1, 2]}))
+    with pytest.raises(SystemExit, match=r"rounds holds rounds of other options, .*\"minutes\": 1\.0"):
+        rounds(Namespace(**{**vars(options), "minutes": 2.0}))
 
 
 @pytest.mark.slow
