@@ -116,14 +116,15 @@ class Study:
         labels = {f"{self.options.name}:semantic": str(file)}
         begin = np.subtract(grid.box.begin, Multiscale.open(self.raw).grid.box.begin)
         cx.ingest(root, self.options.dataset, labels=labels, crop=crop, voxel_size=grid.voxel_size, begin=list(begin),
-                  overwrite=True)  # fmt: skip
+                  unknown=proposals.UNKNOWN, overwrite=True)  # fmt: skip
         file.unlink()
 
     def labels(self, grid: VoxelGrid) -> np.ndarray:
-        """The truth of a box, (D, H, W) uint8."""
+        """The truth of a box, (D, H, W) uint8; 255: unknown."""
         first, part = self.truth.grid.part(grid.box)
         stored = self.truth.read_stored(first, part.shape)
-        return self.truth.annotation.decode(stored)[0].astype(np.uint8)
+        present, known = self.truth.annotation.decode(stored)
+        return np.where(known, present, proposals.UNKNOWN).astype(np.uint8)
 
     def annotate(self, place: Path, root: Path, run: Path, method: str, seed: int, budget: int) -> None:
         """Propose boxes, correct their labels as the oracle, and import them."""
@@ -167,7 +168,9 @@ class Study:
 
     def record(self, method: str, seed: int, boxes: int, run: Path) -> None:
         """Add the score that the last validation of a run gave."""
-        iou = open_run(run).metrics[f"val/{self.options.name}/iou"]
+        iou = open_run(run).metrics.get(f"val/{self.options.name}/iou")
+        if iou is None:
+            sys.exit(f"{run} ended before it was validated; give more --minutes, or training.val_every_n_epochs=1")
         new = not self.results.exists()
         with self.results.open("a", newline="", encoding="utf-8") as table:
             writer = csv.writer(table)

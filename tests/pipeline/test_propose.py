@@ -333,14 +333,12 @@ def test_rounds_with_the_truth_as_oracle(phantom: Path, tmp_path: Path) -> None:
         ROOT / "benchmarks/active_learning.py",
         ROOT / "tutorials/phantom.yaml",
         phantom,
-        "--dataset",
-        crop.dataset,
     ]
     words += ["--dataset", crop.dataset, "--crop", crop.name, "--class", "mito", "--out", tmp_path / "rounds"]
     words += ["--seeds", 1, "--boxes", 2, 4, "--size", depth // 4, 12, 12, "--validate", depth // 4, "--minutes", 0.02]
     size = list(map(float, crop.labels["mito"].grid.voxel_size))
     words += ["dataset.classes=[mito]", f"dataset.voxel_size={size}", "data.patches_per_epoch=4", "data.num_workers=0"]
-    words += ["data.patch_size=[16,16,16]", "inference.window=[16,16,16]"]
+    words += ["data.patch_size=[16,16,16]", "inference.window=[16,16,16]", "training.val_every_n_epochs=1"]
     run = [sys.executable, *map(str, words)]
     first = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert first.count("| random |") == first.count("| uncertainty |") == 2
