@@ -154,7 +154,7 @@ def run_edits(
     for number, step in enumerate(summary):
         own = tuple(step.get(key) for key in ("dataset", "crop", "to", "new"))
         lost, then = "to" in step and step.get("voxels") == 0, summary[number + 1 :]
-        if lost and own not in ((e["dataset"], e["crop"], e["class"], i) for e in then for i in e["ids"]):
+        if lost and own not in [(e["dataset"], e["crop"], e["class"], i) for e in then for i in e["ids"]]:
             log.warning(
                 "line %d: instance %d of %s is lost: as instance %d of %s it has no voxels, since %s has other "
                 "instances there; delete those in a line before",
