@@ -7,13 +7,15 @@ of boxes and the same processor time in each round. The end of the volume valida
 
     python benchmarks/active_learning.py tutorials/lucchi.yaml data --dataset lucchi-train --class mito --out active
 
-writes ``results.csv`` (method, seed, boxes, minutes, IoU) and prints its table. After an interruption it goes on.
+writes ``results.csv`` (method, seed, boxes, minutes, IoU) and prints its table. After an interruption the same command
+goes on; other options need another folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -60,6 +62,11 @@ class Study:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         options.out.mkdir(parents=True, exist_ok=True)
+        asked = {name: value for name, value in vars(options).items() if name not in ("out", "methods", "seeds")}
+        text, file = json.dumps(asked, default=str), options.out / "options.json"
+        if file.exists() and file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{options.out} holds rounds of other options, {file.read_text()}; give another --out")
+        file.write_text(text, encoding="utf-8")
         catalog = cx.open_root(options.root)
         self.raw = Path(catalog.raw_location(options.dataset))
         self.truth: LabelArray = catalog.crop(options.dataset, options.crop).labels[options.name]
@@ -109,14 +116,15 @@ class Study:
         labels = {f"{self.options.name}:semantic": str(file)}
         begin = np.subtract(grid.box.begin, Multiscale.open(self.raw).grid.box.begin)
         cx.ingest(root, self.options.dataset, labels=labels, crop=crop, voxel_size=grid.voxel_size, begin=list(begin),
-                  overwrite=True)  # fmt: skip
+                  unknown=proposals.UNKNOWN, overwrite=True)  # fmt: skip
         file.unlink()
 
     def labels(self, grid: VoxelGrid) -> np.ndarray:
-        """The truth of a box, (D, H, W) uint8."""
+        """The truth of a box, (D, H, W) uint8; 255: unknown."""
         first, part = self.truth.grid.part(grid.box)
         stored = self.truth.read_stored(first, part.shape)
-        return self.truth.annotation.decode(stored)[0].astype(np.uint8)
+        present, known = self.truth.annotation.decode(stored)
+        return np.where(known, present, proposals.UNKNOWN).astype(np.uint8)
 
     def annotate(self, place: Path, root: Path, run: Path, method: str, seed: int, budget: int) -> None:
         """Propose boxes, correct their labels as the oracle, and import them."""
@@ -127,8 +135,10 @@ class Study:
             pytc("propose", run, root, "--out", folder, "--budget", budget, "--size", size, "--method", method,
                  "--box", f"{self.options.dataset}:{box}", "--seed", seed, "inference.tta=none")  # fmt: skip
         rows = proposals.read_table(folder)
+        if len(rows) != budget:
+            sys.exit(f"{folder} has {len(rows)} boxes, {budget} were asked for: no more are free; give fewer --boxes")
         for row in rows:
-            shutil.rmtree(row.file(folder, self.options.name, "zarr"))
+            shutil.rmtree(row.file(folder, self.options.name, "zarr"), ignore_errors=True)
             proposals.write_labels(folder, row, {self.options.name: self.labels(row.grid)}, "zarr")
         cx.ingest(root, proposals=folder, done=[row.rank for row in rows], overwrite=True)
 
@@ -158,7 +168,9 @@ class Study:
 
     def record(self, method: str, seed: int, boxes: int, run: Path) -> None:
         """Add the score that the last validation of a run gave."""
-        iou = open_run(run).metrics[f"val/{self.options.name}/iou"]
+        iou = open_run(run).metrics.get(f"val/{self.options.name}/iou")
+        if iou is None:
+            sys.exit(f"{run} ended before it was validated; give more --minutes, or training.val_every_n_epochs=1")
         new = not self.results.exists()
         with self.results.open("a", newline="", encoding="utf-8") as table:
             writer = csv.writer(table)

@@ -37,7 +37,7 @@ _DENIED = "access is denied; a bucket that does not allow listing also answers t
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _REFUSED = re.compile("403 Forbidden|ExpiredToken|InvalidToken|InvalidAccessKeyId")
 # the answer to the second request for a body that was cut, if the object was removed or replaced in between
-_REPLACED = re.compile("404 Not Found|416 Range Not Satisfiable")
+_REPLACED = re.compile("(?s)404 Not Found(?!.*NoSuchBucket)|416 Range Not Satisfiable")
 _LARGE, _LARGE_S = 4 << 20, 600.0  # bytes in one request that may take longer than silence otherwise may, and how long
 _anonymous = set[tuple[str, str | None]]()  # buckets (with their endpoint) that refuse our credentials to read
 

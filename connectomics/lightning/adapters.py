@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,12 +44,7 @@ class LowRank(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight with its update, in the precision of the weight."""
         with torch.autocast(weight.device.type, enabled=False):
-            return updated(weight, self.up, self.down, self.scale)
-
-
-def updated(weight: Tensor, up: Tensor, down: Tensor, scale: float) -> Tensor:
-    """Return the plain weight that a weight and its adapter stand for."""
-    return weight + scale * (up @ down).view_as(weight)
+            return weight + self.scale * (self.up @ self.down).view_as(weight)
 
 
 def add_adapters(module: ConnectomicsModule) -> list[str]:
@@ -98,13 +94,18 @@ def add_adapters(module: ConnectomicsModule) -> list[str]:
 
 
 def merged(weights: Mapping[str, Tensor], options: AdaptersConfig) -> dict[str, Tensor]:
-    """Return the weights of a plain network for those of one with adapters; others stay as they are."""
+    """Return the weights of a plain network for those of one with adapters; others stay as they are.
+
+    Bits are those of float32 operations in a fixed order: a product of matrices would depend on the processor, and
+    tasks on several machines know a network by its bits.
+    """
     found = dict(weights)
     for name in weights:
         layer, place, part = name.rpartition(_PLACE)
         if place and part == "0.up":
             base, up, down = (found.pop(f"{layer}{_PLACE}{which}") for which in ("original", "0.up", "0.down"))
-            found[f"{layer}.weight"] = updated(base, up, down, options.scale)
+            change = reduce(torch.add, (up[:, r, None] * down[r] for r in range(len(down))))
+            found[f"{layer}.weight"] = base + options.scale * change.view_as(base)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -72,6 +73,12 @@ def begin_with(path: str | Path, module: ConnectomicsModule) -> int:
         )
     module.network.load_state_dict(taken, strict=False)
     new = sorted(own.keys() - taken.keys())
+    adapters = module.config.model.adapters  # they freeze all but the output and what `train` names
+    for name, parameter in module.network.named_parameters() if adapters.rank else ():
+        trains = axes[name] or any(fnmatchcase(name, pattern) for pattern in adapters.train)
+        if name in new and parameter.requires_grad and not trains:
+            wrong = f"{file} has no {name} that fits, and model.adapters would keep its random values"
+            raise InputError(f"{wrong}; add it to model.adapters.train")
     parts = [f"{len(taken)} of {len(own)} tensors copied, new tensors: {', '.join(new[:6]) or 'none'}"]
     for what, names in (
         ("from the checkpoint", [name for name in wanted if name in found]),

@@ -152,9 +152,9 @@ def run_edits(
                 found[step["line"]] = {**step, "dataset": dataset.removesuffix(".zarr"), "crop": crop}
     summary = [found[line] for line in sorted(found)]
     for number, step in enumerate(summary):
-        later = [(e["dataset"], e["crop"], e["class"], i) for e in summary[number + 1 :] for i in e["ids"]]
         own = tuple(step.get(key) for key in ("dataset", "crop", "to", "new"))
-        if "to" in step and step.get("voxels") == 0 and own not in later:
+        lost, then = "to" in step and step.get("voxels") == 0, summary[number + 1 :]
+        if lost and own not in [(e["dataset"], e["crop"], e["class"], i) for e in then for i in e["ids"]]:
             log.warning(
                 "line %d: instance %d of %s is lost: as instance %d of %s it has no voxels, since %s has other "
                 "instances there; delete those in a line before",

@@ -142,9 +142,10 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
     counter = LabelCounter()
     if content.folds is None:
         files = list(dict.fromkeys(arm.config.dataset.split_file for arm in arms))
-        for file in files if len(files) > 1 else ():
-            if file is None or not Path(file).is_file():
-                raise MissingError(f"dataset.split_file={file}: no such file; arms that differ in it need one each")
+        for file in files:  # a study does not write them
+            if len(files) > 1 if file is None else not Path(file).is_file():
+                why = f"{file}: no such file" if file else "null: arms that differ in it need one each"
+                raise MissingError(f"dataset.split_file={why}; paths are relative to the working directory")
         made = {file: {"": run_split(common, crops, Path(file) if file else None, counter)[0]} for file in files}
         for file, splits in made.items():
             if set(splits[""].val) != set(made[files[0]][""].val):

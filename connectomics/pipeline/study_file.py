@@ -33,6 +33,8 @@ _PLACES = ("output_dir", "name", "data.cache_dir", "dataset.data_root", "dataset
 #: Keys that an arm cannot change: all arms are compared on the same held-out data. Split files of arms may differ in
 #: what is trained on.
 _COMMON = ("data_root", "datasets", "crops", "split", "held_out", "train_val_split")
+#: Columns of the tables, besides the scores.
+_COLUMNS = re.compile("arm|rows|complete|seed|fold|state|last|steps|cpu_s|device_s|error|identity|folder|code")
 _FIXED = ("output_dir", "name", "system.seed", *(f"dataset.{name}" for name in _COMMON))
 
 
@@ -104,9 +106,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> tuple[StudyFi
     arms = _arms(study, base, file)
     study.scores = study.scores or [base.checkpoint.monitor]
     _check(study, base, file)
-    if study.folds is not None and (
-        own := [a.name for a in arms if a.config.dataset.split_file != base.dataset.split_file]
-    ):
+    own = [a.name for a in arms if a.config.dataset.split_file != base.dataset.split_file]
+    if own and study.folds is not None:
         raise ConfigError(f"{file}: {own[0]} sets dataset.split_file, but folds make the splits; remove one of them")
     return study, base, arms
 
@@ -116,7 +117,10 @@ def _check(study: StudyFile, base: RunConfig, file: Path) -> None:
     first, monitor = study.scores[0], base.checkpoint
     system = base.system
     devices = system.cpu_processes if system.accelerator == "cpu" else system.num_gpus
+    named = study.factors if study.mode == "grid" else ()
+    taken = next((name for name in named if _COLUMNS.fullmatch(name) or name.split(" ")[0] in study.scores), None)
     for wrong, message in (
+        (taken is not None, f"factor {taken} has the name of a column of the tables; give it another one"),
         (not study.seeds, "seeds is empty; give at least one, as in [1, 2, 3]"),
         (len(set(study.seeds)) < len(study.seeds), f"seeds names a seed twice: {study.seeds}"),
         (

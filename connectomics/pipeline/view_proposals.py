@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import Catalog
+from connectomics.errors import MissingError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.pages.colors import CLASS_COLORS
 from connectomics.pages.local_server import LOOPBACK
 from connectomics.pages.view.layers import Layer, Layers, add_raw
 from connectomics.pages.view.neuroglancer_page import Viewing, open_viewers
 from connectomics.pages.view.volume_server import MadeVolume
-from connectomics.pipeline.proposals import MAP, UNKNOWN, Proposal, opened_labels, read_table
+from connectomics.pipeline.proposals import MAP, TABLE, UNKNOWN, Proposal, opened_labels, read_table
 
 
 def open_proposals(root: str | Path, folder: str | Path, address: str = LOOPBACK, port: int = 0) -> list[Viewing]:
@@ -34,9 +35,11 @@ def open_proposals(root: str | Path, folder: str | Path, address: str = LOOPBACK
             the port is not available. UnknownNameError: the data root has no such data set.
     """
     rows = read_table(folder)
-    links = [urlsplit(row.link) for row in rows]
-    tokens = [link.path.strip("/").rpartition("/")[2] or None for link in links]
-    known = next((link.port for link in links if link.port), 0)
+    if not rows:
+        raise MissingError(f"{Path(folder, TABLE)} lists no proposal")
+    links = [re.fullmatch(r"http://[\w.]+:([1-5]?\d{1,4}|6[0-4]\d{3})/v/([\w-]+)/", row.link) for row in rows]
+    tokens = [link and link[2] for link in links]
+    known = next((int(link[1]) for link in links if link), 0)
     return open_viewers(proposal_layers(str(root), Path(folder), rows), address, port or known, tokens)
 
 

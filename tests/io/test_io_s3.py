@@ -85,6 +85,12 @@ class CutOnce(FaultyProxy):
         return "truncated" if number == 1 else None
 
 
+def test_a_bucket_that_is_not_there_is_asked_for_once(server: FolderServer) -> None:
+    with FaultyProxy(server.endpoint) as proxy, pytest.raises(StoreError, match="NoSuchBucket"):
+        s3.children("nobucket", "a", options(proxy))
+    assert sum(proxy.seen.values()) == 1
+
+
 @pytest.mark.parametrize("content", [None, b"y" * 5000, b"z" * 100], ids=["removed", "replaced", "shorter"])
 def test_an_object_that_changes_while_it_is_read_is_read_whole_or_absent(tmp_path: Path, content: bytes | None) -> None:
     """As claims and leases do, which other processes write and remove at any time."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,8 @@ def test_what_predicts_is_a_plain_network_with_the_same_answer(tuned: Run, train
         for layer in [layer for layer in removed.modules() if parametrize.is_parametrized(layer)]:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
         loaded = load_network(tuned.last_checkpoint).network.state_dict()
-        assert all(torch.equal(value, loaded[name]) for name, value in removed.state_dict().items())
+        for name, value in removed.state_dict().items():
+            torch.testing.assert_close(loaded[name], value, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_it_is_the_start_of_another_run(tuned: Run) -> None:
@@ -233,6 +235,19 @@ def test_a_network_without_such_layers_and_a_run_without_weights_are_refused(tra
         ConnectomicsModule(tiny_config(model__adapters=AdaptersConfig(rank=2)))
 
 
+def test_weights_that_the_start_lacks_are_not_frozen_at_random_values(trained: Run, tmp_path: Path) -> None:
+    content = read_checkpoint(trained.last_checkpoint)
+    lost = [name for name in content["state_dict"] if name.startswith("network.model.0.")]
+    assert lost
+    content["state_dict"] = {name: value for name, value in content["state_dict"].items() if name not in lost}
+    torch.save(content, tmp_path / "part.ckpt")
+    with pytest.raises(InputError, match=r"part\.ckpt has no model\.0\.\S+ that fits, .* model\.adapters\.train"):
+        begin_with(tmp_path / "part.ckpt", ConnectomicsModule(adapted_config("any")))
+    assert begin_with(tmp_path / "part.ckpt", ConnectomicsModule(adapted_config("any", adapters={"rank": 0})))
+    module = ConnectomicsModule(adapted_config("any", adapters={"train": ["model.0.*"]}))
+    assert begin_with(tmp_path / "part.ckpt", module)
+
+
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(trained: Run, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "training__ema": 0.9, "training__max_epochs": 2, "model__options": BATCH_NORM,
@@ -258,6 +273,21 @@ def test_a_run_does_not_resume_with_other_adapters(tuned: Run) -> None:
 def test_weights_without_adapters_stay_as_they_are() -> None:
     weights = {"a.weight": torch.ones(2), "b.parametrizations.weight.original0": torch.ones(1)}
     assert merged(weights, AdaptersConfig()) == weights
+
+
+def test_merged_weights_are_the_same_on_every_processor() -> None:
+    """Predictions know a network by the bits of its weights: each operation is rounded by itself, in a fixed order."""
+    rng = np.random.default_rng(0)
+    base, up, down = (rng.standard_normal(n).astype(np.float32) for n in ((32, 16, 3, 3, 3), (32, 8), (8, 432)))
+    place = "a.parametrizations.weight."
+    parts = {"original": base, "0.up": up, "0.down": down}
+    given = {f"{place}{name}": torch.from_numpy(value) for name, value in parts.items()}
+    change = up[:, :1] * down[:1]
+    for r in range(1, 8):
+        change = change + up[:, r : r + 1] * down[r : r + 1]
+    expected = base + np.float32(0.7) * change.reshape(base.shape)
+    found = merged(given, AdaptersConfig(rank=8, scale=0.7))
+    assert np.array_equal(found["a.weight"].numpy(), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])

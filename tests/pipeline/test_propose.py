@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import runpy
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -284,6 +286,36 @@ def test_a_label_map_of_classes_that_do_not_overlap(root: Path, tmp_path: Path) 
     assert not one.file(tmp_path / "other", "label_map", "tiff").exists()
 
 
+def test_a_table_without_rows_or_with_other_links_is_no_accident(
+    first: Path, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("neuroglancer", reason="the viewer needs pip install 'connectomics-cellmap[view]'")
+    from connectomics.pipeline.view_proposals import open_proposals
+
+    folder = Path(shutil.copytree(first, tmp_path / "1"))
+    wrong = ["http://[127", "http://127.0.0.1:port/v/a/", "http://127.0.0.1:99999/v/a/", "see notes"]
+    rows = read_table(folder)
+    write_table(folder / "proposals.csv", [replace(row, link=link) for row, link in zip(rows, wrong, strict=True)])
+    served = open_proposals(root, folder)
+    served[0].close()
+    assert len({page.url for page in served}) == len(wrong)
+    write_table(folder / "proposals.csv", [])
+    assert "lists no proposal" in failure(capsys, "view", root, "--proposals", folder)
+
+
+def test_rounds_of_other_options_are_not_continued(phantom: Path, tmp_path: Path) -> None:
+    rounds = runpy.run_path(str(ROOT / "benchmarks/active_learning.py"))["Study"]
+    crop = next(crop for crop in Catalog.open(str(phantom)).crops() if "mito" in crop.labels)
+    options = Namespace(
+        root=phantom, dataset=crop.dataset, crop=crop.name, name="mito", validate=2, out=tmp_path / "rounds",
+        minutes=1.0, boxes=[2, 4], methods=["random"], seeds=[1],
+    )  # fmt: skip
+    rounds(options)
+    rounds(Namespace(**{**vars(options), "methods": ["uncertainty"], "seeds": [1, 2]}))
+    with pytest.raises(SystemExit, match=r"rounds holds rounds of other options, .*\"minutes\": 1\.0"):
+        rounds(Namespace(**{**vars(options), "minutes": 2.0}))
+
+
 @pytest.mark.slow
 def test_rounds_with_the_truth_as_oracle(phantom: Path, tmp_path: Path) -> None:
     """Both methods begin with the same boxes, and have as many in the second round; a second run adds nothing."""
@@ -301,14 +333,12 @@ def test_rounds_with_the_truth_as_oracle(phantom: Path, tmp_path: Path) -> None:
         ROOT / "benchmarks/active_learning.py",
         ROOT / "tutorials/phantom.yaml",
         phantom,
-        "--dataset",
-        crop.dataset,
     ]
     words += ["--dataset", crop.dataset, "--crop", crop.name, "--class", "mito", "--out", tmp_path / "rounds"]
     words += ["--seeds", 1, "--boxes", 2, 4, "--size", depth // 4, 12, 12, "--validate", depth // 4, "--minutes", 0.02]
     size = list(map(float, crop.labels["mito"].grid.voxel_size))
     words += ["dataset.classes=[mito]", f"dataset.voxel_size={size}", "data.patches_per_epoch=4", "data.num_workers=0"]
-    words += ["data.patch_size=[16,16,16]", "inference.window=[16,16,16]"]
+    words += ["data.patch_size=[16,16,16]", "inference.window=[16,16,16]", "training.val_every_n_epochs=1"]
     run = [sys.executable, *map(str, words)]
     first = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert first.count("| random |") == first.count("| uncertainty |") == 2

@@ -400,6 +400,20 @@ def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> No
     split.unlink()
     with pytest.raises(MissingError, match=r"4.yaml: no such file"):
         study(file, tmp_path / "out", dry_run=True)
+    only = write(tmp_path, root, "only", overrides={"dataset.split_file": str(split)})
+    with pytest.raises(MissingError, match=r"4.yaml: no such file"):
+        study(only, tmp_path / "out", dry_run=True)
+    one = write(tmp_path, root, "one", factors={"few": {"1": {"dataset.split_file": str(tmp_path / "splits/1.yaml")}}})
+    with pytest.raises(MissingError, match=r"split_file=null: arms that differ in it need one each"):
+        study(one, tmp_path / "out", dry_run=True)
+
+
+@pytest.mark.parametrize("name", ["arm", "state", "steps", "val/dice", "val/dice low"])
+def test_a_factor_cannot_be_called_as_a_column(name: str, tmp_path: Path, root: Path) -> None:
+    levels = {"a": {}, "b": {"optimizer.lr": 0.02}}
+    with pytest.raises(ConfigError, match=f"factor {name} has the name of a column"):
+        load_study(write(tmp_path, root, mode="grid", factors={name: levels}, scores=["val/dice"]))
+    load_study(write(tmp_path, root, factors={name: levels}))  # an ablation has no such columns
 
 
 @pytest.mark.slow
