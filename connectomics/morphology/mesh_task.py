@@ -120,12 +120,11 @@ class MeshTask(BlockTask):
         if self.ids and BOXES not in self.stages:
             self._objects()  # an unknown ID is reported before anything is written
         file = self.folder / TASK_FILE
-        entries = list(self.folder.iterdir()) if self.folder.is_dir() else []
         if not file.exists():
-            if entries:
+            if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise not_ours(self.folder, "mesh")
             return True
-        for foreign in (path for path in entries if overwrite and not _OURS.fullmatch(path.name)):
+        for foreign in (p for p in (self.folder.iterdir() if overwrite else ()) if not _OURS.fullmatch(p.name)):
             raise not_ours(foreign, "mesh")
         if not overwrite and (difference := self.difference(file)):
             raise WriteError(

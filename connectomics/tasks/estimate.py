@@ -112,7 +112,7 @@ def estimate(
 def _stage(task: BlockTask, stage: str, overwrite: bool) -> StageEstimate:
     blocks = left = _blocks(task, stage)
     file = task.folder / f".done-{stage}"
-    if blocks is not None and not overwrite and file.exists():
+    if blocks and not overwrite and file.exists():
         left = blocks - DoneMap(file, blocks, task.key).count
     return StageEstimate(stage, blocks, left, task.cost(stage))
 
@@ -138,7 +138,7 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str, tuple[float, int]], str]:
     """Return seconds and held bytes for a block of each stage that can be tried, and why the others cannot."""
-    times: dict[str, tuple[float, int]] = {}
+    times, folder = dict[str, tuple[float, int]](), "?"
     beside: Path | None = None  # for S3 in the temporary folder of this machine, else on the disk of the output
     if not isinstance(task.folder, S3Path):
         beside = next(place for place in task.folder.absolute().parents if place.exists())
@@ -158,7 +158,8 @@ def _time(task: BlockTask, engine: EngineConfig, device: str) -> tuple[dict[str,
                 child.end()
         except (ConnectomicsError, OSError) as error:
             stage = next((s for s in task.stages if s not in times), task.stages[-1])
-            return times, f"{stage} could not be tried alone: {error}"
+            why = "it needs all blocks of the stages before it" if f"cannot read {folder}" in str(error) else error
+            return times, f"{stage} could not be tried alone: {why}"
     return times, ""
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from connectomics.config.schema import DecodingConfig
+from connectomics.config.schema import DecodingConfig, EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.blocks import groups
 from connectomics.decoding.blocks.labels_task import objects_of
@@ -32,7 +32,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pipeline.decode import BLOCKWISE_ABOVE, decode_predictions
 from connectomics.tasks import run_task
-from connectomics.tasks.blocks import Lattice
+from connectomics.tasks.blocks import BlockFiles, Lattice
+from connectomics.tasks.estimate import estimate
 from tests.trees import contents
 
 SIZE = (8.0, 4.0, 5.24)
@@ -296,6 +297,60 @@ def test_killed_between_the_steps(tmp_path, monkeypatch, function):
     assert files(task) == files(undisturbed)
 
 
+def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkeypatch):
+    """Earlier versions left the array of the labels without the files of the groups: these are made, all or none."""
+    undisturbed = task_of(tmp_path, noise(26, (20, 20, 20), seed=2), (10, 7, 11))
+    run(undisturbed)
+    task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
+    monkeypatch.setattr(groups, "GROUP", (1, 1, 1))
+
+    def kill(*arguments: object) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        run_task(task, progress=lambda done, number, stage="": kill() if stage == "write" else None)
+    for path in (task.scratch / "labels_of").iterdir():
+        path.unlink()
+    save = BlockFiles.save
+
+    def once(blocks: BlockFiles, number: int, arrays: dict[str, np.ndarray]) -> None:
+        save(blocks, number, arrays)
+        kill()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockFiles, "save", once)
+        with pytest.raises(Killed):
+            run(task)
+    assert len(list((task.scratch / "labels_of").iterdir())) == 1
+    run(task)
+    assert files(task) == files(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_dry_run_names_what_it_cannot_time(tmp_path):
+    task = task_of(tmp_path, noise(26, (20, 20, 20)), (10, 10, 10))
+    found = estimate([task], EngineConfig())
+    assert [(s.stage, s.blocks, s.seconds is not None) for s in found.stages] == [
+        ("label", 8, True), ("unite", 1, False), ("write", 8, False)
+    ]  # fmt: skip
+    assert found.untimed == "unite could not be tried alone: it needs all blocks of the stages before it"
+
+
+def test_a_dry_run_of_what_lacks_only_its_last_step(tmp_path, monkeypatch):
+    task = task_of(tmp_path, noise(26, (20, 20, 20)), (10, 10, 10))
+
+    def kill(self: ComponentsTask) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ComponentsTask, "_remove_done_maps", kill)
+        with pytest.raises(Killed):
+            run(task)
+    assert task.is_complete
+    assert [s.left for s in estimate([task], EngineConfig(), timed=False).stages] == [0, 0, 0]
+    assert run(task) > 0
+
+
 def test_a_finished_output_stays_and_another_tasks_is_refused(tmp_path):
     task = task_of(tmp_path, noise(26), (8, 8, 8))
     run(task)
@@ -366,7 +421,7 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
     whole, expected = decode("whole", values.size)
     assert told == []
     blocks, found = decode("blocks", values.size - 1)
-    assert told == [(done, 1, f"in/crop1/mito, {stage}") for stage in ("label", "write") for done in (0, 1)]
+    assert told == [(done, 1, f"in/crop1/mito, {stage}") for stage in ("label", "unite", "write") for done in (0, 1)]
     assert blocks.objects == whole.objects > 10
     assert found == expected  # voxels, attributes and table, byte by byte
     assert decode("blocks", values.size - 1)[0].skipped

@@ -225,11 +225,11 @@ class StitchedTask(LabelsTask):
         return kept
 
     def _keep(self, array: str, objects: Pieces, label_of: NDArray[np.int64], groups: StoredGroups) -> None:
-        """Store the label of each tree in an array of pieces, by group, and the table of the objects."""
-        files = BlockFiles(self.scratch / f"{array}_of")
-        for group in groups.parts:
-            files.save(group, {"labels": label_of[slice(*groups.offsets[group : group + 2])]})
+        """Store the table of the objects, and by group the label of each tree in an array of pieces."""
         save_mapped(self.scratch / f"objects_of_{array}", **objects.columns)
+        files = BlockFiles(self.scratch / f"{array}_of")
+        for group in reversed(groups.parts):  # the first one last: it says that all are there (`_is_kept`)
+            files.save(group, {"labels": label_of[slice(*groups.offsets[group : group + 2])]})
 
 
 class _LabelWorker(BlockWorker):
