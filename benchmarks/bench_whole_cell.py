@@ -3,8 +3,8 @@
 python benchmarks/bench_whole_cell.py [--blocks 8] [--out FOLDER] [--all-groups]
 
 A components task of ``--blocks``^3 blocks of 250^3 voxels (8: a minute; 40: 10^12 voxels) goes through its stages in
-the real runner, with its done-maps, files and instance table. Each phase is a process of its own, which the next one
-resumes. Only the voxels are left out: the blocks of the stage ``label`` are links to the tables and faces of a
+the real runner, with its done-maps, files and instance table. Each phase runs in its own process, and resumes the one
+before. Only the voxels are left out: the blocks of the stage ``label`` are links to the tables and faces of a
 synthetic field of rods, and the stage ``write`` looks up the labels of each block. The field repeats after 8 blocks. So
 groups of blocks that differ by whole periods are united once and then moved, unless ``--all-groups`` unites each.
 """

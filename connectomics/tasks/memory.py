@@ -30,7 +30,7 @@ def use_one_heap() -> None:
 def keep_freed_memory() -> None:
     """Make glibc take large arrays from its heap and keep what is freed: each training step needs the same arrays.
 
-    By default every large array has pages of its own, which the system clears each time.
+    By default every large array gets new pages, and the system clears them first.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_MMAP_MAX, 0)

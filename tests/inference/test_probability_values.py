@@ -34,7 +34,7 @@ def test_the_kernel_gives_the_bits_of_plain_operations(threads):
             assert divide(sums, part, found, into) == (0, 1)
             divide_plain(sums, part, plain, into)
             np.testing.assert_array_equal(found, plain)
-            assert (found[..., into] == 0).any(), "where there is no weight"
+            assert (found[..., into] == 0).any(), "voxels without weight"
     finally:
         torch.set_num_threads(before)
 

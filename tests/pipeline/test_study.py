@@ -386,7 +386,7 @@ def test_arms_may_train_on_fewer_sections_and_start_elsewhere(tmp_path: Path, ro
     assert same == [True, False, False] * 2, "what is in the file counts"
     moved = transfer(tmp_path / "moved", root, weights.rename(tmp_path / "moved.ckpt"))
     elsewhere = study(moved, tmp_path / "out", dry_run=True).rows
-    assert [row["identity"] for row in elsewhere] == [row["identity"] for row in again], "where it is does not"
+    assert [row["identity"] for row in elsewhere] == [row["identity"] for row in again], "the place does not count"
 
 
 def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> None:
