@@ -24,17 +24,18 @@ The usual order:
 
 \b
   pytc doctor                            check this machine
-  pytc fetch data --for FILE.yaml        fetch what a configuration reads (or: pytc phantom data/phantom)
+  pytc ingest data --dataset A --raw F   import your own volumes (or: pytc phantom, or pytc fetch for public data)
   pytc describe data                     data sets, crops, classes, what is annotated
+  pytc plan data --class mito            write a configuration that fits data and machine
   pytc train FILE.yaml                   train a network
-  pytc predict FILE.yaml --checkpoint X  predict probabilities of whole crops or boxes
+  pytc predict --checkpoint RUN          predict probabilities of crops, boxes or whole volumes
   pytc decode PREDICTIONS LABELS         turn them into labels and instances
   pytc evaluate LABELS data              compare with annotated crops
+  pytc view data --labels LABELS         look at all of it in a browser
   pytc export LABELS submission.zip      pack a submission; pytc validate checks one
   pytc report                            write one page with all of it
 
-`pytc demo` runs all of it on synthetic data. Example configurations: tutorials/*.yaml. Every verb has --help with
-examples.
+`pytc demo` runs all of it on synthetic data. Example configurations: tutorials/*.yaml. Every verb has --help.
 """
 
 app = typer.Typer(
@@ -74,13 +75,13 @@ for name, verb, text in (
     ("study", train_verbs.study, "Compare configurations over seeds and folds, in one table."),
     ("runs", train_verbs.runs, "List runs with their state and score, or compare some."),
     ("package", package_verb.package, "Pack a trained network into one file."),
-    ("predict", predict_verbs.predict, "Predict whole crops or boxes, block by block."),
+    ("predict", predict_verbs.predict, "Predict crops, boxes or whole volumes, block by block."),
     ("decode", label_verbs.decode, "Turn probabilities into labels and instances."),
     ("apply-edits", label_verbs.apply_edits, "Merge, split, delete or reclassify instances by a log."),
     ("measure", label_verbs.measure, "Measure volume, surface and contacts of every instance."),
     ("mesh", label_verbs.mesh, "Write a closed surface of every instance."),
     ("run-task", predict_verbs.run_task, "Do the missing blocks of a stored task."),
-    ("status", predict_verbs.status, "Print blocks done and failed, rate and forecast of an output."),
+    ("status", predict_verbs.status, "Print blocks done and failed, rate and time left of an output."),
     ("array", predict_verbs.array, "Run a command as a job array of SLURM or LSF."),
     ("evaluate", score_verbs.evaluate, "Compare labels with annotated crops."),
     ("tune", score_verbs.tune, "Choose decoding parameters by the challenge's score."),

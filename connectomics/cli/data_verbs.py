@@ -102,7 +102,7 @@ def fetch(
         list[str] | None, typer.Option("--class", help="Only arrays that inform this class; may be repeated.")
     ] = None,
     voxel_size: Annotated[
-        list[str] | None, typer.Option(help="Raw for this voxel size, nm: 8 or 16,8,8; may be repeated.")
+        list[str] | None, typer.Option(help="Raw for this voxel size, nm: 8 or 16,8,8; may be repeated; default: 8.")
     ] = None,
     context: Annotated[float, typer.Option(help="Raw around each crop, nm.")] = 512.0,
     crops: Annotated[
@@ -119,7 +119,7 @@ def fetch(
 
     Examples:
 
-      pytc fetch data --for tutorials/cellmap_cos7.yaml --dry-run
+      pytc fetch data/cellmap --for tutorials/cellmap_cos7.yaml --dry-run
 
       pytc fetch data --dataset jrc_cos7-1a --class mito --class er --voxel-size 8 --context 1000
 
@@ -163,7 +163,7 @@ def ingest(
         list[str] | None,
         typer.Option(
             metavar="CLASS=FILE",
-            help="Labels of one class (CLASS:instance=FILE, CLASS:semantic=FILE); may be repeated.",
+            help="Labels of one class; CLASS:instance=FILE keeps IDs, CLASS:semantic=FILE not; may be repeated.",
         ),
     ] = None,
     label_map: Annotated[
@@ -187,14 +187,14 @@ def ingest(
         str | None, typer.Option(help="Labels: offset from the raw's first face, nm z,y,x; default: the file's, or 0.")
     ] = None,
     value_range: Annotated[
-        str | None, typer.Option("--range", metavar="LOW,HIGH", help="Raw values that become 0 and 255 of uint8.")
+        str | None, typer.Option("--range", metavar="LOW,HIGH", help="Store raw as uint8: values for 0 and 255.")
     ] = None,
     unknown: Annotated[int | None, typer.Option(help="Labels: the value of voxels that nobody annotated.")] = None,
     known: Annotated[
         str | None, typer.Option(metavar="FILE", help="Labels: a mask, nonzero where voxels are annotated.")
     ] = None,
     slices: Annotated[
-        str | None, typer.Option(metavar="0,5,10-12", help="Labels: the annotated sections; all others are unknown.")
+        str | None, typer.Option(metavar="0,5,10-12", help="Labels: annotated sections, from 0; others are unknown.")
     ] = None,
     format_name: Annotated[str | None, typer.Option("--format", help="Format, if the file name does not tell.")] = None,
     overwrite: opt.Overwrite = False,
@@ -206,7 +206,7 @@ def ingest(
 
       pytc ingest data --dataset my-cell --raw stack.tif --voxel-size 8
 
-      pytc ingest data --dataset my-cell --labels mito=mito.h5:/labels --labels er=er.tif --begin 400,0,0
+      pytc ingest data --dataset my-cell --labels mito:instance=mito.h5:/labels --labels er=er.tif --begin 400,0,0
 
       pytc ingest data --dataset my-cell --label-map all.nrrd --values classes.csv --slices 0,10,20
 

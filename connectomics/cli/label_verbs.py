@@ -18,7 +18,7 @@ from connectomics.cli.predict_verbs import show_estimate, try_once
 def decode(
     predictions: Annotated[Path, InPlaceArgument(help="Folder that predict wrote.")],
     out: Annotated[Path, OutPlaceArgument(help="Folder for the labels, in the same layout.")],
-    config: Annotated[Path | None, InOption(help="Configuration with decoding.default and decoding.classes.")] = None,
+    config: Annotated[Path | None, InOption(help="Its decoding is used (RUN/config.yaml); default: by class.")] = None,
     class_name: opt.Classes = None,
     overrides: opt.Overrides = None,
     overwrite: opt.Overwrite = False,
@@ -30,7 +30,7 @@ def decode(
 
     Examples:
 
-      pytc decode outputs/predictions outputs/labels --config tutorials/cellmap_mito.yaml
+      pytc decode outputs/predictions outputs/labels --config runs/first/config.yaml
 
       pytc decode outputs/predictions outputs/labels --class mito decoding.classes.mito.threshold=0.6
 

@@ -214,7 +214,7 @@ def view(
 
       pytc view data/phantom --dataset phantom-iso --class mito
 
-      pytc view data/phantom --predictions outputs/predictions --labels outputs/labels --open
+      pytc view data --dataset my-cell --predictions outputs/predictions --labels outputs/labels --open
 
       pytc view data/phantom --proposals rounds/1
     """

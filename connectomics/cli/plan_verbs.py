@@ -24,7 +24,7 @@ def plan(
     out: Annotated[Path, OutOption(help="Folder for plan_{N}nm.yaml.")] = Path(),
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time of a training; without a GPU of all cores together. Default: 120 without a GPU."),
+        typer.Option(help="Minutes of a training (without a GPU: of all cores). Default: 120; on a GPU 300 epochs."),
     ] = None,
     trial: Annotated[
         bool, typer.Option("--trial/--no-trial", help="Run a training step: measures batch size, memory and hours.")

@@ -33,11 +33,11 @@ def predict(
         str | None,
         typer.Option(
             help="Crop table (.csv, .json), 'challenge', 'test' (the data root's own table), or 'val': crops that the "
-            "checkpoint was not trained on; default: all crops of the data root."
+            "checkpoint was not trained on; default: all annotated crops of the data root."
         ),
     ] = None,
     box: Annotated[
-        str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm, instead of crops.", show_default=False)
+        str | None, typer.Option(help="DATASET:z0,y0,x0:z1,y1,x1 in nm, or DATASET for all of it; instead of crops.")
     ] = None,
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,
@@ -51,7 +51,7 @@ def predict(
     ] = None,
     dry_run: opt.DryRun = False,
 ) -> None:
-    """Predict whole crops by sliding window, block by block. Rerun the same command to resume.
+    """Predict crops, boxes or whole volumes by sliding window, block by block. Rerun the same command to resume.
 
     Without a configuration, the one of the checkpoint's run (or of the package) is used.
 
@@ -67,7 +67,7 @@ def predict(
 
       pytc predict tutorials/cellmap_cos7.yaml --checkpoint best.ckpt engine.workers=0 --dry-run
 
-      pytc predict --checkpoint mito.pytc dataset.data_root=data --box jrc_cos7-1a:0,0,0:800,800,800
+      pytc predict --checkpoint mito.pytc dataset.data_root=data --box my-cell
     """
     words = list(overrides or [])
     if config is not None and "=" in config:  # without a configuration the first override takes its place
@@ -96,7 +96,7 @@ def predict(
 
 
 def run_task(
-    file: Annotated[Path, InPlaceArgument(help="A task.json (or .yaml) that predict, decode or measure left.")],
+    file: Annotated[Path, InPlaceArgument(help="A task.json (or .yaml) that predict, decode, measure or mesh wrote.")],
     overrides: opt.EngineOverrides = None,
     device: opt.Device = None,
     overwrite: opt.Overwrite = False,
@@ -136,7 +136,7 @@ def status(
     out: Annotated[Path, InPlaceArgument(help="Folder that predict, decode, measure or mesh writes, or one above it.")],
     as_json: opt.AsJson = False,
 ) -> None:
-    """Print how far an output is: blocks done and failed, rate and forecast. Only reads, and works on any machine that
+    """Print how far an output is: blocks done and failed, rate and time left. Only reads, and works on any machine that
     sees the disk, while others write. Arrays that decode decodes whole have no blocks and are not listed.
 
     Examples:

@@ -126,10 +126,10 @@ def tune(
     ),
     class_name: opt.Classes = None,
     trials: Annotated[int, typer.Option(help="Trials per class, including those of earlier runs.")] = 60,
-    minutes: Annotated[float | None, typer.Option(help="Start no trial after so many minutes.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Minutes in which trials start; default: no limit.")] = None,
     seed: Annotated[int, typer.Option(help="Random seed of the search.")] = 0,
 ) -> None:
-    """Choose thresholds, minimum sizes and seeds of every class on validation crops, for the challenge's score.
+    """Choose thresholds, methods, minimum sizes and seeds of every class on validation crops, by the challenge's score.
 
     Rerun the same command to resume a search. Use the result with decode --config OUT/decoding.yaml.
 
@@ -302,7 +302,7 @@ def report(
     ] = None,
     baseline: Annotated[Path | None, InOption(help="Another scores.json to compare with.")] = None,
     evaluation: Annotated[Path | None, InOption(help="JSON of evaluate.")] = None,
-    pictures: Annotated[int, typer.Option(help="Most classes of crops that get pictures.")] = 48,
+    pictures: Annotated[int, typer.Option(help="Pictures at most, each of one class in one crop.")] = 48,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Segmentation report",
 ) -> None:
     """Write one self-contained page: the run, its curves, slices of raw, ground truth and prediction, scores, objects,

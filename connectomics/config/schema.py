@@ -1,8 +1,7 @@
 """The typed schema that every configuration file is checked against.
 
-There is one dataclass per group; a field that is not here does not exist. Defaults are those of
-``tutorials/cellmap_base.yaml`` if that file sets the key. Lengths are in nanometers if the name ends in ``_nm``, in
-voxels of the run's grid otherwise; axes are z, y, x.
+There is one dataclass per group; a field that is not here does not exist. Lengths are in nanometers if the name ends in
+``_nm``, in voxels of the run's grid otherwise; axes are z, y, x.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ class SystemConfig(Group):
 class DatasetConfig(Group):
     """Which data, and at which voxel size."""
 
-    #: cellmap (a sample has all classes) | cellmap_single (a sample has one class)
-    name: Annotated[str, one_of("cellmap", "cellmap_single")] = "cellmap"
+    name: Annotated[str, one_of("cellmap", "cellmap_single")] = "cellmap"  # cellmap_single: a sample has one class
     data_root: str = "data"
     datasets: list[str] | None = None  # None: all data sets of the root
     crops: list[str] | None = None  # None: all training crops
@@ -170,8 +168,7 @@ class DataConfig(Group):
     patch_size: Shape = field(default_factory=lambda: [128, 128, 128])  # voxels, z y x
     batch_size: Annotated[int, _FROM_1] = 2
     patches_per_epoch: Annotated[int | None, _FROM_1] = None  # of all processes together; None: 2000
-    #: most windows of one validation, a fixed subset; None: all of every crop
-    validation_windows: Annotated[int | None, _FROM_1] = 1000
+    validation_windows: Annotated[int | None, _FROM_1] = 1000  # at most, a fixed subset; None: all of every crop
     num_workers: Annotated[int, _FROM_0] = 8
     persistent_workers: bool = True
     pin_memory: bool = True
@@ -208,9 +205,7 @@ class OptimizerConfig(Group):
     lr: Annotated[float, _FROM_0] = 1e-3
     weight_decay: Annotated[float, _FROM_0] = 1e-5
     momentum: Annotated[float, _FROM_0] = 0.9  # SGD
-    betas: Annotated[list[float], _BETAS] = field(
-        default_factory=lambda: [0.9, 0.999]  # Adam, AdamW, RAdam
-    )
+    betas: Annotated[list[float], _BETAS] = field(default_factory=lambda: [0.9, 0.999])  # Adam, AdamW, RAdam
     decay_norm_and_bias: bool = True  # false: no weight decay for biases and the scales of norms
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor of lr for each stage away from the output
 
@@ -285,15 +280,13 @@ class InferenceConfig(Group):
     #: share of a window that the next window also covers: one number, or z y x; 0 along z for a 2-D network
     overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.25
     blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
-    #: windows per forward pass; auto: predict finds the fastest number
-    batch_size: Annotated[Any, _BATCH] = 1
+    batch_size: Annotated[Any, _BATCH] = 1  # windows per forward pass; auto: predict finds the fastest number
     block_size: Shape = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
     #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
     #: [zyx, -zyx]
     tta: Annotated[Any, _TTA] = "none"
-    #: none | variance (over tta and checkpoints) | entropy | dropout
-    uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"
+    uncertainty: Annotated[str, one_of("none", "variance", "entropy", "dropout")] = "none"  # variance: tta, checkpoints
     dropout_samples: Annotated[int, Field(ge=2)] = 8  # passes with active dropout, for uncertainty=dropout
     #: predict: also write group classes as unions of predicted atoms: true (all that follow) | names
     groups: Annotated[Any, _GROUPS] = False

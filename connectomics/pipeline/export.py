@@ -22,7 +22,7 @@ def export(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Pack labels for the rows of a crop table, on each crop's own grid, and check the result.
+    """Pack labels for the rows of a crop table, on each crop's own grid, check the result, and return the findings.
 
     Args:
         labels: what `decode` returned, or a folder of labels (or probabilities).

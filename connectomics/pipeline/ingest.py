@@ -54,7 +54,7 @@ def ingest(
         begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
         value_range: raw values that become 0 and 255 of uint8; None keeps values and dtype.
         unknown: the label value of voxels that nobody annotated. known: a mask volume, nonzero where annotated.
-        slices: annotated sections (z); all others are unknown.
+        slices: annotated sections (z, from 0); all others are unknown.
         format_name: the format, if the file name does not tell.
         written: called with the location of each volume once it is written.
         progress: called while volumes are written; shown: or a progress for each of them.

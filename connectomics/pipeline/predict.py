@@ -58,7 +58,7 @@ def predict(
     accept_failed: Accepted | Collection[int] = (),
     progress: Progress | None = None,
 ) -> Probabilities:
-    """Predict crops or a box by sliding window, block by block; return the probabilities.
+    """Predict crops, a box or a volume by sliding window, block by block; return the probabilities (uint8 or float16).
 
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
@@ -66,7 +66,7 @@ def predict(
         config: a configuration or its file; None: the one of the run or package. overrides: ``key=value`` for it.
         crops: a crop table or its path, "challenge", "test" (``test_crops.csv`` of the data root, else the
             challenge's), or "val" (what the network was not trained on); None: all crops of the data root.
-        box: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm, instead of crops.
+        box: ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm) or ``DATASET`` for all of its raw, instead of crops.
         device: ``cpu``, ``cuda``, ``cuda:1``; None: a GPU if there is one and ``system.accelerator`` allows it.
         overwrite: replace predictions that were made with other settings or another checkpoint.
         resume: fail if nothing was started; with ``overwrite``, keep predictions made with these settings.

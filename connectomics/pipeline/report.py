@@ -24,7 +24,7 @@ def report(
     """Write one page of what there is: run, curves, slices, scores, objects, confusion, calibration.
 
     Args:
-        results: what `train`, `predict`, `decode`, `score` and `evaluate` returned, in any order.
+        results: what `train`, `predict`, `decode`, and with ``out=`` `score` and `evaluate` returned, in any order.
         out: the page.
         sources: further fields of `connectomics.pages.ReportSources`, such as ``truth=`` or ``data_root=``.
 

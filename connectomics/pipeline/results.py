@@ -117,11 +117,11 @@ class ArrayFolder:
 
 
 class Probabilities(ArrayFolder):
-    """What `predict` wrote: probabilities of every class (uint8, 255 for 1, or float16) and the channels of heads."""
+    """What `predict` wrote: probabilities (z, y, x) of every class (uint8, 255 for 1, or float16), and heads."""
 
 
 class Labels(ArrayFolder):
-    """What `decode` wrote: instance ids, or 0 and 1 for semantic classes."""
+    """What `decode` wrote: unsigned integers (z, y, x), instance IDs or 1 for semantic classes, 0 elsewhere."""
 
 
 @dataclass(frozen=True, repr=False)

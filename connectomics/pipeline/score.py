@@ -24,7 +24,7 @@ def score(
     rules: str = DEFAULT_RULES,
     progress: Progress | None = None,
 ) -> Scores:
-    """Return the challenge's scores of a submission, and write them to a folder.
+    """Return the challenge's scores of a submission, from 0 to 1, and write them to a folder.
 
     Args:
         submission: a zip, a folder with the Zarr group, or a folder of labels that `decode` wrote.

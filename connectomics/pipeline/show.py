@@ -26,7 +26,7 @@ def show(
     """Draw the middle slices of a crop along z, y and x, with ground truth or a result over the raw.
 
     Args:
-        crop: of `open_root`, ``cell.crop("crop1")``.
+        crop: of `open_root`, ``cell.crop("phantom-iso", "crop1")``.
         labels: what `decode` or `predict` returned; None: the crop's ground truth.
         class_name: the class; default: the first one of ``labels`` (or of the crop).
         at: voxel (z, y, x) through which the slices go; default: the middle of what is labeled.
@@ -36,7 +36,7 @@ def show(
         The figure, which a notebook shows.
 
     Raises:
-        UnknownNameError: the crop or the result does not have the class. InputError: the crop has no class.
+        UnknownNameError: the crop or the result does not have the class. InputError: the crop has no labeled class.
     """
     from connectomics.pages.figures import overlay_figure
 

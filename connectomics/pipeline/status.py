@@ -1,4 +1,4 @@
-"""How far an output is: blocks done and failed, rate and forecast, from the files beside it, while others write it."""
+"""How far an output is: blocks done and failed, rate and time left, from the files beside it, while others write it."""
 
 from __future__ import annotations
 

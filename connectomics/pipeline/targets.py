@@ -17,6 +17,7 @@ from connectomics.errors import ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
+from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
 
 
@@ -43,7 +44,7 @@ def targets_of(
     Args:
         config: ``dataset`` names the data root, the classes, and (for the catalog) data sets and crops.
         crop_table: predict these rows, as far as the network has their classes: a table, its path, or "challenge".
-        box: predict a box at the network's voxel size instead: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm.
+        box: predict a box at the network's voxel size instead: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm, or ``DATASET``.
 
     Returns:
         Targets. Without table and box those of ``config.dataset.crop_table`` if set, else the catalog's crops
@@ -116,8 +117,11 @@ def table_targets(table: CropTable, classes: Sequence[str]) -> list[Target]:
 
 
 def box_target(config: RunConfig, text: str) -> Target:
-    """Return the box ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm), at the network's voxel size, for all classes."""
-    dataset, box = box_of(text)
+    """Return a box, ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm) or ``DATASET`` for all of its raw, for all classes."""
+    if ":" in text:
+        dataset, box = box_of(text)
+    else:
+        dataset, box = text, Multiscale.open(Catalog.open(config.dataset.data_root).raw_location(text)).grid.box
     grid = VoxelGrid.covering(box, config.dataset.voxel_size)
     # exact numbers, or two boxes could share a name
     name = "box_" + "_".join(str(int(v)) if v.is_integer() else repr(v) for v in (*box.begin, *box.end))

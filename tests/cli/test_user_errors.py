@@ -202,7 +202,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{config} --out {new} --checkpoint {checkpoint} --crops {text}", "text.txt"),
         ("{config} --out {new} --checkpoint {checkpoint} --crops {empty}", "empty"),
         ("{config} --out {new} --checkpoint {checkpoint} --crops chalenge", "challenge"),
-        ("{config} --out {new} --checkpoint {checkpoint} --box set-a", "a box is DATASET"),
+        ("{config} --out {new} --checkpoint {checkpoint} --box set-a:", "a box is DATASET"),
         ("{config} --out {new} --checkpoint {checkpoint} --box set-b:0,0,0:8,8,8", "did you mean 'set-a'"),
         ("{config} --out {new} --checkpoint {checkpoint} --box set-a:9000,0,0:9008,8,8", "no raw"),
         ("{config} --out {new} --checkpoint {checkpoint} --box set-a:0,0,0:8,8,8 --crops {table}", "--box"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import save_config
@@ -233,9 +234,19 @@ def test_a_box_of_a_data_set(root, checkpoint, tmp_path):
     assert target.grids["mito"].box.begin == (100, 100.5, 100)
     (folder,) = predict(root, checkpoint, tmp_path, targets=[target])
     assert Multiscale.open(folder / "er").grid.shape == (10, 10, 13)
-    for wrong in ("set-a", "set-a:0,0,0", "set-a:0,0,0:8,8", "set-a:0,0,0:8,0,8", "set-a:a,0,0:8,8,8", ":0,0,0:8,8,8"):
+    for wrong in ("set-a:", "set-a:0,0,0", "set-a:0,0,0:8,8", "set-a:0,0,0:8,0,8", "set-a:a,0,0:8,8,8", ":0,0,0:8,8,8"):
         with pytest.raises(InputError, match="a box is DATASET"):
             targets_of(config, box=wrong)
+
+
+def test_the_name_of_a_data_set_alone_is_all_of_its_raw(root):
+    """From face to face, so that the network's voxels are those of the raw."""
+    raw = Multiscale.open(Catalog.open(str(root)).raw_location("set-a")).grid
+    (target,) = targets_of(config_of(root), box="set-a")
+    assert target.grids["mito"].box.begin == raw.box.begin
+    assert all(end >= raw_end for end, raw_end in zip(target.grids["mito"].box.end, raw.box.end, strict=True))
+    with pytest.raises(UnknownNameError, match="did you mean 'set-a'"):
+        targets_of(config_of(root), box="set-aa")
 
 
 def test_boxes_that_differ_never_share_a_name(root):
