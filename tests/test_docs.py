@@ -73,7 +73,7 @@ def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, small: bool) -> Non
     pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
     page = ROOT / "docs/whole-cell.md"
     run_all(commands(page), tmp_path, starter, small)
-    place = "cell7.zarr/box_0_0_0_640_640_640/mito"
+    place = "cell7.zarr/box_-2_-2_-2_638_638_638/mito"
     for folder in ("out/probabilities", "out/labels"):
         levels = Multiscale.open(tmp_path / folder / place).levels
         assert [level.grid.shape for level in levels] == [(80, 80, 80), (40, 40, 40)]
@@ -84,7 +84,7 @@ def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, small: bool) -> Non
     assert viewer.wait_for(lambda: "\nhttp" in viewer.stdout), viewer.said
     os.kill(viewer.pid, signal.SIGINT)
     viewer.wait()
-    assert "  labels of er, ld, mito, nuc in box_0_0_0_640_640_640\n" in viewer.stdout
+    assert "  labels of er, ld, mito, nuc in box_-2_-2_-2_638_638_638\n" in viewer.stdout
     state = json.loads((tmp_path / "state.json").read_text())
     (mito,) = (layer for layer in state["layers"] if layer["name"].startswith("mito labels"))
     assert len(mito["source"]) == 3, "labels, properties, meshes"
