@@ -12,6 +12,7 @@ from connectomics.cellmap.catalog import Catalog, Crop, LabelArray
 from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.store import is_s3
 
 
 def summarize(
@@ -24,12 +25,14 @@ def summarize(
     """Return data sets with raw levels and crops, and the annotated volume of each class by state (cubic micrometers).
 
     Only the classes' own arrays are counted, not what other classes imply. A crop without an array of the class counts
-    as unknown with its whole box. ``not_annotated`` maps groups without an annotation, which cannot be used as classes,
-    to the number of crops that have them. ``raw_chunks`` counts all and the missing raw chunks under each crop, on the
-    level that a run at ``voxel_size`` (nm, z y x; None: the finest) reads.
+    as unknown with its whole box. ``not_annotated``: groups without an annotation, which are no classes -> their crops.
+    ``raw_chunks`` counts all and the missing raw chunks under each crop, on the level that a run at ``voxel_size`` (nm,
+    z y x; None: the finest) reads. Unless crops or classes are given, local data sets without labels are listed, too.
     """
     catalog = Catalog.open(root)
-    found = catalog.crops(datasets, crops, classes)
+    chosen = datasets or catalog.datasets
+    bare = [] if crops or classes or is_s3(root) else [name for name in chosen if not catalog.crop_names(name)]
+    found = catalog.crops(datasets, crops, classes) if len(bare) < len(chosen) else []
     there = [_annotated(crop) for crop in found]
     names = sorted({n for labels in there for n in labels if classes is None or n in classes})
     others = Counter(n for crop in found for n in crop.not_annotated)
@@ -40,7 +43,7 @@ def summarize(
         "datasets": [
             _dataset(catalog, name, [c for c in found if c.dataset == name], voxel_size)
             for name in catalog.datasets
-            if any(c.dataset == name for c in found)
+            if name in bare or any(c.dataset == name for c in found)
         ],
         "classes": {name: _class(name, found, there) for name in names},
         "not_annotated": dict(sorted(others.items())),

@@ -47,8 +47,7 @@ def targets_of(
         box: predict a box at the network's voxel size instead: ``DATASET:z0,y0,x0:z1,y1,x1`` in nm, or ``DATASET``.
 
     Returns:
-        Targets. Without table and box those of ``config.dataset.crop_table`` if set, else the catalog's crops
-        (``dataset.datasets``, ``dataset.crops``).
+        Targets; without table and box those of ``dataset.crop_table`` if set, else the catalog's annotated crops.
 
     Raises:
         InputError, UnknownNameError, MissingError: there is nothing to predict, or a name is unknown.

@@ -211,6 +211,17 @@ def test_summary_counts_states(tmp_path: Path) -> None:
     assert found["absent_um3"] == pytest.approx((16**3 - 6**3 + 8 * 256) * voxel)
 
 
+def test_the_summary_of_a_local_root_has_data_sets_without_labels(tmp_path: Path) -> None:
+    """Volumes that were imported and not annotated yet."""
+    write_raw(tmp_path, "set-b", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    assert [item["name"] for item in summarize(str(tmp_path))["datasets"]] == ["set-b"]
+    root = plain_root(tmp_path)
+    found = {item["name"]: len(item["crops"]) for item in summarize(str(root))["datasets"]}
+    assert found == {"set-a": 1, "set-b": 0}
+    assert [item["name"] for item in summarize(str(root), ["set-b"])["datasets"]] == ["set-b"]
+    assert [item["name"] for item in summarize(str(root), classes=["mito"])["datasets"]] == ["set-a"]
+
+
 def test_shipped_table_is_the_challenges() -> None:
     table = CropTable.challenge()
     assert len(table) == 413
