@@ -32,7 +32,7 @@ def input_path(location: Location) -> Path:
     if is_url(location):
         raise MissingError(
             f"cannot read {location}: expected a path on a local disk, got a URL. Copy it here first (only data roots, "
-            "and what decode, measure, mesh and status read, may be s3:// URLs)"
+            "and what decode, measure, mesh, export and status read, may be s3:// URLs)"
         )
     return Path(normalize(location))
 
@@ -57,6 +57,7 @@ InOption = partial(typer.Option, parser=input_path, metavar="PATH")
 InArgument = partial(typer.Argument, parser=input_path)
 OutPlaceOption = partial(typer.Option, parser=output_place, metavar="PATH")
 OutPlaceArgument = partial(typer.Argument, parser=output_place)
+InPlaceOption = partial(typer.Option, parser=input_place, metavar="PATH")
 InPlaceArgument = partial(typer.Argument, parser=input_place)
 
 Overrides = Annotated[

@@ -11,7 +11,15 @@ import typer
 
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
-from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
+from connectomics.cli.options import (
+    InArgument,
+    InOption,
+    InPlaceArgument,
+    InPlaceOption,
+    OutArgument,
+    OutOption,
+    OutPlaceArgument,
+)
 
 if TYPE_CHECKING:
     from connectomics.metrics.challenge.results import SubmissionScore
@@ -173,13 +181,14 @@ def tune(
 
 
 def export(
-    labels: Annotated[Path, InArgument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
-    out: Annotated[Path, OutArgument(help="The submission, submission.zip.")] = Path("submission.zip"),
+    labels: Annotated[Path, InPlaceArgument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
+    out: Annotated[Path, OutPlaceArgument(help="The submission, submission.zip.")] = Path("submission.zip"),
     crops: CropTableOption = "challenge",
     class_name: opt.Classes = None,
     dataset: opt.Datasets = None,
     probabilities: Annotated[
-        Path | None, InOption(help="Folder of predict: borders of semantic classes come from it, finer than labels.")
+        Path | None,
+        InPlaceOption(help="Folder of predict: borders of semantic classes come from it, finer."),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail if an array of the table is missing.")] = False,
 ) -> None:

@@ -11,17 +11,19 @@ import json
 import shutil
 import time
 import zipfile
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.artifacts import about, publish
-from connectomics.io.location import local_path
+from connectomics.io.place import S3Path, output_place, place
 from connectomics.machine import usable_cores
 from connectomics.progress import Progress, named, silent
 from connectomics.submission.findings import Finding
@@ -41,7 +43,7 @@ class ExportResult:
 
     Attributes:
         path: the zip or folder; beside the target (in ``{target}.partial``) if it has errors and an earlier submission
-            is at the target.
+            is at the target (on S3 it is not kept).
         is_zip: whether it is a zip, which is what the portal takes.
         written: arrays in it.
         missing: arrays of the table for which no prediction was found; the portal counts them as nothing found.
@@ -117,7 +119,8 @@ def export_submission(
     Args:
         predictions_dir: ``{dataset}.zarr/{crop}/{class}`` multiscale groups with labels or probabilities (what
             ``decode`` and ``predict`` write), or ``{dataset}/{crop}_{class}.npy`` on the table's grids.
-        output_path: a ``.zip``; any other name gives a folder, which has to be zipped before it can be uploaded.
+        output_path: a ``.zip``, local or on S3 (then packed in the folder for temporary files first); any other name
+            gives a local folder, which has to be zipped before it can be uploaded.
         classes, datasets: only these rows of the table; None means all.
         crops: a `CropTable`, its path, or None for the challenge's table. Data sets that are not in the challenge's
             table are packed on their own grids (``.npy`` files on those of ``data_root``).
@@ -135,15 +138,16 @@ def export_submission(
         the output cannot be written, is not a submission, or is being packed; existing files stay.
     """
     start = time.monotonic()
-    root, target = Path(predictions_dir), local_path(output_path)
+    root, target = place(predictions_dir), output_place(output_path)
+    finer = None if probabilities_dir is None else place(probabilities_dir)
     if not root.is_dir():
         raise MissingError(f"no predictions folder at {root}")
-    if probabilities_dir is not None and not Path(probabilities_dir).is_dir():
-        raise MissingError(f"no folder of probabilities at {probabilities_dir}")
+    if finer is not None and not finer.is_dir():
+        raise MissingError(f"no folder of probabilities at {finer}")
     table, untested = _table(root, crops, datasets, data_root)
     table = table.select(classes=classes, datasets=datasets)
-    _check_target(target, [root, *([Path(probabilities_dir)] if probabilities_dir is not None else [])])
-    jobs, missing = _jobs(root, probabilities_dir, table, thresholds or {})
+    _check_target(target, [root, *([finer] if finer is not None else [])])
+    jobs, missing = _jobs(root, finer, table, thresholds or {})
     if not jobs:
         raise MissingError(
             f"no predictions for the crop table in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}} or "
@@ -156,8 +160,7 @@ def export_submission(
         )
     asked = {(e.dataset, e.crop_name, e.class_name) for e in table}
     ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
-    work = target.with_name(target.name + ".partial")
-    with leading(work):
+    with _working_folder(target) as work, leading(work):
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
         checking = named(progress or silent, "checking")
@@ -194,7 +197,7 @@ def _table(
 
 
 def _jobs(
-    root: Path, probabilities_dir: str | Path | None, table: CropTable, thresholds: Mapping[str, float]
+    root: Path, probabilities_dir: Path | None, table: CropTable, thresholds: Mapping[str, float]
 ) -> tuple[list[Job], list[str]]:
     """What there is to write, in the order of the submission, and the rows without a prediction."""
     jobs, missing = [], []
@@ -209,7 +212,7 @@ def _jobs(
             raise InputError(f"the threshold of {entry.class_name} must lie between 0 and 1, found {threshold}")
         plain = decode.get("method") == "threshold" and not decode["min_size_nm3"] and not decode["fill_holes"]
         if probabilities_dir is not None and plain:
-            better = find_source(Path(probabilities_dir), entry)
+            better = find_source(probabilities_dir, entry)
             if better is not None and better.form == "probability":
                 _check_same(source, better)
                 # The decoded kind stands: a class that was decoded as a mask is packed as one.
@@ -288,11 +291,23 @@ def _clear(data: Path, keep: set[str]) -> None:
             shutil.rmtree(crop)
 
 
+@contextmanager
+def _working_folder(target: Path) -> Iterator[Path]:
+    """The folder to pack in: beside a local target, where a later run goes on with it, or a temporary one."""
+    if not isinstance(target, S3Path):
+        yield target.with_name(target.name + ".partial")
+        return
+    with TemporaryDirectory() as folder:
+        yield Path(folder) / "submission"
+
+
 def _check_target(target: Path, sources: list[Path]) -> None:
     """Refuse outputs that would destroy something."""
     for source in sources:
         if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
             raise InputError(f"the output {target} would replace the predictions in {source}; choose another place")
+    if isinstance(target, S3Path) and target.suffix != ".zip":
+        raise InputError(f"the name of a submission on S3 must end in .zip, got {target}")
     if target.is_dir() and target.suffix == ".zip":
         raise InputError(f"{target} is a folder; choose another name for the zip")
     work = target.with_name(target.name + ".partial")
@@ -309,8 +324,11 @@ def _is_ours(target: Path) -> bool:
     try:
         if target.is_dir():
             return not any(target.iterdir()) or about(target).get("artefact") == "submission"
-        with zipfile.ZipFile(target) as archive:
-            return b'"submission"' in archive.read(".zattrs")
+        with TemporaryFile() if isinstance(target, S3Path) else target.open("rb") as file:
+            if isinstance(target, S3Path):
+                target.download(file)
+            with zipfile.ZipFile(file) as archive:
+                return b'"submission"' in archive.read(".zattrs")
     except (zipfile.BadZipFile, KeyError, OSError):
         return False
 
@@ -329,9 +347,12 @@ def _put(made: Path, work: Path, target: Path, findings: Sequence[Finding]) -> t
     Returns where it is, and the earlier submission if that is still at ``target``.
     """
     if _has_errors(findings) and target.exists():
-        return made, target
+        return target if isinstance(target, S3Path) else made, target
     try:
-        if made.is_dir():
+        if isinstance(target, S3Path):
+            with made.open("rb") as file:
+                target.put(file)
+        elif made.is_dir():
             publish(made, target)
         else:
             made.replace(target)

@@ -20,6 +20,7 @@ from connectomics.decoding.probabilities import DTYPES, unit_of
 from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.fingerprint import fingerprint
+from connectomics.io.location import is_s3
 from connectomics.io.multiscale import Multiscale
 
 _SLAB_BYTES = 64 << 20
@@ -161,7 +162,7 @@ def find_source(predictions_dir: Path, entry: TableEntry) -> Source | None:
 def list_sources(predictions_dir: Path) -> Iterator[tuple[str, str, str]]:
     """(data set, crop, class) of all that a folder holds in either layout."""
     yield from find_arrays(predictions_dir)
-    for path in sorted(predictions_dir.glob("*/crop*_*.npy")):
+    for path in [] if is_s3(predictions_dir) else sorted(predictions_dir.glob("*/crop*_*.npy")):
         if path.parent.suffix != ".zarr":
             crop, _, class_name = path.stem.partition("_")
             yield path.parent.name, crop, class_name

@@ -25,6 +25,7 @@ from connectomics.errors import (
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import write_multiscale
 from connectomics.submission import export_submission
+from tests.s3_server import BUCKET, KEYS, FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
 FINE = VoxelGrid((1.74, 2, 2), (23837.13, 7599, 35999), (40, 44, 48))
@@ -105,6 +106,26 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_threads_and_the_place(
     data = (tmp_path / "a.zip").read_bytes()
     assert data == (tmp_path / "deep/b.zip").read_bytes() == (tmp_path / "c.zip").read_bytes()
     assert str(tmp_path).encode() not in data
+
+
+def test_labels_on_s3_are_packed_into_a_zip_on_s3(tmp_path, monkeypatch):
+    write_all(tmp_path / "bucket" / "labels")
+    export_submission(tmp_path / "bucket" / "labels", tmp_path / "local.zip", crops=TABLE)
+    with FolderServer(tmp_path / "bucket", writable=True) as server:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": server.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        for _ in range(2):  # a second run replaces the first one's zip
+            result = export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/s.zip", crops=TABLE)
+        assert str(result.path) == f"s3://{BUCKET}/out/s.zip"
+        (tmp_path / "bucket" / "theirs.zip").write_bytes(b"not ours")
+        with pytest.raises(WriteError, match=r"theirs\.zip was not written by export"):
+            export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/theirs.zip", crops=TABLE)
+        with pytest.raises(InputError, match=r"must end in \.zip"):
+            export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/folder", crops=TABLE)
+        with pytest.raises(MissingError, match=r"no predictions folder at s3://.*/none"):
+            export_submission(f"s3://{BUCKET}/none", tmp_path / "s.zip", crops=TABLE)
+    assert (tmp_path / "bucket" / "out" / "s.zip").read_bytes() == (tmp_path / "local.zip").read_bytes()
+    assert (tmp_path / "bucket" / "theirs.zip").read_bytes() == b"not ours"
 
 
 def test_empty_chunks_take_no_space_and_read_as_zero(tmp_path):
@@ -365,7 +386,7 @@ def test_wrong_names_are_refused_with_the_nearest(tmp_path):
         export_submission(tmp_path / "p", tmp_path / "s.zip", ["mitto"], crops=TABLE)
     with pytest.raises(UnknownNameError, match="unknown data set 'on'"):
         export_submission(tmp_path / "p", tmp_path / "s.zip", None, ["on"], crops=TABLE)
-    with pytest.raises(MissingError, match="no predictions folder"):
+    with pytest.raises(MissingError, match=r"no predictions folder"):
         export_submission(tmp_path / "none", tmp_path / "s.zip", crops=TABLE)
     with pytest.raises(MissingError, match="no predictions for the crop table"):
         export_submission(tmp_path / "p", tmp_path / "s.zip")  # the challenge's table has none of these crops
