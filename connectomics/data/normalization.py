@@ -187,11 +187,11 @@ def _rounded(value: float) -> float:
 
 
 def _tissue(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
-    """``values`` without what is at the ends of their type (padding, saturation), unless little else is there."""
+    """``values`` without what is at the ends of their type (padding, saturation), unless little or one value remains."""
     info = np.iinfo(dtype) if dtype.kind in "iu" else None
     ends = (0.0,) if info is None else (float(info.min), float(info.max), 0.0)
     kept_values = values[~np.isin(values, np.array(ends, np.float32))]
-    return kept_values if len(kept_values) > len(values) / 100 else values
+    return kept_values if len(kept_values) > len(values) / 100 and np.ptp(kept_values) > 0 else values
 
 
 def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: int) -> NDArray[np.float32]:
