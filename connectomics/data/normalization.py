@@ -187,7 +187,7 @@ def _rounded(value: float) -> float:
 
 
 def _tissue(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
-    """``values`` without what is at the ends of their type (padding, saturation), unless little or one value remains."""
+    """``values`` but for what is at the ends of their type (padding, saturation), unless little or one value stays."""
     info = np.iinfo(dtype) if dtype.kind in "iu" else None
     ends = (0.0,) if info is None else (float(info.min), float(info.max), 0.0)
     kept_values = values[~np.isin(values, np.array(ends, np.float32))]
