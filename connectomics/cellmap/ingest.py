@@ -181,13 +181,16 @@ def ingest_labels(
         face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")))
     grid = VoxelGrid(size, _center(face, size), _shape(source))
     _check_labels(drawn, chosen, crop)
-    places = [f"{_nm(box.begin)} to {_nm(box.end)}" for box in (grid.box, raw.box)]
-    about = f"the raw of {dataset} ({places[1]} nm); check --begin and --voxel-size"
+    begins, ends = _nm(grid.box.begin), _nm(grid.box.end)
+    about = f"({_nm(raw.box.begin)} to {_nm(raw.box.end)} nm); check --begin and --voxel-size"
     if grid.box.intersect(raw.box).is_empty:
-        raise InputError(f"{source.location}: labels from {places[0]} nm lie outside {about}")
+        raise InputError(
+            f"{source.location}: labels from {begins} to {ends} nm lie outside the raw of {dataset} {about}"
+        )
     low, high = np.subtract(raw.box.begin, grid.box.begin), np.subtract(grid.box.end, raw.box.end)
     if np.any(np.maximum(low, high) > np.maximum(size, raw.voxel_size)):
-        log.warning("%s: labels from %s nm reach beyond %s", source.location, places[0], about)
+        message = "%s: labels from %s to %s nm reach beyond the raw of %s %s"
+        log.warning(message, source.location, begins, ends, dataset, about)
     largest, several = _survey(drawn, chosen)
     kind = drawn.kind or ("instance" if is_instance_class(drawn.class_name) and several else "semantic")
     ids = largest if kind == "instance" else 1
