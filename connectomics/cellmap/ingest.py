@@ -7,6 +7,7 @@ mean. Each volume appears in one step. Memory: a few blocks, whatever the volume
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import not_ours, publish, remove_abandoned, unfinished
 from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
 from connectomics.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 _BLOCK = (64, 512, 512)  # voxels held at a time: whole chunks
 _PLANES = 1 << 28  # bytes of planes decoded at a time, if a block costs as much as its planes
@@ -84,7 +87,11 @@ class Drawn:
 
     def inside(self, values: NDArray[Any]) -> NDArray[np.bool_]:
         """Return where stored values are this class."""
-        return values != 0 if self.values is None else np.isin(values, np.fromiter(self.values, np.int64))
+        if self.values is None:
+            return values != 0
+        dtype = np.dtype(np.uint8) if values.dtype == np.bool_ else values.dtype
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        return np.isin(values, np.array([v for v in self.values if low <= v <= high], dtype))
 
 
 def ingest_raw(
@@ -126,6 +133,11 @@ def ingest_raw(
         if value_range is None:
             return values.astype(dtype, copy=False)
         low, high = value_range
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"{source.location} holds values that are not finite in the block at {tuple(begin)}, voxels z y x; "
+                "replace them, for example by a value in the range"
+            )
         scaled = (values.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
 
@@ -169,11 +181,16 @@ def ingest_labels(
         face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")))
     grid = VoxelGrid(size, _center(face, size), _shape(source))
     _check_labels(drawn, chosen, crop)
+    begins, ends = _nm(grid.box.begin), _nm(grid.box.end)
+    about = f"({_nm(raw.box.begin)} to {_nm(raw.box.end)} nm); check --begin and --voxel-size"
     if grid.box.intersect(raw.box).is_empty:
         raise InputError(
-            f"{source.location}: labels from {_nm(grid.box.begin)} to {_nm(grid.box.end)} nm lie outside the raw of "
-            f"{dataset} ({_nm(raw.box.begin)} to {_nm(raw.box.end)} nm); check --begin and --voxel-size"
+            f"{source.location}: labels from {begins} to {ends} nm lie outside the raw of {dataset} {about}"
         )
+    low, high = np.subtract(raw.box.begin, grid.box.begin), np.subtract(grid.box.end, raw.box.end)
+    if np.any(np.maximum(low, high) > np.maximum(size, raw.voxel_size)):
+        message = "%s: labels from %s to %s nm reach beyond the raw of %s %s"
+        log.warning(message, source.location, begins, ends, dataset, about)
     largest, several = _survey(drawn, chosen)
     kind = drawn.kind or ("instance" if is_instance_class(drawn.class_name) and several else "semantic")
     ids = largest if kind == "instance" else 1
@@ -198,6 +215,8 @@ def ingest_labels(
         _copy(source, writer, convert, progress)
         build_levels(folder, _levels(grid), "label")
         update_attrs(folder / "s0", annotation.to_attrs())
+    if counts["unknown"] == grid.size:
+        log.warning("no voxel of %s in %s is annotated: all are unknown", drawn.class_name, crop)
     return place
 
 
@@ -216,9 +235,12 @@ def drawn_by_table(source: VolumeSource, table: Path) -> list[Drawn]:
     for place, row in csv_rows(table.read_text(encoding="utf-8-sig"), ("value", "class"), str(table)):
         name, kind = row["class"].strip(), (row.get("kind") or "").strip() or None
         try:
-            values.setdefault(name, set()).add(int(row["value"]))
+            number = int(row["value"])
+            if not -(2**63) <= number < 2**64:
+                raise ValueError(number)
+            values.setdefault(name, set()).add(number)
         except ValueError as error:
-            raise MetadataError(f"{place}: value must be a whole number, got {row['value']!r}") from error
+            raise MetadataError(f"{place}: value must be a whole number of 64 bits, got {row['value']!r}") from error
         if kind not in (None, "semantic", "instance"):
             raise MetadataError(f"{place}: kind must be semantic or instance, got {kind!r}")
         kinds[name] = cast(Kind | None, kind)
@@ -326,12 +348,14 @@ def _survey(drawn: Drawn, known: Known) -> tuple[int, bool]:
     smallest, largest = 0, 0  # 0: no id found
     for begin, shape in _blocks(drawn.source):
         values = drawn.source.read(begin, shape)
-        if values.dtype.kind == "i" and int(values.min(initial=0)) < 0 and known.unknown is None:
+        annotated, inside = known.of(values, begin), drawn.inside(values)
+        negative = (values < 0) & annotated if values.dtype.kind == "i" else np.zeros(1, np.bool_)
+        if np.any(negative if known.unknown is None else negative & inside):
             raise InputError(
                 f"{drawn.source.location} holds negative values, labels are 0 and above; give the value that means "
                 f"unknown (--unknown), or convert it"
             )
-        ids = values[drawn.inside(values) & known.of(values, begin)]
+        ids = values[inside & annotated]
         if ids.size:
             smallest, largest = min(smallest or int(ids.min()), int(ids.min())), max(largest, int(ids.max()))
     return largest, smallest != largest

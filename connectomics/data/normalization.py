@@ -187,11 +187,11 @@ def _rounded(value: float) -> float:
 
 
 def _tissue(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[np.float32]:
-    """``values`` without what is at the ends of their type (padding, saturation), unless little else is there."""
+    """``values`` but for what is at the ends of their type (padding, saturation), unless little or one value stays."""
     info = np.iinfo(dtype) if dtype.kind in "iu" else None
     ends = (0.0,) if info is None else (float(info.min), float(info.max), 0.0)
     kept_values = values[~np.isin(values, np.array(ends, np.float32))]
-    return kept_values if len(kept_values) > len(values) / 100 else values
+    return kept_values if len(kept_values) > len(values) / 100 and np.ptp(kept_values) > 0 else values
 
 
 def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: int) -> NDArray[np.float32]:
@@ -209,7 +209,7 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
     shape = np.clip(np.floor(chunk / voxel_size + 1e-6), 1, _EDGE).astype(int)
     size = shape * np.array(voxel_size)
     origin = np.array(level.grid.box.begin)
-    found, number = [np.zeros(0, np.float32)], 0
+    found, number, corrupt = [np.zeros(0, np.float32)], 0, list[CorruptDataError]()
     for n in range(_BLOCKS if within else 0):
         box = within[order[n % len(within)]]
         point = rng.uniform(box.begin, box.end)
@@ -223,10 +223,13 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
         try:
             values, inside = source.read_raw(grid)
         except CorruptDataError as error:  # those who need that place say so
-            log.warning("%s takes no part in measuring the gray range", error)
+            corrupt.append(error)
             continue
         found.append(values[inside])
         number += len(found[-1])
         if number >= _VOXELS:
             break
+    if corrupt:
+        message = "%d of %d sampled places take no part in measuring the gray range of %s; the first: %s"
+        log.warning(message, len(corrupt), len(corrupt) + len(found) - 1, source.location, corrupt[0])
     return np.concatenate(found)

@@ -142,7 +142,7 @@ class PredictTask(BlockTask):
             if name not in self.classes:
                 raise unknown_name("class", name, self.classes, "the network's output")
             if grid.size == 0:
-                raise InputError(f"the target grid of {name} for {self.output} is empty ({grid})")
+                raise InputError(f"the target grid of {name} for {self.output} is empty ({grid}); leave it out")
         dtypes = tuple(artifact.UNITS)
         allowed = {"blending": BLENDINGS, "precision": _PRECISIONS, "dtype": dtypes, "uncertainty": UNCERTAINTIES}
         for name, words in allowed.items():

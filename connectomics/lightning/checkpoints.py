@@ -206,6 +206,7 @@ def check_resumable(path: str | Path, module: ConnectomicsModule) -> None:
     check_classes(path, trained.dataset.classes, module.classes)
     check_heads(path, trained, module.config)
     for key, before, now in (
+        ("dataset.voxel_size", *(list(c.dataset.voxel_size) for c in (trained, module.config))),
         ("training.ema", trained.training.ema, module.config.training.ema),
         ("optimizer.decay_norm_and_bias", *(c.optimizer.decay_norm_and_bias for c in (trained, module.config))),
         ("optimizer.layer_decay", *(c.optimizer.layer_decay for c in (trained, module.config))),

@@ -144,6 +144,8 @@ def _opened(location: str) -> Multiscale:
     about = store.read_attrs(location).get("connectomics", {})
     if about.get("artefact") == "probability":
         raise MetadataError(f"{location} holds probabilities, not labels; run decode first and evaluate its output")
+    if not about:
+        raise MetadataError(f"{location} was not written by decode; compare labels of other tools with pytc score")
     if not about.get("complete", False):
         raise IncompleteError(f"{location} is only half written; run decode again to finish it")
     return Multiscale.open(location)

@@ -151,6 +151,8 @@ def network_and_config(
         return as_config(config, overrides), paths
     if is_package(paths[0]):
         return package_config(paths[0], overrides), paths
+    if not paths[0].exists():
+        raise MissingError(f"no checkpoint at {paths[0]}; give a run folder, a checkpoint or a model package")
     file = paths[0].resolve().parent.parent / "config.yaml"
     if not file.is_file():
         raise MissingError(f"{paths[0]} is not in a run folder (no {file}); give a configuration as well")

@@ -20,15 +20,15 @@ from statistics import mean, stdev
 from typing import Any
 
 from connectomics.config import RunConfig
-from connectomics.errors import ConfigError, MissingError, WriteError
+from connectomics.errors import ConfigError, InputError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, has_column, require_own
-from connectomics.lightning.run_state import weights_file
+from connectomics.lightning.run_state import state_of
 from connectomics.metrics.tables import write_csv
 from connectomics.pages.page import GENERATOR
 from connectomics.pages.study import write_study_page
 from connectomics.pipeline.study_file import BASE, Arm, Row, StudyFile, load_study, make_row
-from connectomics.pipeline.study_row import RowState, curve, do_row, needs_work, scores_of
+from connectomics.pipeline.study_row import RowState, curve, do_row, needs_work, scores_of, weights_identity
 from connectomics.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -165,25 +165,21 @@ def _rows(content: StudyFile, base: RunConfig, arms: Sequence[Arm], out: Path, *
             identities[key] = _data_identity(arm.config)
         weights = arm.config.model.weights
         if weights is not None and weights not in identities:
-            identities[weights] = _weights_identity(weights)
+            if save and (state := state_of(Path(weights))).name == "running":
+                raise InputError(
+                    f"model.weights={weights} is still training ({state.note}), and all rows of a study start from the "
+                    "same weights; wait until it has finished, or give one of its checkpoints"
+                )
+            identities[weights] = weights_identity(weights)
         for seed in content.seeds:
             for fold, split in made[about.split_file].items():
                 mark = hashlib.sha256(repr(split).encode()).hexdigest()[:8]
                 path = out / "folds" / f"{fold or 'split'}-{mark}.yaml"
                 if save and not path.is_file():
                     split.save(path)
-                known = identities[key] + identities[weights]
-                rows.append(make_row(arm, seed, fold, (split.train, split.val, path), known, out))
+                made_of = identities[key], identities[weights]
+                rows.append(make_row(arm, seed, fold, (split.train, split.val, path), made_of, out))
     return rows
-
-
-def _weights_identity(weights: str) -> str:
-    """Hash of the file that a row starts from; of its path if there is none yet."""
-    try:
-        with weights_file(weights).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, MissingError):
-        return weights
 
 
 def _data_identity(config: RunConfig) -> str:

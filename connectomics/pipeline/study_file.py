@@ -242,7 +242,8 @@ class Row:
 
     Attributes:
         identity: hash of the configuration, the split and the data; a row with another identity is another row.
-        folder: its run folder, whose name ends with the identity. levels: of its arm.
+        folder: its run folder, whose name ends with the identity. weights: identity of those that it starts from, see
+            `connectomics.pipeline.study_row.weights_identity`. levels: of its arm.
     """
 
     arm: str
@@ -251,6 +252,7 @@ class Row:
     config: RunConfig = field(repr=False, hash=False)
     identity: str
     folder: Path
+    weights: str = ""
     levels: Mapping[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @property
@@ -259,13 +261,13 @@ class Row:
         return f"{self.arm}, seed {self.seed}" + (f", fold {self.fold}" if self.fold else "")
 
 
-def make_row(arm: Arm, seed: int, fold: str, split: tuple[Sequence[str], Sequence[str], Path], data: str,
-             out: Path) -> Row:  # fmt: skip
+def make_row(arm: Arm, seed: int, fold: str, split: tuple[Sequence[str], Sequence[str], Path],
+             made_of: tuple[str, str], out: Path) -> Row:  # fmt: skip
     """Return the row of an arm.
 
     Args:
-        split: entries for training and validation, and their file. data: identity of the data and of the weights that
-            it starts from. out: the study's folder.
+        split: entries for training and validation, and their file. made_of: identity of the data, and of the weights
+            that it starts from ("": none). out: the study's folder.
     """
     train, held, file = split
     dataset = replace(arm.config.dataset, split="crop", held_out=[], split_file=str(file))
@@ -278,7 +280,7 @@ def make_row(arm: Arm, seed: int, fold: str, split: tuple[Sequence[str], Sequenc
         for group in groups:
             place = place[group]
         place.pop(last)
-    content = json.dumps([values, list(train), list(held), data], sort_keys=True, default=str)
+    content = json.dumps([values, list(train), list(held), "".join(made_of)], sort_keys=True, default=str)
     identity = hashlib.sha256(content.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.=-]+", "_", f"{arm.name}-{fold}-{seed}" if fold else f"{arm.name}-{seed}")[-80:]
-    return Row(arm.name, seed, fold, config, identity, out / "rows" / f"{name}-{identity}", arm.levels)
+    return Row(arm.name, seed, fold, config, identity, out / "rows" / f"{name}-{identity}", made_of[1], arm.levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -13,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config.values import plain, read
-from connectomics.errors import ConfigError, ConnectomicsError, MetadataError, unknown_name
+from connectomics.errors import ConfigError, ConnectomicsError, InputError, MetadataError, MissingError, unknown_name
 from connectomics.io.replacing import has_keys, require_own, write_json
-from connectomics.lightning.run_state import latest_checkpoint
+from connectomics.lightning.run_state import latest_checkpoint, weights_file
 from connectomics.pages.report.run_folder import Columns, read_metrics, read_timing
 from connectomics.pipeline.runs import open_run
 from connectomics.pipeline.study_file import Row
@@ -92,6 +93,7 @@ def do_row(row: Row, until: int | None, scores: Sequence[str]) -> None:
         row.folder.mkdir(exist_ok=True)
         try:
             if not RowState.of(row).complete:
+                _require_weights(row)
                 counted = RowCallback(until)
                 run = train(row.config, row.folder, resume=True, callbacks=[counted])
                 RowState(
@@ -115,6 +117,23 @@ def do_row(row: Row, until: int | None, scores: Sequence[str]) -> None:
             text = " ".join(str(error).split())
             text = text if known else f"{type(error).__name__}: {text} (see error.txt in its folder)"
             replace(RowState.of(row), identity=row.identity, error=text).save(row)
+
+
+def weights_identity(weights: str) -> str:
+    """Return the hash of the file that a row starts from; its path if it cannot be read."""
+    try:
+        with weights_file(weights).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, MissingError):
+        return weights
+
+
+def _require_weights(row: Row) -> None:
+    """Raise `InputError` if a row that begins now would start from other weights than its identity says."""
+    weights = row.config.model.weights
+    if weights is None or latest_checkpoint(row.folder) is not None or weights_identity(weights) == row.weights:
+        return
+    raise InputError(f"model.weights={weights} has changed since the study started; rerun the study to train all rows")
 
 
 def _evaluate(row: Row) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config import RunConfig, check_config, save_config
+from connectomics.config.values import flat, plain
 from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from connectomics.lightning.module import ConnectomicsModule
 
 log = logging.getLogger(__name__)
+
+#: Groups of keys, and exceptions, that change what is trained.
+_OF_TRAINING = ("dataset.", "model.", "data.", "optimizer.", "scheduler.", "training.")
+_NOT_OF_TRAINING = ("training.max_", "data.cache", "data.num_workers", "dataset.data_root", "dataset.split_file")
 
 _RUN_DIR_VARIABLE = "CONNECTOMICS_RUN_DIR"
 
@@ -154,12 +159,24 @@ def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite:
 
 
 def _continued(config: RunConfig, checkpoint: str | Path) -> RunConfig:
-    """Return the configuration with the checkpoint's normalization, which a resumed run does not measure again."""
+    """Return the configuration with the checkpoint's normalization, which a resumed run does not measure again.
+
+    Logs what else of the training differs from the checkpoint's configuration.
+    """
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.checkpoints import checkpoint_config, read_checkpoint
 
     trained = checkpoint_config(read_checkpoint(checkpoint), checkpoint)
-    return with_normalization(config, trained.data.normalization)
+    config = with_normalization(config, trained.data.normalization)
+    before, now = flat(plain(trained)), flat(plain(config))
+    changed = [
+        f"{key}={value} ({before.get(key)} before)"
+        for key, value in now.items()
+        if before.get(key) != value and key.startswith(_OF_TRAINING) and not key.startswith(_NOT_OF_TRAINING)
+    ]
+    if changed:
+        log.warning("resuming with other settings: %s", ", ".join(changed))
+    return config
 
 
 def _fit(

@@ -22,7 +22,7 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, ingest_labels, ingest_raw
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.cli import main
-from connectomics.errors import CorruptDataError, InputError, MissingError
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.formats import open_volume
 from connectomics.io.multiscale import Multiscale
@@ -196,6 +196,46 @@ def test_where_a_precomputed_volume_lies(tmp_path: Path) -> None:
         assert source.begin == pytest.approx((4 * 8.0, 3 * 4.0, 2 * 5.5))
 
 
+def test_an_array_of_an_ome_zarr_group_lies_where_the_group_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    at = VoxelGrid(SIZE, (100.0, 200.0, 300.0), SHAPE)
+    write_multiscale(tmp_path / "a.zarr", values(), at, levels=2)
+    for level, grid in enumerate(level.grid for level in Multiscale.open(str(tmp_path / "a.zarr")).levels):
+        (tmp_path / f"a.zarr/s{level}/.zattrs").unlink()  # other writers give places to the group only
+        source = open_volume(tmp_path / f"a.zarr/s{level}")
+        assert (source.voxel_size, source.begin) == (grid.voxel_size, grid.box.begin)
+    attributes = tmp_path / "a.zarr/.zattrs"
+    attributes.write_text(attributes.read_text().replace('"nanometer"', '"pixel"'))
+    with pytest.raises(MetadataError, match="unknown unit 'pixel'"):
+        open_volume(tmp_path / "a.zarr")
+    assert open_volume(tmp_path / "a.zarr/s0").voxel_size is None
+    assert "takes no voxel size and position from its group" in caplog.text
+
+
+def test_a_nrrd_lies_where_its_origin_says(tmp_path: Path) -> None:
+    about = {"space dimension": 3, "space directions": np.diag(SIZE[::-1]) / 1000, "space units": ["um"] * 3}
+    nrrd.write(str(tmp_path / "a.nrrd"), values().T, {**about, "space origin": [0.3, 0.2, 0.1]})
+    assert open_volume(tmp_path / "a.nrrd").begin == pytest.approx((100 - 4, 200 - 2, 300 - 2.75))
+    turned = {**about, "space directions": np.diag([-0.0055, 0.004, 0.008]), "space origin": [0.3, 0.2, 0.1]}
+    nrrd.write(str(tmp_path / "b.nrrd"), values().T, turned)
+    assert open_volume(tmp_path / "b.nrrd").begin is None
+    nrrd.write(str(tmp_path / "c.nhdr"), values().T, about, detached_header=True, relative_data_path=True)
+    header = tmp_path / "c.nhdr"
+    header.write_text(header.read_text().replace("encoding:", "byte skip: 8\nencoding:"))
+    with pytest.raises(InputError, match="byte skip"):
+        open_volume(header)
+
+
+def test_a_gap_in_the_numbers_of_sections_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stack = Path(as_sections(tmp_path, values()))
+    assert open_volume(stack).shape == SHAPE
+    assert caplog.text == ""
+    (stack / "section_5.tif").unlink()
+    assert open_volume(stack).shape[0] == SHAPE[0] - 1
+    assert "section_4.tif is followed by section_6.tif" in caplog.text
+
+
 def test_raw_comes_in_with_its_pyramid(tmp_path: Path) -> None:
     data = values()
     written = ingest_raw(tmp_path / "root", "mine", open_volume(as_sections(tmp_path, data)), SIZE)
@@ -237,7 +277,7 @@ def test_labels_of_each_kind_mean_what_they_meant(tmp_path: Path) -> None:
     assert np.array_equal(where, expected)
 
 
-def test_labels_lie_where_they_were_drawn(tmp_path: Path) -> None:
+def test_labels_lie_where_they_were_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "root"
     ingest_raw(root, "mine", open_volume(as_npy(tmp_path, values())), SIZE)
     np.save(tmp_path / "er.npy", np.ones((5, 6, 7), np.uint8))
@@ -248,6 +288,11 @@ def test_labels_lie_where_they_were_drawn(tmp_path: Path) -> None:
     assert np.subtract(crop.box.end, crop.box.begin) == pytest.approx((20, 24, 38.5))
     with pytest.raises(InputError, match="lie outside the raw of mine"):
         ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(1e4, 0, 0))
+    assert caplog.text == ""
+    ingest_labels(root, "mine", "crop3", Drawn("er", source), begin=(136, 0, 0))
+    assert "reach beyond the raw of mine" in caplog.text
+    ingest_labels(root, "mine", "crop4", Drawn("er", source), known=Known(1))
+    assert "no voxel of er in crop4 is annotated" in caplog.text
 
 
 def test_volumes_that_say_where_they_lie_stay_there(tmp_path: Path) -> None:
@@ -289,6 +334,10 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
     np.save(tmp_path / "four.npy", np.zeros((2, 3, 4, 5), np.uint8))
     np.save(tmp_path / "float.npy", np.zeros(SHAPE, np.float32))
     np.save(tmp_path / "small.npy", np.zeros((3, 4, 5), np.uint8))
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 5), np.uint8))
+    np.save(tmp_path / "nan.npy", np.full(SHAPE, np.nan))
+    np.save(tmp_path / "negative.npy", np.arange(-2, 2).repeat(25).reshape(4, 5, 5))
+    (tmp_path / "huge.csv").write_text("value,class\n99999999999999999999,mito\n")
     (tmp_path / "cut.tif").write_bytes(b"no tiff at all")
     (tmp_path / "a.xyz").write_bytes(b"")
     (tmp_path / "bad.csv").write_text("value,class\nmany,mito\n")
@@ -300,6 +349,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([*raw, str(tmp_path / "a.xyz")], "unknown format"),
         ([*raw, str(tmp_path / "cut.tif")], "cannot be read as TIFF"),
         ([*raw, str(tmp_path / "four.npy"), "--voxel-size", "8"], "expected three axes"),
+        ([*raw, str(tmp_path / "none.npy"), "--voxel-size", "8"], "has no voxels"),
+        ([*raw, str(tmp_path / "nan.npy"), "--voxel-size", "8", "--range", "0,1"], "not finite"),
         ([*raw, str(tmp_path / "small.npy")], "--voxel-size"),
         ([*raw, good, "--format", "tif"], "did you mean 'tiff'"),
         ([*raw, good, "--range", "9,1"], "two ascending values"),
@@ -308,6 +359,8 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ([*label], "nothing to ingest"),
         ([*label, "--labels", "mito"], "CLASS=FILE"),
         ([*label, "--labels", f"mito={tmp_path / 'float.npy'}"], "must be whole numbers"),
+        ([*label, "--labels", f"mito={tmp_path / 'negative.npy'}", "--unknown", "-1"], "negative values"),
+        ([*label, "--label-map", good, "--values", str(tmp_path / "huge.csv")], "line 2: value must be"),
         ([*label, "--labels", f"mito={good}", "--slices", "3-x"], "--slices: expected"),
         ([*label, "--labels", f"mito={good}", "--slices", "99"], "sections 0 to 19"),
         ([*label, "--labels", f"mito={good}", "--known", str(tmp_path / "small.npy")], "must have the labels' shape"),

@@ -17,7 +17,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.cli import main, terminal
 from connectomics.geometry import VoxelGrid
-from connectomics.io.write import create_multiscale, ensure_group
+from connectomics.io.write import create_multiscale, ensure_group, write_multiscale
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, ZarrArray
 from connectomics.pages.report.scores import Scores, evaluation_section
 
@@ -296,6 +296,8 @@ def test_half_written_labels_and_probabilities_are_refused(
     ):
         write_labels(tmp_path / name / "phantom-iso.zarr/crop1/er", np.ones((4, 4, 4)), grid, False, **about)
         assert says in refused(capsys, "evaluate", tmp_path / name, phantom)
+    write_multiscale(tmp_path / "other/phantom-iso.zarr/crop1/er", np.ones((4, 4, 4), np.uint8), grid)
+    assert "was not written by decode" in refused(capsys, "evaluate", tmp_path / "other", phantom)
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

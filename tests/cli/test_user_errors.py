@@ -193,6 +193,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("{config}", "usage:--checkpoint"),
         ("{nowhere}.yaml --checkpoint {checkpoint}", "nowhere.yaml"),
         ("{config} --out {new} --checkpoint {nowhere}.ckpt", "no checkpoint at"),
+        ("--out {new} --checkpoint {nowhere}", "no checkpoint at"),
         ("{config} --out {new} --checkpoint {text}", "text.txt"),
         ("{config} --out {new} --checkpoint {empty}", "empty"),
         ("{config} --out {new} --checkpoint {checkpoint} dataset.classes=[er,mito]", "was trained for classes"),

@@ -112,6 +112,23 @@ def test_constant_and_absent_raw_do_not_stop_anything(tmp_path: Path) -> None:
     assert chosen(root).normalization.range == (0, 255)
 
 
+def test_raw_of_two_values_has_their_range_also_if_one_looks_like_padding(tmp_path: Path) -> None:
+    for name, low, high in (("set-a", 0, 1), ("set-b", 0, 255), ("set-c", 7, 9)):
+        root = root_of(tmp_path, (name, np.where(tissue() > 130, high, low).astype(np.uint8)))
+        assert chosen(root, dataset=name).normalization.range == (low, high)
+
+
+def test_corrupt_chunks_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = root_of(tmp_path, ("set-a", tissue()))
+    for chunk in (zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8/s0").glob("[0-9]*/*/*"):
+        chunk.write_bytes(chunk.read_bytes()[:20])
+    chosen(root)
+    text = [record.getMessage() for record in caplog.records]
+    assert len(text) == 1
+    assert text[0].startswith("256 of 256 sampled places take no part in measuring the gray range of ")
+    assert "; the first: cannot decode a chunk of " in text[0]
+
+
 def test_sampling_is_bounded_and_each_place_is_in_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = root_of(tmp_path, ("set-a", tissue()))
     asked: list[VoxelGrid] = []

@@ -113,7 +113,7 @@ class StopAfter(pl.Callback):
 
 
 def test_two_epochs_and_two_resumed_equal_four(
-    four_epochs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    four_epochs: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With shuffling, dropout, warm-up, cosine and accumulation, and killed in the middle of the third epoch."""
     from connectomics.lightning import trainer as trainer_module
@@ -127,6 +127,7 @@ def test_two_epochs_and_two_resumed_equal_four(
     torch.manual_seed(99)  # a new process starts anywhere
     assert choose_run_dir(config, tmp_path / "run" / "checkpoints" / "last.ckpt") == tmp_path / "run"
     result = train(config, tmp_path / "run", checkpoint=tmp_path / "run/checkpoints/last.ckpt", datamodule=MadeUpData())
+    assert "other settings" not in caplog.text
     for column in ("train/loss_step", "train/loss", "train/lr", "val/dice", "val/er/iou"):
         assert table(result.folder, column) == table(four_epochs.folder, column), column
     weights = [read_checkpoint(r.folder / "checkpoints/last.ckpt")["state_dict"] for r in (result, four_epochs)]
@@ -200,7 +201,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-def test_resuming_with_another_network_is_refused(four_epochs: Run, tmp_path: Path) -> None:
+def test_resuming_with_another_network_is_refused(
+    four_epochs: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(four_epochs.folder / "config.yaml", ["dataset.voxel_size=[16,16,16]", "optimizer.lr=0.5"])
+    with pytest.raises(InputError, match=r"has dataset.voxel_size=.*, the configuration .*16"):
+        train(config, tmp_path, checkpoint=four_epochs.checkpoint, datamodule=MadeUpData())
+    assert re.search(r"resuming with other settings: .*optimizer.lr=0.5 \(0.\d+ before\)", caplog.text)
     config = tiny_config(model__architecture="segresnet", model__options={})
     with pytest.raises(InputError, match=r"holds a unet network .* the configuration a segresnet network"):
         train(config, tmp_path, checkpoint=four_epochs.checkpoint, datamodule=MadeUpData())

@@ -20,6 +20,7 @@ from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.run_split import run_folds
 from connectomics.errors import ConfigError, InputError, MissingError, UnknownNameError
 from connectomics.geometry import VoxelGrid
+from connectomics.lightning.run_state import keep_state
 from connectomics.pipeline.study import StudyResult, arm_table, interval, study
 from connectomics.pipeline.study_file import BASE, changed, load_study
 from connectomics.tasks.lock import leading
@@ -387,6 +388,26 @@ def test_arms_may_train_on_fewer_sections_and_start_elsewhere(tmp_path: Path, ro
     moved = transfer(tmp_path / "moved", root, weights.rename(tmp_path / "moved.ckpt"))
     elsewhere = study(moved, tmp_path / "out", dry_run=True).rows
     assert [row["identity"] for row in elsewhere] == [row["identity"] for row in again], "the place does not count"
+
+
+def test_all_rows_start_from_the_same_weights(tmp_path: Path, root: Path) -> None:
+    weights = tmp_path / "first.ckpt"
+    weights.write_bytes(b"weights")
+    file = write(tmp_path, root, overrides={"model.weights": str(weights)})
+    changing = study(file, tmp_path / "out", progress=lambda *_: weights.write_bytes(b"others"))
+    first, second = (row["error"] for row in changing.rows)
+    assert "has changed since the study started" not in first
+    assert f"model.weights={weights} has changed since the study started" in second
+    again = study(file, tmp_path / "out", dry_run=True).rows
+    assert {row["identity"] for row in again}.isdisjoint(row["identity"] for row in changing.rows)
+    trained = tmp_path / "trained"
+    trained.mkdir()
+    (trained / "checkpoints").mkdir()
+    weights.rename(trained / "checkpoints/last.ckpt")
+    file = write(tmp_path, root, overrides={"model.weights": str(trained)})
+    with keep_state(trained), pytest.raises(InputError, match=r"trained is still training \(process \d+\)"):
+        study(file, tmp_path / "out")
+    assert "still training" not in str(study(file, tmp_path / "out").rows)
 
 
 def test_splits_of_arms_must_hold_out_the_same(tmp_path: Path, root: Path) -> None:

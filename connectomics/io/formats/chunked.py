@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import CorruptDataError, InputError, MetadataError
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.array import one_line
 from connectomics.io.formats.source import VolumeSource, optional
-from connectomics.io.metadata import in_nm
+from connectomics.io.metadata import in_nm, names_levels
 from connectomics.io.multiscale import Multiscale, PlainArray
-from connectomics.io.store import read_json
+from connectomics.io.store import read_attrs, read_json
+
+log = logging.getLogger(__name__)
 
 
 def open_hdf5(path: Path, inner: str | None) -> VolumeSource:
@@ -70,19 +73,36 @@ def open_precomputed(path: Path, inner: str | None) -> VolumeSource:
 
 
 def open_zarr(path: Path, inner: str | None) -> VolumeSource:
-    """Open the finest level of an OME-NGFF group, or a plain array."""
+    """Open the finest level of an OME-NGFF group, or an array; a level named by its path lies where its group says."""
     place = str(path / inner) if inner else str(path)
     try:
         group = Multiscale.open(place)
     except MetadataError:
+        if names_levels(read_attrs(place)):
+            raise
         array = PlainArray.open(place)
-        return VolumeSource(place, array.shape, array.dtype, array.read, **_place(array.grid))
+        grid = array.grid or _grid_in_group(Path(place))
+        return VolumeSource(place, array.shape, array.dtype, array.read, **_place(grid))
     level = group.levels[0]
 
     def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         return group.read_level(0, begin, shape, absent_is_missing=False)[0]
 
     return VolumeSource(place, level.grid.shape, level.dtype, read, **_place(level.grid))
+
+
+def _grid_in_group(place: Path) -> VoxelGrid | None:
+    """The grid of an array that is a level of the group around it; None if it is none."""
+    try:
+        if not names_levels(read_attrs(str(place.parent))):
+            return None
+        levels = Multiscale.open(str(place.parent)).levels
+    except MissingError:
+        return None
+    except MetadataError as error:
+        log.warning("%s takes no voxel size and position from its group: %s", place, error)
+        return None
+    return next((level.grid for level in levels if level.path == place.name), None)
 
 
 def _place(grid: VoxelGrid | None) -> dict[str, Any]:

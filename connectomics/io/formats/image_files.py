@@ -69,6 +69,9 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
     data_file = path
     if "data file" in header or "datafile" in header:
         data_file, offset = path.parent / str(header.get("data file", header.get("datafile"))), 0
+    for skip in ("byte skip", "line skip"):
+        if int(header.get(skip, 0)) != 0:
+            raise InputError(f"{path} has a {skip}, which is not read; save it again without")
     shape = tuple(int(n) for n in reversed(header["sizes"]))
     dtype = _nrrd_dtype(header, path)
     encoding = str(header.get("encoding", "raw")).lower()
@@ -81,7 +84,8 @@ def open_nrrd(path: Path, inner: str | None) -> VolumeSource:
         array = _decompressed(data_file, offset, expected, dtype, shape)
     else:
         raise InputError(f"{path} has encoding {encoding!r}; expected raw or gzip: save it again with one of them")
-    return VolumeSource.of(str(path), array, voxel_size=_nrrd_voxel_size(header))
+    size = _nrrd_voxel_size(header)
+    return VolumeSource.of(str(path), array, voxel_size=size, begin=_nrrd_begin(header, size))
 
 
 def _nrrd_dtype(header: dict[str, Any], path: Path) -> np.dtype[Any]:
@@ -117,3 +121,15 @@ def _nrrd_voxel_size(header: dict[str, Any]) -> Triple | None:
         return None
     z, y, x = (float(v) * factor for v in reversed(list(sizes)))
     return z, y, x
+
+
+def _nrrd_begin(header: dict[str, Any], size: Triple | None) -> Triple | None:
+    """From ``space origin``, the center of the first voxel; None if the axes are not those of the space."""
+    origin, directions = header.get("space origin"), header.get("space directions")
+    if origin is None or directions is None or size is None or not np.all(np.isfinite(origin)):
+        return None
+    turned = np.asarray(directions, float)
+    if np.any(turned != np.diag(np.abs(np.diag(turned)))):
+        return None
+    z, y, x = (o / d * s - s / 2 for o, d, s in zip(origin[::-1], np.diag(turned)[::-1], size, strict=True))
+    return float(z), float(y), float(x)

@@ -60,7 +60,9 @@ class VolumeSource:
     close: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if len(self.shape) != 3 or min(self.shape) < 1:
+        if min(self.shape, default=1) < 1:
+            raise InputError(f"{self.location} has no voxels (its shape is {tuple(self.shape)}); write it again")
+        if len(self.shape) != 3:
             raise InputError(
                 f"{self.location} has shape {tuple(self.shape)}, expected three axes (z, y, x); "
                 f"give a single-channel volume without time points"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from connectomics.errors import CorruptDataError, InputError, MissingError
 from connectomics.geometry import Triple
 from connectomics.io.formats.source import FORMATS, Reader, VolumeSource, optional
 from connectomics.io.metadata import in_nm
+
+log = logging.getLogger(__name__)
 
 
 def open_tiff(path: Path, inner: str | None) -> VolumeSource:
@@ -85,6 +88,7 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
     files = sorted((p for p in path.iterdir() if p.suffix.lower() in FORMATS["tiff"][1]), key=_natural)
     if not files:
         raise MissingError(f"{path} holds no TIFF files (.tif, .tiff)")
+    _warn_of_gaps(files)
     first = _opened(files[0], tifffile)
     with first:
         page = first.pages[0]
@@ -106,6 +110,22 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
 
     shape, read = (len(files), plane[0], plane[1]), _by_plane(section, dtype)
     return VolumeSource(str(path), shape, dtype, read, voxel_size=size, by_plane=True)
+
+
+def _warn_of_gaps(files: Sequence[Path]) -> None:
+    """Log where the numbers in the names of sections jump: a section that is not there moves all after it."""
+    numbers = [[int(n) for n in re.findall(r"\d+", file.name)] for file in files]
+    if len(set(map(len, numbers))) != 1:
+        return
+    columns = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
+    steps = np.diff(columns[0]) if len(columns) == 1 else np.zeros(0)
+    jumps = np.flatnonzero(steps != steps.min(initial=1 << 62))
+    if len(jumps) and steps.min() > 0:
+        log.warning(
+            "%s: %s is followed by %s (%d gaps in the numbers): if sections are missing, all after them lie too low in "
+            "z; put empty sections of the same size and type there",
+            files[0].parent, files[jumps[0]].name, files[jumps[0] + 1].name, len(jumps),
+        )  # fmt: skip
 
 
 def _check_single(file: Any, path: Path) -> None:
