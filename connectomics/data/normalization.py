@@ -148,7 +148,8 @@ def choose(spec: Any, dataset: str, source: Multiscale, regions: Sequence[Sequen
         The same for the same arguments. Numbers have six digits, so that YAML and JSON keep them.
 
     Raises:
-        ConfigError: ``spec`` is none. UnknownNameError: ``table`` for a data set that is not listed.
+        ConfigError: ``spec`` is none. UnknownNameError: ``table`` for a data set that is not listed. CorruptDataError:
+        no sampled place can be read.
     """
     check_intensity_range(spec)
     one = of_dataset(spec, dataset)
@@ -198,7 +199,7 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
     """Raw values (n,) at a voxel size, from places in boxes (nm; none: the whole volume), as far as raw is stored.
 
     Each box in turn gets blocks of at most 32 voxels, each inside one stored chunk: at most 256, and no more after a
-    million voxels.
+    million voxels. Raises `CorruptDataError` if none of them can be read.
     """
     level = source.levels[source.level_for(voxel_size)]
     within = [box.intersect(level.grid.box) for box in boxes] or [level.grid.box]
@@ -229,6 +230,8 @@ def sampled(source: Multiscale, boxes: Sequence[Box], voxel_size: Triple, seed: 
         number += len(found[-1])
         if number >= _VOXELS:
             break
+    if corrupt and not number:
+        raise CorruptDataError(f"{corrupt[0]}; none of {len(corrupt)} sampled places can be read")
     if corrupt:
         message = "%d of %d sampled places take no part in measuring the gray range of %s; the first: %s"
         log.warning(message, len(corrupt), len(corrupt) + len(found) - 1, source.location, corrupt[0])

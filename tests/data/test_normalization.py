@@ -17,7 +17,7 @@ from connectomics.data.dataset.build import get_dataset, run_dataset
 from connectomics.data.normalization import ALL, choose, kept, of_crops, table
 from connectomics.data.patches import centered, collate
 from connectomics.data.sampling import PatchRequest
-from connectomics.errors import ConfigError, UnknownNameError
+from connectomics.errors import CorruptDataError, ConfigError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import RawSource
 from connectomics.io.multiscale import Multiscale
@@ -119,14 +119,18 @@ def test_raw_of_two_values_has_their_range_also_if_one_looks_like_padding(tmp_pa
 
 
 def test_corrupt_chunks_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    root = root_of(tmp_path, ("set-a", tissue()))
-    for chunk in (zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8/s0").glob("[0-9]*/*/*"):
+    root = root_of(tmp_path, ("set-a", np.tile(tissue(), (1, 1, 4))))
+    chunks = sorted((zarr_of(root, "set-a") / "recon-1/em/fibsem-uint8/s0").glob("[0-9]*/*/*"))
+    for chunk in chunks[1:]:
         chunk.write_bytes(chunk.read_bytes()[:20])
     chosen(root)
     text = [record.getMessage() for record in caplog.records]
     assert len(text) == 1
-    assert text[0].startswith("256 of 256 sampled places take no part in measuring the gray range of ")
+    assert " sampled places take no part in measuring the gray range of " in text[0]
     assert "; the first: cannot decode a chunk of " in text[0]
+    chunks[0].write_bytes(chunks[0].read_bytes()[:20])
+    with pytest.raises(CorruptDataError, match=r"cannot decode a chunk of .*none of 256 sampled places can be read"):
+        chosen(root)
 
 
 def test_sampling_is_bounded_and_each_place_is_in_one_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
