@@ -17,7 +17,7 @@ from connectomics.data.dataset.build import get_dataset, run_dataset
 from connectomics.data.normalization import ALL, choose, kept, of_crops, table
 from connectomics.data.patches import centered, collate
 from connectomics.data.sampling import PatchRequest
-from connectomics.errors import CorruptDataError, ConfigError, UnknownNameError
+from connectomics.errors import ConfigError, CorruptDataError, UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import RawSource
 from connectomics.io.multiscale import Multiscale
