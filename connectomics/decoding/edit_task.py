@@ -32,7 +32,7 @@ from connectomics.decoding.edits import (
 from connectomics.decoding.label_artifact import TABLE_FILE, write_table
 from connectomics.decoding.parameters import METHODS
 from connectomics.errors import IncompleteError, InputError, MetadataError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index
 from connectomics.io.artifacts import identity
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter
@@ -218,8 +218,7 @@ class EditTask(LabelsTask):
         stride = np.ones(3, int)
         while np.prod(-(-shape // stride)) > self.split_voxels:
             stride[np.argmin(stride * np.asarray(self.grid.voxel_size))] *= 2
-        z, y, x = stride.tolist()
-        return z, y, x
+        return index(stride)
 
 
 def divided(mask: NDArray[np.bool_], one: Index, other: Index, voxel_size: Triple) -> NDArray[np.uint8]:

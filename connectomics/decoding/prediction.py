@@ -14,7 +14,7 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.errors import IncompleteError, MetadataError, MissingError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 
@@ -135,8 +135,7 @@ class StoredAffinities:
     @property
     def reach(self) -> Index:
         """The longest offset along each axis, voxels."""
-        z, y, x = (int(n) for n in np.abs(self.offsets).max(axis=0))
-        return z, y, x
+        return index(np.abs(self.offsets).max(axis=0))
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Read a block: (K, *shape), as stored (uint8: value/255; or float16)."""

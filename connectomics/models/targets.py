@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index
 from connectomics.models.batch_labels import DenseLabels, Labels
 
 DISTANCE_REACH = 3.0  # scales at which distances are clipped: tanh(3) is 0.995
@@ -49,11 +49,9 @@ def head_labels(head: Head, ids: Tensor) -> Labels:
 def reach(head: Head) -> Index:
     """Return how far (voxels, z y x) around a voxel its target depends on ids: the margin in which it is unknown."""
     if head.kind == "affinities":
-        z, y, x = (max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
-        return z, y, x
+        return index(max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
     far = {"boundary": 1.0, "distance": DISTANCE_REACH, "lsd": _WINDOW}[head.kind] * head.scale_nm
-    z, y, x = (math.ceil(far / side) + 1 for side in head.voxel_size)
-    return z, y, x
+    return index(math.ceil(far / side) + 1 for side in head.voxel_size)
 
 
 # -- affinities ------------------------------------------------------------------------------------------------------

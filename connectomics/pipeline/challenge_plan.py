@@ -282,7 +282,6 @@ def run_book(
     )  # fmt: skip
 
 
-
 def public_datasets() -> set[str]:
     """Return the names of the challenge's data sets."""
     table = resources.files("connectomics.cellmap").joinpath("tables/intensity_ranges.csv")

@@ -49,7 +49,6 @@ def array_script(
     )  # fmt: skip
 
 
-
 def submit_array(script: str, queue: str, logs: str | Path) -> str:
     """Store a script of `array_script` in its folder for logs and give it to the queue; return the queue's answer.
 
