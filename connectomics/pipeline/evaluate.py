@@ -10,8 +10,9 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
-from connectomics.errors import IncompleteError, MetadataError, MissingError
+from connectomics.errors import MissingError
 from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import has_column, has_keys, require_own
@@ -107,7 +108,8 @@ def _compare_all(
         row = None
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
             location = store.join(str(labels), f"{dataset}.zarr", crop, name)
-            opened = _opened(location)
+            require_complete(location, "labels")
+            opened = Multiscale.open(location)
             row = _compare(opened, catalog.crop(dataset, crop), name, rules)
             if row is not None and (share := unknown_share(opened.attrs["connectomics"])):
                 unknown[f"{dataset}/{crop}/{name}"] = share
@@ -137,16 +139,6 @@ def _compare_all(
         "left_out": left_out,
         "unknown": unknown,
     }
-
-
-def _opened(location: str) -> Multiscale:
-    """A label array, checked to be one and to be whole."""
-    about = store.read_attrs(location).get("connectomics", {})
-    if about.get("artefact") == "probability":
-        raise MetadataError(f"{location} holds probabilities, not labels; run decode first and evaluate its output")
-    if not about.get("complete", False):
-        raise IncompleteError(f"{location} is only half written; run decode again to finish it")
-    return Multiscale.open(location)
 
 
 def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:
