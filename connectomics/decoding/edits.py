@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from connectomics.config.values import STRICT_KEYS, one_of, read
 from connectomics.errors import InputError, MissingError, WriteError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index
 from connectomics.io.write import write_file
 
 #: class -> IDs of a block, (d, h, w) uint64
@@ -178,7 +178,8 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
         step = Step(edit)
         if edit.op == "merge":
             for number in others:
-                mine[first] = _around(mine[first], mine.pop(number))
+                one, other = mine[first], mine.pop(number)
+                mine[first] = index(map(min, one[0], other[0])), index(map(max, one[1], other[1]))
         elif edit.op == "split":
             largest[edit.class_name] += 1
             step = Step(edit, largest[edit.class_name], mine[first])
@@ -194,11 +195,6 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
             raise InputError(f"{line}: no ID is left for a new instance: {full}; renumber the labels")
         steps.append(step)
     return steps
-
-
-def _around(one: tuple[Index, Index], other: tuple[Index, Index]) -> tuple[Index, Index]:
-    (a, b, c), (d, e, f) = np.minimum(one[0], other[0]).tolist(), np.maximum(one[1], other[1]).tolist()
-    return (a, b, c), (d, e, f)
 
 
 # -- what they do to a block -------------------------------------------------------------------------------------------

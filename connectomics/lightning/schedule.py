@@ -128,7 +128,9 @@ class Budget:
 
     def start(self, trainer: pl.Trainer) -> None:
         """Start the clocks."""
-        self._counts_cpu = trainer.local_rank == 0 or _starts_processes_elsewhere(trainer)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        elsewhere = environment is not None and environment.creates_processes_externally  # not children of the first
+        self._counts_cpu = trainer.local_rank == 0 or bool(elsewhere)
         self._began = self._clocks()
         self._share()
 
@@ -189,12 +191,6 @@ def cpu_seconds() -> float:
         with contextlib.suppress(psutil.Error):  # it has ended
             total += sum(process.cpu_times()[:4])  # user, system, and both of the children that have ended
     return total
-
-
-def _starts_processes_elsewhere(trainer: pl.Trainer) -> bool:
-    """Whether the processes of a node are not children of its first one."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is not None and bool(environment.creates_processes_externally)
 
 
 def _of_all(trainer: pl.Trainer, times: dict[str, float]) -> dict[str, float]:

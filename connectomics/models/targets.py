@@ -33,7 +33,8 @@ _THIN = 1e-4  # of sigma^2, added to variances, which are divisors and 0 for a s
 
 def head_labels(head: Head, ids: Tensor) -> Labels:
     """Return the targets of a head for the ids (B, D, H, W) of its class, as the losses take them."""
-    _check(ids)
+    if ids.ndim != 4 or ids.dtype != torch.int32:
+        raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")
     if head.kind == "affinities":
         return AffinityLabels(ids, head.offsets)
     if head.kind == "boundary":
@@ -256,8 +257,3 @@ def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tenso
     ]
     parts = [*(m / (2 * sigma_nm) + 0.5 for m in mean), *variance, *(c / 2 + 0.5 for c in correlation), size]
     return torch.stack(parts).clamp_(0, 1)
-
-
-def _check(ids: Tensor) -> None:
-    if ids.ndim != 4 or ids.dtype != torch.int32:
-        raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")

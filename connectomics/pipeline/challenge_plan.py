@@ -205,8 +205,10 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
         for name, parts in unions_of(atoms, True).items():
             owner = next((other for other in plans if name in other.classes), None)
             loses = owner is None or owner is not plan or crops[name] > min(crops[part] for part in parts)
-            if owner is None or name in _with_heads(owner) or (loses and not always):
+            if owner is None or (loses and not always):
                 continue
+            if name in {str(head.get("class_name")) for head in owner.settings.get("model.heads", [])}:
+                continue  # heads describe classes of their network
             owner.classes = tuple(other for other in owner.classes if other != name)
             for key, value in owner.settings.items():  # weights of classes
                 if isinstance(value, dict) and name in value and key != "decoding.classes":
@@ -217,11 +219,6 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
             plan.choose("inference.groups", follow, "unions of their atoms, which this network predicts")
             found[plan.name] = tuple(follow)
     return found
-
-
-def _with_heads(plan: Plan) -> set[str]:
-    """Return the classes that heads of the network describe, which must stay among its classes."""
-    return {str(head.get("class_name")) for head in plan.settings.get("model.heads", [])}
 
 
 def _require_free(files: Mapping[Path, str], overwrite: bool) -> None:
