@@ -119,11 +119,14 @@ def require_complete(location: str | Path, *kinds: str, foreign: bool = False) -
     ours = store.read_attrs(location).get(ATTRIBUTE)
     if not ours and foreign:
         return {}
-    verb = "decode" if "labels" in kinds else "predict" if kinds else "the stage that writes it"
+    verbs = " or ".join(sorted({"decode" if kind == "labels" else "predict" for kind in kinds}))
+    verb = verbs or "the stage that writes it"
     found = ours.get("artefact") if isinstance(ours, dict) else "no attribute connectomics"
     if not isinstance(ours, dict) or (kinds and found not in kinds):
         wanted = " or ".join(_NAMES.get(kind, f"a {kind} head") for kind in kinds) or "an output"
-        raise MetadataError(f"{location}: expected {wanted} written by {verb}, got {found}; run {verb} first")
+        raise MetadataError(
+            f"{location}: expected {wanted} written by {verbs or 'this program'}, got {found}; run {verb} first"
+        )
     if ours.get("complete") is not True:
         raise IncompleteError(f"{location} is only half written; run {verb} to its end first, with the same options")
     return ours

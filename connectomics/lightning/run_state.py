@@ -100,14 +100,14 @@ def state_of(folder: Path) -> RunState:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the file that ``model.weights`` names: of a run folder its best checkpoint, else its last one."""
+    """Return the file of weights: of a run folder its best checkpoint, else its last one; of a file, the file."""
     given = Path(path)
     if not given.is_dir():
         return given
     best = given / "checkpoints/best.ckpt"
     found = best if best.is_file() else latest_checkpoint(given)
     if found is None:
-        raise MissingError(f"model.weights={path} is a folder without checkpoints; give a run folder or a checkpoint")
+        raise MissingError(f"{path} is a folder without checkpoints; give a trained run or a checkpoint")
     return found
 
 

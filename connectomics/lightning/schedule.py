@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
 from connectomics.config import RunConfig
+from connectomics.lightning.devices import of_all
 from connectomics.lightning.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Budget:
         self._last = time.perf_counter()
         now = self._clocks()
         spent = {kind: self._before[kind] + now[kind] - self._began[kind] for kind in self.limits}
-        self._spent = spent if alone else _of_all(trainer, spent)
+        self._spent = _of_all(trainer, spent)
         self._share()
 
     def begin_validation(self) -> None:
@@ -157,7 +157,7 @@ class Budget:
             return
         now = self._clocks()
         taken = {kind: now[kind] - self._validation_began[kind] for kind in self.limits}
-        self._validation = taken if trainer.world_size == 1 else _of_all(trainer, taken)
+        self._validation = _of_all(trainer, taken)
         for kind, limit in self.limits.items():
             if self._validation[kind] > limit / 4 and trainer.is_global_zero:
                 log.warning(
@@ -195,6 +195,5 @@ def cpu_seconds() -> float:
 
 def _of_all(trainer: pl.Trainer, times: dict[str, float]) -> dict[str, float]:
     """Return the same times in all processes: the largest on the clock, the sum of processor times."""
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, times)
+    gathered = of_all(trainer, times)
     return {kind: (max if kind == "clock" else sum)(each[kind] for each in gathered) for kind in times}

@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -184,11 +185,13 @@ def test_a_root_on_s3_may_stand_where_a_configuration_would(
     seen: list[str] = []
     monkeypatch.setattr("connectomics.lightning.model_package.is_package", lambda model: True)
 
-    def config(model: Path, overrides: list[str]) -> RunConfig:
+    def config(config: RunConfig, overrides: list[str]) -> RunConfig:
         seen.extend(overrides)
         raise WriteError("seen")
 
-    monkeypatch.setattr("connectomics.lightning.model_package.package_config", config)
+    package = SimpleNamespace(config=RunConfig())
+    monkeypatch.setattr("connectomics.lightning.model_package.open_package", lambda model: package)
+    monkeypatch.setattr("connectomics.pipeline.network_task.as_config", config)
     assert main(["predict", "--checkpoint", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
     assert seen == ["dataset.data_root=s3://bucket/x"]
 
