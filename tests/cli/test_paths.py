@@ -21,7 +21,8 @@ from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
-from connectomics.pages import ReportSources, build_report
+from connectomics.pages.report.build import build_report
+from connectomics.pages.report.sources import ReportSources
 from connectomics.phantom import make_phantom
 from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_tasks

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from connectomics.errors import InputError
-from connectomics.pages import ReportOptions, ReportSources, build_report
+from connectomics.pages.report.build import build_report
+from connectomics.pages.report.sources import ReportOptions, ReportSources
 
 from .conftest import GRIDS, Made, balls
 
