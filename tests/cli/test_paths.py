@@ -24,7 +24,6 @@ from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pages.report.build import build_report
 from connectomics.pages.report.sources import ReportSources
 from connectomics.phantom import make_phantom
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_tasks
 from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.package import write_package
@@ -32,6 +31,7 @@ from connectomics.pipeline.train import choose_run_dir, train
 from connectomics.pipeline.tune import tune
 from connectomics.submission import export_submission
 from tests.cli.small_way import Way, pytc
+from tests.decoding.decode_kit import decode_predictions
 
 URL = "s3://bucket/x"
 CLI = Path(plan_script.__file__).parent

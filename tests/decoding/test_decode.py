@@ -30,7 +30,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs, write_multiscale
-from connectomics.pipeline.decode import decode_predictions
+from tests.decoding.decode_kit import decode_predictions
 
 GRID = VoxelGrid((8, 8, 8), (804.0, 1604.0, 404.0), (70, 40, 33))
 SPECK = 4  # voxels
