@@ -129,7 +129,7 @@ def pretrain(
       pytc pretrain tutorials/lucchi.yaml pretraining.objective=denoise
     """
     from connectomics.config import load_config
-    from connectomics.config.pretraining import pretraining_config
+    from connectomics.config.few_labels import pretraining_config
 
     composed = pretraining_config(load_config(config, overrides or []))
     words = ["pretrain", config, *(overrides or [])]

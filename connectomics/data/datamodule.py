@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import EPOCH_PATCHES, RunConfig
-from connectomics.config.pretraining import is_pretraining
+from connectomics.config.few_labels import is_pretraining
 from connectomics.data.cache import cache_folder, prepare
 from connectomics.data.contents import LabelCounter, present_shares
 from connectomics.data.dataset.build import patch_options, run_dataset

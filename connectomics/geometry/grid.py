@@ -91,6 +91,12 @@ class Box:
             triple([max(a, b) for a, b in zip(self.end, other.end, strict=True)]),
         )
 
+    def between(self, axis: int, low: float, high: float) -> Box:
+        """Return the box with these ends (nm) on an axis."""
+        begin, end = list(self.begin), list(self.end)
+        begin[axis], end[axis] = low, high
+        return Box(triple(begin), triple(end))
+
     def grow(self, margin: ArrayLike) -> Box:
         """Return the box with every face moved outwards by ``margin`` nm (one number or z y x; negative shrinks)."""
         m = np.broadcast_to(np.asarray(margin, dtype=np.float64), (3,))

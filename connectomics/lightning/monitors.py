@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from connectomics.config import RunConfig
+from connectomics.config.few_labels import is_pretraining
 from connectomics.config.heads import heads_of
-from connectomics.config.pretraining import is_pretraining
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -117,6 +118,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if last.is_file():
         return last
     return max((folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def metric_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's ``metrics.csv``, as text; [] if there is no file."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
 
 
 def environment() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from connectomics.cellmap.classes import CLASSES, unions_of
 from connectomics.cellmap.crop_table import CropTable, csv_rows
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError
 from connectomics.geometry import Box
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.windows import overlap_per_axis
@@ -122,7 +122,8 @@ def plan_challenge(
     unions = _share_atoms(found, data, from_atoms)
     found = [item for item in found if item.classes]
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
-    _require_free({**dict.fromkeys(files.values(), PLAN_MARK), folder / "Makefile": MARK}, overwrite)
+    for file, mark in {**dict.fromkeys(files.values(), PLAN_MARK), folder / "Makefile": MARK}.items():
+        require_own(file, contains(mark), "plan", overwrite=overwrite)
     costs = {}
     for number, item in enumerate(found):
         if datasets:
@@ -219,13 +220,6 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
             plan.choose("inference.groups", follow, "unions of their atoms, which this network predicts")
             found[plan.name] = tuple(follow)
     return found
-
-
-def _require_free(files: Mapping[Path, str], overwrite: bool) -> None:
-    for file, mark in files.items():
-        if file.exists() and not overwrite:
-            raise WriteError(f"{file} exists; add --overwrite, or give another --out")
-        require_own(file, contains(mark), "plan")
 
 
 def _notes(

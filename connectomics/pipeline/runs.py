@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ from typing import Any
 
 from connectomics.config.values import flat
 from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.run_state import RunState, state_of
+from connectomics.lightning.run_state import RunState, metric_rows, state_of
 from connectomics.pages.report.run_folder import read_config, starts_of
 
 _DEEP = 4  # folder levels that are searched for runs
@@ -89,7 +88,7 @@ def open_run(folder: str | Path) -> Run:
         raise MissingError(f"{place} is not a run folder: it has no config.yaml; `pytc runs` lists the runs")
     if not config:
         raise MetadataError(f"{file} does not hold a configuration")
-    rows = _rows(place / "metrics.csv")
+    rows = metric_rows(place / "metrics.csv")
     about = config.get("checkpoint", {})
     monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
@@ -121,14 +120,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def last_values(table: Path) -> dict[str, float]:
     """Return the last value of every metric in a run's ``metrics.csv``; {} if there is no file."""
     values: dict[str, float] = {}
-    for row in _rows(table):
+    for row in metric_rows(table):
         values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
     return values
 
 
 def best_values(run: Run) -> dict[str, float]:
     """Return the values of all metrics in the validation with the best score; {} if nothing was validated."""
-    for row in _rows(run.folder / "metrics.csv"):
+    for row in metric_rows(run.folder / "metrics.csv"):
         if row.get(run.monitor) and float(row[run.monitor]) == run.best:
             return {k: float(v) for k, v in row.items() if v}
     return {}
@@ -142,10 +141,3 @@ def _folders(place: Path, deep: int) -> Iterator[Path]:
         for child in sorted(place.iterdir()):
             if child.is_dir() and not child.is_symlink() and not child.name.endswith(".zarr") and child.name[0] != ".":
                 yield from _folders(child, deep - 1)
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as table:
-        return list(csv.DictReader(table))
