@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import VoxelGrid
 from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.location import Location, StoreOptions, absolute
+from connectomics.io.metadata import grid_of_attrs
 from connectomics.io.place import S3Path, output_place, place
 from connectomics.io.replacing import write_file
 from connectomics.io.sharded import encode
@@ -41,7 +41,7 @@ class ArrayWriter:
         self._stored = stored = StoredArray(self.location, StoreOptions(cache_bytes=0))
         self.shape, self.chunks, self.dtype = stored.shape, stored.chunks, stored.dtype
         self.fill_value: float = stored.fill_value.item()
-        self.grid = _grid_of(stored.attrs, stored.shape)
+        self.grid = grid_of_attrs(stored.attrs, stored.shape, self.location)
         meta = stored.metadata
         if stored.zarr_format == 3:
             names = [codec.get("name") for codec in meta.get("codecs", [])]
@@ -140,9 +140,3 @@ def chunk_codec(compressor: Mapping[str, Any]) -> Any:
 def output_of(location: Location) -> Path:
     """Return the absolute `place` of an output; `WriteError` for a URL other than ``s3://``."""
     return place(absolute(output_place(location)))
-
-
-def _grid_of(attrs: Mapping[str, Any], shape: Sequence[int]) -> VoxelGrid | None:
-    if len(shape) != 3 or "voxel_size" not in attrs or "translation" not in attrs:
-        return None
-    return VoxelGrid(attrs["voxel_size"], attrs["translation"], (shape[0], shape[1], shape[2]))
