@@ -8,9 +8,6 @@ from typing import Any
 
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError
-from connectomics.pages.report.build import build_report
-from connectomics.pages.report.scores import Scores as ScoresFile
-from connectomics.pages.report.scores import evaluation_section
 from connectomics.pages.report.sources import OtherRun, ReportOptions, ReportSources
 from connectomics.pipeline.results import ArrayFolder, Labels, Probabilities, Scores
 from connectomics.pipeline.runs import Run, open_run
@@ -38,6 +35,8 @@ def report(
     Raises:
         InputError: nothing to report. WriteError: a file that is not a report is in the way.
     """
+    from connectomics.pages.report.build import build_report
+
     given: dict[str, Any] = {"title": title}
     for result in results:
         if isinstance(result, Run):
@@ -68,6 +67,9 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     Raises:
         MissingError: a path does not exist, or a folder holds nothing of its kind. InputError: more scores than runs.
     """
+    from connectomics.pages.report.scores import Scores as ScoresFile
+    from connectomics.pages.report.scores import evaluation_section
+
     if len(scores) > max(1, len(runs)):
         raise InputError(f"{len(scores)} --scores for {len(runs)} --run; give each run its own scores.json, in order")
     given = {name: path for name, path in paths.items() if path is not None}
