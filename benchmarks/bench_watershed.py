@@ -136,7 +136,7 @@ def measure(way: str, source: str, out: str, block: int, boundary: bool) -> dict
     from connectomics.decoding.parameters import DecodeParameters
     from connectomics.decoding.watershed.forest import split
     from connectomics.decoding.watershed.watershed_task import WatershedTask
-    from connectomics.pipeline.decode import decode_predictions
+    from connectomics.pipeline.decode import decode_jobs, do_jobs
     from connectomics.tasks import run_task
 
     chosen, kind = DecodeParameters(method="watershed", min_size_nm3=1e4, min_distance_nm=8 * REACH), WatershedTask
@@ -148,7 +148,8 @@ def measure(way: str, source: str, out: str, block: int, boundary: bool) -> dict
         run_task(kind(source, out, "mito", chosen, (block,) * 3))
     else:
         root = Path(source).parents[2]
-        decode_predictions(root, Path(out).parents[2], {"mito": chosen}, classes=["mito"], blockwise_above=1 << 62)
+        labels = Path(out).parents[2]
+        do_jobs(decode_jobs(root, labels, {"mito": chosen}, classes=["mito"], blockwise_above=1 << 62))
     return {"seconds": time.perf_counter() - begin, "mb": (memory("VmHWM") - before) / 1024}
 
 

@@ -19,6 +19,11 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def is_first_process() -> bool:
+    """Return whether this is the only process, or the first of a data-parallel run by the environment."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def cpu_has_bfloat16() -> bool:
     """Return whether the processor has bfloat16 instructions; without them bfloat16 is slower than float32."""
     if platform.system() != "Linux":

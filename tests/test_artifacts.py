@@ -24,12 +24,13 @@ from connectomics.inference.predict_task import PredictTask, run_predict_task
 from connectomics.io.artifacts import about
 from connectomics.io.normalization import Normalization
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.decode import decode_jobs, decode_predictions
+from connectomics.pipeline.decode import decode_jobs
 from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
 from connectomics.submission import export_submission
 from connectomics.tasks import run_task
 from connectomics.tasks.lock import leading
+from tests.decoding.decode_kit import decode_predictions
 from tests.trees import contents
 
 ROOT = Path(__file__).parents[1]
@@ -305,7 +306,7 @@ def test_a_second_decode_or_export_at_the_same_place_is_refused(tmp_path: Path) 
 _RACE = """
 import sys, time
 from pathlib import Path
-from connectomics.pipeline.decode import decode_predictions
+from tests.decoding.decode_kit import decode_predictions
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
 folder, rounds = Path(sys.argv[1]), int(sys.argv[2])

@@ -27,11 +27,11 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.metrics.cellmap_metrics import evaluate_semantic
 from connectomics.metrics.metrics_seg import get_dice, get_iou
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.predict import predict_cellmap_crops, save_cellmap_predictions
 from connectomics.submission import export_submission
 from scripts.export_cellmap_submission import main as export_main
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.decoding.decode_kit import decode_predictions
 from tests.pipeline.test_predict_crops import config_of, save_checkpoint
 from tests.plan_root import TINY, named_root
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
-from connectomics.geometry import Triple, VoxelGrid, triple
+from connectomics.geometry import Triple, VoxelGrid, index, triple
 from connectomics.io import store
 from connectomics.io.write import write_file
 
@@ -199,4 +199,4 @@ def _grid(values: dict[str, Triple], where: str) -> VoxelGrid:
         raise MetadataError(f"{where}: voxel_size must be positive nm, got {list(size)}")
     if min(shape) < 1 or any(n != int(n) for n in shape):
         raise MetadataError(f"{where}: shape must be whole numbers of voxels from 1, got {list(shape)}")
-    return VoxelGrid(size, values["translation"], (int(shape[0]), int(shape[1]), int(shape[2])))
+    return VoxelGrid(size, values["translation"], index(shape))

@@ -326,7 +326,7 @@ def report(
 
       pytc report compared.html --run runs/first --run runs/second
     """
-    from connectomics.pages import ReportOptions
+    from connectomics.pages.report.sources import ReportOptions
     from connectomics.pipeline.report import named_sources
     from connectomics.pipeline.report import report as run
 

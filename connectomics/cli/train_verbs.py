@@ -129,7 +129,7 @@ def pretrain(
       pytc pretrain tutorials/lucchi.yaml pretraining.objective=denoise
     """
     from connectomics.config import load_config
-    from connectomics.config.pretraining import pretraining_config
+    from connectomics.config.few_labels import pretraining_config
 
     composed = pretraining_config(load_config(config, overrides or []))
     words = ["pretrain", config, *(overrides or [])]
@@ -150,8 +150,8 @@ def _running(
     """Yield the run folder and a progress; after Ctrl-C, print the command that resumes this very run."""
     from connectomics.cli import InterruptError
     from connectomics.errors import ConfigError
-    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
+    from connectomics.machine import is_first_process
     from connectomics.pipeline.train import choose_run_dir
 
     if resume and run_dir is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -73,8 +74,14 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
 
 
 def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
-    """Return a configuration unchanged, or `load_config` of a file."""
-    return config if isinstance(config, RunConfig) else load_config(config, *overrides)
+    """Return `load_config` of a file, or a configuration with overrides."""
+    if not isinstance(config, RunConfig):
+        return load_config(config, *overrides)
+    if not any(overrides):
+        return config
+    with tempfile.TemporaryDirectory() as folder:
+        save_config(config, Path(folder, "run.yaml"))
+        return load_config(Path(folder, "run.yaml"), *overrides)
 
 
 def _check_file(file: Path) -> None:

@@ -8,14 +8,12 @@ from typing import Annotated, Any
 
 from connectomics.config.values import Group, checked, one_of
 
-
-def _is_shape(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(8 <= n <= 4096 for n in value)
-
-
 _LARGE = 512**3  # voxels: smaller arrays open at once without coarser levels
 _PYRAMID = checked(lambda value: value in (True, False, "auto"), "must be auto, true or false")
-_SHAPE = checked(_is_shape, "must be three numbers of voxels (z, y, x) from 8 to 4096")
+_SHAPE = checked(
+    lambda value: isinstance(value, Sequence) and len(value) == 3 and all(8 <= n <= 4096 for n in value),
+    "must be three numbers of voxels (z, y, x) from 8 to 4096",
+)
 
 
 @dataclass

@@ -13,11 +13,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from connectomics.config.adapters import AdaptersConfig
+from connectomics.config.few_labels import AdaptersConfig, MeanTeacherConfig, PretrainingConfig
 from connectomics.config.intensity_range import check_intensity_range
-from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.output import OutputConfig
-from connectomics.config.pretraining import PretrainingConfig
 from connectomics.config.values import Group, Shape, Size, checked, one_of
 from connectomics.geometry import Index, Triple, triple
 

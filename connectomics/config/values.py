@@ -70,11 +70,10 @@ def checked(rule: Callable[[Any], bool], message: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _is_triple(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(0 < n < math.inf for n in value)
-
-
-_THREE = checked(_is_triple, "must be three positive numbers (z, y, x)")
+_THREE = checked(
+    lambda value: isinstance(value, Sequence) and len(value) == 3 and all(0 < n < math.inf for n in value),
+    "must be three positive numbers (z, y, x)",
+)
 Size = Annotated[list[float], _THREE]  # nm, z y x
 Shape = Annotated[list[int], _THREE]  # voxels, z y x
 

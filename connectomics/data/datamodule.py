@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import EPOCH_PATCHES, RunConfig
-from connectomics.config.pretraining import is_pretraining
+from connectomics.config.few_labels import is_pretraining
 from connectomics.data.cache import cache_folder, prepare
 from connectomics.data.contents import LabelCounter, present_shares
 from connectomics.data.dataset.build import patch_options, run_dataset
@@ -33,7 +32,7 @@ from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError
 from connectomics.io.store import StoreOptions
-from connectomics.machine import usable_cores
+from connectomics.machine import is_first_process, usable_cores
 from connectomics.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -124,7 +123,7 @@ class CellMapDataModule(pl.LightningDataModule):
         folder = cache_folder(options.cache, options.cache_dir)  # counts are kept beside decoded crops
         counter = LabelCounter(None if folder is None else folder / "counts")
         self.split, train, val = run_split(cfg, crops, file, counter)
-        if file is not None and not file.is_file() and _is_first_process():
+        if file is not None and not file.is_file() and is_first_process():
             self.split.save(file)
         if isinstance(cfg.model.class_weights, str):
             self.present_shares = present_shares(train, cfg.dataset.classes, counter)
@@ -221,7 +220,3 @@ class CellMapDataModule(pl.LightningDataModule):
             seed=cfg.system.seed, rank=rank, world=world,
         )  # fmt: skip
         return FixedPatches(self._val.reader, list(sampler))
-
-
-def _is_first_process() -> bool:
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

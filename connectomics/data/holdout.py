@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import atoms_of
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, triple
+from connectomics.geometry import Box, Triple
 
 log = logging.getLogger(__name__)
 
@@ -277,12 +277,5 @@ def _classes_on_both_sides(profiles: Sequence[tuple[str, _Profile]], below: floa
 
 def _parts(crops: Sequence[Crop], whole: Box, axis: int, begin: float, end: float) -> list[Crop]:
     """The crops between two positions on an axis, each with its region (none where it lies between them wholly)."""
-    low, high = list(whole.begin), list(whole.end)
-    low[axis], high[axis] = begin, end
-    slab = Box(triple(low), triple(high))
-    found = []
-    for crop in crops:
-        region = crop.box.intersect(slab)
-        if not region.is_empty:
-            found.append(crop if region == crop.box else replace(crop, region=region))
-    return found
+    regions = [(crop, crop.box.intersect(whole.between(axis, begin, end))) for crop in crops]
+    return [crop if part == crop.box else replace(crop, region=part) for crop, part in regions if not part.is_empty]

@@ -15,7 +15,7 @@ from connectomics.data.patch_reader import PatchReader
 from connectomics.data.patches import PackedPatch
 from connectomics.data.sampling import PatchRequest
 from connectomics.errors import InputError, MissingError, unknown_name
-from connectomics.geometry import Box, Triple, triple
+from connectomics.geometry import Box, Triple
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreOptions, is_s3
 
@@ -107,9 +107,6 @@ def stored_boxes(source: Multiscale, voxel_size: Triple) -> list[Box]:
 def _cut(box: Box, share: float, patch: Sequence[float]) -> tuple[Box, Box]:
     """Return the training and the held-out part of a box; ``patch`` in nm is the gap, or less in a small box."""
     axis = int(np.argmax(np.divide(box.extent, patch)))
-    length = share * box.extent[axis]
+    begin, length = box.begin[axis], share * box.extent[axis]
     gap = 0.0 if share == 1 else min(patch[axis], length / 2)
-    first, last = list(box.end), list(box.begin)
-    first[axis] = box.begin[axis] + length - gap
-    last[axis] = box.begin[axis] + length
-    return Box(box.begin, triple(first)), Box(triple(last), box.end)
+    return box.between(axis, begin, begin + length - gap), box.between(axis, begin + length, box.end[axis])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.config import RunConfig
-from connectomics.config.pretraining import RECONSTRUCTION
+from connectomics.config.few_labels import RECONSTRUCTION
 from connectomics.data.dataset.build import run_dataset
 from connectomics.data.dataset.dataset_cellmap import CellMapMultiClassDataset, PatchOptions
 from connectomics.data.patches import PackedPatch, collate

@@ -187,7 +187,7 @@ def _filled(instances: NDArray[Any], connectivity: int) -> NDArray[Any]:
     del background
     boxes = _boxes(instances)
     # Inner objects first: what they enclose is no longer background when an outer object's turn comes.
-    for box, identifier in sorted(boxes, key=lambda item: (_volume(item[0]), item[1])):
+    for box, identifier in sorted(boxes, key=lambda item: (math.prod(s.stop - s.start for s in item[0]), item[1])):
         candidate = enclosed[box] & (out[box] == 0)
         if not candidate.any():
             continue
@@ -213,7 +213,3 @@ def _closed(labels: NDArray[Any]) -> NDArray[np.bool_]:
     for axis in range(3):
         closed[np.unique(np.take(labels, [0, -1], axis=axis))] = False
     return closed
-
-
-def _volume(box: Sequence[slice]) -> int:
-    return int(np.prod([s.stop - s.start for s in box]))

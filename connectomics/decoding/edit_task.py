@@ -31,9 +31,9 @@ from connectomics.decoding.edits import (
 )
 from connectomics.decoding.label_artifact import TABLE_FILE, write_table
 from connectomics.decoding.parameters import METHODS
-from connectomics.errors import IncompleteError, InputError, MetadataError
-from connectomics.geometry import Index, Triple
-from connectomics.io.artifacts import identity
+from connectomics.errors import InputError, MetadataError
+from connectomics.geometry import Index, Triple, index
+from connectomics.io.artifacts import identity, require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter
 from connectomics.tasks.block_task import BlockWorker, Cost, Worker
@@ -79,11 +79,10 @@ class EditTask(LabelsTask):
 
     def check_input(self) -> None:
         for source in self.sources.values():
-            said, level = source.attrs.get("connectomics", {}), source.levels[0]
-            if said.get("artefact", "labels") != "labels" or level.dtype.kind not in "ub":
-                raise MetadataError(f"{source.location}: expected labels of decode, or unsigned instance IDs")
-            if said and said.get("complete") is not True:
-                raise IncompleteError(f"{source.location} is only half written; rerun decode to complete it")
+            level = source.levels[0]
+            require_complete(source.location, "labels", foreign=True)
+            if level.dtype.kind not in "ub":
+                raise MetadataError(f"{source.location}: expected unsigned instance IDs, got {level.dtype}")
             if level.grid != self.grid:
                 raise InputError(f"{source.location} is on another grid than {self.input}; reclassify needs the same")
 
@@ -218,8 +217,7 @@ class EditTask(LabelsTask):
         stride = np.ones(3, int)
         while np.prod(-(-shape // stride)) > self.split_voxels:
             stride[np.argmin(stride * np.asarray(self.grid.voxel_size))] *= 2
-        z, y, x = stride.tolist()
-        return z, y, x
+        return index(stride)
 
 
 def divided(mask: NDArray[np.bool_], one: Index, other: Index, voxel_size: Triple) -> NDArray[np.uint8]:

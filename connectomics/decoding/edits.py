@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from connectomics.config.values import STRICT_KEYS, one_of, read
 from connectomics.errors import InputError, MissingError, WriteError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index
 from connectomics.io.write import write_file
 
 #: class -> IDs of a block, (d, h, w) uint64
@@ -178,7 +178,8 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
         step = Step(edit)
         if edit.op == "merge":
             for number in others:
-                mine[first] = _around(mine[first], mine.pop(number))
+                one, other = mine[first], mine.pop(number)
+                mine[first] = index(map(min, one[0], other[0])), index(map(max, one[1], other[1]))
         elif edit.op == "split":
             largest[edit.class_name] += 1
             step = Step(edit, largest[edit.class_name], mine[first])
@@ -194,11 +195,6 @@ def steps_of(edits: Sequence[Edit], there: Mapping[str, Instances]) -> list[Step
             raise InputError(f"{line}: no ID is left for a new instance: {full}; renumber the labels")
         steps.append(step)
     return steps
-
-
-def _around(one: tuple[Index, Index], other: tuple[Index, Index]) -> tuple[Index, Index]:
-    (a, b, c), (d, e, f) = np.minimum(one[0], other[0]).tolist(), np.maximum(one[1], other[1]).tolist()
-    return (a, b, c), (d, e, f)
 
 
 # -- what they do to a block -------------------------------------------------------------------------------------------
@@ -236,11 +232,13 @@ def apply_steps(
         steps: of `steps_of`. volumes: of every class that they name. begin: first voxel of the block (z y x).
         divisions: of the splits, by number of the step.
     """
+    import fastremap
+
     named = {name: {i for s in steps for i in s.edit.ids if s.edit.class_name == name} for name in volumes}
     now: dict[str, dict[int, int]] = {}  # class -> the instance that each number of a voxel stands for
     for name, values in volumes.items():
-        wanted = np.array(sorted(named[name]), np.uint64)
-        now[name] = {int(i): int(i) for i in wanted[_occur(wanted, values)]}
+        there = fastremap.unique(values).tolist() if named[name] else ()
+        now[name] = {number: number for number in sorted(named[name].intersection(there))}
     for count, step in enumerate(steps):
         edit, mine = step.edit, now[step.edit.class_name]
         numbers = [n for n, i in mine.items() if i in edit.ids]
@@ -263,25 +261,8 @@ def apply_steps(
                 theirs[fresh] = step.new
             mine.update(dict.fromkeys(numbers, 0))
     for name, table in now.items():
-        changed = sorted(n for n, i in table.items() if n != i)
-        if changed:
-            _replace(volumes[name], np.array(changed, np.uint64), np.array([table[n] for n in changed], np.uint64))
-
-
-def _occur(wanted: NDArray[np.uint64], values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return (n,) which of the sorted numbers occur among the values."""
-    found = np.zeros(len(wanted), bool)
-    for plane in values if len(wanted) else ():
-        places = np.searchsorted(wanted, plane).clip(max=len(wanted) - 1)
-        found[places[wanted[places] == plane]] = True
-    return found
-
-
-def _replace(values: NDArray[np.uint64], old: NDArray[np.uint64], new: NDArray[np.uint64]) -> None:
-    for plane in values:
-        places = np.searchsorted(old, plane).clip(max=len(old) - 1)
-        hit = old[places] == plane
-        plane[hit] = new[places[hit]]
+        if changed := {n: i for n, i in table.items() if n != i}:
+            fastremap.remap(volumes[name], changed, preserve_missing_labels=True, in_place=True)
 
 
 def boxes_in(

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
-from connectomics.errors import IncompleteError, MetadataError, MissingError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.errors import MetadataError, MissingError
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 
 _BLOCK = (256, 256, 256)
@@ -38,14 +39,14 @@ def open_prediction(root: str | Path, dataset: str, crop: str, name: str) -> Mul
     Raises:
         MetadataError: they are not a prediction. IncompleteError: they are half written.
     """
-    return _open(store.join(root, f"{dataset}.zarr", crop, name), "probability", "probabilities")
+    return _open(store.join(root, f"{dataset}.zarr", crop, name), "probability")
 
 
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:
     """Open what separates the objects of a class, given its opened probabilities; None if nothing does."""
     if parameters.boundary:
         location = store.join(source.location.rstrip("/").rpartition("/")[0], parameters.boundary)
-        return _open(location, "probability", "probabilities")
+        return _open(location, "probability")
     return StoredHead.open(source, "boundary").source if parameters.has_boundary else None
 
 
@@ -80,7 +81,7 @@ class StoredHead:
                 f"no {kind} head at {location}, which decoding with height: {kind} reads. Train with such a head "
                 "for this class (model.heads) and predict again, or leave height out"
             )
-        source = _open(location, kind, f"a {kind} head", probabilities.levels[0].grid)
+        source = _open(location, kind, probabilities.levels[0].grid)
         scale = source.attrs["connectomics"].get("scale_nm")
         if not isinstance(scale, int | float) or not scale > 0:
             raise MetadataError(f"{location}: expected the attribute scale_nm with a positive number, got {scale!r}")
@@ -127,7 +128,7 @@ class StoredAffinities:
                 "predict again, or decode with another method"
             )
         grid = probabilities.levels[0].grid
-        channels = tuple(_open(store.join(folder, name), "affinity", "affinities", grid) for name in names)
+        channels = tuple(_open(store.join(folder, name), "affinity", grid) for name in names)
         if len({channel.levels[0].dtype for channel in channels}) > 1:
             raise MetadataError(f"the channels of {folder} are stored in different types; predict again")
         return cls(channels, np.array([_offset(channel, grid) for channel in channels]))
@@ -135,8 +136,7 @@ class StoredAffinities:
     @property
     def reach(self) -> Index:
         """The longest offset along each axis, voxels."""
-        z, y, x = (int(n) for n in np.abs(self.offsets).max(axis=0))
-        return z, y, x
+        return index(np.abs(self.offsets).max(axis=0))
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Read a block: (K, *shape), as stored (uint8: value/255; or float16)."""
@@ -179,14 +179,9 @@ class Foreground:
         return mask
 
 
-def _open(location: str, kind: str, what: str, grid: VoxelGrid | None = None) -> Multiscale:
+def _open(location: str, kind: str, grid: VoxelGrid | None = None) -> Multiscale:
     """Open an array that predict wrote; check its kind, its completeness and, if given, its grid."""
-    about = store.read_attrs(location).get("connectomics")
-    found = about.get("artefact") if isinstance(about, dict) else "no 'connectomics' attribute"
-    if not isinstance(about, dict) or found != kind:
-        raise MetadataError(f"{location}: expected {what} written by predict, got {found}")
-    if about.get("complete") is not True:
-        raise IncompleteError(f"{location} is only half written; run predict to its end first")
+    require_complete(location, kind)
     source = open_probabilities(location)
     if grid is not None and source.levels[0].grid != grid:
         raise MetadataError(f"{location} lies on another grid than its class; predict both again")

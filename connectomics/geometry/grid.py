@@ -11,9 +11,9 @@ Conventions, without exception:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, SupportsInt
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,6 +40,12 @@ def triple(values: ArrayLike, what: str = "value") -> Triple:
     if array.shape != (3,) or not np.all(np.isfinite(array)):
         raise InputError(f"{what} must be three finite numbers (z, y, x), got {values!r}")
     return (float(array[0]), float(array[1]), float(array[2]))
+
+
+def index(values: Iterable[SupportsInt]) -> Index:
+    """Return three whole numbers, z y x."""
+    z, y, x = (int(v) for v in values)
+    return z, y, x
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,12 @@ class Box:
             triple([min(a, b) for a, b in zip(self.begin, other.begin, strict=True)]),
             triple([max(a, b) for a, b in zip(self.end, other.end, strict=True)]),
         )
+
+    def between(self, axis: int, low: float, high: float) -> Box:
+        """Return the box with these ends (nm) on an axis."""
+        begin, end = list(self.begin), list(self.end)
+        begin[axis], end[axis] = low, high
+        return Box(triple(begin), triple(end))
 
     def grow(self, margin: ArrayLike) -> Box:
         """Return the box with every face moved outwards by ``margin`` nm (one number or z y x; negative shrinks)."""
@@ -131,7 +143,7 @@ class VoxelGrid:
         size = triple(voxel_size, "voxel_size")
         shape = [max(0, math.ceil((e - b) / s - _TOLERANCE)) for b, e, s in zip(box.begin, box.end, size, strict=True)]
         first = triple([b + s / 2 for b, s in zip(box.begin, size, strict=True)])
-        return cls(size, first, (shape[0], shape[1], shape[2]))
+        return cls(size, first, index(shape))
 
     @classmethod
     def centered(cls, center: ArrayLike, voxel_size: ArrayLike, shape: Sequence[int]) -> VoxelGrid:
@@ -139,7 +151,7 @@ class VoxelGrid:
         size = triple(voxel_size, "voxel_size")
         mid = triple(center, "center")
         first = triple([c - (n - 1) / 2 * s for c, n, s in zip(mid, shape, size, strict=True)])
-        return cls(size, first, (int(shape[0]), int(shape[1]), int(shape[2])))
+        return cls(size, first, index(shape))
 
     @property
     def box(self) -> Box:
@@ -172,7 +184,7 @@ class VoxelGrid:
     def crop(self, begin: Sequence[int], shape: Sequence[int]) -> VoxelGrid:
         """Return the grid of ``shape`` voxels that starts at voxel ``begin`` of this one (which may lie outside)."""
         first = triple(self.to_world(np.asarray(begin)))
-        return VoxelGrid(self.voxel_size, first, (int(shape[0]), int(shape[1]), int(shape[2])))
+        return VoxelGrid(self.voxel_size, first, index(shape))
 
     def grow(self, voxels: Sequence[int] | int) -> VoxelGrid:
         """Return this grid with ``voxels`` more voxels on both sides of every axis (one number or z y x)."""
@@ -188,7 +200,7 @@ class VoxelGrid:
         """Return begin and end (exclusive) of the lattice voxels that touch ``box``, not clipped to the shape."""
         begin = np.floor((np.asarray(box.begin) - self.box.begin) / self.voxel_size + _TOLERANCE).astype(int)
         end = np.ceil((np.asarray(box.end) - self.box.begin) / self.voxel_size - _TOLERANCE).astype(int)
-        return (int(begin[0]), int(begin[1]), int(begin[2])), (int(end[0]), int(end[1]), int(end[2]))
+        return index(begin), index(end)
 
     def slices(self, box: Box) -> tuple[slice, slice, slice]:
         """Return the slices of the voxels that touch ``box``, clipped to the grid (may be empty)."""

@@ -145,7 +145,8 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
     if overwrite:
         foreign = [
             p for p in there
-            if not p.name.startswith(".") and p.name not in (TASK_FILE, "zarr.json") and not _is_prediction(p)
+            if not p.name.startswith(".") and p.name not in (TASK_FILE, "zarr.json")
+            and about(p).get("artefact") in (None, "labels")
         ]  # fmt: skip
         if foreign:
             raise WriteError(
@@ -161,10 +162,6 @@ def require_own_output(task: BlockTask, overwrite: bool) -> bool:
     if other:
         raise WriteError(f"{task.folder} holds a prediction {other}; overwrite it, or choose another output folder")
     return True
-
-
-def _is_prediction(path: Path) -> bool:
-    return about(path).get("artefact") not in (None, "labels")
 
 
 def write_probability(

@@ -277,7 +277,8 @@ class BlockRow:
         if self._forward.inside is not None:
             windows = [at for at in windows if self._forward.inside(lattice.grid.crop(at, lattice.window))]
         if self._forward.skip_empty:
-            windows = [at for at in windows if not _is_constant(self._window(at))]
+            seen = ((at, self._window(at)) for at in windows)  # with tissue, the first plane already decides
+            windows = [at for at, values in seen if any((plane != values[0, 0, 0]).any() for plane in values)]
         return windows
 
     def _window(self, at: Index) -> NDArray[np.float32]:
@@ -327,11 +328,6 @@ class BlockRow:
             after = min(n, max(0, high + 1 - first))
             values.narrow(axis, 0, before).zero_()
             values.narrow(axis, after, n - after).zero_()
-
-
-def _is_constant(values: NDArray[np.float32]) -> bool:
-    """Return whether all values are equal; with tissue, the first plane already decides."""
-    return all(bool((plane == values[0, 0, 0]).all()) for plane in values)
 
 
 def _overlap(start: int, width: int, begin: int, length: int) -> tuple[slice, slice]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
 from connectomics.inference.windows import WindowLattice, Windows
@@ -59,8 +59,7 @@ class Layout:
     @cached_property
     def _margin(self) -> Index:
         """Voxels of the network's lattice that interpolation needs beyond a block, z y x."""
-        z, y, x = (int(t < m * (1 - 1e-6)) for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True))
-        return z, y, x
+        return index(int(t < m * (1 - 1e-6)) for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True))
 
     @cached_property
     def model(self) -> VoxelGrid:
@@ -77,8 +76,7 @@ class Layout:
     @cached_property
     def chunks(self) -> Index:
         """Chunk shape of the written arrays, voxels, z y x."""
-        z, y, x = (self._along(axis)[0] for axis in range(3))
-        return z, y, x
+        return index(self._along(axis)[0] for axis in range(3))
 
     @cached_property
     def shards(self) -> Index | None:
@@ -87,8 +85,7 @@ class Layout:
             return None
         if self.storage.shard is None:
             return self.block_shape
-        z, y, x = (self._unit(axis, chunk) for axis, chunk in enumerate(self.storage.chunk))
-        return z, y, x
+        return index(self._unit(axis, chunk) for axis, chunk in enumerate(self.storage.chunk))
 
     @cached_property
     def block_shape(self) -> Index:

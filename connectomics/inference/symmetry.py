@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import InputError, unknown_name
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +71,7 @@ class Symmetry:
 
     def before(self, shape: Index) -> Index:
         """Return the shape (z, y, x) that becomes ``shape``."""
-        z, y, x = (shape[self.axes.index(axis)] for axis in range(3))
-        return z, y, x
+        return index(shape[self.axes.index(axis)] for axis in range(3))
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """Transform (..., d, h, w), contiguous; the identity returns its argument."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
 from connectomics.models.registry import required_multiple, takes_any_window
@@ -75,8 +75,7 @@ class WindowFit:
             number = max(1, math.ceil((n - shared) / (side - shared)))
             needed = math.ceil((n + (number - 1) * shared) / number)
             least[letter] = max(least[letter], min(side, math.ceil(needed / unit[letter]) * unit[letter]))
-        z, y, x = (least[letter] for letter in self.alike)
-        return z, y, x
+        return index(least[letter] for letter in self.alike)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import VoxelGrid
+from connectomics.errors import InputError, MetadataError
 from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.location import Location, StoreOptions, absolute
+from connectomics.io.metadata import grid_of_attrs
 from connectomics.io.place import S3Path, output_place, place
 from connectomics.io.replacing import write_file
 from connectomics.io.sharded import encode
-from connectomics.io.store import is_array, read_json
 
 #: A chunk that a block shares: its index, and the shared part inside the chunk and inside the block.
 _Part = tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]
@@ -39,36 +38,25 @@ class ArrayWriter:
     def __init__(self, location: Location) -> None:
         self._path = output_of(location)
         self.location = str(self._path)
-        meta = read_json(self._path / ".zarray")
-        self._sharded: StoredArray | None = None
-        if meta is None:
-            self._open_sharded()
+        self._stored = stored = StoredArray(self.location, StoreOptions(cache_bytes=0))
+        self.shape, self.chunks, self.dtype = stored.shape, stored.chunks, stored.dtype
+        self.fill_value: float = stored.fill_value.item()
+        self.grid = grid_of_attrs(stored.attrs, stored.shape, self.location)
+        meta = stored.metadata
+        if stored.zarr_format == 3:
+            names = [codec.get("name") for codec in meta.get("codecs", [])]
+            if names != ["sharding_indexed"] or not stored.absent_is_fill:
+                raise MetadataError(
+                    f"{self.location}: expected a sharded array of this program, got the codecs {names}"
+                )
             return
-        try:
-            self.shape: tuple[int, ...] = tuple(int(n) for n in meta["shape"])
-            self.chunks: tuple[int, ...] = tuple(int(n) for n in meta["chunks"])
-            self.dtype = np.dtype(meta["dtype"])
-            self.fill_value = meta["fill_value"] if meta["fill_value"] is not None else 0
-            self._compressor: dict[str, Any] = meta["compressor"]
-            separator, order = meta["dimension_separator"], meta["order"]
-        except (KeyError, TypeError) as error:
-            raise MetadataError(f"{self.location}/.zarray lacks {error}; it was not written by this program") from error
-        if separator != "/" or order != "C" or (self._compressor or {}).get("id") != "blosc" or meta.get("filters"):
+        self.dtype = np.dtype(meta["dtype"])  # in its byte order
+        order, separator, compressor = (meta.get(key) for key in ("order", "dimension_separator", "compressor"))
+        if separator != "/" or order != "C" or (compressor or {}).get("id") != "blosc" or meta.get("filters"):
             raise MetadataError(
                 f"{self.location}: expected an array in C order with keys z/y/x and Blosc, "
-                f"got order {order!r}, separator {separator!r}, compressor {self._compressor!r}"
+                f"got order {order!r}, separator {separator!r}, compressor {compressor!r}"
             )
-        self.grid = _grid_of(read_json(self._path / ".zattrs") or {}, self.shape)
-
-    def _open_sharded(self) -> None:
-        if not is_array(self._path):
-            raise MissingError(f"no Zarr array at {self.location} (.zarray is missing); create it first")
-        self._sharded = stored = StoredArray(self.location, StoreOptions(cache_bytes=0))
-        names = [codec.get("name") for codec in stored.metadata.get("codecs", [])]
-        if names != ["sharding_indexed"] or not stored.absent_is_fill:
-            raise MetadataError(f"{self.location}: expected a sharded array of this program, got the codecs {names}")
-        self.shape, self.chunks, self.dtype = stored.shape, stored.chunks, stored.dtype
-        self.fill_value, self.grid = stored.fill_value, _grid_of(stored.attrs, stored.shape)
 
     @classmethod
     def open(cls, location: Location) -> ArrayWriter:
@@ -104,27 +92,22 @@ class ArrayWriter:
                 self._write_chunk(index, np.ascontiguousarray(block[outer], self.dtype))
                 return
             whole = all(s.start == 0 and s.stop >= v for s, v in zip(inner, valid, strict=True))
-            chunk = None if whole else self._read_chunk(index)
-            if chunk is None:
-                chunk = np.full(self.chunks, self.fill_value, dtype=self.dtype)
+            chunk = np.full(self.chunks, self.fill_value, self.dtype)
+            if not whole:
+                chunk[tuple(map(slice, valid))] = self.read(origin, valid)
             chunk[inner] = block[outer]
             self._write_chunk(index, chunk)
 
-        self._for_each(write, self._chunks_of(start, stop))
-
-    def _for_each(self, work: Callable[[_Part], None], parts: Iterable[_Part]) -> None:
-        """Call ``work`` for each part of a block; on S3 for several at a time, since most of it is waiting."""
-        if isinstance(self._path, S3Path) and self._sharded is None:
-            s3.in_parallel(work, list(parts))
+        if isinstance(self._path, S3Path) and self._stored.zarr_format == 2:  # most of it is waiting
+            s3.in_parallel(write, list(self._chunks_of(start, stop)))
         else:
-            for part in parts:
-                work(part)
+            for part in self._chunks_of(start, stop):
+                write(part)
 
     def _write_chunk(self, index: tuple[int, ...], chunk: NDArray[Any]) -> None:
-        if self._sharded is None:
-            path, data = self._path.joinpath(*map(str, index)), chunk_codec(self._compressor).encode(chunk)
-        else:
-            path, data = place(self._sharded.chunk_location(index)), encode(self._sharded.metadata, chunk)
+        path, meta = place(self._stored.chunk_location(index)), self._stored.metadata
+        sharded = self._stored.zarr_format == 3
+        data = encode(meta, chunk) if sharded else chunk_codec(meta["compressor"]).encode(chunk)
         if data is None:  # all of it is the fill value
             path.unlink(missing_ok=True)
         else:
@@ -132,21 +115,7 @@ class ArrayWriter:
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Return the stored values of a block inside the array (voxels); unwritten chunks give the fill value."""
-        out = np.full(tuple(shape), self.fill_value, dtype=self.dtype)
-        if out.size == 0:
-            return out
-        if self._sharded is not None:
-            return self._sharded.read(begin, shape)[0]
-        stop = [int(b) + int(n) for b, n in zip(begin, shape, strict=True)]
-
-        def read(part: _Part) -> None:
-            index, inner, outer = part
-            chunk = self._read_chunk(index)
-            if chunk is not None:
-                out[outer] = chunk[inner]
-
-        self._for_each(read, self._chunks_of(begin, stop))
-        return out
+        return self._stored.read(begin, shape, absent_is_missing=False)[0]
 
     def _chunks_of(self, begin: Sequence[int], end: Sequence[int]) -> Iterator[_Part]:
         """Chunks of the block [begin, end): index, and the shared part inside the chunk and inside the block."""
@@ -157,23 +126,6 @@ class ArrayWriter:
             origin = [i * c for i, c in zip(index, self.chunks, strict=True)]
             inner = tuple(slice(lo - o, h - o) for lo, h, o in zip(low, high, origin, strict=True))
             yield index, inner, tuple(slice(lo - b, h - b) for lo, h, b in zip(low, high, begin, strict=True))
-
-    def _read_chunk(self, index: tuple[int, ...]) -> NDArray[Any] | None:
-        if self._sharded is not None:
-            return self._sharded.read([i * c for i, c in zip(index, self.chunks, strict=True)], self.chunks)[0]
-        path = self._path.joinpath(*map(str, index))
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
-        if len(data) < 16 or int.from_bytes(data[12:16], "little") != len(data):  # Blosc itself would read beyond them
-            raise CorruptDataError(f"{len(data)} bytes are not a whole chunk: {path}; delete it and write it again")
-        try:
-            return (
-                np.frombuffer(chunk_codec(self._compressor).decode(data), dtype=self.dtype).reshape(self.chunks).copy()
-            )
-        except (RuntimeError, ValueError) as error:
-            raise CorruptDataError(f"cannot decode the chunk {path}: {error}; delete it and write it again") from error
 
 
 def chunk_codec(compressor: Mapping[str, Any]) -> Any:
@@ -188,9 +140,3 @@ def chunk_codec(compressor: Mapping[str, Any]) -> Any:
 def output_of(location: Location) -> Path:
     """Return the absolute `place` of an output; `WriteError` for a URL other than ``s3://``."""
     return place(absolute(output_place(location)))
-
-
-def _grid_of(attrs: Mapping[str, Any], shape: Sequence[int]) -> VoxelGrid | None:
-    if len(shape) != 3 or "voxel_size" not in attrs or "translation" not in attrs:
-        return None
-    return VoxelGrid(attrs["voxel_size"], attrs["translation"], (shape[0], shape[1], shape[2]))

@@ -31,6 +31,7 @@ from connectomics.io.replacing import publish as publish
 from connectomics.io.replacing import put_aside as put_aside
 
 ATTRIBUTE = "connectomics"
+_NAMES = {"labels": "labels", "probability": "probabilities", "affinity": "affinities"}  # of kinds, in messages
 
 
 @dataclass(frozen=True)
@@ -104,21 +105,30 @@ def identity(source: Multiscale) -> str:
     return f"{content_identity(source)}-{attribute}"
 
 
-def require_complete(location: str | Path) -> dict[str, Any]:
+def require_complete(location: str | Path, *kinds: str, foreign: bool = False) -> dict[str, Any]:
     """Return the attribute ``connectomics`` of a finished output (a region's group, or one class in it).
 
+    Args:
+        kinds: what it may be (its ``artefact``); none: anything.
+        foreign: whether to accept arrays of other programs, which have no such attribute; {} for these.
+
     Raises:
-        MissingError: nothing exists there. MetadataError: this program did not write it.
+        MissingError: nothing exists there. MetadataError: this program did not write it, or it is of another kind.
         IncompleteError: the stage that writes it has not finished.
     """
     ours = store.read_attrs(location).get(ATTRIBUTE)
-    if not isinstance(ours, dict) or "complete" not in ours:
-        raise MetadataError(f"{location} has no attribute connectomics.complete: it was not written by this program")
-    if ours["complete"] is not True:
-        raise IncompleteError(
-            f"{location} is only half written ({ours.get('artefact', 'artifact')}); rerun the stage that writes it "
-            "with the same options to finish it"
+    if not ours and foreign:
+        return {}
+    verbs = " or ".join(sorted({"decode" if kind == "labels" else "predict" for kind in kinds}))
+    verb = verbs or "the stage that writes it"
+    found = ours.get("artefact") if isinstance(ours, dict) else "no attribute connectomics"
+    if not isinstance(ours, dict) or (kinds and found not in kinds):
+        wanted = " or ".join(_NAMES.get(kind, f"a {kind} head") for kind in kinds) or "an output"
+        raise MetadataError(
+            f"{location}: expected {wanted} written by {verbs or 'this program'}, got {found}; run {verb} first"
         )
+    if ours.get("complete") is not True:
+        raise IncompleteError(f"{location} is only half written; run {verb} to its end first, with the same options")
     return ours
 
 

@@ -93,6 +93,22 @@ def leading_axes(attrs: Mapping[str, Any], where: str) -> int:
     return _axes(_multiscale(attrs, where).get("axes"), where)[0]
 
 
+def grid_of_attrs(attrs: Mapping[str, Any], shape: Sequence[int], where: str) -> VoxelGrid | None:
+    """Return the grid in an array's own attributes, nm z y x; `MetadataError` if it is broken.
+
+    They are ``voxel_size`` (or ``resolution``, ``scale``) and ``translation`` (or ``offset``), which is the center of
+    voxel 0 (default: origin). None if there is no voxel size or the array does not have three axes.
+    """
+    size = next((attrs[key] for key in ("voxel_size", "resolution", "scale") if key in attrs), None)
+    first = next((attrs[key] for key in ("translation", "offset") if key in attrs), (0.0, 0.0, 0.0))
+    if size is None or len(shape) != 3:
+        return None
+    try:
+        return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
+    except InputError as error:
+        raise MetadataError(f"attributes of {where}: {error}") from error
+
+
 def _multiscale(attrs: Mapping[str, Any], where: str) -> dict[str, Any]:
     ome = attrs.get("ome")
     found = ome.get("multiscales") if isinstance(ome, dict) and "multiscales" in ome else attrs.get("multiscales")

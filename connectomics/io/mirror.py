@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import resample
 
 
@@ -41,8 +41,7 @@ class Extent:
 
     @property
     def shape(self) -> Index:
-        z, y, x = (h - b for b, h in zip(self.low, self.high, strict=True))
-        return z, y, x
+        return index(h - b for b, h in zip(self.low, self.high, strict=True))
 
     @property
     def is_empty(self) -> bool:

@@ -20,7 +20,7 @@ from connectomics.errors import CorruptDataError, InputError, MetadataError, Mis
 from connectomics.geometry import VoxelGrid, triple
 from connectomics.io import resample
 from connectomics.io.array import StoredArray
-from connectomics.io.metadata import leading_axes, names_levels, parse_multiscales
+from connectomics.io.metadata import grid_of_attrs, leading_axes, names_levels, parse_multiscales
 from connectomics.io.store import (
     DEFAULT_OPTIONS,
     Location,
@@ -285,15 +285,13 @@ class PlainArray:
 
     Attributes:
         location, shape, dtype, chunks: as stored. attrs: its attributes.
-        grid: from the attributes ``voxel_size`` (or ``resolution``, ``scale``) and ``translation`` (or ``offset``), nm
-            z y x; the translation is the center of voxel 0 (default: origin). None if there is no voxel size or the
-            array does not have three axes.
+        grid: in nm, see `connectomics.io.metadata.grid_of_attrs`; None if the attributes do not say.
     """
 
     def __init__(self, array: StoredArray, attrs: dict[str, Any]) -> None:
         self._array, self.attrs = array, attrs
         self.location, self.shape, self.dtype, self.chunks = array.location, array.shape, array.dtype, array.chunks
-        self.grid = _grid_of_attrs(attrs, array.shape, array.location)
+        self.grid = grid_of_attrs(attrs, array.shape, array.location)
 
     @classmethod
     def open(cls, location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> PlainArray:
@@ -315,18 +313,6 @@ class PlainArray:
 
     def __repr__(self) -> str:
         return f"PlainArray({self.location!r}, shape={self.shape}, dtype={self.dtype})"
-
-
-def _grid_of_attrs(attrs: dict[str, Any], shape: Sequence[int], where: str) -> VoxelGrid | None:
-    """Return the grid in an array's own attributes (see `PlainArray`), or None; `MetadataError` if it is broken."""
-    size = next((attrs[key] for key in ("voxel_size", "resolution", "scale") if key in attrs), None)
-    first = next((attrs[key] for key in ("translation", "offset") if key in attrs), (0.0, 0.0, 0.0))
-    if size is None or len(shape) != 3:
-        return None
-    try:
-        return VoxelGrid(size, first, (shape[0], shape[1], shape[2]))
-    except InputError as error:
-        raise MetadataError(f"attributes of {where}: {error}") from error
 
 
 def _pieces(table: resample.AxisTable, wanted: NDArray[np.bool_]) -> list[slice]:

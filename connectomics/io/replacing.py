@@ -55,10 +55,11 @@ def contains(text: str) -> IsOwn:
     return lambda data: text.encode() in data
 
 
-def require_own(location: Location, is_own: IsOwn, verb: str) -> Path:
+def require_own(location: Location, is_own: IsOwn, verb: str, *, overwrite: bool = True) -> Path:
     """Return the path of a file that ``verb`` is about to write: a free one, an empty file, or one it wrote earlier.
 
-    Raises `WriteError` for anything else. Call it before the work, and again when the file is written.
+    Raises `WriteError` for anything else, and without ``overwrite`` for any file that exists. Call it before the work,
+    and again when the file is written.
     """
     path = local_path(location)
     try:
@@ -69,6 +70,8 @@ def require_own(location: Location, is_own: IsOwn, verb: str) -> Path:
         raise WriteError(f"{path} is a folder; expected a file name, as {path / 'name'}{path.suffix}") from None
     except OSError as error:
         raise WriteError(f"cannot replace {path}: {error.strerror}; choose another output") from error
+    if not overwrite:
+        raise WriteError(f"{path} exists; add --overwrite to replace it, or give another name")
     if found.strip() and not is_own(found):
         raise not_ours(path, verb)
     return path

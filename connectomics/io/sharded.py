@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import ConfigError
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 
 if TYPE_CHECKING:
     from connectomics.config.output import OutputConfig
@@ -77,8 +77,7 @@ class Storage:
 
     def block(self, shape: Index) -> Index:
         """Return the largest multiple of `unit` up to ``shape``, at least one unit; voxels, z y x."""
-        z, y, x = (max(1, b // u) * u for b, u in zip(shape, self.unit, strict=True))
-        return z, y, x
+        return index(max(1, b // u) * u for b, u in zip(shape, self.unit, strict=True))
 
 
 def array_metadata(

@@ -1,7 +1,7 @@
 """Read JSON, attributes and listings from local paths and S3. Chunks are read by `connectomics.io.array`.
 
-S3 is read anonymously. `StoreOptions.endpoint` or the environment variable ``AWS_ENDPOINT_URL`` selects a server other
-than Amazon's.
+For S3 see `connectomics.io.s3`. `StoreOptions.endpoint` or the environment variable ``AWS_ENDPOINT_URL`` selects a
+server other than Amazon's.
 """
 
 from __future__ import annotations

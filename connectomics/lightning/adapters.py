@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from connectomics.config.adapters import AdaptersConfig
+from connectomics.config.few_labels import AdaptersConfig
 from connectomics.errors import ConfigError
 from connectomics.lightning.network import matching, norms_with_statistics, output_axes
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from connectomics.config import RunConfig
 from connectomics.config.heads import heads_of
+from connectomics.data.volumes import CropVolume
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters
 from connectomics.decoding.probabilities import above
@@ -18,7 +19,6 @@ from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.lightning.pooled_scores import Sums
-from connectomics.lightning.validation import ValidationCrop
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
 from connectomics.metrics.challenge.rules import get_rules
@@ -54,7 +54,7 @@ class ChallengeScore(Sums):
         self.rules = get_rules(config.score.rules)
         self.instances = tuple(name for name in self.classes if self.rules.is_instance(name))
 
-    def begin(self, crop: ValidationCrop, grid: VoxelGrid) -> CropScore:
+    def begin(self, crop: CropVolume, grid: VoxelGrid) -> CropScore:
         """Return the score of one crop: pass every block of ``grid`` to it, then call its ``finish``."""
         return CropScore(self, crop, grid)
 
@@ -117,7 +117,7 @@ class CropScore:
     one more for each channel of heads that decoding reads); for the others only counts are kept.
     """
 
-    def __init__(self, total: ChallengeScore, crop: ValidationCrop, grid: VoxelGrid) -> None:
+    def __init__(self, total: ChallengeScore, crop: CropVolume, grid: VoxelGrid) -> None:
         self.total, self.crop, self.grid = total, crop, grid
         walls = {chosen.boundary for chosen in total.parameters.values()}
         whole = {n for n, chosen in total.parameters.items() if n in total.instances or not chosen.is_local}

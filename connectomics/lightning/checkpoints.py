@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connectomics.config import RunConfig, config_from_dict, import_plugins
-from connectomics.config.adapters import AdaptersConfig
+from connectomics.config.few_labels import AdaptersConfig, is_pretraining
 from connectomics.config.heads import heads_of
-from connectomics.config.pretraining import is_pretraining
 from connectomics.config.values import plain
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from connectomics.config import RunConfig
-from connectomics.machine import cpu_has_bfloat16, usable_cores
+from connectomics.machine import cpu_has_bfloat16, is_first_process, usable_cores
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +76,16 @@ def this_machine(config: RunConfig) -> Machine:
     return machine
 
 
+def of_all(trainer: pl.Trainer, state: Any) -> list[Any]:
+    """Return the states of all processes of a run, by their rank; each calls this."""
+    gathered = [state] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(gathered, state)
+    return gathered
+
+
 def set_threads(config: RunConfig, processes: int) -> int:
     """Let torch use ``system.num_cpus`` threads, at most the usable cores, per ``processes``; return the number."""
     threads = max(1, min(config.system.num_cpus, usable_cores()) // processes)
     torch.set_num_threads(threads)
     return threads
-
-
-def is_first_process() -> bool:
-    """Return whether this is the only process, or the first of a data-parallel run by the environment."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))

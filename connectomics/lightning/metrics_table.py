@@ -10,6 +10,8 @@ from typing import Any
 from pytorch_lightning.loggers.logger import Logger, rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_only
 
+from connectomics.lightning.run_state import metric_rows
+
 _FIRST = ["epoch", "step"]
 
 
@@ -59,10 +61,7 @@ class MetricsTable(Logger):
 
     def rows(self) -> list[dict[str, str]]:
         """Return all rows of the file, as text."""
-        if not self.path.is_file():
-            return []
-        with self.path.open(newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        return metric_rows(self.path)
 
     @rank_zero_only
     def remove_from(self, step: int) -> None:
@@ -74,10 +73,8 @@ class MetricsTable(Logger):
 
     def _known_columns(self) -> list[str]:
         if self._columns is None:
-            self._columns = list(_FIRST)
-            if self.path.is_file():
-                with self.path.open(newline="", encoding="utf-8") as file:
-                    self._columns = next(csv.reader(file), list(_FIRST))
+            rows = self.rows()
+            self._columns = list(rows[0]) if rows else list(_FIRST)
         return self._columns
 
     def _rewrite(self, rows: list[dict[str, str]], columns: list[str]) -> None:

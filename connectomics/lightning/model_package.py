@@ -99,19 +99,6 @@ def open_package(path: str | Path) -> Package:
     return Package(file, about)
 
 
-def package_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the configuration of a package with overrides (``key=value``), as `load_config` for a file."""
-    import tempfile
-
-    from connectomics.config import load_config, save_config
-
-    config = open_package(path).config
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "package.yaml"
-        save_config(config, file)
-        return load_config(file, overrides)
-
-
 def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) -> float:
     """Run the test input and return the largest difference of a probability.
 

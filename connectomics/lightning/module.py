@@ -20,12 +20,12 @@ from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import inputs_of
 from connectomics.data.normalization import kept, with_normalization
 from connectomics.data.patches import centered, input_names
+from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, InputError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
 from connectomics.inference.windows import WindowFit
-from connectomics.io.mirror import Extent
 from connectomics.io.normalization import Normalization
 from connectomics.lightning.averaging import AveragedWeights
 from connectomics.lightning.challenge_score import ChallengeScore
@@ -36,7 +36,7 @@ from connectomics.lightning.network import build_network, freeze, inference_wind
 from connectomics.lightning.optim import build_optimizer
 from connectomics.lightning.panels import Plane
 from connectomics.lightning.pooled_scores import ClassCounts, HeadScores, PooledCounts, Scores
-from connectomics.lightning.validation import ValidationCrop, slabs, validation_block
+from connectomics.lightning.validation import slabs, validation_block
 from connectomics.models.batch_labels import labels_of
 from connectomics.models.gaps import with_gaps
 from connectomics.models.heads import HeadLosses, ids_of, split_channels
@@ -53,7 +53,7 @@ class ConnectomicsModule(pl.LightningModule):
 
     A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`), and
     with ``ids`` if there are ``model.heads`` (see `connectomics.models.targets`). A validation batch is a list of whole
-    crops (`ValidationCrop`), or None if no crop is left for this process.
+    crops (`CropVolume`), or None if no crop is left for this process.
 
     Logged metrics:
         ``train/loss`` (with heads: the sum over classes and heads), ``train/<loss name>``, ``train/loss/<head>``: means
@@ -246,13 +246,13 @@ class ConnectomicsModule(pl.LightningModule):
             self.challenge.reset()
         self.planes = []
 
-    def validation_step(self, batch: Sequence[ValidationCrop | None], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[CropVolume | None], batch_idx: int) -> None:
         """Predict whole crops and count; None stands for no crop."""
         for crop in batch:
             if crop is not None and crop.grid.size:
                 self._validate(crop)
 
-    def _validate(self, crop: ValidationCrop) -> None:
+    def _validate(self, crop: CropVolume) -> None:
         grid = crop.grid
         if self.only_a_look:
             grid = _middle(grid, self.window)
@@ -270,7 +270,7 @@ class ConnectomicsModule(pl.LightningModule):
             batch_size=1 if settings.batch_size == "auto" else settings.batch_size,
             block_size=validation_block(self.config, grid, sum(self.channel_groups), self.window),
             context=settings.context,
-            extent=_extent_of(crop, grid),
+            extent=crop.raw_extent.seen_from(crop.grid.index_range(grid.box)[0]),  # grid: a part of the crop's
             fit=WindowFit.of(self.config),
             device=str(self.device),
             inputs=[FurtherInput(crop.read_input, size, shape) for size, shape in inputs_of(self.config)],
@@ -287,7 +287,7 @@ class ConnectomicsModule(pl.LightningModule):
         if challenge is not None:
             challenge.finish()
 
-    def _plane(self, crop: ValidationCrop, grid: VoxelGrid) -> Plane | None:
+    def _plane(self, crop: CropVolume, grid: VoxelGrid) -> Plane | None:
         """Return the crop's middle z plane for a picture, without labels and prediction yet; None for no picture."""
         if not self.config.logging.images or not self.trainer.is_global_zero or len(self.planes) >= _PLANES:
             return None
@@ -383,12 +383,6 @@ class ConnectomicsModule(pl.LightningModule):
         counted = checkpoint[CHECKPOINT_KEY].get("seen")  # absent in older checkpoints, which end an epoch
         if counted is not None and self.trainer.is_global_zero:
             self.seen.load(counted)
-
-
-def _extent_of(crop: ValidationCrop, grid: VoxelGrid) -> Extent | None:
-    """Return the extent of raw in voxels of ``grid``, a part of the crop's grid."""
-    extent = crop.raw_extent
-    return None if extent is None else extent.seen_from(crop.grid.index_range(grid.box)[0])
 
 
 def _middle(grid: VoxelGrid, shape: Sequence[int]) -> VoxelGrid:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from connectomics.config import RunConfig
+from connectomics.config.few_labels import is_pretraining
 from connectomics.config.heads import heads_of
-from connectomics.config.pretraining import is_pretraining
+from connectomics.data.volumes import CropVolume
 from connectomics.errors import ConfigError, unknown_name
-from connectomics.lightning.validation import ValidationCrop
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, get_rules
 
 _BLOCK = (128, 128, 128)
@@ -48,7 +48,7 @@ def check_monitors(config: RunConfig) -> None:
             raise unknown_name("metric", monitor, names, f"{group}.monitor")
 
 
-def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | None]) -> None:
+def check_monitored_classes(config: RunConfig, crops: Iterable[CropVolume | None]) -> None:
     """Raise `ConfigError` if a monitored class is absent from the validation crops, so that it is never logged.
 
     Labels are read up to the first crop that holds the class, and only if the metric of a class is monitored.
@@ -58,7 +58,7 @@ def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | 
         monitors["checkpoint"] = config.checkpoint.monitor
     if config.early_stopping.patience > 0:
         monitors["early_stopping"] = config.early_stopping.monitor
-    own: list[ValidationCrop] | None = None
+    own: list[CropVolume] | None = None
     for group, monitor in monitors.items():
         first, *of = monitor.split("/")[:-1]
         if first != "val" or not of:
@@ -76,7 +76,7 @@ def check_monitored_classes(config: RunConfig, crops: Iterable[ValidationCrop | 
         )
 
 
-def _holds(config: RunConfig, crop: ValidationCrop, of: list[str], scored: bool) -> bool:
+def _holds(config: RunConfig, crop: CropVolume, of: list[str], scored: bool) -> bool:
     """Return whether a crop has ground truth for a metric of a class (``[class]``) or a head (``[class, kind]``)."""
     name = of[0]
     for _, block in crop.grid.blocks(_BLOCK):

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from connectomics.config.heads import Head
+from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
-from connectomics.lightning.validation import ValidationCrop
 from connectomics.models.targets import head_labels, reach
 
 _THRESHOLD = 0.5
@@ -126,9 +126,7 @@ class HeadScores(Sums):
         self.classes = tuple(dict.fromkeys(head.class_name for head in heads))
         self.margin = [max((reach(head)[axis] for head in heads), default=0) for axis in range(3)]
 
-    def add(
-        self, crop: ValidationCrop, block: VoxelGrid, probability: NDArray[np.float32], device: torch.device
-    ) -> None:
+    def add(self, crop: CropVolume, block: VoxelGrid, probability: NDArray[np.float32], device: torch.device) -> None:
         """Count a block: ``probability`` (H, d, h, w) of all heads' channels; ``device`` computes the targets."""
         ids = torch.from_numpy(crop.read_ids(block.grow(self.margin))).to(device)
         inside = tuple(slice(m, m + n) for m, n in zip(self.margin, block.shape, strict=True))

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from connectomics.config import RunConfig
-from connectomics.config.pretraining import is_pretraining
+from connectomics.config.few_labels import is_pretraining
 from connectomics.io.write import write_file
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.panels import gray_panel
@@ -36,7 +36,7 @@ class Reconstruction(NamedTuple):
 
 
 class PretrainingModule(ConnectomicsModule):
-    """Trains the network of a `connectomics.config.pretraining.pretraining_config` to reconstruct normalized raw.
+    """Trains the network of a `connectomics.config.few_labels.pretraining_config` to reconstruct normalized raw.
 
     Logged: ``train/loss``, ``train/loss_step``, ``train/lr``; ``val/loss`` on held-out raw, where the same voxels are
     hidden each time. Each validation also writes a picture, a row per patch: raw, what the network sees, and its

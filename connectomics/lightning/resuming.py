@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
+from connectomics.lightning.devices import of_all
 from connectomics.lightning.metrics_table import MetricsTable
 
 log = logging.getLogger(__name__)
@@ -28,22 +29,13 @@ _SUMS_KEY = "connectomics_epoch_sums"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def _of_all(trainer: pl.Trainer, state: Any) -> list[Any]:
-    """Return the states of all processes."""
-    if trainer.world_size == 1:
-        return [state]
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, state)
-    return gathered
-
-
 class RandomState(Callback):
     """Keeps the state of every process's random generators in the checkpoint, so that a resumed run continues as if it
     had not stopped."""
 
     def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Store the state of every process; Lightning calls this in all of them."""
-        checkpoint[_RANDOM_KEY] = _of_all(trainer, random_state())
+        checkpoint[_RANDOM_KEY] = of_all(trainer, random_state())
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Restore this process's state, if the number of processes is the same."""
@@ -189,7 +181,7 @@ class EpochSums(Callback):
             for key, metric in trainer.fit_loop.epoch_loop._results.items()
             if metric.is_tensor and metric.meta.on_epoch and not metric.has_reset
         }
-        checkpoint[_SUMS_KEY] = _of_all(trainer, sums)
+        checkpoint[_SUMS_KEY] = of_all(trainer, sums)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         """Keep this process's sums, if the number of processes is the same."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import platform
@@ -100,14 +101,14 @@ def state_of(folder: Path) -> RunState:
 
 
 def weights_file(path: str | Path) -> Path:
-    """Return the file that ``model.weights`` names: of a run folder its best checkpoint, else its last one."""
+    """Return the file of weights: of a run folder its best checkpoint, else its last one; of a file, the file."""
     given = Path(path)
     if not given.is_dir():
         return given
     best = given / "checkpoints/best.ckpt"
     found = best if best.is_file() else latest_checkpoint(given)
     if found is None:
-        raise MissingError(f"model.weights={path} is a folder without checkpoints; give a run folder or a checkpoint")
+        raise MissingError(f"{path} is a folder without checkpoints; give a trained run or a checkpoint")
     return found
 
 
@@ -117,6 +118,14 @@ def latest_checkpoint(folder: Path) -> Path | None:
     if last.is_file():
         return last
     return max((folder / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def metric_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a run's ``metrics.csv``, as text; [] if there is no file."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as table:
+        return list(csv.DictReader(table))
 
 
 def environment() -> dict[str, Any]:

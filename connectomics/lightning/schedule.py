@@ -10,10 +10,10 @@ from typing import Any
 
 import psutil
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
 from connectomics.config import RunConfig
+from connectomics.lightning.devices import of_all
 from connectomics.lightning.optim import learning_rate
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,9 @@ class Budget:
 
     def start(self, trainer: pl.Trainer) -> None:
         """Start the clocks."""
-        self._counts_cpu = trainer.local_rank == 0 or _starts_processes_elsewhere(trainer)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        elsewhere = environment is not None and environment.creates_processes_externally  # not children of the first
+        self._counts_cpu = trainer.local_rank == 0 or bool(elsewhere)
         self._began = self._clocks()
         self._share()
 
@@ -142,7 +144,7 @@ class Budget:
         self._last = time.perf_counter()
         now = self._clocks()
         spent = {kind: self._before[kind] + now[kind] - self._began[kind] for kind in self.limits}
-        self._spent = spent if alone else _of_all(trainer, spent)
+        self._spent = _of_all(trainer, spent)
         self._share()
 
     def begin_validation(self) -> None:
@@ -155,7 +157,7 @@ class Budget:
             return
         now = self._clocks()
         taken = {kind: now[kind] - self._validation_began[kind] for kind in self.limits}
-        self._validation = taken if trainer.world_size == 1 else _of_all(trainer, taken)
+        self._validation = _of_all(trainer, taken)
         for kind, limit in self.limits.items():
             if self._validation[kind] > limit / 4 and trainer.is_global_zero:
                 log.warning(
@@ -191,14 +193,7 @@ def cpu_seconds() -> float:
     return total
 
 
-def _starts_processes_elsewhere(trainer: pl.Trainer) -> bool:
-    """Whether the processes of a node are not children of its first one."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is not None and bool(environment.creates_processes_externally)
-
-
 def _of_all(trainer: pl.Trainer, times: dict[str, float]) -> dict[str, float]:
     """Return the same times in all processes: the largest on the clock, the sum of processor times."""
-    gathered: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(gathered, times)
+    gathered = of_all(trainer, times)
     return {kind: (max if kind == "clock" else sum)(each[kind] for each in gathered) for kind in times}

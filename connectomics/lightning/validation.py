@@ -1,11 +1,11 @@
-"""Crops that validation reads, and how its memory stays bounded for any number of classes."""
+"""How the memory of validation stays bounded for any number of classes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,48 +15,10 @@ from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import plan
 from connectomics.inference.windows import WindowFit
-from connectomics.io.mirror import Extent
 
 _PREDICTION = 3 << 30  # largest prediction of a block in bytes, if blocks of 32 voxels per side allow it
 _SLAB = 1 << 24  # labels (classes times voxels) unpacked at a time, 5 bytes each
 _LEAST = 32
-
-
-class ValidationCrop(Protocol):
-    """A crop that `ConnectomicsModule.validation_step` reads piece by piece."""
-
-    @property
-    def name(self) -> str:
-        """The crop's name."""
-
-    @property
-    def dataset(self) -> str:
-        """The data set's name."""
-
-    @property
-    def grid(self) -> VoxelGrid:
-        """The crop's voxels, at the run's voxel size."""
-
-    @property
-    def raw_extent(self) -> Extent | None:
-        """The extent of raw in voxels of ``grid``; None: everywhere."""
-
-    def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Return the network's input (d, h, w) float32, also beyond the crop (see `connectomics.io.mirror`)."""
-
-    def read_input(self, grid: VoxelGrid) -> NDArray[np.float32]:
-        """Return `read_image` on a grid of any voxel size; used with ``data.inputs`` only."""
-
-    def read_label_codes(self, grid: VoxelGrid) -> LabelCodes:
-        """Return three-state labels, unknown also where there is no raw."""
-
-    def read_instances(
-        self, class_name: str, grid: VoxelGrid
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]] | None:
-        """Return ids and known, (d, h, w), None without annotated ids; used with ``training.val_score`` only."""
-
-    def read_ids(self, grid: VoxelGrid) -> NDArray[np.int32]:
-        """Return ids (I, d, h, w), 0 background, -1 unknown, also beyond the crop; used with ``model.heads`` only."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional
 
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 
 
 def box_steps(length_nm: float, voxel_size: Sequence[float]) -> Index:
     """Return how many voxels (z, y, x) away a voxel may be to begin within ``length_nm`` of a voxel's center."""
     # a voxel s steps away begins s - 1/2 voxels from the center
-    z, y, x = (math.floor(length_nm / side + 0.5 + 1e-6) for side in voxel_size)
-    return z, y, x
+    return index(math.floor(length_nm / side + 0.5 + 1e-6) for side in voxel_size)
 
 
 def box_maximum(values: Tensor, steps: Index) -> Tensor:

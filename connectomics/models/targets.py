@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from connectomics.config.heads import Head
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple
+from connectomics.geometry import Index, Triple, index
 from connectomics.models.batch_labels import DenseLabels, Labels
 
 DISTANCE_REACH = 3.0  # scales at which distances are clipped: tanh(3) is 0.995
@@ -33,7 +33,8 @@ _THIN = 1e-4  # of sigma^2, added to variances, which are divisors and 0 for a s
 
 def head_labels(head: Head, ids: Tensor) -> Labels:
     """Return the targets of a head for the ids (B, D, H, W) of its class, as the losses take them."""
-    _check(ids)
+    if ids.ndim != 4 or ids.dtype != torch.int32:
+        raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")
     if head.kind == "affinities":
         return AffinityLabels(ids, head.offsets)
     if head.kind == "boundary":
@@ -49,11 +50,9 @@ def head_labels(head: Head, ids: Tensor) -> Labels:
 def reach(head: Head) -> Index:
     """Return how far (voxels, z y x) around a voxel its target depends on ids: the margin in which it is unknown."""
     if head.kind == "affinities":
-        z, y, x = (max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
-        return z, y, x
+        return index(max(abs(offset[axis]) for offset in head.offsets) for axis in range(3))
     far = {"boundary": 1.0, "distance": DISTANCE_REACH, "lsd": _WINDOW}[head.kind] * head.scale_nm
-    z, y, x = (math.ceil(far / side) + 1 for side in head.voxel_size)
-    return z, y, x
+    return index(math.ceil(far / side) + 1 for side in head.voxel_size)
 
 
 # -- affinities ------------------------------------------------------------------------------------------------------
@@ -258,8 +257,3 @@ def _describe(mask: Tensor, kernels: Sequence[Tensor], sigma_nm: float) -> Tenso
     ]
     parts = [*(m / (2 * sigma_nm) + 0.5 for m in mean), *variance, *(c / 2 + 0.5 for c in correlation), size]
     return torch.stack(parts).clamp_(0, 1)
-
-
-def _check(ids: Tensor) -> None:
-    if ids.ndim != 4 or ids.dtype != torch.int32:
-        raise InputError(f"ids of a class must be int32 (B, D, H, W), got {ids.dtype} {tuple(ids.shape)}")

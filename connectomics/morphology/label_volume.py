@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from connectomics.errors import IncompleteError, MetadataError
+from connectomics.errors import MetadataError
 from connectomics.geometry import Index, VoxelGrid
-from connectomics.io import store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.multiscale import Multiscale
 
@@ -33,11 +33,7 @@ class LabelVolume:
     def open(cls, dataset: str, crop: str, location: str) -> LabelVolume:
         """Return the labels at ``location``; raises `MissingError`, `IncompleteError`, `MetadataError` (no labels)."""
         source = Multiscale.open(location)
-        about = store.read_attrs(source.location).get("connectomics", {})
-        if about and about.get("artefact") != "labels":
-            raise MetadataError(f"{source.location}: expected labels, found {about.get('artefact')}; run decode on it")
-        if about and about.get("complete") is not True:
-            raise IncompleteError(f"{source.location} is only half written; rerun decode to complete it")
+        about = require_complete(source.location, "labels", foreign=True)
         level = source.levels[0]
         if level.dtype.kind not in "uib":
             raise MetadataError(f"{source.location}: labels must be whole numbers, found {level.dtype}")

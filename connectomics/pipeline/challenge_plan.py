@@ -15,7 +15,7 @@ from connectomics.cellmap.classes import CLASSES, unions_of
 from connectomics.cellmap.crop_table import CropTable, csv_rows
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.config import RunConfig
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError
 from connectomics.geometry import Box
 from connectomics.inference.symmetry import symmetries
 from connectomics.inference.windows import overlap_per_axis
@@ -23,6 +23,7 @@ from connectomics.io import store
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.write import write_file
 from connectomics.pipeline.data_facts import DataFacts, data_facts
+from connectomics.pipeline.file_templates import from_template
 from connectomics.pipeline.plan import MARK as PLAN_MARK
 from connectomics.pipeline.plan import MachineFacts, Plan, Plans, hours, machine_facts, propose
 from connectomics.pipeline.trial_step import try_step
@@ -121,7 +122,8 @@ def plan_challenge(
     unions = _share_atoms(found, data, from_atoms)
     found = [item for item in found if item.classes]
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
-    _require_free({**dict.fromkeys(files.values(), PLAN_MARK), folder / "Makefile": MARK}, overwrite)
+    for file, mark in {**dict.fromkeys(files.values(), PLAN_MARK), folder / "Makefile": MARK}.items():
+        require_own(file, contains(mark), "plan", overwrite=overwrite)
     costs = {}
     for number, item in enumerate(found):
         if datasets:
@@ -204,8 +206,10 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
         for name, parts in unions_of(atoms, True).items():
             owner = next((other for other in plans if name in other.classes), None)
             loses = owner is None or owner is not plan or crops[name] > min(crops[part] for part in parts)
-            if owner is None or name in _with_heads(owner) or (loses and not always):
+            if owner is None or (loses and not always):
                 continue
+            if name in {str(head.get("class_name")) for head in owner.settings.get("model.heads", [])}:
+                continue  # heads describe classes of their network
             owner.classes = tuple(other for other in owner.classes if other != name)
             for key, value in owner.settings.items():  # weights of classes
                 if isinstance(value, dict) and name in value and key != "decoding.classes":
@@ -216,18 +220,6 @@ def _share_atoms(plans: Sequence[Plan], data: DataFacts, always: bool) -> dict[s
             plan.choose("inference.groups", follow, "unions of their atoms, which this network predicts")
             found[plan.name] = tuple(follow)
     return found
-
-
-def _with_heads(plan: Plan) -> set[str]:
-    """Return the classes that heads of the network describe, which must stay among its classes."""
-    return {str(head.get("class_name")) for head in plan.settings.get("model.heads", [])}
-
-
-def _require_free(files: Mapping[Path, str], overwrite: bool) -> None:
-    for file, mark in files.items():
-        if file.exists() and not overwrite:
-            raise WriteError(f"{file} exists; add --overwrite, or give another --out")
-        require_own(file, contains(mark), "plan")
 
 
 def _notes(
@@ -263,78 +255,6 @@ def gpu_of(memory_gb: float | None, tflops: float | None) -> TargetGpu | None:
 #: First line of the Makefiles that are written.
 MARK = "# written by pytc plan --challenge"
 
-_BOOK = """\
-#
-# `make -n` prints the commands and `make` runs them, from the data to submission.zip, in this folder. After an error or
-# Ctrl-C, rerun it: finished steps (done/) are left out, and the step that was interrupted resumes. One step alone:
-# make fetch | train | predict | tune | merge | validate (merge also decodes). Do not use make -j: steps share the GPU.
-#
-# To add a network for the same classes (another voxel size or seed), write NAME.yaml beside the others and run
-# make PLANS='@PLANS@ NAME'. The better one by validation score is used for each class; with AVERAGE=2 the mean of both,
-# which needs the same dataset.split_file in both.
-#
-@NOTES@
-
-PYTC ?= pytc
-DATA := @DATA@
-CROPS ?= @CROPS@
-PLANS ?= @PLANS@
-# what to validate, if the crop table also asks for classes that no configuration has
-CLASSES ?= @CLASSES@
-# options and overrides of single steps, such as TRAIN="system.num_gpus=4"
-FETCH ?=
-TRAIN ?=
-PREDICT ?=
-TUNE ?=
-MERGE ?=
-AVERAGE ?= 1
-
-all: validate
-fetch: $(PLANS:%=done/fetch-%)
-train: $(PLANS:%=done/train-%)
-predict: $(PLANS:%=done/predict-%)
-tune: $(PLANS:%=done/tune-%)
-decode merge: done/merge
-
-done/fetch-%: %.yaml
-	@FETCH@
-	@mkdir -p done && touch $@
-
-done/train-%: done/fetch-%
-	$(PYTC) train $*.yaml --run-dir runs/$* --resume $(TRAIN)
-	@mkdir -p done && touch $@
-
-done/predict-%: done/train-%
-	$(PYTC) predict --checkpoint runs/$* --crops val --out val/$* $(PREDICT)
-	$(PYTC) predict --checkpoint runs/$* --crops $(CROPS) --out test/$* $(PREDICT)
-	@mkdir -p done && touch $@
-
-done/tune-%: done/predict-%
-	$(PYTC) tune val/$* $(DATA) --config runs/$*/config.yaml --out tuned/$* $(TUNE)
-	@mkdir -p done && touch $@
-
-SCORES := $(PLANS:%=--tuned tuned/%)
-ifneq ($(AVERAGE),1)
-# the mean has other best thresholds than each network alone
-done/tune-mean: $(PLANS:%=done/tune-%)
-	$(PYTC) merge val/mean $(PLANS:%=val/%) $(SCORES) --average $(AVERAGE)
-	$(PYTC) tune val/mean $(DATA) --config val/mean/decoding.yaml --out tuned/mean $(TUNE)
-	@mkdir -p done && touch $@
-done/merge: done/tune-mean
-MERGE += --average $(AVERAGE) --config tuned/mean/decoding.yaml
-endif
-
-done/merge: $(PLANS:%=done/tune-%)
-	$(PYTC) merge submission.zip $(PLANS:%=test/%) $(SCORES) --crops $(CROPS) $(MERGE)
-	@mkdir -p done && touch $@
-
-validate: done/merge
-	$(PYTC) validate submission.zip --crops $(CROPS) $(CLASSES:%=--class %)
-
-.PHONY: all fetch train predict tune decode merge validate
-.SECONDARY:
-"""
-
 
 def run_book(
     root: str, crops: str, plans: Sequence[str], notes: Sequence[str], source: str | None, classes: Sequence[str] = ()
@@ -347,21 +267,10 @@ def run_book(
         classes: what to validate; none: all that the table asks for.
         source: where `pytc fetch` finds the data, ``s3://bucket``; None: nowhere, the step does nothing.
     """
-    fetch = "@: these data are not public"
-    if source is not None:
-        fetch = f"$(PYTC) fetch $(DATA) --from {_word(source)} --for $< --crops $(CROPS) $(FETCH)"
-    filled = {
-        "@NOTES@": "\n".join(f"# {note}" for note in notes),
-        "@DATA@": _word(root),
-        "@CROPS@": _word(crops),
-        "@PLANS@": " ".join(plans),
-        "@CLASSES@": " ".join(classes),
-        "@FETCH@": fetch,
-    }
-    text = _BOOK
-    for mark, value in filled.items():
-        text = text.replace(mark, value)
-    return f"{MARK}\n{text}"
+    return from_template(
+        "Makefile", mark=MARK, data=_word(root), crops=_word(crops), plans=plans, notes=notes, classes=classes,
+        source=None if source is None else _word(source),
+    )  # fmt: skip
 
 
 def public_datasets() -> set[str]:

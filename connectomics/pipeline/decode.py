@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,20 +89,8 @@ def decode(
     source = Probabilities.open(probabilities)
     chosen = source.config or RunConfig() if config is None else as_config(config)
     import_plugins(chosen.plugins)
-    done = decode_predictions(
-        source.folder,
-        out,
-        decode_parameters(source.classes, chosen.decoding.default, chosen.decoding.classes),
-        classes=classes,
-        overwrite=overwrite,
-        resume=resume,
-        blockwise_above=chosen.decoding.blockwise_above,
-        block_progress=progress or silent,
-        engine=chosen.engine,
-        table=chosen.decoding.table,
-        storage=Storage.of(chosen.output),
-        pyramid=chosen.output.pyramid,
-    )
+    jobs = _jobs_of(source, out, chosen, classes)
+    done = do_jobs(jobs, chosen.engine, overwrite=overwrite, resume=resume, progress=progress or silent)
     return Labels(output_place(out), chosen, source.crops, tuple(place(item.location) for item in done))
 
 
@@ -119,11 +107,7 @@ def decode_estimate(
     from connectomics.tasks.estimate import estimate
 
     import_plugins(config.plugins)
-    source, decoding = Probabilities.open(probabilities), config.decoding
-    parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
-    how: dict[str, Any] = {"classes": classes, "storage": Storage.of(config.output), "pyramid": config.output.pyramid}
-    above, table = decoding.blockwise_above, decoding.table
-    jobs = decode_jobs(source.folder, out, parameters, blockwise_above=above, table=table, **how)
+    jobs = _jobs_of(Probabilities.open(probabilities), out, config, classes)
     left = [j for j in jobs if j.finished(overwrite=j.replaces(overwrite=overwrite, resume=resume)) is None]
     tasks = [job.task for job in left if job.task is not None]
     already, whole = f"{len(jobs) - len(left)} decoded already", f"{len(left) - len(tasks)} to decode whole"
@@ -146,46 +130,26 @@ class DecodedArray:
     skipped: bool
 
 
-def decode_predictions(
-    predictions_dir: str | Path,
-    output_dir: str | Path,
-    parameters: Mapping[str, DecodeParameters] | None = None,
+def do_jobs(
+    jobs: Sequence[DecodeJob],
+    engine: EngineConfig | None = None,
     *,
-    classes: Collection[str] | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: Progress = silent,
-    blockwise_above: int = BLOCKWISE_ABOVE,
-    block_progress: Progress = silent,
-    engine: EngineConfig | None = None,
-    table: str = "csv",
-    storage: Storage = Storage(),  # noqa: B008 (frozen)
-    pyramid: bool | str = "auto",
 ) -> list[DecodedArray]:
-    """Decode every class of every crop in a predictions folder, and return one result per array.
+    """Do the jobs of `decode_jobs`; return one result per array.
 
-    Labels get the same places below ``output_dir`` and the same grids, with a table ``instances.csv`` beside instances.
     Labels that were made from the same prediction with the same parameters are kept, so a killed run can be resumed.
     Files that decode did not write are never replaced. All of this is checked before the first array is decoded. Arrays
     in memory take about 6 bytes a voxel (watershed about 13).
 
     Args:
-        parameters: by class; a class without an entry gets the defaults of its kind.
-        classes, overwrite, resume: as for `decode`. progress: called after each array.
-        blockwise_above: voxels; larger arrays are decoded block by block. block_progress: called for their blocks.
-        engine: runs the blocks; None: this process. storage: how labels are stored.
-        table: ``parquet``: instance tables as Parquet too. pyramid: coarser levels; ``auto``: of large arrays.
-
-    Raises:
-        MissingError, IncompleteError, MetadataError, UnknownNameError, BlocksFailedError, WriteError: as for `decode`.
+        engine: runs the blocks of large arrays; None: this process. overwrite, resume, progress: as for `decode`.
     """
-    out = output_place(output_dir)
-    jobs = decode_jobs(
-        predictions_dir, out, parameters,
-        classes=classes, blockwise_above=blockwise_above, table=table, storage=storage, pyramid=pyramid,
-    )  # fmt: skip
-    if resume and not overwrite and not any(job.location.exists() or partial_of(job.location).exists() for job in jobs):
-        raise MissingError(f"--resume: nothing was begun below {out}; leave it out to begin")
+    begun = any(job.location.exists() or partial_of(job.location).exists() for job in jobs)
+    if resume and not overwrite and jobs and not begun:
+        raise MissingError(f"--resume: nothing was begun below {jobs[0].location.parents[2]}; leave it out to begin")
     shared = engine is not None and engine.share
     resume = resume or shared  # what other jobs have written is kept
     for job in jobs:
@@ -202,7 +166,7 @@ def decode_predictions(
             if result is None and job.task is not None:
                 workers = workers or stack.enter_context(open_engine(engine))
                 try:
-                    run_task(job.task, workers, named(block_progress, job.name), overwrite=replaces)
+                    run_task(job.task, workers, named(progress, job.name), overwrite=replaces)
                     result = job.decoded(objects_of(job.task))
                 except BlocksFailedError as error:  # the other arrays can still be decoded
                     failed.append(str(error))
@@ -213,7 +177,6 @@ def decode_predictions(
             if done == len(jobs) or jobs[done].location.parent != job.location.parent:
                 complete = all(is_complete(job.location.parent / name) for name in job.siblings)
                 update_attrs(job.location.parent, {"connectomics": {"artefact": "labels", "complete": complete}})
-            progress(done, len(jobs), job.name)
     if failed:
         raise BlocksFailedError("; ".join(failed))
     return results
@@ -301,6 +264,17 @@ class DecodeJob:
         return self.decoded(int(there["objects"]), True)
 
 
+def _jobs_of(
+    source: Probabilities, out: str | Path, config: RunConfig, classes: Collection[str] | None
+) -> list[DecodeJob]:
+    decoding, output = config.decoding, config.output
+    parameters = decode_parameters(source.classes, decoding.default, decoding.classes)
+    return decode_jobs(
+        source.folder, out, parameters, classes=classes, blockwise_above=decoding.blockwise_above,
+        table=decoding.table, storage=Storage.of(output), pyramid=output.pyramid,
+    )  # fmt: skip
+
+
 def decode_jobs(
     predictions_dir: str | Path,
     output_dir: str | Path,
@@ -312,7 +286,15 @@ def decode_jobs(
     storage: Storage = Storage(),  # noqa: B008 (frozen)
     pyramid: bool | str = "auto",
 ) -> list[DecodeJob]:
-    """Return what `decode_predictions` has to do, by data set, crop and class; its arguments and its errors."""
+    """Return what there is to decode in a predictions folder, by data set, crop and class; errors as for `decode`.
+
+    Labels get the same places below ``output_dir`` and the same grids, with a table ``instances.csv`` beside instances.
+
+    Args:
+        parameters: by class; a class without an entry gets the defaults of its kind. classes: only these.
+        blockwise_above: voxels; larger arrays are decoded block by block. storage: how labels are stored.
+        table: ``parquet``: instance tables as Parquet too. pyramid: coarser levels; ``auto``: of large arrays.
+    """
     root, out = place(predictions_dir), output_place(output_dir)
     if root.resolve() == out.resolve():
         raise InputError(f"cannot write labels into the predictions folder {root}; choose another output folder")

@@ -10,14 +10,14 @@ from connectomics.cellmap.catalog import Catalog, Crop
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
-from connectomics.errors import IncompleteError, MetadataError, MissingError
-from connectomics.io import store
+from connectomics.errors import MissingError
+from connectomics.io.artifacts import require_complete
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import has_column, has_keys, require_own
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import moves
-from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, get_rules
+from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
 from connectomics.pipeline.open_root import open_root
@@ -61,10 +61,29 @@ def evaluate(
         instead of labels. UnknownNameError: no label has this class, crop or data set. WriteError: ``out`` holds
         something else.
     """
-    files = None if out is None else evaluation_files(out)  # before the work
-    content = _compare_all(
-        Labels.open(labels).folder, open_root(root), classes, crops, datasets, rules, samples, progress
-    )
+    files, version = None if out is None else evaluation_files(out), get_rules(rules)  # before the work
+    folder, catalog = Labels.open(labels).folder, open_root(root)
+    found = chosen_arrays(folder, datasets, crops, classes)
+    rows, left_out, unknown = list[LabelEvaluation](), list[str](), dict[str, float]()
+    for done, (dataset, crop, name) in enumerate(found, start=1):
+        row = None
+        if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
+            location = folder / f"{dataset}.zarr" / crop / name
+            about = require_complete(location, "labels")
+            row = _compare(Multiscale.open(location), catalog.crop(dataset, crop), name, rules)
+            if row is not None and (share := unknown_share(about)):
+                unknown[f"{dataset}/{crop}/{name}"] = share
+        if row is None:
+            left_out.append(f"{dataset}/{crop}/{name}")
+        else:
+            rows.append(row)
+        if progress is not None:
+            progress(done, len(found), f"{dataset}/{crop}/{name}")
+    if not rows:
+        raise MissingError(
+            f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare"
+        )
+    content = _summary(rows, version, samples) | {"left_out": left_out, "unknown": unknown}
     if files is None:
         return Scores(content)
     trust = {"rules": content["rules"], "verified": content["verified"]}
@@ -88,40 +107,8 @@ def evaluation_files(out: str | Path) -> dict[str, Path]:
     return files
 
 
-def _compare_all(
-    labels: Path,
-    catalog: Catalog,
-    classes: Sequence[str] | None,
-    crops: Sequence[str] | None,
-    datasets: Sequence[str] | None,
-    rules: str,
-    samples: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    version = get_rules(rules)
-    found = chosen_arrays(labels, datasets, crops, classes)
-    rows: list[LabelEvaluation] = []
-    left_out: list[str] = []
-    unknown: dict[str, float] = {}
-    for done, (dataset, crop, name) in enumerate(found, start=1):
-        row = None
-        if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
-            location = store.join(str(labels), f"{dataset}.zarr", crop, name)
-            opened = _opened(location)
-            row = _compare(opened, catalog.crop(dataset, crop), name, rules)
-            if row is not None and (share := unknown_share(opened.attrs["connectomics"])):
-                unknown[f"{dataset}/{crop}/{name}"] = share
-        if row is None:
-            left_out.append(f"{dataset}/{crop}/{name}")
-        else:
-            rows.append(row)
-        if progress is not None:
-            progress(done, len(found), f"{dataset}/{crop}/{name}")
-    if not rows:
-        raise MissingError(
-            f"none of the labels in {labels} is of an annotated crop of {catalog.root}; nothing to compare"
-        )
-    options: dict[str, Any] = {"samples": samples, "rules": rules}
+def _summary(rows: Sequence[LabelEvaluation], version: Rules, samples: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"samples": samples, "rules": version.version}
     total = totals(rows, **options)
     overall = {name: totals(rows, samples=1, rules=other)["overall"] for name, other in RULES.items()}
     return {
@@ -134,21 +121,7 @@ def _compare_all(
         "crops": [
             row.to_dict() | ({} if (item := row.scored(version)) is None else {"score": score_of(item)}) for row in rows
         ],
-        "left_out": left_out,
-        "unknown": unknown,
     }
-
-
-def _opened(location: str) -> Multiscale:
-    """A label array, checked to be one and to be whole."""
-    about = store.read_attrs(location).get("connectomics", {})
-    if about.get("artefact") == "probability":
-        raise MetadataError(f"{location} holds probabilities, not labels; run decode first and evaluate its output")
-    if not about:
-        raise MetadataError(f"{location} was not written by decode; compare labels of other tools with pytc score")
-    if not about.get("complete", False):
-        raise IncompleteError(f"{location} is only half written; run decode again to finish it")
-    return Multiscale.open(location)
 
 
 def _with_intervals(row: dict[str, Any]) -> dict[str, Any]:

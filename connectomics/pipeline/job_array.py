@@ -12,27 +12,12 @@ from pathlib import Path
 
 from connectomics.errors import EngineError, InputError, unknown_name
 from connectomics.io.replacing import contains, require_own, write_file
+from connectomics.pipeline.file_templates import from_template
 
 #: Verbs whose blocks jobs can share.
 VERBS = ("predict", "decode", "measure", "mesh", "run-task")
 _MARK = "# Written by pytc array."
-_WARNING_S = 120  # before the time limit
-_REQUEUE = 99  # exit status with which LSF puts a job back
-
-_SLURM = """#SBATCH --job-name=pytc-{verb}
-#SBATCH --array=1-{jobs}
-#SBATCH --time={hours}:{minutes}:00
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --output={logs}/%A_%a.log
-#SBATCH --signal=B:USR1@{warning}"""
-_LSF = """#BSUB -J "pytc-{verb}[1-{jobs}]"
-#BSUB -W {hours}:{minutes}
-#BSUB -r
-#BSUB -Q {requeue}
-#BSUB -wa USR1 -wt {warning_minutes}
-#BSUB -o {logs}/%J_%I.log"""
-_BACK = {"slurm": 'scontrol requeue "$SLURM_JOB_ID"; exit 0', "lsf": f"exit {_REQUEUE}"}
+_QUEUES = ("slurm", "lsf")
 
 
 def array_script(
@@ -50,27 +35,17 @@ def array_script(
     Raises:
         InputError, UnknownNameError: the command, the queue, the number of jobs or the time do not fit.
     """
-    if queue not in _BACK:
-        raise unknown_name("queue", queue, tuple(_BACK))
+    if queue not in _QUEUES:
+        raise unknown_name("queue", queue, _QUEUES)
     if not words or words[0] not in VERBS:
         raise InputError(f"expected a command of {', '.join(VERBS)} after --, got {shlex.join(words) or 'nothing'}")
     limit = re.fullmatch(r"(\d{1,4}):(\d\d)", time)
     if jobs < 1 or limit is None:
         raise InputError(f"expected at least 1 job and a time of hours:minutes, got {jobs} and {time!r}")
-    head = (_SLURM if queue == "slurm" else _LSF).format(
-        verb=words[0], jobs=jobs, hours=limit[1], minutes=limit[2], logs=os.path.abspath(logs), requeue=_REQUEUE,
-        warning=_WARNING_S, warning_minutes=_WARNING_S // 60,
-    )  # fmt: skip
-    more = [f"#{'SBATCH' if queue == 'slurm' else 'BSUB'} {option}" for option in options]
-    command = shlex.join([sys.executable, "-m", "connectomics", *words, "engine.share=true"])
-    return "\n".join(
-        [
-            "#!/bin/bash", head, *more, _MARK,
-            "# Each job claims blocks until the output is complete. At its time limit it goes back into the queue.",
-            f"cd {shlex.quote(os.getcwd())} || exit 1",
-            f'back() {{ kill -TERM "$work"; wait "$work"; {_BACK[queue]}; }}', "trap back USR1",
-            f"{command} &", "work=$!", 'wait "$work"', "",
-        ]
+    return from_template(
+        "job_array.sh", queue=queue, verb=words[0], jobs=jobs, hours=limit[1], minutes=limit[2], mark=_MARK,
+        logs=os.path.abspath(logs), options=options, folder=shlex.quote(os.getcwd()),
+        command=shlex.join([sys.executable, "-m", "connectomics", *words, "engine.share=true"]),
     )  # fmt: skip
 
 

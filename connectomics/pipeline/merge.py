@@ -24,7 +24,7 @@ from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
 from connectomics.io.write import ensure_group
-from connectomics.pipeline.decode import decode_predictions
+from connectomics.pipeline.decode import decode_jobs, do_jobs
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.pipeline.runs import Run, best_values, open_run
 from connectomics.progress import Progress, named, silent
@@ -245,10 +245,10 @@ def merge(
             return Merged(probabilities, choices)
         labels = work / "labels"
         parameters = {name: choice.parameters for name, choice in choices.items()}
-        decode_predictions(
-            folder, labels, parameters, classes=list(choices), overwrite=overwrite, resume=overwrite,
-            blockwise_above=own.blockwise_above, block_progress=progress, engine=settings.engine, table=own.table,
-        )  # fmt: skip
+        jobs = decode_jobs(
+            folder, labels, parameters, classes=list(choices), blockwise_above=own.blockwise_above, table=own.table
+        )
+        do_jobs(jobs, settings.engine, overwrite=overwrite, resume=overwrite, progress=progress)
         selected = None if table is None else CropTable(tuple(row for row in table if row.class_name in choices))
         result = export_submission(
             labels, target, crops=selected if classes is not None else table, probabilities_dir=folder,

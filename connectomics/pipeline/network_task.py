@@ -14,7 +14,8 @@ from connectomics.config.heads import channel_names
 from connectomics.errors import InputError, MissingError
 from connectomics.inference.augmented import Network, dropout_on
 from connectomics.inference.predict_task import PredictTask
-from connectomics.pipeline.runs import Run, open_run
+from connectomics.lightning.run_state import weights_file
+from connectomics.pipeline.runs import Run
 
 if TYPE_CHECKING:
     import torch
@@ -142,27 +143,18 @@ def network_and_config(
     network: Run | str | Path | Sequence[str | Path], config: RunConfig | str | Path | None, overrides: Sequence[str]
 ) -> tuple[RunConfig, list[Path]]:
     """Return the configuration to predict with, and the checkpoint or package files."""
-    from connectomics.lightning.model_package import is_package, package_config
+    from connectomics.lightning.model_package import is_package, open_package
 
     given = [network] if isinstance(network, Run | str | Path) else list(network)
     folders = [item.folder if isinstance(item, Run) else Path(item) for item in given]
-    paths = [_checkpoint_of(folder) for folder in folders]
+    paths = [weights_file(folder) for folder in folders]
     if config is not None:
         return as_config(config, overrides), paths
     if is_package(paths[0]):
-        return package_config(paths[0], overrides), paths
+        return as_config(open_package(paths[0]).config, overrides), paths
     if not paths[0].exists():
         raise MissingError(f"no checkpoint at {paths[0]}; give a run folder, a checkpoint or a model package")
     file = paths[0].resolve().parent.parent / "config.yaml"
     if not file.is_file():
         raise MissingError(f"{paths[0]} is not in a run folder (no {file}); give a configuration as well")
     return load_config(file, overrides), paths
-
-
-def _checkpoint_of(place: Path) -> Path:
-    if not place.is_dir():
-        return place
-    found = open_run(place).checkpoint
-    if found is None:
-        raise MissingError(f"{place} has no checkpoint; finish the training, or give a checkpoint")
-    return found

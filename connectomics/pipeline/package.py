@@ -22,6 +22,7 @@ from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.lightning.run_state import weights_file
 from connectomics.models.registry import check_patch_size, fixed_patch_size
 from connectomics.pipeline.runs import Run, last_values
 
@@ -111,11 +112,7 @@ def checkpoint_of(source: str | Path | Run) -> tuple[Path, str]:
     """Return the best checkpoint of a run or its folder, or the file itself, and a name for what is made of it."""
     run = source.folder if isinstance(source, Run) else Path(source)
     name = f"{run.resolve().parent.name}-{run.resolve().name}" if run.is_dir() else run.stem
-    choices = [run / "checkpoints" / file for file in ("best.ckpt", "last.ckpt")] if run.is_dir() else [run]
-    checkpoint = next((file for file in choices if file.exists()), None)
-    if checkpoint is None:
-        raise MissingError(f"nothing at {' or '.join(map(str, choices))}; give a run folder or a checkpoint")
-    return checkpoint, name
+    return weights_file(run), name
 
 
 def target_of(out: str | Path, is_ours: Callable[[Path], bool], what: str, overwrite: bool) -> Path:

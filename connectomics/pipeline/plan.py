@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config import EPOCH_PATCHES, RunConfig, config_from_dict
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError
 from connectomics.io.replacing import contains, require_own
 from connectomics.io.store import is_s3
 from connectomics.io.write import write_file
@@ -144,9 +144,7 @@ def plan(
     found = propose(data, machine, place, minutes=minutes)
     files = {item.name: folder / f"{item.name}.yaml" for item in found}
     for file in files.values():
-        if file.exists() and not overwrite:
-            raise WriteError(f"{file} exists; add --overwrite, or give another --out")
-        require_own(file, contains(MARK), "plan")
+        require_own(file, contains(MARK), "plan", overwrite=overwrite)
     for number, item in enumerate(found):
         if datasets:
             item.choose("dataset.datasets", list(datasets), "as given")

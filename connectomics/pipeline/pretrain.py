@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from connectomics.config import RunConfig
-from connectomics.config.pretraining import pretraining_config
+from connectomics.config.few_labels import pretraining_config
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.train import train
 from connectomics.progress import Progress
@@ -32,7 +32,7 @@ def pretrain(
     Start a training with it by ``model.weights={run folder}``.
 
     Args:
-        config: the training to prepare; `connectomics.config.pretraining.pretraining_config` says what is used.
+        config: the training to prepare; `connectomics.config.few_labels.pretraining_config` says what is used.
         out, checkpoint, resume, overwrite, fast_dev_run, callbacks, progress: as in `train`.
 
     Returns:

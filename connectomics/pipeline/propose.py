@@ -35,7 +35,7 @@ from connectomics.data.run_split import half_patch
 from connectomics.data.splits import Split, parse_entry, select_entries
 from connectomics.decoding.parameters import decode_parameters
 from connectomics.errors import InputError, WriteError, unknown_name
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.inference.raw import Mask
 from connectomics.inference.symmetry import symmetries, windows_seen
 from connectomics.inference.windows import whole_index
@@ -107,7 +107,7 @@ def propose(
         WriteError: there is something else at ``out``, proposals without ``overwrite``, or a proposal that is done.
     """
     whole_index(list(size), "size", 1)
-    chosen_size = (int(size[0]), int(size[1]), int(size[2]))
+    chosen_size = index(size)
     for name, number, least in (("budget", budget, 1), ("candidates", candidates, 1), ("seed", seed, 0)):
         if number < least:
             raise InputError(f"{name} must be at least {least}, got {number}")

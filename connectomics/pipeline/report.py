@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError
-from connectomics.pages import ReportOptions, ReportSources, build_report
-from connectomics.pipeline.results import Labels, Probabilities, Scores
-from connectomics.pipeline.runs import Run
+from connectomics.pages.report.sources import OtherRun, ReportOptions, ReportSources
+from connectomics.pipeline.results import ArrayFolder, Labels, Probabilities, Scores
+from connectomics.pipeline.runs import Run, open_run
 from connectomics.progress import Progress
 
 
@@ -26,7 +27,7 @@ def report(
     Args:
         results: what `train`, `predict`, `decode`, and with ``out=`` `score` and `evaluate` returned, in any order.
         out: the page.
-        sources: further fields of `connectomics.pages.ReportSources`, such as ``truth=`` or ``data_root=``.
+        sources: further fields of `connectomics.pages.report.sources.ReportSources`, such as ``truth=``.
 
     Returns:
         The path of the page.
@@ -34,6 +35,8 @@ def report(
     Raises:
         InputError: nothing to report. WriteError: a file that is not a report is in the way.
     """
+    from connectomics.pages.report.build import build_report
+
     given: dict[str, Any] = {"title": title}
     for result in results:
         if isinstance(result, Run):
@@ -64,12 +67,8 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     Raises:
         MissingError: a path does not exist, or a folder holds nothing of its kind. InputError: more scores than runs.
     """
-    from connectomics.cellmap.crop_table import CropTable
-    from connectomics.pages import OtherRun
     from connectomics.pages.report.scores import Scores as ScoresFile
     from connectomics.pages.report.scores import evaluation_section
-    from connectomics.pipeline.results import ArrayFolder
-    from connectomics.pipeline.runs import open_run
 
     if len(scores) > max(1, len(runs)):
         raise InputError(f"{len(scores)} --scores for {len(runs)} --run; give each run its own scores.json, in order")

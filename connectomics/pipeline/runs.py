@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +10,8 @@ from typing import Any
 
 from connectomics.config.values import flat
 from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.run_state import ENVIRONMENT_FILE, RunState, state_of
+from connectomics.lightning.run_state import RunState, metric_rows, state_of
+from connectomics.pages.report.run_folder import read_config, starts_of
 
 _DEEP = 4  # folder levels that are searched for runs
 
@@ -82,19 +81,14 @@ def find_runs(folder: str | Path) -> list[Run]:
 
 def open_run(folder: str | Path) -> Run:
     """Return the run of a folder; raise `MissingError` if there is none, `MetadataError` if its files are broken."""
-    import yaml
-
     place = Path(folder)
     file = place / "config.yaml"
-    if not file.is_file():
+    config = read_config(place)
+    if config is None:
         raise MissingError(f"{place} is not a run folder: it has no config.yaml; `pytc runs` lists the runs")
-    try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MetadataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(config, dict):
+    if not config:
         raise MetadataError(f"{file} does not hold a configuration")
-    rows = _rows(place / "metrics.csv")
+    rows = metric_rows(place / "metrics.csv")
     about = config.get("checkpoint", {})
     monitor, mode = str(about.get("monitor", "val/dice")), about.get("mode", "max")
     values = [float(row[monitor]) for row in rows if row.get(monitor)]
@@ -108,7 +102,7 @@ def open_run(folder: str | Path) -> Run:
         monitor=monitor,
         best=(max if mode == "max" else min)(values, default=None),
         metrics=last_values(place / "metrics.csv"),
-        environment=_environment(place / ENVIRONMENT_FILE),
+        environment=next(reversed(starts_of(place)), {}),
         state=state_of(place),
     )
 
@@ -126,14 +120,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def last_values(table: Path) -> dict[str, float]:
     """Return the last value of every metric in a run's ``metrics.csv``; {} if there is no file."""
     values: dict[str, float] = {}
-    for row in _rows(table):
+    for row in metric_rows(table):
         values |= {k: float(v) for k, v in row.items() if k not in ("epoch", "step") and v}
     return values
 
 
 def best_values(run: Run) -> dict[str, float]:
     """Return the values of all metrics in the validation with the best score; {} if nothing was validated."""
-    for row in _rows(run.folder / "metrics.csv"):
+    for row in metric_rows(run.folder / "metrics.csv"):
         if row.get(run.monitor) and float(row[run.monitor]) == run.best:
             return {k: float(v) for k, v in row.items() if v}
     return {}
@@ -147,20 +141,3 @@ def _folders(place: Path, deep: int) -> Iterator[Path]:
         for child in sorted(place.iterdir()):
             if child.is_dir() and not child.is_symlink() and not child.name.endswith(".zarr") and child.name[0] != ".":
                 yield from _folders(child, deep - 1)
-
-
-def _rows(file: Path) -> list[dict[str, str]]:
-    if not file.is_file():
-        return []
-    with file.open(newline="", encoding="utf-8") as table:
-        return list(csv.DictReader(table))
-
-
-def _environment(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MetadataError(f"{file} is not valid JSON ({error})") from error
-    return dict(found[-1]) if found else {}

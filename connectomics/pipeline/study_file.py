@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
@@ -16,12 +15,12 @@ from pydantic import Field
 
 from connectomics.config import (
     RunConfig,
+    as_config,
     check_config,
     config_from_dict,
     config_to_dict,
     known_keys,
     load_config,
-    save_config,
 )
 from connectomics.config.values import Group, one_of, read
 from connectomics.errors import ConfigError, ConnectomicsError, MissingError, nearest
@@ -152,12 +151,7 @@ def _base(study: StudyFile, file: Path, overrides: Sequence[str]) -> RunConfig:
         base = config_from_dict(study.base)
     else:
         raise ConfigError(f"{file}: base must be a configuration file or its content, got {study.base!r}")
-    base = changed(base, study.overrides, f"{file}, overrides")
-    if overrides:
-        with tempfile.TemporaryDirectory() as folder:
-            save_config(base, Path(folder, "base.yaml"))
-            base = load_config(Path(folder, "base.yaml"), overrides)
-    return base
+    return as_config(changed(base, study.overrides, f"{file}, overrides"), overrides)
 
 
 def changed(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:

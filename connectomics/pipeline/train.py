@@ -19,6 +19,7 @@ from connectomics.config.values import flat, plain
 from connectomics.errors import ConfigError, InputError, WriteError
 from connectomics.io.location import local_path
 from connectomics.lightning.run_state import RunState
+from connectomics.machine import is_first_process
 from connectomics.pipeline.runs import Run, open_run
 from connectomics.pipeline.targets import predicted_classes
 from connectomics.progress import Progress
@@ -101,7 +102,7 @@ def train(
 
     from connectomics.lightning.adapters import add_adapters
     from connectomics.lightning.checkpoints import check_resumable
-    from connectomics.lightning.devices import is_first_process, set_threads, this_machine
+    from connectomics.lightning.devices import set_threads, this_machine
     from connectomics.lightning.fine_tuning import begin_with
     from connectomics.lightning.pretraining import module_of
     from connectomics.lightning.run_state import keep_state, require_run_folder, save_environment
@@ -142,7 +143,6 @@ def train(
 
 def _start(folder: Path, checkpoint: str | Path | None, resume: bool, overwrite: bool) -> str | Path | None:
     """Return the checkpoint to resume from, None to start; refuse to replace the checkpoints of another run."""
-    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.run_state import latest_checkpoint
 
     if checkpoint is not None and resume:
@@ -191,7 +191,6 @@ def _fit(
 ) -> pl.Trainer:
     """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
     from connectomics.data.normalization import with_normalization
-    from connectomics.lightning.devices import is_first_process
     from connectomics.lightning.fine_tuning import update_batch_norm
     from connectomics.lightning.monitors import check_monitored_classes
     from connectomics.lightning.network import prepare_training
@@ -253,7 +252,6 @@ def _first_batches(data: pl.LightningDataModule, key: str, hint: str) -> Iterato
 def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:
     """Return the data module of the configuration, set up, and write its split to the run folder."""
     from connectomics.data.datamodule import CellMapDataModule
-    from connectomics.lightning.devices import is_first_process
 
     data = CellMapDataModule(config, folder, progress)
     data.setup("fit")
@@ -301,7 +299,6 @@ class _LateFile(logging.FileHandler):
 @contextmanager
 def _log_file(path: Path | None) -> Iterator[None]:
     """Also write the log and warnings of the first process to a file."""
-    from connectomics.lightning.devices import is_first_process
 
     if path is None or not is_first_process():
         yield

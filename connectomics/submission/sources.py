@@ -17,8 +17,9 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.decoding.prediction import find_arrays
 from connectomics.decoding.probabilities import DTYPES, unit_of
-from connectomics.errors import CorruptDataError, IncompleteError, InputError, MetadataError
+from connectomics.errors import CorruptDataError, InputError, MetadataError
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.location import is_s3
 from connectomics.io.multiscale import Multiscale
@@ -49,13 +50,8 @@ class ZarrSource:
     def open(cls, location: Path) -> ZarrSource:
         """`IncompleteError` where it is half written, `MetadataError` where it is neither labels nor probabilities."""
         volume = Multiscale.open(str(location))
-        about = volume.attrs.get("connectomics", {})
-        if about and about.get("complete") is not True:
-            raise IncompleteError(f"{location} is only half written; run the stage that makes it to its end first")
-        form = about.get("artefact", "labels")
-        level = volume.levels[0]
-        if form not in ("labels", "probability"):
-            raise MetadataError(f"{location}: expected labels or probabilities, got {form!r}")
+        about = require_complete(location, "labels", "probability", foreign=True)
+        form, level = about.get("artefact", "labels"), volume.levels[0]
         if level.dtype not in DTYPES if form == "probability" else level.dtype.kind not in "biu":
             need = "uint8 (value/255) or float16" if form == "probability" else "integers"
             raise MetadataError(f"{location}: {form} must be {need}, found {level.dtype}")

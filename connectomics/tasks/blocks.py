@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, WriteError
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 from connectomics.io.place import S3Path
 from connectomics.io.write import write_file
 from connectomics.tasks.lease import change
@@ -39,8 +39,7 @@ class Lattice:
     @property
     def counts(self) -> Index:
         """Blocks along each axis."""
-        z, y, x = (-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
-        return z, y, x
+        return index(-(-n // b) for n, b in zip(self.shape, self.block, strict=True))
 
     def __len__(self) -> int:
         z, y, x = self.counts

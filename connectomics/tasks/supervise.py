@@ -154,7 +154,10 @@ class Child:
         except subprocess.TimeoutExpired:  # it has only closed the socket
             self._process.kill()
             code = self._process.wait()
-        return f"its worker died ({_signal_name(-code)})" if code < 0 else f"its worker ended (exit code {code})"
+        if code >= 0:
+            return f"its worker ended (exit code {code})"
+        out_of_memory = ", perhaps because the machine ran out of memory" if -code == signal.SIGKILL else ""
+        return f"its worker died (signal {-code}{out_of_memory})"
 
     def _dead(self, why: str) -> Batch:
         """Report a dead process: its current block has failed, unless it had not started yet."""
@@ -162,8 +165,3 @@ class Child:
             return self._tally.report(unopened=why)
         self._tally.add(self._tally.left[0], ConnectomicsError(why))
         return self._tally.report()
-
-
-def _signal_name(number: int) -> str:
-    out_of_memory = ", perhaps because the machine ran out of memory" if number == signal.SIGKILL else ""
-    return f"signal {number}{out_of_memory}"

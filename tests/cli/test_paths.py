@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from connectomics.errors import ConfigError, WriteError
 from connectomics.io.location import is_url, local_path
 from connectomics.io.write import create_array, write_file
 from connectomics.metrics.tables import write_csv, write_json
-from connectomics.pages import ReportSources, build_report
+from connectomics.pages.report.build import build_report
+from connectomics.pages.report.sources import ReportSources
 from connectomics.phantom import make_phantom
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_tasks
 from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.pipeline.package import write_package
@@ -30,6 +31,7 @@ from connectomics.pipeline.train import choose_run_dir, train
 from connectomics.pipeline.tune import tune
 from connectomics.submission import export_submission
 from tests.cli.small_way import Way, pytc
+from tests.decoding.decode_kit import decode_predictions
 
 URL = "s3://bucket/x"
 CLI = Path(plan_script.__file__).parent
@@ -184,11 +186,13 @@ def test_a_root_on_s3_may_stand_where_a_configuration_would(
     seen: list[str] = []
     monkeypatch.setattr("connectomics.lightning.model_package.is_package", lambda model: True)
 
-    def config(model: Path, overrides: list[str]) -> RunConfig:
+    def config(config: RunConfig, overrides: list[str]) -> RunConfig:
         seen.extend(overrides)
         raise WriteError("seen")
 
-    monkeypatch.setattr("connectomics.lightning.model_package.package_config", config)
+    package = SimpleNamespace(config=RunConfig())
+    monkeypatch.setattr("connectomics.lightning.model_package.open_package", lambda model: package)
+    monkeypatch.setattr("connectomics.pipeline.network_task.as_config", config)
     assert main(["predict", "--checkpoint", "a.pytc", "dataset.data_root=s3://bucket/x", "--box", "a:0,0,0:1,1,1"]) == 1
     assert seen == ["dataset.data_root=s3://bucket/x"]
 

@@ -20,7 +20,6 @@ from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, IncompleteError, InputError, MetadataError, MissingError
 from connectomics.io import store
 from connectomics.io.write import update_attrs
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
 from tests.decoding.affinity_kit import (
@@ -33,6 +32,7 @@ from tests.decoding.affinity_kit import (
     read_labels,
     write_prediction,
 )
+from tests.decoding.decode_kit import decode_predictions
 from tests.trees import contents
 
 METHODS = ["mutex_watershed", "agglomeration"]

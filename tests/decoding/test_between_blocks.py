@@ -25,9 +25,9 @@ from connectomics.errors import BlocksFailedError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.run_task import load_task
 from connectomics.tasks import run_task
+from tests.decoding.decode_kit import decode_predictions
 
 STAGES = ("label", "unite", "cores", "grow", "unite-grown", "write")
 KINDS = {"cc3d": ComponentsTask, "watershed": WatershedTask}

@@ -30,10 +30,11 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
-from connectomics.pipeline.decode import BLOCKWISE_ABOVE, decode_predictions
+from connectomics.pipeline.decode import BLOCKWISE_ABOVE
 from connectomics.tasks import run_task
 from connectomics.tasks.blocks import BlockFiles, Lattice
 from connectomics.tasks.estimate import estimate
+from tests.decoding.decode_kit import decode_predictions
 from tests.trees import contents
 
 SIZE = (8.0, 4.0, 5.24)

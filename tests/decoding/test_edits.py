@@ -349,7 +349,7 @@ def test_the_verb(labels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_decoded_labels_keep_what_they_say(tmp_path: Path) -> None:
-    from connectomics.pipeline.decode import decode_predictions
+    from tests.decoding.decode_kit import decode_predictions
     from tests.decoding.test_blocks import write_input
 
     probability = (dumbbell() > 0).astype(np.uint8) * 255
@@ -367,7 +367,7 @@ def test_decoded_labels_keep_what_they_say(tmp_path: Path) -> None:
 
 
 def test_edited_labels_have_coarser_levels_if_the_labels_do(tmp_path: Path) -> None:
-    from connectomics.pipeline.decode import decode_predictions
+    from tests.decoding.decode_kit import decode_predictions
     from tests.decoding.test_blocks import write_input
 
     probability = np.zeros((70, 20, 24), np.uint8)

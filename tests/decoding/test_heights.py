@@ -18,9 +18,9 @@ from connectomics.errors import ConfigError, IncompleteError, InputError, Metada
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import update_attrs, write_multiscale
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.tasks import run_task
 from tests.decoding import watershed_reference as reference
+from tests.decoding.decode_kit import decode_predictions
 
 SIZE = (8.0, 8.0, 8.0)
 

@@ -21,7 +21,7 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import StoreError
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.decode import decode_predictions
+from tests.decoding.decode_kit import decode_predictions
 from tests.s3_server import FaultyProxy, FolderServer
 
 GRID = VoxelGrid((8, 8, 8), (4, 4, 4), (16, 16, 96))

@@ -18,9 +18,10 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import S3Path, output_place, place, remove_tree, walk
 from connectomics.io.write import ArrayWriter, create_array, write_multiscale
-from connectomics.pipeline.decode import decode_jobs, decode_predictions
+from connectomics.pipeline.decode import decode_jobs
 from connectomics.pipeline.mesh import mesh_tasks
 from connectomics.tasks import run_task
+from tests.decoding.decode_kit import decode_predictions
 from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer, MotoServer
 
 ROOT = S3Path(f"s3://{BUCKET}")

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from connectomics.cellmap.label_codes import LabelCodes, LabelStates
 from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
+from connectomics.io.mirror import Extent
 
 SIDE = 16
 VOXEL = (8.0, 8.0, 8.0)
@@ -110,8 +111,8 @@ class MadeUpCrop:
     dataset: str = "made_up"
 
     @property
-    def raw_extent(self) -> None:
-        return None
+    def raw_extent(self) -> Extent:
+        return Extent((-(2**20),) * 3, (2**20,) * 3)
 
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         return world_image(grid)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize
 
 import connectomics
-from connectomics.config.adapters import AdaptersConfig
+from connectomics.config.few_labels import AdaptersConfig
 from connectomics.errors import ConfigError, InputError
 from connectomics.lightning.adapters import LowRank, add_adapters, merged
 from connectomics.lightning.checkpoints import load_module, load_network, read_checkpoint

@@ -135,8 +135,8 @@ def test_the_verb_takes_a_run_folder(
     assert open_package(made).about["license"] == "MIT"
     capfd.readouterr()
     for arguments, expected in (
-        ([str(tmp_path)], "checkpoints/best.ckpt"),
-        ([str(tmp_path / "nowhere")], "nothing at"),
+        ([str(tmp_path)], "without checkpoints"),
+        ([str(tmp_path / "nowhere")], "no checkpoint at"),
         ([str(run)], "--overwrite"),
         ([str(run), "--scores", "nowhere.json"], "no scores at"),
         ([str(made), "--out", str(tmp_path)], "is a folder"),

@@ -18,14 +18,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar
 from connectomics.config.schema import OptimizerConfig, SchedulerConfig
 from connectomics.errors import ConfigError
 from connectomics.lightning.callbacks import BestCheckpoint
-from connectomics.lightning.devices import Machine, choose_machine, is_first_process, set_threads
+from connectomics.lightning.devices import Machine, choose_machine, set_threads
 from connectomics.lightning.metrics_table import MetricsTable
 from connectomics.lightning.optim import build_optimizer, learning_rate
 from connectomics.lightning.panels import Plane, panel
 from connectomics.lightning.resuming import RandomState, random_state, set_random_state
 from connectomics.lightning.timing import PlainProgress
 from connectomics.lightning.trainer import build_trainer
-from connectomics.machine import cpu_has_bfloat16
+from connectomics.machine import cpu_has_bfloat16, is_first_process
 from tests.lightning.synthetic_run import tiny_config
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from connectomics.config import RunConfig, load_config, save_config
-from connectomics.config.pretraining import pretraining_config
+from connectomics.config.few_labels import pretraining_config
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.patches import centered
 from connectomics.errors import ConfigError, InputError, UnknownNameError

@@ -23,6 +23,7 @@ from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import predict_blocks
+from connectomics.io.mirror import Extent
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, summarize, totals
@@ -55,8 +56,8 @@ class Annotated:
         return tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
 
     @property
-    def raw_extent(self) -> None:
-        return None
+    def raw_extent(self) -> Extent:
+        return Extent((-(2**20),) * 3, (2**20,) * 3)
 
     def read_image(self, grid: VoxelGrid) -> NDArray[np.float32]:
         begin = np.rint(self.grid.to_index(grid.translation)).astype(int)

@@ -94,7 +94,7 @@ def test_a_folder_of_decoded_labels(truth: Path, submission: Path, tmp_path: Pat
     expected = plain_numbers(score_submission(submission, truth))
     assert plain_numbers(score_submission(tmp_path / "out", truth)) == expected
     for change, error, says in (
-        ({"artefact": "probability"}, InputError, "probabilities, not labels"),
+        ({"artefact": "probability"}, MetadataError, "expected labels written by decode"),
         ({"artefact": "labels", "complete": False}, IncompleteError, "half written"),
     ):
         about = tmp_path / "out/a.zarr/crop1/mito/.zattrs"

@@ -304,7 +304,7 @@ def test_bad_input_is_named(labels: Path, tmp_path: Path) -> None:
     with pytest.raises(IncompleteError, match="half written"):
         measure_labels(measure_tasks(labels, out, classes=["ld"]))
     stored(labels, noise(2), (8, 8, 8), "np", artefact="probability")
-    with pytest.raises(MetadataError, match="expected labels, found probability"):
+    with pytest.raises(MetadataError, match="expected labels written by decode, got probability"):
         measure_labels(measure_tasks(labels, out, classes=["np"]))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WriteError, match="cannot write"):

@@ -15,7 +15,7 @@ from connectomics.cellmap.annotation import Annotation
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import create_array, create_multiscale, ensure_group, write_multiscale
-from connectomics.pages import ReportSources
+from connectomics.pages.report.sources import ReportSources
 
 DATASETS = ("jrc_iso", "jrc_aniso")
 #: Grids of the truth: nm, z y x; offsets are centres of first voxels on no other lattice.

@@ -239,7 +239,7 @@ def test_predicted_objects_keep_their_ids(root: Path, tmp_path: Path) -> None:
     update_attrs(
         tmp_path / "other/cube.zarr/box_1/mito", {"connectomics": {"artefact": "probability", "complete": True}}
     )
-    with pytest.raises(MetadataError, match="run 'pytc decode'"):
+    with pytest.raises(MetadataError, match="run decode first"):
         cx.annotate(root, crop=1, classes=["mito"], labels=tmp_path / "other")
 
 

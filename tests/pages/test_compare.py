@@ -10,8 +10,9 @@ import pytest
 
 from connectomics.cli import main
 from connectomics.config.values import flat
-from connectomics.pages import OtherRun, ReportOptions, ReportSources, build_report
 from connectomics.pages.report import compare
+from connectomics.pages.report.build import build_report
+from connectomics.pages.report.sources import OtherRun, ReportOptions, ReportSources
 
 from .conftest import Made
 from .test_report import Reader

@@ -363,7 +363,7 @@ def test_what_others_wrote_is_shown_as_text(found: Inspection, tmp_path: Path) -
 def test_a_page_that_is_there_is_kept_unless_told(found: Inspection, tmp_path: Path) -> None:
     out = tmp_path / "inspect.html"
     out.write_text("mine")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(WriteError, match="--overwrite"):
         write_page(out, found)
     with pytest.raises(WriteError, match="not written by inspect"):
         write_page(out, found, overwrite=True)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from connectomics.errors import InputError
-from connectomics.pages import ReportOptions, ReportSources, build_report
+from connectomics.pages.report.build import build_report
+from connectomics.pages.report.sources import ReportOptions, ReportSources
 
 from .conftest import GRIDS, Made, balls
 
@@ -183,7 +184,7 @@ def test_half_written_labels_are_not_shown_as_whole(made: Made, tmp_path: Path) 
     content["connectomics"]["complete"] = False
     attrs.write_text(json.dumps(content))
     page = Reader(build_report(tmp_path, replace(made.sources, labels=labels), ReportOptions(viewers=0)))
-    assert sum("is incomplete" in note for note in page.notes) == 1
+    assert sum("only half written" in note for note in page.notes) == 1
     shown = [a["aria-label"] for tag, a in page.tags if tag == "svg" and "aria-label" in a]
     assert not any(s.startswith("prediction: crop7 mito") for s in shown)
     assert any(s.startswith("truth: crop7 mito") for s in shown)

@@ -22,9 +22,9 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.morphology.contacts import ContactSpec
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of, summary
 from connectomics.pages.view.class_maps import merged
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.measure import measure_labels, measure_tasks
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.decoding.decode_kit import decode_predictions
 
 SCORED = [name for name, about in CLASSES.items() if about.scored]
 SHAPE = (12, 10, 8)

@@ -13,10 +13,10 @@ from connectomics.config import load_config
 from connectomics.errors import ConfigError, InputError, UnknownNameError
 from connectomics.inference.trained_network import with_unions
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.predict import predict_cellmap_crops
 from tests.cellmap.roots import grid_of, write_label, write_raw
+from tests.decoding.decode_kit import decode_predictions
 from tests.pipeline.test_predict_crops import config_of, save_checkpoint
 
 ATOMS = ["mito_mem", "mito_lum", "mito_ribo"]

@@ -19,10 +19,10 @@ from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.cellmap_metrics import evaluate_instance
 from connectomics.metrics.challenge import score_instance
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.predict import predict_cellmap_crops
 from connectomics.pipeline.targets import Target, box_target, grids_of
 from connectomics.pipeline.train import train
+from tests.decoding.decode_kit import decode_predictions
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADS = (

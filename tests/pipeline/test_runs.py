@@ -92,7 +92,7 @@ def test_the_verb_lists_and_compares(folder: Path, tmp_path: Path, capsys: pytes
         (["runs", str(tmp_path / "nowhere")], "no folder"),
         (["runs", "--compare", pair[0]], "at least two runs"),
         (["runs", "--compare", pair[0], str(tmp_path)], "not a run folder"),
-        (["runs", str(tmp_path)], "cannot be read"),
+        (["runs", str(tmp_path)], "cannot read"),
     ):
         assert main(arguments) == 1
         assert error in capsys.readouterr().err

@@ -23,9 +23,10 @@ from connectomics.io.artifacts import about
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.pages.view.layers import _artifacts
-from connectomics.pipeline.decode import decode, decode_jobs, decode_predictions
+from connectomics.pipeline.decode import decode, decode_jobs
 from connectomics.pipeline.measure import measure_labels, measure_tasks
 from connectomics.submission import export_submission
+from tests.decoding.decode_kit import decode_predictions
 from tests.starter import Starter
 from tests.trees import contents
 
@@ -167,7 +168,6 @@ import torch
 from connectomics.io.sharded import Storage
 from connectomics.inference.predict_task import run_predict_task
 from tests.pipeline.test_sharded_output import predict_task, smooth, STORAGES
-from connectomics.pipeline.decode import decode_predictions
 calls = 0
 def network(x):
     global calls

@@ -19,12 +19,12 @@ from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.evaluate import evaluate
 from connectomics.pipeline.tune import TunedClass, tune
 from connectomics.pipeline.tune_space import threshold_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 from tests.decoding.affinity_kit import OFFSETS, write_prediction
+from tests.decoding.decode_kit import decode_predictions
 
 SHAPE = (24, 32, 32)
 UNKNOWN = 255

@@ -400,7 +400,7 @@ def test_half_written_and_foreign_sources_are_refused(tmp_path):
     with pytest.raises(MetadataError, match="labels must be integers, found float32"):
         export_submission(tmp_path / "p", tmp_path / "s.zip", crops=TABLE)
     write(tmp_path / "p", ("one", "crop7", "er"), np.ones(PLAIN.shape, np.uint8), PLAIN, artefact="affinities")
-    with pytest.raises(MetadataError, match="got 'affinities'"):
+    with pytest.raises(MetadataError, match="got affinities; run decode or predict first"):
         export_submission(tmp_path / "p", tmp_path / "s.zip", crops=TABLE)
     write_multiscale(tmp_path / "q/one.zarr/crop7/er", np.ones(PLAIN.shape, np.uint8), PLAIN)  # not ours: fine
     assert export_submission(tmp_path / "q", tmp_path / "s.zip", crops=TABLE).written == ("crop7/er",)

@@ -30,9 +30,9 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of
-from connectomics.pipeline.decode import decode_predictions
 from connectomics.pipeline.status import status
 from connectomics.tasks import DoneMap, run_task
+from tests.decoding.decode_kit import decode_predictions
 from tests.trees import contents
 
 SHAPE = (140, 11, 21)

@@ -27,7 +27,7 @@ from connectomics.data.augmentation.spatial_transforms import TRANSFORMS, PatchF
 from connectomics.data.augmentation.tissue_transforms import TISSUE_TRANSFORMS, TissueTransform
 from connectomics.data.patches import PackedPatch
 from connectomics.errors import ConfigError
-from connectomics.geometry import Triple, triple
+from connectomics.geometry import Triple, index, triple
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +64,7 @@ class SpatialAugmentor:
         Raises:
             ConfigError: an argument is unknown or has a bad value, or a transform would move image or label alone.
         """
-        frame = PatchFrame(
-            (int(patch_size[0]), int(patch_size[1]), int(patch_size[2])), triple(voxel_size, "voxel_size")
-        )
+        frame = PatchFrame(index(patch_size), triple(voxel_size, "voxel_size"))
         fused: list[tuple[str, SpatialTransform]] = []
         remaining: dict[str, Any] = {}
         before_labels = True

@@ -66,7 +66,8 @@ def _build_labels(
     grid, classes, path = volume.grid, volume.classes, folder / "codes.npy"
     table = StateTable(classes, volume.instances, volume.soft)
     histogram = np.zeros(1, np.int64)
-    seeds = np.array([_seed(volume.crop.key, name) for name in classes], np.uint64)
+    digests = (hashlib.sha256(f"{volume.crop.key} {name}".encode()).digest() for name in classes)
+    seeds = np.array([int.from_bytes(digest[:8], "little") for digest in digests], np.uint64)
     priorities, places = np.zeros((len(classes), POINTS), np.uint64), np.zeros((len(classes), POINTS), np.int64)
     used = np.zeros(len(classes), np.int64)
     dtype = code_dtype(1)
@@ -142,10 +143,6 @@ def _rows(grid: VoxelGrid) -> Iterator[tuple[tuple[int, int], VoxelGrid]]:
     """Split the grid into bars of blocks along x: first plane and line of each bar, and its grid."""
     for (z, y, _), row in grid.blocks((_BLOCK[0], _BLOCK[1], max(1, grid.shape[2]))):
         yield (z, y), row
-
-
-def _seed(crop: str, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{crop} {name}".encode()).digest()[:8], "little")
 
 
 @numba.njit(cache=True, nogil=True)

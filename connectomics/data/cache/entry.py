@@ -31,7 +31,7 @@ from connectomics.cellmap.labels import arrays_needed
 from connectomics.config.values import read
 from connectomics.data.arrays import CropArrays
 from connectomics.errors import ConnectomicsError, CorruptDataError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.s3 import in_parallel
 from connectomics.io.store import is_s3
@@ -201,8 +201,7 @@ class CachedCrop:
     @cached_property
     def raw_begin(self) -> Index:
         """Lattice index of the first voxel of raw."""
-        z, y, x = np.round(self.label_grid.to_index(self.raw_grid.translation)).astype(int).tolist()
-        return z, y, x
+        return index(np.round(self.label_grid.to_index(self.raw_grid.translation)).astype(int))
 
     def _map(self, name: str) -> NDArray[Any]:
         return self.files[name].map(self.folder / name)

@@ -22,7 +22,7 @@ from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, SampledCrop
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError, unknown_name
-from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 from connectomics.io.normalization import Normalization
 from connectomics.io.store import StoreOptions
 
@@ -117,7 +117,7 @@ class CropPatches(BaseDataset):
         if len(patch_size) != 3 or min(patch_size) < 1:
             raise InputError(f"patch_size must be three positive whole numbers (z, y, x), found {list(patch_size)}")
         self.classes = tuple(classes)
-        self.patch_size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
+        self.patch_size = index(patch_size)
         self.voxel_size = triple(resolution, "resolution")
         self.options = options
         for name in options.instances:

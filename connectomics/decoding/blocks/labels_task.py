@@ -282,7 +282,8 @@ class LabelsTask(BlockTask):
             grids, objects = self.level_grids, self.conclude()
             for level in self.folder.glob("s*"):
                 if int(level.name[1:]) < len(grids):
-                    _remove_unfinished_chunks(level)
+                    for path in () if store.is_s3(level) else level.rglob(".*.part-*"):  # of killed processes
+                        path.unlink(missing_ok=True)
                 else:  # from a run that wanted a pyramid
                     remove_tree(level)
             ours = label_attrs(grids[0], self.class_name, self.parameters, self.source, self.provenance, objects)
@@ -301,12 +302,6 @@ class LabelsTask(BlockTask):
     def _remove_done_maps(self) -> None:
         for path in self.folder.glob(".done-*"):
             path.unlink(missing_ok=True)
-
-
-def _remove_unfinished_chunks(array: Path) -> None:
-    """Remove temporary files of chunks that killed processes were writing (`connectomics.io.write`)."""
-    for path in () if store.is_s3(array) else array.rglob(".*.part-*"):
-        path.unlink(missing_ok=True)
 
 
 def objects_of(task: LabelsTask) -> int:

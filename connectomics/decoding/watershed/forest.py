@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from connectomics.decoding.blocks.groups import number_trees
 from connectomics.decoding.cellmap_postprocess import neighbor_steps
 from connectomics.decoding.watershed.heights import OUTSIDE, DepthRule, boundary_heights, depth_heights
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 from connectomics.tasks.blocks import with_halo
 
 #: Lower than any height: no edge joins two seeds.
@@ -253,8 +253,7 @@ def grow(
 
 def seed_radius(min_distance: float, voxel_size: Sequence[float]) -> Index:
     """Return the reach of a seed along each axis in voxels, at least 1."""
-    z, y, x = (max(1, math.floor(min_distance / s + 1e-9)) for s in voxel_size)
-    return z, y, x
+    return index(max(1, math.floor(min_distance / s + 1e-9)) for s in voxel_size)
 
 
 def _all(shape: Sequence[int]) -> Part:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from connectomics.decoding.probabilities import unit_of
 from connectomics.errors import InputError
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 
 #: Height of a voxel that is not flooded; every other height is lower.
 OUTSIDE = np.iinfo(np.int32).max
@@ -72,8 +72,7 @@ class DepthRule:
     @property
     def halo(self) -> Index:
         """Voxels around a box that its depths depend on, z y x."""
-        z, y, x = (math.isqrt((self.cap - 1) // w) for w in self.weights)
-        return z, y, x
+        return index(math.isqrt((self.cap - 1) // w) for w in self.weights)
 
 
 def depth_heights(

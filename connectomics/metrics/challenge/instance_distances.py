@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.geometry import Triple
+from connectomics.geometry import Triple, index
 from connectomics.metrics.challenge.distance import directed, hausdorff, scratch_bytes
 from connectomics.metrics.challenge.rules import Rules
 from connectomics.metrics.overlaps import Overlaps
@@ -104,8 +104,7 @@ def _distance(
 
 def _offset(box: Box, origin: Box) -> tuple[int, int, int]:
     """Return where a box begins, relative to the beginning of another."""
-    z, y, x = (b.start - o.start for b, o in zip(box, origin, strict=True))
-    return z, y, x
+    return index(b.start - o.start for b, o in zip(box, origin, strict=True))
 
 
 def _slices(box: NDArray[np.int32]) -> Box:

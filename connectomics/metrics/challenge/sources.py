@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import IncompleteError, InputError, MetadataError, MissingError, unknown_name
+from connectomics.errors import InputError, MetadataError, MissingError, unknown_name
 from connectomics.geometry import VoxelGrid
+from connectomics.io.artifacts import require_complete
 from connectomics.metrics.challenge.align import Readable, Source, source_of
 from connectomics.metrics.challenge.zarr_v2 import FolderStore, Store, ZarrArray, ZipStore, is_array
 
@@ -79,11 +80,7 @@ class PredictionFolder:
 
         location = self._folders[crop] / class_name
         image = Multiscale.open(str(location))
-        about = image.attrs.get("connectomics", {})
-        if about.get("artefact") == "probability":
-            raise InputError(f"{location} holds probabilities, not labels; run decode first, then score its output")
-        if about.get("complete") is False:
-            raise IncompleteError(f"{location} is only half written; rerun decode to finish it")
+        require_complete(location, "labels", foreign=True)
         grid = image.levels[0].grid
         return Source(_FinestLevel(image, str(location)), grid.voxel_size, grid.translation)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.editing import EditableLabels
 from connectomics.decoding.label_artifact import clear_unknown
 from connectomics.decoding.prediction import find_arrays
-from connectomics.errors import InputError, MetadataError, MissingError
+from connectomics.errors import InputError, MissingError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
@@ -38,9 +38,7 @@ class PredictedLabels:
             if (found, name) != (dataset, labels.name):
                 continue
             place = join(str(root), f"{found}.zarr", crop, name)
-            about = require_complete(place)
-            if about.get("artefact") != "labels":
-                raise MetadataError(f"{place} holds {about.get('artefact')}, expected labels: run 'pytc decode' on it")
+            about = require_complete(place, "labels")
             source = Multiscale.open(place)
             if not source.grid.box.intersect(labels.grid.box).is_empty:
                 self._found.append((source, about))

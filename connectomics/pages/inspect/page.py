@@ -133,14 +133,12 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> Path:
     """Return the path of the page, before the work starts.
 
     Raises:
-        InputError: it is no ``.html`` file, or it exists and ``overwrite`` is False. WriteError: it is not our page.
+        InputError: it is no ``.html`` file. WriteError: it is not our page, or it exists and ``overwrite`` is False.
     """
     path = local_path(out)
     if path.suffix not in (".html", ".htm"):
         raise InputError(f"expected a .html file for the page, got {path}")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; give another --out, or --overwrite to replace it")
-    return require_own(path, contains(page.GENERATOR), "inspect")
+    return require_own(path, contains(page.GENERATOR), "inspect", overwrite=overwrite)
 
 
 def write_page(out: str | Path, inspection: Inspection, *, overwrite: bool = False) -> Path:

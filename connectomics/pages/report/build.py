@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from markupsafe import Markup
@@ -50,9 +51,10 @@ def build_report(
     baseline = _load_scores(sources.baseline_scores, sources.baseline_name, problems)
     runs = [] if sources.run is None else [(sources.run, sources.scores)]
     runs += [(other.run, other.scores) for other in sources.others]
-    library = Library.open(sources)
+    library, wanted = Library.open(sources), list[Wanted]()
     try:
-        wanted = _wanted(library)
+        with suppress(ConnectomicsError):  # the section on crops reports it
+            wanted = library.wanted()
         expected = 1 + len({(one.dataset, one.crop) for one in wanted}) + min(len(wanted), options.max_pictures)
         done = itertools.count(1)
 
@@ -103,11 +105,3 @@ def _load_scores(path: Path | None, what: str, problems: list[str]) -> Scores | 
     except ConnectomicsError as error:
         problems.append(f"The {what} cannot be shown: {error}")
         return None
-
-
-def _wanted(library: Library) -> list[Wanted]:
-    """Return the classes of the crops, as far as they are known; the section on crops reports the errors."""
-    try:
-        return library.wanted()
-    except ConnectomicsError:
-        return []

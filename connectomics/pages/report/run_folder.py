@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from connectomics.errors import MetadataError
-from connectomics.lightning.run_state import state_of
-from connectomics.pages.report.scores import load_json
+from connectomics.io.store import read_json
+from connectomics.lightning.run_state import ENVIRONMENT_FILE, state_of
 
 PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")  #: whose versions are shown
 #: Columns of ``metrics.csv``: (epoch, step, value).
@@ -39,8 +39,7 @@ def read_yaml(path: Path) -> Any:
 
 def read_timing(run: Path) -> dict[str, Any] | None:
     """Return ``timing.json`` of a run, None if there is none; `MetadataError` if it cannot be read."""
-    path = run / "timing.json"
-    return load_json(path) if path.is_file() else None
+    return read_json(run / "timing.json")
 
 
 def read_metrics(path: Path) -> Columns:
@@ -99,17 +98,22 @@ def unfinished_state(run: Path) -> str:
     return f"{state.name} ({state.note})" if state.note else state.name
 
 
-def training_environment(run: Path) -> dict[str, str]:
-    """Return the main facts of ``environment.json``: where the run started last."""
-    path = run / "environment.json"
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """Return ``environment.json``, an entry for each start of the run; [] if there is none."""
+    path = run / ENVIRONMENT_FILE
     if not path.is_file():
-        return {}
+        return []
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MetadataError(f"cannot read {path} as JSON: {error}") from error
-    starts = found if isinstance(found, list) else []
-    last = starts[-1] if starts and isinstance(starts[-1], dict) else {}
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
+
+
+def training_environment(run: Path) -> dict[str, str]:
+    """Return the main facts of ``environment.json``: where the run started last."""
+    starts = starts_of(run)
+    last = starts[-1] if starts else {}
     git, versions = (v if isinstance(v := last.get(key), dict) else {} for key in ("git", "packages"))
     gpus = last.get("gpus")
     commit = f"{str(git.get('commit', ''))[:12]}{' and changes' * bool(git.get('changed'))}" if git else ""

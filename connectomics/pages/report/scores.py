@@ -5,7 +5,6 @@ Per-crop scores are the challenge's own formulas applied to one crop's counts, p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.geometry import triple
+from connectomics.io.store import read_json
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import (
     FAILED,
@@ -95,14 +95,9 @@ class Scores:
 
 def load_json(path: Path) -> dict[str, Any]:
     """Return the JSON object of a file; `MissingError` or `MetadataError` if there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingError(f"no file {path}; give an existing one") from error
-    except (OSError, ValueError) as error:
-        raise MetadataError(f"cannot read {path} as JSON: {error}; write it again") from error
-    if not isinstance(data, dict):
-        raise MetadataError(f"{path}: expected a JSON object, got {type(data).__name__}; write it again")
+    data = read_json(path)
+    if data is None:
+        raise MissingError(f"no file {path}; give an existing one")
     return data
 
 

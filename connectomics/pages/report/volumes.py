@@ -20,9 +20,10 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.probabilities import unit_of
-from connectomics.errors import IncompleteError, MetadataError
+from connectomics.errors import MetadataError
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io import resample, store
+from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.zarr_v2 import Store, ZarrArray, is_array
@@ -142,10 +143,8 @@ def open_prediction(folder: Path, dataset: str, crop: str, class_name: str) -> M
     location = store.join(str(folder), f"{dataset}.zarr", crop, class_name)
     if not store.exists(location):
         return None
-    source = Multiscale.open(location)
-    if source.attrs.get("connectomics", {}).get("complete", True) is not True:
-        raise IncompleteError(f"{location} is incomplete; rerun the command that writes it to resume")
-    return source
+    require_complete(location, "labels", "probability", foreign=True)
+    return Multiscale.open(location)
 
 
 # -- choosing slices ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from connectomics.io.store import read_json
 from connectomics.io.tables import read_columns
+from connectomics.pages.view.volume_server import Made
 
 MOST = 100_000  # instances with properties, the largest ones: the page holds them all in memory
 _TABLES = ("instances.parquet", "instances.csv")  # that decode writes into the folder of a class
@@ -21,15 +21,9 @@ _MEASURED = ("voxels", "volume_nm3", "surface_nm2", "sphericity", "touches_borde
 _CONTACT = ("contact_nm2", "partners")
 
 
-@dataclass(frozen=True)
-class SegmentProperties:
-    """The properties of the segments of a layer, made when the page asks for them; ``content`` returns `info`."""
-
-    content: Callable[[], dict[str, Any]]
-
-    def document(self, path: str) -> bytes | None:
-        """Return the file at a path below its address, None if there is none."""
-        return json.dumps(self.content()).encode() if path == "info" else None
+def _served(content: Callable[[], dict[str, Any]]) -> Made:
+    """Serve a result of `info`, which is made when the page asks for it."""
+    return lambda path: json.dumps(content()).encode() if path == "info" else None
 
 
 def info(
@@ -53,14 +47,12 @@ def info(
     return {"@type": "neuroglancer_segment_properties", "inline": inline}
 
 
-def of_classes(numbers: Mapping[str, int]) -> SegmentProperties:
+def of_classes(numbers: Mapping[str, int]) -> Made:
     """Return the names of the classes of a map."""
-    return SegmentProperties(lambda: info(list(numbers.values()), list(numbers), (), {}))
+    return _served(lambda: info(list(numbers.values()), list(numbers), (), {}))
 
 
-def of_instances(
-    labels: Path, tables: Path | None, dataset: str, crop: str, class_name: str
-) -> SegmentProperties | None:
+def of_instances(labels: Path, tables: Path | None, dataset: str, crop: str, class_name: str) -> Made | None:
     """Return what the tables say of the instances of one class of one crop; None if there is no table.
 
     Args:
@@ -79,7 +71,7 @@ def of_instances(
         elif about.get("of") == class_name and table.exists():
             with_other = f"{about['to']}_{about['nm']:g}nm"
             wanted.append((table, here, {name: f"{name}_{with_other}" for name in _CONTACT}))
-    return SegmentProperties(lambda: _joined(wanted, class_name)) if wanted else None
+    return _served(lambda: _joined(wanted, class_name)) if wanted else None
 
 
 def _joined(wanted: Sequence[tuple[Path, dict[str, str], dict[str, str]]], class_name: str) -> dict[str, Any]:

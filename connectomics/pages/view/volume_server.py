@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -32,11 +32,8 @@ _EDGE = 64  # voxels of a computed chunk along each axis
 _KEPT = 256  # computed chunks in memory, up to 1 MB each
 
 
-class Made(Protocol):
-    """What is made when it is looked at."""
-
-    def document(self, path: str) -> bytes | None:
-        """Return the file at a path below its address, None if there is none."""
+#: What is made when it is looked at: returns the file at a path below its address, None if there is none.
+Made = Callable[[str], bytes | None]
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class MadeVolume:
         """The grids of the levels, finest first."""
         return level_grids(self.grid, self.levels)
 
-    def document(self, path: str) -> bytes | None:
+    def __call__(self, path: str) -> bytes | None:
         """Return the file at a path of the multiscale group, None if there is none."""
         if path == ".zgroup":
             return b'{"zarr_format": 2}'
@@ -97,7 +94,7 @@ class VolumeServer(LocalServer):
         """Start to serve ``roots`` and ``made`` under their names; ``port`` 0: any free port."""
         self._places = {name: Path(root).resolve() for name, root in roots.items()}
         self._made = made
-        self._document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name].document(path))
+        self._document = lru_cache(maxsize=_KEPT)(lambda name, path: made[name](path))
         super().__init__(address, port)
 
     def get(self, path: str) -> Answer:

@@ -1,4 +1,4 @@
-"""Pre-training without labels: its options, and what it changes in a configuration."""
+"""Training with few labels: adapters, the mean teacher, and pre-training with what it changes in a configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from connectomics.config.mean_teacher import MeanTeacherConfig
 from connectomics.config.values import Group, Shape, Size, one_of
 from connectomics.errors import ConfigError
 
@@ -16,6 +15,27 @@ if TYPE_CHECKING:
 
 #: The only class of a network in pre-training: its output channel is normalized raw, and other runs have no such class.
 RECONSTRUCTION = "reconstruction"
+
+
+@dataclass
+class AdaptersConfig(Group):
+    """Updates of low rank for the weights of `model.weights`, which stay as they are (LoRA, arXiv:2106.09685)."""
+
+    rank: Annotated[int, Field(ge=0)] = 0  # of each update; 0: no adapters, all weights train
+    scale: Annotated[float, Field(gt=0)] = 1.0  # factor of the updates
+    layers: list[str] = field(default_factory=lambda: ["*"])  # patterns of names of weights that get an update
+    train: list[str] = field(default_factory=list)  # patterns of parameters that train in full, as the output does
+
+
+@dataclass
+class MeanTeacherConfig(Group):
+    """Agreement with the averaged weights (`training.ema`, the teacher) on raw without labels."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0  # of the consistency loss after the ramp; 0: no mean teacher
+    ramp_steps: Annotated[int, Field(ge=0)] = 1000  # optimizer steps until the weight is reached
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.9  # a voxel counts if the teacher says p or 1 - p >= this
+    strength: Annotated[float, Field(ge=0, le=2)] = 1.5  # of the intensity part of preset em in the student's view
+    datasets: list[str] | None = None  # raw to take patches from; None: the data sets of the training crops
 
 
 @dataclass
