@@ -121,7 +121,7 @@ def require_complete(location: str | Path, *kinds: str, foreign: bool = False) -
         return {}
     verbs = " or ".join(sorted({"decode" if kind == "labels" else "predict" for kind in kinds}))
     verb = verbs or "the stage that writes it"
-    found = ours.get("artefact") if isinstance(ours, dict) else "no attribute connectomics"
+    found = ours.get("artefact") if isinstance(ours, dict) else "an array of another program"
     if not isinstance(ours, dict) or (kinds and found not in kinds):
         wanted = " or ".join(_NAMES.get(kind, f"a {kind} head") for kind in kinds) or "an output"
         raise MetadataError(

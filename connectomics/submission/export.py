@@ -119,8 +119,7 @@ def export_submission(
     Args:
         predictions_dir: ``{dataset}.zarr/{crop}/{class}`` multiscale groups with labels or probabilities (what
             ``decode`` and ``predict`` write), or ``{dataset}/{crop}_{class}.npy`` on the table's grids.
-        output_path: a ``.zip``, local or on S3 (then packed in the folder for temporary files first); any other name
-            gives a local folder, which has to be zipped before it can be uploaded.
+        output_path: a ``.zip``, local or on S3 (packed in ``TMPDIR`` first). Any other name gives a folder, local.
         classes, datasets: only these rows of the table; None means all.
         crops: a `CropTable`, its path, or None for the challenge's table. Data sets that are not in the challenge's
             table are packed on their own grids (``.npy`` files on those of ``data_root``).
