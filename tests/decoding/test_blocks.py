@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig, EngineConfig
 from connectomics.config.values import plain
-from connectomics.decoding.blocks import groups
+from connectomics.decoding.blocks import groups, labels_task
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
@@ -31,7 +32,7 @@ from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pipeline.decode import BLOCKWISE_ABOVE, decode_predictions
-from connectomics.tasks import run_task
+from connectomics.tasks import claims, run_task
 from connectomics.tasks.blocks import BlockFiles, Lattice
 from connectomics.tasks.estimate import estimate
 from tests.trees import contents
@@ -326,6 +327,34 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
     assert files(task) == files(undisturbed)
 
 
+@pytest.mark.parametrize("killed_in", ["", "remove_tree", "publish"])
+def test_a_job_that_comes_late_to_the_end_of_a_shared_decode_ends_with_it(tmp_path, monkeypatch, killed_in):
+    """It has looked at a stage; then another one ends the whole task, or is killed in its last steps."""
+    undisturbed = task_of(tmp_path, noise(26, (20, 20, 20), seed=2), (10, 10, 11))
+    run(undisturbed)
+    task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
+    engine, turns = EngineConfig(share=True), iter(range(100))
+
+    def kill(*arguments: object, **named: object) -> None:
+        raise Killed
+
+    @contextmanager
+    def leading(*arguments: object, **named: object) -> Iterator[object]:
+        with claims_leading(*arguments, **named) as require:
+            yield require
+        if next(turns) == 1:  # after the first stage was prepared
+            with monkeypatch.context() as patch, suppress(Killed):
+                if killed_in:
+                    patch.setattr(labels_task, killed_in, kill)
+                run_task(task, engine)
+            assert Path(task.output).exists() == (not killed_in)
+
+    claims_leading = claims.leading
+    monkeypatch.setattr(claims, "leading", leading)
+    run_task(task, engine)
+    assert files(task) == files(undisturbed)
+
+
 @pytest.mark.slow
 def test_a_dry_run_names_what_it_cannot_time(tmp_path):
     task = task_of(tmp_path, noise(26, (20, 20, 20)), (10, 10, 10))
@@ -447,7 +476,7 @@ import re, sys
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.tasks import run_task
+from connectomics.tasks import claims, run_task
 chosen = DecodeParameters(method="cc3d", min_size_nm3=1e4)
 task = ComponentsTask(sys.argv[1], sys.argv[2], "mito", chosen, (64, 128, 128))
 run_task(task)
