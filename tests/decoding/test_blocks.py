@@ -6,7 +6,8 @@ import csv
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Iterator
+import tracemalloc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.label_artifact import write_table
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
@@ -243,6 +245,16 @@ class Killed(BaseException):
     pass
 
 
+def stop_at(last: str) -> Callable[..., None]:
+    """Progress of a run that is killed when a stage begins."""
+
+    def progress(done: int, number: int, stage: str = "") -> None:
+        if stage == last:
+            raise Killed
+
+    return progress
+
+
 def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monkeypatch):
     values = noise(26, (20, 20, 20), seed=2)
     undisturbed = task_of(tmp_path, values, (10, 10, 11))
@@ -309,7 +321,7 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
         raise Killed
 
     with pytest.raises(Killed):
-        run_task(task, progress=lambda done, number, stage="": kill() if stage == "write" else None)
+        run_task(task, progress=stop_at("write"))
     for path in (task.scratch / "labels_of").iterdir():
         path.unlink()
     save = BlockFiles.save
@@ -325,6 +337,32 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
     assert len(list((task.scratch / "labels_of").iterdir())) == 1
     run(task)
     assert files(task) == files(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "parameters"),
+    [
+        (ComponentsTask, 0.1, {"connectivity": 6}),
+        (ComponentsTask, 0.3, {"connectivity": 6, "min_size_nm3": 4000.0}),
+        (ComponentsTask, 0.3, {"connectivity": 6, "fill_holes": True}),
+        (WatershedTask, 0.6, {"min_distance_nm": 4.0}),
+    ],
+)
+def test_the_estimate_holds_for_uniting_noise(tmp_path, kind, share, parameters):
+    values = (np.random.default_rng(0).random((80, 80, 80)) < share).astype(np.uint8) * 255
+    method = "cc3d" if kind is ComponentsTask else "watershed"
+    chosen = DecodeParameters(method=method, **parameters)
+    task = kind(write_input(tmp_path, values), str(tmp_path / "out.zarr/crop1/mito"), "mito", chosen, (16, 16, 16))
+    with pytest.raises(Killed):
+        run_task(task, progress=stop_at("write"))
+    worker, cost = task.label_worker("unite"), task.cost("unite")
+    tracemalloc.start()
+    try:
+        worker.do(0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert cost.memory / 2.5 < peak < cost.memory
 
 
 @pytest.mark.parametrize("killed_in", ["", "remove_tree", "publish"])
