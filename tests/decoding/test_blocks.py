@@ -344,12 +344,12 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
     [
         (ComponentsTask, 0.1, {"connectivity": 6}),
         (ComponentsTask, 0.3, {"connectivity": 6, "min_size_nm3": 4000.0}),
-        (ComponentsTask, 0.3, {"connectivity": 6, "fill_holes": True}),
-        (WatershedTask, 0.6, {"min_distance_nm": 4.0}),
+        pytest.param(ComponentsTask, 0.3, {"connectivity": 6, "fill_holes": True}, marks=pytest.mark.slow),
+        pytest.param(WatershedTask, 0.6, {"min_distance_nm": 4.0}, marks=pytest.mark.slow),
     ],
 )
 def test_the_estimate_holds_for_uniting_noise(tmp_path, kind, share, parameters):
-    values = (np.random.default_rng(0).random((80, 80, 80)) < share).astype(np.uint8) * 255
+    values = (np.random.default_rng(0).random((64, 64, 64)) < share).astype(np.uint8) * 255
     method = "cc3d" if kind is ComponentsTask else "watershed"
     chosen = DecodeParameters(method=method, **parameters)
     task = kind(write_input(tmp_path, values), str(tmp_path / "out.zarr/crop1/mito"), "mito", chosen, (16, 16, 16))
