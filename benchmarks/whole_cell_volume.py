@@ -5,11 +5,11 @@
 
 The raw volume is a pattern of 160 voxels that repeats along each axis: balls of 9 to 12 voxels' radius, some of them
 joined by a neck in pairs, and rods along x, with noise. It fills the first 480 voxels along each axis, a row along z
-and one along x through the whole volume, and its last corner; the rest is of one gray value. A network of one layer (3x3x3, set by hand)
-gives the probability of a class and three affinities. Each step is a process of its own, the command ``pytc``, on a
-disk and on an S3 server of this machine (`tests.s3_server`; its objects are files on the same disk). The coarser
-levels of the probabilities are a step of their own (the same command with ``output.pyramid=true``); ``decode`` writes
-those of the labels.
+and one along x through the whole volume, and its last corner; the rest is of one gray value. A network of one layer
+(3x3x3, set by hand) gives the probability of a class and three affinities. Each step is a process of its own, the
+command ``pytc``, on a disk and on an S3 server of this machine (`tests.s3_server`; its objects are files on the same
+disk). The coarser levels of the probabilities are a step of their own (the same command with ``output.pyramid=true``);
+``decode`` writes those of the labels.
 
 A row of the table: wall and CPU time of all processes; the peak of the resident memory of the main process, and of the
 largest worker, above what its imports took, and in brackets the ratio to the first of ``--shapes``; files (on S3:
@@ -46,34 +46,34 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # for the server of the tests, and this module as a plugin
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the server of the tests
 
 from connectomics.models import register_model
 from tests.s3_server import BUCKET, KEYS, FolderServer
 from tests.starter import Starter
 
+ROOT = Path(__file__).resolve().parents[1]
 Index = tuple[int, int, int]
 PERIOD, CELL = 160, 32  # voxels
 READ = 192  # voxels of a block that is read to compare, a multiple of the chunk
 METHODS = {"components": "cc3d", "watershed": "watershed", "mutex_watershed": "mutex_watershed"}
 STEPS = ("predict", "pyramid", *METHODS, "measure")
-#: what a step imports anyway, before its memory counts
+#: what a step imports anyway, before its memory counts; of several groups, a worker imports the first one only
 IMPORTS = {
-    "predict": "torch,numba,tensorstore,obstore,connectomics.pipeline.predict,connectomics.lightning.checkpoints",
-    "decode": "numba,tensorstore,obstore,scipy.ndimage,pandas,connectomics.pipeline.decode",
-    "measure": "numba,tensorstore,obstore,connectomics.pipeline.measure",
+    "predict": "torch,connectomics.pipeline.predict,connectomics.lightning.checkpoints",
+    "pyramid": "connectomics.tasks.pyramid;torch,connectomics.pipeline.predict,connectomics.lightning.checkpoints",
+    "measure": "connectomics.pipeline.measure",
+    **dict.fromkeys(METHODS, "scipy.ndimage,connectomics.pipeline.decode"),
 }
 RUN = """
 import importlib, json, re, runpy, sys, time
-file, modules, *words = sys.argv[1:]
-for name in modules.split(","):
-    try:
+file, groups, *words = sys.argv[1:]
+held = []
+for names in groups.split(";"):
+    for name in ("numba", "obstore", "tensorstore", *names.split(",")):
         importlib.import_module(name)
-    except ModuleNotFoundError:
-        pass
-with open("/proc/self/status") as status:
-    held = int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1])
+    with open("/proc/self/status") as status:
+        held.append(int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1]))
 with open(file, "w") as out:
     json.dump({"kB": held, "at": time.time()}, out)
 sys.argv = ["pytc", *words]
@@ -183,11 +183,10 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
-def measured(words: list[str], folder: Path) -> dict[str, float]:
-    """Run ``pytc`` with these words; what it took. MB are above the imports."""
+def measured(words: list[str], groups: str, folder: Path) -> dict[str, float]:
+    """Run ``pytc`` with these words; what it took. MB are above the imports (`IMPORTS`)."""
     imports = folder / "imports.json"
-    verb = words[0]
-    command = [sys.executable, "-c", RUN, str(imports), IMPORTS[verb], *words]
+    command = [sys.executable, "-c", RUN, str(imports), groups, *words]
     begin = time.time()
     with (folder / "said.txt").open("w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
@@ -205,13 +204,14 @@ def measured(words: list[str], folder: Path) -> dict[str, float]:
     if process.returncode:
         sys.exit(f"pytc {' '.join(words)}:\n{(folder / 'said.txt').read_text()[-3000:]}")
     base = json.loads(imports.read_text())
+    held = base["kB"]
     return {
         "s": end - begin,
         "work s": end - base["at"],
         "cpu": usage.ru_utime + usage.ru_stime,
-        "main": (main - base["kB"]) / 1e3,
-        "worker": max(((n - base["kB"]) / 1e3 for n in workers.values()), default=0.0),
-        "imports": base["kB"] / 1e3,
+        "main": (main - held[-1]) * 1024 / 1e6,
+        "worker": max(((n - held[0]) * 1024 / 1e6 for n in workers.values()), default=0.0),
+        "imports": held[-1] * 1024 / 1e6,
     }
 
 
@@ -287,7 +287,7 @@ class Bench:
 
     def run(self, step: str) -> dict[str, Any]:
         """Do one step; return its row and the digests."""
-        row: dict[str, Any] = measured(self.words(step, self.out(step)), self.folder)
+        row: dict[str, Any] = measured(self.words(step, self.out(step)), IMPORTS[step], self.folder)
         place = self.store / self.out(step)
         sizes = [path.stat().st_size for path in place.rglob("*") if path.is_file()]
         row |= {"files": len(sizes), "MB": sum(sizes) / 1e6, "digests": files_of(place)}
