@@ -79,7 +79,7 @@ class StitchedTask(LabelsTask):
     """A segmentation of one class. A subclass defines `open_labeler`, and `unite` if touching pieces may be apart."""
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
-    #: bytes that uniting takes for each voxel of the faces of the blocks, and for each voxel, if all is noise (measured)
+    #: bytes that uniting noise takes for each voxel of the faces of the blocks, and for each voxel (measured)
     noise: ClassVar[tuple[int, int]] = (80, 5)
 
     @abstractmethod
