@@ -66,16 +66,36 @@ IMPORTS = {
     **dict.fromkeys(METHODS, "scipy.ndimage,connectomics.pipeline.decode"),
 }
 RUN = """
-import importlib, json, re, runpy, sys, time
+import atexit, importlib, json, os, re, runpy, sys, time
 file, groups, *words = sys.argv[1:]
-held = []
+
+def memory(what, pid="self"):
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            return int(re.search(what + r":\\s+(\\d+)", status.read())[1]) * 1024
+    except (OSError, TypeError):
+        return 0
+
+held, workers = [], []
 for names in groups.split(";"):
     for name in ("numba", "obstore", "tensorstore", *names.split(",")):
         importlib.import_module(name)
-    with open("/proc/self/status") as status:
-        held.append(int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1]))
-with open(file, "w") as out:
-    json.dump({"kB": held, "at": time.time()}, out)
+    held.append(memory("VmRSS"))
+found = {"held": held, "workers": workers, "at": time.time()}
+
+def write():
+    with open(file, "w") as out:
+        json.dump({**found, "main": memory("VmHWM")}, out)
+
+from connectomics.tasks.supervise import Child
+end = Child.end
+
+def noted(child):
+    workers.append(memory("VmHWM", child._process.pid))
+    end(child)
+
+Child.end = noted
+atexit.register(write)
 sys.argv = ["pytc", *words]
 runpy.run_module("connectomics", run_name="__main__", alter_sys=True)
 """
@@ -166,52 +186,26 @@ def write_network(folder: Path, window: int) -> None:
 
 
 # -- one command -------------------------------------------------------------------------------------------------------
-def peak_kb(pid: int) -> int:
-    """The most resident memory of a process so far, kB; 0 if it has ended."""
-    try:
-        found = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0
-
-
-def children_of(pid: int) -> list[int]:
-    """Processes that a process has started."""
-    try:
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
-
-
 def measured(words: list[str], groups: str, folder: Path) -> dict[str, float]:
     """Run ``pytc`` with these words; what it took. MB are above the imports (`IMPORTS`)."""
-    imports = folder / "imports.json"
-    command = [sys.executable, "-c", RUN, str(imports), groups, *words]
+    file = folder / "measured.json"
     begin = time.time()
     with (folder / "said.txt").open("w") as said:
+        command = [sys.executable, "-c", RUN, str(file), groups, *words]
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        main, workers = 0, dict[int, int]()
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            main = max(main, peak_kb(process.pid))
-            for child in children_of(process.pid):
-                workers[child] = max(workers.get(child, 0), peak_kb(child))
-            time.sleep(0.05)
+        _, status, usage = os.wait4(process.pid, 0)
     end = time.time()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"pytc {' '.join(words)}:\n{(folder / 'said.txt').read_text()[-3000:]}")
-    base = json.loads(imports.read_text())
-    held = base["kB"]
+    found = json.loads(file.read_text())
     return {
         "s": end - begin,
-        "work s": end - base["at"],
+        "work s": end - found["at"],
         "cpu": usage.ru_utime + usage.ru_stime,
-        "main": (main - held[-1]) * 1024 / 1e6,
-        "worker": max(((n - held[0]) * 1024 / 1e6 for n in workers.values()), default=0.0),
-        "imports": held[-1] * 1024 / 1e6,
+        "main": (found["main"] - found["held"][-1]) / 1e6,
+        "worker": (max(found["workers"], default=found["held"][0]) - found["held"][0]) / 1e6,
+        "imports": found["held"][-1] / 1e6,
     }
 
 
