@@ -82,6 +82,13 @@ class S3Path(PosixPath):
         """Return content and ETag, None if there is no such object."""
         return s3.get_with_tag(*split_s3(self), DEFAULT_OPTIONS)
 
+    def read_start(self, size: int) -> bytes:
+        """Return the first ``size`` bytes, or all if there are fewer."""
+        data = s3.get_start(*split_s3(self), size, DEFAULT_OPTIONS)
+        if data is None:
+            raise FileNotFoundError(2, "no such object", str(self))
+        return data
+
     def download(self, file: IO[bytes]) -> None:
         """Write the content into an open file, part by part."""
         s3.download(*split_s3(self), file, DEFAULT_OPTIONS)

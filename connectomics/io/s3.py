@@ -92,6 +92,15 @@ def get_with_tag(bucket: str, key: str, options: StoreOptions) -> tuple[bytes, s
     return _asked(ask, bucket, key, options)
 
 
+def get_start(bucket: str, key: str, size: int, options: StoreOptions) -> bytes | None:
+    """Return the first ``size`` bytes of an object (all, if it is shorter), None if it does not exist."""
+
+    def ask(store: S3Store) -> bytes:
+        return bytes(store.get(key, options={"range": (0, size)}).bytes())
+
+    return _asked(ask, bucket, key, options)
+
+
 def download(bucket: str, key: str, file: IO[bytes], options: StoreOptions) -> None:
     """Write the content of an object into ``file``; `StoreError` if it does not exist."""
 

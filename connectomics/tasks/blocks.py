@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import io
 import os
+import struct
 import time
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from connectomics.io.write import write_file
 from connectomics.tasks.lease import change
 
 RATE_LINES = 64  # changes of a done-map that give the rate
+_START = 4096  # bytes of a file of a block: enough for the first of its arrays, a single number
 DONE, FAILED = 1, 2  # bytes of a done-map; all others: not done
 
 RANK = {6: 1, 18: 2, 26: 3}  # connectivity -> along how many axes at once a neighbor may lie
@@ -100,12 +103,31 @@ class BlockFiles:
     def load(self, number: int, *names: str) -> dict[str, NDArray[Any]]:
         """Read some arrays of a block, or all; `CorruptDataError` if that fails."""
         path = self.folder / str(number)
-        try:
+        with _readable(path):
             file = io.BytesIO(path.read_bytes()) if isinstance(path, S3Path) else path
             with np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in names or stored.files}
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-            raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
+
+    def integer(self, number: int, name: str) -> int:
+        """Read one number of a block; from S3 without the rest of the file, if it was stored first."""
+        path = self.folder / str(number)
+        if isinstance(path, S3Path):
+            with _readable(path):
+                start = path.read_start(_START)
+                title, more = struct.unpack_from("<HH", start, 26)  # lengths of what precedes the data in a ZIP file
+                if start[30 : 30 + title] == f"{name}.npy".encode():
+                    data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(start[30 + title + more :])
+                    return int(np.lib.format.read_array(io.BytesIO(data), allow_pickle=False))
+        return int(self.load(number, name)[name])
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the errors of a file that cannot be read into `CorruptDataError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as error:
+        raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
 
 
 class DoneMap:

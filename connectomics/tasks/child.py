@@ -56,6 +56,9 @@ def main(handle: int, number: int) -> None:
     import threading
     from multiprocessing.connection import Connection
 
+    from connectomics.tasks.memory import use_one_heap
+
+    use_one_heap()  # before there are threads: each keeps the heap that it has
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the leader handles Ctrl-C: it ends this process
     connection = Connection(handle)
     inbox: SimpleQueue[Job | list[int] | None] = queue.SimpleQueue()

@@ -209,19 +209,26 @@ def run_shared(task: BlockTask, engine: Engine, progress: Progress | None, *, ov
                 return True
             task.prepare(stage)
             done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-        claims = open_claims(_claims_file(task.folder, stage), done)
+            # while nobody can finish the task and move its folder
+            claims = open_claims(_claims_file(task.folder, stage), done) if len(done.missing) else None
+        reporter = Reporter(stage, done, progress)
+        if claims is None:
+            reporter.report(now=True)
+            continue
         try:
-            _run_stage_shared(task, stage, engine, done, claims, Reporter(stage, done, progress))
+            _run_stage_shared(task, stage, engine, done, claims, reporter)
         finally:
             claims.close()
     with leading(task.folder, wait=True) as require_lead:
-        if task.check():
-            if not all((task.folder / f".done-{stage}").exists() for stage in task.stages):
-                raise WriteError(f"{task.folder} was replaced by another process; rerun the same command")
+        if not task.check():
+            return True
+        if all((task.folder / f".done-{stage}").exists() for stage in task.stages):
             require_lead()
             remove_traces(task.folder)
             task.finish()
-    return True
+            return True
+    # another process was killed after it had removed the done-maps, or starts over
+    return run_shared(task, engine, progress, overwrite=False)
 
 
 def _run_stage_shared(

@@ -297,7 +297,9 @@ def test_half_written_labels_and_probabilities_are_refused(
         write_labels(tmp_path / name / "phantom-iso.zarr/crop1/er", np.ones((4, 4, 4)), grid, False, **about)
         assert says in refused(capsys, "evaluate", tmp_path / name, phantom)
     write_multiscale(tmp_path / "other/phantom-iso.zarr/crop1/er", np.ones((4, 4, 4), np.uint8), grid)
-    assert "expected labels written by decode, got an array of another program" in refused(capsys, "evaluate", tmp_path / "other", phantom)
+    assert "expected labels written by decode, got an array of another program" in refused(
+        capsys, "evaluate", tmp_path / "other", phantom
+    )
 
 
 # -- progress ----------------------------------------------------------------------------------------------------------

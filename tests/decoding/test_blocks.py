@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import subprocess
 import sys
-from contextlib import suppress
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -18,20 +20,21 @@ from hypothesis import strategies as st
 
 from connectomics.config.schema import DecodingConfig, EngineConfig
 from connectomics.config.values import plain
-from connectomics.decoding.blocks import groups
+from connectomics.decoding.blocks import groups, labels_task
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.decode import decode_class
 from connectomics.decoding.label_artifact import write_table
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.decoding.watershed.watershed_task import WatershedTask
 from connectomics.errors import BlocksFailedError, ConfigError, InputError, MetadataError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io import store
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter, write_multiscale
 from connectomics.pipeline.decode import BLOCKWISE_ABOVE
-from connectomics.tasks import run_task
+from connectomics.tasks import claims, run_task
 from connectomics.tasks.blocks import BlockFiles, Lattice
 from connectomics.tasks.estimate import estimate
 from tests.decoding.decode_kit import decode_predictions
@@ -243,6 +246,16 @@ class Killed(BaseException):
     pass
 
 
+def stop_at(last: str) -> Callable[..., None]:
+    """Progress of a run that is killed when a stage begins."""
+
+    def progress(done: int, number: int, stage: str = "") -> None:
+        if stage == last:
+            raise Killed
+
+    return progress
+
+
 def test_killed_at_any_write_it_goes_on_and_writes_the_same_bytes(tmp_path, monkeypatch):
     values = noise(26, (20, 20, 20), seed=2)
     undisturbed = task_of(tmp_path, values, (10, 10, 11))
@@ -309,7 +322,7 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
         raise Killed
 
     with pytest.raises(Killed):
-        run_task(task, progress=lambda done, number, stage="": kill() if stage == "write" else None)
+        run_task(task, progress=stop_at("write"))
     for path in (task.scratch / "labels_of").iterdir():
         path.unlink()
     save = BlockFiles.save
@@ -324,6 +337,60 @@ def test_killed_while_it_goes_on_after_a_version_without_groups(tmp_path, monkey
             run(task)
     assert len(list((task.scratch / "labels_of").iterdir())) == 1
     run(task)
+    assert files(task) == files(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "parameters"),
+    [
+        (ComponentsTask, 0.1, {"connectivity": 6}),
+        (ComponentsTask, 0.3, {"connectivity": 6, "min_size_nm3": 4000.0}),
+        pytest.param(ComponentsTask, 0.3, {"connectivity": 6, "fill_holes": True}, marks=pytest.mark.slow),
+        pytest.param(WatershedTask, 0.6, {"min_distance_nm": 4.0}, marks=pytest.mark.slow),
+    ],
+)
+def test_the_estimate_holds_for_uniting_noise(tmp_path, kind, share, parameters):
+    values = (np.random.default_rng(0).random((64, 64, 64)) < share).astype(np.uint8) * 255
+    method = "cc3d" if kind is ComponentsTask else "watershed"
+    chosen = DecodeParameters(method=method, **parameters)
+    task = kind(write_input(tmp_path, values), str(tmp_path / "out.zarr/crop1/mito"), "mito", chosen, (16, 16, 16))
+    with pytest.raises(Killed):
+        run_task(task, progress=stop_at("write"))
+    worker, cost = task.label_worker("unite"), task.cost("unite")
+    tracemalloc.start()
+    try:
+        worker.do(0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert cost.memory / 2.5 < peak < cost.memory
+
+
+@pytest.mark.parametrize("killed_in", ["", "remove_tree", "publish"])
+def test_a_job_that_comes_late_to_the_end_of_a_shared_decode_ends_with_it(tmp_path, monkeypatch, killed_in):
+    """It has looked at a stage; then another one ends the whole task, or is killed in its last steps."""
+    undisturbed = task_of(tmp_path, noise(26, (20, 20, 20), seed=2), (10, 10, 11))
+    run(undisturbed)
+    task = dataclasses.replace(undisturbed, output=str(tmp_path / "again.zarr" / "crop1" / "mito"))
+    engine, turns = EngineConfig(share=True), iter(range(100))
+
+    def kill(*arguments: object, **named: object) -> None:
+        raise Killed
+
+    @contextmanager
+    def leading(*arguments: object, **named: object) -> Iterator[object]:
+        with claims_leading(*arguments, **named) as require:
+            yield require
+        if next(turns) == 1:  # after the first stage was prepared
+            with monkeypatch.context() as patch, suppress(Killed):
+                if killed_in:
+                    patch.setattr(labels_task, killed_in, kill)
+                run_task(task, engine)
+            assert Path(task.output).exists() == (not killed_in)
+
+    claims_leading = claims.leading
+    monkeypatch.setattr(claims, "leading", leading)
+    run_task(task, engine)
     assert files(task) == files(undisturbed)
 
 
@@ -448,7 +515,7 @@ import re, sys
 from connectomics.decoding.blocks.stitched_task import ComponentsTask
 from connectomics.decoding.blocks.labels_task import objects_of
 from connectomics.decoding.parameters import DecodeParameters
-from connectomics.tasks import run_task
+from connectomics.tasks import claims, run_task
 chosen = DecodeParameters(method="cc3d", min_size_nm3=1e4)
 task = ComponentsTask(sys.argv[1], sys.argv[2], "mito", chosen, (64, 128, 128))
 run_task(task)

@@ -11,11 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from connectomics.errors import EngineError, WriteError
+from connectomics.decoding.blocks.pieces import SIDES, StoredBlocks
+from connectomics.errors import CorruptDataError, EngineError, WriteError
 from connectomics.io.place import S3Path
 from connectomics.tasks import DoneMap, lease
+from connectomics.tasks.blocks import Lattice
 from connectomics.tasks.claims import open_claims, refuse_if_shared
 from connectomics.tasks.lease import HELD, MINE, UNCLEAR, Lease, change
 from connectomics.tasks.lock import leading
@@ -164,3 +167,20 @@ def test_a_store_that_ignores_conditions_is_noticed(proxy: FaultyProxy) -> None:
         open_claims(FOLDER / ".done-first.claims", DoneMap(FOLDER / ".done-first", 3, "key"))
     with leading(FOLDER) as require:
         require()
+
+
+def test_how_many_labels_a_block_has_is_read_without_the_rest_of_its_file(proxy: FaultyProxy) -> None:
+    blocks = StoredBlocks(FOLDER, Lattice((64, 64, 64), (32, 32, 32)))
+    faces = {side: np.random.default_rng(0).integers(0, 9, (256, 256)) for side in SIDES}
+    blocks.save(3, {"count": np.asarray(41), **faces})
+    blocks.save(4, {**faces, "count": np.asarray(42)})  # in another order
+    proxy.reset()
+    assert blocks.count(3) == 41
+    assert proxy.sent_bytes < 20_000
+    assert blocks.count(4) == 42
+    for content in (b"no file", (FOLDER / "3").read_bytes()[:60]):
+        (FOLDER / "5").put(content)
+        with pytest.raises(CorruptDataError, match=r"s3://public/a/out/5: .*; start again with --overwrite"):
+            blocks.count(5)
+    with pytest.raises(CorruptDataError, match=r"cannot read s3://public/a/out/6: .*no such object"):
+        blocks.count(6)

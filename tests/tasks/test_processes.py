@@ -33,6 +33,21 @@ def opened(task: CubeTask, stage: str) -> int:
     return len(list(task.folder.glob(f"{stage}.*.opened")))
 
 
+def children() -> list[int]:
+    """The processes of open engines."""
+    return [p.pid for p in psutil.Process().children() if "connectomics.tasks.child" in " ".join(p.cmdline())]
+
+
+def heaps_of_threads(pid: int) -> int:
+    """How many heaps glibc has for threads, each a part in use before the rest of 64 MB that may not be read yet."""
+    if not Path("/proc").exists():
+        return 0
+    maps = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    spans = [[int(end, 16) for end in words[0].split("-")] for words in maps]
+    pairs = zip(spans, spans[1:], [words[1] for words in maps[1:]], strict=False)
+    return sum(rest[1] - used[0] == 64 << 20 and kind == "---p" for used, rest, kind in pairs)
+
+
 @pytest.mark.parametrize(("gpus", "wanted", "workers"), [(3, None, 3), (1, None, 1), (2, 5, 5), (4, 2, 2)])
 def test_workers_have_the_visible_gpus_in_turn(monkeypatch, gpus: int, wanted: int | None, workers: int) -> None:
     """One worker for each GPU if no number is given; CUDA_VISIBLE_DEVICES decides which GPUs are visible."""
@@ -53,6 +68,7 @@ def test_two_processes_write_what_one_writes_and_are_kept_from_stage_to_stage(
     with open_engine(EngineConfig(workers=2)) as engine:
         run_task(one, engine)
         run_task(other, engine)
+        assert [heaps_of_threads(pid) for pid in children()] == [0, 0]
     assert outputs(one) == outputs(other) == undisturbed
     assert opened(one, "first") == opened(one, "second") == 2
     processes = {file.name.split(".")[1] for task in (one, other) for file in task.folder.glob("*.opened")}

@@ -38,6 +38,7 @@ class AffinitiesTask(StitchedTask):
 
     kind: ClassVar[str] = "affinities"
     methods: ClassVar[tuple[str, ...]] = AFFINITY_METHODS
+    noise: ClassVar[tuple[int, int]] = (140, 5)
 
     block_shape: Index = BLOCK
 

@@ -159,7 +159,7 @@ class StoredGroups(BlockFiles):
     def store(self, group: Group, trees: NDArray[np.int64], n: int, links: NDArray[np.int64], **more: Any) -> None:
         """Store a group of ``n`` trees. links: (m, 2) a node of the group and one beyond that touch; more: arrays."""
         found = np.unique(np.stack([trees[links[:, 0]], links[:, 1]], axis=1), axis=0)
-        about = {"counts": np.diff(group.offsets), "tree_of": trees.astype(np.uint32), "n": np.asarray(n)}
+        about = {"n": np.asarray(n), "counts": np.diff(group.offsets), "tree_of": trees.astype(np.uint32)}
         about |= {"own": found[:, 0], "beyond": group.named(found[:, 1])}
         self.save(group.number, {**about, **gathered(group, trees, n).columns, **more})
 
@@ -171,7 +171,7 @@ class StoredGroups(BlockFiles):
     @cached_property
     def offsets(self) -> NDArray[np.int64]:
         """(groups + 1,): tree i of group g is node ``offsets[g] + i``."""
-        return np.concatenate(([0], np.cumsum([int(self.load(g, "n")["n"]) for g in self.parts], dtype=np.int64)))
+        return np.concatenate(([0], np.cumsum([self.integer(g, "n") for g in self.parts], dtype=np.int64)))
 
     def pieces(self, number: int) -> Pieces:
         """Read the trees of a group."""

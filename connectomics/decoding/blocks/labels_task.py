@@ -208,7 +208,8 @@ class LabelsTask(BlockTask):
         return (*self.label_stages, *pyramid_stages(self._pyramids))
 
     def prepare(self, stage: str) -> None:
-        if self.is_complete:
+        if self.is_complete:  # another process was killed in `finish`: no blocks are left
+            (self.folder / f".done-{stage}").unlink(missing_ok=True)
             return
         if (levels := PyramidStage.of(stage, self._pyramids)) is None:
             self.prepare_labels(stage)

@@ -119,7 +119,7 @@ class StoredBlocks(BlockFiles):
 
     def count(self, number: int) -> int:
         """Read how many labels a block has."""
-        return int(self.load(number, "count")["count"])
+        return self.integer(number, "count")
 
 
 # -- from pieces to objects --------------------------------------------------------------------------------------------

@@ -79,6 +79,9 @@ class StitchedTask(LabelsTask):
     """A segmentation of one class. A subclass defines `open_labeler`, and `unite` if touching pieces may be apart."""
 
     # -- what a subclass defines -------------------------------------------------------------------------------------
+    #: bytes that uniting noise takes for each voxel of the faces of the blocks, and for each voxel (measured)
+    noise: ClassVar[tuple[int, int]] = (80, 5)
+
     @abstractmethod
     def open_labeler(self) -> Callable[[int], Labeled]:
         """Return what segments a block, by its number; made once in each process of the stage ``label``."""
@@ -172,8 +175,11 @@ class StitchedTask(LabelsTask):
         if stage.startswith("unite"):
             blocks = int(np.prod(np.minimum(GROUP, self.lattice.counts)))
             z, y, x = np.minimum(self.block_shape, self.grid.shape).tolist()
-            faces = 2 * (z * y + z * x + y * x) * (4 if self.parameters.method in ("cc3d", "threshold") else 8)
-            return Cost(read=2 * blocks * faces, written=faces, memory=(BLOCKS_KEPT + 2) * faces)
+            sides = 2 * (z * y + z * x + y * x)
+            faces = sides * (4 if self.parameters.method in ("cc3d", "threshold") else 8)
+            on_face, inside = self.noise if stage == "unite" else StitchedTask.noise
+            pieces = blocks * (on_face * sides + inside * voxels)
+            return Cost(read=2 * blocks * faces, written=faces, memory=(BLOCKS_KEPT + 2) * faces + pieces)
         if stage in ("cores", "write"):
             return Cost(read=4 * voxels, written=4 * voxels, memory=8 * voxels)
         if stage == "grow":
@@ -342,6 +348,13 @@ class ComponentsTask(StitchedTask):
 
     kind: ClassVar[str] = "components"
     methods: ClassVar[tuple[str, ...]] = ("cc3d", "threshold")
+
+    @property
+    def noise(self) -> tuple[int, int]:  # type: ignore[override]
+        """As of `StitchedTask`; small components within a block are dropped, unless they may hold a cavity."""
+        if self.parameters.fill_holes:
+            return 12, 25
+        return 12, 9 if self.parameters.min_voxels(self.grid.voxel_size) < 2 else 0
 
     def open_labeler(self) -> Callable[[int], Labeled]:
         foreground, lattice = self.open_foreground(), self.lattice
