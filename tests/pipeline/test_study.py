@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,20 @@ def test_a_half_trained_row_resumes(tmp_path: Path, root: Path, done: tuple[Path
     monkeypatch.undo()
     assert [row["state"] for row in study(file, tmp_path / "out", dry_run=True).rows] == ["started", "missing"]
     assert without_cost(study(file, tmp_path / "out")) == of_base(done[1])
+
+
+def test_the_cost_is_kept_if_a_row_stops_within_an_epoch() -> None:
+    from connectomics.pipeline.study_callback import RowCallback
+
+    first = RowCallback(until=None)
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+    kept = first.state_dict()
+    assert kept["cpu_s"] >= 0.05  # clocks of processes have steps of 10 ms
+    again = RowCallback(until=None)
+    again.load_state_dict(kept)
+    assert again.state_dict()["cpu_s"] >= kept["cpu_s"]
 
 
 def test_a_failed_row_does_not_stop_the_others(tmp_path: Path, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
