@@ -15,9 +15,10 @@ from PIL import Image
 
 from connectomics.errors import InputError, unknown_name
 from connectomics.io.write import write_file
-from connectomics.pages import ReportOptions, ReportSources, figures
+from connectomics.pages import figures
 from connectomics.pages.report import crops as pictures
 from connectomics.pages.report.library import Library
+from connectomics.pages.report.sources import ReportOptions, ReportSources
 from connectomics.pages.report.volumes import examine, read_plane
 
 

@@ -246,11 +246,6 @@ def test_a_dry_run_writes_nothing_and_a_stored_task_runs_again(bucket: Bucket) -
     assert "nothing to do" in started.said
 
 
-def test_a_submission_is_packed_on_a_disk(bucket: Bucket) -> None:
-    words = bucket.command("export", f"s3://{BUCKET}/x")
-    assert "output must be on a local disk" in bucket.fails(words)
-
-
 def test_a_store_without_conditional_writes_takes_one_process(bucket: Bucket) -> None:
     words = bucket.command("components", f"s3://{BUCKET}/unconditional")
     with FaultyProxy(bucket.server) as proxy:

@@ -210,7 +210,7 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
     (tmp_path / "no.json").write_text("not json")
     for option in ("--scores", "--baseline", "--evaluation"):
         said = failure(capsys, "report", tmp_path / "report.html", option, tmp_path / "no.json")
-        assert "as JSON" in said
+        assert "is not valid JSON" in said
     assert not (tmp_path / "report.html").exists()
 
 

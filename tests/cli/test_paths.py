@@ -54,7 +54,6 @@ WRITE_TO_A_URL = [
     "mesh labels gs://bucket/x --class mito",
     f"tune predictions root --out {URL}",
     f"evaluate labels root --out {URL}.json",
-    f"export labels {URL}.zip",
     "export labels gs://bucket/x.zip",
     f"validate a.zip --out {URL}.json",
     f"score a.zip truth.zarr --out {URL}",
@@ -84,7 +83,16 @@ def test_so_do_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert plan_script.main(["--config", TUTORIAL, "--mode", "predict", "--checkpoint", "a.ckpt", "--out", URL]) == 1
     assert "local disk" in capfd.readouterr().err
     script = str(CLI.parents[1] / "scripts/export_cellmap_submission.py")
-    words = ["--predictions_dir", str(tmp_path), "--output_path", URL, "--classes", "mito", "--datasets", "jrc_cos7-1a"]
+    words = [
+        "--predictions_dir",
+        str(tmp_path),
+        "--output_path",
+        "gs://bucket/x",
+        "--classes",
+        "mito",
+        "--datasets",
+        "jrc_cos7-1a",
+    ]
     monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(script, run_name="__main__")
@@ -109,7 +117,6 @@ FUNCTIONS: dict[str, Callable[[Path | str], object]] = {
     "train": lambda url: train(RunConfig(), url),
     "choose_run_dir": lambda url: choose_run_dir(RunConfig(output_dir=str(url))),
     "tune": lambda url: tune("predictions", "root", url),
-    "export_submission": lambda url: export_submission(".", url),
     "build_report": lambda url: build_report(url, ReportSources()),
     "write_package": lambda url: write_package("a.ckpt", url),
     "write_json": lambda url: write_json(url, {}),
@@ -136,6 +143,7 @@ ON_S3: dict[str, Callable[[Path | str], object]] = {
     "decode_predictions": lambda url: decode_predictions("predictions", url),
     "measure_tasks": lambda url: measure_tasks("labels", url),
     "mesh_tasks": lambda url: mesh_tasks("labels", url, "mito"),
+    "export_submission": lambda url: export_submission(".", url),
 }
 
 

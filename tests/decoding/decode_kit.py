@@ -8,6 +8,7 @@ from typing import Any
 
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.pipeline.decode import DecodedArray, decode_jobs, do_jobs
+from connectomics.progress import Progress, silent
 
 
 def decode_predictions(
@@ -18,7 +19,9 @@ def decode_predictions(
     engine: Any = None,
     overwrite: bool = False,
     resume: bool = False,
+    progress: Progress = silent,
     **what: Any,
 ) -> list[DecodedArray]:
     """``what``: further arguments of `decode_jobs`."""
-    return do_jobs(decode_jobs(predictions, labels, parameters, **what), engine, overwrite=overwrite, resume=resume)
+    jobs = decode_jobs(predictions, labels, parameters, **what)
+    return do_jobs(jobs, engine, overwrite=overwrite, resume=resume, progress=progress)

@@ -480,7 +480,7 @@ def test_decode_takes_large_arrays_block_by_block_with_the_same_result(tmp_path)
         tell = lambda *step: told.append(step)  # noqa: E731
         folder = tmp_path / out
         (done,) = decode_predictions(
-            tmp_path, folder, parameters, classes=["mito"], blockwise_above=limit, block_progress=tell
+            tmp_path, folder, parameters, classes=["mito"], blockwise_above=limit, progress=tell
         )
         task = ComponentsTask("in", done.location, "mito", parameters["mito"])
         return done, {name: content for name, content in files(task).items()}
