@@ -31,10 +31,8 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
             value has the wrong type or is out of range.
     """
     given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
-    if path is None and not given:
-        return RunConfig()  # without Hydra, whose import takes longer than many a verb
-    if path is None:
-        return _composed({}, Path(), given)
+    if path is None:  # no Hydra without need: its import takes longer than many a verb
+        return _composed({}, Path(), given) if given else RunConfig()
     file = Path(path).expanduser()
     _check_file(file)
     # include the file in a primary configuration, so that its own defaults list needs no _self_
@@ -44,11 +42,12 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     return config
 
 
-def as_config(config: RunConfig | str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
     """Return `load_config` of a file, or a configuration with overrides."""
     if not isinstance(config, RunConfig):
-        return load_config(config, overrides)
-    return _composed(asdict(config), Path(), overrides) if overrides else config
+        return load_config(config, *overrides)
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    return _composed(asdict(config), Path(), given) if given else config
 
 
 def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: str = "the configuration") -> RunConfig:
@@ -105,6 +104,10 @@ def _check_file(file: Path) -> None:
         raise ConfigError(f"{file} is not valid YAML{line}: {problem}") from error
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{file} must hold keys and values, got {type(content).__name__}")
+    listed = (content or {}).get("defaults")
+    for name in listed if isinstance(listed, list) else ():
+        if str(name).startswith("/") and not Path(f"{file.parent}{name}.yaml").is_file():
+            raise ConfigError(f"{file}: defaults: expected names of files in {file.parent} (without .yaml), got {name}")
 
 
 def tutorial(name: str) -> Path:

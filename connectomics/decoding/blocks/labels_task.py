@@ -34,7 +34,7 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, WriteError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, about, publish
 from connectomics.io.location import absolute
@@ -272,11 +272,8 @@ class LabelsTask(BlockTask):
     @property
     def chunks(self) -> Index:
         """Chunks that no two blocks share: the default ones, or a whole block if it is no multiple of them."""
-        z, y, x = (
-            c if b % c == 0 or b >= n else b
-            for b, c, n in zip(self.block_shape, self.storage.chunk, self.grid.shape, strict=True)
-        )
-        return z, y, x
+        sides = zip(self.block_shape, self.storage.chunk, self.grid.shape, strict=True)
+        return index(c if b % c == 0 or b >= n else b for b, c, n in sides)
 
     def finish(self) -> None:
         if not self.is_complete:
