@@ -79,16 +79,15 @@ class LabelsTask(BlockTask):
     pyramid: bool = False
 
     def __post_init__(self) -> None:
-        z, y, x = (int(n) for n in self.block_shape)
-        object.__setattr__(self, "block_shape", (z, y, x))
+        object.__setattr__(self, "block_shape", shape := index(self.block_shape))
         object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # equal to what a file gives
         object.__setattr__(self, "input", absolute(self.input))
         object.__setattr__(self, "output", absolute(self.output))
-        if min(z, y, x) < 1:
-            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {(z, y, x)}")
-        if self.storage.is_sharded and self.storage.block((z, y, x)) != (z, y, x):
+        if min(shape) < 1:
+            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {shape}")
+        if self.storage.is_sharded and self.storage.block(shape) != shape:
             raise ConfigError(
-                f"blocks of {[z, y, x]} voxels are no multiple of {list(self.storage.unit)}, so that two of them would "
+                f"blocks of {list(shape)} voxels are no multiple of {list(self.storage.unit)}, so that two of them would "
                 "write one shard; choose block_shape or output.shard to fit"
             )
         if self.table not in ("csv", "parquet"):
