@@ -64,7 +64,6 @@ def test_the_lease_of_a_killed_process_of_this_machine_is_free_at_once(proxy: Fa
     code = f"""
 import time
 from connectomics.tasks.lease import Lease
-from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path
 print(Lease(S3Path({str(LOCK)!r})).take(), flush=True)
 time.sleep(60)

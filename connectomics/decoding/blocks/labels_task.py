@@ -87,8 +87,8 @@ class LabelsTask(BlockTask):
             raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {shape}")
         if self.storage.is_sharded and self.storage.block(shape) != shape:
             raise ConfigError(
-                f"blocks of {list(shape)} voxels are no multiple of {list(self.storage.unit)}, so that two of them would "
-                "write one shard; choose block_shape or output.shard to fit"
+                f"blocks of {list(shape)} voxels are no multiple of {list(self.storage.unit)}, so that two of them "
+                "would write one shard; choose block_shape or output.shard to fit"
             )
         if self.table not in ("csv", "parquet"):
             raise ConfigError(f"table must be csv or parquet, got {self.table!r}")
