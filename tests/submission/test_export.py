@@ -128,7 +128,7 @@ def test_labels_on_s3_are_packed_into_a_zip_on_s3(tmp_path, monkeypatch):
         with pytest.raises(MissingError, match=r"no predictions folder at s3://.*/none"):
             export_submission(f"s3://{BUCKET}/none", tmp_path / "s.zip", crops=TABLE)
         with monkeypatch.context() as patch:
-            found = [Finding("error", "wrong", "", "made up")]
+            found = [Finding("error", "wrong", ".", "made up", "true", "nothing")]
             patch.setattr("connectomics.submission.export.validate_submission", lambda *_, **__: found)
             worse = export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/s.zip", crops=TABLE)
             assert worse.summary().startswith("this submission, which was not kept: ")
