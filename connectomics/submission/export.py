@@ -294,7 +294,7 @@ def _clear(data: Path, keep: set[str]) -> None:
 
 @contextmanager
 def _working_folder(target: Path) -> Iterator[Path]:
-    """The folder to pack in: beside a local target, where a later run goes on with it, or a temporary one."""
+    """The folder to pack in: beside a local target, where a later run resumes it, or a temporary one."""
     if not isinstance(target, S3Path):
         yield target.with_name(target.name + ".partial")
         return
