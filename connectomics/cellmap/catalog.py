@@ -147,6 +147,11 @@ class Crop:
         box = reduce(Box.hull, boxes) if boxes else self.grid.box
         return box if self.region is None else box.intersect(self.region)
 
+    def check_voxels(self) -> None:
+        """Raise `InputError` if the crop has no voxels."""
+        if self.grid.size == 0:
+            raise InputError(f"{self.key} is empty, with labels of {self.grid.shape}; write them again, or remove it")
+
     def within(self, grid: VoxelGrid) -> VoxelGrid:
         """Return the voxels of ``grid`` that touch the crop's region; all of them if it has none."""
         return grid if self.region is None else grid.part(self.region)[1]

@@ -24,7 +24,7 @@ from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import csv_rows
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
-from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 from connectomics.io.artifacts import ATTRIBUTE, Provenance, about
 from connectomics.io.formats import VolumeSource
 from connectomics.io.location import local_path
@@ -122,7 +122,8 @@ def ingest_raw(
         raise InputError(f"the range must be two ascending values, got {value_range}")
     is_byte = value_range is not None or source.dtype == np.bool_
     dtype = np.dtype(np.uint8) if is_byte else source.dtype.newbyteorder("=")
-    grid = VoxelGrid(size, (0.0, 0.0, 0.0) if source.begin is None else _center(source.begin, size), _shape(source))
+    first = (0.0, 0.0, 0.0) if source.begin is None else _center(source.begin, size)
+    grid = VoxelGrid(size, first, index(source.shape))
     em = _data_set(root, dataset) / EM
     place = em / f"fibsem-{dtype.name}"
     others = [p.name for p in em.iterdir() if p.is_dir() and not p.name.startswith(".")] if em.is_dir() else []
@@ -179,7 +180,7 @@ def ingest_labels(
         face = source.begin
     else:
         face = triple(np.add(raw.box.begin, triple(begin or (0.0, 0.0, 0.0), "begin")))
-    grid = VoxelGrid(size, _center(face, size), _shape(source))
+    grid = VoxelGrid(size, _center(face, size), index(source.shape))
     _check_labels(drawn, chosen, crop)
     begins, ends = _nm(grid.box.begin), _nm(grid.box.end)
     about = f"({_nm(raw.box.begin)} to {_nm(raw.box.end)} nm); check --begin and --voxel-size"
@@ -296,11 +297,6 @@ def _center(face: Triple, size: Triple) -> Triple:
     return triple(np.add(face, np.divide(size, 2)))
 
 
-def _shape(source: VolumeSource) -> Index:
-    z, y, x = source.shape
-    return z, y, x
-
-
 def _levels(grid: VoxelGrid) -> int:
     """Number of levels until the longest side is short."""
     levels, longest = 1, max(grid.shape)
@@ -315,7 +311,7 @@ def _blocks(source: VolumeSource) -> list[tuple[Index, Index]]:
     if source.by_plane:
         width = source.shape[2]
         height = max(64, _PLANES // max(1, depth * width * source.dtype.itemsize) // 64 * 64)
-    grid = VoxelGrid((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), _shape(source))
+    grid = VoxelGrid((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), index(source.shape))
     return [(begin, block.shape) for begin, block in grid.blocks((depth, height, width))]
 
 

@@ -134,6 +134,8 @@ def run_guarded(work: Callable[[], object], interrupted: str = _RESUMES) -> int:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             return _say(f"no space left on the disk ({error.filename or 'while writing'}); free some and rerun")
+        if error.errno == errno.EFBIG:
+            return _say(f"{error.filename or 'a file'} is larger than the limit of file sizes (ulimit -f); raise it")
         if error.errno in _USER_ERRORS and error.filename is not None:
             return _say(f"{error.filename}: {error.strerror}; check the path and its permissions")
         raise

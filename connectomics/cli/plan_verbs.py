@@ -96,7 +96,8 @@ def _print_plans(found: Plans) -> None:
         f"{data.crops} crops, {data.volume_um3:.3g} um^3; raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
     )
     gpu = machine.gpu or "no GPU"
-    print(f"{machine.cores} cores, {machine.memory / 1e9:.0f} GB, {gpu}, {machine.disk / 1e9:.0f} GB of disk free")
+    cores = f"{machine.cores} core{'s' * (machine.cores != 1)}"
+    print(f"{cores}, {machine.memory / 1e9:.0f} GB, {gpu}, {machine.disk / 1e9:.0f} GB of disk free")
     for item, file in found.files.items():
         print(f"\n{item}: {', '.join(found.plans[item].classes)}")
         for reason in found.plans[item].reasons:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -32,8 +31,27 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
             value has the wrong type or is out of range.
     """
     given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
-    if path is None and not given:
-        return RunConfig()  # without Hydra, whose import takes longer than many a verb
+    if path is None:  # no Hydra without need: its import takes longer than many a verb
+        return _composed({}, Path(), given) if given else RunConfig()
+    file = Path(path).expanduser()
+    _check_file(file)
+    # include the file in a primary configuration, so that its own defaults list needs no _self_
+    config = _composed({"defaults": [file.stem, "_self_"]}, file.parent, given, str(file))
+    if config.name == RunConfig.name:
+        config.name = file.stem
+    return config
+
+
+def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
+    """Return `load_config` of a file, or a configuration with overrides."""
+    if not isinstance(config, RunConfig):
+        return load_config(config, *overrides)
+    given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
+    return _composed(asdict(config), Path(), given) if given else config
+
+
+def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: str = "the configuration") -> RunConfig:
+    """Compose values, or a ``defaults`` list of files in a folder, and overrides onto the schema."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
@@ -41,17 +59,11 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    file = None if path is None else Path(path).expanduser()
-    where = str(file or "the configuration")
-    if file is not None:
-        _check_file(file)
-    # include the file in a primary configuration, so that its own defaults list needs no _self_
-    ConfigStore.instance().store(name=_PRIMARY, node={"defaults": [*([file.stem] if file else []), "_self_"]})
-    folder = (file.parent if file else Path.cwd()).resolve()
+    ConfigStore.instance().store(name=_PRIMARY, node=node)
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
+        with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
             composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in given])
         # interpolations (${dataset.voxel_size}) may refer to defaults of the schema
         renamed = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
@@ -68,20 +80,7 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
         _check_parts(config, where)
     except ConfigError as error:
         raise _refusal(error, given) from error
-    if file is not None and config.name == RunConfig.name:
-        config.name = file.stem
     return config
-
-
-def as_config(config: RunConfig | str | Path, *overrides: str | Sequence[str]) -> RunConfig:
-    """Return `load_config` of a file, or a configuration with overrides."""
-    if not isinstance(config, RunConfig):
-        return load_config(config, *overrides)
-    if not any(overrides):
-        return config
-    with tempfile.TemporaryDirectory() as folder:
-        save_config(config, Path(folder, "run.yaml"))
-        return load_config(Path(folder, "run.yaml"), *overrides)
 
 
 def _check_file(file: Path) -> None:
@@ -105,6 +104,10 @@ def _check_file(file: Path) -> None:
         raise ConfigError(f"{file} is not valid YAML{line}: {problem}") from error
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"{file} must hold keys and values, got {type(content).__name__}")
+    listed = (content or {}).get("defaults")
+    for name in listed if isinstance(listed, list) else ():
+        if str(name).startswith("/") and not Path(f"{file.parent}{name}.yaml").is_file():
+            raise ConfigError(f"{file}: defaults: expected names of files in {file.parent} (without .yaml), got {name}")
 
 
 def tutorial(name: str) -> Path:

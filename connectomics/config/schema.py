@@ -17,7 +17,7 @@ from connectomics.config.few_labels import AdaptersConfig, MeanTeacherConfig, Pr
 from connectomics.config.intensity_range import check_intensity_range
 from connectomics.config.output import OutputConfig
 from connectomics.config.values import Group, Shape, Size, checked, one_of
-from connectomics.geometry import Index, Triple, triple
+from connectomics.geometry import Index, Triple, index, triple
 
 #: Patches per epoch if ``data.patches_per_epoch`` is null: at batch size 2, a thousand steps between validations,
 #: which take at most a thousand windows and no backward pass (``data.validation_windows``).
@@ -369,11 +369,9 @@ class RunConfig(Group):
     @property
     def patch(self) -> Index:
         """Shape of a training patch, voxels z y x."""
-        z, y, x = self.data.patch_size
-        return z, y, x
+        return index(self.data.patch_size)
 
     @property
     def window(self) -> Index:
         """Shape of what the network sees at once in validation and prediction, voxels z y x."""
-        z, y, x = self.inference.window or self.patch
-        return z, y, x
+        return index(self.inference.window or self.patch)

@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from connectomics.geometry import Index, Triple, VoxelGrid, triple
+from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 
 _LEAST = 0.05  # of the mean: the least weight of a region, so that none is forgotten
 
@@ -33,10 +33,7 @@ class Regions:
     def of(cls, grids: Sequence[VoxelGrid], patch: Sequence[int]) -> Regions:
         """Divide each crop so that a box has about the size of a patch (voxels, z y x), or is the crop if that is
         smaller."""
-        shapes = []
-        for grid in grids:
-            z, y, x = (max(1, round(n / p)) for n, p in zip(grid.shape, patch, strict=True))
-            shapes.append((z, y, x))
+        shapes = [index(max(1, round(n / p)) for n, p in zip(grid.shape, patch, strict=True)) for grid in grids]
         return cls(tuple(grids), tuple(shapes), tuple(accumulate(map(math.prod, shapes), initial=0)))
 
     def __len__(self) -> int:

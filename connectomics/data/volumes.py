@@ -289,9 +289,7 @@ class CropVolume:
     def check(self) -> None:
         """Raise `InputError` if the crop is empty, raw does not reach it, or (unless ``allow_missing_raw``) raw chunks
         under it are missing."""
-        if self.grid.size == 0:
-            shape = self.crop.grid.shape
-            raise InputError(f"{self.crop.key} is empty: its labels have shape {shape}; write them again, or remove it")
+        self.crop.check_voxels()
         _ = self.normalized  # raises for raw without a usable range
         raw_box = self.crop.raw_source.levels[0].grid.box
         if raw_box.intersect(self.crop.box).is_empty:

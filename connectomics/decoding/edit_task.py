@@ -158,10 +158,8 @@ class EditTask(LabelsTask):
         found, sources = self.surveyed.load(together), self.sources
         there = {}
         for place, name in enumerate(names):
-            boxes = {}
-            for number, box in zip(found[f"ids{place}"].tolist(), found[f"boxes{place}"].tolist(), strict=True):
-                (a, b, c), (d, e, f) = box
-                boxes[number] = (a, b, c), (d, e, f)
+            of_ids = zip(found[f"ids{place}"].tolist(), found[f"boxes{place}"], strict=True)
+            boxes = {number: (index(first), index(last)) for number, (first, last) in of_ids}
             semantic = sources[name].attrs.get("connectomics", {}).get("kind") == "semantic"
             there[name] = Instances(int(found[f"largest{place}"]), boxes, semantic)
         try:
@@ -204,8 +202,7 @@ class EditTask(LabelsTask):
                 raise InputError(
                     f"{self.name}: line {edit.line}: seed {list(seed)} nm is in {there}, expected {edit.ids[0]}"
                 )
-            z, y, x = ((voxel - begin) // stride).tolist()
-            seeds.append((z, y, x))
+            seeds.append(index((voxel - begin) // stride))
         if seeds[0] == seeds[1]:
             raise InputError(f"{self.name}: line {edit.line}: the seeds are less than {list(stride)} voxels apart")
         size = np.multiply(grid.voxel_size, stride).tolist()
@@ -258,14 +255,12 @@ def _ascent(depth: NDArray[np.float32], seed: Index) -> list[Index]:
         around = depth[tuple(slice(a, p + 2) for a, p in zip(low, path[-1], strict=True))]
         if around.max() <= depth[path[-1]]:
             return path
-        z, y, x = np.add(np.unravel_index(np.argmax(around), around.shape), low).tolist()
-        path.append((z, y, x))
+        path.append(index(np.add(np.unravel_index(np.argmax(around), around.shape), low)))
 
 
 def _boxes(begin: Index, end: Index, block: Sequence[int]) -> Iterator[tuple[Index, Index]]:
     """Yield first voxel and shape of blocks that cover a box."""
-    (d, h, w), (a, b, c) = np.subtract(end, begin).tolist(), block
-    lattice = Lattice((d, h, w), (a, b, c))
+    lattice = Lattice(index(np.subtract(end, begin)), index(block))
     for number in range(len(lattice)):
         (z, y, x), shape = lattice.region(number)
         yield (z + begin[0], y + begin[1], x + begin[2]), shape
@@ -302,8 +297,7 @@ class _Edited:
             if step.edit.op != "split":
                 continue
             stored = task.divisions.load(number)
-            begin, stride = ((int(z), int(y), int(x)) for z, y, x in (stored["begin"], stored["stride"]))
-            self._divisions[number] = Division(begin, stride, stored["part"])
+            self._divisions[number] = Division(index(stored["begin"]), index(stored["stride"]), stored["part"])
 
     def read(self, begin: Index, shape: Index) -> Volumes:
         """Return the IDs of a block by class."""

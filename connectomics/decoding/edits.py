@@ -223,7 +223,7 @@ class Division:
 def apply_steps(
     steps: Sequence[Step], volumes: Volumes, begin: Sequence[int], divisions: Mapping[int, Division]
 ) -> None:
-    """Apply edits to the IDs of a block, in place.
+    """Apply edits to the IDs of a block; ``volumes`` holds the result.
 
     Merging and deleting change a table of the IDs that edits name; only a split, and what is reclassified, touch voxels
     before the end.
@@ -262,7 +262,7 @@ def apply_steps(
             mine.update(dict.fromkeys(numbers, 0))
     for name, table in now.items():
         if changed := {n: i for n, i in table.items() if n != i}:
-            fastremap.remap(volumes[name], changed, preserve_missing_labels=True, in_place=True)
+            volumes[name] = fastremap.remap(volumes[name], changed, preserve_missing_labels=True, in_place=True)
 
 
 def boxes_in(

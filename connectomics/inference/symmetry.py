@@ -49,9 +49,8 @@ class Symmetry:
         letters = [part[-1] for part in parts]
         if "".join(parts) != str(text) or sorted(letters) != sorted(_AXES):
             raise InputError(f"a symmetry is written as z, y, x in any order with signs, as in 'x-yz'; got {text!r}")
-        z, y, x = (_AXES.index(letter) for letter in letters)
         signs = [part.startswith("-") for part in parts]
-        return cls((z, y, x), (signs[0], signs[1], signs[2]))
+        return cls(index(map(_AXES.index, letters)), (signs[0], signs[1], signs[2]))
 
     def __str__(self) -> str:
         return "".join("-" * sign + _AXES[axis] for axis, sign in zip(self.axes, self.backwards, strict=True))
@@ -64,10 +63,8 @@ class Symmetry:
 
     def offset(self, offset: Index) -> Index:
         """Return what an offset (z, y, x) becomes."""
-        z, y, x = (
-            -offset[axis] if back else offset[axis] for axis, back in zip(self.axes, self.backwards, strict=True)
-        )
-        return z, y, x
+        signs = (-1 if back else 1 for back in self.backwards)
+        return index(sign * offset[axis] for axis, sign in zip(self.axes, signs, strict=True))
 
     def before(self, shape: Index) -> Index:
         """Return the shape (z, y, x) that becomes ``shape``."""
@@ -235,17 +232,17 @@ def _source(symmetry: Symmetry, number: int, about: Sequence[Mapping[str, Any]])
 def _source_of_offset(
     symmetry: Symmetry, mine: Mapping[str, Any], alike: Mapping[int, Mapping[str, Any]]
 ) -> ChannelSource:
-    z, y, x = (int(o) for o in mine["offset"])
-    wanted = symmetry.offset((z, y, x))
+    offset = index(mine["offset"])
+    wanted = symmetry.offset(offset)
     offsets = {tuple(int(o) for o in a["offset"]): n for n, a in alike.items()}
     if wanted in offsets:
         return ChannelSource(offsets[wanted])
     opposite = tuple(-o for o in wanted)
     if opposite in offsets:
-        return ChannelSource(offsets[opposite], shift=(z, y, x))
+        return ChannelSource(offsets[opposite], shift=offset)
     raise InputError(
-        f"inference.tta: seen by {symmetry}, the affinity of {mine['class_name']} at offset {[z, y, x]} is the one at "
-        f"{list(wanted)}, but the network does not give it, nor its opposite; set inference.tta=none, choose "
+        f"inference.tta: seen by {symmetry}, the affinity of {mine['class_name']} at offset {list(offset)} is the one "
+        f"at {list(wanted)}, but the network does not give it, nor its opposite; set inference.tta=none, choose "
         "symmetries that keep the offsets, or train with equal offsets along the exchanged axes"
     )
 

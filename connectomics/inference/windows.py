@@ -183,8 +183,7 @@ class WindowLattice:
 
     def grid_of(self, numbers: Index) -> VoxelGrid:
         """Return the grid of the window with these numbers along z, y and x."""
-        z, y, x = (self.starts[axis][number] for axis, number in enumerate(numbers))
-        return self.grid.crop((z, y, x), self.window)
+        return self.grid.crop([self.starts[axis][number] for axis, number in enumerate(numbers)], self.window)
 
 
 def _default_context(n: int, window: int, overlap: float) -> int:

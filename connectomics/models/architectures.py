@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from connectomics.geometry import index
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -15,15 +17,11 @@ Multiple = tuple[int, int, int]
 
 def per_axis(factor: Any) -> Multiple:
     """Return one number, or three (z, y, x), as three."""
-    if isinstance(factor, Sequence):
-        z, y, x = (int(f) for f in factor)
-        return z, y, x
-    return int(factor), int(factor), int(factor)
+    return index(factor if isinstance(factor, Sequence) else (factor,) * 3)
 
 
 def _stride_product(strides: Sequence[Any]) -> Multiple:
-    z, y, x = (math.prod(axis) for axis in zip(*(per_axis(s) for s in strides), strict=True))
-    return z, y, x
+    return index(math.prod(axis) for axis in zip(*(per_axis(s) for s in strides), strict=True))
 
 
 @dataclass(frozen=True)

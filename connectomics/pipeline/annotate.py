@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from connectomics.cellmap.catalog import GROUND_TRUTH, Catalog, LabelArray, box_of
+from connectomics.decoding.prediction import find_arrays
 from connectomics.errors import InputError, MissingError, UnknownNameError, unknown_name
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.location import DEFAULT_OPTIONS, local_path
@@ -106,7 +107,8 @@ def annotate(
         drawn, left_out = _open_labels(catalog, dataset, name, folder, volume, wanted, classes)
         predicted = {}
         if labels is not None:
-            predicted = {n: PredictedLabels(Path(labels), dataset, e) for n, e in drawn.items() if _has(labels, n)}
+            there = {found for _, _, found in find_arrays(labels)}
+            predicted = {n: PredictedLabels(Path(labels), dataset, e) for n, e in drawn.items() if n in there}
             if not predicted:
                 raise MissingError(f"{labels} has no labels of {', '.join(drawn)}; give a folder that decode wrote")
         if edits is not None and labels is None:
@@ -170,11 +172,6 @@ def _same(one: VoxelGrid, other: VoxelGrid) -> bool:
     return one.shape == other.shape and one.same_lattice(other) and np.allclose(
         one.translation, other.translation, atol=1e-3 * min(one.voxel_size)
     )  # fmt: skip
-
-
-def _has(labels: str | Path, name: str) -> bool:
-    """Whether a folder that decode wrote has labels of a class, in any crop."""
-    return any(Path(labels).expanduser().glob(f"*.zarr/*/{name}/.zattrs"))
 
 
 def _inside(root: Path, place: Path) -> Path:

@@ -69,8 +69,10 @@ class DataFacts:
 def data_facts(
     root: str, classes: Sequence[str], datasets: Sequence[str] | None = None, progress: Progress = silent
 ) -> DataFacts:
-    """Measure a data root with a few label blocks in memory; raise what `Catalog.crops` raises."""
+    """Measure a data root with a few label blocks in memory; errors: of `Catalog.crops` and `Crop.check_voxels`."""
     crops = Catalog.open(root).crops(list(datasets) if datasets else None, None, list(classes))
+    for crop in crops:
+        crop.check_voxels()
     extents = np.array([crop.box.extent for crop in crops])
     test_sizes: dict[str, list[float]] = {}
     for row in CropTable.challenge():

@@ -171,7 +171,7 @@ def _cgroup(name: str) -> list[str]:
 
 def _processor() -> Iterator[Finding]:
     usable = usable_cores()
-    found = f"{usable} cores usable of {os.cpu_count()}"
+    found = f"{usable} of {os.cpu_count()} cores usable"
     limit = _cgroup("cpu.max")
     quota = int(limit[0]) / int(limit[1]) if len(limit) == 2 else float(usable)
     if quota < usable:

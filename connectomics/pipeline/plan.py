@@ -258,7 +258,7 @@ def _plan(
     reason = f"decoded crops take about {disk / 1e9:.1f} GB, {machine.disk / 1e9:.0f} GB are free"
     plan.choose("data.cache", "disk" if disk < machine.disk / 2 else "none", reason)
     workers = max(1, min(8, machine.cores - 1))
-    plan.choose("data.num_workers", workers, f"{machine.cores} cores, one of them for the network's process")
+    plan.choose("data.num_workers", workers, f"cores: {machine.cores}, one of them for the network's process")
     rare = [facts.name for facts, _ in group if facts.share < 0.01]
     if rare:
         plan.choose("data.sampling", {"class": 1.0}, f"{', '.join(rare)} fill less than 1 % of the known voxels")

@@ -283,8 +283,9 @@ def _clear_errors(folder: Path) -> Iterator[None]:
             "training.precision=16-mixed, or (mednext) +model.options.gradient_checkpointing=true"
         ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise WriteError(f"cannot write the run to {folder}: {error.strerror}; free space and resume") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EPERM):
+            remedy = "raise the limit of file sizes (ulimit -f)" if error.errno == errno.EFBIG else "free space"
+            raise WriteError(f"cannot write the run to {folder}: {error.strerror}; {remedy} and resume") from error
         raise
 
 

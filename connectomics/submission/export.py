@@ -23,6 +23,7 @@ from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.artifacts import about, publish
+from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path, output_place, place
 from connectomics.machine import usable_cores
 from connectomics.progress import Progress, named, silent
@@ -78,7 +79,8 @@ class ExportResult:
     def summary(self) -> str:
         """The result in a few lines, for the terminal."""
         before = f" ({self.resumed} arrays were there from an interrupted run)" if self.resumed else ""
-        lines = [f"{self.path}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}"]
+        where = "this submission, which was not kept" if self.path == self.kept else self.path
+        lines = [f"{where}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}"]
         if self.kept is not None:
             lines.append(f"{self.kept} is the earlier submission still, since this one has errors")
         if not self.is_zip:
@@ -292,7 +294,7 @@ def _clear(data: Path, keep: set[str]) -> None:
 
 @contextmanager
 def _working_folder(target: Path) -> Iterator[Path]:
-    """The folder to pack in: beside a local target, where a later run finds it, or a temporary one."""
+    """The folder to pack in: beside a local target, where a later run resumes it, or a temporary one."""
     if not isinstance(target, S3Path):
         yield target.with_name(target.name + ".partial")
         return
@@ -328,6 +330,8 @@ def _is_ours(target: Path) -> bool:
                 target.download(file)
             with zipfile.ZipFile(file) as archive:
                 return b'"submission"' in archive.read(".zattrs")
+    except StoreError:
+        raise
     except (zipfile.BadZipFile, KeyError, OSError):
         return False
 

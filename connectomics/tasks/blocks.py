@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, WriteError
 from connectomics.geometry import Index, index
+from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path
 from connectomics.io.write import write_file
 from connectomics.tasks.lease import change
@@ -50,9 +51,8 @@ class Lattice:
 
     def region(self, number: int) -> tuple[Index, Index]:
         """Return the first voxel and the shape of a block."""
-        z, y, x = (i * b for i, b in zip(self._place(number), self.block, strict=True))
-        d, h, w = (min(b, n - s) for b, n, s in zip(self.block, self.shape, (z, y, x), strict=True))
-        return (z, y, x), (d, h, w)
+        begin = index(i * b for i, b in zip(self._place(number), self.block, strict=True))
+        return begin, index(min(b, n - s) for b, n, s in zip(self.block, self.shape, begin, strict=True))
 
     def neighbors(self, number: int, connectivity: int, *, behind: bool = False) -> Iterator[tuple[Index, int]]:
         """Yield the blocks that come after this one (``behind``: before it) and touch it by a face (connectivity 6), an
@@ -126,6 +126,8 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn the errors of a file that cannot be read into `CorruptDataError`."""
     try:
         yield
+    except StoreError:  # the store does not answer: nothing is wrong with the file
+        raise
     except (OSError, ValueError, KeyError, EOFError, struct.error, zlib.error, zipfile.BadZipFile) as error:
         raise CorruptDataError(f"cannot read {path}: {error}; start again with --overwrite") from error
 

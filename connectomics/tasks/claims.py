@@ -198,37 +198,37 @@ def run_shared(task: BlockTask, engine: Engine, progress: Progress | None, *, ov
     `connectomics.tasks.run_task`; ``overwrite`` replaces output of another task only, since a process that starts later
     must keep what the others wrote.
     """
-    with leading(task.folder, wait=True):
-        overwrite = task.starts_over(overwrite=overwrite, resume=True)
-        if not task.check(overwrite=overwrite):
-            return False
-        task.claim(overwrite=overwrite)
-    for stage in task.stages:
+    while True:
         with leading(task.folder, wait=True):
+            overwrite = task.starts_over(overwrite=overwrite, resume=True)
+            if not task.check(overwrite=overwrite):
+                return False
+            task.claim(overwrite=overwrite)
+        for stage in task.stages:
+            with leading(task.folder, wait=True):
+                if not task.check():
+                    return True
+                task.prepare(stage)
+                done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
+                # while nobody can finish the task and move its folder
+                claims = open_claims(_claims_file(task.folder, stage), done) if len(done.missing) else None
+            reporter = Reporter(stage, done, progress)
+            if claims is None:
+                reporter.report(now=True)
+                continue
+            try:
+                _run_stage_shared(task, stage, engine, done, claims, reporter)
+            finally:
+                claims.close()
+        with leading(task.folder, wait=True) as require_lead:
             if not task.check():
                 return True
-            task.prepare(stage)
-            done = DoneMap(task.folder / f".done-{stage}", task.blocks(stage), task.key)
-            # while nobody can finish the task and move its folder
-            claims = open_claims(_claims_file(task.folder, stage), done) if len(done.missing) else None
-        reporter = Reporter(stage, done, progress)
-        if claims is None:
-            reporter.report(now=True)
-            continue
-        try:
-            _run_stage_shared(task, stage, engine, done, claims, reporter)
-        finally:
-            claims.close()
-    with leading(task.folder, wait=True) as require_lead:
-        if not task.check():
-            return True
-        if all((task.folder / f".done-{stage}").exists() for stage in task.stages):
-            require_lead()
-            remove_traces(task.folder)
-            task.finish()
-            return True
-    # another process was killed after it had removed the done-maps, or starts over
-    return run_shared(task, engine, progress, overwrite=False)
+            if all((task.folder / f".done-{stage}").exists() for stage in task.stages):
+                require_lead()
+                remove_traces(task.folder)
+                task.finish()
+                return True
+        overwrite = False  # another process starts over, or was killed after it had removed the done-maps
 
 
 def _run_stage_shared(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import store
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.sharded import Codec
@@ -69,8 +69,7 @@ class Pyramid:
 
     def lattice(self, level: int) -> Lattice:
         """Return the blocks of a level from which the next ones are made."""
-        z, y, x = (n << self.at_once for n in self.shards or self.chunks)
-        return Lattice(self.grids[level].shape, (z, y, x))
+        return Lattice(self.grids[level].shape, index(n << self.at_once for n in self.shards or self.chunks))
 
     def make(self, level: int) -> bool:
         """Create the array of a level if it is missing; returns whether it was."""

@@ -227,6 +227,22 @@ def test_a_nrrd_lies_where_its_origin_says(tmp_path: Path) -> None:
         open_volume(header)
 
 
+def test_what_a_file_says_and_is_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = values()
+    (tmp_path / "stack").mkdir()
+    for name, written in (("a.tif", data), ("stack/1.tif", data[0]), ("stack/2.tif", data[1])):
+        tifffile.imwrite(tmp_path / name, written, photometric="miniswhite")
+    for name in ("a.tif", "stack"):
+        caplog.clear()
+        assert np.array_equal(open_volume(tmp_path / name).read((0, 0, 0), (2, 33, 47)), data[:2])
+        assert caplog.text.count(f"{name} has 0 as white (MINISWHITE), and is stored without inversion") == 1
+    caplog.clear()
+    with mrcfile.mmap(as_mrc(tmp_path, data), "r+") as file:
+        file.nstart = (0, 0, 3)
+    assert open_volume(tmp_path / "a.mrc").begin is None
+    assert "its origin is not used" in caplog.text
+
+
 def test_a_gap_in_the_numbers_of_sections_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stack = Path(as_sections(tmp_path, values()))
     assert open_volume(stack).shape == SHAPE

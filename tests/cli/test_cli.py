@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -225,6 +226,14 @@ def test_a_workers_error_is_one_short_line(tmp_path: Path, capsys: pytest.Captur
 
     assert run_guarded(work) == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: chunk 0/0/0 is cut short"
+
+
+def test_a_limit_of_file_sizes_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> None:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    assert run_guarded(work) == 1
+    assert "error: a file is larger than the limit of file sizes (ulimit -f)" in capsys.readouterr().err
 
 
 def test_a_device_that_is_not_here_is_one_line() -> None:

@@ -83,16 +83,8 @@ def test_so_do_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capf
     assert plan_script.main(["--config", TUTORIAL, "--mode", "predict", "--checkpoint", "a.ckpt", "--out", URL]) == 1
     assert "local disk" in capfd.readouterr().err
     script = str(CLI.parents[1] / "scripts/export_cellmap_submission.py")
-    words = [
-        "--predictions_dir",
-        str(tmp_path),
-        "--output_path",
-        "gs://bucket/x",
-        "--classes",
-        "mito",
-        "--datasets",
-        "jrc_cos7-1a",
-    ]
+    place = ["--predictions_dir", str(tmp_path), "--output_path", "gs://bucket/x"]
+    words = [*place, "--classes", "mito", "--datasets", "jrc_cos7-1a"]
     monkeypatch.setattr(sys, "argv", [script, *words])
     with pytest.raises(SystemExit, match="1"):
         runpy.run_path(script, run_name="__main__")
@@ -140,6 +132,7 @@ def test_so_does_the_function_behind_each_verb(
 #: functions that write to S3 as well: any other URL is refused, and S3 without credentials
 ON_S3: dict[str, Callable[[Path | str], object]] = {
     "create_array": lambda url: create_array(url, (1, 1, 1), np.uint8),
+    "export_submission": lambda url: export_submission(".", url),
     "decode_predictions": lambda url: decode_predictions("predictions", url),
     "measure_tasks": lambda url: measure_tasks("labels", url),
     "mesh_tasks": lambda url: mesh_tasks("labels", url, "mito"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from connectomics.config import config_from_dict, config_to_dict, known_keys, load_config, save_config
+from connectomics.config import as_config, config_from_dict, config_to_dict, known_keys, load_config, save_config
 from connectomics.errors import ConfigError, MissingError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,6 +138,7 @@ def test_bad_files_are_one_line(tmp_path: Path) -> None:
         ("- a\n- b\n", "must hold keys and values"),
         ("data:\n  patch_sise: [1, 2, 3]\n", "did you mean 'data.patch_size'"),
         ("defaults:\n  - no_such_base\n", "no_such_base"),
+        ("defaults:\n  - /elsewhere/base\n", r"expected names of files in .*, got /elsewhere/base"),
     ):
         file = tmp_path / "bad.yaml"
         file.write_text(content)
@@ -156,6 +158,17 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xa6\x00\xff")
     with pytest.raises(ConfigError, match="not a text file"):
         load_config(tmp_path / "run.yaml")
+
+
+def test_a_configuration_with_overrides_is_the_same_but_for_them() -> None:
+    config = load_config(ROOT / "tutorials/cellmap_cos7.yaml")
+    config.name = "connectomics"  # the default
+    changed = as_config(config, "system.seed=7", ["data.intensity_range={a: [1, 2]}"])
+    system, data = replace(config.system, seed=7), replace(config.data, intensity_range={"a": [1, 2]})
+    assert changed == replace(config, system=system, data=data)
+    assert as_config(changed, ["system.seed=8"]).data.intensity_range == {"a": [1, 2]}
+    with pytest.raises(ConfigError, match=r"^override 'system.sed=7': the configuration: unknown key"):
+        as_config(config, ["system.sed=7"])
 
 
 def test_every_key_is_read_somewhere() -> None:

@@ -339,9 +339,7 @@ def test_logits_are_refused(raw, tmp_path):
 def test_require_complete_says_what_is_wrong(tmp_path, raw):
     with pytest.raises(MissingError):
         require_complete(tmp_path / "nothing")
-    with pytest.raises(
-        MetadataError, match="expected an output written by this program, got an array of another program"
-    ):
+    with pytest.raises(MetadataError, match=r"expected an output .* got an array of another program"):
         require_complete(raw)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -189,14 +191,15 @@ def test_deep_supervision_and_precision(tmp_path: Path, precision: str) -> None:
     assert math.isfinite(table(result.folder, "train/loss")[0])
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-
+@pytest.mark.parametrize(("number", "remedy"), [(errno.ENOSPC, "free space"), (errno.EFBIG, "raise the limit")])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, remedy: str
+) -> None:
     def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(WriteError, match="No space left on device; free space and resume"):
+    with pytest.raises(WriteError, match=f"{os.strerror(number)}; {remedy} .*and resume"):
         train(tiny_config(), tmp_path / "run", datamodule=MadeUpData(patches=2))
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 

@@ -22,8 +22,8 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.labels import read_labels
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError
-from connectomics.geometry import Box, VoxelGrid
-from connectomics.io.write import update_attrs, write_multiscale
+from connectomics.geometry import Box, Index, VoxelGrid
+from connectomics.io.write import create_multiscale, update_attrs, write_multiscale
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 from tests.pages.devtools import browser
 from tests.trees import contents
@@ -202,11 +202,15 @@ def test_a_new_crop_starts_unknown_and_is_resumed(root: Path) -> None:
     )
 
 
-def write_decoded(folder: Path, name: str, values: NDArray[Any], grid: VoxelGrid, **more: Any) -> None:
+def write_decoded(
+    folder: Path, name: str, values: NDArray[Any], grid: VoxelGrid, shards: Index | None = None, **more: Any
+) -> None:
+    """``shards``: as OME-Zarr 0.5."""
     about = {"artefact": "labels", "kind": "semantic", "complete": True, "objects": int(values.max()), **more}
-    write_multiscale(
-        folder / f"cube.zarr/box_1/{name}", values, grid, attrs={"connectomics": {**about, "grid": grid.to_dict()}}
-    )
+    attrs = {"connectomics": {**about, "grid": grid.to_dict()}}
+    place = folder / f"cube.zarr/box_1/{name}"
+    (writer,) = create_multiscale(place, [grid], values.dtype, attrs=attrs, shards=shards)
+    writer.write((0, 0, 0), values)
 
 
 def test_a_prediction_is_offered_where_labels_are_unknown(root: Path, tmp_path: Path) -> None:
@@ -214,7 +218,7 @@ def test_a_prediction_is_offered_where_labels_are_unknown(root: Path, tmp_path: 
     values = np.zeros(grid.shape, np.uint8)
     values[:, 30:, :] = 1
     gap = grid.crop((4, 0, 0), (1, 60, 40)).box  # raw was missing there
-    write_decoded(tmp_path / "labels", "mito", values, grid, unknown=[{"box": [gap.begin, gap.end]}])
+    write_decoded(tmp_path / "labels", "mito", values, grid, (64, 64, 64), unknown=[{"box": [gap.begin, gap.end]}])
     with cx.annotate(root, crop=1, labels=tmp_path / "labels") as drawing:
         section = np.frombuffer(ask(drawing.url, "predicted/mito/3")[1], np.uint8).reshape(SHAPE[1:])
         assert set(np.unique(section[:30, :40])) == {0}

@@ -67,6 +67,14 @@ def test_instances_that_touch_get_a_head_that_separates_them(tmp_path: Path, mon
     assert one.step_seconds > 0
 
 
+def test_an_empty_crop_is_refused_as_by_training(tmp_path: Path) -> None:
+    write_raw(tmp_path, "set", np.zeros((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    write_label(tmp_path, "set", "crop1", "nuc", np.ones((8, 8, 8), np.uint8), grid_of((8, 8, 8)))
+    write_label(tmp_path, "set", "crop2", "nuc", np.zeros((0, 8, 8), np.uint8), grid_of((0, 8, 8)))
+    with pytest.raises(InputError, match="set/crop2 is empty"):
+        data_facts(str(tmp_path), ["nuc"])
+
+
 def test_a_class_of_the_last_data_set_is_found(tmp_path: Path) -> None:
     """13 crops without ld come first; their counts say so, and what is read is spread over data sets."""
     grid = grid_of((8, 8, 8), 4.0)
@@ -154,11 +162,17 @@ def test_thick_sections_stay_as_they_are(tmp_path: Path) -> None:
     assert found.config().data.patch_size[0] == 1
 
 
-def test_what_is_written_trains(balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_trains(
+    balls: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("connectomics.pipeline.plan.usable_cores", lambda: 1)
     arguments = ["plan", str(balls), "--class", "nuc", "--out", str(tmp_path)]
     assert main([*arguments, "--no-trial"]) == 0
     (file,) = tmp_path.glob("plan_*.yaml")
-    assert f"pytc train {file}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"pytc train {file}" in said
+    assert "\n1 core, " in said
+    assert "1 cores" not in said
     assert load_config(file).dataset.classes == ["nuc"]
     small = ["data.patch_size=[1,32,32]", "inference.window=[1,32,32]", "data.cache=none", "data.num_workers=0"]
     assert main(["train", str(file), "--fast-dev-run", *small]) == 0

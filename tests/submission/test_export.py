@@ -23,8 +23,11 @@ from connectomics.errors import (
     WriteError,
 )
 from connectomics.geometry import VoxelGrid
+from connectomics.io.location import StoreError
+from connectomics.io.place import S3Path
 from connectomics.io.write import write_multiscale
 from connectomics.submission import export_submission
+from connectomics.submission.findings import Finding
 from tests.s3_server import BUCKET, KEYS, FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -124,6 +127,18 @@ def test_labels_on_s3_are_packed_into_a_zip_on_s3(tmp_path, monkeypatch):
             export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/folder", crops=TABLE)
         with pytest.raises(MissingError, match=r"no predictions folder at s3://.*/none"):
             export_submission(f"s3://{BUCKET}/none", tmp_path / "s.zip", crops=TABLE)
+        with monkeypatch.context() as patch:
+            found = [Finding("error", "wrong", ".", "made up", "true", "nothing")]
+            patch.setattr("connectomics.submission.export.validate_submission", lambda *_, **__: found)
+            worse = export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/s.zip", crops=TABLE)
+            assert worse.summary().startswith("this submission, which was not kept: ")
+
+            def fail(*_):
+                raise StoreError("no answer")
+
+            patch.setattr(S3Path, "download", fail)
+            with pytest.raises(StoreError, match="no answer"):  # not that it is none of ours
+                export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/s.zip", crops=TABLE)
     assert (tmp_path / "bucket" / "out" / "s.zip").read_bytes() == (tmp_path / "local.zip").read_bytes()
     assert (tmp_path / "bucket" / "theirs.zip").read_bytes() == b"not ours"
 

@@ -16,6 +16,7 @@ import pytest
 
 from connectomics.decoding.blocks.pieces import SIDES, StoredBlocks
 from connectomics.errors import CorruptDataError, EngineError, WriteError
+from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path
 from connectomics.tasks import DoneMap, lease
 from connectomics.tasks.blocks import Lattice
@@ -169,7 +170,9 @@ def test_a_store_that_ignores_conditions_is_noticed(proxy: FaultyProxy) -> None:
         require()
 
 
-def test_how_many_labels_a_block_has_is_read_without_the_rest_of_its_file(proxy: FaultyProxy) -> None:
+def test_how_many_labels_a_block_has_is_read_without_the_rest_of_its_file(
+    proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = StoredBlocks(FOLDER, Lattice((64, 64, 64), (32, 32, 32)))
     faces = {side: np.random.default_rng(0).integers(0, 9, (256, 256)) for side in SIDES}
     blocks.save(3, {"count": np.asarray(41), **faces})
@@ -184,3 +187,10 @@ def test_how_many_labels_a_block_has_is_read_without_the_rest_of_its_file(proxy:
             blocks.count(5)
     with pytest.raises(CorruptDataError, match=r"cannot read s3://public/a/out/6: .*no such object"):
         blocks.count(6)
+
+    def fail(*_: object) -> None:
+        raise StoreError("no answer")
+
+    monkeypatch.setattr(S3Path, "read_start", fail)
+    with pytest.raises(StoreError, match="no answer"):  # not that the file is corrupt
+        blocks.count(3)

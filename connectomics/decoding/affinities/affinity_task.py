@@ -24,7 +24,7 @@ from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import InputError
-from connectomics.geometry import Index
+from connectomics.geometry import Index, index
 from connectomics.tasks.block_task import Cost
 from connectomics.tasks.blocks import with_halo
 
@@ -69,10 +69,8 @@ class AffinitiesTask(StitchedTask):
         source = open_probabilities(self.input)
         if self.parameters.halo_nm > 0:
             size = source.levels[0].grid.voxel_size
-            z, y, x = (max(1, math.ceil(self.parameters.halo_nm / s - 1e-9)) for s in size)
-        else:
-            z, y, x = (n + _CONTEXT for n in StoredAffinities.open(source).reach)
-        return z, y, x
+            return index(max(1, math.ceil(self.parameters.halo_nm / s - 1e-9)) for s in size)
+        return index(n + _CONTEXT for n in StoredAffinities.open(source).reach)
 
     def unite_group(self, group: Group, groups: StoredGroups) -> NDArray[np.int64]:
         return unite_group(group, groups, self.parameters.stitch_threshold)

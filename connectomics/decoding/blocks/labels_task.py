@@ -34,7 +34,7 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import ConfigError, WriteError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, about, publish
 from connectomics.io.location import absolute
@@ -79,17 +79,16 @@ class LabelsTask(BlockTask):
     pyramid: bool = False
 
     def __post_init__(self) -> None:
-        z, y, x = (int(n) for n in self.block_shape)
-        object.__setattr__(self, "block_shape", (z, y, x))
+        object.__setattr__(self, "block_shape", shape := index(self.block_shape))
         object.__setattr__(self, "source", json.loads(json.dumps(dict(self.source))))  # equal to what a file gives
         object.__setattr__(self, "input", absolute(self.input))
         object.__setattr__(self, "output", absolute(self.output))
-        if min(z, y, x) < 1:
-            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {(z, y, x)}")
-        if self.storage.is_sharded and self.storage.block((z, y, x)) != (z, y, x):
+        if min(shape) < 1:
+            raise ConfigError(f"block_shape must be three positive numbers of voxels (z, y, x), got {shape}")
+        if self.storage.is_sharded and self.storage.block(shape) != shape:
             raise ConfigError(
-                f"blocks of {[z, y, x]} voxels are no multiple of {list(self.storage.unit)}, so that two of them would "
-                "write one shard; choose block_shape or output.shard to fit"
+                f"blocks of {list(shape)} voxels are no multiple of {list(self.storage.unit)}, so that two of them "
+                "would write one shard; choose block_shape or output.shard to fit"
             )
         if self.table not in ("csv", "parquet"):
             raise ConfigError(f"table must be csv or parquet, got {self.table!r}")
@@ -272,11 +271,8 @@ class LabelsTask(BlockTask):
     @property
     def chunks(self) -> Index:
         """Chunks that no two blocks share: the default ones, or a whole block if it is no multiple of them."""
-        z, y, x = (
-            c if b % c == 0 or b >= n else b
-            for b, c, n in zip(self.block_shape, self.storage.chunk, self.grid.shape, strict=True)
-        )
-        return z, y, x
+        sides = zip(self.block_shape, self.storage.chunk, self.grid.shape, strict=True)
+        return index(c if b % c == 0 or b >= n else b for b, c, n in sides)
 
     def finish(self) -> None:
         if not self.is_complete:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ from connectomics.errors import CorruptDataError, InputError
 from connectomics.geometry import Triple
 from connectomics.io.formats.source import VolumeSource, optional
 from connectomics.io.metadata import in_nm
+
+log = logging.getLogger(__name__)
 
 _PIECE = 1 << 22  # bytes decompressed at a time
 _NRRD_TYPES = {
@@ -30,13 +33,15 @@ _NRRD_TYPES = {
 
 
 def open_mrc(path: Path, inner: str | None) -> VolumeSource:
-    """Open an MRC or CCP4 file (axes z y x, voxel size in angstrom, 0 if not given)."""
+    """Open an MRC or CCP4 file (axes z y x, voxel size in angstrom, 0 if not given); its position is not read."""
     mrcfile = optional("mrcfile", "mrcfile")
     try:
         file = mrcfile.mmap(path, mode="r", permissive=False)
     except (ValueError, OSError) as error:
         raise CorruptDataError(f"{path} cannot be read as MRC: {error}; decompress a compressed file first") from error
     size = [float(file.voxel_size[axis]) / 10 for axis in "zyx"]
+    if any(float(values[axis]) for values in (file.header.origin, file.nstart) for axis in "xyz"):
+        log.warning("%s: its origin is not used, since programs differ in its sign and in what it means", path)
     return VolumeSource.of(str(path), file.data, voxel_size=tuple(size) if min(size) > 0 else None, close=file.close)
 
 

@@ -40,6 +40,7 @@ def _file(path: Path, tifffile: Any) -> VolumeSource:
             "save the volume in a separate file"
         )
     shape = _volume_shape(parts[0].axes, parts[0].shape, path)
+    _warn_of_white(file.pages[0], path)
     readers = [_reader(part, shape, path, file.byteorder) for part in parts]
 
     def read(begin: Sequence[int], wanted: Sequence[int]) -> NDArray[Any]:
@@ -94,6 +95,7 @@ def _folder(path: Path, tifffile: Any) -> VolumeSource:
         page = first.pages[0]
         plane, dtype, size = tuple(page.shape), np.dtype(page.dtype), _imagej_size(first)
         _check_single(first, files[0])
+        _warn_of_white(page, path)
     if len(plane) != 2:
         raise InputError(f"{files[0]} has shape {plane}, expected one gray section (y, x)")
 
@@ -126,6 +128,13 @@ def _warn_of_gaps(files: Sequence[Path]) -> None:
             "z; put empty sections of the same size and type there",
             files[0].parent, files[jumps[0]].name, files[jumps[0] + 1].name, len(jumps),
         )  # fmt: skip
+
+
+def _warn_of_white(page: Any, path: Path) -> None:
+    """Log that 0 is white: viewers invert such an image, but masks of ImageJ are also stored like that."""
+    if page.photometric == 0:
+        remedy = "if the contrast of raw is then the opposite, give data.intensity_range with the high value first"
+        log.warning("%s has 0 as white (MINISWHITE), and is stored without inversion; %s", path, remedy)
 
 
 def _check_single(file: Any, path: Path) -> None:
