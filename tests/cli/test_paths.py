@@ -136,7 +136,6 @@ ON_S3: dict[str, Callable[[Path | str], object]] = {
     "decode_predictions": lambda url: decode_predictions("predictions", url),
     "measure_tasks": lambda url: measure_tasks("labels", url),
     "mesh_tasks": lambda url: mesh_tasks("labels", url, "mito"),
-    "export_submission": lambda url: export_submission(".", url),
 }
 
 
