@@ -6,9 +6,9 @@
 The raw volume is a pattern of 160 voxels that repeats along each axis: balls of 9 to 12 voxels' radius, some of them
 joined by a neck in pairs, and rods along x, with noise. It fills the first 480 voxels along each axis, a row along z
 and one along x through the whole volume, and its last corner; the rest is of one gray value. A network of one layer
-(3x3x3, set by hand) gives the probability of a class and three affinities. Each step is a process of its own, the
+(3x3x3, set by hand) gives the probability of a class and three affinities. Each step is a separate process, the
 command ``pytc``, on a disk and on an S3 server of this machine (`tests.s3_server`; its objects are files on the same
-disk). The coarser levels of the probabilities are a step of their own (the same command with ``output.pyramid=true``);
+disk). The coarser levels of the probabilities are a separate step (the same command with ``output.pyramid=true``);
 ``decode`` writes those of the labels.
 
 A row of the table: wall and CPU time of all processes; the peak of the resident memory of the main process, and of the
@@ -16,7 +16,7 @@ largest worker, above what its imports took, and in brackets the ratio to the fi
 objects) and bytes of the output. ``voxels``: whether all decoded voxels and tables are those of the first format.
 ``files``: whether all chunks or shards, and tables, are byte by byte those of the first place with this format.
 
-With ``--kills``, each step is repeated in another folder, where it is killed that often at random moments and started
+With ``--kills``, each step is repeated in another folder, killed so many times at random moments, and started
 again (over, if it was done). ``killed`` says how many of the outputs that were completed have the files of the
 undisturbed run, of how many, and how many kills there were. A first tiny volume, which is not reported, compiles the
 kernels.
