@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -203,12 +205,18 @@ def test_a_new_crop_starts_unknown_and_is_resumed(root: Path) -> None:
 
 
 def write_decoded(
-    folder: Path, name: str, values: NDArray[Any], grid: VoxelGrid, shards: Index | None = None, **more: Any
+    folder: Path,
+    name: str,
+    values: NDArray[Any],
+    grid: VoxelGrid,
+    shards: Index | None = None,
+    box: str = "box_1",
+    **more: Any,
 ) -> None:
     """``shards``: as OME-Zarr 0.5."""
     about = {"artefact": "labels", "kind": "semantic", "complete": True, "objects": int(values.max()), **more}
     attrs = {"connectomics": {**about, "grid": grid.to_dict()}}
-    place = folder / f"cube.zarr/box_1/{name}"
+    place = folder / f"cube.zarr/{box}/{name}"
     (writer,) = create_multiscale(place, [grid], values.dtype, attrs=attrs, shards=shards)
     writer.write((0, 0, 0), values)
 
@@ -245,6 +253,38 @@ def test_predicted_objects_keep_their_ids(root: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(MetadataError, match="run decode first"):
         cx.annotate(root, crop=1, classes=["mito"], labels=tmp_path / "other")
+
+
+def test_predicted_ids_may_have_gaps_and_crops_may_have_the_same_ids(root: Path, tmp_path: Path) -> None:
+    """As `apply_edits` leaves them, and as two boxes of `predict` have them."""
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    write_label(root, "cube", "crop1", "ves", np.full(SHAPE, 255, np.uint8), grid, unknown=255, kind="instance")
+    left, right = np.zeros((20, 60, 25), np.uint16), np.zeros((20, 60, 25), np.uint16)
+    left[0, 0, :3], right[0, 0, :3] = [1, 200, 0], [1, 2, 60]
+    write_decoded(tmp_path / "labels", "ves", left, grid.crop((0, 0, 0), left.shape), kind="instance", objects=2)
+    with cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels") as drawing:
+        assert b'"next": 202' in ask(drawing.url, "")[1]
+    more = grid.crop((0, 0, 25), right.shape)
+    write_decoded(tmp_path / "labels", "ves", right, more, box="box_2", kind="instance", objects=3)
+    with pytest.raises(InputError, match="predicted IDs up to 261 do not fit into uint8"):
+        cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels")
+    unknown = np.full(SHAPE, 255, np.uint16)
+    shutil.rmtree(place_of(root, "ves"))
+    write_label(root, "cube", "crop1", "ves", unknown, grid, unknown=255, kind="instance")
+    with cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels") as drawing:
+        section = np.frombuffer(ask(drawing.url, "predicted/ves/0")[1], "<u2").reshape(SHAPE[1:])
+        assert section[0, [0, 1, 2, 25, 26, 27]].tolist() == [1, 200, 0, 201, 202, 261]
+
+
+def test_only_the_page_that_was_opened_last_draws(root: Path) -> None:
+    """Another tab shows sections as they were, and would give a new instance the same ID."""
+    with cx.annotate(root, crop=1, classes=["mito"]) as drawing:
+        pages = [re.search(rb'"page": "(\w+)"', ask(drawing.url, "")[1]) for _ in range(2)]
+        first, second = (found[1].decode() for found in pages if found is not None)
+        status, said = ask(drawing.url, rectangle(3, 5, 5, 1, 1) + f"&page={first}", b"\x01")
+        assert (status, b"another tab" in said) == (409, True)
+        assert ask(drawing.url, rectangle(3, 5, 6, 1, 1) + f"&page={second}", b"\x01")[0] == 200
+    assert stored(root, "mito")[3, 5, 5:7].tolist() == [0, 1]
 
 
 def test_labels_without_raw_take_it_from_another_root(root: Path, tmp_path: Path) -> None:
