@@ -276,6 +276,14 @@ def test_predicted_ids_may_have_gaps_and_crops_may_have_the_same_ids(root: Path,
         assert section[0, [0, 1, 2, 25, 26, 27]].tolist() == [1, 200, 0, 201, 202, 261]
 
 
+def test_the_next_instance_is_not_called_unknown(root: Path) -> None:
+    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.zeros(SHAPE, np.uint16)
+    values[0, 0, :2] = 254, 255
+    write_label(root, "cube", "crop1", "ves", values, grid, unknown=255, kind="instance")
+    with cx.annotate(root, crop=1, classes=["ves"]) as drawing:
+        assert b'"next": 256' in ask(drawing.url, "")[1]
+
+
 def test_only_the_page_that_was_opened_last_draws(root: Path) -> None:
     """Another tab shows sections as they were, and would give a new instance the same ID."""
     with cx.annotate(root, crop=1, classes=["mito"]) as drawing:
@@ -544,6 +552,29 @@ def test_a_hand_draws_in_a_browser(root: Path, decoded: Path, tmp_path: Path) ->
         tab.screenshot(tmp_path / "page.png")
         assert tab.errors == []
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_an_id_that_does_not_fit_is_not_drawn_as_another(root: Path, tmp_path: Path) -> None:
+    """256 in an array of 8 bits would be 0: absent."""
+    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.full(SHAPE, 254, np.uint8)
+    write_label(root, "cube", "crop1", "ves", values, grid, unknown=255, kind="instance")
+    with (
+        cx.annotate(root, crop=1, classes=["ves"]) as drawing,
+        browser(drawing.url, tmp_path / "profile") as tab,
+    ):
+        tab.wait(IS_READY)
+        view = tab.js("(() => { const r = document.getElementById('view').getBoundingClientRect();"
+                      "return [r.left + r.width / 2, r.top + r.height / 2]; })()")  # fmt: skip
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.wait("document.getElementById('status').textContent.startsWith('no ID is left')")
+        tab.key("i")
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.key("e")
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.wait(SAVED)
+    found = stored(root, "ves")
+    assert (set(np.unique(found)), set(np.unique(found[:10])), set(np.unique(found[11:]))) == ({0, 254}, {254}, {254})
 
 
 @pytest.mark.slow

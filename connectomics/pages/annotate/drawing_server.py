@@ -139,7 +139,7 @@ class DrawingServer(LocalServer):
                 {
                     "name": name, "kind": labels.kind, "color": color, "absent": labels.absent,
                     "unknown": labels.unknown, "bytes": labels.dtype.itemsize, "predicted": name in self._predicted,
-                    "next": max(labels.largest, self._predicted[name].largest if name in self._predicted else 0) + 1,
+                    "next": self._next(name),
                 }
                 for (name, labels), color in zip(self.labels.items(), cycle(CLASS_COLORS), strict=False)
             ]  # fmt: skip
@@ -151,6 +151,12 @@ class DrawingServer(LocalServer):
             Markup(assets.joinpath(f"annotate.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")
         )
         return page.render("annotate", title=self._title, state=state, style=style, script=script)
+
+    def _next(self, name: str) -> int:
+        """Return an ID that no object has, drawn or predicted; it may not fit into the type."""
+        labels = self.labels[name]
+        found = max(labels.largest, self._predicted[name].largest if name in self._predicted else 0) + 1
+        return found + (found == labels.unknown)
 
     def _raw_section(self, z: int) -> NDArray[np.uint8]:
         before, *_ = self._margin

@@ -380,6 +380,10 @@
       say(`${active.name} has no value for unknown`, true);
       return;
     }
+    if (value() >= 2 ** (8 * active.bytes)) {
+      say(`no ID is left: the labels of ${active.name} have ${8 * active.bytes} bits; pick an instance to continue it`, true);
+      return;
+    }
     const before = labels.slice();
     if (tool === "fill") {
       if (!inside) return;
