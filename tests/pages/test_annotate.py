@@ -117,7 +117,7 @@ def test_an_object_with_the_value_of_unknown_stays_an_object(root: Path) -> None
     )
     with cx.annotate(root, crop=1, classes=["ves"]) as drawing:
         assert drawing.labels["ves"].unknown is None
-        assert ask(drawing.url, rectangle(0, 0, 1, 1, 1, "ves"), bytes([7]))[0] == 200
+        assert ask(drawing.url, rectangle(0, 0, 1, 1, 1, "ves"), bytes([7, 0, 0, 0]))[0] == 200
     crop = Catalog.open(str(root)).crop("cube", "crop1")
     assert read_labels(crop, ["ves"], crop.grid).present_of("ves")[0, 0, :3].tolist() == [1, 1, 0]
 
@@ -266,14 +266,15 @@ def test_predicted_ids_may_have_gaps_and_crops_may_have_the_same_ids(root: Path,
         assert b'"next": 201' in ask(drawing.url, "")[1]
     more = grid.crop((0, 0, 25), right.shape)
     write_decoded(tmp_path / "labels", "ves", right, more, box="box_2", kind="instance", objects=3)
-    with pytest.raises(InputError, match="predicted IDs up to 261 do not fit into uint8"):
-        cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels")
-    unknown = np.full(SHAPE, 255, np.uint16)
-    shutil.rmtree(place_of(root, "ves"))
-    write_label(root, "cube", "crop1", "ves", unknown, grid, unknown=255, kind="instance")
     with cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels") as drawing:
-        section = np.frombuffer(ask(drawing.url, "predicted/ves/0")[1], "<u2").reshape(SHAPE[1:])
+        section = np.frombuffer(ask(drawing.url, "predicted/ves/0")[1], "<u4").reshape(SHAPE[1:])  # 261 needs more bits
+        assert stored(root, "ves").dtype == np.uint8
+        assert ask(drawing.url, rectangle(0, 0, 0, *SHAPE[1:], "ves"), section.tobytes())[0] == 200
         assert section[0, [0, 1, 2, 25, 26, 27]].tolist() == [1, 200, 0, 201, 202, 261]
+    found = stored(root, "ves")
+    assert found.dtype == np.uint32
+    assert np.array_equal(found[0], section)
+    assert (found[1:] == 255).all()
 
 
 def test_a_predicted_instance_never_gets_the_id_of_another_that_is_drawn(
@@ -579,13 +580,16 @@ def test_a_hand_draws_in_a_browser(root: Path, decoded: Path, tmp_path: Path) ->
 @pytest.mark.slow
 def test_an_id_that_does_not_fit_is_not_drawn_as_another(root: Path, tmp_path: Path) -> None:
     """256 in an array of 8 bits would be 0: absent."""
-    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.full(SHAPE, 254, np.uint8)
+    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.full(SHAPE, 7, np.uint8)
     write_label(root, "cube", "crop1", "ves", values, grid, unknown=255, kind="instance")
     with (
         cx.annotate(root, crop=1, classes=["ves"]) as drawing,
         browser(drawing.url, tmp_path / "profile") as tab,
     ):
         tab.wait(IS_READY)
+        tab.js("document.getElementById('number').value = 254")
+        tab.js("document.getElementById('number').dispatchEvent(new Event('change'))")
+        tab.key("n")
         view = tab.js("(() => { const r = document.getElementById('view').getBoundingClientRect();"
                       "return [r.left + r.width / 2, r.top + r.height / 2]; })()")  # fmt: skip
         tab.drag([(view[0], view[1]), (view[0], view[1])])
@@ -596,7 +600,7 @@ def test_an_id_that_does_not_fit_is_not_drawn_as_another(root: Path, tmp_path: P
         tab.drag([(view[0], view[1]), (view[0], view[1])])
         tab.wait(SAVED)
     found = stored(root, "ves")
-    assert (set(np.unique(found)), set(np.unique(found[:10])), set(np.unique(found[11:]))) == ({0, 254}, {254}, {254})
+    assert (set(np.unique(found)), set(np.unique(found[:10])), set(np.unique(found[11:]))) == ({0, 7}, {7}, {7})
 
 
 @pytest.mark.slow

@@ -51,6 +51,7 @@ class PredictedLabels:
         self._shown = self._ids() if labels.kind == "instance" else []
         #: Largest ID that `read` may return.
         self.largest = max((number for ids in self._shown for number in ids.values()), default=1)
+        labels.widen(self.largest)
         if labels.kind == "instance" and self.largest > np.iinfo(labels.dtype).max:
             raise InputError(f"{labels.name}: predicted IDs up to {self.largest} do not fit into {labels.dtype}")
 

@@ -381,7 +381,7 @@
       return;
     }
     if (value() >= 2 ** (8 * active.bytes)) {
-      say(`no ID is left: the labels of ${active.name} have ${8 * active.bytes} bits; pick an instance to continue it`, true);
+      say(`no ID is left in ${8 * active.bytes} bits: run pytc annotate again, which stores ${active.name} in 32 bits`, true);
       return;
     }
     const before = labels.slice();
