@@ -14,6 +14,7 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
+from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask
@@ -21,7 +22,7 @@ from connectomics.inference.trained_network import weights_hash
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.predict import predict_cellmap_crops
-from connectomics.pipeline.targets import Target, targets_of
+from connectomics.pipeline.targets import Target, chosen_targets, targets_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -298,3 +299,18 @@ def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp
     with pytest.raises(InputError, match=r"inference\.window"):
         predict(root, checkpoint, tmp_path, replace(config, inference=replace(config.inference, window=[15, 16, 16])))
     assert not list(tmp_path.iterdir())
+
+
+def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
+    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good."""
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
+    Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
+    targets, _ = chosen_targets(config_of(root), [place], None, None)
+    assert [target.name for target in targets] == ["crop1", "crop2"]
+    assert "1 of these 2 crops were used for training (set-a/crop1): do not evaluate or tune on them" in caplog.text
+    caplog.clear()
+    chosen_targets(config_of(root), [place], None, "set-a:64,64,64:80,80,80")
+    chosen_targets(config_of(root), [tmp_path / "other.ckpt"], None, None)
+    assert caplog.text == ""
