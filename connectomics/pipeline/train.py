@@ -138,7 +138,8 @@ def train(
                 (folder / "run.log").touch()
             place = None if fast_dev_run else folder
             data = datamodule or _cellmap_data(config, place, checkpoint, overwrite, progress)
-            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, callbacks)
+            replaces = overwrite and checkpoint is None and kept
+            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, replaces, callbacks)
     return _result(config, folder, trainer, fast_dev_run)
 
 
@@ -188,9 +189,12 @@ def _fit(
     machine: Machine,
     checkpoint: str | Path | None,
     fast_dev_run: bool,
+    replaces: bool,
     callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
-    """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
+    """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C.
+
+    ``replaces``: remove the checkpoints of another run first, of which ``best.ckpt`` would be taken for this one's."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.fine_tuning import update_batch_norm
     from connectomics.lightning.monitors import check_monitored_classes
@@ -217,6 +221,8 @@ def _fit(
         config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine, callbacks=callbacks
     )
     resumed = None if checkpoint is None else str(checkpoint)
+    for file in (folder / "checkpoints").glob("*.ckpt") if replaces else ():
+        file.unlink()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SystemExit as end:  # Lightning converts Ctrl-C

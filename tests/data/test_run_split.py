@@ -155,7 +155,7 @@ def test_a_run_does_not_resume_on_the_crops_that_it_validated(trained: tuple[Run
     assert train(config, run.folder, resume=True).epochs == 2
 
 
-def test_a_run_that_replaces_another_has_its_own_split(trained: tuple[RunConfig, Run, Path]) -> None:
+def test_a_run_that_replaces_another_has_its_own_split_and_checkpoints(trained: tuple[RunConfig, Run, Path]) -> None:
     config, run, other = trained
     config.dataset.split_file = str(other)
     train(config, run.folder, overwrite=True)
@@ -163,8 +163,10 @@ def test_a_run_that_replaces_another_has_its_own_split(trained: tuple[RunConfig,
     (target,) = kept_out_targets(config, [run.folder / "checkpoints/last.ckpt"])
     assert target.name == "crop1"
     config.dataset.split_file, config.dataset.train_val_split = None, 1.0
-    train(config, run.folder, overwrite=True)
+    without = train(config, run.folder, overwrite=True)
     assert Split.load(run.folder / "split.yaml").val == ()
+    assert without.best_checkpoint is None  # that of the replaced run is not the best of this one
+    assert without.checkpoint == run.folder / "checkpoints/last.ckpt"
 
 
 @pytest.mark.parametrize("entry", ["mine/crop1:0,0:1,1", "mine/crop1:5,5,5:5,9,9", "mine/crop1:a,b,c:1,1,1"])
