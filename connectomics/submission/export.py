@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
@@ -161,11 +161,12 @@ def export_submission(
         )
     asked = {(e.dataset, e.crop_name, e.class_name) for e in table}
     ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
-    with _working_folder(target) as work, leading(work):
+    with _working_folder(target) as work, leading(target if isinstance(target, S3Path) else work) as require_lead:
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
         checking = named(progress or silent, "checking")
         findings = validate_submission(made, table, progress=checking) if validate else []
+        require_lead()
         path, kept = _put(made, work, target, findings)
     return ExportResult(
         path=path,
@@ -325,14 +326,13 @@ def _is_ours(target: Path) -> bool:
     try:
         if target.is_dir():
             return not any(target.iterdir()) or about(target).get("artefact") == "submission"
-        with TemporaryFile() if isinstance(target, S3Path) else target.open("rb") as file:
-            if isinstance(target, S3Path):
-                target.download(file)
-            with zipfile.ZipFile(file) as archive:
-                return b'"submission"' in archive.read(".zattrs")
+        with target.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return b'"submission"' in archive.read(".zattrs")
     except StoreError:
         raise
-    except (zipfile.BadZipFile, KeyError, OSError):
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        if isinstance(error.__context__, StoreError):  # zipfile takes any error of reading for a broken zip
+            raise error.__context__ from None
         return False
 
 
