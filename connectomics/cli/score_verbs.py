@@ -20,6 +20,7 @@ from connectomics.cli.options import (
     OutOption,
     OutPlaceArgument,
 )
+from connectomics.errors import number_of
 
 if TYPE_CHECKING:
     from connectomics.metrics.challenge.results import SubmissionScore
@@ -87,7 +88,7 @@ def _print_evaluation(result: Mapping[str, Any]) -> None:
     left_out = result["left_out"]
     if left_out:
         shown = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")
-        print(f"{len(left_out)} arrays without annotated ground truth left out: {shown}")
+        print(f"{number_of(len(left_out), 'array')} without annotated ground truth left out: {shown}")
 
 
 def _print_rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], intervals: bool) -> None:
@@ -236,7 +237,7 @@ def validate(
         print(finding)
     errors = sum(f.severity == "error" for f in findings)
     warnings = sum(f.severity == "warning" for f in findings)
-    print(f"{submission}: {errors} errors, {warnings} warnings")
+    print(f"{submission}: {number_of(errors, 'error')}, {number_of(warnings, 'warning')}")
     if errors:
         raise typer.Exit(1)
 

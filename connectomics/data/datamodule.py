@@ -31,7 +31,7 @@ from connectomics.data.splits import Split
 from connectomics.data.unlabeled import PairedPatches, collate_pairs, unlabeled_dataset, unlabeled_parts
 from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError, InputError, number_of
 from connectomics.io.store import StoreOptions
 from connectomics.machine import is_first_process, usable_cores
 from connectomics.progress import Progress
@@ -195,7 +195,7 @@ class CellMapDataModule(pl.LightningDataModule):
         sampler = self.sampler()
         if len(sampler) < data.batch_size:
             raise ConfigError(
-                f"an epoch gives each process {len(sampler)} patches, less than one batch (data.batch_size "
+                f"an epoch gives each process {number_of(len(sampler), 'patch')}, less than one batch (data.batch_size "
                 f"{data.batch_size}), so no step would be taken; raise data.patches_per_epoch or lower data.batch_size"
             )
         workers = min(data.num_workers, usable_cores())

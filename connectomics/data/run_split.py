@@ -73,7 +73,7 @@ def run_split(
         log.warning(warning)
     volumes = [sum(content.known for content in side) for side in (contents, held)]
     log.info(
-        "%d crops or parts of crops for training and %d for validation, which hold %.0f %% of the annotated volume",
+        "crops or parts of crops: %d for training, and %d for validation with %.0f %% of the annotated volume",
         len(train), len(val), 100 * volumes[1] / (sum(volumes) or 1.0),
     )  # fmt: skip
     return split, train, val

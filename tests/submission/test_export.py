@@ -431,7 +431,7 @@ def test_missing_arrays_are_reported_and_the_rest_is_written(tmp_path):
     assert result.missing == ("crop7/mito", "crop12/er", "crop12/ves")
     assert result.ignored == ("one/crop99/er",)
     assert not result.has_errors
-    assert "3 arrays of the table have no prediction" in result.summary()
+    assert "3 arrays of the table without a prediction" in result.summary()
     assert {f.rule for f in result.findings} == {"missing-class", "missing-crop"}
     with pytest.raises(MissingError, match="3 of 4 arrays have no prediction"):
         export_submission(tmp_path / "p", tmp_path / "t.zip", crops=TABLE, strict=True)
