@@ -279,6 +279,14 @@ def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):
     assert require_complete(folder)
 
 
+def test_two_parts_of_a_crop_do_not_share_a_folder(root, checkpoint, tmp_path):
+    """A split file may hold out two parts of a crop; with overwrite, the second replaced the first."""
+    parts = [Target("set-a", "crop1", {"er": grid_of((4, 12, 20), 8, start)}) for start in (64.0, 128.0)]
+    with pytest.raises(InputError, match="set-a/crop1 has several parts to predict"):
+        predict(root, checkpoint, tmp_path, targets=parts, overwrite=True, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp_path):
     far = config_of(root, crops=["crop3", "crop4"])
     far = replace(far, data=replace(far.data, intensity_range=[1000, 3000]))
