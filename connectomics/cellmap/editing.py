@@ -99,10 +99,12 @@ class EditableLabels:
     def read(self, z: int) -> NDArray[Any]:
         """Return section ``z`` as stored, (H, W)."""
         self._check(z, 0, 0, (1, 1))
-        shape = (1, *self.grid.shape[1:])
-        if self._writer is not None:
-            return self._writer.read((z, 0, 0), shape)[0].astype(self.dtype, copy=False)
-        return self._label.read_stored((z, 0, 0), shape)[0].astype(self.dtype, copy=False)
+        return self.block((z, 0, 0), (1, *self.grid.shape[1:]))[0]
+
+    def block(self, begin: Index, shape: Index) -> NDArray[Any]:
+        """Return a block within the labels as stored, (d, h, w)."""
+        read = self._label.read_stored if self._writer is None else self._writer.read
+        return read(begin, shape).astype(self.dtype, copy=False)
 
     def write(self, z: int, y: int, x: int, values: NDArray[Any]) -> None:
         """Write (h, w) values of the array's dtype into section ``z``, with the first one at row ``y``, column ``x``.

@@ -19,6 +19,8 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import join
 from connectomics.metrics.overlaps import pair_counts
 
+_BLOCK = (64, 512, 512)  # voxels held at a time: whole chunks
+
 
 class PredictedLabels:
     """Decoded labels of one class that overlap the drawn ones, whatever the name of their crop or box."""
@@ -62,12 +64,12 @@ class PredictedLabels:
         shown as another one, unless most of what is drawn on the predicted instance has it: then it was accepted.
         """
         counts, drawn = [Counter[tuple[int, int]]() for _ in self._found], set[int]()
-        for z in range(self.labels.grid.shape[0]):
-            there = self.labels.read(z)[None]
+        for begin, block in self.labels.grid.blocks(_BLOCK):
+            there = self.labels.block(begin, block.shape)
             there = np.where((there == self._unknown) | (there == self.labels.absent), 0, there)
             drawn.update(np.unique(there).tolist())
             for (source, _), count in zip(self._found, counts, strict=True):
-                pairs = pair_counts(there, source.read_nearest(self._section(z), level=0)[0])
+                pairs = pair_counts(there, source.read_nearest(block, level=0)[0])
                 for mine, predicted, n in zip(*(values.tolist() for values in pairs), strict=True):
                     count[mine, predicted] += n
         sizes = [max(predicted for _, predicted in count) for count in counts]
@@ -98,9 +100,6 @@ class PredictedLabels:
         """Make room for the value of unknown."""
         return number + (number >= self._unknown)
 
-    def _section(self, z: int) -> VoxelGrid:
-        return self.labels.grid.crop((z, 0, 0), (1, *self.labels.grid.shape[1:]))
-
     def read(self, z: int) -> NDArray[Any]:
         """Return section ``z`` of the drawn labels' grid in their encoding, (H, W); unknown if not predicted.
 
@@ -108,7 +107,7 @@ class PredictedLabels:
         """
         import fastremap
 
-        grid = self._section(z)
+        grid: VoxelGrid = self.labels.grid.crop((z, 0, 0), (1, *self.labels.grid.shape[1:]))
         out = np.full(grid.shape[1:], self._unknown, self.labels.dtype)
         for crop, (source, about) in enumerate(self._found):
             values, inside = source.read_nearest(grid, level=0)
