@@ -22,6 +22,7 @@ from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
 from connectomics.lightning.checkpoints import load_network, read_checkpoint
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
+from connectomics.lightning.network import model_options
 from connectomics.lightning.run_state import metric_rows, weights_file
 from connectomics.models.registry import check_patch_size, fixed_patch_size
 from connectomics.pipeline.runs import Run
@@ -146,7 +147,7 @@ def test_images(config: RunConfig) -> list[np.ndarray]:
 
 def _takes(config: RunConfig, shape: Sequence[int]) -> bool:
     try:
-        check_patch_size(config.model.architecture, shape, config.model.options)
+        check_patch_size(config.model.architecture, shape, model_options(config))
     except InputError:
         return False
     return not fixed_patch_size(config.model.architecture)
