@@ -20,6 +20,7 @@ from connectomics.config.heads import channel_names
 from connectomics.errors import InputError, MissingError, unknown_name
 from connectomics.io.normalization import Normalization
 from connectomics.io.replacing import write_file
+from connectomics.lightning.network import model_options
 from connectomics.models.registry import required_multiple
 from connectomics.pipeline.package import checkpoint_of, target_of, test_images
 from connectomics.pipeline.runs import Run
@@ -80,7 +81,7 @@ def write_bioimageio(
     raw = [_raw_of(image, normalization) for image in test_images(config)]
     images = [prepared(values, normalization) for values in raw]
     weights, traced, result = _exported(module, images)
-    multiple = required_multiple(config.model.architecture, config.model.options)
+    multiple = required_multiple(config.model.architecture, model_options(config))
     steps = [math.lcm(_STEP, n) for n in multiple]
     flexible = not config.data.inputs and all(n % s == 0 for n, s in zip(images[0].shape[2:], steps, strict=True))
     if flexible:

@@ -20,11 +20,12 @@ from connectomics.errors import InputError, MissingError, WriteError
 from connectomics.io.location import local_path
 from connectomics.io.replacing import not_ours, write_file
 from connectomics.io.store import read_json
-from connectomics.lightning.checkpoints import load_network
+from connectomics.lightning.checkpoints import load_network, read_checkpoint
 from connectomics.lightning.model_package import ABOUT, FORMAT, SUFFIX, TEST, WEIGHTS, Package, answer, is_package
-from connectomics.lightning.run_state import weights_file
+from connectomics.lightning.network import model_options
+from connectomics.lightning.run_state import metric_rows, weights_file
 from connectomics.models.registry import check_patch_size, fixed_patch_size
-from connectomics.pipeline.runs import Run, last_values
+from connectomics.pipeline.runs import Run
 
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
@@ -58,8 +59,8 @@ def write_package(
     """Write a trained network to one file.
 
     Args:
-        source: a run or its folder (for its best checkpoint), or a checkpoint; training data and last validation scores
-            are read from the run folder, if any.
+        source: a run or its folder (for its best checkpoint), or a checkpoint; training data, and the scores of the
+            checkpoint's validation, are read from the run folder, if any.
         out: the file, written atomically; default ``{run}.pytc``.
         scores: scores to store in it, or their file (``scores.json``).
 
@@ -95,9 +96,7 @@ def write_package(
         "window": list(config.window),
         "parameters": sum(p.numel() for p in module.parameters()),
         "scores": dict(known or {}),
-        "validation": {
-            name: value for name, value in last_values(folder / "metrics.csv").items() if name[:4] == "val/"
-        },
+        "validation": _validation(folder / "metrics.csv", int(read_checkpoint(checkpoint).get("global_step", 0))),
         "trained_on": [str(key) for key in Split.load(split).train] if split.is_file() else [],
         "license": license_name,
         "description": description,
@@ -106,6 +105,15 @@ def write_package(
     }
     write_file(target, _zipped({ABOUT: json.dumps(about, indent=1).encode(), **members}))
     return Package(target, about)
+
+
+def _validation(table: Path, steps: int) -> dict[str, float]:
+    """Return the scores of the latest validation within so many optimizer steps; {} if there is none."""
+    found: dict[str, float] = {}
+    for row in metric_rows(table):
+        if int(float(row["step"])) < steps:
+            found |= {name: float(value) for name, value in row.items() if name[:4] == "val/" and value}
+    return found
 
 
 def checkpoint_of(source: str | Path | Run) -> tuple[Path, str]:
@@ -139,7 +147,7 @@ def test_images(config: RunConfig) -> list[np.ndarray]:
 
 def _takes(config: RunConfig, shape: Sequence[int]) -> bool:
     try:
-        check_patch_size(config.model.architecture, shape, config.model.options)
+        check_patch_size(config.model.architecture, shape, model_options(config))
     except InputError:
         return False
     return not fixed_patch_size(config.model.architecture)

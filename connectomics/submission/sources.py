@@ -167,10 +167,15 @@ def list_sources(predictions_dir: Path) -> Iterator[tuple[str, str, str]]:
 def own_table(predictions_dir: Path, datasets: Collection[str], data_root: str | None) -> CropTable | None:
     """A table of what a folder holds of data sets, on its own grids; those of ``.npy`` are the crops' in ``data_root``,
     the class's own where it is annotated. None where there is nothing of them. `InputError` for ``.npy`` without."""
-    entries = []
+    entries, owners = [], dict[str, str]()
     for dataset, crop, name in list_sources(predictions_dir):
         if dataset not in datasets or not crop.removeprefix("crop").isdigit():
             continue
+        if (other := owners.setdefault(crop, dataset)) != dataset:
+            raise InputError(
+                f"{crop} is in {other} and in {dataset}, and crops in a submission have no data set; export one data "
+                f"set at a time (--dataset {other})"
+            )
         group = predictions_dir / f"{dataset}.zarr" / crop / name
         if group.is_dir():
             grid = Multiscale.open(str(group)).grid

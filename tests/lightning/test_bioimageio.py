@@ -137,6 +137,9 @@ def test_deep_networks_are_tested_on_as_much_as_they_take(tmp_path: Path) -> Non
     plane = checkpoint_of(tmp_path, model__architecture="unet_2d", model__options=wide, data__patch_size=[32, 128, 128])
     (raw,) = described(write_bioimageio(plane, tmp_path / "plane.zip"))["inputs"]
     assert [axis["size"]["step"] for axis in raw["axes"][2:]] == [32, 64, 64]
+    auto = {"strides": "auto", "filters": [4, 8, 8, 8]}  # those that the voxel size and the patch ask for
+    deep = checkpoint_of(tmp_path, model__architecture="dynunet", model__options=auto, data__patch_size=[32] * 3)
+    assert described(write_bioimageio(deep, tmp_path / "auto.zip"))["inputs"]
 
 
 def test_what_is_refused(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,20 @@ def test_it_says_what_it_is(packed: Path, checkpoint: Path) -> None:
     assert about.config.model == config.model
 
 
+def test_its_scores_are_those_of_its_weights(checkpoint: Path, tmp_path: Path) -> None:
+    """The best weights are those of the first of three validations."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    rows = ["epoch,step,val/dice,train/loss", "0,7,0.8,", "0,7,,1.0", "1,15,0.7,", "1,15,,0.9", "2,23,0.5,"]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    content = torch.load(checkpoint, weights_only=True)
+    for name, steps, dice in (("best", 8, 0.8), ("last", 24, 0.5)):
+        torch.save({**content, "global_step": steps}, run / f"checkpoints/{name}.ckpt")
+        package = write_package(run / f"checkpoints/{name}.ckpt", tmp_path / f"{name}.pytc")
+        assert package.about["validation"] == {"val/dice": dice}
+    assert write_package(run, tmp_path / "run.pytc").about["validation"] == {"val/dice": 0.8}
+
+
 def test_the_same_checkpoint_gives_the_same_bytes(packed: Path, checkpoint: Path, tmp_path: Path) -> None:
     again = tmp_path / "again.pytc"
     write_package(checkpoint, again, scores={"overall": 0.5}, license_name="CC-BY-4.0", description="for tests")

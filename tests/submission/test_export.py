@@ -438,6 +438,15 @@ def test_missing_arrays_are_reported_and_the_rest_is_written(tmp_path):
     assert not (tmp_path / "t.zip").exists()
 
 
+def test_crops_of_one_name_in_two_data_sets_are_not_one(tmp_path):
+    """A submission has no data sets: of two arrays crop7/er, the second was left out, and counted as written."""
+    for dataset in ("mine", "yours"):
+        write(tmp_path / "p", (dataset, "crop7", "er"), np.ones((4, 4, 4), np.uint8), PLAIN.crop((0, 0, 0), (4, 4, 4)))
+    with pytest.raises(InputError, match="crop7 is in mine and in yours"):
+        export_submission(tmp_path / "p", tmp_path / "s.zip", datasets=["mine", "yours"])
+    assert export_submission(tmp_path / "p", tmp_path / "s.zip", datasets=["yours"]).written == ("crop7/er",)
+
+
 def test_wrong_names_are_refused_with_the_nearest(tmp_path):
     write_all(tmp_path / "p")
     with pytest.raises(UnknownNameError, match="did you mean 'mito'"):
