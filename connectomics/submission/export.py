@@ -168,8 +168,7 @@ def export_submission(
     with _working_folder(target) as work, leading(target if isinstance(target, S3Path) else work) as require_lead:
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
-        checking = named(progress or silent, "checking")
-        findings = validate_submission(made, table, progress=checking) if validate else []
+        findings = validate_submission(made, table, progress=named(progress or silent, "checking")) if validate else []
         require_lead()
         path, kept = _put(made, work, target, findings)
     return ExportResult(
