@@ -238,7 +238,7 @@ def test_validation_looks_at_a_fixed_subset_on_the_crop_s_own_lattice(
     assert 1 < len(parts[3]) <= 3
     assert sum(validation_shape(config).count(part) for part in parts[3]) <= 3
     assert all(part.same_lattice(whole) and whole.box.contains(part.box, 1e-6) for part in parts[3])
-    assert "3 fixed parts of 1 crops" in caplog.text
+    assert "3 fixed parts of 1 crop:" in caplog.text
 
 
 def test_coarse_labels_are_left_out_unless_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
