@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.documented import crowded, documented
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = sorted((ROOT / "connectomics").rglob("*.py"))
@@ -93,3 +95,35 @@ def test_the_check_finds_what_it_looks_for() -> None:
     assert violations(iter([(1, "the objects are told apart")])) != []
     assert violations(iter([(1, "normalised by the centre voxel")])) != []
     assert violations(iter([(1, "normalized colors of the center voxel")])) == []
+
+
+def test_each_argument_has_its_own_line() -> None:
+    """The API pages show what follows on a line as a part of the description before."""
+    found = {f"{file.relative_to(ROOT)}, {node.name}": crowded(node) for file, node in documented()}
+    assert {where: parts for where, parts in found.items() if parts} == {}
+
+
+def test_the_check_of_arguments_finds_what_it_looks_for() -> None:
+    text = '''
+def f(a, b, c, d):
+    """Do.
+
+    Args:
+        a: first; b: second. None: no part of it.
+            More. c, d: both.
+        d: last, over two
+            lines.
+
+    Raises:
+        InputError: wrong. Others: not that. MissingError, StoreError: not
+        there.
+    """
+'''
+    node = ast.parse(text).body[0]
+    assert isinstance(node, ast.FunctionDef)
+    assert crowded(node) == [
+        "b: second. None: no part of it. More.",
+        "c, d: both.",
+        "MissingError, StoreError: not there.",
+        "InputError: wrong. Others: not that. MissingError, StoreError: not there.",
+    ]

@@ -150,7 +150,7 @@ class Crop:
     def check_voxels(self) -> None:
         """Raise `InputError` if the crop has no voxels."""
         if self.grid.size == 0:
-            raise InputError(f"{self.key} is empty, with labels of {self.grid.shape}; write them again, or remove it")
+            raise InputError(f"{self.key} is empty, with labels of {self.grid.shape}; ingest them again, or remove it")
 
     def within(self, grid: VoxelGrid) -> VoxelGrid:
         """Return the voxels of ``grid`` that touch the crop's region; all of them if it has none."""
@@ -301,7 +301,11 @@ class Catalog:
             found = [c for c in found if any(informs(name, c.labels) for name in classes)]
         if not found:
             what = f"with a label of {', '.join(classes)}" if classes else "with labels"
-            raise MissingError(f"no crop {what} in {', '.join(chosen) or 'no data set'} of {self.root}")
+            named = f" named {', '.join(crops)}" if crops else ""
+            raise MissingError(
+                f"no crop{named} {what} in {', '.join(chosen) or 'no data set'} of {self.root}; see `pytc describe`, "
+                "and ingest labels (`pytc ingest --labels`) or choose others"
+            )
         return found
 
 

@@ -82,11 +82,12 @@ def unions_of(classes: Sequence[str], wanted: bool | Sequence[str]) -> dict[str,
     """Return group classes that follow from predicted atomic classes: name -> its atoms, all of them in ``classes``.
 
     Args:
-        classes: what a network predicts. wanted: names of groups; True: every group that follows and is not predicted
-            itself; False: none.
+        classes: what a network predicts.
+        wanted: names of groups; True: every group that follows and is not predicted itself; False: none.
 
     Raises:
-        UnknownNameError: no such class. ConfigError: it is no group, is predicted itself, or an atom is not predicted.
+        UnknownNameError: no such class.
+        ConfigError: it is no group, is predicted itself, or an atom is not predicted.
     """
     if isinstance(wanted, bool):
         groups = (c for c in CLASSES.values() if wanted and c.is_group and c.name not in classes)

@@ -74,7 +74,8 @@ class Drawn:
     """The labels of one class in a volume.
 
     Attributes:
-        class_name: name of the class. source: the volume.
+        class_name: name of the class.
+        source: the volume.
         kind: ``semantic`` or ``instance``; None: ``instance`` if the challenge scores the class by instances and there
             is more than one id.
         values: stored values that are this class, None: all but 0. Instance ids are kept.
@@ -113,7 +114,8 @@ def ingest_raw(
             called ``fibsem-{dtype}``.
 
     Raises:
-        InputError: no voxel size, or an invalid name. WriteError: it exists already. Errors of the reader.
+        InputError: no voxel size, or an invalid name.
+        WriteError: it exists already. Errors of the reader.
     """
     size = triple(voxel_size, "voxel_size") if voxel_size is not None else source.voxel_size
     if size is None:
@@ -170,8 +172,9 @@ def ingest_labels(
         known: which voxels are annotated; None: all.
 
     Raises:
-        MissingError: the data set has no raw yet. InputError: shapes that do not fit, values that are no ids, an
-        invalid name. WriteError: it exists already.
+        MissingError: the data set has no raw yet.
+        InputError: shapes that do not fit, values that are no ids, an invalid name.
+        WriteError: it exists already.
     """
     source, chosen = drawn.source, known or Known()
     raw = Multiscale.open(Catalog.open(str(root)).raw_location(dataset)).grid

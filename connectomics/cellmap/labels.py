@@ -235,7 +235,8 @@ def vote_ids(
     first in the order z, y, x wins. The caller decides whether the class is present.
 
     Args:
-        values: IDs (d, h, w) on the grid ``source``, any unsigned dtype. present: True where an ID is an object.
+        values: IDs (d, h, w) on the grid ``source``, any unsigned dtype.
+        present: True where an ID is an object.
     """
     out = np.zeros(target.shape, np.uint64)
     if out.size == 0 or not present.any():

@@ -27,8 +27,9 @@ def load_config(path: str | Path | None = None, *overrides: str | Sequence[str])
             over the file, the file over its defaults list, and that over the schema.
 
     Raises:
-        MissingError: the file does not exist. ConfigError: a key is unknown (the message names the nearest key), or a
-            value has the wrong type or is out of range.
+        MissingError: the file does not exist.
+        ConfigError: a key is unknown (the message names the nearest key), or a value has the wrong type or is out of
+            range.
     """
     given = [text for item in overrides for text in ([item] if isinstance(item, str) else item)]
     if path is None:  # no Hydra without need: its import takes longer than many a verb
@@ -325,7 +326,8 @@ def import_plugins(names: Sequence[str]) -> None:
     from elsewhere cannot run a file that happens to be next to it.
 
     Raises:
-        MissingError: a module, or one that it imports, is not installed. ConfigError: its import fails.
+        MissingError: a module, or one that it imports, is not installed.
+        ConfigError: its import fails.
     """
     for name in names:
         try:

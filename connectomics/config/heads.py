@@ -43,11 +43,13 @@ class Head:
     """One head of a run, with the defaults filled in.
 
     Attributes:
-        kind: affinities, boundary, distance or lsd. class_name: the class whose objects it describes.
+        kind: affinities, boundary, distance or lsd.
+        class_name: the class whose objects it describes.
         voxel_size: of the run, nm, z y x.
         offsets: affinities only: voxels of the run, z y x, one per channel.
         scale_nm: width of a boundary, scale of a distance, sigma of descriptors; 0 for affinities.
-        losses: names of `connectomics.models.losses.LOSSES`. weight: of its loss; the loss of the classes has 1.
+        losses: names of `connectomics.models.losses.LOSSES`.
+        weight: of its loss; the loss of the classes has 1.
         write: whether a prediction stores it.
     """
 

@@ -55,9 +55,11 @@ def run_split(
     else:
         usable = [fine.get(c.key, c) for c in crops if c.key in fine or dataset.crops is not None]
         _say_what_is_coarse(crops, usable, config)
-        usable = _annotated(usable, config)
+        usable = _known(_annotated(usable, config), classes, counter)
         split = _make(config, usable, [content_of(crop, classes, counter) for crop in usable], margin)
     train, val = split.select(usable, where)
+    for crop in (*train, *val):
+        crop.check_voxels()
     if not train:
         raise InputError("the split leaves no crop to train on; lower the share of validation or edit the split file")
     contents, held = ([content_of(crop, classes, counter) for crop in side] for side in (train, val))
@@ -187,6 +189,20 @@ def _annotated(crops: list[Crop], config: RunConfig) -> list[Crop]:
         ", ".join(left[:4] + ["..."] * (len(left) > 4)), ", ".join(classes),
     )  # fmt: skip
     return kept
+
+
+def _known(crops: list[Crop], classes: Sequence[str], counter: LabelCounter) -> list[Crop]:
+    """Return the crops without those in which no voxel is known, which could be the only ones that validate; all if
+    there are no others. Crops without voxels stay, to be refused."""
+    kept = [crop for crop in crops if content_of(crop, classes, counter).known or not crop.grid.size]
+    if kept and len(kept) < len(crops):
+        left = [crop.key for crop in crops if crop not in kept]
+        log.warning(
+            "no voxel of %s is known in %s, which is left out; ingest the labels again with the sections or the mask "
+            "that was annotated",
+            ", ".join(classes), ", ".join(left[:4] + ["..."] * (len(left) > 4)),
+        )  # fmt: skip
+    return kept or crops
 
 
 # -- labels that are too coarse ----------------------------------------------------------------------------------------

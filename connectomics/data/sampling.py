@@ -137,7 +137,8 @@ def check_sampling(
     """Return the weight of every strategy (default `DEFAULT_SAMPLING`) and of every class (default 1).
 
     Raises:
-        UnknownNameError: an unknown strategy or class. ConfigError: a weight that is not a number >= 0.
+        UnknownNameError: an unknown strategy or class.
+        ConfigError: a weight that is not a number >= 0.
     """
     for name in sampling:
         if name not in STRATEGIES:

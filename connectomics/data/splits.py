@@ -71,7 +71,8 @@ class Split:
         """Return the crops of each list, cut to their regions.
 
         Raises:
-            UnknownNameError: an entry names no crop. ConfigError: a region lies outside of its crop.
+            UnknownNameError: an entry names no crop.
+            ConfigError: a region lies outside of its crop.
         """
         train, val = (select_entries(entries, crops, where) for entries in (self.train, self.val))
         return train, val

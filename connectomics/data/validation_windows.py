@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.config import RunConfig
 from connectomics.data.foreground import foreground_points
+from connectomics.errors import number_of
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
 from connectomics.inference.windows import WindowFit
@@ -71,8 +72,8 @@ def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:
         found += [crop] if is_whole else [replace(crop, region=tile.box.intersect(crop.box)) for tile in tiles]
     if len(found) > len(crops):
         log.info(
-            "validation uses %d fixed parts of %d crops: at most data.validation_windows=%d windows",
-            len(found), len(crops), config.data.validation_windows,
+            "validation uses %d fixed parts of %s: at most data.validation_windows=%d windows",
+            len(found), number_of(len(crops), "crop"), config.data.validation_windows,
         )  # fmt: skip
     return found
 

@@ -38,9 +38,12 @@ class Edit:
     """One line of a log.
 
     Attributes:
-        op: what is done. class_name: the class of ``ids``, which are merged into the first or edited one by one.
-        seeds: of a split, two points (nm, z y x). to: class that ``ids`` are reclassified to.
-        dataset, crop: where; "" if only one fits. line: in the log, from 1.
+        op: what is done.
+        class_name: the class of ``ids``, which are merged into the first or edited one by one.
+        seeds: of a split, two points (nm, z y x).
+        to: class that ``ids`` are reclassified to.
+        dataset, crop: where; "" if only one fits.
+        line: in the log, from 1.
     """
 
     __pydantic_config__ = STRICT_KEYS
@@ -136,7 +139,8 @@ class Instances:
     """What is known of the instances of one class before the edits.
 
     Attributes:
-        largest: largest ID. boxes: of the instances that edits name, first voxel and end (z y x).
+        largest: largest ID.
+        boxes: of the instances that edits name, first voxel and end (z y x).
         semantic: whether the class has no instances: its labels are 0 and 1.
     """
 
@@ -203,7 +207,9 @@ class Division:
     """Where a split divides a box of voxels.
 
     Attributes:
-        begin: first voxel of the box. stride: voxels of a cell. part: uint8 (d, h, w) cells, 2 for the new instance.
+        begin: first voxel of the box.
+        stride: voxels of a cell.
+        part: uint8 (d, h, w) cells, 2 for the new instance.
     """
 
     begin: Index
@@ -229,7 +235,9 @@ def apply_steps(
     before the end.
 
     Args:
-        steps: of `steps_of`. volumes: of every class that they name. begin: first voxel of the block (z y x).
+        steps: of `steps_of`.
+        volumes: of every class that they name.
+        begin: first voxel of the block (z y x).
         divisions: of the splits, by number of the step.
     """
     import fastremap

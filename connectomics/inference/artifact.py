@@ -57,8 +57,11 @@ class Group:
     """One multiscale group that a prediction writes: the probabilities of a channel, or their uncertainty.
 
     Attributes:
-        place: its folder. channel: of the network. uncertainty: the kind, or "" for probabilities.
-        dtype: uint8 or float16. pyramid: whether there are levels beyond s0.
+        place: its folder.
+        channel: of the network.
+        uncertainty: the kind, or "" for probabilities.
+        dtype: uint8 or float16.
+        pyramid: whether there are levels beyond s0.
         about: what its attributes say besides ``artefact`` and ``complete``.
     """
 

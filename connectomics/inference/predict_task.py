@@ -54,17 +54,17 @@ class PredictTask(BlockTask):
     """One region to predict: what is read, what is written, and with which parameters.
 
     Attributes:
-        raw: location of the raw multiscale group. output: its folder, ``{out}/{dataset}.zarr/{crop}``.
-        classes: names of the network's output channels, in order. targets: grid to write for each requested channel.
-        voxel_size: of the network, nm, z y x. window: voxels that the network sees at once, z y x (see `windows_seen`).
-        checkpoint: hash of the networks' weights. checkpoints: their files; none if they were given in memory.
+        raw, output: the raw multiscale group, and the folder to write, ``{out}/{dataset}.zarr/{crop}``.
+        classes, targets: names of the network's output channels, in order, and grid to write for each requested one.
+        voxel_size, window: of the network, nm, and voxels that it sees at once (see `windows_seen`), z y x.
+        checkpoint, checkpoints: hash of the networks' weights, and their files; none if they were given in memory.
         normalization: how raw values become the network's input.
         overlap, blending, context, batch_size: see `predict_blocks`; batch_size also ``auto``: by trial in each worker.
         multiple: of `WindowFit`; None: windows do not shrink.
         block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
-        precision: ``32``, or ``bf16`` or ``fp16`` for automatic mixed precision. compile: use `torch.compile`.
-        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision). dtype: as stored,
-            ``uint8`` (255 p) or ``float16`` (p). pyramid: also coarser levels, if need be of a finished prediction.
+        precision, compile: ``32``, or ``bf16`` or ``fp16`` (automatic mixed precision); whether to use `torch.compile`.
+        channels_last: memory format of the network; None: if it pays (a GPU with mixed precision).
+        dtype, pyramid: ``uint8`` (255 p) or ``float16`` (p); also coarser levels, if need be of a finished prediction.
         inputs: further inputs of the network, each its voxel size (nm) and shape (voxels), z y x; in JSON ``views``.
         symmetries: in which the network sees each window, as text (``"-zyx"``, see `Symmetry`); the mean is stored.
         uncertainty: also written: ``variance`` over symmetries and networks, ``entropy`` of the probabilities, or
@@ -72,7 +72,8 @@ class PredictTask(BlockTask):
         skip_empty: leave out windows whose raw is constant or absent; probability is 0 where there are no others.
         mask: location of a multiscale group: leave out windows wholly where it is 0, or beyond it.
         allow_missing_raw: whether voxels of the region may lack raw; they get probability 0.
-        about: attributes of channels that are no classes (``artefact``, ``class_name``, ...). storage: of arrays.
+        about: attributes of channels that are no classes (``artefact``, ``class_name``, ...).
+        storage: of arrays.
     """
 
     kind: ClassVar[str] = "predict"

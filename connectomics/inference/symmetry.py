@@ -143,7 +143,8 @@ class ChannelSource:
     """Where a channel is found in a result that was transformed back.
 
     Attributes:
-        channel: its number there. complement: whether the value is one minus what stands there.
+        channel: its number there.
+        complement: whether the value is one minus what stands there.
         shift: the value for voxel p stands at p + shift, z y x.
     """
 

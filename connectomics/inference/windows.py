@@ -66,7 +66,9 @@ class WindowFit:
         """Return the sides of the smallest windows with which no more windows cover ``wanted`` voxels.
 
         Args:
-            most: sides of the largest windows. wanted: voxels to cover. overlaps: voxels that windows share.
+            most: sides of the largest windows.
+            wanted: voxels to cover.
+            overlaps: voxels that windows share.
         """
         unit, least = dict.fromkeys(self.alike, 1), dict.fromkeys(self.alike, 1)
         for letter, multiple in zip(self.alike, self.multiple, strict=True):
@@ -83,7 +85,8 @@ class Windows:
     """The windows of a network along the axes of a volume, z y x.
 
     Attributes:
-        size: voxels. overlap: share of a window that the next one sees too.
+        size: voxels.
+        overlap: share of a window that the next one sees too.
         fit: how they may shrink; None: they have this size everywhere.
     """
 

@@ -39,7 +39,8 @@ class Provenance:
     """Identity of an output and of what it was made from.
 
     Attributes:
-        id: 32 hexadecimal digits. made_from: role of each input -> its identity.
+        id: 32 hexadecimal digits.
+        made_from: role of each input -> its identity.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -60,7 +61,8 @@ class Difference:
     """How an existing output differs from the requested one.
 
     Attributes:
-        settings: names of the parameters that differ. inputs: roles of the inputs that differ.
+        settings: names of the parameters that differ.
+        inputs: roles of the inputs that differ.
     """
 
     settings: Collection[str] = ()
@@ -113,7 +115,8 @@ def require_complete(location: str | Path, *kinds: str, foreign: bool = False) -
         foreign: whether to accept arrays of other programs, which have no such attribute; {} for these.
 
     Raises:
-        MissingError: nothing exists there. MetadataError: this program did not write it, or it is of another kind.
+        MissingError: nothing exists there.
+        MetadataError: this program did not write it, or it is of another kind.
         IncompleteError: the stage that writes it has not finished.
     """
     ours = store.read_attrs(location).get(ATTRIBUTE)

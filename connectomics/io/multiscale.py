@@ -74,7 +74,8 @@ class Multiscale:
         """Open the group at ``location``.
 
         Raises:
-            MissingError: the group or all of its levels are missing. MetadataError: not a multiscale of z, y, x.
+            MissingError: the group or all of its levels are missing.
+            MetadataError: not a multiscale of z, y, x.
         """
         where = normalize(location)
         try:
@@ -303,7 +304,8 @@ class PlainArray:
         """Read a block of ``shape`` voxels from index ``begin``, by default all; absent chunks give the fill value.
 
         Raises:
-            InputError: the block is not inside the array. CorruptDataError: a chunk cannot be decoded.
+            InputError: the block is not inside the array.
+            CorruptDataError: a chunk cannot be decoded.
         """
         first = [0] * len(self.shape) if begin is None else [int(b) for b in begin]
         size = [n - b for n, b in zip(self.shape, first, strict=True)] if shape is None else [int(n) for n in shape]

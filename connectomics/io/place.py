@@ -70,8 +70,10 @@ class S3Path(PosixPath):
     def read_text(self, *_: Any, **__: Any) -> str:
         return self.read_bytes().decode()
 
-    def open(self, *_: Any, **__: Any) -> Any:
-        """Return a binary file that reads ranges of the object as they are needed."""
+    def open(self, mode: str = "r", *_: Any, **__: Any) -> Any:
+        """Return a binary file that reads ranges of the object as they are needed; only for the mode ``rb``."""
+        if mode != "rb":
+            raise NotImplementedError(f"{self} is no local file")
         return BufferedReader(_Ranges(self), _RANGE)
 
     def mkdir(self, *_: Any, **__: Any) -> None:

@@ -94,7 +94,8 @@ def array_metadata(
     """Return the ``zarr.json`` of a sharded array of any number of axes.
 
     Args:
-        shards: voxels of a file, a multiple of ``chunks``. codec: ``zstd`` (labels) or ``blosc`` with zstd.
+        shards: voxels of a file, a multiple of ``chunks``.
+        codec: ``zstd`` (labels) or ``blosc`` with zstd.
     """
     plain = {"name": "bytes", "configuration": {"endian": "little"}} if dtype.itemsize > 1 else {"name": "bytes"}
     compress: dict[str, Any] = {"name": "zstd", "configuration": {"level": clevel, "checksum": False}}

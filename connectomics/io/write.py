@@ -54,7 +54,8 @@ def create_array(
 
     Args:
         location: path or s3:// URL of the array; inside a ``*.zarr`` folder the groups above it are created, too.
-        shape: voxels (z, y, x). chunks: voxels per chunk, clipped to the shape; the last value is used for more axes.
+        shape: voxels (z, y, x).
+        chunks: voxels per chunk, clipped to the shape; the last value is used for more axes.
         attrs: attributes; ``grid`` (whose shape must be ``shape``) adds ``voxel_size`` and ``translation`` in nm.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
         clevel: Blosc-zstd level, 0 to 9.
@@ -110,8 +111,9 @@ def create_multiscale(
     """Create an OME-NGFF multiscale group with one empty array per grid (finest first: s0, s1, ...).
 
     Args:
-        location: path or s3:// URL of the group. attrs: further group attributes. name: its name, by default the last
-            part of the location.
+        location: path or s3:// URL of the group.
+        attrs: further group attributes.
+        name: its name, by default the last part of the location.
         fill_value: value of voxels that are never written.
         overwrite: replace an existing array or group; without it that is a `WriteError`.
         shards, codec: as for `create_array`; with ``shards``, OME-NGFF 0.5, else 0.4.
@@ -149,8 +151,9 @@ def write_multiscale(
 
     Args:
         data: (D, H, W) voxels on ``grid``, stored in their dtype (bool as uint8).
-        levels: number of levels, s0 included. kind: how levels are downsampled, see `connectomics.io.levels`.
-        The other arguments are those of `create_multiscale`.
+        levels: number of levels, s0 included.
+        kind: how levels are downsampled, see `connectomics.io.levels`. The other arguments are those of
+            `create_multiscale`.
     """
     path = output_of(location)
     if data.shape != grid.shape:
@@ -179,7 +182,8 @@ def build_levels(location: Location, levels: int, kind: Kind) -> None:
     few chunks of source, whatever the volume's size.
 
     Args:
-        location: path or s3:// URL of the group. kind: "raw" (mean) or "label" (majority of eight).
+        location: path or s3:// URL of the group.
+        kind: "raw" (mean) or "label" (majority of eight).
     """
     path = output_of(location)
     if kind not in ("raw", "label"):

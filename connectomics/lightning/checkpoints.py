@@ -40,7 +40,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the content of a checkpoint or a model package, on the CPU; only tensors and plain values are unpickled.
 
     Raises:
-        MissingError: the file does not exist. CorruptDataError: it is truncated, or not a checkpoint.
+        MissingError: the file does not exist.
+        CorruptDataError: it is truncated, or not a checkpoint.
         InputError: the checkpoint belongs to another program, or to a later version of this package.
     """
     file = Path(path)

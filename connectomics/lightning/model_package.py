@@ -76,8 +76,9 @@ def open_package(path: str | Path) -> Package:
     """Return a package without reading its weights.
 
     Raises:
-        MissingError: the file does not exist. CorruptDataError: it is damaged. InputError: it is not a package, or a
-            later version wrote it.
+        MissingError: the file does not exist.
+        CorruptDataError: it is damaged.
+        InputError: it is not a package, or a later version wrote it.
     """
     file = Path(path)
     if not file.is_file():

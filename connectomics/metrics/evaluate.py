@@ -35,7 +35,9 @@ def bootstrap_interval(
     Args:
         items: one per crop: dataclasses of numbers whose ``+`` adds field by field, or arrays.
         statistic: the measure of a sum, such as ``lambda counts: counts.dice``.
-        samples: number of draws. level: share of the draws inside the interval. seed: random seed of the draws.
+        samples: number of draws.
+        level: share of the draws inside the interval.
+        seed: random seed of the draws.
 
     Returns:
         Lower and upper end. Both equal the measure for a single crop.

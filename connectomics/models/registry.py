@@ -90,7 +90,8 @@ def dropout_options(architecture: str, share: float) -> dict[str, Any]:
     """Return the options of `build_model` that drop a share of the channels (0 to 1) throughout the network.
 
     Raises:
-        UnknownNameError: the architecture is unknown. InputError: it is a registered network without this option.
+        UnknownNameError: the architecture is unknown.
+        InputError: it is a registered network without this option.
     """
     known = _architecture(architecture)
     constructor = _constructor(known)
@@ -112,7 +113,8 @@ def required_multiple(architecture: str, options: Mapping[str, Any] | None = Non
     """Return what the sides of a patch must be divisible by, voxels, z y x. ``options`` are those of `build_model`.
 
     Raises:
-        UnknownNameError: the architecture is unknown. InputError: the options do not describe its stages.
+        UnknownNameError: the architecture is unknown.
+        InputError: the options do not describe its stages.
     """
     known = _architecture(architecture)
     return _of_stages(architecture, known.multiple, options)

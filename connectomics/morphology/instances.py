@@ -33,7 +33,9 @@ class Instances:
 
     Attributes:
         grid: grid of the volume, nm.
-        ids: (n,) uint64 values of the label array. sizes: (n,) voxels. sums: (n, 3) of z, y and x in voxels.
+        ids: (n,) uint64 values of the label array.
+        sizes: (n,) voxels.
+        sums: (n, 3) of z, y and x in voxels.
         boxes: (n, 6) smallest z y x, largest z y x (voxels, both inside).
         steps: (n, 7) pairs of a voxel and a neighbor with another label, by kind of step.
     """

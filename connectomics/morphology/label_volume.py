@@ -17,7 +17,8 @@ class LabelVolume:
     """The labels of one class of one crop.
 
     Attributes:
-        location: path or URL of the multiscale group, whose finest level is read. shape: voxels of that level, z y x.
+        location: path or URL of the multiscale group, whose finest level is read.
+        shape: voxels of that level, z y x.
         semantic: whether everything above 0 is one instance with ID 1.
         stamp: hash of attributes and of chunk sizes and times; changes when any program changes the labels.
     """

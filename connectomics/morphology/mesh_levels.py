@@ -67,7 +67,8 @@ def encode_levels(levels: Sequence[SurfaceLevel], grid: VoxelGrid) -> tuple[byte
     """Return the index and the fragments of an object, as files of ``neuroglancer_multilod_draco``.
 
     Args:
-        levels: of `surface_levels`. grid: of the labels, nm.
+        levels: of `surface_levels`.
+        grid: of the labels, nm.
     """
     strides = [level.stride for level in levels]
     # where the fragments of all levels begin: a multiple of the coarsest voxel, in voxels of the labels
@@ -117,7 +118,8 @@ def draco(vertices: NDArray[np.uint32], faces: NDArray[np.uint32]) -> bytes:
     """Return a mesh as a Draco bitstream 2.2: sequential, connectivity and coordinates as they are.
 
     Args:
-        vertices: (n, 3) x y z, of `BITS` bits each. faces: (m, 3) rows of ``vertices``.
+        vertices: (n, 3) x y z, of `BITS` bits each.
+        faces: (m, 3) rows of ``vertices``.
     """
     out = b"DRACO" + bytes([2, 2, 1, 0, 0, 0])  # version, triangular mesh, sequential, no flags
     out += _varint(len(faces)) + _varint(len(vertices)) + b"\x01"  # 1: indices are not compressed

@@ -77,7 +77,8 @@ def mesh_object(
     Memory: about 12 bytes per voxel of a piece (``span`` cubed), and 150 bytes per vertex before simplification.
 
     Args:
-        label: ID of the object. box: (6,) voxels that hold it: smallest z y x, largest z y x, both inside.
+        label: ID of the object.
+        box: (6,) voxels that hold it: smallest z y x, largest z y x, both inside.
         semantic: treat everything above 0 as the object.
         simplify: keep one of this many triangles, by collapsing edges, as far as the error allows; 1: keep all.
         max_error_nm: how far simplification may move the surface, nm; None: the longest edge of a voxel.
@@ -102,7 +103,8 @@ def world_mesh(grid: VoxelGrid, corners: NDArray[np.int64], faces: NDArray[np.ui
     """Return the mesh of a surface in world coordinates.
 
     Args:
-        grid: of the labels. corners: (n, 3) z y x, half samples of ``stride`` voxels from the sample of index 0.
+        grid: of the labels.
+        corners: (n, 3) z y x, half samples of ``stride`` voxels from the sample of index 0.
         faces: (m, 3) rows of ``corners``, clockwise seen from outside.
     """
     vertices = grid.to_world(corners / 2 * stride + (stride - 1) / 2)

@@ -153,7 +153,8 @@ def scale_bar(picture: NDArray[Any], pixel_nm: float, text: bool = True) -> Pict
     """Return the picture with a white scale bar at the bottom left, and its length above if there is room.
 
     Args:
-        picture: (H, W) or (H, W, 3). pixel_nm: width of a pixel, nm.
+        picture: (H, W) or (H, W, 3).
+        pixel_nm: width of a pixel, nm.
     """
     out = to_rgb(picture)
     height, width = out.shape[:2]

@@ -92,9 +92,13 @@ class CropInfo:
     """One crop of a phantom.
 
     Attributes:
-        dataset: its data set. name: ``crop7``. test: whether it is in the crop table and not in the data root.
-        grid: grid of its finest array. voxels: present voxels by class, in writing order.
-        objects: number of objects by instance class. unknown: unknown voxels by class, if there are any.
+        dataset: its data set.
+        name: ``crop7``.
+        test: whether it is in the crop table and not in the data root.
+        grid: grid of its finest array.
+        voxels: present voxels by class, in writing order.
+        objects: number of objects by instance class.
+        unknown: unknown voxels by class, if there are any.
     """
 
     dataset: str
@@ -112,7 +116,8 @@ class PhantomInfo:
 
     Attributes:
         root: the data root, for `Catalog.open`.
-        raw: grid of the finest raw level by data set. crops: training and test crops.
+        raw: grid of the finest raw level by data set.
+        crops: training and test crops.
         objects: number of objects in the whole of each data set, by kind.
     """
 

@@ -57,7 +57,8 @@ def make_phantom(
         progress: called with a line of text before each step.
 
     Raises:
-        WriteError: ``out`` is not empty, or cannot be written. InputError: the crops do not fit.
+        WriteError: ``out`` is not empty, or cannot be written.
+        InputError: the crops do not fit.
     """
     wanted = options or PhantomOptions()
     target = local_path(out).absolute()

@@ -68,18 +68,21 @@ def annotate(
     A class that the crop does not have yet starts as unknown everywhere. Call it again to resume.
 
     Args:
-        root: local data root. dataset: its data set; None: that of the box, or the only one. crop: ``crop234`` or 234.
+        root: local data root.
+        dataset: its data set; None: that of the box, or the only one.
+        crop: ``crop234`` or 234.
         classes: classes to draw; None: all of the crop that are on its finest grid.
         box: ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm): where a new crop is, on the voxels of the raw that touch it.
         voxel_size: of a new crop, nm z y x; None: that of the raw.
         labels: folder that `decode` wrote: the page shows its labels where voxels are unknown, to accept them.
-        raw: data root with the raw, if ``root`` has labels only. port: of the page; 0: any free port.
+        raw: data root with the raw, if ``root`` has labels only.
+        port: of the page; 0: any free port.
         edits: log of `apply_edits`: the page also merges, splits and deletes instances of ``labels``, a line for each.
 
     Raises:
         InputError: an option is missing or does not fit, classes are on different grids, or the port is not available.
-        MissingError, UnknownNameError: a folder, data set, crop or class. WriteError: another process draws this crop,
-        or it cannot be written.
+        MissingError, UnknownNameError: a folder, data set, crop or class.
+        WriteError: another process draws this crop, or it cannot be written.
     """
     from connectomics.pages.annotate import DrawingServer, EditLog, PredictedLabels
 

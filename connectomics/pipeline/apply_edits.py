@@ -55,15 +55,18 @@ def apply_edits(
 
     Args:
         labels: what `decode` returned, or a folder with instance IDs in the same layout.
-        edits: the log, see `connectomics.decoding.edits`. undo: leave out so many of its last edits.
+        edits: the log, see `connectomics.decoding.edits`.
+        undo: leave out so many of its last edits.
         out: folder for the edited labels, not within them; also gets ``edits.json``, with the IDs of new instances.
         engine: the processes that work; None: this process.
-        overwrite: replace what another log gave. resume: fail if nothing was started; with ``overwrite``, keep what
-            this log gave. progress: called for the blocks of each array.
+        overwrite: replace what another log gave.
+        resume: fail if nothing was started; with ``overwrite``, keep what this log gave.
+        progress: called for the blocks of each array.
 
     Raises:
         MissingError, InputError: there is no such log, array or instance, or a seed is not in its instance; with the
-            line of the log. WriteError: other labels are in the way, or the disk is full. BlocksFailedError.
+            line of the log.
+        WriteError: other labels are in the way, or the disk is full. BlocksFailedError.
     """
     tasks = edit_tasks(labels, edits, out, undo=undo)
     source = labels.config if isinstance(labels, Labels) else None

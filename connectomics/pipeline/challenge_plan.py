@@ -46,8 +46,10 @@ class PlanCost:
     """Expected cost of one configuration.
 
     Attributes:
-        train_hours: of all steps, without loading. predict_hours: of the crop table. None if nothing was measured.
-        flops: operations of a training step. by: what the hours were computed from.
+        train_hours: of all steps, without loading.
+        predict_hours: of the crop table. None if nothing was measured.
+        flops: operations of a training step.
+        by: what the hours were computed from.
     """
 
     train_hours: float | None
@@ -61,8 +63,10 @@ class ChallengePlan:
     """The result of `plan_challenge`.
 
     Attributes:
-        plans: measurements, configurations and their files. run_book: the Makefile.
-        unions: groups that each configuration predicts as unions of atoms. costs: by name of the configuration.
+        plans: measurements, configurations and their files.
+        run_book: the Makefile.
+        unions: groups that each configuration predicts as unions of atoms.
+        costs: by name of the configuration.
         absent: classes without a present voxel, which no network can learn.
     """
 
@@ -94,8 +98,10 @@ def plan_challenge(
     crop would be lost by that: where only the group is annotated, atoms learn nothing of its inside.
 
     Args:
-        root: data root. out: folder for ``plan_{N}nm.yaml`` and ``Makefile``.
-        classes: only these; None: all 48 scored classes. datasets: only these.
+        root: data root.
+        out: folder for ``plan_{N}nm.yaml`` and ``Makefile``.
+        classes: only these; None: all 48 scored classes.
+        datasets: only these.
         crops: crop table of the submission; None: ``test_crops.csv`` of the root, else the challenge's.
         data_root: local data root to train on, if ``root`` is an ``s3://`` URL; the run book fetches into it.
         minutes: time of each training, as for `plan`.
@@ -104,8 +110,8 @@ def plan_challenge(
         trial: run a training step of each configuration, which measures batch size and hours.
 
     Raises:
-        InputError: no class is present in any crop. WriteError: a file exists (without ``overwrite``), or was not
-            written by this verb.
+        InputError: no class is present in any crop.
+        WriteError: a file exists (without ``overwrite``), or was not written by this verb.
     """
     folder = Path(out)
     remote = root if store.is_s3(root) else None
@@ -262,8 +268,10 @@ def run_book(
     """Return the text of the Makefile.
 
     Args:
-        root: data root. crops: crop table of the submission, its path or "challenge". plans: names of configurations
-            beside the Makefile. notes: lines for its top.
+        root: data root.
+        crops: crop table of the submission, its path or "challenge".
+        plans: names of configurations beside the Makefile.
+        notes: lines for its top.
         classes: what to validate; none: all that the table asks for.
         source: where `pytc fetch` finds the data, ``s3://bucket``; None: nowhere, the step does nothing.
     """

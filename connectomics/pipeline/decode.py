@@ -83,8 +83,9 @@ def decode(
         progress: called for the blocks of large arrays.
 
     Raises:
-        MissingError, IncompleteError, MetadataError, UnknownNameError: the probabilities. BlocksFailedError: some
-        blocks; all other arrays are decoded. WriteError: other files or another process in the way, or a full disk.
+        MissingError, IncompleteError, MetadataError, UnknownNameError: the probabilities.
+        BlocksFailedError: some blocks; all other arrays are decoded.
+        WriteError: other files or another process in the way, or a full disk.
     """
     source = Probabilities.open(probabilities)
     chosen = source.config or RunConfig() if config is None else as_config(config)
@@ -145,7 +146,8 @@ def do_jobs(
     in memory take about 6 bytes a voxel (watershed about 13).
 
     Args:
-        engine: runs the blocks of large arrays; None: this process. overwrite, resume, progress: as for `decode`.
+        engine: runs the blocks of large arrays; None: this process.
+        overwrite, resume, progress: as for `decode`.
     """
     begun = any(job.location.exists() or partial_of(job.location).exists() for job in jobs)
     if resume and not overwrite and jobs and not begun:
@@ -187,10 +189,14 @@ class DecodeJob:
     """One class of one crop to decode.
 
     Attributes:
-        source: its probabilities. boundary: what separates its objects, if anything. head: its distances, if needed.
+        source: its probabilities.
+        boundary: what separates its objects, if anything.
+        head: its distances, if needed.
         location: where the labels go.
         siblings: the predicted classes of this crop.
-        table: ``csv`` or ``parquet``. storage: how the labels are stored. pyramid: whether they have coarser levels.
+        table: ``csv`` or ``parquet``.
+        storage: how the labels are stored.
+        pyramid: whether they have coarser levels.
         task: how it is decoded block by block; None: whole, in this process.
     """
 
@@ -291,9 +297,12 @@ def decode_jobs(
     Labels get the same places below ``output_dir`` and the same grids, with a table ``instances.csv`` beside instances.
 
     Args:
-        parameters: by class; a class without an entry gets the defaults of its kind. classes: only these.
-        blockwise_above: voxels; larger arrays are decoded block by block. storage: how labels are stored.
-        table: ``parquet``: instance tables as Parquet too. pyramid: coarser levels; ``auto``: of large arrays.
+        parameters: by class; a class without an entry gets the defaults of its kind.
+        classes: only these.
+        blockwise_above: voxels; larger arrays are decoded block by block.
+        storage: how labels are stored.
+        table: ``parquet``: instance tables as Parquet too.
+        pyramid: coarser levels; ``auto``: of large arrays.
     """
     root, out = place(predictions_dir), output_place(output_dir)
     if root.resolve() == out.resolve():

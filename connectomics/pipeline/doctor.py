@@ -52,7 +52,9 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        what: subject, such as ``GPU``. found: description. level: a ``note`` may cost time, a ``problem`` stops a run.
+        what: subject, such as ``GPU``.
+        found: description.
+        level: a ``note`` may cost time, a ``problem`` stops a run.
         advice: what to change, or "".
     """
 

@@ -42,9 +42,10 @@ def evaluate(
     """Compare labels with annotated crops, each array on its own grid, over known voxels only.
 
     Args:
-        labels: what `decode` returned, or its folder. root: data root with the annotation of those crops.
-        out: JSON file to write; CSV tables by class, data set and crop go beside it. None writes nothing.
-        classes, crops (``crop7`` or ``7``), datasets: only these.
+        labels: what `decode` returned, or its folder.
+        root: data root with the annotation of those crops.
+        out: JSON file to write; CSV tables by class, data set and crop go beside it. None writes nothing. classes,
+            crops (``crop7`` or ``7``), datasets: only these.
         rules: version of the challenge's rules (``score.rules``).
         samples: draws of the bootstrap over crops.
 
@@ -57,9 +58,11 @@ def evaluate(
         the overall score by each version of the rules.
 
     Raises:
-        MissingError: nothing can be compared. IncompleteError: half-written labels. MetadataError: probabilities
-        instead of labels. UnknownNameError: no label has this class, crop or data set. WriteError: ``out`` holds
-        something else.
+        MissingError: nothing can be compared.
+        IncompleteError: half-written labels.
+        MetadataError: probabilities instead of labels.
+        UnknownNameError: no label has this class, crop or data set.
+        WriteError: ``out`` holds something else.
     """
     files, version = None if out is None else evaluation_files(out), get_rules(rules)  # before the work
     folder, catalog = Labels.open(labels).folder, open_root(root)

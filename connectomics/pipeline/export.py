@@ -83,7 +83,8 @@ def export_tiff(
         The type of the values, and their grid.
 
     Raises:
-        InputError: several arrays fit, or the box lies outside. WriteError: the file exists or cannot be written.
+        InputError: several arrays fit, or the box lies outside.
+        WriteError: the file exists or cannot be written.
         UnknownNameError, MissingError, IncompleteError, MetadataError: there is no such finished array.
     """
     path = local_path(out)

@@ -84,20 +84,26 @@ def fetch(
 
     Args:
         root: local data root.
-        source: ``s3://bucket`` or ``s3://bucket/folder``; None: the public CellMap data. endpoint: another S3 server.
+        source: ``s3://bucket`` or ``s3://bucket/folder``; None: the public CellMap data.
+        endpoint: another S3 server.
         config: only what this configuration reads; excludes the next four.
-        datasets, crops, classes: only these. voxel_sizes: raw for these voxel sizes (nm, z y x); None: 8 nm.
+        datasets, crops, classes: only these.
+        voxel_sizes: raw for these voxel sizes (nm, z y x); None: 8 nm.
         context_nm: raw around each crop, nm.
         crop_table: also raw under the crops of this table: "challenge", a file or a URL (kept in the root).
-        labels: whether to fetch labels. threads: objects to transfer at a time.
-        dry_run: only list the objects; write nothing. planned: called with what is missing, before it is transferred.
-        progress: called while objects are listed and transferred; shown: or a progress for each of the two.
+        labels: whether to fetch labels.
+        threads: objects to transfer at a time.
+        dry_run: only list the objects; write nothing.
+        planned: called with what is missing, before it is transferred.
+        progress: called while objects are listed and transferred.
+        shown: or a progress for each of the two.
 
     Returns:
         The catalog of the root; with ``dry_run``, of the source.
 
     Raises:
-        InputError, UnknownNameError, MissingError: the request. StoreError, WriteError: the transfer.
+        InputError, UnknownNameError, MissingError: the request.
+        StoreError, WriteError: the transfer.
     """
     if config is not None and any((datasets, crops, classes, voxel_sizes)):
         raise InputError("--for determines what is fetched; leave out --dataset, --crop, --class and --voxel-size")
@@ -130,12 +136,17 @@ def fetch(
         planned(missing)
     if dry_run:
         return catalog
-    begin = time.perf_counter()
     with show("fetching") as advance:
-
-        def tell(done: int, number: int, size: int, total: int) -> None:
-            rate = size / 1e6 / max(time.perf_counter() - begin, 1e-9)
-            advance(done, number, f"{size / 1e6:.1f} of {total / 1e6:.1f} MB, {rate:.1f} MB/s")
-
-        transfer(missing, place, options, threads=threads, progress=tell)
+        transfer(missing, place, options, threads=threads, progress=_with_rate(advance))
     return Catalog.open(str(root))
+
+
+def _with_rate(advance: Progress) -> Callable[[int, int, int, int], None]:
+    """Return the progress that `transfer` takes, which adds the bytes and the rate since now."""
+    begin = time.perf_counter()
+
+    def tell(done: int, number: int, size: int, total: int) -> None:
+        rate = size / 1e6 / max(time.perf_counter() - begin, 1e-9)
+        advance(done, number, f"{size / 1e6:.1f} of {total / 1e6:.1f} MB, {rate:.1f} MB/s")
+
+    return tell

@@ -11,6 +11,7 @@ from connectomics.cellmap.ingest import Drawn, Known, drawn_by_table, ingest_lab
 from connectomics.errors import InputError
 from connectomics.geometry import Triple
 from connectomics.io.formats import VolumeSource, open_volume
+from connectomics.pipeline.proposals import ingest_proposals
 from connectomics.progress import Progress, Shown, showing
 
 _KINDS = ("", "semantic", "instance")
@@ -43,27 +44,28 @@ def ingest(
     """Import raw and labels (TIFF, HDF5, MRC, NRRD, npy, N5, precomputed, Zarr) into the CellMap layout, with pyramids.
 
     Args:
-        root: data root, created if it does not exist. dataset: name of the data set in it (not for ``proposals``).
+        root: data root, created if it does not exist.
+        dataset: name of the data set in it (not for ``proposals``).
         raw: raw volume, such as ``stack.tif`` or ``raw.h5:/volume``.
         labels: class -> volume; ``mito:instance`` or ``mito:semantic`` states the kind.
-        label_map: one volume with the labels of all classes. values: CSV that says what its values mean.
+        label_map, values: one volume with the labels of all classes, and the CSV that says what its values mean.
         proposals: folder of `propose`, instead: import the labels of its boxes that are ``done``, with 255 for unknown.
         done: ranks of proposals that are done, too; this is written into their table.
         crop: crop for the labels, ``crop1``.
         voxel_size: nm, z y x; None: the file's (labels: else the raw's).
         begin: offset of the labels from the raw's first face, nm z y x; None: the file's, or 0.
         value_range: raw values that become 0 and 255 of uint8; None keeps values and dtype.
-        unknown: the label value of voxels that nobody annotated. known: a mask volume, nonzero where annotated.
-        slices: annotated sections (z, from 0); all others are unknown.
+        unknown: the label value of voxels that nobody annotated.
+        known, slices: a mask volume, nonzero where annotated; annotated sections (z, from 0), all others are unknown.
         format_name: the format, if the file name does not tell.
         written: called with the location of each volume once it is written.
-        progress: called while volumes are written; shown: or a progress for each of them.
+        progress, shown: called while volumes are written; or a progress for each of them.
 
     Returns:
         The catalog of the root.
 
     Raises:
-        InputError, MissingError, MetadataError: the input. WriteError: a volume exists (without ``overwrite``).
+        InputError, MissingError, MetadataError, WriteError: the input; a volume exists (without ``overwrite``).
     """
     volumes = raw is not None or bool(labels) or label_map is not None
     if proposals is not None and (dataset is not None or volumes):
@@ -74,16 +76,15 @@ def ingest(
         raise InputError("--label-map needs --values, which says what its values mean (and the other way around)")
     place, show, tell = Path(root).expanduser(), shown or showing(progress), written or (lambda _: None)
     if proposals is not None or dataset is None:
-        from connectomics.pipeline.proposals import ingest_proposals
-
         ingest_proposals(place, Path(proposals or ""), done, overwrite=overwrite, tell=tell, show=show)
         return Catalog.open(str(root))
     with ExitStack() as stack:
         if raw is not None:
             source = stack.enter_context(open_volume(raw, format_name))
             with show(f"raw {source.location}") as advance:
-                what = (place, dataset, source, voxel_size, value_range)
-                made = ingest_raw(*what, overwrite=overwrite, progress=advance)
+                made = ingest_raw(
+                    place, dataset, source, voxel_size, value_range, overwrite=overwrite, progress=advance
+                )
             tell(made)
         files = {head: stack.enter_context(open_volume(file, format_name)) for head, file in (labels or {}).items()}
         drawn = [_drawn(head, volume) for head, volume in files.items()]

@@ -114,9 +114,11 @@ def measure_tasks(
         block: voxels to read at once, z y x; choose smaller blocks for contacts over a large distance.
 
     Raises:
-        MissingError: no labels there, or no crop has both classes of a contact. UnknownNameError: a class, data set or
-            crop does not exist. IncompleteError: labels are half written. MetadataError: not labels. InputError: the
-            contact distance is too far, or the format is unknown.
+        MissingError: no labels there, or no crop has both classes of a contact.
+        UnknownNameError: a class, data set or crop does not exist.
+        IncompleteError: labels are half written.
+        MetadataError: not labels.
+        InputError: the contact distance is too far, or the format is unknown.
     """
     root, out = place_of(labels_dir), place_of(absolute(output_place(output_dir)))
     check_format(f"table.{table_format}")

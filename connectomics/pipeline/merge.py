@@ -50,7 +50,8 @@ class Candidate:
     """One prediction to merge.
 
     Attributes:
-        folder: ``{folder}/{dataset}.zarr/{crop}/{class}``. scores: by class.
+        folder: ``{folder}/{dataset}.zarr/{crop}/{class}``.
+        scores: by class.
     """
 
     folder: Path
@@ -62,8 +63,10 @@ class Choice:
     """What is used for one class.
 
     Attributes:
-        ranked: folders that have the class, best first. average: how many of the first are averaged.
-        scores: validation score by folder. parameters: to decode with.
+        ranked: folders that have the class, best first.
+        average: how many of the first are averaged.
+        scores: validation score by folder.
+        parameters: to decode with.
     """
 
     class_name: str
@@ -115,12 +118,14 @@ def choose(
     """Return what to use for each class.
 
     Args:
-        average: number of predictions to average, the best by score. classes: only these.
+        average: number of predictions to average, the best by score.
+        classes: only these.
         parameters: to decode with, by class; else those of the best prediction, else the defaults of the class.
 
     Raises:
         InputError: several predictions have a class and one of them has no score, or scores of different measures.
-        MissingError: a folder holds no predictions. UnknownNameError: no prediction of a class.
+        MissingError: a folder holds no predictions.
+        UnknownNameError: no prediction of a class.
     """
     if average < 1:
         raise InputError(f"--average must be at least 1, got {average}")
@@ -178,7 +183,8 @@ class Merged:
     """The result of `merge`.
 
     Attributes:
-        probabilities: the merged probabilities. choices: what was used, by class.
+        probabilities: the merged probabilities.
+        choices: what was used, by class.
         labels, submission: decoded from them, and packed; None if ``out`` is a folder of probabilities.
     """
 
@@ -215,13 +221,15 @@ def merge(
         tuned: folders of `pytc tune`, one for each source: validation scores and decoding parameters. Without them, the
             scores of runs are their validation Dice.
         crops: crop table, its path or "challenge" (the default for a submission): the grids of means and submission.
-        classes: only these. average: number of predictions to average, the best by score.
+        classes: only these.
+        average: number of predictions to average, the best by score.
         config: its ``decoding`` replaces the tuned parameters; ``engine`` runs the blocks.
         overwrite: replace merged probabilities and labels that were made from others.
 
     Raises:
         InputError, MissingError: nothing to merge, scores that cannot be compared, or a prediction that does not cover
-            a mean. WriteError: another output is in the way. Also what `predict`, `decode` and `export` raise.
+            a mean.
+        WriteError: another output is in the way. Also what `predict`, `decode` and `export` raise.
     """
     if not sources:
         raise InputError("nothing to merge: give run folders or folders that predict wrote")

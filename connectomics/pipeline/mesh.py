@@ -47,8 +47,9 @@ def mesh_labels(
         resume: raise `MissingError` if none of the tasks was started. With ``overwrite``: keep their output.
 
     Raises:
-        InputError: zmesh is not installed, or the instance table is of other labels. UnknownNameError: an ID does not
-        exist. WriteError: the output holds meshes of another task. BlocksFailedError, EngineError.
+        InputError: zmesh is not installed, or the instance table is of other labels.
+        UnknownNameError: an ID does not exist.
+        WriteError: the output holds meshes of another task. BlocksFailedError, EngineError.
     """
     run_tasks(
         tasks, tasks[0].folder.parents[2], engine, progress, overwrite=overwrite, resume=resume,
@@ -97,12 +98,16 @@ def mesh_tasks(
     read once more.
 
     Args:
-        datasets, crops: only these; by default all. ids: only these objects, of a single crop.
+        datasets, crops: only these; by default all.
+        ids: only these objects, of a single crop.
         file_format, simplify, max_error_nm, max_vertices: see `MeshTask`.
 
     Raises:
-        MissingError: no labels there. UnknownNameError: a class, data set or crop does not exist. InputError: IDs of
-        several crops, or an option out of range. IncompleteError: labels are half written. MetadataError: not labels.
+        MissingError: no labels there.
+        UnknownNameError: a class, data set or crop does not exist.
+        InputError: IDs of several crops, or an option out of range.
+        IncompleteError: labels are half written.
+        MetadataError: not labels.
     """
     root, out = place_of(labels_dir), place_of(absolute(output_place(output_dir)))
     places = find_labels(root, datasets, crops)

@@ -65,8 +65,8 @@ def write_package(
         scores: scores to store in it, or their file (``scores.json``).
 
     Raises:
-        MissingError, InputError: a path is wrong. WriteError: the file exists (with ``overwrite``: and is not a
-        package). Also what `load_network` raises.
+        MissingError, InputError: a path is wrong.
+        WriteError: the file exists (with ``overwrite``: and is not a package). Also what `load_network` raises.
     """
     import torch
     from safetensors.torch import save

@@ -60,7 +60,8 @@ class Plan:
     """A run for classes with the same best voxel size.
 
     Attributes:
-        settings: values by dotted key of the configuration. reasons: a sentence for each choice.
+        settings: values by dotted key of the configuration.
+        reasons: a sentence for each choice.
         step_seconds, step_memory: of one training step, if it was tried; bytes.
     """
 
@@ -128,15 +129,17 @@ def plan(
     """Measure data and machine, and write configurations that train: one for each voxel size that classes need.
 
     Args:
-        root: data root, a folder or an ``s3://`` URL. classes: classes to segment. datasets: use only these.
+        root: data root, a folder or an ``s3://`` URL.
+        classes: classes to segment.
+        datasets: use only these.
         out: folder for ``plan_{N}nm.yaml``.
         minutes: time of each training: on the clock with a GPU, of all cores together (CPU minutes) without one; None:
             120 CPU minutes, or 300 epochs on a GPU.
         trial: run a training step of each, which measures batch size, memory and hours.
 
     Raises:
-        InputError: no class is present in any crop. WriteError: a file exists (without ``overwrite``), or is not a
-            plan.
+        InputError: no class is present in any crop.
+        WriteError: a file exists (without ``overwrite``), or is not a plan.
     """
     folder = Path(out)
     data, machine = data_facts(root, list(classes), datasets, progress), machine_facts(folder)

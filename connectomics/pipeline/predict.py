@@ -63,7 +63,8 @@ def predict(
     Args:
         network: a run, its folder, a checkpoint or a model package; several are averaged.
         out: folder, local or ``s3://bucket/folder``, for ``{dataset}.zarr/{crop}/{class}/s0``.
-        config: a configuration or its file; None: the one of the run or package. overrides: ``key=value`` for it.
+        config: a configuration or its file; None: the one of the run or package.
+        overrides: ``key=value`` for it.
         crops: a crop table or its path, "challenge", "test" (``test_crops.csv`` of the data root, else the
             challenge's), or "val" (what the network was not trained on); None: all crops of the data root.
         box: ``DATASET:z0,y0,x0:z1,y1,x1`` (faces, nm) or ``DATASET`` for all of its raw, instead of crops.
@@ -129,7 +130,8 @@ def predict_cellmap_crops(
             All are in memory at once, which is little compared to a block, and their order does not matter.
         output_dir: folder of the predictions.
         targets: regions; None: `targets_of` the configuration.
-        device, overwrite, resume: as for `predict`. progress: called for the blocks of each stage of each target.
+        device, overwrite, resume: as for `predict`.
+        progress: called for the blocks of each stage of each target.
         accept_failed: numbers of blocks that may fail (they are then stored as 0 and recorded as ``unknown`` in the
             attributes), by crop, ``{"crop1": {12, 40}}``; numbers alone if there is one target.
 

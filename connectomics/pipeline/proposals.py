@@ -46,8 +46,11 @@ class Proposal:
     """A box to annotate.
 
     Attributes:
-        rank: 1 is the best. dataset: its data set. crop: name of the crop that it becomes.
-        grid: its voxels. reason: why it was chosen.
+        rank: 1 is the best.
+        dataset: its data set.
+        crop: name of the crop that it becomes.
+        grid: its voxels.
+        reason: why it was chosen.
         score, uncertainty, novelty: see `connectomics.data.candidates.choose_uncertain`; NaN for other methods.
         classes: class -> ``semantic`` or ``instance``: whose files count once it is done; {} for the label map.
         done: whether somebody looked at all of it, except where a label is 255.
@@ -203,7 +206,8 @@ def ingest_proposals(
     training side.
 
     Raises:
-        InputError: nothing is done, or a file does not fit its row. MissingError, MetadataError: a file, or the table.
+        InputError: nothing is done, or a file does not fit its row.
+        MissingError, MetadataError: a file, or the table.
         WriteError: another crop has the name.
     """
     catalog = Catalog.open(str(root))

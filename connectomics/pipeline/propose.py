@@ -89,15 +89,20 @@ def propose(
     `connectomics.ingest` takes the corrected labels back (``proposals=out``).
 
     Args:
-        network: a run, its folder, a checkpoint or a model package; several are an ensemble. root: data root.
+        network: a run, its folder, a checkpoint or a model package; several are an ensemble.
+        root: data root.
         out: folder to make: ``proposals.csv``, ``proposals.html``, ``labels/``, and the run's split as ``split.yaml``.
-        budget: number of boxes. size: of a box, voxels of the network, z y x.
+        budget: number of boxes.
+        size: of a box, voxels of the network, z y x.
         method: ``uncertainty`` times novelty (see `connectomics.data.candidates.choose_uncertain`), or to compare with:
             ``random``, ``even``.
-        datasets: data sets to choose from; None: all that are not held out. box: ``DATASET:z0,y0,x0:z1,y1,x1``, nm.
-        candidates: boxes to look at, at most. seed: of the candidates, and of ``random``.
+        datasets: data sets to choose from; None: all that are not held out.
+        box: ``DATASET:z0,y0,x0:z1,y1,x1``, nm.
+        candidates: boxes to look at, at most.
+        seed: of the candidates, and of ``random``.
         file_format: of the labels: ``zarr`` (OME-Zarr crops in the CellMap layout), or ``tiff`` stacks, with the raw.
-        config, overrides, device: as for `predict`. overwrite: replace proposals of which none is done.
+        config, overrides, device: as for `predict`.
+        overwrite: replace proposals of which none is done.
         progress: called for the boxes that are looked at, and for the blocks of the prediction.
 
     Returns:

@@ -33,7 +33,8 @@ def report(
         The path of the page.
 
     Raises:
-        InputError: nothing to report. WriteError: a file that is not a report is in the way.
+        InputError: nothing to report.
+        WriteError: a file that is not a report is in the way.
     """
     from connectomics.pages.report.build import build_report
 
@@ -61,11 +62,13 @@ def named_sources(*, runs: Sequence[Path], scores: Sequence[Path], **paths: Path
     note what is missing.
 
     Args:
-        runs: run folders; all but the first are compared with it. scores: ``scores.json`` of each run, in order.
+        runs: run folders; all but the first are compared with it.
+        scores: ``scores.json`` of each run, in order.
         paths: further fields.
 
     Raises:
-        MissingError: a path does not exist, or a folder holds nothing of its kind. InputError: more scores than runs.
+        MissingError: a path does not exist, or a folder holds nothing of its kind.
+        InputError: more scores than runs.
     """
     from connectomics.pages.report.scores import Scores as ScoresFile
     from connectomics.pages.report.scores import evaluation_section

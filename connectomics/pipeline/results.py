@@ -89,10 +89,12 @@ class ArrayFolder:
         """Return one array, to read on any grid.
 
         Args:
-            class_name: the class. crop, dataset: may be left out if only one has the class.
+            class_name: the class.
+            crop, dataset: may be left out if only one has the class.
 
         Raises:
-            UnknownNameError: no such data set, crop or class. MissingError: several arrays fit.
+            UnknownNameError: no such data set, crop or class.
+            MissingError: several arrays fit.
         """
         fits = chosen_arrays(self.folder, dataset and [dataset], crop and [crop], [class_name])
         if len(fits) > 1:

@@ -23,8 +23,11 @@ class Run:
     Attributes:
         folder: holds ``config.yaml``, ``split.yaml``, ``environment.json``, ``state.json``, ``run.log``,
             ``metrics.csv``, ``timing.json``, ``tensorboard/``, ``checkpoints/``.
-        config: content of ``config.yaml``. epochs, steps: trained in all, also before a resume. started: UTC.
-        monitor: name of the metric that chose the best checkpoint. best: its best value.
+        config: content of ``config.yaml``.
+        epochs, steps: trained in all, also before a resume.
+        started: UTC.
+        monitor: name of the metric that chose the best checkpoint.
+        best: its best value.
         metrics: last value of every metric.
         environment: versions and machine of the last start; {} if they were not kept.
         state: how the last start ended.

@@ -30,7 +30,8 @@ def score(
         submission: a zip, a folder with the Zarr group, or a folder of labels that `decode` wrote.
         truth: ground truth, a Zarr group ``crop{N}/{class}``.
         out: folder for ``scores.json`` and the tables ``scores_per_{class,crop,instance}.csv``; None writes nothing.
-        crops: crop table; default: what the truth holds. crop_names, classes: only these.
+        crops: crop table; default: what the truth holds.
+        crop_names, classes: only these.
         rules: version of the challenge's rules (``score.rules``).
 
     Raises:

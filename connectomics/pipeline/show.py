@@ -36,7 +36,8 @@ def show(
         The figure, which a notebook shows.
 
     Raises:
-        UnknownNameError: the crop or the result does not have the class. InputError: the crop has no labeled class.
+        UnknownNameError: the crop or the result does not have the class.
+        InputError: the crop has no labeled class.
     """
     from connectomics.decoding.probabilities import above
     from connectomics.pages.figures import overlay_figure

@@ -24,7 +24,8 @@ class StageStatus:
     """A stage of one output.
 
     Attributes:
-        output: folder of the task, below the folder that was asked for. stage: its name.
+        output: folder of the task, below the folder that was asked for.
+        stage: its name.
         is_complete: whether the whole output is, and this stage, which may be added later.
         blocks, done, failed: number of blocks; None: not known. Failed ones are done again by the next run.
         rate: blocks per second of all processes, over the latest changes; None: unknown.

@@ -74,7 +74,8 @@ def study(
     tried again; a row that fails does not stop the others.
 
     Args:
-        file: the study file. out: folder; None: ``{output_dir}/studies/{name of the file}``.
+        file: the study file.
+        out: folder; None: ``{output_dir}/studies/{name of the file}``.
         overrides: ``key=value`` for the configurations of all arms.
         workers: processes that train rows at the same time, each on one GPU if there are several; 1: this process.
         dry_run: only read the states; train and write nothing.
@@ -84,8 +85,9 @@ def study(
         The tables.
 
     Raises:
-        ConfigError, InputError, MissingError: the study file, its base or its data are not valid. UnknownNameError: a
-            score does not exist. WriteError: the folder cannot be written.
+        ConfigError, InputError, MissingError: the study file, its base or its data are not valid.
+        UnknownNameError: a score does not exist.
+        WriteError: the folder cannot be written.
     """
     content, base, arms = load_study(file, overrides)
     place = local_path(Path(base.output_dir, "studies", Path(file).stem) if out is None else out)

@@ -70,10 +70,12 @@ def tune(
     voxel), beside what decoding takes.
 
     Args:
-        predictions_dir: folder that ``predict`` wrote. root: data root with the ground truth.
+        predictions_dir: folder that ``predict`` wrote.
+        root: data root with the ground truth.
         out: folder for ``decoding.yaml`` (read by ``decode --config``: the tuned classes, and the base of the others),
             ``tuning.json``, ``tuning.png`` and ``tune.sqlite3``. Classes tuned there earlier are kept.
-        classes: only these. trials: for each class, including those of earlier runs in this folder.
+        classes: only these.
+        trials: for each class, including those of earlier runs in this folder.
         seconds: start no more trials after this; shared evenly by the classes, each of which gets its base trial.
         base: by class; None: the defaults of its kind.
         rules: of the score, a version or a `Rules` object.
@@ -83,8 +85,9 @@ def tune(
         The tuned classes by name, without those that have no known present voxel in any crop.
 
     Raises:
-        MissingError: Optuna is needed but not installed; no predictions; no ground truth. UnknownNameError: no
-        prediction of a class. InputError: wrong numbers, or the trials in ``out`` belong to other data.
+        MissingError: Optuna is needed but not installed; no predictions; no ground truth.
+        UnknownNameError: no prediction of a class.
+        InputError: wrong numbers, or the trials in ``out`` belong to other data.
     """
     if trials < 1 or (seconds is not None and not seconds > 0):
         raise InputError(f"tuning needs at least one trial and a positive time, got {trials} and {seconds} s")

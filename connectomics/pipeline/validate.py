@@ -25,12 +25,14 @@ def validate(
 
     Args:
         submission: a zip, or a folder with the Zarr group.
-        crops: crop table, its path, or "challenge". classes: only these.
+        crops: crop table, its path, or "challenge".
+        classes: only these.
         truth: ground-truth Zarr, if there is one: instance limits are then exact.
         out: also write the findings to this JSON file.
 
     Raises:
-        MissingError: no such submission or table. WriteError: ``out`` holds something else.
+        MissingError: no such submission or table.
+        WriteError: ``out`` holds something else.
     """
     target = None if out is None else require_own(Path(out), has_keys("submission", "findings"), "validate")
     table = CropTable.resolve(crops).select(classes=classes)

@@ -138,17 +138,17 @@ def export_submission(
         workers: threads; default: one per core, at most 8.
 
     Raises:
-        MissingError: no predictions, or with ``strict`` some missing. UnknownNameError: a class or data set that is not
-        in the table. InputError, MetadataError, IncompleteError, CorruptDataError: an unusable prediction. WriteError:
-        the output cannot be written, is not a submission, or is being packed; existing files stay.
+        MissingError: no predictions, or with ``strict`` some missing.
+        UnknownNameError: a class or data set that is not in the table.
+        InputError, MetadataError, IncompleteError, CorruptDataError: an unusable prediction.
+        WriteError: the output cannot be written, is not a submission, or is being packed; existing files stay.
     """
     start = time.monotonic()
     root, target = place(predictions_dir), output_place(output_path)
     finer = None if probabilities_dir is None else place(probabilities_dir)
-    if not root.is_dir():
-        raise MissingError(f"no predictions folder at {root}")
-    if finer is not None and not finer.is_dir():
-        raise MissingError(f"no folder of probabilities at {finer}")
+    for folder, what in ((root, "predictions folder"), (finer, "folder of probabilities")):
+        if folder is not None and not folder.is_dir():
+            raise MissingError(f"no {what} at {folder}")
     table, untested = _table(root, crops, datasets, data_root)
     table = table.select(classes=classes, datasets=datasets)
     _check_target(target, [root, *([finer] if finer is not None else [])])
@@ -168,8 +168,7 @@ def export_submission(
     with _working_folder(target) as work, leading(target if isinstance(target, S3Path) else work) as require_lead:
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
-        checking = named(progress or silent, "checking")
-        findings = validate_submission(made, table, progress=checking) if validate else []
+        findings = validate_submission(made, table, progress=named(progress or silent, "checking")) if validate else []
         require_lead()
         path, kept = _put(made, work, target, findings)
     return ExportResult(

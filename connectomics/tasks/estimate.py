@@ -29,9 +29,11 @@ class StageEstimate:
     """A stage of one task, or of several together.
 
     Attributes:
-        blocks: number of blocks; None: unknown until the earlier stages are done. left: blocks not done yet.
+        blocks: number of blocks; None: unknown until the earlier stages are done.
+        left: blocks not done yet.
         cost: of the largest block, in bytes; None: unknown.
-        seconds: of a worker per block; None: not timed. held: bytes that the worker held, including the model.
+        seconds: of a worker per block; None: not timed.
+        held: bytes that the worker held, including the model.
     """
 
     stage: str

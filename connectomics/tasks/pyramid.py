@@ -46,7 +46,9 @@ class Pyramid:
     """The levels of one multiscale group whose finest array, ``s0``, a task writes in earlier stages.
 
     Attributes:
-        place: folder of the group. grids: of its levels, finest first. kind: raw (mean) or label (mode).
+        place: folder of the group.
+        grids: of its levels, finest first.
+        kind: raw (mean) or label (mode).
         chunks, shards, codec: how its arrays are stored, see `connectomics.io.write.create_array`.
     """
 

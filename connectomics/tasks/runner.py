@@ -59,8 +59,8 @@ def run_task(
         BlocksFailedError: blocks failed ``engine.attempts`` times; all others of the stage are done. Or the first
             blocks all failed, and the rest was not tried.
         InputError: ``accept`` names blocks that the task does not have.
-        EngineError: no worker can start.
-        what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and `BlockTask.finish` raise.
+        EngineError: no worker can start. what `BlockTask.check`, `BlockTask.prepare`, `BlockTask.open_worker` and
+            `BlockTask.finish` raise.
     """
     from connectomics.tasks.claims import refuse_if_shared, run_shared  # which does stages as here
 

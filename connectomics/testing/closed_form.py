@@ -76,8 +76,9 @@ def write_registration_root(
     """Write a data root with one data set (``registration``) and one crop (``crop1``) of one class, made of spheres.
 
     Args:
-        out: folder of the root. raw_voxel, raw_translation: finest raw level, nm, z y x (center of the first voxel);
-            it reaches 120 nm beyond the crop.
+        out: folder of the root.
+        raw_voxel, raw_translation: finest raw level, nm, z y x (center of the first voxel); it reaches 120 nm beyond
+            the crop.
         label_voxel, label_translation, label_shape: the crop's finest grid.
         class_name: semantic (0/1) or instance (ids), as the challenge says.
     """

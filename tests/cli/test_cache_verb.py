@@ -64,7 +64,7 @@ def test_it_removes_what_is_named_and_old(cache: CropCache, capsys: pytest.Captu
     assert main([*where, "--older-than", "30"]) == 0
     assert names(cache) == ["set-a/crop1", "set-a/crop2"]
     assert main([*where, "--older-than", "5"]) == 0
-    assert "removed 1 entries" in capsys.readouterr().out
+    assert "removed 1 entry" in capsys.readouterr().out
     assert names(cache) == ["set-a/crop1"]
     assert main([*where, "--crop", "set-a/crop2"]) == 1
     assert "did you mean 'set-a/crop1'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import tifffile
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.ingest import Drawn, Known, ingest_labels, ingest_raw
-from connectomics.config import RunConfig
+from connectomics.cli import main
+from connectomics.config import RunConfig, save_config
 from connectomics.data.contents import LabelCounter, content_of
 from connectomics.data.datamodule import CellMapDataModule
 from connectomics.data.run_split import run_split
@@ -23,6 +25,7 @@ from connectomics.data.validation_windows import validation_shape
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.formats import open_volume
+from connectomics.io.write import ensure_group
 from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import kept_out_targets
 from connectomics.pipeline.train import train
@@ -281,7 +284,7 @@ def test_validation_looks_at_a_fixed_subset_on_the_crop_s_own_lattice(
     assert 1 < len(parts[3]) <= 3
     assert sum(validation_shape(config).count(part) for part in parts[3]) <= 3
     assert all(part.same_lattice(whole) and whole.box.contains(part.box, 1e-6) for part in parts[3])
-    assert "3 fixed parts of 1 crops" in caplog.text
+    assert "3 fixed parts of 1 crop:" in caplog.text
 
 
 def test_coarse_labels_are_left_out_unless_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -320,3 +323,58 @@ def test_crops_that_only_imply_a_class_are_left_out(tmp_path: Path, caplog: pyte
     config.dataset.crops, implied = None, [crop for crop in crops if crop.name == "crop2"]
     _, train, val = run_split(config, implied, None, LabelCounter())
     assert train
+
+
+# -- crops with nothing in them ----------------------------------------------------------------------------------------
+def write_crop2(root: Path, kind: str) -> None:
+    """A second crop in the raw of `single_volume`: of size zero, without any known voxel, or without label arrays."""
+    grid = grid_of(LONG).crop((0, 0, 0), (8, 8, 8))
+    if kind == "zero":
+        empty = VoxelGrid(grid.voxel_size, grid.translation, (0, 8, 8))
+        write_label(root, "mine", "crop2", "mito", np.zeros(empty.shape, np.uint8), empty)
+    elif kind == "unknown":
+        write_label(root, "mine", "crop2", "mito", np.full(grid.shape, 255, np.uint8), grid, unknown=255)
+    elif kind == "other class":
+        write_label(root, "mine", "crop2", "nuc", np.zeros(grid.shape, np.uint8), grid)
+    else:
+        ensure_group(zarr_of(root, "mine") / GROUND_TRUTH / "crop2")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("zero", r"mine/crop2 is empty, with labels of \(0, 8, 8\); ingest them again, or remove it"),
+        ("unknown", "nothing is known of mito in the training crops: .* ingest the labels again"),
+        ("no array", "no crop named crop2 with a label of mito in mine of .*; see `pytc describe`, and ingest labels"),
+        ("other class", "no crop named crop2 with a label of mito in mine of .*; see `pytc describe`, and ingest"),
+    ],
+)
+def test_a_run_of_an_empty_crop_alone_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, said: str
+) -> None:
+    config = config_of(single_volume(tmp_path / "root"))
+    write_crop2(tmp_path / "root", kind)
+    save_config(config, tmp_path / "run.yaml")
+    words = ["train", str(tmp_path / "run.yaml"), "--run-dir", str(tmp_path / "run")]
+    assert main([*words, "dataset.crops=[crop2]", "data.patch_size=[32,32,32]"]) == 1
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error:"))
+    assert re.match(f"error: {said}", line), line
+
+
+def test_an_empty_crop_beside_another_is_refused_or_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for kind in ("zero", "unknown", "no array", "other class"):
+        config = config_of(single_volume(tmp_path / kind))
+        write_crop2(tmp_path / kind, kind)
+        module = CellMapDataModule(config, tmp_path / f"run-{kind}")
+        caplog.clear()
+        if kind == "zero":
+            with pytest.raises(InputError, match="mine/crop2 is empty"):
+                module.setup()
+            continue
+        module.setup()
+        assert module.split is not None
+        assert all(entry.startswith("mine/crop1:") for entry in (*module.split.train, *module.split.val))
+        left_out = "no voxel of mito is known in mine/crop2, which is left out; ingest the labels again with"
+        assert (left_out in caplog.text) is (kind == "unknown")

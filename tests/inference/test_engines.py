@@ -19,12 +19,13 @@ from connectomics.config import save_config
 from connectomics.config.schema import EngineConfig, RunConfig
 from connectomics.errors import InputError, MissingError
 from connectomics.inference.predict_task import PredictTask
-from connectomics.io.artifacts import require_complete
+from connectomics.io.artifacts import is_complete, require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.network_task import NetworkPredictTask
 from connectomics.pipeline.predict import predict_tasks
 from connectomics.tasks import run_task
 from tests.pipeline.test_predict_crops import checkpoint, config_of, predict, root, save_checkpoint  # noqa: F401
+from tests.starter import Starter
 from tests.trees import contents
 
 TWO = EngineConfig(workers=2)
@@ -95,6 +96,58 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(
         shutil.rmtree(task.folder)
         run_task(task, replace(TWO, attempts=50), kill)
     assert bytes_of(task.folder) == bytes_of(whole)
+
+
+#: A job that is killed at a change of the files, counted from where the task is about to be finished.
+KILLED_LATE = """
+import os, signal, sys
+from connectomics.config.schema import EngineConfig
+from connectomics.pipeline.network_task import NetworkPredictTask
+from connectomics.tasks import claims, run_task
+
+left, remove_traces = int(sys.argv[2]), claims.remove_traces
+
+def hook(event, arguments):
+    global left
+    left -= event in ("os.rename", "os.remove") or (event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR)))
+    if left == 0:
+        left = -1
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def late(folder):
+    sys.addaudithook(hook)
+    remove_traces(folder)
+
+claims.remove_traces = late
+run_task(NetworkPredictTask.load(sys.argv[1]), EngineConfig(share=True))
+"""
+
+
+def test_jobs_that_are_killed_while_they_finish_a_task_leave_it_to_the_next(
+    root: Path,  # noqa: F811
+    checkpoint: Path,  # noqa: F811
+    tmp_path: Path,
+    starter: Starter,
+) -> None:
+    config = config_of(root, crops=["crop1"])
+    (whole,) = predict(root, checkpoint, tmp_path / "whole", config)
+    tasks, *_ = predict_tasks(checkpoint, out=tmp_path / "shared", config=config, device="cpu")
+    (task,) = tasks
+    task.save(tmp_path / "task.json")
+    step, ended, unfinished = 1, -signal.SIGKILL, []
+    while ended == -signal.SIGKILL:
+        job = starter.start(["-c", KILLED_LATE, tmp_path / "task.json", step])
+        ended = job.wait()
+        assert ended in (0, -signal.SIGKILL), job.said
+        if is_complete(task.folder):
+            assert bytes_of(task.folder) == bytes_of(whole)
+        else:
+            unfinished.append(step)
+        step += 1
+    assert unfinished == list(range(1, len(unfinished) + 1))
+    assert len(unfinished) >= 3
+    assert is_complete(task.folder)
+    assert starter.run(["pytc", "run-task", tmp_path / "task.json", "engine.share=true"]).status == 0
 
 
 def test_a_stored_task_runs_again_anywhere(root: Path, checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -51,6 +51,8 @@ def test_a_place_is_a_path_on_both_kinds_of_storage() -> None:
     assert not isinstance(place("a/s3"), S3Path)
     with pytest.raises(NotImplementedError):
         S3Path("s3://bucket/a").open("wb")
+    with pytest.raises(NotImplementedError):
+        S3Path("s3://bucket/a").open()
 
 
 def test_files_of_a_prefix(objects: Path) -> None:
@@ -66,6 +68,15 @@ def test_files_of_a_prefix(objects: Path) -> None:
     assert (folder / "one").read_text() == "1"
     assert (objects / "a b/é/two/three").read_bytes() == b"3"
     assert [(str(at), names) for at, _, names in walk(folder)] == [(str(folder), ["one"]), (f"{folder}/two", ["three"])]
+    content = bytes(range(250)) * 1000
+    (folder / "large").put(content)
+    with (folder / "large").open("rb") as file:
+        for begin, whence, size in ((200_000, 0, 70_000), (-10, 2, 100), (0, 0, 10), (5, 1, 3), (0, 2, 1)):
+            at = file.seek(begin, whence)
+            assert file.read(size) == content[at : at + size]
+    (folder / "large").unlink()
+    with pytest.raises(FileNotFoundError):
+        (folder / "large").open("rb")
     (folder / "one").unlink()
     (folder / "one").unlink(missing_ok=True)
     with pytest.raises(FileNotFoundError):

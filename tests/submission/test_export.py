@@ -573,7 +573,7 @@ def test_the_plans_script(tmp_path):
     common = ("--predictions_dir", tmp_path / "p", "--datasets", "one", "--crops", tmp_path / "crops.csv")
     good = run_script(*common, "--classes", "er", "--output_path", tmp_path / "s.zip")
     assert good.returncode == 0, good.stderr
-    assert "1 arrays" in good.stdout
+    assert "1 array," in good.stdout
     np.testing.assert_array_equal(opened(tmp_path / "s.zip")["crop7/er"][:], 1)
     bad = run_script(*common, "--classes", "err", "--output_path", tmp_path / "t.zip")
     assert bad.returncode == 1

@@ -570,7 +570,7 @@ def test_chunks_under_other_names_are_not_read(tmp_path, good):
     files = {k.replace("crop7/er/0.0.0", "crop7/er/0/0/0"): v for k, v in good.items()}
     findings = check(tmp_path, files)
     assert rules(findings) == ["chunk-names"]
-    assert "expected names like crop7/er/0.0.0, got 1 files that are not" in str(findings[0])
+    assert "expected names like crop7/er/0.0.0, got 1 file not of its chunks" in str(findings[0])
     assert check(tmp_path, edited(files, ZARRAY, dimension_separator="/")) == []
 
 

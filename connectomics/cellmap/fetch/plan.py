@@ -109,7 +109,8 @@ def plan_fetch(
         raw: location of a raw group -> grids (nm) that must be readable on it.
 
     Raises:
-        InputError: too many chunks in one folder. StoreError: the store refuses or cannot be reached.
+        InputError: too many chunks in one folder.
+        StoreError: the store refuses or cannot be reached.
     """
     lister = _Lister(source, options)
     tasks: list[tuple[str, Callable[[], FetchItem]]] = []

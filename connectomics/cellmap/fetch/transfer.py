@@ -77,7 +77,8 @@ def resolve_table(where: str, keep_in: Path | None = None) -> CropTable:
         keep_in: folder that stores a table read from a URL, as ``crop_table.csv`` or ``.json``.
 
     Raises:
-        MissingError: nothing exists there, or the server cannot be reached. MetadataError: it is no crop table.
+        MissingError: nothing exists there, or the server cannot be reached.
+        MetadataError: it is no crop table.
     """
     if not where.startswith(("http://", "https://")):
         return CropTable.resolve(where)
@@ -108,8 +109,9 @@ def transfer(
         progress: called after each object, in this thread.
 
     Raises:
-        WriteError: not enough space, no permission, or a file that was not fetched is in the way. StoreError: some
-        objects failed; all others were downloaded. InputError: a key leads out of the root.
+        WriteError: not enough space, no permission, or a file that was not fetched is in the way.
+        StoreError: some objects failed; all others were downloaded.
+        InputError: a key leads out of the root.
     """
     root = local_path(root)
     bucket, _ = split_s3(missing.plan.source)

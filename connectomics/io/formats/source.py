@@ -42,7 +42,9 @@ class VolumeSource:
     """A volume that is open for reading.
 
     Attributes:
-        location: path, for messages. shape: voxels, z y x. dtype: as stored.
+        location: path, for messages.
+        shape: voxels, z y x.
+        dtype: as stored.
         read: reads a block inside the volume; see `Reader`.
         voxel_size: nm, z y x; None if the file does not give it, or gives it in pixels.
         begin: nm, z y x: outer face of the first voxel; None if the file does not give it.
@@ -95,8 +97,9 @@ def open_volume(location: str | Path, format_name: str | None = None) -> VolumeS
         format_name: one of `FORMATS`; needed if the name does not tell.
 
     Raises:
-        MissingError: nothing exists there, or an optional library is not installed. InputError: unknown format, or not
-            three axes. MetadataError, CorruptDataError: raised by the format's reader.
+        MissingError: nothing exists there, or an optional library is not installed.
+        InputError: unknown format, or not three axes.
+        MetadataError, CorruptDataError: raised by the format's reader.
     """
     path, inner = _split(str(location))
     if format_name is not None and format_name not in FORMATS:

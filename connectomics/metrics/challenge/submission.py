@@ -76,7 +76,7 @@ def score_submission(
 
     Raises:
         MissingError, InputError, MetadataError, CorruptDataError, UnknownNameError: the submission or the ground truth
-        cannot be scored. Labels that only the submission has are ignored and named in ``warnings``.
+            cannot be scored. Labels that only the submission has are ignored and named in ``warnings``.
     """
     rules = get_rules(rules)
     targets, truth_crops = read_targets(truth, crops, crop_names, classes)

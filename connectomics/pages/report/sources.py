@@ -38,7 +38,9 @@ class ReportSources:
         labels, probabilities: folders ``{dataset}.zarr/{crop}/{class}`` as decode and predict write them. Without
             labels the arrays of the submission are shown, without a submission the probabilities cut at one half.
         submission: the packed zip (or its folder).
-        scores: ``scores.json``; baseline_scores: another one, shown beside it; baseline_name: its name on the page.
+        scores: ``scores.json``.
+        baseline_scores: another one, shown beside it.
+        baseline_name: its name on the page.
         evaluation: the JSON that evaluate writes for annotated crops.
         others: runs that are compared with ``run``: configuration, curves, scores.
     """
@@ -69,7 +71,8 @@ class ReportOptions:
             crop first.
         picture_size: pixels of a picture's longer side, at most.
         viewers: number of crops with a slice viewer: the worst, and the best one.
-        viewer_slices: slices in each of a viewer's three planes. max_objects: objects listed per crop.
+        viewer_slices: slices in each of a viewer's three planes.
+        max_objects: objects listed per crop.
         max_voxels: voxels that are read of one class of one crop to choose its slices, count its objects and measure
             its calibration, and of one crop, over all its classes, for confusion. Larger crops are sampled in slabs.
         max_arrays: label arrays of the data root whose annotation is read for the data summary.
