@@ -277,7 +277,8 @@ class InferenceConfig(Group):
     window: Shape | None = None  # voxels; None: data.patch_size
     #: share of a window that the next window also covers: one number, or z y x; 0 along z for a 2-D network
     overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.25
-    blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
+    #: crop: each voxel from one window | gaussian, constant: the mean of overlapping windows with these weights
+    blending: Annotated[str, one_of("crop", "gaussian", "constant")] = "gaussian"
     batch_size: Annotated[Any, _BATCH] = 1  # windows per forward pass; auto: predict finds the fastest number
     block_size: Shape = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8

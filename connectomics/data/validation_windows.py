@@ -28,6 +28,7 @@ class WindowShape:
     context: Sequence[int] | int | None
     block_size: Sequence[int] | int
     fit: WindowFit | None = None
+    blending: str = "gaussian"
 
     def count(self, grid: VoxelGrid) -> int:
         """Return the number of windows that a grid takes."""
@@ -51,7 +52,10 @@ class WindowShape:
 def validation_shape(config: RunConfig) -> WindowShape:
     """Return how a run's validation slides over crops."""
     inference = config.inference
-    return WindowShape(config.window, inference.overlap, inference.context, inference.block_size, WindowFit.of(config))
+    return WindowShape(
+        config.window, inference.overlap, inference.context, inference.block_size, WindowFit.of(config),
+        inference.blending,
+    )  # fmt: skip
 
 
 def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:

@@ -18,10 +18,11 @@ from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
-from connectomics.inference.windows import WindowLattice, Windows
+from connectomics.inference.windows import Cores, WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
+_CORES = 256  # voxels: units of cores are at most that wide, or a single core
 _SMALLEST_CHUNK = 8  # voxels: a chunk that would exceed a block is halved down to that
 _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
 
@@ -32,6 +33,10 @@ class Layout:
 
     A block is a whole number of ``chunks`` of the target along each axis, so no two blocks write one chunk. With many
     channels blocks are thinner along x, which costs nothing: neighbors along x share their windows.
+
+    If windows are cropped, a block is also a whole number of cores, at least one, so no two blocks run one window.
+    Cores follow from the grid, the windows and the chunks alone. If the target has other voxels, all blocks are as
+    small as they can be, whatever ``block_size``, since interpolation at their faces takes values of their own windows.
 
     Attributes:
         target: the grid to write. channels: of the network's output.
@@ -71,7 +76,46 @@ class Layout:
     def lattices(self) -> list[WindowLattice]:
         """The windows over `model`, for each window shape."""
         extent = None if self.volume is None else Extent.of(self.volume, self.model)
-        return [windows.over(self.model, self.context, extent) for windows in self.windows]
+        return [windows.over(self.model, self.context, extent, self._cores) for windows in self.windows]
+
+    @property
+    def _scale(self) -> list[float]:
+        """Voxels of the network's lattice for each voxel of the target, z y x."""
+        if self.same_voxels:
+            return [1.0] * 3
+        return [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+
+    @property
+    def _cores(self) -> Cores | None:
+        """Where blocks may end, in voxels of `model`."""
+        if not self.windows[0].crop:
+            return None
+        marks, reach = [], []
+        for axis, (unit, scale, margin) in enumerate(zip(self.cropped, self._scale, self._margin, strict=True)):
+            n, between = self.model.shape[axis], range(unit, self.target.shape[axis], unit)
+            marks.append((0, *(margin + int(end * scale + 1e-6) for end in between), n))
+            reach.append(margin + (abs(unit * scale - round(unit * scale)) > 1e-6))
+        return Cores((marks[0], marks[1], marks[2]), index(reach))
+
+    @cached_property
+    def cropped(self) -> Index:
+        """Voxels of the target of which blocks are multiples if windows are cropped, z y x: whole chunks (or shards)
+        in which the cores of all windows waste least."""
+        found = []
+        for axis, scale in enumerate(self._scale):
+            steps, unit = [windows.step[axis] for windows in self.windows], self.storage.chunk[axis]
+            while self.storage.shard is None and unit * scale > max(_CORES, *steps) and unit > _SMALLEST_CHUNK:
+                unit = max(_SMALLEST_CHUNK, unit // 2)
+            unit = self._unit(axis, unit)
+            most = max(1, int(max(_CORES, *steps) / scale + 1e-6) // unit)
+            most = min(most, math.ceil(self.target.shape[axis] / unit))
+            # (voxels of cores as wide as they can be) / (voxels), for each kind of windows
+            waste = {
+                number * unit: sum(math.ceil(number * unit * scale / s - 1e-6) * s / (number * unit) for s in steps)
+                for number in range(1, most + 1)
+            }
+            found.append(min(waste, key=lambda width: (round(waste[width], 3), width)))
+        return index(found)
 
     @cached_property
     def chunks(self) -> Index:
@@ -94,7 +138,9 @@ class Layout:
         Raises `InputError` if a block does not hold a shard.
         """
         z, y, x = (self._along(axis)[1] for axis in range(3))
-        scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+        if self.windows[0].crop:
+            return z, y, x
+        scale = self._scale
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
         unit, width = self._unit(2, self.chunks[2]), max(windows.size[2] for windows in self.windows)
         while x > unit and plane * (x * scale[2] + width) > _SUMS_BYTES:
@@ -116,6 +162,9 @@ class Layout:
                 f"must write a whole shard; set inference.block_size to at least {size_there} there, or a smaller "
                 "output.shard"
             )
+        if self.windows[0].crop:
+            unit = math.lcm(unit, self.cropped[axis])
+            most = most if self.same_voxels else 0
         count = math.ceil(n / max(unit, most // unit * unit))
         return chunk, math.ceil(n / (count * unit)) * unit  # blocks of about one size rather than a thin last one
 
@@ -159,8 +208,9 @@ class Layout:
     def plan(self, batch_size: int, passes: Sequence[int], dtype: str = "float16", uncertainty: str = "none") -> Plan:
         """Return what the blocks cost if each window of a lattice takes so many passes."""
         value_bytes = self.value_type(dtype, uncertainty).itemsize
+        results = (2, 1, *[0] * len(passes))  # of the first lattice two in turn; all others share one
         first, *rest = (
-            plan_regions(lattice, self.regions, self.channels, batch_size, value_bytes).times(times)
-            for lattice, times in zip(self.lattices, passes, strict=True)
+            plan_regions(lattice, self.regions, self.channels, batch_size, number * value_bytes).times(times)
+            for lattice, times, number in zip(self.lattices, passes, results, strict=False)
         )
         return reduce(Plan.with_windows_of, rest, first)

@@ -220,7 +220,8 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        windows = Windows(self.window, overlap_per_axis(self.overlap), self.multiple and WindowFit(self.multiple))
+        fit = self.multiple and WindowFit(self.multiple)
+        windows = Windows(self.window, overlap_per_axis(self.overlap), fit, self.blending == "crop")
         seen = tuple(map(windows.seen_by, self._windows_seen.values()))
         how = (self.voxel_size, seen, self.context, self.block_size, volume)
         return [(Layout(grid, self.channels, *how, self.storage), tuple(names)) for grid, names in grids.items()]

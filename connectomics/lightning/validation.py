@@ -58,6 +58,7 @@ def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: 
         "batch_size": 1 if config.inference.batch_size == "auto" else config.inference.batch_size,
         "context": config.inference.context,
         "fit": WindowFit.of(config),
+        "blending": config.inference.blending,
     }
     while plan(grid, block_size=size, **settings).bytes > _PREDICTION:
         axes = [axis for axis in ((2,) if size[2] > _LEAST else (0, 1)) if size[axis] > _LEAST]
