@@ -22,7 +22,8 @@ from connectomics.inference.windows import Cores, WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
-_CORES = 256  # voxels: units of cores are at most that wide, or a single core
+_RESULT_BYTES = 1 << 29  # of a block's values at most, if windows are cropped
+_MOST_CORES = 512  # voxels along each axis of such a block
 _SMALLEST_CHUNK = 8  # voxels: a chunk that would exceed a block is halved down to that
 _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
 
@@ -34,15 +35,15 @@ class Layout:
     A block is a whole number of ``chunks`` of the target along each axis, so no two blocks write one chunk. With many
     channels blocks are thinner along x, which costs nothing: neighbors along x share their windows.
 
-    If windows are cropped, a block is also a whole number of cores, at least one, so no two blocks run one window.
-    Cores follow from the grid, the windows and the chunks alone. If the target has other voxels, all blocks are as
-    small as they can be, whatever ``block_size``, since interpolation at their faces takes values of their own windows.
+    If windows are cropped, a block is also a whole number of cores (`cropped`), so no two blocks run one window. Cores
+    follow from all but ``block_size``. If the target has other voxels, all blocks are as small as they can be, whatever
+    ``block_size``, since interpolation at their faces takes values of their own windows.
 
     Attributes:
         target: the grid to write. channels: of the network's output.
         voxel_size: of the network, nm, z y x. context: see `WindowLattice.over`.
         windows: each with a lattice of its own; several if windows are permuted (`windows_seen`).
-        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
+        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks``, or cores, need it).
         storage: how the arrays are stored: sharded blocks are whole shards.
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
@@ -99,23 +100,29 @@ class Layout:
 
     @cached_property
     def cropped(self) -> Index:
-        """Voxels of the target of which blocks are multiples if windows are cropped, z y x: whole chunks (or shards)
-        in which the cores of all windows waste least."""
+        """Voxels of the target of which blocks are multiples if windows are cropped, z y x: as many chunks (or shards)
+        as cost least, of those with which the values of a block take at most `_RESULT_BYTES`."""
+        value_bytes = self.channels * self.value_type("uint8", "none").itemsize
+        edge = min(_MOST_CORES, (_RESULT_BYTES / value_bytes) ** (1 / 3))
         found = []
         for axis, scale in enumerate(self._scale):
-            steps, unit = [windows.step[axis] for windows in self.windows], self.storage.chunk[axis]
-            while self.storage.shard is None and unit * scale > max(_CORES, *steps) and unit > _SMALLEST_CHUNK:
+            unit = self.storage.chunk[axis]
+            while self.storage.shard is None and unit * scale > edge and unit > _SMALLEST_CHUNK:
                 unit = max(_SMALLEST_CHUNK, unit // 2)
             unit = self._unit(axis, unit)
-            most = max(1, int(max(_CORES, *steps) / scale + 1e-6) // unit)
-            most = min(most, math.ceil(self.target.shape[axis] / unit))
-            # (voxels of cores as wide as they can be) / (voxels), for each kind of windows
-            waste = {
-                number * unit: sum(math.ceil(number * unit * scale / s - 1e-6) * s / (number * unit) for s in steps)
-                for number in range(1, most + 1)
-            }
-            found.append(min(waste, key=lambda width: (round(waste[width], 3), width)))
+            numbers = range(1, 1 + min(max(1, int(edge / scale / unit)), math.ceil(self.target.shape[axis] / unit)))
+            cost = {number: self._cost(axis, number * unit * scale) for number in numbers}
+            found.append(unit * min(cost, key=lambda number: (cost[number], number)))
         return index(found)
+
+    def _cost(self, axis: int, length: float) -> float:
+        """Return how much wider windows are than their cores along an axis, if cores fill so many voxels."""
+        total = 0.0
+        for windows in self.windows:
+            size, step = windows.size[axis], windows.step[axis]
+            core = length / math.ceil(length / step - 1e-6)
+            total += (size if windows.fit is None else core + size - step) / core
+        return round(total, 3)
 
     @cached_property
     def chunks(self) -> Index:

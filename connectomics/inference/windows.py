@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BLENDINGS = ("crop", "gaussian", "constant")
 _SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
 _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
-_CORE_UNIT = 16  # voxels: cores are multiples if possible, so that all windows begin alike on a network's coarse grid
+_COARSEST = 32  # voxels between two of a network's coarse grid, of most networks
 
 
 def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
@@ -278,11 +278,14 @@ def _scan(span: tuple[int, int], window: int, step: int, raw: tuple[int, int] | 
 
 def _faces(marks: Sequence[int], most: int, spare: int) -> tuple[int, ...]:
     """Faces of cores of at most ``most`` voxels (and ``spare`` if that saves one), as few as possible and of about one
-    size, between the marks."""
+    size, between the marks. Their size is a multiple of a power of two, so that windows begin at the same place of a
+    network's coarse grid: elsewhere, its values are a little different."""
+    unit = min(_COARSEST, 1 << max(0, most.bit_length() - 4))
     faces = list[int]()
     for begin, end in itertools.pairwise(marks):
-        core = math.ceil((end - begin) / max(1, math.ceil((end - begin - spare) / most)))
-        whole = math.ceil(core / _CORE_UNIT) * _CORE_UNIT
+        number = max(1, math.ceil((end - begin - spare) / (most // unit * unit)))
+        core = math.ceil((end - begin) / number)
+        whole = math.ceil(core / unit) * unit
         faces += range(begin, end, whole if whole <= most else core)
     return (*faces, marks[-1])
 

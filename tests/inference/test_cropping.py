@@ -99,8 +99,8 @@ def test_windows_see_the_overlap_around_their_core_but_for_the_faces():
             margin = int(w * overlap) // 2
             for (low, high), start in zip(itertools.pairwise(faces), starts, strict=True):
                 assert low < high
-                assert start <= low - (margin if low else 0)
-                assert start + size >= high + (margin if high < n else 0)
+                assert start <= max(0, low - margin)
+                assert start + size >= min(n, high + margin)
 
 
 def test_the_plan_counts_each_window_once():
