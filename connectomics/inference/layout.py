@@ -22,7 +22,7 @@ from connectomics.inference.windows import Cores, WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
-_RESULT_BYTES = 1 << 29  # of a block's values at most, if windows are cropped
+_RESULT_BYTES = 3 << 28  # of a block's values at most, if windows are cropped
 _MOST_CORES = 512  # voxels along each axis of such a block
 _SMALLEST_CHUNK = 8  # voxels: a chunk that would exceed a block is halved down to that
 _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
@@ -116,12 +116,13 @@ class Layout:
         return index(found)
 
     def _cost(self, axis: int, length: float) -> float:
-        """Return how much wider windows are than their cores along an axis, if cores fill so many voxels."""
-        total = 0.0
+        """Return how many voxels of windows there are along an axis for each of `model`, if blocks are so long."""
+        total, n = 0.0, self.model.shape[axis]
         for windows in self.windows:
             size, step = windows.size[axis], windows.step[axis]
-            core = length / math.ceil(length / step - 1e-6)
-            total += (size if windows.fit is None else core + size - step) / core
+            number, rest = math.ceil(length / step - 1e-6), math.ceil(n % length / step - 1e-6)
+            side = size if windows.fit is None else min(size, length / number + size - step)
+            total += side * (n // length * number + rest) / n
         return round(total, 3)
 
     @cached_property

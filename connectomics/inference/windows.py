@@ -13,10 +13,10 @@ import numpy as np
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid, index
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
-from connectomics.models.registry import required_multiple, takes_any_window
+from connectomics.models.registry import fixed_patch_size, required_multiple, takes_any_window
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BLENDINGS = ("crop", "gaussian", "constant")
 _SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
 _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
+_LARGE_CORE = 192  # voxels: three chunks
 _COARSEST = 32  # voxels between two of a network's coarse grid, of most networks
 
 
@@ -41,6 +42,29 @@ def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
     if len(shares) != 3 or not all(0 <= share < 1 for share in shares):
         raise InputError(f"overlap must be at least 0 and below 1, one number or three (z, y, x), got {overlap}")
     return shares[0], shares[1], shares[2]
+
+
+def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:
+    """Return window and overlap with which to predict a box: those of the configuration, or larger windows.
+
+    Cropped windows cost less the larger they are. So if ``inference.window`` is not given, windows of a 3-D network
+    over a large volume have cores of `_LARGE_CORE` voxels, if that is about twice a patch, and lose as many voxels at
+    each face as a patch would.
+    """
+    overlap, patch, model = overlap_per_axis(config.inference.overlap), config.patch, config.model
+    lost = [n - _step(n, share, True) for n, share in zip(patch, overlap, strict=True)]
+    multiple = required_multiple(model.architecture, model.options)
+    shape = VoxelGrid.covering(box, config.voxel_size).shape
+    window = index(math.ceil((_LARGE_CORE + o) / m) * m for o, m in zip(lost, multiple, strict=True))
+    if (
+        config.inference.window is None
+        and config.inference.blending == "crop"
+        and not config.data.inputs
+        and not fixed_patch_size(model.architecture)
+        and all(p < w <= 9 / 4 * p and n >= w for p, w, n in zip(patch, window, shape, strict=True))
+    ):
+        return window, overlap_per_axis([1 - _LARGE_CORE / w for w in window])
+    return config.window, overlap
 
 
 @dataclass(frozen=True)
@@ -99,7 +123,7 @@ class Windows:
     @property
     def step(self) -> Index:
         """Voxels from a window to the next."""
-        return index(_step(n, share) for n, share in zip(self.size, self.overlap, strict=True))
+        return index(_step(n, share, self.crop) for n, share in zip(self.size, self.overlap, strict=True))
 
     def over(
         self, grid: VoxelGrid, context: Sequence[int] | None, extent: Extent | None, cores: Cores | None = None
@@ -193,7 +217,7 @@ class WindowLattice:
             margin = _default_context(n, w, share) if given is None else given[axis]
             raws.append(None if extent is None or extent.is_empty else (extent.low[axis], extent.high[axis]))
             spans.append(_span(n, margin, raws[-1]))
-            shared.append(w - _step(w, share))
+            shared.append(w - _step(w, share, cores is not None))
         wanted, faces = [end - begin for begin, end in spans], list[tuple[int, ...]]()
         if cores is not None:
             marks = cores.marks or tuple((0, n) for n in grid.shape)
@@ -246,8 +270,11 @@ class WindowLattice:
         return self.grid.crop(begin, [e - b for b, e in zip(begin, end, strict=True)])
 
 
-def _step(window: int, overlap: float) -> int:
-    return max(1, int(window * (1 - overlap)))
+def _step(window: int, overlap: float, crop: bool) -> int:
+    if not crop:
+        return max(1, int(window * (1 - overlap)))
+    step = max(1, int(window * (1 - overlap) + 1e-9))
+    return max(1, step - (window - step) % 2)  # both faces lose as much
 
 
 def _default_context(n: int, window: int, overlap: float) -> int:

@@ -282,7 +282,8 @@ def _choose_2d(
     epoch = 400 * plan.settings["data.batch_size"]
     plan.choose("data.patches_per_epoch", epoch, "400 steps between validations")
     plan.choose("inference.window", [16, 2 * side, 2 * side], "16 planes, twice a patch wide; smaller in small volumes")
-    plan.choose("inference.overlap", [0.0, 0.125, 0.125], "planes are independent; a quarter of a patch within them")
+    reason = f"planes are independent; within them, {round(side * 0.0625)} voxels at each face of a window are dropped"
+    plan.choose("inference.overlap", [0.0, 0.0625, 0.0625], reason)
     isotropic = voxel[0] == voxel[1]
     if isotropic:
         plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")

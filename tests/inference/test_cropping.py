@@ -12,7 +12,7 @@ import torch
 
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.blending import Forward, planned_reads
-from connectomics.inference.predict_task import PredictTask, run_predict_task
+from connectomics.inference.predict_task import PredictTask, given, run_predict_task
 from connectomics.inference.probability_values import store
 from connectomics.inference.sliding import plan, predict_regions
 from connectomics.inference.windows import Cores, WindowFit, WindowLattice
@@ -20,6 +20,7 @@ from connectomics.io.mirror import Extent
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
 from tests.inference.test_sliding import Net, Volume, assemble, grid_of
+from tests.trees import contents
 
 
 def lattice_of(grid: VoxelGrid, window: int = 16, overlap: float = 0.25, **options) -> WindowLattice:
@@ -220,3 +221,65 @@ def test_another_blending_does_not_resume(raw, tmp_path):
     task = task_of(raw, tmp_path, TARGETS["same"])
     run(task, Net(1))
     assert task.key != replace(task, blending="gaussian").key
+
+
+@pytest.mark.parametrize(("window", "overlap", "fit", "tta"), [
+    ((208, 208, 208), 1 / 13, None, "none"),  # what `window_for` gives for patches of 128 voxels
+    ((16, 512, 512), (0.0, 0.0625, 0.0625), (1, 16, 16), "none"),  # what `pytc plan` writes without a GPU
+    ((16, 512, 512), (0.0, 0.0625, 0.0625), (1, 16, 16), "planes"),
+])  # fmt: skip
+@pytest.mark.parametrize("classes", [1, 3, 14])
+def test_a_large_volume_costs_at_most_1_4_times_its_voxels(tmp_path, window, overlap, fit, tta, classes):
+    """By the plan; `test_independent_workers_run_what_was_planned` counts what is run."""
+    grid = VoxelGrid((8, 8, 8), (4004, 4004, 4004), (4000, 4000, 4000))
+    around = write_corner(tmp_path, grid.grow(64))
+    names = tuple(f"c{n}" for n in range(classes))
+    task = PredictTask(
+        raw=around, output=str(tmp_path / "a.zarr" / "crop1"), classes=names, targets=dict.fromkeys(names, grid),
+        voxel_size=(8, 8, 8), window=window, overlap=overlap, multiple=fit, blending="crop", checkpoint="",
+        symmetries=symmetries_of(tta),
+    )  # fmt: skip
+    (planned,), ((layout, _),) = task.plan(), task.layouts
+    assert planned.voxels <= 1.4 * grid.size * len(task.symmetries)
+    for lattice in layout.lattices:  # a worker that takes a block without any neighbor runs no other windows
+        alone = [np.prod([len(lattice.touching(a, b[a], b[a] + n[a])) for a in range(3)]) for b, n in layout.regions]
+        assert sum(alone) == lattice.count
+
+
+def write_corner(folder: Path, grid: VoxelGrid) -> str:
+    """A large raw volume of which only the last chunk is stored."""
+    from connectomics.io.write import create_multiscale
+
+    (writer,) = create_multiscale(folder / "raw.zarr" / "em", [grid], np.uint8, chunks=(64, 64, 64))
+    writer.write([n - 1 for n in grid.shape], np.ones((1, 1, 1), np.uint8))
+    return str(folder / "raw.zarr" / "em")
+
+
+def symmetries_of(name: str) -> tuple[str, ...]:
+    from connectomics.inference.symmetry import symmetries
+
+    return tuple(map(str, symmetries(name)))
+
+
+def test_independent_workers_run_what_was_planned(tmp_path):
+    """Blocks one by one, in any order, by a network that counts the voxels that it sees: at most 1.4 times theirs."""
+    raw_grid = VoxelGrid((8, 8, 8), (4, 4, 4), (96, 96, 160))
+    values = np.random.default_rng(0).integers(1, 255, raw_grid.shape, dtype=np.uint8)
+    write_multiscale(tmp_path / "raw.zarr" / "em", values, raw_grid, kind="raw")
+    target = raw_grid.crop((16, 16, 16), (64, 64, 128))
+    task = task_of(str(tmp_path / "raw.zarr" / "em"), tmp_path, target, window=(34, 34, 34), overlap=1 / 17)
+    assert task.layouts[0][0].block_shape == (32, 32, 32)
+    seen, stored = [], []
+    for number, order in enumerate([range(16), reversed(range(16))]):
+        network = Counting()
+        mine = given(replace(task, output=str(tmp_path / f"{number}.zarr" / "crop1")), [network])
+        mine.claim()
+        mine.prepare("predict")
+        for block in order:
+            with mine.open_worker("predict", "cpu") as worker:
+                begin = network.voxels
+                assert list(worker.run([block])) == [block]
+                seen.append((network.voxels - begin) / 32**3)
+        stored.append(contents(Path(mine.output) / "mito" / "s0"))
+    assert min(seen) == max(seen) == (34 / 32) ** 3 <= 1.4
+    assert stored[0] == stored[1]
