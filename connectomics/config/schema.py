@@ -281,8 +281,7 @@ class InferenceConfig(Group):
     #: crop: each voxel from one window | gaussian, constant: the mean of overlapping windows with these weights
     blending: Annotated[str, one_of("crop", "gaussian", "constant")] = "crop"
     batch_size: Annotated[Any, _BATCH] = 1  # windows per forward pass; auto: predict finds the fastest number
-    #: voxels in memory at a time, at most; with crop at least as many as make whole cores
-    block_size: Shape = field(default_factory=lambda: [256, 256, 256])
+    block_size: Shape | None = None  # voxels in memory at a time, at most; None: 256 each, or with crop whole cores
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
     #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
     #: [zyx, -zyx]

@@ -14,7 +14,7 @@ from connectomics.config import RunConfig
 from connectomics.data.foreground import foreground_points
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
-from connectomics.inference.windows import WindowFit
+from connectomics.inference.windows import BLOCK, WindowFit
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,8 @@ def validation_shape(config: RunConfig) -> WindowShape:
     """Return how a run's validation slides over crops."""
     inference = config.inference
     return WindowShape(
-        config.window, inference.overlap, inference.context, inference.block_size, WindowFit.of(config),
+        config.window, inference.overlap, inference.context, inference.block_size or BLOCK,
+        WindowFit.of(config),
         inference.blending,
     )  # fmt: skip
 

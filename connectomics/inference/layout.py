@@ -18,7 +18,7 @@ from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
-from connectomics.inference.windows import Cores, WindowLattice, Windows
+from connectomics.inference.windows import BLOCK, Cores, WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
@@ -35,15 +35,16 @@ class Layout:
     A block is a whole number of ``chunks`` of the target along each axis, so no two blocks write one chunk. With many
     channels blocks are thinner along x, which costs nothing: neighbors along x share their windows.
 
-    If windows are cropped, a block is also a whole number of cores (`cropped`), so no two blocks run one window. Cores
-    follow from all but ``block_size``. If the target has other voxels, all blocks are as small as they can be, whatever
+    If windows are cropped, a block that is not smaller than `cropped` consists of whole cores, so no two blocks run one
+    window. Cores do not depend on ``block_size``. If the target has other voxels, all blocks are `cropped`, whatever
     ``block_size``, since interpolation at their faces takes values of their own windows.
 
     Attributes:
         target: the grid to write. channels: of the network's output.
         voxel_size: of the network, nm, z y x. context: see `WindowLattice.over`.
         windows: each with a lattice of its own; several if windows are permuted (`windows_seen`).
-        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks``, or cores, need it).
+        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller);
+            None: `BLOCK` along each axis, or more if whole cores need it.
         storage: how the arrays are stored: sharded blocks are whole shards.
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
@@ -53,7 +54,7 @@ class Layout:
     voxel_size: Triple
     windows: tuple[Windows, ...]
     context: Index | None
-    block_size: Index
+    block_size: Index | None
     volume: VoxelGrid | None = None
     storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
@@ -158,7 +159,7 @@ class Layout:
     def _along(self, axis: int) -> tuple[int, int]:
         """Chunk and block along one axis, in voxels of the target."""
         n, size = self.target.shape[axis], self.target.voxel_size[axis]
-        most = int(self.block_size[axis] * self.voxel_size[axis] / size + 1e-6)
+        most = int((self.block_size or (BLOCK,) * 3)[axis] * self.voxel_size[axis] / size + 1e-6)
         chunk = self.storage.chunk[axis]
         while self.storage.shard is None and chunk > most and chunk > _SMALLEST_CHUNK:
             chunk = max(_SMALLEST_CHUNK, chunk // 2)
@@ -170,9 +171,10 @@ class Layout:
                 f"must write a whole shard; set inference.block_size to at least {size_there} there, or a smaller "
                 "output.shard"
             )
-        if self.windows[0].crop:
-            unit = math.lcm(unit, self.cropped[axis])
-            most = most if self.same_voxels else 0
+        whole = math.lcm(unit, self.cropped[axis]) if self.windows[0].crop else 0
+        if whole and not self.same_voxels:
+            return chunk, whole
+        unit = whole if whole and (whole <= most or self.block_size is None) else unit
         count = math.ceil(n / max(unit, most // unit * unit))
         return chunk, math.ceil(n / (count * unit)) * unit  # blocks of about one size rather than a thin last one
 

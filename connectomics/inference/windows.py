@@ -21,6 +21,7 @@ from connectomics.models.registry import fixed_patch_size, required_multiple, ta
 if TYPE_CHECKING:
     import torch
 
+BLOCK = 256  # voxels: edge of a block, if nothing else is given
 BLENDINGS = ("crop", "gaussian", "constant")
 _SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
 _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here

@@ -22,6 +22,7 @@ from connectomics.config.output import wants_pyramid
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.geometry import index
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
@@ -272,7 +273,7 @@ def network_tasks(
             multiple=None if fit is None else fit.multiple,
             blending=options.blending,
             context=None if options.context is None else (options.context,) * 3,
-            block_size=(options.block_size[0], options.block_size[1], options.block_size[2]),
+            block_size=options.block_size and index(options.block_size),
             batch_size=options.batch_size,
             precision="32" if device == "cpu" else on_gpu,
             channels_last=options.channels_last,
