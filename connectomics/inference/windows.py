@@ -49,8 +49,8 @@ def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:
     """Return window and overlap with which to predict a box: those of the configuration, or larger windows.
 
     Cropped windows cost less the larger they are. So if ``inference.window`` is not given, windows of a 3-D network
-    over a large volume have cores of `_LARGE_CORE` voxels, if that is about twice a patch, and lose as many voxels at
-    each face as a patch would.
+    over a large volume have cores of `_LARGE_CORE` voxels, if that is about twice a patch and costs less. They lose as
+    many voxels at each face as a patch would, or a few more.
     """
     overlap, patch, model = overlap_per_axis(config.inference.overlap), config.patch, config.model
     lost = [n - _step(n, share, True) for n, share in zip(patch, overlap, strict=True)]
@@ -63,6 +63,7 @@ def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:
         and not config.data.inputs
         and not fixed_patch_size(model.architecture)
         and all(p < w <= 9 / 4 * p and n >= w for p, w, n in zip(patch, window, shape, strict=True))
+        and all(w / _LARGE_CORE < p / (p - o) for p, w, o in zip(patch, window, lost, strict=True))
     ):
         return window, overlap_per_axis([1 - _LARGE_CORE / w for w in window])
     return config.window, overlap

@@ -255,9 +255,9 @@ def test_three_dimensional_networks_get_larger_windows_over_large_volumes():
     assert window == (208, 208, 208)
     assert Windows(window, overlap, None, crop=True).step == (192, 192, 192)
     assert chosen(200)[0] == (128, 128, 128)
-    for given in ("data.patch_size=[64,64,64]", "inference.blending=gaussian", "inference.window=[128,128,128]",
+    for override in ("data.patch_size=[64,64,64]", "inference.blending=gaussian", "inference.window=[128,128,128]",
                   "model.architecture=unetr", "data.patch_size=[1,256,256]"):  # fmt: skip
-        assert chosen(500, given)[0] != (208, 208, 208), given
+        assert chosen(500, override)[0] != (208, 208, 208), override
 
 
 def write_corner(folder: Path, grid: VoxelGrid) -> str:
