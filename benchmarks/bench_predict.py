@@ -57,6 +57,10 @@ def network_of(options: Any) -> Any:
     return torch.compile(network, backend=options.backend) if options.compile else network
 
 
+def block_of(options: Any) -> tuple[int, int, int] | None:
+    return (options.block,) * 3 if options.block else None
+
+
 def free_network(classes: int, window: int) -> Any:
     """A network that returns the same probabilities (1, classes, window...) for every window."""
     import torch
@@ -87,7 +91,7 @@ def run_free(options: Any) -> None:
             task = PredictTask(
                 raw=raw, output=str(output / "crop1"), classes=names, targets=dict.fromkeys(names, target),
                 voxel_size=(NETWORK_NM,) * 3, window=(options.window,) * 3, checkpoint="", overlap=options.overlap,
-                block_size=(options.block,) * 3, batch_size=options.batch, blending=options.blending,
+                block_size=block_of(options), batch_size=options.batch, blending=options.blending,
             )  # fmt: skip
             (plan,) = task.plan()
             begin, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -181,7 +185,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64, help="edge of a window, voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--blending", default="gaussian", choices=("crop", "gaussian", "constant"))
-    parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels")
+    parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels; 0: the default")
     parser.add_argument("--batch", type=int, default=1, help="windows that go through the network together")
     parser.add_argument("--features", type=int, default=8, help="channels of the U-Net's first level")
     parser.add_argument("--device", default="cpu")
@@ -212,7 +216,7 @@ def main() -> None:
             task = PredictTask(
                 raw=raw, output=str(folder / f"out{turn}.zarr" / "crop1"), classes=CLASSES,
                 targets=dict.fromkeys(CLASSES, grid), voxel_size=(8, 8, 8), window=(options.window,) * 3,
-                checkpoint="", overlap=options.overlap, block_size=(options.block,) * 3, batch_size=options.batch,
+                checkpoint="", overlap=options.overlap, block_size=block_of(options), batch_size=options.batch,
                 precision=options.precision, blending=options.blending,
             )  # fmt: skip
             (plan,) = task.plan()
