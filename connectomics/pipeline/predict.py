@@ -273,7 +273,7 @@ def network_tasks(
             multiple=None if fit is None else fit.multiple,
             blending=options.blending,
             context=None if options.context is None else (options.context,) * 3,
-            block_size=options.block_size and index(options.block_size),
+            block_size=None if options.block_size is None else index(options.block_size),
             batch_size=options.batch_size,
             precision="32" if device == "cpu" else on_gpu,
             channels_last=options.channels_last,
