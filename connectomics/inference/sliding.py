@@ -1,8 +1,10 @@
 """A network over a volume: overlapping windows, blended, block by block, in bounded memory.
 
-The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). A voxel's value
-is the mean over its windows, weighted by MONAI's Gaussian importance map; so over the same extent the result equals
-``monai.inferers.SlidingWindowInferer`` on the whole array.
+The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). With blending
+``crop`` a voxel is taken from the window whose core holds it, and blocks of whole cores run each window once
+(`connectomics.inference.cropping`). The rest is about weights: a voxel's value is the mean over its windows, weighted by
+MONAI's Gaussian importance map; so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on
+the whole array.
 
 A block runs the windows that touch it; its values do not depend on which other blocks are computed. With windows of w
 voxels and blocks of B that would be about (1 + w/B)^3 times the forward passes. Blocks that follow each other along x

@@ -82,6 +82,35 @@ def test_any_regions_give_the_same_bits_and_read_what_was_planned():
             np.testing.assert_array_equal(values, expected[(slice(None), *at)])
 
 
+def test_only_windows_whose_core_counts_are_run_and_read():
+    """With a mask, by the core; of constant raw, by all that the window sees. Everything else is 0."""
+    volume = Volume((30, 30, 70))
+    volume.array[:, :, 40:] = 0.5
+    network, lattice = Counting(), lattice_of(volume.grid, context=0)
+    box = volume.grid.crop((0, 0, 10), (9, 9, 9)).box
+    expected, ran = np.zeros((1, 30, 30, 70), np.float32), 0
+    everything = plain(volume, network.net, lattice, 1)
+    for at in itertools.product(*(range(len(starts)) for starts in lattice.starts)):
+        core = lattice.counted(at)
+        seen = volume.read(lattice.grid.crop(lattice.begin_of(at), lattice.window))
+        if not core.box.intersect(box).is_empty or (core.translation[2] > 250 and seen.min() < seen.max()):
+            place = (slice(None), *volume.grid.slices(core.box))
+            expected[place], ran = everything[place], ran + 1
+
+    def inside(core: VoxelGrid) -> bool:
+        return not core.box.intersect(box).is_empty or core.translation[2] > 250
+
+    regions = [((0, 0, x), (30, 30, min(20, 70 - x))) for x in range(0, 70, 20)]
+    volume.reads.clear()
+    for region in regions:  # each alone: a region that cuts cores runs their windows again
+        forward = Forward(network, 1, 2, "cpu", skip_empty=True, inside=inside)
+        (found,) = predict_regions(volume.read, lattice, forward, [region])
+        np.testing.assert_allclose(found, expected[..., region[0][2] : region[0][2] + region[1][2]], atol=1e-6)
+    network.windows = 0
+    list(predict_regions(volume.read, lattice, replace(forward), [((0, 0, 0), (30, 30, 70))]))
+    assert network.windows == ran < lattice.count
+
+
 def test_a_row_of_blocks_reads_each_voxel_once():
     volume = Volume((16, 16, 100))
     lattice = lattice_of(volume.grid, context=0)
