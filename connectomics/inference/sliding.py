@@ -2,8 +2,8 @@
 
 The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). With blending
 ``crop`` a voxel is taken from the window whose core holds it, and blocks of whole cores run each window once
-(`connectomics.inference.cropping`). The rest is about weights: a voxel's value is the mean over its windows, weighted by
-MONAI's Gaussian importance map; so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on
+(`connectomics.inference.cropping`). The rest is about weights: a voxel's value is the mean over its windows, weighted
+by MONAI's Gaussian importance map; so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on
 the whole array.
 
 A block runs the windows that touch it; its values do not depend on which other blocks are computed. With windows of w
