@@ -8,6 +8,7 @@ exits with a non-zero status. Any other exception is a bug and shows its traceba
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -60,6 +61,13 @@ class EngineError(ConnectomicsError, RuntimeError):
 
 class WriteError(ConnectomicsError, OSError):
     """Output could not be written (disk full, no permission); nothing half-written counts as complete."""
+
+
+def number_of(count: int, what: str) -> str:
+    """Return ``1 box``, ``2 boxes``: a number with its noun, whose singular is ``what``."""
+    plural = re.sub("([^aeiou])y$", r"\1ie", what)
+    plural += "es" if re.search("(s|x|ch|sh)$", what) else "s"
+    return f"{count} {what if count == 1 else plural}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

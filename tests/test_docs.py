@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -21,6 +22,7 @@ import connectomics
 from connectomics.cli.app import app
 from connectomics.io.multiscale import Multiscale
 from tests.starter import Starter
+from tests.test_house import ROOMS
 
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
@@ -163,6 +165,15 @@ def test_the_reference_names_modules_and_functions_that_exist() -> None:
             named.add(name)
     elsewhere = {"Box", "VoxelGrid", "__version__"}
     assert {f"connectomics.{name}" for name in set(connectomics.__all__) - elsewhere} <= named
+
+
+def test_the_ways_of_three_values_pass_places_that_exist() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    ways = page.split("## Three values")[1].split("## Artifacts")[0]
+    named = [n for n in re.findall(r"`([\w.]+)`", ways) if n.split(".")[0] in ROOMS and n != "data.patch_size"]
+    assert len(named) >= 15
+    for name in named:
+        assert pkgutil.resolve_name(f"connectomics.{name}"), name
 
 
 def messages() -> str:

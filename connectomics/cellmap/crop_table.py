@@ -87,7 +87,11 @@ class CropTable:
         if not entries:
             raise MetadataError(f"{where}: the crop table has no rows")
         seen: set[tuple[int, str]] = set()
+        dataset_of: dict[int, str] = {}
         for entry in entries:
+            if dataset_of.setdefault(entry.crop, entry.dataset) != entry.dataset:
+                both = f"{dataset_of[entry.crop]} and {entry.dataset}"
+                raise MetadataError(f"{where}: {entry.crop_name} is in {both}; give each crop its own number")
             if (entry.crop, entry.class_name) in seen:
                 raise MetadataError(f"{where}: {entry.crop_name}/{entry.class_name} is listed twice")
             seen.add((entry.crop, entry.class_name))

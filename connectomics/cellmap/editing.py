@@ -58,6 +58,7 @@ class EditableLabels:
         self._writer: ArrayWriter | None = None
         self.unknown, self.largest = found.unknown, 0
         self._survey()
+        self.widen(self.largest)
         if about(self._place).get("complete") is False:
             self._writer = self._open()
             self.finish()
@@ -90,12 +91,17 @@ class EditableLabels:
             shutil.rmtree(folder, ignore_errors=True)
         return cls(LabelArray(name, str(place)))
 
+    def widen(self, largest: int) -> None:
+        """Turn to uint32, from the next first stroke on, if IDs up to ``largest`` fill half of a narrower type."""
+        if self.kind == "instance" and self._writer is None and largest > np.iinfo(self.dtype).max // 2:
+            self.dtype = np.dtype(np.uint32)
+
     def read(self, z: int) -> NDArray[Any]:
         """Return section ``z`` as stored, (H, W)."""
         self._check(z, 0, 0, (1, 1))
         shape = (1, *self.grid.shape[1:])
         if self._writer is not None:
-            return self._writer.read((z, 0, 0), shape)[0]
+            return self._writer.read((z, 0, 0), shape)[0].astype(self.dtype, copy=False)
         return self._label.read_stored((z, 0, 0), shape)[0].astype(self.dtype, copy=False)
 
     def write(self, z: int, y: int, x: int, values: NDArray[Any]) -> None:
@@ -166,7 +172,7 @@ class EditableLabels:
         except (MetadataError, MissingError):
             pass
         else:
-            if path.name == "s0" and writer.grid == self.grid:
+            if path.name == "s0" and writer.grid == self.grid and writer.dtype.newbyteorder("=") == self.dtype:
                 return writer
         prefix = f".{self._place.name}.partial-"
         remove_abandoned(self._place.parent, prefix)

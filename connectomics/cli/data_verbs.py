@@ -12,6 +12,7 @@ import typer
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InArgument, InOption, OutArgument, OutOption
+from connectomics.errors import number_of
 
 if TYPE_CHECKING:
     from connectomics.cellmap.fetch import Missing
@@ -38,7 +39,7 @@ def phantom(
         info = make_phantom(out, PhantomOptions(seed=seed, preset=preset, size_nm=size, overwrite=overwrite))
     for crop in info.crops:
         part = "test    " if crop.test else "training"
-        print(f"  {part} {crop.dataset}/{crop.name}: {crop.grid}, {len(crop.voxels)} classes")
+        print(f"  {part} {crop.dataset}/{crop.name}: {crop.grid}, {number_of(len(crop.voxels), 'class')}")
     print(f"data root {info.root}, crop table {info.crop_table}, truth {info.truth}")
 
 
@@ -142,7 +143,8 @@ def fetch(
     )  # fmt: skip
     if found is not None and not dry_run:
         rate = f", {found.size / 1e6 / max(time.perf_counter() - begin, 1e-9):.1f} MB/s" if found.number else ""
-        print(f"{root}: {found.number} objects fetched, {found.plan.number - found.number} were already there{rate}")
+        before = found.plan.number - found.number
+        print(f"{root}: {number_of(found.number, 'object')} fetched, {before} already there{rate}")
 
 
 def _print_missing(missing: Missing) -> None:
@@ -336,7 +338,7 @@ def describe(
         print(f"{item['name']}: raw {shape} {raw['dtype']}, levels of {levels} nm")
         for row in item["crops"]:
             place = f"{terminal.triple(row['extent_nm'])} nm from {terminal.triple(row['begin_nm'])} nm"
-            print(f"  {row['name']}: {place}, {len(row['classes'])} classes, {_stored(row['raw_chunks'])}")
+            print(f"  {row['name']}: {place}, {number_of(len(row['classes']), 'class')}, {_stored(row['raw_chunks'])}")
         if item["raw_chunks"]["missing"]:
             print(f"  in all: {_stored(item['raw_chunks'])}")
     rows = []
@@ -346,7 +348,7 @@ def describe(
         rows.append([name, c["kind"], c["crops"], *shares, c["present_um3"]])
     if rows:
         header = ["class", "annotated as", "crops", "present", "absent", "unknown", "present um^3"]
-        terminal.table(header, rows, title=f"classes over {summary['n_crops']} crops")
+        terminal.table(header, rows, title=f"classes over {number_of(summary['n_crops'], 'crop')}")
     for name, number in summary["not_annotated"].items():
         print(f"{name}: a group without annotation in {number} crop(s), not a class")
 

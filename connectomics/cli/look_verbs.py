@@ -14,6 +14,7 @@ import typer
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InOption, OutOption
+from connectomics.errors import number_of
 
 if TYPE_CHECKING:
     from connectomics.data.cache import CropCache, EntryInfo
@@ -75,12 +76,12 @@ def _print_inspection(found: Inspection) -> None:
     rate, flow = speed.patches_per_s, speed.bytes_per_s
     if rate is not None and flow is not None:
         print(
-            f"loader: {rate:.3g} patches/s, {terminal.size(flow)}/s with {speed.workers} "
-            f"worker{'s' * (speed.workers != 1)} (first batch {speed.first_s:.1f} s)"
+            f"loader: {rate:.3g} patches/s, {terminal.size(flow)}/s with "
+            f"{number_of(speed.workers, 'worker')} (first batch {speed.first_s:.1f} s)"
         )
     if speed.memory:
         held = terminal.size(sum(m.proportional for m in speed.memory))
-        print(f"memory: {held} in {len(speed.memory)} processes")
+        print(f"memory: {held} in {number_of(len(speed.memory), 'process')}")
     for warning in found.warnings():
         print(f"warning: {warning}")
 
@@ -134,11 +135,11 @@ def cache(
         header = ["crop", "classes", "voxel nm", "size", "last used", "in use"]
         terminal.table(header, [_cells(entry) for entry in chosen])
     budget = "" if cached.budget is None else f" of {terminal.size(cached.budget)} (data.cache_gb of the last run)"
-    print(f"{cached.folder}: {len(chosen)} entries, {terminal.size(total)}{budget}")
+    print(f"{cached.folder}: {number_of(len(chosen), 'entry')}, {terminal.size(total)}{budget}")
     for text in damage.values():
         print(f"error: {text}")
     if verify and not damage:
-        print(f"all {len(chosen)} entries are intact")
+        print(f"no damage in {number_of(len(chosen), 'entry')}")
     return 1 if damage else 0
 
 
@@ -151,7 +152,7 @@ def _clear(cached: CropCache, chosen: Sequence[EntryInfo], as_json: bool) -> int
         print(json.dumps({"removed": [_described(entry) for entry in removed], "bytes": size, "in_use": sorted(kept)}))
         return 0
     used = f"; kept {len(kept)} that are in use" if kept else ""
-    print(f"removed {len(removed)} entries ({terminal.size(size)}) from {cached.folder}{used}")
+    print(f"removed {number_of(len(removed), 'entry')} ({terminal.size(size)}) from {cached.folder}{used}")
     return 0
 
 

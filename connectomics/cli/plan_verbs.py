@@ -9,6 +9,7 @@ import typer
 
 from connectomics.cli import terminal
 from connectomics.cli.options import Classes, Datasets, InOption, OutArgument, OutOption, Overwrite
+from connectomics.errors import number_of
 
 if TYPE_CHECKING:
     from connectomics.pipeline.challenge_plan import ChallengePlan
@@ -93,10 +94,11 @@ def _print_plans(found: Plans) -> None:
     terminal.table(["class", "crops", "present um^3", "of known", "mean chord nm", "asked at nm"], rows)
     low, middle, high = data.gray
     print(
-        f"{data.crops} crops, {data.volume_um3:.3g} um^3; raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
+        f"{number_of(data.crops, 'crop')}, {data.volume_um3:.3g} um^3; "
+        f"raw {data.raw_dtype}, {low:.0f} / {middle:.0f} / {high:.0f}"
     )
     gpu = machine.gpu or "no GPU"
-    cores = f"{machine.cores} core{'s' * (machine.cores != 1)}"
+    cores = number_of(machine.cores, "core")
     print(f"{cores}, {machine.memory / 1e9:.0f} GB, {gpu}, {machine.disk / 1e9:.0f} GB of disk free")
     for item, file in found.files.items():
         print(f"\n{item}: {', '.join(found.plans[item].classes)}")

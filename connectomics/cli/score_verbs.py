@@ -20,6 +20,7 @@ from connectomics.cli.options import (
     OutOption,
     OutPlaceArgument,
 )
+from connectomics.errors import InputError, number_of
 
 if TYPE_CHECKING:
     from connectomics.metrics.challenge.results import SubmissionScore
@@ -87,7 +88,7 @@ def _print_evaluation(result: Mapping[str, Any]) -> None:
     left_out = result["left_out"]
     if left_out:
         shown = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")
-        print(f"{len(left_out)} arrays without annotated ground truth left out: {shown}")
+        print(f"{number_of(len(left_out), 'array')} without annotated ground truth left out: {shown}")
 
 
 def _print_rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], intervals: bool) -> None:
@@ -182,10 +183,12 @@ def tune(
 
 def export(
     labels: Annotated[Path, InPlaceArgument(help="Labels (or probabilities) as decode (or predict) wrote them.")],
-    out: Annotated[Path, OutPlaceArgument(help="The submission, submission.zip.")] = Path("submission.zip"),
+    out: Annotated[Path, OutPlaceArgument(help="submission.zip, or stack.tif.")] = Path("submission.zip"),
     crops: CropTableOption = "challenge",
     class_name: opt.Classes = None,
     dataset: opt.Datasets = None,
+    crop: Annotated[str | None, typer.Option(help="For a TIFF stack: the crop.")] = None,
+    box: Annotated[str | None, typer.Option(help="For a TIFF stack: DATASET:z0,y0,x0:z1,y1,x1 (nm).")] = None,
     probabilities: Annotated[
         Path | None,
         InPlaceOption(help="Folder of predict: borders of semantic classes come from it, finer."),
@@ -194,12 +197,21 @@ def export(
 ) -> None:
     """Pack labels into the zip that the portal takes, on each crop's own grid, and check it.
 
+    A name that ends in .tif gives a TIFF stack of one array instead, with its voxel size, for Fiji, Amira and others.
+
     Examples:
 
       pytc export outputs/labels submission.zip
 
       pytc export outputs/labels submission.zip --crops data/phantom/test_crops.csv --class mito
+
+      pytc export outputs/labels cell2.tif --class mito --box cell2:0,0,0:800,1600,1600
     """
+    if out.suffix.lower() in (".tif", ".tiff"):
+        _export_tiff(labels, out, class_name or [], dataset or [], crop, box, probabilities is not None or strict)
+        return
+    if crop or box:
+        raise InputError(f"--crop and --box are for a TIFF stack, OUT.tif; got {out}")
     from connectomics.pipeline.export import export as run
 
     with terminal.counted("packing") as advance:
@@ -210,6 +222,19 @@ def export(
     print(result.summary())
     if result.has_errors:
         raise typer.Exit(1)
+
+
+def _export_tiff(
+    labels: Path, out: Path, classes: list[str], datasets: list[str], crop: str | None, box: str | None, others: bool
+) -> None:
+    from connectomics.pipeline.export import export_tiff
+
+    if others or len(classes) > 1 or len(datasets) > 1:
+        raise InputError("a TIFF stack holds one array: give one --class and --dataset, no --probabilities or --strict")
+    names = {"class_name": next(iter(classes), None), "dataset": next(iter(datasets), None), "crop": crop, "box": box}
+    with terminal.counted("writing planes") as advance:
+        dtype, grid = export_tiff(labels, out, **names, progress=advance)
+    print(f"{out}: {dtype}, {grid}")
 
 
 def validate(
@@ -236,7 +261,7 @@ def validate(
         print(finding)
     errors = sum(f.severity == "error" for f in findings)
     warnings = sum(f.severity == "warning" for f in findings)
-    print(f"{submission}: {errors} errors, {warnings} warnings")
+    print(f"{submission}: {number_of(errors, 'error')}, {number_of(warnings, 'warning')}")
     if errors:
         raise typer.Exit(1)
 

@@ -14,6 +14,7 @@ import typer
 from connectomics.cli import options as opt
 from connectomics.cli import terminal
 from connectomics.cli.options import InArgument, OutOption
+from connectomics.errors import number_of
 
 if TYPE_CHECKING:
     from connectomics.config import RunConfig
@@ -54,7 +55,7 @@ def doctor(
         print(json.dumps([f.to_dict() for f in findings], indent=1))
     else:
         notes = sum(f.level == "note" for f in findings)
-        print(f"{problems} problems, {notes} things that may cost time")
+        print(f"{number_of(problems, 'problem')}, {number_of(notes, 'thing')} that may cost time")
     return 1 if problems else 0
 
 
@@ -268,7 +269,7 @@ def runs(
 def _print_comparison(found: list[Run], apart: dict[str, list[Any]]) -> None:
     names = [f"[{n}]" for n in range(1, len(found) + 1)]
     for name, run in zip(names, found, strict=True):
-        print(f"{name} {run.folder} ({run.state.name}, {run.epochs} epochs, code {_code(run)})")
+        print(f"{name} {run.folder} ({run.state.name}, {number_of(run.epochs, 'epoch')}, code {_code(run)})")
     settings = [[key, *[_short(value) for value in values]] for key, values in apart.items()]
     if settings:
         terminal.table(["setting", *names], settings, title="configuration")

@@ -26,11 +26,12 @@ from connectomics.data.patches import collate
 from connectomics.data.raw_parts import FixedPatches, raw_parts
 from connectomics.data.run_split import check_known, run_split
 from connectomics.data.sampling import PatchSampler, check_sampling
+from connectomics.data.seen_data import changes, seen_data
 from connectomics.data.splits import Split
 from connectomics.data.unlabeled import PairedPatches, collate_pairs, unlabeled_dataset, unlabeled_parts
 from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError
+from connectomics.errors import ConfigError, InputError, number_of
 from connectomics.io.store import StoreOptions
 from connectomics.machine import is_first_process, usable_cores
 from connectomics.progress import Progress
@@ -72,6 +73,7 @@ class CellMapDataModule(pl.LightningDataModule):
         self._train: CellMapMultiClassDataset | None = None
         self._val: CellMapMultiClassDataset | None = None
         self._unlabeled: CellMapMultiClassDataset | None = None  # for ``training.mean_teacher``
+        self._seen: dict[str, dict[str, Any]] = {}  # what a checkpoint keeps, after `setup`
 
     def setup(self, stage: str | None = None) -> None:
         """Find the crops, split them, and decode them into the cache if there is one."""
@@ -109,6 +111,30 @@ class CellMapDataModule(pl.LightningDataModule):
         )
         check_known(self._train.volumes)
         self._unlabeled = unlabeled_dataset(cfg, further, options) if further else None
+        self._seen = seen_data(self._volumes())
+
+    # -- what a checkpoint keeps -------------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Return `seen_data` of all crops, as they were at `setup`."""
+        return {"seen": self._seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise `InputError` if crops have changed since the run of a checkpoint, which resumes, has seen them."""
+        changed = changes(state_dict["seen"], self._volumes(), "the checkpoint")
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise InputError(
+                f"cannot resume: the {', the '.join(changed[:3])}{more} changed after the run began; to train on the "
+                f"new data, start another run (--run-dir) with model.weights={self.run_dir or 'CHECKPOINT'}; to "
+                "resume, restore the data, with their times (cp -a, rsync -a)"
+            )
+        self._seen = {**state_dict["seen"], **self._seen}
+
+    def _volumes(self) -> list[CropVolume]:
+        """All volumes that training reads."""
+        assert self._val is not None, "setup() comes first"
+        unlabeled = self._unlabeled.all_volumes if self._unlabeled else []
+        return [*self.train_dataset.all_volumes, *self._val.all_volumes, *unlabeled]
 
     def _split_crops(self, options: PatchOptions) -> tuple[list[Crop], list[Crop]]:
         """Return the training and the validation crops, and keep their split."""
@@ -169,7 +195,7 @@ class CellMapDataModule(pl.LightningDataModule):
         sampler = self.sampler()
         if len(sampler) < data.batch_size:
             raise ConfigError(
-                f"an epoch gives each process {len(sampler)} patches, less than one batch (data.batch_size "
+                f"an epoch gives each process {number_of(len(sampler), 'patch')}, less than one batch (data.batch_size "
                 f"{data.batch_size}), so no step would be taken; raise data.patches_per_epoch or lower data.batch_size"
             )
         workers = min(data.num_workers, usable_cores())

@@ -72,9 +72,11 @@ def run_split(
     for warning in warnings:
         log.warning(warning)
     volumes = [sum(content.known for content in side) for side in (contents, held)]
+    unused = len({crop.key for crop in usable} - {crop.key for crop in (*train, *val)})
     log.info(
-        "%d crops or parts of crops for training and %d for validation, which hold %.0f %% of the annotated volume",
+        "crops or parts of crops: %d for training, and %d for validation with %.0f %% of the annotated volume%s",
         len(train), len(val), 100 * volumes[1] / (sum(volumes) or 1.0),
+        f"; {where} leaves out {unused} other crops" if unused else "",
     )  # fmt: skip
     return split, train, val
 

@@ -16,7 +16,7 @@ from connectomics.data.foreground import ObjectPoints
 from connectomics.data.holdout import capped_shares
 from connectomics.data.regions import Regions, region_weights
 from connectomics.errors import ConfigError, InputError, unknown_name
-from connectomics.geometry import Triple, VoxelGrid, index
+from connectomics.geometry import Triple, VoxelGrid, triple
 
 T = TypeVar("T")
 
@@ -287,7 +287,7 @@ class PatchSampler:
         if strategy == "class":
             crop = _pick(self._having[name], first)
             found = self._points[crop][name]
-            return PatchRequest(crop, index(found[int(second * len(found))]), seed, label)
+            return PatchRequest(crop, triple(found[int(second * len(found))]), seed, label)
         if strategy == "instance":
             starts = self._object_starts[name]
             number = int(first * starts[-1])

@@ -19,7 +19,7 @@ from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.label_codes import LabelCodes, StateTable
 from connectomics.cellmap.labels import LabelVolume, read_instances, read_labels
 from connectomics.data.arrays import CropArrays
-from connectomics.data.cache.entry import CachedCrop
+from connectomics.data.cache.entry import CachedCrop, Prints, source_prints
 from connectomics.data.cache.folder import CropCache
 from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid
@@ -96,6 +96,11 @@ class CropVolume:
         is_empty = any(h <= b for b, h in zip(low, high, strict=True))
         return ([int(b) for b in lo],) * 2 if is_empty else (low, high)
 
+    @cached_property
+    def source_prints(self) -> tuple[Prints, dict[str, Prints]]:
+        """Fingerprints of raw and labels, as they were when first asked for (see `connectomics.data.cache.entry`)."""
+        return source_prints(self)
+
     # -- the cache ---------------------------------------------------------------------------------------------------
     @cached_property
     def _entry(self) -> Path | None:
@@ -111,6 +116,11 @@ class CropVolume:
         """Read from this cache entry, which exists and was checked; None reads without the cache."""
         self.__dict__.pop("_cached", None)
         self.__dict__.update(_entry=entry, _adopted=True)
+
+    @property
+    def checksums(self) -> tuple[str, str] | None:
+        """Hashes of the decoded raw and labels (`CachedCrop.checksums`); None without a cache."""
+        return None if self._cached is None else self._cached.checksums
 
     def prepare(self) -> None:
         """Decode into the cache (if there is one) now rather than at the first read; see also

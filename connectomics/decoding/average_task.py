@@ -1,7 +1,8 @@
 """The mean of several predictions of one class, block by block: an ensemble, also across voxel sizes.
 
 Every prediction is resampled to the grid of the result (`connectomics.decoding.probabilities.OnGrid`) and counts alike,
-as nnU-Net averages the probabilities of its networks (Isensee et al. 2021, Nature Methods 18, 203).
+as nnU-Net averages the probabilities of its networks (Isensee et al. 2021, Nature Methods 18, 203). Grids of different
+voxel sizes may end up to a voxel apart: there the mean is over the predictions that reach that far.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class AverageTask(BlockTask):
 
     Attributes:
         inputs: local folders of the probabilities, ``{out}/{dataset}.zarr/{crop}/{class}``. output: of the mean.
-        grid: the grid of the mean, nm; every input covers it.
+        grid: the grid of the mean, nm; every input covers it to within one of its voxels.
         dtype: of the stored mean, ``uint8`` (255 p) or ``float16`` (p).
         block_shape: voxels in memory at a time, z y x; a multiple of the chunks.
     """
@@ -65,7 +66,7 @@ class AverageTask(BlockTask):
             crop = place.parent
             source = open_prediction(crop.parents[1], crop.parent.name.removesuffix(".zarr"), crop.name, place.name)
             own = source.levels[0].grid
-            if not own.box.contains(self.grid.box, tolerance=max(own.voxel_size)):
+            if not own.box.grow(own.voxel_size).contains(self.grid.box, tolerance=1e-3 * min(own.voxel_size)):
                 raise InputError(
                     f"{place} covers {own.box}, which is less than {self.grid.box}: predict the same crops with every "
                     "network, or merge without averaging"
@@ -161,10 +162,12 @@ class _AverageWorker(BlockWorker):
 
     def do(self, number: int) -> None:
         begin, shape = self._lattice.region(number)
-        total = np.zeros(shape, np.float32)
+        total, count = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         for source in self._sources:
             total += source.read(begin, shape).astype(np.float32) / np.float32(unit_of(source.dtype))
-        total *= np.float32(unit_of(self._writer.dtype) / len(self._sources))
+            z, y, x = (inside[b : b + n] for inside, b, n in zip(source.inside, begin, shape, strict=True))
+            count += z[:, None, None] & y[:, None] & x
+        total *= np.float32(unit_of(self._writer.dtype)) / np.maximum(count, 1)
         self._writer.write(
             begin, (np.rint(total) if self._writer.dtype == np.uint8 else total).astype(self._writer.dtype)
         )

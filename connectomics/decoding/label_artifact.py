@@ -251,19 +251,20 @@ def unknown_share(about: Mapping[str, Any]) -> float:
     grid = VoxelGrid.from_dict(about["grid"]) if about.get("unknown") else None
     if grid is None or grid.size == 0:
         return 0.0
-    return sum(int(np.prod([s.stop - s.start for s in part])) for part in _unknown_parts(about, grid)) / grid.size
+    return sum(int(np.prod([s.stop - s.start for s in part])) for part in unknown_parts(about, grid)) / grid.size
 
 
 def clear_unknown(labels: NDArray[Any] | ArrayWriter, about: Mapping[str, Any], grid: VoxelGrid) -> None:
-    """Set labels on ``grid``, in memory or stored, to 0 where they are unknown."""
-    for part in _unknown_parts(about, grid):
+    """Set labels (or a mask) on ``grid``, in memory or stored, to 0 where they are unknown."""
+    for part in unknown_parts(about, grid):
         if isinstance(labels, ArrayWriter):
             labels.write([s.start for s in part], np.zeros([s.stop - s.start for s in part], labels.dtype))
         else:
             labels[part] = 0
 
 
-def _unknown_parts(about: Mapping[str, Any], grid: VoxelGrid) -> Iterator[tuple[slice, slice, slice]]:
+def unknown_parts(about: Mapping[str, Any], grid: VoxelGrid) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield the unknown parts of an array on ``grid``; they may overlap."""
     for item in about.get("unknown", []):
         begin, end = item["box"]
         part = grid.slices(Box(begin, end))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.decoding.label_artifact import clear_unknown, unknown_of
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
@@ -153,6 +154,7 @@ class Foreground:
     source: Multiscale
     boundary: OnGrid | None
     parameters: DecodeParameters
+    unknown: Mapping[str, Any]
 
     @classmethod
     def open(cls, location: str, parameters: DecodeParameters) -> Self:
@@ -160,11 +162,13 @@ class Foreground:
         source = open_probabilities(location)
         boundary = open_boundary(source, parameters)
         on_grid = None if boundary is None else OnGrid(boundary, source.levels[0].grid)
-        return cls(source, on_grid, parameters)
+        return cls(source, on_grid, parameters, unknown_of(source, boundary))
 
     def mask(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[np.bool_]:
-        """Return where the class is, boundaries included."""
-        return above(read_block(self.source, begin, shape), self.parameters.threshold)
+        """Return where the class is, boundaries included; false where something is unknown."""
+        mask = above(read_block(self.source, begin, shape), self.parameters.threshold)
+        clear_unknown(mask, self.unknown, self.source.levels[0].grid.crop(begin, shape))
+        return mask
 
     def boundaries(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """Return the boundary probability, as stored; only if the parameters name a boundary."""

@@ -100,6 +100,9 @@ class OnGrid:
 
     Plain copies where the voxels of both grids coincide, else interpolated as raw is (`connectomics.io.resample`) and
     rounded to the stored type; 0 beyond the array.
+
+    Attributes:
+        inside: for each axis, whether the centers of the grid's voxels lie in the array.
     """
 
     def __init__(self, source: Multiscale, grid: VoxelGrid) -> None:
@@ -107,12 +110,13 @@ class OnGrid:
         self.dtype = source.levels[0].dtype
         self._source, self._level = source, source.level_for(grid.voxel_size)
         own = source.levels[self._level].grid
+        self.inside = resample.inside_axes(own, grid)
         self._first = None
         if own.same_lattice(grid):
             self._first = np.round(own.to_index(grid.translation)).astype(int)
             return
         # of the whole grid, so that positions are rounded alike in every block
-        self._tables, self._inside = resample.raw_tables(own, grid), resample.inside_axes(own, grid)
+        self._tables = resample.raw_tables(own, grid)
 
     def read(self, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
         """``shape`` voxels from voxel ``begin`` of the grid, in the stored type; `CorruptDataError`: a chunk is not
@@ -121,7 +125,7 @@ class OnGrid:
             return self._stored(self._first + begin, shape)
         out = np.zeros(tuple(shape), self.dtype)
         spans = []
-        for inside, b, n in zip(self._inside, begin, shape, strict=True):
+        for inside, b, n in zip(self.inside, begin, shape, strict=True):
             there = np.flatnonzero(inside[b : b + n])  # one run
             if len(there) == 0:
                 return out

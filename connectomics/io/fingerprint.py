@@ -83,6 +83,11 @@ def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_locat
     Raises:
         StoreError: the store cannot be reached.
     """
+    return fingerprints(source, grid)[0 if with_location else 1]
+
+
+def fingerprints(source: Multiscale, grid: VoxelGrid | None = None) -> tuple[str, str]:
+    """Return `fingerprint` with and without the location, from one look at the chunks."""
     level = 0 if grid is None else source.level_for(grid.voxel_size)
     array = source.arrays[level]
     low, high = [0, 0, 0], list(array.shape)
@@ -91,15 +96,19 @@ def fingerprint(source: Multiscale, grid: VoxelGrid | None = None, *, with_locat
         spans = own.slices(grid.box.grow(own.voxel_size))  # linear interpolation uses the next center, too
         low, high = [s.start for s in spans], [s.stop for s in spans]
     levels = [(kept.path, stored.metadata) for kept, stored in zip(source.levels, source.arrays, strict=True)]
-    place = source.location if with_location else ""
-    digest = hashlib.sha256(json.dumps([place, source.attrs, levels], sort_keys=True, default=str).encode())
+    begun = [json.dumps([place, source.attrs, levels], sort_keys=True, default=str) for place in (source.location, "")]
+    both = [hashlib.sha256(text.encode()) for text in begun]
     if all(h > lo for lo, h in zip(low, high, strict=True)):
         first, last = array.chunk_range(low, high)
-        digest.update(repr((level, first, last)).encode())
         chunks = map(array.chunk_location, product(*map(range, first, last)))
-        for mark in _remote_marks(array, chunks) if is_s3(array.location) else map(_local_mark, chunks):
-            digest.update(repr(mark).encode())
-    return digest.hexdigest()
+        remote = is_s3(array.location)
+        prefix = split_s3(array.location)[1] if remote else ""
+        for digest in both:
+            digest.update(repr((level, first, last)).encode())
+        for mark in _remote_marks(array, chunks) if remote else map(_local_mark, chunks):
+            both[0].update(repr(mark).encode())
+            both[1].update(repr((mark[0].removeprefix(prefix), *mark[1:]) if remote else mark).encode())
+    return both[0].hexdigest(), both[1].hexdigest()
 
 
 def _local_sample(path: str) -> Any:

@@ -14,12 +14,15 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Generator, Iterator
+from io import BufferedReader, RawIOBase
 from pathlib import Path, PosixPath
 from typing import IO, Any
 
 from connectomics.errors import WriteError
 from connectomics.io import s3, store
 from connectomics.io.location import DEFAULT_OPTIONS, Location, is_s3, is_url, local_path, normalize, split_s3
+
+_RANGE = 64 << 10  # bytes of the smallest range that is read
 
 #: File beside an unfinished output that says what it is; it is removed after all else.
 TASK_FILE = "task.json"
@@ -68,7 +71,8 @@ class S3Path(PosixPath):
         return self.read_bytes().decode()
 
     def open(self, *_: Any, **__: Any) -> Any:
-        raise NotImplementedError(f"{self} is no local file")
+        """Return a binary file that reads ranges of the object as they are needed."""
+        return BufferedReader(_Ranges(self), _RANGE)
 
     def mkdir(self, *_: Any, **__: Any) -> None:
         """Do nothing: a prefix exists with its objects."""
@@ -84,7 +88,7 @@ class S3Path(PosixPath):
 
     def read_start(self, size: int) -> bytes:
         """Return the first ``size`` bytes, or all if there are fewer."""
-        data = s3.get_start(*split_s3(self), size, DEFAULT_OPTIONS)
+        data = s3.get_range(*split_s3(self), 0, size, DEFAULT_OPTIONS)
         if data is None:
             raise FileNotFoundError(2, "no such object", str(self))
         return data
@@ -96,6 +100,35 @@ class S3Path(PosixPath):
     def put(self, data: bytes | bytearray | memoryview | IO[bytes], match: str | None = None) -> str | None:
         """Store the object and return its ETag; ``match`` as for `connectomics.io.s3.put`."""
         return s3.put(*split_s3(self), data, DEFAULT_OPTIONS, match=match)
+
+
+class _Ranges(RawIOBase):
+    """An object as a file; raises `FileNotFoundError` if there is none."""
+
+    def __init__(self, path: S3Path) -> None:
+        size = s3.head(*split_s3(path), DEFAULT_OPTIONS)
+        if size is None:
+            raise FileNotFoundError(2, "no such object", str(path))
+        self._path, self._size, self._at = path, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        data = s3.get_range(*split_s3(self._path), self._at, end, DEFAULT_OPTIONS) or b""
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def place(location: Location) -> Path:

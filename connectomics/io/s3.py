@@ -92,11 +92,11 @@ def get_with_tag(bucket: str, key: str, options: StoreOptions) -> tuple[bytes, s
     return _asked(ask, bucket, key, options)
 
 
-def get_start(bucket: str, key: str, size: int, options: StoreOptions) -> bytes | None:
-    """Return the first ``size`` bytes of an object (all, if it is shorter), None if it does not exist."""
+def get_range(bucket: str, key: str, begin: int, end: int, options: StoreOptions) -> bytes | None:
+    """Return the bytes of an object from ``begin`` to ``end`` (or its own end), None if it does not exist."""
 
     def ask(store: S3Store) -> bytes:
-        return bytes(store.get(key, options={"range": (0, size)}).bytes())
+        return bytes(store.get(key, options={"range": (begin, end)}).bytes())
 
     return _asked(ask, bucket, key, options)
 
@@ -116,9 +116,9 @@ def download(bucket: str, key: str, file: IO[bytes], options: StoreOptions) -> N
         raise StoreError(message(bucket, key, "no such object"))
 
 
-def head(bucket: str, key: str, options: StoreOptions) -> bool:
-    """Return whether the object exists."""
-    return _asked(lambda store: store.head(key), bucket, key, options) is not None
+def head(bucket: str, key: str, options: StoreOptions) -> int | None:
+    """Return the bytes of an object, None if it does not exist."""
+    return _asked(lambda store: int(store.head(key)["size"]), bucket, key, options)
 
 
 def put(

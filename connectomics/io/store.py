@@ -56,7 +56,7 @@ def exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
     if not is_s3(location):
         return _mode(location) is not None
     bucket, key = split_s3(location)
-    return (bool(key) and s3.head(bucket, key, options)) or any(s3.children(bucket, key, options))
+    return (bool(key) and s3.head(bucket, key, options) is not None) or any(s3.children(bucket, key, options))
 
 
 def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bool:
@@ -65,7 +65,7 @@ def object_exists(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -
     Raises `StoreError` if that is unknown (no permission, an I/O error), and if it is a folder.
     """
     if is_s3(location):
-        return s3.head(*split_s3(location), options)
+        return s3.head(*split_s3(location), options) is not None
     mode = _mode(location)
     if mode is not None and not stat.S_ISREG(mode):
         raise StoreError(f"{location}: expected a file, found a folder or special file; remove it or restore the file")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from connectomics.config import RunConfig
+from connectomics.errors import number_of
 from connectomics.machine import cpu_has_bfloat16, is_first_process, usable_cores
 
 if TYPE_CHECKING:
@@ -53,10 +54,8 @@ def choose_machine(config: RunConfig, gpus: int, bf16_cpu: bool) -> Machine:
     used = min(wanted, gpus)
     if used < wanted:
         available = f"only {used} {'is' if used == 1 else 'are'}" if used else "none is"
-        place = f"{used} GPU{'s' if used != 1 else ''}" if used else "the CPU"
-        notes.append(
-            f"requested {wanted} GPU{'s' if wanted != 1 else ''}, but {available} available: training on {place}"
-        )
+        place = f"{number_of(used, 'GPU')}" if used else "the CPU"
+        notes.append(f"requested {number_of(wanted, 'GPU')}, but {available} available: training on {place}")
     if used:
         return Machine("gpu", used, precision, tuple(notes))
     possible = "bf16-mixed" if bf16_cpu else "32"

@@ -150,9 +150,22 @@ def environment() -> dict[str, Any]:
 
 def save_environment(run_dir: Path) -> None:
     """Append `environment` to the JSON list in a run folder; each start of a run adds an entry."""
-    file = run_dir / ENVIRONMENT_FILE
-    earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    write_file(file, json.dumps([*earlier, environment()], indent=1).encode())
+    write_file(run_dir / ENVIRONMENT_FILE, json.dumps([*starts_of(run_dir), environment()], indent=1).encode())
+
+
+def starts_of(run: Path) -> list[dict[str, Any]]:
+    """Return ``environment.json``, an entry for each start of the run; [] if there is none."""
+    path = run / ENVIRONMENT_FILE
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MetadataError(
+            f"cannot read {path} as JSON: {error}; remove it, or restore it: it only records the machine and the "
+            "packages of each start"
+        ) from error
+    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from connectomics.errors import InputError
+
 #: Voxels of a block unless a task says otherwise, z y x.
 BLOCK = (256, 256, 256)
 #: IDs whose rows are summed at a time: 200 MB with their columns, whatever the number of instances.
@@ -117,6 +119,8 @@ def compact(labels: NDArray[Any], *, semantic: bool) -> tuple[NDArray[np.uint32]
     if semantic or labels.dtype == np.bool_:
         mask = labels > 0
         return mask.astype(np.uint32), np.ones(int(mask.any()), np.uint64)
+    if labels.dtype.kind == "i" and (smallest := int(labels.min(initial=0))) < 0:
+        raise InputError(f"the labels hold {smallest}, expected IDs from 0 on; give them other values")
     numbered, names = fastremap.renumber(labels, preserve_zero=True)
     ids = np.zeros(len(names) - (0 in names), np.uint64)
     for old, new in names.items():

@@ -209,7 +209,9 @@ class MeshTask(BlockTask):
     def _objects(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         if self.labels.semantic:
             whole = [0, 0, 0, *(n - 1 for n in self.labels.shape)]
-            ids, boxes = np.ones(1, np.uint64), np.array([whole], np.int64)
+            about = Multiscale.open(self.labels.location).attrs.get("connectomics", {})
+            n = 0 if about.get("objects") == 0 else 1
+            ids, boxes = np.ones(n, np.uint64), np.array([whole] * n, np.int64).reshape(-1, 6)
         elif self.table:
             ids, boxes = _boxes_of_table(place(self.table), Multiscale.open(self.labels.location).levels[0].grid)
         else:

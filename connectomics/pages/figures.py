@@ -52,8 +52,9 @@ def to_rgb(picture: NDArray[Any]) -> Picture:
 # -- labels ------------------------------------------------------------------------------------------------------------
 def object_colors(ids: ArrayLike) -> Picture:
     """Return RGB (..., 3) for object IDs (any shape): `OBJECT_COLORS` in turn, black for 0."""
-    values = np.asarray(ids).astype(np.int64)
-    rows = np.where(values > 0, (values - 1) % (len(colors.OBJECT_COLORS) - 1) + 1, 0)
+    values = np.asarray(ids)
+    values = values.astype(np.int64 if values.dtype.kind == "i" else np.uint64)
+    rows = np.where(values > 0, (values - 1) % (len(colors.OBJECT_COLORS) - 1) + 1, 0).astype(np.intp)
     return colors.OBJECT_COLORS[rows]
 
 

@@ -15,7 +15,7 @@ from connectomics.decoding.edit_task import EditTask
 from connectomics.decoding.edits import Edit, linked, read_edits
 from connectomics.decoding.label_artifact import BLOCK
 from connectomics.decoding.parameters import METHODS, DecodeParameters
-from connectomics.errors import InputError, MissingError
+from connectomics.errors import InputError, MissingError, number_of
 from connectomics.io.artifacts import about
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
@@ -83,7 +83,7 @@ def edit_tasks(labels: Labels | str | Path, edits: str | Path, out: str | Path, 
         raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
     lines = read_edits(edits)
     if not 0 <= undo <= len(lines):
-        raise InputError(f"undo must be from 0 to the {len(lines)} edits of {edits}, got {undo}")
+        raise InputError(f"undo must be from 0 to the {number_of(len(lines), 'edit')} of {edits}, got {undo}")
     placed = [_placed(edit, places, edits) for edit in lines[: len(lines) - undo]]
     return [_task(root, target, place, [e for e in placed if (e.dataset, e.crop) == place[:2]]) for place in places]
 

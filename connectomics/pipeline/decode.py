@@ -365,6 +365,7 @@ def _labels_of(job: DecodeJob) -> NDArray[Any]:
     values = read_on(job.source, grid)
     if not parameters.is_registered:
         values = above(values, parameters.threshold)  # frees the probabilities
+    clear_unknown(values, job.unknown, grid)
     walls = None if job.boundary is None else read_on(job.boundary, grid)
     head = job.head.all() if job.head else None
     return decode_class(values, grid.voxel_size, parameters, boundary=walls, head=head)

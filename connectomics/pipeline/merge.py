@@ -18,7 +18,7 @@ from connectomics.config.values import plain, read
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import find_arrays, open_prediction
-from connectomics.errors import InputError, MetadataError, MissingError, WriteError, unknown_name
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError, number_of, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
@@ -189,7 +189,7 @@ class Merged:
 
     def __repr__(self) -> str:
         where = self.submission.path if self.submission else self.probabilities.folder
-        return f"Merged({str(where)!r}: {len(self.choices)} classes)"
+        return f"Merged({str(where)!r}: {number_of(len(self.choices), 'class')})"
 
 
 def merge(

@@ -254,6 +254,12 @@ def network_tasks(
     options, about = config.inference, channel_attributes(network.config)
     channels = (*channel_names(network.config), *unions_of(config.dataset.classes, options.groups))
     chosen = list(targets) if targets is not None else targets_of(config)
+    for number, target in enumerate(chosen):
+        if any((target.dataset, target.name) == (other.dataset, other.name) for other in chosen[:number]):
+            raise InputError(
+                f"{target.dataset}/{target.name} has several parts to predict, and a crop has one output folder; "
+                "predict them one by one (--box), or leave one part in the split file"
+            )
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out, storage, fit = output_place(output_dir), Storage.of(config.output), WindowFit.of(config)

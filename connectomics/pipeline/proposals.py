@@ -23,7 +23,7 @@ from connectomics.data.splits import Split
 from connectomics.errors import InputError, MetadataError, MissingError, WriteError, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.formats import VolumeSource, open_volume
-from connectomics.io.formats.source import optional
+from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import write_file
 from connectomics.io.write import update_attrs, write_multiscale
@@ -174,7 +174,7 @@ def without_unknown(ids: NDArray[Any]) -> NDArray[Any]:
 
 def _write(proposal: Proposal, place: Path, values: NDArray[Any], name: str, kind: Kind | None) -> None:
     if place.suffix == ".tif":
-        write_tiff(place, values, proposal.grid)
+        write_tiff(place, values, values.dtype, proposal.grid)
         return
     attrs = {}
     if kind is not None:
@@ -183,17 +183,6 @@ def _write(proposal: Proposal, place: Path, values: NDArray[Any], name: str, kin
     write_multiscale(place, values, proposal.grid, kind="label", attrs=attrs)
     if attrs:
         update_attrs(place / "s0", attrs)
-
-
-def write_tiff(place: Path, values: NDArray[Any], grid: VoxelGrid) -> None:
-    """Write (D, H, W) as a TIFF stack, one page a section; up to 16 bits as ImageJ's, which has the voxel size."""
-    tifffile = optional("tifffile", "tifffile")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    z, y, x = (size / 1000 for size in grid.voxel_size)
-    about: dict[str, Any] = {"compression": "zlib", "photometric": "minisblack"}
-    if values.dtype in (np.uint8, np.uint16):
-        about |= {"imagej": True, "metadata": {"axes": "ZYX", "spacing": z, "unit": "um"}, "resolution": (1 / x, 1 / y)}
-    tifffile.imwrite(place, values, **about)
 
 
 # -- back into a data root ---------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.inference.raw import Mask
 from connectomics.inference.symmetry import symmetries, windows_seen
 from connectomics.inference.windows import whole_index
+from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.replacing import not_ours, publish, remove_abandoned, unfinished
@@ -327,7 +328,8 @@ class Search:
                 labels[name] = stored.read_level(0, (0, 0, 0), proposal.grid.shape, absent_is_missing=False)[0]
             files.write_labels(folder, proposal, labels, file_format)
             if file_format == "tiff":
-                files.write_tiff(proposal.file(folder, "raw", file_format), self._raw(proposal), proposal.grid)
+                raw = self._raw(proposal)
+                write_tiff(proposal.file(folder, "raw", file_format), raw, raw.dtype, proposal.grid)
         shutil.rmtree(work)
         files.write_table(folder / files.TABLE, found)
         if splits := self._splits():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import MissingError, unknown_name
+from connectomics.errors import MissingError, number_of, unknown_name
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import place as place_of
 
@@ -107,7 +107,8 @@ class ArrayFolder:
         arrays = self.arrays
         crops = len({item[:2] for item in arrays})
         classes = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
-        return f"{type(self).__name__}({str(self.folder)!r}: {len(arrays)} arrays, {crops} crops, classes {classes})"
+        held = f"{number_of(len(arrays), 'array')}, {number_of(crops, 'crop')}"
+        return f"{type(self).__name__}({str(self.folder)!r}: {held}, classes {classes})"
 
     def _repr_html_(self) -> str:
         rows = [f"{d}/{c}: {n}" for d, c, n in self.arrays]
@@ -163,7 +164,7 @@ class Scores(Mapping[str, Any]):
     def __repr__(self) -> str:
         overall = "-" if self.overall is None else f"{self.overall:.4f}"
         where = f", {str(self.file)!r}" if self.file else ""
-        return f"Scores(overall {overall}, {len(self.classes)} classes{where})"
+        return f"Scores(overall {overall}, {number_of(len(self.classes), 'class')}{where})"
 
     def _repr_html_(self) -> str:
         names = sorted({key for row in self.classes.values() for key, v in row.items() if isinstance(v, int | float)})

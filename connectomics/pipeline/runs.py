@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from connectomics.config.values import flat
-from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.run_state import RunState, metric_rows, state_of
-from connectomics.pages.report.run_folder import read_config, starts_of
+from connectomics.errors import InputError, MetadataError, MissingError, number_of
+from connectomics.lightning.run_state import RunState, metric_rows, starts_of, state_of
+from connectomics.pages.report.run_folder import read_config
 
 _DEEP = 4  # folder levels that are searched for runs
 
@@ -67,7 +67,7 @@ class Run:
 
     def __repr__(self) -> str:
         best = "not validated" if self.best is None else f"{self.monitor} {self.best:.4f}"
-        about = f"{self.epochs} epochs, {best}, classes {', '.join(self.classes)}"
+        about = f"{number_of(self.epochs, 'epoch')}, {best}, classes {', '.join(self.classes)}"
         return f"Run({str(self.folder)!r}: {self.state.name}, {about})"
 
 

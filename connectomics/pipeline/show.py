@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.labels import read_labels
 from connectomics.errors import InputError, unknown_name
-from connectomics.pipeline.results import ArrayFolder, Probabilities
+from connectomics.pipeline.results import ArrayFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,7 @@ def show(
     Raises:
         UnknownNameError: the crop or the result does not have the class. InputError: the crop has no labeled class.
     """
+    from connectomics.decoding.probabilities import above
     from connectomics.pages.figures import overlay_figure
 
     if labels is None:
@@ -59,8 +60,8 @@ def show(
         array = source.array(name, crop.name, crop.dataset)
         grid = array.levels[0].grid
         shown, _ = array.read_level(0, (0, 0, 0), grid.shape)
-        if isinstance(source, Probabilities):
-            shown = shown > (127 if shown.dtype == "uint8" else 0.5)
+        if array.attrs.get("connectomics", {}).get("artefact") == "probability":
+            shown = above(shown, 0.5)
         title = f"{crop.key}: {name}, {source.folder}"
     raw, _ = crop.raw_source.read_raw(grid)
     figure = overlay_figure(raw, shown, grid.voxel_size, at=at, title=title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +13,15 @@ from connectomics.cellmap.classes import unions_of
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
-from connectomics.data.splits import kept_out
+from connectomics.data.splits import Split, kept_out, parse_entry
 from connectomics.errors import ConfigError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,21 @@ def chosen_targets(
     table = CropTable.of_root(config.dataset.data_root) if crops == "test" else None
     if table is None and crops is not None:
         table = CropTable.resolve(crops)
-    return targets_of(config, crop_table=table, box=box), table
+    targets = targets_of(config, crop_table=table, box=box)
+    if box is None and table is None and config.dataset.crop_table is None:
+        _name_trained(targets, checkpoints)
+    return targets, table
+
+
+def _name_trained(targets: Sequence[Target], checkpoints: Sequence[Path]) -> None:
+    """Warn of crops that a network was trained on, as far as its run says so."""
+    files = {Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints}
+    trained = {parse_entry(entry)[0] for file in files if file.is_file() for entry in Split.load(file).train}
+    if seen := [key for target in targets if (key := f"{target.dataset}/{target.name}") in trained]:
+        log.warning(
+            "%d of these %d crops were used for training (%s%s): do not evaluate or tune on them; --crops val predicts "
+            "the others", len(seen), len(targets), ", ".join(seen[:3]), ", ..." if len(seen) > 3 else "",
+        )  # fmt: skip
 
 
 def normalizations_of(

@@ -136,8 +136,10 @@ def train(
                 save_config(config, folder / "config.yaml")
                 save_environment(folder)
                 (folder / "run.log").touch()
-            data = datamodule or _cellmap_data(config, None if fast_dev_run else folder, progress)
-            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, callbacks)
+            place = None if fast_dev_run else folder
+            data = datamodule or _cellmap_data(config, place, checkpoint, overwrite, progress)
+            replaces = overwrite and checkpoint is None and kept
+            trainer = _fit(config, folder, module, data, machine, checkpoint, fast_dev_run, replaces, callbacks)
     return _result(config, folder, trainer, fast_dev_run)
 
 
@@ -187,9 +189,12 @@ def _fit(
     machine: Machine,
     checkpoint: str | Path | None,
     fast_dev_run: bool,
+    replaces: bool,
     callbacks: Sequence[pl.Callback],
 ) -> pl.Trainer:
-    """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C."""
+    """Train and return the trainer; raise `KeyboardInterrupt` for Ctrl-C.
+
+    ``replaces``: remove the checkpoints of another run first, of which ``best.ckpt`` would be taken for this one's."""
     from connectomics.data.normalization import with_normalization
     from connectomics.lightning.fine_tuning import update_batch_norm
     from connectomics.lightning.monitors import check_monitored_classes
@@ -216,6 +221,8 @@ def _fit(
         config, folder, fast_dev_run=fast_dev_run, validate=validate, machine=machine, callbacks=callbacks
     )
     resumed = None if checkpoint is None else str(checkpoint)
+    for file in (folder / "checkpoints").glob("*.ckpt") if replaces else ():
+        file.unlink()
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SystemExit as end:  # Lightning converts Ctrl-C
@@ -249,16 +256,30 @@ def _first_batches(data: pl.LightningDataModule, key: str, hint: str) -> Iterato
     return found
 
 
-def _cellmap_data(config: RunConfig, folder: Path | None, progress: Progress | None) -> pl.LightningDataModule:
-    """Return the data module of the configuration, set up, and write its split to the run folder."""
-    from connectomics.data.datamodule import CellMapDataModule
+def _cellmap_data(
+    config: RunConfig, folder: Path | None, checkpoint: str | Path | None, overwrite: bool, progress: Progress | None
+) -> pl.LightningDataModule:
+    """Return the data module of the configuration, set up, and write its split to the run folder.
 
-    data = CellMapDataModule(config, folder, progress)
+    Raises `ConfigError` if a resumed run would validate on other crops, which it may have trained on.
+    """
+    from connectomics.data.datamodule import CellMapDataModule
+    from connectomics.data.splits import Split
+
+    # the split of a run that is replaced is not read
+    data = CellMapDataModule(config, None if overwrite and checkpoint is None else folder, progress)
     data.setup("fit")
-    if folder is not None and data.split is not None and is_first_process():
-        target = folder / "split.yaml"
-        if not target.is_file():
-            data.split.save(target)
+    if data.split is None or folder is None:
+        return data
+    before = None if checkpoint is None else Path(checkpoint).resolve().parent.parent / "split.yaml"
+    if before is not None and before.is_file() and set(Split.load(before).val) != set(data.split.val):
+        raise ConfigError(
+            f"the run of {checkpoint} validates on the crops in {before}, and now it would on others, which it may "
+            f"have trained on; set dataset.split_file={before}, or start a new run with model.weights"
+        )
+    target = folder / "split.yaml"
+    if is_first_process() and not (target.is_file() and Split.load(target) == data.split):
+        data.split.save(target)
     return data
 
 

@@ -109,7 +109,7 @@ def tune(
     if not result:
         raise MissingError(
             f"{root} has no annotated voxel of {', '.join(chosen)} in the crops of {predictions_dir}; "
-            "predict crops that are annotated (without --crops), and tune on those"
+            "predict annotated crops that the network was not trained on (--crops val), and tune on those"
         )
     current = {name: _identities(predictions) for name, predictions in found_in.items()}
     write_results(folder, current, parameters, result, get_rules(rules))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
-from connectomics.errors import MetadataError
+from connectomics.errors import MetadataError, number_of
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.metrics.challenge.align import source_of
 from connectomics.metrics.challenge.rules import instance_limit
@@ -199,13 +199,14 @@ def check_content(
     # Chunks with other names are not found and read as 0.
     strange = sorted(n for n in archive.files_below(path) if not n.startswith(".") and not array.is_chunk(n))
     if strange:
-        what = f"{len(strange)} files that are not chunks of it, such as {path}/{strange[0]}"
+        what = f"{number_of(len(strange), 'file')} not of its chunks, such as {path}/{strange[0]}"
         advice = "they are not read; set dimension_separator and chunks in .zarray as they were written"
         yield error("chunk-names", path, what, f"names like {path}/{array.chunk_name((0, 0, 0))}", advice)
     is_instance = is_instance_class(class_name)
     found = summarize(archive, array, is_instance)
     if found.nan:
-        yield warning("nan", path, f"{found.nan} voxels that are NaN", "numbers", "they count as background; write 0")
+        what = f"{number_of(found.nan, 'voxel')} of NaN"
+        yield warning("nan", path, what, "numbers", "they count as background; write 0")
     if found.low < 0:
         what = f"negative values (down to {found.low:.6g}) in {array.dtype}"
         advice = "ids have wrapped or background is not 0; export it with an unsigned type that holds the ids"
@@ -236,14 +237,14 @@ def _check_instances(
     path = array.path
     top = np.iinfo(array.dtype).max if array.dtype.kind == "u" and array.dtype.itemsize <= 2 else None
     if top is not None and found.used == top and components > top:
-        what = f"{components} objects, but ids 1 to {top} of {array.dtype} all in use"
+        what = f"{number_of(components, 'object')}, but ids 1 to {top} of {array.dtype} all in use"
         advice = "ids beyond the type have probably wrapped; export it with a type that holds them"
         yield error("wrapped-ids", path, what, "a type that holds every id", advice)
     if found.high > np.iinfo(np.uint32).max:
         what, advice = f"ids up to {found.high:.6g}", "renumber them; export does"
         yield warning("large-ids", path, what, "ids that fit in 32 bits", advice)
     assumed = _FEW.get(class_name, _USUAL) if largest is None else int(largest)
-    limit, what = math.floor(instance_limit(assumed)), f"{components} objects"
+    limit, what = math.floor(instance_limit(assumed)), number_of(components, "object")
     if largest == 0 or components <= instance_limit(assumed):
         return
     if largest is not None:

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import InputError, MissingError, WriteError
+from connectomics.errors import InputError, MissingError, WriteError, number_of
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path, output_place, place
@@ -78,9 +78,10 @@ class ExportResult:
 
     def summary(self) -> str:
         """The result in a few lines, for the terminal."""
-        before = f" ({self.resumed} arrays were there from an interrupted run)" if self.resumed else ""
+        before = f" ({self.resumed} of them from an interrupted run)" if self.resumed else ""
         where = "this submission, which was not kept" if self.path == self.kept else self.path
-        lines = [f"{where}: {len(self.written)} arrays, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}"]
+        arrays = number_of(len(self.written), "array")
+        lines = [f"{where}: {arrays}, {self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s{before}"]
         if self.kept is not None:
             lines.append(f"{self.kept} is the earlier submission still, since this one has errors")
         if not self.is_zip:
@@ -90,12 +91,15 @@ class ExportResult:
                 f"{', '.join(self.untested)}: not among the challenge's test crops; packed on the predictions' own "
                 "grids, for your own use: the portal scores test crops only"
             )
-        for names, what in (
-            (self.missing, "arrays of the table have no prediction and count as missed"),
-            (self.ignored, "predictions are not in the table and were left out"),
+        for names, thing, what in (
+            (self.missing, "array", "of the table without a prediction, counted as missed"),
+            (self.ignored, "prediction", "left out, not in the table"),
         ):
             if names:
-                lines.append(f"{len(names)} {what}: {', '.join(names[:6])}" + (", ..." if len(names) > 6 else ""))
+                lines.append(
+                    f"{number_of(len(names), thing)} {what}: {', '.join(names[:6])}"
+                    + (", ..." if len(names) > 6 else "")
+                )
         for name, share in self.partial.items():
             lines.append(f"{name}: the prediction covers {share:.1%} of the crop; the rest is background")
         return "\n".join(lines + [str(f) for f in self.findings if f.rule not in _MISSING])
@@ -161,11 +165,12 @@ def export_submission(
         )
     asked = {(e.dataset, e.crop_name, e.class_name) for e in table}
     ignored = tuple("/".join(found) for found in list_sources(root) if found not in asked)
-    with _working_folder(target) as work, leading(work):
+    with _working_folder(target) as work, leading(target if isinstance(target, S3Path) else work) as require_lead:
         resumed = _write_arrays(work, jobs, workers or min(8, usable_cores()), progress)
         made, size = _packed(work, target)
         checking = named(progress or silent, "checking")
         findings = validate_submission(made, table, progress=checking) if validate else []
+        require_lead()
         path, kept = _put(made, work, target, findings)
     return ExportResult(
         path=path,
@@ -325,14 +330,13 @@ def _is_ours(target: Path) -> bool:
     try:
         if target.is_dir():
             return not any(target.iterdir()) or about(target).get("artefact") == "submission"
-        with TemporaryFile() if isinstance(target, S3Path) else target.open("rb") as file:
-            if isinstance(target, S3Path):
-                target.download(file)
-            with zipfile.ZipFile(file) as archive:
-                return b'"submission"' in archive.read(".zattrs")
+        with target.open("rb") as file, zipfile.ZipFile(file) as archive:
+            return b'"submission"' in archive.read(".zattrs")
     except StoreError:
         raise
-    except (zipfile.BadZipFile, KeyError, OSError):
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        if isinstance(error.__context__, StoreError):  # zipfile takes any error of reading for a broken zip
+            raise error.__context__ from None
         return False
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, nearest
+from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError, nearest, number_of
 from connectomics.metrics.challenge.rules import Rules
 from connectomics.metrics.challenge.zarr_v2 import MAX_UNPACKED_BYTES, Archive
 from connectomics.progress import Progress, silent
@@ -109,7 +109,8 @@ def _check_names(archive: Archive) -> Iterator[Finding]:
         what = "an archive in the archive" if len(nested) == 1 else f"{len(nested)} archives in the archive"
         yield error("nested-archive", nested[0], what, "the arrays themselves", _PACK)
     if junk:
-        what, advice = f"{len(junk)} files of the operating system", "zip -d submission.zip '__MACOSX/*' '*/.DS_Store'"
+        what = f"{number_of(len(junk), 'file')} of the operating system"
+        advice = "zip -d submission.zip '__MACOSX/*' '*/.DS_Store'"
         yield warning("junk", junk[0], what, "Zarr files only", f"remove them: {advice}")
     size = sum(e.size for e in archive.entries)
     if size > MAX_UNPACKED_BYTES:
@@ -179,7 +180,7 @@ def _arrays(
         crop = f"crop{number}"
         if crop not in there:
             advice = "predict and export it, or all of it counts as missed"
-            findings.append(error("missing-crop", crop, "nothing", f"{len(entries)} arrays", advice))
+            findings.append(error("missing-crop", crop, "nothing", number_of(len(entries), "array"), advice))
             yield from ((entry, None) for entry in entries)
             continue
         folder = there[crop]
@@ -190,7 +191,7 @@ def _arrays(
         for name in sorted(classes - asked):
             what = "a class that is not asked for" if name in CLASSES else "a class that the challenge does not know"
             advice = f"the portal ignores it{_hint(name, sorted(asked - classes))}"
-            expected = f"{len(asked)} classes of the table"
+            expected = f"{number_of(len(asked), 'class')} of the table"
             findings.append(warning("unknown-class", f"{folder}/{name}", what, expected, advice))
         for entry in entries:
             path = f"{folder}/{entry.class_name}"

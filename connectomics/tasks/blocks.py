@@ -112,7 +112,7 @@ class BlockFiles:
         """Read one number of a block; from S3 without the rest of the file, if it was stored first."""
         path = self.folder / str(number)
         if isinstance(path, S3Path):
-            with _readable(path):
+            with _readable(path):  # zipfile would read the list at the end, and more: six requests instead of one
                 start = path.read_start(_START)
                 title, more = struct.unpack_from("<HH", start, 26)  # lengths of what precedes the data in a ZIP file
                 if start[30 : 30 + title] == f"{name}.npy".encode():

@@ -260,6 +260,11 @@ def test_official_manifest_is_read(shared_reference: Path) -> None:
             "crop_name,dataset,class_label,voxel_size,translation,shape\n" + "1,d,mito,[8;8;8],[0;0;0],[4;4;4]\n" * 2,
             "listed twice",
         ),
+        (
+            "crop_name,dataset,class_label,voxel_size,translation,shape\n1,d,mito,[8;8;8],[0;0;0],[4;4;4]\n"
+            "crop1,e,er,[8;8;8],[0;0;0],[4;4;4]\n",
+            "crop1 is in d and e; give each crop its own number",
+        ),
     ],
 )
 def test_broken_tables_are_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -86,7 +86,7 @@ def test_it_leaves_what_is_in_use(cache: CropCache, tmp_path: Path, capsys: pyte
 
 def test_it_finds_damage(cache: CropCache, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "--dir", str(cache.folder), "--verify"]) == 0
-    assert "all 2 entries are intact" in capsys.readouterr().out
+    assert "no damage in 2 entries" in capsys.readouterr().out
     folder = cache.entries()[0].folder
     (folder / "codes.npy").write_bytes(b"short")
     assert main(["cache", "--dir", str(cache.folder), "--verify"]) == 1

@@ -90,15 +90,14 @@ def test_what_was_kept_out_of_training_is_predicted(
 ) -> None:
     """`--crops val` are the crops of split.yaml, of several checkpoints those that none was trained on."""
     fixed = [*SMALL, f"dataset.data_root={phantom}"]
-    other = tmp_path / "other"
-    shutil.copytree(way / "run", other)
-    predict = ["predict", CONFIG, "--checkpoint", way / "run/checkpoints/last.ckpt", "--crops", "val"]
-    Split(("phantom-aniso/crop202",), ("phantom-iso/crop2", "phantom-iso/crop3")).save(way / "run/split.yaml")
+    first, other = (shutil.copytree(way / "run", tmp_path / name) for name in ("first", "other"))
+    predict = ["predict", CONFIG, "--checkpoint", first / "checkpoints/last.ckpt", "--crops", "val"]
+    Split(("phantom-aniso/crop202",), ("phantom-iso/crop2", "phantom-iso/crop3")).save(first / "split.yaml")
     Split((), ("phantom-iso/crop2", "phantom-aniso/crop202")).save(other / "split.yaml")
     pytc(*predict, "--out", way / "kept_out", *fixed)
     assert sorted(p.name for p in (way / "kept_out").glob("*.zarr/[!.]*")) == ["crop2", "crop3"]
     config = load_config(CONFIG, fixed)
-    both = kept_out_targets(config, [way / "run/checkpoints/last.ckpt", other / "checkpoints/last.ckpt"])
+    both = kept_out_targets(config, [first / "checkpoints/last.ckpt", other / "checkpoints/last.ckpt"])
     assert [target.name for target in both] == ["crop2"]
     (other / "split.yaml").unlink()
     capsys.readouterr()

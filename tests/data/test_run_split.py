@@ -23,7 +23,9 @@ from connectomics.data.validation_windows import validation_shape
 from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.formats import open_volume
+from connectomics.pipeline.runs import Run
 from connectomics.pipeline.targets import kept_out_targets
+from connectomics.pipeline.train import train
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 
 LONG = (16, 16, 96)  # voxels of 8 nm
@@ -121,6 +123,50 @@ def test_regions_are_predicted_and_what_leaks_is_not(tmp_path: Path, caplog: pyt
     both = [run / "checkpoints/last.ckpt", tmp_path / "other/checkpoints/last.ckpt"]
     (target,) = kept_out_targets(config_of(root), both)
     assert target.grids["mito"].box == Box((0.0, 0.0, 640.0), (128.0, 128.0, 704.0))  # whole voxels
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[RunConfig, Run, Path]:
+    """A run of a step, its configuration, and a split file with training and validation exchanged."""
+    root, far = tmp_path / "root", VoxelGrid((8.0,) * 3, (4.0, 4.0, 8 * 64 + 4.0), (16, 16, 32))
+    write_raw(root, "mine", np.random.default_rng(0).integers(0, 255, LONG, dtype=np.uint8), grid_of(LONG))
+    write_label(root, "mine", "crop1", "mito", labels_with_blobs((16, 16, 48)), grid_of((16, 16, 48)))
+    write_label(root, "mine", "crop2", "mito", labels_with_blobs(far.shape), far)
+    config = config_of(root, patches_per_epoch=2)
+    config.model.architecture = "unet"
+    config.model.options = {"channels": [4, 8], "strides": [2], "num_res_units": 0}
+    config.system.accelerator, config.logging.use_tensorboard = "cpu", False
+    config.training.precision, config.training.max_epochs = "32", 1
+    config.dataset.split_file = str(tmp_path / "first.yaml")
+    Split(("mine/crop1",), ("mine/crop2",)).save(tmp_path / "first.yaml")
+    Split(("mine/crop2",), ("mine/crop1",)).save(tmp_path / "other.yaml")
+    return config, train(config, tmp_path / "run"), tmp_path / "other.yaml"
+
+
+def test_a_run_does_not_resume_on_the_crops_that_it_validated(trained: tuple[RunConfig, Run, Path]) -> None:
+    config, run, other = trained
+    before = config.dataset.split_file
+    config.training.max_epochs, config.dataset.split_file = 2, str(other)
+    with pytest.raises(ConfigError, match=r"it would on others, which it may have trained on; set dataset\.split_file"):
+        train(config, run.folder, resume=True)
+    with pytest.raises(ConfigError, match=r"start a new run with model\.weights"):
+        train(config, run.folder.parent / "copy", checkpoint=run.last_checkpoint)
+    config.dataset.split_file = before
+    assert train(config, run.folder, resume=True).epochs == 2
+
+
+def test_a_run_that_replaces_another_has_its_own_split_and_checkpoints(trained: tuple[RunConfig, Run, Path]) -> None:
+    config, run, other = trained
+    config.dataset.split_file = str(other)
+    train(config, run.folder, overwrite=True)
+    assert Split.load(run.folder / "split.yaml") == Split.load(other)
+    (target,) = kept_out_targets(config, [run.folder / "checkpoints/last.ckpt"])
+    assert target.name == "crop1"
+    config.dataset.split_file, config.dataset.train_val_split = None, 1.0
+    without = train(config, run.folder, overwrite=True)
+    assert Split.load(run.folder / "split.yaml").val == ()
+    assert without.best_checkpoint is None  # that of the replaced run is not the best of this one
+    assert without.checkpoint == run.folder / "checkpoints/last.ckpt"
 
 
 @pytest.mark.parametrize("entry", ["mine/crop1:0,0:1,1", "mine/crop1:5,5,5:5,9,9", "mine/crop1:a,b,c:1,1,1"])

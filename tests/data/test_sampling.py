@@ -272,6 +272,17 @@ def test_a_class_is_drawn_through_one_of_its_positions() -> None:
         assert request.point == (where[request.drawn_by, request.index],) * 3
 
 
+def test_positions_keep_their_fractions_of_a_nanometer() -> None:
+    """Voxels of 0.4 nm: a whole number of nm lies up to two voxels beside the voxel that was drawn."""
+    grid = VoxelGrid((0.4, 0.4, 0.4), (-3.8, 0.2, 0.2), (20, 20, 20))
+    at = (3, 7, 14)
+    drawn = PatchSampler([SampledCrop("a", 1.0, {"mito": grid.to_world([at])})], 8, classes=["mito"])
+    for request in drawn:
+        if request.drawn_by == "class mito":
+            patch = place_patch(grid, (1, 1, 1), request.point, np.random.default_rng(0))
+            assert np.array_equal(np.round(grid.to_index(patch.translation)), at)
+
+
 def test_an_epoch_can_begin_in_its_middle_once() -> None:
     """Rank 1 of 2 goes on at its tenth request of epoch 4; the next epoch, and that one again, are whole."""
     whole = sampler(rank=1, world=2)

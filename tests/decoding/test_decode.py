@@ -386,3 +386,33 @@ def test_touching_objects_are_separated_by_a_boundary_class(tmp_path):
     assert labels.all()
     with pytest.raises(ConfigError, match="needs method cc3d or watershed"):
         DecodeParameters(boundary="pm")
+
+
+# -- what is unknown ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("limit", [0, 10**9], ids=["blocks", "whole"])
+def test_the_table_counts_the_voxels_of_the_labels_where_parts_are_unknown(tmp_path, limit):
+    """A mean of predictions is not 0 where one of them is unknown, and a filled hole may reach into what is unknown."""
+    values = np.zeros(GRID.shape, np.uint8)
+    values[3:30, 4:36, 4:30] = 250
+    values[10:15, 10:20, 10:20] = values[20:23, 30:33, 20:24] = 0  # an unknown part, and a hole
+    values[40:44, 10:14, 10:14] = 250  # an object that is all unknown
+    values[50:54, 20:30, 20:24] = 250
+    gaps = [GRID.crop(*part).box for part in (((12, 10, 10), (3, 10, 10)), ((40, 10, 10), (5, 10, 10)))]
+    unknown = [{"box": [gap.begin, gap.end]} for gap in (*gaps, gaps[0])]
+    write_prediction(tmp_path / "p", values=values, unknown=unknown, grid=GRID.to_dict())
+    parameters = {"mito": DecodeParameters(method="cc3d", fill_holes=True)}
+    for pyramid in (False, True):
+        out = tmp_path / f"labels-{pyramid}"
+        (done,) = decode_predictions(tmp_path / "p", out, parameters, blockwise_above=limit, pyramid=pyramid)
+        labels = read(done.location)[0]
+        ids, counts = np.unique(labels[labels > 0], return_counts=True)
+        assert (ids.tolist(), done.objects) == ([1, 2], 2)
+        assert not labels[12:15, 10:20, 10:20].any()
+        assert labels[10:12, 10:20, 10:20].all()
+        assert labels[21, 31, 21] == 1
+        with open(f"{done.location}/instances.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["voxels"]) for row in rows] == counts.tolist()
+        for number, row in zip((1, 2), rows, strict=True):
+            center = GRID.to_world(np.argwhere(labels == number).mean(axis=0))
+            assert [float(row[f"center_{axis}_nm"]) for axis in "zyx"] == pytest.approx(center, abs=1e-3)

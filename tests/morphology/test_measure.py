@@ -285,6 +285,15 @@ def test_where_nothing_was_found_the_tables_are_empty(tmp_path: Path) -> None:
     assert rows(tmp_path / "out" / "mito.csv") == rows(tmp_path / "out" / "contacts_mito_er_30nm.csv") == []
 
 
+def test_signed_labels_are_measured_unless_some_are_negative(tmp_path: Path) -> None:
+    values = np.zeros((3, 4, 5), ">i4")
+    values[1, 1, 1:3] = 2**30
+    assert measure_instances(stored(tmp_path / "a", values)).ids.tolist() == [2**30]
+    values[0, 0, 0] = -5
+    with pytest.raises(InputError, match="the labels hold -5, expected IDs from 0 on"):
+        measure_instances(stored(tmp_path / "b", values))
+
+
 def test_bad_input_is_named(labels: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(MissingError, match="run decode first"):

@@ -14,7 +14,7 @@ from connectomics.cli import main
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.write import write_multiscale
+from connectomics.io.write import update_attrs, write_multiscale
 from connectomics.morphology import Mesh, MeshTask, mesh_object
 from connectomics.morphology.mesh_surface import StoredObject
 from connectomics.pipeline.mesh import mesh_labels, mesh_tasks
@@ -266,6 +266,11 @@ def test_where_nothing_was_found_there_are_no_meshes(tmp_path: Path, table: bool
     (done,) = mesh_labels(mesh_tasks(tmp_path / "labels", tmp_path / "out", "mito"))
     assert done.number == 0
     assert rows(done.folder / "meshes.csv") == []
+    if not table:  # a mask, as decode leaves it
+        source = stored(tmp_path / "masks", np.zeros((4, 5, 6), np.uint8), kind="semantic")
+        update_attrs(source.location, {"connectomics": {**source.attrs["connectomics"], "objects": 0}})
+        (done,) = mesh_labels(mesh_tasks(tmp_path / "masks", tmp_path / "of-masks", "mito"))
+        assert done.number == 0
 
 
 @pytest.mark.parametrize("table", [True, False], ids=["with a table", "without"])

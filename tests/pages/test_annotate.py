@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,7 +117,7 @@ def test_an_object_with_the_value_of_unknown_stays_an_object(root: Path) -> None
     )
     with cx.annotate(root, crop=1, classes=["ves"]) as drawing:
         assert drawing.labels["ves"].unknown is None
-        assert ask(drawing.url, rectangle(0, 0, 1, 1, 1, "ves"), bytes([7]))[0] == 200
+        assert ask(drawing.url, rectangle(0, 0, 1, 1, 1, "ves"), bytes([7, 0, 0, 0]))[0] == 200
     crop = Catalog.open(str(root)).crop("cube", "crop1")
     assert read_labels(crop, ["ves"], crop.grid).present_of("ves")[0, 0, :3].tolist() == [1, 1, 0]
 
@@ -203,12 +205,18 @@ def test_a_new_crop_starts_unknown_and_is_resumed(root: Path) -> None:
 
 
 def write_decoded(
-    folder: Path, name: str, values: NDArray[Any], grid: VoxelGrid, shards: Index | None = None, **more: Any
+    folder: Path,
+    name: str,
+    values: NDArray[Any],
+    grid: VoxelGrid,
+    shards: Index | None = None,
+    box: str = "box_1",
+    **more: Any,
 ) -> None:
     """``shards``: as OME-Zarr 0.5."""
     about = {"artefact": "labels", "kind": "semantic", "complete": True, "objects": int(values.max()), **more}
     attrs = {"connectomics": {**about, "grid": grid.to_dict()}}
-    place = folder / f"cube.zarr/box_1/{name}"
+    place = folder / f"cube.zarr/{box}/{name}"
     (writer,) = create_multiscale(place, [grid], values.dtype, attrs=attrs, shards=shards)
     writer.write((0, 0, 0), values)
 
@@ -245,6 +253,69 @@ def test_predicted_objects_keep_their_ids(root: Path, tmp_path: Path) -> None:
     )
     with pytest.raises(MetadataError, match="run decode first"):
         cx.annotate(root, crop=1, classes=["mito"], labels=tmp_path / "other")
+
+
+def test_predicted_ids_may_have_gaps_and_crops_may_have_the_same_ids(root: Path, tmp_path: Path) -> None:
+    """As `apply_edits` leaves them, and as two boxes of `predict` have them."""
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    write_label(root, "cube", "crop1", "ves", np.full(SHAPE, 255, np.uint8), grid, unknown=255, kind="instance")
+    left, right = np.zeros((20, 60, 25), np.uint16), np.zeros((20, 60, 25), np.uint16)
+    left[0, 0, :3], right[0, 0, :3] = [1, 200, 0], [1, 2, 60]
+    write_decoded(tmp_path / "labels", "ves", left, grid.crop((0, 0, 0), left.shape), kind="instance", objects=2)
+    with cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels") as drawing:
+        assert b'"next": 201' in ask(drawing.url, "")[1]
+    more = grid.crop((0, 0, 25), right.shape)
+    write_decoded(tmp_path / "labels", "ves", right, more, box="box_2", kind="instance", objects=3)
+    with cx.annotate(root, crop=1, classes=["ves"], labels=tmp_path / "labels") as drawing:
+        section = np.frombuffer(ask(drawing.url, "predicted/ves/0")[1], "<u4").reshape(SHAPE[1:])  # 261 needs more bits
+        assert stored(root, "ves").dtype == np.uint8
+        assert ask(drawing.url, rectangle(0, 0, 0, *SHAPE[1:], "ves"), section.tobytes())[0] == 200
+        assert section[0, [0, 1, 2, 25, 26, 27]].tolist() == [1, 200, 0, 201, 202, 261]
+    found = stored(root, "ves")
+    assert found.dtype == np.uint32
+    assert np.array_equal(found[0], section)
+    assert (found[1:] == 255).all()
+
+
+def test_a_predicted_instance_never_gets_the_id_of_another_that_is_drawn(
+    root: Path, instances: Path, tmp_path: Path
+) -> None:
+    """Nor does it lose its own: what was accepted keeps its ID when the page is opened again."""
+    drawn = stored(root, "ves")
+    drawn[2:5, 50:55, 40:45] = 2  # an object that somebody drew, which is not predicted
+    drawn[8:10, 5:15, 5:15] = 1  # accepted in two sections
+    shutil.rmtree(place_of(root, "ves"))
+    grid = Catalog.open(str(root)).crop("cube", "crop1").grid
+    write_label(root, "cube", "crop1", "ves", drawn, grid, unknown=255, kind="instance")
+    log = tmp_path / "edits.jsonl"
+    for _ in range(2):
+        with cx.annotate(root, crop=1, classes=["ves"], labels=instances, edits=log) as drawing:
+            section = np.frombuffer(ask(drawing.url, "predicted/ves/11")[1], "<u2").reshape(SHAPE[1:])
+            assert [int(section[y, x]) for y, x in ((10, 10), (10, 20), (30, 10), (50, 10))] == [1, 258, 3, 256]
+            assert ask(drawing.url, rectangle(11, 0, 0, *SHAPE[1:], "ves"), section.tobytes())[0] == 200
+            assert ask(drawing.url, "edits", edit("merge", 258, 3))[0] == 200
+            assert json.loads(ask(drawing.url, "edits")[1])[0]["ids"] == [258, 3]
+            assert b'"next": 259' in ask(drawing.url, "")[1]
+    assert [json.loads(line)["ids"] for line in log.read_text().splitlines()] == [[2, 3]] * 2
+
+
+def test_the_next_instance_is_not_called_unknown(root: Path) -> None:
+    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.zeros(SHAPE, np.uint16)
+    values[0, 0, :2] = 254, 255
+    write_label(root, "cube", "crop1", "ves", values, grid, unknown=255, kind="instance")
+    with cx.annotate(root, crop=1, classes=["ves"]) as drawing:
+        assert b'"next": 256' in ask(drawing.url, "")[1]
+
+
+def test_only_the_page_that_was_opened_last_draws(root: Path) -> None:
+    """Another tab shows sections as they were, and would give a new instance the same ID."""
+    with cx.annotate(root, crop=1, classes=["mito"]) as drawing:
+        pages = [re.search(rb'"page": "(\w+)"', ask(drawing.url, "")[1]) for _ in range(2)]
+        first, second = (found[1].decode() for found in pages if found is not None)
+        status, said = ask(drawing.url, rectangle(3, 5, 5, 1, 1) + f"&page={first}", b"\x01")
+        assert (status, b"another tab" in said) == (409, True)
+        assert ask(drawing.url, rectangle(3, 5, 6, 1, 1) + f"&page={second}", b"\x01")[0] == 200
+    assert stored(root, "mito")[3, 5, 5:7].tolist() == [0, 1]
 
 
 def test_labels_without_raw_take_it_from_another_root(root: Path, tmp_path: Path) -> None:
@@ -504,6 +575,32 @@ def test_a_hand_draws_in_a_browser(root: Path, decoded: Path, tmp_path: Path) ->
         tab.screenshot(tmp_path / "page.png")
         assert tab.errors == []
     assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_an_id_that_does_not_fit_is_not_drawn_as_another(root: Path, tmp_path: Path) -> None:
+    """256 in an array of 8 bits would be 0: absent."""
+    grid, values = Catalog.open(str(root)).crop("cube", "crop1").grid, np.full(SHAPE, 7, np.uint8)
+    write_label(root, "cube", "crop1", "ves", values, grid, unknown=255, kind="instance")
+    with (
+        cx.annotate(root, crop=1, classes=["ves"]) as drawing,
+        browser(drawing.url, tmp_path / "profile") as tab,
+    ):
+        tab.wait(IS_READY)
+        tab.js("document.getElementById('number').value = 254")
+        tab.js("document.getElementById('number').dispatchEvent(new Event('change'))")
+        tab.key("n")
+        view = tab.js("(() => { const r = document.getElementById('view').getBoundingClientRect();"
+                      "return [r.left + r.width / 2, r.top + r.height / 2]; })()")  # fmt: skip
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.wait("document.getElementById('status').textContent.startsWith('no ID is left')")
+        tab.key("i")
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.key("e")
+        tab.drag([(view[0], view[1]), (view[0], view[1])])
+        tab.wait(SAVED)
+    found = stored(root, "ves")
+    assert (set(np.unique(found)), set(np.unique(found[:10])), set(np.unique(found[11:]))) == ({0, 7}, {7}, {7})
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ def test_objects_next_to_each_other_in_number_differ_in_colour() -> None:
     table = figures.object_colors(np.arange(30))
     assert table[0].tolist() == [0, 0, 0]
     assert all((table[i] != table[i + 1]).any() for i in range(1, 29))
+    assert figures.object_colors(np.array([0, 2**64 - 1], np.uint64)).any(axis=1).tolist() == [False, True]
 
 
 def test_an_overlay_of_full_opacity_shows_the_layer_and_of_none_the_picture() -> None:

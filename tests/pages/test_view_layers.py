@@ -17,8 +17,10 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import UnknownNameError
+from connectomics.geometry import VoxelGrid
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.multiscale import Multiscale
+from connectomics.io.write import write_multiscale
 from connectomics.morphology.contacts import ContactSpec
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of, summary
 from connectomics.pages.view.class_maps import merged
@@ -163,6 +165,31 @@ def test_many_predicted_classes_are_one_layer_with_the_most_probable(tmp_path: P
             if value >= 0.5 and value - 10 * groups > best - 1000 * (expected == 0):
                 best, expected = value - 10 * groups, number
         assert drawn[place] == expected, place
+
+
+def test_float16_probabilities_are_shown_as_bytes(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random(SHAPE).astype(np.float16)
+    grid = VoxelGrid((40, 4.6, 4.6), (-500, 1234.5, 0.3), SHAPE)
+    about = {"artefact": "probability", "class_name": "mito", "complete": True, "scale": 1.0, "grid": grid.to_dict()}
+    place = tmp_path / f"{DATASET}.zarr/crop1/mito"
+    write_multiscale(place, values, grid, attrs={"connectomics": about})
+    found = collect_layers(ViewSources(None, predictions=tmp_path))
+    (layer,) = found.layers
+    with VolumeServer(found.roots, found.made) as server:
+        drawn = fetched_volume(server, layer.address, tmp_path / "copy")
+    assert np.array_equal(drawn, np.rint(values.astype(np.float32) * 255))
+    assert Multiscale.open(tmp_path / "copy").grid == grid
+
+
+def test_true_instances_keep_ids_beyond_32_bits(tmp_path: Path) -> None:
+    grid, ids = grid_of(SHAPE), np.zeros(SHAPE, np.uint64)
+    ids[2:4], ids[6:9] = 2**40 + 7, 7
+    write_raw(tmp_path / "root", DATASET, np.zeros((16, 16, 16), np.uint8), grid_of((16, 16, 16)))
+    write_label(tmp_path / "root", DATASET, "crop1", "mito", ids, grid, kind="instance")
+    found = collect_layers(ViewSources(str(tmp_path / "root")))
+    with VolumeServer(found.roots, found.made) as server:
+        drawn = fetched_volume(server, found.layers[1].address, tmp_path / "copy")
+    assert np.array_equal(drawn, ids)
 
 
 def test_ranks_and_ties_in_a_map() -> None:

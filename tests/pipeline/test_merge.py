@@ -18,7 +18,7 @@ from connectomics.config.values import plain
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Box, VoxelGrid
 from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.merge import Candidate, ClassScore, choose, merge, tuned_scores
@@ -141,6 +141,32 @@ def test_a_prediction_that_does_not_cover_the_mean(two: tuple[Path, Path], tmp_p
         run_task(AverageTask(places, str(tmp_path / "mean/one.zarr/crop7/mito"), FINE))
     with pytest.raises(InputError, match="at least two predictions"):
         AverageTask(places[:1], str(tmp_path / "x"), FINE)
+
+
+def test_thick_sections_are_no_tolerance_within_a_section(tmp_path: Path) -> None:
+    """Nine of thirty columns are missing in one prediction: a mean with 0 would halve the other's probability there."""
+    grid = VoxelGrid((40, 4, 4), (20, 2, 2), (6, 20, 30))
+    folders = [
+        predicted(tmp_path / str(part.shape[2]), part, {"mito": np.ones(part.shape, np.float32)})
+        for part in (grid, grid.crop((0, 0, 0), (6, 20, 21)))
+    ]
+    places = tuple(str(folder / "one.zarr/crop7/mito") for folder in folders)
+    with pytest.raises(InputError, match="less than"):
+        run_task(AverageTask(places, str(tmp_path / "mean/one.zarr/crop7/mito"), grid))
+
+
+def test_where_grids_end_differently_the_mean_is_of_what_is_there(tmp_path: Path) -> None:
+    """A crop of 100 nm ends at 105 nm in voxels of 7 nm, and at 100 nm in voxels of 10 nm."""
+    fine, coarse = (VoxelGrid.covering(Box((0, 0, 0), (100, 100, 100)), (size,) * 3) for size in (7.0, 10.0))
+    folders = [
+        predicted(tmp_path / str(n), grid, {"mito": np.full(grid.shape, value, np.float32)})
+        for n, (grid, value) in enumerate([(fine, 0.8), (coarse, 0.4)])
+    ]
+    places = tuple(str(folder / "one.zarr/crop7/mito") for folder in folders)
+    run_task(AverageTask(places, str(tmp_path / "mean/one.zarr/crop7/mito"), fine))
+    found = stored(tmp_path / "mean", "mito")
+    assert np.all(found[:14, :14, :14] == round(0.6 * 255))
+    assert np.all(found[14] == round(0.8 * 255))
 
 
 # -- the submission ----------------------------------------------------------------------------------------------------

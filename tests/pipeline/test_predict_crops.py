@@ -14,6 +14,7 @@ from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
 from connectomics.config import save_config
 from connectomics.config.schema import DataConfig, DatasetConfig, InferenceConfig, InputConfig, ModelConfig, RunConfig
+from connectomics.data.splits import Split
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.predict_task import PredictTask
@@ -21,7 +22,7 @@ from connectomics.inference.trained_network import weights_hash
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.pipeline.predict import predict_cellmap_crops
-from connectomics.pipeline.targets import Target, targets_of
+from connectomics.pipeline.targets import Target, chosen_targets, targets_of
 from tests.cellmap.roots import grid_of, write_label, write_raw
 
 
@@ -278,6 +279,14 @@ def test_a_patch_larger_than_the_raw_is_padded(root, checkpoint, tmp_path):
     assert require_complete(folder)
 
 
+def test_two_parts_of_a_crop_do_not_share_a_folder(root, checkpoint, tmp_path):
+    """A split file may hold out two parts of a crop; with overwrite, the second replaced the first."""
+    parts = [Target("set-a", "crop1", {"er": grid_of((4, 12, 20), 8, start)}) for start in (64.0, 128.0)]
+    with pytest.raises(InputError, match="set-a/crop1 has several parts to predict"):
+        predict(root, checkpoint, tmp_path, targets=parts, overwrite=True, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp_path):
     far = config_of(root, crops=["crop3", "crop4"])
     far = replace(far, data=replace(far.data, intensity_range=[1000, 3000]))
@@ -298,3 +307,18 @@ def test_bad_input_is_refused_before_anything_is_predicted(root, checkpoint, tmp
     with pytest.raises(InputError, match=r"inference\.window"):
         predict(root, checkpoint, tmp_path, replace(config, inference=replace(config.inference, window=[15, 16, 16])))
     assert not list(tmp_path.iterdir())
+
+
+def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
+    """Without --crops all annotated crops are predicted: evaluated or tuned on, the training crops look too good."""
+    run = tmp_path / "run/checkpoints"
+    run.mkdir(parents=True)
+    place = save_checkpoint(run / "last.ckpt", config_of(root), 0)
+    Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
+    targets, _ = chosen_targets(config_of(root), [place], None, None)
+    assert [target.name for target in targets] == ["crop1", "crop2"]
+    assert "1 of these 2 crops were used for training (set-a/crop1): do not evaluate or tune on them" in caplog.text
+    caplog.clear()
+    chosen_targets(config_of(root), [place], None, "set-a:64,64,64:80,80,80")
+    chosen_targets(config_of(root), [tmp_path / "other.ckpt"], None, None)
+    assert caplog.text == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import connectomics
 from connectomics.cli import main
 from connectomics.errors import InputError, MetadataError, MissingError
-from connectomics.lightning.run_state import git_state
+from connectomics.lightning.run_state import git_state, save_environment
 from connectomics.pipeline.runs import differences, find_runs, open_run
 from connectomics.pipeline.train import train
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
@@ -33,6 +34,16 @@ def test_a_run_says_what_it_ran_in(folder: Path) -> None:
     assert about["connectomics"] == connectomics.__version__
     assert about["packages"]["torch"]
     assert about["git"] == git_state(Path(connectomics.__file__).parent)
+
+
+def test_a_broken_record_of_the_starts_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(folder / "run/version_0", tmp_path / "run")
+    (run / "environment.json").write_text("[{")
+    for read in (open_run, save_environment):
+        with pytest.raises(MetadataError, match=r"cannot read .*/environment\.json as JSON: .*; remove it, or"):
+            read(run)
+    (run / "environment.json").unlink()
+    assert open_run(run).environment == {}
 
 
 def test_the_state_of_the_code(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,12 +24,14 @@ from connectomics.errors import (
     WriteError,
 )
 from connectomics.geometry import VoxelGrid
+from connectomics.io import s3
 from connectomics.io.location import StoreError
-from connectomics.io.place import S3Path
+from connectomics.io.place import place
 from connectomics.io.write import write_multiscale
 from connectomics.submission import export_submission
 from connectomics.submission.findings import Finding
-from tests.s3_server import BUCKET, KEYS, FolderServer
+from connectomics.tasks.lock import leading
+from tests.s3_server import BUCKET, KEYS, FaultyProxy, FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
 FINE = VoxelGrid((1.74, 2, 2), (23837.13, 7599, 35999), (40, 44, 48))
@@ -136,11 +139,51 @@ def test_labels_on_s3_are_packed_into_a_zip_on_s3(tmp_path, monkeypatch):
             def fail(*_):
                 raise StoreError("no answer")
 
-            patch.setattr(S3Path, "download", fail)
+            patch.setattr(s3, "get_range", fail)
             with pytest.raises(StoreError, match="no answer"):  # not that it is none of ours
                 export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/out/s.zip", crops=TABLE)
     assert (tmp_path / "bucket" / "out" / "s.zip").read_bytes() == (tmp_path / "local.zip").read_bytes()
     assert (tmp_path / "bucket" / "theirs.zip").read_bytes() == b"not ours"
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """A bucket with labels, behind a proxy that counts what is sent."""
+    write_all(tmp_path / "bucket" / "labels")
+    with FolderServer(tmp_path / "bucket", writable=True) as server, FaultyProxy(server.endpoint) as proxy:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+            monkeypatch.setenv(name, value)
+        yield proxy
+
+
+def test_of_an_earlier_zip_on_s3_only_its_list_and_attributes_are_read(tmp_path, served):
+    export_submission(tmp_path / "bucket" / "labels", tmp_path / "bucket" / "s.zip", crops=TABLE)
+    with zipfile.ZipFile(tmp_path / "bucket" / "s.zip", "a") as archive:
+        archive.writestr("large", np.random.default_rng(0).bytes(24 << 20))
+    served.reset()
+    export_submission(f"s3://{BUCKET}/labels", f"s3://{BUCKET}/s.zip", crops=TABLE)
+    assert served.sent_bytes < 8 << 20
+
+
+def test_one_process_at_a_time_packs_a_zip_on_s3(tmp_path, served, monkeypatch):
+    words = (f"s3://{BUCKET}/labels", f"s3://{BUCKET}/s.zip")
+    lease = tmp_path / "bucket" / ".s.zip.lock"
+    with leading(place(words[1])), pytest.raises(WriteError, match=r"process \d+ on .* is working on s3://.*/s\.zip"):
+        export_submission(*words, crops=TABLE)
+    assert not (tmp_path / "bucket" / "s.zip").exists()
+    monkeypatch.setattr("connectomics.tasks.lease.RENEW_S", 0.05)
+
+    def suspended(*_):
+        if lease.read_text() != "of another process":
+            lease.write_text("of another process")
+            time.sleep(1)
+
+    with pytest.raises(WriteError, match=r"another process has taken over s3://.*/\.s\.zip\.lock"):
+        export_submission(*words, crops=TABLE, progress=suspended)
+    assert not (tmp_path / "bucket" / "s.zip").exists()
+    lease.unlink()
+    assert export_submission(*words, crops=TABLE).written
+    assert not lease.exists()
 
 
 def test_empty_chunks_take_no_space_and_read_as_zero(tmp_path):
@@ -388,7 +431,7 @@ def test_missing_arrays_are_reported_and_the_rest_is_written(tmp_path):
     assert result.missing == ("crop7/mito", "crop12/er", "crop12/ves")
     assert result.ignored == ("one/crop99/er",)
     assert not result.has_errors
-    assert "3 arrays of the table have no prediction" in result.summary()
+    assert "3 arrays of the table without a prediction" in result.summary()
     assert {f.rule for f in result.findings} == {"missing-class", "missing-crop"}
     with pytest.raises(MissingError, match="3 of 4 arrays have no prediction"):
         export_submission(tmp_path / "p", tmp_path / "t.zip", crops=TABLE, strict=True)

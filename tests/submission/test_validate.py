@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.errors import CorruptDataError, InputError, MissingError
+from connectomics.cli import main
+from connectomics.errors import CorruptDataError, InputError, MissingError, number_of
 from connectomics.geometry import VoxelGrid
 from connectomics.metrics.challenge import score_submission
 from connectomics.metrics.challenge.blocks import SlabComponents
@@ -367,12 +368,30 @@ def test_values_that_are_no_labels(tmp_path, good, values, severity, rule, words
     assert any(words in str(f) for f in findings)
 
 
+def test_the_verb_counts_in_english(tmp_path, good, capsys):
+    TABLE.save(tmp_path / "table.csv")
+    for number, said in enumerate(("0 errors, 0 warnings", "1 error, 0 warnings", "2 errors, 0 warnings")):
+        wrong = dict.fromkeys(("crop7/er/.zattrs", "crop7/mito/.zattrs")[:number], b"{")
+        submission = pack(tmp_path / f"{number}.zip", {**good, **wrong})
+        assert main(["validate", str(submission), "--crops", str(tmp_path / "table.csv")]) == (1 if number else 0)
+        assert capsys.readouterr().out.splitlines()[-1] == f"{submission}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "said"),
+    [(1, "class", "1 class"), (0, "class", "0 classes"), (2, "entry", "2 entries"), (2, "box", "2 boxes"),
+     (2, "array", "2 arrays"), (3, "patch", "3 patches")],
+)  # fmt: skip
+def test_a_number_with_its_noun(number, what, said):
+    assert number_of(number, what) == said
+
+
 def test_nan_is_counted(tmp_path, good):
     values = two_boxes(GRID, np.float32)
     values[0, 0, :5] = np.nan
     findings = check(tmp_path, with_values(good, values))
     assert [(f.severity, f.rule) for f in findings] == [("warning", "nan"), ("warning", "dtype")]
-    assert "5 voxels that are NaN" in str(findings[0])
+    assert "5 voxels of NaN" in str(findings[0])
 
 
 def test_wrapped_and_very_large_ids(tmp_path, good):

@@ -32,12 +32,14 @@ from connectomics.config.values import read
 from connectomics.data.arrays import CropArrays
 from connectomics.errors import ConnectomicsError, CorruptDataError
 from connectomics.geometry import Index, VoxelGrid, index
-from connectomics.io.fingerprint import fingerprint
+from connectomics.io.fingerprint import fingerprints
 from connectomics.io.s3 import in_parallel
 from connectomics.io.store import is_s3
 
 if TYPE_CHECKING:
     from connectomics.data.volumes import CropVolume
+
+Prints = tuple[str, str]  # with and without the location
 
 FORMAT = "connectomics crop cache"
 VERSION = 3  # raise it when decoding or the format changes: old entries are then not found
@@ -59,15 +61,9 @@ def cache_key(volume: CropVolume) -> str:
     That is: locations, metadata and chunks (times and sizes, or ETags) of the labels that are read and of the raw
     behind the region, classes, classes with object IDs, lattice, context, intensity range, and `VERSION`.
     """
-    crop = volume.crop
-    needed = arrays_needed(crop, volume.classes) if volume.classes else {}
-    labels = [(name, needed[name].source) for name in sorted(needed)]
-    if is_s3(crop.raw):
-        prints = in_parallel(lambda item: fingerprint(item[1]), labels)
-    else:
-        prints = [fingerprint(source) for _, source in labels]
+    crop, (raw, labels) = volume.crop, volume.source_prints
     # the annotation (which values mean unknown) is read from the attributes of the finest level too
-    notes = [repr(crop.labels[name].annotation) for name, _ in labels]
+    notes = {name: repr(crop.labels[name].annotation) for name in labels}
     content: dict[str, Any] = {
         "version": VERSION,
         "crop": crop.key,
@@ -75,8 +71,8 @@ def cache_key(volume: CropVolume) -> str:
         "grid": volume.grid.to_dict(),
         "raw grid": volume.cached_raw_grid.to_dict(),
         "intensity": None if volume.normalization is None else volume.normalization.range,
-        "raw": fingerprint(crop.raw_source, volume.cached_raw_grid),
-        "labels": [(name, mark, note) for (name, _), mark, note in zip(labels, prints, notes, strict=True)],
+        "raw": raw[0],
+        "labels": [(name, mark[0], notes[name]) for name, mark in labels.items()],
     }
     if volume.instances:  # entries without object IDs keep the names of earlier versions
         content["instances"] = volume.instances
@@ -84,6 +80,16 @@ def cache_key(volume: CropVolume) -> str:
         content["ties, soft"] = (volume.alternate_ties, volume.soft)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return f"{crop.dataset}-{crop.name}-{digest[:20]}"
+
+
+def source_prints(volume: CropVolume) -> tuple[Prints, dict[str, Prints]]:
+    """Return `fingerprints` of the raw behind `CropVolume.cached_raw_grid`, and of each label array that is read."""
+    crop = volume.crop
+    needed = arrays_needed(crop, volume.classes) if volume.classes else {}
+    names = sorted(needed)
+    sources = [needed[name].source for name in names]
+    labels = in_parallel(fingerprints, sources) if is_s3(crop.raw) else [fingerprints(source) for source in sources]
+    return fingerprints(crop.raw_source, volume.cached_raw_grid), dict(zip(names, labels, strict=True))
 
 
 def is_name(text: str) -> bool:
@@ -202,6 +208,13 @@ class CachedCrop:
     def raw_begin(self) -> Index:
         """Lattice index of the first voxel of raw."""
         return index(np.round(self.label_grid.to_index(self.raw_grid.translation)).astype(int))
+
+    @property
+    def checksums(self) -> tuple[str, str]:
+        """Hashes of the decoded raw and labels, with their grids; the place and time of the source do not enter."""
+        parts = ((self.raw_grid, "raw.npy", "inside.npy"), (self.label_grid, "codes.npy", "states.npy"))
+        texts = [repr((grid.to_dict(), *(self.files[name].crc for name in names))) for grid, *names in parts]
+        return hashlib.sha256(texts[0].encode()).hexdigest()[:20], hashlib.sha256(texts[1].encode()).hexdigest()[:20]
 
     def _map(self, name: str) -> NDArray[Any]:
         return self.files[name].map(self.folder / name)

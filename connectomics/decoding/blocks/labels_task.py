@@ -213,7 +213,7 @@ class LabelsTask(BlockTask):
         if (levels := PyramidStage.of(stage, self._pyramids)) is None:
             self.prepare_labels(stage)
         else:
-            self._clear_unknown()  # before other levels are made from it; the same again if this was done
+            self.clear_unknown()  # before other levels are made from it; the same again if this was done
             levels.prepare(self, stage)
 
     def blocks(self, stage: str) -> int:
@@ -242,7 +242,8 @@ class LabelsTask(BlockTask):
         dtype = ArrayWriter.open(self.folder / "s0").dtype if self.has_labels else np.dtype(np.uint64)  # at most
         return [Pyramid(self.folder, tuple(self.level_grids), "label", dtype, self.chunks, self._shards, "zstd")]
 
-    def _clear_unknown(self) -> None:
+    def clear_unknown(self) -> None:
+        """Set the labels to 0 where they are unknown."""
         clear_unknown(ArrayWriter.open(self.folder / "s0"), self.source, self.grid)
 
     def create_labels(self, dtype: np.dtype[Any]) -> None:
@@ -276,6 +277,7 @@ class LabelsTask(BlockTask):
 
     def finish(self) -> None:
         if not self.is_complete:
+            self.clear_unknown()
             grids, objects = self.level_grids, self.conclude()
             for level in self.folder.glob("s*"):
                 if int(level.name[1:]) < len(grids):
@@ -285,7 +287,6 @@ class LabelsTask(BlockTask):
                     remove_tree(level)
             ours = label_attrs(grids[0], self.class_name, self.parameters, self.source, self.provenance, objects)
             ours |= self.further_attrs()
-            self._clear_unknown()
             sync(os.fspath(self.folder))
             levels = multiscales_attrs(grids, self.class_name, self.storage.zarr_format)
             update_attrs(self.folder, {"connectomics": ours, **levels})

@@ -47,7 +47,7 @@ from connectomics.decoding.blocks.holes import block_parts, fill, store_parts, u
 from connectomics.decoding.blocks.labels_task import LabelsTask
 from connectomics.decoding.blocks.pieces import Pieces, StoredBlocks, faces_of, numbered
 from connectomics.decoding.cellmap_postprocess import components
-from connectomics.decoding.label_artifact import write_tables
+from connectomics.decoding.label_artifact import unknown_parts, write_tables
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.forest import NO_FLOOR
 from connectomics.decoding.watershed.stitch import grown_block, grown_objects, unite_group
@@ -162,11 +162,26 @@ class StitchedTask(LabelsTask):
             return _WriteWorker(self, "parts", self.folder / "s0", False)
         return _WriteWorker(self, "labels", self.folder / "s0", fills)
 
+    def clear_unknown(self) -> None:
+        """As for all labels; only filled holes reach into what is unknown, and the objects lose these voxels."""
+        for number, part in enumerate(unknown_parts(self.source, self.grid) if self.parameters.fill_holes else ()):
+            begin, shape = [s.start for s in part], [s.stop - s.start for s in part]
+            writer = ArrayWriter.open(self.folder / "s0")
+            if not (self._cleared.folder / str(number)).exists():  # else this was begun before
+                ids, labels = np.unique(writer.read(begin, shape), return_inverse=True)
+                lost = Pieces.measured(labels.reshape(shape) + 1, len(ids), begin, self.grid.shape)
+                self._cleared.save(number, {"ids": ids, **lost.columns})
+            writer.write(begin, np.zeros(shape, writer.dtype))
+        super().clear_unknown()
+
     def conclude(self) -> int:
         array = "parts" if self.parameters.has_boundary else "labels"
         objects = Pieces(**load_mapped(self.scratch / f"objects_of_{array}"))
         if self.parameters.kind == "semantic":
             return min(len(objects), 1)
+        for path in self._cleared.folder.glob("[0-9]*"):
+            lost = self._cleared.load(int(path.name))
+            objects = objects.without(lost.pop("ids"), Pieces(**lost))
         write_tables(self.folder, objects, self.grid, self.table)
         return len(objects)
 
@@ -187,6 +202,11 @@ class StitchedTask(LabelsTask):
         return Cost(read=voxels, written=4 * voxels, memory=25 * voxels)
 
     # -- within ------------------------------------------------------------------------------------------------------
+    @property
+    def _cleared(self) -> BlockFiles:
+        """What objects lose in each unknown part."""
+        return BlockFiles(self.scratch / "cleared")
+
     def _is_there(self, array: str) -> bool:
         return is_array(self.scratch / array)
 

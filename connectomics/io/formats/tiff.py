@@ -1,23 +1,27 @@
-"""Reader for TIFF: a multi-page file, or a folder of sections sorted by the numbers in their names."""
+"""TIFF: read a multi-page file, or a folder of sections sorted by the numbers in their names; write a stack."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from connectomics.errors import CorruptDataError, InputError, MissingError
-from connectomics.geometry import Triple
+from connectomics.errors import ConnectomicsError, CorruptDataError, InputError, MissingError, WriteError
+from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.formats.source import FORMATS, Reader, VolumeSource, optional
 from connectomics.io.metadata import in_nm
 
 log = logging.getLogger(__name__)
+
+_LARGEST_IMAGEJ = (1 << 32) - (64 << 20)  # bytes: its offsets have 32 bits
 
 
 def open_tiff(path: Path, inner: str | None) -> VolumeSource:
@@ -57,6 +61,37 @@ def _file(path: Path, tifffile: Any) -> VolumeSource:
     by_plane = any(_mapped_from(part) is None for part in parts)
     whole, dtype = (len(parts) * shape[0], shape[1], shape[2]), np.dtype(parts[0].dtype)
     return VolumeSource(str(path), whole, dtype, read, voxel_size=size, by_plane=by_plane, close=file.close)
+
+
+def write_tiff(path: Path, planes: Iterable[NDArray[Any]], dtype: DTypeLike, grid: VoxelGrid) -> None:
+    """Write planes (y, x) as a stack with the voxel size, one page a section, compressed; it appears in one step.
+
+    Up to 16 bits, and float32, are ImageJ's format; other types, and stacks from 4 GB on, are OME-TIFF. `WriteError`.
+    """
+    tifffile, dtype = optional("tifffile", "tifffile"), np.dtype(dtype)
+    z, y, x = (size / 1000 for size in grid.voxel_size)
+    imagej = dtype in (np.uint8, np.uint16, np.float32) and grid.size * dtype.itemsize < _LARGEST_IMAGEJ
+    about: dict[str, Any] = {"axes": "ZYX", "spacing": z, "unit": "um"}
+    if not imagej:
+        about = {"axes": "ZYX", "PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x}  # um by default
+    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tifffile.TiffWriter(part, imagej=imagej, ome=not imagej, bigtiff=not imagej) as file:
+            file.write(
+                iter(planes), shape=grid.shape, dtype=dtype, compression="zlib", photometric="minisblack",
+                resolution=(1 / x, 1 / y), metadata=about,
+            )  # fmt: skip
+        part.replace(path)
+    except OSError as error:
+        if isinstance(error, ConnectomicsError):
+            raise  # of reading the planes
+        raise WriteError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another path"
+        ) from error
+    finally:
+        with suppress(OSError):  # if its folder is no folder
+            part.unlink(missing_ok=True)
 
 
 def _mapped_from(series: Any) -> int | None:

@@ -9,6 +9,9 @@ Addresses below the secret::
     labels/{class}/{z}?y=&x=&height=&width=     POST: a rectangle of a section in the labels' type, which is stored
     edits                        the edits of predicted instances, as JSON; POST: one more, or ?undo=1 for one less
 
+Only the page that was opened last may write, as its POST says (``page=``): another one shows sections as they were, and
+would give new instances the same IDs.
+
 Values are little endian. Sections of raw may lie up to ``margin[0]`` before the first one and after the last one.
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import threading
 from collections.abc import Mapping
 from importlib import resources
@@ -56,7 +60,7 @@ class DrawingServer(LocalServer):
 
         Raises `InputError` if it is too large a section, or if the port is not available."""
         self.labels, self._raw, self._predicted, self._title = labels, raw, predicted, title
-        self._edits = edits
+        self._edits, self._page_id = edits, ""
         self._grid = next(iter(labels.values())).grid
         if max(self._grid.shape[1:]) > _LARGEST:
             raise InputError(
@@ -93,6 +97,8 @@ class DrawingServer(LocalServer):
 
     def post(self, path: str, query: Mapping[str, str], body: bytes) -> Answer:
         """Store a rectangle of a section, or an edit."""
+        if query.get("page", self._page_id) != self._page_id:
+            return Answer(b"the crop was opened in another tab; reload this page to draw here", 409, "text/plain")
         if path == "edits" and self._edits is not None:
             with self._lock:
                 self._edits.undo() if query.get("undo") else self._edits.add(body)
@@ -128,22 +134,29 @@ class DrawingServer(LocalServer):
     def _page(self) -> str:
         assets = resources.files("connectomics.pages").joinpath("assets")
         with self._lock:
+            self._page_id = secrets.token_hex(8)
             classes = [
                 {
                     "name": name, "kind": labels.kind, "color": color, "absent": labels.absent,
                     "unknown": labels.unknown, "bytes": labels.dtype.itemsize, "predicted": name in self._predicted,
-                    "next": max(labels.largest, self._predicted[name].largest if name in self._predicted else 0) + 1,
+                    "next": self._next(name),
                 }
                 for (name, labels), color in zip(self.labels.items(), cycle(CLASS_COLORS), strict=False)
             ]  # fmt: skip
         state = {
             "shape": self._grid.shape, "margin": self._margin, "voxel_size": self._grid.voxel_size, "classes": classes,
-            "edits": self._edits is not None,
+            "edits": self._edits is not None, "page": self._page_id,
         }  # fmt: skip
         style, script = (
             Markup(assets.joinpath(f"annotate.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js")
         )
         return page.render("annotate", title=self._title, state=state, style=style, script=script)
+
+    def _next(self, name: str) -> int:
+        """Return an ID that no object has, drawn or predicted; it may not fit into the type."""
+        labels = self.labels[name]
+        found = max(labels.largest, self._predicted[name].largest if name in self._predicted else 0) + 1
+        return found + (found == labels.unknown)
 
     def _raw_section(self, z: int) -> NDArray[np.uint8]:
         before, *_ = self._margin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import join
+from connectomics.metrics.overlaps import pair_counts
 
 
 class PredictedLabels:
@@ -45,34 +47,77 @@ class PredictedLabels:
                 self.crops.append(crop)
         if not self._found:
             raise MissingError(f"{root} has no labels of {labels.name} of {dataset} in {labels.grid.box}")
+        #: By crop: ID in the file -> ID that `read` returns.
+        self._shown = self._ids() if labels.kind == "instance" else []
         #: Largest ID that `read` may return.
-        self.largest = max(int(about.get("objects", 0)) for _, about in self._found) + 1
+        self.largest = max((number for ids in self._shown for number in ids.values()), default=1)
+        labels.widen(self.largest)
         if labels.kind == "instance" and self.largest > np.iinfo(labels.dtype).max:
             raise InputError(f"{labels.name}: predicted IDs up to {self.largest} do not fit into {labels.dtype}")
 
+    def _ids(self) -> list[dict[int, int]]:
+        """Return for each crop which ID in the file is shown as which, as far as they occur here.
+
+        Those of a second crop follow the first: crops number their instances alike. An ID that a drawn instance has is
+        shown as another one, unless most of what is drawn on the predicted instance has it: then it was accepted.
+        """
+        counts, drawn = [Counter[tuple[int, int]]() for _ in self._found], set[int]()
+        for z in range(self.labels.grid.shape[0]):
+            there = self.labels.read(z)[None]
+            there = np.where((there == self._unknown) | (there == self.labels.absent), 0, there)
+            drawn.update(np.unique(there).tolist())
+            for (source, _), count in zip(self._found, counts, strict=True):
+                pairs = pair_counts(there, source.read_nearest(self._section(z), level=0)[0])
+                for mine, predicted, n in zip(*(values.tolist() for values in pairs), strict=True):
+                    count[mine, predicted] += n
+        sizes = [max(predicted for _, predicted in count) for count in counts]
+        shown, before = list[dict[int, int]](), 0
+        for count, size in zip(counts, sizes, strict=True):
+            on: Counter[int] = Counter()
+            for (mine, predicted), n in count.items():
+                on[predicted] += n if mine else 0
+            shown.append({})
+            for predicted in sorted(on.keys() - {0}):
+                number = predicted + before
+                while (page := self._free(number)) in drawn and 2 * count[page, predicted] <= on[predicted]:
+                    number += sum(sizes)
+                shown[-1][predicted] = page
+            before += size
+        return shown
+
     def to_page(self, number: int) -> int:
-        """Return an ID of the file as `read` shows it."""
-        return number + (number >= self._unknown)
+        """Return an ID of the file, of the only crop, as `read` shows it."""
+        return self._shown[0].get(number, self._free(number))
 
     def to_file(self, number: int) -> int:
-        """Return an ID that `read` shows as it is in the file."""
-        return number - (number > self._unknown)
+        """Return an ID that `read` shows as it is in the file of the only crop."""
+        found = (mine for mine, page in self._shown[0].items() if page == number)
+        return next(found, number - (number > self._unknown))
+
+    def _free(self, number: int) -> int:
+        """Make room for the value of unknown."""
+        return number + (number >= self._unknown)
+
+    def _section(self, z: int) -> VoxelGrid:
+        return self.labels.grid.crop((z, 0, 0), (1, *self.labels.grid.shape[1:]))
 
     def read(self, z: int) -> NDArray[Any]:
         """Return section ``z`` of the drawn labels' grid in their encoding, (H, W); unknown if not predicted.
 
-        IDs from the value of unknown on are one larger than in the file.
+        IDs from the value of unknown on are one larger than in the file; see `_ids` for others that differ.
         """
-        grid: VoxelGrid = self.labels.grid.crop((z, 0, 0), (1, *self.labels.grid.shape[1:]))
+        import fastremap
+
+        grid = self._section(z)
         out = np.full(grid.shape[1:], self._unknown, self.labels.dtype)
-        for source, about in self._found:
+        for crop, (source, about) in enumerate(self._found):
             values, inside = source.read_nearest(grid, level=0)
             known = inside.astype(np.uint8)
             clear_unknown(known, about, grid)
             if self.labels.kind == "semantic":
                 values = values != 0
             else:
-                values = np.where(values >= self._unknown, values.astype(np.uint64) + np.uint64(1), values)
+                values = fastremap.remap(values.astype(np.uint64), {0: 0, **self._shown[crop]})
             new = np.where(values == 0, self.labels.absent, values).astype(self.labels.dtype)
             out = np.where(known[0] != 0, new[0], out)
         return out

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const $ = (id) => document.getElementById(id);
-  const { shape, margin, voxel_size: voxel, classes, edits: logs } = JSON.parse($("state").textContent);
+  const { shape, margin, voxel_size: voxel, classes, edits: logs, page } = JSON.parse($("state").textContent);
   const [depth, height, width] = shape;
   const [mz, my, mx] = margin;
   const base = location.pathname.replace(/\/?$/, "/");
@@ -235,7 +235,7 @@
     while (queue.length) {
       const { one, at, x, y, w, h, values } = queue[0];
       say("saving …");
-      const address = `${base}labels/${one.name}/${at}?y=${y}&x=${x}&height=${h}&width=${w}`;
+      const address = `${base}labels/${one.name}/${at}?y=${y}&x=${x}&height=${h}&width=${w}&page=${page}`;
       try {
         const reply = await fetch(address, { method: "POST", body: values });
         if (reply.ok) {
@@ -254,7 +254,7 @@
         }
         say(`NOT SAVED, trying again: ${why}`, true);
       } catch {
-        say("NOT SAVED: the server does not answer; start it again with the same --port, keep this page open", true);
+        say("NOT SAVED: the server does not answer; if it has ended, run pytc annotate again and open its new address", true);
       }
       await sleep(1500);
     }
@@ -380,6 +380,10 @@
       say(`${active.name} has no value for unknown`, true);
       return;
     }
+    if (value() >= 2 ** (8 * active.bytes)) {
+      say(`no ID is left in ${8 * active.bytes} bits: run pytc annotate again, which stores ${active.name} in 32 bits`, true);
+      return;
+    }
     const before = labels.slice();
     if (tool === "fill") {
       if (!inside) return;
@@ -459,7 +463,7 @@
       return;
     }
     if (tool === "delete") {
-      log("edits", JSON.stringify({ op: tool, class: one.name, ids: [there] }));
+      log(`edits?page=${page}`, JSON.stringify({ op: tool, class: one.name, ids: [there] }));
       return;
     }
     if (first === null || first.tool !== tool || first.one !== one) {
@@ -475,7 +479,7 @@
     }
     first = null;
     const whole = { op: tool, class: one.name, ids: tool === "merge" ? [id, there] : [id] };
-    log("edits", JSON.stringify(tool === "merge" ? whole : { ...whole, seeds: [seed, [z, y, x]] }));
+    log(`edits?page=${page}`, JSON.stringify(tool === "merge" ? whole : { ...whole, seeds: [seed, [z, y, x]] }));
   }
 
   // -- the panel ----------------------------------------------------------------------------------------------------
@@ -624,7 +628,7 @@
   contrast();
   buttons();
   $("edits").hidden = !logs;
-  $("unedit").addEventListener("click", () => log("edits?undo=1", ""));
+  $("unedit").addEventListener("click", () => log(`edits?undo=1&page=${page}`, ""));
   if (logs) log("edits");
   go(z);
 })();

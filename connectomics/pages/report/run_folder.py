@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ import yaml
 
 from connectomics.errors import MetadataError
 from connectomics.io.store import read_json
-from connectomics.lightning.run_state import ENVIRONMENT_FILE, state_of
+from connectomics.lightning.run_state import starts_of, state_of
 
 PACKAGES = ("torch", "pytorch-lightning", "monai", "numpy", "zarr", "tensorstore")  #: whose versions are shown
 #: Columns of ``metrics.csv``: (epoch, step, value).
@@ -96,18 +95,6 @@ def unfinished_state(run: Path) -> str:
     if state.name in ("finished", "unknown"):
         return ""
     return f"{state.name} ({state.note})" if state.note else state.name
-
-
-def starts_of(run: Path) -> list[dict[str, Any]]:
-    """Return ``environment.json``, an entry for each start of the run; [] if there is none."""
-    path = run / ENVIRONMENT_FILE
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MetadataError(f"cannot read {path} as JSON: {error}") from error
-    return [start for start in found if isinstance(start, dict)] if isinstance(found, list) else []
 
 
 def training_environment(run: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Crop
 from connectomics.cellmap.classes import CLASSES
 from connectomics.cellmap.labels import read_labels
+from connectomics.decoding.probabilities import as_bytes
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.pages.view.volume_server import MadeVolume
@@ -82,6 +83,11 @@ def result_map(places: Mapping[str, Path]) -> MadeVolume:
         return merged(((name, _share(source, part)) for name, source in sources.items()), numbers, part.shape)
 
     return MadeVolume(finest, np.uint16, values, min(len(source.levels) for source in sources.values()))
+
+
+def in_bytes(source: Multiscale) -> MadeVolume:
+    """Return probabilities that are stored as float16 as uint8, 255 for 1, with the same levels."""
+    return MadeVolume(source.grid, np.uint8, lambda part: as_bytes(source.read_nearest(part)[0]), len(source.levels))
 
 
 def _share(source: Multiscale, part: VoxelGrid) -> NDArray[Any]:

@@ -71,7 +71,8 @@ def add_layers(viewer: Any, layers: Layers) -> None:
         if layer.kind == "ids":
             viewer.add_labels(data, **common)
         else:
-            limits = (0, 1) if layer.kind == "mask" else (0, 255)
+            dtype = levels[0].dtype
+            limits = (0, 1) if layer.kind == "mask" or dtype.kind == "f" else (0, np.iinfo(dtype).max)
             plain = layer.kind == "raw"
             viewer.add_image(
                 data, contrast_limits=limits, blending="translucent" if plain else "additive",

@@ -28,7 +28,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.store import is_s3
 from connectomics.pages.colors import CLASS_COLORS, KNOWN_COLOR
 from connectomics.pages.view import segment_properties
-from connectomics.pages.view.class_maps import class_numbers, known_share, result_map, truth_map
+from connectomics.pages.view.class_maps import class_numbers, in_bytes, known_share, result_map, truth_map
 from connectomics.pages.view.volume_server import Made, MadeVolume
 
 _WRITERS = {"predictions": "predict", "labels": "decode"}  # command that writes the folder of an option
@@ -261,13 +261,14 @@ def _names(found: Layers, address: str, classes: Sequence[str]) -> str:
 def _add_truth(found: Layers, crop: Crop, class_name: str, color: str, *, visible: bool) -> None:
     """Add the truth of a class (IDs or a mask) and the mask of known voxels."""
     label = crop.labels[class_name]
+    wide = np.uint64 if label.source.levels[0].dtype.itemsize > 4 else np.uint32
 
     def mask(part: VoxelGrid) -> LabelVolume:
         return read_labels(crop, [class_name], part)
 
     def add(what: str, key: str, values: Callable[[VoxelGrid], NDArray[Any]], color: str, visible: bool) -> None:
         address = f"{crop.name}-{class_name}-{key}"
-        found.made[address] = MadeVolume(label.grid, np.uint32 if key == "ids" else np.uint8, values)
+        found.made[address] = MadeVolume(label.grid, wide if key == "ids" else np.uint8, values)
         kind: Literal["ids", "mask"] = "ids" if key == "ids" else "mask"
         found.layers.append(Layer(what, kind, f"made/{address}", class_name, crop.name, color, visible))
 
@@ -349,6 +350,10 @@ def _layer_of(found: Layers, name: str, item: _Stored, color: str, sources: View
         return Layer("labels", kind, address, item.class_name, item.crop, color, more=more)
     if artifact == "affinity":
         artifact = f"affinity {tuple(item.about.get('offset', ()))}"
+    source = Multiscale.open(item.path)
+    if source.levels[0].dtype == np.float16:  # which viewers do not read
+        key = address.removeprefix("files/").replace("/", "-")
+        found.made[key], address = in_bytes(source), f"made/{key}"
     return Layer(artifact, "probability", address, item.class_name, item.crop, color, visible=False)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from connectomics.errors import number_of
 from connectomics.pages.view.layers import Layer, Layers
 
 _MOST = 6  # names in a line
@@ -14,7 +15,7 @@ def summary(found: Layers) -> list[str]:
     kinds: dict[str, list[Layer]] = {}
     for layer in found.layers:
         kinds.setdefault(layer.what, []).append(layer)
-    lines = [f"{found.dataset}: {len(found.layers)} layer{'s' * (len(found.layers) != 1)}"]
+    lines = [f"{found.dataset}: {number_of(len(found.layers), 'layer')}"]
     for what, layers in kinds.items():
         classes = _listed([layer.class_name for layer in layers])
         crops = _listed([layer.crop for layer in layers])
