@@ -305,6 +305,8 @@ def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: floa
         plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
     extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
     plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
+    if edge >= 96:
+        plan.reasons.append("windows of 208 voxels predict larger volumes, at 1.3 times their voxels (docs/guide.md)")
     plan.choose("data.batch_size", 1, "a starting point")
     plan.choose("data.patches_per_epoch", EPOCH_PATCHES, "the default")
     if minutes is None:
