@@ -106,7 +106,9 @@ def _store_plain(values: torch.Tensor, found: torch.Tensor) -> tuple[float, floa
     import torch
 
     low, high = torch.aminmax(values)
-    found.copy_(values.clamp(0, 1).mul_(255).round_() if found.dtype == torch.uint8 else values)
+    if found.dtype == torch.uint8:
+        values = values.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+    found.copy_(values)
     return float(low), float(high)
 
 
