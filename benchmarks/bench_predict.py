@@ -1,6 +1,7 @@
 """Prediction from Zarr to Zarr against the bare forward passes of the same windows, already in memory, in one run.
 
-    python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--block 64] [--rounds 3]
+    python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--blending gaussian]
+        [--block 64] [--rounds 3]
         [--device cpu] [--precision 32] [--network unet|mednext] [--features 8] [--channels-last] [--compile] [--monai]
     python benchmarks/bench_predict.py --network free --classes 14 --size 256 256 512 --window 128 --block 256
         [--voxel-size 8 8 8]
@@ -56,6 +57,10 @@ def network_of(options: Any) -> Any:
     return torch.compile(network, backend=options.backend) if options.compile else network
 
 
+def block_of(options: Any) -> tuple[int, int, int] | None:
+    return (options.block,) * 3 if options.block else None
+
+
 def free_network(classes: int, window: int) -> Any:
     """A network that returns the same probabilities (1, classes, window...) for every window."""
     import torch
@@ -86,7 +91,7 @@ def run_free(options: Any) -> None:
             task = PredictTask(
                 raw=raw, output=str(output / "crop1"), classes=names, targets=dict.fromkeys(names, target),
                 voxel_size=(NETWORK_NM,) * 3, window=(options.window,) * 3, checkpoint="", overlap=options.overlap,
-                block_size=(options.block,) * 3, batch_size=options.batch,
+                block_size=block_of(options), batch_size=options.batch, blending=options.blending,
             )  # fmt: skip
             (plan,) = task.plan()
             begin, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -101,9 +106,10 @@ def run_free(options: Any) -> None:
             stored = sum(file.stat().st_size for file in chunks)
             shutil.rmtree(output)
     print(
-        f"free network, {options.classes} classes, {'x'.join(map(str, grid.shape))}, window {options.window}, overlap "
-        f"{options.overlap}, blocks {options.block}, written at {target.voxel_size} nm with {torch.get_num_threads()} "
-        f"threads: {median(rates[1:]):.2f} Mvoxel/s per CPU second ({', '.join(f'{r:.2f}' for r in rates[1:])}; "
+        f"free network, {options.classes} classes, {'x'.join(map(str, grid.shape))}, window {options.window}, "
+        f"{options.blending}, overlap {options.overlap}, blocks {options.block}, written at {target.voxel_size} nm "
+        f"with {torch.get_num_threads()} threads: {median(rates[1:]):.2f} Mvoxel/s per CPU second "
+        f"({', '.join(f'{r:.2f}' for r in rates[1:])}; "
         f"{seconds:.1f} CPU s in the last); {faults} page faults; planned memory {plan.bytes / 1e6:.0f} MB; "
         f"{stored / 1e6:.0f} MB written, SHA-256 {digest.hexdigest()[:12]}"
     )
@@ -178,7 +184,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", default=[128], help="edges of the volume, voxels, z y x")
     parser.add_argument("--window", type=int, default=64, help="edge of a window, voxels")
     parser.add_argument("--overlap", type=float, default=0.25)
-    parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels")
+    parser.add_argument("--blending", default="gaussian", choices=("crop", "gaussian", "constant"))
+    parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels; 0: the default")
     parser.add_argument("--batch", type=int, default=1, help="windows that go through the network together")
     parser.add_argument("--features", type=int, default=8, help="channels of the U-Net's first level")
     parser.add_argument("--device", default="cpu")
@@ -209,8 +216,8 @@ def main() -> None:
             task = PredictTask(
                 raw=raw, output=str(folder / f"out{turn}.zarr" / "crop1"), classes=CLASSES,
                 targets=dict.fromkeys(CLASSES, grid), voxel_size=(8, 8, 8), window=(options.window,) * 3,
-                checkpoint="", overlap=options.overlap, block_size=(options.block,) * 3, batch_size=options.batch,
-                precision=options.precision,
+                checkpoint="", overlap=options.overlap, block_size=block_of(options), batch_size=options.batch,
+                precision=options.precision, blending=options.blending,
             )  # fmt: skip
             (plan,) = task.plan()
             bare = seconds_of_forwards(network, windows, plan.windows, options)
@@ -225,8 +232,8 @@ def main() -> None:
     bare, ours = (median(values) for values in zip(*pairs, strict=True))
     changed = ", channels last" * options.channels_last + ", compiled" * options.compile
     print(
-        f"{options.network}{changed}, {grid.shape[0]}^3, window {options.window}, overlap {options.overlap}, "
-        f"blocks {options.block} ({plan.blocks}), {options.device}, precision {options.precision}, "
+        f"{options.network}{changed}, {grid.shape[0]}^3, window {options.window}, {options.blending}, overlap "
+        f"{options.overlap}, blocks {options.block} ({plan.blocks}), {options.device}, precision {options.precision}, "
         f"median of {options.rounds}\n"
         f"bare forward passes {bare:.2f} s, task {ours:.2f} s: {ratio:.3f} of the bare rate "
         f"(rounds: {', '.join(f'{b / o:.3f}' for b, o in pairs)})\n"

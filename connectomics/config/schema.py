@@ -275,11 +275,13 @@ class InferenceConfig(Group):
     """The network over a volume."""
 
     window: Shape | None = None  # voxels; None: data.patch_size
-    #: share of a window that the next window also covers: one number, or z y x; 0 along z for a 2-D network
-    overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.25
-    blending: Annotated[str, one_of("gaussian", "constant")] = "gaussian"
+    #: share of a window that the next window also covers: one number, or z y x; 0 along z for a 2-D network. With crop,
+    #: half of it is dropped at each face; weights need about 0.25
+    overlap: Annotated[Any, checked(_is_overlap, "must be one or three numbers, at least 0 and below 1")] = 0.125
+    #: crop: each voxel from one window | gaussian, constant: the mean of overlapping windows with these weights
+    blending: Annotated[str, one_of("crop", "gaussian", "constant")] = "crop"
     batch_size: Annotated[Any, _BATCH] = 1  # windows per forward pass; auto: predict finds the fastest number
-    block_size: Shape = field(default_factory=lambda: [256, 256, 256])  # voxels in memory at a time
+    block_size: Shape | None = None  # voxels in memory at a time, at most; None: 256 each, or with crop whole cores
     context: Annotated[int | None, _FROM_0] = None  # voxels of raw beyond the box; None: half the overlap, at least 8
     #: test-time augmentation: none | flips (8) | section (16) | planes (12, for 2-D networks) | all (48) | a list as
     #: [zyx, -zyx]

@@ -15,7 +15,7 @@ from connectomics.data.foreground import foreground_points
 from connectomics.errors import number_of
 from connectomics.geometry import Index, Triple, VoxelGrid
 from connectomics.inference.sliding import plan
-from connectomics.inference.windows import WindowFit
+from connectomics.inference.windows import BLOCK, WindowFit
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ class WindowShape:
     context: Sequence[int] | int | None
     block_size: Sequence[int] | int
     fit: WindowFit | None = None
+    blending: str = "gaussian"
 
     def count(self, grid: VoxelGrid) -> int:
         """Return the number of windows that a grid takes."""
@@ -52,7 +53,11 @@ class WindowShape:
 def validation_shape(config: RunConfig) -> WindowShape:
     """Return how a run's validation slides over crops."""
     inference = config.inference
-    return WindowShape(config.window, inference.overlap, inference.context, inference.block_size, WindowFit.of(config))
+    return WindowShape(
+        config.window, inference.overlap, inference.context, inference.block_size or BLOCK,
+        WindowFit.of(config),
+        inference.blending,
+    )  # fmt: skip
 
 
 def seen_parts(config: RunConfig, crops: Sequence[Crop]) -> list[Crop]:

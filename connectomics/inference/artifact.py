@@ -128,6 +128,8 @@ def common_attributes(provenance: Provenance | None) -> dict[str, Any]:
 def as_before(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a task as earlier versions had them, if the output is the same: done-maps name them."""
     found = {**settings, "pyramid": False}  # was not free
+    if found["block_size"] is None and found["blending"] != "crop":
+        found["block_size"] = [256] * 3
     if found["multiple"] is None:  # windows did not shrink
         del found["multiple"]
     z, *others = found["overlap"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -156,12 +156,14 @@ class OrientedAverages:
                 "inference.uncertainty=entropy or dropout"
             )
 
-    def merged(self, parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Return what all passes give for a block from the results (C, d, h, w) or (2C, d, h, w) of each window shape.
+    def merged(self, parts: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return what all passes give for a block from the results (C, d, h, w) or (2C, d, h, w) of each window shape;
+        of these only the first must stay valid when the next one is taken.
 
         Means and variances are merged as by Chan et al. (COMPSTAT 1982).
         """
-        result, *rest = parts
+        rest = iter(parts)
+        result = next(rest)
         channels = len(result) // 2 if self._variance else len(result)
         first, *others = (average.passes for average in self.by_window.values())
         total = first

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 Region = tuple[Index, Index]  # begin and shape, voxels of the lattice's grid
 Read = Callable[[VoxelGrid], NDArray[np.float32]]
-Inside = Callable[[VoxelGrid], bool]  # whether a window, by its grid, is to be run
+Inside = Callable[[VoxelGrid], bool]  # whether a window is to be run, by the grid in which it counts
+Runs = Callable[[Index], bool]  # the same, by its numbers
 Into = Callable[[tuple[int, ...]], NDArray[Any]]  # gives memory for values (C, d, h, w): float32, or uint8 for 255 p
 
 LEAST_WIDTH = 32  # voxels along x of raw per read, if windows are narrower: a chunk is decoded for each read
@@ -48,7 +49,7 @@ def planned_reads(
     lattice: WindowLattice, regions: Sequence[Region], inside: Inside | None = None
 ) -> Iterator[VoxelGrid]:
     """Yield the grids of raw that `predict_regions` over ``regions`` reads, in its order."""
-    inside = windows_to_run(lattice, inside)
+    runs = windows_to_run(lattice, inside)
     row, next_column, read = None, 0, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
@@ -56,25 +57,25 @@ def planned_reads(
             next_column, read = 0, lattice.starts[2][x.start]
         row = (begin[:2], shape[:2], begin[2])
         columns = range(max(x.start, next_column), x.stop)
-        next_column = max(next_column, x.stop)
-        for start, end in _columns(lattice, columns):
+        next_column = max(next_column, x.stop) if lattice.faces is None else 0
+        for start, end in columns_of(lattice, columns):
             if start + lattice.window[2] > read:
-                yield from _slabs(lattice, z, y, max(read, start), end, inside)
+                yield from _slabs(lattice, z, y, max(read, start), end, runs)
                 read = end
 
 
-def _columns(lattice: WindowLattice, numbers: range) -> Iterator[tuple[int, int]]:
+def columns_of(lattice: WindowLattice, numbers: range) -> Iterator[tuple[int, int]]:
     """Yield first voxel along x of the window columns, and where a read of raw for each ends if one is needed."""
     starts, width = lattice.starts[2], lattice.window[2]
     for start in (starts[number] for number in numbers):
         yield start, min(start + max(width, LEAST_WIDTH), starts[numbers[-1]] + width)
 
 
-def windows_to_run(lattice: WindowLattice, inside: Inside | None) -> Inside | None:
-    """Return ``inside`` with windows without any raw left out; None if every window is to be run."""
-    if not lattice.leaves_raw:
-        return inside
-    return lambda window: lattice.sees_raw(window) and (inside is None or inside(window))
+def windows_to_run(lattice: WindowLattice, inside: Inside | None) -> Runs | None:
+    """Return whether windows are to be run: those that see raw and count ``inside``; None if every window is."""
+    if inside is None:
+        return lattice.sees_raw if lattice.leaves_raw else None
+    return lambda numbers: lattice.sees_raw(numbers) and inside(lattice.counted(numbers))
 
 
 def reach(lattice: WindowLattice, region: Region) -> int:
@@ -99,17 +100,17 @@ def hull(lattice: WindowLattice, z: Sequence[int], y: Sequence[int]) -> tuple[tu
 
 
 def _slabs(
-    lattice: WindowLattice, z: Sequence[int], y: Sequence[int], begin: int, end: int, inside: Inside | None
+    lattice: WindowLattice, z: Sequence[int], y: Sequence[int], begin: int, end: int, runs: Runs | None
 ) -> Iterator[VoxelGrid]:
     """Yield the raw from ``begin`` to ``end`` along x of the windows with these numbers along z and y, split along z.
 
-    With ``inside`` only the hull of the windows to run that see any of it, also if the next region runs them.
+    With ``runs`` only the hull of the windows to run that see any of it, also if the next region runs them.
     """
     if begin >= end:
         return
-    if inside is not None:
-        columns = lattice.touching(2, begin, end)
-        wanted = [(i, j) for i in z for j in y if any(inside(lattice.grid_of((i, j, k))) for k in columns)]
+    if runs is not None:
+        columns = [k for k, at in enumerate(lattice.starts[2]) if begin - lattice.window[2] < at < end]
+        wanted = [(i, j) for i in z for j in y if any(runs((i, j, k)) for k in columns)]
         if not wanted:
             return
         z, y = sorted({i for i, _ in wanted}), sorted({j for _, j in wanted})
@@ -143,7 +144,7 @@ class Forward:
     Attributes:
         network: see `connectomics.inference.sliding.predict_blocks`, as ``channels`` to ``inputs``.
         skip_empty: whether windows of constant raw are left out.
-        inside: returns whether a window, by its grid, is run; None: every window.
+        inside: returns whether a window is run, by the grid in which it counts; None: every window.
         buffers: memory for what goes in.
     """
 
@@ -179,8 +180,109 @@ class Forward:
         return batch.to(self.device)
 
 
-class BlockRow:
-    """Regions with the same z and y extent, in ascending x, each of which uses windows and raw of the one before.
+class Row:
+    """Regions with the same z and y extent, in ascending x, each of which uses raw of the one before."""
+
+    def __init__(self, read: Read, lattice: WindowLattice, forward: Forward, region: Region, buffers: Buffers) -> None:
+        """Begin at ``region``."""
+        self._read, self._lattice, self._forward = read, lattice, forward
+        self._runs = windows_to_run(lattice, forward.inside)
+        begin, shape = region
+        self._begin, self._shape = begin[:2], shape[:2]
+        z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
+        self._numbers = z, y  # of the windows
+        self._hull = (z0, z1), (y0, y1) = hull(lattice, z, y)
+        self._x = begin[2]  # first voxel of the latest region
+        most = max(lattice.window[2], LEAST_WIDTH)
+        self._raw: NDArray[np.float32] = buffers("raw", (z1 - z0, y1 - y0, most)).numpy()
+        self._raw_begin = self._raw_end = lattice.starts[2][0]  # voxels along x that it holds
+
+    def continues_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
+        """Return whether a region can follow in this row, after the latest one or one that begins at ``after``."""
+        return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= (
+            self._x if after is None else after
+        )
+
+    def advance(self, x0: int, x1: int, keep: int | None, into: Into) -> NDArray[Any]:
+        """Return the values of voxels ``x0`` to ``x1``; the next region begins at ``keep`` (None: in another row)."""
+        raise NotImplementedError
+
+    def _columns(self, numbers: range) -> Iterator[int]:
+        """Yield the numbers of window columns with their raw at hand: one column's, or that of `LEAST_WIDTH`."""
+        for column, (start, read_to) in zip(numbers, columns_of(self._lattice, numbers), strict=True):
+            if start + self._lattice.window[2] > self._raw_end:
+                self._fetch(start, read_to)
+            yield column
+
+    def _fetch(self, begin: int, end: int) -> None:
+        """Hold raw of voxels ``begin`` to ``end`` along x; read only what is not there yet."""
+        (z0, _), (y0, _) = self._hull
+        have, shift = max(0, self._raw_end - begin), begin - self._raw_begin
+        if have and shift:
+            for plane in self._raw:  # numpy copies what it moves within an array: no more than a plane
+                plane[:, :have] = plane[:, shift : shift + have]
+        new = self._raw[..., have : end - begin]
+        if self._runs is not None:
+            new[...] = 0  # parts outside a mask are neither read nor used
+        for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._runs):
+            block = self._read(grid)
+            if block.shape != grid.shape:
+                raise InputError(f"read must give an array of shape {grid.shape} for {grid}, got {block.shape}")
+            z, y, _ = self._lattice.grid.index_range(grid.box)[0]
+            new[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1]] = block
+        self._raw_begin, self._raw_end = begin, end
+
+    def _run(self, column: int) -> Iterator[tuple[Index, torch.Tensor]]:
+        """Yield the windows of a column along x that are run: their numbers, and values (C, d, h, w)."""
+        forward = self._forward
+        windows = self._wanted(column)
+        grids = [self._lattice.grid.crop(self._lattice.begin_of(at), self._lattice.window) for at in windows]
+        ahead = _BATCHES_AHEAD * forward.batch_size * math.prod(self._lattice.window)
+        with ExitStack() as stack:
+            readers = [stack.enter_context(ReadAhead(given.around, grids, ahead)) for given in forward.inputs]
+            for n in range(0, len(windows), forward.batch_size):
+                batch, around = windows[n : n + forward.batch_size], grids[n : n + forward.batch_size]
+                further = ([read(grid) for grid in around] for read in readers)
+                yield from zip(batch, forward([self._window(at) for at in batch], *further), strict=True)
+
+    def _wanted(self, column: int) -> list[Index]:
+        """Return the numbers of the windows to run in a column along x."""
+        z, y = self._numbers
+        windows = [(i, j, column) for i in z for j in y]
+        if self._runs is not None:
+            windows = [at for at in windows if self._runs(at)]
+        if self._forward.skip_empty:
+            seen = ((at, self._window(at)) for at in windows)  # with tissue, the first plane already decides
+            windows = [at for at, values in seen if any((plane != values[0, 0, 0]).any() for plane in values)]
+        return windows
+
+    def _window(self, numbers: Index) -> NDArray[np.float32]:
+        corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
+        places = zip(self._lattice.begin_of(numbers), corner, self._lattice.window, strict=True)
+        return self._raw[tuple(slice(a - c, a - c + n) for a, c, n in places)]
+
+    def _require_finite(self, finite: bool, x0: int, x1: int) -> None:
+        if not finite:
+            block = self._lattice.grid.crop((*self._begin, x0), (*self._shape, x1 - x0))
+            raise NotFiniteError(
+                f"the network's output has values that are not finite (NaN or infinite) in the block {block.box}; "
+                "check the checkpoint, or use full precision"
+            )
+
+    def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
+        """Set values (C, d, h, w), which start at voxel ``begin``, to 0 where there is no raw. One voxel beyond the raw
+        is kept: interpolation at the volume's faces reads it."""
+        extent = cast("Extent", self._lattice.extent)
+        for axis, (first, low, high) in enumerate(zip(begin, extent.low, extent.high, strict=True), start=1):
+            n = values.shape[axis]
+            before = min(n, max(0, low - 1 - first))
+            after = min(n, max(0, high + 1 - first))
+            values.narrow(axis, 0, before).zero_()
+            values.narrow(axis, after, n - after).zero_()
+
+
+class BlockRow(Row):
+    """Blend by weights; each region also uses the windows of the one before.
 
     The sums are a ring of slabs (channels + 1, dz, dy, `SLAB_WIDTH`; last the weights) along x: nothing is copied from
     block to block, and a block's voxels lie together. They are 0 beyond what is still wanted.
@@ -191,42 +293,27 @@ class BlockRow:
         read: Read,
         lattice: WindowLattice,
         forward: Forward,
-        weights: torch.Tensor,
         region: Region,
-        slabs: int,
         buffers: Buffers,
+        weights: torch.Tensor,
+        slabs: int,
     ) -> None:
         """Begin at ``region``; ``slabs`` is the largest number of `slabs_of` this and those that will follow."""
-        self._read, self._lattice, self._forward, self._weights = read, lattice, forward, weights
-        begin, shape = region
-        self._begin, self._shape = begin[:2], shape[:2]
-        z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
-        self._numbers = z, y  # of the windows
-        self._hull = (z0, z1), (y0, y1) = hull(lattice, z, y)
-        self._x = begin[2]  # first voxel of the latest region
+        super().__init__(read, lattice, forward, region, buffers)
+        self._weights = weights
         self._next_column = 0  # window columns before this one are in the sums, or touch nothing that is still wanted
-        most = max(lattice.window[2], LEAST_WIDTH)
-        self._raw: NDArray[np.float32] = buffers("raw", (z1 - z0, y1 - y0, most)).numpy()
-        self._raw_begin = self._raw_end = lattice.starts[2][0]  # voxels along x that it holds
         self._sums = buffers("sums", (slabs, forward.channels + 1, *self._shape, SLAB_WIDTH), forward.device)
         self._sums.zero_()
 
-    def continues_with(self, begin: Index, shape: Index, after: int | None = None) -> bool:
-        """Return whether a region can follow in this row, after the latest one or one that begins at ``after``."""
-        return (begin[:2], shape[:2]) == (self._begin, self._shape) and begin[2] >= (
-            self._x if after is None else after
-        )
-
     def advance(self, x0: int, x1: int, keep: int | None, into: Into) -> NDArray[Any]:
         """Return the values of voxels ``x0`` to ``x1``; keep sums from ``keep`` on for the next region (None: none)."""
-        lattice, width = self._lattice, self._lattice.window[2]
+        lattice = self._lattice
         touching = lattice.touching(2, x0, x1)
         columns = range(max(touching.start, self._next_column), touching.stop)
         end = x0 + reach(lattice, ((*self._begin, x0), (*self._shape, x1 - x0)))
-        for start, read_to in _columns(lattice, columns):  # never holds more raw than one column's, or `LEAST_WIDTH`
-            if start + width > self._raw_end:
-                self._fetch(start, read_to)
-            self._run(start, x0, end)
+        for column in self._columns(columns):
+            for at, values in self._run(column):
+                self._add(values, lattice.begin_of(at), x0, end)
         self._x, self._next_column = x0, max(self._next_column, touching.stop)
         return self._normalized(x0, x1, min(end, x1 if keep is None else keep), into)
 
@@ -236,55 +323,6 @@ class BlockRow:
             low, high = max(first, begin), min(first + SLAB_WIDTH, end)
             slab = self._sums[first // SLAB_WIDTH % len(self._sums)]
             yield slab, slice(low - first, high - first), slice(low - begin, high - begin)
-
-    def _fetch(self, begin: int, end: int) -> None:
-        """Hold raw of voxels ``begin`` to ``end`` along x; read only what is not there yet."""
-        (z0, _), (y0, _) = self._hull
-        have, shift = max(0, self._raw_end - begin), begin - self._raw_begin
-        if have and shift:
-            for plane in self._raw:  # numpy copies what it moves within an array: no more than a plane
-                plane[:, :have] = plane[:, shift : shift + have]
-        new = self._raw[..., have : end - begin]
-        if self._forward.inside is not None:
-            new[...] = 0  # parts outside a mask are neither read nor used
-        for grid in _slabs(self._lattice, *self._numbers, begin + have, end, self._forward.inside):
-            block = self._read(grid)
-            if block.shape != grid.shape:
-                raise InputError(f"read must give an array of shape {grid.shape} for {grid}, got {block.shape}")
-            z, y, _ = self._lattice.grid.index_range(grid.box)[0]
-            new[z - z0 : z - z0 + grid.shape[0], y - y0 : y - y0 + grid.shape[1]] = block
-        self._raw_begin, self._raw_end = begin, end
-
-    def _run(self, start: int, x0: int, x1: int) -> None:
-        """Add the windows that begin at ``start`` along x to the sums of voxels ``x0`` to ``x1``."""
-        size, forward = self._lattice.window, self._forward
-        windows = self._wanted(start)
-        grids = [self._lattice.grid.crop(at, size) for at in windows]
-        ahead = _BATCHES_AHEAD * forward.batch_size * math.prod(size)
-        with ExitStack() as stack:
-            readers = [stack.enter_context(ReadAhead(given.around, grids, ahead)) for given in forward.inputs]
-            for n in range(0, len(windows), forward.batch_size):
-                batch, around = windows[n : n + forward.batch_size], grids[n : n + forward.batch_size]
-                further = ([read(grid) for grid in around] for read in readers)
-                out = forward([self._window(at) for at in batch], *further)
-                for values, at in zip(out, batch, strict=True):
-                    self._add(values, at, x0, x1)
-
-    def _wanted(self, x: int) -> list[Index]:
-        """Return the first voxels of the windows to run that begin at ``x``."""
-        lattice, (z, y) = self._lattice, self._numbers
-        windows = [(lattice.starts[0][i], lattice.starts[1][j], x) for i in z for j in y]
-        if self._forward.inside is not None:
-            windows = [at for at in windows if self._forward.inside(lattice.grid.crop(at, lattice.window))]
-        if self._forward.skip_empty:
-            seen = ((at, self._window(at)) for at in windows)  # with tissue, the first plane already decides
-            windows = [at for at, values in seen if any((plane != values[0, 0, 0]).any() for plane in values)]
-        return windows
-
-    def _window(self, at: Index) -> NDArray[np.float32]:
-        corner = (self._hull[0][0], self._hull[1][0], self._raw_begin)
-        part = tuple(slice(a - c, a - c + n) for a, c, n in zip(at, corner, self._lattice.window, strict=True))
-        return self._raw[part]
 
     def _add(self, values: torch.Tensor, at: Index, x0: int, x1: int) -> None:
         """Add the network's ``values`` of the window that begins at ``at`` to voxels ``x0`` to ``x1``."""
@@ -308,26 +346,10 @@ class BlockRow:
             highs.append(high)
         for slab, here, _ in self._parts(x0, clear):
             slab[..., here].zero_()
-        if not math.isfinite(sum(lows) + sum(highs)):
-            begin, shape = (*self._begin, x0), (*self._shape, x1 - x0)
-            raise NotFiniteError(
-                f"the network's output has values that are not finite (NaN or infinite) in the block "
-                f"{self._lattice.grid.crop(begin, shape).box}; check the checkpoint, or use full precision"
-            )
+        self._require_finite(math.isfinite(sum(lows) + sum(highs)), x0, x1)
         if out.dtype == np.uint8:
             require_probabilities(min(lows), max(highs))
         return out
-
-    def _clear_beyond(self, values: torch.Tensor, begin: Index) -> None:
-        """Set values (C, d, h, w), which start at voxel ``begin``, to 0 where there is no raw. One voxel beyond the raw
-        is kept: interpolation at the volume's faces reads it."""
-        extent = cast("Extent", self._lattice.extent)
-        for axis, (first, low, high) in enumerate(zip(begin, extent.low, extent.high, strict=True), start=1):
-            n = values.shape[axis]
-            before = min(n, max(0, low - 1 - first))
-            after = min(n, max(0, high + 1 - first))
-            values.narrow(axis, 0, before).zero_()
-            values.narrow(axis, after, n - after).zero_()
 
 
 def _overlap(start: int, width: int, begin: int, length: int) -> tuple[slice, slice]:

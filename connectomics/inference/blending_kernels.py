@@ -1,4 +1,4 @@
-"""Numba kernel for blended values, in a separate module so that importing the package does not import numba."""
+"""Numba kernels for values of blocks, in a separate module so that importing the package does not import numba."""
 
 from __future__ import annotations
 
@@ -38,4 +38,30 @@ def quantized(
                 for i in range(n):
                     stored[i] = np.uint8(np.int32(row[i]))
                 fine &= inside == n
+    return fine
+
+
+@numba.njit(cache=True, nogil=True)
+def rounded(
+    values: NDArray[np.float32], y: int, x: int, out: NDArray[np.uint8], to_y: int, to_x: int, height: int, width: int
+) -> bool:
+    """out[..., to_y:, to_x:] = rint(255 p), p being ``values[..., y:, x:]`` from 0 to 1, of ``height`` rows.
+
+    Both are (C, d, h, w). Returns whether all values are probabilities (False also for NaN). Rows are vectorized.
+    """
+    row = np.empty(width, np.float32)
+    fine = True
+    for c in range(values.shape[0]):
+        for z in range(values.shape[1]):
+            for h in range(height):
+                given = values[c, z, y + h, x : x + width]
+                inside = np.int32(0)
+                for i in range(width):
+                    value = given[i]
+                    inside += np.int32((value >= LOWEST) & (value <= HIGHEST))
+                    row[i] = np.rint(min(max(value, _ZERO), _ONE) * _FULL)
+                stored = out[c, z, to_y + h, to_x : to_x + width]
+                for i in range(width):
+                    stored[i] = np.uint8(np.int32(row[i]))
+                fine &= inside == width
     return fine

@@ -18,10 +18,12 @@ from connectomics.errors import InputError
 from connectomics.geometry import Index, Triple, VoxelGrid, index
 from connectomics.inference.blending import Region
 from connectomics.inference.sliding import Plan, plan_regions
-from connectomics.inference.windows import WindowLattice, Windows
+from connectomics.inference.windows import BLOCK, Cores, WindowLattice, Windows
 from connectomics.io.mirror import Extent
 from connectomics.io.sharded import Storage
 
+_RESULT_BYTES = 3 << 28  # of a block's values at most, if windows are cropped
+_MOST_CORES = 512  # voxels along each axis of such a block
 _SMALLEST_CHUNK = 8  # voxels: a chunk that would exceed a block is halved down to that
 _SUMS_BYTES = 1 << 28  # blocks get thinner along x until their sums take no more
 
@@ -33,11 +35,16 @@ class Layout:
     A block is a whole number of ``chunks`` of the target along each axis, so no two blocks write one chunk. With many
     channels blocks are thinner along x, which costs nothing: neighbors along x share their windows.
 
+    If windows are cropped, a block that is not smaller than `cropped` consists of whole cores, so no two blocks run one
+    window. Cores do not depend on ``block_size``. If the target has other voxels, all blocks are `cropped`, whatever
+    ``block_size``, since interpolation at their faces takes values of their own windows.
+
     Attributes:
         target: the grid to write. channels: of the network's output.
         voxel_size: of the network, nm, z y x. context: see `WindowLattice.over`.
         windows: each with a lattice of its own; several if windows are permuted (`windows_seen`).
-        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller).
+        block_size: most voxels of the network's lattice at once, z y x (more only if ``chunks`` cannot be smaller);
+            None: `BLOCK` along each axis, or more if whole cores need it.
         storage: how the arrays are stored: sharded blocks are whole shards.
         volume: the stored voxels of raw, which windows do not leave; None: raw is everywhere.
     """
@@ -47,7 +54,7 @@ class Layout:
     voxel_size: Triple
     windows: tuple[Windows, ...]
     context: Index | None
-    block_size: Index
+    block_size: Index | None
     volume: VoxelGrid | None = None
     storage: Storage = Storage()  # noqa: RUF009 (frozen)
 
@@ -71,7 +78,53 @@ class Layout:
     def lattices(self) -> list[WindowLattice]:
         """The windows over `model`, for each window shape."""
         extent = None if self.volume is None else Extent.of(self.volume, self.model)
-        return [windows.over(self.model, self.context, extent) for windows in self.windows]
+        return [windows.over(self.model, self.context, extent, self._cores) for windows in self.windows]
+
+    @property
+    def _scale(self) -> list[float]:
+        """Voxels of the network's lattice for each voxel of the target, z y x."""
+        if self.same_voxels:
+            return [1.0] * 3
+        return [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+
+    @property
+    def _cores(self) -> Cores | None:
+        """Where blocks may end, in voxels of `model`."""
+        if not self.windows[0].crop:
+            return None
+        marks, reach = [], []
+        for axis, (unit, scale, margin) in enumerate(zip(self.cropped, self._scale, self._margin, strict=True)):
+            n, between = self.model.shape[axis], range(unit, self.target.shape[axis], unit)
+            marks.append((0, *(margin + int(end * scale + 1e-6) for end in between), n))
+            reach.append(margin + (abs(unit * scale - round(unit * scale)) > 1e-6))
+        return Cores((marks[0], marks[1], marks[2]), index(reach))
+
+    @cached_property
+    def cropped(self) -> Index:
+        """Voxels of the target of which blocks are multiples if windows are cropped, z y x: as many chunks (or shards)
+        as cost least, of those with which the values of a block take at most `_RESULT_BYTES`."""
+        value_bytes = self.channels * self.value_type("uint8", "none").itemsize
+        edge = min(_MOST_CORES, (_RESULT_BYTES / value_bytes) ** (1 / 3))
+        found = []
+        for axis, scale in enumerate(self._scale):
+            unit = self.storage.chunk[axis]
+            while self.storage.shard is None and unit * scale > edge and unit > _SMALLEST_CHUNK:
+                unit = max(_SMALLEST_CHUNK, unit // 2)
+            unit = self._unit(axis, unit)
+            numbers = range(1, 1 + min(max(1, int(edge / scale / unit)), math.ceil(self.target.shape[axis] / unit)))
+            cost = {number: self._cost(axis, number * unit * scale) for number in numbers}
+            found.append(unit * min(cost, key=lambda number: (cost[number], number)))
+        return index(found)
+
+    def _cost(self, axis: int, length: float) -> float:
+        """Return how many voxels of windows there are along an axis for each of `model`, if blocks are so long."""
+        total, n = 0.0, self.model.shape[axis]
+        for windows in self.windows:
+            size, step = windows.size[axis], windows.step[axis]
+            number, rest = math.ceil(length / step - 1e-6), math.ceil(n % length / step - 1e-6)
+            side = size if windows.fit is None else min(size, length / number + size - step)
+            total += side * (n // length * number + rest) / n
+        return round(total, 3)
 
     @cached_property
     def chunks(self) -> Index:
@@ -94,7 +147,9 @@ class Layout:
         Raises `InputError` if a block does not hold a shard.
         """
         z, y, x = (self._along(axis)[1] for axis in range(3))
-        scale = [t / m for t, m in zip(self.target.voxel_size, self.voxel_size, strict=True)]
+        if self.windows[0].crop:
+            return z, y, x
+        scale = self._scale
         plane = 4 * (self.channels + 1) * z * scale[0] * y * scale[1]  # bytes of sums for one voxel along x
         unit, width = self._unit(2, self.chunks[2]), max(windows.size[2] for windows in self.windows)
         while x > unit and plane * (x * scale[2] + width) > _SUMS_BYTES:
@@ -104,7 +159,7 @@ class Layout:
     def _along(self, axis: int) -> tuple[int, int]:
         """Chunk and block along one axis, in voxels of the target."""
         n, size = self.target.shape[axis], self.target.voxel_size[axis]
-        most = int(self.block_size[axis] * self.voxel_size[axis] / size + 1e-6)
+        most = int((self.block_size or (BLOCK,) * 3)[axis] * self.voxel_size[axis] / size + 1e-6)
         chunk = self.storage.chunk[axis]
         while self.storage.shard is None and chunk > most and chunk > _SMALLEST_CHUNK:
             chunk = max(_SMALLEST_CHUNK, chunk // 2)
@@ -116,6 +171,10 @@ class Layout:
                 f"must write a whole shard; set inference.block_size to at least {size_there} there, or a smaller "
                 "output.shard"
             )
+        whole = math.lcm(unit, self.cropped[axis]) if self.windows[0].crop else 0
+        if whole and not self.same_voxels:
+            return chunk, whole
+        unit = whole if whole and (whole <= most or self.block_size is None) else unit
         count = math.ceil(n / max(unit, most // unit * unit))
         return chunk, math.ceil(n / (count * unit)) * unit  # blocks of about one size rather than a thin last one
 
@@ -159,8 +218,9 @@ class Layout:
     def plan(self, batch_size: int, passes: Sequence[int], dtype: str = "float16", uncertainty: str = "none") -> Plan:
         """Return what the blocks cost if each window of a lattice takes so many passes."""
         value_bytes = self.value_type(dtype, uncertainty).itemsize
+        results = (2, 1, *[0] * len(passes))  # of the first lattice two in turn; all others share one
         first, *rest = (
-            plan_regions(lattice, self.regions, self.channels, batch_size, value_bytes).times(times)
-            for lattice, times in zip(self.lattices, passes, strict=True)
+            plan_regions(lattice, self.regions, self.channels, batch_size, number * value_bytes).times(times)
+            for lattice, times, number in zip(self.lattices, passes, results, strict=False)
         )
         return reduce(Plan.with_windows_of, rest, first)

@@ -61,7 +61,7 @@ class PredictTask(BlockTask):
         normalization: how raw values become the network's input.
         overlap, blending, context, batch_size: see `predict_blocks`; batch_size also ``auto``: by trial in each worker.
         multiple: of `WindowFit`; None: windows do not shrink.
-        block_size: voxels of the network's lattice in memory at once, z y x, at most (see `Layout`).
+        block_size: voxels of the network's lattice in memory at once, z y x, at most; None: see `Layout`.
         precision, compile: ``32``, or ``bf16`` or ``fp16`` (automatic mixed precision); whether to use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision).
         dtype, pyramid: ``uint8`` (255 p) or ``float16`` (p); also coarser levels, if need be of a finished prediction.
@@ -94,7 +94,7 @@ class PredictTask(BlockTask):
     multiple: Index | None = None
     blending: str = "gaussian"
     context: Index | None = None
-    block_size: Index = (256, 256, 256)
+    block_size: Index | None = None
     batch_size: int | str = 1
     precision: str = "32"
     channels_last: bool | None = None
@@ -119,7 +119,7 @@ class PredictTask(BlockTask):
             "targets": dict(self.targets),
             "voxel_size": triple(self.voxel_size, "voxel_size"),
             "window": whole_index(self.window, "window", 1),
-            "block_size": whole_index(self.block_size, "block_size", 1),
+            "block_size": None if self.block_size is None else whole_index(self.block_size, "block_size", 1),
             "overlap": overlap_per_axis(self.overlap),
             "multiple": None if self.multiple is None else whole_index(self.multiple, "multiple", 1),
             "context": None if self.context is None else whole_index(self.context, "context", 0),
@@ -221,7 +221,8 @@ class PredictTask(BlockTask):
             if name in self.targets:
                 grids.setdefault(self.targets[name], []).append(name)
         volume = RawSource(self.raw, self.normalization).volume(self.voxel_size)
-        windows = Windows(self.window, overlap_per_axis(self.overlap), self.multiple and WindowFit(self.multiple))
+        fit = self.multiple and WindowFit(self.multiple)
+        windows = Windows(self.window, overlap_per_axis(self.overlap), fit, self.blending == "crop")
         seen = tuple(map(windows.seen_by, self._windows_seen.values()))
         how = (self.voxel_size, seen, self.context, self.block_size, volume)
         return [(Layout(grid, self.channels, *how, self.storage), tuple(names)) for grid, names in grids.items()]

@@ -133,19 +133,21 @@ class PredictWorker:
         Values are valid until the next but one block."""
         regions = [layout.regions[number] for number in numbers]
         touches = None if self._mask is None else self._mask.touches
+        kind = layout.value_type(self._task.dtype, self._task.uncertainty)
+        into, shared = _in_turn(kind, 2), _in_turn(kind, 1)  # all but the first are merged into it, one by one
         with ExitStack() as stack:
-            found = []
+            found = list[Generator[NDArray[Any], None, None]]()
             for lattice, average in zip(layout.lattices, self._averages.by_window.values(), strict=True):
                 forward = Forward(
                     average, self._task.channels, self._batch, self._device,
                     None if full else autocast(self._task.precision), self._inputs, self._task.skip_empty, touches,
                 )  # fmt: skip
                 read = stack.enter_context(ReadAhead(self._source.read, planned_reads(lattice, regions, touches)))
-                into = _in_turn(layout.value_type(self._task.dtype, self._task.uncertainty))
-                values = predict_regions(read, lattice, forward, regions, self._task.blending, into)
+                memory = shared if found else into
+                values = predict_regions(read, lattice, forward, regions, self._task.blending, memory)
                 found.append(stack.enter_context(closing(values)))
             for _ in regions:
-                yield self._averages.merged([next(values) for values in found])
+                yield self._averages.merged(next(values) for values in found)
 
     def _write(self, item: tuple[int, int, int, NDArray[Any]]) -> None:
         """Store a block's channels and their uncertainty: index of its layout, its number, its number there, values."""
@@ -205,15 +207,15 @@ class PredictWorker:
         return batch
 
 
-def _in_turn(dtype: np.dtype[Any]) -> Callable[[tuple[int, ...]], NDArray[Any]]:
-    """Return what gives memory for values of this type, one of two arrays in turn: one is written, one is computed."""
+def _in_turn(dtype: np.dtype[Any], number: int) -> Callable[[tuple[int, ...]], NDArray[Any]]:
+    """Return what gives memory for values of this type, one of so many arrays in turn: one is written, one computed."""
     import torch
 
     kind = {"uint8": torch.uint8, "float32": torch.float32}[dtype.name]
-    arrays: list[NDArray[Any]] = [np.empty(0, dtype)] * 2
+    arrays: list[NDArray[Any]] = [np.empty(0, dtype)] * number
 
     def into(shape: tuple[int, ...]) -> NDArray[Any]:
-        arrays.reverse()
+        arrays.append(arrays.pop(0))
         size = math.prod(shape)
         if arrays[0].size < size:
             arrays[0] = torch.empty(

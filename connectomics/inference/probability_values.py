@@ -1,4 +1,4 @@
-"""From weighted sums to values: divided by their weights, checked, and stored as float32 or as uint8 (255 p)."""
+"""From weighted sums, or a network's output, to values: checked, and stored as float32 or as uint8 (255 p)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Part = tuple[slice, slice, slice]
 
 LOWEST, HIGHEST = np.float32(-1e-3), np.float32(1 + 1e-3)  # of what counts as a probability
 _PLANES = 16  # that one thread does at a time
@@ -67,14 +68,48 @@ def divide_plain(sums: torch.Tensor, part: slice, out: NDArray[Any], into: slice
     weights = sums[-1:, ..., part]
     weights = weights.masked_fill(weights == 0, 1)
     found = torch.from_numpy(out)[..., into]
-    same = sums.device.type == "cpu" and out.dtype == np.float32
-    values = torch.div(sums[:-1, ..., part], weights, out=found) if same else sums[:-1, ..., part] / weights
-    low, high = (float(value) for value in torch.aminmax(values))
-    if out.dtype == np.uint8:
-        values = values.clamp_(0, 1).mul_(255).round_().to(torch.uint8)
-    if not same:
-        found.copy_(values)
-    return low, high
+    if sums.device.type == "cpu" and out.dtype == np.float32:
+        low, high = torch.aminmax(torch.div(sums[:-1, ..., part], weights, out=found))
+        return float(low), float(high)
+    return _store_plain(sums[:-1, ..., part] / weights, found)
+
+
+def store(values: torch.Tensor, part: Part, out: NDArray[Any], into: Part) -> tuple[float, float]:
+    """Store values as they are (float32) or as round(255 p) (uint8); return the smallest and the largest, as `divide`.
+
+    Args:
+        values: (C, d, h, w) float32. part: their voxels to store, z y x.
+        out: (C, d', h', w'), contiguous, float32 or uint8. into: its voxels, as many.
+    """
+    import torch
+
+    if out.dtype == np.uint8 and values.device.type == "cpu":
+        from connectomics.inference.blending_kernels import rounded
+
+        array, (z0, y0, x0), (z1, y1, x1) = (
+            values.contiguous().numpy(),
+            (s.start for s in part),
+            (s.start for s in into),
+        )
+        depth, height, width = (s.stop - s.start for s in part)
+
+        def work(z: int) -> bool:
+            here, there = array[:, z0 + z : z0 + min(z + _PLANES, depth)], out[:, z1 + z : z1 + min(z + _PLANES, depth)]
+            return rounded(here, y0, x0, there, y1, x1, height, width)
+
+        if all(in_threads(work, range(0, depth, _PLANES), "divide")):
+            return 0.0, 1.0
+    return _store_plain(values[(slice(None), *part)], torch.from_numpy(out)[(slice(None), *into)])
+
+
+def _store_plain(values: torch.Tensor, found: torch.Tensor) -> tuple[float, float]:
+    import torch
+
+    low, high = torch.aminmax(values)
+    if found.dtype == torch.uint8:
+        values = values.clamp(0, 1).mul_(255).round_().to(torch.uint8)
+    found.copy_(values)
+    return float(low), float(high)
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item], name: str) -> list[Result]:

@@ -1,8 +1,10 @@
 """A network over a volume: overlapping windows, blended, block by block, in bounded memory.
 
-The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). A voxel's value
-is the mean over its windows, weighted by MONAI's Gaussian importance map; so over the same extent the result equals
-``monai.inferers.SlidingWindowInferer`` on the whole array.
+The windows lie on one lattice that is fixed for the whole grid, whatever the blocks (`WindowLattice`). With blending
+``crop`` a voxel is taken from the window whose core holds it, and blocks of whole cores run each window once
+(`connectomics.inference.cropping`). The rest is about weights: a voxel's value is the mean over its windows, weighted
+by MONAI's Gaussian importance map; so over the same extent the result equals ``monai.inferers.SlidingWindowInferer`` on
+the whole array.
 
 A block runs the windows that touch it; its values do not depend on which other blocks are computed. With windows of w
 voxels and blocks of B that would be about (1 + w/B)^3 times the forward passes. Blocks that follow each other along x
@@ -36,12 +38,13 @@ from connectomics.inference.blending import (
     Into,
     Read,
     Region,
+    Row,
     hull,
     slabs_of,
-    windows_to_run,
 )
+from connectomics.inference.cropping import CoreRow
 from connectomics.inference.raw import FurtherInput
-from connectomics.inference.windows import WindowFit, WindowLattice, importance_map, whole_index
+from connectomics.inference.windows import Cores, WindowFit, WindowLattice, importance_map, whole_index
 
 if TYPE_CHECKING:
     import torch
@@ -94,21 +97,23 @@ def plan(
     block_size: Sequence[int] | int = 256,
     context: Sequence[int] | int | None = None,
     fit: WindowFit | None = None,
+    blending: str = "gaussian",
 ) -> Plan:
     """Return what `predict_blocks` with these arguments will cost."""
-    lattice = WindowLattice.over(grid, window, overlap, context, None, fit)
-    return plan_regions(lattice, _block_regions(grid, block_size), channels=channels, batch_size=batch_size)
+    cores = Cores() if blending == "crop" else None
+    lattice = WindowLattice.over(grid, window, overlap, context, None, fit, cores)
+    return plan_regions(lattice, _block_regions(lattice, block_size), channels=channels, batch_size=batch_size)
 
 
 def plan_regions(
-    lattice: WindowLattice, regions: Sequence[Region], channels: int, batch_size: int = 1, value_bytes: int = 4
+    lattice: WindowLattice, regions: Sequence[Region], channels: int, batch_size: int = 1, value_bytes: int = 2 * 4
 ) -> Plan:
-    """Return what `predict_regions` over ``regions`` will cost, with values of so many bytes."""
+    """Return what `predict_regions` over ``regions`` will cost, with so many bytes for each value (all its results)."""
     windows, most, row, ran = 0, 0, None, 0
     for begin, shape in regions:
         z, y, x = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(3))
         key = (begin[:2], shape[:2])
-        ran = ran if key == row else 0
+        ran = ran if key == row and lattice.faces is None else 0
         row = key
         windows += len(z) * len(y) * len(range(max(x.start, ran), x.stop))
         ran = x.stop
@@ -116,18 +121,24 @@ def plan_regions(
     return Plan(len(regions), windows, lattice.count, windows * math.prod(lattice.window), most)
 
 
-def _block_regions(grid: VoxelGrid, block_size: Sequence[int] | int) -> list[Region]:
-    return [(begin, block.shape) for begin, block in grid.blocks(whole_index(block_size, "block_size", 1))]
+def _block_regions(lattice: WindowLattice, block_size: Sequence[int] | int) -> list[Region]:
+    """Blocks of this size, or of as many whole cores as it holds, at least one."""
+    size = list(whole_index(block_size, "block_size", 1))
+    for axis, faces in enumerate(lattice.faces or ()):
+        size[axis] = max(1, size[axis] // faces[1]) * faces[1]
+    return [(begin, block.shape) for begin, block in lattice.grid.blocks(size)]
 
 
 def _working_bytes(lattice: WindowLattice, region: Region, channels: int, batch_size: int, value_bytes: int) -> int:
-    """Sums, two results, raw (with a slab while it is read, and what is read ahead) and a batch."""
+    """Sums, results, raw (with a slab while it is read, and what is read ahead) and a batch."""
     begin, shape = region
     z, y = (lattice.touching(a, begin[a], begin[a] + shape[a]) for a in range(2))
-    sums = (channels + 1) * shape[0] * shape[1] * slabs_of(lattice, region) * SLAB_WIDTH
+    sums = 0
+    if lattice.faces is None:
+        sums = (channels + 1) * shape[0] * shape[1] * slabs_of(lattice, region) * SLAB_WIDTH
     batch = batch_size * (1 + channels) * math.prod(lattice.window)
     raw = math.prod(end - start for start, end in hull(lattice, z, y)) * max(lattice.window[2], LEAST_WIDTH)
-    results = 2 * value_bytes * channels * math.prod(shape)
+    results = value_bytes * channels * math.prod(shape)
     return results + 4 * (sums + raw + 2 * min(raw, SLAB_VOXELS) + min(raw, MAX_VOXELS_AHEAD) + batch)
 
 
@@ -161,9 +172,9 @@ def predict_blocks(
         channels: number of output channels.
         window: window shape, voxels z y x.
         overlap: share of a window that its neighbor sees too, [0, 1), one for all axes or z y x.
-        blending: ``gaussian`` or ``constant`` weights.
+        blending: ``gaussian`` or ``constant`` weights, or ``crop``: each voxel from one window.
         batch_size: windows that go through the network together.
-        block_size: block shape, voxels z y x; see the module for what it costs.
+        block_size: block shape, voxels z y x; see the module for what it costs. With ``crop`` a whole number of cores.
         context: voxels of raw that windows may see beyond the grid; None: see `WindowLattice.over`.
         device: of the network and of the sums.
         autocast: dtype of automatic mixed precision (``torch.bfloat16``), None for none.
@@ -179,8 +190,9 @@ def predict_blocks(
     Raises:
         InputError: an argument is out of range, or the network's output has another shape or is not finite.
     """
-    lattice = WindowLattice.over(grid, window, overlap, context, extent, fit)
-    regions = _block_regions(grid, block_size)
+    cores = Cores() if blending == "crop" else None
+    lattice = WindowLattice.over(grid, window, overlap, context, extent, fit, cores)
+    regions = _block_regions(lattice, block_size)
     if blocks is not None:
         wrong = [b for b in blocks if not 0 <= b < len(regions)]
         if wrong:
@@ -212,20 +224,21 @@ def predict_regions(
     ``into`` gives the memory for a shape, and the dtype: float32, or uint8 for probabilities, as round(255 p).
 
     Consecutive regions with the same extent along z and y and ascending begins along x share their windows. Raw that no
-    window sees is not read. ``read``, ``blending`` and the errors are those of `predict_blocks`.
+    window sees is not read. ``read``, ``blending`` and the errors are those of `predict_blocks`; a lattice with cores
+    (`WindowLattice.faces`) means ``crop``.
     """
     if forward.batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {forward.batch_size}")
-    weights = importance_map(lattice.window, blending).to(forward.device)
-    forward = replace(forward, inside=windows_to_run(lattice, forward.inside))
+    weights = None if lattice.faces else importance_map(lattice.window, blending).to(forward.device)
     for begin, shape in regions:
         if min(begin) < 0 or any(b + s > n for b, s, n in zip(begin, shape, lattice.grid.shape, strict=True)):
             raise InputError(f"a region from {begin} of {shape} voxels does not lie in {lattice.grid}")
     buffers, slabs = Buffers(), max((slabs_of(lattice, region) for region in regions), default=0)
-    row: BlockRow | None = None
+    row: Row | None = None
     for number, (begin, shape) in enumerate(regions):
         if row is None or not row.continues_with(begin, shape):
-            row = BlockRow(read, lattice, forward, weights, (begin, shape), slabs, buffers)
+            begun = read, lattice, forward, (begin, shape), buffers
+            row = CoreRow(*begun) if weights is None else BlockRow(*begun, weights, slabs)
         following = regions[number + 1] if number + 1 < len(regions) else None
         keep = following[0][2] if following is not None and row.continues_with(*following, after=begin[2]) else None
         yield row.advance(begin[2], begin[2] + shape[2], keep, into)

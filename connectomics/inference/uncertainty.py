@@ -120,7 +120,7 @@ class Observer:
                 values = predict_regions(self._source.read, lattice, forward, layout.regions, task.blending)
                 found.append(stack.enter_context(closing(values)))
             for _ in layout.regions:
-                block = self._averages.merged([next(values) for values in found])
+                block = self._averages.merged(next(values) for values in found)
                 spread = block[len(task.classes) :][: self._classes] / np.float32(LARGEST["variance"])
                 total += float((entropy(block[: self._classes]) + spread).sum(dtype=np.float64)) / 2
         features = np.concatenate([bottleneck.features for bottleneck in self._bottlenecks])

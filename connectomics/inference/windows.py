@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,17 +13,20 @@ import numpy as np
 
 from connectomics.config import RunConfig
 from connectomics.errors import InputError
-from connectomics.geometry import Index, Triple, VoxelGrid, index
+from connectomics.geometry import Box, Index, Triple, VoxelGrid, index
 from connectomics.inference.symmetry import Symmetry
 from connectomics.io.mirror import Extent
-from connectomics.models.registry import required_multiple, takes_any_window
+from connectomics.models.registry import fixed_patch_size, required_multiple, takes_any_window
 
 if TYPE_CHECKING:
     import torch
 
-BLENDINGS = ("gaussian", "constant")
+BLOCK = 256  # voxels: edge of a block, if nothing else is given
+BLENDINGS = ("crop", "gaussian", "constant")
 _SIGMA_SCALE = 0.125  # MONAI's default: sigma in window widths
 _LEAST_WEIGHT = 1e-3  # MONAI clamps its importance map here
+_LARGE_CORE = 192  # voxels: three chunks
+_COARSEST = 32  # voxels between two of a network's coarse grid, of most networks
 
 
 def whole_index(values: Sequence[int] | int, what: str, least: int) -> Index:
@@ -38,6 +43,30 @@ def overlap_per_axis(overlap: Sequence[float] | float) -> Triple:
     if len(shares) != 3 or not all(0 <= share < 1 for share in shares):
         raise InputError(f"overlap must be at least 0 and below 1, one number or three (z, y, x), got {overlap}")
     return shares[0], shares[1], shares[2]
+
+
+def window_for(config: RunConfig, box: Box) -> tuple[Index, Triple]:
+    """Return window and overlap with which to predict a box: those of the configuration, or larger windows.
+
+    Cropped windows cost less the larger they are. So if ``inference.window`` is not given, windows of a 3-D network
+    over a large volume have cores of `_LARGE_CORE` voxels, if that is about twice a patch and costs less. They lose as
+    many voxels at each face as a patch would, or a few more.
+    """
+    overlap, patch, model = overlap_per_axis(config.inference.overlap), config.patch, config.model
+    lost = [n - _step(n, share, True) for n, share in zip(patch, overlap, strict=True)]
+    multiple = required_multiple(model.architecture, model.options)
+    shape = VoxelGrid.covering(box, config.voxel_size).shape
+    window = index(math.ceil((_LARGE_CORE + o) / m) * m for o, m in zip(lost, multiple, strict=True))
+    if (
+        config.inference.window is None
+        and config.inference.blending == "crop"
+        and not config.data.inputs
+        and not fixed_patch_size(model.architecture)
+        and all(p < w <= 9 / 4 * p and n >= w for p, w, n in zip(patch, window, shape, strict=True))
+        and all(w / _LARGE_CORE < p / (p - o) for p, w, o in zip(patch, window, lost, strict=True))
+    ):
+        return window, overlap_per_axis([1 - _LARGE_CORE / w for w in window])
+    return config.window, overlap
 
 
 @dataclass(frozen=True)
@@ -88,15 +117,25 @@ class Windows:
         size: voxels.
         overlap: share of a window that the next one sees too.
         fit: how they may shrink; None: they have this size everywhere.
+        crop: whether only the core of each counts (blending ``crop``).
     """
 
     size: Index
     overlap: Triple
     fit: WindowFit | None = None
+    crop: bool = False
 
-    def over(self, grid: VoxelGrid, context: Sequence[int] | None, extent: Extent | None) -> WindowLattice:
+    @property
+    def step(self) -> Index:
+        """Voxels from a window to the next."""
+        return index(_step(n, share, self.crop) for n, share in zip(self.size, self.overlap, strict=True))
+
+    def over(
+        self, grid: VoxelGrid, context: Sequence[int] | None, extent: Extent | None, cores: Cores | None = None
+    ) -> WindowLattice:
         """Return them over a grid, see `WindowLattice.over`."""
-        return WindowLattice.over(grid, self.size, self.overlap, context, extent, self.fit)
+        cores = (cores or Cores()) if self.crop else None
+        return WindowLattice.over(grid, self.size, self.overlap, context, extent, self.fit, cores)
 
     def seen_by(self, chosen: Sequence[Symmetry]) -> Windows:
         """Return the windows that become these in every one of the symmetries, which agree in their size."""
@@ -109,7 +148,23 @@ class Windows:
             most[letter] = max(share, most.get(letter, 0.0))
         overlap = overlap_per_axis([most[letter] for letter in letters])
         fit = None if self.fit is None else WindowFit(chosen[0].before(self.fit.multiple), "".join(letters))
-        return Windows(chosen[0].before(self.size), overlap, fit)
+        return Windows(chosen[0].before(self.size), overlap, fit, self.crop)
+
+
+PerAxis = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Where the cores of windows must end, for blocks that hold whole cores.
+
+    Attributes:
+        marks: per axis the faces of such blocks, voxels, from 0 to the grid's shape; None: only these two.
+        reach: voxels beyond its cores that a block also takes from its own windows, for interpolation.
+    """
+
+    marks: PerAxis | None = None
+    reach: Index = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -122,12 +177,17 @@ class WindowLattice:
         starts: per axis the first voxels of the windows, ascending, in voxels of ``grid``; negative if a window begins
             in the context outside the grid.
         extent: where there is raw, in voxels of ``grid``; None: everywhere.
+        faces: per axis where the windows' cores begin and end, ascending, one more than windows: each voxel is taken
+            from the window whose core holds it. None: windows are blended by weights.
+        reach: see `Cores`.
     """
 
     grid: VoxelGrid
     window: Index
-    starts: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    starts: PerAxis
     extent: Extent | None = None
+    faces: PerAxis | None = None
+    reach: Index = (0, 0, 0)
 
     @classmethod
     def over(
@@ -138,6 +198,7 @@ class WindowLattice:
         context: Sequence[int] | int | None = None,
         extent: Extent | None = None,
         fit: WindowFit | None = None,
+        cores: Cores | None = None,
     ) -> WindowLattice:
         """Return the windows over ``grid`` and ``context`` voxels on every side of it, as far as there is raw.
 
@@ -146,6 +207,9 @@ class WindowLattice:
         takes less, down to half of that, on an axis where the grid then fits into one window. A grid smaller than a
         window gets one centered window, shifted inside the raw. A window leaves the raw only if the raw is smaller than
         the window, or if the grid leaves it. With ``fit`` windows are as small as covers the grid.
+
+        With ``cores`` each window counts in its core only. Cores tile the grid; they are no wider than a window less
+        the overlap, and each lies in the middle of its window unless that would leave the grid with its context.
 
         Raises `InputError` for an empty grid, ``overlap`` outside [0, 1) or a negative context.
         """
@@ -158,12 +222,22 @@ class WindowLattice:
             margin = _default_context(n, w, share) if given is None else given[axis]
             raws.append(None if extent is None or extent.is_empty else (extent.low[axis], extent.high[axis]))
             spans.append(_span(n, margin, raws[-1]))
-            shared.append(w - max(1, int(w * (1 - share))))
-        size = most if fit is None else fit.sides(most, [end - begin for begin, end in spans], shared)
-        starts = [
-            _scan(span, w, w - min(o, w - 1), raw) for span, w, o, raw in zip(spans, size, shared, raws, strict=True)
-        ]
-        return cls(grid, size, (starts[0], starts[1], starts[2]), extent)
+            shared.append(w - _step(w, share, cores is not None))
+        wanted, faces = [end - begin for begin, end in spans], list[tuple[int, ...]]()
+        if cores is not None:
+            marks = cores.marks or tuple((0, n) for n in grid.shape)
+            fits = [len(m) == 2 and n <= w for m, n, w in zip(marks, wanted, most, strict=True)]  # in one window
+            reach = index(min(r, o // 4) for r, o in zip(cores.reach, shared, strict=True))
+            cut = zip(marks, fits, most, shared, reach, strict=True)
+            faces = [m if f else _faces(m, w - o, r) for m, f, w, o, r in cut]
+            widest = [max(b - a for a, b in itertools.pairwise(f)) for f in faces]
+            wanted = [min(n, core + o) for n, core, o in zip(wanted, widest, shared, strict=True)]
+        size = most if fit is None else fit.sides(most, wanted, shared)
+        if cores is None:
+            z, y, x = (_scan(*a) for a in zip(spans, size, map(operator.sub, size, shared), raws, strict=True))
+            return cls(grid, size, (z, y, x), extent)
+        z, y, x = (_around(*a) for a in zip(faces, spans, size, raws, strict=True))
+        return cls(grid, size, (z, y, x), extent, (faces[0], faces[1], faces[2]), reach)
 
     @property
     def count(self) -> int:
@@ -173,20 +247,39 @@ class WindowLattice:
     def leaves_raw(self) -> bool:
         return self.extent is not None and not self.extent.holds((0, 0, 0), self.grid.shape)
 
-    def sees_raw(self, window: VoxelGrid) -> bool:
+    def begin_of(self, numbers: Index) -> Index:
+        """Return the first voxel of the window with these numbers along z, y and x."""
+        return index(starts[number] for starts, number in zip(self.starts, numbers, strict=True))
+
+    def sees_raw(self, numbers: Index) -> bool:
         """Return whether any voxel of a window has raw."""
-        begin = self.grid.index_range(window.box)[0]
+        begin = self.begin_of(numbers)
         return self.extent is None or self.extent.meets(begin, [b + n for b, n in zip(begin, self.window, strict=True)])
 
     def touching(self, axis: int, begin: int, end: int) -> range:
-        """Return the numbers of the windows along ``axis`` that hold any of the voxels ``begin`` to ``end``."""
+        """Return the numbers of the windows along ``axis`` that count in any of the voxels ``begin`` to ``end``."""
+        if self.faces is not None:
+            faces, beyond = self.faces[axis], min(self.reach[axis], (end - begin - 1) // 2)
+            first = int(np.searchsorted(faces, begin + beyond, side="right")) - 1
+            return range(first, int(np.searchsorted(faces, end - beyond, side="left")))
         starts = self.starts[axis]
         first = int(np.searchsorted(starts, begin - self.window[axis], side="right"))
         return range(first, int(np.searchsorted(starts, end, side="left")))
 
-    def grid_of(self, numbers: Index) -> VoxelGrid:
-        """Return the grid of the window with these numbers along z, y and x."""
-        return self.grid.crop([self.starts[axis][number] for axis, number in enumerate(numbers)], self.window)
+    def counted(self, numbers: Index) -> VoxelGrid:
+        """Return the grid in which the window with these numbers counts: its core, or all of it."""
+        if self.faces is None:
+            return self.grid.crop(self.begin_of(numbers), self.window)
+        begin = [faces[number] for faces, number in zip(self.faces, numbers, strict=True)]
+        end = [faces[number + 1] for faces, number in zip(self.faces, numbers, strict=True)]
+        return self.grid.crop(begin, [e - b for b, e in zip(begin, end, strict=True)])
+
+
+def _step(window: int, overlap: float, crop: bool) -> int:
+    if not crop:
+        return max(1, int(window * (1 - overlap)))
+    step = max(1, int(window * (1 - overlap) + 1e-9))
+    return max(1, step - (window - step) % 2)  # both faces lose as much
 
 
 def _default_context(n: int, window: int, overlap: float) -> int:
@@ -215,6 +308,29 @@ def _scan(span: tuple[int, int], window: int, step: int, raw: tuple[int, int] | 
     return (start,)
 
 
+def _faces(marks: Sequence[int], most: int, spare: int) -> tuple[int, ...]:
+    """Faces of cores of at most ``most`` voxels (and ``spare`` if that saves one), as few as possible and of about one
+    size, between the marks. Their size is a multiple of a power of two, so that windows begin at the same place of a
+    network's coarse grid: elsewhere, its values are a little different."""
+    unit = min(_COARSEST, 1 << max(0, most.bit_length() - 4))
+    faces = list[int]()
+    for begin, end in itertools.pairwise(marks):
+        number = max(1, math.ceil((end - begin - spare) / (most // unit * unit)))
+        core = math.ceil((end - begin) / number)
+        whole = math.ceil(core / unit) * unit
+        faces += range(begin, end, whole if whole <= most else core)
+    return (*faces, marks[-1])
+
+
+def _around(faces: Sequence[int], span: tuple[int, int], window: int, raw: tuple[int, int] | None) -> tuple[int, ...]:
+    """Window starts: each window has its core in the middle, moved inside the span if it is large enough."""
+    begin, end = span
+    if end - begin < window:
+        return _scan(span, window, window, raw) * (len(faces) - 1)
+    middles = (a - (window - (b - a)) // 2 for a, b in itertools.pairwise(faces))
+    return tuple(min(max(start, begin), end - window) for start in middles)
+
+
 def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.Tensor:
     """Return the weight of a window's voxels, float32 (d, h, w).
 
@@ -223,8 +339,8 @@ def importance_map(window: Sequence[int], blending: str = "gaussian") -> torch.T
     """
     import torch
 
-    if blending not in BLENDINGS:
-        raise InputError(f"blending must be one of {', '.join(BLENDINGS)}, got {blending!r}")
+    if blending not in BLENDINGS[1:]:
+        raise InputError(f"blending must be one of {', '.join(BLENDINGS[1:])}, got {blending!r}")
     size = whole_index(window, "window", 1)
     if blending == "constant":
         return torch.ones(size, dtype=torch.float32)

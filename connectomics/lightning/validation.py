@@ -14,7 +14,7 @@ from connectomics.cellmap.label_codes import LabelCodes
 from connectomics.config import RunConfig
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.sliding import plan
-from connectomics.inference.windows import WindowFit
+from connectomics.inference.windows import BLOCK, WindowFit
 
 _PREDICTION = 3 << 30  # largest prediction of a block in bytes, if blocks of 32 voxels per side allow it
 _SLAB = 1 << 24  # labels (classes times voxels) unpacked at a time, 5 bytes each
@@ -50,7 +50,7 @@ def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: 
     The block is halved along x first, because blocks that are neighbors along x share their windows, then along z and
     y, until its prediction takes at most 3 GiB. No side becomes smaller than 32 voxels.
     """
-    size = [min(b, n) for b, n in zip(config.inference.block_size, grid.shape, strict=True)]
+    size = [min(b, n) for b, n in zip(config.inference.block_size or (BLOCK,) * 3, grid.shape, strict=True)]
     settings: dict[str, Any] = {
         "channels": channels,
         "window": window,
@@ -58,6 +58,7 @@ def validation_block(config: RunConfig, grid: VoxelGrid, channels: int, window: 
         "batch_size": 1 if config.inference.batch_size == "auto" else config.inference.batch_size,
         "context": config.inference.context,
         "fit": WindowFit.of(config),
+        "blending": config.inference.blending,
     }
     while plan(grid, block_size=size, **settings).bytes > _PREDICTION:
         axes = [axis for axis in ((2,) if size[2] > _LEAST else (0, 1)) if size[axis] > _LEAST]

@@ -285,7 +285,8 @@ def _choose_2d(
     epoch = 400 * plan.settings["data.batch_size"]
     plan.choose("data.patches_per_epoch", epoch, "400 steps between validations")
     plan.choose("inference.window", [16, 2 * side, 2 * side], "16 planes, twice a patch wide; smaller in small volumes")
-    plan.choose("inference.overlap", [0.0, 0.125, 0.125], "planes are independent; a quarter of a patch within them")
+    reason = f"planes are independent; within them, {round(side * 0.0625)} voxels at each face of a window are dropped"
+    plan.choose("inference.overlap", [0.0, 0.0625, 0.0625], reason)
     isotropic = voxel[0] == voxel[1]
     if isotropic:
         plan.choose("inference.tta", "planes", "the average over the planes along z, y and x, in four orientations")
@@ -307,6 +308,8 @@ def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: floa
         plan.reasons.append(f"a patch is {edge * size:.0f} nm wide; for more context add a coarser input (data.inputs)")
     extents = "x".join(f"{v:.0f}" for v in data.extents_nm)
     plan.choose("data.patch_size", [edge] * 3, f"{edge * size:.0f} nm wide; crops are {extents} nm (median)")
+    if edge >= 96:
+        plan.reasons.append("windows of 208 voxels predict larger volumes, at 1.3 times their voxels (docs/guide.md)")
     plan.choose("data.batch_size", 1, "a starting point")
     plan.choose("data.patches_per_epoch", EPOCH_PATCHES, "the default")
     if minutes is None:

@@ -22,11 +22,12 @@ from connectomics.config.output import wants_pyramid
 from connectomics.config.schema import EngineConfig
 from connectomics.data.dataset.build import inputs_of
 from connectomics.errors import BlocksFailedError, InputError, MissingError
+from connectomics.geometry import index
 from connectomics.inference.artifact import save_cellmap_predictions as save_cellmap_predictions
 from connectomics.inference.augmented import dropout_on
 from connectomics.inference.predict_task import PredictTask, given
 from connectomics.inference.symmetry import symmetries
-from connectomics.inference.windows import WindowFit, overlap_per_axis
+from connectomics.inference.windows import WindowFit, window_for
 from connectomics.io.location import absolute
 from connectomics.io.place import output_place
 from connectomics.io.sharded import Storage
@@ -264,6 +265,7 @@ def network_tasks(
     normalizations = normalizations_of(config, [network.config for network in networks.values()], catalog, chosen)
     on_gpu = {"16-mixed": "fp16", "bf16-mixed": "bf16", "32": "32"}[config.training.precision]
     out, storage, fit = output_place(output_dir), Storage.of(config.output), WindowFit.of(config)
+    windows = [window_for(trained, max(t.grids.values(), key=lambda grid: grid.size).box) for t in chosen]
     return [
         NetworkPredictTask(
             raw=absolute(catalog.raw_location(target.dataset)),
@@ -271,15 +273,15 @@ def network_tasks(
             classes=channels,
             targets=grids_of(target, channels, about, config.voxel_size),
             voxel_size=config.voxel_size,
-            window=config.window,
+            window=window,
             checkpoint=common_hash(list(networks)),
             checkpoints=tuple(map(os.path.abspath, checkpoints)),
             normalization=normalizations[target.dataset],
-            overlap=overlap_per_axis(options.overlap),
+            overlap=overlap,
             multiple=None if fit is None else fit.multiple,
             blending=options.blending,
             context=None if options.context is None else (options.context,) * 3,
-            block_size=(options.block_size[0], options.block_size[1], options.block_size[2]),
+            block_size=None if options.block_size is None else index(options.block_size),
             batch_size=options.batch_size,
             precision="32" if device == "cpu" else on_gpu,
             channels_last=options.channels_last,
@@ -296,5 +298,5 @@ def network_tasks(
             about=about,
             storage=storage,
         )
-        for target in chosen
+        for target, (window, overlap) in zip(chosen, windows, strict=True)
     ]

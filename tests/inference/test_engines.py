@@ -51,7 +51,8 @@ def test_two_processes_write_what_one_does(root: Path, checkpoint: Path, tmp_pat
     from connectomics.pipeline.targets import targets_of
 
     config = box_config(root)
-    config = replace(config, inference=replace(config.inference, dtype="float16", context=0))
+    as_monai = replace(config.inference, dtype="float16", context=0, blending="gaussian", overlap=0.25)
+    config = replace(config, inference=as_monai)
     targets = targets_of(config, box=BOX)
     (here,) = predict(root, checkpoint, tmp_path / "a", config, targets=targets)
     (there,) = predict(root, checkpoint, tmp_path / "b", replace(config, engine=TWO), targets=targets)

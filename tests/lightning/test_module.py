@@ -75,8 +75,9 @@ def module() -> ConnectomicsModule:
 def predicted(module: ConnectomicsModule, crop: MadeUpCrop) -> np.ndarray:
     """The whole crop in one block."""
     blocks = predict_blocks(
-        crop.read_image, crop.grid, module.probabilities, channels=2, window=16, overlap=0.25, block_size=64
-    )
+        crop.read_image, crop.grid, module.probabilities, channels=2, window=16,
+        overlap=module.config.inference.overlap, blending=module.config.inference.blending, block_size=64,
+    )  # fmt: skip
     return next(iter(blocks))[1] > 0.5
 
 

@@ -121,8 +121,9 @@ def module_by(rules: str) -> ConnectomicsModule:
 def by_hand(module: ConnectomicsModule, crop: Annotated) -> list[LabelEvaluation]:
     """Predicted in one block, stored as uint8, decoded whole, and compared as ``evaluate`` does."""
     blocks = predict_blocks(
-        crop.read_image, crop.grid, module.probabilities, channels=3, window=16, overlap=0.25, block_size=64
-    )
+        crop.read_image, crop.grid, module.probabilities, channels=3, window=16,
+        overlap=module.config.inference.overlap, blending=module.config.inference.blending, block_size=256,
+    )  # fmt: skip
     stored = np.rint(next(iter(blocks))[1] * 255).astype(np.uint8)
     parameters = decode_parameters(CLASSES, {}, DECODING)
     rows = []

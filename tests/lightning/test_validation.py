@@ -30,13 +30,19 @@ def test_few_classes_are_validated_in_the_blocks_of_the_configuration() -> None:
 
 
 @pytest.mark.parametrize("side", [256, 400])
-def test_48_classes_take_no_more_than_3_gib_and_a_half_more_windows(side: int) -> None:
-    config = tiny_config(inference__block_size=[256] * 3)
+@pytest.mark.parametrize(
+    ("blending", "overlap", "asked_gib", "more"), [("gaussian", 0.25, 8, 1.5), ("crop", 0.125, 2, 1)]
+)
+def test_48_classes_take_no_more_than_3_gib_and_a_half_more_windows(
+    side: int, blending: str, overlap: float, asked_gib: int, more: float
+) -> None:
+    config = tiny_config(inference__block_size=[256] * 3, inference__blending=blending, inference__overlap=overlap)
     size = validation_block(config, a_grid(side), 48, [128] * 3)
-    chosen, asked = (plan(a_grid(side), channels=48, window=128, block_size=s) for s in (size, 256))
-    assert asked.bytes > 8 << 30
+    options = dict(channels=48, window=128, overlap=overlap, blending=blending)
+    chosen, asked = (plan(a_grid(side), block_size=s, **options) for s in (size, 256))
+    assert asked.bytes > asked_gib << 30
     assert chosen.bytes <= 3 << 30
-    assert chosen.windows <= 1.5 * asked.windows
+    assert chosen.windows <= more * asked.windows
 
 
 def test_slabs_are_the_labels_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,8 @@ from connectomics.cellmap.catalog import Catalog
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Box, VoxelGrid
+from connectomics.inference.windows import window_for
 from connectomics.pipeline.data_facts import across_datasets, data_facts
 from connectomics.pipeline.plan import MachineFacts, hours, propose
 from connectomics.pipeline.trial_step import try_step
@@ -113,6 +114,8 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     (large,), (small,) = propose(data, H200, "r"), propose(data, CPU, "r")
     assert large.settings["model.mednext_size"] == "B"
     assert large.settings["data.patch_size"] == [128] * 3
+    assert window_for(large.config(), Box((0, 0, 0), (1e5, 1e5, 1e5)))[0] == (208, 208, 208)
+    assert any("windows of 208 voxels" in reason for reason in large.reasons)
     large.step_seconds = 1.0
     assert hours(large) == pytest.approx(300 * 2000 / 3600)
     assert (small.settings["model.architecture"], small.settings["training.precision"]) == ("unet_2d", "32")
