@@ -60,8 +60,7 @@ class PredictTask(BlockTask):
         checkpoint, checkpoints: hash of the networks' weights, and their files; none if they were given in memory.
         normalization: how raw values become the network's input.
         overlap, blending, context, batch_size: see `predict_blocks`; batch_size also ``auto``: by trial in each worker.
-        multiple: of `WindowFit`; None: windows do not shrink.
-        block_size: voxels of the network's lattice in memory at once, z y x, at most; None: see `Layout`.
+        multiple, block_size: of `WindowFit`, None: windows do not shrink; voxels in memory at once, None: see `Layout`.
         precision, compile: ``32``, or ``bf16`` or ``fp16`` (automatic mixed precision); whether to use `torch.compile`.
         channels_last: memory format of the network; None: if it pays (a GPU with mixed precision).
         dtype, pyramid: ``uint8`` (255 p) or ``float16`` (p); also coarser levels, if need be of a finished prediction.
