@@ -126,7 +126,7 @@ class CellMapDataModule(pl.LightningDataModule):
             raise InputError(
                 f"cannot resume: the {', the '.join(changed[:3])}{more} changed after the run began; to train on the "
                 f"new data, start another run (--run-dir) with model.weights={self.run_dir or 'CHECKPOINT'}; to "
-                "resume, restore the data, with their times (cp -a, rsync -a)"
+                "resume, restore the data"
             )
         self._seen = {**state_dict["seen"], **self._seen}
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import product
 from math import prod
 from typing import Any
@@ -27,7 +28,7 @@ _SAMPLE_BYTES = 1 << 16  # of each: a whole chunk of a Zarr v2 array, the beginn
 _CONTENT, _ABSENT = "content", "...."
 
 
-def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
+def content_identity(source: Multiscale, grid: VoxelGrid | None = None, *, whole: bool = False) -> str:
     """Return an identity of a volume's content: ``content-{metadata}-{samples}``, hexadecimal.
 
     ``metadata`` is a hash of the levels' grids, types and chunks. ``samples`` has four digits for each of 27 chunks
@@ -36,6 +37,7 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
 
     Args:
         grid: what is read (`Multiscale.read_raw`); None: all of the finest level.
+        whole: all bytes of all chunks, instead of samples.
 
     Raises:
         StoreError: the store cannot be reached.
@@ -47,11 +49,13 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None) -> str:
     ]
     spans = list(zip(begin, end, strict=True))
     axes = [sorted({low + (high - 1 - low) * n // 2 for n in range(_SAMPLES_PER_AXIS)}) for low, high in spans]
+    if whole:
+        axes = [list(range(low, high)) for low, high in spans]
     is_empty = any(high <= low for low, high in spans)
     places = [] if is_empty else [array.chunk_location(index) for index in product(*axes)]
     remote = is_s3(array.location)
-    samples = s3.in_parallel(lambda at: _remote_sample(array, at), places) if remote else map(_local_sample, places)
-    marks = "".join(_ABSENT if s is None else hashlib.sha256(repr(s).encode()).hexdigest()[:4] for s in samples)
+    sample = partial(_remote_sample, array) if remote else partial(_local_sample, most=-1 if whole else _SAMPLE_BYTES)
+    marks = "".join(s3.in_parallel(lambda place: _mark(sample(place)), places))
     metadata = hashlib.sha256(json.dumps([levels, spans], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return f"{_CONTENT}-{metadata}-{marks}"
 
@@ -111,11 +115,15 @@ def fingerprints(source: Multiscale, grid: VoxelGrid | None = None) -> tuple[str
     return both[0].hexdigest(), both[1].hexdigest()
 
 
-def _local_sample(path: str) -> Any:
-    """Size and first bytes of a chunk, None if it is absent."""
+def _mark(sample: Any) -> str:
+    return _ABSENT if sample is None else hashlib.sha256(repr(sample).encode()).hexdigest()[:4]
+
+
+def _local_sample(path: str, most: int) -> Any:
+    """Size and first bytes of a chunk (-1: all), None if it is absent."""
     try:
         with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size, file.read(_SAMPLE_BYTES)
+            return os.fstat(file.fileno()).st_size, file.read(most)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
