@@ -36,6 +36,7 @@ CHORD_PIXELS = 12.0
 ANISOTROPIC = 1.5
 #: Share of the faces of instances that are shared with another instance, above which the network learns boundaries.
 TOUCHING = 0.02
+_INVERTED_FROM = 30  # CPU minutes of training from which more inverted patches cost nothing
 _CPU_MINUTES = 120.0
 _EPOCHS = 300
 _VIEW_NM = 1000.0  # width of a patch that is enough to recognize large organelles
@@ -295,6 +296,9 @@ def _choose_2d(
     plan.choose("optimizer.lr", 2e-3, "docs/recipe.md")
     plan.choose("optimizer.weight_decay", 1e-2, "docs/recipe.md")
     plan.choose("training.max_cpu_minutes", _CPU_MINUTES if minutes is None else minutes, _said(minutes))
+    if plan.settings["training.max_cpu_minutes"] >= _INVERTED_FROM:
+        reason = "for raw of the opposite contrast; shorter trainings lose by it (docs/recipe.md)"
+        plan.choose("data.intensity", {"invert": {"prob": 0.3}}, reason)
 
 
 def _choose_3d(plan: Plan, data: DataFacts, machine: MachineFacts, minutes: float | None) -> None:

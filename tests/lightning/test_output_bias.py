@@ -17,7 +17,7 @@ from connectomics.errors import ConfigError
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.output_bias import begin_at_prevalence, output_biases
-from connectomics.models import has_deep_supervision, register_model
+from connectomics.models import has_deep_supervision, register_model, registry
 from connectomics.models.heads import ids_of
 from connectomics.pipeline.train import train
 from tests.lightning.heads_run import HeadPatches, head_config
@@ -121,7 +121,9 @@ def test_fine_tuning_sets_new_classes_only(tmp_path: Path) -> None:
     assert [bias.tolist()[1] for bias in output_biases(module)] == [-4.0]
 
 
-def test_what_cannot_be(tmp_path: Path) -> None:
+def test_what_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "ARCHITECTURES", dict(registry.ARCHITECTURES))
+
     def without(in_channels: int, out_channels: int) -> Any:
         return torch.nn.Conv3d(in_channels, out_channels, 1, bias=False)
 

@@ -123,6 +123,9 @@ def test_the_machine_decides_the_network(balls: Path) -> None:
     assert hours(small, cores=2) == pytest.approx(1), "120 CPU minutes on two cores"
     (fast,) = propose(data, replace(CPU, cpu_bf16=True), "r", minutes=30)
     assert (fast.settings["training.precision"], fast.settings["training.max_cpu_minutes"]) == ("bf16-mixed", 30)
+    assert fast.settings["data.intensity"] == {"invert": {"prob": 0.3}}
+    (short,) = propose(data, CPU, "r", minutes=29)
+    assert "data.intensity" not in short.settings, "shorter trainings lose by more inverted patches"
     (timed,) = propose(data, H200, "r", minutes=30)
     assert hours(timed) == pytest.approx(0.5)
     assert timed.settings["training.max_epochs"] == -1
