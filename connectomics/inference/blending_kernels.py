@@ -43,25 +43,28 @@ def quantized(
 
 @numba.njit(cache=True, nogil=True)
 def rounded(
-    values: NDArray[np.float32], y: int, x: int, out: NDArray[np.uint8], to_y: int, to_x: int, height: int, width: int
+    values: NDArray[np.float32],
+    part: tuple[int, int, int],
+    out: NDArray[np.uint8],
+    into: tuple[int, int, int],
+    shape: tuple[int, int, int],
 ) -> bool:
-    """out[..., to_y:, to_x:] = rint(255 p), p being ``values[..., y:, x:]`` from 0 to 1, of ``height`` rows.
+    """out = rint(255 p), p being ``values`` from 0 to 1: a box of ``shape`` voxels from ``part`` on, stored at ``into``.
 
-    Both are (C, d, h, w). Returns whether all values are probabilities (False also for NaN). Rows are vectorized.
+    Both are (C, d, h, w) and contiguous: with strides known, rows are vectorized. Returns whether all values are
+    probabilities (False also for NaN).
     """
-    row = np.empty(width, np.float32)
+    depth, height, width = shape
     fine = True
     for c in range(values.shape[0]):
-        for z in range(values.shape[1]):
-            for h in range(height):
-                given = values[c, z, y + h, x : x + width]
+        for z in range(depth):
+            for y in range(height):
+                given = values[c, part[0] + z, part[1] + y, part[2] : part[2] + width]
+                stored = out[c, into[0] + z, into[1] + y, into[2] : into[2] + width]
                 inside = np.int32(0)
                 for i in range(width):
                     value = given[i]
                     inside += np.int32((value >= LOWEST) & (value <= HIGHEST))
-                    row[i] = np.rint(min(max(value, _ZERO), _ONE) * _FULL)
-                stored = out[c, z, to_y + h, to_x : to_x + width]
-                for i in range(width):
-                    stored[i] = np.uint8(np.int32(row[i]))
+                    stored[i] = np.uint8(np.int32(np.rint(min(max(value, _ZERO), _ONE) * _FULL)))
                 fine &= inside == width
     return fine

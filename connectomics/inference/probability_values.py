@@ -86,16 +86,13 @@ def store(values: torch.Tensor, part: Part, out: NDArray[Any], into: Part) -> tu
     if out.dtype == np.uint8 and values.device.type == "cpu":
         from connectomics.inference.blending_kernels import rounded
 
-        array, (z0, y0, x0), (z1, y1, x1) = (
-            values.contiguous().numpy(),
-            (s.start for s in part),
-            (s.start for s in into),
-        )
-        depth, height, width = (s.stop - s.start for s in part)
+        array, depth = values.contiguous().numpy(), part[0].stop - part[0].start
+        (z0, y0, x0), (z1, y1, x1) = (s.start for s in part), (s.start for s in into)
+        height, width = (s.stop - s.start for s in part[1:])
 
         def work(z: int) -> bool:
-            here, there = array[:, z0 + z : z0 + min(z + _PLANES, depth)], out[:, z1 + z : z1 + min(z + _PLANES, depth)]
-            return rounded(here, y0, x0, there, y1, x1, height, width)
+            shape = min(_PLANES, depth - z), height, width
+            return rounded(array, (z0 + z, y0, x0), out, (z1 + z, y1, x1), shape)
 
         if all(in_threads(work, range(0, depth, _PLANES), "divide")):
             return 0.0, 1.0

@@ -23,7 +23,11 @@ def grid_of(shape: tuple[int, int, int]) -> VoxelGrid:
 
 
 class Net(torch.nn.Module):
-    """Two convolutions with zero padding, so that the distance to a window's face matters."""
+    """Two convolutions with zero padding, so that the distance to a window's face matters.
+
+    Weights, and the values of `Volume`, have few binary digits, so sums are exact: processors add in different orders,
+    which depend on the batch.
+    """
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
@@ -32,11 +36,12 @@ class Net(torch.nn.Module):
             torch.nn.Conv3d(1, 4, 3, padding=1),
             torch.nn.ReLU(),
             torch.nn.Conv3d(4, channels, 5, padding=2, dilation=1),
-            torch.nn.Sigmoid(),
         )
+        for weights in self.parameters():
+            weights.data.mul_(32).round_().div_(32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+        return (self.layers(x) / 4 + 0.5).clamp(0, 1)
 
 
 class Volume:
@@ -44,7 +49,7 @@ class Volume:
 
     def __init__(self, shape: tuple[int, int, int], seed: int = 0) -> None:
         self.grid = grid_of(shape)
-        self.array = np.random.default_rng(seed).random(shape, dtype=np.float32)
+        self.array = np.random.default_rng(seed).integers(0, 64, shape).astype(np.float32) / 64
         self.reads: list[VoxelGrid] = []
 
     def read(self, grid: VoxelGrid) -> np.ndarray:
