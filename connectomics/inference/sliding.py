@@ -9,7 +9,7 @@ the whole array.
 A block runs the windows that touch it; its values do not depend on which other blocks are computed. With windows of w
 voxels and blocks of B that would be about (1 + w/B)^3 times the forward passes. Blocks that follow each other along x
 share: common windows are run once and their weighted sums carried over, which leaves (1 + w/B)^2. Batches depend on the
-lattice, the block and the raw alone, so a resumed run repeats the same arithmetic to the bit.
+lattice, the block and the raw alone, so a resumed run with the same batch size repeats the same arithmetic to the bit.
 
 Windows can be left out: those of constant raw, those outside a mask, and those without any raw. A voxel is then the
 weighted mean over its other windows, and 0 if there are none.
