@@ -152,7 +152,7 @@ def _print_missing(missing: Missing) -> None:
     rows: list[list[object]] = []
     for item, files in zip(plan.items, missing.items, strict=True):
         left = terminal.size(sum(file.size for file in files))
-        rows.append([item.name, len(item.files), terminal.size(item.size), left, item.absent or ""])
+        rows.append([item.name, len(item.files), terminal.size(item.size), left, len(item.absent) or ""])
     rows.append(["all", plan.number, terminal.size(plan.size), terminal.size(missing.size), ""])
     terminal.table(["item", "objects", "size", "to fetch", "chunks not stored"], rows)
 

@@ -49,7 +49,7 @@ def rounded(
     into: tuple[int, int, int],
     shape: tuple[int, int, int],
 ) -> bool:
-    """out = rint(255 p), p being ``values`` from 0 to 1: a box of ``shape`` voxels from ``part`` on, stored at ``into``.
+    """out = rint(255 p), p being ``values`` from 0 to 1: ``shape`` voxels from ``part`` on, stored from ``into`` on.
 
     Both are (C, d, h, w) and contiguous: with strides known, rows are vectorized. Returns whether all values are
     probabilities (False also for NaN).

@@ -105,6 +105,33 @@ def test_nothing_comes_twice_and_what_is_damaged_comes_again(server: FolderServe
     assert Missing.below(tmp_path, plan).number == 0
 
 
+def test_chunks_that_the_store_has_no_more_are_removed_as_they_would_be_read(phantom: Path, tmp_path: Path) -> None:
+    """The crop was annotated again, and an empty chunk is not stored; likewise of raw. Other files stay."""
+    there, here = tmp_path / "store", tmp_path / "root"
+    shutil.copytree(phantom, there)
+    with FolderServer(there) as server:
+        options, plan = options_of(server), plan_of(server, ["mito"])
+        transfer(Missing.below(here, plan), here, options)
+        chunks = [(item, file.path) for item in plan.items for file in item.files if not file.is_metadata]
+        labels = next(path for item, path in chunks if item.whole)
+        raw = next(path for item, path in chunks if "/raw" in item.name)
+        for path in (labels, raw):
+            (there / path).unlink()
+        own = here / labels.replace("/s0/", "/s0/notes-")
+        own.parent.mkdir(parents=True, exist_ok=True)
+        own.write_text("mine")
+        left = Missing.below(here, plan_of(server, ["mito"]))
+        assert {place.relative_to(here).as_posix() for place in left.stale} == {labels, raw}
+        array = labels.split("/s0/")[0] + "/s0"  # is not there while it holds a stale chunk
+        assert {file.path for files in left.items for file in files} == {f"{array}/.zarray", f"{array}/.zattrs"}
+        transfer(left, here, options)
+        assert not (here / labels).exists()
+        assert not (here / raw).exists()
+        assert own.exists()
+        left = Missing.below(here, plan_of(server, ["mito"]))
+        assert (left.number, left.stale) == (0, ())
+
+
 def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_path: Path) -> None:
     with MotoServer() as moto:
         moto.put("a/one", b"abc")

@@ -52,13 +52,13 @@ class FetchItem:
     Attributes:
         name: ``jrc_cos7-1a/crop234/mito``, ``jrc_cos7-1a/raw/s1``, ``jrc_cos7-1a/metadata``.
         files: sorted by key.
-        absent: number of chunks that the store does not have.
+        absent: paths of the chunks of raw that the store does not have.
         whole: a label array, which reads wrongly if some of its chunks are missing.
     """
 
     name: str
     files: tuple[RemoteFile, ...]
-    absent: int = 0
+    absent: frozenset[str] = frozenset()
     whole: bool = False
 
     @property
@@ -164,7 +164,8 @@ class _Lister:
         for at in level_keys:
             found += self._metadata_at(at)
         there = {key for key, _, _ in found}
-        return FetchItem(name, tuple(sorted(self._file(*item) for item in set(found))), len(keys - there))
+        absent = frozenset(self._path(key) for key in keys - there)
+        return FetchItem(name, tuple(sorted(self._file(*item) for item in set(found))), absent)
 
     def metadata(self, groups: Sequence[str]) -> FetchItem:
         """The metadata of these groups and of all groups above them."""
@@ -183,5 +184,7 @@ class _Lister:
         return [item for item in listed if PurePosixPath(item[0]).name in _METADATA]
 
     def _file(self, key: str, size: int, etag: str) -> RemoteFile:
-        path = key.removeprefix(f"{self.base}/") if self.base else key
-        return RemoteFile(key, size, etag.strip('"'), path)
+        return RemoteFile(key, size, etag.strip('"'), self._path(key))
+
+    def _path(self, key: str) -> str:
+        return key.removeprefix(f"{self.base}/") if self.base else key

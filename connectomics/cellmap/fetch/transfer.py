@@ -42,22 +42,32 @@ class Missing:
 
     Attributes:
         items: for each item of the plan, in its order, the missing objects.
+        stale: chunks below the root that were fetched, and that the store does not have any more.
     """
 
     plan: FetchPlan
     items: tuple[tuple[RemoteFile, ...], ...]
+    stale: tuple[Path, ...] = ()
 
     @classmethod
     def below(cls, root: Path, plan: FetchPlan) -> Missing:
-        """Compare with the root. If a chunk of a label array is missing, its metadata counts as missing, too."""
-        known = _read_log(root)
-        found = []
+        """Compare with the root. Metadata of a label array is missing if a chunk of it is missing or stale."""
+        known, (_, base) = _read_log(root), split_s3(plan.source)
+        before = f"{base}/" if base else ""
+        found, stale = list[tuple[RemoteFile, ...]](), list[Path]()
         for item in plan.items:
             lacking = {file for file in item.files if not _is_fetched(file, root, known)}
-            if item.whole and lacking:
+            others = (root / path for path in item.absent)
+            if item.whole:
+                there = {_place(file, root) for file in item.files}
+                folders = {_place(file, root).parent for file in item.files if file.is_metadata}
+                others = (place for folder in folders for place in folder.rglob("*") if place not in there)
+            gone = [p for p in others if before + p.relative_to(root).as_posix() in known and p.is_file()]
+            stale += gone
+            if item.whole and (lacking or gone):
                 lacking |= {file for file in item.files if file.is_metadata}
             found.append(tuple(sorted(lacking)))
-        return cls(plan, tuple(found))
+        return cls(plan, tuple(found), tuple(stale))
 
     @property
     def number(self) -> int:
@@ -103,7 +113,8 @@ def transfer(
     Each object appears in one step. Its size is compared with the listing, and its bytes with the ETag if that is an
     MD5 sum (objects uploaded in parts have another one). An object that fails does not stop the others. The metadata of
     an array is written after all of its chunks, and only if none failed: an incomplete label array cannot be opened, so
-    it never reads as "absent". Memory: one object per thread. Partial files of a killed fetch are removed.
+    it never reads as "absent". Stale chunks, which would be read, and partial files of a killed
+    fetch are removed. Memory: one object per thread.
 
     Args:
         progress: called after each object, in this thread.
@@ -150,6 +161,8 @@ def transfer(
                 for file in files:
                     if file.is_metadata:
                         _place(file, root).unlink(missing_ok=True)
+        for place in missing.stale:
+            place.unlink(missing_ok=True)
         every = [(number, file) for number, files in enumerate(missing.items) for file in files]
         broken = bring(pair for pair in every if not pair[1].is_metadata)
         bring(pair for pair in every if pair[1].is_metadata and pair[0] not in broken)
