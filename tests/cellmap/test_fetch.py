@@ -105,6 +105,23 @@ def test_nothing_comes_twice_and_what_is_damaged_comes_again(server: FolderServe
     assert Missing.below(tmp_path, plan).number == 0
 
 
+def test_a_chunk_that_the_store_no_longer_has_goes(phantom: Path, tmp_path: Path) -> None:
+    """Writers leave out chunks of zeros: a new version of labels can have fewer of them."""
+    source = shutil.copytree(phantom, tmp_path / "source")
+    with FolderServer(source) as server:
+        transfer(Missing.below(tmp_path / "here", plan_of(server, ["mito"])), tmp_path / "here", options_of(server))
+        (array,) = {path.parent for path in (tmp_path / "here").rglob("mito/s0/.zarray")}
+        chunk = next(path for path in sorted(array.rglob("*")) if path.is_file() and not path.name.startswith("."))
+        (source / chunk.relative_to(tmp_path / "here")).unlink()
+        missing = Missing.below(tmp_path / "here", plan_of(server, ["mito"]))
+        assert missing.gone == (str(chunk.relative_to(tmp_path / "here")),)
+        assert transfer(missing, tmp_path / "here", options_of(server)) == missing.number > 0
+        assert not chunk.exists()
+        assert (array / ".zarray").is_file()
+        after = Missing.below(tmp_path / "here", plan_of(server, ["mito"]))
+        assert (after.number, after.gone) == (0, ())
+
+
 def test_md5_sums_are_compared_where_the_store_gives_them(phantom: Path, tmp_path: Path) -> None:
     with MotoServer() as moto:
         moto.put("a/one", b"abc")

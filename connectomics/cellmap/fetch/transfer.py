@@ -12,7 +12,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from connectomics.cellmap.crop_table import CropTable
@@ -42,22 +42,25 @@ class Missing:
 
     Attributes:
         items: for each item of the plan, in its order, the missing objects.
+        gone: paths below the root of fetched chunks of label arrays that the store no longer has.
     """
 
     plan: FetchPlan
     items: tuple[tuple[RemoteFile, ...], ...]
+    gone: tuple[str, ...] = ()
 
     @classmethod
     def below(cls, root: Path, plan: FetchPlan) -> Missing:
-        """Compare with the root. If a chunk of a label array is missing, its metadata counts as missing, too."""
+        """Compare with the root. If a label array lacks a chunk, or has one too many, its metadata is missing, too."""
         known = _read_log(root)
+        gone = _gone(plan, root, known)
         found = []
-        for item in plan.items:
+        for number, item in enumerate(plan.items):
             lacking = {file for file in item.files if not _is_fetched(file, root, known)}
-            if item.whole and lacking:
+            if item.whole and (lacking or number in gone):
                 lacking |= {file for file in item.files if file.is_metadata}
             found.append(tuple(sorted(lacking)))
-        return cls(plan, tuple(found))
+        return cls(plan, tuple(found), tuple(path for paths in gone.values() for path in paths))
 
     @property
     def number(self) -> int:
@@ -150,6 +153,8 @@ def transfer(
                 for file in files:
                     if file.is_metadata:
                         _place(file, root).unlink(missing_ok=True)
+        for path in missing.gone:
+            root.joinpath(path).unlink(missing_ok=True)
         every = [(number, file) for number, files in enumerate(missing.items) for file in files]
         broken = bring(pair for pair in every if not pair[1].is_metadata)
         bring(pair for pair in every if pair[1].is_metadata and pair[0] not in broken)
@@ -160,6 +165,29 @@ def transfer(
             "run the same command again: fetched objects are kept"
         )
     return done
+
+
+def _gone(plan: FetchPlan, root: Path, known: Iterable[str]) -> dict[int, list[str]]:
+    """Return, by number of a label array in the plan, paths below the root of fetched objects that the store no longer
+    has. They would be read as chunks of the present version."""
+    arrays = {
+        file.key.rpartition("/")[0]: (number, file)
+        for number, item in enumerate(plan.items)
+        for file in item.files
+        if item.whole and file.is_metadata
+    }
+    there = {file.key for item in plan.items if item.whole for file in item.files}
+    found: dict[int, list[str]] = {}
+    for key in known:
+        folder = key if key not in there else ""
+        while folder and folder not in arrays:
+            folder = folder.rpartition("/")[0]
+        if folder:
+            number, file = arrays[folder]
+            place = _place(replace(file, path=key.removeprefix(file.key.removesuffix(file.path))), root)
+            if place.is_file():
+                found.setdefault(number, []).append(str(place.relative_to(root)))
+    return found
 
 
 def _refuse_foreign(missing: Missing, root: Path) -> None:
