@@ -115,11 +115,24 @@ class CellMapDataModule(pl.LightningDataModule):
 
     # -- what a checkpoint keeps -------------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Return `seen_data` of all crops, as they were at `setup`."""
-        return {"seen": self._seen}
+        """Return the split, and `seen_data` of all crops, as they were at `setup`."""
+        split = self.split
+        return {"seen": self._seen, "split": None if split is None else [list(split.train), list(split.val)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise `InputError` if crops have changed since the run of a checkpoint, which resumes, has seen them."""
+        """Raise `InputError` if crops have changed since the run of a checkpoint, which resumes, has seen them, and
+        `ConfigError` if it would validate on others; warn if it would train on others."""
+        if (split := state_dict.get("split")) and self.split is not None:
+            train, val = map(set, split)
+            if other := sorted(val ^ set(self.split.val)):
+                raise ConfigError(
+                    f"cannot resume: the split was edited after the run began, and {_are(other)} "
+                    "validated on only now, or no longer; restore the split, or start another run with model.weights"
+                )
+            if (other := sorted(train ^ set(self.split.train))) and is_first_process():
+                log.warning(
+                    "the split was edited after the run began: %s trained on only now, or no longer", _are(other)
+                )
         changed = changes(state_dict["seen"], self._volumes(), "the checkpoint")
         if changed:
             more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -246,3 +259,7 @@ class CellMapDataModule(pl.LightningDataModule):
             seed=cfg.system.seed, rank=rank, world=world,
         )  # fmt: skip
         return FixedPatches(self._val.reader, list(sampler))
+
+
+def _are(entries: list[str]) -> str:
+    return f"{', '.join(entries[:3])}{', ...' if len(entries) > 3 else ''} {'is' if len(entries) == 1 else 'are'}"

@@ -11,6 +11,7 @@ import numpy as np
 
 from connectomics.cellmap.catalog import Crop, LabelArray, informs
 from connectomics.cellmap.classes import atoms_of
+from connectomics.cellmap.labels import arrays_needed
 from connectomics.config import RunConfig
 from connectomics.data.contents import Content, LabelCounter, check_states, content_of
 from connectomics.data.holdout import slabs
@@ -57,6 +58,7 @@ def run_split(
         _say_what_is_coarse(crops, usable, config)
         usable = _known(_annotated(usable, config), classes, counter)
         split = _make(config, usable, [content_of(crop, classes, counter) for crop in usable], margin)
+    _say_what_is_empty(usable, classes)
     train, val = split.select(usable, where)
     for crop in (*train, *val):
         crop.check_voxels()
@@ -203,6 +205,15 @@ def _known(crops: list[Crop], classes: Sequence[str], counter: LabelCounter) -> 
             ", ".join(classes), ", ".join(left[:4] + ["..."] * (len(left) > 4)),
         )  # fmt: skip
     return kept or crops
+
+
+def _say_what_is_empty(crops: Sequence[Crop], classes: Sequence[str]) -> None:
+    needed = [(crop.key, *item) for crop in crops for item in arrays_needed(crop, classes).items()]
+    if empty := [f"{name} in {key} {label.grid.shape}" for key, name, label in needed if not label.grid.size]:
+        log.warning(
+            "labels without voxels: %s; ingest them again, or remove them",
+            ", ".join(empty[:4] + ["..."] * (len(empty) > 4)),
+        )  # fmt: skip
 
 
 # -- labels that are too coarse ----------------------------------------------------------------------------------------

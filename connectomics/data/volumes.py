@@ -56,8 +56,16 @@ class CropVolume:
 
     @cached_property
     def grid(self) -> VoxelGrid:
-        """The crop's lattice: the run's voxel size, from the crop's first face to past its last."""
-        return VoxelGrid.covering(self.crop.box, self.voxel_size)
+        """The crop's lattice: the run's voxel size, from the crop's first face to past its last.
+
+        Without classes (a further input): on the raw's voxels, if it is stored at this voxel size. A patch of the input
+        has any offset from the lattice and is interpolated; raw that was interpolated before would be blurred twice.
+        """
+        grid = VoxelGrid.covering(self.crop.box, self.voxel_size)
+        if self.classes or not np.allclose((raw := self._raw_grid(self.voxel_size)).voxel_size, self.voxel_size):
+            return grid
+        first = np.floor(raw.to_index(grid.translation) + 1e-3).astype(int)
+        return raw.crop(first.tolist(), [n + 1 for n in grid.shape])
 
     @cached_property
     def normalized(self) -> Normalization:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,8 +14,12 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from connectomics.data.loader import PatchLoader
+from connectomics.errors import ConnectomicsError
+from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.lightning.module import ConnectomicsModule
 from connectomics.lightning.panels import panel
+
+log = logging.getLogger(__name__)
 
 
 class EndWorkers(Callback):
@@ -47,6 +53,41 @@ class BestCheckpoint(Callback):
         self.scored = scored
         self._linked = ""
 
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Continue with the scores of the checkpoints in this folder, which may have been moved.
+
+        A ``best.ckpt`` that is not the best one of the epochs before the resumed state is removed: it is of epochs that
+        are repeated, or of another run.
+        """
+        state = self._state(checkpoint)
+        if state is None:
+            return
+        folder, best = Path(str(self.scored.dirpath)), None
+        file = folder / "best.ckpt"
+        with contextlib.suppress(ConnectomicsError):
+            best = self._state(read_checkpoint(file))
+        known = best is not None and _best_of(best) == _best_of(state)
+        if file.is_file() and not known and trainer.is_global_zero:
+            log.warning("%s is of epochs after the resumed state, or of another run, and is removed", file)
+            file.unlink()
+        kept = {str(folder / Path(name).name): score for name, score in state["best_k_models"].items()}
+        kept = {name: score for name, score in kept.items() if known or Path(name).is_file()}
+        worst, first = (min, max) if self.scored.mode == "max" else (max, min)
+        if kept:
+            kth, top = worst(kept, key=kept.__getitem__), first(kept, key=kept.__getitem__)
+            state = {**state, "kth_best_model_path": kth, "kth_value": kept[kth], "best_model_path": top}
+        checkpoint["callbacks"][self.scored.state_key] = {
+            **(state if kept else self.scored.state_dict()),
+            "dirpath": self.scored.dirpath,
+            "best_k_models": kept,
+            "best_model_score": kept.get(state["best_model_path"]),
+        }
+
+    def _state(self, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a checkpoint says of the best ones by the same score, whatever else was set."""
+        states = [state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint")]
+        return next((state for state in states if state["monitor"] == self.scored.monitor), None)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Link the best checkpoint; those of the previous epoch are written."""
         self.link(trainer)
@@ -68,3 +109,8 @@ class BestCheckpoint(Callback):
             shutil.copyfile(best, temporary)
         os.replace(temporary, target)
         self._linked = str(best)
+
+
+def _best_of(state: dict[str, Any]) -> tuple[str, float]:
+    """Return the file name and score of the best checkpoint."""
+    return Path(state["best_model_path"]).name, float(state["best_model_score"] or 0.0)

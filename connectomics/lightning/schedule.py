@@ -67,7 +67,8 @@ class Schedule(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last optimizer step."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        last = batch_idx + 1 >= trainer.num_training_batches  # then the batches that are left make a step
+        if last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stop_at_the_end(trainer)
 
     def on_validation_start(self, *args: Any) -> None:

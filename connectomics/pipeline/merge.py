@@ -15,6 +15,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain, read
+from connectomics.data.splits import Split
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import find_arrays, open_prediction
@@ -24,6 +25,7 @@ from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
 from connectomics.io.write import ensure_group
+from connectomics.metrics.challenge.rules import DEFAULT_RULES
 from connectomics.pipeline.decode import decode_jobs, do_jobs
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.pipeline.runs import Run, best_values, open_run
@@ -88,10 +90,12 @@ def tuned_scores(folder: Path) -> dict[str, ClassScore]:
     if not file.is_file():
         raise MissingError(f"no {file}; give the folder that pytc tune wrote (its --out)")
     try:
-        rows: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))["classes"]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        rows: Mapping[str, Any] = stored["classes"]
+        by = "" if (rules := stored.get("rules", DEFAULT_RULES)) == DEFAULT_RULES else f" by {rules}"
         return {
             name: ClassScore(
-                str(row["measure"]),
+                f"{row['measure']}{by if row['measure'] == 'combined' else ''}",
                 float(row["best_score"]),
                 tuple(row["crops"]),
                 read(DecodeParameters, row["best"], f"{file}: {name}"),
@@ -104,8 +108,11 @@ def tuned_scores(folder: Path) -> dict[str, ClassScore]:
 
 def run_scores(run: Run) -> dict[str, ClassScore]:
     """Return the validation Dice of each class of a run, at the epoch of its best checkpoint."""
-    values = best_values(run)
-    return {name: ClassScore("dice", values[key]) for name in run.classes if (key := f"val/{name}/dice") in values}
+    values, split = best_values(run), run.folder / "split.yaml"
+    crops = Split.load(split).val if split.is_file() else ()
+    return {
+        name: ClassScore("dice", values[key], crops) for name in run.classes if (key := f"val/{name}/dice") in values
+    }
 
 
 def choose(
@@ -312,6 +319,11 @@ def _combine(
             dataset, crop, name = array
             choice = choices[name]
             roots = [root for root in choice.ranked if array in there[root]][: choice.average]
+            if roots[0] != choice.ranked[0] and choice.average == 1:
+                log.warning(
+                    "%s/%s: %s is from %s, since %s lacks the crop, but is decoded with the parameters of the latter",
+                    dataset, crop, name, roots[0], choice.ranked[0],
+                )  # fmt: skip
             places = [root / f"{dataset}.zarr" / crop / name for root in roots]
             target = folder / f"{dataset}.zarr" / crop / name
             if len(places) == 1:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import Split, kept_out, parse_entry
-from connectomics.errors import ConfigError, InputError, MissingError
+from connectomics.errors import ConfigError, ConnectomicsError, InputError, MissingError
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.normalization import Normalization
+from connectomics.io.place import TASK_FILE
+from connectomics.tasks.block_task import read_task
 
 log = logging.getLogger(__name__)
 
@@ -143,19 +146,29 @@ def chosen_targets(
         table = CropTable.resolve(crops)
     targets = targets_of(config, crop_table=table, box=box)
     if box is None and table is None and config.dataset.crop_table is None:
-        _name_trained(targets, checkpoints)
+        name_trained([f"{target.dataset}/{target.name}" for target in targets], checkpoints)
     return targets, table
 
 
-def _name_trained(targets: Sequence[Target], checkpoints: Sequence[Path]) -> None:
-    """Warn of crops that a network was trained on, as far as its run says so."""
+def name_trained(keys: Sequence[str], checkpoints: Iterable[str | Path]) -> None:
+    """Warn of crops (``dataset/crop``) that a network was trained on, as far as its run says so."""
     files = {Path(path).resolve().parent.parent / "split.yaml" for path in checkpoints}
     trained = {parse_entry(entry)[0] for file in files if file.is_file() for entry in Split.load(file).train}
-    if seen := [key for target in targets if (key := f"{target.dataset}/{target.name}") in trained]:
+    if seen := [key for key in keys if key in trained]:
         log.warning(
             "%d of these %d crops were used for training (%s%s): do not evaluate or tune on them; --crops val predicts "
-            "the others", len(seen), len(targets), ", ".join(seen[:3]), ", ..." if len(seen) > 3 else "",
+            "the others", len(seen), len(keys), ", ".join(seen[:3]), ", ..." if len(seen) > 3 else "",
         )  # fmt: skip
+
+
+def checkpoints_of(predictions: str | Path, keys: Iterable[str]) -> list[str]:
+    """Return the checkpoints that the tasks of predicted crops (``dataset/crop``) name, if there are tasks."""
+    found: list[str] = []
+    for dataset, crop in (key.split("/") for key in keys):
+        with suppress(ConnectomicsError):
+            task = read_task(store.join(predictions, f"{dataset}.zarr", crop, TASK_FILE))
+            found += task.get("checkpoints", ())
+    return found
 
 
 def normalizations_of(

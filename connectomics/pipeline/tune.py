@@ -32,6 +32,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.metrics.challenge.results import Panoptic
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules, get_rules
 from connectomics.pipeline.results import chosen_arrays
+from connectomics.pipeline.targets import checkpoints_of, name_trained
 from connectomics.pipeline.tune_results import TunedClass, write_results
 from connectomics.pipeline.tune_space import SearchSpace, Volume, pooled_scores, threshold_of
 from connectomics.progress import Progress, silent
@@ -65,9 +66,9 @@ def tune(
     """Choose threshold, method, minimum size, hole filling and seeds of every class for the score of the challenge.
 
     Crops are those of the predictions folder that have ground truth in the data root; use crops that the network was
-    not trained on. The base parameters are always tried first, so the result is never worse on these crops. Unknown
-    voxels are background in both volumes, as in ``evaluate``. Holds one class of all crops in memory (about 7 bytes a
-    voxel), beside what decoding takes.
+    not trained on (a warning names the others, if the run is there). The base parameters are always tried first, so the
+    result is never worse on these crops. Unknown voxels are background in both volumes, as in ``evaluate``. Holds one
+    class of all crops in memory (about 7 bytes a voxel), beside what decoding takes.
 
     Args:
         predictions_dir: folder that ``predict`` wrote.
@@ -101,6 +102,8 @@ def tune(
     catalog = Catalog.open(root)
     begin = time.monotonic()
     found_in = {n: _predictions(Path(predictions_dir), catalog, found, n, parameters[n]) for n in names}
+    keys = sorted({prediction.crop.key for name in chosen for prediction in found_in[name]})
+    name_trained(keys, checkpoints_of(predictions_dir, keys))
     result: dict[str, TunedClass] = {}
     for index, name in enumerate(chosen):
         left = None if seconds is None else (begin + seconds - time.monotonic()) / (len(chosen) - index)

@@ -19,6 +19,8 @@ from connectomics.data.sampling import PatchRequest, place_patch
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError
 from connectomics.geometry import VoxelGrid
+from connectomics.inference.raw import FurtherInput, RawSource
+from connectomics.io.normalization import Normalization
 from tests.cellmap.roots import write_label, write_raw
 
 BOTH = ["image", "label"]
@@ -133,6 +135,20 @@ def test_raw_and_label_stay_registered(name: str, ball_root: Path) -> None:
     # a 0/1 label lags behind a move of less than half a voxel to either side alike; what must not be is a bias
     assert np.abs(np.mean(differences, axis=0)).max() < 0.1
     assert np.abs(differences).max() < 0.4
+
+
+def test_a_further_input_is_what_prediction_reads(tmp_path: Path) -> None:
+    """Noise shows every interpolation: a training patch may be interpolated no more often than a prediction window."""
+    grid = VoxelGrid((4.0, 4.0, 4.0), (0.0, 0.0, 0.0), (120, 120, 120))
+    noise = np.random.default_rng(0).integers(1, 255, grid.shape, dtype=np.uint8)
+    location = write_raw(tmp_path, "set-a", noise, grid, levels=3)
+    labels = VoxelGrid((8.0, 8.0, 8.0), (210.0, 214.0, 218.0), (18, 19, 20))  # 2, 6, 10 nm from a voxel of 16 nm
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones(labels.shape, np.uint8), labels)
+    dataset = dataset_of(tmp_path, inputs=(((16.0,) * 3, (8, 9, 10)),), patch_size=(10, 10, 10))
+    predicted = FurtherInput(RawSource(str(location), Normalization()).read, (16.0,) * 3, (8, 9, 10))
+    for seed in range(4):
+        patch = patch_of(dataset, seed)
+        np.testing.assert_allclose(patch.images[1][0], predicted.around(patch.grid), atol=1 / 255)
 
 
 def test_a_turned_plane_is_an_exact_copy(tmp_path: Path) -> None:

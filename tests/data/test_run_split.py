@@ -378,3 +378,13 @@ def test_an_empty_crop_beside_another_is_refused_or_left_out_with_a_warning(
         assert all(entry.startswith("mine/crop1:") for entry in (*module.split.train, *module.split.val))
         left_out = "no voxel of mito is known in mine/crop2, which is left out; ingest the labels again with"
         assert (left_out in caplog.text) is (kind == "unknown")
+
+
+def test_labels_without_voxels_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One class of a crop has no planes and the other has; without a name the error would look elsewhere."""
+    config = config_of(single_volume(tmp_path))
+    write_label(tmp_path, "mine", "crop1", "er", np.zeros((0, 8, 8), np.uint8), grid_of((0, 8, 8)))
+    config.dataset.classes = ["er"]
+    with pytest.raises(InputError):
+        CellMapDataModule(config, tmp_path / "run").setup()
+    assert "labels without voxels: er in mine/crop1 (0, 8, 8); ingest them again, or remove them" in caplog.text

@@ -13,7 +13,8 @@ import pytest
 from connectomics.cli import main
 from connectomics.config import RunConfig, load_config, save_config
 from connectomics.data.datamodule import CellMapDataModule
-from connectomics.errors import InputError
+from connectomics.data.splits import Split
+from connectomics.errors import ConfigError, InputError
 from connectomics.pipeline.train import train
 from tests.cellmap.roots import GROUND_TRUTH, grid_of, write_label, write_raw, zarr_of
 from tests.cli.small_way import pytc
@@ -102,6 +103,23 @@ def test_a_changed_crop_stops_it(
     assert f"model.weights={tmp_path / 'run'}" in str(error.value)
     others = {"crop1", "raw of"} if what.startswith("labels") else {"labels of"}
     assert not any(other in str(error.value) for other in others)
+
+
+# -- another split -----------------------------------------------------------------------------------------------------
+def test_an_edited_split_is_noticed(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_crop(root, "crop3", 12, seed=3)
+    config, file = config_of(root, None), tmp_path / "run/split.yaml"
+    file.parent.mkdir()
+    Split(("set-a/crop1", "set-a/crop3"), ()).save(file)
+    state = seen(config, file.parent).state_dict()
+    seen(config, file.parent).load_state_dict(state)
+    assert "split edited" not in caplog.text
+    Split(("set-a/crop1",), ()).save(file)
+    seen(config, file.parent).load_state_dict(state)
+    assert "split edited after the run began: set-a/crop3 is trained on only now, or no longer" in caplog.text
+    Split(("set-a/crop1",), ("set-a/crop3",)).save(file)
+    with pytest.raises(ConfigError, match="split was edited after the run began, and set-a/crop3 is validated on only"):
+        seen(config, file.parent).load_state_dict(state)
 
 
 # -- what is the same data set -----------------------------------------------------------------------------------------

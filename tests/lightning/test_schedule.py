@@ -36,6 +36,12 @@ def test_warm_up_by_steps(tmp_path: Path) -> None:
     assert table(run.folder, "train/lr") == pytest.approx(epochs, rel=1e-5)
 
 
+def test_the_last_batches_of_an_epoch_are_a_step(tmp_path: Path) -> None:
+    """Four batches are a step of three and one of one, and either can be the last of a training."""
+    config = tiny_config(training__max_epochs=9, training__max_steps=2, training__accumulate_grad_batches=3)
+    assert train(config, tmp_path / "run", datamodule=MadeUpData()).steps == 2
+
+
 def test_a_training_of_some_seconds_ends_with_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops with a validation, at a rate near 0; resumed it does no further step, and with more time it goes on."""
     monkeypatch.setattr(schedule, "_EVERY_S", 0.0)

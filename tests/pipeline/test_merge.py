@@ -26,6 +26,7 @@ from connectomics.tasks import run_task
 from tests.cellmap.roots import grid_of
 
 FINE, COARSE = grid_of((24, 24, 24), 8, 64), grid_of((12, 12, 12), 16, 64)
+RULES = ("2026-06", "2026-07-affine")
 TABLE = CropTable((TableEntry(7, "one", "mito", FINE), TableEntry(7, "one", "er", FINE)))
 
 
@@ -40,7 +41,9 @@ def predicted(folder: Path, grid: VoxelGrid, classes: dict[str, NDArray[np.float
     return folder
 
 
-def tuned(folder: Path, scores: dict[str, float], measure: str = "iou", crop: str = "one/crop1") -> Path:
+def tuned(
+    folder: Path, scores: dict[str, float], measure: str = "iou", crop: str = "one/crop1", rules: str = "2026-06"
+) -> Path:
     folder.mkdir(parents=True)
     rows: dict[str, Any] = {
         name: {
@@ -49,7 +52,7 @@ def tuned(folder: Path, scores: dict[str, float], measure: str = "iou", crop: st
         }
         for name, score in scores.items()
     }  # fmt: skip
-    (folder / "tuning.json").write_text(json.dumps({"rules": "2026-06", "classes": rows}))
+    (folder / "tuning.json").write_text(json.dumps({"rules": rules, "classes": rows}))
     return folder
 
 
@@ -97,6 +100,9 @@ def test_scores_that_cannot_be_compared(two: tuple[Path, Path], tmp_path: Path) 
         choose([candidate(first, mito=0.6), other])
     with pytest.raises(MissingError, match="no predictions"):
         choose([Candidate(tmp_path)])
+    both = [tuned_scores(tuned(tmp_path / rules, {"mito": 0.5}, "combined", rules=rules)) for rules in RULES[:2]]
+    with pytest.raises(InputError, match=rf"different measures \(combined, combined by {RULES[1]}\)"):
+        choose([Candidate(first, both[0]), Candidate(second, both[1])])
     with pytest.raises(UnknownNameError, match="mitos"):
         choose([candidate(first)], classes=["mitos"])
     with pytest.raises(MissingError, match=r"tuning\.json"):
@@ -214,7 +220,7 @@ def test_the_mean_is_decoded(two: tuple[Path, Path], tmp_path: Path, capsys: pyt
     assert np.array_equal(stored(tmp_path / "merged", "mito"), stored(two[1], "mito"))
 
 
-def test_a_crop_that_only_the_second_best_has(tmp_path: Path) -> None:
+def test_a_crop_that_only_the_second_best_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = predicted(tmp_path / "first", FINE, {"mito": ramp(FINE)})
     predicted(first, FINE, {"mito": ramp(FINE, 0.5)}, crop="crop8")
     second = predicted(tmp_path / "second", FINE, {"mito": ramp(FINE, 0.25)})
@@ -222,6 +228,7 @@ def test_a_crop_that_only_the_second_best_has(tmp_path: Path) -> None:
     merge([first, second], out=tmp_path / "merged", tuned=scores)
     assert np.array_equal(stored(tmp_path / "merged", "mito"), stored(second, "mito"))
     assert np.array_equal(stored(tmp_path / "merged", "mito", "crop8"), stored(first, "mito", "crop8"))
+    assert f"one/crop8: mito is from {first}, since {second} lacks the crop, but is decoded with" in caplog.text
 
 
 def test_what_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:

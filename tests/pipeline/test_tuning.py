@@ -14,6 +14,7 @@ from scipy import ndimage
 from connectomics.cli import main
 from connectomics.config import load_config
 from connectomics.config.values import plain
+from connectomics.data.splits import Split
 from connectomics.decoding.affinities.segment import affinities_of
 from connectomics.decoding.parameters import DecodeParameters, decode_parameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
@@ -72,6 +73,17 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(made: Path) -> dict[str, TunedClass]:
     return tune(made / "predictions", str(made / "root"), made / "tuned", trials=20)
+
+
+def test_crops_that_were_trained_on_are_named(made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    predictions = shutil.copytree(made / "predictions", tmp_path / "predictions")
+    (tmp_path / "run").mkdir()
+    Split(("set-a/crop1:0,0,0:8,8,8",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
+    for crop in ("crop1", "crop2"):
+        task = {"kind": "predict", "checkpoints": [str(tmp_path / "run/checkpoints/best.ckpt")]}
+        (predictions / f"set-a.zarr/{crop}/task.json").write_text(json.dumps(task))
+    tune(predictions, str(made / "root"), tmp_path / "tuned", classes=["er"])
+    assert "1 of these 2 crops were used for training (set-a/crop1)" in caplog.text
 
 
 def test_a_threshold_is_found_where_probabilities_are_too_low(made: Path, tuned: dict[str, TunedClass]) -> None:
