@@ -4,6 +4,9 @@ Importing torch, MONAI and Lightning takes seconds. A process imports them once 
 command runs in a fork of it, as ``pytc`` or ``python`` would run it. Lines of JSON go in and numbers come back:
 {"start": {"words", "cwd", "folder", "environment"}} gives the process's id, {"wait": id} its exit status (negative: the
 signal that ended it), {"poll": id} the same, or 1000 while it runs.
+
+With ``FORK_WORKERS`` in its environment, the working processes of a command (`connectomics.tasks.supervise.Child`) are
+forks, too.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import os
 import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +28,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNNING = 1000
@@ -152,7 +156,10 @@ def _become(words: list[str], cwd: str, folder: str, environment: dict[str, str]
     sys.path[1:1] = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p and p not in sys.path]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell has started with "&"
     random.seed()
+    workers = _fork_workers() if "FORK_WORKERS" in environment else None
     status = _status(words)
+    if workers is not None:
+        workers.close()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -162,6 +169,90 @@ def _become(words: list[str], cwd: str, folder: str, environment: dict[str, str]
         os.kill(os.getpid(), -status)
     # without the end of the interpreter, which touches, and so copies, all that was imported
     os._exit(status)
+
+
+class _WorkerStarter:
+    """Forks working processes for a command, from a process that began before the command had threads."""
+
+    def __init__(self) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._lock = threading.Lock()
+        with theirs:
+            self._pid = os.fork()
+            if self._pid == 0:
+                self._socket.close()
+                self._serve(theirs)
+
+    def close(self) -> None:
+        self._socket.close()
+        os.waitpid(self._pid, 0)
+
+    def ask(self, request: object, files: Sequence[int] = ()) -> int:
+        with self._lock:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], list(files))
+            return int(self._socket.recv(100))
+
+    @staticmethod
+    def _serve(requests: socket.socket) -> NoReturn:
+        while True:
+            data, files, *_ = socket.recv_fds(requests, 1 << 20, 1)
+            if not data:
+                os._exit(0)
+            request = json.loads(data)
+            if isinstance(request, int):
+                found, status = os.waitpid(request, os.WNOHANG)
+                requests.send(str(os.waitstatus_to_exitcode(status) if found else RUNNING).encode())
+                continue
+            if (pid := os.fork()) == 0:
+                requests.close()
+                os.dup2(files[0], request["file"])
+                os.environ.update(request["environment"])
+                try:
+                    exec(request["code"], {})
+                except BaseException:
+                    traceback.print_exc()
+                os._exit(1)
+            os.close(files[0])
+            requests.send(str(pid).encode())
+
+    def start(self, command: list[str], pass_fds: Sequence[int], env: dict[str, str], **_: Any) -> _Worker:
+        """As `subprocess.Popen` for ``python -c code`` and one file."""
+        request = {"code": command[2], "file": pass_fds[0], "environment": env}
+        return _Worker(self, self.ask(request, pass_fds))
+
+
+class _Worker:
+    """`subprocess.Popen`, as far as `connectomics.tasks.supervise` uses it."""
+
+    def __init__(self, starter: _WorkerStarter, pid: int) -> None:
+        self.pid, self._starter = pid, starter
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        if self._code is None and (answer := self._starter.ask(self.pid)) != RUNNING:
+            self._code = answer
+        return self._code
+
+    def wait(self, timeout: float = 60.0) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.005)
+        return code
+
+    def kill(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def _fork_workers() -> _WorkerStarter:
+    from connectomics.tasks import supervise
+
+    starter = _WorkerStarter()
+    names = {name: getattr(subprocess, name) for name in ("DEVNULL", "TimeoutExpired")}
+    supervise.subprocess = types.SimpleNamespace(Popen=starter.start, **names)  # type: ignore[assignment]
+    return starter
 
 
 def _status(words: list[str]) -> int:
@@ -208,6 +299,11 @@ def main() -> None:
     import connectomics.pipeline.mesh
     import connectomics.pipeline.predict
     import connectomics.submission  # noqa: F401
+    from connectomics.cli.app import command
+    from connectomics.config import load_config, tutorial
+    from connectomics.lightning.run_state import packages
+
+    command(), packages(), load_config(tutorial("phantom"))  # what a process makes once
 
     gc.freeze()  # no collection in a fork has to go through (and so copy) what was imported here
     for line in iter(sys.stdin.readline, ""):

@@ -27,6 +27,7 @@ from tests.test_house import ROOMS
 ROOT = Path(__file__).resolve().parents[1]
 #: run by continuous integration itself, from nothing
 MAKE = {"make demo", "make test"}
+MAKE_PHANTOM = "pytc phantom data/phantom --preset tiny"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -37,22 +38,29 @@ def commands(file: Path) -> list[str]:
     ]
 
 
-def run_all(found: list[str], folder: Path, starter: Starter, small: bool) -> None:
+def run_all(found: list[str], folder: Path, starter: Starter, small: bool, phantom: Path) -> None:
     """Run commands one after another in a folder; fails with the output of the first that fails.
 
-    ``small``: with a network of fewer channels, and in one process where the page has two.
+    ``small``: with a network of fewer channels, a study of one seed, and ``phantom`` for the one that the page makes.
     """
     for name in ("scripts", "connectomics"):
         (folder / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "tutorials", folder / "tutorials")
+    environment = {"FORK_WORKERS": "1"} if small else {}
     if small:
-        file = folder / "tutorials/phantom.yaml"
-        file.write_text(re.sub(r"channels: \[24, 48, 96, 128\]", "channels: [4, 8, 16, 16]", text := file.read_text()))
-        assert file.read_text() != text
+        for name, old, new in (
+            ("phantom", "channels: [24, 48, 96, 128]", "channels: [4, 8, 16, 16]"),
+            ("studies/phantom", "seeds: [1, 2]", "seeds: [1]"),
+        ):
+            file = folder / f"tutorials/{name}.yaml"
+            text = file.read_text()
+            assert text.count(old) == 1
+            file.write_text(text.replace(old, new))
+        found = [command for command in found if command != MAKE_PHANTOM]
+        shutil.copytree(phantom, folder / "data/phantom")
     for command in found:
         program, *words = shlex.split(command)
-        words = [word for word in words if not (small and word == "engine.workers=2")]
-        started = starter.run(words if program == "python" else [program, *words], cwd=folder)
+        started = starter.run(words if program == "python" else [program, *words], environment, cwd=folder)
         assert started.status == 0, f"{command}\n{started.said[-5000:]}"
 
 
@@ -62,19 +70,20 @@ AS_WRITTEN = pytest.mark.parametrize(
 
 
 @AS_WRITTEN
-def test_the_guide_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
+def test_the_guide_runs(tmp_path: Path, starter: Starter, phantom: Path, small: bool) -> None:
     found = commands(ROOT / "docs/guide.md")
     assert len(found) > 12
-    run_all(found, tmp_path, starter, small)
+    assert MAKE_PHANTOM in found
+    run_all(found, tmp_path, starter, small, phantom)
     assert (tmp_path / "out/report.html").stat().st_size > 10_000
 
 
 @AS_WRITTEN
-def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, small: bool) -> None:
+def test_a_whole_cell_runs(tmp_path: Path, starter: Starter, phantom: Path, small: bool) -> None:
     """Every command of the page, the last one until it serves."""
     pytest.importorskip("zmesh", reason="meshes need pip install 'connectomics-cellmap[mesh]'")
     page = ROOT / "docs/whole-cell.md"
-    run_all(commands(page), tmp_path, starter, small)
+    run_all(commands(page), tmp_path, starter, small, phantom)
     place = "cell7.zarr/box_-2_-2_-2_638_638_638/mito"
     for folder in ("out/probabilities", "out/labels"):
         levels = Multiscale.open(tmp_path / folder / place).levels

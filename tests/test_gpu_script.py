@@ -28,6 +28,7 @@ def rows_of(content: Any, section: str) -> list[dict[str, Any]]:
     return content["sections"][section]["rows"]
 
 
+@pytest.mark.slow
 def test_a_section_breaks_and_the_next_one_runs(tmp_path: Path) -> None:
     """Without a GPU and without a home."""
     (tmp_path / "data" / "lucchi-train").mkdir(parents=True)  # and nothing in it

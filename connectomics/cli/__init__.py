@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Without arguments, print the help.
     """
-    from connectomics.cli.app import app
+    from connectomics.cli.app import command
 
     plugins = os.environ.get(PLUGINS, "").replace(",", " ").split()
     if plugins:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = join_lists(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     loudness = [word for word in given if word in _LOUDNESS]  # also after the verb
     given = [*loudness, *[word for word in given if word not in _LOUDNESS]]
-    return run_guarded(lambda: app(args=given, standalone_mode=False), _after_interrupt(given))
+    return run_guarded(lambda: command()(args=given, standalone_mode=False), _after_interrupt(given))
 
 
 def join_lists(words: Sequence[str]) -> list[str]:

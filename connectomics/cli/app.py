@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
+from typer.main import get_command
 
 from connectomics.cli import (
     data_verbs,
@@ -94,3 +97,13 @@ for name, verb, text in (
     ("view", look_verbs.view, "View volumes in neuroglancer or napari."),
 ):
     app.command(name, short_help=text)(verb)
+
+
+def command() -> Any:
+    """Return the parser of all verbs, also of those that plugins added; building it takes longer than many a verb."""
+    return _command(tuple(verb.callback for verb in app.registered_commands))
+
+
+@functools.cache
+def _command(verbs: tuple[Callable[..., Any] | None, ...]) -> Any:
+    return get_command(app)

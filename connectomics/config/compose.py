@@ -16,6 +16,8 @@ from connectomics.config.values import flat, read
 from connectomics.errors import ConfigError, MissingError, UnknownNameError, nearest
 
 _PRIMARY = "connectomics_run"
+#: Files of Hydra's own settings: not read, since a composed configuration has none of them, and they take half the time
+_UNUSED = ("output", "launcher", "sweeper", "help", "hydra_help", "hydra_logging", "job_logging", "env")
 
 
 def load_config(path: str | Path | None = None, *overrides: str | Sequence[str]) -> RunConfig:
@@ -60,7 +62,8 @@ def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: s
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    ConfigStore.instance().store(name=_PRIMARY, node=node)
+    defaults = [*node.get("defaults", ["_self_"]), *({f"override hydra/{group}": None} for group in _UNUSED)]
+    ConfigStore.instance().store(name=_PRIMARY, node={**node, "defaults": defaults})
     previous = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -68,8 +71,9 @@ def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: s
             composed = compose(config_name=_PRIMARY, overrides=[_override(o) for o in given])
         # interpolations (${dataset.voxel_size}) may refer to defaults of the schema
         renamed = _renamed(cast(dict[str, Any], OmegaConf.to_container(composed, resolve=False)))
-        merged = OmegaConf.merge(OmegaConf.create(asdict(RunConfig())), renamed)
-        values = cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        values = _merged(asdict(RunConfig()), renamed)
+        if "${" in str(renamed):
+            values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(values), resolve=True))
     except (HydraException, OmegaConfBaseException) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{where}: {reason}") from error
@@ -82,6 +86,12 @@ def _composed(node: dict[str, Any], folder: Path, given: Sequence[str], where: s
     except ConfigError as error:
         raise _refusal(error, given) from error
     return config
+
+
+def _merged(under: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``under`` with the values of ``over``, group by group."""
+    groups = [key for key, value in over.items() if isinstance(value, Mapping) and isinstance(under.get(key), dict)]
+    return {**under, **over, **{key: _merged(under[key], over[key]) for key in groups}}
 
 
 def _check_file(file: Path) -> None:
@@ -224,7 +234,7 @@ def save_config(config: RunConfig, path: str | Path) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))), encoding="utf-8")
     temporary.replace(target)
 
 

@@ -19,6 +19,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint
 
+from connectomics.errors import number_of
 from connectomics.lightning.devices import of_all
 from connectomics.lightning.metrics_table import MetricsTable
 
@@ -43,8 +44,8 @@ class RandomState(Callback):
         if len(states) == trainer.world_size:
             set_random_state(states[trainer.global_rank])
         elif trainer.is_global_zero:
-            message = "the checkpoint has %d processes, this run has %d: it continues with new random numbers"
-            log.warning(message, len(states), trainer.world_size)
+            message = "the checkpoint has %s, this run has %d: it continues with new random numbers"
+            log.warning(message, number_of(len(states), "process"), trainer.world_size)
 
 
 def random_state() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import os
 import platform
@@ -144,8 +145,15 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda,
         "job": os.environ.get("SLURM_JOB_ID") or os.environ.get("LSB_JOBID"),
-        "packages": dict(sorted((d.metadata["Name"], d.version) for d in metadata.distributions())),
+        "packages": packages(),
     }
+
+
+@functools.cache
+def packages() -> dict[str, str]:
+    """Return the version of each installed package, as they were when this process asked first."""
+    found = (distribution.metadata for distribution in metadata.distributions())
+    return dict(sorted((about["Name"], about["Version"]) for about in found))
 
 
 def save_environment(run_dir: Path) -> None:

@@ -126,7 +126,7 @@ def draco(vertices: NDArray[np.uint32], faces: NDArray[np.uint32]) -> bytes:
     if len(vertices) < 1 << 16:
         out += faces.astype(np.uint8 if len(vertices) < 256 else "<u2").tobytes()
     elif len(vertices) < 1 << 21:
-        out += b"".join(_varint(n) for n in faces.ravel().tolist())
+        out += _varint(*faces.ravel().tolist())
     else:
         out += faces.astype("<u4").tobytes()
     # one decoder of one attribute: positions, float32, three of them, not normalized, ID 0; quantized
@@ -136,9 +136,9 @@ def draco(vertices: NDArray[np.uint32], faces: NDArray[np.uint32]) -> bytes:
     return out + stored.tobytes() + np.array([0, 0, 0, 1], "<f4").tobytes() + bytes([BITS])  # origin, range
 
 
-def _varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
+def _varint(*numbers: int) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit says that more follow. Numbers below 2^35."""
+    parts = np.array(numbers)[:, None] >> np.arange(0, 42, 7)
+    more = parts[:, 1:] > 0
+    kept = np.insert(more[:, :-1], 0, True, axis=1)
+    return (parts[:, :-1] & 127 | more * 128)[kept].astype(np.uint8).tobytes()

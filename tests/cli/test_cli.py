@@ -190,6 +190,18 @@ def test_the_list_of_verbs_says_all_of_each(capsys: pytest.CaptureFixture[str]) 
     assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
 
 
+def test_a_verb_that_is_added_later_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from connectomics.cli.app import app
+
+    assert main(["greet"]) == 2
+    monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
+    app.command("greet")(lambda: print("hello"))
+    assert main(["greet"]) == 0
+    assert "hello" in capsys.readouterr().out
+
+
 def test_list_models(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--list-models"]) == 0
     assert "mednext" in capsys.readouterr().out

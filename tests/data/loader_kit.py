@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,8 @@ def loader(dataset: Dataset[Any], workers: int = 0, length: int = 24, crops: int
 def main(folder: str, start: str, kind: str) -> None:
     """Iterate for a minute, slowly; says which processes it is and when it has begun."""
     from connectomics.cli import run_guarded
+
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # two workers, also on one core
 
     def work() -> None:
         running = loader(Numbers(nap_s=float(kind)), 2, length=10**6, start=start)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
@@ -41,8 +42,7 @@ def noise(seed, shape):
     return (np.clip(smooth / max(smooth.max(), 1e-6), 0, 1) * 255).astype(np.uint8)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
+ANY_ARRAY = given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.tuples(st.integers(1, 26), st.integers(1, 26), st.integers(1, 26)),
     block=st.tuples(st.integers(3, 12), st.integers(3, 12), st.integers(3, 12)),
@@ -54,7 +54,9 @@ def noise(seed, shape):
     fill_holes=st.booleans(),
     group=st.sampled_from([(1, 1, 1), (2, 1, 2), (2, 2, 2), (4, 4, 4)]),
 )
-def test_blocks_give_the_labels_of_the_whole_array(
+
+
+def check(
     tmp_path_factory, seed, shape, block, voxel_size, connectivity, min_distance, max_depth, min_size, fill_holes, group
 ):
     folder = tmp_path_factory.mktemp("watershed")
@@ -76,3 +78,16 @@ def test_blocks_give_the_labels_of_the_whole_array(
     expected = decode_class(values, voxel_size, parameters)
     np.testing.assert_array_equal(found, expected)
     assert found.dtype == expected.dtype
+
+
+@settings(max_examples=12)
+@ANY_ARRAY
+def test_blocks_give_the_labels_of_the_whole_array(tmp_path_factory, **drawn):
+    check(tmp_path_factory, **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=60)
+@ANY_ARRAY
+def test_blocks_of_many_arrays_give_the_labels_of_the_whole_array(tmp_path_factory, **drawn):
+    check(tmp_path_factory, **drawn)

@@ -180,7 +180,7 @@ class TestRandomState:
         trainer: Any = SimpleNamespace(world_size=2, global_rank=0, is_global_zero=True)
         checkpoint = {"connectomics_random_state": [random_state()]}
         RandomState().on_load_checkpoint(trainer, None, checkpoint)  # type: ignore[arg-type]
-        assert "the checkpoint has 1 processes, this run has 2" in caplog.text
+        assert "the checkpoint has 1 process, this run has 2" in caplog.text
 
 
 class TestTrainer:

@@ -117,7 +117,7 @@ def test_what_the_border_cuts_is_closed_on_its_face(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", [7, 2**40])
 def test_pieces_give_the_mesh_of_the_whole(tmp_path: Path, label: int) -> None:
-    values = noise()
+    values = noise((13, 9, 14))
     source = stored(tmp_path, values, (8, 4, 5.24))
     whole = mesh_object(source, label, box_of(values, label))
     pieces = mesh_object(source, label, box_of(values, label), span=6)

@@ -18,7 +18,7 @@ from connectomics.cli import main
 from connectomics.geometry import VoxelGrid
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import write_multiscale
-from connectomics.morphology.mesh_levels import BITS, CELLS, draco, surface_levels
+from connectomics.morphology.mesh_levels import BITS, CELLS, _varint, draco, surface_levels
 from connectomics.morphology.mesh_surface import mesh_object, world_mesh
 from connectomics.pages.view import ViewSources, VolumeServer, collect_layers, state_of
 
@@ -200,3 +200,12 @@ def test_neuroglancers_own_decoder_reads_every_fragment(meshed: Path) -> None:
                     upper = octant >> axis & 1
                     assert (part[:, axis] >= half).all() if upper else (part[:, axis] <= half).all()
     assert CELLS % 2 == 0
+
+
+def test_numbers_of_any_length_are_stored_in_groups_of_seven_bits() -> None:
+    def plain(number: int) -> list[int]:
+        return [number] if number < 128 else [number & 127 | 128, *plain(number >> 7)]
+
+    numbers = [n + d for n in (1, *(2 ** (7 * k) for k in range(1, 5)), 2**35 - 1) for d in (-1, 0)]
+    assert list(_varint(*numbers)) == [byte for number in numbers for byte in plain(number)]
+    assert [list(_varint(number)) for number in numbers] == [plain(number) for number in numbers]

@@ -577,6 +577,36 @@ def test_a_hand_draws_in_a_browser(root: Path, decoded: Path, tmp_path: Path) ->
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("voxel_size", [(30.0, 12.0, 4.0), (8.0, 4.0, 8.0), (4.0, 4.0, 4.0)])
+def test_voxels_have_their_shape_on_the_screen_and_the_brush_is_round(voxel_size: tuple[float, float, float]) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node, which runs the page's script")
+    (height, width), margin, (y, x) = (20, 30), 5, (9, 14)
+    classes = [{"name": "mito", "kind": "semantic", "color": "#ffffff", "absent": 0, "unknown": None, "bytes": 1,
+                "predicted": False, "next": 1}]  # fmt: skip
+    state = {"shape": (3, height, width), "margin": (1, margin, margin), "voxel_size": voxel_size, "classes": classes,
+             "edits": False, "page": "p"}  # fmt: skip
+    tall, wide = np.array(voxel_size[1:]) / min(voxel_size[1:])
+    rows, columns = tall * (height + 2 * margin), wide * (width + 2 * margin)
+    screen = (900, 600)
+    scale = min(screen[0] / columns, screen[1] / rows)
+    at = ((screen[0] - scale * columns) / 2 + scale * wide * (x + margin + 0.5),
+          (screen[1] - scale * rows) / 2 + scale * tall * (y + margin + 0.5))  # fmt: skip
+    script = Path(cx.__file__).parent / "pages/assets/annotate.js"
+    page = Path(__file__).with_name("annotate_page.js")
+    words = [node, str(page), str(script), json.dumps(state), *map(str, (*screen, *at))]
+    found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout)
+    assert [0, 0, columns, rows] in found["images"]
+    (stroke,) = found["strokes"]
+    place = {key: int(value) for key, value in re.findall(r"(y|x|height|width)=(\d+)", stroke["address"])}
+    drawn = np.zeros((height, width), np.uint8)
+    part = np.reshape(stroke["values"], (place["height"], place["width"]))
+    drawn[place["y"] : place["y"] + place["height"], place["x"] : place["x"] + place["width"]] = part
+    rows_of, columns_of = np.mgrid[:height, :width]
+    assert np.array_equal(drawn, np.hypot(tall * (rows_of - y), wide * (columns_of - x)) <= 4.5)
+
+
 @pytest.mark.slow
 def test_an_id_that_does_not_fit_is_not_drawn_as_another(root: Path, tmp_path: Path) -> None:
     """256 in an array of 8 bits would be 0: absent."""

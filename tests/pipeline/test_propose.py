@@ -251,7 +251,8 @@ def test_what_is_done_comes_back_at_its_place(
 def test_tiff_stacks_and_other_methods(run: Path, root: Path, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"budget": 3, "size": SIZE, "candidates": 12, "file_format": "tiff", "device": "cpu"}
     found = cx.propose(run, root, out=tmp_path / "even", method="even", **asked)
-    assert [p.dataset for p in found[:2]] == Catalog.open(str(root)).datasets
+    # one in each; which comes first depends on what other tests have annotated
+    assert sorted(p.dataset for p in found[:2]) == Catalog.open(str(root)).datasets
     assert np.isnan([p.score for p in found]).all()
     raw = open_volume(found[0].file(tmp_path / "even", "raw", "tiff"))
     stored = Multiscale.open(Catalog.open(str(root)).raw_location(found[0].dataset))

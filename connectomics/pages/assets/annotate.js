@@ -7,13 +7,14 @@
   const base = location.pathname.replace(/\/?$/, "/");
   const arrays = { 1: Uint8Array, 2: Uint16Array, 4: Uint32Array };
   const rows = height + 2 * my, columns = width + 2 * mx; // of raw
+  const unit = Math.min(voxel[1], voxel[2]), tall = voxel[1] / unit, wide = voxel[2] / unit; // sides of a voxel
   const canvas = $("view"), screen = canvas.getContext("2d");
   const picture = new OffscreenCanvas(columns, rows), layer = picture.getContext("2d");
 
   let z = Math.min(Math.max(Number(new URLSearchParams(location.hash.slice(1)).get("z") ?? depth >> 1) || 0, 0), depth - 1);
   let active = classes[0];
   let hidden = false; // all overlays
-  let scale = 1, left = 0, top = 0; // screen = left + scale * (column of raw)
+  let scale = 1, left = 0, top = 0; // screen = left + scale * wide * (column of raw)
   let mouse = null; // last place of the pointer, in voxels of the crop
   for (const one of classes) {
     one.visible = true;
@@ -176,13 +177,13 @@
       screen.clearRect(0, 0, canvas.width, canvas.height);
       screen.imageSmoothingEnabled = scale < 1;
       screen.setTransform(scale, 0, 0, scale, left, top);
-      screen.drawImage(picture, 0, 0);
+      screen.drawImage(picture, 0, 0, wide * columns, tall * rows);
       screen.strokeStyle = "#f0e442";
       screen.lineWidth = 1 / scale;
-      screen.strokeRect(mx, my, width, height);
+      screen.strokeRect(wide * mx, tall * my, wide * width, tall * height);
       if (mouse && chosen("tool") === "brush") {
         screen.beginPath();
-        screen.arc(mouse[0] + mx, mouse[1] + my, Number($("size").value) / 2, 0, 2 * Math.PI);
+        screen.arc(wide * (mouse[0] + mx), tall * (mouse[1] + my), Number($("size").value) / 2, 0, 2 * Math.PI);
         screen.stroke();
       }
     });
@@ -192,11 +193,16 @@
     const [x, y] = mouse ?? [width / 2, height / 2];
     for (const [id, at] of [["before", z - 1], ["after", z + 1]]) {
       const target = $(id).getContext("2d"), side = $(id).width;
-      const x0 = Math.max(0, Math.min(Math.round(x) + mx - side / 2, columns - side));
-      const y0 = Math.max(0, Math.min(Math.round(y) + my - side / 2, rows - side));
-      const image = paint(at, x0, y0, Math.min(side, columns), Math.min(side, rows));
+      const w = Math.min(Math.ceil(side / wide), columns), h = Math.min(Math.ceil(side / tall), rows);
+      const x0 = Math.max(0, Math.min(Math.round(x) + mx - (w >> 1), columns - w));
+      const y0 = Math.max(0, Math.min(Math.round(y) + my - (h >> 1), rows - h));
+      const image = paint(at, x0, y0, w, h);
       target.clearRect(0, 0, side, side);
-      if (image) target.putImageData(image, 0, 0);
+      if (!image) continue;
+      const part = new OffscreenCanvas(w, h);
+      part.getContext("2d").putImageData(image, 0, 0);
+      target.imageSmoothingEnabled = false;
+      target.drawImage(part, 0, 0, wide * w, tall * h);
     }
   }
 
@@ -208,9 +214,9 @@
   }
 
   function fit() {
-    scale = Math.min(canvas.width / columns, canvas.height / rows);
-    left = (canvas.width - columns * scale) / 2;
-    top = (canvas.height - rows * scale) / 2;
+    scale = Math.min(canvas.width / (wide * columns), canvas.height / (tall * rows));
+    left = (canvas.width - wide * columns * scale) / 2;
+    top = (canvas.height - tall * rows * scale) / 2;
     draw();
   }
 
@@ -317,16 +323,19 @@
     return draws === "absent" ? active.absent : draws === "unknown" ? active.unknown : active.kind === "instance" ? active.id : 1;
   }
 
-  function stamp([xa, ya], [xb, yb]) { // discs along a line, in voxels of the crop
-    const radius = Number($("size").value) / 2, steps = Math.max(1, Math.ceil(Math.hypot(xb - xa, yb - ya) / Math.max(0.5, radius / 2)));
+  function stamp([xa, ya], [xb, yb]) { // discs along a line between voxels of the crop; the size is in voxels of the smaller side
+    const radius = Number($("size").value) / 2, length = Math.hypot(wide * (xb - xa), tall * (yb - ya));
+    const steps = Math.max(1, Math.ceil(length / Math.max(0.5, radius / 2)));
     const box = [width, height, 0, 0];
     for (let k = 0; k <= steps; k++) {
       const cx = xa + ((xb - xa) * k) / steps, cy = ya + ((yb - ya) * k) / steps;
-      const x0 = Math.max(0, Math.floor(cx - radius)), x1 = Math.min(width, Math.ceil(cx + radius));
-      const y0 = Math.max(0, Math.floor(cy - radius)), y1 = Math.min(height, Math.ceil(cy + radius));
+      const x0 = Math.max(0, Math.floor(cx - radius / wide)), x1 = Math.min(width, Math.ceil(cx + radius / wide));
+      const y0 = Math.max(0, Math.floor(cy - radius / tall)), y1 = Math.min(height, Math.ceil(cy + radius / tall));
       for (let y = y0; y < y1; y++) {
         for (let x = x0; x < x1; x++) {
-          if (Math.hypot(x + 0.5 - cx, y + 0.5 - cy) <= Math.max(radius, 0.71)) stroke.labels[y * width + x] = stroke.value;
+          const under = x === Math.floor(cx) && y === Math.floor(cy); // also of a brush smaller than a voxel
+          const apart = Math.hypot(wide * (x + 0.5 - cx), tall * (y + 0.5 - cy));
+          if (under || apart <= Math.max(radius, 0.71)) stroke.labels[y * width + x] = stroke.value;
         }
       }
       grow(box, x0, y0, x1, y1);
@@ -574,7 +583,7 @@
 
   // -- the pointer --------------------------------------------------------------------------------------------------
   const pixel = (event) => [event.offsetX * devicePixelRatio, event.offsetY * devicePixelRatio];
-  const voxel_at = ([x, y]) => [(x - left) / scale - mx, (y - top) / scale - my];
+  const voxel_at = ([x, y]) => [(x - left) / (scale * wide) - mx, (y - top) / (scale * tall) - my];
   canvas.addEventListener("pointerdown", (event) => {
     canvas.setPointerCapture(event.pointerId);
     if (event.button === 1 || event.button === 2 || space) pan = pixel(event);
