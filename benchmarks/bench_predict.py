@@ -1,7 +1,7 @@
 """Prediction from Zarr to Zarr against the bare forward passes of the same windows, already in memory, in one run.
 
     python benchmarks/bench_predict.py [--size 128] [--window 64] [--overlap 0.25] [--blending gaussian]
-        [--block 64] [--rounds 3]
+        [--block 64] [--format 0.4] [--rounds 3]
         [--device cpu] [--precision 32] [--network unet|mednext] [--features 8] [--channels-last] [--compile] [--monai]
     python benchmarks/bench_predict.py --network free --classes 14 --size 256 256 512 --window 128 --block 256
         [--voxel-size 8 8 8]
@@ -78,6 +78,7 @@ def run_free(options: Any) -> None:
     import torch
 
     from connectomics.inference.predict_task import PredictTask, run_predict_task
+    from connectomics.io.sharded import Storage
 
     network = free_network(options.classes, options.window)
     names = tuple(f"class{n}" for n in range(options.classes))
@@ -92,6 +93,7 @@ def run_free(options: Any) -> None:
                 raw=raw, output=str(output / "crop1"), classes=names, targets=dict.fromkeys(names, target),
                 voxel_size=(NETWORK_NM,) * 3, window=(options.window,) * 3, checkpoint="", overlap=options.overlap,
                 block_size=block_of(options), batch_size=options.batch, blending=options.blending,
+                storage=Storage(options.format),
             )  # fmt: skip
             (plan,) = task.plan()
             begin, faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -107,7 +109,8 @@ def run_free(options: Any) -> None:
             shutil.rmtree(output)
     print(
         f"free network, {options.classes} classes, {'x'.join(map(str, grid.shape))}, window {options.window}, "
-        f"{options.blending}, overlap {options.overlap}, blocks {options.block}, written at {target.voxel_size} nm "
+        f"{options.blending}, overlap {options.overlap}, blocks {options.block}, {options.format}, written at "
+        f"{target.voxel_size} nm "
         f"with {torch.get_num_threads()} threads: {median(rates[1:]):.2f} Mvoxel/s per CPU second "
         f"({', '.join(f'{r:.2f}' for r in rates[1:])}; "
         f"{seconds:.1f} CPU s in the last); {faults} page faults; planned memory {plan.bytes / 1e6:.0f} MB; "
@@ -186,6 +189,7 @@ def main() -> None:
     parser.add_argument("--overlap", type=float, default=0.25)
     parser.add_argument("--blending", default="gaussian", choices=("crop", "gaussian", "constant"))
     parser.add_argument("--block", type=int, default=64, help="edge of a block, voxels; 0: the default")
+    parser.add_argument("--format", default="0.4", choices=("0.4", "0.5"), help="of the output of the free network")
     parser.add_argument("--batch", type=int, default=1, help="windows that go through the network together")
     parser.add_argument("--features", type=int, default=8, help="channels of the U-Net's first level")
     parser.add_argument("--device", default="cpu")
