@@ -44,6 +44,7 @@ from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import output_place, place
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs
+from connectomics.morphology.block_sums import compact
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
@@ -356,10 +357,12 @@ def _decode_whole(job: DecodeJob) -> DecodedArray:
     """Decode one array in memory and write its labels."""
     grid, parameters = job.source.levels[0].grid, job.parameters
     labels = _labels_of(job)
+    clear_unknown(labels, job.unknown, grid)
+    if job.unknown and parameters.is_registered:  # some of its instances may be gone
+        labels = compact(labels, semantic=False)[0].astype(labels.dtype)
     objects = int(labels.max(initial=0))
     provenance = Provenance(made_from=job.made_from)
     attrs = label_attrs(grid, job.class_name, parameters, job.origin, provenance, objects)
-    clear_unknown(labels, attrs, grid)
     with label_array(job.location, pyramid_grids(grid, job.pyramid), labels.dtype, attrs, job.storage) as writers:
         write_whole(writers, labels)
         if parameters.kind == "instance":

@@ -121,13 +121,15 @@ def choose(
     average: int = 1,
     classes: Collection[str] | None = None,
     parameters: Mapping[str, DecodeParameters] | None = None,
+    untuned: Mapping[str, DecodeParameters] | None = None,
 ) -> dict[str, Choice]:
     """Return what to use for each class.
 
     Args:
         average: number of predictions to average, the best by score.
         classes: only these.
-        parameters: to decode with, by class; else those of the best prediction, else the defaults of the class.
+        parameters: to decode with, by class; else those of the best prediction, else ``untuned``, else the defaults of
+            the class.
 
     Raises:
         InputError: several predictions have a class and one of them has no score, or scores of different measures.
@@ -148,7 +150,8 @@ def choose(
     for name in known if classes is None else sorted(classes):
         ranked = _ranked(name, [candidate for candidate in candidates if name in there[candidate]])
         best = ranked[0].scores.get(name)
-        own = (parameters or {}).get(name) or (best.parameters if best else None) or default_parameters(name)
+        own = (parameters or {}).get(name) or (best.parameters if best else None) or (untuned or {}).get(name)
+        own = own or default_parameters(name)
         number = min(average, len(ranked))
         if number > 1 and (own.method in AFFINITY_METHODS or own.height):
             log.warning("%s is decoded with heads of its network, which are not averaged; using the best one", name)
@@ -230,7 +233,8 @@ def merge(
         crops: crop table, its path or "challenge" (the default for a submission): the grids of means and submission.
         classes: only these.
         average: number of predictions to average, the best by score.
-        config: its ``decoding`` replaces the tuned parameters; ``engine`` runs the blocks.
+        config: its ``decoding.classes`` replaces the tuned parameters, ``decoding.default`` is for classes without
+            them; ``engine`` runs the blocks.
         overwrite: replace merged probabilities and labels that were made from others.
 
     Raises:
@@ -250,9 +254,10 @@ def merge(
     with leading(work):
         candidates = _candidates(sources, tuned, work / "predicted", table, overwrite, progress)
         own = settings.decoding
-        named_there = {name for c in candidates for _, _, name in find_arrays(c.folder)} if own.classes else set()
-        given = decode_parameters(named_there & set(own.classes), own.default, own.classes)
-        choices = choose(candidates, average=average, classes=classes, parameters=given)
+        names = {name for c in candidates for _, _, name in find_arrays(c.folder)} if own.classes or own.default else ()
+        decoding = decode_parameters(names, own.default, own.classes)
+        given = {name: parameters for name, parameters in decoding.items() if name in own.classes}
+        choices = choose(candidates, average=average, classes=classes, parameters=given, untuned=decoding)
         _combine(choices, folder, table, settings.engine, overwrite, named(progress, "merging"))
         _write_choices(work, choices)
         probabilities = Probabilities(folder, settings, table)

@@ -13,7 +13,7 @@ import pytest
 from connectomics.config.schema import EngineConfig
 from connectomics.config.values import plain
 from connectomics.decoding.decode import decode_class
-from connectomics.decoding.parameters import DecodeParameters, decode_parameters, default_parameters
+from connectomics.decoding.parameters import DECODERS, DecodeParameters, decode_parameters, default_parameters
 from connectomics.decoding.prediction import find_arrays, open_prediction, read_on
 from connectomics.decoding.probabilities import above
 from connectomics.errors import (
@@ -416,3 +416,22 @@ def test_the_table_counts_the_voxels_of_the_labels_where_parts_are_unknown(tmp_p
         for number, row in zip((1, 2), rows, strict=True):
             center = GRID.to_world(np.argwhere(labels == number).mean(axis=0))
             assert [float(row[f"center_{axis}_nm"]) for axis in "zyx"] == pytest.approx(center, abs=1e-3)
+
+
+def test_ids_of_a_registered_decoder_have_a_row_each(tmp_path, monkeypatch):
+    """A decoder may leave IDs out, and label what is unknown: the table has the instances of the labels."""
+
+    def three(values, voxel_size, chosen):
+        ids = np.zeros(values.shape, np.int32)
+        ids[2:6, 2:6, 2:6], ids[40:44, 10:14, 10:14], ids[20:26, 2:6, 2:6] = 2, 5, 7
+        return ids
+
+    monkeypatch.setitem(DECODERS, "three", three)
+    gap = GRID.crop((40, 10, 10), (5, 10, 10)).box
+    unknown = [{"box": [gap.begin, gap.end]}]
+    write_prediction(tmp_path / "p", values=np.zeros(GRID.shape, np.uint8), unknown=unknown, grid=GRID.to_dict())
+    (done,) = decode_predictions(tmp_path / "p", tmp_path / "labels", {"mito": DecodeParameters(method="three")})
+    labels = read(done.location)[0]
+    assert (np.unique(labels).tolist(), done.objects) == ([0, 1, 2], 2)
+    with open(f"{done.location}/instances.csv") as file:
+        assert [(int(row["id"]), int(row["voxels"])) for row in csv.DictReader(file)] == [(1, 64), (2, 96)]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.cli import main
+from connectomics.config import RunConfig
 from connectomics.config.values import plain
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import DecodeParameters
@@ -229,6 +230,17 @@ def test_a_crop_that_only_the_second_best_has(tmp_path: Path, caplog: pytest.Log
     assert np.array_equal(stored(tmp_path / "merged", "mito"), stored(second, "mito"))
     assert np.array_equal(stored(tmp_path / "merged", "mito", "crop8"), stored(first, "mito", "crop8"))
     assert f"one/crop8: mito is from {first}, since {second} lacks the crop, but is decoded with" in caplog.text
+
+
+def test_the_default_of_the_configuration_is_for_classes_without_tuned_parameters(
+    two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    config = RunConfig()
+    config.decoding.default = {"threshold": 0.25}
+    found = merge([two[0]], out=tmp_path / "a", config=config).choices
+    assert {name: choice.parameters.threshold for name, choice in found.items()} == {"mito": 0.25, "er": 0.25}
+    found = merge([two[0]], out=tmp_path / "b", config=config, tuned=[tuned(tmp_path / "t", {"mito": 0.75})]).choices
+    assert {name: choice.parameters.threshold for name, choice in found.items()} == {"mito": 0.75, "er": 0.25}
 
 
 def test_what_is_refused(two: tuple[Path, Path], tmp_path: Path) -> None:
