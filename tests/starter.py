@@ -291,6 +291,8 @@ def _run(program: str, *arguments: str) -> None:
 
 
 def main() -> None:
+    import numba
+
     import connectomics.cellmap.fetch
     import connectomics.cellmap.ingest
     import connectomics.lightning.module
@@ -303,7 +305,7 @@ def main() -> None:
     from connectomics.config import load_config, tutorial
     from connectomics.lightning.run_state import packages
 
-    command(), packages(), load_config(tutorial("phantom"))  # what a process makes once
+    command(), packages(), load_config(tutorial("phantom")), numba.njit(lambda n: n)(1)  # what a process makes once
 
     gc.freeze()  # no collection in a fork has to go through (and so copy) what was imported here
     for line in iter(sys.stdin.readline, ""):
