@@ -113,10 +113,10 @@ def test_an_edited_split_is_noticed(root: Path, tmp_path: Path, caplog: pytest.L
     Split(("set-a/crop1", "set-a/crop3"), ()).save(file)
     state = seen(config, file.parent).state_dict()
     seen(config, file.parent).load_state_dict(state)
-    assert "split edited" not in caplog.text
+    assert "split was edited" not in caplog.text
     Split(("set-a/crop1",), ()).save(file)
     seen(config, file.parent).load_state_dict(state)
-    assert "split edited after the run began: set-a/crop3 is trained on only now, or no longer" in caplog.text
+    assert "the split was edited after the run began: set-a/crop3 is trained on only now, or no longer" in caplog.text
     Split(("set-a/crop1",), ("set-a/crop3",)).save(file)
     with pytest.raises(ConfigError, match="split was edited after the run began, and set-a/crop3 is validated on only"):
         seen(config, file.parent).load_state_dict(state)
