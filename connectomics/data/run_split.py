@@ -25,7 +25,7 @@ from connectomics.data.splits import (
     split_by_dataset,
 )
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError
+from connectomics.errors import ConfigError, InputError, number_of
 from connectomics.geometry import Triple, triple
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def run_split(
     log.info(
         "crops or parts of crops: %d for training, and %d for validation with %.0f %% of the annotated volume%s",
         len(train), len(val), 100 * volumes[1] / (sum(volumes) or 1.0),
-        f"; {where} leaves out {unused} other crops" if unused else "",
+        f"; {where} leaves out {number_of(unused, 'other crop')}" if unused else "",
     )  # fmt: skip
     return split, train, val
 
