@@ -577,34 +577,50 @@ def test_a_hand_draws_in_a_browser(root: Path, decoded: Path, tmp_path: Path) ->
     assert (tmp_path / "page.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("voxel_size", [(30.0, 12.0, 4.0), (8.0, 4.0, 8.0), (4.0, 4.0, 4.0)])
-def test_voxels_have_their_shape_on_the_screen_and_the_brush_is_round(voxel_size: tuple[float, float, float]) -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("needs node, which runs the page's script")
-    (height, width), margin, (y, x) = (20, 30), 5, (9, 14)
-    classes = [{"name": "mito", "kind": "semantic", "color": "#ffffff", "absent": 0, "unknown": None, "bytes": 1,
-                "predicted": False, "next": 1}]  # fmt: skip
-    state = {"shape": (3, height, width), "margin": (1, margin, margin), "voxel_size": voxel_size, "classes": classes,
-             "edits": False, "page": "p"}  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("voxel_size", [(30.0, 12.0, 4.0), (8.0, 4.0, 8.0)])
+def test_sections_have_the_shape_of_their_voxels_and_the_brush_is_round(
+    tmp_path: Path, voxel_size: tuple[float, float, float]
+) -> None:
+    """A bright disc, round in nm, is round on the screen, and so is one click of the brush, where it is clicked."""
+    shape, (y, x), root = (3, 60, 80), (24.0, 31.0), tmp_path / "root"
     tall, wide = np.array(voxel_size[1:]) / min(voxel_size[1:])
-    rows, columns = tall * (height + 2 * margin), wide * (width + 2 * margin)
-    screen = (900, 600)
-    scale = min(screen[0] / columns, screen[1] / rows)
-    at = ((screen[0] - scale * columns) / 2 + scale * wide * (x + margin + 0.5),
-          (screen[1] - scale * rows) / 2 + scale * tall * (y + margin + 0.5))  # fmt: skip
-    script = Path(cx.__file__).parent / "pages/assets/annotate.js"
-    page = Path(__file__).with_name("annotate_page.js")
-    words = [node, str(page), str(script), json.dumps(state), *map(str, (*screen, *at))]
-    found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout)
-    assert [0, 0, columns, rows] in found["images"]
-    (stroke,) = found["strokes"]
-    place = {key: int(value) for key, value in re.findall(r"(y|x|height|width)=(\d+)", stroke["address"])}
-    drawn = np.zeros((height, width), np.uint8)
-    part = np.reshape(stroke["values"], (place["height"], place["width"]))
-    drawn[place["y"] : place["y"] + place["height"], place["x"] : place["x"] + place["width"]] = part
-    rows_of, columns_of = np.mgrid[:height, :width]
-    assert np.array_equal(drawn, np.hypot(tall * (rows_of - y), wide * (columns_of - x)) <= 4.5)
+    rows, columns = np.mgrid[: shape[1], : shape[2]]
+    disc = np.hypot(tall * (rows - 29.5), wide * (columns - 39.5)) < 28
+    grid = VoxelGrid(voxel_size, (0.0, 0.0, 0.0), shape)
+    write_raw(root, "cube", np.ascontiguousarray(np.broadcast_to(disc * np.uint8(255), shape)), grid)
+    write_label(root, "cube", "crop1", "mito", np.zeros(shape, np.uint8), grid)
+    with (
+        cx.annotate(root, crop=1, classes=["mito"]) as drawing,
+        browser(drawing.url, tmp_path / "profile") as tab,
+    ):
+        tab.wait(f"{SAVED} && document.getElementById('place').textContent.startsWith('1 ')")
+        box = tab.js("(() => { const c = document.getElementById('view'), r = c.getBoundingClientRect();"
+                     "return [r.left, r.top, c.width, c.height]; })()")  # fmt: skip
+        bright = tab.js(
+            "(() => { const c = document.getElementById('view');"
+            "const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const at = [];"
+            "for (let k = 0; k < d.length; k += 4) if (d[k + 2] > 127) at.push(k / 4);"
+            "const xs = at.map((k) => k % c.width), ys = at.map((k) => Math.floor(k / c.width));"
+            "const span = (v) => v.reduce((m, n) => [Math.min(m[0], n), Math.max(m[1], n)], [1e9, -1]);"
+            "return [...span(ys), ...span(xs)]; })()"
+        )
+        margin = 32
+        scale = min(box[2] / (wide * (shape[2] + 2 * margin)), box[3] / (tall * (shape[1] + 2 * margin)))
+        height, width = bright[1] - bright[0] + 1, bright[3] - bright[2] + 1
+        assert abs(height - width) <= 2 * scale * max(tall, wide)  # a voxel on each side
+        assert abs(height - 56 * scale) <= 2 * scale * max(tall, wide)
+        middle = np.array([box[1] + box[3] / 2, box[0] + box[2] / 2])
+        sides, half = scale * np.array([tall, wide]), np.array(shape[1:]) / 2
+        top, left = np.round(middle + sides * (np.array([y, x]) + 0.5 - half))  # a mouse is on whole pixels
+        tab.js("document.getElementById('size').value = 9")
+        tab.drag([(left, top), (left, top)])
+        tab.wait(SAVED)
+        tab.screenshot(tmp_path / "round.png")
+        assert tab.errors == []
+    y, x = (np.array([top, left]) - middle) / sides + half
+    expected = np.hypot(tall * (rows + 0.5 - y), wide * (columns + 0.5 - x)) <= 4.5
+    assert np.array_equal(stored(root, "mito")[1], expected)
 
 
 @pytest.mark.slow

@@ -213,7 +213,9 @@
     neighbors();
   }
 
+  let fitted = true; // all of it is shown, also if the window changes; until somebody zooms or pans
   function fit() {
+    fitted = true;
     scale = Math.min(canvas.width / (wide * columns), canvas.height / (tall * rows));
     left = (canvas.width - wide * columns * scale) / 2;
     top = (canvas.height - tall * rows * scale) / 2;
@@ -222,6 +224,7 @@
 
   function zoom(factor, x = canvas.width / 2, y = canvas.height / 2) {
     const next = Math.min(64, Math.max(0.05, scale * factor));
+    fitted = false;
     left = x - ((x - left) * next) / scale;
     top = y - ((y - top) * next) / scale;
     scale = next;
@@ -596,6 +599,7 @@
     if (pan) {
       left += at[0] - pan[0];
       top += at[1] - pan[1];
+      fitted = false;
       pan = at;
     }
     mouse = voxel_at(at);
@@ -625,13 +629,11 @@
     go(z + Math.sign(step));
   }, { passive: false });
 
-  let fitted = false;
   new ResizeObserver(() => {
     canvas.width = canvas.clientWidth * devicePixelRatio;
     canvas.height = canvas.clientHeight * devicePixelRatio;
-    if (!fitted) fit();
-    fitted = true;
-    draw();
+    if (fitted) fit();
+    else draw();
   }).observe(canvas);
   $("place").title = `voxels of ${voxel.join(" × ")} nm (z, y, x)`;
   contrast();
