@@ -139,6 +139,11 @@ def instance_classes(config: RunConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*head_classes(config), *config.data.gap_nm)))
 
 
+def channel_groups(config: RunConfig) -> list[int]:
+    """Return the number of output channels of the classes, then of each head."""
+    return [config.channels, *(head.channels for head in heads_of(config))]
+
+
 def channel_names(config: RunConfig) -> tuple[str, ...]:
     """Return the channel names of a prediction: the classes, then the heads that are written."""
     written = (name for head in heads_of(config) if head.write for name in head.channel_names)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from connectomics.cellmap.classes import atoms_of
 from connectomics.config import RunConfig
-from connectomics.config.heads import heads_of
+from connectomics.config.heads import channel_groups, heads_of
 from connectomics.errors import unknown_name
 from connectomics.io.normalization import Normalization
 
@@ -21,6 +21,7 @@ class TrainedNetwork(nn.Module):
     Attributes:
         config: the configuration. classes: class names of the first channels, in order.
         heads: further heads of the network (``model.heads``).
+        channel_groups: output channels of the classes, then of each head.
         network: the torch module; takes (B, 1, D, H, W) float32 and one more such tensor per further input, and returns
             logits (B, C, D, H, W).
     """
@@ -30,22 +31,27 @@ class TrainedNetwork(nn.Module):
         self.config = config
         self.classes = tuple(config.dataset.classes)
         self.heads = heads_of(config)
+        self.channel_groups = channel_groups(config)
         self.network = network
 
     def forward(self, image: Tensor, *inputs: Tensor) -> Tensor:
-        """Return logits (B, C, D, H, W) of all channels: the classes, then those of all heads."""
+        """Return logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
+
+        The channels are the classes, then those of all heads. ``inputs``: one (B, 1, d, h, w) for each of
+        ``data.inputs``."""
         logits: Tensor = self.network(image, *inputs)
         return logits
 
-    def probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
-        """Return probabilities (B, C, D, H, W), float32, each channel by itself.
+    def all_probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
+        """Return probabilities (B, C, D, H, W) float32, each channel by itself; for a network in evaluation mode."""
+        return torch.sigmoid(self.network(image, *inputs).float())
 
-        The channels are those of `connectomics.config.heads.channel_names`: heads that are not written are left out.
-        """
+    def probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
+        """Return `all_probabilities` without heads that are not written: the channels of
+        `connectomics.config.heads.channel_names`."""
         logits = self(image, *inputs)
         if not all(head.write for head in self.heads):
-            sizes = [self.config.channels, *(head.channels for head in self.heads)]
-            classes, *heads = logits.split(sizes, dim=1)
+            classes, *heads = logits.split(self.channel_groups, dim=1)
             written = [part for head, part in zip(self.heads, heads, strict=True) if head.write]
             logits = torch.cat([classes, *written], dim=1)
         return torch.sigmoid(logits.float())

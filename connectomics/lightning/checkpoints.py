@@ -17,7 +17,7 @@ import torch
 
 from connectomics.config import RunConfig, config_from_dict, import_plugins
 from connectomics.config.few_labels import AdaptersConfig, is_pretraining
-from connectomics.config.heads import heads_of
+from connectomics.config.heads import channel_groups, heads_of
 from connectomics.config.values import plain
 from connectomics.data.normalization import before_it_was_kept, with_normalization
 from connectomics.errors import ConfigError, CorruptDataError, InputError, MissingError, nearest
@@ -147,8 +147,7 @@ def load_network(path: str | Path, config: RunConfig | None = None) -> TrainedNe
     """
     chosen, weights = _configured(path, config)
     import_plugins(chosen.plugins)
-    channels = chosen.channels + sum(head.channels for head in heads_of(chosen))
-    network = TrainedNetwork(chosen, build_network(chosen, channels))
+    network = TrainedNetwork(chosen, build_network(chosen, sum(channel_groups(chosen))))
     _fill(network, {name: value for name, value in weights.items() if name.startswith("network.")}, path)
     return network
 
@@ -188,7 +187,7 @@ def _configured(path: str | Path, config: RunConfig | None) -> tuple[RunConfig, 
     return trained, weights
 
 
-def _fill(module: TrainedNetwork | ConnectomicsModule, weights: Mapping[str, Any], path: str | Path) -> None:
+def _fill(module: TrainedNetwork, weights: Mapping[str, Any], path: str | Path) -> None:
     """Load the weights, set evaluation mode, and check the answer to a package's test input."""
     try:
         module.load_state_dict(weights)

@@ -26,7 +26,6 @@ from connectomics.errors import ConfigError, CorruptDataError, InputError, Missi
 
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
-    from connectomics.lightning.module import ConnectomicsModule
 
 FORMAT = 2  # the format of checkpoints
 SUFFIX = ".pytc"
@@ -100,7 +99,7 @@ def open_package(path: str | Path) -> Package:
     return Package(file, about)
 
 
-def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) -> float:
+def check_test(package: Package, module: TrainedNetwork) -> float:
     """Run the test input and return the largest difference of a probability.
 
     Raises `CorruptDataError` if it is above 0.001: the network does not compute what it computed in training.
@@ -121,12 +120,12 @@ def check_test(package: Package, module: TrainedNetwork | ConnectomicsModule) ->
     return difference
 
 
-def answer(module: TrainedNetwork | ConnectomicsModule, images: Sequence[Any]) -> Any:
+def answer(module: TrainedNetwork, images: Sequence[Any]) -> Any:
     """Return the probabilities of all channels, including heads that are not written, float32 on the CPU."""
     import torch
 
     with torch.no_grad():
-        return torch.sigmoid(module.network(*images).float())
+        return module.all_probabilities(*images)
 
 
 def package_tensors(package: Package, name: str = WEIGHTS) -> dict[str, Any]:

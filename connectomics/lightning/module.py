@@ -15,18 +15,18 @@ from torch import Tensor
 
 import connectomics
 from connectomics.config import RunConfig, check_config, config_to_dict, import_plugins
-from connectomics.config.heads import heads_of
+from connectomics.config.heads import channel_groups
 from connectomics.data.augmentation import BatchAugmentor
 from connectomics.data.dataset.build import inputs_of
-from connectomics.data.normalization import kept, with_normalization
+from connectomics.data.normalization import with_normalization
 from connectomics.data.patches import centered, input_names
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError, unknown_name
+from connectomics.errors import ConfigError, InputError
 from connectomics.geometry import VoxelGrid
 from connectomics.inference.raw import FurtherInput
 from connectomics.inference.sliding import predict_blocks
+from connectomics.inference.trained_network import TrainedNetwork
 from connectomics.inference.windows import WindowFit
-from connectomics.io.normalization import Normalization
 from connectomics.lightning.averaging import AveragedWeights
 from connectomics.lightning.challenge_score import ChallengeScore
 from connectomics.lightning.checkpoints import CHECKPOINT_FORMAT, CHECKPOINT_KEY, load_module
@@ -48,7 +48,7 @@ _PLANES = 4  # most crops in the pictures of a validation
 _THRESHOLD = 0.5  # probability from which a voxel counts as predicted
 
 
-class ConnectomicsModule(pl.LightningModule):
+class ConnectomicsModule(TrainedNetwork, pl.LightningModule):
     """Trains and validates the network of a run.
 
     A training batch is ``{"image": (B, 1, D, H, W) float32, ...}`` with labels, packed or dense (see `labels_of`), and
@@ -69,17 +69,13 @@ class ConnectomicsModule(pl.LightningModule):
 
     def __init__(self, config: RunConfig) -> None:
         """Build network and loss; raise `InputError`, `ConfigError` or `UnknownNameError` if that is not possible."""
-        super().__init__()
         check_config(config)
         import_plugins(config.plugins)
         check_monitors(config)
-        self.config = config
-        self.classes = tuple(config.dataset.classes)
-        if config.channels != len(self.classes):  # possible with dataset.name=cellmap_single
-            raise ConfigError(f"model.out_channels is {config.channels}, expected one per class: {len(self.classes)}")
-        self.heads = heads_of(config)
-        self.channel_groups = [len(self.classes), *(head.channels for head in self.heads)]  # output channels
-        self.network = build_network(config, sum(self.channel_groups))
+        classes = len(config.dataset.classes)
+        if config.channels != classes:  # possible with dataset.name=cellmap_single
+            raise ConfigError(f"model.out_channels is {config.channels}, expected one per class: {classes}")
+        super().__init__(config, build_network(config, sum(channel_groups(config))))
         self.frozen_norms = freeze(self.network, config.model.freeze)
         self.train()
         model, (z, y, x) = config.model, config.dataset.voxel_size
@@ -97,36 +93,6 @@ class ConnectomicsModule(pl.LightningModule):
         self.planes: list[Plane] = []  # of the latest validation, for the picture panel
         self.only_a_look = False  # validate on one window of each crop, to test whether it runs
         self._logged: set[str] = set()
-
-    # -- the network -------------------------------------------------------------------------------------------------
-    def forward(self, image: Tensor, *inputs: Tensor) -> Tensor:
-        """Return logits (B, C, D, H, W) of an image (B, 1, D, H, W); in training with deep supervision a list of them.
-
-        The channels are the classes, then those of all heads. ``inputs``: one (B, 1, d, h, w) for each of
-        ``data.inputs``."""
-        return self.network(image, *inputs)
-
-    def probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
-        """Return probabilities (B, C, D, H, W) float32, each channel by itself; for a module in evaluation mode.
-
-        The channels are those of `connectomics.config.heads.channel_names`: without heads that are not written."""
-        logits = self.network(image, *inputs)
-        if not all(head.write for head in self.heads):
-            classes, *heads = logits.split(self.channel_groups, dim=1)
-            written = [logits for head, logits in zip(self.heads, heads, strict=True) if head.write]
-            logits = torch.cat([classes, *written], dim=1)
-        return torch.sigmoid(logits.float())
-
-    def normalization(self, dataset: str) -> Normalization:
-        """Return the normalization of raw of a data set as in training; raise `UnknownNameError` for other data."""
-        found = kept(self.config, dataset, None)
-        if found is None:
-            raise unknown_name("data set", dataset, self.config.data.normalization, "the model's normalization")
-        return found.normalization
-
-    def _all_probabilities(self, image: Tensor, *inputs: Tensor) -> Tensor:
-        """Return `probabilities` of all channels."""
-        return torch.sigmoid(self.network(image, *inputs).float())
 
     # -- training ----------------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Self:
@@ -262,7 +228,7 @@ class ConnectomicsModule(pl.LightningModule):
         for block, everything in predict_blocks(
             crop.read_image,
             grid,
-            self._all_probabilities,
+            self.all_probabilities,
             channels=sum(self.channel_groups),
             window=self.window,
             overlap=settings.overlap,

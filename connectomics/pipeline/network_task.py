@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from connectomics.inference.trained_network import TrainedNetwork
-    from connectomics.lightning.module import ConnectomicsModule
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class NetworkPredictTask(PredictTask):
         with ready(self.trained_networks(), self, device) as networks:
             yield networks
 
-    def trained_networks(self) -> list[TrainedNetwork | ConnectomicsModule]:
+    def trained_networks(self) -> list[TrainedNetwork]:
         """Return the checkpoints' networks, on the CPU, in the order of their hashes.
 
         Raises:
@@ -75,9 +74,7 @@ class NetworkPredictTask(PredictTask):
 
 
 @contextmanager
-def ready(
-    networks: Sequence[TrainedNetwork | ConnectomicsModule], task: PredictTask, device: str
-) -> Iterator[list[Network]]:
+def ready(networks: Sequence[TrainedNetwork], task: PredictTask, device: str) -> Iterator[list[Network]]:
     """Yield the networks' probabilities as a task needs them: on ``device``, in evaluation mode or with dropout, in its
     memory format, compiled or not. Mode and format are restored at the end; the networks stay on the device.
 
@@ -106,18 +103,14 @@ def ready(
         yield runs
 
 
-def _channels(
-    network: TrainedNetwork | ConnectomicsModule, task: PredictTask
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _channels(network: TrainedNetwork, task: PredictTask) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the network's channels, and the group classes of a task that are unions of them."""
     channels = channel_names(network.config)
     others = (name for name in task.classes if name not in channels)
     return channels, tuple(name for name in others if set(atoms_of(name)) <= set(channels))
 
 
-def load_networks(
-    paths: Sequence[str | Path], config: RunConfig | None = None
-) -> dict[str, TrainedNetwork | ConnectomicsModule]:
+def load_networks(paths: Sequence[str | Path], config: RunConfig | None = None) -> dict[str, TrainedNetwork]:
     """Return the networks of checkpoints, on the CPU, by `weights_hash`; ``config``: their classes must be its own.
 
     They are sorted by the hash, so that sums are the same to the bit whichever is named first. Raises `InputError` if
@@ -128,7 +121,7 @@ def load_networks(
 
     if not paths:
         raise InputError("nothing to predict with: give a model or a checkpoint")
-    found: dict[str, TrainedNetwork | ConnectomicsModule] = {}
+    found: dict[str, TrainedNetwork] = {}
     origin: dict[str, str | Path] = {}
     for path in paths:
         network = load_network(path, config)

@@ -42,7 +42,6 @@ from connectomics.tasks.failures import Accepted, accepted_of
 
 if TYPE_CHECKING:
     from connectomics.inference.trained_network import TrainedNetwork
-    from connectomics.lightning.module import ConnectomicsModule
 
 
 def predict(
@@ -106,7 +105,7 @@ def predict_tasks(
 
 
 def predict_cellmap_crops(
-    model: TrainedNetwork | ConnectomicsModule | None,
+    model: TrainedNetwork | None,
     config: RunConfig,
     checkpoint_path: str | Path | Sequence[str | Path] | None,
     output_dir: str | Path,
@@ -195,9 +194,7 @@ def _run_all(
         raise BlocksFailedError("; ".join(failed))
 
 
-def _given_network(
-    model: TrainedNetwork | ConnectomicsModule, config: RunConfig, paths: Sequence[str | Path]
-) -> dict[str, TrainedNetwork | ConnectomicsModule]:
+def _given_network(model: TrainedNetwork, config: RunConfig, paths: Sequence[str | Path]) -> dict[str, TrainedNetwork]:
     from connectomics.inference.trained_network import weights_hash
     from connectomics.lightning.checkpoints import check_classes
 
@@ -231,7 +228,7 @@ def known_device(name: str) -> str:
 
 def network_tasks(
     config: RunConfig,
-    networks: Mapping[str, TrainedNetwork | ConnectomicsModule],
+    networks: Mapping[str, TrainedNetwork],
     checkpoints: Sequence[str | Path],
     output_dir: str | Path,
     targets: Sequence[Target] | None,

@@ -122,7 +122,7 @@ class TestValidation:
 
     def test_a_class_that_is_present_is_logged_also_if_nothing_is_predicted(self, module: ConnectomicsModule) -> None:
         crop = annotate("a", 0, (0.9, 0.9), (0.4, 0.1))
-        module.probabilities = module._all_probabilities = (
+        module.probabilities = module.all_probabilities = (
             lambda image: torch.zeros(  # type: ignore[method-assign]
                 (len(image), 2, *image.shape[2:])
             )
