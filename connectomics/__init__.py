@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from connectomics.machine import ensure_numba_cache
 
 if TYPE_CHECKING:
+    from connectomics.cellmap.catalog import open_root
     from connectomics.config import load_config
     from connectomics.geometry import Box, VoxelGrid
     from connectomics.pipeline.annotate import annotate
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from connectomics.pipeline.fetch import fetch
     from connectomics.pipeline.ingest import ingest
     from connectomics.pipeline.merge import merge
-    from connectomics.pipeline.open_root import open_root
     from connectomics.pipeline.package import load_model
     from connectomics.pipeline.plan import plan
     from connectomics.pipeline.predict import predict
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Box": "geometry", "VoxelGrid": "geometry", "load_config": "config", "Labels": "pipeline.results",
     "Probabilities": "pipeline.results", "Scores": "pipeline.results", "Run": "pipeline.runs",
-    "load_model": "pipeline.package",
+    "load_model": "pipeline.package", "open_root": "cellmap.catalog",
 }  # fmt: skip
 
 __all__ = [

@@ -8,6 +8,7 @@ may be local folders or ``s3://`` URLs.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -307,6 +308,18 @@ class Catalog:
                 "and ingest labels (`pytc ingest --labels`) or choose others"
             )
         return found
+
+
+def open_root(root: str | os.PathLike[str] | Catalog) -> Catalog:
+    """Return the catalog of a data root: data sets, crops, classes, and where each array is.
+
+    Args:
+        root: folder or ``s3://`` URL that holds ``{dataset}/{dataset}.zarr``, or a catalog, which is returned.
+
+    Raises:
+        MissingError: no such root, or one without data sets.
+    """
+    return root if isinstance(root, Catalog) else Catalog.open(os.fspath(root))
 
 
 def informs(class_name: str, available: Iterable[str]) -> bool:

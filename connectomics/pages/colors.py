@@ -29,7 +29,6 @@ ERROR_COLORS: NDArray[np.uint8] = np.array(
     [(0, 0, 0, 0), (*AGREEMENT, 110), (*PREDICTION, 215), (*TRUTH, 215), (*WRONG_OBJECT, 215), (*UNKNOWN, 170)],
     np.uint8,
 )
-ERROR_NAMES = ("neither", "agreement", "predicted only", "truth only", "wrong object", "not annotated")
 
 #: Colors of objects, repeated in order of their IDs; row 0 is background.
 OBJECT_COLORS: NDArray[np.uint8] = np.array(

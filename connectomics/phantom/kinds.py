@@ -53,9 +53,3 @@ SHELL_ID = np.array([CLASSES[k.shell].id for k in KINDS], np.uint8)
 INSIDE_ID = np.array([CLASSES[k.inside].id for k in KINDS], np.uint8)
 THICKNESS = np.array([k.thickness for k in KINDS])
 GRAY = np.array([k.gray for k in KINDS])
-
-#: Every atomic class that a phantom can hold.
-PHANTOM_ATOMS: frozenset[str] = frozenset(
-    {*(n for k in KINDS for n in (k.shell, k.inside))}
-    | {"ecs", "mito_ribo", "ne_mem", "ne_lum", "hchrom", "echrom", "nucpl"}
-)

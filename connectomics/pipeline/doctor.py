@@ -12,9 +12,9 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from connectomics.cellmap.fetch import PUBLIC
 from connectomics.errors import InputError
@@ -62,10 +62,6 @@ class Finding:
     found: str
     level: Level = "ok"
     advice: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields, for JSON."""
-        return asdict(self)
 
 
 def examine(folder: Path, *, s3: str | None = None) -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from connectomics.cellmap.catalog import Catalog, Crop
+from connectomics.cellmap.catalog import Catalog, Crop, open_root
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.decoding.label_artifact import unknown_share
@@ -20,7 +20,6 @@ from connectomics.metrics.challenge.results import moves
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, RULES, Rules, get_rules
 from connectomics.metrics.evaluate import LabelEvaluation, evaluate_label, score_of, summarize, totals
 from connectomics.metrics.tables import write_csv, write_json
-from connectomics.pipeline.open_root import open_root
 from connectomics.pipeline.results import Labels, Scores, chosen_arrays
 from connectomics.progress import Progress
 

@@ -18,7 +18,7 @@ from connectomics.errors import ConnectomicsError, InputError, UnknownNameError,
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.io.multiscale import Multiscale, PlainArray
 from connectomics.phantom import PhantomInfo, PhantomOptions, make_phantom
-from connectomics.phantom.kinds import KINDS, PHANTOM_ATOMS
+from connectomics.phantom.kinds import KINDS
 from connectomics.phantom.layout import datasets
 from connectomics.phantom.scene import Scene, class_mask
 from connectomics.testing.arrays import check_reader
@@ -64,13 +64,17 @@ def test_what_is_at_a_point_does_not_depend_on_the_grid(scene: Scene) -> None:
     assert single.raw[0, 0, 0] == part.raw[40, 33, 21]
 
 
+ATOMS = {*(n for k in KINDS for n in (k.shell, k.inside))}
+ATOMS |= {"ecs", "mito_ribo", "ne_mem", "ne_lum", "hchrom", "echrom", "nucpl"}
+
+
 def test_every_voxel_has_one_atom_and_groups_are_unions(scene: Scene) -> None:
     grid = VoxelGrid.covering(scene.box, (16.0, 16.0, 16.0))
     atoms = scene.atoms(grid)
-    known = {CLASSES[n].id for n in PHANTOM_ATOMS}
+    known = {CLASSES[n].id for n in ATOMS}
     assert set(np.unique(atoms)) <= known
     assert len(np.unique(atoms)) > 20
-    assert sum(class_mask(atoms, n).sum() for n in PHANTOM_ATOMS) == atoms.size
+    assert sum(class_mask(atoms, n).sum() for n in ATOMS) == atoms.size
     for name in ("mito", "nuc", "er", "ne", "ld", "cell"):
         union = np.isin(atoms, [CLASSES[a].id for a in CLASSES[name].atoms])
         assert np.array_equal(class_mask(atoms, name), union)

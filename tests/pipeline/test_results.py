@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from connectomics.cellmap.catalog import open_root
 from connectomics.config import load_config
 from connectomics.decoding.probabilities import above
 from connectomics.errors import UnknownNameError
 from connectomics.geometry import VoxelGrid
 from connectomics.io.write import ensure_group, write_multiscale
-from connectomics.pipeline.open_root import open_root
 from connectomics.pipeline.results import Probabilities, chosen_arrays
 from connectomics.pipeline.show import show
 from tests.cellmap.roots import write_label, write_raw
