@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class ConnectomicsError(Exception):
@@ -63,11 +64,28 @@ class WriteError(ConnectomicsError, OSError):
     """Output could not be written (disk full, no permission); nothing half-written counts as complete."""
 
 
+@contextmanager
+def as_write_error(doing: str, advice: str = "") -> Iterator[None]:
+    """Turn an `OSError` into a `WriteError`: ``{doing}: {why}; {advice}``. A `ConnectomicsError` passes unchanged."""
+    try:
+        yield
+    except ConnectomicsError:
+        raise
+    except OSError as error:
+        raise WriteError("; ".join(filter(None, (f"{doing}: {error.strerror or error}", advice)))) from error
+
+
 def number_of(count: int, what: str) -> str:
     """Return ``1 box``, ``2 boxes``: a number with its noun, whose singular is ``what``."""
     plural = re.sub("([^aeiou])y$", r"\1ie", what)
     plural += "es" if re.search("(s|x|ch|sh)$", what) else "s"
     return f"{count} {what if count == 1 else plural}"
+
+
+def first_of(names: Iterable[str], most: int) -> str:
+    """Return the first names of many: ``a, b, c, ...``."""
+    shown = list(names)
+    return ", ".join(shown[:most] + ["..."] * (len(shown) > most))
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

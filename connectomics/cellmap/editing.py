@@ -7,7 +7,6 @@ the coarser levels, now or, if the process is killed, when the crop is opened fo
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 from connectomics.cellmap.annotation import Annotation, Kind
 from connectomics.cellmap.catalog import LabelArray
 from connectomics.cellmap.classes import is_instance_class
-from connectomics.errors import InputError, MetadataError, MissingError, WriteError
+from connectomics.errors import InputError, MetadataError, MissingError, as_write_error
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import ATTRIBUTE, Provenance, about, publish
 from connectomics.io.location import local_path
-from connectomics.io.replacing import remove_abandoned, unfinished, write_json
+from connectomics.io.replacing import unfinished_folder, write_json
 from connectomics.io.store import read_json
 from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
 
@@ -77,18 +76,11 @@ class EditableLabels:
         annotation = Annotation(name, kind, 0, unknown, counts)
         attrs = {**annotation.to_attrs(with_counts=False), ATTRIBUTE: _attribute(complete=True)}
         ensure_group(place.parent)
-        prefix = f".{place.name}.partial-"
-        remove_abandoned(place.parent, prefix)
-        folder = unfinished(place.parent, prefix)
-        try:
+        with unfinished_folder(place) as folder:
             create_multiscale(folder, [grid], dtype, chunks=_CHUNKS, attrs=attrs, name=name, fill_value=unknown)
             update_attrs(folder / "s0", annotation.to_attrs())
-            try:
+            with as_write_error(f"cannot create {place}"):
                 folder.rename(place)
-            except OSError as error:
-                raise WriteError(f"cannot create {place}: {error.strerror or error}") from error
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         return cls(LabelArray(name, str(place)))
 
     def widen(self, largest: int) -> None:
@@ -176,10 +168,7 @@ class EditableLabels:
         else:
             if path.name == "s0" and writer.grid == self.grid and writer.dtype.newbyteorder("=") == self.dtype:
                 return writer
-        prefix = f".{self._place.name}.partial-"
-        remove_abandoned(self._place.parent, prefix)
-        folder = unfinished(self._place.parent, prefix)
-        try:
+        with unfinished_folder(self._place) as folder:
             attrs = {k: v for k, v in self._label.source.attrs.items() if k != "multiscales"}
             (copy,) = create_multiscale(folder, [self.grid], self.dtype, attrs=attrs, name=self.name)
             for begin, block in self.grid.blocks(_BLOCK):
@@ -187,8 +176,6 @@ class EditableLabels:
             update_attrs(folder / "s0", self._label.annotation.to_attrs())
             build_levels(folder, len(self._label.source.levels), "label")
             publish(folder, self._place)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         self._label = LabelArray(self.name, str(self._place))
         return ArrayWriter.open(self._place / "s0")
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,13 +22,13 @@ from connectomics.cellmap.annotation import Annotation, Kind
 from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import csv_rows
-from connectomics.errors import InputError, MetadataError, MissingError, WriteError
+from connectomics.errors import InputError, MetadataError, MissingError, WriteError, as_write_error
 from connectomics.geometry import Index, Triple, VoxelGrid, index, triple
 from connectomics.io.artifacts import ATTRIBUTE, Provenance, about
 from connectomics.io.formats import VolumeSource
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.replacing import not_ours, publish, remove_abandoned, unfinished
+from connectomics.io.replacing import not_ours, publish, unfinished_folder
 from connectomics.io.write import ArrayWriter, build_levels, create_multiscale, ensure_group, update_attrs
 from connectomics.progress import Progress, silent
 
@@ -258,12 +257,9 @@ def _placed(place: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder that is renamed to ``place`` if the block completes."""
     _check_place(place, overwrite)
     ensure_group(place.parent)
-    prefix = f".{place.name}.partial-"
-    remove_abandoned(place.parent, prefix)
-    folder = unfinished(place.parent, prefix)
-    try:
+    with unfinished_folder(place) as folder:
         yield folder
-        try:
+        with as_write_error(f"cannot move the volume to {place}"):
             attribute = {"artefact": _INGESTED, "complete": True, **Provenance().to_dict()}
             update_attrs(folder, {ATTRIBUTE: attribute})
             _check_place(place, overwrite)  # another process may have been faster
@@ -271,12 +267,6 @@ def _placed(place: Path, overwrite: bool) -> Iterator[Path]:
                 publish(folder, place)
             else:
                 folder.rename(place)
-        except WriteError:
-            raise
-        except OSError as error:
-            raise WriteError(f"cannot move the volume to {place}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_place(place: Path, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from connectomics.cli.options import (
     OutOption,
     OutPlaceArgument,
 )
-from connectomics.errors import InputError, number_of
+from connectomics.errors import InputError, first_of, number_of
 
 if TYPE_CHECKING:
     from connectomics.metrics.challenge.results import SubmissionScore
@@ -87,8 +87,8 @@ def _print_evaluation(result: Mapping[str, Any]) -> None:
     print_rules(result["by_rules"])
     left_out = result["left_out"]
     if left_out:
-        shown = ", ".join(left_out[:6]) + (", ..." if len(left_out) > 6 else "")
-        print(f"{number_of(len(left_out), 'array')} without annotated ground truth left out: {shown}")
+        arrays = number_of(len(left_out), "array")
+        print(f"{arrays} without annotated ground truth left out: {first_of(left_out, 6)}")
 
 
 def _print_rows(title: str, names: Sequence[str], rows: Sequence[Mapping[str, Any]], intervals: bool) -> None:

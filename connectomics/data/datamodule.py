@@ -31,7 +31,7 @@ from connectomics.data.splits import Split
 from connectomics.data.unlabeled import PairedPatches, collate_pairs, unlabeled_dataset, unlabeled_parts
 from connectomics.data.validation_windows import seen_parts
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError, number_of
+from connectomics.errors import ConfigError, InputError, first_of, number_of
 from connectomics.io.store import StoreOptions
 from connectomics.machine import is_first_process, usable_cores
 from connectomics.progress import Progress
@@ -262,4 +262,4 @@ class CellMapDataModule(pl.LightningDataModule):
 
 
 def _are(entries: list[str]) -> str:
-    return f"{', '.join(entries[:3])}{', ...' if len(entries) > 3 else ''} {'is' if len(entries) == 1 else 'are'}"
+    return f"{first_of(entries, 3)} {'is' if len(entries) == 1 else 'are'}"

@@ -25,7 +25,7 @@ from connectomics.data.splits import (
     split_by_dataset,
 )
 from connectomics.data.volumes import CropVolume
-from connectomics.errors import ConfigError, InputError, number_of
+from connectomics.errors import ConfigError, InputError, first_of, number_of
 from connectomics.geometry import Triple, triple
 
 log = logging.getLogger(__name__)
@@ -188,7 +188,7 @@ def _annotated(crops: list[Crop], config: RunConfig) -> list[Crop]:
     log.warning(
         "%s annotate none of the classes %s themselves, only parts of them or classes that exclude them, and are left "
         "out; name them in dataset.crops to use them",
-        ", ".join(left[:4] + ["..."] * (len(left) > 4)), ", ".join(classes),
+        first_of(left, 4), ", ".join(classes),
     )  # fmt: skip
     return kept
 
@@ -202,7 +202,7 @@ def _known(crops: list[Crop], classes: Sequence[str], counter: LabelCounter) -> 
         log.warning(
             "no voxel of %s is known in %s, which is left out; ingest the labels again with the sections or the mask "
             "that was annotated",
-            ", ".join(classes), ", ".join(left[:4] + ["..."] * (len(left) > 4)),
+            ", ".join(classes), first_of(left, 4),
         )  # fmt: skip
     return kept or crops
 
@@ -212,7 +212,7 @@ def _say_what_is_empty(crops: Sequence[Crop], classes: Sequence[str]) -> None:
     if empty := [f"{name} in {key} {label.grid.shape}" for key, name, label in needed if not label.grid.size]:
         log.warning(
             "labels without voxels: %s; ingest them again, or remove them",
-            ", ".join(empty[:4] + ["..."] * (len(empty) > 4)),
+            first_of(empty, 4),
         )  # fmt: skip
 
 
@@ -251,5 +251,5 @@ def _say_what_is_coarse(crops: Sequence[Crop], usable: Sequence[Crop], config: R
     )
     if not usable:
         raise InputError(f"{what}: nothing is left; set dataset.coarse_labels=true, or a coarser dataset.voxel_size")
-    names = f" ({', '.join(gone[:4])}{', ...' if len(gone) > 4 else ''})" if gone else ""
+    names = f" ({first_of(gone, 4)})" if gone else ""
     log.warning("%s%s; dataset.coarse_labels=true uses them", what, names)

@@ -32,7 +32,7 @@ from connectomics.decoding.edits import (
 from connectomics.decoding.label_artifact import TABLE_FILE, write_table
 from connectomics.decoding.parameters import METHODS
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Index, Triple, index
+from connectomics.geometry import Index, Triple, index, slices_of
 from connectomics.io.artifacts import identity, require_complete
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.write import ArrayWriter
@@ -191,7 +191,7 @@ class EditTask(LabelsTask):
             here = reader.read(first, shape)[edit.class_name] == edit.ids[0]
             place = tuple((f - b) // s for f, b, s in zip(first, begin, stride, strict=True))
             cells = _any_in_cells(here, stride)
-            mask[tuple(slice(p, p + n) for p, n in zip(place, cells.shape, strict=True))] |= cells
+            mask[slices_of(place, cells.shape)] |= cells
         seeds = []
         for seed in edit.seeds:
             voxel = np.floor(grid.to_index(seed) + 0.5).astype(int)

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.config.values import STRICT_KEYS, one_of, read
-from connectomics.errors import InputError, MissingError, WriteError
+from connectomics.errors import InputError, MissingError, as_write_error
 from connectomics.geometry import Index, Triple, index
 from connectomics.io.write import write_file
 
@@ -113,16 +113,13 @@ def read_edits(path: str | Path) -> list[Edit]:
 
 def append_edit(path: str | Path, edit: Edit) -> None:
     """Add a line to a log; it is on disk when this returns."""
-    try:
-        with Path(path).open("a+b") as file:
-            end = file.tell()
-            file.seek(max(0, end - 1))
-            begin = b"" if file.read(1) in (b"", b"\n") else b"\n"  # the end of a line that an editor left open
-            file.write(begin + edit.to_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
+    with as_write_error(f"cannot write {path}"), Path(path).open("a+b") as file:
+        end = file.tell()
+        file.seek(max(0, end - 1))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"  # the end of a line that an editor left open
+        file.write(begin + edit.to_json().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def drop_edit(path: str | Path) -> None:

@@ -20,7 +20,7 @@ from connectomics.config.values import plain
 from connectomics.decoding.blocks.pieces import Pieces
 from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import WriteError
-from connectomics.geometry import Box, VoxelGrid
+from connectomics.geometry import Box, VoxelGrid, slices_of
 from connectomics.io import store
 from connectomics.io.artifacts import Difference, Provenance, about, changed_inputs, identity, publish
 from connectomics.io.levels import halve_labels
@@ -192,8 +192,7 @@ def write_whole(levels: Sequence[ArrayWriter], labels: NDArray[Any]) -> None:
         depth, height, width = labels.shape
         whole = [max(1, b // c) * c for b, c in zip(BLOCK, writer.chunks, strict=True)]
         for begin, block in VoxelGrid((1, 1, 1), (0, 0, 0), (depth, height, width)).blocks(whole):
-            z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-            writer.write(begin, labels[z, y, x])
+            writer.write(begin, labels[slices_of(begin, block.shape)])
 
 
 # -- the instance table ------------------------------------------------------------------------------------------------

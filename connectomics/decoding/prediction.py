@@ -15,7 +15,7 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.decoding.probabilities import OnGrid, above, open_probabilities, read_block
 from connectomics.decoding.watershed.heights import HeadValues, LearnedDistance
 from connectomics.errors import MetadataError, MissingError
-from connectomics.geometry import Index, VoxelGrid, index
+from connectomics.geometry import Index, VoxelGrid, index, slices_of
 from connectomics.io import store
 from connectomics.io.artifacts import require_complete
 from connectomics.io.multiscale import Multiscale
@@ -56,8 +56,7 @@ def read_on(source: Multiscale, grid: VoxelGrid) -> NDArray[Any]:
     other = OnGrid(source, grid)
     values = np.zeros(grid.shape, other.dtype)
     for begin, block in grid.blocks(_BLOCK):
-        z, y, x = (slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
-        values[z, y, x] = other.read(begin, block.shape)
+        values[slices_of(begin, block.shape)] = other.read(begin, block.shape)
     return values
 
 

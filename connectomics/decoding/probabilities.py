@@ -87,11 +87,17 @@ def open_probabilities(location: str) -> Multiscale:
     return source
 
 
-def read_block(source: Multiscale, begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-    """A block of probabilities; every chunk must be stored, since predict writes all of them."""
-    values, there = source.read_level(0, begin, shape)
+def read_block(
+    source: Multiscale, begin: Sequence[int] | NDArray[Any], shape: Sequence[int], level: int = 0
+) -> NDArray[Any]:
+    """A block of probabilities, 0 beyond the array; every chunk must be stored, since predict writes all of them."""
+    values, there = source.read_level(level, begin, shape)
     if not there.all():
-        raise CorruptDataError(f"{source.location} lacks chunks around voxel {tuple(begin)} (z y x); run predict again")
+        whole = source.levels[level].grid.shape
+        inside = [max(0, min(b + n, w) - max(b, 0)) for b, n, w in zip(begin, shape, whole, strict=True)]
+        if int(np.count_nonzero(there)) < math.prod(int(n) for n in inside):
+            at = tuple(int(b) for b in begin)
+            raise CorruptDataError(f"{source.location} lacks chunks around voxel {at} (z y x); run predict again")
     return values
 
 
@@ -122,7 +128,7 @@ class OnGrid:
         """``shape`` voxels from voxel ``begin`` of the grid, in the stored type; `CorruptDataError`: a chunk is not
         there, or cannot be read."""
         if self._first is not None:
-            return self._stored(self._first + begin, shape)
+            return read_block(self._source, self._first + begin, shape, self._level)
         out = np.zeros(tuple(shape), self.dtype)
         spans = []
         for inside, b, n in zip(self.inside, begin, shape, strict=True):
@@ -132,18 +138,8 @@ class OnGrid:
             spans.append((int(there[0]), int(there[-1]) + 1))
         z, y, x = (t.part(b + s, b + e) for t, b, (s, e) in zip(self._tables, begin, spans, strict=True))
         low, high = zip(*(t.span for t in (z, y, x)), strict=True)
-        block = self._stored(low, [h - b for b, h in zip(low, high, strict=True)])
+        block = read_block(self._source, low, [h - b for b, h in zip(low, high, strict=True)], self._level)
         values = resample.apply(block, (z.shifted(low[0]), y.shifted(low[1]), x.shifted(low[2])))
         at = tuple(slice(s, e) for s, e in spans)
         out[at] = np.rint(values) if self.dtype.kind == "u" else values
         return out
-
-    def _stored(self, begin: Sequence[int] | NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
-        """Voxels of the level that is read, 0 beyond it."""
-        values, there = self._source.read_level(self._level, begin, shape)
-        whole = self._source.levels[self._level].grid.shape
-        inside = [max(0, min(b + n, w) - max(b, 0)) for b, n, w in zip(begin, shape, whole, strict=True)]
-        if int(np.count_nonzero(there)) < math.prod(int(n) for n in inside):
-            at = tuple(int(b) for b in begin)
-            raise CorruptDataError(f"{self._source.location} lacks chunks around voxel {at} (z y x); run predict again")
-        return values

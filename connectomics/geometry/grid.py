@@ -48,6 +48,11 @@ def index(values: Iterable[SupportsInt]) -> Index:
     return z, y, x
 
 
+def slices_of(begin: Iterable[SupportsInt], shape: Iterable[SupportsInt]) -> tuple[slice, ...]:
+    """Return the slices of a block of ``shape`` voxels from voxel ``begin``, of any number of axes."""
+    return tuple(slice(int(b), int(b) + int(n)) for b, n in zip(begin, shape, strict=True))
+
+
 @dataclass(frozen=True)
 class Box:
     """An axis-aligned box in the world, nm, z y x, from the face ``begin`` to the face ``end``.

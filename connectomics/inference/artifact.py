@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 import connectomics
 from connectomics.errors import InputError, MetadataError, WriteError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.inference.augmented import LARGEST
 from connectomics.inference.layout import Layout
 from connectomics.inference.probability_values import require_probabilities
@@ -199,7 +199,7 @@ def write_probability(
         if not layout.same_voxels:
             values = resample.linear(values, layout.model.crop(begin, shape), piece)
         values = np.clip(values, 0, 1)
-        at = tuple(slice(a, a + n) for a, n in zip(offset, piece.shape, strict=True))
+        at = slices_of(offset, piece.shape)
         if absent is not None:
             values[absent[at]] = 0
         if writer.dtype == np.uint8:

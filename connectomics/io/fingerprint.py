@@ -21,7 +21,7 @@ from connectomics.geometry import VoxelGrid
 from connectomics.io import s3
 from connectomics.io.array import StoredArray
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.store import is_s3, split_s3, unreadable
+from connectomics.io.store import Location, if_there, is_s3, split_s3
 
 _SAMPLES_PER_AXIS = 3  # chunks per axis in `content_identity`: 27 in all
 _SAMPLE_BYTES = 1 << 16  # of each: a whole chunk of a Zarr v2 array, the beginning of a shard
@@ -54,7 +54,8 @@ def content_identity(source: Multiscale, grid: VoxelGrid | None = None, *, whole
     is_empty = any(high <= low for low, high in spans)
     places = [] if is_empty else [array.chunk_location(index) for index in product(*axes)]
     remote = is_s3(array.location)
-    sample = partial(_remote_sample, array) if remote else partial(_local_sample, most=-1 if whole else _SAMPLE_BYTES)
+    local = partial(_local_sample, most=-1 if whole else _SAMPLE_BYTES)
+    sample = partial(_remote_sample, array) if remote else partial(if_there, read=local)
     marks = "".join(s3.in_parallel(lambda place: _mark(sample(place)), places))
     metadata = hashlib.sha256(json.dumps([levels, spans], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return f"{_CONTENT}-{metadata}-{marks}"
@@ -109,7 +110,9 @@ def fingerprints(source: Multiscale, grid: VoxelGrid | None = None) -> tuple[str
         prefix = split_s3(array.location)[1] if remote else ""
         for digest in both:
             digest.update(repr((level, first, last)).encode())
-        for mark in _remote_marks(array, chunks) if remote else map(_local_mark, chunks):
+        local = partial(if_there, read=_local_mark)
+        marks: Iterable[Any] = _remote_marks(array, chunks) if remote else map(local, chunks)
+        for mark in marks:
             both[0].update(repr(mark).encode())
             both[1].update(repr((mark[0].removeprefix(prefix), *mark[1:]) if remote else mark).encode())
     return both[0].hexdigest(), both[1].hexdigest()
@@ -119,15 +122,10 @@ def _mark(sample: Any) -> str:
     return _ABSENT if sample is None else hashlib.sha256(repr(sample).encode()).hexdigest()[:4]
 
 
-def _local_sample(path: str, most: int) -> Any:
-    """Size and first bytes of a chunk (-1: all), None if it is absent."""
-    try:
-        with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size, file.read(most)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise unreadable(path, error) from error
+def _local_sample(path: Location, most: int) -> Any:
+    """Size and first bytes of a chunk (-1: all)."""
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_size, file.read(most)
 
 
 def _remote_sample(array: StoredArray, location: str) -> Any:
@@ -137,14 +135,9 @@ def _remote_sample(array: StoredArray, location: str) -> Any:
     return next((mark[1:] for mark in listed if mark[0] == key), None)
 
 
-def _local_mark(path: str) -> Any:
-    """Size and time of a chunk, None if it is absent."""
-    try:
-        stat = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise unreadable(path, error) from error
+def _local_mark(path: Location) -> Any:
+    """Size and time of a chunk."""
+    stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
 

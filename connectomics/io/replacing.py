@@ -14,14 +14,14 @@ import platform
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError, WriteError, as_write_error
 from connectomics.io.location import Location, local_path
 from connectomics.io.place import S3Path, move_tree, remove_tree
 from connectomics.io.store import is_array, is_group
@@ -108,21 +108,18 @@ def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
     local_path(path)  # refuses URLs
     part = path.parent / f".{path.name}.part-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     try:
-        try:
-            handle = part.open("wb")
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = part.open("wb")
-        with handle:
-            handle.write(data)
-        part.replace(path)
-    except BaseException as error:
+        with as_write_error(f"cannot write {path}", "free space or choose a folder you may write to"):
+            try:
+                handle = part.open("wb")
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle = part.open("wb")
+            with handle:
+                handle.write(data)
+            part.replace(path)
+    except BaseException:
         with contextlib.suppress(OSError):  # if even its folder is no folder
             part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise WriteError(
-                f"cannot write {path}: {error.strerror or error}; free space or choose a folder you may write to"
-            ) from error
         raise
 
 
@@ -153,7 +150,7 @@ def publish(finished: Path, location: Path) -> None:
         move_tree(finished, location)
         return
     old = _aside(location)
-    try:
+    with as_write_error(f"cannot move {finished} to {location}"):
         if location.exists():
             location.rename(old)
         try:
@@ -162,8 +159,6 @@ def publish(finished: Path, location: Path) -> None:
             if old.exists():
                 old.rename(location)
             raise
-    except OSError as error:
-        raise WriteError(f"cannot move {finished} to {location}: {error.strerror or error}") from error
     _remove_aside(location)
 
 
@@ -173,11 +168,22 @@ def put_aside(location: Path) -> None:
     if isinstance(location, S3Path):
         remove_tree(location)
         return
-    try:
+    with as_write_error(f"cannot replace {location}"):
         location.rename(_aside(location))
-    except OSError as error:
-        raise WriteError(f"cannot replace {location}: {error.strerror or error}") from error
     _remove_aside(location)
+
+
+@contextlib.contextmanager
+def unfinished_folder(place: Path) -> Iterator[Path]:
+    """Yield a new name beside ``place``, for a folder that will be moved there; what is left of it is removed at the
+    end, and what killed processes have left of theirs at the beginning."""
+    prefix = f".{place.name}.partial-"
+    remove_abandoned(place.parent, prefix)
+    folder = unfinished(place.parent, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def unfinished(parent: Path, prefix: str) -> Path:

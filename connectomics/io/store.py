@@ -11,7 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from connectomics.errors import MetadataError, MissingError
 from connectomics.io import s3
@@ -24,17 +24,14 @@ from connectomics.io.location import join as join
 from connectomics.io.location import normalize as normalize
 from connectomics.io.location import split_s3 as split_s3
 
+T = TypeVar("T")
+
 
 def read_bytes(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> bytes | None:
     """Return the content of one small file or object, None if it does not exist; `StoreError` if it is unreadable."""
     if is_s3(location):
         return s3.get(*split_s3(location), options)
-    try:
-        return Path(normalize(location)).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise unreadable(location, error) from error
+    return if_there(location, lambda path: Path(normalize(path)).read_bytes())
 
 
 def read_json(location: Location, options: StoreOptions = DEFAULT_OPTIONS) -> dict[str, Any] | None:
@@ -122,19 +119,19 @@ def _node_type(path: Path) -> str:
     return str((read_json(path / "zarr.json") or {}).get("node_type", ""))
 
 
-def unreadable(location: Location, error: OSError) -> StoreError:
-    """Return the error for a local file that exists and cannot be read."""
-    return StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions")
+def if_there(location: Location, read: Callable[[Location], T]) -> T | None:
+    """Return what ``read`` finds at a local path, None if nothing is there; `StoreError` if it cannot be read."""
+    try:
+        return read(location)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise StoreError(f"cannot read {location}: {error.strerror}; check the file and its permissions") from error
 
 
 def _mode(location: Location) -> int | None:
     """The mode of a local file or folder, None if it does not exist."""
-    try:
-        return os.stat(normalize(location)).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise unreadable(location, error) from error
+    return if_there(location, lambda path: os.stat(normalize(path)).st_mode)
 
 
 def _names(location: Location, keep: Callable[[os.DirEntry[str]], bool]) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError, as_write_error
 from connectomics.io.place import S3Path
 
 FORMATS = ("csv", "parquet")
@@ -76,7 +76,7 @@ class Table:
         import pyarrow as pa
 
         made = [self._array(column, values[column.name]) for column in self._columns]
-        with _naming(self._path):
+        with _writing(self._path):
             self._writer.write_table(pa.Table.from_arrays(made, schema=self._schema))
 
     def _array(self, column: Column, values: Any) -> Any:
@@ -135,15 +135,15 @@ def table(path: Path, columns: Sequence[Column], about: str = "") -> Iterator[Ta
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with _naming(path):
+        with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             made = Table(temporary, path, columns, about)
         try:
             yield made
         finally:
-            with _naming(path):
+            with _writing(path):
                 made.close()
-        with _naming(path):
+        with _writing(path):
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,16 +161,8 @@ def _numbers(values: Any, kind: Any) -> Any:
     return pa.Array.from_buffers(kind, len(made), [there, pa.py_buffer(stored)])
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn an `OSError` into a `WriteError` that names the table."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, WriteError):
-            raise
-        why = error.strerror or error
-        raise WriteError(f"cannot write {path}: {why}; check the folder and its free space") from error
+def _writing(path: Path) -> AbstractContextManager[None]:
+    return as_write_error(f"cannot write {path}", "check the folder and its free space")
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:

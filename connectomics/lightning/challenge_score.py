@@ -17,7 +17,7 @@ from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters,
 from connectomics.decoding.probabilities import above
 from connectomics.decoding.watershed.heights import HeadValues
 from connectomics.errors import ConfigError, unknown_name
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.lightning.pooled_scores import Sums
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import TOO_MANY, Panoptic
@@ -137,7 +137,7 @@ class CropScore:
         """Add a block: arrays (C, d, h, w), ``probability`` with the channels of heads after those of the classes;
         ``label`` is ignored where it is not ``known``."""
         begin = np.rint(self.grid.to_index(block.translation)).astype(int)
-        at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        at = slices_of(begin, block.shape)
         for name, kept in self._affinities.items():
             first, offsets = self.total.affinities[name]
             kept[:, *at] = _stored(probability[first : first + len(offsets)])

@@ -13,7 +13,7 @@ from torch import Tensor
 from connectomics.config.heads import Head
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.models.targets import head_labels, reach
 
 _THRESHOLD = 0.5
@@ -129,7 +129,7 @@ class HeadScores(Sums):
     def add(self, crop: CropVolume, block: VoxelGrid, probability: NDArray[np.float32], device: torch.device) -> None:
         """Count a block: ``probability`` (H, d, h, w) of all heads' channels; ``device`` computes the targets."""
         ids = torch.from_numpy(crop.read_ids(block.grow(self.margin))).to(device)
-        inside = tuple(slice(m, m + n) for m, n in zip(self.margin, block.shape, strict=True))
+        inside = slices_of(self.margin, block.shape)
         first = 0
         for number, head in enumerate(self.heads):
             labels = head_labels(head, ids[self.classes.index(head.class_name)][None].contiguous())

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.io.multiscale import Multiscale
 from connectomics.morphology.block_sums import BLOCK, NO_PAIRS, BlockSums, compact, empty_tables, sum_in_memory
 from connectomics.morphology.instances import step_areas
@@ -139,7 +139,7 @@ def contacts_of_block(
                 where = np.asarray(touching, np.int64)
                 pairs = np.column_stack([ids[where[:, 0]], other_ids[where[:, 1]]])
     own = np.zeros(len(ids) + 1, np.bool_)
-    own[np.unique(labels[tuple(slice(a, a + n) for a, n in zip(low, shape, strict=True))])] = True
+    own[np.unique(labels[slices_of(low, shape)])] = True
     return BlockSums(ids, found, pairs).select(own[1:])
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.io.multiscale import Multiscale
 
 #: Voxels to read at a time along each axis.
@@ -200,7 +200,7 @@ class StoredObject:
                     cuts = np.arange(-(at % stride), n, stride).clip(0)
                     inside = np.add.reduceat(inside, cuts, axis=axis, dtype=np.int64)
             at = low // stride - begin
-            counts[tuple(slice(a, a + n) for a, n in zip(at, inside.shape, strict=True))] += inside
+            counts[slices_of(at, inside.shape)] += inside
         return counts >= (1 if stride == 1 else max(1, math.ceil(filled * stride**3)))
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import ATOMIC_CLASSES, CLASSES
 from connectomics.errors import InputError
-from connectomics.geometry import Box, Triple, VoxelGrid, triple
+from connectomics.geometry import Box, Triple, VoxelGrid, slices_of, triple
 from connectomics.phantom.options import PhantomOptions
 from connectomics.phantom.scene import Scene, Tone, class_mask
 
@@ -187,7 +187,7 @@ class _Chooser:
             shape = [max(1, round(e * shrink / s)) for e, s in zip(edges, self.overview.voxel_size, strict=True)]
             begin = self._best(shape, max(1, self._CELLS // 20) if inner else 0)
             if begin is not None:
-                self.taken[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))] = True
+                self.taken[slices_of(begin, shape)] = True
                 for name, sums in self.sums.items():
                     self.have[name] += 0.0 if inner else float(_boxes(sums, shape)[begin])
                 return self.raw.crop([b * self.step for b in begin], [n * self.step for n in shape]).box

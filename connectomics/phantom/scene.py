@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.classes import CLASSES, get_class
 from connectomics.errors import InputError
-from connectomics.geometry import Box, VoxelGrid
+from connectomics.geometry import Box, VoxelGrid, slices_of
 from connectomics.geometry.grid import Index
 from connectomics.phantom.kinds import KINDS
 from connectomics.phantom.place import Objects, place
@@ -76,7 +76,7 @@ class Scene:
         axes = grid.axes()
 
         def render(block: tuple[Index, VoxelGrid]) -> None:
-            where = tuple(slice(b, b + n) for b, n in zip(block[0], block[1].shape, strict=True))
+            where = slices_of(block[0], block[1].shape)
             z, y, x = (axis[some] for axis, some in zip(axes, where, strict=True))
             out = render_block((z, y, x), self.objects, lattice, tone, (self.seed + 1) * 1_000_003, raw)
             atoms[where], owner[where] = out[:2]

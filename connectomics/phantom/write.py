@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 from connectomics import __version__
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
-from connectomics.errors import WriteError
+from connectomics.errors import WriteError, as_write_error
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import publish
 from connectomics.io.location import local_path
-from connectomics.io.replacing import not_ours, unfinished
+from connectomics.io.replacing import not_ours, unfinished_folder
 from connectomics.io.write import (
     ArrayWriter,
     build_levels,
@@ -63,17 +62,10 @@ def make_phantom(
     wanted = options or PhantomOptions()
     target = local_path(out).absolute()
     _check_target(target, wanted.overwrite)
-    part = unfinished(target.parent, f".{target.name}.part-")
-    try:
+    with as_write_error(f"cannot write a phantom to {target}", "nothing was kept"), unfinished_folder(target) as part:
         part.mkdir(parents=True)
         info = _write(part, wanted, progress or (lambda line: None))
         publish(part, target)
-    except WriteError:
-        raise
-    except OSError as error:
-        raise WriteError(f"cannot write a phantom to {target}: {error.strerror or error}; nothing was kept") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return replace(info, root=target)
 
 

@@ -21,7 +21,7 @@ from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.sharded import Storage
 from connectomics.io.write import update_attrs, write_file
-from connectomics.pipeline.results import Labels, chosen_arrays
+from connectomics.pipeline.results import Labels, Place, find_labels
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
@@ -33,8 +33,6 @@ log = logging.getLogger(__name__)
 
 #: In the output folder: what each edit did, and the IDs of new instances.
 SUMMARY = "edits.json"
-#: Data set, crop and class of a label array.
-Place = tuple[str, str, str]
 
 
 def apply_edits(
@@ -81,9 +79,7 @@ def edit_tasks(labels: Labels | str | Path, edits: str | Path, out: str | Path, 
         raise InputError(
             f"{target} lies in {root}, the labels themselves, which are never changed; give another folder"
         )
-    places = chosen_arrays(root)
-    if not places:
-        raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
+    places = find_labels(root)
     lines = read_edits(edits)
     if not 0 <= undo <= len(lines):
         raise InputError(f"undo must be from 0 to the {number_of(len(lines), 'edit')} of {edits}, got {undo}")

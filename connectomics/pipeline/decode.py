@@ -48,7 +48,7 @@ from connectomics.morphology.block_sums import compact
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
-from connectomics.tasks.block_task import TASK_FILE
+from connectomics.tasks.block_task import TASK_FILE, starts_over
 from connectomics.tasks.lock import leading
 from connectomics.tasks.pool import Engine
 from connectomics.tasks.pyramid import pyramid_grids
@@ -242,13 +242,7 @@ class DecodeJob:
 
     def replaces(self, *, overwrite: bool, resume: bool) -> bool:
         """Return whether to overwrite what exists; with ``resume`` too, only the labels of another decoding."""
-        if overwrite and resume:
-            try:
-                self.finished()
-            except WriteError:
-                return True
-            return False
-        return overwrite
+        return starts_over(self.finished, overwrite=overwrite, resume=resume)
 
     def finished(self, *, overwrite: bool = False) -> DecodedArray | None:
         """Return the result if it exists, made from the same prediction with the same parameters.

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from connectomics.cellmap.catalog import box_of
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import InputError, WriteError
+from connectomics.errors import InputError, WriteError, first_of
 from connectomics.geometry import Index, VoxelGrid
 from connectomics.io.artifacts import require_complete
 from connectomics.io.formats.tiff import write_tiff
@@ -96,7 +96,7 @@ def export_tiff(
     folder = labels.folder if isinstance(labels, ArrayFolder) else Labels.open(labels).folder
     fits = chosen_arrays(folder, named and [named], crop and [crop], class_name and [class_name])
     if len(fits) != 1:
-        names = ", ".join("/".join(item) for item in fits[:6]) + ", ..." * (len(fits) > 6)
+        names = first_of(("/".join(item) for item in fits), 6)
         raise InputError(
             f"a TIFF stack holds one array, and {len(fits)} in {folder} fit: {names}; choose one by --class, --dataset "
             "and --crop"

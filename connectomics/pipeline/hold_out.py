@@ -20,7 +20,7 @@ from connectomics.cellmap.catalog import EM, GROUND_TRUTH, Catalog, Crop, LabelA
 from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.errors import InputError
-from connectomics.geometry import Index, VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, slices_of
 from connectomics.io.write import create_array, create_multiscale, ensure_group
 
 _SHARES = (0.6, 0.15, 0.25)  # training, validation, test
@@ -121,7 +121,7 @@ def _copy_truth(label: LabelArray, entry: TableEntry, location: Path) -> None:
         if not known.all():
             raise InputError(f"{label.location}: the test part has unknown voxels; leave this class out")
         if split:
-            mask[tuple(slice(b, b + n) for b, n in zip(begin, values.shape, strict=True))] = present
+            mask[slices_of(begin, values.shape)] = present
         else:
             writer.write(begin, np.where(present, values, 0).astype(values.dtype))
     if split:

@@ -24,16 +24,13 @@ from connectomics.morphology.contacts import ContactSpec, halo_of
 from connectomics.morphology.label_volume import LabelVolume
 from connectomics.morphology.measure_tasks import ContactsTask, MeasureTask, TableTask
 from connectomics.morphology.mesh_task import MeshTask
-from connectomics.pipeline.results import chosen_arrays
+from connectomics.pipeline.results import Place, find_labels
 from connectomics.progress import Progress, named, silent
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.block_task import TASK_FILE
 
 if TYPE_CHECKING:
     from connectomics.config.schema import EngineConfig
-
-#: Data set, crop and class of a label array.
-Place = tuple[str, str, str]
 
 
 def measure_labels(
@@ -162,14 +159,6 @@ def measure_tasks(
             )
         )
     return tasks
-
-
-def find_labels(root: Path, datasets: Collection[str] | None, crops: Collection[str] | None) -> list[Place]:
-    """Return the label arrays of a folder, see `chosen_arrays`; `MissingError` if there are none."""
-    places = chosen_arrays(root, datasets, crops)
-    if not places:
-        raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
-    return places
 
 
 def open_labels(root: Path, place: Place) -> LabelVolume:

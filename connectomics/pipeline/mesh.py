@@ -17,7 +17,8 @@ from connectomics.io.place import S3Path, output_place, remove_tree
 from connectomics.io.place import place as place_of
 from connectomics.io.tables import read_columns
 from connectomics.morphology.mesh_task import TABLE_FILE, MeshTask
-from connectomics.pipeline.measure import find_labels, open_labels, run_tasks
+from connectomics.pipeline.measure import open_labels, run_tasks
+from connectomics.pipeline.results import find_labels
 from connectomics.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ from connectomics.inference.windows import whole_index
 from connectomics.io.formats.tiff import write_tiff
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
-from connectomics.io.replacing import not_ours, publish, remove_abandoned, unfinished
+from connectomics.io.replacing import not_ours, publish, unfinished_folder
 from connectomics.pipeline import proposals as files
 from connectomics.pipeline.decode import decode
 from connectomics.pipeline.network_task import load_networks, network_and_config, ready
@@ -130,18 +130,13 @@ def propose(
     secret = secrets.token_urlsafe(16)  # of the links: who may read the folder may look
     chosen = search.choose(areas, free, method, budget, rng, advance)
     found = [replace(one, link=files.link_of(secret, one.rank)) for one in chosen]
-    prefix = f".{place.name}.partial-"
     place.parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(place.parent, prefix)
-    partial = unfinished(place.parent, prefix)
-    try:
+    with unfinished_folder(place) as partial:
         search.write(partial, found, file_format, advance)
         facts = {"data": str(root), "network": ", ".join(map(str, paths)), "method": method, "seed": seed}
         facts["links work during"] = shlex.join(["pytc", "view", str(root), "--proposals", str(place)])
         search.write_page(partial, found, {**facts, "boxes to choose from": len(free)})
         publish(partial, require_place(place, overwrite))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return found
 
 

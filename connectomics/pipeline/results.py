@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import MissingError, number_of, unknown_name
+from connectomics.errors import MissingError, first_of, number_of, unknown_name
 from connectomics.io.multiscale import Multiscale
 from connectomics.io.place import place as place_of
 
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 #: Rows that a table in a notebook shows.
 _ROWS = 20
 
+#: Data set, crop and class of an array.
+Place = tuple[str, str, str]
+
 
 def chosen_arrays(
     root: str | Path,
     datasets: Collection[str] | None = None,
     crops: Collection[str] | None = None,
     classes: Collection[str] | None = None,
-) -> list[tuple[str, str, str]]:
+) -> list[Place]:
     """Return data set, crop and class of the arrays in a folder, sorted; only these (``crop7`` or ``7``), by default
     all. Raises `UnknownNameError` for a name that none of them has."""
     from connectomics.decoding.prediction import find_arrays
@@ -45,6 +48,16 @@ def chosen_arrays(
             raise unknown_name(what, name, there, str(root))
         found = [item for item in found if item[place] in names]
     return found
+
+
+def find_labels(
+    root: Path, datasets: Collection[str] | None = None, crops: Collection[str] | None = None
+) -> list[Place]:
+    """Return the label arrays of a folder, see `chosen_arrays`; `MissingError` if there are none."""
+    places = chosen_arrays(root, datasets, crops)
+    if not places:
+        raise MissingError(f"no labels in {root}: expected {{dataset}}.zarr/{{crop}}/{{class}}; run decode first")
+    return places
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,9 +121,8 @@ class ArrayFolder:
     def __repr__(self) -> str:
         arrays = self.arrays
         crops = len({item[:2] for item in arrays})
-        classes = ", ".join(self.classes[:6]) + (", ..." if len(self.classes) > 6 else "")
         held = f"{number_of(len(arrays), 'array')}, {number_of(crops, 'crop')}"
-        return f"{type(self).__name__}({str(self.folder)!r}: {held}, classes {classes})"
+        return f"{type(self).__name__}({str(self.folder)!r}: {held}, classes {first_of(self.classes, 6)})"
 
     def _repr_html_(self) -> str:
         rows = [f"{d}/{c}: {n}" for d, c, n in self.arrays]

@@ -25,7 +25,8 @@ from connectomics.config.values import plain, read
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
 from connectomics.decoding.prediction import StoredAffinities, StoredHead, open_boundary, open_prediction, read_on
 from connectomics.decoding.probabilities import as_bytes, read_block
-from connectomics.errors import InputError, MissingError, WriteError
+from connectomics.errors import InputError, MissingError, WriteError, as_write_error
+from connectomics.geometry import slices_of
 from connectomics.io.artifacts import identity
 from connectomics.io.location import local_path
 from connectomics.io.multiscale import Multiscale
@@ -140,7 +141,7 @@ def _predictions(
 def _blocks(prediction: _Prediction, name: str) -> Iterator[tuple[tuple[slice, ...], NDArray[np.uint8], Any, Any]]:
     """Yield block by block: position, probabilities as uint8, present, known."""
     for begin, block in prediction.source.levels[0].grid.blocks(_BLOCK):
-        at = tuple(slice(b, b + n) for b, n in zip(begin, block.shape, strict=True))
+        at = slices_of(begin, block.shape)
         truth = read_labels(prediction.crop, [name], block)
         stored = as_bytes(read_block(prediction.source, begin, block.shape))
         yield at, stored, truth.present_of(name), truth.known_of(name)
@@ -278,10 +279,8 @@ def _optuna() -> Any:
 
 def _study(optuna: Any, predictions: list[_Prediction], volumes: list[Volume], search: _Search) -> Any:
     """Open the study of the class in ``tune.sqlite3``: a new one, or one that was begun with the same data and base."""
-    try:
+    with as_write_error(f"cannot make the folder {search.folder}"):
         search.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WriteError(f"cannot make the folder {search.folder}: {error.strerror or error}") from error
     file = search.folder / "tune.sqlite3"
     study = optuna.create_study(
         storage=f"sqlite:///{file.resolve()}", study_name=search.name, direction="maximize", load_if_exists=True

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 from connectomics import __version__
 from connectomics.cellmap.crop_table import CropTable
-from connectomics.errors import InputError, MissingError, WriteError, number_of
+from connectomics.errors import InputError, MissingError, WriteError, first_of, number_of
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path, output_place, place
@@ -96,10 +96,7 @@ class ExportResult:
             (self.ignored, "prediction", "left out, not in the table"),
         ):
             if names:
-                lines.append(
-                    f"{number_of(len(names), thing)} {what}: {', '.join(names[:6])}"
-                    + (", ..." if len(names) > 6 else "")
-                )
+                lines.append(f"{number_of(len(names), thing)} {what}: {first_of(names, 6)}")
         for name, share in self.partial.items():
             lines.append(f"{name}: the prediction covers {share:.1%} of the crop; the rest is background")
         return "\n".join(lines + [str(f) for f in self.findings if f.rule not in _MISSING])

@@ -29,12 +29,10 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.crop_table import TableEntry
 from connectomics.decoding.probabilities import largest_below
 from connectomics.errors import CorruptDataError, InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Index, VoxelGrid, slices_of
 from connectomics.io import resample
 from connectomics.submission.pack import CHUNK
 from connectomics.submission.sources import Source
-
-Index = tuple[int, int, int]
 
 _LARGEST_ID = np.iinfo(np.uint32).max
 # Half filled is present; what is missing by rounding (float32 sums of decimal voxel sizes) does not count.
@@ -88,7 +86,7 @@ def blocks_of(job: Job) -> tuple[np.dtype[Any], Callable[[Index, VoxelGrid], NDA
         return np.dtype(np.uint8), lambda _, grid: _mask_of_probability(source, grid, threshold)
     if source.form == "probability":
         ids = _components(job)
-        return ids.dtype, lambda begin, grid: ids[_slices(begin, grid)]
+        return ids.dtype, lambda begin, grid: ids[slices_of(begin, grid.shape)]
     if not job.is_instance:
         return np.dtype(np.uint8), lambda _, grid: _mask_of_labels(source, grid)
     numbers = None
@@ -108,10 +106,6 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(inner) for inner in value]
     return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
-
-
-def _slices(begin: Index, grid: VoxelGrid) -> tuple[slice, ...]:
-    return tuple(slice(b, b + n) for b, n in zip(begin, grid.shape, strict=True))
 
 
 def _read(source: Source, grid: VoxelGrid) -> tuple[NDArray[Any], VoxelGrid]:
@@ -179,7 +173,7 @@ def _components(job: Job) -> NDArray[Any]:
     threshold = job.threshold * job.source.scale
     mask = np.zeros(job.entry.grid.shape, np.uint8)
     for begin, grid in job.entry.grid.blocks(CHUNK):
-        mask[_slices(begin, grid)] = _mask_of_probability(job.source, grid, threshold)
+        mask[slices_of(begin, grid.shape)] = _mask_of_probability(job.source, grid, threshold)
     ids, number = cc3d.connected_components(mask, connectivity=26, return_N=True, binary_image=True)
     return ids.astype(np.min_scalar_type(number), copy=False)
 

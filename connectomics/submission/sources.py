@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from connectomics.cellmap.catalog import Catalog
 from connectomics.cellmap.crop_table import CropTable, TableEntry
 from connectomics.decoding.prediction import find_arrays
-from connectomics.decoding.probabilities import DTYPES, unit_of
+from connectomics.decoding.probabilities import DTYPES, read_block, unit_of
 from connectomics.errors import CorruptDataError, InputError, MetadataError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import VoxelGrid, slices_of
 from connectomics.io.artifacts import require_complete
 from connectomics.io.fingerprint import fingerprint
 from connectomics.io.location import is_s3
@@ -60,11 +60,9 @@ class ZarrSource:
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
         """A block of the finest level. An absent chunk is empty in labels and a lost one in probabilities."""
-        lossless = self.form == "probability"
-        block, there = self.volume.read_level(0, begin, shape, absent_is_missing=lossless)
-        if lossless and not there.all():
-            raise CorruptDataError(f"{self.location} lacks chunks around voxel {begin} (z y x); run predict again")
-        return block
+        if self.form == "probability":
+            return read_block(self.volume, begin, shape)
+        return self.volume.read_level(0, begin, shape, absent_is_missing=False)[0]
 
     def fingerprint(self) -> str:
         """Of metadata, attributes and the chunks' sizes and times; not of where it lies."""
@@ -129,8 +127,7 @@ class NpySource:
 
     def read(self, begin: tuple[int, int, int], shape: tuple[int, int, int]) -> NDArray[Any]:
         """A block; whole-number floats as uint64, NaN as 0."""
-        z, y, x = (slice(b, b + n) for b, n in zip(begin, shape, strict=True))
-        block = np.asarray(self.array[z, y, x])
+        block = np.asarray(self.array[slices_of(begin, shape)])
         if block.dtype.kind != "f":
             return block
         block = np.nan_to_num(block, nan=0.0)

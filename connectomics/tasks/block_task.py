@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,13 +185,7 @@ class BlockTask(ABC):
     def starts_over(self, *, overwrite: bool, resume: bool) -> bool:
         """Return whether to overwrite. With both ``overwrite`` and ``resume`` only the output of another task is
         replaced; blocks of this task are kept, so that the same command can be rerun any number of times."""
-        if overwrite and resume:
-            try:
-                self.check()
-            except WriteError:  # there is an output of another task
-                return True
-            return False
-        return overwrite
+        return starts_over(self.check, overwrite=overwrite, resume=resume)
 
     @abstractmethod
     def claim(self, *, overwrite: bool = False) -> None:
@@ -239,6 +233,17 @@ class BlockTask(ABC):
         """Return the same task with its output (and `folder`) below another ``folder``, to time a block there
         (``--dry-run``); None if the output cannot be elsewhere."""
         return None
+
+
+def starts_over(check: Callable[[], object], *, overwrite: bool, resume: bool) -> bool:
+    """Return ``overwrite``; if ``resume`` is given too, whether ``check`` finds an output of something else."""
+    if overwrite and resume:
+        try:
+            check()
+        except WriteError:
+            return True
+        return False
+    return overwrite
 
 
 def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import CorruptDataError, WriteError
+from connectomics.errors import CorruptDataError, WriteError, as_write_error
 from connectomics.geometry import Index, index
 from connectomics.io.location import StoreError
 from connectomics.io.place import S3Path
@@ -189,7 +189,7 @@ class DoneMap:
         if isinstance(self.path, S3Path):
             self._mark_object(self.path, numbers, state)
             return
-        try:
+        with as_write_error(f"cannot write the done-map {self.path}", "free space there"):
             with self.path.open("r+b") as file:
                 for number in numbers:
                     file.seek(len(self._head) + number)
@@ -199,8 +199,6 @@ class DoneMap:
             self._done[numbers] = state == DONE
             with self.path.with_name(f"{self.path.name}.rate").open("a") as rate:
                 rate.write(f"{time.time():.3f} {self.count}\n")
-        except OSError as error:
-            raise WriteError(f"cannot write the done-map {self.path}: {error.strerror}; free space there") from error
 
     def _mark_object(self, path: S3Path, numbers: list[int], state: int) -> None:
         places = np.add(numbers, len(self._head))

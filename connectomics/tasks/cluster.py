@@ -22,7 +22,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from connectomics.config.schema import EngineConfig
@@ -74,7 +73,7 @@ class DaskEngine(Engine):
     def pool(self, task: BlockTask, stage: str) -> Pool:
         return _DaskPool(self._client, self._host, make_job(task, stage, self._device, self._config), self._config)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._stack.close()
 
     def _forget(self) -> None:
@@ -296,7 +295,7 @@ class _DaskPool(Pool):
                     return self._report(message)
             self._check()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._futures and self._client.status == "running":
             self._client.cancel(list(self._futures), force=True)
         if self._client.status == "running":

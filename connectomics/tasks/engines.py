@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import wait
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from connectomics.errors import ConfigError
 from connectomics.machine import usable_cores
@@ -82,8 +81,8 @@ class _HerePool(Pool):
             self._running = None
         return batch
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._stack.__exit__(kind, error, at)
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
 
 class Processes(Engine):
@@ -96,7 +95,7 @@ class Processes(Engine):
     def pool(self, task: BlockTask, stage: str) -> Pool:
         return _ProcessPool(self._children, make_job(task, stage, self._device, self._config))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         for number, child in enumerate(self._children):
             if child is not None:
                 child.end()
@@ -130,7 +129,7 @@ class _ProcessPool(Pool):
                 return batch
             wait([child.connection for child in self._busy.values()], TICK_S)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: Any) -> None:
         for busy in self._busy.values():
             busy.end()
         for child in self._children:

@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 from connectomics.errors import ConnectomicsError, EngineError, OutOfMemoryError, WriteError
@@ -66,9 +65,7 @@ class Pool(ABC):
         return self
 
     @abstractmethod
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: Any) -> None: ...
 
 
 class Engine(ABC):
@@ -86,9 +83,7 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(  # noqa: B027 (this process has nothing to end)
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:  # noqa: B027 (this process has nothing to end)
         """End the processes."""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from connectomics.geometry import Index, VoxelGrid, index
+from connectomics.geometry import Index, VoxelGrid, index, slices_of
 from connectomics.io import store
 from connectomics.io.levels import halve_labels, halve_raw, level_grids
 from connectomics.io.sharded import Codec
@@ -96,7 +96,7 @@ class Pyramid:
             low = [b + 2 * f for b, f in zip(begin, first, strict=True)]
             high = [min(lo + 2 * n, m) for lo, n, m in zip(low, size, source.shape, strict=True)]
             piece = halve(source.read(low, [h - lo for h, lo in zip(high, low, strict=True)]))
-            values[tuple(slice(f, f + n) for f, n in zip(first, size, strict=True))] = piece
+            values[slices_of(first, size)] = piece
         for number, array in enumerate(targets):
             if number:
                 origin, values = [o // 2 for o in origin], halve(values)

@@ -24,7 +24,7 @@ from connectomics.decoding.parameters import AFFINITY_METHODS
 from connectomics.decoding.prediction import StoredAffinities
 from connectomics.decoding.probabilities import open_probabilities
 from connectomics.errors import InputError
-from connectomics.geometry import Index, index
+from connectomics.geometry import Index, index, slices_of
 from connectomics.tasks.block_task import Cost
 from connectomics.tasks.blocks import with_halo
 
@@ -54,7 +54,7 @@ class AffinitiesTask(StitchedTask):
         def label(number: int) -> Labeled:
             begin, shape = lattice.region(number)
             low, size, inner = with_halo(begin, shape, halo, lattice.shape)
-            core = tuple(slice(b, b + n) for b, n in zip(inner, shape, strict=True))
+            core = slices_of(inner, shape)
             mask = foreground.mask(low, size)
             if not mask[core].any():
                 return _cut_out(np.zeros(size, np.int32), 0, np.empty((0, 2), np.int64), core)

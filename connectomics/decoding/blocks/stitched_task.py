@@ -51,7 +51,7 @@ from connectomics.decoding.label_artifact import unknown_parts, write_tables
 from connectomics.decoding.prediction import Foreground
 from connectomics.decoding.watershed.forest import NO_FLOOR
 from connectomics.decoding.watershed.stitch import grown_block, grown_objects, unite_group
-from connectomics.errors import WriteError
+from connectomics.errors import as_write_error
 from connectomics.io.place import S3Path
 from connectomics.io.store import is_array
 from connectomics.io.write import ArrayWriter
@@ -336,12 +336,10 @@ def save_mapped(folder: Path, **arrays: NDArray[Any]) -> None:
                 file.seek(0)
                 folder.joinpath(f"{name}.npy").put(file)
         return
-    try:
+    with as_write_error(f"cannot write {folder}", "free space there"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, values in arrays.items():
             np.save(folder / f"{name}.npy", values)
-    except OSError as error:
-        raise WriteError(f"cannot write {folder}: {error.strerror or error}; free space there") from error
 
 
 def load_mapped(folder: Path) -> dict[str, NDArray[Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import CorruptDataError, InputError, MetadataError, MissingError
-from connectomics.geometry import Triple, VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid, slices_of
 from connectomics.io.array import one_line
 from connectomics.io.formats.source import VolumeSource, optional
 from connectomics.io.metadata import in_nm, names_levels
@@ -124,9 +124,8 @@ def _tensorstore_source(spec: dict[str, Any], location: str, **known: Any) -> Vo
     array = array[tensorstore.d[:].translate_to[0]].T  # to z y x
 
     def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-        part = tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))
         try:
-            return np.asarray(array[part].read().result())
+            return np.asarray(array[slices_of(begin, shape)].read().result())
         except (ValueError, OSError) as error:
             raise CorruptDataError(f"{location} cannot be read: {one_line(error)[:300]}") from error
 

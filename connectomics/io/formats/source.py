@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MissingError, nearest
-from connectomics.geometry import Triple
+from connectomics.geometry import Triple, slices_of
 
 #: Reads ``shape`` voxels from index ``begin`` (z y x); the block must lie inside the volume.
 Reader = Callable[[Sequence[int], Sequence[int]], NDArray[Any]]
@@ -77,7 +77,7 @@ class VolumeSource:
         """Return a source for anything that slices like a numpy array (memory maps, HDF5 data sets)."""
 
         def read(begin: Sequence[int], shape: Sequence[int]) -> NDArray[Any]:
-            return np.asarray(array[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))])
+            return np.asarray(array[slices_of(begin, shape)])
 
         return cls(location, tuple(int(n) for n in array.shape), np.dtype(array.dtype), read, **known)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from connectomics.errors import ConnectomicsError, CorruptDataError, InputError, MissingError, WriteError
+from connectomics.errors import CorruptDataError, InputError, MissingError, as_write_error
 from connectomics.geometry import Triple, VoxelGrid
 from connectomics.io.formats.source import FORMATS, Reader, VolumeSource, optional
 from connectomics.io.metadata import in_nm
@@ -76,19 +76,14 @@ def write_tiff(path: Path, planes: Iterable[NDArray[Any]], dtype: DTypeLike, gri
         about = {"axes": "ZYX", "PhysicalSizeZ": z, "PhysicalSizeY": y, "PhysicalSizeX": x}  # um by default
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tifffile.TiffWriter(part, imagej=imagej, ome=not imagej, bigtiff=not imagej) as file:
-            file.write(
-                iter(planes), shape=grid.shape, dtype=dtype, compression="zlib", photometric="minisblack",
-                resolution=(1 / x, 1 / y), metadata=about,
-            )  # fmt: skip
-        part.replace(path)
-    except OSError as error:
-        if isinstance(error, ConnectomicsError):
-            raise  # of reading the planes
-        raise WriteError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another path"
-        ) from error
+        with as_write_error(f"cannot write {path}", "free space or choose another path"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tifffile.TiffWriter(part, imagej=imagej, ome=not imagej, bigtiff=not imagej) as file:
+                file.write(
+                    iter(planes), shape=grid.shape, dtype=dtype, compression="zlib", photometric="minisblack",
+                    resolution=(1 / x, 1 / y), metadata=about,
+                )  # fmt: skip
+            part.replace(path)
     finally:
         with suppress(OSError):  # if its folder is no folder
             part.unlink(missing_ok=True)

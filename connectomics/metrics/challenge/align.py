@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from connectomics.errors import InputError, MetadataError
-from connectomics.geometry import Triple, VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid, slices_of
 from connectomics.metrics.challenge.rules import Rules
 
 #: Attributes in which the official scorer looks for a grid, in this order; the last three entries count.
@@ -146,7 +146,7 @@ class Aligned:
             return self._array.read(first, length)
         if self._whole is None:
             self._whole = self._resample(self._array.read())
-        return self._whole[tuple(slice(f, f + n) for f, n in zip(first, length, strict=True))]
+        return self._whole[slices_of(first, length)]
 
     def _resample(self, image: NDArray[Any]) -> NDArray[Any]:
         from skimage.transform import rescale, resize
