@@ -43,6 +43,12 @@ def open_prediction(root: str | Path, dataset: str, crop: str, name: str) -> Mul
     return _open(store.join(root, f"{dataset}.zarr", crop, name), "probability")
 
 
+def networks_of(said: Mapping[str, Any]) -> set[str]:
+    """Return the hash of the network, or of the ensemble, that a prediction's attribute names; empty if it does not."""
+    network = said.get("model", {}).get("checkpoint")
+    return {str(network)} if network else set()
+
+
 def open_boundary(source: Multiscale, parameters: DecodeParameters) -> Multiscale | None:
     """Open what separates the objects of a class, given its opened probabilities; None if nothing does."""
     if parameters.boundary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class BestCheckpoint(Callback):
         """Continue with the scores of the checkpoints in this folder, which may have been moved.
 
         A ``best.ckpt`` that is not the best one of the epochs before the resumed state is removed: it is of epochs that
-        are repeated, or of another run.
+        are repeated, or of another run. Numbered checkpoints of these epochs are renamed.
         """
         state = self._state(checkpoint)
         if state is None:
@@ -70,6 +71,12 @@ class BestCheckpoint(Callback):
         if file.is_file() and not known and trainer.is_global_zero:
             log.warning("%s is of epochs after the resumed state, or of another run, and is removed", file)
             file.unlink()
+        names = {Path(name).name for name in state["best_k_models"]}
+        for file in sorted(folder.glob("epoch*.ckpt")) if trainer.is_global_zero else ():
+            epoch = re.match(r"epoch(\d+)-", file.name)
+            if epoch and int(epoch[1]) >= checkpoint["epoch"] and file.name not in names:
+                aside = file.rename(f"{file}.discarded")
+                log.warning("%s is of an epoch after the resumed state, and is renamed %s", file, aside.name)
         kept = {str(folder / Path(name).name): score for name, score in state["best_k_models"].items()}
         kept = {name: score for name, score in kept.items() if known or Path(name).is_file()}
         worst, first = (min, max) if self.scored.mode == "max" else (max, min)

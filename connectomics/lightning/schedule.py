@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 
 from connectomics.config import RunConfig
@@ -30,6 +31,7 @@ class Schedule(Callback):
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.budget = Budget(config.training.max_minutes, config.training.max_cpu_minutes)
+        self._batch = 0  # of the epoch
 
     def state_dict(self) -> dict[str, Any]:
         """Return the time that is spent, for the checkpoint."""
@@ -49,6 +51,7 @@ class Schedule(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         """Set the learning rate from the progress at the middle of this batch."""
+        self._batch = batch_idx
         self.budget.read(trainer, batch_idx)
         batches = float(trainer.num_training_batches)
         epoch = trainer.current_epoch + (batch_idx + 0.5) / batches
@@ -64,6 +67,14 @@ class Schedule(Callback):
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)  # no scale in older checkpoints
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: Any, optimizer: torch.optim.Optimizer) -> None:
+        """Make the gradient of an epoch's last batches their mean, if they are fewer than are accumulated: Lightning
+        divides by the number to accumulate."""
+        batches = (self._batch + 1) % trainer.accumulate_grad_batches
+        for weight in module.parameters() if batches else ():
+            if weight.grad is not None:
+                weight.grad.mul_(trainer.accumulate_grad_batches / batches)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop after the last optimizer step."""

@@ -53,8 +53,8 @@ def evaluate(
         ``dice_interval`` and ``score_interval`` (95 %, over crops); ``datasets``: such rows by data set and class;
         ``crops``: a row per crop and class; ``totals``: the challenge's totals over these crops; ``left_out``: arrays
         without annotation, ``dataset/crop/class``; ``unknown``: the share of an array that was not predicted (accepted
-        failed blocks), which counts as predicted absent; ``rules``, and whether they are ``verified``; ``by_rules``:
-        the overall score by each version of the rules.
+        failed blocks), which counts as predicted absent; ``made_from``: the ``id`` of each array; ``rules``, and
+        whether they are ``verified``; ``by_rules``: the overall score by each version of the rules.
 
     Raises:
         MissingError: nothing can be compared.
@@ -66,9 +66,9 @@ def evaluate(
     files, version = None if out is None else evaluation_files(out), get_rules(rules)  # before the work
     folder, catalog = Labels.open(labels).folder, open_root(root)
     found = chosen_arrays(folder, datasets, crops, classes)
-    rows, left_out, unknown = list[LabelEvaluation](), list[str](), dict[str, float]()
+    rows, left_out, unknown, made_from = list[LabelEvaluation](), list[str](), dict[str, float](), dict[str, str]()
     for done, (dataset, crop, name) in enumerate(found, start=1):
-        row = None
+        row, about = None, dict[str, Any]()
         if dataset in catalog.datasets and crop in catalog.crop_names(dataset):
             location = folder / f"{dataset}.zarr" / crop / name
             about = require_complete(location, "labels")
@@ -79,13 +79,14 @@ def evaluate(
             left_out.append(f"{dataset}/{crop}/{name}")
         else:
             rows.append(row)
+            made_from[f"{dataset}/{crop}/{name}"] = str(about.get("id", ""))
         if progress is not None:
             progress(done, len(found), f"{dataset}/{crop}/{name}")
     if not rows:
         raise MissingError(
             f"none of the labels in {folder} is of an annotated crop of {catalog.root}; nothing to compare"
         )
-    content = _summary(rows, version, samples) | {"left_out": left_out, "unknown": unknown}
+    content = _summary(rows, version, samples) | {"left_out": left_out, "unknown": unknown, "made_from": made_from}
     if files is None:
         return Scores(content)
     trust = {"rules": content["rules"], "verified": content["verified"]}

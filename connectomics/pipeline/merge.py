@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from connectomics.cellmap.crop_table import CropTable
 from connectomics.config import RunConfig
 from connectomics.config.schema import EngineConfig
-from connectomics.config.values import plain, read
+from connectomics.config.values import plain
 from connectomics.data.splits import Split
 from connectomics.decoding.average_task import AverageTask
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, decode_parameters, default_parameters
-from connectomics.decoding.prediction import find_arrays, open_prediction
-from connectomics.errors import InputError, MetadataError, MissingError, WriteError, number_of, unknown_name
+from connectomics.decoding.prediction import find_arrays, networks_of, open_prediction
+from connectomics.errors import InputError, MissingError, WriteError, number_of, unknown_name
 from connectomics.geometry import VoxelGrid
 from connectomics.io.artifacts import about, publish
 from connectomics.io.location import local_path
 from connectomics.io.replacing import contains, has_keys, not_ours, require_own, unfinished, write_file, write_json
 from connectomics.io.write import ensure_group
-from connectomics.metrics.challenge.rules import DEFAULT_RULES
 from connectomics.pipeline.decode import decode_jobs, do_jobs
 from connectomics.pipeline.results import Labels, Probabilities
 from connectomics.pipeline.runs import Run, best_values, open_run
+from connectomics.pipeline.tune_results import ClassScore, tuned_scores
 from connectomics.progress import Progress, named, silent
 from connectomics.submission import ExportResult, export_submission
 from connectomics.tasks import open_engine, run_task
 from connectomics.tasks.lock import leading
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassScore:
-    """The validation score of one class: its measure and value, and if they are known the crops and parameters."""
-
-    measure: str
-    score: float
-    crops: tuple[str, ...] = ()
-    parameters: DecodeParameters | None = None
 
 
 @dataclass(frozen=True)
@@ -82,28 +70,6 @@ class Choice:
     def used(self) -> tuple[Path, ...]:
         """The folders that are used where all of them have the crop."""
         return self.ranked[: self.average]
-
-
-def tuned_scores(folder: Path) -> dict[str, ClassScore]:
-    """Return the scores and parameters that `pytc tune` left in a folder (``tuning.json``), by class."""
-    file = folder / "tuning.json"
-    if not file.is_file():
-        raise MissingError(f"no {file}; give the folder that pytc tune wrote (its --out)")
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        rows: Mapping[str, Any] = stored["classes"]
-        by = "" if (rules := stored.get("rules", DEFAULT_RULES)) == DEFAULT_RULES else f" by {rules}"
-        return {
-            name: ClassScore(
-                f"{row['measure']}{by if row['measure'] == 'combined' else ''}",
-                float(row["best_score"]),
-                tuple(row["crops"]),
-                read(DecodeParameters, row["best"], f"{file}: {name}"),
-            )
-            for name, row in rows.items()
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise MetadataError(f"{file} is not what pytc tune writes ({type(error).__name__}: {error})") from error
 
 
 def run_scores(run: Run) -> dict[str, ClassScore]:
@@ -302,7 +268,25 @@ def _candidates(
         if any(path.resolve() == other.folder.resolve() for other in found):
             raise InputError(f"{path} is given twice; give each prediction once")
         found.append(Candidate(path, scores))
+    _require_order(found, tuned)
     return found
+
+
+def _require_order(candidates: Sequence[Candidate], tuned: Sequence[str | Path]) -> None:
+    """Raise `InputError` if a folder of `pytc tune` is of the network of another candidate; warn if it is of none."""
+    places = [[c.folder / f"{d}.zarr" / crop / name for d, crop, name in find_arrays(c.folder)] for c in candidates]
+    own = [set().union(*(networks_of(about(place)) for place in of)) for of in places]
+    for candidate, networks, folder in zip(candidates, own, tuned, strict=False):
+        of = {network for score in candidate.scores.values() for network in score.networks}
+        if not of or not networks or of & networks:
+            continue
+        other = next((c.folder for c, n in zip(candidates, own, strict=True) if of & n), None)
+        if other is not None:
+            raise InputError(
+                f"--tuned: {folder} was tuned on predictions of the network of {other}, not of that of "
+                f"{candidate.folder}; give the folders in the order of the predictions"
+            )
+        log.warning("%s was tuned on predictions of another network than %s", folder, candidate.folder)
 
 
 def _combine(

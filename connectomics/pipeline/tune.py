@@ -23,7 +23,14 @@ from connectomics.cellmap.classes import is_instance_class
 from connectomics.cellmap.labels import read_instances, read_labels
 from connectomics.config.values import plain, read
 from connectomics.decoding.parameters import AFFINITY_METHODS, DecodeParameters, default_parameters
-from connectomics.decoding.prediction import StoredAffinities, StoredHead, open_boundary, open_prediction, read_on
+from connectomics.decoding.prediction import (
+    StoredAffinities,
+    StoredHead,
+    networks_of,
+    open_boundary,
+    open_prediction,
+    read_on,
+)
 from connectomics.decoding.probabilities import as_bytes, read_block
 from connectomics.errors import InputError, MissingError, WriteError, as_write_error
 from connectomics.geometry import slices_of
@@ -170,6 +177,10 @@ def _identities(predictions: list[_Prediction]) -> dict[str, str]:
     return {prediction.crop.key: identity(prediction.source) for prediction in predictions}
 
 
+def _networks(predictions: list[_Prediction]) -> tuple[str, ...]:
+    return tuple(sorted(set().union(*(networks_of(p.source.attrs["connectomics"]) for p in predictions))))
+
+
 # -- one class ---------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Search:
@@ -234,7 +245,10 @@ def _all_thresholds(predictions: list[_Prediction], search: _Search) -> TunedCla
     measure = "pq" if by_quality else "iou"
     search.report(search.trials, f"{measure} {iou[best]:.4f}")
     made_from, scores = _identities(predictions), (float(iou[at_base]), float(iou[best]))
-    return TunedClass(measure, tuple(crops), made_from, search.base, scores[0], chosen, scores[1], thresholds=curve)
+    return TunedClass(
+        measure, tuple(crops), made_from, search.base, scores[0], chosen, scores[1], thresholds=curve,
+        networks=_networks(predictions),
+    )  # fmt: skip
 
 
 # -- the search --------------------------------------------------------------------------------------------------------
@@ -263,6 +277,7 @@ def _searched(predictions: list[_Prediction], volumes: list[Volume], search: _Se
         best=read(DecodeParameters, best["parameters"], f"trial {best['number']} of {search.name}"),
         best_score=best["score"],
         trials=rows,
+        networks=_networks(predictions),
     )
 
 

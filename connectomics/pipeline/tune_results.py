@@ -10,8 +10,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from connectomics.config.values import plain
+from connectomics.config.values import plain, read
 from connectomics.decoding.parameters import DecodeParameters
+from connectomics.errors import MetadataError, MissingError
 from connectomics.io.write import write_file
 from connectomics.metrics.challenge.rules import DEFAULT_RULES, Rules
 from connectomics.metrics.tables import write_json
@@ -28,6 +29,7 @@ class TunedClass:
         base, best: parameters before and after; ``best`` is ``base`` if nothing scored higher.
         trials: of a search, in order: ``number``, ``state`` (``complete`` or ``pruned``), ``score``, ``parameters``.
         thresholds: (threshold, IoU) of every stored value, if no search was needed.
+        networks: hash of the network, or of the ensemble, that predicted the crops, if the predictions have it.
     """
 
     measure: str
@@ -39,6 +41,42 @@ class TunedClass:
     best_score: float
     trials: list[dict[str, Any]] = field(default_factory=list)
     thresholds: list[tuple[float, float]] = field(default_factory=list)
+    networks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """The validation score of one class: its measure and value, and if they are known the crops, the parameters and the
+    hashes of the networks."""
+
+    measure: str
+    score: float
+    crops: tuple[str, ...] = ()
+    parameters: DecodeParameters | None = None
+    networks: tuple[str, ...] = ()
+
+
+def tuned_scores(folder: Path) -> dict[str, ClassScore]:
+    """Return the scores and parameters that `pytc tune` left in a folder (``tuning.json``), by class."""
+    file = folder / "tuning.json"
+    if not file.is_file():
+        raise MissingError(f"no {file}; give the folder that pytc tune wrote (its --out)")
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        rows: Mapping[str, Any] = stored["classes"]
+        by = "" if (rules := stored.get("rules", DEFAULT_RULES)) == DEFAULT_RULES else f" by {rules}"
+        return {
+            name: ClassScore(
+                f"{row['measure']}{by if row['measure'] == 'combined' else ''}",
+                float(row["best_score"]),
+                tuple(row["crops"]),
+                read(DecodeParameters, row["best"], f"{file}: {name}"),
+                tuple(row.get("networks", ())),
+            )
+            for name, row in rows.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise MetadataError(f"{file} is not what pytc tune writes ({type(error).__name__}: {error})") from error
 
 
 def write_results(

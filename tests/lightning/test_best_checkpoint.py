@@ -46,3 +46,7 @@ def test_the_best_of_repeated_epochs_is_not_kept(tmp_path: Path, caplog: pytest.
     best = read_checkpoint(tmp_path / "checkpoints" / "best.ckpt")
     assert best["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.01 if keep == 2 else 0.02)
     assert "best.ckpt is of epochs after the resumed state" in caplog.text
+    numbered = sorted(file.name for file in (tmp_path / "checkpoints").glob("epoch*"))
+    kept = ["epoch0000-lr0.0100.ckpt"] if keep == 2 else []
+    assert numbered == [*kept, "epoch0001-lr0.0010.ckpt.discarded", "epoch0001-lr0.0200.ckpt"]
+    assert "epoch0001-lr0.0010.ckpt is of an epoch after the resumed state, and is renamed" in caplog.text

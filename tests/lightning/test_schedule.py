@@ -10,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
 
 from connectomics.config import load_config
 from connectomics.errors import ConfigError
@@ -40,6 +42,29 @@ def test_the_last_batches_of_an_epoch_are_a_step(tmp_path: Path) -> None:
     """Four batches are a step of three and one of one, and either can be the last of a training."""
     config = tiny_config(training__max_epochs=9, training__max_steps=2, training__accumulate_grad_batches=3)
     assert train(config, tmp_path / "run", datamodule=MadeUpData()).steps == 2
+
+
+class Gradients(pl.Callback):
+    """Keeps the norm of the gradient at each optimizer step."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Any) -> None:
+        gradients = [weight.grad for weight in module.parameters() if weight.grad is not None]
+        self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+
+
+def test_the_gradient_of_fewer_batches_at_the_end_of_an_epoch_is_their_mean(tmp_path: Path) -> None:
+    """Of the four batches of an epoch, whether four or seven are accumulated."""
+    norms = []
+    for accumulated in (4, 7):
+        config = tiny_config(training__max_epochs=2, training__accumulate_grad_batches=accumulated)
+        found = Gradients()
+        train(config, tmp_path / f"run-{accumulated}", datamodule=MadeUpData(), callbacks=[found])
+        norms.append(found.norms)
+    assert len(norms[0]) == 2
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_a_training_of_some_seconds_ends_with_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

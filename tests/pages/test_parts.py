@@ -11,12 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from connectomics.config import load_config
 from connectomics.errors import MetadataError
+from connectomics.inference.artifact import save_cellmap_predictions
 from connectomics.pages import charts, page
 from connectomics.pages.report import run_folder, scores, training
 from connectomics.pages.report.crops import choose, extremes, ranked
 from connectomics.pages.report.library import Wanted
 from connectomics.pages.report.scores import Scores
+from connectomics.pipeline.decode import decode
+from connectomics.pipeline.evaluate import evaluate
+from tests.cellmap.roots import grid_of, write_label, write_raw
 
 from .conftest import Made
 
@@ -143,6 +148,24 @@ def test_an_evaluation_is_shown_with_intervals_worst_first(tmp_path: Path) -> No
     assert re.search(r"0\.70</data> to <data[^>]*>0\.90", body)
     assert "bootstrap over crops" in body
     assert "in one crop only has none" in body
+
+
+def test_scores_of_other_labels_than_those_shown_are_named(tmp_path: Path) -> None:
+    """Evaluated, then decoded with another threshold: the pictures are not of what was scored."""
+    grid = grid_of((8, 8, 8))
+    write_raw(tmp_path, "one", np.zeros(grid.shape, np.uint8), grid, levels=1)
+    write_label(tmp_path, "one", "crop1", "er", np.eye(8, dtype=np.uint8)[None].repeat(8, 0), grid)
+    save_cellmap_predictions(np.full((1, 8, 8, 8), 0.6), tmp_path / "found/one.zarr/crop1", ["er"], grid)
+    labels, path = tmp_path / "labels", tmp_path / "evaluation.json"
+    decode(tmp_path / "found", out=labels, config=load_config(None))
+    evaluate(labels, str(tmp_path), out=path)
+    assert "other labels" not in scores.evaluation_section(path, labels)
+    decode(
+        tmp_path / "found", out=labels, config=load_config(None, "decoding.default={threshold: 0.7}"), overwrite=True
+    )
+    found = scores.evaluation_section(path, labels)
+    assert f"of other labels than {labels} holds now, for 1 of 1 array (one/crop1/er); run" in found
+    assert "other labels" not in scores.evaluation_section(path)
 
 
 def test_a_class_of_one_crop_has_no_interval_in_an_evaluation(tmp_path: Path) -> None:

@@ -21,10 +21,14 @@ from connectomics.decoding.parameters import DecodeParameters
 from connectomics.errors import InputError, MissingError, UnknownNameError, WriteError
 from connectomics.geometry import Box, VoxelGrid
 from connectomics.inference.artifact import save_cellmap_predictions
+from connectomics.io.artifacts import about
 from connectomics.io.multiscale import Multiscale
-from connectomics.pipeline.merge import Candidate, ClassScore, choose, merge, tuned_scores
+from connectomics.io.write import update_attrs
+from connectomics.pipeline.merge import Candidate, choose, merge
+from connectomics.pipeline.tune import tune
+from connectomics.pipeline.tune_results import ClassScore, tuned_scores
 from connectomics.tasks import run_task
-from tests.cellmap.roots import grid_of
+from tests.cellmap.roots import grid_of, write_label, write_raw
 
 FINE, COARSE = grid_of((24, 24, 24), 8, 64), grid_of((12, 12, 12), 16, 64)
 RULES = ("2026-06", "2026-07-affine")
@@ -108,6 +112,27 @@ def test_scores_that_cannot_be_compared(two: tuple[Path, Path], tmp_path: Path) 
         choose([candidate(first)], classes=["mitos"])
     with pytest.raises(MissingError, match=r"tuning\.json"):
         tuned_scores(tmp_path)
+
+
+def test_tuned_folders_in_another_order(
+    two: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What tune wrote names the network, so that no prediction gets the scores and parameters of another one."""
+    root = tmp_path / "root"
+    write_raw(root, "one", np.zeros(FINE.shape, np.uint8), FINE, levels=1)
+    write_label(root, "one", "crop1", "mito", (ramp(FINE) > 0.5).astype(np.uint8), FINE)
+    folders = []
+    for name, folder, scale in (("a", two[0], 1.0), ("b", two[1], 0.5)):
+        predicted(tmp_path / name, FINE, {"mito": ramp(FINE, scale)}, crop="crop1")
+        for place in [*folder.glob("one.zarr/crop7/[em]*"), tmp_path / name / "one.zarr/crop1/mito"]:
+            update_attrs(place, {"connectomics": about(place) | {"model": {"checkpoint": f"hash of {name}"}}})
+        tune(tmp_path / name, str(root), tmp_path / f"tuned-{name}")
+        folders.append(tmp_path / f"tuned-{name}")
+    assert merge(two, out=tmp_path / "merged", tuned=folders).choices["mito"].scores.keys() == set(map(str, two))
+    with pytest.raises(InputError, match=r"tuned-b was tuned on .* of the network of \S*second, not of that of"):
+        merge(two, out=tmp_path / "other", tuned=folders[::-1])
+    merge([two[0]], out=tmp_path / "one", tuned=[folders[1]])
+    assert f"{folders[1]} was tuned on predictions of another network than {two[0]}" in caplog.text
 
 
 # -- means -------------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def build_report(
             table, baseline, datasets, sources.baseline_name, problems)))  # fmt: skip
         if (evaluation := sources.evaluation) is not None:
             title = "Evaluation on annotated crops"
-            sections.append(_part("evaluation", title, lambda: scores.evaluation_section(evaluation)))
+            sections.append(_part("evaluation", title, lambda: scores.evaluation_section(evaluation, sources.labels)))
         order = ", worst first" if table else ""
         sections += [
             _part("crops", f"Crops{order}", lambda: crops.section(library, table, options, step)),

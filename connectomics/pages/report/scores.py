@@ -12,8 +12,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from connectomics.errors import MetadataError, MissingError
+from connectomics.errors import MetadataError, MissingError, number_of
 from connectomics.geometry import triple
+from connectomics.io import store
+from connectomics.io.artifacts import about
 from connectomics.io.store import read_json
 from connectomics.metrics.cellmap_metrics import Counts
 from connectomics.metrics.challenge.results import (
@@ -229,8 +231,9 @@ def _class_table(scores: Scores, baseline: Scores | None, is_instance: bool) -> 
     return {"is_instance": is_instance, "rows": rows}
 
 
-def evaluation_section(path: Path) -> Markup:
-    """Return voxel measures of ``evaluate`` by class, with intervals, and the worst crops."""
+def evaluation_section(path: Path, labels: Path | None = None) -> Markup:
+    """Return voxel measures of ``evaluate`` by class, with intervals, and the worst crops; a note first if they are of
+    other labels than the folder ``labels`` holds now."""
     data = load_json(path)
     classes, crops = data.get("classes"), data.get("crops")
     if not isinstance(classes, dict) or not isinstance(crops, list):
@@ -241,12 +244,26 @@ def evaluation_section(path: Path) -> Markup:
         | {key: _interval(entry, key) for key in ("score_interval", "dice_interval")}
         for name, entry in classes.items()
     ]
-    return page.render(
+    body = page.render(
         "report/evaluation",
         measures=[m for m in _MEASURES if any(m in entry for entry in classes.values())],
         classes=sorted(rows, key=lambda row: -(row["dice"] or 0.0)),
         worst=sorted(crops, key=lambda row: optional(row.get("dice")) or 0.0)[:_MOST_WORST],
     )  # fmt: skip
+    scored = data.get("made_from", {}) if labels is not None else {}
+    others = [key for key, before in scored.items() if _label_id(labels, key) != before]
+    if not others:
+        return body
+    arrays = f"{number_of(len(scored), 'array')} ({', '.join(others[:3])}{', ...' if len(others) > 3 else ''})"
+    note = (
+        f"These scores are of other labels than {labels} holds now, for {len(others)} of {arrays}; run evaluate again."
+    )
+    return page.note(note) + body
+
+
+def _label_id(labels: Path | None, key: str) -> str:
+    dataset, crop, name = key.split("/")
+    return str(about(store.join(str(labels), f"{dataset}.zarr", crop, name)).get("id", ""))
 
 
 def _interval(entry: Mapping[str, Any], key: str) -> tuple[float, float] | None:
