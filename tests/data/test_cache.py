@@ -660,7 +660,7 @@ if __name__ == "__main__":
     assert folder == memory_folder() == cache_folder("memory", "ignored")
     volume = volume_of(Path(sys.argv[1]), cache=folder)
     prepare([volume])
-    for method in ("fork", "spawn", "forkserver"):
+    for method in sys.argv[2:]:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(method).Process(target=look, args=(volume, theirs))
         process.start()
@@ -677,10 +677,10 @@ def test_memory_mode_lives_as_long_as_its_run(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text("import sys\nfrom pathlib import Path\nfrom tests.data.crop_roots import volume_of\n" + IN_MEMORY)
     runs = []
-    for _ in range(2):
+    for methods in (("fork", "spawn", "forkserver"), ()):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        command = [sys.executable, str(script), str(root)]
+        command = [sys.executable, str(script), str(root), *methods]
         runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))  # type: ignore[call-overload]
     folders = [Path(said(run)) for run in runs]
     assert folders[0] != folders[1]
@@ -729,11 +729,11 @@ print(peak // 1024, flush=True)
 
 
 def test_building_takes_memory_for_some_blocks_only(tmp_path: Path) -> None:
-    """Raw of 8 MB and of 50 MB, with labels as many (which make 800 MB decoded at once): the peak grows by no more than
+    """Raw of 8 MB and of 25 MB, with labels as many (which make 400 MB decoded at once): the peak grows by no more than
     the 64 MB of decoded chunks that a process keeps."""
-    long = grid_of((768, 256, 256))
+    long = grid_of((384, 256, 256))
     write_raw(tmp_path, "set-a", np.ones(long.shape, np.uint8), long)
-    for number, depth in enumerate((128, 768)):
+    for number, depth in enumerate((128, 384)):
         grid = long.crop((0, 0, 0), (depth, 256, 256))
         write_label(tmp_path, "set-a", f"crop{number}", "mito", np.ones(grid.shape, np.uint8), grid)
     peaks = []
