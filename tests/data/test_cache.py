@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from tests.cellmap.plain_labels import counts
 from tests.cellmap.plain_labels import volume_of as decoded
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
+from tests.data.light_task import has_the_loader
 from tests.s3_server import FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -537,6 +539,13 @@ def task_of_kinds(task: str, wait: bool) -> object:
 def test_a_process_that_ends_badly_ends_the_work(task: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run_in_processes(task_of_kinds, [task, "stuck"], 2, lambda done, task: None, what="tests")
+
+
+def test_the_server_of_processes_has_what_loader_workers_need() -> None:
+    """It is started once: without torch in it, every worker of the loader would import torch again."""
+    forkserver._forkserver._stop()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([])
+    run_in_processes(has_the_loader, ["a"], 1, lambda done, task: None, what="tests")
 
 
 def test_tasks_that_another_process_is_at_come_last() -> None:
