@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,11 @@ if settings is not None:
     settings.register_profile("steady", deadline=None)
     settings.load_profile("steady")
 
+
+# whichever test starts the server that forks loader workers: they need not import torch each
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["connectomics.data.loader", "connectomics.data.dataset.build"]
+)
 
 #: modules that are begun first, so that no long test still runs when everything else is done
 LONGEST = ("test_docs", "test_every_engine", "test_odd_places", "test_resume_epoch", "test_train", "test_heads")

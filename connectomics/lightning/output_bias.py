@@ -90,8 +90,8 @@ def output_biases(module: ConnectomicsModule) -> list[nn.Parameter]:
     before = _outputs(probe, images)
     found: list[nn.Parameter] = []
     open_sizes = set(range(len(before)))
-    for name in reversed(candidates):
-        parameter = parameters[name]
+    while open_sizes and candidates:
+        parameter = parameters[name := candidates.pop()]
         shift = torch.linspace(0.5, 1.0, len(parameter))
         with torch.no_grad():
             parameter.add_(shift)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,7 @@ from tests.cellmap.plain_labels import counts
 from tests.cellmap.plain_labels import volume_of as decoded
 from tests.cellmap.roots import grid_of, plain_root, write_label, write_raw, zarr_of
 from tests.data.crop_roots import volume_of, write_fractional_root
+from tests.data.light_task import has_the_loader
 from tests.s3_server import FolderServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -539,6 +541,13 @@ def test_a_process_that_ends_badly_ends_the_work(task: str, error: type[Exceptio
         run_in_processes(task_of_kinds, [task, "stuck"], 2, lambda done, task: None, what="tests")
 
 
+def test_the_server_of_processes_has_what_loader_workers_need() -> None:
+    """It is started once: without torch in it, every worker of the loader would import torch again."""
+    forkserver._forkserver._stop()
+    multiprocessing.get_context("forkserver").set_forkserver_preload([])
+    run_in_processes(has_the_loader, ["a"], 1, lambda done, task: None, what="tests")
+
+
 def test_tasks_that_another_process_is_at_come_last() -> None:
     order: list[str] = []
     run_in_processes(task_of_kinds, ["later", "a", "b"], 1, lambda done, task: order.append(task), what="tests")
@@ -660,7 +669,7 @@ if __name__ == "__main__":
     assert folder == memory_folder() == cache_folder("memory", "ignored")
     volume = volume_of(Path(sys.argv[1]), cache=folder)
     prepare([volume])
-    for method in ("fork", "spawn", "forkserver"):
+    for method in sys.argv[2:]:
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context(method).Process(target=look, args=(volume, theirs))
         process.start()
@@ -677,10 +686,10 @@ def test_memory_mode_lives_as_long_as_its_run(tmp_path: Path) -> None:
     script = tmp_path / "run.py"
     script.write_text("import sys\nfrom pathlib import Path\nfrom tests.data.crop_roots import volume_of\n" + IN_MEMORY)
     runs = []
-    for _ in range(2):
+    for methods in (("fork", "spawn", "forkserver"), ()):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        command = [sys.executable, str(script), str(root)]
+        command = [sys.executable, str(script), str(root), *methods]
         runs.append(subprocess.Popen(command, text=True, env=environment, **pipes))  # type: ignore[call-overload]
     folders = [Path(said(run)) for run in runs]
     assert folders[0] != folders[1]
@@ -729,11 +738,11 @@ print(peak // 1024, flush=True)
 
 
 def test_building_takes_memory_for_some_blocks_only(tmp_path: Path) -> None:
-    """Raw of 8 MB and of 50 MB, with labels as many (which make 800 MB decoded at once): the peak grows by no more than
+    """Raw of 8 MB and of 25 MB, with labels as many (which make 400 MB decoded at once): the peak grows by no more than
     the 64 MB of decoded chunks that a process keeps."""
-    long = grid_of((768, 256, 256))
+    long = grid_of((384, 256, 256))
     write_raw(tmp_path, "set-a", np.ones(long.shape, np.uint8), long)
-    for number, depth in enumerate((128, 768)):
+    for number, depth in enumerate((128, 384)):
         grid = long.crop((0, 0, 0), (depth, 256, 256))
         write_label(tmp_path, "set-a", f"crop{number}", "mito", np.ones(grid.shape, np.uint8), grid)
     peaks = []

@@ -107,10 +107,18 @@ def same_partition(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
 
 
 # -- against the closed form -----------------------------------------------------------------------------------------
+SIZES = [(8.0, 8.0, 8.0), (16.0, 16.0, 16.0), (2.0, 2.0, 1.5), (5.24, 4.0, 4.0), (2.62, 2.0, 2.0)]
+NAMES = [None, "RandFlipd", "RandRotate90d", "RandAffined", "all"]
+
+
 @pytest.mark.parametrize(
-    "size", [(2.62, 2.0, 2.0), (5.24, 4.0, 4.0), (8.0, 8.0, 8.0), (16.0, 16.0, 16.0), (2.0, 2.0, 1.5)]
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[] if row == column else [pytest.mark.slow])
+        for row, name in enumerate(NAMES)
+        for column, size in enumerate(SIZES)
+    ],
 )
-@pytest.mark.parametrize("name", [None, "RandFlipd", "RandRotate90d", "RandAffined", "all"])
 def test_objects_are_where_the_truth_has_them(root: Path, name: str | None, size: tuple[float, float, float]) -> None:
     """At every voxel size and through every fused transform, away from borders by what a voxel can hide."""
     shape = tuple(int(np.clip(200 / s, 10, 40)) for s in size)

@@ -1,55 +1,23 @@
-"""A tiny run over a `PatchLoader` that writes down which patches it trains on; also a script that kills itself, or is
-told to end."""
+"""A tiny run over a `PatchLoader` that writes down which patches it trains on."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from connectomics.config import RunConfig
 from connectomics.data.loader import PatchLoader
-from connectomics.data.regions import Regions
-from connectomics.data.sampling import PatchRequest, PatchSampler, SampledCrop
-from connectomics.geometry import VoxelGrid
-from tests.lightning.synthetic_run import MadeUpData, Patches, tiny_config
+from connectomics.data.sampling import PatchSampler, SampledCrop
+from tests.lightning.requested_patches import REGIONS, Requested, collate
+from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 BATCHES = 7  # an epoch; with 2 accumulated, optimizer steps follow batches 1, 3, 5 and 6
-
-REGIONS = Regions.of([VoxelGrid((1.0, 1.0, 1.0), (0.0, 0.0, 0.0), (40, 4, 4))], (4, 4, 4))
-
-
-class Requested(Dataset[dict[str, torch.Tensor]]):
-    """Patches with noise from the request's seed."""
-
-    def __init__(self) -> None:
-        self._patches = Patches(50)
-
-    def __getitem__(self, request: PatchRequest) -> dict[str, torch.Tensor]:
-        _, epoch, position, _ = request.seed
-        place = 0 if request.point is None else int(request.point[0])  # with hard examples, patches differ by region
-        sample = dict(self._patches[(5 * epoch + position + place) % 50])
-        noise = torch.randn(sample["image"].shape, generator=torch.Generator().manual_seed(1000 * epoch + position))
-        return {
-            **sample,
-            "image": sample["image"] + 0.1 * noise,
-            "place": torch.tensor([epoch, position]),
-        } | self._region(request)
-
-    @staticmethod
-    def _region(request: PatchRequest) -> dict[str, torch.Tensor]:
-        return {} if request.point is None else {"region": torch.tensor(REGIONS.number(request.index, request.point))}
-
-
-def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 class RequestedData(MadeUpData):
@@ -123,7 +91,3 @@ def run(folder: Path, workers: int, die_at: tuple[int, int] | None = None, how: 
         )
     finally:
         trainer_module.build_trainer = build
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), (int(sys.argv[3]), int(sys.argv[4])), sys.argv[5])

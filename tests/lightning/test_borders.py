@@ -55,11 +55,12 @@ def test_likewise_in_two_dimensions(root: Path, tmp_path: Path) -> None:
     check(root, tmp_path, "unet", (1, 32, 32), {"channels": [4, 8, 16], "strides": [[1, 2, 2], [1, 2, 2]]})
 
 
-def test_trained_on_a_volume_thinner_than_its_patches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["unet", pytest.param("mednext", marks=pytest.mark.slow)])
+def test_trained_on_a_volume_thinner_than_its_patches(tmp_path: Path, name: str) -> None:
     """Patches hold more than the volume, and the network still works on a larger one."""
-    side, options = TINY["mednext"]
+    side, options = TINY[name]
     thin = write_root(tmp_path / "thin", *blobs((20, 64, 64), seed=5))
-    check(thin, tmp_path, "mednext", (side,) * 3, options)
+    check(thin, tmp_path, name, (side,) * 3, options)
 
 
 def test_the_train_patches_of_a_small_volume_hold_nothing_else(tmp_path: Path) -> None:

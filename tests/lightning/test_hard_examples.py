@@ -14,7 +14,8 @@ from connectomics.data.regions import region_weights
 from connectomics.errors import ConfigError
 from connectomics.lightning.checkpoints import read_checkpoint
 from connectomics.pipeline.train import train
-from tests.lightning.resume_run import REGIONS, run
+from tests.lightning.requested_patches import REGIONS
+from tests.lightning.resume_run import run
 from tests.lightning.synthetic_run import MadeUpData, tiny_config
 
 HARD: dict[str, Any] = {"data__sampling": {"hard": 1.0}, "checkpoint__every_n_steps": 1}

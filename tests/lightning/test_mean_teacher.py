@@ -138,7 +138,8 @@ def test_the_labeled_patches_are_those_of_a_run_without_and_workers_change_nothi
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 def run_of(phantom: Path, folder: Path, *changes: str, **arguments: Any) -> Run:
-    return train(config_of(phantom, "training.max_epochs=2", "model.dropout=0.0", *changes), folder, **arguments)
+    short = ("training.max_epochs=2", "data.patches_per_epoch=14", "model.dropout=0.0")
+    return train(config_of(phantom, *short, *changes), folder, **arguments)
 
 
 @pytest.fixture(scope="module")

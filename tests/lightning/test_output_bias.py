@@ -41,8 +41,9 @@ def test_the_output_of_every_network_starts_at_the_number(name: str) -> None:
     torch.manual_seed(1)
     outputs = module.train()(image)
     levels = outputs if isinstance(outputs, list) else [outputs]
-    assert len(output_biases(module)) == len(levels)
-    for bias in output_biases(module):
+    biases = output_biases(module)
+    assert len(biases) == len(levels)
+    for bias in biases:
         assert bias.tolist() == [-3.0, -3.0]
         with torch.no_grad():
             bias += 3.0

@@ -82,7 +82,7 @@ def test_a_process_that_is_killed_goes_on_with_other_workers(
     undisturbed: Path, tmp_path: Path, starter: Starter
 ) -> None:
     folder = tmp_path / "run"
-    done = starter.run(["-m", "tests.lightning.resume_run", folder, "1", "1", "5", "SIGKILL"], cwd=ROOT)
+    done = starter.run(["-m", "tests.lightning.resume_script", folder, "1", "1", "5", "SIGKILL"], cwd=ROOT)
     assert done.status == -signal.SIGKILL, done.stderr[-3000:]
     assert len(list((folder / "checkpoints").glob("last*"))) == 1  # no half-written one beside it
     torch.manual_seed(99)
@@ -109,7 +109,7 @@ def test_with_a_limit_of_steps(tmp_path: Path) -> None:
 # -- told to end -------------------------------------------------------------------------------------------------------
 def told_to_end(starter: Starter, folder: Path, at: tuple[int, int], how: str, environment: dict[str, str]) -> str:
     """The run as a process that gets a signal at a batch of an epoch; what it logged."""
-    done = starter.run(["-m", "tests.lightning.resume_run", folder, "0", *at, how], environment, ROOT)
+    done = starter.run(["-m", "tests.lightning.resume_script", folder, "0", *at, how], environment, ROOT)
     assert done.status == -signal.SIGINT, done.stderr[-3000:]  # as by Ctrl-C
     assert done.stderr.rstrip().endswith("KeyboardInterrupt")
     assert state_of(folder).name == "interrupted"

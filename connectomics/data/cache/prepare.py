@@ -221,6 +221,7 @@ def run_in_processes(
         WorkerDiedError: a process was killed; ``what`` says in the message what it does.
     """
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["connectomics.data.loader"])  # for the loader's workers: the server starts once
     todo: deque[tuple[int, bool]] = deque((number, False) for number in range(len(tasks)))
     workers: dict[Connection, Any] = {}
     at: dict[Connection, tuple[int, bool]] = {}
