@@ -16,7 +16,7 @@ from connectomics.data.patches import PackedPatch
 from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, place_known, tilings
 from connectomics.data.volumes import CropVolume
-from connectomics.geometry import Index, Triple, VoxelGrid
+from connectomics.geometry import Index, Triple, VoxelGrid, index
 
 #: a rotated patch should have at least this share of the known voxels of a straight one: a plane across a thin crop, or
 #: across single annotated planes, would have few; it is drawn again, at most so often
@@ -59,8 +59,8 @@ class PatchReader:
         min_known: float = 0.0,
         regions: Regions | None = None,
     ) -> None:
-        """``volumes``: the crops at the run's voxel size. ``inputs``: each further input with the same crops at its
-        voxel size. ``min_known``: smallest share of known voxels in a patch, where a crop allows it.
+        """``volumes``: the crops at the run's voxel size. ``inputs``: each further input with the same crops on the
+        voxels of their raw. ``min_known``: smallest share of known voxels in a patch, where a crop allows it.
         ``regions``: of the crops, if patches should say theirs."""
         self.volumes = list(volumes)
         self.shape = shape
@@ -77,8 +77,7 @@ class PatchReader:
         image, codes, arrays = _sample(volume, center, moved, self.shape.voxels)
         images = [image[None]]
         for given, at in self.inputs:
-            ratio = np.divide(given.voxel_size, self.shape.voxel_size)
-            images.append(_sample(at[request.index], center, moved.scaled(ratio), given.voxels)[0][None])
+            images.append(_sample_further(at[request.index], center, moved, given, self.shape.voxel_size)[None])
         states, ids = arrays.states, None
         if states.instances:
             codes, ids = states.split(codes)
@@ -156,3 +155,22 @@ def _sample(
     arrays = volume.arrays(tuple(begin.tolist()), tuple(end.tolist()))
     image, codes = sample(arrays, middle, moved, shape)
     return image, codes, arrays
+
+
+def _sample_further(
+    volume: CropVolume, center: NDArray[np.float64], moved: CoordinateMap, given: PatchShape, own: Triple
+) -> NDArray[np.float32]:
+    """Image of a further input from the voxels of raw; ``own``: voxel size of the run, for which ``moved`` is.
+
+    Larger voxels than those of raw are means of samples less than a voxel of raw apart: nearly what prediction reads,
+    the mean over the box of each voxel (`connectomics.io.resample`).
+    """
+    size, stored = np.asarray(given.voxel_size), np.asarray(volume.grid.voxel_size)
+    if np.allclose(size, stored):
+        return _sample(volume, center, moved.scaled(size / own), given.voxels)[0]
+    parts = np.maximum(1, np.ceil(size / stored - 1e-3)).astype(int)
+    shape = index(np.multiply(given.voxels, parts).tolist())
+    image, _, _ = _sample(volume, center, moved.scaled(stored / own, size / parts / own), shape)
+    (d, h, w), (z, y, x) = given.voxels, parts
+    means: NDArray[np.float32] = image.reshape(d, z, h, y, w, x).mean(axis=(1, 3, 5))
+    return means

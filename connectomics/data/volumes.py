@@ -58,8 +58,8 @@ class CropVolume:
     def grid(self) -> VoxelGrid:
         """The crop's lattice: the run's voxel size, from the crop's first face to past its last.
 
-        Without classes (a further input): on the raw's voxels, if it is stored at this voxel size. A patch of the input
-        has any offset from the lattice and is interpolated; raw that was interpolated before would be blurred twice.
+        Without classes (a further input, see `CropPatches`): the raw's voxels, if it is stored at this voxel size. A
+        patch of the input has any offset from them and is interpolated; other voxels would be interpolated twice.
         """
         grid = VoxelGrid.covering(self.crop.box, self.voxel_size)
         if self.classes or not np.allclose((raw := self._raw_grid(self.voxel_size)).voxel_size, self.voxel_size):

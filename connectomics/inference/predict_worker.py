@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from connectomics.errors import InputError, OutOfMemoryError
+from connectomics.errors import InputError, OutOfMemoryError, number_of
 from connectomics.inference import gaps
 from connectomics.inference.artifact import Group, write_probability
 from connectomics.inference.augmented import LARGEST, Network, entropy
@@ -203,7 +203,7 @@ class PredictWorker:
 
         batch = best_batch(seconds, MOST_ON_GPU if self._device.startswith("cuda") else MOST_ON_CPU)
         rate = batch * math.prod(task.window) / seconds(batch) / 1e6
-        log.info("%s: batches of %d windows (%.2f Mvoxel/s on %s)", task.name, batch, rate, self._device)
+        log.info("%s: batches of %s (%.2f Mvoxel/s on %s)", task.name, number_of(batch, "window"), rate, self._device)
         return batch
 
 

@@ -95,6 +95,14 @@ def inference_window(config: RunConfig) -> list[int]:
                     f"inference.window {window} and data.inputs[{number}].patch_size {given.patch_size} must be equal; "
                     "or set model.fusion=encoder"
                 )
+    wide, patch = (np.multiply(shape, config.dataset.voxel_size) for shape in (window, config.data.patch_size))
+    for number, given in enumerate(config.data.inputs):
+        seen = np.multiply(given.patch_size, given.voxel_size)
+        if np.any(wide > np.maximum(seen, patch) * 1.001):
+            raise InputError(
+                f"inference.window {window} reaches beyond data.inputs[{number}], which covers {seen.tolist()} nm; set "
+                "inference.window=null, or one that the input covers"
+            )
     if fixed_patch_size(architecture) and window != list(config.data.patch_size):
         raise InputError(
             f"model {architecture!r} takes windows of its patch size only: data.patch_size is "

@@ -34,7 +34,7 @@ from connectomics.data.candidates import (
 from connectomics.data.run_split import half_patch
 from connectomics.data.splits import Split, parse_entry, select_entries
 from connectomics.decoding.parameters import decode_parameters
-from connectomics.errors import InputError, WriteError, unknown_name
+from connectomics.errors import InputError, WriteError, number_of, unknown_name
 from connectomics.geometry import Index, VoxelGrid, index
 from connectomics.inference.raw import Mask
 from connectomics.inference.symmetry import symmetries, windows_seen
@@ -243,7 +243,12 @@ class Search:
             pool = self._observed(pool, areas, flat, rng, progress)
             found = choose_uncertain(pool, budget)
         if len(found) < budget:
-            log.warning("only %d boxes are free, %d were asked for", len(found), budget)
+            log.warning(
+                "asked for %s, but only %d %s free",
+                number_of(budget, "box"),
+                len(found),
+                "is" if len(found) == 1 else "are",
+            )
         decoding = self.config.decoding
         parameters = decode_parameters(self.classes, decoding.default, decoding.classes)
         kinds = {name: parameters[name].kind for name in self.classes}

@@ -15,7 +15,7 @@ from connectomics.cellmap.crop_table import CropTable
 from connectomics.config.schema import RunConfig
 from connectomics.data.normalization import for_prediction
 from connectomics.data.splits import Split, kept_out, parse_entry
-from connectomics.errors import ConfigError, ConnectomicsError, InputError, MissingError, first_of
+from connectomics.errors import ConfigError, ConnectomicsError, InputError, MissingError, first_of, number_of
 from connectomics.geometry import Box, Triple, VoxelGrid
 from connectomics.io import store
 from connectomics.io.location import absolute
@@ -156,8 +156,8 @@ def name_trained(keys: Sequence[str], checkpoints: Iterable[str | Path]) -> None
     trained = {parse_entry(entry)[0] for file in files if file.is_file() for entry in Split.load(file).train}
     if seen := [key for key in keys if key in trained]:
         log.warning(
-            "%d of these %d crops were used for training (%s): do not evaluate or tune on them; --crops val predicts "
-            "the others", len(seen), len(keys), first_of(seen, 3),
+            "%d of %s %s used for training (%s): do not evaluate or tune on training data; --crops val predicts the "
+            "others", len(seen), number_of(len(keys), "crop"), "was" if len(seen) == 1 else "were", first_of(seen, 3),
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from connectomics.cellmap.catalog import Catalog
 from connectomics.data.augmentation import PatchAugmentor
@@ -18,7 +19,7 @@ from connectomics.data.patches import PackedPatch, collate
 from connectomics.data.sampling import PatchRequest, place_patch
 from connectomics.data.volumes import CropVolume
 from connectomics.errors import InputError
-from connectomics.geometry import VoxelGrid
+from connectomics.geometry import Triple, VoxelGrid
 from connectomics.inference.raw import FurtherInput, RawSource
 from connectomics.io.normalization import Normalization
 from tests.cellmap.roots import write_label, write_raw
@@ -149,6 +150,28 @@ def test_a_further_input_is_what_prediction_reads(tmp_path: Path) -> None:
     for seed in range(4):
         patch = patch_of(dataset, seed)
         np.testing.assert_allclose(patch.images[1][0], predicted.around(patch.grid), atol=1 / 255)
+
+
+@pytest.mark.parametrize("size", [(12.0, 12.0, 12.0), (24.0, 16.0, 8.0), (3.0, 4.0, 20.0)], ids=str)
+def test_a_further_input_whose_voxels_are_not_stored_has_the_contrast_of_a_prediction(
+    tmp_path: Path, size: Triple
+) -> None:
+    """Grains of some 8 nm: the next to smallest that voxels of 8 nm can show."""
+    grid = VoxelGrid((4.0, 4.0, 4.0), (0.0, 0.0, 0.0), (120, 120, 120))
+    grains = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=grid.shape), 1.5)
+    raw = np.rint(128 + 40 * grains / grains.std()).clip(0, 255).astype(np.uint8)
+    location = write_raw(tmp_path, "set-a", raw, grid, levels=3)
+    labels = VoxelGrid((8.0, 8.0, 8.0), (210.0, 214.0, 218.0), (18, 19, 20))
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones(labels.shape, np.uint8), labels)
+    dataset = dataset_of(tmp_path, inputs=((size, (8, 9, 6)),), patch_size=(10, 10, 10))
+    predicted = FurtherInput(RawSource(str(location), Normalization()).read, size, (8, 9, 6))
+    for seed in range(4):
+        patch = patch_of(dataset, seed)
+        found, expected = patch.images[1].ravel(), predicted.around(patch.grid).ravel()
+        assert np.corrcoef(found, expected)[0, 1] > 0.995
+        assert found.std() / expected.std() == pytest.approx(1, abs=0.1)
+        if size != (12.0, 12.0, 12.0):  # multiples of stored voxels, or finer than them
+            np.testing.assert_allclose(found, expected, atol=1 / 255)
 
 
 def test_a_turned_plane_is_an_exact_copy(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_a_scaled_map_is_the_same_place_in_larger_voxels() -> None:
     for kind in ("affine", "affine, field, affine"):
         map, ratio, points = random_map(kind, rng), np.array([4, 2, 0.5]), rng.normal(size=(20, 3)) * 4
         np.testing.assert_allclose(map.scaled(ratio)(points) * ratio, map(points * ratio), atol=1e-9)
+        np.testing.assert_allclose(map.scaled(ratio, 2 * ratio)(points) * ratio, map(points * 2 * ratio), atol=1e-9)
 
 
 @pytest.mark.parametrize("make", [

@@ -64,3 +64,13 @@ def test_stacked_views_must_be_as_large_as_the_patch(phantom: Path, tmp_path: Pa
     view = "data.inputs=[{voxel_size:[32,32,32],patch_size:[8,8,8]}]"
     with pytest.raises(InputError, match=r"data\.inputs\[0\]\.patch_size .*must be equal"):
         ConnectomicsModule(config_of(phantom, tmp_path, view, "model.fusion=channels"))
+
+
+def test_a_window_that_a_view_does_not_cover(phantom: Path, tmp_path: Path) -> None:
+    """Beyond the view its edge would be repeated, which the network has never seen. The patch may be wider."""
+    narrow, wide = (f"data.inputs=[{{voxel_size:[32,32,32],patch_size:[{n},{n},{n}]}}]" for n in (3, 8))
+    assert ConnectomicsModule(config_of(phantom, tmp_path, narrow)).window == [16] * 3
+    assert ConnectomicsModule(config_of(phantom, tmp_path, wide, "inference.window=[16,32,32]")).window == [16, 32, 32]
+    for view, window in ((wide, "[16,16,36]"), (narrow, "[16,16,20]")):
+        with pytest.raises(InputError, match=r"inference\.window .* reaches beyond data\.inputs\[0\], which covers"):
+            ConnectomicsModule(config_of(phantom, tmp_path, view, f"inference.window={window}"))

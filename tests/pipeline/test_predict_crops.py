@@ -317,7 +317,7 @@ def test_crops_that_a_network_was_trained_on_are_named(root, tmp_path, caplog):
     Split(("set-a/crop1:64,64,64:100,160,224",), ("set-a/crop2",)).save(tmp_path / "run/split.yaml")
     targets, _ = chosen_targets(config_of(root), [place], None, None)
     assert [target.name for target in targets] == ["crop1", "crop2"]
-    assert "1 of these 2 crops were used for training (set-a/crop1): do not evaluate or tune on them" in caplog.text
+    assert "1 of 2 crops was used for training (set-a/crop1): do not evaluate or tune on training data" in caplog.text
     caplog.clear()
     chosen_targets(config_of(root), [place], None, "set-a:64,64,64:80,80,80")
     chosen_targets(config_of(root), [tmp_path / "other.ckpt"], None, None)

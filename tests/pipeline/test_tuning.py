@@ -83,7 +83,7 @@ def test_crops_that_were_trained_on_are_named(made: Path, tmp_path: Path, caplog
         task = {"kind": "predict", "checkpoints": [str(tmp_path / "run/checkpoints/best.ckpt")]}
         (predictions / f"set-a.zarr/{crop}/task.json").write_text(json.dumps(task))
     tune(predictions, str(made / "root"), tmp_path / "tuned", classes=["er"])
-    assert "1 of these 2 crops were used for training (set-a/crop1)" in caplog.text
+    assert "1 of 2 crops was used for training (set-a/crop1)" in caplog.text
 
 
 def test_a_threshold_is_found_where_probabilities_are_too_low(made: Path, tuned: dict[str, TunedClass]) -> None:

@@ -92,14 +92,16 @@ class CoordinateMap:
         shift = self.inner @ following.outer_shift + self.inner_shift
         return replace(self, inner=self.inner @ following.outer, inner_shift=shift, parameters=parameters)
 
-    def scaled(self, ratio: ArrayLike) -> CoordinateMap:
-        """Return the same map for offsets in voxels that are ``ratio`` (z, y, x) times as large."""
-        size = np.broadcast_to(np.asarray(ratio, np.float64), (3,))
-        if self.field is None:
-            return replace(self, outer=self.outer * size / size[:, None], outer_shift=self.outer_shift / size)
-        return replace(
-            self, outer=self.outer / size[:, None], outer_shift=self.outer_shift / size, inner=self.inner * size
+    def scaled(self, ratio: ArrayLike, patch: ArrayLike | None = None) -> CoordinateMap:
+        """Return the same map for offsets in voxels that are ``ratio`` (z, y, x) times as large; ``patch``: those of
+        the patch, if they are not as large as those of the source."""
+        size, own = (
+            np.broadcast_to(np.asarray(r, np.float64), (3,)) for r in (ratio, ratio if patch is None else patch)
         )
+        shift = self.outer_shift / size
+        if self.field is None:
+            return replace(self, outer=self.outer * own / size[:, None], outer_shift=shift)
+        return replace(self, outer=self.outer / size[:, None], outer_shift=shift, inner=self.inner * own)
 
     def __call__(self, offsets: ArrayLike) -> Floats:
         """Return the source offsets (..., 3) of offsets (..., 3), in float64."""

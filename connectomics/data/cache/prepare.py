@@ -21,7 +21,7 @@ from connectomics.cellmap.labels import words_for
 from connectomics.data.cache.entry import POINTS, cache_key, open_entry
 from connectomics.data.cache.folder import CropCache
 from connectomics.data.cache.locks import SHARED_MEMORY
-from connectomics.errors import ConnectomicsError, WriteError
+from connectomics.errors import ConnectomicsError, WriteError, number_of
 from connectomics.progress import Progress, lines
 
 if TYPE_CHECKING:
@@ -160,8 +160,8 @@ def _make_sure_of_space(cache: CropCache, missing: list[_Wanted], chosen: list[_
         removed = cache.make_room(budget, sum(entry.size for entry in missing))
         if removed:
             log.info(
-                "crop cache %s: removed %d entries (%s) that were not used lately, for data.cache_gb=%.6g",
-                cache.folder, len(removed), _gb(sum(e.size for e in removed)), budget / _GB,
+                "crop cache %s: removed %s (%s) not used lately, for data.cache_gb=%.6g",
+                cache.folder, number_of(len(removed), "entry"), _gb(sum(e.size for e in removed)), budget / _GB,
             )  # fmt: skip
 
 

@@ -144,10 +144,13 @@ class CropPatches(BaseDataset):
     def _volume(
         self, crop: Crop, shape: PatchShape, classes: tuple[str, ...], spatial: SpatialAugmentor | None
     ) -> CropVolume:
-        """A crop at the voxel size of one input, with as much context as patches can look at."""
-        options = self.options
-        ratio = np.divide(shape.voxel_size, self.voxel_size)
-        extent = np.multiply(shape.voxels, ratio)  # in voxels of the run
+        """A crop at the voxel size of the run, or for a further input on the raw that is read for it, with as much
+        context as patches can look at."""
+        options, size = self.options, shape.voxel_size
+        extent = np.multiply(shape.voxels, np.divide(size, self.voxel_size))  # in voxels of the run
+        if not classes:
+            size = crop.raw_source.levels[crop.raw_source.level_for(size)].grid.voxel_size
+        ratio = np.divide(size, self.voxel_size)
         # validation slides windows that look beyond the crop by up to a quarter of a window
         plain = extent / 2 if self.mode == "train" else 0.75 * extent
         reach = (plain if spatial is None else np.asarray(spatial.reach(extent.tolist()))) / ratio
@@ -157,7 +160,7 @@ class CropPatches(BaseDataset):
         return CropVolume(
             crop=crop,
             classes=classes,
-            voxel_size=shape.voxel_size,
+            voxel_size=size,
             normalization=options.normalizations.get(crop.dataset),
             cache=cache_folder(options.cache, options.cache_dir),
             context=context if margin is None else (margin, margin, margin),
