@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, SupportsInt
 
 import numpy as np
@@ -158,7 +159,7 @@ class VoxelGrid:
         first = triple([c - (n - 1) / 2 * s for c, n, s in zip(mid, shape, size, strict=True)])
         return cls(size, first, index(shape))
 
-    @property
+    @cached_property
     def box(self) -> Box:
         """The world box that the voxels cover, from face to face."""
         begin = [t - s / 2 for t, s in zip(self.translation, self.voxel_size, strict=True)]

@@ -25,26 +25,33 @@ TABLE = json.loads((Path(__file__).parent / "train_crops.json").read_text(encodi
 def table_crops(datasets: list[str] | None, classes: list[str], occurs: float = 1.0, seed: int = 0) -> list[Crop]:
     """The crops of these data sets (None: all) that inform any of ``classes``; a class of an array is present in the
     share ``occurs`` of the arrays, where it fills up to a tenth."""
-    found = []
+    found, raw = [], _levels(VoxelGrid((2.0,) * 3, (1.0,) * 3, (20000,) * 3))
     for dataset, number, size, first, shape, which in TABLE["crops"]:
         names = TABLE["class_sets"][which]
         if (datasets is not None and dataset not in datasets) or not any(informs(c, names) for c in classes):
             continue
         grid = VoxelGrid(tuple(size), tuple(first), tuple(shape))
         rng = np.random.default_rng([seed, number])
-        labels = {}
+        labels, levels = {}, _levels(grid)
         for name in names:
             there = rng.random() < occurs
             present = max(1, int(grid.size * 0.1 * rng.random())) if there else 0
             label = LabelArray(name, f"nowhere/{occurs}/{seed}/{dataset}/crop{number}/{name}")
-            label.__dict__["source"] = _Volume.at(label.location, grid, there)
+            label.__dict__["source"] = _Volume.at(label.location, levels, there)
             counts = {"absent": grid.size - present, "unknown": 0}
             label.__dict__["annotation"] = Annotation(name, "semantic", 0, 255, counts)
             labels[name] = label
         crop = Crop(dataset, f"crop{number}", "nowhere", labels)
-        crop.__dict__["raw_source"] = _Volume.at("nowhere", VoxelGrid((2.0,) * 3, (1.0,) * 3, (20000,) * 3), False)
+        crop.__dict__["raw_source"] = _Volume.at("nowhere", raw, False)
         found.append(crop)
     return found
+
+
+def _levels(grid: VoxelGrid) -> list[Level]:
+    grids = [grid]
+    while min(grids[-1].shape) > 32:
+        grids.append(grids[-1].at_voxel_size([2 * size for size in grids[-1].voxel_size]))
+    return [Level(f"s{n}", g, np.dtype(np.uint8), (64, 64, 64)) for n, g in enumerate(grids)]
 
 
 class _Volume(Multiscale):
@@ -53,11 +60,7 @@ class _Volume(Multiscale):
     there = False
 
     @classmethod
-    def at(cls, location: str, grid: VoxelGrid, there: bool) -> Multiscale:
-        grids = [grid]
-        while min(grids[-1].shape) > 32:
-            grids.append(grids[-1].at_voxel_size([2 * size for size in grids[-1].voxel_size]))
-        levels = [Level(f"s{n}", g, np.dtype(np.uint8), (64, 64, 64)) for n, g in enumerate(grids)]
+    def at(cls, location: str, levels: list[Level], there: bool) -> Multiscale:
         made = cls(location, {}, [(level, None) for level in levels], [])  # no array is read
         made.there = there
         return made

@@ -4,6 +4,7 @@ spatial augmentation. The volumes are closed-form: a ball with a soft edge in ra
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,8 +75,19 @@ def offsets(volume: CropVolume) -> tuple[NDArray[np.float64], NDArray[np.float64
     return centroid(volume.grid, weight), centroid(volume.grid, np.where(known[0], label[0], 0))
 
 
-@pytest.mark.parametrize("training", TRAINING_SIZES)
-@pytest.mark.parametrize("label_size", LABEL_SIZES, ids=lambda s: "x".join(map(str, s)))
+def cases() -> list[Any]:
+    """All pairs; fine labels of large volumes, where a case takes seconds, are slow but one."""
+    return [
+        pytest.param(
+            size, training, id="x".join(map(str, size)) + f"-{training}",
+            marks=[pytest.mark.slow] if training > 12 * size[0] and size[0] != 2.62 else [],
+        )
+        for size in LABEL_SIZES
+        for training in TRAINING_SIZES
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("label_size", "training"), cases())
 def test_raw_and_label_are_registered(tmp_path: Path, label_size: tuple[float, ...], training: float) -> None:
     center = np.array([3132.21, 899.0, 25863.0]) + np.array([0.31, -0.17, 0.43]) * training
     for ratio in RAW_TO_LABEL:

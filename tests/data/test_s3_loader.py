@@ -83,7 +83,7 @@ def test_volumes_read_alike(folder: Path, endpoint: FaultyProxy, tmp_path: Path,
     assert endpoint.requests > 15
 
 
-@pytest.mark.parametrize("start", [None, "forkserver", "spawn"])
+@pytest.mark.parametrize("start", [None, "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_give_the_same_patches(folder: Path, proxy: FaultyProxy, monkeypatch: Any, start: str | None) -> None:
     if start == "forkserver":  # a server from before the address was known
         early = multiprocessing.get_context("forkserver").Process(target=int)
