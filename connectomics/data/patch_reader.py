@@ -157,6 +157,11 @@ def _sample(
     return image, codes, arrays
 
 
+def samples_of(size: Triple, stored: Triple) -> Index:
+    """Return how many samples (z, y, x) of stored voxels give a voxel of ``size``, less than a stored voxel apart."""
+    return index(np.maximum(1, np.ceil(np.divide(size, stored) - 1e-3)).astype(int).tolist())
+
+
 def _sample_further(
     volume: CropVolume, center: NDArray[np.float64], moved: CoordinateMap, given: PatchShape, own: Triple
 ) -> NDArray[np.float32]:
@@ -168,7 +173,7 @@ def _sample_further(
     size, stored = np.asarray(given.voxel_size), np.asarray(volume.grid.voxel_size)
     if np.allclose(size, stored):
         return _sample(volume, center, moved.scaled(size / own), given.voxels)[0]
-    parts = np.maximum(1, np.ceil(size / stored - 1e-3)).astype(int)
+    parts = samples_of(given.voxel_size, volume.grid.voxel_size)
     shape = index(np.multiply(given.voxels, parts).tolist())
     image, _, _ = _sample(volume, center, moved.scaled(stored / own, size / parts / own), shape)
     (d, h, w), (z, y, x) = given.voxels, parts

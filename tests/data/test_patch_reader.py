@@ -174,6 +174,19 @@ def test_a_further_input_whose_voxels_are_not_stored_has_the_contrast_of_a_predi
             np.testing.assert_allclose(found, expected, atol=1 / 255)
 
 
+@pytest.mark.parametrize(("size", "read"), [(8.0, 4.0), (12.0, 12.0), (64.0, 64.0)])
+def test_raw_without_coarser_levels_is_not_sampled_hundreds_of_times_for_a_voxel(
+    tmp_path: Path, size: float, read: float
+) -> None:
+    grid = VoxelGrid((4.0, 4.0, 4.0), (0.0, 0.0, 0.0), (80, 80, 80))
+    write_raw(tmp_path, "set-a", np.zeros(grid.shape, np.uint8), grid, levels=1)
+    labels = VoxelGrid((8.0, 8.0, 8.0), (100.0, 100.0, 100.0), (18, 19, 20))
+    write_label(tmp_path, "set-a", "crop1", "mito", np.ones(labels.shape, np.uint8), labels)
+    dataset = dataset_of(tmp_path, inputs=(((size,) * 3, (8, 9, 6)),), patch_size=(10, 10, 10))
+    assert dataset.input_volumes[0][0].grid.voxel_size == (read,) * 3
+    assert patch_of(dataset, 0).images[1].shape == (1, 8, 9, 6)
+
+
 def test_a_turned_plane_is_an_exact_copy(tmp_path: Path) -> None:
     """A patch of one plane has an odd side and two even ones: right angles must not point between voxels."""
     grid = VoxelGrid((8.0, 8.0, 8.0), (0.0, 0.0, 0.0), (40, 40, 40))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,7 +17,7 @@ from connectomics.data.augmentation import Augmentor, GivenAugmentor, PatchAugme
 from connectomics.data.cache import cache_folder
 from connectomics.data.dataset.dataset_base import BaseDataset, Mode
 from connectomics.data.foreground import ObjectPoints, foreground_points, object_points
-from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed
+from connectomics.data.patch_reader import PatchReader, PatchShape, context_needed, samples_of
 from connectomics.data.patches import PackedPatch
 from connectomics.data.regions import Regions
 from connectomics.data.sampling import PatchRequest, SampledCrop
@@ -27,6 +28,7 @@ from connectomics.io.normalization import Normalization
 from connectomics.io.store import StoreOptions
 
 _MOST_POINTS = 2**22  # positions that a data set keeps: 100 MB
+_MOST_SAMPLES = 8  # of raw for a voxel of a further input; raw without a level of nearly its size is read at its size
 Sample = dict[str, Any]
 
 
@@ -149,7 +151,8 @@ class CropPatches(BaseDataset):
         options, size = self.options, shape.voxel_size
         extent = np.multiply(shape.voxels, np.divide(size, self.voxel_size))  # in voxels of the run
         if not classes:
-            size = crop.raw_source.levels[crop.raw_source.level_for(size)].grid.voxel_size
+            stored = crop.raw_source.levels[crop.raw_source.level_for(size)].grid.voxel_size
+            size = stored if math.prod(samples_of(size, stored)) <= _MOST_SAMPLES else size
         ratio = np.divide(size, self.voxel_size)
         # validation slides windows that look beyond the crop by up to a quarter of a window
         plain = extent / 2 if self.mode == "train" else 0.75 * extent
