@@ -40,6 +40,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -301,8 +302,8 @@ class Bench:
                 shutil.copytree(before, place)
             started = self.starter.start(words, environment)
             if left:
-                time.sleep(row["work s"] * chance.random())
-                if started.is_running():
+                end = time.monotonic() + row["work s"] * chance.random()
+                if started.wait_for(partial(is_over, end), pause_s=0.05):
                     started.kill()
                     left -= 1
                     continue
@@ -312,6 +313,11 @@ class Bench:
             shutil.rmtree(place)
             if not left:
                 return f"{good} of {done}, {self.options.kills} kills"
+
+
+def is_over(end: float) -> bool:
+    """Return whether this time (of `time.monotonic`) has passed."""
+    return time.monotonic() > end
 
 
 @contextmanager
